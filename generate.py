@@ -1,0 +1,140 @@
+"""Generation: draw one token after another from a language model.
+
+    x_t ~ p(. | x_1 ... x_{t-1}),    p = softmax(logits / temperature), cut down to its likely part
+
+The prompts pass through the model once and fill its cache of keys and values; each further token then costs
+a pass over that token alone. Works with any model that has `new_cache(lengths, max_len)`, `hidden(tokens,
+cache=)` and `logits(hidden)`, as in gpt.py.
+
+Ways to cut: top-k (Fan et al. 2018), top-p or nucleus (Holtzman et al. 2020), min-p (Nguyen et al. 2024);
+repetition penalty (Keskar et al. 2019, section 4.1).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
+    vocab_size = model.config.vocab_size
+    if not prompts or not all(prompts):
+        raise ValueError(
+            "generate: an empty prompt; start from at least one token, such as the end-of-text token"
+        )
+    unknown = [token for row in prompts for token in row if not 0 <= token < vocab_size]
+    if unknown:
+        raise ValueError(f"generate: token {unknown[0]} in a prompt: expected 0 to {vocab_size - 1}")
+    longest, context = max(map(len, prompts)), model.config.max_seq_len
+    if max_new_tokens < 0 or (model.config.positions == "learned" and longest + max_new_tokens > context):
+        raise ValueError(
+            f"generate: {longest} prompt tokens and {max_new_tokens} new ones: the model has {context} positions"
+        )
+    ranges = {
+        "temperature": (temperature, temperature >= 0, "at least 0"),
+        "top_k": (top_k, top_k is None or top_k >= 1, "at least 1"),
+        "top_p": (top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1"),
+        "min_p": (min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
+        "repetition_penalty": (repetition_penalty, repetition_penalty > 0, "above 0"),
+    }
+    for name, (value, valid, expected) in ranges.items():
+        if not valid:
+            raise ValueError(f"generate: {name} {value}: expected {expected}")
+
+
+def generate(
+    model: nn.Module, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
+) -> list[list[int]]:
+    """Continue each of the prompts; returns the new tokens of each, ending with its stop token if one came.
+
+    tokens and options as for `stream`.
+    """
+    new: list[list[int]] = [[] for _ in tokens]
+    for step in stream(model, tokens, max_new_tokens, **options):
+        for row, token in zip(new, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return new
+
+
+@torch.inference_mode()
+def stream(
+    model: nn.Module,
+    tokens: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue the prompts, yielding tokens as they come: one per row each step, None for a row that has
+    ended.
+
+    tokens: (B, T) or B lists of token ids, which may differ in length. temperature 0 takes the likeliest
+    token. top_k: draw from the k likeliest. top_p: from the fewest tokens that hold this probability
+    together. min_p: from those at least min_p times as likely as the likeliest. repetition_penalty: logits
+    of tokens already in the row are divided by it if positive, multiplied if negative. stop: token id or
+    ids that end a row. generator: source of the draws, on the model's device. Raises ValueError for an
+    empty prompt, a prompt that leaves no room for max_new_tokens, and options out of range.
+    """
+    prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    stops = {stop} if isinstance(stop, int) else set(stop or ())
+    device = next(model.parameters()).device
+    lengths = [len(row) for row in prompts]
+    T = max(lengths)
+    # Padding on the right is never seen: a causal model looks back, and the cache knows each row's length.
+    padded = torch.tensor([row + row[-1:] * (T - len(row)) for row in prompts], device=device)  # (B, T)
+    cache = model.new_cache(lengths, T + max_new_tokens)
+    hidden = model.hidden(padded, cache=cache)  # (B, T, D)
+    last = torch.tensor(lengths, device=device) - 1
+    hidden = hidden[torch.arange(len(prompts), device=device), last]  # (B, D)
+    seen = None
+    if repetition_penalty != 1.0:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+        seen.scatter_(1, padded, True)
+    ended = [False] * len(prompts)
+    for step in range(max_new_tokens):
+        logits = model.logits(hidden).float()  # (B, V)
+        if seen is not None:
+            penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(seen, penalised, logits)
+        token = sample(logits, temperature, top_k, top_p, min_p, generator)  # (B, 1)
+        if seen is not None:
+            seen.scatter_(1, token, True)
+        drawn = token.flatten().tolist()
+        yield [None if end else t for end, t in zip(ended, drawn, strict=True)]
+        ended = [end or t in stops for end, t in zip(ended, drawn, strict=True)]
+        if all(ended) or step == max_new_tokens - 1:
+            return
+        hidden = model.hidden(token, cache=cache)[:, 0]
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        p = ordered.softmax(dim=-1)
+        beyond = p.cumsum(dim=-1) - p >= top_p  # what stands before it is enough already; never the first
+        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
+    if min_p is not None:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -1,0 +1,6 @@
+"""The operations a transformer spends its time in, each beside its plain PyTorch definition."""
+
+from kernels.attention import attention
+from kernels.rmsnorm import rms_norm
+
+__all__ = ["attention", "rms_norm"]

@@ -1,0 +1,159 @@
+"""Scaled dot-product attention: every query looks at the keys it may see and averages their values.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j that query i may see
+
+Attention Is All You Need (Vaswani et al. 2017, section 3.2.1). `reference` below is this equation in plain
+PyTorch and defines what every other backend must compute; `torch` runs the library's fused operation.
+
+Which keys are seen. Query i of T stands at position p = S - T + i of the S keys, so that a single new query
+(T = 1) stands at the last key: the causal mask is aligned to the bottom right corner.
+
+    causal        j <= p
+    window        |p - j| < window                        (sliding window; Mistral, Jiang et al. 2023)
+    cu_seqlens    i and j lie in the same document        (several documents packed into one row)
+    seqlens_k     j < seqlens_k[row], and p counts from there (a cache that each row has filled to its own length)
+
+Grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads, H / G queries each.
+"""
+
+import math
+from contextlib import nullcontext
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of q (B, T, H, K) over k and v (B, S, G, K), H divisible by G; returns (B, T, H, K) like q.
+
+    causal: a query sees no later key. window: it sees only keys nearer than this many positions. softcap:
+    scores become softcap * tanh(score / softcap) (Gemma 2, section 2). scale: 1 / sqrt(K) if None.
+    cu_seqlens: int32 (n + 1,), 0 = first < ... < last = T: document d is positions cu_seqlens[d] up to
+    cu_seqlens[d + 1] of the one row (B = 1, T = S). seqlens_k: integers (B,): only the first seqlens_k[b]
+    keys of row b exist, and its queries are the last T of them. A query that may see no key gives zeros.
+
+    backend: "reference", "torch", "triton", or "auto" for the fastest that can do what is asked.
+    Raises ValueError where shapes or options do not fit each other or the backend.
+    """
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != K or H % G:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected (B, T, H, K) and "
+            "twice (B, S, G, K) with H a multiple of G"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window {window}: expected at least 1, which lets a query see itself")
+    if cu_seqlens is not None and (B != 1 or T != S or seqlens_k is not None):
+        raise ValueError(
+            f"attention: cu_seqlens needs one packed row (B = 1, T = S, no seqlens_k); got B {B}, T {T}, S {S}"
+        )
+    if backend == "auto":
+        backend = "torch" if softcap is None else "reference"
+    if backend == "reference":
+        return _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)
+    if backend == "torch":
+        if softcap is not None:
+            raise ValueError("attention: backend 'torch' has no softcap; use 'auto' or 'reference'")
+        return _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k)
+    if backend == "triton":
+        raise ValueError("attention: backend 'triton' is not built yet; use 'auto', 'torch' or 'reference'")
+    raise ValueError(f"attention: backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+
+
+def visible(
+    T: int,
+    S: int,
+    device: torch.device,
+    *,
+    causal: bool,
+    window: int | None,
+    cu_seqlens: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """The mask of the header: bool, True where query i sees key j; (T, S), or (B, 1, T, S) with seqlens_k."""
+    j = torch.arange(S, device=device)
+    n_keys = torch.tensor(S, device=device) if seqlens_k is None else seqlens_k.view(-1, 1, 1, 1)
+    p = n_keys - T + torch.arange(T, device=device)[:, None]  # (T, 1) or (B, 1, T, 1)
+    mask = (j < n_keys).expand_as(p - j)
+    if causal:
+        mask = mask & (j <= p)
+    if window is not None:
+        mask = mask & ((p - j).abs() < window)
+    if cu_seqlens is not None:
+        document = torch.bucketize(j, cu_seqlens, right=True)
+        mask = mask & (document[:, None] == document)
+    return mask
+
+
+def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    k = k.repeat_interleave(H // G, dim=2)  # (B, S, H, K): each key head serves H / G query heads
+    v = v.repeat_interleave(H // G, dim=2)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * (scale or 1 / math.sqrt(K))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = visible(T, S, q.device, causal=causal, window=window, cu_seqlens=cu_seqlens, seqlens_k=seqlens_k)
+    # Low precision keeps float32 statistics, as every backend does. A row that sees nothing would be 0 / 0.
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=wide)
+    weights = weights.masked_fill(~mask, 0).to(q.dtype)
+    return torch.einsum("bhts,bshk->bthk", weights, v)
+
+
+def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
+    B, T, H, K = q.shape
+    S = k.shape[1]
+    if window is not None and window >= S:
+        window = None  # as far as any query can look, so the fast causal path applies
+    if cu_seqlens is not None:
+        # One call per document never touches the T x T scores between documents.
+        parts = [
+            _torch(q[:, a:b], k[:, a:b], v[:, a:b], causal, window, scale, None, None)
+            for a, b in pairwise(cu_seqlens.tolist())
+        ]
+        return torch.cat(parts, dim=1)
+    # PyTorch's own causal flag aligns to the top left corner, so it serves only T = S. The only query of a
+    # decoding step is the last, which sees every key.
+    square_causal = causal and T == S and T > 1 and window is None and seqlens_k is None
+    sees_all = window is None and seqlens_k is None and (not causal or T == 1)
+    mask = None
+    if not square_causal and not sees_all:
+        mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
+    with _fastest_first(q):
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # (B, H, T, K)
+            k.transpose(1, 2),  # (B, G, S, K)
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=square_causal,
+            scale=scale,
+            enable_gqa=k.shape[2] != H,
+        )
+    return out.transpose(1, 2)  # (B, T, H, K)
+
+
+def _fastest_first(q: Tensor):
+    # From Hopper on cuDNN's attention is the faster one, but PyTorch's own order puts FlashAttention-2 first.
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0):
+        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        return sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
+    return nullcontext()

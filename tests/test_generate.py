@@ -1,0 +1,133 @@
+"""Generation: the cache changes nothing, rows do not touch each other, and each option does what its paper says."""
+
+import pytest
+import torch
+from test_gpt import small
+
+from generate import sample
+
+CONFIGS = {
+    "modern": {"qk_norm": True},
+    "window": {"window": 5},
+    "mixed windows": {"window": 5, "full_layers": (1,)},
+    "learned": {"positions": "learned"},
+}
+
+
+def greedy_without_cache(model, prompt, n):
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_cached_greedy_equals_uncached_for_prompts_of_any_length(name):
+    """Rows shorter than, as long as and longer than the window, alone and in one batch."""
+    model = small(**CONFIGS[name])
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(61, (n,), generator=generator).tolist() for n in (1, 4, 5, 6, 13)]
+    expected = [greedy_without_cache(model, prompt, 15) for prompt in prompts]
+    assert model.generate(prompts, 15, temperature=0) == expected
+    assert [model.generate([prompt], 15, temperature=0)[0] for prompt in prompts] == expected
+    same_length = torch.tensor([prompts[2], prompts[2][::-1]])
+    assert model.generate(same_length, 15, temperature=0)[0] == expected[2]
+
+
+def test_cache_takes_the_memory_of_the_window_only():
+    model = small(window=5, full_layers=(1,))
+    cache = model.new_cache([3, 7], 30)
+    assert cache.keys[0].shape == (2, 5, 2, 8)
+    assert cache.keys[1].shape == (2, 30, 2, 8)
+
+
+def test_stream_yields_what_generate_returns_and_stops_row_by_row():
+    model = small()
+    prompts = [[1, 2, 3], [4, 5]]
+    whole = model.generate(prompts, 12, temperature=0)
+    steps = list(model.stream(prompts, 12, temperature=0))
+    assert [[step[row] for step in steps] for row in (0, 1)] == whole
+    stop = whole[0][4]
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in whole]
+    assert model.generate(prompts, 12, temperature=0, stop=stop) == cut
+    assert model.generate(prompts, 12, temperature=0, stop=[stop, whole[1][0]])[1] == whole[1][:1]
+
+
+def test_same_generator_same_text():
+    model = small()
+
+    def draw(seed):
+        return model.generate([[1, 2]], 20, generator=torch.Generator().manual_seed(seed))
+
+    assert draw(0) == draw(0) != draw(1)
+
+
+def frequencies(logits, **options):
+    rows = logits.expand(20_000, -1)
+    drawn = sample(rows, **({"temperature": 1.0} | options), generator=torch.Generator().manual_seed(0))
+    return torch.bincount(drawn.flatten(), minlength=logits.numel()) / len(rows)
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.5}, [0]),  # exactly reached by the first
+        ({"top_p": 0.51}, [0, 1]),
+        ({"top_p": 0.01}, [0]),
+        ({"min_p": 0.3}, [0, 1]),
+        ({"min_p": 1.0}, [0]),
+        ({"top_k": 3, "min_p": 0.5}, [0, 1]),
+    ],
+)
+def test_cuts_keep_the_likely_tokens_in_proportion(options, kept):
+    p = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    expected = torch.zeros(4)
+    expected[kept] = p[kept] / p[kept].sum()
+    # 20,000 draws: the standard error of a frequency is at most 0.0036
+    torch.testing.assert_close(frequencies(p.log(), **options), expected, atol=0.015, rtol=0)
+
+
+def test_temperature_divides_the_logits():
+    p = torch.tensor([0.5, 0.25, 0.25])
+    expected = (p.log() / 0.5).softmax(0)
+    torch.testing.assert_close(frequencies(p.log(), temperature=0.5), expected, atol=0.015, rtol=0)
+
+
+def test_repetition_penalty_makes_seen_tokens_less_likely():
+    """Keskar et al. 2019, equation 2, by hand on one step, and no loops in a long greedy text."""
+    model = small()
+    prompt = [3, 7, 7, 11]
+    logits = model(torch.tensor([prompt]))[0, -1]
+    for token in set(prompt):
+        logits[token] = logits[token] / 5 if logits[token] > 0 else logits[token] * 5
+    assert model.generate([prompt], 1, temperature=0, repetition_penalty=5.0) == [[logits.argmax().item()]]
+    free = model.generate([prompt], 30, temperature=0)[0]
+    penalised = model.generate([prompt], 30, temperature=0, repetition_penalty=5.0)[0]
+    assert len(set(penalised)) > len(set(free))
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[]], {}, "empty prompt"),
+        ([], {}, "empty prompt"),
+        ([[61]], {}, "token 61"),
+        ([[1]], {"temperature": -1.0}, "temperature -1"),
+        ([[1]], {"top_k": 0}, "top_k 0"),
+        ([[1]], {"top_p": 0.0}, "top_p 0"),
+        ([[1]], {"min_p": 2.0}, "min_p 2"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty 0"),
+    ],
+)
+def test_bad_arguments_say_why(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        small().generate(prompts, 2, **options)
+
+
+def test_learned_positions_end():
+    with pytest.raises(ValueError, match="32 positions"):
+        small(positions="learned").generate([[1] * 30], 3)

@@ -1,0 +1,607 @@
+"""Train any of the models: `python train.py --model gpt`.
+
+    for step in range(steps):
+        gradient of the mean loss over batch_size x grad_accum sequences, clipped to norm grad_clip
+        optimizer step at learning_rate(step)
+
+The loop stands in `train` below. It knows a model only through the Concept protocol, so each model file
+stays readable on its own. Everything random is a function of (seed, step): a run that is killed and resumed
+computes, on a CPU to the bit, what it would have computed in one go. A run leaves behind, in --out:
+
+    model/           Hugging Face layout: opens with AutoModelForCausalLM and AutoTokenizer
+    checkpoint/      what --resume needs; checkpoint.previous/ is the one before
+    metrics.jsonl    one object per logged step and per evaluation
+    loss.png         training and validation loss over tokens
+    samples.txt      what the model had to show at each evaluation
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import data
+from kernels import rms_norm
+from tokenizer import Tokenizer
+
+
+class Concept(Protocol):
+    """What a model file offers to be trained: a module with these names."""
+
+    SIZES: dict[str, Any]  # of Config
+    Model: type[nn.Module]  # Model(config); .loss(batch) -> (loss, metrics); .flops_per_token(seq_len);
+    #                         .save_pretrained(directory); .from_pretrained(directory); .config
+
+    def make_batch(self, tokens: Tensor, config: Any, generator: torch.Generator) -> dict[str, Tensor]: ...
+
+    def show(self, model: nn.Module, tokenizer: Tokenizer) -> str: ...
+
+
+MODELS = ("gpt",)
+
+# Dense bf16 matmul peak in FLOP/s, by a part of the name CUDA gives the device; the more special name first.
+# An unknown device shows no MFU rather than a guess.
+PEAK_FLOPS = {
+    "H200": 989e12,  # NVIDIA H200 data sheet (half of "with sparsity")
+    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet
+    "H100 NVL": 835e12,  # NVIDIA H100 NVL data sheet
+    "H100": 989e12,  # NVIDIA H100 data sheet, SXM
+    "A100": 312e12,  # NVIDIA A100 data sheet
+    "B200": 2250e12,  # NVIDIA HGX B200 data sheet
+    "L40S": 362e12,  # NVIDIA L40S data sheet
+    "L4": 121e12,  # NVIDIA L4 data sheet
+    "A10G": 70e12,  # NVIDIA A10G data sheet
+    "RTX 4090": 165.2e12,  # NVIDIA Ada whitepaper, appendix A, float32 accumulation
+    "RTX 3090": 71e12,  # NVIDIA GA102 whitepaper, table 9, float32 accumulation
+    "MI300X": 1307e12,  # AMD Instinct MI300X data sheet
+}
+
+# A resumed run may change these; every other flag is part of what the run computes.
+FREE_ON_RESUME = {
+    "resume", "out", "cache", "steps", "device", "compile", "kernels", "eval_every", "save_every", "log_every",
+}  # fmt: skip
+LOGS = ("metrics.jsonl", "samples.txt")
+MAX_SKIPPED = 5  # steps in a row with a non-finite loss or gradient before the run gives up
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a language model from scratch, or further.",
+        epilog="Examples: train.py --model gpt | train.py --model gpt --data book.txt --out runs/book | "
+        "train.py --model gpt --resume",
+    )
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--model", required=True, help=f"the model file: {', '.join(MODELS)}")
+    what.add_argument("--size", help="a size the model file names, see `python gpt.py` (default tiny)")
+    what.add_argument("--init-from", metavar="DIR", help="start from this checkpoint in Hugging Face layout")
+    what.add_argument(
+        "--data",
+        default="stdlib",
+        metavar="WHAT",
+        help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py .jsonl, "
+        f"also .gz, a URL, or one of: {', '.join(data.PUBLIC)}",
+    )
+    what.add_argument(
+        "--tokenizer",
+        metavar="WHAT",
+        help="bpe:N learns N tokens from the corpus, bytes, a tiktoken encoding such as gpt2, or a directory with "
+        "tokenizer.json (default bpe:4096, or the tokenizer in --init-from)",
+    )
+    what.add_argument(
+        "--bad-text", choices=("refuse", "skip"), default="refuse", help="text that is not UTF-8"
+    )
+    what.add_argument("--document-mask", action="store_true", help="keep attention inside each document")
+
+    how = parser.add_argument_group("how it is trained")
+    how.add_argument("--steps", type=int, default=700, help="optimizer updates (default %(default)s)")
+    how.add_argument("--batch-size", type=int, default=16, metavar="SEQUENCES", help="default %(default)s")
+    how.add_argument("--grad-accum", type=int, default=1, metavar="N", help="batches per update (default 1)")
+    how.add_argument("--seq-len", type=int, metavar="T", help="tokens (default: what the model was made for)")
+    how.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for matrices only"
+    )
+    how.add_argument("--lr", type=float, help="peak learning rate (default: by the model's size)")
+    how.add_argument(
+        "--warmup", type=int, metavar="STEPS", help="default: a twentieth of --steps, at most 1000"
+    )
+    how.add_argument("--schedule", choices=("cosine", "wsd", "constant"), default="cosine")
+    how.add_argument("--weight-decay", type=float, default=0.1, help="of matrices (default %(default)s)")
+    how.add_argument(
+        "--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 for none (default 1)"
+    )
+    how.add_argument("--seed", type=int, default=0)
+
+    where = parser.add_argument_group("where and how fast")
+    where.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: a GPU if there is one")
+    where.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+    )
+    where.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)"
+    )
+    where.add_argument("--kernels", choices=("auto", "triton", "torch", "reference"), default="auto")
+
+    out = parser.add_argument_group("what comes out")
+    out.add_argument("--out", type=Path, metavar="DIR", help="default runs/MODEL")
+    out.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    out.add_argument("--eval-every", type=int, metavar="STEPS", help="default: eight times in a run")
+    out.add_argument("--save-every", type=int, metavar="STEPS", help="default: as often as evaluation")
+    out.add_argument("--log-every", type=int, metavar="STEPS", default=10, help="default %(default)s")
+    out.add_argument(
+        "--cache", type=Path, metavar="DIR", default=Path("cache"), help="of tokens (default cache)"
+    )
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / args.model
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other flags; ValueError for values that make no sense."""
+    if args.model not in MODELS:
+        raise ValueError(f"--model {args.model}: expected one of {', '.join(MODELS)}")
+    for flag in ("steps", "batch_size", "grad_accum", "seq_len", "eval_every", "save_every", "log_every"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
+    for flag in ("lr", "warmup", "weight_decay", "grad_clip", "seed"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
+    if args.init_from and args.size:
+        raise ValueError(f"--size {args.size} and --init-from cannot go together: the checkpoint has a size")
+    args.eval_every = args.eval_every or max(1, args.steps // 8)
+    args.save_every = args.save_every or args.eval_every
+    if args.warmup is None:
+        args.warmup = min(1000, args.steps // 20)
+    args.tokenizer = args.tokenizer or args.init_from or "bpe:4096"
+
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if not available[args.device]:
+        raise ValueError(
+            f"--device {args.device}: there is none here; leave the flag out to use what there is"
+        )
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.device == "cuda" and has_bfloat16("cuda") else "float32"
+    if args.dtype == "bfloat16" and not has_bfloat16(args.device):
+        raise ValueError(
+            f"--dtype bfloat16: this {args.device} has no bfloat16 arithmetic; use --dtype float32"
+        )
+    try:
+        rms_norm(torch.ones(1, 1, device=args.device), torch.ones(1, device=args.device), backend=args.kernels)
+    except ValueError as error:
+        raise ValueError(f"--kernels {args.kernels}: {error}") from None
+    if args.compile is None:
+        args.compile = args.device == "cuda"
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16, rather than PyTorch emulating it, which is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@dataclass
+class Run:
+    args: argparse.Namespace
+    concept: Concept
+    model: nn.Module
+    dataset: data.Dataset
+    loader: data.Loader
+    optimizers: list[torch.optim.Optimizer]
+    flags: dict[str, str]  # as they were at the start, for --resume to compare
+    step: int = 0  # updates made
+    seconds: float = 0.0  # spent on them
+    n_skipped: int = 0  # updates left out because a gradient was not finite
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Everything that can fail, before any work that costs: ValueError says what is wrong and what to do."""
+    check_arguments(args)
+    flags = {flag: str(value) for flag, value in vars(args).items()}
+    saved = load_checkpoint(args, flags) if args.resume else None
+    if saved is None and (args.out / "checkpoint").exists():
+        raise ValueError(
+            f"--out {args.out}: there is a run in it; add --resume to go on, or name another directory"
+        )
+    concept = importlib.import_module(args.model)
+    torch.manual_seed(args.seed)
+    if args.init_from:
+        model = concept.Model.from_pretrained(args.init_from).float()
+        config = replace(model.config, kernels=args.kernels)
+    else:
+        size = args.size or "tiny"
+        if size not in concept.SIZES:
+            raise ValueError(f"--size {size}: expected one of {', '.join(concept.SIZES)}")
+        model, config = None, replace(concept.SIZES[size], kernels=args.kernels)
+    args.seq_len = args.seq_len or config.max_seq_len
+    if args.seq_len > config.max_seq_len:
+        raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {config.max_seq_len} tokens")
+    check_writable(args.out)
+
+    dataset = data.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
+    loader = data.Loader(dataset.train.tokens, args.seq_len, args.seed)
+    n_vocab, eot_id = dataset.tokenizer.n_vocab, dataset.tokenizer.eot_id
+    if model is None:
+        config = replace(config, vocab_size=n_vocab, max_seq_len=args.seq_len, eos_token_id=eot_id)
+        model = concept.Model(config)
+    elif n_vocab > config.vocab_size:
+        raise ValueError(
+            f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint knows {config.vocab_size}"
+        )
+    else:
+        weights = model.state_dict()
+        with torch.device("meta"):
+            model = concept.Model(config)
+        model.load_state_dict(weights, assign=True)
+    n_params = sum(p.numel() for p in model.parameters())
+    free, needed = (
+        shutil.disk_usage(args.out).free,
+        4 * n_params * 7,
+    )  # two checkpoints of 3 n_params, and model/
+    if free < needed:
+        raise ValueError(
+            f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
+        )
+    if args.lr is None:
+        args.lr = default_learning_rate(n_params)
+    model.to(args.device)
+    run = Run(args, concept, model, dataset, loader, make_optimizers(model, args), flags)
+    if saved is not None:
+        resume(run, *saved)
+    else:
+        for log in LOGS:
+            (args.out / log).write_text("")
+    return run
+
+
+def check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written to ({error.strerror})") from None
+
+
+def default_learning_rate(n_params: int) -> float:
+    """Kaplan et al. 2020, equation D.1: the best peak rate falls slowly with the number of parameters."""
+    return 0.003239 - 0.0001395 * math.log(n_params)
+
+
+def make_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019), decaying matrices only; or Muon (Jordan et al. 2024) for the hidden
+    matrices, with its update scaled to AdamW's so that one learning rate serves both (Liu et al. 2025)."""
+    hidden = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    muon, decayed, plain = [], [], []
+    for p in model.parameters():
+        if args.optimizer == "muon" and id(p) in hidden:
+            muon.append(p)
+        elif p.ndim >= 2:
+            decayed.append(p)
+        else:
+            plain.append(p)
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    fused = args.device in ("cpu", "cuda")
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(muon, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    if sorted(map(id, held)) != sorted(id(p) for p in model.parameters()):
+        raise RuntimeError("every parameter must be in exactly one optimizer group")
+    return optimizers
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up; then cosine to a tenth (Hoffmann et al. 2022, appendix B), constant, or warm-up,
+    stable, decay: constant until the last fifth, which falls linearly to zero (Hägele et al. 2024)."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    if args.schedule == "cosine":
+        return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    if args.schedule == "wsd":
+        return args.lr * min(1.0, (1 - done) / 0.2)
+    return args.lr
+
+
+def load_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[dict, dict, dict]:
+    def warn(problem: str) -> None:
+        print(f"warning: {problem}; trying the checkpoint before it", file=sys.stderr)
+
+    saved = checkpoint.load(args.out, warn)
+    state = saved[2]
+    for flag in flags.keys() - FREE_ON_RESUME:
+        before, now = state["flags"].get(flag), flags[flag]
+        if before != now:
+            raise ValueError(
+                f"--resume: the run in {args.out} was started with --{flag.replace('_', '-')} {before}, not {now}; "
+                f"its command was: {state['command']}"
+            )
+    return saved
+
+
+def resume(run: Run, weights: dict, tensors: dict, state: dict) -> None:
+    if state["dataset"] != run.dataset.name:
+        raise ValueError(
+            f"--resume: the text of --data {run.args.data} has changed since the run was started"
+        )
+    run.model.load_state_dict(weights)
+    for optimizer, saved in zip(run.optimizers, tensors["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(tensors["rng"])
+    run.step, run.seconds, run.n_skipped = state["step"], state["seconds"], state["skipped"]
+    # What was logged after the checkpoint will be computed and logged again.
+    for name, size in state["logs"].items():
+        os.truncate(run.args.out / name, size)
+
+
+def save(run: Run) -> None:
+    """Write checkpoint/ and model/, each whole or not at all."""
+    out = run.args.out
+    for log in LOGS:
+        checkpoint.sync(out / log)
+    tensors = {"optimizers": [o.state_dict() for o in run.optimizers], "rng": torch.get_rng_state()}
+    state = {"step": run.step, "seconds": run.seconds, "skipped": run.n_skipped, "dataset": run.dataset.name}
+    state |= {"flags": run.flags, "command": shlex.join(["python", *sys.argv])}
+    state |= {"logs": {log: (out / log).stat().st_size for log in LOGS}}
+    checkpoint.save(out, run.model.state_dict(), tensors, state)
+    with checkpoint.replace_directory(out / "model") as new:
+        run.model.save_pretrained(new)
+        run.dataset.tokenizer.save(new)
+
+
+def micro_batch(run: Run, step: int, micro: int) -> dict[str, Tensor]:
+    args = run.args
+    index = step * args.grad_accum + micro
+    tokens = run.loader.batch(index * args.batch_size, args.batch_size)
+    return to_batch(run, tokens, torch.Generator().manual_seed((args.seed << 32) + index))
+
+
+def to_batch(run: Run, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = run.concept.make_batch(tokens, run.model.config, generator)
+    if run.args.document_mask:
+        ends = data.cu_seqlens(batch["tokens"], run.dataset.tokenizer.eot_id)
+        batch = {name: t.reshape(1, -1) for name, t in batch.items()} | {"cu_seqlens": ends}
+    return {name: t.to(run.args.device, non_blocking=True) for name, t in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float]:
+    """Mean loss over the whole held-out text, always the same draws whatever the training has drawn."""
+    run.model.eval()
+    nats, n_targets = 0.0, 0
+    tokens, T, B = run.dataset.val.tokens, run.args.seq_len, run.args.batch_size
+    for i, rows in enumerate(data.held_out_batches(tokens, T, B)):
+        batch = to_batch(run, rows, torch.Generator().manual_seed(i))
+        # The last rows have another shape, for which nothing should be compiled again.
+        whole = rows.shape == (B, T + 1)
+        with autocast():
+            loss, metrics = (loss_of if whole else run.model.loss)(batch)
+        nats += loss.double().item() * int(metrics["targets"])
+        n_targets += int(metrics["targets"])
+    run.model.train()
+    result = {"val_loss": nats / n_targets, "perplexity": math.exp(min(nats / n_targets, 700))}
+    if n_targets == len(tokens) - 1:  # every byte was predicted, so the sum is a code length for the text
+        result["bits_per_byte"] = nats / math.log(2) / run.dataset.val.n_bytes
+    return result
+
+
+def train(run: Run) -> int:
+    """The loop. Returns the exit code: 0 at the end, 130 if interrupted, 1 if the loss would not stay finite."""
+    args, model = run.args, run.model
+    tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
+    flops_per_token = model.flops_per_token(args.seq_len)
+    peak = peak_flops(args.device)
+    loss_of = (
+        torch.compile(model.loss) if args.compile else model.loss
+    )  # never wraps the module that is saved
+
+    def autocast():
+        return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    interrupted = []
+
+    def interrupt(*_):
+        interrupted.append(True)  # the step is finished first; a second Ctrl-C does not wait
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, interrupt)
+    announce(run, loss_of, autocast)
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", dynamic_ncols=True)
+    shown = {}
+    if run.step == 0:
+        shown["val"] = evaluate_and_show(run, loss_of, autocast)
+    skipped, logged_step, interval = 0, run.step, 0.0
+    while run.step < args.steps and not interrupted:
+        began = time.perf_counter()
+        lr = learning_rate(run.step, args)
+        for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
+        loss = torch.zeros((), device=args.device)
+        for micro in range(args.grad_accum):
+            with autocast():
+                micro_loss, metrics = loss_of(micro_batch(run, run.step, micro))
+            (micro_loss / args.grad_accum).backward()
+            loss += micro_loss.detach() / args.grad_accum
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        finite = bool(torch.isfinite(loss + norm))
+        for optimizer in run.optimizers:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        interval += time.perf_counter() - began
+
+        skipped = 0 if finite else skipped + 1
+        if not finite:
+            run.n_skipped += 1
+            tqdm.write(f"step {run.step}: loss {loss.item()}, gradient norm {norm.item()}: update skipped")
+        if skipped == MAX_SKIPPED:
+            bar.close()
+            where = args.out / "checkpoint"
+            last = f"the last good state is in {where}" if where.is_dir() else "nothing was saved yet"
+            print(
+                f"error: {skipped} steps in a row were not finite; try a lower --lr; {last}", file=sys.stderr
+            )
+            return 1
+        if run.step % args.log_every == 0 or run.step == args.steps:
+            rate = (run.step - logged_step) * tokens_per_step / interval
+            run.seconds += interval
+            logged_step, interval = run.step, 0.0
+            row = {"step": run.step, "tokens": run.step * tokens_per_step, "loss": loss.item(), "lr": lr}
+            row |= {"grad_norm": norm.item(), "skipped": run.n_skipped, "tokens_per_second": rate}
+            row |= {"mfu": rate * flops_per_token / peak if peak else None, "seconds": run.seconds}
+            row |= {name: float(value) for name, value in metrics.items() if name != "targets"}
+            append(args.out / "metrics.jsonl", json.dumps(row) + "\n")
+            shown |= {"loss": f"{loss.item():.3f}", "tok/s": f"{rate:,.0f}"}
+            shown |= {"mfu": f"{row['mfu']:.1%}"} if peak else {}
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+        if run.step % args.eval_every == 0 or run.step == args.steps:
+            shown["val"] = evaluate_and_show(run, loss_of, autocast)
+        if run.step % args.save_every == 0 and run.step < args.steps and not skipped:
+            save(run)
+    bar.close()
+    save(run)
+    if interrupted:
+        print(f"interrupted at step {run.step} and saved; go on with --resume", file=sys.stderr)
+        return 130
+    print((args.out / "samples.txt").read_text().rpartition("=== ")[2])
+    print(f"model: {args.out / 'model'}    loss curve: {args.out / 'loss.png'}")
+    return 0
+
+
+def append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def evaluate_and_show(run: Run, loss_of: Callable, autocast: Callable) -> str:
+    args, out = run.args, run.args.out
+    result = evaluate(run, loss_of, autocast)
+    tokens = run.step * args.batch_size * args.grad_accum * args.seq_len
+    append(out / "metrics.jsonl", json.dumps({"step": run.step, "tokens": tokens, **result}) + "\n")
+    sample = run.concept.show(run.model.eval(), run.dataset.tokenizer)
+    run.model.train()
+    append(
+        out / "samples.txt", f"=== step {run.step}, validation loss {result['val_loss']:.4f}\n{sample}\n\n"
+    )
+    plot(out)
+    return f"{result['val_loss']:.3f}"
+
+
+def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
+    """Say what will be trained and how long it will take, by timing a forward and backward pass."""
+    args, model, train, val = run.args, run.model, run.dataset.train.tokens, run.dataset.val.tokens
+    passes = []
+    with torch.random.fork_rng():
+        for _ in range(3):  # the first ones warm up, or compile
+            began = time.perf_counter()
+            with autocast():
+                loss, _ = loss_of(micro_batch(run, run.step, 0))
+            loss.backward()
+            loss.item()
+            passes.append(time.perf_counter() - began)
+    model.zero_grad(set_to_none=True)
+    n_params = sum(p.numel() for p in model.parameters())
+    tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
+    n_tokens = args.steps * tokens_per_step
+    n_flops = n_tokens * model.flops_per_token(args.seq_len)
+    left = args.steps - run.step
+    evaluations = (left // args.eval_every + 1) * len(val) / (args.batch_size * args.seq_len)
+    minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
+    print(f"model  {args.model} {args.init_from or args.size or 'tiny'}, {n_params:,} parameters")
+    print(f"text   {args.data}, {len(train):,} tokens to train on, {len(val):,} held out")
+    print(
+        f"run    {args.steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {n_tokens / len(train):.2f} epochs"
+    )
+    print(f"cost   {n_flops:.2e} FLOPs, {n_tokens / n_params:.2f} tokens per parameter (Chinchilla: 20)")
+    print(f"here   {args.dtype} on {args.device}, about {minutes:.1f} min from step {run.step}", flush=True)
+
+
+def peak_flops(device: str) -> float | None:
+    if device != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def plot(out: Path) -> None:
+    """loss.png: training and validation loss over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for key, style, label in (("loss", "-", "training"), ("val_loss", "o-", "validation")):
+        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        axes.plot(
+            *zip(*points, strict=True) if points else ((), ()),
+            style,
+            label=label,
+            markersize=4,
+            linewidth=1.2,
+        )
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with checkpoint.replace_file(out / "loss.png") as new:
+        figure.savefig(new, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed: every step allocates the same activations again, and would
+    otherwise pay a page fault for each 4 kB of them."""
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 2**31 - 1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, largest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; the CPU has none
+    try:
+        run = prepare(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return train(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -54,7 +54,7 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on leaving, it is synced to disk and takes the place of `path` in one step."""
+    """Yield a path to write to; on leaving, it is synced and takes the place of `path` in one step."""
     new = path.with_name(path.name + ".new")
     try:
         yield new

@@ -16,6 +16,91 @@ import torch
 from torch import Tensor, nn
 
 
+class KVCache:
+    """Keys and values of the tokens so far, so that each new token costs one step instead of a whole pass.
+
+    Preallocated as (B, S, G, K) per layer. It is filled by one pass over the prompts, then by one token at
+    a time. A layer with a window keeps only what the window can see: position p lives in slot p mod S, a
+    ring buffer (Mistral 7B, Jiang et al. 2023, section 2), which attention may read in any order because
+    keys carry their position in themselves. Rows may differ in length: a row's keys fill its slots from the
+    left.
+    """
+
+    def __init__(self, config, lengths: list[int], max_len: int, like: Tensor):
+        """config: of a model, as in gpt.py; lengths: of the prompts, one per row; max_len: tokens to hold;
+        like: a tensor whose device and dtype to use."""
+        self.lengths = list(lengths)
+        self.filled = False
+        self.slots = [min(max_len, config.layer_window(layer) or max_len) for layer in range(config.n_layers)]
+        shape = (len(lengths), config.n_kv_heads, config.d_head)
+        self.keys = [like.new_zeros(shape[0], S, *shape[1:]) for S in self.slots]
+        self.values = [like.new_zeros(shape[0], S, *shape[1:]) for S in self.slots]
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """Of the next T tokens: (1, T) while filling, where every row starts at 0, else (B, 1) or (1, 1)."""
+        if not self.filled:
+            return torch.arange(T, device=device)[None]
+        rows = self.lengths[:1] if self.uniform else self.lengths
+        return torch.tensor(rows, device=device)[:, None]
+
+    @property
+    def uniform(self) -> bool:
+        return min(self.lengths) == max(self.lengths)
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the keys and values (B, T, G, K) of the prompts, right-padded to T."""
+        S = self.slots[layer]
+        slot = torch.arange(S, device=k.device)
+        last = torch.tensor(self.lengths, device=k.device)[:, None] - 1  # (B, 1)
+        position = (
+            slot + (last - slot).div(S, rounding_mode="floor") * S
+        )  # the latest one that lives in the slot
+        position = position.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
+        self.keys[layer], self.values[layer] = k.gather(1, position), v.gather(1, position)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store one token's (B, 1, G, K); returns all keys and values, and seqlens_k if rows differ."""
+        S, keys, values = self.slots[layer], self.keys[layer], self.values[layer]
+        n = min(max(self.lengths) + 1, S)
+        if self.uniform:
+            slot = self.lengths[0] % S
+            keys[:, slot], values[:, slot] = k[:, 0], v[:, 0]
+            return keys[:, :n], values[:, :n], None
+        lengths = torch.tensor(self.lengths, device=k.device)
+        rows = torch.arange(len(self.lengths), device=k.device)
+        keys[rows, lengths % S], values[rows, lengths % S] = k[:, 0], v[:, 0]
+        return keys[:, :n], values[:, :n], (lengths + 1).clamp(max=S)
+
+    def advance(self) -> None:
+        """To be called after each pass: the prompts' lengths count from the start, each further token one."""
+        if self.filled:
+            self.lengths = [n + 1 for n in self.lengths]
+        self.filled = True
+
+
+class StaticKVCache(KVCache):
+    """The same cache in shapes that never change, so that one compiled graph serves every step: the lengths
+    live on the device, and each step looks at all slots with those not yet filled masked."""
+
+    def __init__(self, config, lengths: list[int], max_len: int, like: Tensor):
+        super().__init__(config, lengths, max_len, like)
+        self.seqlens = torch.tensor(lengths, device=like.device)
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        return self.seqlens[:, None] if self.filled else super().positions(T, device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        S, keys, values = self.slots[layer], self.keys[layer], self.values[layer]
+        rows = torch.arange(k.shape[0], device=k.device)
+        keys[rows, self.seqlens % S], values[rows, self.seqlens % S] = k[:, 0], v[:, 0]
+        return keys, values, (self.seqlens + 1).clamp(max=S)
+
+    def advance(self) -> None:
+        if self.filled:
+            self.seqlens += 1
+        self.filled = True
+
+
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
     vocab_size = model.config.vocab_size
     if not prompts or not all(prompts):
@@ -28,7 +113,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, rep
     longest, context = max(map(len, prompts)), model.config.max_seq_len
     if max_new_tokens < 0 or (model.config.positions == "learned" and longest + max_new_tokens > context):
         raise ValueError(
-            f"generate: {longest} prompt tokens and {max_new_tokens} new ones: the model has {context} positions"
+            f"generate: {longest} prompt tokens, {max_new_tokens} new ones: the model has {context} positions"
         )
     ranges = {
         "temperature": (temperature, temperature >= 0, "at least 0"),
@@ -70,6 +155,7 @@ def stream(
     repetition_penalty: float = 1.0,
     stop: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    compile: bool = False,
 ) -> Iterator[list[int | None]]:
     """Continue the prompts, yielding tokens as they come: one per row each step, None for a row that has
     ended.
@@ -89,7 +175,11 @@ def stream(
     T = max(lengths)
     # Padding on the right is never seen: a causal model looks back, and the cache knows each row's length.
     padded = torch.tensor([row + row[-1:] * (T - len(row)) for row in prompts], device=device)  # (B, T)
-    cache = model.new_cache(lengths, T + max_new_tokens)
+    capacity = T + max_new_tokens
+    if compile:
+        capacity = -(-capacity // 128) * 128  # few different shapes, so that few are compiled
+    cache = model.new_cache(lengths, capacity, static=compile)
+    step_hidden = torch.compile(model.hidden) if compile else model.hidden
     hidden = model.hidden(padded, cache=cache)  # (B, T, D)
     last = torch.tensor(lengths, device=device) - 1
     hidden = hidden[torch.arange(len(prompts), device=device), last]  # (B, D)
@@ -111,7 +201,7 @@ def stream(
         ended = [end or t in stops for end, t in zip(ended, drawn, strict=True)]
         if all(ended) or step == max_new_tokens - 1:
             return
-        hidden = model.hidden(token, cache=cache)[:, 0]
+        hidden = step_hidden(token, cache=cache)[:, 0]
 
 
 def sample(

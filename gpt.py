@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import huggingface
-from generate import generate, stream
+from generate import KVCache, StaticKVCache, generate, stream
 from kernels import attention, rms_norm
 from tokenizer import Tokenizer
 
@@ -119,7 +119,7 @@ class Config:
 GPT2 = dict(norm="layer", norm_eps=1e-5, positions="learned", mlp="gelu", bias=True, eos_token_id=50256)
 
 SIZES = {
-    "tiny": Config(4, 4, 256, 704, 4096, 256, n_kv_heads=2, qk_norm=True),
+    "tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True),
     "10m": Config(5, 6, 384, 1024, 4096, 512, qk_norm=True),
     "124m": Config(12, 12, 768, 2048, qk_norm=True),
     "350m": Config(24, 16, 1024, 2816, qk_norm=True),
@@ -172,76 +172,18 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wavelength, left as it is
         frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
-    angles = positions[..., None].float() * frequencies
+    angles = positions[..., None].float() * frequencies  # (..., T, K / 2)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + K/2}) of x (B, T, H, K) by the angles of `rope`, computing in float32."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, K / 2): the same for every head
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn the pairs (x_i, x_{i + K/2}) of x (B, T, H, K) by the angles of `rope`, computing in float32.
 
-
-class KVCache:
-    """Keys and values of the tokens so far, so that each new token costs one step instead of a whole pass.
-
-    Preallocated as (B, S, G, K) per layer. It is filled by one pass over the prompts, then by one token at
-    a time. A layer with a window keeps only what the window can see: position p lives in slot p mod S, a
-    ring buffer (Mistral 7B, Jiang et al. 2023, section 2), which attention may read in any order because
-    keys carry their position in themselves. Rows may differ in length: a row's keys fill its slots from the
-    left.
+    (a, b) becomes (a cos - b sin, b cos + a sin).
     """
-
-    def __init__(self, config: Config, lengths: list[int], max_len: int, like: Tensor):
-        """lengths: of the prompts, one per row; max_len: tokens to hold; like: gives device and dtype."""
-        self.lengths = list(lengths)
-        self.filled = False
-        self.slots = [min(max_len, config.layer_window(layer) or max_len) for layer in range(config.n_layers)]
-        shape = (len(lengths), config.n_kv_heads, config.d_head)
-        self.keys = [like.new_zeros(shape[0], S, *shape[1:]) for S in self.slots]
-        self.values = [like.new_zeros(shape[0], S, *shape[1:]) for S in self.slots]
-
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        """Of the next T tokens: (1, T) while filling, where every row starts at 0, else (B, 1) or (1, 1)."""
-        if not self.filled:
-            return torch.arange(T, device=device)[None]
-        rows = self.lengths[:1] if self.uniform else self.lengths
-        return torch.tensor(rows, device=device)[:, None]
-
-    @property
-    def uniform(self) -> bool:
-        return min(self.lengths) == max(self.lengths)
-
-    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values (B, T, G, K) of the prompts, right-padded to T."""
-        S = self.slots[layer]
-        slot = torch.arange(S, device=k.device)
-        last = torch.tensor(self.lengths, device=k.device)[:, None] - 1  # (B, 1)
-        position = (
-            slot + (last - slot).div(S, rounding_mode="floor") * S
-        )  # the latest one that lives in the slot
-        position = position.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
-        self.keys[layer], self.values[layer] = k.gather(1, position), v.gather(1, position)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store one token's (B, 1, G, K); returns all keys and values to attend to, and seqlens_k if ragged."""
-        S, keys, values = self.slots[layer], self.keys[layer], self.values[layer]
-        n = min(max(self.lengths) + 1, S)
-        if self.uniform:
-            slot = self.lengths[0] % S
-            keys[:, slot], values[:, slot] = k[:, 0], v[:, 0]
-            return keys[:, :n], values[:, :n], None
-        lengths = torch.tensor(self.lengths, device=k.device)
-        rows = torch.arange(len(self.lengths), device=k.device)
-        keys[rows, lengths % S], values[rows, lengths % S] = k[:, 0], v[:, 0]
-        return keys[:, :n], values[:, :n], (lengths + 1).clamp(max=S)
-
-    def advance(self) -> None:
-        """To be called after each pass: the prompts' lengths count from the start, each further token one."""
-        if self.filled:
-            self.lengths = [n + 1 for n in self.lengths]
-        self.filled = True
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((-b, a), dim=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -386,7 +328,7 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean nats per target token, in float32, of a batch from `make_batch`, optionally with cu_seqlens."""
+        """Mean nats per target, in float32, of a batch from `make_batch`, optionally with cu_seqlens."""
         logits = self(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
         targets = batch["targets"]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -395,21 +337,23 @@ class GPT(nn.Module):
     def flops_per_token(self, seq_len: int) -> int:
         return self.config.flops_per_token(seq_len)
 
-    def new_cache(self, lengths: list[int], max_len: int) -> KVCache:
-        """An empty cache for prompts of these lengths, holding max_len tokens a row."""
-        return KVCache(self.config, lengths, max_len, like=self.model.norm.weight)
+    def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> KVCache:
+        """An empty cache for prompts of these lengths, with room for max_len tokens; static: to compile."""
+        cache = StaticKVCache if static else KVCache
+        return cache(self.config, lengths, max_len, like=self.model.norm.weight)
 
+    # Functions of generate.py with this model as their first argument.
     generate = generate
     stream = stream
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "GPT":
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "GPT":
         """Load a Hugging Face directory: GPT-2, Llama, Mistral, Qwen2 or Qwen3, in the precision it was
         saved in.
 
         Raises ValueError naming what is missing, damaged, of another shape, or not implemented here.
         """
-        config = Config(**huggingface.read_decoder_config(directory))
+        config = Config(**huggingface.read_decoder_config(directory), kernels=kernels)
         with torch.device("meta"):
             model = cls(config)
         huggingface.load_decoder_weights(model, directory)

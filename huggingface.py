@@ -82,19 +82,23 @@ ONLY = {
     "is_encoder_decoder": (False,),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
 }
 # Keys that do not change the logits: bookkeeping, initialisation, and dropout, which is off outside training.
 INERT = {
-    "architectures", "model_type", "_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype",
-    "use_cache", "bos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "attn_pdrop", "embd_pdrop",
-    "resid_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "output_attentions",
-    "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
+    "architectures", "model_type", "_name_or_path", "name_or_path", "transformers_version", "torch_dtype",
+    "dtype", "use_cache", "bos_token_id", "pad_token_id", "initializer_range", "attention_dropout",
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params", "output_attentions", "output_hidden_states", "return_dict", "id2label",
+    "label2id", "problem_type", "chunk_size_feed_forward", "max_length", "is_llama_config",
+    "transformers.js_config",
 }  # fmt: skip
 
 
 def read_decoder_config(directory: str | Path) -> dict:
-    """The fields of `gpt.Config` that describe the decoder in directory; ValueError where it cannot be one."""
+    """The fields of `gpt.Config` for the decoder in directory; ValueError where no Config describes it."""
     path = Path(directory) / "config.json"
     hf = read_json(path)
     architecture = (hf.get("architectures") or ["none"])[0]
@@ -106,7 +110,7 @@ def read_decoder_config(directory: str | Path) -> dict:
     fields = dict(DEFAULTS[architecture])
     for key, value in hf.items():
         if key in table:
-            if value is not None or key == "n_kv_heads":
+            if value is not None:
                 fields[table[key]] = tuple(value) if isinstance(value, list) else value
         elif key in ONLY:
             if value not in ONLY[key]:
@@ -120,21 +124,23 @@ def read_decoder_config(directory: str | Path) -> dict:
     missing = [key for key, field in table.items() if field in REQUIRED - fields.keys()]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} missing")
-    return fields | _windows(path, hf, fields)
+    return fields | _windows(path, hf, fields, architecture)
 
 
 WINDOW_KEYS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 
 
-def _windows(path: Path, hf: dict, fields: dict) -> dict:
+def _windows(path: Path, hf: dict, fields: dict, architecture: str) -> dict:
+    """The window and the layers without one, of which each family has its own spelling."""
+    qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
     window = hf.get("sliding_window", fields.get("window"))
-    if hf["model_type"] in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False):
-        window = None
-    if window is None or hf["model_type"] in ("gpt2", "llama"):
+    if window is None or (qwen and not hf.get("use_sliding_window", False)):
+        return {"window": None}
+    if not qwen and architecture != "MistralForCausalLM":
         return {"window": None}
     kinds = hf.get("layer_types")
     if kinds is None:  # Qwen: the first max_window_layers layers see everything
-        n_full = hf.get("max_window_layers", 0) if hf["model_type"] != "mistral" else 0
+        n_full = hf.get("max_window_layers", 0) if qwen else 0
         kinds = ["full_attention"] * n_full + ["sliding_attention"] * (fields["n_layers"] - n_full)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
@@ -148,7 +154,7 @@ def _windows(path: Path, hf: dict, fields: dict) -> dict:
 
 
 def _flatten_rope(path: Path, hf: dict) -> dict:
-    """One spelling for both of Hugging Face's: rope_parameters (transformers 5), rope_theta and rope_scaling (4)."""
+    """One spelling for both: rope_parameters (transformers 5), rope_theta and rope_scaling (4)."""
     hf = dict(hf)
     rope = {**(hf.pop("rope_scaling", None) or {}), **(hf.pop("rope_parameters", None) or {})}
     if "rope_theta" in rope:
@@ -201,7 +207,7 @@ def decoder_config(config) -> dict:
     hf = {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], "torch_dtype": "float32"}
     for key, field in (GPT2_FIELDS if gpt2 else LLAMA_FIELDS).items():
         hf[key] = getattr(config, field)
-    hf["bos_token_id"] = config.eos_token_id  # one token both ends a document and begins the next
+    hf["bos_token_id"] = None  # left out, transformers would put a token of its own there
     if gpt2:
         # What is generated from is what was trained: no dropout in either.
         hf |= {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -220,7 +226,7 @@ def decoder_config(config) -> dict:
 
 
 def load_decoder_weights(model: nn.Module, directory: str | Path) -> None:
-    """Give model, built on the meta device, the weights in directory; ValueError unless they fit one to one."""
+    """Give model, built on the meta device, the weights in directory; ValueError unless all fit."""
     weights = read_weights(directory)
     if model.config.positions == "learned":
         weights = _from_gpt2(weights)

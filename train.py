@@ -37,8 +37,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import corpus
 import data
 from kernels import rms_norm
+from optim import default_learning_rate, learning_rate, make_optimizers
 from tokenizer import Tokenizer
 
 
@@ -56,26 +58,29 @@ class Concept(Protocol):
 
 MODELS = ("gpt",)
 
-# Dense bf16 matmul peak in FLOP/s, by a part of the name CUDA gives the device; the more special name first.
-# An unknown device shows no MFU rather than a guess.
+# Dense bf16 matmul peak in FLOP/s, by the name that CUDA gives the device. An unknown device shows no MFU
+# rather than a guess.
 PEAK_FLOPS = {
-    "H200": 989e12,  # NVIDIA H200 data sheet (half of "with sparsity")
-    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet
-    "H100 NVL": 835e12,  # NVIDIA H100 NVL data sheet
-    "H100": 989e12,  # NVIDIA H100 data sheet, SXM
-    "A100": 312e12,  # NVIDIA A100 data sheet
-    "B200": 2250e12,  # NVIDIA HGX B200 data sheet
-    "L40S": 362e12,  # NVIDIA L40S data sheet
-    "L4": 121e12,  # NVIDIA L4 data sheet
-    "A10G": 70e12,  # NVIDIA A10G data sheet
-    "RTX 4090": 165.2e12,  # NVIDIA Ada whitepaper, appendix A, float32 accumulation
-    "RTX 3090": 71e12,  # NVIDIA GA102 whitepaper, table 9, float32 accumulation
-    "MI300X": 1307e12,  # AMD Instinct MI300X data sheet
+    "NVIDIA B200": 2250e12,  # NVIDIA HGX B200 data sheet (half of "with sparsity", here and below)
+    "NVIDIA H200": 989e12,  # NVIDIA H200 data sheet
+    "NVIDIA H100 80GB HBM3": 989e12,  # NVIDIA H100 data sheet, SXM
+    "NVIDIA H100 NVL": 835e12,  # NVIDIA H100 NVL data sheet
+    "NVIDIA H100 PCIe": 756e12,  # NVIDIA H100 data sheet
+    "NVIDIA A100-SXM4-80GB": 312e12,  # NVIDIA A100 data sheet
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,  # NVIDIA L40S data sheet
+    "NVIDIA L4": 121e12,  # NVIDIA L4 data sheet
+    "NVIDIA GeForce RTX 4090": 165.2e12,  # NVIDIA Ada whitepaper, appendix A, float32 accumulation
+    "NVIDIA GeForce RTX 3090": 71e12,  # NVIDIA GA102 whitepaper, table 9, float32 accumulation
+    "AMD Instinct MI300X": 1307e12,  # AMD Instinct MI300X data sheet
 }
 
 # A resumed run may change these; every other flag is part of what the run computes.
 FREE_ON_RESUME = {
-    "resume", "out", "cache", "steps", "device", "compile", "kernels", "eval_every", "save_every", "log_every",
+    "resume", "out", "cache", "steps", "device", "compile", "kernels", "eval_every", "save_every",
+    "log_every",
 }  # fmt: skip
 LOGS = ("metrics.jsonl", "samples.txt")
 MAX_SKIPPED = 5  # steps in a row with a non-finite loss or gradient before the run gives up
@@ -95,14 +100,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data",
         default="stdlib",
         metavar="WHAT",
-        help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py .jsonl, "
-        f"also .gz, a URL, or one of: {', '.join(data.PUBLIC)}",
+        help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py "
+        f".jsonl, also .gz, a URL, or one of: {', '.join(corpus.PUBLIC)}",
     )
     what.add_argument(
         "--tokenizer",
         metavar="WHAT",
-        help="bpe:N learns N tokens from the corpus, bytes, a tiktoken encoding such as gpt2, or a directory with "
-        "tokenizer.json (default bpe:4096, or the tokenizer in --init-from)",
+        help="bpe:N learns N tokens from the corpus, bytes, a tiktoken encoding such as gpt2, or a directory "
+        "with tokenizer.json (default bpe:4096, or the tokenizer in --init-from)",
     )
     what.add_argument(
         "--bad-text", choices=("refuse", "skip"), default="refuse", help="text that is not UTF-8"
@@ -110,8 +115,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--document-mask", action="store_true", help="keep attention inside each document")
 
     how = parser.add_argument_group("how it is trained")
-    how.add_argument("--steps", type=int, default=700, help="optimizer updates (default %(default)s)")
-    how.add_argument("--batch-size", type=int, default=16, metavar="SEQUENCES", help="default %(default)s")
+    how.add_argument("--steps", type=int, default=1300, help="optimizer updates (default %(default)s)")
+    how.add_argument("--batch-size", type=int, default=8, metavar="SEQUENCES", help="default %(default)s")
     how.add_argument("--grad-accum", type=int, default=1, metavar="N", help="batches per update (default 1)")
     how.add_argument("--seq-len", type=int, metavar="T", help="tokens (default: what the model was made for)")
     how.add_argument(
@@ -149,6 +154,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.model
+    if args.size is None and args.init_from is None:
+        args.size = "tiny"
     return args
 
 
@@ -166,15 +173,17 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
     if args.init_from and args.size:
         raise ValueError(f"--size {args.size} and --init-from cannot go together: the checkpoint has a size")
-    args.eval_every = args.eval_every or max(1, args.steps // 8)
+    args.eval_every = args.eval_every or math.ceil(args.steps / 8)
     args.save_every = args.save_every or args.eval_every
     if args.warmup is None:
         args.warmup = min(1000, args.steps // 20)
     args.tokenizer = args.tokenizer or args.init_from or "bpe:4096"
 
     if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+        args.device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[args.device]:
         raise ValueError(
             f"--device {args.device}: there is none here; leave the flag out to use what there is"
@@ -186,7 +195,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--dtype bfloat16: this {args.device} has no bfloat16 arithmetic; use --dtype float32"
         )
     try:
-        rms_norm(torch.ones(1, 1, device=args.device), torch.ones(1, device=args.device), backend=args.kernels)
+        rms_norm(
+            torch.ones(1, 1, device=args.device), torch.ones(1, device=args.device), backend=args.kernels
+        )
     except ValueError as error:
         raise ValueError(f"--kernels {args.kernels}: {error}") from None
     if args.compile is None:
@@ -194,7 +205,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the hardware multiplies bfloat16, rather than PyTorch emulating it, which is slower than float32."""
+    """Whether the hardware multiplies bfloat16; PyTorch's emulation of it is slower than float32."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
@@ -218,8 +229,8 @@ class Run:
 
 def prepare(args: argparse.Namespace) -> Run:
     """Everything that can fail, before any work that costs: ValueError says what is wrong and what to do."""
+    flags = {flag: str(value) for flag, value in vars(args).items()}  # before they get derived defaults
     check_arguments(args)
-    flags = {flag: str(value) for flag, value in vars(args).items()}
     saved = load_checkpoint(args, flags) if args.resume else None
     if saved is None and (args.out / "checkpoint").exists():
         raise ValueError(
@@ -228,13 +239,12 @@ def prepare(args: argparse.Namespace) -> Run:
     concept = importlib.import_module(args.model)
     torch.manual_seed(args.seed)
     if args.init_from:
-        model = concept.Model.from_pretrained(args.init_from).float()
-        config = replace(model.config, kernels=args.kernels)
+        model = concept.Model.from_pretrained(args.init_from, kernels=args.kernels).float()
+        config = model.config
+    elif args.size in concept.SIZES:
+        model, config = None, replace(concept.SIZES[args.size], kernels=args.kernels)
     else:
-        size = args.size or "tiny"
-        if size not in concept.SIZES:
-            raise ValueError(f"--size {size}: expected one of {', '.join(concept.SIZES)}")
-        model, config = None, replace(concept.SIZES[size], kernels=args.kernels)
+        raise ValueError(f"--size {args.size}: expected one of {', '.join(concept.SIZES)}")
     args.seq_len = args.seq_len or config.max_seq_len
     if args.seq_len > config.max_seq_len:
         raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {config.max_seq_len} tokens")
@@ -250,16 +260,11 @@ def prepare(args: argparse.Namespace) -> Run:
         raise ValueError(
             f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint knows {config.vocab_size}"
         )
-    else:
-        weights = model.state_dict()
-        with torch.device("meta"):
-            model = concept.Model(config)
-        model.load_state_dict(weights, assign=True)
     n_params = sum(p.numel() for p in model.parameters())
-    free, needed = (
-        shutil.disk_usage(args.out).free,
-        4 * n_params * 7,
-    )  # two checkpoints of 3 n_params, and model/
+    free = shutil.disk_usage(args.out).free
+    needed = (
+        4 * n_params * 10
+    )  # three checkpoints of weights and two moments while one is replaced, and model/
     if free < needed:
         raise ValueError(
             f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
@@ -286,53 +291,6 @@ def check_writable(out: Path) -> None:
         raise ValueError(f"--out {out}: cannot be written to ({error.strerror})") from None
 
 
-def default_learning_rate(n_params: int) -> float:
-    """Kaplan et al. 2020, equation D.1: the best peak rate falls slowly with the number of parameters."""
-    return 0.003239 - 0.0001395 * math.log(n_params)
-
-
-def make_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019), decaying matrices only; or Muon (Jordan et al. 2024) for the hidden
-    matrices, with its update scaled to AdamW's so that one learning rate serves both (Liu et al. 2025)."""
-    hidden = {
-        id(module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
-    muon, decayed, plain = [], [], []
-    for p in model.parameters():
-        if args.optimizer == "muon" and id(p) in hidden:
-            muon.append(p)
-        elif p.ndim >= 2:
-            decayed.append(p)
-        else:
-            plain.append(p)
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    fused = args.device in ("cpu", "cuda")
-    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
-    if muon:
-        optimizers.append(
-            torch.optim.Muon(muon, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    if sorted(map(id, held)) != sorted(id(p) for p in model.parameters()):
-        raise RuntimeError("every parameter must be in exactly one optimizer group")
-    return optimizers
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up; then cosine to a tenth (Hoffmann et al. 2022, appendix B), constant, or warm-up,
-    stable, decay: constant until the last fifth, which falls linearly to zero (Hägele et al. 2024)."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    if args.schedule == "cosine":
-        return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-    if args.schedule == "wsd":
-        return args.lr * min(1.0, (1 - done) / 0.2)
-    return args.lr
-
-
 def load_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[dict, dict, dict]:
     def warn(problem: str) -> None:
         print(f"warning: {problem}; trying the checkpoint before it", file=sys.stderr)
@@ -343,8 +301,8 @@ def load_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[di
         before, now = state["flags"].get(flag), flags[flag]
         if before != now:
             raise ValueError(
-                f"--resume: the run in {args.out} was started with --{flag.replace('_', '-')} {before}, not {now}; "
-                f"its command was: {state['command']}"
+                f"--resume: the run in {args.out} was started with --{flag.replace('_', '-')} {before}, not "
+                f"{now}; its command was: {state['command']}"
             )
     return saved
 
@@ -416,14 +374,13 @@ def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float
 
 
 def train(run: Run) -> int:
-    """The loop. Returns the exit code: 0 at the end, 130 if interrupted, 1 if the loss would not stay finite."""
+    """The loop. Returns the exit code: 0 at the end, 130 if interrupted, 1 if the loss stays non-finite."""
     args, model = run.args, run.model
     tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
     flops_per_token = model.flops_per_token(args.seq_len)
     peak = peak_flops(args.device)
-    loss_of = (
-        torch.compile(model.loss) if args.compile else model.loss
-    )  # never wraps the module that is saved
+    # The module itself stays as it is: what is saved must not carry the names that compiling adds.
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
 
     def autocast():
         return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -436,7 +393,7 @@ def train(run: Run) -> int:
 
     signal.signal(signal.SIGINT, interrupt)
     announce(run, loss_of, autocast)
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", smoothing=0, dynamic_ncols=True)
     shown = {}
     if run.step == 0:
         shown["val"] = evaluate_and_show(run, loss_of, autocast)
@@ -539,20 +496,16 @@ def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
     left = args.steps - run.step
     evaluations = (left // args.eval_every + 1) * len(val) / (args.batch_size * args.seq_len)
     minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
-    print(f"model  {args.model} {args.init_from or args.size or 'tiny'}, {n_params:,} parameters")
+    print(f"model  {args.model} {args.init_from or args.size}, {n_params:,} parameters")
     print(f"text   {args.data}, {len(train):,} tokens to train on, {len(val):,} held out")
-    print(
-        f"run    {args.steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {n_tokens / len(train):.2f} epochs"
-    )
+    epochs = n_tokens / len(train)
+    print(f"run    {args.steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
     print(f"cost   {n_flops:.2e} FLOPs, {n_tokens / n_params:.2f} tokens per parameter (Chinchilla: 20)")
     print(f"here   {args.dtype} on {args.device}, about {minutes:.1f} min from step {run.step}", flush=True)
 
 
 def peak_flops(device: str) -> float | None:
-    if device != "cuda":
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
 def plot(out: Path) -> None:
@@ -561,6 +514,7 @@ def plot(out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
@@ -573,6 +527,7 @@ def plot(out: Path) -> None:
             markersize=4,
             linewidth=1.2,
         )
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -11,7 +11,7 @@ Which keys are seen. Query i of T stands at position p = S - T + i of the S keys
     causal        j <= p
     window        |p - j| < window                        (sliding window; Mistral, Jiang et al. 2023)
     cu_seqlens    i and j lie in the same document        (several documents packed into one row)
-    seqlens_k     j < seqlens_k[row], and p counts from there (a cache that each row has filled to its own length)
+    seqlens_k     j < seqlens_k[row], and p counts from there (a cache that rows fill to their own lengths)
 
 Grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads, H / G queries each.
 """
@@ -56,14 +56,14 @@ def attention(
     S, G = k.shape[1], k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != K or H % G:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected (B, T, H, K) and "
-            "twice (B, S, G, K) with H a multiple of G"
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected (B, T, H, K) "
+            "and twice (B, S, G, K) with H a multiple of G"
         )
     if window is not None and window < 1:
         raise ValueError(f"attention: window {window}: expected at least 1, which lets a query see itself")
     if cu_seqlens is not None and (B != 1 or T != S or seqlens_k is not None):
         raise ValueError(
-            f"attention: cu_seqlens needs one packed row (B = 1, T = S, no seqlens_k); got B {B}, T {T}, S {S}"
+            f"attention: cu_seqlens needs one packed row (B 1, T = S, no seqlens_k), not B {B}, T {T}, S {S}"
         )
     if backend == "auto":
         backend = "torch" if softcap is None else "reference"

@@ -12,7 +12,6 @@ the library's own operation.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import BACKENDS
@@ -45,7 +44,7 @@ def rms_norm(
     if backend == "reference":
         y = _reference(x, weight, eps)
     else:
-        y = F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+        y = torch.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return y if residual is None else (y, x)
 
 

@@ -1,4 +1,4 @@
-"""Attention against an independent float64 definition: a loop over queries that lists the keys each one sees."""
+"""Attention against an independent float64 definition: a loop over queries, listing the keys each sees."""
 
 import math
 

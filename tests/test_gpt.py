@@ -202,7 +202,7 @@ def test_parameter_formula_holds_for_features_the_sizes_lack(changes):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_flops_formula_counts_the_matrix_products(window):
-    """PyTorch counts the products it runs; it cannot see that masked scores need none, so those are added here."""
+    """PyTorch counts the products that run; it cannot see that masked scores need none: added here."""
     model, T = small(window=window, kernels="reference"), 16
     batch = make_batch(torch.randint(61, (3, T + 1)), model.config, torch.Generator())
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""Training: what a run computes, what it leaves behind, and that neither a kill nor a mistake can spoil it."""
+"""Training: what a run computes, what it leaves, and that neither a kill nor a mistake can spoil it."""
 
 import argparse
 import json
@@ -34,7 +34,16 @@ def text(tmp_path, monkeypatch):
 
 def flags(text, out, **changes):
     """A run small enough for a test: every flag can be changed, None leaves it out."""
-    small = dict(model="gpt", data=text, tokenizer="bytes", steps=6, batch_size=2, seq_len=16, eval_every=3, log_every=1)
+    small = dict(
+        model="gpt",
+        data=text,
+        tokenizer="bytes",
+        steps=6,
+        batch_size=2,
+        seq_len=16,
+        eval_every=3,
+        log_every=1,
+    )
     small |= dict(out=out, cache=text.parent / "cache") | changes
     argv = []
     for name, value in small.items():
@@ -71,7 +80,13 @@ def test_a_run_learns_and_leaves_everything_behind(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(flags(text, out, steps=60, eval_every=20, lr=0.003)) == 0
     said = capsys.readouterr().out
-    for part in ("parameters", "tokens per parameter (Chinchilla: 20)", "FLOPs", "60 steps of 32 tokens", "min from"):
+    for part in (
+        "parameters",
+        "tokens per parameter (Chinchilla: 20)",
+        "FLOPs",
+        "60 steps of 32 tokens",
+        "min from",
+    ):
         assert part in said
     evaluations = [row for row in rows(out) if "val_loss" in row]
     assert [row["step"] for row in evaluations] == [0, 20, 40, 60]
@@ -100,7 +115,9 @@ def test_bits_per_byte_is_the_code_length_of_the_held_out_text(text, tmp_path):
     nats = 0.0
     for start in range(0, len(tokens) - 1, 16):
         window = tokens[start : start + 17]
-        nats += torch.nn.functional.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum").item()
+        nats += torch.nn.functional.cross_entropy(
+            model(window[None, :-1])[0], window[1:], reduction="sum"
+        ).item()
     assert row["val_loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
     assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(held_out), rel=1e-5)
 
@@ -233,10 +250,14 @@ def test_training_goes_on_from_a_saved_model(text, tmp_path):
     train.main(flags(text, tmp_path / "a", steps=30, eval_every=30, lr=0.003))
     again = flags(text, tmp_path / "b", init_from=tmp_path / "a" / "model", tokenizer=None)
     assert train.main(again) == 0
-    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(rows(tmp_path / "a")[-1]["val_loss"], rel=1e-5)
+    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(
+        rows(tmp_path / "a")[-1]["val_loss"], rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("GeForce 256", None)])
+@pytest.mark.parametrize(
+    "name, peak", [("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", None)]
+)
 def test_mfu_is_shown_for_known_devices_only(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert train.peak_flops("cuda") == peak
@@ -299,7 +320,9 @@ def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_
     whole = start(run(tmp_path / "whole"))
     for kill_at in ("320", "1210"):
         process = start(run(tmp_path / "killed", resume=kill_at == "1210"))
-        wait_for(tmp_path / "killed" / "metrics.jsonl", process, lambda log, at=kill_at: f'"step": {at}' in log)
+        wait_for(
+            tmp_path / "killed" / "metrics.jsonl", process, lambda log, at=kill_at: f'"step": {at}' in log
+        )
         process.kill()
         process.wait()
     process = start(run(tmp_path / "killed", resume=True))
@@ -312,9 +335,8 @@ import os, signal
 from pathlib import Path
 import torch, checkpoint
 
-point, n = sys.argv[1].split(":")
-owner = {"save_file": checkpoint, "save": torch, "rename": Path, "sync": checkpoint, "rmtree": checkpoint.shutil}[point]
-original, calls = getattr(owner, point), []
+point, n = sys.argv[1].split(":") owner = {"save_file": checkpoint, "save": torch, "rename": Path, "sync":
+checkpoint, "rmtree": checkpoint.shutil}[point] original, calls = getattr(owner, point), []
 
 def fatal(*args, **kwargs):
     if "/checkpoint" in str(args[-1] if point in ("save_file", "save") else args[0]):
@@ -334,7 +356,7 @@ sys.exit(train.main(sys.argv[2:]))
 
 @pytest.mark.parametrize("point", ["save_file:2", "save:2", "sync:7", "rename:2", "rename:3", "rename:5"])
 def test_kill_while_saving(point, text, tmp_path):
-    """Half a file, between files, before and between the renames: the run resumes and ends as if nothing was."""
+    """Half a file, between files, before and between the renames: the run ends as if nothing was."""
     out = tmp_path / "killed"
     options = dict(steps=12, eval_every=12, save_every=3)
     process = start([point, *flags(text, out, **options)], KILLED_IN)
@@ -379,9 +401,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, harm, te
 
 
 def test_a_longer_run_can_follow_a_finished_one(text, tmp_path):
-    train.main(flags(text, tmp_path / "run", schedule="constant", warmup=1))
-    assert train.main(flags(text, tmp_path / "run", schedule="constant", warmup=1, steps=9, resume=True)) == 0
-    train.main(flags(text, tmp_path / "whole", schedule="constant", warmup=1, steps=9))
+    train.main(flags(text, tmp_path / "run", schedule="constant"))
+    assert train.main(flags(text, tmp_path / "run", schedule="constant", steps=9, resume=True)) == 0
+    train.main(flags(text, tmp_path / "whole", schedule="constant", steps=9))
     x, y = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "whole"))
     assert all(torch.equal(x[name], y[name]) for name in x)
 
@@ -435,7 +457,10 @@ def test_mistakes_in_flags_are_named(changes, words, text, tmp_path, capsys, mon
     "make, words",
     [
         (lambda path: path.write_bytes(b""), ["0 bytes of text"]),
-        (lambda path: path.write_bytes(bytes(range(256)) * 9), ["byte 0 is NUL", "byte 128", "--bad-text skip"]),
+        (
+            lambda path: path.write_bytes(bytes(range(256)) * 9),
+            ["byte 0 is NUL", "byte 128", "--bad-text skip"],
+        ),
         (lambda path: path.mkdir(), ["no .txt"]),
     ],
     ids=["empty file", "binary data", "directory without text"],
@@ -471,7 +496,7 @@ def test_a_run_is_never_overwritten(text, tmp_path, capsys):
 
 def test_resuming_another_run_than_was_started_is_refused(text, tmp_path, capsys):
     assert train.main(flags(text, tmp_path / "run")) == 0
-    for changes, word in (({"size": "10m"}, "--size None, not 10m"), ({"seq_len": 8}, "--seq-len 16, not 8")):
+    for changes, word in (({"size": "10m"}, "--size tiny, not 10m"), ({"seq_len": 8}, "--seq-len 16, not 8")):
         error = refused(capsys, flags(text, tmp_path / "run", resume=True, **changes))
         assert word in error and "its command was" in error
     text.write_text(text.read_text().replace("line", "LINE"))
@@ -492,5 +517,13 @@ def test_help_reads_without_training(capsys):
         train.main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    for flag in ("--model", "--data", "--grad-accum", "--schedule", "--no-compile", "--kernels", "--init-from"):
+    for flag in (
+        "--model",
+        "--data",
+        "--grad-accum",
+        "--schedule",
+        "--no-compile",
+        "--kernels",
+        "--init-from",
+    ):
         assert flag in said

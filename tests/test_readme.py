@@ -1,0 +1,55 @@
+"""Every command and every piece of Python in the README runs as it stands, only made small."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL = "--data book.txt --tokenizer bytes --size tiny --seq-len 32 --batch-size 2 --eval-every 2 --steps {}"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def run(*arguments, cwd):
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
+    return done.stdout
+
+
+def test_commands_and_python_run_in_the_readmes_order(tmp_path):
+    (tmp_path / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
+    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands = [command for command in commands if command.startswith("python ") and "pytest" not in command]
+    assert len(commands) >= 5
+    n_steps = 2
+    for command in commands:
+        script, *flags = shlex.split(command)[1:]
+        if script == "train.py" and "--help" not in flags:
+            n_steps += 1
+            small = shlex.split(SMALL.format(n_steps))
+            if "124m" in flags:
+                small += ["--out", "runs/large"]
+            flags += small
+        said = run(ROOT / script, *flags, cwd=tmp_path)
+        assert said.strip()
+    for part in ("checkpoint", "loss.png", "metrics.jsonl", "model", "samples.txt"):
+        assert (tmp_path / "runs" / "gpt" / part).exists() and part in README
+
+    python = blocks("python")
+    assert len(python) == 2
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    run("-c", start + python[1].replace("Llama-3.2-1B", "runs/gpt/model"), cwd=tmp_path)
+    pytest.importorskip("transformers")
+    run("-c", python[0], cwd=tmp_path)
+
+
+def test_every_file_named_exists():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target

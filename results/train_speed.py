@@ -3,10 +3,10 @@
     git clone https://github.com/karpathy/nanoGPT
     python results/train_speed.py nanoGPT --out results/train_speed.json
 
-Both sides run their own train.py as a whole, in turn (A B A B ...), in float32 without torch.compile, on
-the same bytes, with biases, no dropout and AdamW; one figure is the median over the steps of a run after
-the first five. GPT-2's GELU is the tanh form; nanoGPT computes the erf form, which PyTorch runs twice as fast on a CPU, so it is
-also run with GPT-2's. bfloat16 is ours alone: nanoGPT trains in float32 on a CPU.
+Both sides run their own train.py as a whole, in turn, in float32 without torch.compile, on the same bytes,
+with biases, no dropout and AdamW; one figure is the median over the steps of a run after the first five.
+GPT-2's GELU is the tanh form; nanoGPT computes the erf form, which PyTorch runs twice as fast on a CPU, so it
+is also run with GPT-2's. bfloat16 is ours alone: nanoGPT trains in float32 on a CPU.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     x_t ~ p(. | x_1 ... x_{t-1}),    p = softmax(logits / temperature), cut down to its likely part
 
 The prompts pass through the model once and fill its cache of keys and values; each further token then costs
-a pass over that token alone. Works with any model that has `new_cache(lengths, max_len)`, `hidden(tokens,
-cache=)` and `logits(hidden)`, as in gpt.py.
+a pass over that token alone. Works with any model that has `new_cache(lengths, max_len, static)`,
+`hidden(tokens, cache=)` and `logits(hidden)`, as in gpt.py.
 
 Ways to cut: top-k (Fan et al. 2018), top-p or nucleus (Holtzman et al. 2020), min-p (Nguyen et al. 2024);
 repetition penalty (Keskar et al. 2019, section 4.1).
@@ -14,6 +14,32 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        p = ordered.softmax(dim=-1)
+        beyond = p.cumsum(dim=-1) - p >= top_p  # what stands before it is enough already; never the first
+        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
+    if min_p is not None:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
 class KVCache:
@@ -127,21 +153,6 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, rep
             raise ValueError(f"generate: {name} {value}: expected {expected}")
 
 
-def generate(
-    model: nn.Module, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
-) -> list[list[int]]:
-    """Continue each of the prompts; returns the new tokens of each, ending with its stop token if one came.
-
-    tokens and options as for `stream`.
-    """
-    new: list[list[int]] = [[] for _ in tokens]
-    for step in stream(model, tokens, max_new_tokens, **options):
-        for row, token in zip(new, step, strict=True):
-            if token is not None:
-                row.append(token)
-    return new
-
-
 @torch.inference_mode()
 def stream(
     model: nn.Module,
@@ -164,8 +175,11 @@ def stream(
     token. top_k: draw from the k likeliest. top_p: from the fewest tokens that hold this probability
     together. min_p: from those at least min_p times as likely as the likeliest. repetition_penalty: logits
     of tokens already in the row are divided by it if positive, multiplied if negative. stop: token id or
-    ids that end a row. generator: source of the draws, on the model's device. Raises ValueError for an
-    empty prompt, a prompt that leaves no room for max_new_tokens, and options out of range.
+    ids that end a row. generator: source of the draws, on the model's device. compile: the step of one
+    token is compiled at its first use, which takes a while and pays for itself over many tokens.
+
+    Raises ValueError for an empty prompt, a prompt that leaves no room for max_new_tokens, and options out
+    of range.
     """
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
@@ -204,27 +218,16 @@ def stream(
         hidden = step_hidden(token, cache=cache)[:, 0]
 
 
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        p = ordered.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # what stands before it is enough already; never the first
-        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
-    if min_p is not None:
-        p = logits.softmax(dim=-1)
-        logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+def generate(
+    model: nn.Module, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
+) -> list[list[int]]:
+    """Continue each of the prompts; returns the new tokens of each, ending with its stop token if one came.
+
+    tokens and options as for `stream`.
+    """
+    new: list[list[int]] = [[] for _ in tokens]
+    for step in stream(model, tokens, max_new_tokens, **options):
+        for row, token in zip(new, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return new

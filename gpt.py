@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import huggingface
 from generate import KVCache, StaticKVCache, generate, stream
-from kernels import attention, rms_norm
+from kernels import attention, gelu, rms_norm
 from tokenizer import Tokenizer
 
 
@@ -233,7 +233,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(gelu(self.up_proj(x)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -171,6 +171,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
+    if args.seed >= 1 << 31:
+        raise ValueError(
+            f"--seed {args.seed}: expected less than {1 << 31}"
+        )  # the rest of 64 bits counts batches
     if args.init_from and args.size:
         raise ValueError(f"--size {args.size} and --init-from cannot go together: the checkpoint has a size")
     args.eval_every = args.eval_every or math.ceil(args.steps / 8)

@@ -10,6 +10,7 @@ Ways to cut: top-k (Fan et al. 2018), top-p or nucleus (Holtzman et al. 2020), m
 repetition penalty (Keskar et al. 2019, section 4.1).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -58,9 +59,9 @@ class KVCache:
         self.lengths = list(lengths)
         self.filled = False
         self.slots = [min(max_len, config.layer_window(layer) or max_len) for layer in range(config.n_layers)]
-        shape = (len(lengths), config.n_kv_heads, config.d_head)
-        self.keys = [like.new_zeros(shape[0], S, *shape[1:]) for S in self.slots]
-        self.values = [like.new_zeros(shape[0], S, *shape[1:]) for S in self.slots]
+        B, G, K = len(lengths), config.n_kv_heads, config.d_head
+        self.keys = [like.new_zeros(B, S, G, K) for S in self.slots]
+        self.values = [like.new_zeros(B, S, G, K) for S in self.slots]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Of the next T tokens: (1, T) while filling, where every row starts at 0, else (B, 1) or (1, 1)."""
@@ -78,9 +79,8 @@ class KVCache:
         S = self.slots[layer]
         slot = torch.arange(S, device=k.device)
         last = torch.tensor(self.lengths, device=k.device)[:, None] - 1  # (B, 1)
-        position = (
-            slot + (last - slot).div(S, rounding_mode="floor") * S
-        )  # the latest one that lives in the slot
+        # Of the positions that live in a slot, the latest; below 0 the slot is not filled yet, nor seen.
+        position = slot + (last - slot).div(S, rounding_mode="floor") * S  # (B, S)
         position = position.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
         self.keys[layer], self.values[layer] = k.gather(1, position), v.gather(1, position)
 
@@ -191,7 +191,7 @@ def stream(
     padded = torch.tensor([row + row[-1:] * (T - len(row)) for row in prompts], device=device)  # (B, T)
     capacity = T + max_new_tokens
     if compile:
-        capacity = -(-capacity // 128) * 128  # few different shapes, so that few are compiled
+        capacity = math.ceil(capacity / 128) * 128  # few different shapes, so that few are compiled
     cache = model.new_cache(lengths, capacity, static=compile)
     step_hidden = torch.compile(model.hidden) if compile else model.hidden
     hidden = model.hidden(padded, cache=cache)  # (B, T, D)

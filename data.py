@@ -20,11 +20,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,47 +82,64 @@ def prepare(
     def silently(problem: str) -> None:
         """For every pass after the first, which has said it."""
 
-    # First pass: is all of it text, how much is it, and is it what the shards were made from?
-    files = find_files(data, cache)
-    digest, sizes = hashlib.sha256(), []
-    for text in documents(files, on_bad_text):
-        raw = text.encode()
-        digest.update(f"{len(raw)}:".encode() + raw)  # the length tells "ab", "c" from "a", "bc"
-        sizes.append(len(raw))
-    if sum(sizes) < MIN_BYTES:
-        raise ValueError(
-            f"--data {data}: {sum(sizes)} bytes of text; expected at least {MIN_BYTES} to learn from"
-        )
-    corpus_sha256 = digest.hexdigest()
-    cut = held_out_from(sizes)
+    with only_one_at(cache, say):
+        # First pass: is all of it text, how much is it, and is it what the shards were made from?
+        files = find_files(data, cache)
+        digest, sizes = hashlib.sha256(), []
+        for text in documents(files, on_bad_text):
+            raw = text.encode()
+            digest.update(f"{len(raw)}:".encode() + raw)  # the length tells "ab", "c" from "a", "bc"
+            sizes.append(len(raw))
+        if sum(sizes) < MIN_BYTES:
+            raise ValueError(
+                f"--data {data}: {sum(sizes)} bytes of text; expected at least {MIN_BYTES} to learn from"
+            )
+        corpus_sha256 = digest.hexdigest()
+        cut = held_out_from(sizes)
 
-    def split(name: str) -> Iterator[str]:
-        """The documents of "train" or "val"."""
-        start = 0
-        for size, text in zip(sizes, documents(files, silently), strict=True):
-            in_train, in_val = divide(text, start, size, cut)
-            start += size
-            part = in_train if name == "train" else in_val
-            if part:
-                yield part
+        def split(name: str) -> Iterator[str]:
+            """The documents of "train" or "val"."""
+            start = 0
+            for size, text in zip(sizes, documents(files, silently), strict=True):
+                in_train, in_val = divide(text, start, size, cut)
+                start += size
+                part = in_train if name == "train" else in_val
+                if part:
+                    yield part
 
-    if n_tokens is not None:
-        home = cache / f"{corpus_sha256[:16]}-bpe-{n_tokens}"
-        tok = learned_tokenizer(home, n_tokens, lambda: split("train"), sum(sizes), say)
-    home = cache / f"{corpus_sha256[:16]}-{tok.fingerprint[:16]}"
-    made_from = {
-        "corpus_sha256": corpus_sha256,
-        "tokenizer_sha256": tok.fingerprint,
-        "held_out_from_byte": cut,
-    }
-    problem = check_shards(home, made_from)
-    if problem is not None:
-        if home.exists():
-            say(f"{problem}: built anew")
-        build_shards(home, made_from, tok, split, {"train": cut, "val": sum(sizes) - cut})
-    manifest = json.loads((home / "manifest.json").read_text())
-    train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
-    return Dataset(home.name, tok, train, val)
+        if n_tokens is not None:
+            home = cache / f"{corpus_sha256[:16]}-bpe-{n_tokens}"
+            tok = learned_tokenizer(home, n_tokens, lambda: split("train"), sum(sizes), say)
+        home = cache / f"{corpus_sha256[:16]}-{tok.fingerprint[:16]}"
+        made_from = {
+            "corpus_sha256": corpus_sha256,
+            "tokenizer_sha256": tok.fingerprint,
+            "held_out_from_byte": cut,
+        }
+        problem = check_shards(home, made_from)
+        if problem is not None:
+            if home.exists():
+                say(f"{problem}: built anew")
+            build_shards(home, made_from, tok, split, {"train": cut, "val": sum(sizes) - cut})
+        manifest = json.loads((home / "manifest.json").read_text())
+        train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
+        return Dataset(home.name, tok, train, val)
+
+
+@contextmanager
+def only_one_at(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes from the cache: of two runs started together, one prepares and the other finds."""
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache / "lock")  # the system's own, given back even by a process that is killed
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        say(f"waiting for another process that prepares data in {cache}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def bpe_size(tokenizer: str) -> int | None:

@@ -1,5 +1,8 @@
 """Data: what is refused, what is held out, what is kept on disk, and in which order it comes out."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +114,15 @@ def test_what_is_whole_is_not_built_again(tmp_path, monkeypatch):
         monkeypatch.setattr(data, name, pytest.fail)
     second = prepare(folder, tmp_path, "bpe:300")
     assert second.name == first.name and np.array_equal(second.train.tokens, first.train.tokens)
+
+
+def test_processes_started_together_share_one_cache(tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    command = [sys.executable, data.__file__, folder, "--tokenizer", "bpe:300", "--cache", tmp_path / "cache"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert sum("tokenise train" in error for error in errors) == 1  # the others found it made
 
 
 def flip(path):

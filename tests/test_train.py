@@ -308,7 +308,8 @@ def start(argv, code="sys.exit(train.main(sys.argv[1:]))"):
 def wait_for(path, process, enough):
     deadline = time.monotonic() + 120
     while not (path.exists() and enough(path.read_text())):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 

@@ -3,7 +3,9 @@
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j that query i may see
 
 Attention Is All You Need (Vaswani et al. 2017, section 3.2.1). `reference` below is this equation in plain
-PyTorch and defines what every other backend must compute; `torch` runs the library's fused operation.
+PyTorch and defines what every other backend must compute; `torch` runs the library's fused operation;
+`triton` is flash_attention.py with flash_backward.py, and flash_decoding.py where queries are few and keys
+many.
 
 Which keys are seen. Query i of T stands at position p = S - T + i of the S keys, so that a single new query
 (T = 1) stands at the last key: the causal mask is aligned to the bottom right corner.
@@ -25,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+from kernels import flash_attention, flash_backward, flash_decoding
+from kernels.backend import choose
 
 
 def attention(
@@ -49,9 +52,11 @@ def attention(
     cu_seqlens[d + 1] of the one row (B = 1, T = S). seqlens_k: integers (B,): only the first seqlens_k[b]
     keys of row b exist, and its queries are the last T of them. A query that may see no key gives zeros.
 
-    backend: "reference", "torch", "triton", or "auto" for the fastest that can do what is asked.
-    Raises ValueError where shapes or options do not fit each other or the backend.
+    backend: as in kernels/backend.py; "triton" takes head widths K up to 256 that are multiples of 8.
+    Raises ValueError where shapes, dtypes or options do not fit each other or the backend.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != K or H % G:
@@ -59,23 +64,37 @@ def attention(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: expected (B, T, H, K) "
             "and twice (B, S, G, K) with H a multiple of G"
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}: expected one dtype")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"attention: scale {scale}: expected above 0, or None for 1 / sqrt({K})")
     if window is not None and window < 1:
         raise ValueError(f"attention: window {window}: expected at least 1, which lets a query see itself")
     if cu_seqlens is not None and (B != 1 or T != S or seqlens_k is not None):
         raise ValueError(
             f"attention: cu_seqlens needs one packed row (B 1, T = S, no seqlens_k), not B {B}, T {T}, S {S}"
         )
-    if backend == "auto":
-        backend = "torch" if softcap is None else "reference"
+    fits_triton = K <= 256 and K % 8 == 0 and q.dtype != torch.float64
+    asked, backend = backend, choose("attention", backend, q)
+    if asked == "auto":
+        # Float32 tiles leave Triton too few registers.
+        if backend == "triton" and (not fits_triton or (q.dtype == torch.float32 and softcap is None)):
+            backend = "torch"
+        if backend == "torch" and softcap is not None:
+            backend = "reference"
+    if backend == "torch" and softcap is not None:
+        raise ValueError("attention: backend 'torch' has no softcap; use 'auto' or 'reference'")
     if backend == "reference":
         return _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)
     if backend == "torch":
-        if softcap is not None:
-            raise ValueError("attention: backend 'torch' has no softcap; use 'auto' or 'reference'")
         return _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k)
-    if backend == "triton":
-        raise ValueError("attention: backend 'triton' is not built yet; use 'auto', 'torch' or 'reference'")
-    raise ValueError(f"attention: backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if not fits_triton:
+        raise ValueError(
+            f"attention: head width {K} in {q.dtype}: backend 'triton' takes multiples of 8 up to 256, in "
+            "float16, bfloat16 or float32; use 'torch' or 'reference'"
+        )
+    scale = scale or 1 / math.sqrt(K)
+    return _triton(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)[0]
 
 
 def visible(
@@ -157,3 +176,64 @@ def _fastest_first(q: Tensor):
         order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         return sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
     return nullcontext()
+
+
+@torch.library.custom_op("plinth::attention", mutates_args=())
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the kernels; lse float32 (B, H, T) in base 2, for the backward pass."""
+    kernels = flash_decoding if flash_decoding.applies(q, k) else flash_attention
+    return kernels.forward(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)
+
+
+@_triton.register_fake
+def _(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
+    B, T, H, K = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("plinth::attention_backward", mutates_args=())
+def _triton_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return flash_backward.backward(
+        dout, q, k, v, out, lse, causal, window, softcap, scale, cu_seqlens, seqlens_k
+    )
+
+
+@_triton_backward.register_fake
+def _(dout, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, *ctx.options, cu_seqlens, seqlens_k = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, seqlens_k)
+
+
+def _backward(ctx, dout, _):
+    *saved, cu_seqlens, seqlens_k = ctx.saved_tensors
+    return *_triton_backward(dout, *saved, *ctx.options, cu_seqlens, seqlens_k), *[None] * 6
+
+
+_triton.register_autograd(_backward, setup_context=_save)

@@ -1,10 +1,10 @@
 """Which implementation of an operation runs, and on what.
 
-    reference    plain PyTorch, the definition: any device, any float dtype
-    torch        the library's own fused operation
-    triton       the kernels of this package: on a GPU, or on a CPU one program after the other in Triton's
-                 interpreter, which TRITON_INTERPRET=1 turns on (very slow, for tests)
-    auto         the fastest of them for what is asked
+reference    plain PyTorch, the definition: any device, any float dtype
+torch        the library's own fused operation
+triton       the kernels of this package: on a GPU, or on a CPU one program after the other in Triton's
+             interpreter, which TRITON_INTERPRET=1 turns on (very slow, for tests)
+auto         the fastest of them for what is asked
 """
 
 import os
@@ -18,9 +18,10 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # there is none for macOS; kernels are then defined, but never run
     triton = SimpleNamespace(jit=lambda kernel: kernel)
-    tl = SimpleNamespace(constexpr=None)
+    tl, TensorDescriptor = SimpleNamespace(constexpr=None), None
 
 HAS_TRITON = not isinstance(triton, SimpleNamespace)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

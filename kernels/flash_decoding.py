@@ -1,0 +1,119 @@
+"""Flash decoding: attention of few queries over many keys, as in generating one token after another.
+
+One tile of queries walking over all keys would keep one multiprocessor busy and the others idle. So the keys
+are split: each program attends to its part of them and leaves (out_s, lse_s), and the parts are put together
+with the softmax weight that each of them has in the whole:
+
+    lse = log2 sum_s 2^lse_s              out = sum_s 2^(lse_s - lse) out_s
+
+The queries of all heads that share their keys form one tile, so that keys and values, whose reading is what
+decoding costs, are read once.
+
+Flash-Decoding for long-context inference (Dao, Haziza, Massa and Sizov 2023).
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import n_multiprocessors, on_device, tl, triton
+from kernels.flash_attention import as_rows, attend, keys_seen, packed, shared_arguments
+
+MIN_KEYS = 256  # of a split: fewer are read sooner than a program is started
+MAX_ROWS = 64  # queries times heads per key head in one tile
+BLOCK_N = 64  # keys read at a time
+
+
+@triton.jit
+def split_kernel(
+    q, k, v, part, part_lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, keys_per_split,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    G = H // GROUP
+    split, bg = tl.program_id(0), tl.program_id(1)
+    b, g = bg // G, bg % G
+    n_keys = S
+    if seqlens_k is not None:
+        n_keys = tl.load(seqlens_k + b).to(tl.int32)
+    row = tl.arange(0, BLOCK_M)  # query i of head h is row i GROUP + (h mod GROUP)
+    exists = row < T * GROUP
+    i, h = tl.minimum(row // GROUP, T - 1), g * GROUP + row % GROUP
+    low, high = keys_seen(i, n_keys - T, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
+    begin = tl.maximum(split * keys_per_split, tl.min(low) // BLOCK_N * BLOCK_N)
+    end = tl.minimum((split + 1) * keys_per_split, tl.max(high))
+
+    column = tl.arange(0, BLOCK_K)[None, :]
+    mask = exists[:, None] & (column < K)
+    at = b.to(tl.int64) * q.stride_b + i[:, None] * q.stride_t + h[:, None] * q.stride_h + column
+    q_tile = tl.load(q.pointer + at, mask=mask, other=0.0)
+    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    acc, m, l = attend(
+        acc, m, l, q_tile, k, v, b, g, begin, end, low, high, S, scale,
+        True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
+    )  # fmt: skip
+    seen = l > 0
+    out = ((split * tl.num_programs(1) // G + b).to(tl.int64) * T + i) * H + h  # of part (splits, B, T, H, K)
+    tl.store(part + out[:, None] * K + column, acc / tl.where(seen, l, 1.0)[:, None], mask=mask)
+    lse = tl.where(seen, m + tl.math.log2(tl.where(seen, l, 1.0)), -float("inf"))
+    tl.store(part_lse + out, lse, mask=exists)
+
+
+@triton.jit
+def merge_kernel(
+    part, part_lse, out, lse, n_splits, T, H,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)  # of (B, T, H)
+    split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_K)[None, :]
+    exists = split < n_splits
+    at = split * n_rows + row
+    lse_s = tl.load(part_lse + at, mask=exists, other=-float("inf"))
+    m = tl.max(lse_s, 0)
+    m = tl.where(m == -float("inf"), 0.0, m)  # no split has seen a key
+    weight = tl.math.exp2(lse_s - m)
+    total = tl.sum(weight, 0)
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    tile = tl.load(part + at[:, None] * K + column, mask=exists[:, None] & (column < K), other=0.0)
+    result = tl.sum(tile * (weight / total)[:, None], 0)
+    tl.store(
+        out + row * K + tl.arange(0, BLOCK_K), result.to(out.dtype.element_ty), mask=tl.arange(0, BLOCK_K) < K
+    )
+    b, t, h = row // (T * H), row // H % T, row % H
+    tl.store(lse + (b * H + h) * T + t, tl.where(seen, m + tl.math.log2(total), 0.0))
+
+
+def applies(q: Tensor, k: Tensor) -> bool:
+    """Whether queries are few and keys many."""
+    T, group = q.shape[1], q.shape[2] // max(k.shape[2], 1)
+    return 0 < T * group <= MAX_ROWS and k.shape[1] > MIN_KEYS
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *masks) -> tuple[Tensor, Tensor]:
+    """(out, lse), the same as `flash_attention.forward`, for shapes to which this `applies`."""
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    out, lse = q.new_empty(B, T, H, K), q.new_empty(B, H, T, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = packed(q), packed(k), packed(v)
+    shared = shared_arguments(q, k, *masks) | {"TMA": False}
+    # Two programs for each multiprocessor, so that one computes while the other waits for memory.
+    n_splits = min(triton.cdiv(S, MIN_KEYS), triton.cdiv(2 * n_multiprocessors(q.device), B * G))
+    keys_per_split = triton.cdiv(triton.cdiv(S, n_splits), BLOCK_N) * BLOCK_N
+    n_splits = triton.cdiv(S, keys_per_split)
+    part = q.new_empty(n_splits, B, T, H, K, dtype=torch.float32)
+    part_lse = q.new_empty(n_splits, B, T, H, dtype=torch.float32)
+    with on_device(q):
+        split_kernel[(n_splits, B * G)](
+            *(as_rows(x, BLOCK_N, False) for x in (q, k, v)), part, part_lse, keys_per_split=keys_per_split,
+            BLOCK_M=max(16, triton.next_power_of_2(T * H // G)), BLOCK_N=BLOCK_N, num_warps=4, num_stages=2,
+            **shared,
+        )  # fmt: skip
+        merge_kernel[(B * T * H,)](
+            part, part_lse, out, lse, n_splits, T, H,
+            K=K, BLOCK_K=shared["BLOCK_K"], BLOCK_SPLITS=triton.next_power_of_2(n_splits), num_warps=4,
+        )  # fmt: skip
+    return out, lse

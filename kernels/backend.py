@@ -1,10 +1,12 @@
 """Which implementation of an operation runs, and on what.
 
-reference    plain PyTorch, the definition: any device, any float dtype
-torch        the library's own fused operation
-triton       the kernels of this package: on a GPU, or on a CPU one program after the other in Triton's
-             interpreter, which TRITON_INTERPRET=1 turns on (very slow, for tests)
-auto         the fastest of them for what is asked
+The names a caller may give as `backend`:
+
+    reference    plain PyTorch, the definition: any device, any float dtype
+    torch        the library's own fused operation
+    triton       the kernels of this package: on a GPU, or on a CPU one program after the other in Triton's
+                 interpreter, which TRITON_INTERPRET=1 turns on (very slow, for tests)
+    auto         the fastest of them for what is asked
 """
 
 import os

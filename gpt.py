@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import huggingface
 from generate import KVCache, StaticKVCache, generate, stream
-from kernels import attention, gelu, rms_norm
+from kernels import attention, gelu, linear_cross_entropy, rms_norm
 from tokenizer import Tokenizer
 
 
@@ -314,10 +314,14 @@ class GPT(nn.Module):
             cache.advance()
         return self.model.norm(x)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., D)."""
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        logits = F.linear(hidden, head.weight)
+        logits = F.linear(hidden, self.head_weight)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -329,10 +333,15 @@ class GPT(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean nats per target, in float32, of a batch from `make_batch`, optionally with cu_seqlens."""
-        logits = self(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
-        targets = batch["targets"]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        return loss, {"targets": torch.tensor(targets.numel())}
+        hidden = self.hidden(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
+        loss, _ = linear_cross_entropy(
+            hidden,
+            self.head_weight,
+            batch["targets"],
+            softcap=self.config.logit_softcap,
+            backend=self.config.kernels,
+        )
+        return loss, {"targets": torch.tensor(batch["targets"].numel())}
 
     def flops_per_token(self, seq_len: int) -> int:
         return self.config.flops_per_token(seq_len)

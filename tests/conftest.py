@@ -1,5 +1,6 @@
 """Without a GPU, Triton's kernels run in its interpreter, and tests marked `gpu` are left out."""
 
+import gc
 import os
 
 # Small tensors are computed faster by one thread than by several that wait for each other. Both variables are
@@ -8,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,3 +20,26 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def peak_memory():
+    """A function that calls another and returns the bytes alive at once of what that allocated."""
+
+    def peak(function) -> int:
+        if torch.cuda.is_available():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            function()
+            return torch.cuda.max_memory_allocated() - before
+        gc.collect()  # what others leave behind must not be freed, and subtracted, in between
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+            function()
+        alive = most = 0
+        allocations = [e for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(allocations, key=lambda e: e.start_ns()):
+            alive += event.nbytes()
+            most = max(most, alive)
+        return most
+
+    return peak

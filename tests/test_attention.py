@@ -272,6 +272,17 @@ def test_every_run_gives_the_same_bits():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(first[1:], second[1:], strict=True))
 
 
+def test_memory_is_linear_in_the_length(peak_memory):
+    """Forward and backward, all that is allocated at once, gradients included."""
+
+    def peak(T, backend):
+        leaves = [x.requires_grad_() for x in inputs({}, T, T, H=2, G=1)[:3]]
+        return peak_memory(lambda: attention(*leaves, causal=True, backend=backend).sum().backward())
+
+    assert peak(160, "triton") < 2.1 * peak(80, "triton")
+    assert peak(160, "reference") > 3 * peak(80, "reference")
+
+
 def test_nothing_in_nothing_out():
     for shape in ({"T": 0, "S": 0}, {"T": 3, "S": 0}, {"B": 0}):
         q, k, v, _ = inputs({}, **shape)

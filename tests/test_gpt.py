@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt import GPT, SIZES, Config, make_batch, perplexity
@@ -264,6 +265,28 @@ def test_kernel_backends_agree():
     for changes in ({"qk_norm": True}, {"window": 5}):
         reference = small(kernels="reference", **changes)(tokens)
         torch.testing.assert_close(small(kernels="torch", **changes)(tokens), reference, atol=2e-5, rtol=1e-5)
+
+
+def test_fully_sharded_gradients_are_the_same():
+    """FSDP gathers and reduces around the registered operations; here with one process."""
+
+    def gradients(shard):
+        torch.manual_seed(0)
+        model = GPT(replace(SMALL, d_model=64, kernels="triton"))
+        if shard:
+            for module in (*model.model.layers, model):
+                fully_shard(module)
+            register_fsdp_forward_method(model, "loss")
+        model.loss(batch)[0].backward()
+        return [p.grad.full_tensor() if shard else p.grad for p in model.parameters()]
+
+    batch = make_batch(torch.arange(66).view(2, 33) % 61, SMALL, torch.Generator())
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        sharded = gradients(True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(a, b) for a, b in zip(sharded, gradients(False), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,18 @@ def test_several_in_a_row_end_the_run_and_name_the_last_good_checkpoint(text, tm
     assert json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"] == 3
 
 
+def test_triton_kernels_train_like_torchs_own(text, tmp_path, monkeypatch):
+    small = gpt.Config(2, 4, 64, 128, max_seq_len=32, n_kv_heads=2, qk_norm=True)
+    monkeypatch.setitem(gpt.SIZES, "tiny", small)
+    losses = []
+    for kernels in ("triton", "torch"):
+        out = tmp_path / kernels
+        assert train.main(flags(text, out, steps=2, seq_len=32, eval_every=2, kernels=kernels)) == 0
+        losses.append([row.get("loss", row.get("val_loss")) for row in rows(out)])
+    assert len(losses[0]) == 4  # before, two steps, after
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 # --- kill and resume
 
 

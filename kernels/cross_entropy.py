@@ -1,0 +1,324 @@
+"""Cross entropy of a linear layer, the loss of a language model, without its logits ever held at once.
+
+    x = hidden W^T,  softcap: x = c tanh(x / c)        lse_i = log sum_v exp(x_iv)
+    loss = mean_i (lse_i - x_i,target) + z,        z = z_loss * mean_i lse_i^2
+
+with i over the tokens whose target is not ignore_index. z keeps the softmax's denominator near 1 (PaLM,
+Chowdhery et al. 2022, section 5), the soft-cap keeps logits in (-c, c) (Gemma 2, section 2). The gradient,
+per token and before the mean:
+
+    dx_iv = (1 + 2 z_loss lse_i) softmax_iv - [v = target_i],  softcap: times 1 - (x_iv / c)^2
+    dhidden = dx W,  dW = dx^T hidden
+
+Where the memory goes. N tokens of width D are N D hidden numbers and N V logits: at D = 768, V = 50257 the
+logits, their softmax and their gradient outweigh the rest of a small model. But the loss of a token needs
+its own V logits only, and dx nothing of the backward pass but one factor, the same for all. So the forward
+pass takes one chunk of tokens after the other through everything: its logits, dx in their place, and from
+that its rows of dhidden and its share of dW. The backward pass multiplies both by the factor. The logits
+of a chunk are about as many as the hidden numbers of all tokens, so the larger V, the fewer rows it has.
+
+    reference   the equations above, on all logits at once
+    torch       PyTorch's own: F.cross_entropy, or for many logits its chunks; no soft-cap, no z-loss
+    triton      the chunks, with one kernel that reads logits and writes the losses and dx in their place
+    chunked     the chunks, in operations of PyTorch
+    auto        triton on a GPU; elsewhere chunked, or torch where a CPU's cache holds all logits
+
+Gradients in the forward pass, chunk by chunk: Liger-Kernel (Hsu et al. 2024, section 3.2). Cut Cross-Entropy
+(Wijmans et al. 2024) keeps even the chunk on chip, and multiplies hidden and W once more for it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import HAS_TRITON, choose, on_device, tl, triton
+
+HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")  # from PyTorch 2.13 on
+IN_CACHE = 2**20  # logits: 4 MB of float32, which a core's share of a CPU's caches holds
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy of the logits hidden @ weight.T, and the part of it that is z-loss.
+
+    hidden (..., D) and weight (V, D) of one float dtype, targets (...) int64 in [0, V) or ignore_index.
+    Returns two scalars, float32 (float64 for float64): the loss with z-loss included, and z without a
+    gradient. Both are 0, with zero gradients, where there is no target but ignored ones. Under autocast
+    the products run in its dtype, as those of F.linear do.
+
+    backend: see the top of this file. There is no second derivative but that of "reference".
+    Raises ValueError where shapes or dtypes do not fit, the backend cannot do what is asked, and, on a CPU,
+    for a target out of range; on a GPU, which would have to be waited for, that makes the loss NaN.
+    """
+    N, D, V = targets.numel(), hidden.shape[-1], weight.shape[0]
+    if hidden.shape[:-1] != targets.shape or weight.shape != (V, D) or targets.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
+            f"{tuple(targets.shape)} {targets.dtype}: expected (..., D), (V, D) and (...) torch.int64"
+        )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {hidden.dtype}, weight {weight.dtype}: expected one dtype"
+        )
+    hidden, targets = hidden.reshape(N, D), targets.reshape(N)
+    valid = targets != ignore_index
+    if device == "cpu" and not torch.compiler.is_compiling():
+        outside = valid & ((targets < 0) | (targets >= V))
+        if outside.any():
+            raise ValueError(
+                f"linear_cross_entropy: target {targets[outside][0]}: expected 0 to {V - 1} or {ignore_index}"
+            )
+    backend = _choose(backend, hidden, V, softcap, z_loss)
+    if backend == "reference":
+        total, z = _reference(hidden, weight, targets, valid, softcap, z_loss)
+    elif backend == "torch":
+        total = _torch(hidden, weight, targets, ignore_index)
+        z = torch.zeros_like(total)
+    else:
+        needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+        total, z, _, _ = _in_chunks(
+            hidden, weight, targets, ignore_index, softcap, z_loss, backend == "triton", *needs
+        )
+    # The mean is taken out here, so that the saved gradients are those of a sum: N times smaller, many would
+    # be too small for float16.
+    n = valid.sum().clamp(min=1)
+    return total / n, z.detach() / n
+
+
+def _choose(backend: str, hidden: Tensor, V: int, softcap: float | None, z_loss: float) -> str:
+    fits_cache = hidden.shape[0] * V <= IN_CACHE
+    plain = softcap is None and not z_loss
+    if backend == "auto" and hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64:
+        return "triton"
+    if backend == "auto":
+        return "torch" if fits_cache and plain else "chunked"
+    if backend == "chunked":
+        return backend
+    why = None
+    if backend == "triton" and hidden.dtype == torch.float64:
+        why = "computes in float32, so it takes no float64"
+    elif backend == "torch" and not plain:
+        why = "has no softcap and no z_loss"
+    if why is not None:
+        raise ValueError(f"linear_cross_entropy: backend {backend!r} {why}; use 'auto' or 'reference'")
+    return choose("linear_cross_entropy", backend, hidden)
+
+
+def _reference(hidden, weight, targets, valid, softcap, z_loss):
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    lse = logits.logsumexp(dim=1)
+    nll = lse - logits.gather(1, targets.where(valid, 0)[:, None]).squeeze(1)
+    z = z_loss * lse.square().where(valid, 0).sum()
+    return nll.where(valid, 0).sum() + z, z
+
+
+def _torch(hidden, weight, targets, ignore_index):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.shape[0] * weight.shape[0] <= IN_CACHE or not HAS_CHUNKS:
+        logits = F.linear(hidden, weight).to(wide)
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    # Its loss is of hidden's dtype: a 16-bit sum is off by a percent, the sum of one per token is not.
+    reduction = "none" if hidden.dtype != wide else "sum"
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
+    return F.linear_cross_entropy(
+        hidden, weight, targets, reduction=reduction, ignore_index=ignore_index, options=options
+    ).sum(dtype=wide)
+
+
+def rows_per_chunk(N: int, D: int, V: int, device: str) -> int:
+    """How many of N tokens a chunk holds, a power of two: on a GPU at most N D / V, so that its logits are no
+    more than the hidden numbers; elsewhere no more than the cache holds.
+
+    But enough to keep the matrix products fast. Adding a chunk's share to dW is 2 V D operations a row,
+    and 8 V D bytes of float32 read and written in any case: below high hundreds of rows the bytes take an
+    H100 longer. (1024 rows of bfloat16 logits are themselves no more than dW from D = 512 on.)
+    """
+    fewest, logits = (1024, N * D) if device == "cuda" else (256, IN_CACHE)
+    rows = 1 << (max(logits // V, 1).bit_length() - 1)
+    return max(1, min(max(rows, fewest), N))
+
+
+@torch.library.custom_op("plinth::linear_cross_entropy", mutates_args=())
+def _in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    z_loss: float,
+    kernel: bool,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over tokens: the loss with z, and z; and the gradient of the first: dhidden like hidden and
+    dweight in float32 or wider, either empty where it is not needed."""
+    (N, D), V = hidden.shape, weight.shape[0]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    dhidden = hidden.new_empty((N, D) if need_dhidden else 0)
+    # Dozens of chunks added up in bfloat16 would each be rounded to the 8 bits of the sum so far.
+    dweight = weight.new_zeros((V, D) if need_dweight else 0, dtype=wide)
+    nll, lse = hidden.new_empty((2, N), dtype=wide)
+
+    rows = rows_per_chunk(N, D, V, hidden.device.type)
+    # A GPU reads 16 bytes at once where rows begin at multiples of that, which an odd V would prevent.
+    stride = triton.cdiv(V, 64) * 64 if kernel else V
+    logits = hidden.new_empty(rows, stride)
+    to_gradient = to_gradient_triton if kernel else to_gradient_plain
+    rest = (ignore_index, softcap, z_loss, need_dhidden or need_dweight)
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        h = hidden[part]
+        x = logits[: len(h), :V]
+        torch.mm(h, weight.T, out=x)
+        to_gradient(x, targets[part], nll[part], lse[part], *rest)
+        if need_dhidden:
+            torch.mm(x, weight, out=dhidden[part])
+        if need_dweight:
+            _add_product(dweight, x.T, h)
+    z = z_loss * lse.square().sum()
+    return nll.sum() + z, z, dhidden, dweight
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # the product is never rounded
+    else:
+        total.add_(a @ b)
+
+
+def to_gradient_triton(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
+    """Of logits (rows, V) write the losses without z to nll (rows,) and lse (rows,), both 0 where ignored,
+    and, if needed, the gradient of the losses with z in place of the logits."""
+    rows, V = logits.shape
+    block = min(triton.next_power_of_2(V), 4096)
+    with on_device(logits):
+        _to_gradient_kernel[(rows,)](
+            logits, targets, nll, lse, logits.stride(0), V, ignore_index, softcap or 1.0, z_loss,
+            SOFTCAP=softcap is not None, GRADIENT=need_gradient, BLOCK=block, num_warps=max(1, block // 512),
+        )  # fmt: skip
+
+
+def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
+    """The same in operations of PyTorch; the logits are overwritten in any case."""
+    x = logits.to(nll.dtype)  # a copy only in 16 bit
+    if softcap is not None:
+        x.div_(softcap).tanh_()
+        slope = 1 - x * x if need_gradient else None
+        x.mul_(softcap)
+    valid = (targets != ignore_index)[:, None]
+    at_target = targets[:, None].where(valid, 0)
+    x_target = x.gather(1, at_target)
+    # On a CPU softmax takes less time than exp alone. Its largest value is 1 / sum exp(x - largest).
+    largest = x.amax(dim=1, keepdim=True)
+    torch.softmax(x, dim=1, out=x)
+    row_lse = largest - x.amax(dim=1, keepdim=True).log()
+    torch.mul(row_lse - x_target, valid, out=nll[:, None])
+    torch.mul(row_lse, valid, out=lse[:, None])
+    if not need_gradient:
+        return
+    x.mul_((1 + 2 * z_loss * row_lse) * valid)
+    x.scatter_add_(1, at_target, -valid.to(x.dtype))
+    if softcap is not None:
+        x.mul_(slope)
+    if x is not logits:
+        logits.copy_(x)
+
+
+@triton.jit
+def _capped(x, softcap):
+    """softcap * tanh(x / softcap); for small arguments by the series, as 1 - exp(-2 |u|) loses its digits."""
+    u = x / softcap
+    e = tl.exp(-2 * tl.abs(u))
+    large = tl.where(u < 0, e - 1, 1 - e) / (1 + e)
+    uu = u * u
+    small = u * (1 + uu * (-1 / 3 + uu * (2 / 15 + uu * (-17 / 315 + uu * (62 / 2835)))))
+    return softcap * tl.where(tl.abs(u) < 0.3, small, large)
+
+
+@triton.jit
+def _load_logits(row, start, stride, V, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    # Bounded by the stride, a multiple of 16: bounded by V, each number would be loaded by itself.
+    x = tl.load(row + columns, mask=columns < stride, other=0.0).to(tl.float32)
+    x = tl.where(columns < V, x, 0.0)
+    return columns, _capped(x, softcap) if SOFTCAP else x
+
+
+@triton.jit
+def _to_gradient_kernel(
+    Logits, Targets, NLL, LSE, stride, V, ignore_index, softcap, z_loss,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A program reads one row twice, the second time from L2, where all the rows under way fit.
+    i = tl.program_id(0)
+    row = Logits + i.to(tl.int64) * stride
+    target = tl.load(Targets + i)
+    valid = target != ignore_index
+    x_target = tl.load(row + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    if SOFTCAP:
+        x_target = _capped(x_target, softcap)
+
+    # Online softmax: the largest so far, and a sum that is mended whenever a larger one turns up.
+    largest, total = float("-inf"), 0.0
+    for start in range(0, V, BLOCK):
+        columns, x = _load_logits(row, start, stride, V, softcap, SOFTCAP, BLOCK)
+        x = tl.where(columns < V, x, float("-inf"))
+        larger = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), axis=0)
+        largest = larger
+    lse = largest + tl.log(total)
+    tl.store(NLL + i, tl.where(valid, lse - x_target, 0.0))
+    tl.store(LSE + i, tl.where(valid, lse, 0.0))
+
+    if GRADIENT:
+        scale = tl.where(valid, 1 + 2 * z_loss * lse, 0.0)
+        one = tl.where(valid, 1.0, 0.0)
+        for start in range(0, V, BLOCK):
+            columns, x = _load_logits(row, start, stride, V, softcap, SOFTCAP, BLOCK)
+            dx = scale * tl.exp(x - lse) - tl.where(columns == target, one, 0.0)
+            if SOFTCAP:
+                dx *= 1 - (x / softcap) * (x / softcap)
+            tl.store(row + columns, dx.to(Logits.dtype.element_ty), mask=columns < stride)
+
+
+@_in_chunks.register_fake
+def _(hidden, weight, targets, ignore_index, softcap, z_loss, kernel, need_dhidden, need_dweight):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    total, z = (hidden.new_empty((), dtype=wide) for _ in range(2))
+    dhidden = hidden.new_empty(hidden.shape if need_dhidden else 0)
+    return total, z, dhidden, weight.new_empty(weight.shape if need_dweight else 0, dtype=wide)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dtotal, *_):
+    # A matrix of one number: a scalar would first be rounded to the dtype of a 16-bit gradient.
+    factor = dtotal[None, None]
+    grads = [
+        torch.mul(g, factor, out=g.new_empty(g.shape, dtype=ctx.dtype)) if g.dim() == 2 else None
+        for g in ctx.saved_tensors
+    ]
+    return *grads, *[None] * 7
+
+
+_in_chunks.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,216 @@
+"""What the compiler makes of the kernels, seen without a GPU.
+
+    python -m kernels.bench --compile-only
+
+Triton's compiler needs to know a GPU's name, not to have one. So the ordinary host code is called here with
+CPU tensors, under a driver that names the target and does nothing else, and whatever it would launch is
+compiled instead. The machine code tells, before a kernel has run, much of what decides its speed:
+
+    registers   at most 255 a thread; more of them, fewer threads share a multiprocessor (AMD: 512)
+    spills      instructions that move what did not fit to memory and back
+    shared      kB of on-chip memory a program takes
+    matrix      instructions that multiply tiles: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell), v_mfma
+    TMA         loads of whole tiles by Hopper's copy engine
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kernels import backend, cross_entropy, flash_attention, flash_backward, flash_decoding, rmsnorm
+from kernels.backend import triton
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MATRIX = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One kernel as compiled for one target."""
+
+    target: str
+    operation: str
+    case: str
+    kernel: str
+    registers: int
+    spills: int
+    shared: int  # bytes
+    matrix: str  # how many of which instruction
+    tma: int
+
+
+class NamedTarget:
+    """The part of a Triton driver that compiling asks for."""
+
+    def __init__(self, target: str):
+        from triton.backends.compiler import GPUTarget
+
+        nvidia = target.startswith("sm_")
+        self.target = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+        self.device = TARGETS.index(target)  # kernels are kept by device
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compiled_for(target: str, call: Callable[[], None]) -> list[tuple[str, Any]]:
+    """(name, kernel) of every kernel that call() would launch. Leaves the process without a GPU driver."""
+    jit = triton.JITFunction
+    run, compiled = jit.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    triton.runtime.driver.set_active(NamedTarget(target))
+    backend._architecture.cache_clear()
+    jit.run = compile_only
+    try:
+        call()
+    finally:
+        jit.run = run
+    return compiled
+
+
+def inspect(target: str, operation: str, case: str, name: str, kernel) -> Machine:
+    """Read the machine code of a compiled kernel."""
+    if target.startswith("gfx"):
+        code = kernel.asm["amdgcn"]
+        registers, spills = (
+            int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count")
+        )
+    else:
+        cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage, code = (
+                subprocess.run(
+                    [cuobjdump, flag, file.name], check=True, capture_output=True, text=True
+                ).stdout
+                for flag in ("-res-usage", "-sass")
+            )
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    matrix = ", ".join(f"{n} {name}" for name, n in Counter(re.findall(MATRIX, code)).most_common())
+    tma = len(re.findall("UTMALDG", code))
+    return Machine(
+        target, operation, case, name.strip("_"), registers, spills, kernel.metadata.shared, matrix, tma
+    )
+
+
+# --- what is compiled
+
+
+def attention(K: int, dtype: torch.dtype, *, group: int = 4, documents: bool = False, **masks) -> None:
+    """Forward, backward and decoding at head width K."""
+    torch.set_float32_matmul_precision("high")
+    q = torch.zeros(1 if documents else 2, 1024, 8, K, dtype=dtype)
+    k = torch.zeros(q.shape[0], 1024, 8 // group, K, dtype=dtype)
+    cu_seqlens = torch.tensor([0, 500, 1024], dtype=torch.int32) if documents else None
+    seqlens_k = torch.tensor([500, 1024]) if masks.get("lengths") else None
+    arguments = (
+        masks.get("causal", True),
+        masks.get("window"),
+        masks.get("softcap"),
+        0.1,
+        cu_seqlens,
+        seqlens_k,
+    )
+    out, lse = flash_attention.forward(q, k, k, *arguments)
+    flash_backward.backward(out, q, k, k, out, lse, *arguments)
+    if not documents:
+        flash_decoding.forward(q[:, :1], k, k, *arguments)
+
+
+def norm(D: int) -> None:
+    """Forward with a residual, and backward, at width D."""
+    x, weight = torch.zeros(64, D, dtype=torch.bfloat16), torch.ones(D)
+    y, h, rstd = rmsnorm.launch_forward(x, weight, x, 1e-6)
+    rmsnorm.launch_backward(y, y, h, weight, rstd, True)
+
+
+def cross_entropy_rows(dtype: torch.dtype, softcap: float | None) -> None:
+    logits, row = torch.zeros(64, 50304, dtype=dtype)[:, :50257], torch.zeros(64)
+    cross_entropy.to_gradient_triton(
+        logits, torch.zeros(64, dtype=torch.int64), row, row, -100, softcap, 0.0, True
+    )
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ATTENTION = {
+    "causal, 4 heads a group": {},
+    "bidirectional, no groups": {"causal": False, "group": 1},
+    "window, soft-cap, lengths": {"window": 256, "softcap": 30.0, "lengths": True},
+    "window, soft-cap, documents": {"window": 256, "softcap": 30.0, "documents": True},
+}
+CASES = {
+    "attention": {
+        **{
+            f"bf16, width {K}, {name}": partial(attention, K, BF16, **masks)
+            for K in (64, 128, 256)
+            for name, masks in ATTENTION.items()
+        },
+        **{f"TF32, width {K}, causal, 4 heads a group": partial(attention, K, FP32) for K in (64, 128)},
+    },
+    "rmsnorm": {f"bf16, width {D}, residual": partial(norm, D) for D in (768, 2048, 4096, 8192, 16384)},
+    "cross_entropy": {
+        "bf16, vocabulary 50257": partial(cross_entropy_rows, BF16, None),
+        "float32, vocabulary 50257, soft-cap": partial(cross_entropy_rows, FP32, 30.0),
+    },
+}
+
+
+def compile_case(target: str, operation: str, case: str) -> list[Machine]:
+    compiled = compiled_for(target, CASES[operation][case])
+    return [inspect(target, operation, case, name, kernel) for name, kernel in compiled]
+
+
+def compile_all(operation: str | None = None, targets: tuple[str, ...] = TARGETS) -> list[Machine]:
+    """Compile every case of an operation, or of all; one process a core."""
+    if backend.INTERPRETED:
+        raise ValueError(
+            "--compile-only: TRITON_INTERPRET=1 is set, which leaves nothing to compile; unset it"
+        )
+    operations = [operation] if operation else list(CASES)
+    work = [(t, name, case) for t in targets for name in operations for case in CASES[name]]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        done = [pool.submit(compile_case, *job) for job in work]
+        bar = tqdm(done, desc="compile", unit="case")
+        return list(dict.fromkeys(machine for future in bar for machine in future.result()))
+
+
+def report(operation: str | None, out: Path | None) -> None:
+    """Print the table, and write it as JSON if `out` is given."""
+    machines = compile_all(operation)
+    case = max(len(m.case) for m in machines)
+    print(f"{'':36}{'':{case}}  registers spills shared TMA  matrix instructions")
+    for m in machines:
+        print(f"{m.target:6} {m.operation:13} {m.case:{case}} {m.kernel:18}", end="")
+        print(f"{m.registers:7} {m.spills:6} {m.shared // 1024:3} kB {m.tma:3}  {m.matrix}")
+    if out:
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        command = " ".join(["python -m kernels.bench", *filter(None, [operation]), "--compile-only"])
+        results = [asdict(machine) for machine in machines]
+        out.write_text(json.dumps({"command": command, **versions, "results": results}, indent=1) + "\n")

@@ -82,21 +82,20 @@ def keys_seen(
 
 @triton.jit
 def middle(low_last, high_first, end, BLOCK: tl.constexpr):
-    """Of the tiles up to `end`, those from the first return value to the second need no mask."""
-    a = tl.minimum(tl.cdiv(low_last, BLOCK) * BLOCK, end)
-    return a, tl.maximum(high_first // BLOCK * BLOCK, a)
+    """(left, right): of the tiles up to `end`, those between the two need no mask."""
+    left = tl.minimum(tl.cdiv(low_last, BLOCK) * BLOCK, end)
+    return left, tl.maximum(high_first // BLOCK * BLOCK, left)
 
 
 @triton.jit
-def capped_scores(qk, scale, SOFTCAP: tl.constexpr):
-    """Scores in base 2 and, for the gradient, tanh of the soft-cap (else the scores again)."""
+def scores(qk, scale, SOFTCAP: tl.constexpr):
+    """(s, c): s * c is the score in base 2. Left apart, the product and what is subtracted from it in the
+    exponent are one instruction. With a soft-cap s is the tanh."""
     if SOFTCAP is None:
-        s = qk * (scale * 1.4426950408889634)
-        t = s
+        s, c = qk, scale * 1.4426950408889634
     else:
-        t = 2 * tl.sigmoid(qk * (scale * (2 / SOFTCAP))) - 1  # tanh
-        s = t * (SOFTCAP * 1.4426950408889634)
-    return s, t
+        s, c = 2 * tl.sigmoid(qk * (scale * (2 / SOFTCAP))) - 1, SOFTCAP * 1.4426950408889634
+    return s, c
 
 
 @triton.jit
@@ -108,16 +107,15 @@ def attend(
     """Online softmax over the keys from `first` up to `last`."""
     for start in range(first, last, BLOCK_N):
         k_tile = load_rows(k, b, start, g, S, BLOCK_N, K, BLOCK_K, not MASKED, TMA)
-        qk = tl.dot(q, k_tile.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        s, _ = capped_scores(qk, scale, SOFTCAP)
+        s, c = scores(tl.dot(q, k_tile.T, input_precision=PRECISION), scale, SOFTCAP)  # (BLOCK_M, BLOCK_N)
         if MASKED:
             j = start + tl.arange(0, BLOCK_N)[None, :]
             s = tl.where((j >= low[:, None]) & (j < high[:, None]), s, -float("inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        m_new = tl.maximum(m, tl.max(s, 1) * c)
         base = m_new
         if MASKED:
             base = tl.where(m_new == -float("inf"), 0.0, m_new)  # nothing seen yet: inf - inf is no number
-        p = tl.math.exp2(s - base[:, None])
+        p = tl.math.exp2(s * c - base[:, None])
         mend = tl.math.exp2(m - base)
         l = l * mend + tl.sum(p, 1)
         v_tile = load_rows(v, b, start, g, S, BLOCK_N, K, BLOCK_K, not MASKED, TMA)
@@ -147,7 +145,7 @@ def forward_kernel(
     low, high = keys_seen(i, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
     begin, full_end = keys_seen(i0, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
     full_begin, end = keys_seen(i_last, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    a, c = middle(full_begin, full_end, end, BLOCK_N)
+    left, right = middle(full_begin, full_end, end, BLOCK_N)
 
     q_tile = load_rows(q, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -156,16 +154,16 @@ def forward_kernel(
     g = h // GROUP
     if WINDOWED or doc_start is not None:
         acc, m, l = attend(
-            acc, m, l, q_tile, k, v, b, g, begin // BLOCK_N * BLOCK_N, a, low, high, S, scale,
+            acc, m, l, q_tile, k, v, b, g, begin // BLOCK_N * BLOCK_N, left, low, high, S, scale,
             True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
         )  # fmt: skip
     acc, m, l = attend(
-        acc, m, l, q_tile, k, v, b, g, a, c, low, high, S, scale, False, SOFTCAP, BLOCK_N, K, BLOCK_K,
-        PRECISION, TMA,
+        acc, m, l, q_tile, k, v, b, g, left, right, low, high, S, scale,
+        False, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
     )  # fmt: skip
     acc, m, l = attend(
-        acc, m, l, q_tile, k, v, b, g, c, end, low, high, S, scale, True, SOFTCAP, BLOCK_N, K, BLOCK_K,
-        PRECISION, TMA,
+        acc, m, l, q_tile, k, v, b, g, right, end, low, high, S, scale,
+        True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
     )  # fmt: skip
     seen = l > 0
     store_rows(out, acc / tl.where(seen, l, 1.0)[:, None], b, i0, h, T, BLOCK_M, K, BLOCK_K)
@@ -262,7 +260,7 @@ def shared_arguments(q, k, causal, window, softcap, scale, cu_seqlens, seqlens_k
         seqlens_k=seqlens_k, doc_start=doc_start, doc_end=doc_end, T=T, S=S, H=H,
         window=window if windowed else 0, scale=scale, GROUP=H // G, CAUSAL=causal, WINDOWED=windowed,
         SOFTCAP=softcap, K=K, BLOCK_K=block_width(K), PRECISION=precision(q),
-        TMA=uses_tma(q),
+        TMA=uses_tma(q), enable_fp_fusion=True,
     )  # fmt: skip
 
 

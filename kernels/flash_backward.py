@@ -22,11 +22,11 @@ from torch import Tensor
 from kernels.backend import on_device, tl, triton
 from kernels.flash_attention import (
     as_rows,
-    capped_scores,
     keys_seen,
     load_rows,
     middle,
     packed,
+    scores,
     shared_arguments,
     store_rows,
     tiles,
@@ -88,8 +88,8 @@ def dkdv_over_queries(
         do = load_rows(dout, b, start, h, T, BLOCK_M, K, BLOCK_K, not MASKED, TMA)
         lse_i = tl.load(lse + row, mask=i < T, other=0.0)
         delta_i = tl.load(delta + row, mask=i < T, other=0.0)
-        s, t = capped_scores(tl.dot(k, q_tile.T, input_precision=PRECISION), scale, SOFTCAP)  # (N, M)
-        p = tl.math.exp2(s - lse_i[None, :])
+        s, c = scores(tl.dot(k, q_tile.T, input_precision=PRECISION), scale, SOFTCAP)  # (N, M)
+        p = tl.math.exp2(s * c - lse_i[None, :])
         if MASKED:
             i = tl.minimum(i, T - 1)
             low, high = keys_seen(i, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
@@ -99,7 +99,7 @@ def dkdv_over_queries(
         dp = tl.dot(v, do.T, input_precision=PRECISION)
         ds = p * (dp - delta_i[None, :])
         if SOFTCAP is not None:
-            ds = ds * (1 - t * t)
+            ds = ds * (1 - s * s)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -124,7 +124,7 @@ def dkdv_kernel(
     begin, full_end = queries_seeing(j0, offset, T, window, doc_start, doc_end, CAUSAL, WINDOWED)
     full_begin, end = queries_seeing(j_last, offset, T, window, doc_start, doc_end, CAUSAL, WINDOWED)
     end = tl.where(j0 < n_keys, end, 0)
-    a, c = middle(full_begin, full_end, end, BLOCK_M)
+    left, right = middle(full_begin, full_end, end, BLOCK_M)
 
     k_tile = load_rows(k, b, j0, g, S, BLOCK_N, K, BLOCK_K, False, TMA)
     v_tile = load_rows(v, b, j0, g, S, BLOCK_N, K, BLOCK_K, False, TMA)
@@ -132,17 +132,17 @@ def dkdv_kernel(
     dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if CAUSAL or WINDOWED or doc_start is not None:
         dk_tile, dv_tile = dkdv_over_queries(
-            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, begin // BLOCK_M * BLOCK_M, a, j0,
-            H, offset, n_keys, T, window, scale, doc_start, doc_end,
+            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, begin // BLOCK_M * BLOCK_M, left,
+            j0, H, offset, n_keys, T, window, scale, doc_start, doc_end,
             True, GROUP, CAUSAL, WINDOWED, SOFTCAP, BLOCK_M, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
         )  # fmt: skip
     dk_tile, dv_tile = dkdv_over_queries(
-        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, a, c, j0, H, offset, n_keys,
+        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, left, right, j0, H, offset, n_keys,
         T, window, scale, doc_start, doc_end,
         False, GROUP, CAUSAL, WINDOWED, SOFTCAP, BLOCK_M, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
     )  # fmt: skip
     dk_tile, dv_tile = dkdv_over_queries(
-        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, c, end, j0, H, offset, n_keys,
+        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, right, end, j0, H, offset, n_keys,
         T, window, scale, doc_start, doc_end,
         True, GROUP, CAUSAL, WINDOWED, SOFTCAP, BLOCK_M, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
     )  # fmt: skip
@@ -163,15 +163,15 @@ def dq_over_keys(
     for start in range(first, last, BLOCK_N):
         k_tile = load_rows(k, b, start, g, S, BLOCK_N, K, BLOCK_K, not MASKED, TMA)
         v_tile = load_rows(v, b, start, g, S, BLOCK_N, K, BLOCK_K, not MASKED, TMA)
-        s, t = capped_scores(tl.dot(q, k_tile.T, input_precision=PRECISION), scale, SOFTCAP)
-        p = tl.math.exp2(s - lse[:, None])
+        s, c = scores(tl.dot(q, k_tile.T, input_precision=PRECISION), scale, SOFTCAP)
+        p = tl.math.exp2(s * c - lse[:, None])
         if MASKED:
             j = start + tl.arange(0, BLOCK_N)[None, :]
             p = tl.where((j >= low[:, None]) & (j < high[:, None]), p, 0.0)
         dp = tl.dot(do, v_tile.T, input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if SOFTCAP is not None:
-            ds = ds * (1 - t * t)
+            ds = ds * (1 - s * s)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
@@ -196,7 +196,7 @@ def dq_kernel(
     low, high = keys_seen(i, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
     begin, full_end = keys_seen(i0, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
     full_begin, end = keys_seen(i_last, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    a, c = middle(full_begin, full_end, end, BLOCK_N)
+    left, right = middle(full_begin, full_end, end, BLOCK_N)
 
     q_tile = load_rows(q, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
     do_tile = load_rows(dout, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
@@ -206,15 +206,15 @@ def dq_kernel(
     g = h // GROUP
     if WINDOWED or doc_start is not None:
         dq_tile = dq_over_keys(
-            dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, begin // BLOCK_N * BLOCK_N, a, low, high,
+            dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, begin // BLOCK_N * BLOCK_N, left, low, high,
             S, scale, True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
         )  # fmt: skip
     dq_tile = dq_over_keys(
-        dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, a, c, low, high,
+        dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, left, right, low, high,
         S, scale, False, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
     )  # fmt: skip
     dq_tile = dq_over_keys(
-        dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, c, end, low, high,
+        dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, right, end, low, high,
         S, scale, True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
     )  # fmt: skip
     store_rows(dq, dq_tile * scale, b, i0, h, T, BLOCK_M, K, BLOCK_K)

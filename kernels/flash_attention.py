@@ -173,18 +173,18 @@ def forward_kernel(
 
 
 # Queries and keys of a tile, warps and stages, by head width: of the forward pass, of dk and dv, and of dq.
-# The largest found that keep everything in registers, 16-bit inputs at every width, float32 ones in TF32 up
-# to width 128; float32 in full precision, and TF32 at width 256, fit in none. A float32 row is as long as a
-# 16-bit one of twice the width.
+# The largest found that keep 16-bit inputs in registers; what still spills, a few instructions at width 256
+# or on Blackwell, is in results/machine_code.json. Float32 takes the row of twice its width, and fits in TF32
+# at best. Nothing here has been tuned on a device yet.
 TILES = {
     "Hopper": {  # and data-centre Blackwell: over 200 kB of shared memory
         64: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
         128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        256: ((128, 32, 8, 2), (16, 64, 8, 2), (128, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (16, 64, 8, 2), (64, 32, 4, 2)),
         512: ((64, 16, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1)),
     },
     "NVIDIA": {  # every other: at most 99 kB, which the smallest chips have
-        64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        64: ((128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2)),
         128: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
         256: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 4, 1)),
         512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),

@@ -20,7 +20,7 @@ from kernels.flash_attention import as_rows, attend, keys_seen, packed, shared_a
 
 MIN_KEYS = 256  # of a split: fewer are read sooner than a program is started
 MAX_ROWS = 64  # queries times heads per key head in one tile
-BLOCK_N = 64  # keys read at a time
+LOADED = 16384  # bytes of keys read at a time; with the values and the next of both, all of AMD's 64 kB
 
 
 @triton.jit
@@ -102,14 +102,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *masks) -> tuple[Tensor, Tensor]:
     shared = shared_arguments(q, k, *masks) | {"TMA": False}
     # Two programs for each multiprocessor, so that one computes while the other waits for memory.
     n_splits = min(triton.cdiv(S, MIN_KEYS), triton.cdiv(2 * n_multiprocessors(q.device), B * G))
-    keys_per_split = triton.cdiv(triton.cdiv(S, n_splits), BLOCK_N) * BLOCK_N
+    N = min(64, max(16, LOADED // (shared["BLOCK_K"] * q.element_size())))
+    keys_per_split = triton.cdiv(triton.cdiv(S, n_splits), N) * N
     n_splits = triton.cdiv(S, keys_per_split)
     part = q.new_empty(n_splits, B, T, H, K, dtype=torch.float32)
     part_lse = q.new_empty(n_splits, B, T, H, dtype=torch.float32)
     with on_device(q):
         split_kernel[(n_splits, B * G)](
-            *(as_rows(x, BLOCK_N, False) for x in (q, k, v)), part, part_lse, keys_per_split=keys_per_split,
-            BLOCK_M=max(16, triton.next_power_of_2(T * H // G)), BLOCK_N=BLOCK_N, num_warps=4, num_stages=2,
+            *(as_rows(x, N, False) for x in (q, k, v)), part, part_lse, keys_per_split=keys_per_split,
+            BLOCK_M=max(16, triton.next_power_of_2(T * H // G)), BLOCK_N=N, num_warps=4, num_stages=2,
             **shared,
         )  # fmt: skip
         merge_kernel[(B * T * H,)](

@@ -133,12 +133,13 @@ def assert_as_exact_as_plain(q, k, v, options, dout=None):
     return results[0]
 
 
+SHAPE = ("B", "T", "S", "H", "G", "K", "dtype")
 FEATURES = {
     "causal": {"causal": True},
     "window": {"window": 9},
     "softcap": {"softcap": 1.5},
     "documents": {"cu_seqlens": [0, 3, 3, 20, 35]},
-    "lengths": {"seqlens_k": [18, 35]},
+    "lengths": {"seqlens_k": [18, 35], "B": 2},
     "T not S": {"T": 21},
     "multi-query": {"H": 3, "G": 1},
     "no groups": {"H": 2, "G": 2},
@@ -152,10 +153,10 @@ PAIRS = [pair for pair in combinations(FEATURES, 2) if pair not in IMPOSSIBLE]
 @pytest.mark.parametrize("names", [*((name,) for name in FEATURES), *PAIRS], ids=" + ".join)
 def test_each_feature_alone_and_with_each_other(names):
     """Several tiles each way, none of them full at the end."""
-    wanted = {"T": 35, "S": 35, "H": 2, "G": 1}
+    wanted = {"B": 1, "T": 35, "S": 35, "H": 2, "G": 1}
     for name in names:
         wanted |= FEATURES[name]
-    options = {key: wanted.pop(key) for key in list(wanted) if key not in ("T", "S", "H", "G", "K", "dtype")}
+    options = {key: wanted.pop(key) for key in list(wanted) if key not in SHAPE}
     q, k, v, options = inputs(options, **wanted)
     assert_as_exact_as_plain(q, k, v, options)
 
@@ -192,7 +193,7 @@ def test_tiles_through_tensor_descriptors(name, monkeypatch):
 def test_few_queries_over_many_keys(name, T, monkeypatch):
     """flash_decoding, each row in several splits, some of which see nothing."""
     monkeypatch.setattr(flash_decoding, "MIN_KEYS", 16)
-    monkeypatch.setattr(flash_decoding, "BLOCK_N", 16)
+    monkeypatch.setattr(flash_decoding, "LOADED", 0)  # 16 keys
     options = {key: [19, 61] if key == "seqlens_k" else value for key, value in CASES[name].items()}
     q, k, v, options = inputs(options, T, 61)
     assert flash_decoding.applies(q, k)
@@ -374,7 +375,7 @@ def test_on_a_gpu(names, K, dtype):
     for name in names:
         wanted |= FEATURES[name]
     wanted["T"] = 700 if "T not S" in names else wanted["T"]
-    options = {key: wanted.pop(key) for key in list(wanted) if key not in ("T", "S", "H", "G", "K", "dtype")}
+    options = {key: wanted.pop(key) for key in list(wanted) if key not in SHAPE}
     long = {"window": 300, "cu_seqlens": [0, 3, 3, 600, 1111], "seqlens_k": [518, 1111]}
     options = {key: long.get(key, value) for key, value in options.items()}
     q, k, v, options = inputs(options, **wanted)

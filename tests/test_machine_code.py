@@ -31,25 +31,28 @@ def hopper(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-def kernels(machines, *names):
-    found = [m for m in machines if m["kernel"] in names]
+def attention(machines, *names):
+    found = [m for m in machines if m["operation"] == "attention" and m["kernel"] in names]
     assert {m["kernel"] for m in found} == set(names)
     return found
 
 
 def test_attention_runs_on_hoppers_matrix_units_and_copy_engine(hopper):
-    for m in kernels(hopper, "forward_kernel", "dkdv_kernel", "dq_kernel"):
+    for m in attention(hopper, "forward_kernel", "dkdv_kernel", "dq_kernel"):
         assert m["matrix"].endswith("HGMMA") and m["tma"] > 0, m
-    for m in kernels(hopper, "split_kernel"):
+    for m in attention(hopper, "split_kernel"):
         assert m["matrix"].endswith("HMMA"), m  # a tile of 16 rows is too small for HGMMA
 
 
 def test_nothing_spills(hopper):
-    """But dk and dv at head width 256 with everything on: 31 instructions, the fewest of all tiles tried."""
+    """But dk and dv at head width 256 with every feature, the fewest of all tiles tried, and a few others."""
     for m in hopper:
-        wide = m["kernel"] == "dkdv_kernel" and "width 256, window" in m["case"]
-        wide |= "width 16384" in m["case"] or m["kernel"] in ("delta_kernel", "split_kernel")
-        assert m["spills"] <= (40 if wide else 0), m
+        allowed = 0
+        if m["kernel"] == "dkdv_kernel" and "width 256, window" in m["case"]:
+            allowed = 40
+        elif m["kernel"] in ("delta_kernel", "split_kernel") or "width 16384" in m["case"]:
+            allowed = 8
+        assert m["spills"] <= allowed, m
 
 
 def test_programs_fit_the_shared_memory(hopper):

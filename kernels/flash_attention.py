@@ -88,6 +88,31 @@ def middle(low_last, high_first, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def query_tile(
+    seqlens_k, doc_start, doc_end, T, S, H, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of queries: its first query, row and head; the keys [low, high) of each query; and
+    the walk over the tiles of keys, from begin to end, without a mask from left to right."""
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    # The last queries of a causal model see most: started first, they leave the short ones to fill the gaps.
+    i0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M
+    bh = tl.program_id(0) // n_tiles
+    b, h = bh // H, bh % H
+    n_keys = S
+    if seqlens_k is not None:
+        n_keys = tl.load(seqlens_k + b).to(tl.int32)
+    offset = n_keys - T
+    i = tl.minimum(i0 + tl.arange(0, BLOCK_M), T - 1)
+    i_last = tl.minimum(i0 + BLOCK_M, T) - 1
+    low, high = keys_seen(i, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
+    begin, full_end = keys_seen(i0, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
+    full_begin, end = keys_seen(i_last, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
+    left, right = middle(full_begin, full_end, end, BLOCK_N)
+    return i0, b, h, low, high, begin // BLOCK_N * BLOCK_N, left, right, end
+
+
+@triton.jit
 def scores(qk, scale, SOFTCAP: tl.constexpr):
     """(s, c): s * c is the score in base 2. Left apart, the product and what is subtracted from it in the
     exponent are one instruction. With a soft-cap s is the tanh."""
@@ -131,22 +156,9 @@ def forward_kernel(
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    # The last queries of a causal model see most: started first, they leave the short ones to fill the gaps.
-    i0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M
-    bh = tl.program_id(0) // n_tiles
-    b, h = bh // H, bh % H
-    n_keys = S
-    if seqlens_k is not None:
-        n_keys = tl.load(seqlens_k + b).to(tl.int32)
-    offset = n_keys - T
-    i = tl.minimum(i0 + tl.arange(0, BLOCK_M), T - 1)
-    i_last = tl.minimum(i0 + BLOCK_M, T) - 1
-    low, high = keys_seen(i, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    begin, full_end = keys_seen(i0, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    full_begin, end = keys_seen(i_last, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    left, right = middle(full_begin, full_end, end, BLOCK_N)
-
+    i0, b, h, low, high, begin, left, right, end = query_tile(
+        seqlens_k, doc_start, doc_end, T, S, H, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N
+    )
     q_tile = load_rows(q, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
@@ -154,7 +166,7 @@ def forward_kernel(
     g = h // GROUP
     if WINDOWED or doc_start is not None:
         acc, m, l = attend(
-            acc, m, l, q_tile, k, v, b, g, begin // BLOCK_N * BLOCK_N, left, low, high, S, scale,
+            acc, m, l, q_tile, k, v, b, g, begin, left, low, high, S, scale,
             True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
         )  # fmt: skip
     acc, m, l = attend(
@@ -169,7 +181,7 @@ def forward_kernel(
     store_rows(out, acc / tl.where(seen, l, 1.0)[:, None], b, i0, h, T, BLOCK_M, K, BLOCK_K)
     row = i0 + tl.arange(0, BLOCK_M)
     value = tl.where(seen, m + tl.math.log2(tl.where(seen, l, 1.0)), 0.0)
-    tl.store(lse + bh.to(tl.int64) * T + row, value, mask=row < T)
+    tl.store(lse + (b * H + h).to(tl.int64) * T + row, value, mask=row < T)
 
 
 # Queries and keys of a tile, warps and stages, by head width: of the forward pass, of dk and dv, and of dq.

@@ -26,6 +26,7 @@ from kernels.flash_attention import (
     load_rows,
     middle,
     packed,
+    query_tile,
     scores,
     shared_arguments,
     store_rows,
@@ -123,7 +124,7 @@ def dkdv_kernel(
     j_last = tl.minimum(j0 + BLOCK_N, n_keys) - 1
     begin, full_end = queries_seeing(j0, offset, T, window, doc_start, doc_end, CAUSAL, WINDOWED)
     full_begin, end = queries_seeing(j_last, offset, T, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    end = tl.where(j0 < n_keys, end, 0)
+    end, full_end = tl.where(j0 < n_keys, end, 0), tl.where(j0 < n_keys, full_end, 0)
     left, right = middle(full_begin, full_end, end, BLOCK_M)
 
     k_tile = load_rows(k, b, j0, g, S, BLOCK_N, K, BLOCK_K, False, TMA)
@@ -183,30 +184,18 @@ def dq_kernel(
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    i0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M
-    bh = tl.program_id(0) // n_tiles
-    b, h = bh // H, bh % H
-    n_keys = S
-    if seqlens_k is not None:
-        n_keys = tl.load(seqlens_k + b).to(tl.int32)
-    offset = n_keys - T
-    i = tl.minimum(i0 + tl.arange(0, BLOCK_M), T - 1)
-    i_last = tl.minimum(i0 + BLOCK_M, T) - 1
-    low, high = keys_seen(i, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    begin, full_end = keys_seen(i0, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    full_begin, end = keys_seen(i_last, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    left, right = middle(full_begin, full_end, end, BLOCK_N)
-
+    i0, b, h, low, high, begin, left, right, end = query_tile(
+        seqlens_k, doc_start, doc_end, T, S, H, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N
+    )
     q_tile = load_rows(q, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
     do_tile = load_rows(dout, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
-    row = bh.to(tl.int64) * T + i
+    row = (b * H + h).to(tl.int64) * T + tl.minimum(i0 + tl.arange(0, BLOCK_M), T - 1)
     lse_i, delta_i = tl.load(lse + row), tl.load(delta + row)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     g = h // GROUP
     if WINDOWED or doc_start is not None:
         dq_tile = dq_over_keys(
-            dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, begin // BLOCK_N * BLOCK_N, left, low, high,
+            dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, begin, left, low, high,
             S, scale, True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
         )  # fmt: skip
     dq_tile = dq_over_keys(

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import checkpoint
 import corpus
 import data
-from kernels import rms_norm
+from kernels.backend import choose as choose_backend
 from optim import default_learning_rate, learning_rate, make_optimizers
 from tokenizer import Tokenizer
 
@@ -198,12 +198,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--dtype bfloat16: this {args.device} has no bfloat16 arithmetic; use --dtype float32"
         )
-    try:
-        rms_norm(
-            torch.ones(1, 1, device=args.device), torch.ones(1, device=args.device), backend=args.kernels
-        )
-    except ValueError as error:
-        raise ValueError(f"--kernels {args.kernels}: {error}") from None
+    choose_backend(f"--kernels {args.kernels}", args.kernels, torch.empty(0, device=args.device))
     if args.compile is None:
         args.compile = args.device == "cuda"
 

@@ -30,6 +30,7 @@ Gradients in the forward pass, chunk by chunk: Liger-Kernel (Hsu et al. 2024, se
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
 from kernels.backend import HAS_TRITON, choose, on_device, tl, triton
 
@@ -152,7 +153,7 @@ def rows_per_chunk(N: int, D: int, V: int, device: str) -> int:
     return max(1, min(max(rows, fewest), N))
 
 
-@torch.library.custom_op("plinth::linear_cross_entropy", mutates_args=())
+@custom_op("plinth::linear_cross_entropy", mutates_args=())
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,

@@ -114,8 +114,8 @@ def query_tile(
 
 @triton.jit
 def scores(qk, scale, SOFTCAP: tl.constexpr):
-    """(s, c): s * c is the score in base 2. Left apart, the product and what is subtracted from it in the
-    exponent are one instruction. With a soft-cap s is the tanh."""
+    """(s, c): s * c is the score in base 2, which puts log2(e) = 1.4427 into c. Left apart, the product and
+    what is subtracted from it in the exponent are one instruction. With a soft-cap s is the tanh."""
     if SOFTCAP is None:
         s, c = qk, scale * 1.4426950408889634
     else:

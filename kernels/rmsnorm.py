@@ -29,6 +29,7 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from kernels.backend import choose, n_multiprocessors, on_device, tl, triton
 
@@ -254,8 +255,8 @@ class _RMSNorm(torch.autograd.Function):
         )
 
 
-_operation = torch.library.custom_op("plinth::rms_norm", launch_forward, mutates_args=())
-_operation_backward = torch.library.custom_op("plinth::rms_norm_backward", launch_backward, mutates_args=())
+_operation = custom_op("plinth::rms_norm", launch_forward, mutates_args=())
+_operation_backward = custom_op("plinth::rms_norm_backward", launch_backward, mutates_args=())
 _operation.register_fake(_forward_outputs)
 _operation.register_autograd(partial(_gradients, _operation_backward), setup_context=_save)
 

@@ -18,7 +18,6 @@ from kernels.cross_entropy import linear_cross_entropy, rows_per_chunk, to_gradi
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = ["chunked", "triton"]
-HAS_TORCH_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")
 CAP, Z, IGNORE = dict(softcap=3.0), dict(z_loss=0.02), dict(ignore_index=3)
 OPTIONS = [{}, CAP, Z, IGNORE, CAP | Z, CAP | IGNORE, Z | IGNORE]
 CASES = [(backend, dtype) for backend in OURS for dtype in (torch.float32, torch.float16)] + [
@@ -121,7 +120,7 @@ def test_the_factor_of_the_backward_pass_is_not_rounded():
 @pytest.mark.parametrize("in_cache", [0, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pytorch_s_own(dtype, in_cache, monkeypatch):
-    if in_cache == 0 and not HAS_TORCH_CHUNKS:
+    if in_cache == 0 and not cross_entropy.HAS_CHUNKS:
         pytest.skip("this PyTorch has no linear_cross_entropy in chunks")
     monkeypatch.setattr(cross_entropy, "IN_CACHE", in_cache)
     case = inputs(67, 32, 131, dtype, leading=(1, 67))

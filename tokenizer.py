@@ -25,6 +25,7 @@ and pattern. tokenizer_json.py writes them to a file that `transformers.AutoToke
 """
 
 import argparse
+import functools
 import hashlib
 import heapq
 import json
@@ -39,14 +40,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
 
 import tokenizer_json
-from tokenizer_json import GPT2_PATTERN
-
-END_OF_TEXT = "<|endoftext|>"
+from special_tokens import SpecialTokens, split_at
+from tokenizer_json import END_OF_TEXT, GPT2_PATTERN
+from wordpiece import WordPiece
+from wordpiece_json import is_wordpiece
 
 # How text is cut. GPT2_PATTERN, the oldest, belongs to the file format. Three engines read these: `regex`
 # (training), tiktoken's Rust (encoding) and Oniguruma (Hugging Face). tiktoken ships faster forms with
@@ -157,6 +160,9 @@ def learn_tokens(pre_tokens: Counter[str], n_tokens: int, progress: bool) -> lis
     return tokens
 
 
+# All that occur in UTF-8. GPT-NeoX's vocabulary, and ModernBERT's after it, has no tokens for the other 13.
+UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
+
 # A character of every kind that a pattern tells apart; one that it does not match would silently be dropped.
 _PROBE = "aZé中ـ͏ '9٣.,\u00a0_$😀\x00\t \r\n\n  x \u2028"
 _LONGEST_SPACE = 250_000  # characters
@@ -177,7 +183,27 @@ def cut_long_space(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([*cuts, len(text)])]
 
 
-class Tokenizer:
+def continues(token: bytes) -> bool:
+    """Whether a token goes on with the word before it: it begins with a letter, digit, mark, underscore, or
+    with a later byte of a character.
+
+    Of a character whose first bytes alone are in the token, the first says enough: C2, E2 and F0 begin mostly
+    punctuation, symbols and emoji, the others mostly letters.
+    """
+    first = token[0]
+    if 0x80 <= first < 0xC0:
+        return True
+    char = token[:4].decode("utf-8", "replace")[0]
+    if char == "\ufffd":
+        return first not in (0xC2, 0xE2, 0xF0)
+    return regex.match(r"[\p{L}\p{N}\p{M}_]", char) is not None
+
+
+# Whitespace as Rust understands it.
+_SPACES = "".join(chr(c) for c in range(0x3001) if chr(c).isspace() and not 0x1C <= c <= 0x1F)
+
+
+class Tokenizer(SpecialTokens):
     """Ranks, split pattern and special tokens, ready to encode and decode.
 
     Attributes, besides the arguments: `encoding` (tiktoken's object), `token_bytes` (id -> its bytes),
@@ -192,15 +218,23 @@ class Tokenizer:
         special_tokens: dict[str, int],
         nfc: bool = False,
         eot: str = END_OF_TEXT,
+        roles: dict[str, str] | None = None,
+        mask_lstrip: bool = False,
     ) -> None:
         """With `nfc`, text is first brought to Unicode's composed form. `eot` is the name behind `eot_id`.
 
+        roles: what special tokens are for, such as "mask_token" -> "[MASK]" (see `with_special_tokens`).
+        mask_lstrip: the mask token takes the space before it, as RoBERTa's and ModernBERT's do.
         Raises ValueError if the parts do not make a tokenizer that can encode any text.
         """
-        lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        lacking = [byte for byte in UTF8_BYTES if bytes([byte]) not in ranks]
         if lacking:
-            raise ValueError(f"the vocabulary lacks {len(lacking)} of the 256 bytes ({lacking[0]}, ...)")
-        both = [name for name in special_tokens if not name or name.encode() in ranks]
+            raise ValueError(f"the vocabulary lacks {len(lacking)} of UTF-8's 243 bytes ({lacking[0]}, ...)")
+        # Spaces may be both: as special tokens they go first, so that the ordinary token is never seen.
+        self.runs = {name for name in special_tokens if name.isspace()}
+        both = [
+            name for name in special_tokens if not name or (name.encode() in ranks and name not in self.runs)
+        ]
         if both:
             raise ValueError(f"special token {both[0]!r} is empty or also an ordinary token; rename it")
         if eot not in special_tokens:
@@ -214,6 +248,10 @@ class Tokenizer:
 
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.nfc, self.eot = nfc, eot
+        self.roles, self.mask_lstrip = dict(roles or {}), mask_lstrip
+        self.check_roles()
+        if mask_lstrip:
+            self.role_id("mask_token")
         try:
             self.encoding = tiktoken.Encoding(
                 "plinth", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
@@ -228,26 +266,48 @@ class Tokenizer:
         self.n_vocab = ids[-1] + 1
         self.eot_id = special_tokens[eot]
         by_token = sorted((token.hex(), i) for token, i in ranks.items())
-        content = json.dumps([by_token, pattern, sorted(special_tokens.items()), nfc, eot])
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        content = [by_token, pattern, sorted(special_tokens.items()), nfc, eot]
+        content += [self.roles["mask_token"]] if mask_lstrip else []
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def with_special_tokens(self, roles: dict[str, str]) -> "Tokenizer":
+        """The same encoding with a special token for each of these roles, as far as it has none yet.
+
+        An encoder needs {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token":
+        "[PAD]"}. New names get the ids n_vocab, n_vocab + 1, ...; a role that is taken keeps its token.
+        A new mask token takes the space before it, as in RoBERTa: here tokens begin with their space (" as"),
+        so in "import [MASK] as np" the space before the mask is part of what the mask stands for.
+        Raises ValueError for an unknown role, or a name that is an ordinary token.
+        """
+        special_tokens, roles = self.extended(roles, vocab={})
+        mask_is_new = "mask_token" in roles and roles["mask_token"] not in self.special_tokens
+        arguments = {"nfc": self.nfc, "eot": self.eot, "roles": roles}
+        arguments["mask_lstrip"] = self.mask_lstrip or mask_is_new
+        return Tokenizer(self.ranks, self.pattern, special_tokens, **arguments)
 
     def encode(self, text: str, allowed_special: set[str] | Literal["all"] = frozenset()) -> list[int]:
         """The token ids of a text. Nothing is put in front or behind (no begin- or end-of-text token).
 
         Text that spells a special token is text: a document that mentions "<|endoftext|>" must not end there.
         Only the names in `allowed_special` (or "all") become their special ids, which is what Hugging Face's
-        tokenizers always do. Lone surrogates, which have no UTF-8, become U+FFFD.
+        tokenizers always do. (Runs of spaces, which GPT-NeoX and ModernBERT have among them, always do: they
+        announce nothing.) Lone surrogates, which have no UTF-8, become U+FFFD.
         """
-        allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
-        unknown = allowed - set(self.special_tokens)
-        if unknown:
-            known = f"{len(self.special_tokens)}, such as {list(self.special_tokens)[:6]}"
-            raise ValueError(f"no special token {min(unknown)!r}; there are {known}")
-
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        parts = split_at(self.allowed(allowed_special) - self.runs, text)
         tokens: list[int] = []
-        for piece in cut_long_space(text):
-            tokens += self.encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        for i, part in enumerate(parts):
+            if i % 2 == 1:
+                tokens.append(self.special_tokens[part])
+                continue
+            if self.mask_lstrip and parts[i + 1 : i + 2] == [self.roles["mask_token"]]:
+                part = part.rstrip(_SPACES)
+            part = unicodedata.normalize("NFC", part) if self.nfc else part
+            for j, piece in enumerate(split_at(self.runs, part)):
+                if j % 2 == 1:
+                    tokens.append(self.special_tokens[piece])
+                    continue
+                for whole in cut_long_space(piece):
+                    tokens += self.encoding.encode_ordinary(whole)
         return tokens
 
     def encode_batch(self, texts: list[str], n_threads: int) -> list[list[int]]:
@@ -264,9 +324,17 @@ class Tokenizer:
         pieces = [self.token_bytes.get(int(token), "\ufffd".encode()) for token in tokens]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
+    @functools.cached_property
+    def continues_word(self) -> np.ndarray:
+        """(n_vocab,) bool: True where a token continues the word before it. Special tokens do not."""
+        result = np.zeros(self.n_vocab, bool)
+        result[[i for token, i in self.ranks.items() if continues(token)]] = True
+        return result
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
-        tokenizer_json.write(directory, self.ranks, self.pattern, self.special_tokens, self.nfc, self.eot)
+        content = (self.ranks, self.pattern, self.special_tokens, self.nfc, self.eot)
+        tokenizer_json.write(directory, *content, self.roles, self.mask_lstrip)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -302,10 +370,11 @@ def train_bpe(
     return Tokenizer(ranks, pattern, {END_OF_TEXT: len(tokens)})
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name: str) -> Tokenizer | WordPiece:
     """The tokenizer of a name: "bytes", a tiktoken encoding, or a directory (or file) with tokenizer.json.
 
-    Raises ValueError for any other name, for a file that `Tokenizer.load` refuses, or if a download fails.
+    A directory may also have BERT's vocab.txt. Raises ValueError for any other name, for a file that
+    `Tokenizer.load` or `WordPiece.load` refuses, or if a download fails.
     """
     if name == "bytes":
         return Tokenizer({bytes([byte]): byte for byte in range(256)}, GPT4_PATTERN, {END_OF_TEXT: 256})
@@ -319,7 +388,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         return Tokenizer(published._mergeable_ranks, TIKTOKEN_PATTERNS[name], published._special_tokens)
 
     if Path(name).exists():
-        return Tokenizer.load(Path(name))
+        return (WordPiece if is_wordpiece(name) else Tokenizer).load(Path(name))
     raise ValueError(
         f"unknown tokenizer {name!r}; use 'bytes', 'bpe:4096' (where there is a corpus to train on), "
         f"{', '.join(TIKTOKEN_PATTERNS)}, or a directory with tokenizer.json"

@@ -19,7 +19,8 @@ Hugging Face joins the adjacent pair that stands first in `merges`, tiktoken the
 rank. These agree if the merges are in the order of ranks and none is missing. So `recover_merges` finds the
 merges that belong to some ranks, and reading checks that those in the file say what the ranks say.
 
-tokenizer_config.json, beside it, names the token that ends a document (`eos_token`).
+tokenizer_config.json, beside it, names the token that ends a document (`eos_token`) and those that an encoder
+such as BERT needs (`cls_token`, `sep_token`, `mask_token`, `pad_token`): their *roles*.
 """
 
 import json
@@ -27,6 +28,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from checkpoint import replace_file
+from special_tokens import ROLES
+
+END_OF_TEXT = "<|endoftext|>"
 
 # GPT-2's split pattern: what ByteLevel does by itself, where the file has no Split before it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -80,6 +84,41 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
+def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> list[dict]:
+    """The entries of special tokens in tokenizer.json. The token named by `lstrip` takes the space before it.
+
+    A name of spaces only is one that Hugging Face finds in any text, and last, so it is not marked special.
+    """
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    by_id = sorted(special_tokens.items(), key=lambda item: item[1])
+    entries = [{"id": i, "content": name} | flags for name, i in by_id]
+    for entry in entries:
+        entry["lstrip"] = entry["content"] == lstrip
+        entry["normalized"] = entry["content"].isspace()
+        entry["special"] = not entry["normalized"]
+    return entries
+
+
+def template(special_tokens: dict[str, int], roles: dict[str, str]) -> dict | None:
+    """A post-processor that puts [CLS] before a text and [SEP] behind; None for a tokenizer without them."""
+    if "cls_token" not in roles or "sep_token" not in roles:
+        return None
+    cls, sep = roles["cls_token"], roles["sep_token"]
+
+    def special(name: str, segment: int) -> dict:
+        return {"SpecialToken": {"id": name, "type_id": segment}}
+
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    single = [special(cls, 0), first, special(sep, 0)]
+    ids = {name: {"id": name, "ids": [special_tokens[name]], "tokens": [name]} for name in (cls, sep)}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, second, special(sep, 1)],
+        "special_tokens": ids,
+    }
+
+
 def write(
     directory: Path,
     ranks: dict[bytes, int],
@@ -87,12 +126,14 @@ def write(
     special_tokens: dict[str, int],
     nfc: bool,
     eot: str,
+    roles: dict[str, str] | None = None,
+    mask_lstrip: bool = False,
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
+    roles = roles or {}
     # Special tokens are in the vocabulary too: it fixes their ids, which otherwise follow on the largest.
     vocab = {to_text(token): i for token, i in ranks.items()} | special_tokens
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    by_id = sorted(special_tokens.items(), key=lambda item: item[1])
+    special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None)
 
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}
@@ -106,10 +147,10 @@ def write(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": name} | flags for name, i in by_id],
+        "added_tokens": special,
         "normalizer": {"type": "NFC"} if nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytewise]},
-        "post_processor": None,
+        "post_processor": template(special_tokens, roles),
         "decoder": bytewise,
         "model": model,
     }
@@ -119,7 +160,10 @@ def write(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eot,
         "clean_up_tokenization_spaces": False,
-    }
+    } | roles
+    if mask_lstrip:  # the name alone would take the flag away again
+        mask = next(token for token in special if token["content"] == roles["mask_token"])
+        config["mask_token"] = {"__type": "AddedToken"} | {k: v for k, v in mask.items() if k != "id"}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "tokenizer.json", tokenizer)
@@ -158,12 +202,27 @@ def read_splitting(file: dict) -> tuple[bool, str]:
     raise ValueError(f"pre-tokenizer {str(pre)[:300]} is not supported, only ByteLevel or Split, ByteLevel")
 
 
-def read_special_tokens(added_tokens: list[dict]) -> dict[str, int]:
+def read_roles(config: dict, special_tokens: dict[str, int]) -> dict[str, str]:
+    """The roles in a tokenizer_config.json, without those of tokens that the vocabulary lacks."""
+    given = {role: config[role] for role in ROLES if config.get(role)}
+    names = {role: token["content"] if isinstance(token, dict) else token for role, token in given.items()}
+    return {role: name for role, name in names.items() if name in special_tokens}
+
+
+def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
+    """Whether the mask token takes the space before it; ValueError if another one does, or takes more."""
+    lstrip = False
     for token in added_tokens:
+        name, normalized = token["content"], token.get("normalized", False)
+        if name.isspace() and not normalized:
+            raise ValueError(f"special token {name!r} of spaces that is not normalized is not supported")
         for flag in ("lstrip", "rstrip", "single_word"):
-            if token.get(flag):
-                raise ValueError(f"special token {token['content']!r} with {flag} is not supported")
-    return {token["content"]: token["id"] for token in added_tokens}
+            if not token.get(flag):
+                continue
+            if flag != "lstrip" or name != mask or normalized:
+                raise ValueError(f"special token {name!r} with {flag} is not supported")
+            lstrip = True
+    return lstrip
 
 
 def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
@@ -202,8 +261,10 @@ def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
 def read(directory: Path) -> dict:
     """The arguments of `write`, from a file written here or from GPT-2's, Llama 3's, Qwen's and their like.
 
-    `directory` may also be the file itself. There is an `eot` only if tokenizer_config.json names one. Raises
-    ValueError for what tiktoken would do differently (another algorithm, normalizer or splitter), naming it.
+    `directory` may also be the file itself. Those of `eot`, `roles` and `mask_lstrip` that it says nothing of
+    are left out. Documents end with tokenizer_config.json's `eos_token`, else <|endoftext|>, else the
+    `sep_token`. Raises ValueError for what tiktoken would do differently (another algorithm, normalizer or
+    splitter), naming it.
     """
     path = Path(directory)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -213,12 +274,16 @@ def read(directory: Path) -> dict:
 
     try:
         nfc, pattern = read_splitting(file)
-        special_tokens = read_special_tokens(file["added_tokens"])
+        special_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
+        roles = read_roles(config, special_tokens)
+        mask_lstrip = read_mask_lstrip(file["added_tokens"], roles.get("mask_token"))
         ranks = read_ranks(file["model"], special_tokens)
         eos = config.get("eos_token")
-        eot = {"eot": eos["content"] if isinstance(eos, dict) else eos} if eos else {}
+        eot = eos["content"] if isinstance(eos, dict) else eos
+        if not eot and END_OF_TEXT not in special_tokens:
+            eot = roles.get("sep_token")
 
-        for text in (pattern, *special_tokens, *eot.values()):
+        for text in (pattern, *special_tokens, *([eot] if eot else [])):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} is no text")
         for i in (*ranks.values(), *special_tokens.values()):
@@ -229,4 +294,6 @@ def read(directory: Path) -> dict:
     except (AttributeError, KeyError, TypeError) as error:
         kind = type(error).__name__
         raise ValueError(f"{path} is no whole tokenizer.json ({kind}: {error}); get it again") from None
-    return {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc} | eot
+    arguments = {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc}
+    optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip}
+    return arguments | {name: value for name, value in optional.items() if value}

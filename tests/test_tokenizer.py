@@ -189,10 +189,82 @@ def test_fingerprint_names_the_content(learned):
     assert Tokenizer(backwards, learned.pattern, {END_OF_TEXT: 999}).fingerprint != learned.fingerprint
 
 
+ROLES = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
+
+
+def test_special_tokens_for_an_encoder(learned):
+    whole = learned.with_special_tokens(ROLES)
+    assert (learned.n_vocab, whole.n_vocab, whole.eot_id) == (700, 704, 699)
+    assert [whole.cls_id, whole.sep_id, whole.mask_id, whole.pad_id] == [700, 701, 702, 703]
+    assert whole.encode(REAL_TEXT) == learned.encode(REAL_TEXT)
+    assert whole.encode("a[MASK]b", {"[MASK]"}) == [*whole.encode("a"), 702, *whole.encode("b")]
+    assert whole.fingerprint != learned.fingerprint
+
+    # What is there already stays: the token of a role, the id of a name.
+    again = whole.with_special_tokens({"mask_token": "<mask>", "bos_token": END_OF_TEXT})
+    assert (again.mask_id, again.n_vocab, again.fingerprint) == (702, 704, whole.fingerprint)
+    assert again.roles == ROLES | {"bos_token": END_OF_TEXT}
+    assert learned.with_special_tokens({}).fingerprint == learned.fingerprint
+
+    with pytest.raises(ValueError, match=r"this tokenizer has no mask token \(\[MASK\]\); use an encoder's"):
+        _ = learned.mask_id
+    with pytest.raises(ValueError, match=r"no role 'mask'; there are cls_token, "):
+        learned.with_special_tokens({"mask": "[MASK]"})
+    with pytest.raises(ValueError, match="'a' is empty or also an ordinary token"):
+        learned.with_special_tokens({"mask_token": "a"})
+
+
+def test_a_mask_that_takes_the_space_before_it(learned):
+    greedy = learned.with_special_tokens(ROLES)
+    code = [*learned.encode("import"), greedy.mask_id, *learned.encode(" as np")]
+    assert greedy.encode("import [MASK] as np", allowed_special={"[MASK]"}) == code
+
+    # A mask token that is there already keeps its ways.
+    whole = Tokenizer(learned.ranks, GPT4_PATTERN, greedy.special_tokens)
+    whole = whole.with_special_tokens(ROLES).with_special_tokens(ROLES)
+    assert greedy.mask_lstrip and not whole.mask_lstrip and not learned.with_special_tokens({}).mask_lstrip
+    assert greedy.encode("a \u3000\n\x85[MASK] b", "all") == whole.encode("a[MASK] b", "all")
+    assert greedy.encode("a [CLS] [MASK] [MASK]", "all") == whole.encode("a [CLS][MASK][MASK]", "all")
+    assert greedy.encode("a [MASK] b") == learned.encode("a [MASK] b")
+    assert greedy.encode("a\x1c[MASK]", "all") == whole.encode("a\x1c[MASK]", "all")
+    assert greedy.fingerprint != whole.fingerprint
+
+
+def test_of_overlapping_special_tokens_the_longest_counts():
+    specials = {END_OF_TEXT: 256, "<a>": 257, "<a><b>": 258, "<b>": 259, "  ": 260, "    ": 261}
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)}, GPT4_PATTERN, specials)
+    assert tokenizer.encode("<a><b><a><a>", "all") == [258, 257, 257]
+    # Spaces are no message of their own: they are found in every text, as Hugging Face does.
+    assert (
+        tokenizer.encode(" " * 7 + "x") == tokenizer.encode(" " * 7 + "x", "all") == [261, 260, 32, ord("x")]
+    )
+
+
+def test_tokens_that_continue_a_word(learned):
+    whole = learned.with_special_tokens(ROLES)
+    flags = whole.continues_word
+    assert flags.shape == (704,) and flags.dtype == bool and not flags[699:].any()
+    words: list[list[int]] = [[]]
+    for token in whole.encode("the naïve_cat's 中文 mat; 2024."):
+        words += [] if flags[token] else [[]]
+        words[-1].append(token)
+    expected = ["the", " naïve_cat", "'s", " 中文", " mat", ";", " 2024", "."]
+    assert [whole.decode(word) for word in words] == expected
+
+    assert [module.continues(c.encode()) for c in "aé9_ـ\u0301中"] == [True] * 7
+    assert [module.continues(c.encode()) for c in " \n.-$😀—\u00a0"] == [False] * 8
+    # Parts of characters: ï, its second byte, я's first; the first bytes of an emoji, a dash and a §.
+    parts = [b"\xaf", b"\xd1", b"\xe4\xb8", b"\xd1a", b"\xf0\x9f", b"\xe2\x80", b"\xc2"]
+    assert [module.continues(part) for part in parts] == [True] * 4 + [False] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ranks": {b"a": 0}}, "lacks 255 of the 256 bytes"),
+        ({"roles": {"mask_token": "[MASK]"}}, "mask_token '[MASK]' is no special token; there are 1"),
+        ({"roles": {"mask": END_OF_TEXT}}, "no role 'mask'"),
+        ({"mask_lstrip": True}, "no mask token"),
+        ({"ranks": {b"a": 0}}, "lacks 242 of UTF-8's 243 bytes"),
         ({"special_tokens": {}}, "end-of-text token '<|endoftext|>'"),
         ({"special_tokens": {END_OF_TEXT: 5}}, "ids must differ"),
         ({"special_tokens": {END_OF_TEXT: -1}}, "fit 32 bits"),

@@ -1,5 +1,6 @@
 """tokenizer_json.py against Hugging Face's own reading of the files it writes."""
 
+import hashlib
 import json
 import random
 import unicodedata
@@ -131,6 +132,52 @@ def test_auto_tokenizer_gives_the_same_ids(learned, tmp_path, model_type):
         assert theirs.decode(ids) == text
 
 
+ROLES = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
+ENCODER_TEXTS = [
+    *STRESS,
+    "import [MASK] as np",
+    " \u3000\n[MASK][MASK]  [CLS] é",
+    "the [MASK], [SEP] 中文[PAD]",
+]
+
+
+@pytest.mark.parametrize("mask_lstrip", [False, True])
+@pytest.mark.parametrize("model_type", [None, "bert", "electra", "modernbert", "roberta"])
+def test_auto_tokenizer_reads_the_special_tokens_of_an_encoder(learned, tmp_path, model_type, mask_lstrip):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = learned.with_special_tokens(ROLES)
+    if not mask_lstrip:
+        tokenizer = Tokenizer(learned.ranks, learned.pattern, tokenizer.special_tokens, roles=ROLES)
+    tokenizer.save(tmp_path)
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    for role in ("cls", "sep", "mask", "pad"):
+        assert getattr(theirs, f"{role}_token_id") == getattr(tokenizer, f"{role}_id")
+    assert theirs.eos_token_id == tokenizer.eot_id and len(theirs) == tokenizer.n_vocab
+    cls, sep = tokenizer.cls_id, tokenizer.sep_id
+    for text in ENCODER_TEXTS:
+        ids = tokenizer.encode(text, "all")
+        assert theirs(text)["input_ids"] == [cls, *ids, sep], text
+        pair = theirs(text, "a", return_token_type_ids=True)
+        assert pair["input_ids"] == [cls, *ids, sep, *tokenizer.encode("a"), sep]
+        assert sum(pair["token_type_ids"]) == 2
+
+    theirs.save_pretrained(tmp_path / "again")
+    for directory in (tmp_path, tmp_path / "again"):
+        loaded = Tokenizer.load(directory)
+        assert (loaded.fingerprint, loaded.roles) == (tokenizer.fingerprint, ROLES)
+        assert loaded.mask_lstrip == mask_lstrip
+
+
+def test_files_without_roles_stay_as_they_are(tmp_path):
+    tokenizer = get_tokenizer("bytes")
+    tokenizer.save(tmp_path)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in sorted(tmp_path.iterdir())]
+    assert (tokenizer.fingerprint[:8], hashes) == ("2358b3bb", ["964b54b0", "24d46168"])
+
+
 @pytest.mark.parametrize("name", ["learned", "bytes", "gpt2", "o200k"])
 def test_load_gives_back_what_was_saved(variants, name):
     tokenizer, directory = variants[name]
@@ -203,6 +250,70 @@ def like_qwen(content: dict) -> None:
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = GPT4_PATTERN.replace("{1,3}", "")
     content["model"]["ignore_merges"] = False
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+
+
+def like_roberta(content: dict) -> None:
+    """As trained with Hugging Face's library: special tokens first, a mask that takes the space before it."""
+    like_gpt2(content)
+    model, names = content["model"], ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    del model["vocab"][END_OF_TEXT]
+    ids = {name: i for i, name in enumerate(names)}
+    model["vocab"] = ids | {token: i + len(ids) for token, i in model["vocab"].items()}
+    flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] = [
+        {"id": i, "content": name, "lstrip": name == "<mask>"} | flags for name, i in ids.items()
+    ]
+    content["post_processor"] = {
+        "type": "RobertaProcessing",
+        "sep": ["</s>", 2],
+        "cls": ["<s>", 0],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    }
+
+
+def like_modernbert(content: dict) -> None:
+    """GPT-NeoX's vocabulary: no tokens for bytes that UTF-8 does not use, runs of spaces as added tokens."""
+    like_gpt2(content)
+    vocab = content["model"]["vocab"]
+    content["normalizer"] = {"type": "NFC"}
+    for byte in (0xC0, 0xC1, *range(0xF5, 0x100)):
+        del vocab[BYTE_TO_CHAR[byte]]
+    flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True, "lstrip": False}
+    spaces = flags | {"normalized": True, "special": False}
+    names = {"    ": spaces, "   ": spaces, "  ": spaces, END_OF_TEXT: flags, "[CLS]": flags, "[SEP]": flags}
+    names["[MASK]"] = flags | {"lstrip": True}
+    vocab.pop(END_OF_TEXT)
+    content["added_tokens"] = [
+        {"id": 699 + i, "content": name} | flags for i, (name, flags) in enumerate(names.items())
+    ]
+    vocab |= {token["content"]: token["id"] for token in content["added_tokens"]}
+
+
+@pytest.mark.parametrize("layout", [like_roberta, like_modernbert])
+def test_layouts_of_published_encoders(variants, tmp_path, layout):
+    change(variants["gpt2"][1], tmp_path, layout)
+    if layout is like_roberta:
+        config = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    else:
+        config = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": {"content": "[MASK]"}}
+    mask = config["mask_token"] if layout is like_roberta else "[MASK]"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(tmp_path)
+
+    assert loaded.mask_lstrip and loaded.roles["mask_token"] == mask
+    assert loaded.eot_id == loaded.special_tokens["</s>" if layout is like_roberta else END_OF_TEXT]
+    texts = [
+        f"a {mask} b",
+        f"x  \n {mask}{mask}   \u00a0{mask}",
+        "def f():\n      return   1",
+        "e\u0301>\u0338",
+    ]
+    texts += [text.replace("[MASK]", mask) for text in [*ENCODER_TEXTS, REAL_TEXT]]
+    same_as_hugging_face(loaded, tmp_path, texts)
+    loaded.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").fingerprint == loaded.fingerprint
+    same_as_hugging_face(loaded, tmp_path / "again", texts)
 
 
 @pytest.mark.parametrize("layout", [like_gpt2, like_llama3, like_qwen])
@@ -281,6 +392,11 @@ MASK = {"id": 699, "content": END_OF_TEXT, "lstrip": True, "rstrip": False, "sin
         (set_split(pattern={"Regex": 5}), "no whole tokenizer.json .*5 is no text"),
         (set_split(pattern={"Regex": "("}), "not a regular expression"),
         (set_top(added_tokens=[MASK]), "lstrip"),
+        (set_top(added_tokens=[MASK | {"lstrip": False, "rstrip": True}]), "rstrip"),
+        (
+            set_top(added_tokens=[MASK | {"lstrip": False, "content": "  "}]),
+            "of spaces that is not normalized",
+        ),
         (set_top(added_tokens=[]), "end-of-text token"),
         (lambda content: content.pop("model"), "no whole tokenizer.json"),
     ],

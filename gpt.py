@@ -25,7 +25,7 @@ V vocabulary, L layers.
 import argparse
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,6 +77,12 @@ class Config:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.positions == "rope" and self.d_head % 2:
             raise ValueError(f"d_head {self.d_head}: rotary positions turn pairs, so it must be even")
+
+    def fitted(self, tokenizer: Tokenizer, max_seq_len: int) -> "Config":
+        """The same model for this vocabulary and rows of this many tokens."""
+        return replace(
+            self, vocab_size=tokenizer.n_vocab, max_seq_len=max_seq_len, eos_token_id=tokenizer.eot_id
+        )
 
     def layer_window(self, layer: int) -> int | None:
         return None if layer in self.full_layers else self.window
@@ -374,9 +380,14 @@ class GPT(nn.Module):
 
 
 Model = GPT
+STEPS = 1300
+LEARNING_RATE = 1.0
+SPECIAL_TOKENS = {}  # none but the end of text, which every tokenizer has
 
 
-def make_batch(tokens: Tensor, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
+def make_batch(
+    tokens: Tensor, config: Config, generator: torch.Generator, tokenizer: Tokenizer | None = None
+) -> dict[str, Tensor]:
     """Windows of T + 1 tokens (B, T + 1) to inputs and the tokens that follow them, each (B, T)."""
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 
@@ -406,7 +417,7 @@ def perplexity(model: GPT, tokens: Tensor, stride: int) -> float:
     return math.exp(nats / (scored - 1))
 
 
-def show(model: GPT, tokenizer: Tokenizer) -> str:
+def show(model: GPT, tokenizer: Tokenizer, held_out: Tensor | None = None) -> str:
     """A text from nothing but the token that separates documents, the same draw at every call."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(0)
     n_new = min(200, model.config.max_seq_len - 1)

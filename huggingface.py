@@ -233,6 +233,20 @@ def load_decoder_weights(model: nn.Module, directory: str | Path) -> None:
     if model.config.tie_embeddings:
         weights.pop("lm_head.weight", None)
     weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}  # derived
+    assign(model, weights, directory)
+
+
+def save_decoder(model: nn.Module, directory: str | Path) -> None:
+    """Write model.safetensors and config.json to directory, each replaced only once the new one is whole."""
+    hf = decoder_config(model.config)
+    weights = model.state_dict()
+    if hf["model_type"] == "gpt2":
+        weights = _to_gpt2(weights)
+    write(directory, hf, weights)
+
+
+def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:
+    """Give model, built on the meta device, these weights from directory; ValueError unless all fit."""
     expected = model.state_dict()
     for problem, names in (
         ("is missing", expected.keys() - weights.keys()),
@@ -247,13 +261,10 @@ def load_decoder_weights(model: nn.Module, directory: str | Path) -> None:
     model.load_state_dict(weights, assign=True)
 
 
-def save_decoder(model: nn.Module, directory: str | Path) -> None:
-    """Write model.safetensors and config.json to directory, each replaced only once the new one is whole."""
-    hf = decoder_config(model.config)
-    weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
+def write(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -> None:
+    """Write weights and hf, to which their dtype is added, to directory, each file replaced whole."""
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     hf["torch_dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    if hf["model_type"] == "gpt2":
-        weights = _to_gpt2(weights)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with replace_file(directory / "model.safetensors") as new:

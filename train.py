@@ -16,6 +16,7 @@ computes, on a CPU to the bit, what it would have computed in one go. A run leav
 """
 
 import argparse
+import ast
 import ctypes
 import importlib
 import json
@@ -27,11 +28,13 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,21 +45,28 @@ import data
 from kernels.backend import choose as choose_backend
 from optim import default_learning_rate, learning_rate, make_optimizers
 from tokenizer import Tokenizer
+from wordpiece import WordPiece
 
 
 class Concept(Protocol):
     """What a model file offers to be trained: a module with these names."""
 
-    SIZES: dict[str, Any]  # of Config
+    SIZES: dict[str, Any]  # of Config; .fitted(tokenizer, seq_len) is the Config for these
     Model: type[nn.Module]  # Model(config); .loss(batch) -> (loss, metrics); .flops_per_token(seq_len);
     #                         .save_pretrained(directory); .from_pretrained(directory); .config
 
-    def make_batch(self, tokens: Tensor, config: Any, generator: torch.Generator) -> dict[str, Tensor]: ...
+    STEPS: int  # by default: about five minutes on two CPU cores for SIZES["tiny"]
+    LEARNING_RATE: float  # by default: times optim.default_learning_rate
+    SPECIAL_TOKENS: dict[str, str]  # role: token, which the tokenizer must have for this model
 
-    def show(self, model: nn.Module, tokenizer: Tokenizer) -> str: ...
+    def make_batch(
+        self, tokens: Tensor, config: Any, generator: torch.Generator, tokenizer: Tokenizer | WordPiece
+    ) -> dict[str, Tensor]: ...
+
+    def show(self, model: nn.Module, tokenizer: Tokenizer | WordPiece, held_out: Tensor) -> str: ...
 
 
-MODELS = ("gpt",)
+MODELS = ("gpt", "bert", "electra")
 
 # Dense bf16 matmul peak in FLOP/s, by the name that CUDA gives the device. An unknown device shows no MFU
 # rather than a guess.
@@ -95,6 +105,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_argument_group("what is trained")
     what.add_argument("--model", required=True, help=f"the model file: {', '.join(MODELS)}")
     what.add_argument("--size", help="a size the model file names, see `python gpt.py` (default tiny)")
+    what.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="other values for fields of the model file's Config, such as n_layers=6 or mask_rate=0.3",
+    )
     what.add_argument("--init-from", metavar="DIR", help="start from this checkpoint in Hugging Face layout")
     what.add_argument(
         "--data",
@@ -115,7 +132,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--document-mask", action="store_true", help="keep attention inside each document")
 
     how = parser.add_argument_group("how it is trained")
-    how.add_argument("--steps", type=int, default=1300, help="optimizer updates (default %(default)s)")
+    how.add_argument("--steps", type=int, help="optimizer updates (default: five minutes of the tiny size)")
     how.add_argument("--batch-size", type=int, default=8, metavar="SEQUENCES", help="default %(default)s")
     how.add_argument("--grad-accum", type=int, default=1, metavar="N", help="batches per update (default 1)")
     how.add_argument("--seq-len", type=int, metavar="T", help="tokens (default: what the model was made for)")
@@ -177,6 +194,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )  # the rest of 64 bits counts batches
     if args.init_from and args.size:
         raise ValueError(f"--size {args.size} and --init-from cannot go together: the checkpoint has a size")
+    args.steps = args.steps or importlib.import_module(args.model).STEPS
     args.eval_every = args.eval_every or math.ceil(args.steps / 8)
     args.save_every = args.save_every or args.eval_every
     if args.warmup is None:
@@ -238,10 +256,11 @@ def prepare(args: argparse.Namespace) -> Run:
     concept = importlib.import_module(args.model)
     torch.manual_seed(args.seed)
     if args.init_from:
-        model = concept.Model.from_pretrained(args.init_from, kernels=args.kernels).float()
-        config = model.config
+        pretrained = concept.Model.from_pretrained(args.init_from, kernels=args.kernels).float()
+        config = with_fields(pretrained.config, args.set)
     elif args.size in concept.SIZES:
-        model, config = None, replace(concept.SIZES[args.size], kernels=args.kernels)
+        pretrained = None
+        config = with_fields(replace(concept.SIZES[args.size], kernels=args.kernels), args.set)
     else:
         raise ValueError(f"--size {args.size}: expected one of {', '.join(concept.SIZES)}")
     args.seq_len = args.seq_len or config.max_seq_len
@@ -251,14 +270,17 @@ def prepare(args: argparse.Namespace) -> Run:
 
     dataset = data.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
     loader = data.Loader(dataset.train.tokens, args.seq_len, args.seed)
-    n_vocab, eot_id = dataset.tokenizer.n_vocab, dataset.tokenizer.eot_id
-    if model is None:
-        config = replace(config, vocab_size=n_vocab, max_seq_len=args.seq_len, eos_token_id=eot_id)
-        model = concept.Model(config)
+    dataset.tokenizer = dataset.tokenizer.with_special_tokens(concept.SPECIAL_TOKENS)
+    n_vocab = dataset.tokenizer.n_vocab
+    if pretrained is None:
+        model = concept.Model(config.fitted(dataset.tokenizer, args.seq_len))
     elif n_vocab > config.vocab_size:
         raise ValueError(
             f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint knows {config.vocab_size}"
         )
+    else:
+        model = concept.Model(config)
+        start_from(model, pretrained, args.set)
     n_params = sum(p.numel() for p in model.parameters())
     free = shutil.disk_usage(args.out).free
     needed = (
@@ -269,15 +291,43 @@ def prepare(args: argparse.Namespace) -> Run:
             f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
         )
     if args.lr is None:
-        args.lr = default_learning_rate(n_params)
+        args.lr = concept.LEARNING_RATE * default_learning_rate(n_params)
     model.to(args.device)
     run = Run(args, concept, model, dataset, loader, make_optimizers(model, args), flags)
+    micro_batch(run, 0, 0)  # ValueError if the objective cannot be asked of such rows
     if saved is not None:
         resume(run, *saved)
     else:
         for log in LOGS:
             (args.out / log).write_text("")
     return run
+
+
+def with_fields(config: Any, changes: list[str]) -> Any:
+    """The config with the values of --set; ValueError for a field it does not have or a value of no sense."""
+    for change in changes:
+        field, equals, text = change.partition("=")
+        if not equals or field not in config.__dataclass_fields__:
+            fields = ", ".join(config.__dataclass_fields__)
+            raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {fields}")
+        try:
+            value = ast.literal_eval(text)  # a number, None, True, a tuple
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            config = replace(config, **{field: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--set {change}: {error}") from None
+    return config
+
+
+def start_from(model: nn.Module, pretrained: nn.Module, changes: list[str]) -> None:
+    """Give model the pretrained weights; a head that --set has added keeps its random ones."""
+    weights, places = pretrained.state_dict(), model.state_dict()
+    for name, w in weights.items():
+        if name not in places or places[name].shape != w.shape:
+            raise ValueError(f"--set {' '.join(changes)}: leaves no place for the checkpoint's {name}")
+    model.load_state_dict(weights, strict=False)
 
 
 def check_writable(out: Path) -> None:
@@ -297,7 +347,8 @@ def load_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[di
     saved = checkpoint.load(args.out, warn)
     state = saved[2]
     for flag in flags.keys() - FREE_ON_RESUME:
-        before, now = state["flags"].get(flag), flags[flag]
+        now = flags[flag]
+        before = state["flags"].get(flag, now)  # a run older than the flag did without it
         if before != now:
             raise ValueError(
                 f"--resume: the run in {args.out} was started with --{flag.replace('_', '-')} {before}, not "
@@ -344,8 +395,10 @@ def micro_batch(run: Run, step: int, micro: int) -> dict[str, Tensor]:
 
 
 def to_batch(run: Run, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    batch = run.concept.make_batch(tokens, run.model.config, generator)
+    batch = run.concept.make_batch(tokens, run.model.config, generator, run.dataset.tokenizer)
     if run.args.document_mask:
+        if "pair_labels" in batch:
+            raise ValueError("--document-mask parts what a pair objective joins: leave out one of them")
         ends = data.cu_seqlens(batch["tokens"], run.dataset.tokenizer.eot_id)
         batch = {name: t.reshape(1, -1) for name, t in batch.items()} | {"cu_seqlens": ends}
     return {name: t.to(run.args.device, non_blocking=True) for name, t in batch.items()}
@@ -353,22 +406,28 @@ def to_batch(run: Run, tokens: Tensor, generator: torch.Generator) -> dict[str, 
 
 @torch.no_grad()
 def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float]:
-    """Mean loss over the whole held-out text, always the same draws whatever the training has drawn."""
+    """Mean loss and other metrics over the whole held-out text, always the same draws whatever the training
+    has drawn."""
     run.model.eval()
-    nats, n_targets = 0.0, 0
+    sums, n_targets = Counter(), 0
     tokens, T, B = run.dataset.val.tokens, run.args.seq_len, run.args.batch_size
     for i, rows in enumerate(data.held_out_batches(tokens, T, B)):
+        if run.concept.SPECIAL_TOKENS and rows.shape[1] <= T:
+            continue  # the end of the text: special tokens might leave it no room
         batch = to_batch(run, rows, torch.Generator().manual_seed(i))
         # The last rows have another shape, for which nothing should be compiled again.
         whole = rows.shape == (B, T + 1)
         with autocast():
             loss, metrics = (loss_of if whole else run.model.loss)(batch)
-        nats += loss.double().item() * int(metrics["targets"])
-        n_targets += int(metrics["targets"])
+        n = int(metrics.pop("targets"))
+        n_targets += n
+        for name, mean in {"loss": loss, **metrics}.items():
+            sums[f"val_{name}"] += n * mean.double().item()
     run.model.train()
-    result = {"val_loss": nats / n_targets, "perplexity": math.exp(min(nats / n_targets, 700))}
+    result = {name: total / n_targets for name, total in sums.items()}
+    result["perplexity"] = math.exp(min(result["val_loss"], 700))
     if n_targets == len(tokens) - 1:  # every byte was predicted, so the sum is a code length for the text
-        result["bits_per_byte"] = nats / math.log(2) / run.dataset.val.n_bytes
+        result["bits_per_byte"] = sums["val_loss"] / math.log(2) / run.dataset.val.n_bytes
     return result
 
 
@@ -466,13 +525,17 @@ def evaluate_and_show(run: Run, loss_of: Callable, autocast: Callable) -> str:
     result = evaluate(run, loss_of, autocast)
     tokens = run.step * args.batch_size * args.grad_accum * args.seq_len
     append(out / "metrics.jsonl", json.dumps({"step": run.step, "tokens": tokens, **result}) + "\n")
-    sample = run.concept.show(run.model.eval(), run.dataset.tokenizer)
+    held_out = torch.from_numpy(run.dataset.val.tokens[: args.seq_len].astype("int64"))
+    sample = run.concept.show(run.model.eval(), run.dataset.tokenizer, held_out)
     run.model.train()
-    append(
-        out / "samples.txt", f"=== step {run.step}, validation loss {result['val_loss']:.4f}\n{sample}\n\n"
-    )
+    heading = f"=== step {run.step}, validation loss {result['val_loss']:.4f}"
+    shown = f"{result['val_loss']:.3f}"
+    if "val_accuracy" in result:
+        heading += f", accuracy {result['val_accuracy']:.1%}"
+        shown += f", {result['val_accuracy']:.1%} right"
+    append(out / "samples.txt", f"{heading}\n{sample}\n\n")
     plot(out)
-    return f"{result['val_loss']:.3f}"
+    return shown
 
 
 def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
@@ -498,6 +561,10 @@ def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
     print(f"model  {args.model} {args.init_from or args.size}, {n_params:,} parameters")
     print(f"text   {args.data}, {len(train):,} tokens to train on, {len(val):,} held out")
     epochs = n_tokens / len(train)
+    counts = np.bincount(train[: 1 << 24])
+    print(
+        f"guess  the most frequent token is right for {np.mean(val == counts.argmax()):.2%} of the held out"
+    )
     print(f"run    {args.steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
     print(f"cost   {n_flops:.2e} FLOPs, {n_tokens / n_params:.2f} tokens per parameter (Chinchilla: 20)")
     print(f"here   {args.dtype} on {args.device}, about {minutes:.1f} min from step {run.step}", flush=True)
@@ -554,7 +621,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return train(run)
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        return train(run)
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
 
 
 if __name__ == "__main__":

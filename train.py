@@ -279,8 +279,15 @@ def prepare(args: argparse.Namespace) -> Run:
             f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint knows {config.vocab_size}"
         )
     else:
-        model = concept.Model(config)
-        start_from(model, pretrained, args.set)
+        model = pretrained
+        if args.set:
+            model = concept.Model(config)
+            start_from(model, pretrained, args.set)
+    n_held_out = len(dataset.val.tokens)
+    if concept.SPECIAL_TOKENS and n_held_out <= args.seq_len:
+        raise ValueError(
+            f"--seq-len {args.seq_len}: the held-out text has only {n_held_out} tokens; give more text"
+        )
     n_params = sum(p.numel() for p in model.parameters())
     free = shutil.disk_usage(args.out).free
     needed = (
@@ -425,7 +432,8 @@ def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float
             sums[f"val_{name}"] += n * mean.double().item()
     run.model.train()
     result = {name: total / n_targets for name, total in sums.items()}
-    result["perplexity"] = math.exp(min(result["val_loss"], 700))
+    # Of the tokens alone, where something else is asked too.
+    result["perplexity"] = math.exp(min(result.get("val_mlm_loss", result["val_loss"]), 700))
     if n_targets == len(tokens) - 1:  # every byte was predicted, so the sum is a code length for the text
         result["bits_per_byte"] = sums["val_loss"] / math.log(2) / run.dataset.val.n_bytes
     return result

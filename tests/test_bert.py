@@ -1,4 +1,4 @@
-"""BERT and its relatives against transformers (recorded on random weights), published counts, and themselves."""
+"""BERT and its relatives against transformers (recorded), published counts, and against themselves."""
 
 import json
 import math
@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bert
 import train
-from bert import BERT, SIZES, SPECIAL_TOKENS, Config, embed, fill_mask, make_batch, pack, pseudo_perplexity
+from bert import BERT, SIZES, SPECIAL_TOKENS, Config, make_batch
+from fill import embed, fill_mask, pack, pseudo_perplexity, sequence
 from tokenizer import Tokenizer, get_tokenizer, train_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -429,7 +430,7 @@ def test_a_batch_is_a_function_of_its_generator(tokenizer):
 def test_fill_mask_is_the_softmax_at_the_mask(tokenizer):
     model = small()
     (best,) = fill_mask(model, tokenizer, "The [MASK] of it", k=3)
-    row = bert.sequence(tokenizer, "The [MASK] of it", model.config)
+    row = sequence(tokenizer, "The [MASK] of it", model.config)
     p = model(torch.tensor([row]))[0, row.index(tokenizer.mask_id)].softmax(-1)
     assert [guess for guess, _ in best] == [tokenizer.decode([i]) for i in p.topk(3).indices]
     assert [q for _, q in best] == pytest.approx(p.topk(3).values.tolist(), rel=1e-5)
@@ -446,16 +447,16 @@ def test_embeddings_do_not_depend_on_the_company(tokenizer):
     torch.testing.assert_close(
         embed(model, tokenizer, texts, tokens_per_pass=8), together, atol=1e-6, rtol=1e-5
     )
-    hidden = model.hidden(torch.tensor([bert.sequence(tokenizer, "The thing", model.config)]))[0]
+    hidden = model.hidden(torch.tensor([sequence(tokenizer, "The thing", model.config)]))[0]
     torch.testing.assert_close(together[0], F.normalize(hidden.mean(0), dim=0), atol=1e-6, rtol=1e-5)
 
 
 def test_pseudo_perplexity_masks_each_token_in_turn(tokenizer):
     model, text = small(), "The 7th thing, and"
-    row = bert.sequence(tokenizer, text, model.config)
+    row = sequence(tokenizer, text, model.config)
     nats = []
     for i in range(1, len(row) - 1):
-        masked = torch.tensor([row[:i] + [tokenizer.mask_id] + row[i + 1 :]])
+        masked = torch.tensor([[*row[:i], tokenizer.mask_id, *row[i + 1 :]]])
         nats.append(F.cross_entropy(model(masked)[0, i].double(), torch.tensor(row[i])).item())
     expected = math.exp(sum(nats) / len(nats))
     assert pseudo_perplexity(model, tokenizer, text) == pytest.approx(expected, rel=1e-5)
@@ -489,7 +490,7 @@ def test_a_real_checkpoint_gives_the_published_embeddings():
     sentences = json.loads((FIXTURES / "minilm" / "sentences.json").read_text())["sentences"]
     model, tokenizer = BERT.from_pretrained(package.MODEL_DIR).eval(), get_tokenizer(str(package.MODEL_DIR))
     for sentence, row, n in zip(sentences, expected["tokens"], expected["lengths"], strict=True):
-        assert bert.sequence(tokenizer, sentence, model.config, cut_at=256) == row[:n].tolist()
+        assert sequence(tokenizer, sentence, model.config, cut_at=256) == row[:n].tolist()
     ours = embed(model, tokenizer, sentences, cut_at=256)  # as the pipeline does
     cosine = (ours * expected["embeddings"]).sum(1)
     assert cosine.min() > 0.99999
@@ -516,7 +517,7 @@ def test_the_command(tokenizer, tmp_path):
 
 def training_flags(tmp_path, out, **changes):
     text = tmp_path / "text.txt"
-    words = "one two three four five six seven eight nine ten".split()
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     text.write_text("".join(f"{word} " * 60 + "\n" for _ in range(8) for word in words))
     options = dict(
         model="bert", data=text, tokenizer="bpe:296", steps=6, batch_size=2, seq_len=32, log_every=1
@@ -543,7 +544,7 @@ def test_training_learns_and_transformers_opens_the_result(tmp_path, monkeypatch
     model, tokenizer = BERT.from_pretrained(out / "model").eval(), Tokenizer.load(out / "model")
     text = "one one [MASK] one öne"
     ids = their_tokenizer(text).input_ids
-    assert ids == bert.sequence(tokenizer, text, model.config)
+    assert ids == sequence(tokenizer, text, model.config)
     with torch.no_grad():
         difference = (theirs(torch.tensor([ids])).logits - model(torch.tensor([ids]))).abs().max()
     assert difference < 1e-5
@@ -558,8 +559,8 @@ def test_every_objective_trains_and_resumes_exactly(fields, tmp_path, monkeypatc
     monkeypatch.setitem(SIZES, "tiny", SMALL)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(training_flags(tmp_path, whole, set=fields)) == 0
-    assert train.main(training_flags(tmp_path, parts, set=fields, steps=6) + ["--save-every", "3"]) == 0
-    again = training_flags(tmp_path, parts, set=fields, steps=9) + ["--save-every", "3", "--resume"]
+    assert train.main([*training_flags(tmp_path, parts, set=fields, steps=6), "--save-every", "3"]) == 0
+    again = [*training_flags(tmp_path, parts, set=fields, steps=9), "--save-every", "3", "--resume"]
     assert train.main(again) == 0
     assert train.main([*training_flags(tmp_path, whole, set=fields, steps=9), "--resume"]) == 0
     a, b = (load_file(out / "checkpoint" / "model.safetensors") for out in (whole, parts))

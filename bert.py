@@ -103,6 +103,11 @@ class Config:
             self, vocab_size=tokenizer.n_vocab, max_seq_len=max_seq_len, pad_token_id=tokenizer.pad_id
         )
 
+    def changed(self, **fields) -> "Config":
+        """With other values; an embedding width that was left to follow d_model follows the new one."""
+        follow = {"d_embedding": None} if self.d_embedding == self.d_model else {}
+        return replace(self, **follow | fields)
+
     def layer_window(self, layer: int) -> int | None:
         return None if layer % self.global_every == 0 else self.window
 

@@ -84,6 +84,12 @@ class Config:
             self, vocab_size=tokenizer.n_vocab, max_seq_len=max_seq_len, eos_token_id=tokenizer.eot_id
         )
 
+    def changed(self, **fields) -> "Config":
+        """With other values; widths that were left to follow from others follow from the new ones."""
+        follow = {"d_head": None} if self.d_head == self.d_model // self.n_heads else {}
+        follow |= {"n_kv_heads": None} if self.n_kv_heads == self.n_heads else {}
+        return replace(self, **follow | fields)
+
     def layer_window(self, layer: int) -> int | None:
         return None if layer in self.full_layers else self.window
 

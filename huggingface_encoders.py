@@ -264,7 +264,8 @@ def family_of(config) -> str:
     narrow = config.d_embedding != config.d_model
     if style == MODERN and not narrow and not config.share_layers and not config.pooler:
         return "modernbert"
-    if style | classic == style and config.mlp != "geglu" and config.n_segments:
+    ordinary = config.mlp != "geglu" and config.n_segments > 0 and config.window is None
+    if style | classic == style and ordinary:
         if config.position_offset:
             if not narrow and not config.share_layers and config.position_offset == config.pad_token_id + 1:
                 return "roberta"

@@ -51,7 +51,7 @@ from wordpiece import WordPiece
 class Concept(Protocol):
     """What a model file offers to be trained: a module with these names."""
 
-    SIZES: dict[str, Any]  # of Config; .fitted(tokenizer, seq_len) is the Config for these
+    SIZES: dict[str, Any]  # of Config; .fitted(tokenizer, seq_len) and .changed(field=value) give others
     Model: type[nn.Module]  # Model(config); .loss(batch) -> (loss, metrics); .flops_per_token(seq_len);
     #                         .save_pretrained(directory); .from_pretrained(directory); .config
 
@@ -312,20 +312,25 @@ def prepare(args: argparse.Namespace) -> Run:
 
 def with_fields(config: Any, changes: list[str]) -> Any:
     """The config with the values of --set; ValueError for a field it does not have or a value of no sense."""
+    fields = {}
     for change in changes:
         field, equals, text = change.partition("=")
         if not equals or field not in config.__dataclass_fields__:
-            fields = ", ".join(config.__dataclass_fields__)
-            raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {fields}")
+            known = ", ".join(config.__dataclass_fields__)
+            raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {known}")
         try:
             value = ast.literal_eval(text)  # a number, None, True, a tuple
         except (ValueError, SyntaxError):
             value = text
-        try:
-            config = replace(config, **{field: value})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--set {change}: {error}") from None
-    return config
+        now = getattr(config, field)
+        alike = float | int if isinstance(now, float) else type(now)
+        if now is not None and value is not None and not isinstance(value, alike):
+            raise ValueError(f"--set {change}: expected a value such as {now!r}")
+        fields[field] = value
+    try:
+        return config.changed(**fields) if fields else config
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--set {' '.join(changes)}: {error}") from None
 
 
 def start_from(model: nn.Module, pretrained: nn.Module, changes: list[str]) -> None:

@@ -97,7 +97,7 @@ def main() -> None:
     if args.out:
         machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
-        command = f"python results/encoder_speed.py --out {args.out}"
+        command = "python results/encoder_speed.py --out results/encoder_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
 
 

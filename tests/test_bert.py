@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import bert
+import gpt
 import train
 from bert import BERT, SIZES, SPECIAL_TOKENS, Config, make_batch
 from fill import embed, fill_mask, pack, pseudo_perplexity, sequence
@@ -349,6 +350,14 @@ def test_impossible_configs_say_why(changes, message):
         replace(SMALL, **changes)
 
 
+def test_changed_widths_follow_what_they_followed():
+    assert SMALL.changed(d_model=64, n_heads=2).d_embedding == 64
+    assert replace(SMALL, d_embedding=16).changed(d_model=64).d_embedding == 16
+    assert gpt.SIZES["gpt2"].changed(n_heads=6, d_model=384).d_head == 64
+    tiny = gpt.SIZES["tiny"].changed(d_model=256)
+    assert (tiny.d_head, tiny.n_kv_heads) == (64, 2)
+
+
 # --- batches
 
 
@@ -582,6 +591,7 @@ def test_training_goes_on_from_a_checkpoint_and_may_add_an_objective(tokenizer, 
     [
         ({"set": "nonsense=3"}, "--set nonsense=3: expected FIELD=VALUE with a field of n_layers"),
         ({"set": "mask_rate=2"}, "--set mask_rate=2: mask_rate 2: expected between 0 and 1"),
+        ({"set": "n_layers=one"}, "--set n_layers=one: expected a value such as 2"),
         ({"set": "pair=nsp", "document_mask": ""}, "--document-mask"),
         ({"seq_len": 3}, "rows of 3 tokens"),
     ],

@@ -20,7 +20,7 @@ fill.py. Texts of different lengths are laid end to end in one row, so nothing i
 carry the names of Hugging Face's BERT.
 
     python bert.py                                                     the sizes
-    python bert.py runs/bert/model --text "import [MASK] as np"        fill in a mask
+    python bert.py runs/bert/model --text "import [MASK]"              fill in a mask
     python train.py --model bert                                       train one
 
 Shapes: B batch, T tokens of a row, D model width, E embedding width, H heads, K head width, V vocabulary,
@@ -483,7 +483,7 @@ class BERT(nn.Module):
 
 Model = BERT
 make_batch = masking.make_batch
-STEPS = 5000
+STEPS = 4400
 LEARNING_RATE = 0.25  # of a decoder's of the same size: what trains the tiny size best
 
 
@@ -524,7 +524,7 @@ def main() -> None:
             print(f"{c.max_seq_len:8} {flops:12.3e}")
         return
     if args.text is None:
-        raise ValueError("--text is missing; give a text with a mask in it, such as 'import [MASK] as np'")
+        raise ValueError("--text is missing; give a text with a mask in it, such as 'import [MASK]'")
     tokenizer = get_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = BERT.from_pretrained(args.checkpoint).to(device).eval()

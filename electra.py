@@ -193,11 +193,11 @@ class Electra(nn.Module):
                 f"{directory}: has no discriminator_predictions; expected an ElectraForPreTraining, with its "
                 "ElectraForMaskedLM in generator/ (python bert.py reads that one, and other encoders)"
             )
-        config = Config(**described, kernels=kernels, generator_size=0)
+        config = Config(**described, kernels=kernels, generator_size=0.0)
         beside = Path(directory) / "generator"
         if beside.is_dir():
             generator_fields, generator_weights = huggingface_encoders.read(beside)
-            config = replace(config, generator_size=min(1, generator_fields["n_heads"] / config.n_heads))
+            config = replace(config, generator_size=min(1.0, generator_fields["n_heads"] / config.n_heads))
             for field, expected in vars(config.generator()).items():
                 found = generator_fields.get(field, expected)
                 if found != expected:

@@ -8,7 +8,7 @@ Each takes a model of bert.py and a tokenizer. Texts of different lengths are la
 (`pack`), and attention is kept inside each, so nothing is padded and no text changes another's result.
 
     model, tokenizer = BERT.from_pretrained("runs/bert/model"), get_tokenizer("runs/bert/model")
-    fill_mask(model, tokenizer, "import [MASK] as np")
+    fill_mask(model, tokenizer, "import [MASK]")
 """
 
 import math

@@ -88,8 +88,16 @@ class Config:
         for field, options in choices.items():
             if getattr(self, field) not in options:
                 raise ValueError(f"{field} {getattr(self, field)!r}: expected {' or '.join(options)}")
+        for field in ("n_layers", "n_heads", "d_model", "d_ff", "global_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} {getattr(self, field)}: expected at least 1")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window {self.window!r}: expected at least 1, which lets a token see itself")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if self.positions == "rope" and self.d_model // self.n_heads % 2:
+            width = self.d_model // self.n_heads
+            raise ValueError(f"heads of width {width}: rotary positions turn pairs, so it must be even")
         if not 0 < self.mask_rate < 1:
             raise ValueError(f"mask_rate {self.mask_rate}: expected between 0 and 1")
         if self.share_layers and self.pre_norm:
@@ -99,9 +107,14 @@ class Config:
 
     def fitted(self, tokenizer: Tokenizer | WordPiece, max_seq_len: int) -> "Config":
         """The same model for this vocabulary and rows of this many tokens."""
-        return replace(
-            self, vocab_size=tokenizer.n_vocab, max_seq_len=max_seq_len, pad_token_id=tokenizer.pad_id
-        )
+        fields = {
+            "vocab_size": tokenizer.n_vocab,
+            "max_seq_len": max_seq_len,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        # RoBERTa's positions begin after the padding's id, which another tokenizer has elsewhere.
+        offset = self.position_offset if self.position_offset == tokenizer.pad_id + 1 else 0
+        return replace(self, **fields, position_offset=offset)
 
     def changed(self, **fields) -> "Config":
         """With other values; an embedding width that was left to follow d_model follows the new one."""
@@ -369,7 +382,7 @@ class BERT(nn.Module):
     ) -> Tensor:
         """Last hidden states (B, T, D) of tokens (B, T), int64, in segments 0 or 1 (B, T), all 0 if None.
 
-        cu_seqlens: the texts packed into one row (see `pack`); positions count from each one's start.
+        cu_seqlens: the texts packed into one row, see `fill.pack`; positions count from each one's start.
         embeddings: those of another model, to share (ELECTRA); None: this one's.
         Raises ValueError for a row longer than the model's positions.
         """

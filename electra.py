@@ -33,12 +33,10 @@ from torch import Tensor, nn
 import bert
 import huggingface
 import huggingface_encoders
-from bert import BERT, SPECIAL_TOKENS
+from bert import BERT
 from fill import sequence
 from tokenizer import Tokenizer, get_tokenizer
 from wordpiece import WordPiece
-
-__all__ = ["SIZES", "SPECIAL_TOKENS", "Config", "Electra", "Model", "make_batch", "show"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,17 @@ class Config(bert.Config):
         return flops + (generator.flops_per_token(seq_len) if generator else 0)
 
 
-SIZES = {  # the published ones: Clark et al. 2020, table 6
+SIZES = {  # all but tiny: Clark et al. 2020, table 6
     "tiny": Config(4, 4, 128, 512, 4096, 128, generator_size=0.5),
     "electra-small": Config(12, 4, 256, 1024, d_embedding=128),
     "electra-base": Config(12, 12, 768, 3072, generator_size=1 / 3),
     "electra-large": Config(24, 16, 1024, 4096, mask_rate=0.25),
 }
+
+NO_GENERATOR = (
+    "this model came without a generator/ beside it: it detects, but nothing draws the tokens to train it "
+    "on; train.py --set generator_size=0.25 begins with a new one"
+)
 
 
 class ReplacedTokenHead(nn.Module):
@@ -232,12 +235,9 @@ class Electra(nn.Module):
 
 
 Model = Electra
+SPECIAL_TOKENS = bert.SPECIAL_TOKENS
 STEPS = 3600
 LEARNING_RATE = 0.25
-NO_GENERATOR = (
-    "this model came without a generator/ beside it: it detects, but nothing draws the tokens to train it "
-    "on; train.py --set generator_size=0.25 begins with a new one"
-)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def make_batch(
     """
     if not config.generator_size:
         raise ValueError(NO_GENERATOR)
-    batch = bert.make_batch(tokens, config, generator, tokenizer)
+    batch = bert.make_batch(tokens, config.generator(), generator, tokenizer)
     chosen = batch["positions"][batch["targets"] >= 0]
     batch["tokens"].view(-1)[chosen] = tokenizer.mask_id
     return batch | {"uniform": torch.rand(batch["targets"].shape, generator=generator)}
@@ -317,7 +317,7 @@ def main() -> None:
             )
             print(f"{c.generator().d_model:9} {flops:12.3e}")
         return
-    if not args.text:
+    if args.text is None:
         raise ValueError("--text is missing; give the text to judge, such as 'for i in banana(10):'")
     tokenizer = get_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,10 +28,14 @@ def sequence(tokenizer: Tokenizer | WordPiece, text: str, config, cut_at: int | 
     """
     mask = tokenizer.roles.get("mask_token")
     ids = tokenizer.encode(text, allowed_special={mask} if mask else frozenset())
-    ids = ids if cut_at is None else ids[: cut_at - 2]
+    ids = ids if cut_at is None else ids[: max(0, cut_at - 2)]
     if len(ids) + 2 > config.max_seq_len:
         raise ValueError(
             f"{text[:40]!r}... has {len(ids)} tokens: this model reads at most {config.max_seq_len - 2}"
+        )
+    if tokenizer.n_vocab > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.n_vocab} tokens, the model {config.vocab_size}: not made together"
         )
     return [tokenizer.cls_id, *ids, tokenizer.sep_id]
 
@@ -52,6 +56,8 @@ def fill_mask(
     Raises ValueError for a text without a mask or longer than the model reads, or a model without the head.
     """
     row = sequence(tokenizer, text, model.config)
+    if not 1 <= k <= model.config.vocab_size:
+        raise ValueError(f"k {k}: expected 1 to {model.config.vocab_size}")
     if tokenizer.mask_id not in row:
         raise ValueError(f"no {tokenizer.roles['mask_token']} in {text[:60]!r}; put one where to guess")
     return fill_row(model, tokenizer, row, k)
@@ -107,7 +113,7 @@ def pseudo_perplexity(
 ) -> float:
     """exp of the mean nats of each token when it alone is masked (Salazar et al. 2020, section 2.1).
 
-    It ranks texts as perplexity does, but is no probability: each token is told all the others.
+    It serves to rank texts, as perplexity does, but is no probability: each token is told all the others.
     Raises ValueError for a text without tokens or longer than the model reads.
     """
     row = torch.tensor(sequence(tokenizer, text, model.config))

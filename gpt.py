@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import huggingface
 from generate import KVCache, StaticKVCache, generate, stream
 from kernels import attention, gelu, linear_cross_entropy, rms_norm
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -457,7 +457,7 @@ def main() -> None:
             flops = c.flops_per_token(c.max_seq_len)
             print(f"{name:12} {c.n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
         return
-    tokenizer = Tokenizer.load(args.checkpoint)
+    tokenizer = get_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPT.from_pretrained(args.checkpoint).to(device).eval()
     tokens = tokenizer.encode(args.prompt) or [tokenizer.eot_id]

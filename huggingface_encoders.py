@@ -75,6 +75,8 @@ INERT = huggingface.INERT | {
     "cls_token_id", "sep_token_id", "classifier_pooling", "deterministic_flash_attn", "reference_compile",
     "repad_logits_with_grad", "sparse_prediction", "sparse_pred_ignore_index", "summary_last_dropout",
     "down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks", "layers_to_keep",
+    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+    "pooler_size_per_head", "pooler_type", "output_past",
 }  # fmt: skip
 MODERN_KEYS = {  # the last two mean nothing to it, though its files have them
     "local_attention", "layer_types", "global_attn_every_n_layers", "rope_parameters", "global_rope_theta",
@@ -267,10 +269,12 @@ def family_of(config) -> str:
     ordinary = config.mlp != "geglu" and config.n_segments > 0 and config.window is None
     if style | classic == style and ordinary:
         if config.position_offset:
-            if not narrow and not config.share_layers and config.position_offset == config.pad_token_id + 1:
+            plain = not narrow and not config.share_layers and config.pair == "none"
+            if plain and config.position_offset == config.pad_token_id + 1:
                 return "roberta"
         elif config.share_layers:
-            return "albert"
+            if narrow:
+                return "albert"
         elif not narrow:
             return "bert"
         elif not config.pooler:
@@ -298,7 +302,7 @@ def encoder_config(config, family: str, head: str) -> dict:
         }
         return hf
     hf["hidden_act"] = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]
-    # What is trained further is what was trained: no dropout in either.
+    # bert.py has no dropout; transformers' default of 0.1 would come in where it trains the model further.
     hf |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if family == "roberta":
         hf["max_position_embeddings"] += config.position_offset

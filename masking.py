@@ -214,8 +214,13 @@ def make_batch(
     what stood there, -100 where a row has fewer. With a pair objective the text is cut in two at random:
     "segments" (B, T) and "pair_labels" (B,). given: int64 (B, T + 1), the number of the phrase or entity
     that a token belongs to, 0 for none; each is masked as a whole (ERNIE, Sun et al. 2019).
-    Raises ValueError for windows with no text that may be masked, or too short for a pair.
+    Raises ValueError for windows with no text that may be masked, or too short for a pair, and for a config
+    without the head that would be asked.
     """
+    if not config.mlm_head:
+        raise ValueError(
+            "this checkpoint has no masked-language-model head; train.py --set mlm_head=True adds a new one"
+        )
     B, T = tokens.shape[0], tokens.shape[1] - 1
     N, n = config.n_text(T), config.n_masked(T)
     if N < 2:

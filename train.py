@@ -27,6 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -305,6 +306,8 @@ def prepare(args: argparse.Namespace) -> Run:
     if saved is not None:
         resume(run, *saved)
     else:
+        with tempfile.TemporaryDirectory(dir=args.out) as aside:
+            model.save_pretrained(aside)  # ValueError for a model that no architecture describes
         for log in LOGS:
             (args.out / log).write_text("")
     return run
@@ -318,6 +321,8 @@ def with_fields(config: Any, changes: list[str]) -> Any:
         if not equals or field not in config.__dataclass_fields__:
             known = ", ".join(config.__dataclass_fields__)
             raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {known}")
+        if field in ("vocab_size", "max_seq_len", "eos_token_id", "pad_token_id", "kernels"):
+            raise ValueError(f"--set {change}: --tokenizer, --seq-len and --kernels decide this")
         try:
             value = ast.literal_eval(text)  # a number, None, True, a tuple
         except (ValueError, SyntaxError):
@@ -329,7 +334,7 @@ def with_fields(config: Any, changes: list[str]) -> Any:
         fields[field] = value
     try:
         return config.changed(**fields) if fields else config
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"--set {' '.join(changes)}: {error}") from None
 
 
@@ -432,6 +437,8 @@ def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float
         with autocast():
             loss, metrics = (loss_of if whole else run.model.loss)(batch)
         n = int(metrics.pop("targets"))
+        if n == 0:
+            continue  # nothing was masked in these rows, and the mean of nothing is NaN
         n_targets += n
         for name, mean in {"loss": loss, **metrics}.items():
             sums[f"val_{name}"] += n * mean.double().item()
@@ -607,7 +614,8 @@ def plot(out: Path) -> None:
             linewidth=1.2,
         )
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    several = any("val_mlm_loss" in row for row in rows)  # losses added up, not nats of a token
+    axes.set(xlabel="tokens", ylabel="loss" if several else "loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     with checkpoint.replace_file(out / "loss.png") as new:

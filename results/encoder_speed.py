@@ -2,13 +2,13 @@
 
     python results/encoder_speed.py --out results/encoder_speed.json
 
-masked places alone: a training step (forward, backward, no optimizer) of the tiny BERT with BERT's 30,522
-tokens on rows of 128, whose head and loss run on the 15 percent that are masked, beside the same step with
-logits at every place and the loss ignoring all but these.
+masked places alone: a training step (forward, backward, no optimizer) of bert.py's two tiny sizes with
+BERT's 30,522 tokens on rows of 128, whose head and loss run on the 15 percent that are masked, beside the
+same step with logits at every place and the loss ignoring all but these.
 
-packed: the same on texts of mixed lengths (8 to 128 tokens, equally likely), laid end to end in one row,
-beside the same texts padded to the longest; the padding is not even hidden from attention, which would cost
-more.
+packed: forward and backward of their encoders, without a head, on texts of mixed lengths (8 to 128 tokens,
+equally likely), laid end to end in one row, beside the same texts padded to the longest; the padding is not
+even hidden from attention, which would cost more.
 
 float32, one process; a figure is the median over the rounds, with the smallest and largest.
 """

@@ -199,7 +199,14 @@ def test_config_features_we_lack_are_named(name, changes, message, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pre_norm": True}, {"mlp": "geglu"}, {"n_segments": 0}, {"position_offset": 3, "pooler": False}],
+    [
+        {"pre_norm": True},
+        {"mlp": "geglu"},
+        {"n_segments": 0},
+        {"window": 4},
+        {"share_layers": True},
+        {"position_offset": 3, "pooler": False},
+    ],
 )
 def test_a_model_no_architecture_describes_is_refused_before_anything_is_written(changes, tmp_path):
     with pytest.raises(ValueError, match="no Hugging Face architecture"):
@@ -342,6 +349,9 @@ def test_kernel_backends_agree():
         ({"n_heads": 3}, "multiple"),
         ({"mask_rate": 1.5}, "mask_rate 1.5"),
         ({"pair": "nsp", "pooler": False}, "pooler"),
+        ({"n_layers": 0}, "n_layers 0: expected at least 1"),
+        ({"window": 0}, "window 0"),
+        ({"positions": "rope", "n_heads": 32}, "heads of width 1"),
         ({"share_layers": True, "pre_norm": True}, "share_layers"),
     ],
 )
@@ -476,6 +486,12 @@ def test_what_cannot_be_done_says_why(tokenizer):
     headless, model, long = small(mlm_head=False), small(), "of it " * 40
     for call, message in (
         (lambda: fill_mask(headless, tokenizer, "a [MASK]"), "no masked-language-model head"),
+        (lambda: fill_mask(model, tokenizer, "a [MASK]", k=0), "k 0: expected 1 to 300"),
+        (lambda: fill_mask(small(vocab_size=50), tokenizer, "a [MASK]"), "300 tokens, the model 50"),
+        (
+            lambda: make_batch(torch.zeros(1, 33).long(), headless.config, torch.Generator(), tokenizer),
+            "no masked",
+        ),
         (lambda: fill_mask(model, tokenizer, "no mask"), r"no \[MASK\] in 'no mask'"),
         (lambda: embed(model, tokenizer, ["a", long]), "reads at most 30"),
         (
@@ -591,6 +607,9 @@ def test_training_goes_on_from_a_checkpoint_and_may_add_an_objective(tokenizer, 
     [
         ({"set": "nonsense=3"}, "--set nonsense=3: expected FIELD=VALUE with a field of n_layers"),
         ({"set": "mask_rate=2"}, "--set mask_rate=2: mask_rate 2: expected between 0 and 1"),
+        ({"set": "kernels=triton"}, "--set kernels=triton: --tokenizer, --seq-len and --kernels decide this"),
+        ({"set": "pre_norm=True"}, "no Hugging Face architecture has these features together"),
+        ({"set": "n_heads=0"}, "n_heads 0: expected at least 1"),
         ({"set": "n_layers=one"}, "--set n_layers=one: expected a value such as 2"),
         ({"set": "pair=nsp", "document_mask": ""}, "--document-mask"),
         ({"seq_len": 3}, "rows of 3 tokens"),

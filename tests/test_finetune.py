@@ -388,6 +388,15 @@ def test_examples_to_hold_out_can_be_given_and_training_can_go_on(labelled, enco
     assert losses[1] < losses[0]
 
 
+@pytest.fixture
+def ctrl_c_counts():
+    """Python's own handler, for a process that a shell starts in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_counts")
 def test_ctrl_c_leaves_the_epochs_that_ended_and_nothing_half_written(
     labelled, encoder, tmp_path, capsys, monkeypatch
 ):

@@ -504,8 +504,7 @@ LEARNING_RATE = 0.25  # of a decoder's of the same size: what trains the tiny si
 def show(model: BERT, tokenizer: Tokenizer | WordPiece, held_out: Tensor) -> str:
     """The beginning of the held-out text (n,) with every tenth token masked, and the best guesses there."""
     text = held_out[: min(80, model.config.max_seq_len - 2)].tolist()
-    special = set(tokenizer.special_tokens.values())
-    masked = [i for i, token in enumerate(text) if i % 10 == 5 and token not in special]
+    masked = [i for i, token in enumerate(text) if i % 10 == 5 and not tokenizer.is_special[token]]
     row = [tokenizer.mask_id if i in masked else token for i, token in enumerate(text)]
     guesses = fill_row(model, tokenizer, [tokenizer.cls_id, *row, tokenizer.sep_id], k=3)
     lines = [tokenizer.decode(row), ""]
@@ -538,9 +537,9 @@ def main() -> None:
         return
     if args.text is None:
         raise ValueError("--text is missing; give a text with a mask in it, such as 'import [MASK]'")
-    tokenizer = get_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = BERT.from_pretrained(args.checkpoint).to(device).eval()
+    tokenizer = get_tokenizer(args.checkpoint)
     for best in fill_mask(model, tokenizer, args.text, args.k):
         print("   ".join(f"{token!r} {p:.1%}" for token, p in best))
 

@@ -279,8 +279,7 @@ def show(model: Electra, tokenizer: Tokenizer | WordPiece, held_out: Tensor) -> 
     same numbers, and which tokens the discriminator takes for replaced."""
     device = model.discriminator.embedding_weight.device
     text = held_out[: min(80, model.config.max_seq_len - 2)].tolist()
-    special = set(tokenizer.special_tokens.values())
-    chosen = [i + 1 for i, token in enumerate(text) if i % 10 == 5 and token not in special]
+    chosen = [i + 1 for i, token in enumerate(text) if i % 10 == 5 and not tokenizer.is_special[token]]
     row = torch.tensor([tokenizer.cls_id, *text, tokenizer.sep_id], device=device)
     places = torch.tensor(chosen, dtype=torch.int64, device=device)
     logits = model.guess(row.index_fill(0, places, tokenizer.mask_id)[None], places)
@@ -319,9 +318,9 @@ def main() -> None:
         return
     if args.text is None:
         raise ValueError("--text is missing; give the text to judge, such as 'for i in banana(10):'")
-    tokenizer = get_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Electra.from_pretrained(args.checkpoint).to(device).eval()
+    tokenizer = get_tokenizer(args.checkpoint)
     row = sequence(tokenizer, args.text, model.config)
     for token, p in list(zip(row, detect(model, row), strict=True))[1:-1]:
         print(f"{tokenizer.decode([token])!r:20} {p:6.1%} {'#' * round(40 * p)}")

@@ -457,9 +457,9 @@ def main() -> None:
             flops = c.flops_per_token(c.max_seq_len)
             print(f"{name:12} {c.n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
         return
-    tokenizer = get_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPT.from_pretrained(args.checkpoint).to(device).eval()
+    tokenizer = get_tokenizer(args.checkpoint)
     tokens = tokenizer.encode(args.prompt) or [tokenizer.eot_id]
     options = {
         key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -240,8 +240,7 @@ def make_batch(
     if config.pair != "none":
         batch["segments"] = (torch.arange(T) > cut[:, None] + 1).long()
 
-    special = torch.zeros(tokenizer.n_vocab, dtype=torch.bool)
-    special[list(tokenizer.special_tokens.values())] = True
+    special = torch.from_numpy(tokenizer.is_special)  # (V,)
     maskable = ~special[rows]
     if not maskable.any():
         raise ValueError("no token of this batch may be masked: it is all special tokens; give more text")

@@ -5,9 +5,12 @@ Models ask for the role, since names differ: BERT's `sep_token` is "[SEP]", RoBE
 of tokenizer.py and wordpiece.py share this.
 """
 
+import functools
 import itertools
 import re
 from typing import Literal
+
+import numpy as np
 
 # What special tokens are for, by the names that transformers gives these roles.
 ROLES = {
@@ -42,6 +45,13 @@ class SpecialTokens:
     @property
     def pad_id(self) -> int:
         return self.role_id("pad_token")
+
+    @functools.cached_property
+    def is_special(self) -> np.ndarray:
+        """(n_vocab,) bool: True for the special tokens."""
+        result = np.zeros(self.n_vocab, bool)
+        result[list(self.special_tokens.values())] = True
+        return result
 
     def role_id(self, role: str) -> int:
         """The id of the token with a role; ValueError if none has it."""

@@ -24,8 +24,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import flash_attention, flash_backward, flash_decoding
@@ -179,7 +178,7 @@ def _fastest_first(q: Tensor):
     return nullcontext()
 
 
-@custom_op("plinth::attention", mutates_args=())
+@library.custom_op("plinth::attention", mutates_args=())
 def _triton(
     q: Tensor,
     k: Tensor,
@@ -202,7 +201,7 @@ def _(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@custom_op("plinth::attention_backward", mutates_args=())
+@library.custom_op("plinth::attention_backward", mutates_args=())
 def _triton_backward(
     dout: Tensor,
     q: Tensor,

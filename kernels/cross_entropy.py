@@ -29,8 +29,7 @@ Gradients in the forward pass, chunk by chunk: Liger-Kernel (Hsu et al. 2024, se
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from kernels.backend import HAS_TRITON, choose, on_device, tl, triton
 
@@ -153,7 +152,7 @@ def rows_per_chunk(N: int, D: int, V: int, device: str) -> int:
     return max(1, min(max(rows, fewest), N))
 
 
-@custom_op("plinth::linear_cross_entropy", mutates_args=())
+@library.custom_op("plinth::linear_cross_entropy", mutates_args=())
 def _in_chunks(
     hidden: Tensor,
     weight: Tensor,

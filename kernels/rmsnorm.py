@@ -28,8 +28,7 @@ import math
 from functools import cache, partial
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from kernels.backend import choose, n_multiprocessors, on_device, tl, triton
 
@@ -255,8 +254,8 @@ class _RMSNorm(torch.autograd.Function):
         )
 
 
-_operation = custom_op("plinth::rms_norm", launch_forward, mutates_args=())
-_operation_backward = custom_op("plinth::rms_norm_backward", launch_backward, mutates_args=())
+_operation = library.custom_op("plinth::rms_norm", launch_forward, mutates_args=())
+_operation_backward = library.custom_op("plinth::rms_norm_backward", launch_backward, mutates_args=())
 _operation.register_fake(_forward_outputs)
 _operation.register_autograd(partial(_gradients, _operation_backward), setup_context=_save)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from kernels import attention, flash_attention, flash_backward, flash_decoding
 
@@ -300,10 +301,10 @@ def test_the_operation_keeps_its_contract():
     q, k, v, _ = inputs({}, 9, 9, H=2)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     arguments = (q, k, v, True, 4, None, 0.25, None, None)
-    torch.library.opcheck(torch.ops.plinth.attention.default, arguments)
+    library.opcheck(torch.ops.plinth.attention.default, arguments)
     documents = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
     arguments = (q[:1], k[:1], v[:1], True, None, 30.0, 0.25, documents, None)
-    torch.library.opcheck(torch.ops.plinth.attention.default, arguments)
+    library.opcheck(torch.ops.plinth.attention.default, arguments)
 
 
 def test_it_compiles_as_one_graph():

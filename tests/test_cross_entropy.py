@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.profiler import ProfilerActivity, profile
 
 from kernels import cross_entropy
@@ -244,7 +245,7 @@ def test_operator_is_registered_correctly(backend, needs, small_chunks):
     hidden, weight, targets = inputs(20, 16, 33)
     hidden.requires_grad_(needs[0]), weight.requires_grad_(needs[1])
     arguments = (hidden, weight, targets, -100, 3.0, 0.02, backend == "triton", *needs)
-    torch.library.opcheck(cross_entropy._in_chunks, arguments)
+    library.opcheck(cross_entropy._in_chunks, arguments)
 
 
 @pytest.mark.parametrize("backend", [*OURS, "auto"])

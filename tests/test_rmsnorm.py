@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from kernels import rms_norm, rmsnorm
 
@@ -299,11 +300,11 @@ def test_registered_operations(residual):
     """Schema, fake tensors, and gradients through tracing with unknown sizes."""
     x, weight, r, dy, dh = random_case((3, 4, 20), torch.float32, residual, torch.float16)
     x, weight, r = (t if t is None else t.requires_grad_() for t in (x, weight, r))
-    torch.library.opcheck(torch.ops.plinth.rms_norm, (x, weight, r, 1e-6))
+    library.opcheck(torch.ops.plinth.rms_norm, (x, weight, r, 1e-6))
     rstd = torch.ones(12, device=DEVICE)
     for needs_dweight in (False, True):
         arguments = dy, dh if residual else None, x.detach(), weight.detach(), rstd, needs_dweight
-        torch.library.opcheck(torch.ops.plinth.rms_norm_backward, arguments)
+        library.opcheck(torch.ops.plinth.rms_norm_backward, arguments)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])

@@ -11,8 +11,8 @@ them in bfloat16 and on the same normal random numbers.
     ms          median of triton.testing.do_bench (the GPU's own clock; before every call its L2 cache is
                 flushed) and over the rounds, in which the backends take turns, A B A B
     rate        work per time, where work is what the operation must do, whatever a backend does:
-                attention_flops, rms_norm_bytes and cross_entropy_flops in bench_cases.py, a cache's size for
-                decoding
+                attention_flops, rms_norm_bytes, cross_entropy_flops and grouped_matmul_flops in
+                bench_cases.py, a cache's size for decoding
     limit       the rate as a share of what this device reaches in a bfloat16 matrix product of 8192 x 8192 x
                 8192 (TFLOP/s), or copying 1 GiB, read and written (GB/s)
     speed-up    over the reference, plain PyTorch
@@ -62,12 +62,15 @@ DRAWN = {  # of an operation's passes, these figures
     "attention": {"forward": ["rate"], "backward": ["rate"]},
     "rmsnorm": {"forward": ["rate"], "backward": ["rate"]},
     "cross_entropy": {"both": ["rate", "extra_mib"]},
+    "grouped_matmul": {"forward": ["rate"], "backward": ["rate"]},
 }
 COLORS = {
     "plinth": "tab:red",
     "reference": "tab:gray",
+    "loop": "tab:gray",
     "torch": "tab:blue",
     "F.rms_norm": "tab:blue",
+    "F.grouped_mm": "tab:blue",
     "SDPA flash": "tab:blue",
     "SDPA cuDNN": "tab:green",
     "FlexAttention": "tab:purple",

@@ -10,6 +10,7 @@ with, and the work there is to do, in FLOPs or bytes. CASES, at the end, makes t
     rmsnorm          with and without a residual, beside F.rms_norm and torch.compile of the reference
     cross_entropy    of a linear layer's logits, beside all of them in memory at once, PyTorch's own, and
                      torch.compile of an eighth of them at a time
+    grouped_matmul   the first product of the experts of a mixture, beside a loop over them and F.grouped_mm
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, visible
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.grouped_matmul import grouped_matmul
 from kernels.rmsnorm import rms_norm
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -37,6 +39,9 @@ CACHE_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 NORM_WIDTHS, NORM_SIZES = (768, 1024, 2048, 4096, 8192, 16384), (2**26, 2**23)
 # Cross entropy: widths and vocabularies, as of GPT-2, TinyLlama and Llama 3.
 VOCABULARIES = ((768, 50304), (2048, 32000), (4096, 128256))
+# Grouped products: tokens; experts, how many of them a token goes through, width, and width of an expert's
+# gate and up projection together, as of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B.
+ROUTED, EXPERTS = 4096, ((8, 2, 4096, 2 * 14336), (64, 8, 2048, 2 * 1024), (128, 8, 2048, 2 * 768))
 
 
 @dataclass
@@ -286,4 +291,58 @@ def exact_cross_entropy(targets: Tensor, inputs: list[Tensor], gradients: list[T
     return [total], [hidden.grad, weight.grad]
 
 
-CASES = {"attention": attention_cases, "rmsnorm": rms_norm_cases, "cross_entropy": cross_entropy_cases}
+# --- grouped matrix product
+
+
+def grouped_matmul_flops(M: int, D: int, N: int) -> int:
+    """Of the forward pass, whatever the sizes of the groups. The backward pass has two such products."""
+    return 2 * M * D * N
+
+
+def grouped_matmul_cases() -> list[Case]:
+    return [grouped_matmul_case(E, k * ROUTED, D, N) for E, k, D, N in EXPERTS]
+
+
+def grouped_matmul_case(E: int, M: int, D: int, N: int) -> Case:
+    sizes = uneven_sizes(E, M)
+    offsets = torch.tensor(sizes, device=DEVICE).cumsum(0).int()
+
+    def inputs():
+        return [normal(M, D), normal(E, N, D) / D**0.5], [normal(M, N)]
+
+    def ours(backend: str, x: Tensor, w: Tensor) -> Tensor:
+        return grouped_matmul(x, w, offsets, backend=backend)
+
+    backends = {
+        "plinth": partial(ours, "triton"),
+        "loop": partial(one_by_one, sizes),
+        "F.grouped_mm": lambda x, w: F.grouped_mm(x, w.mT, offs=offsets),
+    }
+    flops = grouped_matmul_flops(M, D, N)
+    work = {"forward": flops, "backward": 2 * flops, "both": 3 * flops}
+    shape = {"E": E, "M": M, "D": D, "N": N}
+    exact = partial(in_float64, partial(ours, "reference"))
+    chart = "grouped product {}", "experts, width", f"{E}, {D}"
+    return Case("grouped_matmul", shape, work, "TFLOP/s", inputs, exact, backends, chart)
+
+
+def uneven_sizes(E: int, M: int) -> list[int]:
+    """Of E groups of M rows in all. No router balances them perfectly: here the largest has 2 to 5 times as
+    many rows as the average group, the smallest a third or less."""
+    generator = torch.Generator().manual_seed(0)
+    popularity = (torch.randn(E, generator=generator) / 2).exp()
+    rows = torch.multinomial(popularity, M, replacement=True, generator=generator)
+    return torch.bincount(rows, minlength=E).tolist()
+
+
+def one_by_one(sizes: list[int], x: Tensor, w: Tensor) -> Tensor:
+    """The sizes are told on the CPU, so the loop need not wait for the GPU."""
+    return torch.cat([torch.mm(x_e, w_e.T) for x_e, w_e in zip(x.split(sizes), w.unbind(), strict=True)])
+
+
+CASES = {
+    "attention": attention_cases,
+    "rmsnorm": rms_norm_cases,
+    "cross_entropy": cross_entropy_cases,
+    "grouped_matmul": grouped_matmul_cases,
+}

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from kernels import backend, cross_entropy, flash_attention, flash_backward, flash_decoding, rmsnorm
 from kernels.backend import triton
+from kernels.grouped_matmul import product_triton, weight_gradient_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MATRIX = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma"
@@ -158,6 +159,21 @@ def cross_entropy_rows(dtype: torch.dtype, softcap: float | None) -> None:
     )
 
 
+def grouped(result: str, rows: int, dtype: torch.dtype, precision: str = "high") -> None:
+    """y, dx or dw of 8 groups that have so many rows on average."""
+    torch.set_float32_matmul_precision(precision)
+    x, y, w = (
+        torch.zeros(*shape, dtype=dtype) for shape in ((8 * rows, 512), (8 * rows, 768), (8, 768, 512))
+    )
+    offsets = torch.zeros(8, dtype=torch.int32)
+    if result == "y":
+        product_triton(x, w.mT, offsets)
+    elif result == "dx":
+        product_triton(y, w, offsets)
+    else:
+        weight_gradient_triton(y, x, offsets)
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 ATTENTION = {
     "causal, 4 heads a group": {},
@@ -178,6 +194,16 @@ CASES = {
     "cross_entropy": {
         "bf16, vocabulary 50257": partial(cross_entropy_rows, BF16, None),
         "float32, vocabulary 50257, soft-cap": partial(cross_entropy_rows, FP32, 30.0),
+    },
+    "grouped_matmul": {
+        **{f"bf16, {rows} rows a group, y": partial(grouped, "y", rows, BF16) for rows in (1, 64, 1024)},
+        **{f"bf16, {rows} rows a group, dx": partial(grouped, "dx", rows, BF16) for rows in (64, 1024)},
+        "bf16, dw": partial(grouped, "dw", 1024, BF16),
+        **{f"TF32, {result}": partial(grouped, result, 1024, FP32) for result in ("y", "dx", "dw")},
+        **{
+            f"float32, {result}": partial(grouped, result, 1024, FP32, "highest")
+            for result in ("y", "dx", "dw")
+        },
     },
 }
 
@@ -205,9 +231,9 @@ def report(operation: str | None, out: Path | None) -> None:
     """Print the table, and write it as JSON if `out` is given."""
     machines = compile_all(operation)
     case = max(len(m.case) for m in machines)
-    print(f"{'':36}{'':{case}}  registers spills shared TMA  matrix instructions")
+    print(f"{'':37}{'':{case}}  registers spills shared TMA  matrix instructions")
     for m in machines:
-        print(f"{m.target:6} {m.operation:13} {m.case:{case}} {m.kernel:18}", end="")
+        print(f"{m.target:6} {m.operation:14} {m.case:{case}} {m.kernel:18}", end="")
         print(f"{m.registers:7} {m.spills:6} {m.shared // 1024:3} kB {m.tma:3}  {m.matrix}")
     if out:
         versions = {"triton": triton.__version__, "torch": torch.__version__}

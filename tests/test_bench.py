@@ -30,6 +30,8 @@ TINY = {
     "NORM_WIDTHS": (24, 64),
     "NORM_SIZES": (192,),
     "VOCABULARIES": ((16, 40),),
+    "ROUTED": 16,
+    "EXPERTS": ((4, 2, 16, 24),),
 }
 
 
@@ -56,11 +58,11 @@ def test_attention_counts_the_pairs_that_are_visible(T, S, causal, window):
     assert bench_cases.attention_flops(2, T, S, 3, 8, causal, window) == 2 * 3 * pairs * 2 * (2 * 8)
 
 
-def flops(case, which):
+def flops(case, which, backend="reference"):
     inputs, gradients = case.inputs()
     leaves = [x.requires_grad_() for x in inputs]
     with FlopCounterMode(display=False) as counter:
-        bench_cases.timed(which, case.backends["reference"], leaves, gradients)()
+        bench_cases.timed(which, case.backends[backend], leaves, gradients)()
     return counter.get_total_flops()
 
 
@@ -73,6 +75,10 @@ def test_flops_are_those_that_pytorch_counts(tiny):
     assert attention.work["backward"] == attention.work["both"] - attention.work["forward"]
     cross_entropy = bench_cases.cross_entropy_case(16, 8, 40)
     assert cross_entropy.work["both"] == flops(cross_entropy, "both")
+    grouped_matmul = bench_cases.grouped_matmul_case(4, 32, 16, 24)
+    assert grouped_matmul.work["forward"] == flops(grouped_matmul, "forward", "loop")
+    assert grouped_matmul.work["both"] == flops(grouped_matmul, "both", "loop")
+    assert grouped_matmul.work["backward"] == grouped_matmul.work["both"] - grouped_matmul.work["forward"]
 
 
 @pytest.mark.skipif(not NO_GPU, reason="stands in for a GPU")
@@ -104,6 +110,13 @@ def test_every_backend_of_attention_sees_the_same(tiny, T, S, causal, window):
     expected = case.backends["reference"](q, k, v)
     for name in ("SDPA flash", "FlexAttention"):
         torch.testing.assert_close(case.backends[name](q, k, v), expected)
+
+
+@pytest.mark.parametrize(("E", "M"), [(8, 8192), (64, 32768), (128, 32768)])
+def test_experts_get_as_uneven_shares_as_a_router_gives(E, M):
+    sizes = bench_cases.uneven_sizes(E, M)
+    assert sum(sizes) == M and len(sizes) == E and sizes == bench_cases.uneven_sizes(E, M)
+    assert M / E / 6 < min(sizes) < M / E / 2.9 and 2 * M / E < max(sizes) < 5 * M / E
 
 
 def simple_case(backends):
@@ -229,6 +242,8 @@ def test_a_whole_run(tiny, tmp_path, capsys):
     assert len(norms) == 2 * 2 * 2 * 4 and {row["unit"] for row in norms} == {"GB/s"}
     losses = [row for row in rows if row["operation"] == "cross_entropy"]
     assert [row["backend"] for row in losses] == ["plinth", "reference", "torch", "compiled"]
+    products = [row for row in rows if row["operation"] == "grouped_matmul"]
+    assert [row["backend"] for row in products] == 3 * ["plinth", "loop", "F.grouped_mm"]
 
     said = capsys.readouterr().out
     assert (

@@ -44,6 +44,13 @@ def test_attention_runs_on_hoppers_matrix_units_and_copy_engine(hopper):
         assert m["matrix"].endswith("HMMA"), m  # a tile of 16 rows is too small for HGMMA
 
 
+def test_grouped_products_run_on_hoppers_matrix_units(hopper):
+    found = [m for m in hopper if m["operation"] == "grouped_matmul"]
+    assert {m["kernel"] for m in found} == {"product_kernel", "weight_kernel"}
+    for m in found:  # groups of one row take the least tiles
+        assert m["matrix"].endswith(" HMMA" if "1 rows" in m["case"] else " HGMMA"), m
+
+
 def test_nothing_spills(hopper):
     """But dk and dv at head width 256 with every feature, the fewest of all tiles tried, and a few others."""
     for m in hopper:

@@ -1,0 +1,325 @@
+"""Grouped matrix product: every row is multiplied by the matrix of its group, as a token by its expert's.
+
+    y_i = w_e x_i        where e is the group of row i
+
+This is where a mixture of experts spends its time. Rows are sorted by group: those of group e are the
+slice of x from offsets[e - 1], or 0 for the first, to offsets[e], and it may be empty. Gradients, slice by
+slice:
+
+    dx_i = w_e^T dy_i        dw_e = dy_e^T x_e, zeros for an empty group
+
+`reference` takes one group after the other in plain PyTorch and defines what every other backend must
+compute. `torch` does the same on a CPU, each product straight into its slice of the result, all of them
+one node to autograd; on a GPU it runs the library's own operation. `triton` has a kernel for y and dx,
+which differ in how w is read, and one for dw; each does all groups in one launch.
+
+How many rows a group has only the GPU knows, and asking it means waiting for it. So as many programs start
+as any sizes could need: M rows in E groups make at most (M + E (BLOCK_M - 1)) / BLOCK_M tiles of rows.
+Each of them reads all offsets, a few hundred bytes, counts the tiles of the groups to find itself among
+them, and ends at once if it comes after the last.
+
+Memory. A program reads BLOCK_M rows of x and BLOCK_N of w_e, over all D columns, for BLOCK_M x BLOCK_N
+numbers of y. Those that run side by side share few tiles of rows and few of columns: most of what they
+read is in the L2 cache, and w_e comes from memory about once for every eight tiles of rows. In decoding,
+where M is small, reading w is all the work, and the w_e of a group without rows is not read. A tile of dw
+belongs to one program, which walks through the rows of its group: nothing is atomic, and every run gives
+the same bits.
+
+MegaBlocks (Gale et al. 2022, section 4): no row is dropped, and no group padded, but for its last tile.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from kernels.backend import architecture, choose, on_device, tl, triton
+from kernels.flash_attention import FAMILIES, block_width, precision
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels and of F.grouped_mm
+
+
+def grouped_matmul(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str = "auto") -> Tensor:
+    """y (M, N) of x (M, D), its rows sorted by group, and w (E, N, D), for each group a matrix (out, in).
+
+    offsets: int32 (E,), the end of each group in x, never falling, the last of them M. x and w are of one
+    float dtype and may have any strides; under autocast the product runs in its dtype, as that of F.linear.
+
+    backend: as in kernels/backend.py. "triton" takes float16, bfloat16 and float32 and never waits for the
+    GPU. "torch" on a GPU takes the same where rows of D and of N are multiples of 16 bytes, and may wait for
+    it in all but bfloat16. There is no second derivative but that of "reference".
+    Raises ValueError where shapes, dtypes or devices do not fit each other or the backend, and for offsets
+    that are wrong, unless a GPU would have to be waited for: there those make wrong numbers.
+    """
+    E, N, D = w.shape if w.dim() == 3 else (0, 0, 0)
+    if x.dim() != 2 or x.shape[1] != D or offsets.shape != (E,) or E == 0:
+        raise ValueError(
+            f"grouped_matmul: x {tuple(x.shape)}, w {tuple(w.shape)}, offsets {tuple(offsets.shape)}: "
+            "expected (M, D), (E, N, D) and (E,) with at least one group"
+        )
+    if offsets.dtype != torch.int32 or not x.device == w.device == offsets.device:
+        raise ValueError(
+            f"grouped_matmul: x on {x.device}, w on {w.device}, offsets {offsets.dtype} on {offsets.device}: "
+            "expected torch.int32 offsets, all on one device"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w = x.to(dtype), w.to(dtype)
+    if x.dtype != w.dtype or not x.is_floating_point():
+        raise ValueError(f"grouped_matmul: x {x.dtype}, w {w.dtype}: expected one float dtype")
+    asked, backend = backend, choose("grouped_matmul", backend, x)
+    obstacle = _obstacle(backend, x, N)
+    if obstacle and asked == "auto":
+        backend = "reference"
+    elif obstacle:
+        raise ValueError(f"grouped_matmul: backend {backend!r} {obstacle}; use 'auto' or 'reference'")
+    if backend == "reference":
+        return _reference(x, w, offsets)
+    return _operation(x, w, offsets.contiguous(), backend == "triton")
+
+
+def _obstacle(backend: str, x: Tensor, N: int) -> str:
+    """Why the backend cannot multiply x, to rows of N numbers; empty if it can."""
+    if backend == "reference" or (backend == "torch" and not x.is_cuda):
+        return ""
+    if x.dtype not in DTYPES:
+        return f"takes float16, bfloat16 and float32 on a GPU, not {x.dtype}"
+    if backend == "torch" and (x.shape[1] * x.element_size() % 16 or N * x.element_size() % 16):
+        return f"takes multiples of 16 bytes for D and N on a GPU, not {x.shape[1]} and {N} of {x.dtype}"
+    return ""
+
+
+def _groups(offsets: Tensor, M: int) -> list[slice]:
+    """The rows of each group. Raises ValueError if they are not all M, one after the other."""
+    ends = offsets.tolist()
+    for e, (start, end) in enumerate(pairwise([0, *ends])):
+        if end < start:
+            raise ValueError(f"grouped_matmul: offsets[{e}] is {end}: expected at least {start}")
+    if ends[-1] != M:
+        raise ValueError(f"grouped_matmul: offsets[-1] is {ends[-1]}: expected {M}, the rows of x")
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
+
+
+def _reference(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    sizes = [rows.stop - rows.start for rows in _groups(offsets, len(x))]
+    # All taken apart at once: the gradient of each x[rows] and w[e] would be as large as all of x and w.
+    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.split(sizes), w.unbind(), strict=True)])
+
+
+def product_torch(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """x (M, K) times w (E, K, N), by groups."""
+    if x.is_cuda and x.numel() and w.numel():
+        return F.grouped_mm(_aligned(x), _aligned(w), offs=offsets)
+    y = x.new_empty(len(x), w.shape[2])
+    for e, rows in enumerate(_groups(offsets, len(x))):
+        if rows.start < rows.stop:
+            torch.mm(x[rows], w[e], out=y[rows])
+    return y
+
+
+def weight_gradient_torch(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """dw (E, N, D) of dy (M, N) and x (M, D)."""
+    if x.is_cuda and x.numel() and dy.numel():
+        return F.grouped_mm(_aligned(dy).T, _aligned(x), offs=offsets)
+    dw = x.new_empty(len(offsets), dy.shape[1], x.shape[1])
+    for e, rows in enumerate(_groups(offsets, len(x))):
+        if rows.start < rows.stop:
+            torch.mm(dy[rows].T, x[rows], out=dw[e])
+        else:
+            dw[e].zero_()
+    return dw
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x (..., rows, columns), copied if F.grouped_mm could not read it where it lies: whole rows, or whole
+    columns, that begin at multiples of 16 bytes."""
+    lines = x if x.stride(-1) == 1 else x.mT
+    steps = [step * x.element_size() for step in lines.stride()[:-1]]
+    fits = lines.stride(-1) == 1 and lines.stride(-2) >= lines.shape[-1] and not any(s % 16 for s in steps)
+    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+@triton.jit
+def _place(number, n_rows, n_columns, TOGETHER: tl.constexpr):
+    """(row, column) of a tile in a grid of them, which are numbered down the columns of the first TOGETHER
+    rows, then down those of the next: programs side by side read few rows, and few columns."""
+    above = number // (TOGETHER * n_columns) * TOGETHER
+    height = tl.minimum(n_rows - above, TOGETHER)
+    number = number % (TOGETHER * n_columns)
+    return above + number % height, number // height
+
+
+@triton.jit
+def product_kernel(
+    x, w, y, offsets, x_stride_m, x_stride_k, w_stride_e, w_stride_k, w_stride_n, M, N, K, E, n_tiles,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, column = _place(tl.program_id(0), n_tiles, tl.cdiv(N, BLOCK_N), TOGETHER=8)
+    groups = tl.arange(0, BLOCK_E)
+    ends = tl.load(offsets + groups, mask=groups < E, other=0)
+    starts = tl.load(offsets + groups - 1, mask=(groups > 0) & (groups < E), other=0)
+    last = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M))  # behind the last tile of each group
+    e = tl.sum((last <= tile).to(tl.int32))
+    if e >= E:
+        return
+    first = tl.max(tl.where(last <= tile, last, 0))  # the first tile of group e
+    # Held within the rows there are, so that wrong offsets make wrong numbers, but no wrong addresses.
+    start = tl.maximum(tl.load(offsets + e - 1, mask=e > 0, other=0), 0)
+    end = tl.minimum(tl.load(offsets + e), M)
+
+    # int64, because a row or a matrix may begin further than 2^31 elements into a tensor
+    m = start.to(tl.int64) + (tile - first) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    x_at = x + m[:, None] * x_stride_m + k[None, :] * x_stride_k
+    w_at = w + e.to(tl.int64) * w_stride_e + k[:, None] * w_stride_k + n[None, :] * w_stride_n
+    m_inside, n_inside = (m < end)[:, None], (n < N)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for begin in range(0, K, BLOCK_K):
+        k_inside = k < K - begin
+        x_tile = tl.load(x_at, mask=m_inside & k_inside[None, :], other=0.0)
+        w_tile = tl.load(w_at, mask=n_inside & k_inside[:, None], other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        x_at += BLOCK_K * x_stride_k
+        w_at += BLOCK_K * w_stride_k
+    tl.store(y + m[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=m_inside & n_inside)
+
+
+@triton.jit
+def weight_kernel(
+    dy, x, dw, offsets, dy_stride_m, dy_stride_n, x_stride_m, x_stride_d, M, N, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_rows, n_columns = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D)
+    e = tl.program_id(0) // (n_rows * n_columns)
+    row, column = _place(tl.program_id(0) % (n_rows * n_columns), n_rows, n_columns, TOGETHER=8)
+    start = tl.maximum(tl.load(offsets + e - 1, mask=e > 0, other=0), 0)
+    end = tl.minimum(tl.load(offsets + e), M)
+
+    m = tl.arange(0, BLOCK_M)
+    n = (row * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    d = (column * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    dy_at = dy + (start.to(tl.int64) + m)[:, None] * dy_stride_m + n[None, :] * dy_stride_n
+    x_at = x + (start.to(tl.int64) + m)[:, None] * x_stride_m + d[None, :] * x_stride_d
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for begin in range(start, end, BLOCK_M):
+        m_inside = (m < end - begin)[:, None]
+        dy_tile = tl.load(dy_at, mask=m_inside & (n < N)[None, :], other=0.0)
+        x_tile = tl.load(x_at, mask=m_inside & (d < D)[None, :], other=0.0)
+        acc = tl.dot(dy_tile.T, x_tile, acc, input_precision=PRECISION)
+        dy_at += BLOCK_M * dy_stride_m
+        x_at += BLOCK_M * x_stride_m
+    at = dw + e.to(tl.int64) * N * D + n[:, None] * D + d[None, :]
+    tl.store(at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+
+
+# Rows and columns of a tile of y, warps and stages, by how many rows a group has on average, or more; and the
+# same of a tile of dw. For each operation a tile of 128 x 256 reads a quarter less from L2 than one of 128 x
+# 128, where Hopper's is short. None of them spills. Nothing here has been tuned on a device yet.
+TILES = {
+    "Hopper": (  # and data-centre Blackwell: over 200 kB of shared memory
+        {128: (128, 256, 8, 3), 32: (64, 128, 4, 4), 0: (16, 64, 4, 4)},
+        (128, 256, 8, 3),
+    ),
+    "NVIDIA": (  # every other: at most 99 kB, which the smallest chips have
+        {128: (128, 128, 8, 3), 32: (64, 128, 4, 3), 0: (16, 64, 4, 4)},
+        (128, 128, 8, 3),
+    ),
+    "narrow": ({128: (128, 64, 8, 3), 32: (64, 64, 4, 3), 0: (16, 64, 4, 4)}, (128, 64, 8, 3)),
+    "AMD": ({128: (128, 128, 8, 2), 32: (64, 128, 4, 2), 0: (16, 64, 4, 2)}, (128, 128, 8, 2)),  # 64 kB
+    "interpreter": ({0: (16, 16, 4, 1)}, (16, 16, 4, 1)),
+}
+# Float32, in three products of TF32 at worst, has more to hold in registers.
+FLOAT32 = {"Hopper": "NVIDIA", "NVIDIA": "narrow"}
+
+
+def tiles(x: Tensor) -> tuple[dict, tuple]:
+    """The row of TILES for inputs like x."""
+    arch = architecture(x)
+    family = FAMILIES.get(arch, "NVIDIA" if arch.startswith("sm_") else "AMD")
+    return TILES[FLOAT32.get(family, family) if x.dtype == torch.float32 else family]
+
+
+def depth(x: Tensor) -> int:
+    """How many terms of a sum a program takes at a time: 128 bytes of a row, a whole line of memory."""
+    return 16 if architecture(x) == "interpreter" else 128 // x.element_size()
+
+
+def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """x (M, K) times w (E, K, N), by groups."""
+    (M, K), (E, _, N) = x.shape, w.shape
+    y = x.new_empty(M, N)
+    if y.numel() == 0:
+        return y
+    table = tiles(x)[0]
+    BLOCK_M, BLOCK_N, warps, stages = table[max(least for least in table if least <= M / E)]
+    BLOCK_N = min(BLOCK_N, block_width(N))
+    n_tiles = (M + min(E, M) * (BLOCK_M - 1)) // BLOCK_M  # at most, and at most M groups have rows
+    with on_device(x):
+        product_kernel[(n_tiles * triton.cdiv(N, BLOCK_N),)](
+            x, w, y, offsets, *x.stride(), *w.stride(), M, N, K, E, n_tiles,
+            BLOCK_E=triton.next_power_of_2(E), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=depth(x),
+            PRECISION=precision(x), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y
+
+
+def weight_gradient_triton(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """dw (E, N, D) of dy (M, N) and x (M, D)."""
+    (M, N), D, E = dy.shape, x.shape[1], len(offsets)
+    dw = x.new_empty(E, N, D)
+    if dw.numel() == 0:
+        return dw
+    BLOCK_N, BLOCK_D, warps, stages = tiles(x)[1]
+    BLOCK_N, BLOCK_D = min(BLOCK_N, block_width(N)), min(BLOCK_D, block_width(D))
+    with on_device(x):
+        weight_kernel[(E * triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)](
+            dy, x, dw, offsets, *dy.stride(), *x.stride(), M, N, D,
+            BLOCK_M=depth(x), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+            PRECISION=precision(x), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return dw
+
+
+@library.custom_op("plinth::grouped_matmul", mutates_args=())
+def _operation(x: Tensor, w: Tensor, offsets: Tensor, kernel: bool) -> Tensor:
+    product = product_triton if kernel else product_torch
+    return product(x, w.mT, offsets)
+
+
+@_operation.register_fake
+def _(x, w, offsets, kernel):
+    return x.new_empty(x.shape[0], w.shape[1])
+
+
+@library.custom_op("plinth::grouped_matmul_backward", mutates_args=())
+def _operation_backward(
+    dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor, kernel: bool, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    """dx like x and dw like w, either empty where it is not needed."""
+    product, weight_gradient = (
+        (product_triton, weight_gradient_triton) if kernel else (product_torch, weight_gradient_torch)
+    )
+    dx = product(dy, w, offsets) if need_dx else x.new_empty(0)
+    return dx, weight_gradient(dy, x, offsets) if need_dw else w.new_empty(0)
+
+
+@_operation_backward.register_fake
+def _(dy, x, w, offsets, kernel, need_dx, need_dw):
+    return x.new_empty(x.shape if need_dx else 0), w.new_empty(w.shape if need_dw else 0)
+
+
+def _save(ctx, inputs, output):
+    *saved, ctx.kernel = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _backward(ctx, dy):
+    needs = ctx.needs_input_grad[:2]
+    grads = _operation_backward(dy, *ctx.saved_tensors, ctx.kernel, *needs)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
+
+
+_operation.register_autograd(_backward, setup_context=_save)

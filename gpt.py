@@ -58,7 +58,10 @@ class Config:
     mlp: str = "swiglu"  # or "gelu"
     bias: bool = False  # in every linear layer
     qkv_bias: bool = False  # only in the query, key and value projections (Qwen2)
-    qk_norm: bool = False  # RMSNorm on each head's queries and keys: keeps attention logits bounded
+    qk_norm: bool | str = (
+        False  # RMSNorm on each head's queries and keys, which bounds attention logits; "all":
+    )
+    #                              on all heads as one (OLMoE)
     window: int | None = None  # a token sees the last `window` tokens, itself included
     full_layers: tuple[int, ...] = ()  # layers that see everything although there is a window
     logit_softcap: float | None = None  # logits become c * tanh(logits / c)
@@ -70,9 +73,12 @@ class Config:
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
         object.__setattr__(self, "d_head", self.d_head or self.d_model // self.n_heads)
         choices = {"norm": ("rms", "layer"), "positions": ("rope", "learned"), "mlp": ("swiglu", "gelu")}
+        choices["qk_norm"] = (False, True, "all")
         for field, options in choices.items():
             if getattr(self, field) not in options:
-                raise ValueError(f"{field} {getattr(self, field)!r}: expected {' or '.join(options)}")
+                raise ValueError(
+                    f"{field} {getattr(self, field)!r}: expected {' or '.join(map(str, options))}"
+                )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.positions == "rope" and self.d_head % 2:
@@ -110,7 +116,8 @@ class Config:
         norm = D * (2 if self.norm == "layer" else 1)
         embeddings = 0 if self.tie_embeddings else self.vocab_size * D
         embeddings += self.max_seq_len * D if self.positions == "learned" else 0
-        per_layer = biases + 2 * norm + 2 * K * self.qk_norm
+        qk_norm = {False: 0, True: 2 * K, "all": (H + G) * K}[self.qk_norm]
+        per_layer = biases + 2 * norm + qk_norm
         return self.n_matmul_params + self.n_layers * per_layer + norm + embeddings
 
     def flops_per_token(self, seq_len: int) -> int:
@@ -156,7 +163,7 @@ class Norm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
-        self.eps, self.kind, self.backend = config.norm_eps, kind, config.kernels
+        self.width, self.eps, self.kind, self.backend = width, config.norm_eps, kind, config.kernels
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rms":
@@ -206,18 +213,21 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, G * K, bias=config.bias or config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.bias or config.qkv_bias)
         self.o_proj = nn.Linear(H * K, D, bias=config.bias)
-        self.q_norm = Norm(K, config, "rms") if config.qk_norm else None
-        self.k_norm = Norm(K, config, "rms") if config.qk_norm else None
+        heads_at_once = config.qk_norm == "all"
+        self.q_norm = Norm(H * K if heads_at_once else K, config, "rms") if config.qk_norm else None
+        self.k_norm = Norm(G * K if heads_at_once else K, config, "rms") if config.qk_norm else None
         self.layer, self.d_head, self.window = layer, K, config.layer_window(layer)
         self.backend = config.kernels
 
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.d_head)  # (B, T, H, K)
-        k = self.k_proj(x).view(B, T, -1, self.d_head)  # (B, T, G, K)
-        v = self.v_proj(x).view(B, T, -1, self.d_head)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q.view(B, T, -1, self.q_norm.width))
+            k = self.k_norm(k.view(B, T, -1, self.k_norm.width))
+        q = q.view(B, T, -1, self.d_head)  # (B, T, H, K)
+        k = k.view(B, T, -1, self.d_head)  # (B, T, G, K)
+        v = v.view(B, T, -1, self.d_head)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None and cache.filled:
@@ -263,6 +273,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    block = Block
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -271,7 +283,7 @@ class GPT(nn.Module):
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.d_model),
                 **({"embed_positions": nn.Embedding(config.max_seq_len, config.d_model)} if learned else {}),
-                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
+                "layers": nn.ModuleList(self.block(config, layer) for layer in range(config.n_layers)),
                 "norm": Norm(config.d_model, config, config.norm),
             }
         )
@@ -285,15 +297,16 @@ class GPT(nn.Module):
         sqrt(2 L), so that the sum of 2 L of them has the variance of one (Radford et al. 2019, section
         2.3)."""
         for name, p in self.named_parameters():
+            name = name.removesuffix(".weight")
             if name.endswith("bias"):
                 p.zero_()
-            elif name.endswith("norm.weight"):
+            elif name.endswith("norm"):
                 p.fill_(1.0)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            elif name.endswith(("o_proj", "down_proj")):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layers))
             elif name.endswith(
-                ("_proj.weight", "embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
-            ):
+                ("_proj", "embed_tokens", "embed_positions", "lm_head", "gate")
+            ):  # gate: of moe.py
                 p.normal_(std=0.02)
             else:
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to GPT.initialize")
@@ -423,7 +436,9 @@ def perplexity(model: GPT, tokens: Tensor, stride: int) -> float:
     return math.exp(nats / (scored - 1))
 
 
-def show(model: GPT, tokenizer: Tokenizer, held_out: Tensor | None = None) -> str:
+def show(
+    model: GPT, tokenizer: Tokenizer, held_out: Tensor | None = None, directory: Path | None = None
+) -> str:
     """A text from nothing but the token that separates documents, the same draw at every call."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(0)
     n_new = min(200, model.config.max_seq_len - 1)
@@ -431,8 +446,7 @@ def show(model: GPT, tokenizer: Tokenizer, held_out: Tensor | None = None) -> st
     return tokenizer.decode(sample[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Continue a text with a trained model, or print the sizes.")
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", nargs="?", help="directory in Hugging Face layout; without it, the sizes"
     )
@@ -450,15 +464,12 @@ def main() -> None:
     )
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.checkpoint is None:
-        print(f"{'size':12} {'parameters':>15} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}")
-        for name, c in SIZES.items():
-            flops = c.flops_per_token(c.max_seq_len)
-            print(f"{name:12} {c.n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
-        return
+
+
+def continue_text(model_class: type[GPT], args: argparse.Namespace) -> None:
+    """Print the prompt and what the checkpoint's model makes of it, as it comes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GPT.from_pretrained(args.checkpoint).to(device).eval()
+    model = model_class.from_pretrained(args.checkpoint).to(device).eval()
     tokenizer = get_tokenizer(args.checkpoint)
     tokens = tokenizer.encode(args.prompt) or [tokenizer.eot_id]
     options = {
@@ -478,6 +489,19 @@ def main() -> None:
             print(text[len(printed) :], end="", flush=True)
             printed = text
     print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Continue a text with a trained model, or print the sizes.")
+    add_sampling_flags(parser)
+    args = parser.parse_args()
+    if args.checkpoint is not None:
+        continue_text(GPT, args)
+        return
+    print(f"{'size':12} {'parameters':>15} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}")
+    for name, c in SIZES.items():
+        flops = c.flops_per_token(c.max_seq_len)
+        print(f"{name:12} {c.n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
 
 
 if __name__ == "__main__":

@@ -106,25 +106,37 @@ def read_decoder_config(directory: str | Path) -> dict:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(DEFAULTS)}")
     gpt2 = architecture == "GPT2LMHeadModel"
     table = GPT2_FIELDS if gpt2 else LLAMA_FIELDS
-    hf = _flatten_rope(path, hf)
-    fields = dict(DEFAULTS[architecture])
+    hf = flatten_rope(path, hf)
+    if gpt2 and hf.get("n_inner") is None:
+        hf["n_inner"] = 4 * (hf.get("n_embd") or 0)
+    fields = read_fields(path, hf, table, DEFAULTS[architecture], ONLY, INERT | WINDOW_KEYS)
+    return fields | _windows(path, hf, fields, architecture)
+
+
+def read_fields(
+    path: Path, hf: dict, table: dict, defaults: dict, only: dict, inert: set, required: set = REQUIRED
+) -> dict:
+    """defaults, and over them the fields that hf, the content of path, gives by table.
+
+    Raises ValueError for a key that is in none of table, only and inert, and for a required field that has no
+    value.
+    """
+    fields = dict(defaults)
     for key, value in hf.items():
         if key in table:
             if value is not None:
                 fields[table[key]] = tuple(value) if isinstance(value, list) else value
-        elif key in ONLY:
-            if value not in ONLY[key]:
-                raise ValueError(f"{path}: {key} {value!r} is not implemented; expected {ONLY[key][0]!r}")
-        elif key not in INERT | WINDOW_KEYS:
+        elif key in only:
+            if value not in only[key]:
+                raise ValueError(f"{path}: {key} {value!r} is not implemented; expected {only[key][0]!r}")
+        elif key not in inert:
             raise ValueError(
                 f"{path}: {key} {value!r} is not implemented; remove the key only if it has no effect"
             )
-    if gpt2:
-        fields.setdefault("d_ff", 4 * fields.get("d_model", 0))
-    missing = [key for key, field in table.items() if field in REQUIRED - fields.keys()]
+    missing = [key for key, field in table.items() if field in required - fields.keys()]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} missing")
-    return fields | _windows(path, hf, fields, architecture)
+    return fields
 
 
 WINDOW_KEYS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
@@ -142,6 +154,11 @@ def _windows(path: Path, hf: dict, fields: dict, architecture: str) -> dict:
     if kinds is None:  # Qwen: the first max_window_layers layers see everything
         n_full = hf.get("max_window_layers", 0) if qwen else 0
         kinds = ["full_attention"] * n_full + ["sliding_attention"] * (fields["n_layers"] - n_full)
+    return window_fields(path, window, kinds)
+
+
+def window_fields(path: Path, window: int, kinds: list[str]) -> dict:
+    """The fields for layers of these kinds, as layer_types names them."""
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ValueError(
@@ -153,7 +170,7 @@ def _windows(path: Path, hf: dict, fields: dict, architecture: str) -> dict:
     }
 
 
-def _flatten_rope(path: Path, hf: dict) -> dict:
+def flatten_rope(path: Path, hf: dict) -> dict:
     """One spelling for both: rope_parameters (transformers 5), rope_theta and rope_scaling (4)."""
     hf = dict(hf)
     rope = {**(hf.pop("rope_scaling", None) or {}), **(hf.pop("rope_parameters", None) or {})}
@@ -188,7 +205,7 @@ def decoder_config(config) -> dict:
     plain = not config.qk_norm and not config.qkv_bias
     if gpt2 and plain and config.window is None and config.n_kv_heads == config.n_heads:
         architecture = "GPT2LMHeadModel"
-    elif modern and config.qk_norm and not config.qkv_bias:
+    elif modern and config.qk_norm is True and not config.qkv_bias:
         architecture = "Qwen3ForCausalLM"
     elif (
         modern and config.qkv_bias and not config.qk_norm and config.d_head * config.n_heads == config.d_model
@@ -247,7 +264,12 @@ def save_decoder(model: nn.Module, directory: str | Path) -> None:
 
 def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:
     """Give model, built on the meta device, these weights from directory; ValueError unless all fit."""
-    expected = model.state_dict()
+    check_weights(model.state_dict(), weights, directory)
+    model.load_state_dict(weights, assign=True)
+
+
+def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
+    """ValueError unless weights, from directory, have the names and shapes of expected."""
     for problem, names in (
         ("is missing", expected.keys() - weights.keys()),
         ("has no place in this architecture", weights.keys() - expected.keys()),
@@ -258,7 +280,6 @@ def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) 
         if w.shape != expected[name].shape:
             shapes = f"{tuple(w.shape)}, config.json says {tuple(expected[name].shape)}"
             raise ValueError(f"{directory}: {name} has shape {shapes}")
-    model.load_state_dict(weights, assign=True)
 
 
 def write(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -> None:

@@ -118,7 +118,8 @@ def test_transformers_opens_what_we_save(changes, tmp_path):
 
 
 def test_a_model_no_architecture_describes_is_refused_before_anything_is_written(tmp_path):
-    for changes in ({"logit_softcap": 30.0}, {"norm": "layer"}, {"window": 8, "full_layers": (0,)}):
+    two_kinds = {"window": 8, "full_layers": (0,)}
+    for changes in ({"logit_softcap": 30.0}, {"norm": "layer"}, two_kinds, {"qk_norm": "all"}):
         with pytest.raises(ValueError, match="no Hugging Face architecture"):
             small(**changes).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -194,7 +195,8 @@ def test_parameter_counts_are_the_formula_and_the_published_ones(size):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"qkv_bias": True, "qk_norm": True, "d_head": 12, "tie_embeddings": False}]
+    "changes",
+    [{}, {"qkv_bias": True, "qk_norm": True, "d_head": 12, "tie_embeddings": False}, {"qk_norm": "all"}],
 )
 def test_parameter_formula_holds_for_features_the_sizes_lack(changes):
     model = small(**changes)

@@ -501,7 +501,9 @@ LEARNING_RATE = 0.25  # of a decoder's of the same size: what trains the tiny si
 
 
 @torch.no_grad()
-def show(model: BERT, tokenizer: Tokenizer | WordPiece, held_out: Tensor) -> str:
+def show(
+    model: BERT, tokenizer: Tokenizer | WordPiece, held_out: Tensor, directory: Path | None = None
+) -> str:
     """The beginning of the held-out text (n,) with every tenth token masked, and the best guesses there."""
     text = held_out[: min(80, model.config.max_seq_len - 2)].tolist()
     masked = [i for i, token in enumerate(text) if i % 10 == 5 and not tokenizer.is_special[token]]

@@ -274,7 +274,9 @@ def detect(model: Electra, row: list[int]) -> list[float]:
 
 
 @torch.no_grad()
-def show(model: Electra, tokenizer: Tokenizer | WordPiece, held_out: Tensor) -> str:
+def show(
+    model: Electra, tokenizer: Tokenizer | WordPiece, held_out: Tensor, directory: Path | None = None
+) -> str:
     """The beginning of the held-out text (n,) with every tenth token drawn by the generator, always by the
     same numbers, and which tokens the discriminator takes for replaced."""
     device = model.discriminator.embedding_weight.device

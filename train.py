@@ -54,7 +54,8 @@ class Concept(Protocol):
 
     SIZES: dict[str, Any]  # of Config; .fitted(tokenizer, seq_len) and .changed(field=value) give others
     Model: type[nn.Module]  # Model(config); .loss(batch) -> (loss, metrics); .flops_per_token(seq_len);
-    #                         .save_pretrained(directory); .from_pretrained(directory); .config
+    #                         .save_pretrained(directory); .from_pretrained(directory); .config;
+    #                         .after_step(), if there is one, after each update of the weights
 
     STEPS: int  # by default: about five minutes on two CPU cores for SIZES["tiny"]
     LEARNING_RATE: float  # by default: times optim.default_learning_rate
@@ -64,10 +65,12 @@ class Concept(Protocol):
         self, tokens: Tensor, config: Any, generator: torch.Generator, tokenizer: Tokenizer | WordPiece
     ) -> dict[str, Tensor]: ...
 
-    def show(self, model: nn.Module, tokenizer: Tokenizer | WordPiece, held_out: Tensor) -> str: ...
+    def show(
+        self, model: nn.Module, tokenizer: Tokenizer | WordPiece, held_out: Tensor, directory: Path
+    ) -> str: ...  # pictures go to directory
 
 
-MODELS = ("gpt", "bert", "electra")
+MODELS = ("gpt", "bert", "electra", "moe")
 
 # Dense bf16 matmul peak in FLOP/s, by the name that CUDA gives the device. An unknown device shows no MFU
 # rather than a guess.
@@ -489,10 +492,12 @@ def train(run: Run) -> int:
             loss += micro_loss.detach() / args.grad_accum
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         finite = bool(torch.isfinite(loss + norm))
-        for optimizer in run.optimizers:
-            if finite:
+        if finite:
+            for optimizer in run.optimizers:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if hasattr(model, "after_step"):
+                model.after_step()
+        model.zero_grad(set_to_none=True)
         run.step += 1
         interval += time.perf_counter() - began
 
@@ -545,8 +550,8 @@ def evaluate_and_show(run: Run, loss_of: Callable, autocast: Callable) -> str:
     result = evaluate(run, loss_of, autocast)
     tokens = run.step * args.batch_size * args.grad_accum * args.seq_len
     append(out / "metrics.jsonl", json.dumps({"step": run.step, "tokens": tokens, **result}) + "\n")
-    held_out = torch.from_numpy(run.dataset.val.tokens[: args.seq_len].astype("int64"))
-    sample = run.concept.show(run.model.eval(), run.dataset.tokenizer, held_out)
+    held_out = torch.from_numpy(run.dataset.val.tokens[: 16 * args.seq_len].astype("int64"))
+    sample = run.concept.show(run.model.eval(), run.dataset.tokenizer, held_out, out)
     run.model.train()
     heading = f"=== step {run.step}, validation loss {result['val_loss']:.4f}"
     shown = f"{result['val_loss']:.3f}"

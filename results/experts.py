@@ -1,0 +1,196 @@
+"""What do experts buy? Dense and sparse models at equal compute, and what becomes of experts left alone.
+
+    python results/experts.py --out results/experts.json        an hour on two cores
+
+Every run is gpt.py's tiny size or moe.py's on the standard library's source text, 4,096 tokens in the
+vocabulary, three seeds each, and stops when it has spent the same matmul FLOPs (`flops_per_token`, forward
+and backward; a token's own experts and the router count, the others do not).
+
+    models     for --steps updates of the dense model, and what costs the same: the dense model; the 2 best
+               of 8 experts of half its MLP's width; and DeepSeekMoE's answer to those, with as many
+               parameters and FLOPs: each expert split in four, one of the 32 always on, 7 of the others
+               chosen, with weights that add up to 3.5 or to 1
+    balance    for --balance-steps: top 2 of 8 with nothing that balances, with each of the losses alone, and
+               with DeepSeek-V3's router and its bias
+
+The load of an expert is how many tokens of held-out text it gets, as a multiple of the mean; printed are the
+least and the greatest of all layers. Writes the figures of every run, and experts.png beside them.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import gpt  # noqa: E402
+import moe  # noqa: E402
+from optim import default_learning_rate, learning_rate, make_optimizers  # noqa: E402
+
+BATCH = 8
+DENSE = gpt.SIZES["tiny"]
+SPARSE = moe.SIZES["tiny"]
+ALONE = replace(SPARSE, aux_loss_coef=0.0)
+SIGMOID = replace(ALONE, router="sigmoid")
+# Parts of a split expert add up to the whole, so each has the mean weight of one of the 2: a half.
+FINE = replace(
+    SPARSE, n_experts=31, n_shared_experts=1, top_k=7, d_expert=SPARSE.d_expert // 4, routed_scale=3.5
+)
+MODELS = {
+    "dense": (gpt, DENSE),
+    "top 2 of 8": (moe, SPARSE),
+    "top 7 of 31, 1 shared": (moe, FINE),
+    "the same, weights of sum 1": (moe, replace(FINE, routed_scale=1.0)),
+}
+BALANCE = {
+    "softmax, nothing": (moe, ALONE),
+    "softmax, z-loss": (moe, replace(ALONE, z_loss_coef=0.001)),
+    "softmax, Switch loss": (moe, SPARSE),
+    "softmax, sequence loss": (moe, replace(ALONE, sequence_loss_coef=0.01)),
+    "sigmoid, nothing": (moe, SIGMOID),
+    "sigmoid, bias": (moe, replace(SIGMOID, bias_update_rate=0.001)),
+    "sigmoid, bias and sequence loss": (
+        moe,
+        replace(SIGMOID, bias_update_rate=0.001, sequence_loss_coef=0.0001),
+    ),
+}
+
+
+def run(job: tuple[str, str, int, int, Path]) -> dict:
+    """Train one model with one seed, and measure."""
+    part, name, seed, steps, cache = job
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    concept, config = {"models": MODELS, "balance": BALANCE}[part][name]
+    dataset = data.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
+    T = config.max_seq_len
+    model = concept.Model(config.fitted(dataset.tokenizer, T))
+    dense = DENSE.fitted(dataset.tokenizer, T)
+    steps = round(steps * dense.flops_per_token(T) / model.flops_per_token(T))
+    lr = default_learning_rate(dense.n_params)  # the same for all
+    args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
+    args = SimpleNamespace(**args, weight_decay=0.1)
+    (optimizer,) = make_optimizers(model, args)
+    loader = data.Loader(dataset.train.tokens, T, seed)
+    rows = next(data.held_out_batches(dataset.val.tokens, T, 128))
+    curve = [measure(model, rows, 0)]
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        batch = concept.make_batch(loader.batch(step * BATCH, BATCH), model.config, None)
+        loss, _ = model.loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if concept is moe:
+            model.after_step()
+        model.zero_grad()
+        if (step + 1) * 12 // steps > step * 12 // steps:  # twelve times, the last at the end
+            curve.append(measure(model, rows, (step + 1) * BATCH * T * model.flops_per_token(T)))
+    last = curve[-1]
+    told = f"loss {last['loss']:.4f}" + (
+        f", load {last['least']:.2f} to {last['most']:.2f}" if "most" in last else ""
+    )
+    print(f"{part:8} {name:32} seed {seed}: {steps} steps, {told}", flush=True)
+    return {"part": part, "name": name, "seed": seed, "steps": steps, "curve": curve}
+
+
+@torch.no_grad()
+def measure(model: nn.Module, rows: Tensor, flops: int) -> dict:
+    """Loss on held-out rows (n, T + 1) and the least and greatest load of an expert."""
+    model.eval()
+    total, loads = 0.0, 0
+    for part in rows.split(16):
+        loss, _ = model.loss(gpt.make_batch(part, model.config, None))
+        total += len(part) * loss.item()
+        if isinstance(model, moe.MoEGPT):
+            loads = loads + moe.usage(model, part[:, :-1]).loads
+    model.train()
+    point = {"flops": flops, "loss": total / len(rows)}
+    if isinstance(model, moe.MoEGPT):
+        share = loads / loads.mean(dim=1, keepdim=True)
+        point |= {"least": share.min().item(), "most": share.max().item(), "load": share.tolist()}
+    return point
+
+
+def summary(values: list[float], digits: int) -> str:
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def draw_lines(axes, results: list[dict], part: str, key: str) -> None:
+    """Mean over the seeds, and their range as a band."""
+    for name in dict.fromkeys(r["name"] for r in results if r["part"] == part):
+        curves = [r["curve"] for r in results if (r["part"], r["name"]) == (part, name)]
+        flops = [point["flops"] for point in curves[0]]
+        values = list(zip(*([point[key] for point in curve] for curve in curves), strict=True))
+        (line,) = axes.plot(flops, [statistics.mean(v) for v in values], label=name)
+        axes.fill_between(flops, *zip(*((min(v), max(v)) for v in values), strict=True),
+                          color=line.get_color(), alpha=0.2)  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    draw_lines(left, results, "models", "loss")
+    low = min(point["loss"] for r in results if r["part"] == "models" for point in r["curve"])
+    left.set(xlabel="FLOPs", ylabel="validation loss (nats per token)", ylim=(low - 0.1, low + 1.5))
+    left.set_title("equal compute: dense, 8 experts, 32 experts of a quarter", fontsize=10)
+    draw_lines(right, results, "balance", "most")
+    right.axhline(2, color="black", linestyle=":", linewidth=1)
+    right.set(xlabel="FLOPs", ylabel="load of the busiest expert, over the mean")
+    right.set_title("what keeps eight experts in balance", fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--balance-steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--cache", type=Path, default=Path("cache"))
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
+    args = parser.parse_args()
+    data.prepare("stdlib", "bpe:4096", args.cache)
+    parts = [("models", name, args.steps) for name in MODELS]
+    parts += [("balance", name, args.balance_steps) for name in BALANCE]
+    jobs = [
+        (part, name, seed, steps, args.cache) for seed in range(args.seeds) for part, name, steps in parts
+    ]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        results = list(pool.imap(run, jobs, chunksize=1))
+    print(f"{'':41} {'validation loss':>26} {'least load':>21} {'greatest load':>21}")
+    for part, name, _ in parts:
+        last = [r["curve"][-1] for r in results if (r["part"], r["name"]) == (part, name)]
+        row = f"{part:8} {name:32} {summary([point['loss'] for point in last], 4):>26}"
+        for key in ("least", "most") if "most" in last[0] else ():
+            row += f" {summary([point[key] for point in last], 2):>21}"
+        print(row)
+    if args.out:
+        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+        command = "python results/experts.py --out results/experts.json"
+        args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=1) + "\n")
+        plot(results, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

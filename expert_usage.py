@@ -3,7 +3,7 @@
     load of an expert   the tokens it gets, as a multiple of the mean of its layer; 1 everywhere is balance
     router entropy      of the scores of a token, mean over the tokens: log E where the router has no opinion,
                         0 where one expert has all the weight
-    liking              the share of all uses of a token that an expert gets
+    liking              the share of a token's occurrences that go to the expert
 
 moe.py's `show`: train.py prints it at every evaluation, and keeps the picture as experts.png.
 """
@@ -31,21 +31,25 @@ class Usage(NamedTuple):
     layers: list[int]
     loads: Tensor  # (L, E) float32, tokens
     entropy: Tensor  # (L,) nats
-    dropped: float  # share of the tokens that a Switch would drop in training on as many at once
-    pairs: list[Counter]  # of each layer, how often which (expert, token id) met
+    dropped: float | None  # of a Switch: the share of the tokens that training on as many would drop
+    seen: Counter  # how often each token id came
+    chosen: Counter  # how often which (expert, token id) met in the middle one of the layers
 
 
 @torch.no_grad()
 def usage(model: nn.Module, tokens: Tensor) -> Usage:
-    """How a `moe.MoEGPT` routes rows of tokens (B, T), int64."""
+    """How a `moe.MoEGPT` in evaluation routes rows of tokens (B, T), int64."""
+    routings = model.record_routings()
     model.hidden(tokens)
-    routings = model.take_routings()
-    loads = model.loads(routings)
+    loads = torch.stack([routing.load() for routing in routings])
     entropy = torch.stack([torch.special.entr(r.probs).sum(dim=-1).mean() for r in routings])
-    ids = tokens.flatten()
-    pairs = [Counter(zip(r.experts.tolist(), ids[r.tokens].tolist(), strict=True)) for r in routings]
+    dropped = None
+    if model.config.router == "switch":
+        dropped = model.dropped(loads, tokens.numel()).item()
+    ids, middle = tokens.flatten(), routings[len(routings) // 2]
+    chosen = Counter(zip(middle.experts.tolist(), ids[middle.tokens].tolist(), strict=True))
     layers = [i for i in range(model.config.n_layers) if i not in model.config.dense_layers]
-    return Usage(layers, loads, entropy, model.dropped(loads, tokens.numel()).item(), pairs)
+    return Usage(layers, loads, entropy, dropped, Counter(ids.tolist()), chosen)
 
 
 def report(used: Usage, tokenizer: Tokenizer) -> str:
@@ -57,16 +61,15 @@ def report(used: Usage, tokenizer: Tokenizer) -> str:
         bar = "".join(BARS[min(8, math.ceil(4 * x))] for x in share.tolist())
         told = f"load {share.min():.2f} to {share.max():.2f} of the mean, router entropy {entropy:.2f}"
         lines.append(f"layer {layer:2} |{bar}| {told} of {highest:.2f} nats")
-    lines.append(f"dropped {used.dropped:.1%} of the tokens")
-    middle = len(used.layers) // 2
-    total = Counter()
-    for (_, token), n in used.pairs[middle].items():
-        total[token] += n
-    lines.append(f"layer {used.layers[middle]}: what an expert likes, by its share of all uses of a token")
+    if used.dropped is not None:
+        lines.append(f"training on this would drop {used.dropped:.1%} of the tokens")
+    middle = used.layers[len(used.layers) // 2]
+    lines.append(f"layer {middle}: the tokens that an expert gets most of")
     for expert in range(min(N_SHOWN, used.loads.shape[1])):
-        uses = {token: n for (e, token), n in used.pairs[middle].items() if e == expert}
-        liked = sorted(((n / total[t], n, t) for t, n in uses.items() if total[t] >= MIN_USES), reverse=True)
-        told = "  ".join(f"{tokenizer.decode([t])!r} {share:.0%}" for share, _, t in liked[:N_SHOWN])
+        uses = {token: n for (e, token), n in used.chosen.items() if e == expert}
+        often = [(n / used.seen[t], n, t) for t, n in uses.items() if used.seen[t] >= MIN_USES]
+        best = sorted(often, reverse=True)[:N_SHOWN]
+        told = "  ".join(f"{tokenizer.decode([t])!r} {share:.0%}" for share, _, t in best)
         lines.append(f"expert {expert}: {told}")
     return "\n".join(lines)
 
@@ -98,9 +101,9 @@ def draw(used: Usage, path: Path) -> None:
 
 
 def show(model: nn.Module, tokenizer: Tokenizer, held_out: Tensor, directory: Path | None = None) -> str:
-    """A text, as gpt.py shows one, and the usage on the held-out text (n,), drawn as experts.png in
-    directory."""
-    T = min(model.config.max_seq_len, held_out.numel())
+    """A text, as gpt.py shows one, and the usage on 16 rows of the held-out text (n,), which experts.png in
+    directory draws."""
+    T = min(model.config.max_seq_len, max(1, held_out.numel() // 16))
     rows = held_out[: held_out.numel() // T * T].view(-1, T)
     used = usage(model, rows.to(model.head_weight.device))
     if directory is not None:

@@ -58,10 +58,8 @@ class Config:
     mlp: str = "swiglu"  # or "gelu"
     bias: bool = False  # in every linear layer
     qkv_bias: bool = False  # only in the query, key and value projections (Qwen2)
-    qk_norm: bool | str = (
-        False  # RMSNorm on each head's queries and keys, which bounds attention logits; "all":
-    )
-    #                              on all heads as one (OLMoE)
+    # RMSNorm on each head's queries and keys, which bounds attention logits; "all": on all heads as one
+    qk_norm: bool | str = False
     window: int | None = None  # a token sees the last `window` tokens, itself included
     full_layers: tuple[int, ...] = ()  # layers that see everything although there is a window
     logit_softcap: float | None = None  # logits become c * tanh(logits / c)
@@ -304,9 +302,8 @@ class GPT(nn.Module):
                 p.fill_(1.0)
             elif name.endswith(("o_proj", "down_proj")):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layers))
-            elif name.endswith(
-                ("_proj", "embed_tokens", "embed_positions", "lm_head", "gate")
-            ):  # gate: of moe.py
+            # "gate" is the router of moe.py
+            elif name.endswith(("_proj", "embed_tokens", "embed_positions", "lm_head", "gate")):
                 p.normal_(std=0.02)
             else:
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to GPT.initialize")
@@ -507,6 +504,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

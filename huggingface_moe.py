@@ -129,7 +129,8 @@ def read_config(directory: str | Path) -> dict:
         )
     if architecture in huggingface.DEFAULTS:
         raise ValueError(
-            f"{path}: architecture {architecture!r} is dense; moe.from_dense makes a mixture of experts of it"
+            f"{path}: architecture {architecture!r} is dense; make a mixture of experts of it: python moe.py "
+            f"{directory} --upcycle 8 --out DIR"
         )
     if architecture not in TABLES:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(TABLES)}")
@@ -214,8 +215,12 @@ def architecture_of(config) -> str:
         return "DeepseekForCausalLM"
     if sigmoid and norm is True and dense_first:
         return "Dots1ForCausalLM"
+    decisive = ("router", "renormalize", "routed_scale", "qk_norm", "n_shared_experts", "dense_layers")
+    decisive += ("window", "full_layers", "qkv_bias", "logit_softcap", "norm", "positions", "d_head")
+    told = ", ".join(f"{field} {getattr(config, field)!r}" for field in decisive)
     raise ValueError(
-        f"no Hugging Face architecture has these features together, so it cannot be saved: {config}"
+        f"no Hugging Face architecture has these features together, so it cannot be saved: {told}; shared "
+        "experts come with router 'sigmoid' and qk_norm True, or with 'softmax' and False"
     )
 
 

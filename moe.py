@@ -60,12 +60,12 @@ class Config(gpt.Config):
     top_groups: int = 1  # ... and a token chooses within so many of them
     routed_scale: float = 1.0  # times the weights
     capacity_factor: float = 1.25  # switch: the most an expert takes in training, as a multiple of the mean
-    aux_loss_coef: float = 0.01  # of Switch's balance loss
-    z_loss_coef: float = 0.0  # of the router z-loss; ST-MoE: 0.001
-    sequence_loss_coef: float = 0.0  # of DeepSeek-V3's balance loss of each sequence; there 0.0001
-    bias_update_rate: float = (
-        0.0  # sigmoid: step of the bias that balances without a loss; DeepSeek-V3: 0.001
-    )
+    # Of the balance losses; each is the mean over the sparse layers.
+    aux_loss_coef: float = 0.01  # Switch's
+    z_loss_coef: float = 0.0  # the router z-loss; ST-MoE: 0.001
+    sequence_loss_coef: float = 0.0  # DeepSeek-V3's; there 0.0001 times the layers, whose losses add up
+    # Step of sigmoid's bias, which needs no loss (set aux_loss_coef to 0); DeepSeek-V3: 0.001.
+    bias_update_rate: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,6 +79,12 @@ class Config(gpt.Config):
             raise ValueError(f"top_k {k}: expected 1 to n_experts {E}")
         if self.router == "switch" and (k != 1 or self.renormalize):
             raise ValueError(f"top_k {k}, renormalize {self.renormalize}: a switch has 1 and False")
+        if self.router == "expert_choice" and self.renormalize:
+            raise ValueError("renormalize True: with expert_choice a token may have no expert; use False")
+        if self.d_expert < 1 or self.n_shared_experts < 0:
+            raise ValueError(
+                f"d_expert {self.d_expert}, n_shared_experts {self.n_shared_experts}: expected 1, 0 or more"
+            )
         if not self.capacity_factor > 0:
             raise ValueError(f"capacity_factor {self.capacity_factor}: expected more than 0")
         if groups < 1 or E % groups or not 1 <= top <= groups:
@@ -147,7 +153,8 @@ SIZES = {
     ),
     "deepseek-moe-16b": Config(
         28, 16, 2048, 10944, 102400, 4096, tie_embeddings=False, n_experts=64, top_k=6, d_expert=1408,
-        n_shared_experts=2, dense_layers=(0,), renormalize=False, aux_loss_coef=0.0, sequence_loss_coef=0.027,
+        n_shared_experts=2, dense_layers=(0,), renormalize=False, aux_loss_coef=0.0,
+        sequence_loss_coef=27 * 0.001,
     ),
 }  # fmt: skip
 
@@ -161,8 +168,13 @@ class Routing(NamedTuple):
     logits: Tensor  # (N, E)
     probs: Tensor  # (N, E), the scores, each token's adding up to 1
 
+    def load(self) -> Tensor:
+        """(E,) float32: how many tokens chose each expert. Unlike bincount it never waits for a GPU."""
+        ones = torch.ones_like(self.experts, dtype=torch.float32)
+        return ones.new_zeros(self.logits.shape[-1]).scatter_add(0, self.experts, ones)
 
-def pairs(experts: Tensor, weights: Tensor, logits: Tensor, probs: Tensor) -> Routing:
+
+def token_choice(experts: Tensor, weights: Tensor, logits: Tensor, probs: Tensor) -> Routing:
     """The Routing where every token has chosen: experts and weights (N, k)."""
     N, k = experts.shape
     tokens = torch.arange(N * k, device=experts.device) // k
@@ -180,7 +192,7 @@ def softmax_top_k(logits: Tensor, k: int, renormalize: bool) -> Routing:
     weights, experts = probs.topk(k, dim=-1)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
-    return pairs(experts, weights, logits, probs)
+    return token_choice(experts, weights, logits, probs)
 
 
 def switch_top_1(logits: Tensor, capacity: int | None) -> Routing:
@@ -193,7 +205,7 @@ def switch_top_1(logits: Tensor, capacity: int | None) -> Routing:
         chosen = F.one_hot(experts, logits.shape[-1])  # (N, E)
         came_as = (chosen.cumsum(dim=0) * chosen).sum(dim=-1)  # 1 for an expert's first token
         weights = weights * (came_as <= capacity)
-    return pairs(experts[:, None], weights[:, None], logits, probs)
+    return token_choice(experts[:, None], weights[:, None], logits, probs)
 
 
 def sigmoid_top_k(
@@ -214,14 +226,15 @@ def sigmoid_top_k(
     weights = scores.gather(1, experts)
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return pairs(experts, weights, logits, scores / scores.sum(dim=-1, keepdim=True))
+    return token_choice(experts, weights, logits, scores / (scores.sum(dim=-1, keepdim=True) + 1e-20))
 
 
 def expert_choice(logits: Tensor, k: int) -> Routing:
     """Each expert of logits (N, E) takes the N k / E tokens that score it highest: balanced by construction,
     while a token gets k experts on average, or none (Zhou et al. 2022, section 3.2).
 
-    What a token gets depends on the tokens after it, so a model trained like this cannot continue a text.
+    What a token gets depends on all others, also those after it: a decoder trained like this sees the future,
+    its loss is not that of a language model, and it can neither continue a text nor be saved as one.
     """
     N, E = logits.shape
     probs = logits.softmax(dim=-1)
@@ -230,27 +243,24 @@ def expert_choice(logits: Tensor, k: int) -> Routing:
     return Routing(tokens.flatten(), experts.flatten(), weights.flatten(), logits, probs)
 
 
-def count(routing: Routing) -> Tensor:
-    """(E,) float32, how many tokens have chosen each expert. Unlike bincount it never waits for a GPU."""
-    E = routing.logits.shape[-1]
-    ones = torch.ones_like(routing.experts, dtype=torch.float32)
-    return torch.zeros(E, device=ones.device).scatter_add(0, routing.experts, ones)
-
-
 def aux_loss(routing: Routing) -> Tensor:
     """E sum_e f_e P_e, of the share f_e of the tokens that chose expert e and the mean P_e of its scores; k
     where both are uniform. f has no gradient, so it is P that moves, away from the busy experts (Switch
-    Transformer, equations 4 to 6; f adds up to k, as in Mixtral)."""
+    Transformer, equations 4 to 6; f adds up to k, as transformers has it)."""
     N, E = routing.logits.shape
-    return E * (count(routing) / N * routing.probs.mean(dim=0)).sum()
+    return E * (routing.load() / N * routing.probs.mean(dim=0)).sum()
 
 
-def sequence_loss(routing: Routing, B: int, k: int) -> Tensor:
-    """The same for each of B sequences by itself, with f / k, of the k highest scores before any bias
-    (DeepSeek-V3, equations 17 to 20)."""
-    probs = routing.probs.unflatten(0, (B, -1))  # (B, T, E)
+def sequence_loss(routing: Routing, cu_seqlens: Tensor, k: int) -> Tensor:
+    """The same within each sequence, with f / k, of the k highest scores before any bias; then the mean over
+    the sequences, which begin and end at cu_seqlens (n + 1,) (DeepSeek-V3, equations 17 to 20)."""
+    probs = routing.probs  # (N, E)
     chosen = torch.zeros_like(probs).scatter(-1, probs.topk(k, dim=-1).indices, 1.0)
-    return probs.shape[-1] / k * (chosen.mean(dim=1) * probs.mean(dim=1)).sum(dim=-1).mean()
+    sequence = torch.bucketize(torch.arange(len(probs), device=probs.device), cu_seqlens, right=True) - 1
+    lengths = cu_seqlens.diff()[:, None]
+    none = probs.new_zeros(len(lengths), probs.shape[-1])
+    f, P = (none.index_add(0, sequence, x) / lengths for x in (chosen, probs))  # (n, E)
+    return probs.shape[-1] / k * (f * P).sum(dim=-1).mean()
 
 
 def z_loss(routing: Routing) -> Tensor:
@@ -259,7 +269,7 @@ def z_loss(routing: Routing) -> Tensor:
     return routing.logits.logsumexp(dim=-1).square().mean()
 
 
-def capacity(config: Config, N: int) -> int:
+def switch_capacity(config: Config, N: int) -> int:
     """The most of N tokens that an expert of a Switch takes."""
     return math.ceil(config.capacity_factor * N / config.n_experts)
 
@@ -275,8 +285,8 @@ class Router(nn.Module):
             self.register_buffer("load", torch.zeros(config.n_experts), persistent=False)
 
     def forward(self, x: Tensor) -> Routing:
-        """The experts of x (N, D). In float32 whatever autocast says: exponentials near a choice are no place
-        to round (Switch Transformer, section 2.4)."""
+        """The experts of x (N, D). In float32 also under autocast: exponentials and a choice are no place to
+        round (Switch Transformer, section 2.4)."""
         c = self.config
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -284,20 +294,22 @@ class Router(nn.Module):
         if c.router == "softmax":
             routing = softmax_top_k(logits, c.top_k, c.renormalize)
         elif c.router == "switch":
-            routing = switch_top_1(logits, capacity(c, len(x)) if self.training else None)
+            routing = switch_top_1(logits, switch_capacity(c, len(x)) if self.training else None)
         elif c.router == "expert_choice":
             routing = expert_choice(logits, c.top_k)
         else:
             bias = self.e_score_correction_bias
             routing = sigmoid_top_k(logits, bias, c.top_k, c.n_groups, c.top_groups, c.renormalize)
             if self.training:
-                self.load += count(routing)
+                self.load += routing.load()
         return routing._replace(weights=routing.weights * c.routed_scale)
 
     @torch.no_grad()
     def update_bias(self) -> None:
         """A step up for the experts that got less than the mean, down for the others (DeepSeek-V3, section
         2.1.2; Wang et al. 2024, algorithm 1)."""
+        if torch.finfo(self.e_score_correction_bias.dtype).bits < 32:
+            raise ValueError(f"bias in {self.e_score_correction_bias.dtype}: its steps need float32")
         self.e_score_correction_bias += self.config.bias_update_rate * (self.load.mean() - self.load).sign()
         self.load.zero_()
 
@@ -327,20 +339,24 @@ class MoE(nn.Module):
         self.shared_experts = None
         if config.n_shared_experts:  # all of them are one MLP
             self.shared_experts = MLP(replace(config, d_ff=config.n_shared_experts * config.d_expert))
-        self.routing = None  # of the last pass
+        self.record = None  # a list that the next routing is to be added to
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) of x (B, T, D)."""
+        """(B, T, D) of x (B, T, D). A GPU adds a token's k terms in any order, so the last bits of two runs
+        may differ there."""
         flat = x.flatten(0, 1)  # (N, D)
-        self.routing = routing = self.gate(flat)
+        routing = self.gate(flat)
+        if self.record is not None:
+            self.record.append(routing)
+            self.record = None
         experts, order = routing.experts.sort(stable=True)
         every = torch.arange(routing.logits.shape[-1], device=x.device)
         offsets = torch.searchsorted(experts, every, right=True, out_int32=True)  # (E,)
         tokens = routing.tokens[order]
         rows = flat.index_select(0, tokens)  # (M, D), an expert's rows side by side
-        # Expert parallelism would put an all-to-all here, of `offsets` and then of the rows, of which each
-        # GPU's lie together, and its reverse after the product. Neither the routing nor the sum would
-        # notice: they only know pairs of a token and an expert.
+        # Expert parallelism goes here: an all-to-all of the counts per expert, which the host waits for, one
+        # of the rows, which lie together for each GPU, and a sort by expert of what came; after the product
+        # the way back. The loads that balance looks at must then be summed over the GPUs.
         rows = self.experts(rows, offsets)
         rows = rows * routing.weights[order, None]  # float32, under autocast too
         y = torch.zeros_like(flat, dtype=rows.dtype).index_add(0, tokens, rows).to(flat.dtype)
@@ -363,22 +379,16 @@ class MoEGPT(GPT):
     def sparse_layers(self) -> list[MoE]:
         return [block.mlp for block in self.model.layers if isinstance(block.mlp, MoE)]
 
-    def take_routings(self) -> list[Routing]:
-        """Of each sparse layer in the last pass; they are forgotten, and with them the graph they hold."""
-        routings = [layer.routing for layer in self.sparse_layers]
+    def record_routings(self) -> list[Routing]:
+        """A list to which the next pass adds the routing of each sparse layer."""
+        routings = []
         for layer in self.sparse_layers:
-            layer.routing = None
+            layer.record = routings
         return routings
 
-    def loads(self, routings: list[Routing]) -> Tensor:
-        """(L, E) tokens of each expert of the L sparse layers."""
-        return torch.stack([count(routing) for routing in routings])
-
     def dropped(self, loads: Tensor, N: int) -> Tensor:
-        """The share of N tokens that a Switch drops at these loads (L, E); 0 for other routers."""
-        if self.config.router != "switch":
-            return loads.new_zeros(())
-        return (loads - capacity(self.config, N)).clamp(min=0).sum() / loads.sum()
+        """The share of N tokens that a Switch drops in training at these loads (L, E)."""
+        return (loads - switch_capacity(self.config, N)).clamp(min=0).sum() / loads.sum()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean nats per target, as in gpt.py; in training, plus the balance losses, each of them the mean
@@ -387,24 +397,28 @@ class MoEGPT(GPT):
         In the metrics: these losses; max_load, of the busiest expert of any layer as a multiple of the mean;
         for a Switch dropped, the share of tokens past the capacity.
         """
+        routings = self.record_routings()
         loss, metrics = super().loss(batch)
-        c, (B, T) = self.config, batch["tokens"].shape
-        routings = self.take_routings()
-        terms = {
-            "aux_loss": (c.aux_loss_coef, aux_loss),
-            "z_loss": (c.z_loss_coef, z_loss),
-            "sequence_loss": (c.sequence_loss_coef, lambda routing: sequence_loss(routing, B, c.top_k)),
-        }
-        for name, (coefficient, term) in terms.items():
-            if coefficient:
-                mean = torch.stack([term(routing) for routing in routings]).mean()
-                metrics[name] = mean.detach()
-                if self.training:
-                    loss = loss + coefficient * mean
-        loads = self.loads(routings)
+        c, tokens = self.config, batch["tokens"]
+        terms = {}
+        if c.aux_loss_coef:
+            terms["aux_loss"] = c.aux_loss_coef, [aux_loss(routing) for routing in routings]
+        if c.z_loss_coef:
+            terms["z_loss"] = c.z_loss_coef, [z_loss(routing) for routing in routings]
+        if c.sequence_loss_coef:
+            B, T = tokens.shape
+            ends = batch.get("cu_seqlens", T * torch.arange(B + 1, device=tokens.device))
+            of_layers = [sequence_loss(routing, ends, c.top_k) for routing in routings]
+            terms["sequence_loss"] = c.sequence_loss_coef, of_layers
+        for name, (coefficient, of_layers) in terms.items():
+            mean = torch.stack(of_layers).mean()
+            metrics[name] = mean.detach()
+            if self.training:
+                loss = loss + coefficient * mean
+        loads = torch.stack([routing.load() for routing in routings])  # (layers, E)
         metrics["max_load"] = (loads / loads.mean(dim=1, keepdim=True)).max()
         if c.router == "switch":
-            metrics["dropped"] = self.dropped(loads, B * T)
+            metrics["dropped"] = self.dropped(loads, tokens.numel())
         return loss, metrics
 
     def after_step(self) -> None:
@@ -418,7 +432,7 @@ class MoEGPT(GPT):
         super().zero_grad(set_to_none)
         if self.config.router == "sigmoid":
             for layer in self.sparse_layers:
-                layer.gate.load = torch.zeros_like(layer.gate.e_score_correction_bias)
+                layer.gate.load.zero_()
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> KVCache:
         if self.config.router == "expert_choice":
@@ -438,7 +452,9 @@ class MoEGPT(GPT):
         with torch.device("meta"):
             model = cls(config)
         huggingface_moe.load_weights(model, directory)
-        model.zero_grad()  # the loads, which no checkpoint has
+        for layer in model.sparse_layers:
+            if config.router == "sigmoid":  # no checkpoint has the loads
+                layer.gate.load = torch.zeros_like(layer.gate.e_score_correction_bias)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -447,22 +463,24 @@ class MoEGPT(GPT):
 
 
 @torch.no_grad()
-def from_dense(model: GPT, n_experts: int, top_k: int = 2, **changes) -> MoEGPT:
-    """A mixture of n_experts copies of a dense model's MLPs, with the same outputs: the weights of a token's
-    experts add up to 1. The router is random, so the copies are given different tokens and grow apart (Sparse
-    Upcycling, Komatsuzaki et al. 2022). changes: other values for fields of Config that do not change this.
+def from_dense(model: GPT, n_experts: int, top_k: int = 2, dense_layers: tuple[int, ...] = ()) -> MoEGPT:
+    """A mixture of n_experts copies of a dense model's MLPs, but for dense_layers, with the same outputs: the
+    weights of a token's experts add up to 1. The router is random, so the copies are given different tokens
+    and grow apart (Sparse Upcycling, Komatsuzaki et al. 2022).
 
     Raises ValueError for an MLP that is not SwiGLU.
     """
     same = {field.name: getattr(model.config, field.name) for field in fields(gpt.Config)}
-    sparse = MoEGPT(Config(**same, n_experts=n_experts, top_k=top_k, **changes)).to(model.head_weight)
+    config = Config(**same, n_experts=n_experts, top_k=top_k, dense_layers=dense_layers)
+    sparse = MoEGPT(config).to(model.head_weight)
     weights = model.state_dict()
-    for name in [name for name in weights if ".mlp.gate_proj." in name]:
-        gate, up, down = (weights.pop(name.replace("gate", part)) for part in ("gate", "up", "down"))
-        prefix = name.removesuffix("gate_proj.weight") + "experts."
-        weights[prefix + "gate_up_proj"] = torch.cat((gate, up)).expand(n_experts, -1, -1)
-        weights[prefix + "down_proj"] = down.expand(n_experts, -1, -1)
-    sparse.load_state_dict(weights, strict=False)  # all but the router
+    for layer in set(range(config.n_layers)) - set(dense_layers):
+        mlp = f"model.layers.{layer}.mlp."
+        gate, up, down = (weights.pop(f"{mlp}{part}_proj.weight") for part in ("gate", "up", "down"))
+        weights[f"{mlp}experts.gate_up_proj"] = torch.cat((gate, up)).expand(n_experts, -1, -1)
+        weights[f"{mlp}experts.down_proj"] = down.expand(n_experts, -1, -1)
+        weights[f"{mlp}gate.weight"] = sparse.model.layers[layer].mlp.gate.weight
+    sparse.load_state_dict(weights)
     return sparse
 
 
@@ -476,7 +494,12 @@ show = expert_usage.show
 
 def upcycle(directory: str, n_experts: int, out: Path) -> None:
     """Write to out the mixture that from_dense makes of the dense checkpoint in directory."""
-    sparse, tokenizer = from_dense(GPT.from_pretrained(directory), n_experts), get_tokenizer(directory)
+    if n_experts < 2:
+        raise ValueError(f"--upcycle {n_experts}: expected at least 2 experts")
+    if (out / "config.json").exists():
+        raise ValueError(f"--out {out}: there is a model in it; name another directory")
+    dense, tokenizer = GPT.from_pretrained(directory), get_tokenizer(directory)
+    sparse = from_dense(dense, n_experts)
     sparse.save_pretrained(out)
     tokenizer.save(out)
     c = sparse.config
@@ -512,6 +535,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -24,7 +24,9 @@ def default_learning_rate(n_params: int) -> float:
 
 def make_optimizers(model: nn.Module, args: Namespace) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019), decaying matrices only; or Muon (Jordan et al. 2024) for the hidden
-    matrices, with its update scaled to AdamW's so that one learning rate serves both (Liu et al. 2025)."""
+    matrices, with its update scaled to AdamW's so that one learning rate serves both (Liu et al. 2025).
+
+    The stacked experts of moe.py stay with AdamW: torch's Muon takes nothing but matrices."""
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()

@@ -12,7 +12,7 @@ computes, on a CPU to the bit, what it would have computed in one go. A run leav
     checkpoint/      what --resume needs; checkpoint.previous/ is the one before
     metrics.jsonl    one object per logged step and per evaluation
     loss.png         training and validation loss over tokens
-    samples.txt      what the model had to show at each evaluation
+    samples.txt      what the model had to show at each evaluation; moe.py also draws experts.png
 """
 
 import argparse
@@ -302,7 +302,8 @@ def prepare(args: argparse.Namespace) -> Run:
             f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
         )
     if args.lr is None:
-        args.lr = concept.LEARNING_RATE * default_learning_rate(n_params)
+        n_active = getattr(model.config, "n_active_params", n_params)
+        args.lr = concept.LEARNING_RATE * default_learning_rate(n_active)
     model.to(args.device)
     run = Run(args, concept, model, dataset, loader, make_optimizers(model, args), flags)
     micro_batch(run, 0, 0)  # ValueError if the objective cannot be asked of such rows
@@ -583,7 +584,9 @@ def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
     left = args.steps - run.step
     evaluations = (left // args.eval_every + 1) * len(val) / (args.batch_size * args.seq_len)
     minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
-    print(f"model  {args.model} {args.init_from or args.size}, {n_params:,} parameters")
+    n_active = getattr(model.config, "n_active_params", n_params)  # of a token, where it does not use all
+    active = f", {n_active:,} of them active" if n_active < n_params else ""
+    print(f"model  {args.model} {args.init_from or args.size}, {n_params:,} parameters{active}")
     print(f"text   {args.data}, {len(train):,} tokens to train on, {len(val):,} held out")
     epochs = n_tokens / len(train)
     counts = np.bincount(train[: 1 << 24])

@@ -7,14 +7,15 @@ vocabulary, three seeds each, and stops when it has spent the same matmul FLOPs 
 and backward; a token's own experts and the router count, the others do not).
 
     models     for --steps updates of the dense model, and what costs the same: the dense model; the 2 best
-               of 8 experts of half its MLP's width; and DeepSeekMoE's answer to those, with as many
-               parameters and FLOPs: each expert split in four, one of the 32 always on, 7 of the others
-               chosen, with weights that add up to 3.5 or to 1
+               of 8 experts of half its MLP's width; and DeepSeekMoE, with as many parameters and FLOPs: each
+               of these experts split in four, one of the 32 always on, and 7 of the others, weighted by
+               their probabilities as in the paper, or with weights that add up to 3.5
     balance    for --balance-steps: top 2 of 8 with nothing that balances, with each of the losses alone, and
                with DeepSeek-V3's router and its bias
 
-The load of an expert is how many tokens of held-out text it gets, as a multiple of the mean; printed are the
-least and the greatest of all layers. Writes the figures of every run, and experts.png beside them.
+Loss and load at the end are those of 128 rows of held-out text, on the way of the first 32. The load of an
+expert is how many tokens it gets, as a multiple of the mean; printed are the least and the greatest of all
+layers. Writes the figures of every run, and experts.png beside them.
 """
 
 import argparse
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import gpt  # noqa: E402
 import moe  # noqa: E402
+from expert_usage import usage  # noqa: E402
 from optim import default_learning_rate, learning_rate, make_optimizers  # noqa: E402
 
 BATCH = 8
@@ -43,26 +45,28 @@ DENSE = gpt.SIZES["tiny"]
 SPARSE = moe.SIZES["tiny"]
 ALONE = replace(SPARSE, aux_loss_coef=0.0)
 SIGMOID = replace(ALONE, router="sigmoid")
-# Parts of a split expert add up to the whole, so each has the mean weight of one of the 2: a half.
 FINE = replace(
-    SPARSE, n_experts=31, n_shared_experts=1, top_k=7, d_expert=SPARSE.d_expert // 4, routed_scale=3.5
+    SPARSE, n_experts=31, n_shared_experts=1, top_k=7, d_expert=SPARSE.d_expert // 4, renormalize=False
 )
 MODELS = {
     "dense": (gpt, DENSE),
     "top 2 of 8": (moe, SPARSE),
     "top 7 of 31, 1 shared": (moe, FINE),
-    "the same, weights of sum 1": (moe, replace(FINE, routed_scale=1.0)),
+    # Parts of a split expert add up to the whole, so each has the mean weight of one of the 2: a half.
+    "the same, weights add up to 3.5": (moe, replace(FINE, renormalize=True, routed_scale=3.5)),
 }
 BALANCE = {
     "softmax, nothing": (moe, ALONE),
     "softmax, z-loss": (moe, replace(ALONE, z_loss_coef=0.001)),
     "softmax, Switch loss": (moe, SPARSE),
-    "softmax, sequence loss": (moe, replace(ALONE, sequence_loss_coef=0.01)),
+    # Twice the coefficient, because this loss is 1 where the load is even and Switch's is k.
+    "softmax, sequence loss": (moe, replace(ALONE, sequence_loss_coef=0.02)),
     "sigmoid, nothing": (moe, SIGMOID),
     "sigmoid, bias": (moe, replace(SIGMOID, bias_update_rate=0.001)),
-    "sigmoid, bias and sequence loss": (
+    # The coefficient of DeepSeek-V3, where the losses of the layers, here four, add up.
+    "sigmoid, bias, sequence loss": (
         moe,
-        replace(SIGMOID, bias_update_rate=0.001, sequence_loss_coef=0.0001),
+        replace(SIGMOID, bias_update_rate=0.001, sequence_loss_coef=4 * 0.0001),
     ),
 }
 
@@ -84,7 +88,7 @@ def run(job: tuple[str, str, int, int, Path]) -> dict:
     (optimizer,) = make_optimizers(model, args)
     loader = data.Loader(dataset.train.tokens, T, seed)
     rows = next(data.held_out_batches(dataset.val.tokens, T, 128))
-    curve = [measure(model, rows, 0)]
+    curve = [measure(model, rows[:32], 0)]
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -97,13 +101,14 @@ def run(job: tuple[str, str, int, int, Path]) -> dict:
             model.after_step()
         model.zero_grad()
         if (step + 1) * 12 // steps > step * 12 // steps:  # twelve times, the last at the end
-            curve.append(measure(model, rows, (step + 1) * BATCH * T * model.flops_per_token(T)))
+            flops = (step + 1) * BATCH * T * model.flops_per_token(T)
+            curve.append(measure(model, rows if step + 1 == steps else rows[:32], flops))
     last = curve[-1]
     told = f"loss {last['loss']:.4f}" + (
         f", load {last['least']:.2f} to {last['most']:.2f}" if "most" in last else ""
     )
     print(f"{part:8} {name:32} seed {seed}: {steps} steps, {told}", flush=True)
-    return {"part": part, "name": name, "seed": seed, "steps": steps, "curve": curve}
+    return {"part": part, "name": name, "seed": seed, "steps": steps, "curve": curve, "last": last}
 
 
 @torch.no_grad()
@@ -115,7 +120,7 @@ def measure(model: nn.Module, rows: Tensor, flops: int) -> dict:
         loss, _ = model.loss(gpt.make_batch(part, model.config, None))
         total += len(part) * loss.item()
         if isinstance(model, moe.MoEGPT):
-            loads = loads + moe.usage(model, part[:, :-1]).loads
+            loads = loads + usage(model, part[:, :-1]).loads
     model.train()
     point = {"flops": flops, "loss": total / len(rows)}
     if isinstance(model, moe.MoEGPT):
@@ -163,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--balance-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -180,7 +185,7 @@ def main() -> None:
         results = list(pool.imap(run, jobs, chunksize=1))
     print(f"{'':41} {'validation loss':>26} {'least load':>21} {'greatest load':>21}")
     for part, name, _ in parts:
-        last = [r["curve"][-1] for r in results if (r["part"], r["name"]) == (part, name)]
+        last = [r["last"] for r in results if (r["part"], r["name"]) == (part, name)]
         row = f"{part:8} {name:32} {summary([point['loss'] for point in last], 4):>26}"
         for key in ("least", "most") if "most" in last[0] else ():
             row += f" {summary([point[key] for point in last], 2):>21}"

@@ -421,7 +421,11 @@ def test_a_model_no_architecture_describes_is_refused_before_anything_is_written
             {"architectures": ["DeepseekV2ForCausalLM"]},
             "latent attention; expected one of Mixtral",
         ),
-        ("mixtral", {"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is dense; moe.from_dense"),
+        (
+            "mixtral",
+            {"architectures": ["LlamaForCausalLM"]},
+            "'LlamaForCausalLM' is dense; make a mixture of experts of it: python moe.py .* --upcycle 8",
+        ),
         (
             "mixtral",
             {"architectures": ["Qwen2MoeForCausalLM"]},

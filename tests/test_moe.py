@@ -5,7 +5,9 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 import train
-from expert_usage import report, usage
+from expert_usage import Usage, report, usage
 from gpt import GPT
 from gpt import Config as DenseConfig
 from moe import SIZES, Config, MoE, MoEGPT, from_dense, make_batch
@@ -42,7 +44,7 @@ ROUTERS = {
     "switch": SWITCH,
     "sigmoid": replace(GROUPS, n_groups=1, top_groups=1, n_shared_experts=0, renormalize=False),
     "sigmoid in groups, shared experts": GROUPS,
-    "expert choice": replace(SMALL, router="expert_choice"),
+    "expert choice": replace(SMALL, router="expert_choice", renormalize=False),
 }
 
 
@@ -157,17 +159,16 @@ def test_nothing_is_dropped_when_all_tokens_choose_the_same_experts():
         layer.gate.weight.zero_()
         layer.gate.weight[4], layer.gate.weight[1] = 1.0, 0.5
     y = layer(x)
-    assert set(layer.routing.experts.tolist()) == {1, 4}
+    assert set(layer.gate(x.flatten(0, 1)).experts.tolist()) == {1, 4}
     torch.testing.assert_close(y, layer_one_by_one(layer, SMALL, x), atol=1e-5, rtol=1e-5)
 
 
 def test_the_router_decides_in_float32_under_autocast():
     layer, x = random_layer(SMALL), torch.randn(2, 9, 32)
-    exact = layer(x)
-    routing = layer.routing
+    exact, logits = layer(x), layer.gate(x.flatten(0, 1)).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
-    assert torch.equal(layer.routing.logits, routing.logits)
+        assert torch.equal(layer.gate(x.flatten(0, 1)).logits, logits)
     assert (y - exact).norm() / exact.norm() < 0.01  # bfloat16 rounds to 0.4 %
 
 
@@ -180,7 +181,7 @@ def test_memory_grows_with_tokens_times_k_and_not_with_experts(peak_memory):
 
     base = bytes_of(2048, 2, 8)
     assert bytes_of(4096, 2, 8) == pytest.approx(2 * base, rel=0.1)
-    assert bytes_of(2048, 4, 8) < 2 * base
+    assert bytes_of(2048, 4, 8) < 2.1 * base
     assert bytes_of(2048, 2, 32) < 1.5 * base  # the scores (N, E) alone
 
 
@@ -189,11 +190,41 @@ def test_the_layer_never_asks_its_device_for_a_value(name):
     """Fake tensors have none: whatever would wait for a GPU raises here."""
     with FakeTensorMode():
         layer = MoE(ROUTERS[name])
+        layer.record = routings = []
         layer(torch.zeros(2, 16, 32, requires_grad=True)).sum().backward()
-        for term in (moe.count, moe.aux_loss, moe.z_loss, lambda routing: moe.sequence_loss(routing, 2, 2)):
-            term(layer.routing)
+        ends = torch.tensor([0, 16, 32])
+        for term in (moe.Routing.load, moe.aux_loss, moe.z_loss, lambda r: moe.sequence_loss(r, ends, 2)):
+            term(routings[0])
         if name.startswith("sigmoid"):
             layer.gate.update_bias()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_gpu_computes_the_same_and_is_never_waited_for(name):
+    config = replace(ROUTERS[name], kernels="triton")
+    layer, x = random_layer(replace(config, kernels="reference")), torch.randn(2, 9, 32)
+    y, dx = layer(x.requires_grad_()), torch.randn_like(x)
+    y.backward(dx)
+    expected = [y, x.grad, *(p.grad for p in layer.parameters())]
+    layer, x, dx = random_layer(config).cuda(), x.detach().cuda().requires_grad_(), dx.cuda()
+    layer(x)  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = layer(x)
+        y.backward(dx)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip([y, x.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_can_be_copied_after_a_pass():
+    model, batch = small(), batch_of()
+    model(batch["tokens"])
+    model.loss(batch)
+    again = copy.deepcopy(model)
+    assert torch.equal(again(batch["tokens"]), model(batch["tokens"]))
 
 
 def test_the_loss_compiles_into_one_graph():
@@ -229,8 +260,9 @@ def one_by_one_balance(config, routing, B):
 def test_balance_losses_are_their_definitions_and_count_in_training_alone(name):
     config = replace(ROUTERS[name], aux_loss_coef=0.3, z_loss_coef=0.2, sequence_loss_coef=0.1)
     model, batch = small(config), batch_of(config)
+    routings = model.record_routings()
     model.hidden(batch["tokens"])
-    sums = [one_by_one_balance(config, routing, 3) for routing in model.take_routings()]
+    sums = [one_by_one_balance(config, routing, 3) for routing in routings]
     switch, sequence, z = (sum(column) / 2 for column in zip(*sums, strict=True))  # mean over two layers
     loss, metrics = model.loss(batch)
     assert metrics["aux_loss"].item() == pytest.approx(switch, rel=1e-5)
@@ -250,12 +282,31 @@ def test_balance_losses_are_least_where_all_is_even():
     assert moe.aux_loss(even).item() == pytest.approx(1.0)
     busy = moe.softmax_top_k(torch.eye(6)[:1].repeat(24, 1), 1, False)
     assert moe.aux_loss(busy).item() > 1.5
-    assert moe.sequence_loss(busy, 2, 1).item() > 1.5
-    assert moe.sequence_loss(even, 2, 1).item() == pytest.approx(1.0)
+    ends = torch.tensor([0, 12, 24])
+    assert moe.sequence_loss(busy, ends, 1).item() > 1.5
+    assert moe.sequence_loss(even, ends, 1).item() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("loss", [moe.aux_loss, lambda routing: moe.sequence_loss(routing, 1, 1)])
+def test_the_sequence_loss_of_packed_documents_is_the_mean_of_each_alone():
+    logits, ends = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), [0, 5, 6, 20]
+    packed = moe.sequence_loss(moe.softmax_top_k(logits, 2, True), torch.tensor(ends), 2)
+    alone = [moe.aux_loss(moe.softmax_top_k(logits[start:end], 2, True)) / 2 for start, end in pairwise(ends)]
+    torch.testing.assert_close(packed, torch.stack(alone).mean())
+
+
+def test_documents_packed_in_a_row_are_the_sequences_of_the_loss():
+    config = replace(SMALL, sequence_loss_coef=0.1)
+    model, batch = small(config), batch_of(config, B=1, T=16)
+    whole = model.loss(batch)[1]["sequence_loss"]
+    parts = model.loss(batch | {"cu_seqlens": torch.tensor([0, 6, 16], dtype=torch.int32)})[1]
+    assert parts["sequence_loss"] > 1.01 * whole  # the shorter, the less even
+
+
+@pytest.mark.parametrize(
+    "loss", [moe.aux_loss, lambda routing: moe.sequence_loss(routing, torch.tensor([0, 200]), 1)]
+)
 def test_balance_losses_push_the_busy_expert_down(loss):
+    torch.manual_seed(0)
     logits = (torch.randn(200, 6) + torch.tensor([1.0, 0, 0, 0, 0, 0])).requires_grad_()
     loss(moe.softmax_top_k(logits, 1, False)).backward()
     slope = logits.grad.sum(dim=0)
@@ -280,6 +331,12 @@ def test_the_bias_steps_towards_an_even_load_once_per_update():
     assert torch.equal(router.e_score_correction_bias, expected)
     model.eval().loss(batch)
     assert router.load.sum() == 0
+
+
+def test_the_bias_refuses_a_precision_that_swallows_its_steps():
+    layer = random_layer(replace(GROUPS, bias_update_rate=0.001)).bfloat16()
+    with pytest.raises(ValueError, match=r"bias in torch\.bfloat16: its steps need float32"):
+        layer.gate.update_bias()
 
 
 def test_the_bias_alone_evens_out_a_lopsided_router():
@@ -357,6 +414,9 @@ def test_initialisation_follows_gpt():
         ({"bias_update_rate": 0.001}, "router 'softmax' has no bias"),
         ({"dense_layers": (0, 1)}, "some of 0 to 1, not all"),
         ({"dense_layers": (2,)}, "some of 0 to 1"),
+        ({"router": "expert_choice"}, "a token may have no expert"),
+        ({"n_shared_experts": -1}, "n_shared_experts -1"),
+        ({"d_expert": -3}, "d_expert -3"),
         ({"mlp": "gelu"}, "experts are swiglu"),
         ({"qk_norm": "heads"}, "qk_norm 'heads': expected False or True or all"),
     ],
@@ -408,6 +468,14 @@ def test_upcycling_starts_with_the_dense_models_outputs_and_parts_from_there(cha
     assert not torch.equal(experts[0], experts[1])
 
 
+def test_upcycling_can_leave_layers_dense_and_keeps_the_precision():
+    dense = GPT(DENSE).bfloat16()
+    sparse = from_dense(dense, 4, dense_layers=(0,))
+    assert len(sparse.sparse_layers) == 1 and sparse.head_weight.dtype == torch.bfloat16
+    tokens = batch_of()["tokens"]
+    assert torch.equal(sparse(tokens), dense(tokens))  # twice a half of the same, added up in float32
+
+
 def test_upcycling_needs_a_gated_mlp():
     gelu = GPT(replace(DENSE, mlp="gelu", norm="layer", bias=True))
     with pytest.raises(ValueError, match="mlp 'gelu', bias True: experts are swiglu"):
@@ -419,12 +487,19 @@ def test_upcycling_from_the_command_line(tmp_path):
     dense = GPT(replace(DENSE, vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eot_id))
     dense.save_pretrained(tmp_path / "dense")
     tokenizer.save(tmp_path / "dense")
-    command = [sys.executable, "moe.py", str(tmp_path / "dense"), "--upcycle", "4"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr == "error: --upcycle N needs a dense checkpoint and --out DIR\n"
-    run = subprocess.run(
-        [*command, "--out", str(tmp_path / "sparse")], cwd=ROOT, capture_output=True, text=True
-    )
+
+    def upcycle(*arguments):
+        command = [sys.executable, "moe.py", str(tmp_path / "dense"), "--upcycle", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    for arguments, error in (
+        ((4,), "--upcycle N needs a dense checkpoint and --out DIR"),
+        ((1, "--out", tmp_path / "sparse"), "--upcycle 1: expected at least 2 experts"),
+        ((4, "--out", tmp_path / "dense"), "there is a model in it"),
+    ):
+        run = upcycle(*arguments)
+        assert run.returncode == 2 and error in run.stderr and run.stderr.count("\n") == 1
+    run = upcycle(4, "--out", tmp_path / "sparse")
     assert run.returncode == 0 and "active" in run.stdout, run.stderr
     sparse = MoEGPT.from_pretrained(tmp_path / "sparse")
     tokens = torch.randint(200, (1, 16))
@@ -439,7 +514,7 @@ def test_a_run_in_two_parts_is_the_run_in_one_and_draws_its_experts(router, tmp_
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} of the text, {i * i % 97} and so on\n" for i in range(400)))
     flags = f"--model moe --data {text} --tokenizer bytes --batch-size 2 --seq-len 16 --eval-every 3 "
-    flags += "--log-every 1 --warmup 0 --schedule constant --lr 0.01 "
+    flags += "--grad-accum 2 --log-every 1 --warmup 0 --schedule constant --lr 0.01 "
     flags += f"--cache {tmp_path / 'cache'} --out {tmp_path}/"
     assert train.main([*(flags + "whole").split(), "--steps", "6"]) == 0
     assert train.main([*(flags + "parts").split(), "--steps", "3"]) == 0
@@ -451,7 +526,7 @@ def test_a_run_in_two_parts_is_the_run_in_one_and_draws_its_experts(router, tmp_
     for name in (name for name in whole if name.endswith("correction_bias")):
         assert whole[name].abs().max() >= 0.01
     samples = (tmp_path / "whole" / "samples.txt").read_text()
-    assert samples == (tmp_path / "parts" / "samples.txt").read_text() and "what an expert likes" in samples
+    assert samples == (tmp_path / "parts" / "samples.txt").read_text() and "an expert gets most of" in samples
     assert (tmp_path / "whole" / "experts.png").is_file()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all("val_max_load" in row or row["max_load"] >= 1 for row in rows)
@@ -462,27 +537,41 @@ def test_a_run_in_two_parts_is_the_run_in_one_and_draws_its_experts(router, tmp_
 # --- what the experts are used for
 
 
-def test_usage_and_report_tell_what_the_routing_was(tmp_path):
+def test_usage_is_what_the_routing_was(tmp_path):
     tokenizer = get_tokenizer("bytes")
     config = replace(SWITCH, vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eot_id)
     model = small(config).eval()
-    text = torch.tensor(tokenizer.encode("the plinth carries the column, the column carries the roof; " * 4))
+    text = torch.tensor(tokenizer.encode("the plinth carries the column, the column carries the roof; " * 10))
     rows = text[: 6 * 32].view(6, 32)
     used = usage(model, rows)
-    assert used.loads.sum(dim=1).tolist() == [192.0, 192.0]
-    assert [sum(pairs.values()) for pairs in used.pairs] == [192, 192]
+    assert used.loads.sum(dim=1).tolist() == [192.0, 192.0] and sum(used.chosen.values()) == 192
+    assert used.seen == Counter(rows.flatten().tolist())
+    by_expert = [sum(n for (e, _), n in used.chosen.items() if e == expert) for expert in range(6)]
+    assert by_expert == used.loads[1].tolist()
     room = math.ceil(0.75 * 192 / 6)
     assert used.dropped == pytest.approx(sum(max(0, n - room) for n in used.loads.flatten().tolist()) / 384)
-    layer = model.train().sparse_layers[0]  # of the first, which nothing was dropped before
-    layer(model.model.embed_tokens(rows))
-    assert model.dropped(moe.count(layer.routing)[None], 192) == (layer.routing.weights == 0).float().mean()
-    told = report(used, tokenizer)
-    assert told.startswith("layer  0 |") and f"dropped {used.dropped:.1%} of the tokens" in told
-    # A router that reads the embeddings alone likes tokens whole.
-    best = max(used.pairs[1].items(), key=lambda pair: pair[1])
-    assert f"expert {best[0][0]}: " in told
+    layer = model.train().sparse_layers[0]  # the first, before which nothing was dropped
+    routing = layer.gate(
+        model.model.layers[0].post_attention_layernorm(model.model.embed_tokens(rows)).flatten(0, 1)
+    )
+    assert model.dropped(routing.load(), 192) == (routing.weights == 0).float().mean()
     shown = moe.show(model.eval(), tokenizer, text, tmp_path)
-    assert shown.startswith(told.splitlines()[0][:12]) and (tmp_path / "experts.png").stat().st_size > 5000
+    assert "training on this would drop" in shown and (tmp_path / "experts.png").stat().st_size > 5000
+
+
+def test_the_report_says_who_gets_what():
+    tokenizer = get_tokenizer("bytes")
+    a, b, rare = (tokenizer.encode(letter)[0] for letter in "abc")
+    chosen = Counter({(0, a): 30, (1, a): 10, (1, b): 20, (0, rare): 2, (1, rare): 2})
+    loads, entropy = torch.tensor([[10.0, 30.0], [32.0, 32.0]]), torch.tensor([0.25, 0.5])
+    used = Usage([1, 3], loads, entropy, None, Counter({a: 40, b: 20, rare: 4}), chosen)
+    assert report(used, tokenizer).splitlines() == [
+        "layer  1 |▂▆| load 0.50 to 1.50 of the mean, router entropy 0.25 of 0.69 nats",
+        "layer  3 |▄▄| load 1.00 to 1.00 of the mean, router entropy 0.50 of 0.69 nats",
+        "layer 3: the tokens that an expert gets most of",
+        "expert 0: 'a' 75%",
+        "expert 1: 'b' 100%  'a' 25%",
+    ]
 
 
 def test_commands_print_the_sizes():

@@ -7,11 +7,11 @@ vocabulary, three seeds each, and stops when it has spent the same matmul FLOPs 
 and backward; a token's own experts and the router count, the others do not).
 
     models     for --steps updates of the dense model, and what costs the same: the dense model; the 2 best
-               of 8 experts of half its MLP's width; and DeepSeekMoE, with as many parameters and FLOPs: each
-               of these experts split in four, one of the 32 always on, and 7 of the others, weighted by
-               their probabilities as in the paper, or with weights that add up to 3.5
-    balance    for --balance-steps: top 2 of 8 with nothing that balances, with each of the losses alone, and
-               with DeepSeek-V3's router and its bias
+               of 8 experts of half its MLP's width, with weights that add up to 1 or to 2; and DeepSeekMoE,
+               with as many parameters: each of these experts split in two, one of the 16 always on and the
+               3 best of the others. All mixtures have a sigmoid router and Switch's balance loss
+    balance    for --balance-steps: the 2 best of 8 with nothing that balances, with each of the losses alone,
+               and with DeepSeek-V3's bias
 
 Loss and load at the end are those of 128 rows of held-out text, on the way of the first 32. The load of an
 expert is how many tokens it gets, as a multiple of the mean; printed are the least and the greatest of all
@@ -42,31 +42,28 @@ from optim import default_learning_rate, learning_rate, make_optimizers  # noqa:
 
 BATCH = 8
 DENSE = gpt.SIZES["tiny"]
-SPARSE = moe.SIZES["tiny"]
-ALONE = replace(SPARSE, aux_loss_coef=0.0)
-SIGMOID = replace(ALONE, router="sigmoid")
-FINE = replace(
-    SPARSE, n_experts=31, n_shared_experts=1, top_k=7, d_expert=SPARSE.d_expert // 4, renormalize=False
-)
+FINE = moe.SIZES["tiny"]
+PLAIN = replace(FINE, n_experts=8, n_shared_experts=0, top_k=2, d_expert=2 * FINE.d_expert, routed_scale=2.0)
 MODELS = {
     "dense": (gpt, DENSE),
-    "top 2 of 8": (moe, SPARSE),
-    "top 7 of 31, 1 shared": (moe, FINE),
-    # Parts of a split expert add up to the whole, so each has the mean weight of one of the 2: a half.
-    "the same, weights add up to 3.5": (moe, replace(FINE, renormalize=True, routed_scale=3.5)),
+    "2 of 8, weights add up to 1": (moe, replace(PLAIN, routed_scale=1.0)),
+    "2 of 8, weights add up to 2": (moe, PLAIN),
+    "1 shared and 3 of 15": (moe, FINE),
 }
+ALONE = replace(PLAIN, aux_loss_coef=0.0)
+SOFTMAX = replace(ALONE, router="softmax")
 BALANCE = {
-    "softmax, nothing": (moe, ALONE),
-    "softmax, z-loss": (moe, replace(ALONE, z_loss_coef=0.001)),
-    "softmax, Switch loss": (moe, SPARSE),
+    "softmax, nothing": (moe, SOFTMAX),
+    "softmax, z-loss": (moe, replace(SOFTMAX, z_loss_coef=0.001)),
+    "softmax, Switch loss": (moe, replace(SOFTMAX, aux_loss_coef=0.01)),
     # Twice the coefficient, because this loss is 1 where the load is even and Switch's is k.
-    "softmax, sequence loss": (moe, replace(ALONE, sequence_loss_coef=0.02)),
-    "sigmoid, nothing": (moe, SIGMOID),
-    "sigmoid, bias": (moe, replace(SIGMOID, bias_update_rate=0.001)),
+    "softmax, sequence loss": (moe, replace(SOFTMAX, sequence_loss_coef=0.02)),
+    "sigmoid, nothing": (moe, ALONE),
+    "sigmoid, bias": (moe, replace(ALONE, bias_update_rate=0.001)),
     # The coefficient of DeepSeek-V3, where the losses of the layers, here four, add up.
     "sigmoid, bias, sequence loss": (
         moe,
-        replace(SIGMOID, bias_update_rate=0.001, sequence_loss_coef=4 * 0.0001),
+        replace(ALONE, bias_update_rate=0.001, sequence_loss_coef=4 * 0.0001),
     ),
 }
 
@@ -169,7 +166,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--balance-steps", type=int, default=300)
+    parser.add_argument("--balance-steps", type=int, default=250)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--cache", type=Path, default=Path("cache"))

@@ -388,7 +388,7 @@ def test_a_tiny_mixture_costs_as_much_as_the_tiny_dense_model():
     from gpt import SIZES as DENSE
 
     sparse, dense = SIZES["tiny"], DENSE["tiny"]
-    assert sparse.flops_per_token(256) == pytest.approx(dense.flops_per_token(256), rel=0.005)  # the router
+    assert sparse.flops_per_token(256) == pytest.approx(dense.flops_per_token(256), rel=0.01)  # the router
     assert sparse.n_params > 2 * dense.n_params
 
 
@@ -427,9 +427,9 @@ def test_impossible_configs_say_why(changes, message):
 
 
 def test_experts_keep_following_the_mlp_width_until_told_otherwise():
-    tiny = SIZES["tiny"]
-    assert tiny.changed(d_ff=64).d_expert == 64
-    assert tiny.changed(d_expert=48).changed(d_ff=64).d_expert == 48
+    config = replace(SMALL, d_expert=None)
+    assert config.changed(d_ff=64).d_expert == 64
+    assert config.changed(d_expert=24).changed(d_ff=64).d_expert == 24
 
 
 # --- the model

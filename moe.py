@@ -133,8 +133,8 @@ class Config(gpt.Config):
 
 
 SIZES = {
-    # The dense tiny's MLP in quarters, DeepSeek's way: one always on and 3 of 15, with weights that add up to 3
-    # because parts of a sum have no smaller weights than the whole. results/experts.py tries others.
+    # The dense tiny's MLP in quarters, DeepSeek's way: one always on, and 3 of 15. Their weights add up to 3,
+    # because parts of a whole have its weight each. results/experts.py tries others.
     "tiny": Config(
         4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True, n_experts=15, top_k=3, d_expert=88,
         n_shared_experts=1, router="sigmoid", routed_scale=3.0,
@@ -262,7 +262,7 @@ def sequence_loss(routing: Routing, cu_seqlens: Tensor, k: int) -> Tensor:
     probs = routing.probs  # (N, E)
     chosen = torch.zeros_like(probs).scatter(-1, probs.topk(k, dim=-1).indices, 1.0)
     sequence = torch.bucketize(torch.arange(len(probs), device=probs.device), cu_seqlens, right=True) - 1
-    lengths = cu_seqlens.diff()[:, None]
+    lengths = cu_seqlens.diff().clamp(min=1)[:, None]
     none = probs.new_zeros(len(lengths), probs.shape[-1])
     f, P = (none.index_add(0, sequence, x) / lengths for x in (chosen, probs))  # (n, E)
     return probs.shape[-1] / k * (f * P).sum(dim=-1).mean()

@@ -11,11 +11,12 @@ and backward; a token's own experts and the router count, the others do not).
                with as many parameters: each of these experts split in two, one of the 16 always on and the
                3 best of the others. All mixtures have a sigmoid router and Switch's balance loss
     balance    for --balance-steps: the 2 best of 8 with nothing that balances, with each of the losses alone,
-               and with DeepSeek-V3's bias
+               and with DeepSeek-V3's bias, in steps of 0.001 as there or, for so short a run, of 0.01
 
 Loss and load at the end are those of 128 rows of held-out text, on the way of the first 32. The load of an
 expert is how many tokens it gets, as a multiple of the mean; printed are the least and the greatest of all
-layers. Writes the figures of every run, and experts.png beside them.
+layers. Writes the figures of every run, and experts.png beside them. Runs that --out has already, from a
+script that was stopped, are not made again.
 """
 
 import argparse
@@ -37,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import gpt  # noqa: E402
 import moe  # noqa: E402
+from checkpoint import replace_file  # noqa: E402
 from expert_usage import usage  # noqa: E402
 from optim import default_learning_rate, learning_rate, make_optimizers  # noqa: E402
 
@@ -52,6 +54,8 @@ MODELS = {
 }
 ALONE = replace(PLAIN, aux_loss_coef=0.0)
 SOFTMAX = replace(ALONE, router="softmax")
+# The coefficient of DeepSeek-V3, where the losses of the layers, here four, add up.
+SEQUENCE = {"sequence_loss_coef": 4 * 0.0001}
 BALANCE = {
     "softmax, nothing": (moe, SOFTMAX),
     "softmax, z-loss": (moe, replace(SOFTMAX, z_loss_coef=0.001)),
@@ -60,11 +64,8 @@ BALANCE = {
     "softmax, sequence loss": (moe, replace(SOFTMAX, sequence_loss_coef=0.02)),
     "sigmoid, nothing": (moe, ALONE),
     "sigmoid, bias": (moe, replace(ALONE, bias_update_rate=0.001)),
-    # The coefficient of DeepSeek-V3, where the losses of the layers, here four, add up.
-    "sigmoid, bias, sequence loss": (
-        moe,
-        replace(ALONE, bias_update_rate=0.001, sequence_loss_coef=4 * 0.0001),
-    ),
+    "sigmoid, bias, sequence loss": (moe, replace(ALONE, bias_update_rate=0.001, **SEQUENCE)),
+    "sigmoid, steps of 0.01, sequence loss": (moe, replace(ALONE, bias_update_rate=0.01, **SEQUENCE)),
 }
 
 
@@ -97,14 +98,12 @@ def run(job: tuple[str, str, int, int, Path]) -> dict:
         if concept is moe:
             model.after_step()
         model.zero_grad()
-        if (step + 1) * 12 // steps > step * 12 // steps:  # twelve times, the last at the end
-            flops = (step + 1) * BATCH * T * model.flops_per_token(T)
-            curve.append(measure(model, rows if step + 1 == steps else rows[:32], flops))
-    last = curve[-1]
-    told = f"loss {last['loss']:.4f}" + (
-        f", load {last['least']:.2f} to {last['most']:.2f}" if "most" in last else ""
-    )
-    print(f"{part:8} {name:32} seed {seed}: {steps} steps, {told}", flush=True)
+        flops = (step + 1) * BATCH * T * model.flops_per_token(T)
+        if step + 1 < steps and (step + 1) * 12 // steps > step * 12 // steps:  # eleven times
+            curve.append(measure(model, rows[:32], flops))
+    last = measure(model, rows, flops)
+    load = f", load {last['least']:.2f} to {last['most']:.2f}" if "most" in last else ""
+    print(f"{part:8} {name:38} seed {seed}: {steps} steps, loss {last['loss']:.4f}{load}", flush=True)
     return {"part": part, "name": name, "seed": seed, "steps": steps, "curve": curve, "last": last}
 
 
@@ -122,7 +121,7 @@ def measure(model: nn.Module, rows: Tensor, flops: int) -> dict:
     point = {"flops": flops, "loss": total / len(rows)}
     if isinstance(model, moe.MoEGPT):
         share = loads / loads.mean(dim=1, keepdim=True)
-        point |= {"least": share.min().item(), "most": share.max().item(), "load": share.tolist()}
+        point |= {"least": share.min().item(), "most": share.max().item()}
     return point
 
 
@@ -132,15 +131,17 @@ def summary(values: list[float], digits: int) -> str:
 
 def draw_lines(axes, results: list[dict], part: str, key: str) -> None:
     """Mean over the seeds, and their range as a band."""
-    for name in dict.fromkeys(r["name"] for r in results if r["part"] == part):
+    for name in {"models": MODELS, "balance": BALANCE}[part]:
         curves = [r["curve"] for r in results if (r["part"], r["name"]) == (part, name)]
+        if not curves:
+            continue
         flops = [point["flops"] for point in curves[0]]
         values = list(zip(*([point[key] for point in curve] for curve in curves), strict=True))
         (line,) = axes.plot(flops, [statistics.mean(v) for v in values], label=name)
         axes.fill_between(flops, *zip(*((min(v), max(v)) for v in values), strict=True),
                           color=line.get_color(), alpha=0.2)  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncols=2, loc="upper right")
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -153,10 +154,10 @@ def plot(results: list[dict], path: Path) -> None:
     draw_lines(left, results, "models", "loss")
     low = min(point["loss"] for r in results if r["part"] == "models" for point in r["curve"])
     left.set(xlabel="FLOPs", ylabel="validation loss (nats per token)", ylim=(low - 0.1, low + 1.5))
-    left.set_title("equal compute: dense, 8 experts, 32 experts of a quarter", fontsize=10)
+    left.set_title("equal compute, dense and sparse", fontsize=10)
     draw_lines(right, results, "balance", "most")
     right.axhline(2, color="black", linestyle=":", linewidth=1)
-    right.set(xlabel="FLOPs", ylabel="load of the busiest expert, over the mean")
+    right.set(xlabel="FLOPs", ylabel="load of the busiest expert, over the mean", ylim=(1, 5.5))
     right.set_title("what keeps eight experts in balance", fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -178,20 +179,33 @@ def main() -> None:
     jobs = [
         (part, name, seed, steps, args.cache) for seed in range(args.seeds) for part, name, steps in parts
     ]
+    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine |= {"steps": args.steps, "balance_steps": args.balance_steps}
+    results = []
+    if args.out and args.out.exists():
+        saved = json.loads(args.out.read_text())
+        if any(saved[key] != value for key, value in machine.items()):
+            sys.exit(
+                f"error: {args.out} is of another machine or other steps than {machine}; remove it first"
+            )
+        results = saved["results"]
+    done = {(r["part"], r["name"], r["seed"]) for r in results}
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        results = list(pool.imap(run, jobs, chunksize=1))
-    print(f"{'':41} {'validation loss':>26} {'least load':>21} {'greatest load':>21}")
+        for result in pool.imap(run, [job for job in jobs if job[:3] not in done]):
+            results.append(result)
+            if args.out:
+                command = "python results/experts.py --out results/experts.json"
+                content = {"command": command, **machine, "results": results}
+                with replace_file(args.out) as new:
+                    new.write_text(json.dumps(content, indent=1) + "\n")
+                plot(results, args.out.with_suffix(".png"))
+    print(f"{'':47} {'validation loss':>26} {'least load':>21} {'greatest load':>21}")
     for part, name, _ in parts:
         last = [r["last"] for r in results if (r["part"], r["name"]) == (part, name)]
-        row = f"{part:8} {name:32} {summary([point['loss'] for point in last], 4):>26}"
+        row = f"{part:8} {name:38} {summary([point['loss'] for point in last], 4):>26}"
         for key in ("least", "most") if "most" in last[0] else ():
             row += f" {summary([point[key] for point in last], 2):>21}"
         print(row)
-    if args.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-        command = "python results/experts.py --out results/experts.json"
-        args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=1) + "\n")
-        plot(results, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

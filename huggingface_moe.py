@@ -220,7 +220,8 @@ def architecture_of(config) -> str:
     told = ", ".join(f"{field} {getattr(config, field)!r}" for field in decisive)
     raise ValueError(
         f"no Hugging Face architecture has these features together, so it cannot be saved: {told}; shared "
-        "experts come with router 'sigmoid' and qk_norm True, or with 'softmax' and False"
+        "experts come with router 'sigmoid' and qk_norm True, or with 'softmax' and False; a routed_scale "
+        "other than 1.0 with 'sigmoid' alone"
     )
 
 

@@ -1,6 +1,7 @@
 """Without a GPU, Triton's kernels run in its interpreter, and tests marked `gpu` are left out."""
 
 import gc
+import json
 import os
 
 # Small tensors are computed faster by one thread than by several that wait for each other. Both variables are
@@ -20,6 +21,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def copy_of(directory, to, **changes):
+    """A checkpoint with other values in its config.json."""
+    to.mkdir(exist_ok=True)
+    hf = json.loads((directory / "config.json").read_text()) | changes
+    (to / "config.json").write_text(json.dumps(hf))
+    (to / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+    return to
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import copy_of
 from safetensors.torch import load_file, save_file
 
 import bert
@@ -51,15 +52,6 @@ def noisy(model):
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model.eval()
-
-
-def copy_of(directory, to, **changes):
-    """A checkpoint with other values in its config.json."""
-    to.mkdir()
-    hf = json.loads((directory / "config.json").read_text()) | changes
-    (to / "config.json").write_text(json.dumps(hf))
-    (to / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
-    return to
 
 
 # --- parity with transformers

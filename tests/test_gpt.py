@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import copy_of
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,14 +32,6 @@ def small(**changes):
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model
-
-
-def copy_of(directory, tmp_path, **changes):
-    """A fixture with other values in its config.json."""
-    hf = json.loads((directory / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    (tmp_path / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
-    return tmp_path
 
 
 # --- parity with transformers

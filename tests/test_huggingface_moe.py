@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import copy_of
 from safetensors.torch import load_file, save_file
 
 import huggingface_moe
@@ -56,14 +57,6 @@ def small(**changes):
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(0.1 * torch.randn_like(buffer))
     return model
-
-
-def copy_of(directory, tmp_path, **changes):
-    """A fixture with other values in its config.json."""
-    hf = json.loads((directory / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    (tmp_path / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
-    return tmp_path
 
 
 def config_of(hf, tmp_path):

@@ -305,7 +305,7 @@ class Router(nn.Module):
         else:
             bias = self.e_score_correction_bias
             routing = sigmoid_top_k(logits, bias, c.top_k, c.n_groups, c.top_groups, c.renormalize)
-            if self.training:
+            if self.training and c.bias_update_rate:
                 self.load += routing.load()
         return routing._replace(weights=routing.weights * c.routed_scale)
 
@@ -435,7 +435,7 @@ class MoEGPT(GPT):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also forgets the loads that the bias is to follow: like gradients, they add up over passes."""
         super().zero_grad(set_to_none)
-        if self.config.router == "sigmoid":
+        if self.config.bias_update_rate:
             for layer in self.sparse_layers:
                 layer.gate.load.zero_()
 

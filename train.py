@@ -292,7 +292,7 @@ def prepare(args: argparse.Namespace) -> Run:
         raise ValueError(
             f"--seq-len {args.seq_len}: the held-out text has only {n_held_out} tokens; give more text"
         )
-    n_params = sum(p.numel() for p in model.parameters())
+    n_params, n_active = count_parameters(model)
     free = shutil.disk_usage(args.out).free
     needed = (
         4 * n_params * 10
@@ -302,7 +302,6 @@ def prepare(args: argparse.Namespace) -> Run:
             f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
         )
     if args.lr is None:
-        n_active = getattr(model.config, "n_active_params", n_params)
         args.lr = concept.LEARNING_RATE * default_learning_rate(n_active)
     model.to(args.device)
     run = Run(args, concept, model, dataset, loader, make_optimizers(model, args), flags)
@@ -315,6 +314,12 @@ def prepare(args: argparse.Namespace) -> Run:
         for log in LOGS:
             (args.out / log).write_text("")
     return run
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All of them, and those that a token uses, where it does not use all (moe.py)."""
+    n_params = sum(p.numel() for p in model.parameters())
+    return n_params, getattr(model.config, "n_active_params", n_params)
 
 
 def with_fields(config: Any, changes: list[str]) -> Any:
@@ -577,14 +582,13 @@ def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
             loss.item()
             passes.append(time.perf_counter() - began)
     model.zero_grad(set_to_none=True)
-    n_params = sum(p.numel() for p in model.parameters())
+    n_params, n_active = count_parameters(model)
     tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
     n_tokens = args.steps * tokens_per_step
     n_flops = n_tokens * model.flops_per_token(args.seq_len)
     left = args.steps - run.step
     evaluations = (left // args.eval_every + 1) * len(val) / (args.batch_size * args.seq_len)
     minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
-    n_active = getattr(model.config, "n_active_params", n_params)  # of a token, where it does not use all
     active = f", {n_active:,} of them active" if n_active < n_params else ""
     print(f"model  {args.model} {args.init_from or args.size}, {n_params:,} parameters{active}")
     print(f"text   {args.data}, {len(train):,} tokens to train on, {len(val):,} held out")

@@ -25,6 +25,7 @@ V vocabulary, L layers.
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -343,7 +344,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of hidden states (..., D)."""
-        logits = F.linear(hidden, self.head_weight)
+        tied = self.lm_head is None
+        logits = F.linear(hidden, self.head_weight) if tied else self.lm_head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -354,7 +356,8 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean nats per target, in float32, of a batch from `make_batch`, optionally with cu_seqlens."""
+        """Mean nats per target, in float32, of a batch from `make_batch`, optionally with cu_seqlens; where
+        targets are -100, nothing is asked."""
         hidden = self.hidden(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
         loss, _ = linear_cross_entropy(
             hidden,
@@ -363,7 +366,7 @@ class GPT(nn.Module):
             softcap=self.config.logit_softcap,
             backend=self.config.kernels,
         )
-        return loss, {"targets": torch.tensor(batch["targets"].numel())}
+        return loss, {"targets": (batch["targets"] >= 0).sum()}
 
     def flops_per_token(self, seq_len: int) -> int:
         return self.config.flops_per_token(seq_len)
@@ -474,11 +477,16 @@ def continue_text(model_class: type[GPT], args: argparse.Namespace) -> None:
     }
     generator = torch.Generator(device).manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
+    stop = tokenizer.eot_id
+    steps = model.stream([tokens], args.max_new_tokens, stop=stop, generator=generator, **options)
+    print_as_it_comes(steps, tokenizer, stop)
+
+
+def print_as_it_comes(steps: Iterator[list[int]], tokenizer: Tokenizer, stop: int) -> str:
+    """Print the text of the one row that steps, from `stream`, continues; returns it."""
     new, printed = [], ""
-    for (token,) in model.stream(
-        [tokens], args.max_new_tokens, stop=tokenizer.eot_id, generator=generator, **options
-    ):
-        if token == tokenizer.eot_id:
+    for (token,) in steps:
+        if token == stop:
             break
         new.append(token)
         text = tokenizer.decode(new)
@@ -486,6 +494,7 @@ def continue_text(model_class: type[GPT], args: argparse.Namespace) -> None:
             print(text[len(printed) :], end="", flush=True)
             printed = text
     print()
+    return printed
 
 
 def main() -> None:

@@ -331,9 +331,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """(M, D) of x (M, D), in which the rows of expert e end at offsets[e], int32 (E,)."""
-        gate_up = grouped_matmul(x, self.gate_up_proj, offsets, backend=self.backend)  # (M, 2 F)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return grouped_matmul(F.silu(gate) * up, self.down_proj, offsets, backend=self.backend)
+        gate, up = self.product("gate_up_proj", x, offsets).chunk(2, dim=-1)  # (M, F) each
+        return self.product("down_proj", F.silu(gate) * up, offsets)
+
+    def product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
+        """Each row of x (M, D) times its expert's matrix of the stack of that name."""
+        return grouped_matmul(x, getattr(self, name), offsets, backend=self.backend)
 
 
 class MoE(nn.Module):

@@ -283,7 +283,11 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], direc
 
 
 def write(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -> None:
-    """Write weights and hf, to which their dtype is added, to directory, each file replaced whole."""
+    """Write weights and hf, to which their dtype is added, to directory, each file replaced whole. ValueError
+    for weights that are no floating-point numbers."""
+    for name, w in weights.items():
+        if not w.is_floating_point():
+            raise ValueError(f"{name} is {w.dtype}: weights in 4 bits cannot be saved as a model")
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
     hf["torch_dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     directory = Path(directory)

@@ -9,7 +9,7 @@ The tensors are named after the modules of transformers' model:
 Three kinds of layers are kept otherwise:
 
     embeddings         .lora_embedding_A (r, V), .lora_embedding_B (D, r): the linear map of one-hot rows
-    GPT-2's attention  queries, keys and values are one module there, three here
+    fused attention    queries, keys and values of GPT-2 and ModernBERT are one module there, three here
     stacked experts    are parameters of one module. Each that is adapted puts a wrapper around it, the last
                        one outermost, so .lora_A.weight is of down_proj and .base_layer.lora_A.weight of
                        gate_up_proj, if both are. lora_A is (E r, D_in), in which r runs faster, and lora_B
@@ -65,6 +65,11 @@ METHOD_KINDS = {
 }
 # What the names of all modules but the heads begin with, in a model that has heads.
 MODEL_PREFIXES = {"gpt2": "transformer.", "decoder": "model.", **huggingface_encoders.PREFIXES}
+# Where queries, keys and values are one module: what our three paths end with in its place, and its own.
+FUSED = {
+    "gpt2": ((".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj"), ".attn.c_attn"),
+    "modernbert": ((".attention.self.query", ".attention.self.key", ".attention.self.value"), ".attn.Wqkv"),
+}
 
 READ = {  # and their types
     "peft_type": (str,), "r": (int,), "lora_alpha": (int, float), "use_rslora": (bool,), "use_dora": (bool,),
@@ -91,10 +96,9 @@ def family_of(model: nn.Module) -> str:
     if not hasattr(model.config, "mlm_head"):
         return "gpt2" if model.config.positions == "learned" else "decoder"
     family = huggingface_encoders.family_of(model.config)
-    if family in ("albert", "modernbert"):
+    if family == "albert":
         raise ValueError(
-            f"adapters of {family} are not implemented: it shares or fuses modules that are several here; "
-            "expected bert, roberta or electra"
+            "adapters of albert are not implemented; expected bert, roberta, electra or modernbert"
         )
     return family
 
@@ -116,9 +120,11 @@ def names(model: nn.Module, wrapped: Callable[[str], bool] = lambda path: True) 
     ours = [name.removesuffix(".weight") for name, p in parameters if p.ndim == 2]
     if family not in ("gpt2", "decoder"):
         headless = not model.config.mlm_head and model.config.pair == "none"
-        weights = {f"{path}.weight": path for path in ours}
+        weights: dict[str, list[str]] = {}
+        for path in ours:
+            weights.setdefault(f"{fused_path(path, family)}.weight", []).append(path)
         renamed = huggingface_encoders.to_hf(weights, family, "Model" if headless else "ForMaskedLM")
-        return {path: name.removesuffix(".weight") for name, path in renamed.items()}
+        return {path: name.removesuffix(".weight") for name, paths in renamed.items() for path in paths}
 
     ours.append("lm_head")  # a module of its own there also where it shares the embedding's weight
     theirs = {path: _to_gpt2(path) if family == "gpt2" else path for path in ours}
@@ -130,8 +136,15 @@ def names(model: nn.Module, wrapped: Callable[[str], bool] = lambda path: True) 
     return theirs
 
 
+def fused_path(path: str, family: str) -> str:
+    """Our path, but of queries, keys and values ending as their one module does, if the family has one."""
+    ends, fused = FUSED.get(family, ((), ""))
+    end = next((end for end in ends if path.endswith(end)), None)
+    return path.removesuffix(end) + fused if end else path
+
+
 def _to_gpt2(path: str) -> str:
-    name = re.sub(r"\.self_attn\.[qkv]_proj$", ".attn.c_attn", path) + "."
+    name = fused_path(path, "gpt2") + "."
     for their, our in GPT2_NAMES.items():
         name = their + name[len(our) :] if name.startswith(our) else name.replace(our, their, 1)
     return path if path == "lm_head" else f"transformer.{name[:-1]}"
@@ -315,9 +328,12 @@ def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> Non
     if unknown or not layers:
         raise ValueError(f"{directory}: {min(unknown, default='nothing')}: no layer to save an adapter of")
     if method != "lora" and any(map(is_stack, layers)):
-        raise ValueError(f"{directory}: {method} of stacked experts: peft has none; expected lora")
-    if family_of(model) == "gpt2":
-        layers = fuse_attention(directory, method, layers, model.config.n_heads * model.config.d_head)
+        raise ValueError(
+            f"{directory}: {method} of stacked experts: peft has none; expected lora, or target_modules that "
+            "leave the experts out"
+        )
+    if family_of(model) in FUSED:
+        layers = fuse_attention(directory, method, layers, FUSED[family_of(model)][0])
 
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Layer] = {}  # what peft is to look for ...
@@ -350,39 +366,40 @@ def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> Non
 
 
 def fuse_attention(
-    directory: str | Path, method: str, layers: dict[str, Layer], width: int
+    directory: str | Path, method: str, layers: dict[str, Layer], ends: tuple[str, ...]
 ) -> dict[str, Layer]:
-    """layers, in which queries, keys and values, each of this width, are one under the path of q_proj.
+    """layers, in which queries, keys and values, told by these ends of their paths, are one under the path of
+    the queries.
 
     With the same lora_A and scale for all, the rank stays; otherwise the ranks add up, lora_B becomes block
     diagonal, and scales that differ become part of it. What is missing of the three must change nothing.
     """
-    fused = {path: layer for path, layer in layers.items() if not re.search(r"\.[qkv]_proj$", path)}
-    for attention in sorted({path.rpartition(".")[0] for path in layers.keys() - fused.keys()}):
-        paths = [f"{attention}.{letter}_proj" for letter in "qkv"]
+    fused = {path: layer for path, layer in layers.items() if not path.endswith(ends)}
+    for block in sorted({path.removesuffix(end) for path in layers for end in ends if path.endswith(end)}):
+        paths = [block + end for end in ends]
         given = [layers[path] for path in paths if path in layers]
         lost = ", ".join(path for path in paths if path not in layers)
         if lost and method == "dora":
             raise ValueError(
-                f"{directory}: {lost} missing: in GPT-2 queries, keys and values are one module, which needs "
-                "the magnitudes of all three"
+                f"{directory}: {lost} missing: in transformers queries, keys and values are one module, "
+                "which needs the magnitudes of all three"
             )
         first = given[0]
         if method == "ia3":
-            ones = first["ia3_l"].new_ones(width, 1)
+            ones = torch.ones_like(first["ia3_l"])
             vectors = [layers[path]["ia3_l"] if path in layers else ones for path in paths]
-            of_output = all(vector.shape == ones.shape for vector in vectors)
+            of_output = all(len(vector) > 1 for vector in vectors)
             if not of_output and not all(torch.equal(vector, vectors[0]) for vector in vectors):
                 raise ValueError(
-                    f"{directory}: ia3_l of {', '.join(paths)}: in GPT-2 they are one module, the input "
-                    "of which can only be scaled for all three alike"
+                    f"{directory}: ia3_l of {', '.join(paths)}: in transformers they are one module, the "
+                    "input of which can only be scaled for all three alike"
                 )
             fused[paths[0]] = {"ia3_l": torch.cat(vectors) if of_output else vectors[0]}
             continue
         one_scale = first["scale"] != 0 and all(layer["scale"] == first["scale"] for layer in given)
         scale = first["scale"] if one_scale else 1.0
         one_A = one_scale and all(torch.equal(layer["lora_A"], first["lora_A"]) for layer in given)
-        zeros = first["lora_B"].new_zeros(width, len(first["lora_A"]) if one_A else 0)
+        zeros = first["lora_B"].new_zeros(len(first["lora_B"]), len(first["lora_A"]) if one_A else 0)
         blocks = [
             layers[path]["lora_B"] * (layers[path]["scale"] / scale) if path in layers else zeros
             for path in paths

@@ -369,7 +369,7 @@ class MoE(nn.Module):
         rows = rows * routing.weights[order, None]  # float32, under autocast too
         y = torch.zeros_like(flat, dtype=rows.dtype).index_add(0, tokens, rows).to(flat.dtype)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(flat)
+            y = y + self.shared_experts(x).flatten(0, 1)
         return y.view_as(x)
 
 

@@ -30,26 +30,31 @@ def make_optimizers(model: nn.Module, args: Namespace) -> list[torch.optim.Optim
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head")
     }
-    muon, decayed, plain = [], [], []
-    for p in model.parameters():
+    factor_of = getattr(model, "lr_factor", lambda name: 1.0)
+    decays = getattr(model, "decays", lambda name, p: p.ndim >= 2)
+    muon, groups = [], {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if args.optimizer == "muon" and id(p) in hidden:
             muon.append(p)
-        elif p.ndim >= 2:
-            decayed.append(p)
         else:
-            plain.append(p)
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            groups.setdefault((decays(name, p), factor_of(name)), []).append(p)
+    if args.optimizer == "muon" and not muon:
+        raise ValueError("--optimizer muon: it trains whole matrices, of which none learns here; use adamw")
+    adamw = [
+        {"params": params, "weight_decay": args.weight_decay if decayed else 0.0, "lr_factor": factor}
+        for (decayed, factor), params in groups.items()
+    ]
     fused = args.device in ("cpu", "cuda")
-    optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)]
+    optimizers = [torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=fused)] if adamw else []
     if muon:
+        muon = [{"params": muon, "lr_factor": 1.0}]
         optimizers.append(
             torch.optim.Muon(muon, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
-    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    if sorted(map(id, held)) != sorted(id(p) for p in model.parameters()):
-        raise RuntimeError("every parameter must be in exactly one optimizer group")
     return optimizers
 
 

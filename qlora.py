@@ -5,18 +5,20 @@
 
 What is trained of a frozen model is an adapter beside it (lora.py), so the weights themselves need be no more
 exact than the output can bear. Trained weights are close to normally distributed. NF4 ("4-bit NormalFloat")
-takes for c quantiles of the normal distribution, so that each of the 16 is used about as often, where evenly
-spaced values would waste the outer ones on the rare large weights. A block has its own a so that one large
+takes for c quantiles of the normal distribution, so that each of the 16 is used more nearly as often than
+evenly spaced values, which waste the outer ones on the rare large weights. (Not quite as often: weights are
+scaled by the largest of their block and not by their deviation.) A block has its own a so that one large
 weight spoils 63 others and no more. In three steps:
 
     the values      the 16 of NF4, section 3 of the paper, and the 256 that hold the block constants a
     the tensor      NF4: half a byte for each weight, and the constants, 32 bits for 64 weights, themselves
                     quantised to 8 bits (double quantisation): 4.127 bits a weight in all, instead of 4.5
     the layers      y = x W^T with W dequantised for the product and forgotten after it, forward and backward:
-                    what backward needs is the packed W, and it makes no gradient of W
+                    what backward needs is the packed W, and it makes no gradient of W. (The head, which goes
+                    into the loss as a matrix, is the exception.)
 
-bitsandbytes, whose numbers these are, leaves embeddings and head in 16 bits. Here they are in 4 as well: in a
-small model they are much of all there is, and look-ups then dequantise only their rows.
+The numbers are bitsandbytes'. Those who use it leave embeddings and head in 16 bits; here they are in 4 as
+well: in a small model they are much of all there is, and look-ups then dequantise only their rows.
 
     python qlora.py                     the 16 values and where they come from
     python qlora.py runs/gpt/model      how much of a checkpoint 4 bits leave: bytes, and the error by layer
@@ -29,7 +31,6 @@ import math
 import re
 import sys
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -335,23 +336,6 @@ def n_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def load(directory: str) -> nn.Module:
-    """The model in a directory in Hugging Face layout, by the architecture that its config.json names."""
-    import huggingface
-    import huggingface_moe
-    from bert import BERT
-    from gpt import GPT
-    from moe import MoEGPT
-
-    hf = huggingface.read_json(Path(directory) / "config.json")
-    architecture = (hf.get("architectures") or ["none"])[0]
-    if architecture in huggingface.DEFAULTS:
-        return GPT.from_pretrained(directory)
-    if architecture in huggingface_moe.TABLES:
-        return MoEGPT.from_pretrained(directory)
-    return BERT.from_pretrained(directory)
-
-
 def errors(model: nn.Module) -> dict[str, tuple[int, float, float]]:
     """For each kind of weight (its name without the layer's number): how many there are, and the error
     |w' - w| / |w| of w' in bfloat16 and in NF4."""
@@ -383,7 +367,9 @@ def main() -> None:
         for i, row in enumerate(zip(p.tolist(), quantiles.tolist(), nf4_code().tolist(), strict=True)):
             print(f"{i:4} {row[0]:12.6f} {row[1]:9.5f} {row[2]:20.16f}")
         return
-    model = load(args.checkpoint)
+    from lora import Config  # which needs this file
+
+    model = Config(args.checkpoint).load_base()
     n = sum(p.numel() for p in model.parameters())
     print(f"{'weights':28} {'parameters':>15} {'error: bfloat16':>16} {'NF4':>8}")
     for kind, (count, bf16, nf4) in errors(model).items():

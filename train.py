@@ -8,7 +8,7 @@ The loop stands in `train` below. It knows a model only through the Concept prot
 stays readable on its own. Everything random is a function of (seed, step): a run that is killed and resumed
 computes, on a CPU to the bit, what it would have computed in one go. A run leaves behind, in --out:
 
-    model/           Hugging Face layout: opens with AutoModelForCausalLM and AutoTokenizer
+    model/           Hugging Face layout: opens with AutoModelForCausalLM and AutoTokenizer (adapters: PEFT)
     checkpoint/      what --resume needs; checkpoint.previous/ is the one before
     metrics.jsonl    one object per logged step and per evaluation
     loss.png         training and validation loss over tokens
@@ -52,13 +52,15 @@ from wordpiece import WordPiece
 class Concept(Protocol):
     """What a model file offers to be trained: a module with these names."""
 
-    SIZES: dict[str, Any]  # of Config; .fitted(tokenizer, seq_len) and .changed(field=value) give others
+    # Of Config, the first by default; .fitted(tokenizer, seq_len) and .changed(field=value) give others.
+    SIZES: dict[str, Any]
     Model: type[nn.Module]  # Model(config); .loss(batch) -> (loss, metrics); .flops_per_token(seq_len);
     #                         .save_pretrained(directory); .from_pretrained(directory); .config;
-    #                         .after_step(), if there is one, after each update of the weights
+    #                         .after_step(), if there is one, after each update of the weights;
+    #                         .lr_factor(name), if there is one, of a parameter's learning rate
 
-    STEPS: int  # by default: about five minutes on two CPU cores for SIZES["tiny"]
-    LEARNING_RATE: float  # by default: times optim.default_learning_rate
+    STEPS: int  # by default: about five minutes on two CPU cores for the first of SIZES
+    LEARNING_RATE: float  # by default: times optim.default_learning_rate; or Config's .learning_rate
     SPECIAL_TOKENS: dict[str, str]  # role: token, which the tokenizer must have for this model
 
     def make_batch(
@@ -69,8 +71,11 @@ class Concept(Protocol):
         self, model: nn.Module, tokenizer: Tokenizer | WordPiece, held_out: Tensor, directory: Path
     ) -> str: ...  # pictures go to directory
 
+    # If it has these: prepare_data(config, args) -> data.Dataset, where it learns from more than plain text;
+    # save_tokenizer(tokenizer, directory), where more than the tokenizer belongs to it.
 
-MODELS = ("gpt", "bert", "electra", "moe")
+
+MODELS = ("gpt", "bert", "electra", "moe", "lora")
 
 # Dense bf16 matmul peak in FLOP/s, by the name that CUDA gives the device. An unknown device shows no MFU
 # rather than a guess.
@@ -108,7 +113,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--model", required=True, help=f"the model file: {', '.join(MODELS)}")
-    what.add_argument("--size", help="a size the model file names, see `python gpt.py` (default tiny)")
+    what.add_argument("--size", help="a size the model file names, see `python gpt.py` (default: its first)")
     what.add_argument(
         "--set",
         nargs="+",
@@ -117,18 +122,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="other values for fields of the model file's Config, such as n_layers=6 or mask_rate=0.3",
     )
     what.add_argument("--init-from", metavar="DIR", help="start from this checkpoint in Hugging Face layout")
+    what.add_argument("--base", metavar="DIR", help="the checkpoint that --model lora adapts")
     what.add_argument(
         "--data",
         default="stdlib",
         metavar="WHAT",
         help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py "
-        f".jsonl, also .gz, a URL, or one of: {', '.join(corpus.PUBLIC)}",
+        f".jsonl, also .gz, a URL, or one of: {', '.join(corpus.PUBLIC)}; for --model lora conversations: "
+        "stdlib (questions about it), or a .jsonl or .json, see instruct.py",
     )
     what.add_argument(
         "--tokenizer",
         metavar="WHAT",
         help="bpe:N learns N tokens from the corpus, bytes, a tiktoken encoding such as gpt2, or a directory "
-        "with tokenizer.json (default bpe:4096, or the tokenizer in --init-from)",
+        "with tokenizer.json (default bpe:4096, or the tokenizer in --init-from or --base)",
     )
     what.add_argument(
         "--bad-text", choices=("refuse", "skip"), default="refuse", help="text that is not UTF-8"
@@ -175,8 +182,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.model
-    if args.size is None and args.init_from is None:
-        args.size = "tiny"
+    if args.size is None and args.init_from is None and args.model in MODELS:
+        args.size = next(iter(importlib.import_module(args.model).SIZES))
     return args
 
 
@@ -196,14 +203,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--seed {args.seed}: expected less than {1 << 31}"
         )  # the rest of 64 bits counts batches
-    if args.init_from and args.size:
-        raise ValueError(f"--size {args.size} and --init-from cannot go together: the checkpoint has a size")
-    args.steps = args.steps or importlib.import_module(args.model).STEPS
+    concept = importlib.import_module(args.model)
+    if args.init_from and (args.size or args.base):
+        given = f"--size {args.size}" if args.size else f"--base {args.base}"
+        raise ValueError(f"{given} and --init-from cannot go together: the checkpoint decides this")
+    if args.base and args.model != "lora":
+        raise ValueError(f"--base {args.base}: only --model lora adapts a model; did you mean --init-from?")
+    if args.model == "lora" and not (args.base or args.init_from):
+        raise ValueError("--model lora needs --base DIR, the model to adapt, such as runs/gpt/model")
+    args.steps = args.steps or concept.STEPS
     args.eval_every = args.eval_every or math.ceil(args.steps / 8)
     args.save_every = args.save_every or args.eval_every
     if args.warmup is None:
         args.warmup = min(1000, args.steps // 20)
-    args.tokenizer = args.tokenizer or args.init_from or "bpe:4096"
+    args.tokenizer = args.tokenizer or args.init_from or args.base or "bpe:4096"
 
     if args.device is None:
         args.device = (
@@ -264,7 +277,8 @@ def prepare(args: argparse.Namespace) -> Run:
         config = with_fields(pretrained.config, args.set)
     elif args.size in concept.SIZES:
         pretrained = None
-        config = with_fields(replace(concept.SIZES[args.size], kernels=args.kernels), args.set)
+        of_base = {"base": args.base} if args.base else {}
+        config = with_fields(replace(concept.SIZES[args.size], kernels=args.kernels, **of_base), args.set)
     else:
         raise ValueError(f"--size {args.size}: expected one of {', '.join(concept.SIZES)}")
     args.seq_len = args.seq_len or config.max_seq_len
@@ -272,7 +286,10 @@ def prepare(args: argparse.Namespace) -> Run:
         raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {config.max_seq_len} tokens")
     check_writable(args.out)
 
-    dataset = data.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
+    if hasattr(concept, "prepare_data"):
+        dataset = concept.prepare_data(config, args)
+    else:
+        dataset = data.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
     loader = data.Loader(dataset.train.tokens, args.seq_len, args.seed)
     dataset.tokenizer = dataset.tokenizer.with_special_tokens(concept.SPECIAL_TOKENS)
     n_vocab = dataset.tokenizer.n_vocab
@@ -292,17 +309,17 @@ def prepare(args: argparse.Namespace) -> Run:
         raise ValueError(
             f"--seq-len {args.seq_len}: the held-out text has only {n_held_out} tokens; give more text"
         )
-    n_params, n_active = count_parameters(model)
+    _, n_active, n_trained = count_parameters(model)
     free = shutil.disk_usage(args.out).free
-    needed = (
-        4 * n_params * 10
-    )  # three checkpoints of weights and two moments while one is replaced, and model/
+    # Three checkpoints of weights and two moments while one is replaced, and model/.
+    needed = 4 * n_trained * 10
     if free < needed:
         raise ValueError(
             f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
         )
     if args.lr is None:
-        args.lr = concept.LEARNING_RATE * default_learning_rate(n_active)
+        factor = getattr(model.config, "learning_rate", None) or concept.LEARNING_RATE
+        args.lr = factor * default_learning_rate(n_active)
     model.to(args.device)
     run = Run(args, concept, model, dataset, loader, make_optimizers(model, args), flags)
     micro_batch(run, 0, 0)  # ValueError if the objective cannot be asked of such rows
@@ -316,10 +333,12 @@ def prepare(args: argparse.Namespace) -> Run:
     return run
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All of them, and those that a token uses, where it does not use all (moe.py)."""
-    n_params = sum(p.numel() for p in model.parameters())
-    return n_params, getattr(model.config, "n_active_params", n_params)
+def count_parameters(model: nn.Module) -> tuple[int, int, int]:
+    """All of them; those that a token uses, which are not all in moe.py; those that learn, not all in
+    lora.py."""
+    n_params = getattr(model, "n_params", None) or sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return n_params, getattr(model.config, "n_active_params", n_params), n_trained
 
 
 def with_fields(config: Any, changes: list[str]) -> Any:
@@ -330,8 +349,8 @@ def with_fields(config: Any, changes: list[str]) -> Any:
         if not equals or field not in config.__dataclass_fields__:
             known = ", ".join(config.__dataclass_fields__)
             raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {known}")
-        if field in ("vocab_size", "max_seq_len", "eos_token_id", "pad_token_id", "kernels"):
-            raise ValueError(f"--set {change}: --tokenizer, --seq-len and --kernels decide this")
+        if field in ("vocab_size", "max_seq_len", "eos_token_id", "pad_token_id", "kernels", "base"):
+            raise ValueError(f"--set {change}: --tokenizer, --seq-len, --kernels and --base decide this")
         try:
             value = ast.literal_eval(text)  # a number, None, True, a tuple
         except (ValueError, SyntaxError):
@@ -384,6 +403,10 @@ def load_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[di
 
 
 def resume(run: Run, weights: dict, tensors: dict, state: dict) -> None:
+    if state.get("base") != getattr(run.model, "base_fingerprint", None):
+        raise ValueError(
+            f"--resume: the weights in --base {run.args.base} have changed since the run was started"
+        )
     if state["dataset"] != run.dataset.name:
         raise ValueError(
             f"--resume: the text of --data {run.args.data} has changed since the run was started"
@@ -406,11 +429,15 @@ def save(run: Run) -> None:
     tensors = {"optimizers": [o.state_dict() for o in run.optimizers], "rng": torch.get_rng_state()}
     state = {"step": run.step, "seconds": run.seconds, "skipped": run.n_skipped, "dataset": run.dataset.name}
     state |= {"flags": run.flags, "command": shlex.join(["python", *sys.argv])}
+    state |= {"base": getattr(run.model, "base_fingerprint", None)}
     state |= {"logs": {log: (out / log).stat().st_size for log in LOGS}}
     checkpoint.save(out, run.model.state_dict(), tensors, state)
     with checkpoint.replace_directory(out / "model") as new:
         run.model.save_pretrained(new)
-        run.dataset.tokenizer.save(new)
+        if hasattr(run.concept, "save_tokenizer"):
+            run.concept.save_tokenizer(run.dataset.tokenizer, new)
+        else:
+            run.dataset.tokenizer.save(new)
 
 
 def micro_batch(run: Run, step: int, micro: int) -> dict[str, Tensor]:
@@ -422,7 +449,7 @@ def micro_batch(run: Run, step: int, micro: int) -> dict[str, Tensor]:
 
 def to_batch(run: Run, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     batch = run.concept.make_batch(tokens, run.model.config, generator, run.dataset.tokenizer)
-    if run.args.document_mask:
+    if run.args.document_mask and "cu_seqlens" not in batch:
         if "pair_labels" in batch:
             raise ValueError("--document-mask parts what a pair objective joins: leave out one of them")
         ends = data.cu_seqlens(batch["tokens"], run.dataset.tokenizer.eot_id)
@@ -489,13 +516,16 @@ def train(run: Run) -> int:
         began = time.perf_counter()
         lr = learning_rate(run.step, args)
         for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)  # runs older than it have none
         loss = torch.zeros((), device=args.device)
-        for micro in range(args.grad_accum):
+        batches = [micro_batch(run, run.step, micro) for micro in range(args.grad_accum)]
+        # Of the targets, which some batches may have more of: the mean is that of one large batch.
+        shares = torch.stack([(batch["targets"] >= 0).sum() for batch in batches]).float()
+        for batch, share in zip(batches, shares / shares.sum(), strict=True):
             with autocast():
-                micro_loss, metrics = loss_of(micro_batch(run, run.step, micro))
-            (micro_loss / args.grad_accum).backward()
-            loss += micro_loss.detach() / args.grad_accum
+                micro_loss, metrics = loss_of(batch)
+            (micro_loss * share).backward()
+            loss += micro_loss.detach() * share
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         finite = bool(torch.isfinite(loss + norm))
         if finite:
@@ -582,23 +612,25 @@ def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
             loss.item()
             passes.append(time.perf_counter() - began)
     model.zero_grad(set_to_none=True)
-    n_params, n_active = count_parameters(model)
+    n_params, n_active, n_trained = count_parameters(model)
     tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
     n_tokens = args.steps * tokens_per_step
     n_flops = n_tokens * model.flops_per_token(args.seq_len)
     left = args.steps - run.step
     evaluations = (left // args.eval_every + 1) * len(val) / (args.batch_size * args.seq_len)
     minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
-    active = f", {n_active:,} of them active" if n_active < n_params else ""
-    print(f"model  {args.model} {args.init_from or args.size}, {n_params:,} parameters{active}")
+    part = f", {n_active:,} of them active" if n_active < n_params else ""
+    if n_trained < n_params:
+        part = f", {n_trained:,} of them trained ({n_trained / n_params:.2%})"
+    print(f"model  {args.model} {args.init_from or args.size}, {n_params:,} parameters{part}")
     print(f"text   {args.data}, {len(train):,} tokens to train on, {len(val):,} held out")
     epochs = n_tokens / len(train)
-    counts = np.bincount(train[: 1 << 24])
-    print(
-        f"guess  the most frequent token is right for {np.mean(val == counts.argmax()):.2%} of the held out"
-    )
+    if not hasattr(run.concept, "prepare_data"):
+        best = np.bincount(train[: 1 << 24]).argmax()
+        print(f"guess  the most frequent token is right for {np.mean(val == best):.2%} of the held out")
     print(f"run    {args.steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
-    print(f"cost   {n_flops:.2e} FLOPs, {n_tokens / n_params:.2f} tokens per parameter (Chinchilla: 20)")
+    per_parameter = f", {n_tokens / n_params:.2f} tokens per parameter (Chinchilla: 20)"
+    print(f"cost   {n_flops:.2e} FLOPs{per_parameter if n_trained == n_params else ''}")
     print(f"here   {args.dtype} on {args.device}, about {minutes:.1f} min from step {run.step}", flush=True)
 
 

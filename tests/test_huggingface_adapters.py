@@ -20,14 +20,21 @@ RECORDED = sorted(path.name for path in ADAPTERS.iterdir())
 LORA = {"method": "lora", "r": 2, "alpha": 4.0, "rank_stabilized": False, "dropout": 0.0}
 MODELS = {"olmoe": MoEGPT, "mixtral": MoEGPT, "qwen3-moe": MoEGPT, "dots1": MoEGPT}
 MODELS |= dict.fromkeys(("bert-mlm", "bert-model", "roberta-mlm", "electra-generator"), BERT)
+MODELS |= dict.fromkeys(("modernbert-mlm", "albert-pretraining"), BERT)
 
 
 def base_of(name):
     return MODELS.get(name, GPT).from_pretrained(FIXTURES / name).eval()
 
 
+def base_name(name):
+    """The checkpoint of a recorded adapter."""
+    base = name.split("-")[0]
+    return "modernbert-mlm" if base == "modernbert" else base
+
+
 def recorded(name):
-    model = base_of(name.split("-")[0])
+    model = base_of(base_name(name))
     return model, read(ADAPTERS / name, model), load_file(ADAPTERS / name / "expected.safetensors")
 
 
@@ -93,13 +100,13 @@ def test_logits_equal_peft(name):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_written_and_read_again_is_the_same(name, tmp_path):
-    """GPT-2's fused layer too: its three have one lora_A."""
+    """Fused layers too: their three have one lora_A."""
     model, adapter, _ = recorded(name)
     write(tmp_path, model, adapter._replace(fingerprint="abc"))
     again = read(tmp_path, model)
     assert_same(again.layers, adapter.layers)
     assert again.fields | {"target_modules": ()} == adapter.fields | {"target_modules": ()}
-    assert (again.base, again.fingerprint, adapter.fingerprint) == (name.split("-")[0], "abc", None)
+    assert (again.base, again.fingerprint, adapter.fingerprint) == (base_name(name), "abc", None)
     theirs, ours = (load_file(path / "adapter_model.safetensors") for path in (ADAPTERS / name, tmp_path))
     theirs = {key: w for key, w in theirs.items() if ".base_layer.weight" not in key}
     assert theirs.keys() == ours.keys() and all(w.equal(ours[key]) for key, w in theirs.items())
@@ -120,6 +127,12 @@ def test_what_is_read():
     }  # fmt: skip
     q, k = (layers[f"model.layers.0.self_attn.{letter}_proj"] for letter in "qk")
     assert q["lora_A"].equal(k["lora_A"]) and q["lora_A"].data_ptr() != k["lora_A"].data_ptr()
+    layers = recorded("modernbert-dora")[1].layers
+    assert {path.removeprefix(f"{BERT_LAYER}3.") for path in layers if f"{BERT_LAYER}3." in path} == {
+        *BERT_QKV, "attention.output.dense", "intermediate.dense", "output.dense",
+    }  # fmt: skip
+    q, k = (layers[f"{BERT_LAYER}0.{end}"] for end in BERT_QKV[:2])
+    assert q["lora_A"].equal(k["lora_A"]) and q["lora_magnitude_vector"].shape == (18,)
     layers = recorded("olmoe-experts")[1].layers
     assert layers["model.layers.1.mlp.experts.gate_up_proj"]["lora_A"].shape == (8, 3, 32)
     assert layers["model.layers.1.mlp.experts.down_proj"]["lora_B"].shape == (8, 32, 2)
@@ -140,9 +153,10 @@ def test_patterns_are_matched_as_peft_does():
     }  # fmt: skip
 
 
-def test_an_adapter_of_a_model_without_heads(tmp_path):
-    model, adapter, _ = recorded("llama-lora")
-    file = copy_of("llama-lora", tmp_path) / "adapter_model.safetensors"
+@pytest.mark.parametrize("name", ["llama-lora", "modernbert-dora"])
+def test_an_adapter_of_a_model_without_heads(name, tmp_path):
+    model, adapter, _ = recorded(name)
+    file = copy_of(name, tmp_path) / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key.replace("model.model.layers", "model.layers"): w for key, w in tensors.items()}, file)
     assert_same(read(tmp_path, model).layers, adapter.layers)
@@ -160,9 +174,14 @@ def layer_paths(*ends, n_layers=2):
     return [f"model.layers.{i}.{end}" for i in range(n_layers) for end in ends]
 
 
+def bert_paths(*ends, n_layers=2):
+    return [f"{BERT_LAYER}{i}.{end}" for i in range(n_layers) for end in ends]
+
+
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 BERT_LAYER = "bert.encoder.layer."
+BERT_QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
 WRITTEN = {
     "layers that differ": (
         "llama",
@@ -232,7 +251,38 @@ WRITTEN = {
         ["bert.embeddings_project", f"{BERT_LAYER}0.intermediate.dense"],
         {"ranks": (1, 2)},
     ),
+    "modernbert": (
+        "modernbert-mlm",
+        [
+            "cls.predictions.transform.dense",
+            *bert_paths(
+                *BERT_QKV, "attention.output.dense", "intermediate.dense", "output.dense", n_layers=4
+            ),
+        ],
+        {"scales": (1.0,)},
+    ),
+    "modernbert, different": (
+        "modernbert-mlm",
+        bert_paths(*BERT_QKV),
+        {"ranks": (1, 2, 3), "scales": (0.5, 2.0)},
+    ),
+    "modernbert, not all": (
+        "modernbert-mlm",
+        [f"{BERT_LAYER}0.{BERT_QKV[2]}", *bert_paths(BERT_QKV[0], "output.dense")],
+        {"rank_stabilized": True},
+    ),
+    "modernbert, dora": (
+        "modernbert-mlm",
+        bert_paths(*BERT_QKV, "intermediate.dense"),
+        {"method": "dora", "scales": (1.0, 2.0)},
+    ),
+    "modernbert, ia3": (
+        "modernbert-mlm",
+        bert_paths(BERT_QKV[1], BERT_QKV[2], "output.dense", n_layers=4),
+        {"method": "ia3"},
+    ),
 }
+FUSED = ("gpt2", "modernbert-mlm")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -271,7 +321,7 @@ def test_what_we_write_means_the_same_when_read(case, tmp_path):
     again = read(tmp_path, model)
     before, after = (merge(base_of(name), one).state_dict() for one in (adapter, again))
     assert all(torch.allclose(before[key], w, atol=1e-6) for key, w in after.items())
-    if name != "gpt2":
+    if name not in FUSED:
         assert_same(again.layers, adapter.layers)
 
 
@@ -282,6 +332,8 @@ def test_what_we_write_means_the_same_when_read(case, tmp_path):
         ("ia3", ["k_proj", "q_proj", "v_proj", "down_proj"]),
         ("gpt2", ["attn.c_proj", "c_attn", "c_fc", "wpe"]),
         ("experts", ["o_proj"]),
+        ("modernbert", ["Wi", "Wo", "Wqkv", "dense"]),
+        ("modernbert, ia3", ["Wqkv", "mlp.Wo"]),
         (
             "bert",
             ["bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.output.dense", "query"],
@@ -413,24 +465,26 @@ def test_broken_files_are_named(tmp_path):
     [
         ("llama", ["model.layers.7.self_attn.q_proj"], "lora", r"layers\.7\.self_attn\.q_proj: no layer"),
         ("llama", [], "lora", "nothing: no layer"),
-        ("olmoe", [f"model.layers.0.{EXPERTS[0]}"], "dora", "dora of stacked experts: peft has none"),
+        ("olmoe", [f"model.layers.0.{EXPERTS[0]}"], "dora", "dora of .* peft has none; .* target_modules"),
         ("olmoe", [f"model.layers.0.{EXPERTS[0]}"], "ia3", "ia3 of stacked experts"),
         ("gpt2", layer_paths(QKV[0], QKV[2]), "dora", r"layers\.0\.self_attn\.k_proj missing: .* magnitudes"),
         ("gpt2", layer_paths(*QKV), "ia3", "the input of which can only be scaled for all three alike"),
-        ("modernbert-mlm", ["bert.encoder.layer.0.output.dense"], "lora", "adapters of modernbert are not"),
+        ("modernbert-mlm", bert_paths(*BERT_QKV[1:]), "dora", r"layer\.0\.attention\.self\.query missing"),
+        ("modernbert-mlm", bert_paths(*BERT_QKV), "ia3", "the input of which can only be scaled for all"),
         ("albert-pretraining", ["bert.encoder.layer.0.output.dense"], "lora", "adapters of albert are not"),
     ],
 )  # fmt: skip
 def test_what_the_format_has_no_place_for_is_refused_before_anything_is_written(
     name, paths, method, message, tmp_path
 ):
-    model = (BERT if "bert" in name else MODELS.get(name, GPT)).from_pretrained(FIXTURES / name)
+    model = base_of(name)
     layers = {
         path: {"lora_A": torch.ones(1, 24), "lora_B": torch.ones(24, 1), "scale": 1.0} for path in paths
     }
     if method == "ia3":
         layers = {
-            path: {"ia3_l": torch.ones(1, 24) if "q_proj" in path else torch.ones(24, 1)} for path in paths
+            path: {"ia3_l": torch.ones(1, 24) if path.endswith(("q_proj", "query")) else torch.ones(24, 1)}
+            for path in paths
         }
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "new", model, SavedAdapter(LORA | {"method": method}, layers, None, None))

@@ -19,7 +19,8 @@ def blocks(language):
 
 
 def run(*arguments, cwd):
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, input="", capture_output=True, text=True)
     assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
     return done.stdout
 
@@ -27,6 +28,8 @@ def run(*arguments, cwd):
 def test_commands_and_python_run_in_the_readmes_order(tmp_path):
     (tmp_path / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
     reviews = [{"text": f"{word} {i}", "label": word} for word in ("good", "bad") for i in range(20)]
+    questions = [{"question": f"{i}?", "answer": f"{i}"} for i in range(40)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     # Scripts; modules have tests of their own, test_bench.py and this one.
@@ -40,18 +43,22 @@ def test_commands_and_python_run_in_the_readmes_order(tmp_path):
             small = shlex.split(SMALL.format(n_steps))
             if "--init-from" in flags:  # the checkpoint has a size
                 small = [flag for flag in small if flag not in ("--size", "tiny")]
+            if "lora" in flags:
+                small = shlex.split(SMALL.format(n_steps).replace("book.txt", "questions.jsonl"))
+                small = [flag for flag in small if flag not in ("--size", "tiny")]
             if "124m" in flags:
                 small += ["--out", "runs/large"]
             flags += small
         said = run(ROOT / script, *flags, cwd=tmp_path)
-        assert said.strip()
+        assert said
     for part in ("checkpoint", "loss.png", "metrics.jsonl", "model", "samples.txt"):
         assert (tmp_path / "runs" / "gpt" / part).exists() and part in README
 
     python = blocks("python")
-    assert len(python) == 3
+    assert len(python) == 4
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     run("-c", start + python[1].replace("Llama-3.2-1B", "runs/gpt/model"), cwd=tmp_path)
+    run("-c", start + python[3], cwd=tmp_path)
     pytest.importorskip("transformers")
     run("-c", python[0], cwd=tmp_path)
 

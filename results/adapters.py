@@ -1,0 +1,265 @@
+"""What does it take to teach a base model to answer? All ways of lora.py on the same questions.
+
+    python train.py --model gpt --steps 4000 --out runs/base
+    python results/adapters.py --base runs/base/model --out results/adapters.json      an hour on two cores
+
+Every run is `train.py --model lora` on the built-in conversations about Python's standard library, rows of
+256 tokens, 8 to a batch. Methods want very different learning rates, so each first looks for its own, in
+steps of sqrt(10) and runs of --search-steps, until both neighbours of the best are worse; with that it is
+trained for --steps from --seeds seeds. The loss is that of held-out answers, about modules that the base has
+not seen.
+
+    gain      (loss before - loss after), as a share of what full fine-tuning gains
+    seconds   of a step (forward, backward, update), all methods in turns in one process: median over
+              --rounds, as a ratio to full fine-tuning's
+    memory    bytes of the weights, and the most that one step allocates besides: activations, gradients,
+              optimizer state
+    file      bytes of adapter_model.safetensors, or of the whole model
+
+Writes the figures and the answers of every run, and adapters.png beside them. Runs that --out has already,
+from a script that was stopped, are not made again.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from checkpoint import replace_file  # noqa: E402
+from qlora import n_bytes  # noqa: E402
+
+METHODS = {  # --size, --set, and where the search for a learning rate begins
+    "full": ("full", [], 1e-3),
+    "head alone": ("head", [], 1e-3),
+    "last layer": ("last", [], 1e-3),
+    "LoRA, r 1": ("lora", ["r=1"], 1e-2),
+    "LoRA, r 4": ("lora", ["r=4"], 1e-2),
+    "LoRA, r 16": ("lora", [], 1e-2),
+    "LoRA, r 64": ("lora", ["r=64"], 1e-2),
+    "DoRA, r 16": ("dora", [], 1e-2),
+    "IA3": ("ia3", [], 10**-1.5),
+    "QLoRA, r 16": ("qlora", [], 1e-2),
+    "PiSSA, r 16": ("pissa", [], 1e-2),
+}
+
+
+def flags(name: str, base: str, steps: int, lr: float, seed: int, out: str) -> list[str]:
+    size, fields, _ = METHODS[name]
+    told = ["--model", "lora", "--base", base, "--size", size, "--out", out, "--dtype", "float32"]
+    told += ["--steps", str(steps), "--lr", str(lr), "--seed", str(seed), "--eval-every", str(steps)]
+    return told + (["--set", *fields] if fields else [])
+
+
+def run(name: str, base: str, steps: int, lr: float, seed: int) -> dict:
+    """The losses and answers before and after a training run, and how large what it learned is."""
+    with (
+        tempfile.TemporaryDirectory() as out,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        code = train.main(flags(name, base, steps, lr, seed, out))
+        if code not in (0, 1):
+            raise RuntimeError(f"{name}, learning rate {lr}: train.py ended with {code}")
+        rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["val_loss"] for row in rows if "val_loss" in row]
+        if code == 1:  # not finite
+            return {"name": name, "lr": lr, "seed": seed, "before": losses[0], "after": math.inf}
+        samples = (Path(out) / "samples.txt").read_text().rpartition("=== ")[2].partition("\n")[2]
+        model = Path(out) / "model"
+        adapter = model / "adapter_model.safetensors"
+        file = adapter if adapter.exists() else model / "model.safetensors"
+        result = {"name": name, "lr": lr, "seed": seed, "before": losses[0], "after": losses[-1]}
+        return result | {"file": file.stat().st_size, "samples": samples.strip()}
+
+
+def search(job: tuple[str, str, int]) -> dict:
+    """The best learning rate of a method, and the losses of all that were tried."""
+    torch.set_num_threads(1)
+    name, base, steps = job
+    tried: dict[float, float] = {}
+
+    def loss(k: float) -> float:
+        if k not in tried:
+            tried[k] = run(name, base, steps, 10**k, seed=0)["after"]
+        return tried[k]
+
+    best = math.log10(METHODS[name][2])
+    while True:
+        lower = min((best - 0.5, best, best + 0.5), key=loss)
+        if lower == best:
+            break
+        best = lower
+    return {"name": name, "lr": 10**best, "tried": {f"{10**k:.2g}": tried[k] for k in sorted(tried)}}
+
+
+def repeat(job: tuple[str, str, int, float, int]) -> dict:
+    torch.set_num_threads(1)
+    return run(*job)
+
+
+def costs(base: str, rounds: int) -> list[dict]:
+    """Trained parameters, time of a step and memory of each method, in turns in this process."""
+    torch.set_num_threads(1)
+    runs, seconds, result = {}, {name: [] for name in METHODS}, []
+    with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
+        for name in METHODS:
+            with contextlib.redirect_stdout(nowhere):
+                told = flags(name, base, 1, 1e-5, 0, str(Path(out) / name))
+                runs[name] = train.prepare(train.parse_arguments(told))
+
+        def step(name: str) -> None:
+            this = runs[name]
+            loss, _ = this.model.loss(train.micro_batch(this, 0, 0))
+            loss.backward()
+            for optimizer in this.optimizers:
+                optimizer.step()
+            this.model.zero_grad(set_to_none=True)
+
+        for name, this in runs.items():
+            n_params, _, n_trained = train.count_parameters(this.model)
+            row = {"name": name, "trained": n_trained, "parameters": n_params}
+            row |= {"weights": n_bytes(this.model), "step": most_allocated(lambda name=name: step(name))}
+            result.append(row)
+        for _ in range(rounds):
+            for name in METHODS:
+                began = time.perf_counter()
+                step(name)
+                seconds[name].append(time.perf_counter() - began)
+    for row in result:
+        ratios = [a / b for a, b in zip(seconds[row["name"]], seconds["full"], strict=True)]
+        row |= {"seconds": statistics.median(seconds[row["name"]]), "ratio": statistics.median(ratios)}
+        row |= {"ratio_range": [min(ratios), max(ratios)]}
+    return result
+
+
+def most_allocated(function) -> int:
+    """The bytes alive at once of what a function allocates on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        function()
+    alive = most = 0
+    allocations = [e for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(allocations, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most
+
+
+def gains(results: dict) -> dict[str, list[float]]:
+    """Of each method that is done, the gains of its seeds over the mean of full fine-tuning's."""
+    gained: dict[str, list[float]] = {}
+    for r in results["runs"]:
+        gained.setdefault(r["name"], []).append(r["before"] - r["after"])
+    whole = statistics.mean(gained["full"])
+    return {name: [gain / whole for gain in values] for name, values in gained.items()}
+
+
+def plot(results: dict, path: Path) -> None:
+    """Gain over trained share, and over the memory of a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    costs = {row["name"]: row for row in results["costs"]}
+    for name, values in gains(results).items():
+        cost = costs[name]
+        mean = statistics.mean(values)
+        share = cost["trained"] / cost["parameters"]
+        memory = (cost["weights"] + cost["step"]) / 1e6
+        for axes, x in ((left, share), (right, memory)):
+            axes.errorbar(x, mean, [[mean - min(values)], [max(values) - mean]], fmt="o", capsize=3)
+            axes.annotate(name, (x, mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    left.set(xscale="log", xlabel="share of the parameters that is trained")
+    left.set_ylabel("held-out loss gained, of full fine-tuning's")
+    left.yaxis.set_major_formatter(PercentFormatter(1))
+    left.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    right.set(xlabel="weights and the most a step allocates (MB)")
+    for axes in (left, right):
+        axes.axhline(1, color="black", linestyle=":", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.15)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", required=True, metavar="DIR", help="model/ of a run of train.py --model gpt"
+    )
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--search-steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
+    args = parser.parse_args()
+    about = {"command": "python results/adapters.py --base runs/base/model --out results/adapters.json"}
+    about |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    about |= {"steps": args.steps, "search_steps": args.search_steps}
+    results = about | {"search": [], "runs": [], "costs": []}
+    if args.out and args.out.exists():
+        results = json.loads(args.out.read_text())
+        if any(results[key] != value for key, value in about.items()):
+            sys.exit(f"error: {args.out} is of another machine or other steps than {about}; remove it first")
+
+    def keep() -> None:
+        if args.out:
+            with replace_file(args.out) as new:
+                new.write_text(json.dumps(results, indent=1) + "\n")
+
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        found = [r["name"] for r in results["search"]]
+        jobs = [(name, args.base, args.search_steps) for name in METHODS if name not in found]
+        for result in pool.imap(search, jobs):
+            print(f"{result['name']:14} learning rate {result['lr']:.2g} of {result['tried']}", flush=True)
+            results["search"].append(result)
+            keep()
+        lr = {r["name"]: r["lr"] for r in results["search"]}
+        done = {(r["name"], r["seed"]) for r in results["runs"]}
+        every = [(name, seed) for seed in range(args.seeds) for name in METHODS]
+        jobs = [(n, args.base, args.steps, lr[n], seed) for n, seed in every if (n, seed) not in done]
+        for result in pool.imap(repeat, jobs):
+            print(f"{result['name']:14} seed {result['seed']}: {result['after']:.4f}", flush=True)
+            results["runs"].append(result)
+            keep()
+    if not results["costs"]:
+        results["costs"] = costs(args.base, args.rounds)
+        keep()
+    if args.out:
+        plot(results, args.out.with_suffix(".png"))
+
+    shares = gains(results)
+    print(f"{'':14} {'trained':>9} {'share':>8} {'rate':>7} {'loss':>24} {'gain':>6}", end="")
+    print(f" {'step':>6} {'MB':>6} {'file':>10}")
+    for cost in results["costs"]:
+        name = cost["name"]
+        runs = [r for r in results["runs"] if r["name"] == name]
+        after = [r["after"] for r in runs]
+        told = f"{statistics.mean(after):.4f} ({min(after):.4f}-{max(after):.4f})"
+        print(f"{name:14} {cost['trained']:9,} {cost['trained'] / cost['parameters']:8.2%}", end="")
+        print(f" {runs[0]['lr']:7.2g} {told:>24} {statistics.mean(shares[name]):6.1%}", end="")
+        print(f" {cost['ratio']:5.2f}x {(cost['weights'] + cost['step']) / 1e6:6.1f} {runs[0]['file']:10,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,883 @@
+"""Adapters against PEFT, what each method trains and keeps, runs from questions to answers, and mistakes."""
+
+import builtins
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bert
+import chat
+import data
+import gpt
+import instruct
+import lora
+import moe
+import train
+from adapted import adapted_layers, merge, set_adapter, unmerge, use
+from lora import AdaptedModel, Config, apply, fingerprint, load_adapter, save_adapter
+from optim import make_optimizers
+from tokenizer import Tokenizer, get_tokenizer
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+RECORDED = sorted(path.name for path in (FIXTURES / "adapters").iterdir())
+ADAMW = Namespace(optimizer="adamw", lr=0.01, weight_decay=0.1, device="cpu")
+TOKENIZER = get_tokenizer("bytes")
+SMALL = gpt.SIZES["tiny"].changed(n_layers=2, d_model=32, d_ff=48).fitted(TOKENIZER, 64)
+WIDE = replace(SMALL, vocab_size=2 * SMALL.vocab_size, d_ff=96)
+MOE = moe.SIZES["tiny"].changed(n_layers=2, d_model=32, d_ff=48, d_expert=20, n_experts=6)
+BERT = bert.SIZES["tiny-bert"].changed(n_layers=2, d_model=32, d_ff=48)
+
+
+def random_model(kind, config, seed=0):
+    torch.manual_seed(seed)
+    model = kind(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Small random bases with their tokenizers, and something to teach them."""
+    root = tmp_path_factory.mktemp("lora")
+    encoder_tokenizer = TOKENIZER.with_special_tokens(bert.SPECIAL_TOKENS)
+    for name, kind, config in (
+        ("gpt", gpt.GPT, SMALL),
+        ("long", gpt.GPT, replace(SMALL, max_seq_len=128)),
+        ("untied", gpt.GPT, replace(SMALL, tie_embeddings=False)),
+        ("wide", gpt.GPT, WIDE),
+        ("moe", moe.MoEGPT, MOE.fitted(TOKENIZER, 64)),
+        ("bert", bert.BERT, BERT.fitted(encoder_tokenizer, 64)),
+    ):
+        random_model(kind, config).save_pretrained(root / name)
+        (encoder_tokenizer if kind is bert.BERT else TOKENIZER).save(root / name)
+    random_model(gpt.GPT, SMALL, seed=1).save_pretrained(root / "other")
+    records = [{"question": f"What is {i}?", "answer": "abba"} for i in range(60)]
+    (root / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (root / "text.txt").write_text("".join(f"line {i}, {i * i % 97} and so on\n" for i in range(200)))
+    return root
+
+
+def flags(home, out, **changes):
+    small = dict(model="lora", base=home / "gpt", data=home / "questions.jsonl", steps=4, batch_size=2)
+    small |= dict(seq_len=48, eval_every=4, log_every=1, lr=0.02, out=out, cache=home / "cache") | changes
+    argv = []
+    for name, value in small.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:
+            argv += [flag] if value is True else [flag, *map(str, value if type(value) is tuple else [value])]
+    return argv
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    """A run that has learned the one answer."""
+    options = dict(base=home / "long", steps=40, eval_every=20, batch_size=8)
+    assert train.main(flags(home, home / "run", **options)) == 0
+    return home / "run"
+
+
+def rows(out, key):
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in found if key in row]
+
+
+def some_tokens(n=2, T=12, vocab=90):
+    return torch.randint(vocab, (n, T), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, tokens=None):
+    with torch.no_grad():
+        return model(some_tokens() if tokens is None else tokens)
+
+
+def off(a, b):
+    return (a - b).abs().max().item()
+
+
+def rounding(model):
+    """How far logits of equal models may be apart: 1e-5, or 5 times float32's own noise, where a few quick
+    steps have made the weights large."""
+    return max(1e-5, 5 * off(logits(model), logits(copy.deepcopy(model).double())))
+
+
+def step(model, optimizers, tokens):
+    loss, _ = model.loss({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
+    return loss.item()
+
+
+# --- parity with PEFT
+
+
+def base_of(name):
+    """The directory of the base of a recorded adapter."""
+    base = name.split("-")[0]
+    return FIXTURES / {"modernbert": "modernbert-mlm"}.get(base, base)
+
+
+def fixture(name):
+    kinds = {"olmoe": moe.MoEGPT, "modernbert": bert.BERT}
+    return kinds.get(name.split("-")[0], gpt.GPT).from_pretrained(base_of(name)).eval()
+
+
+def opened_by_peft(directory, name):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    options = {"experts_implementation": "eager"} if name.startswith("olmoe") else {}
+    masked = name.startswith("modernbert")
+    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    base = kind.from_pretrained(base_of(name), attn_implementation="eager", **options)
+    return peft.PeftModel.from_pretrained(base, directory).eval()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_logits_equal_those_that_peft_recorded(name):
+    expected = load_file(FIXTURES / "adapters" / name / "expected.safetensors")
+    tolerance = max(1e-5, 5 * expected["logits64_error"].item())  # the reference's own float32 noise
+    model = fixture(name)
+    plain = logits(model, expected["tokens"])
+    load_adapter(model, FIXTURES / "adapters" / name)
+    assert off(logits(model, expected["tokens"]), plain) > 0.1
+    assert off(logits(model, expected["tokens"]), expected["logits"]) < tolerance
+    merge(model)
+    assert off(logits(model, expected["tokens"]), expected["merged"]) < tolerance
+    unmerge(model)
+    with use(model, None):
+        assert torch.equal(logits(model, expected["tokens"]), plain)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RECORDED)
+def test_peft_opens_what_we_have_loaded_and_saved(name, tmp_path):
+    pytest.importorskip("peft")
+    expected = load_file(FIXTURES / "adapters" / name / "expected.safetensors")
+    tolerance = max(1e-5, 5 * expected["logits64_error"].item())
+    model = fixture(name)
+    config = load_adapter(model, FIXTURES / "adapters" / name, "theirs")
+    save_adapter(model, tmp_path, "theirs", config)
+    with torch.no_grad():
+        found = opened_by_peft(tmp_path, name)(expected["tokens"]).logits
+    assert off(found, expected["logits"]) < tolerance
+
+
+def small(size):
+    """The Config of a size with rank 4, if it has one."""
+    config = lora.SIZES[size]
+    return replace(config, r=4) if config.method in ("lora", "dora") else config
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", ["lora", "rslora", "pissa", "dora", "ia3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_peft_opens_what_we_have_trained(name, size, tmp_path):
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = AdaptedModel(replace(small(size), base=str(FIXTURES / name))).eval()
+    tokens = some_tokens()
+    plain, optimizers = logits(model.base_model, tokens), make_optimizers(model, ADAMW)
+    losses = [step(model, optimizers, tokens) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    ours, theirs = logits(model.base_model, tokens), opened_by_peft(tmp_path, name)
+    assert off(ours, plain) > 0.01
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        noise = off(expected, theirs.double()(tokens).logits)
+    assert off(ours, expected) < max(1e-5, 5 * noise)
+    again = AdaptedModel.from_pretrained(tmp_path).base_model.eval()
+    assert off(logits(again, tokens), ours) < 1e-5
+    # A PiSSA has become a LoRA of twice the rank, and GPT-2's three projections one of three times the rank.
+    assert torch.equal(logits(again, tokens), ours) or size == "pissa" or name == "gpt2"
+
+
+# --- what learns, and what that costs
+
+
+def learning(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_memory_and_files_are_the_adapters_alone(home, tmp_path):
+    """The same on a base with twice the vocabulary and MLP."""
+    sizes = []
+    for name in ("gpt", "wide"):
+        model = AdaptedModel(Config(base=str(home / name), target_modules="q_proj|v_proj", r=4))
+        assert all(".adapters." in learns for learns in learning(model))
+        optimizers = make_optimizers(model, ADAMW)
+        step(model, optimizers, some_tokens())
+        states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+        model.save_pretrained(tmp_path / name)
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+        n_adapter = 2 * 4 * (32 + 32 + 32 + 16)  # layers, rank, inputs and outputs of q_proj and v_proj
+        assert sum(t.numel() for t in states if t.ndim) == 2 * n_adapter  # two moments
+        assert sum(w.numel() for w in model.state_dict().values()) == n_adapter
+        assert lora.trainable_parameters(model.base_model)[0] == n_adapter
+        assert train.count_parameters(model)[0] == model.base_model.config.n_params + n_adapter
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        files = (tmp_path / name / "adapter_model.safetensors", tmp_path / f"{name}.safetensors")
+        sizes.append([file.stat().st_size for file in files])
+    # The fingerprint is of one length too.
+    assert sizes[0] == sizes[1]
+    assert (home / "wide" / "model.safetensors").stat().st_size > 10 * max(sizes[0])
+
+
+@pytest.mark.parametrize("size", list(lora.SIZES))
+@pytest.mark.parametrize("name", ["gpt", "untied", "moe", "bert"])
+def test_what_each_method_trains(size, name, home):
+    config = replace(small(size), base=str(home / name))
+    model = AdaptedModel(config)
+    every = {f"base_model.{n}" for n, _ in lora.Config(base=config.base).load_base().named_parameters()}
+    last = "base_model.bert.encoder.layer.1." if name == "bert" else "base_model.model.layers.1."
+    head = {n for n in every if n.startswith(("base_model.cls.", "base_model.model.norm."))}
+    if name != "bert":
+        assert head == {"base_model.model.norm.weight"}
+    expected = {
+        "full": every,
+        "head": head | (set() if name == "bert" else {"base_model.lm_head.weight"}),
+        "last": head | {n for n in every if n.startswith(last)},
+    }
+    if size in expected:
+        assert learning(model) == expected[size]
+        buffers = {n for n in model.state_dict() if n.endswith("bias") and name == "moe"}  # of the routers
+        assert model.state_dict().keys() == expected[size] | buffers and (not buffers or size == "full")
+        return
+    part = "ia3_l" if size == "ia3" else "lora_A"
+    adapted = {n.split(".adapters.")[0] for n in learning(model) if n.endswith(part)}
+    every = {n.removesuffix(".weight") for n in every if "norm" not in n.lower() and not n.endswith("bias")}
+    beside = ("lm_head", "embed_tokens", "mlp.gate")  # the last: a router
+    linear = {n for n in every if not n.endswith(beside) and "embeddings" not in n and ".cls." not in n}
+    if size == "ia3":
+        ends = ("k_proj", "v_proj", "down_proj", ".key", ".value")
+        linear = {n for n in linear if n.endswith(ends) or ("output.dense" in n and "attention" not in n)}
+    if size in ("dora", "ia3"):  # which PEFT knows nothing of for stacked experts
+        linear = {n for n in linear if ".experts." not in n}
+    assert adapted == linear
+    assert all(".adapters.default." in n for n in learning(model) | model.state_dict().keys())
+
+
+@pytest.mark.parametrize("method", ["full", "head", "last"])
+@pytest.mark.parametrize("name", ["gpt", "moe"])
+def test_what_does_not_learn_does_not_move(method, name, home, tmp_path):
+    config = Config(base=str(home / name), method=method)
+    model, before = AdaptedModel(config), load_file(home / name / "model.safetensors")
+    untouched = logits(model.base_model)
+    optimizers = make_optimizers(model, ADAMW)
+    assert sum(len(group["params"]) for o in optimizers for group in o.param_groups) == len(learning(model))
+    assert torch.equal(untouched, logits(config.load_base()))  # a head that is a copy says the same
+    for _ in range(2):
+        step(model, optimizers, some_tokens())
+    model.save_pretrained(tmp_path)
+    after = load_file(tmp_path / "model.safetensors")
+    assert after.keys() - before.keys() == ({"lm_head.weight"} if method == "head" else set())
+    moved = {n for n, w in before.items() if not torch.equal(after[n], w)}
+    if method == "full":  # a router's bias has no gradient
+        assert {n for n in before if "correction_bias" not in n} == moved
+    else:
+        ends = ("model.norm.weight", "model.layers.1.") if method == "last" else ("model.norm.weight",)
+        assert moved == {n for n in before if n.startswith(ends) and "correction_bias" not in n}
+    again = config.changed(base=str(tmp_path)).load_base()
+    assert torch.equal(logits(again), logits(model.base_model))
+
+
+def test_n_last_counts_layers(home):
+    model = AdaptedModel(Config(base=str(home / "gpt"), method="last", n_last=2))
+    assert {n.split(".")[3] for n in learning(model) if ".layers." in n} == {"0", "1"}
+    with pytest.raises(ValueError, match="n_last 3: the base has 2 layers"):
+        AdaptedModel(Config(base=str(home / "gpt"), method="last", n_last=3))
+
+
+def test_state_dict_restores_exactly_what_learns(home):
+    config = Config(base=str(home / "gpt"), r=4, init="pissa")
+    model, other = AdaptedModel(config), AdaptedModel(config)
+    step(model, make_optimizers(model, ADAMW), some_tokens())
+    assert off(logits(model.base_model), logits(other.base_model)) > 1e-4
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model.base_model), logits(other.base_model))
+    with pytest.raises(ValueError, match="is missing"):
+        other.load_state_dict({})
+    with pytest.raises(ValueError, match="has shape"):
+        AdaptedModel(replace(config, r=3)).load_state_dict(model.state_dict())
+
+
+def test_the_optimizer_is_told_how_much_faster_B_learns(home):
+    model = AdaptedModel(replace(lora.SIZES["lora+"], base=str(home / "gpt"), r=4))
+    (optimizer,) = make_optimizers(model, ADAMW)
+    names = {id(p): name for name, p in model.named_parameters()}
+    factors = {names[id(p)]: group["lr_factor"] for group in optimizer.param_groups for p in group["params"]}
+    assert {factor for name, factor in factors.items() if name.endswith("lora_B")} == {16.0}
+    assert {factor for name, factor in factors.items() if name.endswith("lora_A")} == {1.0}
+
+
+def test_muon_leaves_the_head_to_adamw(home):
+    """As it does when gpt.py's model is trained by itself."""
+    model = AdaptedModel(Config(base=str(home / "untied"), method="full"))
+    adamw, muon = make_optimizers(model, Namespace(**vars(ADAMW) | {"optimizer": "muon"}))
+    held = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in held}
+    assert names == {name for name in learning(model) if name.endswith("_proj.weight")}
+
+
+def test_the_first_step_of_B_is_the_learning_rate_times_its_factor(home, tmp_path):
+    """Adam's first step is lr * g / (|g| + eps): the rate itself, for all but the smallest gradients."""
+    options = dict(steps=1, eval_every=1, schedule="constant", warmup=0, lr=0.001, weight_decay=0.5)
+    assert train.main(flags(home, tmp_path / "run", size="lora+", grad_clip=0, **options)) == 0
+    tensors = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    B = torch.cat([w.abs().flatten() for name, w in tensors.items() if "lora_B" in name])
+    assert B.max().item() == pytest.approx(16 * 0.001, rel=1e-4)
+    assert B.gt(0.99 * 16 * 0.001).float().mean() > 0.9
+    # While B is 0, A has no gradient: it only decays, by its own rate.
+    torch.manual_seed(0)
+    start = AdaptedModel(replace(lora.SIZES["lora+"], base=str(home / "gpt")))
+    A = start.base_model.model.layers[0].self_attn.q_proj.adapters.default.lora_A.detach()
+    found = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    torch.testing.assert_close(found, A * (1 - 0.001 * 0.5), rtol=1e-5, atol=1e-7)
+
+
+# --- which base
+
+
+def test_fingerprint():
+    model = random_model(gpt.GPT, SMALL)
+    expected = fingerprint(model)
+    assert len(expected) == 64 and fingerprint(random_model(gpt.GPT, SMALL)) == expected
+    assert fingerprint(random_model(gpt.GPT, SMALL).to(torch.bfloat16)) == expected
+    assert fingerprint(random_model(gpt.GPT, SMALL, seed=1)) != expected
+    assert fingerprint(random_model(gpt.GPT, replace(SMALL, vocab_size=300))) != expected
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1.02)  # one matrix alone
+    assert fingerprint(model) != expected
+
+
+def test_fingerprint_of_a_base_is_that_of_its_file(home):
+    """Whatever is done to it next."""
+    expected = fingerprint(gpt.GPT.from_pretrained(home / "gpt"))
+    for changes in ({}, {"quantize": "nf4"}, {"base_dtype": "bfloat16"}, {"method": "head"}):
+        assert AdaptedModel(Config(base=str(home / "gpt"), **changes)).base_fingerprint == expected
+
+
+def saved(home, to, base="gpt", **changes):
+    model = AdaptedModel(Config(base=str(home / base), r=4, **changes))
+    model.save_pretrained(to)
+    return to
+
+
+def edited(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory
+
+
+def test_an_adapter_of_another_base_is_refused(home, tmp_path):
+    adapter = saved(home, tmp_path / "adapter")
+    other = gpt.GPT.from_pretrained(home / "other")
+    with pytest.raises(ValueError, match=r"adapter: made for other weights than this base has; .*gpt"):
+        load_adapter(other, adapter, base_fingerprint=fingerprint(other))
+    assert not adapted_layers(other)
+    with pytest.raises(ValueError, match=r"has shape .* this base needs .*; name the right base"):
+        load_adapter(gpt.GPT.from_pretrained(home / "wide"), adapter)
+    with pytest.raises(ValueError, match="made for other weights than this base has"):
+        AdaptedModel.from_pretrained(edited(adapter, base_model_name_or_path=str(home / "other")))
+    for base in (None, ""):
+        with pytest.raises(ValueError, match="which model is to be adapted"):
+            AdaptedModel.from_pretrained(edited(adapter, base_model_name_or_path=base))
+    with pytest.raises(ValueError, match=r"gone.*which is not here; name it by --base"):
+        AdaptedModel.from_pretrained(edited(adapter, base_model_name_or_path=str(tmp_path / "gone")))
+
+
+@pytest.mark.parametrize(
+    "name, base", [("gpt2-lora", "llama"), ("llama-lora", "gpt2"), ("olmoe-experts", "llama")]
+)
+def test_a_peft_adapter_of_another_architecture_is_refused(name, base):
+    model = fixture(base)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"fits no layer|does not have") as error:
+        load_adapter(model, FIXTURES / "adapters" / name)
+    assert name in str(error.value) and torch.equal(logits(model), expected)
+    assert not adapted_layers(model)
+
+
+def test_broken_adapters_are_named(home, tmp_path):
+    adapter = saved(home, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"nowhere.adapter_config\.json: no such file"):
+        AdaptedModel.from_pretrained(tmp_path / "nowhere")
+    file = adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: damaged"):
+        AdaptedModel.from_pretrained(adapter)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: no such file"):
+        AdaptedModel.from_pretrained(adapter)
+    file.write_bytes(whole)
+    assert AdaptedModel.from_pretrained(adapter).config.r == 4
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: not JSON"):
+        AdaptedModel.from_pretrained(adapter)
+
+
+# --- mistakes in Python
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"r": 0}, "r 0: expected a rank of at least 1"),
+        ({"method": "lorra"}, "method 'lorra': expected lora or dora or ia3 or full or head or last"),
+        ({"init": "svd"}, "init 'svd': expected zero or pissa"),
+        ({"quantize": "int8"}, "quantize 'int8': expected None or nf4"),
+        ({"quantize": "nf4", "method": "full"}, "quantize 'nf4': has no effect with method 'full'"),
+        ({"base_dtype": "float16"}, "base_dtype 'float16': expected float32 or bfloat16"),
+        ({"dropout": 1.0}, r"dropout 1\.0: expected at least 0 and less than 1"),
+        ({"alpha": 0.0}, r"alpha 0\.0.*: expected more than 0"),
+        ({"alpha": math.nan}, "alpha nan.*: expected more than 0"),
+        ({"lr_ratio": -1.0}, r"lr_ratio -1\.0.*: expected more than 0"),
+        ({"n_last": 0}, "n_last 0: expected more than 0"),
+    ],
+)
+def test_mistakes_in_the_config(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
+
+
+@pytest.mark.parametrize(
+    "config, name, message",
+    [
+        (Config(target_modules="q_prj"), "a", r"'q_prj': matches no layer; expected some of .*q_proj"),
+        (Config(target_modules="(q_proj"), "a", r"'\(q_proj': not a regular expression"),
+        (Config(target_modules="proj"), "a", "'proj': matches no layer"),  # whole names, from a dot on
+        (Config(method="dora", target_modules="embed_tokens"), "a", "dora cannot adapt the embedding"),
+        (Config(method="ia3", target_modules="embed_tokens"), "a", "ia3 cannot adapt the embedding"),
+        (Config(init="pissa", r=40), "a", "r 40"),  # of layers with 32 outputs
+        (Config(), "default", "adapter name 'default': there is one of that name; choose another"),
+        (Config(), "a.b", r"adapter name 'a\.b': expected one without dots"),
+        (Config(), "", "adapter name ''"),
+        (Config(), "keys", "adapter name 'keys'"),
+        (Config(), "training", "adapter name 'training'"),
+    ],
+)
+def test_an_adapter_that_cannot_be_added_changes_nothing(config, name, message):
+    model = random_model(gpt.GPT, SMALL)
+    apply(model, Config(r=4))
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.adapters["default"].lora_B.normal_()
+    expected, learns = logits(model), learning(model)
+    with pytest.raises(ValueError, match=message):
+        apply(model, config, name)
+    assert torch.equal(logits(model), expected)
+    assert learning(model) == learns and lora.adapter_names(model) == ["default"]
+
+
+def test_names_that_there_are_not(home, tmp_path):
+    model = random_model(gpt.GPT, SMALL)
+    with pytest.raises(ValueError, match="no adapter 'french'; there are none"):
+        set_adapter(model, "french")
+    apply(model, Config(r=4), "german")
+    for mistake in (
+        lambda: set_adapter(model, "french"),
+        lambda: merge(model, "french"),
+        lambda: save_adapter(model, tmp_path / "new", "french", Config(r=4)),
+    ):
+        with pytest.raises(ValueError, match=r"no adapter 'french'.*; there are german"):
+            mistake()
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="adapter name 'german': there is one of that name"):
+        load_adapter(model, saved(home, tmp_path / "adapter"), "german")
+
+
+def test_adapters_come_and_go_by_name(home, tmp_path):
+    """Several beside each other, of which one is saved and loaded elsewhere."""
+    model = gpt.GPT.from_pretrained(home / "gpt").eval()
+    configs = {"a": Config(r=3, dropout=0.5), "b": Config(method="ia3"), "c": Config(r=2, method="dora")}
+    for name, config in configs.items():
+        apply(model, config, name)
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            for p in layer.adapters.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    other = gpt.GPT.from_pretrained(home / "gpt").eval()
+    for name, config in configs.items():
+        save_adapter(model, tmp_path / name, name, config)
+        again = load_adapter(other, tmp_path / name, f"new_{name}")
+        assert (again.method, again.dropout) == (config.method, config.dropout)
+        with use(model, name):  # the last one loaded is in use, and drops nothing out: the model is in eval
+            assert torch.equal(logits(other), logits(model))
+
+
+# --- runs
+
+
+def refused(capsys, argv, main=train.main):
+    """The one line a mistake gives; nothing else may be printed, and the exit code is 2."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "error: " in line]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"base": "no/such/place"}, ["no/such/place", "no such file", "Hugging Face layout"]),
+        ({"base": "README.md"}, ["README.md", "no such file"]),
+        ({"base": "tests"}, ["config.json", "no such file"]),
+        ({"model": "gpt"}, ["--base", "only --model lora", "--init-from"]),
+        ({"base": None, "init_from": "runs/x", "size": "lora"}, ["--size lora", "--init-from"]),
+        ({"init_from": "runs/x"}, ["--base", "--init-from", "cannot go together"]),
+        ({"size": "loora"}, ["--size loora", "qlora"]),
+        ({"set": "r=0"}, ["r=0", "at least 1"]),
+        ({"set": ("method=full", "quantize=nf4")}, ["quantize 'nf4'", "no effect with method 'full'"]),
+        ({"set": "target_modules=q_prj"}, ["q_prj", "q_proj"]),
+        ({"set": "base=x"}, ["base=x", "--base"]),
+        ({"tokenizer": "bpe:300"}, ["bpe:300"]),  # learned from a text, which conversations are not
+        ({"optimizer": "muon"}, ["--optimizer muon", "adamw"]),
+        ({"seq_len": 500}, ["--seq-len 500", "at most 64"]),
+        ({"seq_len": 8}, ["--seq-len 8", "longer rows"]),
+        ({"data": "no/questions.jsonl"}, ["no/questions.jsonl"]),
+    ],
+)
+def test_mistakes_in_flags_are_named(changes, words, home, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    error = refused(capsys, flags(home, tmp_path / "run", **changes))
+    assert all(word in error for word in words), error
+
+
+def test_a_tokenizer_of_more_tokens_than_the_base_is_refused(home, tmp_path, capsys):
+    error = refused(capsys, flags(home, tmp_path / "run", tokenizer=home / "bert"))
+    assert "261 tokens" in error and "knows 257" in error and "leave out --tokenizer" in error
+
+
+def test_a_base_is_needed(tmp_path):
+    run = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--model", "lora"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: --model lora needs --base DIR") and run.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_learns_and_leaves_an_adapter_behind(trained, home):
+    names = {path.name for path in (trained / "model").iterdir()}
+    assert names >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja",
+    }  # fmt: skip
+    assert not names & {"config.json", "model.safetensors"}
+    losses = rows(trained, "val_loss")
+    assert len(losses) == 3 and losses[-1] < 0.3 * losses[0]
+    checkpoint = load_file(trained / "checkpoint" / "model.safetensors")
+    model = AdaptedModel.from_pretrained(trained / "model")
+    assert all(".adapters.default." in name for name in checkpoint)
+    assert sum(w.numel() for w in checkpoint.values()) == lora.trainable_parameters(model.base_model)[0]
+    hf = json.loads((trained / "model" / "adapter_config.json").read_text())
+    assert hf["base_model_name_or_path"] == str(home / "long") and (hf["r"], hf["lora_alpha"]) == (16, 32.0)
+    shown = (trained / "samples.txt").read_text()
+    assert shown.count("=== step") == 3 and "expected: abba" in shown
+    first, *_, last = shown.split("=== step")[1:]
+    told = [
+        [line.split(": ", 1)[-1].strip() for line in last.splitlines() if key in line]
+        for key in ("before:", "after:")
+    ]
+    assert set(told[1]) == {"abba"} and "abba" not in told[0]
+    assert first.count("before:") == 4
+
+
+def test_the_loss_is_of_held_out_answers(trained, home):
+    """Taken apart: mean nats of the answers' tokens, each conversation by itself."""
+    dataset = instruct.prepare(str(home / "questions.jsonl"), TOKENIZER, 48)
+    model, nats = lora.load(trained)[0], []
+    for prompt, answer in instruct.conversations_in(torch.from_numpy(dataset.val.tokens), 10**6):
+        scores = logits(model, torch.tensor([prompt + answer[:-1]]))[0].log_softmax(-1)
+        nats += [-scores[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)]
+    assert len(nats) == 6 * 5  # of six held out, "abba" and the end
+    assert rows(trained, "val_loss")[-1] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "size, file", [("pissa", "adapter_model.safetensors"), ("full", "model.safetensors")]
+)
+def test_resumed_equals_uninterrupted(size, file, home, tmp_path):
+    """To the bit, with the draws of dropout."""
+    options = dict(size=size, schedule="constant") | ({"set": "dropout=0.2"} if size == "pissa" else {})
+    for out, steps, resume in (("whole", 4, False), ("part", 2, False), ("part", 4, True)):
+        assert train.main(flags(home, tmp_path / out, steps=steps, resume=resume, **options)) == 0
+    for path in ("checkpoint/model.safetensors", f"model/{file}"):
+        whole, part = (load_file(tmp_path / out / path) for out in ("whole", "part"))
+        assert whole.keys() == part.keys() and all(torch.equal(w, part[name]) for name, w in whole.items())
+    assert rows(tmp_path / "whole", "loss") == rows(tmp_path / "part", "loss")
+    assert rows(tmp_path / "whole", "val_loss")[-1] == rows(tmp_path / "part", "val_loss")[-1]
+
+
+def test_an_adapter_is_trained_further(trained, home, tmp_path):
+    options = dict(base=None, init_from=trained / "model", steps=2, eval_every=2, batch_size=8)
+    assert train.main(flags(home, tmp_path / "run", **options)) == 0
+    before, after = rows(trained, "val_loss")[-1], rows(tmp_path / "run", "val_loss")
+    assert after[0] == pytest.approx(before, rel=1e-5)
+    configs = [
+        json.loads((run / "model" / "adapter_config.json").read_text()) for run in (trained, tmp_path / "run")
+    ]
+    assert configs[0] == configs[1]
+    files = [load_file(run / "model" / "adapter_model.safetensors") for run in (trained, tmp_path / "run")]
+    assert files[0].keys() == files[1].keys()
+    assert not any(torch.equal(w, files[1][name]) for name, w in files[0].items())
+
+
+def test_an_adapter_that_is_trained_further_with_other_options_keeps_its_places(home, tmp_path):
+    adapter = saved(home, tmp_path / "adapter", target_modules="q_proj|down_proj")
+    TOKENIZER.save(adapter)
+    options = dict(base=None, init_from=adapter, set="dropout=0.1", steps=1, eval_every=1)
+    assert train.main(flags(home, tmp_path / "run", **options)) == 0
+    after = tmp_path / "run" / "model"
+    names = [load_file(path / "adapter_model.safetensors").keys() for path in (adapter, after)]
+    assert names[0] == names[1]
+    assert json.loads((after / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+
+
+@pytest.mark.parametrize("size", ["qlora", "dora", "full"])
+def test_other_sizes_train(size, home, tmp_path):
+    out = tmp_path / "run"
+    assert (
+        train.main(flags(home, out, size=size, steps=8, eval_every=8, batch_size=8, schedule="constant")) == 0
+    )
+    losses = rows(out, "val_loss")
+    assert losses[-1] < losses[0]
+    model, tokenizer = lora.load(out)
+    assert tokenizer.n_vocab == TOKENIZER.n_vocab and (out / "model" / "chat_template.jinja").exists()
+    assert off(logits(model), logits(gpt.GPT.from_pretrained(home / "gpt"))) > 1e-3
+    if size == "full":
+        assert torch.equal(logits(gpt.GPT.from_pretrained(out / "model")), logits(model))
+
+
+def test_a_mixture_of_experts_trains_and_merges(home, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(flags(home, out, base=home / "moe", steps=12, eval_every=12, schedule="constant")) == 0
+    losses = rows(out, "val_loss")
+    assert losses[-1] < losses[0]
+    model = lora.load(out)[0]
+    assert any(path.endswith("experts.down_proj") for path in adapted_layers(model))
+    assert lora.main([str(out), "--merge", str(tmp_path / "merged")]) == 0
+    merged = moe.MoEGPT.from_pretrained(tmp_path / "merged")
+    assert off(logits(merged), logits(model)) < rounding(model)
+
+
+@pytest.mark.parametrize("size", ["lora", "full"])
+def test_an_encoder_trains_on_text(size, home, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = dict(base=home / "bert", data=home / "text.txt", seq_len=32, size=size)
+    assert train.main(flags(home, out, steps=12, eval_every=12, schedule="constant", **options)) == 0
+    losses = rows(out, "val_loss")
+    assert losses[-1] < losses[0]
+    full = bert.BERT.from_pretrained(home / "bert").flops_per_token(32)
+    flops = AdaptedModel(replace(small(size), base=str(home / "bert"))).flops_per_token(32)
+    assert flops == full if size == "full" else full / 2 < flops < full
+    if size == "full":
+        assert isinstance(lora.Config(base=str(out / "model")).load_base(), bert.BERT)
+        return
+    assert "encoder" in refused(capsys, [str(out), "--prompt", "Hello?"], lora.main)
+
+
+def test_an_adapted_encoder_can_be_merged(home, tmp_path):
+    """As the error for those that ask it questions says."""
+    adapter = saved(home, tmp_path / "adapter", "bert")
+    get_tokenizer(str(home / "bert")).save(adapter)
+    assert lora.main([str(adapter), "--merge", str(tmp_path / "merged")]) == 0
+    merged = bert.BERT.from_pretrained(tmp_path / "merged").eval()
+    assert off(logits(merged), logits(AdaptedModel.from_pretrained(adapter).base_model.eval())) < 1e-5
+
+
+@pytest.mark.parametrize("rest", [2, 4])
+def test_an_encoder_evaluates_held_out_text_of_any_length(rest, home, tmp_path):
+    """Its last row may be too short for special tokens."""
+    dataset = data.prepare(str(home / "text.txt"), str(home / "bert"), home / "cache")
+    n = len(dataset.val.tokens) - 1
+    seq_len = next(T for T in range(16, 64) if n % T == rest)
+    options = dict(base=home / "bert", data=home / "text.txt", seq_len=seq_len, size="head")
+    assert train.main(flags(home, tmp_path / "run", steps=1, eval_every=1, **options)) == 0
+    assert all(map(math.isfinite, rows(tmp_path / "run", "val_loss")))
+
+
+# --- asked
+
+
+def test_the_table_says_what_each_method_trains(capsys, monkeypatch):
+    config = replace(gpt.SIZES["llama3-8b"], n_layers=2)  # of 32, which would take longer
+    monkeypatch.setitem(gpt.SIZES, "llama3-8b", config)
+    assert lora.main([]) == 0
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert set(lora.SIZES) <= table.keys()
+    # r times inputs and outputs of q, k, v, o and the MLP's three.
+    n = 2 * 16 * (2 * 8192 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert table["lora"][1] == table["qlora"][1] == f"{n:,}"
+    assert table["lora"][3] == f"{2 * n / 1e6:,.1f}"
+    assert table["ia3"][1] == f"{2 * (1024 + 1024 + 14336):,}"
+    assert table["full"][1:3] == [f"{config.n_params:,}", "100.000%"]
+
+
+def expected_answer(trained, messages, n=20):
+    model, tokenizer = lora.load(trained)
+    return instruct.answers(model, tokenizer, [instruct.prompt_tokens(messages, tokenizer)], n)[0]
+
+
+def test_prompt(trained, capsys):
+    assert lora.main([str(trained), "--prompt", "What is 77?"]) == 0
+    assert capsys.readouterr().out == "abba\n"
+    question = [{"role": "user", "content": "Who are you?"}]
+    for system in (None, "You are brief."):
+        messages = [{"role": "system", "content": system}, *question] if system else question
+        argv = [str(trained / "model"), "--prompt", "Who are you?", "--max-new-tokens", "20"]
+        assert lora.main(argv + (["--system", system] if system else [])) == 0
+        assert capsys.readouterr().out == expected_answer(trained, messages) + "\n"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What chat.answer is asked: the contents of the messages, each time."""
+    calls, answer = [], chat.answer
+
+    def listen(model, tokenizer, messages, args):
+        calls.append([message["content"] for message in messages])
+        return answer(model, tokenizer, messages, args)
+
+    monkeypatch.setattr(chat, "answer", listen)
+    return calls
+
+
+def type_in(monkeypatch, *lines):
+    lines = iter(lines)
+
+    def read(prompt):
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def test_chat_remembers_until_an_empty_line(trained, asked, monkeypatch, capsys):
+    type_in(monkeypatch, "What is 1?", "What is 2?", "  ", "What is 3?")
+    assert lora.main([str(trained), "--chat", "--max-new-tokens", "8"]) == 0
+    first, second, third = asked
+    assert first == ["What is 1?"] and third == ["What is 3?"]
+    assert second == ["What is 1?", "abba", "What is 2?"]
+    assert capsys.readouterr().out.count("abba\n") >= 2
+
+
+def test_chat_forgets_the_oldest_turns_when_there_is_no_room(trained, asked, monkeypatch):
+    questions = [f"What is {i}?" for i in range(5)]
+    type_in(monkeypatch, *questions)
+    assert lora.main([str(trained), "--chat", "--max-new-tokens", "20"]) == 0
+    tokenizer = lora.load(trained)[1]
+    assert len(asked[4]) < 9 and [turns[-1] for turns in asked] == questions
+    for turns in asked:  # whole turns, that fit in 128 tokens with an answer
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": content} for i, content in enumerate(turns)]
+        assert turns[0].startswith("What") and len(turns) % 2
+        assert len(instruct.prompt_tokens(messages, tokenizer)) <= 108
+
+
+def test_merged_is_one_ordinary_model(trained, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    assert lora.main([str(trained), "--merge", str(merged)]) == 0
+    model = gpt.GPT.from_pretrained(merged).eval()
+    adapted = lora.load(trained)[0]
+    assert off(logits(model), logits(adapted)) < rounding(adapted)
+    assert Tokenizer.load(merged).n_vocab == TOKENIZER.n_vocab
+    assert (merged / "chat_template.jinja").read_text() == (
+        trained / "model" / "chat_template.jinja"
+    ).read_text()
+    assert lora.main([str(merged), "--prompt", "What is 5?"]) == 0  # and is asked as any other
+    assert capsys.readouterr().out == "abba\n"
+
+
+def test_mistakes_in_questions_are_named(trained, home, tmp_path, capsys):
+    for argv, words in (
+        ([trained], ["what with", "--chat, --prompt and --merge"]),
+        ([trained, "--chat", "--prompt", "x"], ["give one of"]),
+        ([tmp_path / "nowhere", "--chat"], ["nowhere: has no adapter_config.json or config.json"]),
+        ([home / "other", "--prompt", "x"], ["tokenizer"]),
+        ([trained, "--merge", home / "gpt"], [str(home / "gpt"), "there is a model in it"]),
+        ([home / "gpt", "--merge", tmp_path / "new"], ["no adapters"]),
+        ([trained, "--prompt", "x", "--temperature", "-1"], ["temperature -1"]),
+    ):
+        error = refused(capsys, [str(arg) for arg in argv], lora.main)
+        assert error.startswith("error: ") and all(word in error for word in words), error
+    assert not (tmp_path / "new").exists()
+    broken = tmp_path / "broken"
+    shutil.copytree(trained / "model", broken)
+    (broken / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors: no such file" in refused(capsys, [str(broken), "--chat"], lora.main)
+
+
+@pytest.mark.parametrize("name", ["gpt", "moe"])
+def test_flops(name, home):
+    """6 per weight that learns and a token meets, 4 per one that is frozen, against counting by hand."""
+    base = str(home / name)
+    c = lora.Config(base=base).of_base
+    full, V = AdaptedModel(Config(base=base, method="full")).flops_per_token(32), c.vocab_size * c.d_model
+    assert full == c.flops_per_token(32)
+    assert AdaptedModel(Config(base=base, method="head")).flops_per_token(32) == full - 2 * (
+        c.n_matmul_params - V
+    )
+    every_layer = Config(base=base, method="last", n_last=c.n_layers)
+    assert AdaptedModel(every_layer).flops_per_token(32) == full - 2 * V
+    shape = {"q_proj": (c.n_heads * c.d_head, c.d_model), "down_proj": (c.d_model, c.d_ff)}
+    if name == "moe":
+        shape["experts.down_proj"] = (c.d_model, c.d_expert)
+        del shape["down_proj"]
+    for target, (N, D) in shape.items():
+        used = c.top_k if "experts" in target else 1
+        added = 6 * c.n_layers * 4 * (N + D) * used
+        for start, times in (("zero", 1), ("pissa", 2)):
+            config = Config(base=base, r=4, target_modules=target.replace(".", r"\."), init=start)
+            assert AdaptedModel(config).flops_per_token(32) == full - 2 * c.n_matmul_params + times * added
+    ia3 = Config(base=base, method="ia3")
+    assert AdaptedModel(ia3).flops_per_token(32) == full - 2 * c.n_matmul_params
+
+
+def test_scales_and_starts_do_not_decay(home):
+    """Weight decay pulls to 0, which is no change for A and B, but not for IA3's ones or PiSSA's start."""
+    for size in ("lora", "dora", "ia3", "pissa"):
+        model = AdaptedModel(replace(small(size), base=str(home / "gpt")))
+        names = {id(p): n.rpartition(".")[2] for n, p in model.named_parameters()}
+        groups = [group for optimizer in make_optimizers(model, ADAMW) for group in optimizer.param_groups]
+        decayed = {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"]}
+        assert decayed == ({"lora_A", "lora_B"} if size in ("lora", "dora") else set())
+
+
+def test_a_resumed_run_needs_the_same_base(home, tmp_path, capsys):
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(home / "gpt", base)
+    assert train.main(flags(home, out, base=base, steps=2)) == 0
+    model = gpt.GPT.from_pretrained(base)
+    model.model.embed_tokens.weight.data *= 1.5
+    model.save_pretrained(base)
+    assert "have changed" in refused(capsys, flags(home, out, base=base, steps=4, resume=True))
+
+
+def test_the_base_may_be_elsewhere(home, tmp_path, capsys):
+    adapter, moved = saved(home, tmp_path / "adapter", "gpt"), tmp_path / "moved"
+    shutil.copytree(home / "gpt", moved)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "somebody/model"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    said = refused(capsys, [str(adapter), "--prompt", "Hello?"], lora.main)
+    assert "somebody/model" in said and "--base" in said
+    assert lora.main([str(adapter), "--base", str(moved), "--prompt", "Hello?"]) == 0  # and its tokenizer

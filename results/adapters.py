@@ -7,9 +7,9 @@ Every run is `train.py --model lora` on the built-in conversations about Python'
 256 tokens, 8 to a batch. Methods want very different learning rates, so each first looks for its own, in
 steps of sqrt(10) and runs of --search-steps, until both neighbours of the best are worse; with that it is
 trained for --steps from --seeds seeds. The loss is that of held-out answers, about modules that the base has
-not seen.
+not seen; the rate is chosen by it too, and seed 0 is both in the search and in the result.
 
-    gain      (loss before - loss after), as a share of what full fine-tuning gains
+    gain      (the base's loss - loss after), as a share of what full fine-tuning gains
     seconds   of a step (forward, backward, update), all methods in turns in one process: median over
               --rounds, as a ratio to full fine-tuning's
     memory    bytes of the weights, and the most that one step allocates besides: activations, gradients,
@@ -162,9 +162,10 @@ def most_allocated(function) -> int:
 
 def gains(results: dict) -> dict[str, list[float]]:
     """Of each method that is done, the gains of its seeds over the mean of full fine-tuning's."""
+    before = next(r["before"] for r in results["runs"] if r["name"] == "full")  # QLoRA's is of 4 bits
     gained: dict[str, list[float]] = {}
     for r in results["runs"]:
-        gained.setdefault(r["name"], []).append(r["before"] - r["after"])
+        gained.setdefault(r["name"], []).append(before - r["after"])
     whole = statistics.mean(gained["full"])
     return {name: [gain / whole for gain in values] for name, values in gained.items()}
 
@@ -175,27 +176,28 @@ def plot(results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
     costs = {row["name"]: row for row in results["costs"]}
-    for name, values in gains(results).items():
-        cost = costs[name]
-        mean = statistics.mean(values)
-        share = cost["trained"] / cost["parameters"]
+    for i, (name, values) in enumerate(gains(results).items()):
+        cost, mean = costs[name], statistics.mean(values)
+        spread = [[mean - min(values)], [max(values) - mean]]
+        marker = {"color": f"C{i}" if i < 10 else "black", "marker": "osD^vP*Xph8"[i], "markersize": 7, "capsize": 3}
+        left.errorbar(cost["trained"] / cost["parameters"], mean, spread, **marker)
         memory = (cost["weights"] + cost["step"]) / 1e6
-        for axes, x in ((left, share), (right, memory)):
-            axes.errorbar(x, mean, [[mean - min(values)], [max(values) - mean]], fmt="o", capsize=3)
-            axes.annotate(name, (x, mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        right.errorbar(memory, mean, spread, label=name, linestyle="", **marker)
+    percent = FuncFormatter(lambda share, _: f"{100 * share:g}%")
     left.set(xscale="log", xlabel="share of the parameters that is trained")
     left.set_ylabel("held-out loss gained, of full fine-tuning's")
-    left.yaxis.set_major_formatter(PercentFormatter(1))
-    left.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    left.xaxis.set_major_formatter(percent)
+    left.yaxis.set_major_formatter(percent)
     right.set(xlabel="weights and the most a step allocates (MB)")
     for axes in (left, right):
         axes.axhline(1, color="black", linestyle=":", linewidth=1)
         axes.grid(alpha=0.3)
-        axes.margins(x=0.15)
+        axes.margins(x=0.1)
+    figure.legend(loc="outside right center", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

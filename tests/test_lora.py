@@ -881,3 +881,13 @@ def test_the_base_may_be_elsewhere(home, tmp_path, capsys):
     said = refused(capsys, [str(adapter), "--prompt", "Hello?"], lora.main)
     assert "somebody/model" in said and "--base" in said
     assert lora.main([str(adapter), "--base", str(moved), "--prompt", "Hello?"]) == 0  # and its tokenizer
+
+
+def test_accumulated_batches_weigh_by_their_answers(home, tmp_path):
+    """The mean over the tokens of all answers, however the rows are divided into batches."""
+    told = []
+    for out, batch_size in (("one", 4), ("four", 1)):
+        options = dict(batch_size=batch_size, grad_accum=4 // batch_size, steps=1, eval_every=1)
+        assert train.main(flags(home, tmp_path / out, **options)) == 0
+        told += [rows(tmp_path / out, key)[0] for key in ("loss", "grad_norm")]
+    assert told[:2] == pytest.approx(told[2:], rel=1e-5)

@@ -885,9 +885,10 @@ def test_the_base_may_be_elsewhere(home, tmp_path, capsys):
 
 def test_accumulated_batches_weigh_by_their_answers(home, tmp_path):
     """The mean over the tokens of all answers, however the rows are divided into batches."""
-    told = []
+    told, data = [], tmp_path / "questions.jsonl"
+    data.write_text("\n".join(json.dumps({"question": str(i), "answer": "a" * i}) for i in range(1, 15)))
     for out, batch_size in (("one", 4), ("four", 1)):
-        options = dict(batch_size=batch_size, grad_accum=4 // batch_size, steps=1, eval_every=1)
+        options = dict(batch_size=batch_size, grad_accum=4 // batch_size, steps=1, eval_every=1, data=data)
         assert train.main(flags(home, tmp_path / out, **options)) == 0
         told += [rows(tmp_path / out, key)[0] for key in ("loss", "grad_norm")]
     assert told[:2] == pytest.approx(told[2:], rel=1e-5)

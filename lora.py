@@ -573,7 +573,7 @@ class AdaptedModel(nn.Module):
 
 
 Model = AdaptedModel
-STEPS = 600
+STEPS = 1000
 SPECIAL_TOKENS = {}
 
 

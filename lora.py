@@ -688,6 +688,7 @@ def main(argv: list[str] | None = None) -> int:
             merge(model)
             model.save_pretrained(args.merge)
             save_tokenizer(tokenizer, args.merge)
+            print(f"model: {args.merge}")
         elif isinstance(model, bert.BERT):
             raise ValueError(f"{args.adapter}: an encoder gives no answers; --merge it and use bert.py")
         elif args.chat:

@@ -113,7 +113,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is trained")
     what.add_argument("--model", required=True, help=f"the model file: {', '.join(MODELS)}")
-    what.add_argument("--size", help="a size the model file names, see `python gpt.py` (default: its first)")
+    what.add_argument(
+        "--size",
+        help="a size, or for lora a method, that the model file names, see `python gpt.py` (default: "
+        "its first)",
+    )
     what.add_argument(
         "--set",
         nargs="+",

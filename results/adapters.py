@@ -183,7 +183,8 @@ def plot(results: dict, path: Path) -> None:
     for i, (name, values) in enumerate(gains(results).items()):
         cost, mean = costs[name], statistics.mean(values)
         spread = [[mean - min(values)], [max(values) - mean]]
-        marker = {"color": f"C{i}" if i < 10 else "black", "marker": "osD^vP*Xph8"[i], "markersize": 7, "capsize": 3}
+        color = f"C{i}" if i < 10 else "black"
+        marker = {"color": color, "marker": "osD^vP*Xph8"[i], "markersize": 7, "capsize": 3}
         left.errorbar(cost["trained"] / cost["parameters"], mean, spread, **marker)
         memory = (cost["weights"] + cost["step"]) / 1e6
         right.errorbar(memory, mean, spread, label=name, linestyle="", **marker)

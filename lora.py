@@ -17,7 +17,8 @@ dimensions, learns. The methods differ in which letters they train, and how thes
 and beside them two classical ways without adapters: training all weights, and only the head or last layers.
 
 An adapter is a few megabytes, so that one base serves many: they have names, `use` switches between them, and
-in one batch every row may have its own. `merge` adds one to W, after which the model is as fast as its base.
+in one batch every row may have its own. `merge` adds one to W, after which the model is as fast as its base,
+and `unmerge` takes it out again (all three in adapted.py).
 
     python train.py --model lora --base runs/gpt/model          teach a model to answer questions
     python lora.py runs/lora --chat                             talk to it

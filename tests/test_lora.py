@@ -804,7 +804,7 @@ def test_merged_is_one_ordinary_model(trained, tmp_path, capsys):
         trained / "model" / "chat_template.jinja"
     ).read_text()
     assert lora.main([str(merged), "--prompt", "What is 5?"]) == 0  # and is asked as any other
-    assert capsys.readouterr().out == "abba\n"
+    assert capsys.readouterr().out == f"model: {merged}\nabba\n"
 
 
 def test_mistakes_in_questions_are_named(trained, home, tmp_path, capsys):

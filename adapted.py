@@ -292,11 +292,10 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module | None) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
-def matching(model: nn.Module, pattern: str) -> list[str]:
-    """The names of adaptable layers that a pattern matches, see Config.target_modules.
+def matching(layers: dict[str, nn.Module], pattern: str) -> list[str]:
+    """The names of `adaptable_layers` that a pattern matches, see Config.target_modules.
 
     Raises ValueError for a pattern that matches none or is no regular expression."""
-    layers = adaptable_layers(model)
     if pattern == "all-linear":
         beside = ("lm_head", "cls.", "bert.pooler.")
         embeddings = [p for p, layer in layers.items() if isinstance(base_of(layer), EMBEDDING)]
@@ -334,19 +333,23 @@ def adapt_layer(model: nn.Module, path: str, layer: nn.Module) -> Adapted:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    names = (name for layer in adapted_layers(model).values() for name in layer.adapters)
-    return list(dict.fromkeys(names))
+    return names_in(adapted_layers(model))
+
+
+def names_in(layers: dict[str, Adapted]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers.values() for name in layer.adapters))
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Use the adapter of that name from now on; None: the base alone. ValueError if there is none."""
-    check_known(model, [name])
-    for layer in adapted_layers(model).values():
+    layers = adapted_layers(model)
+    check_known(layers, [name])
+    for layer in layers.values():
         layer.active = name
 
 
-def check_known(model: nn.Module, names: Sequence[str | None]) -> None:
-    known = adapter_names(model)
+def check_known(layers: dict[str, Adapted], names: Sequence[str | None]) -> None:
+    known = names_in(layers)
     unknown = [name for name in names if name is not None and name not in known]
     if unknown:
         raise ValueError(f"no adapter {unknown[0]!r}; there are {', '.join(known) or 'none'}")
@@ -361,14 +364,14 @@ def use(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[
     pass. A compiled model compiles anew for each name, for other sequences of the same length it does not.
     Raises ValueError for an unknown name, and for a sequence of several if experts are adapted.
     """
-    layers = adapted_layers(model).values()
-    before = [(layer.active, layer.rows) for layer in layers]
+    layers = adapted_layers(model)
+    before = [(layer.active, layer.rows) for layer in layers.values()]
     if names is not None and not isinstance(names, str) and len(set(names)) == 1:
         names = names[0]
     one = names is None or isinstance(names, str)
-    check_known(model, [names] if one else names)
+    check_known(layers, [names] if one else names)
     try:
-        for layer in layers:
+        for layer in layers.values():
             if one:
                 layer.active, layer.rows = names, None
             else:
@@ -377,7 +380,7 @@ def use(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[
                 layer.rows = factors if any(t is not None for t in factors) else None
         yield
     finally:
-        for layer, state in zip(layers, before, strict=True):
+        for layer, state in zip(layers.values(), before, strict=True):
             layer.active, layer.rows = state
 
 
@@ -401,9 +404,9 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         raise ValueError("merge: this model has no adapters, or they are merged already")
     if any(layer.rows is not None for layer in layers.values()):
         raise ValueError("merge: the rows of a batch have different adapters; do it outside of `use`")
-    check_known(model, [name])
+    check_known(layers, [name])
     if name is None and all(layer.active is None for layer in layers.values()):
-        raise ValueError(f"merge: no adapter is in use; name one of {', '.join(adapter_names(model))}")
+        raise ValueError(f"merge: no adapter is in use; name one of {', '.join(names_in(layers))}")
     words = layers.get("bert.embeddings.word_embeddings")
     merged_config = model.config
     if getattr(model.config, "tie_embeddings", False) and (

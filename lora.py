@@ -65,6 +65,7 @@ from adapted import (
     adapted_layers,
     adapter_names,
     base_of,
+    check_known,
     fingerprint,
     matching,
     merge,
@@ -319,7 +320,8 @@ def apply(model: nn.Module, config: Config, name: str = "default") -> None:
     check_name(model, name)
     default = IA3_TARGETS if config.method == "ia3" else "all-linear"
     pattern = default if config.target_modules is None else config.target_modules
-    layers, paths = adaptable_layers(model), matching(model, pattern)
+    layers = adaptable_layers(model)
+    paths = matching(layers, pattern)
     if config.target_modules is None and config.method != "lora":
         # PEFT's format has no place for other adapters of stacked experts.
         paths = [path for path in paths if not isinstance(layers[path], moe.Experts | AdaptedStack)]
@@ -391,14 +393,9 @@ def save_adapter(
 
     config: what it was made by. base_fingerprint: of the base, so that it is not put on another one.
     """
-    layers = {}
-    for path, layer in adapted_layers(model).items():
-        if name in layer.adapters:
-            layers[path] = layer.adapters[name].saved()
-    if not layers:
-        raise ValueError(
-            f"no adapter {name!r} to save; there are {', '.join(adapter_names(model)) or 'none'}"
-        )
+    adapted = adapted_layers(model)
+    check_known(adapted, [name])
+    layers = {path: layer.adapters[name].saved() for path, layer in adapted.items() if name in layer.adapters}
     ranks = 2 if config.init == "pissa" else 1  # see PiSSA
     alpha = config.alpha * (math.sqrt(ranks) if config.rank_stabilized else ranks)
     fields = {"method": config.method, "r": config.r * ranks, "alpha": alpha, "dropout": config.dropout}

@@ -57,7 +57,8 @@ class Concept(Protocol):
     Model: type[nn.Module]  # Model(config); .loss(batch) -> (loss, metrics); .flops_per_token(seq_len);
     #                         .save_pretrained(directory); .from_pretrained(directory); .config;
     #                         .after_step(), if there is one, after each update of the weights;
-    #                         .lr_factor(name), if there is one, of a parameter's learning rate
+    #                         .lr_factor(name) and .decays(name, parameter), if there are, for optim.py;
+    #                         .base_fingerprint, if there is one, of frozen weights that are not saved
 
     STEPS: int  # by default: about five minutes on two CPU cores for the first of SIZES
     LEARNING_RATE: float  # by default: times optim.default_learning_rate; or Config's .learning_rate

@@ -261,6 +261,7 @@ class Run:
     loader: data.Loader
     optimizers: list[torch.optim.Optimizer]
     flags: dict[str, str]  # as they were at the start, for --resume to compare
+    loss_of: Callable  # model.loss, compiled if asked for
     step: int = 0  # updates made
     seconds: float = 0.0  # spent on them
     n_skipped: int = 0  # updates left out because a gradient was not finite
@@ -326,7 +327,9 @@ def prepare(args: argparse.Namespace) -> Run:
         factor = getattr(model.config, "learning_rate", None) or concept.LEARNING_RATE
         args.lr = factor * default_learning_rate(n_active)
     model.to(args.device)
-    run = Run(args, concept, model, dataset, loader, make_optimizers(model, args), flags)
+    # The module itself stays as it is: what is saved must not carry the names that compiling adds.
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
+    run = Run(args, concept, model, dataset, loader, make_optimizers(model, args), flags, loss_of)
     micro_batch(run, 0, 0)  # ValueError if the objective cannot be asked of such rows
     if saved is not None:
         resume(run, *saved)
@@ -462,8 +465,12 @@ def to_batch(run: Run, tokens: Tensor, generator: torch.Generator) -> dict[str, 
     return {name: t.to(run.args.device, non_blocking=True) for name, t in batch.items()}
 
 
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
 @torch.no_grad()
-def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float]:
+def evaluate(run: Run) -> dict[str, float]:
     """Mean loss and other metrics over the whole held-out text, always the same draws whatever the training
     has drawn."""
     run.model.eval()
@@ -475,8 +482,8 @@ def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float
         batch = to_batch(run, rows, torch.Generator().manual_seed(i))
         # The last rows have another shape, for which nothing should be compiled again.
         whole = rows.shape == (B, T + 1)
-        with autocast():
-            loss, metrics = (loss_of if whole else run.model.loss)(batch)
+        with autocast(run.args):
+            loss, metrics = (run.loss_of if whole else run.model.loss)(batch)
         n = int(metrics.pop("targets"))
         if n == 0:
             continue  # nothing was masked in these rows, and the mean of nothing is NaN
@@ -492,18 +499,39 @@ def evaluate(run: Run, loss_of: Callable, autocast: Callable) -> dict[str, float
     return result
 
 
+def update(run: Run) -> tuple[Tensor, Tensor, float, dict[str, Tensor]]:
+    """One step of the optimizers, left out if the loss or its gradient is not finite. Returns the loss, the
+    gradient's norm before clipping, the learning rate and what the model's loss says besides."""
+    args, model = run.args, run.model
+    lr = learning_rate(run.step, args)
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group.get("lr_factor", 1.0)  # runs older than it have none
+    loss = torch.zeros((), device=args.device)
+    batches = [micro_batch(run, run.step, micro) for micro in range(args.grad_accum)]
+    # Of the targets, which some batches may have more of: the mean is that of one large batch.
+    shares = torch.stack([(batch["targets"] >= 0).sum() for batch in batches]).float()
+    for batch, share in zip(batches, shares / shares.sum(), strict=True):
+        with autocast(args):
+            micro_loss, metrics = run.loss_of(batch)
+        (micro_loss * share).backward()
+        loss += micro_loss.detach() * share
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    if torch.isfinite(loss + norm):
+        for optimizer in run.optimizers:
+            optimizer.step()
+        if hasattr(model, "after_step"):
+            model.after_step()
+    model.zero_grad(set_to_none=True)
+    run.step += 1
+    return loss, norm, lr, metrics
+
+
 def train(run: Run) -> int:
     """The loop. Returns the exit code: 0 at the end, 130 if interrupted, 1 if the loss stays non-finite."""
     args, model = run.args, run.model
     tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
     flops_per_token = model.flops_per_token(args.seq_len)
     peak = peak_flops(args.device)
-    # The module itself stays as it is: what is saved must not carry the names that compiling adds.
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
-
-    def autocast():
-        return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
-
     interrupted = []
 
     def interrupt(*_):
@@ -511,35 +539,16 @@ def train(run: Run) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, interrupt)
-    announce(run, loss_of, autocast)
+    announce(run)
     bar = tqdm(total=args.steps, initial=run.step, unit="step", smoothing=0, dynamic_ncols=True)
     shown = {}
     if run.step == 0:
-        shown["val"] = evaluate_and_show(run, loss_of, autocast)
+        shown["val"] = evaluate_and_show(run)
     skipped, logged_step, interval = 0, run.step, 0.0
     while run.step < args.steps and not interrupted:
         began = time.perf_counter()
-        lr = learning_rate(run.step, args)
-        for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-            group["lr"] = lr * group.get("lr_factor", 1.0)  # runs older than it have none
-        loss = torch.zeros((), device=args.device)
-        batches = [micro_batch(run, run.step, micro) for micro in range(args.grad_accum)]
-        # Of the targets, which some batches may have more of: the mean is that of one large batch.
-        shares = torch.stack([(batch["targets"] >= 0).sum() for batch in batches]).float()
-        for batch, share in zip(batches, shares / shares.sum(), strict=True):
-            with autocast():
-                micro_loss, metrics = loss_of(batch)
-            (micro_loss * share).backward()
-            loss += micro_loss.detach() * share
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        loss, norm, lr, metrics = update(run)
         finite = bool(torch.isfinite(loss + norm))
-        if finite:
-            for optimizer in run.optimizers:
-                optimizer.step()
-            if hasattr(model, "after_step"):
-                model.after_step()
-        model.zero_grad(set_to_none=True)
-        run.step += 1
         interval += time.perf_counter() - began
 
         skipped = 0 if finite else skipped + 1
@@ -568,7 +577,7 @@ def train(run: Run) -> int:
         bar.set_postfix(shown, refresh=False)
         bar.update()
         if run.step % args.eval_every == 0 or run.step == args.steps:
-            shown["val"] = evaluate_and_show(run, loss_of, autocast)
+            shown["val"] = evaluate_and_show(run)
         if run.step % args.save_every == 0 and run.step < args.steps and not skipped:
             save(run)
     bar.close()
@@ -586,9 +595,9 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def evaluate_and_show(run: Run, loss_of: Callable, autocast: Callable) -> str:
+def evaluate_and_show(run: Run) -> str:
     args, out = run.args, run.args.out
-    result = evaluate(run, loss_of, autocast)
+    result = evaluate(run)
     tokens = run.step * args.batch_size * args.grad_accum * args.seq_len
     append(out / "metrics.jsonl", json.dumps({"step": run.step, "tokens": tokens, **result}) + "\n")
     held_out = torch.from_numpy(run.dataset.val.tokens[: 16 * args.seq_len].astype("int64"))
@@ -604,15 +613,15 @@ def evaluate_and_show(run: Run, loss_of: Callable, autocast: Callable) -> str:
     return shown
 
 
-def announce(run: Run, loss_of: Callable, autocast: Callable) -> None:
+def announce(run: Run) -> None:
     """Say what will be trained and how long it will take, by timing a forward and backward pass."""
     args, model, train, val = run.args, run.model, run.dataset.train.tokens, run.dataset.val.tokens
     passes = []
     with torch.random.fork_rng():
         for _ in range(3):  # the first ones warm up, or compile
             began = time.perf_counter()
-            with autocast():
-                loss, _ = loss_of(micro_batch(run, run.step, 0))
+            with autocast(args):
+                loss, _ = run.loss_of(micro_batch(run, run.step, 0))
             loss.backward()
             loss.item()
             passes.append(time.perf_counter() - began)

@@ -1,0 +1,134 @@
+"""The law to play with: one HTML file that computes in the browser and needs nothing else.
+
+    python chinchilla.py page                                   chinchilla-page.html
+    python chinchilla.py page --points mine.csv --fit fit.json  with your own runs, and the law fitted to them
+
+chinchilla.html is the template. Laws, devices and points go into it as JSON, so that no figure stands in two
+places, and its JavaScript mirrors `Law`: the same formulas in the same float64.
+"""
+
+import json
+import math
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from chinchilla import DEFAULT_LAW, LAWS, Law, Published, points
+from plan import DEFAULT_MFU, DEVICES, MOST_TOKENS_PER_PARAMETER, PUE, Shape
+
+TEMPLATE = Path(__file__).with_name("chinchilla.html")
+MARK = "__DATA__"
+SEQUENCE = 2048  # tokens: those of `plan.training_flops`
+GOPHER = 5.76e23  # FLOPs: the budget at which Chinchilla was trained
+KWH_PRICE = 0.10  # dollars, assumed: electricity is a few percent of the rent at any usual price
+
+NAMES = {field.name for field in fields(Law)}
+
+MODELS = [  # name, N, D
+    ("GPT-3", 175e9, 300e9),
+    ("Gopher", 280e9, 300e9),
+    ("MT-NLG", 530e9, 270e9),
+    ("Chinchilla", 70e9, 1.4e12),
+    ("Llama 1 65B", 65e9, 1.4e12),
+    ("Llama 2 70B", 70e9, 2e12),
+    ("Llama 3 8B", 8e9, 15e12),
+    ("Llama 3 70B", 70e9, 15e12),
+    ("Llama 3 405B", 405e9, 15.6e12),
+]
+SOURCES = (
+    "Models: GPT-3, Gopher, MT-NLG and Chinchilla in table 1 of Hoffmann et al.; Llama 1 in "
+    "arXiv 2302.13971; Llama 2 in arXiv 2307.09288; Llama 3 in arXiv 2407.21783.",
+    "Shapes, and the FLOPs of their parts: Hoffmann et al., table A9 and appendix F, with embeddings looked "
+    "up at no cost.",
+    "GPU-hours = C / (peak × MFU × 3600), where MFU is the share of the peak that goes into 6 N D; "
+    f"kWh = GPU-hours × kW × {PUE:g}, as on the model card of Llama 2. Peaks (dense bf16) and watts from the "
+    "makers' data sheets, prices on demand; plan.py cites them. The price of electricity is assumed.",
+    "Many tokens per parameter: Sardana and Frankle 2024, arXiv 2401.00448.",
+)
+
+
+def below(limit: float, values) -> float:
+    """The limit, or else half a power of ten under the least of the values."""
+    return min(limit, 10.0 ** (math.floor(2 * math.log10(min(values))) / 2))
+
+
+def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> dict:
+    """All that the template shows: N, D and L of runs, (n,) each, laws to choose of, and the first choice."""
+    C = 6 * N * D
+    # The axes reach down to the smallest runs, also to those that a law of your own was fitted to.
+    least = [p.compute[0] for name, p in laws.items() if name not in LAWS]
+    smallest = [p.law.optimal(p.compute[0]) for name, p in laws.items() if name not in LAWS]
+    ends = {
+        "C": [below(1e17, [*C, *least]), 1e27],
+        "N": [below(1e7, [*N, *(run[0] for run in smallest)]), 1e13],
+        "D": [below(1e9, [*D, *(run[1] for run in smallest)]), 10**14.5],
+    }
+    return {
+        "laws": {
+            name: {
+                "title": p.title,
+                "source": p.source,
+                "note": p.note,
+                "compute": p.compute,
+                "law": asdict(p.law),
+            }
+            for name, p in laws.items()
+        },
+        "devices": {name: asdict(device) for name, device in DEVICES.items()},
+        "models": [{"name": name, "N": N, "D": D} for name, N, D in MODELS],
+        "points": [[float(f"{value:.5g}") for value in run] for run in zip(N, C, L, strict=True)],
+        "range": ends,
+        "start": {
+            "C": GOPHER if start in LAWS else laws[start].compute[1],
+            "law": start,
+            "gpu": "h100",
+            "gpus": 1024,
+            "mfu": DEFAULT_MFU,
+        },
+        "transformer": {"vocabulary": Shape.vocab, "sequence": SEQUENCE},
+        "pue": PUE,
+        "kwh_price": KWH_PRICE,
+        "trusted_ratio": MOST_TOKENS_PER_PARAMETER,
+        "sources": SOURCES,
+    }
+
+
+def html(data: dict) -> str:
+    """The page. Raises ValueError where a number is not finite, since JSON has no such."""
+    # "</script>" in a title would end the element that holds the data.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    return TEMPLATE.read_text(encoding="utf-8").replace(MARK, text)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("chinchilla-page.html"), help="the file to write")
+    parser.add_argument("--points", type=Path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)")
+    parser.add_argument("--fit", type=Path, help="JSON that the command fit wrote: your law among the others")
+
+
+def fitted(path: Path) -> Published:
+    """The law in a JSON file that the command fit wrote. Raises ValueError for any other file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        law = Law(**{name: float(values[0]) for name, values in found["law"].items() if name in NAMES})
+        least, most = (float(C) for C in found["C"])
+        title, source = f"Your fit of {found['file']}", f"{found['points']} points"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected the fit.json that `chinchilla.py fit` writes ({error})") from None
+    return Published(law, title, source, (least, most))
+
+
+def main(args: Namespace) -> int:
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: expected a file name in a directory that exists")
+    laws = dict(LAWS)
+    if args.fit:
+        laws = {"fit": fitted(args.fit), **laws}
+    text = html(page_data(*points(args.points), laws, next(iter(laws))))
+
+    from checkpoint import replace_file  # not above: it loads torch, for which the page has no use
+
+    with replace_file(args.out) as new:
+        new.write_text(text, encoding="utf-8")
+    print(f"{args.out}: {len(text) // 1000} kB; open it in a browser")
+    return 0

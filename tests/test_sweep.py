@@ -1,0 +1,202 @@
+import itertools
+import json
+import math
+import multiprocessing
+import time
+from argparse import ArgumentParser
+from concurrent.futures import Future
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import chinchilla
+import sweep
+import train
+
+SMALL = sweep.Design((16, 32, 48, 64, 80, 96), 1, 16, 32, 2, 5, 0.0043)
+
+
+class Inline:
+    """A pool whose work is done at once, in this process."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+    def map(self, function, *rows):
+        return map(function, *rows)
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    @contextmanager
+    def workers(n):
+        done = SimpleNamespace(value=0.0, get_lock=lambda: contextmanager(lambda: (yield))())
+        monkeypatch.setattr(sweep, "flops_done", done, raising=False)
+        yield Inline(), done
+
+    monkeypatch.setattr(sweep, "workers", workers)
+    monkeypatch.setitem(sweep.DESIGNS, "cpu", SMALL)
+    monkeypatch.setattr(sweep, "RESAMPLES", 100)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    words = np.random.default_rng(0).choice(["the ", "cat ", "sat ", "on ", "a ", "mat.\n"], 4000)
+    path.write_text("".join(words))
+    return path
+
+
+def arguments(text, tmp_path, *more):
+    parser = ArgumentParser()
+    sweep.add_arguments(parser)
+    given = ["--data", text, "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--device", "cpu"]
+    return parser.parse_args([str(word) for word in (*given, *more)])
+
+
+def test_points_are_sqrt_2_apart_and_their_windows_do_not_overlap():
+    points = sweep.points_of(5000, 100)
+    assert points[-1] == 5000 and points[0] >= 100 > points[0] / math.sqrt(2) - 1
+    for before, after in itertools.pairwise(points):
+        assert after / before == pytest.approx(math.sqrt(2), rel=0.01)
+        assert (1 - sweep.WINDOW) * after > before
+    assert sweep.points_of(99, 100) == []
+
+
+def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
+    inline, text, tmp_path, monkeypatch, capsys
+):
+    make_runs, predicted = sweep.make_runs, []
+
+    def watched(runs, *rest):
+        if len(runs) == 1:
+            predicted.append(json.loads((tmp_path / "out" / "sweep.json").read_text())["prediction"])
+        make_runs(runs, *rest)
+
+    monkeypatch.setattr(sweep, "make_runs", watched)
+    assert sweep.main(arguments(text, tmp_path, "--budget", "4e8")) == 0
+    state = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert "measured" not in predicted[0] and predicted[0]["loss"] == state["prediction"]["loss"]
+
+    runs = state["runs"]
+    assert [run["width"] for run in runs] == list(SMALL.widths)
+    tokens = SMALL.batch_size * SMALL.seq_len
+    costs = [run["points"][-1] * tokens * run["flops_per_token"] for run in runs]
+    assert max(costs[:-1]) <= 1.1 * 4e8  # a few updates, rounded
+    assert costs[-1] == pytest.approx(sweep.BEYOND * 4e8, rel=0.05)
+    N, D, L = chinchilla.read_points(tmp_path / "out" / "points.csv")
+    assert len(N) == sum(len(run["points"]) for run in runs[:-1]) + 1
+    assert N[0] * 6 == pytest.approx(runs[0]["flops_per_token"])
+    law = chinchilla.fit(N[:-1], D[:-1], L[:-1]).law
+    assert law.loss(N[-1], D[-1]) == pytest.approx(state["prediction"]["loss"], rel=1e-3)
+    error = state["prediction"]["loss"] / L[-1] - 1
+    assert state["prediction"]["error"] == pytest.approx(error, abs=1e-6)
+    assert f"{error:+.2%}" in capsys.readouterr().out
+    for picture in ("sweep.png", "emergence.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 10_000
+
+    # Once more: nothing is trained anew, and all is as it was.
+    monkeypatch.setattr(train, "update", None)
+    assert sweep.main(arguments(text, tmp_path, "--budget", "4e8")) == 0
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == state
+    with pytest.raises(ValueError, match="another sweep"):
+        sweep.main(arguments(text, tmp_path, "--budget", "4e8", "--seed", "1"))
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(inline, text, tmp_path, monkeypatch):
+    flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
+    points = [6, 9, 13]
+    found = []
+    for name in ("whole", "stopped"):
+        flags[flags.index("--out") + 1] = str(tmp_path / name)
+        with sweep.workers(1):
+            if name == "stopped":
+                update, calls = train.update, []
+
+                def dies(run, update=update, calls=calls):
+                    calls.append(1)
+                    if len(calls) == 11:
+                        raise KeyboardInterrupt
+                    return update(run)
+
+                monkeypatch.setattr(train, "update", dies)
+                with pytest.raises(KeyboardInterrupt):
+                    sweep.train_one(flags, points)
+                assert len(calls) == 11
+            sweep.train_one(flags, points)
+        found.append((tmp_path / name / "metrics.jsonl").read_text())
+    assert found[0] == found[1] and len(found[0].splitlines()) == 3
+    assert len(calls) == 11 + 13 - 9  # it went on from the second point
+
+
+def test_what_is_evaluated_is_the_mean_of_the_last_weights(inline, text, tmp_path, monkeypatch):
+    flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
+    update, weights, seen = train.update, [], []
+
+    def recording(run):
+        result = update(run)
+        weights.append([p.detach().double() for p in run.model.parameters()])
+        return result
+
+    monkeypatch.setattr(train, "update", recording)
+    monkeypatch.setattr(sweep, "evaluate", lambda run, model, rows: seen.append(model) or {"val_loss": 1.0})
+    with sweep.workers(1):
+        sweep.train_one(flags, [10])
+    for p, *history in zip(seen[0].parameters(), *weights[8:], strict=True):
+        assert torch.allclose(p.double(), torch.stack(history).mean(dim=0), atol=1e-7)
+
+
+def test_loss_and_exact_matches_are_those_of_the_definition(inline, text, tmp_path):
+    flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
+    run = train.prepare(train.parse_arguments([*flags, "--steps", "1"]))
+    rows = sweep.held_out_rows(run)
+    with torch.no_grad():
+        logits = run.model(rows[:, :-1]).double()
+    found = sweep.evaluate(run, run.model, rows)
+    log_p = logits.log_softmax(dim=-1).gather(2, rows[:, 1:, None])
+    assert found["val_loss"] == pytest.approx(-log_p.mean().item(), rel=1e-5)
+    right = (logits.argmax(dim=-1) == rows[:, 1:]).tolist()
+    for k in (1, 2, 4):
+        windows = [all(row[i : i + k]) for row in right for i in range(len(row) - k + 1)]
+        assert found[f"exact_{k}"] == pytest.approx(sum(windows) / len(windows))
+
+
+def test_time_is_shared_out_by_the_speeds_that_were_measured():
+    speeds = [
+        {"seconds": 0.01 * w / 16, "evaluation": 0.1, "flops_per_token": 400 * w * w} for w in SMALL.widths
+    ]
+    runs = sweep.plan_runs(SMALL, speeds, 10**6, 1e10)
+    tokens = SMALL.batch_size * SMALL.seq_len
+    for run in runs[:-1]:
+        cost = run["points"][-1] * tokens * run["flops_per_token"]
+        assert cost <= 1.005e10 and (cost > 0.995e10 or run["points"][-1] == 10**6 // tokens)
+    assert runs[-1]["points"][-1] * tokens * runs[-1]["flops_per_token"] == pytest.approx(3e10, rel=0.01)
+    assert sweep.minutes(runs, 1) > 1.5 * sweep.minutes(runs, 2)
+    # By hand: two workers get 5+2 and 4+3.
+    assert sweep.makespan([2, 5, 3, 4], 2) == 7
+    # A width that could not be trained long enough is left out.
+    assert [run["width"] for run in sweep.plan_runs(SMALL, speeds, 10**6, 3e8)] == [16, 32]
+
+
+def test_too_little_time_or_compute_is_an_error(inline, text, tmp_path):
+    for flag, value in (("--budget", "1e6"), ("--minutes", "0.00001")):
+        with pytest.raises(ValueError, match=f"{flag} .*give more"):
+            sweep.main(arguments(text, tmp_path, flag, value))
+    assert not (tmp_path / "out" / "sweep.json").exists()
+    with pytest.raises(ValueError, match="--workers 0"):
+        sweep.main(arguments(text, tmp_path, "--workers", "0", "--budget", "1e6"))
+
+
+def test_no_process_is_left_behind_by_an_error():
+    with pytest.raises(ZeroDivisionError), sweep.workers(1) as (pool, _):
+        assert pool.submit(math.sqrt, 4.0).result() == 2.0
+        pool.submit(time.sleep, 60)
+        raise ZeroDivisionError
+    for process in multiprocessing.active_children():
+        process.join(5)
+    assert not multiprocessing.active_children()

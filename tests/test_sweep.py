@@ -47,7 +47,7 @@ def inline(monkeypatch):
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    words = np.random.default_rng(0).choice(["the ", "cat ", "sat ", "on ", "a ", "mat.\n"], 4000)
+    words = np.random.default_rng(0).choice(["the ", "cat ", "sees ", "all ", "a ", "mat.\n"], 4000)
     path.write_text("".join(words))
     return path
 
@@ -90,13 +90,13 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
     assert max(costs[:-1]) <= 1.1 * 4e8  # a few updates, rounded
     assert costs[-1] == pytest.approx(sweep.BEYOND * 4e8, rel=0.05)
     N, D, L = chinchilla.read_points(tmp_path / "out" / "points.csv")
-    assert len(N) == sum(len(run["points"]) for run in runs[:-1]) + 1
+    assert len(N) == sum(len(run["points"]) for run in runs[:-1])
     assert N[0] * 6 == pytest.approx(runs[0]["flops_per_token"])
-    law = chinchilla.fit(N[:-1], D[:-1], L[:-1]).law
-    assert law.loss(N[-1], D[-1]) == pytest.approx(state["prediction"]["loss"], rel=1e-3)
-    error = state["prediction"]["loss"] / L[-1] - 1
-    assert state["prediction"]["error"] == pytest.approx(error, abs=1e-6)
-    assert f"{error:+.2%}" in capsys.readouterr().out
+    law, prediction = chinchilla.fit(N, D, L).law, state["prediction"]
+    assert law.loss(prediction["N"], prediction["D"]) == pytest.approx(prediction["loss"], rel=1e-3)
+    last = json.loads((tmp_path / "out" / "width96" / "metrics.jsonl").read_text().splitlines()[-1])
+    error = prediction["loss"] / last["val_loss"] - 1
+    assert prediction["error"] == pytest.approx(error) and f"{error:+.2%}" in capsys.readouterr().out
     for picture in ("sweep.png", "emergence.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
 
@@ -160,10 +160,16 @@ def test_loss_and_exact_matches_are_those_of_the_definition(inline, text, tmp_pa
     found = sweep.evaluate(run, run.model, rows)
     log_p = logits.log_softmax(dim=-1).gather(2, rows[:, 1:, None])
     assert found["val_loss"] == pytest.approx(-log_p.mean().item(), rel=1e-5)
-    right = (logits.argmax(dim=-1) == rows[:, 1:]).tolist()
+    right, repeats = logits.argmax(dim=-1) == rows[:, 1:], rows[:, 1:] == rows[:, :-1]
+    assert found["accuracy"] == pytest.approx(right.double().mean().item())
     for k in (1, 2, 4):
-        windows = [all(row[i : i + k]) for row in right for i in range(len(row) - k + 1)]
-        assert found[f"exact_{k}"] == pytest.approx(sum(windows) / len(windows))
+        spans = [
+            right[n, i : i + k].all()
+            for n in range(len(rows))
+            for i in range(32 - k + 1)
+            if not repeats[n, i : i + k].any()
+        ]
+        assert found[f"exact_{k}"] == pytest.approx(sum(spans) / len(spans))
 
 
 def test_time_is_shared_out_by_the_speeds_that_were_measured():

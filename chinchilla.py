@@ -9,15 +9,17 @@ costs C = 6 N D FLOPs, so along a budget one falls as the other rises, and the l
                                              G = (alpha A / (beta B))^(1 / (alpha + beta))
 
 The law is that of Hoffmann et al. 2022 (arXiv 2203.15556, "Chinchilla"), section 3.3. This file holds the
-law, what has been published of it, and three ways of fitting it to runs:
+law, what has been published of it, and its fit to runs (approach 3 of that paper; the search is in
+huber_fit.py, and isoflop.py has approaches 1 and 2):
 
     python chinchilla.py                        what each published law makes of a few budgets
-    python chinchilla.py plan 1e22              plan a training run: plan.py
-    python chinchilla.py fit points.csv         fit the law to your own runs
+    python chinchilla.py plan 1e22              plan a training run: plan.py, printed by plan_report.py
+    python chinchilla.py fit points.csv         fit the law to your own runs: fit_report.py
     python chinchilla.py sweep --minutes 20     make the runs, fit them, predict a larger one: sweep.py
     python chinchilla.py page                   the law to play with, in one HTML file: page.py
 
-Units: N parameters, D tokens, C FLOPs, losses nats per token, everywhere.
+Units: N parameters, D tokens, C FLOPs, everywhere; losses in nats per token, which depend on the tokenizer:
+laws of different ones can be compared by N and D, not by their losses.
 """
 
 import argparse
@@ -82,6 +84,21 @@ class PowerLaw:
 
 
 @dataclass(frozen=True)
+class Kaplan(PowerLaw):
+    """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D of Kaplan et al. 2020, equation 1.5, with N
+    without embeddings and head; and their allocation, which is a fit of its own (section 6)."""
+
+    alpha_N: float = 0.076
+    N_c: float = 8.8e13
+    alpha_D: float = 0.095
+    D_c: float = 5.4e13
+
+    def loss(self, N, D):
+        of_N = np.power(self.N_c / N, self.alpha_N / self.alpha_D)
+        return np.power(of_N + self.D_c / D, self.alpha_D)
+
+
+@dataclass(frozen=True)
 class Published:
     """A law, and what to know of it before believing it."""
 
@@ -98,7 +115,7 @@ LAWS = {
     "besiroglu": Published(
         Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
         "Besiroglu et al. 2024",
-        "arXiv 2404.10102, equation 4",
+        "arXiv 2404.10102",
         (1.4e18, 1.3e22),
         "approach 3 anew, on 240 points read off figure 4 of Hoffmann et al.; least absolute deviations",
     ),
@@ -106,15 +123,15 @@ LAWS = {
         PowerLaw(k=0.0991589, a=0.498099),
         "Hoffmann et al. 2022, approach 1",
         "arXiv 2203.15556, through the rows of table 3",
-        (6e18, 3e21),
-        "envelope of the training curves",
+        (1.4e18, 1.3e22),
+        "envelope of the training curves; a 0.488 to 0.502 (10 to 90 %)",
     ),
     "hoffmann2": Published(
         PowerLaw(k=0.144877, a=0.489942),
         "Hoffmann et al. 2022, approach 2",
         "arXiv 2203.15556, through the rows of table A3",
         (6e18, 3e21),
-        "parabolas through runs of equal compute",
+        "parabolas through runs of equal compute; a 0.462 to 0.534 (10 to 90 %)",
     ),
     # To all the digits of the paper's TeX source: the rounded ones it prints, 0.34 and 0.28, put N* 20 %
     # lower at Gopher's budget, and tokens per parameter at 93 instead of 59.
@@ -123,20 +140,24 @@ LAWS = {
         "Hoffmann et al. 2022, approach 3",
         "arXiv 2203.15556, TeX source of equation 10",
         (1.4e18, 1.3e22),
-        "stopped before the optimum (Besiroglu et al. 2024); Chinchilla itself was trained at 20 tokens per "
-        "parameter",
+        "stopped before the optimum, and the interval of a, 0.454 to 0.455, is far too narrow for its points "
+        "(Besiroglu et al. 2024)",
     ),
     "kaplan": Published(
-        PowerLaw(k=1.3e9 / PF_DAY**0.73, a=0.73),
+        Kaplan(k=1.3e9 / PF_DAY**0.73, a=0.73),
         "Kaplan et al. 2020",
         "arXiv 2001.08361, section 6.1",
-        (1e12, 1e21),
-        "N without embeddings, from runs of one long schedule: too few tokens by the later papers",
+        (9e12, 5e20),  # as Pearce and Song 2024 have it
+        "N without embeddings and head, from runs of one long schedule: too few tokens by the later papers",
     ),
 }
 DEFAULT_LAW = "besiroglu"
 
 HOFFMANN = Path(__file__).with_name("chinchilla.csv")
+OUTLIERS = 5  # of its points
+# Per parameter. Laws fitted near 20 overstate what tokens far beyond are worth: refitted on runs of up to
+# 10,000 the exponents come out twice as large (Sardana and Frankle 2024).
+MANY_TOKENS = 300
 COLUMNS = {  # as they are called in the files of several papers
     "N": ("n", "params", "parameters", "model size"),
     "D": ("d", "tokens", "training tokens"),
@@ -149,11 +170,11 @@ def points(path: Path | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """(N, D, loss), float64 (n,) each, of a file; by default of the 240 runs of Hoffmann et al. 2022.
 
     chinchilla.csv holds the 245 points that Besiroglu et al. 2024 read off figure 4 of that paper. As there,
-    the 5 of highest loss are left out: runs of less than half a token per parameter, which the law does not
-    describe, and which would make B six times as large."""
+    the 5 of highest loss are left out: the runs of the fewest tokens per parameter, 0.04 to 0.40, which the
+    law does not describe, and which would make B six times as large."""
     if path is not None:
         return read_points(path)
-    return without_highest(*read_points(HOFFMANN), 5)
+    return without_highest(*read_points(HOFFMANN), OUTLIERS)
 
 
 def without_highest(N, D, L, drop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,7 +197,12 @@ def read_points(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             told = ", ".join(header) or "nothing"
             raise ValueError(f"{path}, line 1: expected columns N, loss, and D or C; it has {told}")
         names = [found[key][0] for key in ("N", second, "loss")]
+        for name in names:
+            if [n.strip().lower() for n in reader.fieldnames].count(name.strip().lower()) > 1:
+                raise ValueError(f"{path}, line 1: there is more than one column {name}")
         for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num}: more cells than columns; a decimal comma?")
             rows.append([])
             for name in names:
                 try:
@@ -270,7 +296,7 @@ class Fit:
             redrawn += poor.sum()
             w[poor] = generator.multinomial(n_units, np.full(n_units, 1 / n_units), poor.sum())[:, units]
             distinct = [((w @ member > 0).sum(axis=1), member.shape[1]) for member in members]
-            poor = np.any([count < min(3, of) for count, of in distinct], axis=0)
+            poor = np.any([count < min(3, most) for count, most in distinct], axis=0)
 
         logs, means = centre(self.N, self.D, self.L)
         theta, solved = search_again(self.theta, w, logs, self.delta)
@@ -280,7 +306,8 @@ class Fit:
             f"have no optimum within the border ({BORDER})": on_border(theta).any(axis=1).sum(),
             "stopped before the gradient vanished": (~solved).sum(),
         }
-        notes = [f"{count} of {n} resamples {what}" for what, count in counts.items() if count]
+        drawn = "resamples of sizes" if by_size else "resamples"
+        notes = [f"{count} of {n} {drawn} {what}" for what, count in counts.items() if count]
         low, high = interval(Law(*samples.T).a)
         if high - low > 0.15:
             notes.append(f"a is not identified: its 95 % interval is {low:.2f} to {high:.2f}")
@@ -294,7 +321,7 @@ def interval(values, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def fit(N, D, L, *, delta: float = 1e-3, clusters=None) -> Fit:
+def fit(N, D, L, delta: float = 1e-3, *, clusters=None) -> Fit:
     """The law of least f (approach 3 of Hoffmann et al. 2022, section 3.3) for points N, D, L, (n,) each.
 
     clusters (n,): what the bootstrap by size draws together, by default the points of one N.
@@ -317,6 +344,10 @@ def fit(N, D, L, *, delta: float = 1e-3, clusters=None) -> Fit:
         bad = values[~((values > 0) & np.isfinite(values))]
         if len(bad):
             raise ValueError(f"fit: {name} {bad[0]}: expected positive numbers")
+    with np.errstate(over="ignore", under="ignore"):
+        C = 6 * N * D
+    if not (np.isfinite(C) & (C > 0)).all():
+        raise ValueError("fit: 6 N D is out of the range of float64: look at the units of N and D")
     sizes = same(N)
     for name, count in (("size N", sizes.max() + 1), ("number of tokens D", same(D).max() + 1)):
         if count == 1:
@@ -327,6 +358,8 @@ def fit(N, D, L, *, delta: float = 1e-3, clusters=None) -> Fit:
     warnings = []
     if sizes.max() < 3:
         warnings.append(f"only {sizes.max() + 1} sizes: E, A and alpha cannot be told apart; use 4 or more")
+    if N.max() < 3 * N.min():
+        warnings.append(f"N varies by a factor of {N.max() / N.min():.3g} only: alpha wants 10 or more")
     if abs(np.corrcoef(logs[:2])[0, 1]) > 0.999:
         warnings.append("one D for each N: A and alpha cannot be told from B and beta; vary D at equal N")
     for name, out in zip(("E", "A", "B", "alpha", "beta"), on_border(theta)[0], strict=True):
@@ -357,14 +390,16 @@ def print_laws() -> None:
     for C in 10.0 ** np.arange(19, 26):
         for i, published in enumerate(LAWS.values()):
             N, D = published.law.optimal(C)
-            loss = f"{published.law.loss(N, D):6.3f}" if isinstance(published.law, Law) else "     -"
+            loss = f"{published.law.loss(N, D):6.3f}" if hasattr(published.law, "loss") else "     -"
             orders = beyond(C, published.compute)
             told = f"{orders:.1f} orders of magnitude" if orders >= 0.05 else ""
             print(f"{'' if i else f'{C:.0e}':8} {published.title:34} {short(N):>7}  {short(D):>7}", end="")
             print(f"  {D / N:5.3g} {loss}  {told}".rstrip())
     print(
-        "\nN* parameters and D* tokens have the least loss of all models that take this compute, C = 6 N D."
+        "\nN* parameters and D* tokens have the least loss of all that take this compute, C = 6 N D. N counts"
     )
+    print("the head, not the embedding (Kaplan: neither). Losses are nats per token of each paper's own text")
+    print("and tokenizer: compare them within a law, not between laws.")
 
 
 COMMANDS = {
@@ -399,6 +434,8 @@ def main(argv: list[str] | None = None) -> int:
             print_laws()
             return 0
         return args.run(args)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError, csv.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

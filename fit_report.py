@@ -16,6 +16,8 @@ import numpy as np
 
 from chinchilla import (
     HOFFMANN,
+    MANY_TOKENS,
+    OUTLIERS,
     Fit,
     Law,
     beyond,
@@ -26,16 +28,18 @@ from chinchilla import (
     same,
     short,
     without_highest,
-)
+)  # fmt: skip
 from isoflop import IsoFLOP, envelope, isoflop, parabola_bias
 
+LEAST_RESAMPLES = 20  # fewer have no 95 % interval to speak of
 
-def held_out(of: Fit) -> dict:
+
+def held_out(fitted: Fit) -> dict:
     """The law fitted without the tenth of the points of most compute, and its error on these."""
-    C = 6 * of.N * of.D
+    C = 6 * fitted.N * fitted.D
     last = np.quantile(C, 0.9) <= C
-    law = fit(of.N[~last], of.D[~last], of.L[~last], delta=of.delta).law
-    error = law.loss(of.N[last], of.D[last]) / of.L[last] - 1
+    law = fit(fitted.N[~last], fitted.D[~last], fitted.L[~last], fitted.delta).law
+    error = law.loss(fitted.N[last], fitted.D[last]) / fitted.L[last] - 1
     compute = {"fitted_up_to": float(C[~last].max()), "up_to": float(C[last].max())}
     rms = float(np.sqrt(np.mean(error**2)))
     return {"points": int(last.sum()), **compute, "error": float(error.mean()), "error_rms": rms}
@@ -49,7 +53,91 @@ def at_budget(law: Law, laws: Law, C: float) -> dict[str, list[float]]:
     return {name: [float(value), *interval(many)] for name, (value, many) in pairs.items()}
 
 
-def plot(of: Fit, valleys: IsoFLOP | None, file) -> None:
+def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | None]:
+    """What `show` prints and fit.json holds, and the valleys of approach 2 if there are any."""
+    law, laws = fitted.law, Law(*fitted.bootstrap(args.bootstrap, args.seed, args.by_size).T)
+    C = 6 * fitted.N * fitted.D
+    found = {"points": len(C), "sizes": int(same(fitted.N).max()) + 1}
+    for name, values in (("N", fitted.N), ("D", fitted.D), ("C", C)):
+        found[name] = [float(values.min()), float(values.max())]
+    found |= {"delta": fitted.delta, "objective": fitted.objective}
+    found |= {"residual_rms": float(np.sqrt(np.mean(fitted.residuals**2)))}
+    found["bootstrap"] = {"resamples": args.bootstrap, "seed": args.seed, "by_size": args.by_size}
+    names = ("E", "A", "B", "alpha", "beta", "a", "b")
+    found["law"] = {name: [getattr(law, name), *interval(getattr(laws, name))] for name in names}
+
+    budgets = [float(budget) for budget in args.at or C.max() * np.array([1, 10, 100])]
+    found["budgets"] = [{"C": budget} | at_budget(law, laws, budget) for budget in budgets]
+    found["approach3"] = {"k": float(law.optimal(1.0)[0]), "a": law.a}
+    warnings, valleys = fitted.warnings, None
+    if found["law"]["B"][2] > 3 * found["law"]["B"][1]:
+        warnings.append("B and E are hardly determined: compare laws by a, D*/N* and loss, not by B")
+    if any(row["D/N"][0] > MANY_TOKENS for row in found["budgets"]):
+        warnings.append(
+            f"above {MANY_TOKENS} tokens per parameter laws overstate what more of them are worth"
+        )
+    try:
+        found["approach1"] = vars(envelope(fitted.N, fitted.D, fitted.L))
+    except ValueError as error:
+        warnings.append(f"no approach 1: {error}")
+    try:
+        valleys = isoflop(fitted.N, fitted.D, fitted.L)
+        bias = parabola_bias(law, valleys.factor, valleys.budgets, max(budgets))
+        found["approach2"] = vars(valleys.law) | {"budgets": valleys.budgets.tolist()}
+        found["approach2"]["bias"] = {"D": bias, "C": max(budgets), "factor": valleys.factor}
+    except ValueError as error:
+        warnings.append(f"no approach 2: {error}")
+    try:
+        found["held_out"] = held_out(fitted)
+    except ValueError as error:
+        warnings.append(f"no prediction of the points of most compute: {error}")
+    return found | {"warnings": warnings, "residuals": fitted.residuals.tolist()}, valleys
+
+
+def show(found: dict) -> None:
+    ends = [f"{name} {short(found[name][0])} to {short(found[name][1])}" for name in "NDC"]
+    print(f"{found['points']} points: {found['sizes']} sizes, {', '.join(ends)}")
+    print("N as in the file, C = 6 N D, loss in nats per token of the tokenizer that these runs had")
+    print(f"Huber delta {found['delta']:g}: objective {found['objective']:.7g}, ", end="")
+    print(f"residuals {found['residual_rms']:.2%} rms\n")
+
+    drawn = "sizes" if found["bootstrap"]["by_size"] else "points"
+    print(f"{'':14}value  95 % interval, {found['bootstrap']['resamples']} resamples of {drawn}")
+    for name, (value, low, high) in found["law"].items():
+        print(f"{name:8}{value:11.5g}  {low:.5g} to {high:.5g}")
+
+    print(f"\ncompute  {'N*':28}{'D*':28}{'D*/N*':28}loss")
+    for row in found["budgets"]:
+        orders = beyond(row["C"], found["C"])
+        side = "above" if row["C"] > found["C"][1] else "below"
+        cells = [f"{row['C']:7.2g}"]
+        for name in ("N", "D", "D/N", "loss"):
+            value, low, high = (short(x, 4 if name == "loss" else 3) for x in row[name])
+            cells.append(f"{f'{value} ({low} to {high})':26}")
+        cells.append(f"{orders:.1f} orders of magnitude {side} the points" if orders >= 0.05 else "")
+        print("  ".join(cells).rstrip())
+
+    print("\nN* = k C^a by                        a          k")
+    ways = {"approach3": "the law above", "approach1": "envelope", "approach2": "IsoFLOP parabolas"}
+    for way, title in ways.items():
+        if way in found:
+            print(f"approach {way[-1]}, {title:22}{found[way]['a']:7.4f}{found[way]['k']:11.4g}")
+    if "approach2" in found:
+        bias = found["approach2"]["bias"]
+        print(f"Were the law true, parabolas would put D* off by {bias['D']:+.1%} at {bias['C']:.2g} FLOPs.")
+    if "held_out" in found:
+        last = found["held_out"]
+        print(
+            f"\nFitted up to {last['fitted_up_to']:.2g} FLOPs, the law predicts the {last['points']} points"
+        )
+        print(
+            f"up to {last['up_to']:.2g} with an error of {last['error']:+.2%}, rms {last['error_rms']:.2%}."
+        )
+    for warning in found["warnings"]:
+        print(f"warning: {warning}")
+
+
+def plot(fitted: Fit, valleys: IsoFLOP | None, file) -> None:
     """Loss over compute with the frontier, residuals, and the IsoFLOP valleys if there are any."""
     import matplotlib
 
@@ -58,13 +146,15 @@ def plot(of: Fit, valleys: IsoFLOP | None, file) -> None:
 
     panels = 3 if valleys else 2
     figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 4.4), layout="constrained")
-    C = 6 * of.N * of.D
+    C = 6 * fitted.N * fitted.D
     along = np.geomspace(C.min(), C.max(), 200)
-    for panel, height in zip(axes, (of.L, 100 * of.residuals), strict=False):
-        dots = panel.scatter(C, height, c=np.log10(of.N), s=14)
+    for panel, height in zip(axes, (fitted.L, 100 * fitted.residuals), strict=False):
+        dots = panel.scatter(C, height, c=np.log10(fitted.N), s=14)
         panel.set(xscale="log", xlabel="compute 6 N D (FLOPs)")
-    axes[0].plot(along, of.law.loss(*of.law.optimal(along)), color="black", label="least loss, by the law")
-    axes[0].axhline(of.law.E, color="grey", linestyle=":", label="E")
+    axes[0].plot(
+        along, fitted.law.loss(*fitted.law.optimal(along)), color="black", label="least loss, by the law"
+    )
+    axes[0].axhline(fitted.law.E, color="grey", linestyle=":", label="E")
     axes[0].set(ylabel="loss (nats per token)")
     axes[0].legend()
     axes[1].axhline(0, color="black", linewidth=1)
@@ -101,84 +191,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     path = args.csv or HOFFMANN
     N, D, L = read_points(path)
-    drop = args.drop if args.drop is not None else 0 if args.csv else 5
+    drop = args.drop if args.drop is not None else 0 if args.csv else OUTLIERS
     if not 0 <= drop < len(N):
         raise ValueError(f"--drop {drop}: expected 0 to {len(N) - 1}, as {path} has {len(N)} points")
-    of = fit(*without_highest(N, D, L, drop), delta=args.delta)
-    law, laws = of.law, Law(*of.bootstrap(args.bootstrap, args.seed, args.by_size).T)
-
-    C = 6 * of.N * of.D
-    rms = float(np.sqrt(np.mean(of.residuals**2)))
-    figures = {"file": path.name, "dropped": drop, "points": len(C), "sizes": int(same(of.N).max()) + 1}
-    figures |= {"delta": of.delta, "objective": of.objective, "residual_rms": rms}
-    for name, values in (("N", of.N), ("D", of.D), ("C", C)):
-        figures[name] = [float(values.min()), float(values.max())]
-    ends = [f"{name} {short(figures[name][0])} to {short(figures[name][1])}" for name in "ND"]
-    print(f"{len(C)} points: {figures['sizes']} sizes, {', '.join(ends)}, C {C.min():.2g} to {C.max():.2g}")
-    print(f"Huber delta {of.delta:g}: objective {of.objective:.7g}, residuals {rms:.2%} rms\n")
-
-    figures["bootstrap"] = {"resamples": args.bootstrap, "seed": args.seed, "by_size": args.by_size}
-    print(
-        f"{'':14}value  95 % interval, {args.bootstrap} resamples of {'sizes' if args.by_size else 'points'}"
-    )
-    figures["law"] = {}
-    for name in ("E", "A", "B", "alpha", "beta", "a", "b"):
-        figures["law"][name] = value, low, high = getattr(law, name), *interval(getattr(laws, name))
-        print(f"{name:8}{value:11.5g}  {low:.5g} to {high:.5g}")
-
-    print(f"\ncompute  {'N*':28}{'D*':28}{'D*/N*':28}loss")
-    figures["budgets"] = []
-    for budget in args.at or [C.max(), 10 * C.max(), 100 * C.max()]:
-        best, orders = at_budget(law, laws, budget), beyond(budget, figures["C"])
-        figures["budgets"].append({"C": float(budget), "orders_beyond": orders} | best)
-        print(f"{budget:7.2g}", end="")
-        for name, row in best.items():
-            value, low, high = (short(x, 4 if name == "loss" else 3) for x in row)
-            print(f"  {f'{value} ({low} to {high})':26}", end="")
-        print(f"{orders:.1f} orders of magnitude beyond the points" if orders >= 0.05 else "")
-
-    print(
-        f"\nN* = k C^a by                        a          k\n{'approach 3, the law above':34}{law.a:7.4f}",
-        end="",
-    )
-    print(f"{law.optimal(1.0)[0]:11.4g}")
-    valleys = None
+    if args.bootstrap < LEAST_RESAMPLES:
+        raise ValueError(f"--bootstrap {args.bootstrap}: expected at least {LEAST_RESAMPLES}")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected at least 0")
     try:
-        figures["approach1"] = vars(envelope(of.N, of.D, of.L))
-        print("{:34}{a:7.4f}{k:11.4g}".format("approach 1, envelope", **figures["approach1"]))
-    except ValueError as error:
-        of.warnings.append(f"no approach 1: {error}")
-    try:
-        valleys = isoflop(of.N, of.D, of.L)
-        bias = parabola_bias(law, valleys.factor, valleys.budgets, budget)
-        figures["approach2"] = vars(valleys.law) | {"budgets": valleys.budgets.tolist()}
-        figures["approach2"]["bias"] = {"D": bias, "C": float(budget), "factor": valleys.factor}
-        print(
-            "{:34}{a:7.4f}{k:11.4g}".format("approach 2, IsoFLOP parabolas", **figures["approach2"]), end=""
-        )
-        print(f"  of the parabolas' making: D* {bias:+.1%} at {budget:.2g} FLOPs, were the law above true")
-    except ValueError as error:
-        of.warnings.append(f"no approach 2: {error}")
-    try:
-        figures["held_out"] = last = held_out(of)
-        print(
-            f"\nFitted up to {last['fitted_up_to']:.2g} FLOPs, the law predicts the {last['points']} points ",
-            end="",
-        )
-        print(
-            f"up to {last['up_to']:.2g} with an error of {last['error']:+.2%}, rms {last['error_rms']:.2%}."
-        )
-    except ValueError as error:
-        of.warnings.append(f"no prediction of the points of most compute: {error}")
-    for warning in of.warnings:
-        print(f"warning: {warning}")
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {args.out}: cannot be made a directory ({error.strerror})") from None
+    fitted = fit(*without_highest(N, D, L, drop), args.delta)
+    found, valleys = findings(fitted, args)
+    show(found)
 
     from checkpoint import replace_file  # here, since it loads torch, for which the law has no use
 
-    args.out.mkdir(parents=True, exist_ok=True)
     with replace_file(args.out / "fit.json") as new:
-        new.write_text(json.dumps(figures | {"warnings": of.warnings}, indent=1) + "\n")
+        found = {"file": path.name, "dropped": drop} | found
+        new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     with replace_file(args.out / "fit.png") as new, open(new, "wb") as file:
-        plot(of, valleys, file)
+        plot(fitted, valleys, file)
     print(f"\n{args.out}: fit.json and fit.png")
     return 0

@@ -21,6 +21,9 @@ import numpy as np
 # an exponent that would need far more orders of magnitude, or far fewer, than any data have.
 LEAST = np.array([math.log(1e-4)] * 3 + [0.01, 0.01])
 MOST = np.array([math.log(10)] * 3 + [3.0, 3.0])
+NEAR_LEAST = np.array([math.log(1e-3)] * 3 + [0.02, 0.02])
+NEAR_MOST = np.array([np.inf] * 3 + [2.9, 2.9])
+BORDER = "a term of less than a thousandth of the loss, or an exponent below 0.02 or above 2.9"
 
 
 def centre(N, D, L) -> tuple[np.ndarray, np.ndarray]:
@@ -182,9 +185,6 @@ def search_again(theta, w, logs, delta: float) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([theta for theta, _, _ in found]), np.concatenate([solved for *_, solved in found])
 
 
-BORDER = "a term of less than a thousandth of the loss, or an exponent below 0.02 or above 2.9"
-
-
 def on_border(theta: np.ndarray) -> np.ndarray:
     """Which of theta (K, 5) are near LEAST or MOST: bool (K, 5)."""
-    return (theta < [*[math.log(1e-3)] * 3, 0.02, 0.02]) | (theta > [*MOST[:3], 2.9, 2.9])
+    return (theta < NEAR_LEAST) | (theta > NEAR_MOST)

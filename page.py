@@ -13,14 +13,12 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from chinchilla import DEFAULT_LAW, LAWS, Law, Published, points
-from plan import DEFAULT_MFU, DEVICES, MOST_TOKENS_PER_PARAMETER, PUE, Shape
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points
+from plan import DEFAULT_MFU, DEVICES, PUE, SEQ_LEN, Shape
 
 TEMPLATE = Path(__file__).with_name("chinchilla.html")
 MARK = "__DATA__"
-SEQUENCE = 2048  # tokens: those of `plan.training_flops`
 GOPHER = 5.76e23  # FLOPs: the budget at which Chinchilla was trained
-KWH_PRICE = 0.10  # dollars, assumed: electricity is a few percent of the rent at any usual price
 
 NAMES = {field.name for field in fields(Law)}
 
@@ -41,27 +39,29 @@ SOURCES = (
     "Shapes, and the FLOPs of their parts: Hoffmann et al., table A9 and appendix F, with embeddings looked "
     "up at no cost.",
     "GPU-hours = C / (peak × MFU × 3600), where MFU is the share of the peak that goes into 6 N D; "
-    f"kWh = GPU-hours × kW × {PUE:g}, as on the model card of Llama 2. Peaks (dense bf16) and watts from the "
-    "makers' data sheets, prices on demand; plan.py cites them. The price of electricity is assumed.",
+    f"kWh = GPU-hours × kW × {PUE:g}, as in section 6 of Touvron et al. 2023 (LLaMA, arXiv 2302.13971). "
+    "Peaks (dense bf16) and watts from the makers' data sheets, prices on demand, May 2026 (B200: March); "
+    "plan.py cites them.",
     "Many tokens per parameter: Sardana and Frankle 2024, arXiv 2401.00448.",
 )
 
 
-def below(limit: float, values) -> float:
-    """The limit, or else half a power of ten under the least of the values."""
-    return min(limit, 10.0 ** (math.floor(2 * math.log10(min(values))) / 2))
+def span(low: float, high: float, values) -> list[float]:
+    """Low and high, or where the values go beyond, the next half power of ten."""
+    least, most = (2 * math.log10(end(values)) for end in (min, max))
+    return [min(low, 10.0 ** (math.floor(least) / 2)), max(high, 10.0 ** (math.ceil(most) / 2))]
 
 
 def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> dict:
     """All that the template shows: N, D and L of runs, (n,) each, laws to choose of, and the first choice."""
     C = 6 * N * D
-    # The axes reach down to the smallest runs, also to those that a law of your own was fitted to.
-    least = [p.compute[0] for name, p in laws.items() if name not in LAWS]
-    smallest = [p.law.optimal(p.compute[0]) for name, p in laws.items() if name not in LAWS]
+    # The axes reach all runs, also those that a law of your own was fitted to.
+    yours = [(p.law, end) for name, p in laws.items() if name not in LAWS for end in p.compute]
+    best = [law.optimal(end) for law, end in yours]
     ends = {
-        "C": [below(1e17, [*C, *least]), 1e27],
-        "N": [below(1e7, [*N, *(run[0] for run in smallest)]), 1e13],
-        "D": [below(1e9, [*D, *(run[1] for run in smallest)]), 10**14.5],
+        "C": span(1e17, 1e27, [*C, *(end for _, end in yours)]),
+        "N": span(1e7, 1e13, [*N, *(run[0] for run in best)]),
+        "D": span(1e9, 10**14.5, [*D, *(run[1] for run in best)]),
     }
     return {
         "laws": {
@@ -85,10 +85,9 @@ def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> 
             "gpus": 1024,
             "mfu": DEFAULT_MFU,
         },
-        "transformer": {"vocabulary": Shape.vocab, "sequence": SEQUENCE},
+        "transformer": {"vocabulary": Shape.vocab, "sequence": SEQ_LEN},
         "pue": PUE,
-        "kwh_price": KWH_PRICE,
-        "trusted_ratio": MOST_TOKENS_PER_PARAMETER,
+        "trusted_ratio": MANY_TOKENS,
         "sources": SOURCES,
     }
 
@@ -107,13 +106,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def fitted(path: Path) -> Published:
-    """The law in a JSON file that the command fit wrote. Raises ValueError for any other file."""
+    """The law in a JSON file that the command fit wrote. Raises ValueError for any other file, and where its
+    numbers are out of range."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         law = Law(**{name: float(values[0]) for name, values in found["law"].items() if name in NAMES})
         least, most = (float(C) for C in found["C"])
         title, source = f"Your fit of {found['file']}", f"{found['points']} points"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if not (0 <= law.E < math.inf and least <= most):
+            raise ValueError(f"E is {law.E:g}, C {least:g} to {most:g}")
+        for x in (law.A, law.B, law.alpha, law.beta, least, most):
+            if not 0 < x < math.inf:
+                raise ValueError(f"{x:g} is not positive and finite")
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: expected the fit.json that `chinchilla.py fit` writes ({error})") from None
     return Published(law, title, source, (least, most))
 
@@ -122,6 +127,8 @@ def main(args: Namespace) -> int:
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: expected a file name in a directory that exists")
     laws = dict(LAWS)
+    if args.fit and args.points is None:
+        raise ValueError(f"--fit {args.fit}: --fit needs --points, the runs it was fitted to")
     if args.fit:
         laws = {"fit": fitted(args.fit), **laws}
     text = html(page_data(*points(args.points), laws, next(iter(laws))))

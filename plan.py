@@ -21,16 +21,14 @@ from functools import cache
 
 import numpy as np
 
-from chinchilla import DEFAULT_LAW, LAWS, Law, PowerLaw, beyond, fit, interval, points, short
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, PowerLaw, beyond, fit, interval, points, short
 
 RESAMPLES = 400
 SEQ_LEN = 2048
 SIZES = (0.125, 0.25, 0.5, 0.75, 1, 1.5, 2, 4)  # of the compute-optimal one, at the same loss
-# Laws fitted near 20 tokens per parameter overstate what tokens far beyond are worth: refitted on runs up to
-# 10,000 per parameter the exponents come out twice as large (Sardana and Frankle 2024).
-MOST_TOKENS_PER_PARAMETER = 300
 TOO_HOPEFUL = "laws fitted near 20 overstate what tokens so far beyond are worth (Sardana and Frankle 2024)"
 MOST_EPOCHS = 40  # after which repeated tokens are worth next to nothing (Muennighoff et al. 2023)
+LEAST, MOST = 1e-9, 1e50  # of any number given: what is worked out of these stays in float64's range
 
 
 def minimum(f, low: float, high: float) -> float:
@@ -118,6 +116,7 @@ class RepeatedData:
     law: Law
     R_D: float
     R_N: float
+    largest: float  # FLOPs of the largest run it was fitted to
 
     def loss(self, N, D, unique):
         """Of N parameters after D tokens, of which `unique` are different."""
@@ -145,6 +144,7 @@ REPEATED = RepeatedData(
     ),
     R_D=15.387756,
     R_N=5.309743,
+    largest=6 * 8.67e9 * 178e9,
 )
 
 
@@ -160,28 +160,31 @@ class Shape:
     vocab: int = 32000
 
 
-def parameters(shape: Shape) -> int:
-    """Weights, biases and norms, with relative positions and the head, without the embedding: the count that
-    agrees with all 50 rows of table A9. Heads times kv_size need not be d_model: in six rows it is not."""
+def parameters(shape: Shape, relative: bool = True) -> int:
+    """Weights, biases and norms, with the head and without the embedding; relative: also those of relative
+    positions, a thirteenth of a layer. That is the count that agrees with all 50 rows of table A9. Heads
+    times kv_size need not be d_model: in six rows it is not."""
     d, f, q = shape.d_model, shape.ffw, shape.kv_size * shape.heads
-    attention = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d)  # q, k, v; relative keys, 2 biases; output
+    attention = 3 * (d * q + q) + (q * d + d)  # q, k, v; output
+    if relative:
+        attention += d * q + 2 * q  # keys, 2 biases
     feedforward = (d * f + f) + (f * d + d)
     return shape.layers * (attention + feedforward + 4 * d) + 2 * d + d * shape.vocab
 
 
-def training_flops(shape: Shape, seq_len: int = SEQ_LEN, as_printed: bool = False) -> int:
-    """FLOPs of forward and backward pass over one sequence of seq_len tokens (appendix F).
+def training_flops(shape: Shape, seq_len: int = SEQ_LEN, vocab_products: int = 1) -> int:
+    """FLOPs of forward and backward pass over one sequence of seq_len tokens, by appendix F of Hoffmann et
+    al. 2022. The backward pass is twice the forward one.
 
-    as_printed adds its terms for embedding and logits. Its table A4, which compares with 6 N D, comes out
-    only without them. The backward pass is twice the forward one.
+    vocab_products: how many products with the vocabulary are counted. 1 is the head; an embedding is looked
+    up, at no cost. The appendix prints terms for both, 2. Its table A4, which compares with 6 N D, comes out
+    with 0 alone.
     """
     S, d, q = seq_len, shape.d_model, shape.kv_size * shape.heads
     projections = 6 * S * d * q + 2 * S * q * d
     attention = 2 * S * S * q + 3 * shape.heads * S * S + 2 * S * S * q
     forward = shape.layers * (projections + attention + 4 * S * d * shape.ffw)
-    if as_printed:
-        forward += 2 * (2 * S * shape.vocab * d)
-    return 3 * forward
+    return 3 * (forward + vocab_products * 2 * S * shape.vocab * d)
 
 
 def shape_for(N: float) -> Shape | None:
@@ -189,7 +192,8 @@ def shape_for(N: float) -> Shape | None:
     d_model 1024, 64; and 64 to 128 of d_model for each layer. None if the nearest is more than 10 % away, as
     below some 8 million parameters, where the head is nearly all there is."""
     shapes = []
-    for d in (*range(64, 1025, 64), *range(1152, 65537, 128)):
+    widths = ((64, 1024, 64), (1024, 2048, 128), (2048, 8192, 256), (8192, 65537, 1024))
+    for d in (d for step in widths for d in range(*step)):
         kv = 64 if d <= 1024 else 128
         one, two = (parameters(Shape(d, 4 * d, kv, d // kv, layers)) for layers in (1, 2))
         layers = round(1 + (N - one) / (two - one))
@@ -221,12 +225,14 @@ DEVICES = {
     "mi300x": Device("AMD Instinct MI300X", 1307e12, 750),
 }
 DEFAULT_MFU = 0.4  # the GPU-hours of Llama 2 (Touvron et al. 2023, table 2) imply 0.38 to 0.43
-PUE = 1.1  # power of the whole data centre over that of its computers: Llama 2's model card
-CO2 = 0.385  # kg per kWh: implied by that card's emissions
+# Touvron et al. 2023 (LLaMA, arXiv 2302.13971), section 6; the model card of Llama 2 counts so too.
+PUE = 1.1  # power of the whole data centre over that of its computers
+CO2 = 0.385  # kg per kWh, the average of the USA
 
 
 def gpu_hours(C: float, device: Device, mfu: float = DEFAULT_MFU) -> float:
-    """mfu: the share of peak FLOP/s that goes into 6 N D (Chowdhery et al. 2022, appendix B)."""
+    """mfu: the share of peak FLOP/s that goes into 6 N D; that of Chowdhery et al. 2022, appendix B, counts
+    attention too."""
     return C / (device.peak * mfu * 3600)
 
 
@@ -257,18 +263,25 @@ def known(table: dict, name: str, what: str):
 
 def positive(**values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name.replace('_', ' ')} {value:g}: expected a number above 0")
+        if value is not None and not LEAST <= value <= MOST:
+            told = f"{name.replace('_', ' ')} {min(value, 1e308):g}"  # an int may be larger than any float
+            raise ValueError(f"{told}: expected a number above 0, from {LEAST:g} to {MOST:g}")
 
 
 def share_of_peak(mfu: float) -> None:
-    if not 0 < mfu <= 1:
-        raise ValueError(f"mfu {mfu:g}: expected a share of the peak, above 0 and at most 1, such as 0.4")
+    if not 1e-4 <= mfu <= 1:
+        raise ValueError(f"mfu {mfu:g}: expected a share of the peak, from 0.0001 to 1, such as 0.4")
+
+
+def extrapolated(C: float, compute: tuple[float, float]) -> float:
+    """`beyond`, in orders of magnitude; what would be printed as 0.0 of them counts as within."""
+    orders = beyond(C, compute)
+    return orders if orders >= 0.05 else 0.0
 
 
 def make_plan(
     C: float,
-    law: str = DEFAULT_LAW,
+    law_name: str = DEFAULT_LAW,
     *,
     run: tuple[float, float] | None = None,
     gpu: str = "h100",
@@ -283,33 +296,36 @@ def make_plan(
 
     run: (N, D) to be judged, with 6 N D = C. inference_tokens: to be served over the model's life.
     unique_tokens: how many different ones there are to train on. Raises ValueError for what is unknown or out
-    of range, and for inference_tokens with a law that predicts no loss.
+    of range, and for inference_tokens with what is no Law.
     """
-    published = known(LAWS, law, "law")
+    published = known(LAWS, law_name, "law")
     known(DEVICES, gpu, "gpu")
-    positive(
-        compute=C, gpus=gpus, price=price, inference_tokens=inference_tokens, unique_tokens=unique_tokens
-    )
+    positive(gpus=gpus, price=price, inference_tokens=inference_tokens, unique_tokens=unique_tokens)
     share_of_peak(mfu)
-    if not 1 <= C <= 1e50:
-        raise ValueError(f"compute {C:g}: expected 1 to 1e50 FLOPs: beyond, losses are no longer told apart")
+    if not 1 <= C <= MOST:
+        raise ValueError(
+            f"compute {C:g}: expected 1 to {MOST:g} FLOPs: beyond, losses are no longer told apart"
+        )
     if seed < 0:
         raise ValueError(f"seed {seed}: expected 0 or more")
-    has_loss = isinstance(published.law, Law)
-    if inference_tokens and not has_loss:
-        losses = ", ".join(name for name, p in LAWS.items() if isinstance(p.law, Law))
-        raise ValueError(f"law {law} predicts no loss, which inference tokens need: choose one of {losses}")
+    is_law = isinstance(published.law, Law)
+    if inference_tokens and not is_law:
+        laws = ", ".join(name for name, p in LAWS.items() if isinstance(p.law, Law))
+        raise ValueError(
+            f"law {law_name} is held here as an allocation alone; inference tokens need a law of loss: "
+            f"choose one of {laws}"
+        )
 
-    plan = {"compute": C, "law": law, "laws": {}}
+    plan = {"compute": C, "law": law_name, "laws": {}}
     for name, p in LAWS.items():
         N, D = (float(x) for x in p.law.optimal(C))
-        loss = float(p.law.loss(N, D)) if isinstance(p.law, Law) else None
-        row = allocation(N, D) | {"loss": loss, "compute": p.compute, "beyond": beyond(C, p.compute)}
+        loss = float(p.law.loss(N, D)) if hasattr(p.law, "loss") else None
+        row = allocation(N, D) | {"loss": loss, "compute": p.compute, "beyond": extrapolated(C, p.compute)}
         plan["laws"][name] = row | {"title": p.title, "source": p.source, "note": p.note}
-    best = plan["laws"][law]
+    best = plan["laws"][law_name]
     plan["laws"]["besiroglu"]["interval"] = bootstrap_interval(C, seed)
 
-    if has_loss:
+    if is_law:
         plan["same_loss"] = []
         for size in SIZES:
             N, D, extra = same_loss(published.law, C, size)
@@ -318,7 +334,7 @@ def make_plan(
             plan["same_loss"].append({"size": size, **row, "extra": extra if reached else None})
     if run:
         plan["run"] = allocation(*run)
-        if has_loss:
+        if is_law:
             loss = float(published.law.loss(*run))
             plan["run"] |= {"loss": loss, "optimal_compute": float(compute_for(published.law, loss))}
     if inference_tokens:
@@ -331,22 +347,29 @@ def make_plan(
         limited = allocation(N, D) | {"epochs": D / unique_tokens, "worth": worth, "loss": loss}
         N, D = (float(x) for x in REPEATED.law.optimal(C))
         unlimited = allocation(N, D) | {"epochs": 1.0, "worth": D, "loss": float(REPEATED.law.loss(N, D))}
-        plan["repeated"] = {"unique": unique_tokens, "limited": limited, "unlimited": unlimited}
+        plan["repeated"] = {
+            "unique": unique_tokens,
+            "limited": limited,
+            "unlimited": unlimited,
+            "beyond": extrapolated(C, (1.0, REPEATED.largest)),  # no budget is less than 1
+        }
 
     plan["hardware"] = {"gpu": gpu, "gpus": gpus, "mfu": mfu, "pue": PUE, "co2_kg_per_kwh": CO2}
     plan["hardware"]["devices"] = {
         name: cost(C, device, gpus, mfu, price if price and name == gpu else device.price)
         for name, device in DEVICES.items()
     }
-    shape = shape_for(best["N"])
+    planned = plan.get("run", best)
+    shape = shape_for(planned["N"])
     if shape:
-        sequences = best["D"] / SEQ_LEN
+        D, exact = planned["D"], training_flops(shape) / SEQ_LEN
         plan["flops"] = {
             "shape": vars(shape),
             "N": parameters(shape),
-            "6ND": 6 * parameters(shape) * best["D"],
-            "exact": training_flops(shape) * sequences,
-            "as_printed": training_flops(shape, as_printed=True) * sequences,
+            "D": D,
+            "6ND": 6 * parameters(shape) * D,
+            "exact": exact * D,
+            "without_relative": exact / (6 * parameters(shape, relative=False)) - 1,
         }
     plan["warnings"] = warnings(plan)
     return plan
@@ -360,8 +383,11 @@ def warnings(plan: dict) -> list[str]:
     """What of a plan not to believe."""
     law, found = plan["law"], []
     best = plan["laws"][law]
-    if best["loss"] is None:
-        found.append(f"law {law} was published as an allocation alone and predicts no loss")
+    if "same_loss" not in plan:
+        found.append(
+            f"law {law} is held here as an allocation alone; what other sizes cost for the same loss needs a "
+            "law of loss"
+        )
     if best["beyond"]:
         least, greatest = best["compute"]
         end = f"above the largest run, {short(greatest)},"
@@ -373,12 +399,20 @@ def warnings(plan: dict) -> list[str]:
         )
     parts = {"the optimum": best, "your run": plan.get("run"), "to be served": plan.get("inference")}
     for what, part in parts.items():
-        if part and part["tokens_per_parameter"] > MOST_TOKENS_PER_PARAMETER:
+        if part and part["tokens_per_parameter"] > MANY_TOKENS:
             found.append(f"{what}: {short(part['tokens_per_parameter'])} tokens per parameter; {TOO_HOPEFUL}")
-    epochs = plan["repeated"]["limited"]["epochs"] if "repeated" in plan else 0
+    if "repeated" not in plan:
+        return found
+    far, epochs = plan["repeated"]["beyond"], plan["repeated"]["limited"]["epochs"]
+    if far:
+        found.append(
+            f"the law of repeated data is extrapolated: {short(plan['compute'])} FLOPs are {far:.1f} orders "
+            f"of magnitude above the largest run, {short(REPEATED.largest)}, that it was fitted to"
+        )
     if epochs > MOST_EPOCHS:
         found.append(
             f"{short(epochs)} epochs: beyond {MOST_EPOCHS}, repeated tokens are worth next to nothing "
-            "(Muennighoff et al. 2023); find more data"
+            "(Muennighoff et al. 2023), and the optimum is a plateau: much less compute reaches nearly the "
+            "same loss; find more data"
         )
     return found

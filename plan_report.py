@@ -12,17 +12,15 @@ import textwrap
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from chinchilla import DEFAULT_LAW, LAWS, quantity, short
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, quantity, short
 from plan import (
     CO2,
     DEFAULT_MFU,
     DEVICES,
-    MOST_TOKENS_PER_PARAMETER,
     PUE,
     RESAMPLES,
     SEQ_LEN,
     TOO_HOPEFUL,
-    Shape,
     budget_for,
     known,
     make_plan,
@@ -31,6 +29,10 @@ from plan import (
 )  # fmt: skip
 
 WIDTH = 100
+# What one of a unit is, the largest first.
+TIME = {"years": 365.25, "days": 1, "h": 1 / 24, "min": 1 / 1440, "s": 1 / 86400, "ms": 1 / 86400e3}
+ENERGY = {"GWh": 1e6, "MWh": 1e3, "kWh": 1, "Wh": 1e-3}
+MASS = {"t": 1e3, "kg": 1, "g": 1e-3}
 
 
 def cell(x: float | None) -> str:
@@ -42,7 +44,23 @@ def sizes(row: dict) -> tuple[str, str, str]:
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:+.1f} %"
+    return "-" if share is None else f"{100 * share:+z.1f} %"
+
+
+def measured(value: float, units: dict[str, float], least: int = 1) -> str:
+    """In the largest unit of which there are at least that many."""
+    for unit, size in units.items():
+        if value >= least * size:
+            return f"{short(value / size)} {unit}"
+    return f"< {least} {unit}"
+
+
+def dollars(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value < 0.01:
+        return "< 1 cent"
+    return f"${value:.2f}" if value < 100 else f"${short(value)}"
 
 
 def loss_of(row: dict) -> str:
@@ -79,14 +97,14 @@ def report(plan: dict) -> str:
             N, D, ratio = sizes(row)
             rows.append((N, cell(row["size"]), "never" if D == "-" else D, ratio, percent(row["extra"])))
         lines = table(rows, left=0)
-        if any((row["tokens_per_parameter"] or 0) > MOST_TOKENS_PER_PARAMETER for row in plan["same_loss"]):
-            lines += paragraph(f"D/N above {MOST_TOKENS_PER_PARAMETER}: {TOO_HOPEFUL}")
+        if any((row["tokens_per_parameter"] or 0) > MANY_TOKENS for row in plan["same_loss"]):
+            lines += paragraph(f"D/N above {MANY_TOKENS}: {TOO_HOPEFUL}")
         sections.append([f"Other sizes with the same loss, {loss_of(best)}, by {law}", *lines])
     if "inference" in plan:
         part = plan["inference"]
         text = (
             f"{model(part)}: as good as {cell(best['N'])} on {cell(best['D'])}, for "
-            f"{100 * part['saving']:.1f} % fewer FLOPs of training and serving (Sardana and Frankle 2024)"
+            f"{100 * part['saving']:z.1f} % fewer FLOPs of training and serving (Sardana and Frankle 2024)"
         )
         sections.append([f"To be served {cell(part['served'])} tokens, by {law}", *paragraph(text)])
     if "repeated" in plan:
@@ -96,17 +114,22 @@ def report(plan: dict) -> str:
             rows.append((unique, *(cell(row[key]) for key in ("N", "D", "epochs", "worth")), loss_of(row)))
         sections.append(["Data seen again, by Muennighoff et al. 2023 (arXiv 2305.16264)", *table(rows)])
 
-    rows = [("", "GPU-hours", f"days on {hardware['gpus']}", "$/hour", "$", "MWh", "t CO2")]
+    rows = [("", "GPU-hours", f"on {hardware['gpus']}", "$/hour", "rent", "energy", "CO2")]
     for name, row in hardware["devices"].items():
+        hours = cell(row["gpu_hours"]) if row["gpu_hours"] >= 0.01 else "< 0.01"
         price = "-" if row["price"] is None else f"{row['price']:.2f}"
-        cells = (cell(row["dollars"]), cell(row["kwh"] / 1000), cell(row["co2_kg"] / 1000))
+        cells = (dollars(row["dollars"]), measured(row["kwh"], ENERGY), measured(row["co2_kg"], MASS))
         marked = f"{name} *" if name == hardware["gpu"] else name
-        rows.append((marked, cell(row["gpu_hours"]), cell(row["days"]), price, *cells))
-    note = f"PUE {PUE}, {CO2} kg CO2 per kWh (Llama 2). Prices move: give your own with --price"
+        rows.append((marked, hours, measured(row["days"], TIME, least=2), price, *cells))
+    note = (
+        f"PUE {PUE}, {CO2} kg CO2 per kWh, the average of the USA (LLaMA, arXiv 2302.13971, section 6). "
+        "Prices on demand, May 2026 (B200: March; plan.py has the sources); they move: give your own with "
+        "--price"
+    )
     title = f"On hardware, at {100 * hardware['mfu']:g} % of its peak (MFU)"
     sections.append([title, *table(rows), *paragraph(note)])
     if "flops" in plan:
-        sections.append(flops_section(plan["flops"]))
+        sections.append(flops_section(plan))
     sections.append(paragraph(in_words(plan)))
     sections += [paragraph(f"warning: {warning}") for warning in plan["warnings"]]
     return "\n\n".join("\n".join(section) for section in sections)
@@ -117,7 +140,7 @@ def laws_section(plan: dict) -> list[str]:
     sources = []
     for name, row in plan["laws"].items():
         side = "above" if plan["compute"] > row["compute"][1] else "below"
-        far = f"10^{row['beyond']:.1f} {side}" if row["beyond"] else "within"
+        far = f"{row['beyond']:.1f} orders {side}" if row["beyond"] else "within"
         marked = f"{name} *" if name == plan["law"] else name
         rows.append((marked, row["title"], *sizes(row), loss_of(row), far))
         sources += paragraph(f"{name}: {row['source']}; {row['note']}", indent="    ")
@@ -127,24 +150,38 @@ def laws_section(plan: dict) -> list[str]:
         for name, key in (("N", "N"), ("D", "D"), ("D/N", "tokens_per_parameter"))
     ]
     told.append(f"loss {ends['loss'][0]:.3f} to {ends['loss'][1]:.3f}")
-    text = f"besiroglu, 95 % of {RESAMPLES} refits of resampled points: {', '.join(told)}"
-    title = "How large, on how many tokens (* is the law used below)"
-    return [title, *table(rows, left=2), *paragraph(text, indent="    "), *sources]
-
-
-def flops_section(part: dict) -> list[str]:
-    shape = Shape(**part["shape"])
-    told = (
-        f"{cell(part['N'])}: {shape.layers} layers of {shape.d_model:,}, {shape.heads} heads of "
-        f"{shape.kv_size}, feed-forward {shape.ffw:,}, vocabulary {shape.vocab:,}"
+    interval = (
+        f"besiroglu, 95 % of {RESAMPLES} refits of resampled points: {', '.join(told)}; the points are taken "
+        "as independent, which narrows it"
     )
-    rows = [("6 N D", cell(part["6ND"]), "")]
-    for key, what in (
-        ("exact", "layers, as in table A4 of Hoffmann et al."),
-        ("as_printed", "with embedding and logits, as their appendix F prints"),
-    ):
-        rows.append((what, cell(part[key]), percent(part[key] / part["6ND"] - 1)))
-    return [f"FLOPs of a transformer of about N*, sequences of {SEQ_LEN:,}", *paragraph(told), *table(rows)]
+    counts = (
+        "N counts the head and not the embedding table (kaplan: neither), C = 6 N D. Losses are nats per "
+        "token of each paper's own text and tokenizer: compare them within a law, not between laws"
+    )
+    title = "How large, on how many tokens (* is the law used below)"
+    return [title, *table(rows, left=2), *paragraph(counts), *paragraph(interval, indent="    "), *sources]
+
+
+def flops_section(plan: dict) -> list[str]:
+    part = plan["flops"]
+    shape = part["shape"]
+    told = (
+        f"{cell(part['N'])} on {cell(part['D'])} tokens: {shape['layers']} layers of {shape['d_model']:,}, "
+        f"{shape['heads']} heads of {shape['kv_size']}, feed-forward {shape['ffw']:,}, vocabulary "
+        f"{shape['vocab']:,}"
+    )
+    rows = [
+        ("6 N D", cell(part["6ND"]), ""),
+        ("layers and head", cell(part["exact"]), percent(part["exact"] / part["6ND"] - 1)),
+    ]
+    note = (
+        "N counts a thirteenth of each layer's weights for relative positions, which cost no FLOPs in this "
+        f"count; a model without them takes {percent(part['without_relative'])} over its own 6 N D "
+        "(Hoffmann et al. 2022, appendix F)"
+    )
+    which = "your N" if "run" in plan else "N*"
+    title = f"FLOPs of a transformer of about {which}, sequences of {SEQ_LEN:,}"
+    return [title, *paragraph(told), *table(rows), *paragraph(note)]
 
 
 def model(row: dict) -> str:
@@ -159,18 +196,20 @@ def run_in_words(plan: dict) -> str:
     saved = 1 - run["optimal_compute"] / plan["compute"]
     return (
         f"{model(run)}: loss {loss_of(run)}; at best {loss_of(best)} for as much compute, or the same loss "
-        f"for {cell(run['optimal_compute'])} FLOPs, {100 * saved:.1f} % fewer"
+        f"for {cell(run['optimal_compute'])} FLOPs, {100 * saved:z.1f} % fewer"
     )
 
 
 def in_words(plan: dict) -> str:
     law, hardware = plan["law"], plan["hardware"]
     best, row = plan["laws"][law], hardware["devices"][hardware["gpu"]]
-    price = "" if row["dollars"] is None else f" and ${cell(row['dollars'])}"
+    price = "" if row["dollars"] is None else f" and {dollars(row['dollars'])}"
+    spent = f"{measured(row['days'], TIME, least=2)} on {hardware['gpus']} {hardware['gpu']}{price}."
+    if "run" in plan:
+        return f"In short: {model(plan['run'])}, take {cell(plan['compute'])} FLOPs: {spent}"
     text = (
         f"In short: by {law}, {cell(plan['compute'])} FLOPs are best spent on {cell(best['N'])} parameters "
-        f"and {cell(best['D'])} tokens: {cell(row['days'])} days on {hardware['gpus']} {hardware['gpu']}"
-        f"{price}."
+        f"and {cell(best['D'])} tokens: {spent}"
     )
     for other in plan.get("same_loss", ()):
         if other["size"] == 0.5 and other["extra"] is not None:
@@ -183,7 +222,7 @@ def in_words(plan: dict) -> str:
 
 def budget(args: Namespace) -> tuple[float, tuple[float, float] | None]:
     """C, and (N, D) where both were given. Raises ValueError unless exactly one way of giving it was used."""
-    positive(compute=args.compute, params=args.params, tokens=args.tokens, gpus=args.gpus, days=args.days)
+    positive(params=args.params, tokens=args.tokens, gpus=args.gpus, days=args.days)
     ways = {
         "a number of FLOPs": args.compute,
         "--params or --tokens": args.params or args.tokens,
@@ -216,10 +255,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--tokens", type=quantity, help="D: 1t; the same")
     add("--days", type=float, help="the budget: what --gpus do in so many days")
     add("--gpus", type=int, help="how many (default 8)")
-    add("--gpu", default="h100", help=f"which: {', '.join(DEVICES)} (default h100)")
+    add("--gpu", type=str.lower, default="h100", help=f"which: {', '.join(DEVICES)} (default h100)")
     add("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak that is reached (default 0.4)")
     add("--price", type=float, help="dollars an hour of one --gpu")
-    add("--law", default=DEFAULT_LAW, help=f"{', '.join(LAWS)} (default {DEFAULT_LAW})")
+    add("--law", type=str.lower, default=DEFAULT_LAW, help=f"{', '.join(LAWS)} (default {DEFAULT_LAW})")
     add("--inference-tokens", type=quantity, help="tokens to be served in the model's life: 2t")
     add("--unique-tokens", type=quantity, help="how many different tokens there are: 25b")
     add("--seed", type=int, default=0, help="of the bootstrap")
@@ -227,6 +266,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(args: Namespace) -> int:
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ValueError(f"--json {args.json}: expected a file name in a directory that exists")
     C, run = budget(args)
     plan = make_plan(
         C, args.law, run=run, gpu=args.gpu, gpus=args.gpus or 8, mfu=args.mfu, price=args.price,

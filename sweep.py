@@ -14,20 +14,21 @@ a model counts for as many parameters as its FLOPs are worth, N = FLOPs per toke
 and a head that is most of them, any other count bends the law (Porian et al. 2024; Pearce and Song 2024).
 
 From all these points the law foretells the loss of a model wider than any of them after `BEYOND` times the
-compute of any of them; that is written down, and then the model is trained.
+compute of any of them, if the text is long enough: none is read twice. That is written down, and then the
+model is trained.
 
     python chinchilla.py sweep --minutes 20
 
 In --out, sweep.json has the design and the findings, points.csv the points (for `chinchilla.py fit`),
 sweep.png the curves, emergence.png how a smooth gain can look like a sudden ability (Schaeffer et al. 2023).
-Stopped at any moment, the same command goes on where it was.
+Stopped at any moment, the same command goes on from the last point of each run.
 """
 
 import argparse
-import csv
 import json
 import math
 import multiprocessing
+import os
 import shlex
 import signal
 import sys
@@ -48,16 +49,16 @@ from tqdm import tqdm
 import checkpoint
 import data
 import train
-from chinchilla import Fit, Law, fit, interval, quantity, short
-from isoflop import envelope, isoflop
+from chinchilla import Law, interval, quantity, short
+from sweep_report import EXACT, SPANS, find_law, plot_emergence, plot_sweep, show_law, write_csv
 
 BEYOND = 3  # FLOPs of the predicted run over those of the largest that the law is fitted to
 MIN_SIZES = 4  # that a law can be fitted to
 HELD_OUT = 1 << 16  # tokens that every model is asked about
 WINDOW = 0.2  # weights of this last share of the tokens are averaged
 LR_EXPONENT = 0.75  # how the best learning rate falls with width; by trial at widths 16, 48 and 128
-RESAMPLES = 4000  # of the points, for intervals
-SPANS = (1, 2, 4, 8, 12, 16)  # tokens in a row that are all to be right
+
+flops_done = None  # in a worker: FLOPs of all workers, in memory that they share
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Design:
 
     widths: tuple[int, ...]
     n_layers: int
-    d_head: int
+    d_head: int  # about: heads share the width evenly
     seq_len: int
     batch_size: int  # sequences
     first_point: int  # updates: before them the loss tells of the warm-up, not of the size
@@ -74,15 +75,15 @@ class Design:
 
 
 DESIGNS = {
-    "cpu": Design((16, 32, 48, 64, 80, 96, 112, 128, 192), 3, 16, 128, 8, 1000, 0.0043),
-    "cuda": Design((64, 128, 192, 256, 384, 512, 768, 1024), 6, 64, 512, 32, 1000, 0.0043),
+    "cpu": Design((16, 24, 32, 40, 48, 64, 80, 96, 128, 192), 3, 16, 128, 8, 1000, 0.0043),
+    "cuda": Design((64, 96, 128, 192, 256, 320, 384, 512, 768), 6, 32, 256, 16, 500, 0.0043),
 }
 
 
 def train_flags(design: Design, width: int, args: argparse.Namespace) -> list[str]:
     """What train.py is told of one run, all but its length."""
     heads = width // design.d_head
-    fields = dict(d_model=width, n_layers=design.n_layers, d_head=design.d_head, n_heads=heads)
+    fields = dict(d_model=width, n_layers=design.n_layers, d_head=width // heads, n_heads=heads)
     # Two thirds of the usual 4: with its three matrices SwiGLU has as many weights as a plain MLP.
     fields |= dict(n_kv_heads=heads, d_ff=8 * round(width / 3))
     flags = {
@@ -101,7 +102,8 @@ def train_flags(design: Design, width: int, args: argparse.Namespace) -> list[st
         "out": args.out / f"width{width}",
     }
     said = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    return [*said, "--set", *(f"{field}={value}" for field, value in fields.items())]
+    # Not compiled: that takes as long as many of these runs.
+    return [*said, "--no-compile", "--set", *(f"{field}={value}" for field, value in fields.items())]
 
 
 def points_of(steps: float, first: int) -> list[int]:
@@ -178,23 +180,27 @@ def evaluate(run: train.Run, model: nn.Module, rows: Tensor) -> dict[str, float]
 def train_one(flags: list[str], points: list[int]) -> None:
     """Train one size, or go on with it, and write a row to its metrics.jsonl for each of the points."""
     args = train.parse_arguments([*flags, "--steps", str(points[-1])])
-    args.resume = (args.out / "checkpoint").is_dir()
+    args.resume = any((args.out / name).is_dir() for name in ("checkpoint", "checkpoint.previous"))
     run = train.prepare(args)
-    rows = held_out_rows(run)
+    rows, parent = held_out_rows(run), multiprocessing.parent_process()
     flops = args.batch_size * args.seq_len * run.model.flops_per_token(args.seq_len)
     add_flops(run.step * flops)
     for point in (point for point in points if point > run.step):
         average, n_skipped = None, 0
         while run.step < point:
             loss, norm, *_ = train.update(run)
-            n_skipped = 0 if torch.isfinite(loss + norm) else n_skipped + 1
+            finite = bool(torch.isfinite(loss + norm))
+            run.n_skipped += not finite
+            n_skipped = 0 if finite else n_skipped + 1
             if n_skipped == train.MAX_SKIPPED:
                 raise ValueError(f"{args.out}: no finite gradient at step {run.step}; lower --lr-factor")
             if run.step > (1 - WINDOW) * point:
                 average = average or AveragedModel(run.model)
                 average.update_parameters(run.model)
             add_flops(flops)
-        row = {"step": point, "tokens": point * args.batch_size * args.seq_len}
+            if parent is not None and not parent.is_alive():
+                os._exit(1)  # or else there would soon be two of this run
+        row = {"step": point, "tokens": point * args.batch_size * args.seq_len, "skipped": run.n_skipped}
         row |= evaluate(run, average.module.eval(), rows)
         train.append(args.out / "metrics.jsonl", json.dumps(row) + "\n")
         train.save(run)
@@ -271,6 +277,12 @@ def make_runs(runs: list[dict], design: Design, args: argparse.Namespace, n_work
 
 def design_runs(args: argparse.Namespace, design: Design, most_tokens: int, n_workers: int) -> list[dict]:
     """Try every width for a moment, and share out the compute that --minutes are enough for."""
+    needed = 2 * design.first_point * design.batch_size * design.seq_len
+    if most_tokens < needed:
+        raise ValueError(
+            f"--data {args.data}: {most_tokens:,} tokens to train on, expected at least {needed:,}; give "
+            "more text"
+        )
     print(f"trying widths {design.widths[0]} to {design.widths[-1]} for their speed", file=sys.stderr)
     with workers(n_workers) as (pool, _):
         speeds = list(pool.map(measure_speed, [train_flags(design, width, args) for width in design.widths]))
@@ -289,105 +301,42 @@ def read_rows(runs: list[dict], out: Path) -> list[dict]:
     """What was found at each point of the runs."""
     rows = []
     for run in runs:
-        for line in (out / f"width{run['width']}" / "metrics.jsonl").read_text().splitlines():
-            found = json.loads(line)
-            N, D = run["flops_per_token"] / 6, found["tokens"]
-            row = {"N": N, "D": D, "C": 6 * N * D, "loss": found["val_loss"], "width": run["width"]}
-            row |= {"parameters": run["n_params"], "without_head": run["n_without_head"]}
-            rows.append(row | {name: found[name] for name in ("accuracy", *(f"exact_{k}" for k in SPANS))})
-    return rows
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    with checkpoint.replace_file(path) as new, open(new, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{value:.8g}" for name, value in row.items()})
-
-
-def columns(rows: list[dict], *names: str) -> list[np.ndarray]:
-    return [np.array([row[name] for row in rows], dtype=np.float64) for name in names]
-
-
-def find_law(rows: list[dict], seed: int) -> tuple[Fit, np.ndarray, dict]:
-    """The law of the points, resamples of it that draw whole sizes, and what there is to say of them."""
-    N, D, L = columns(rows, "N", "D", "loss")
-    of = fit(N, D, L)
-    samples = of.bootstrap(RESAMPLES, seed, by_size=True)
-    laws, names = Law(*samples.T), ("E", "A", "B", "alpha", "beta", "a")
-    found = {name: getattr(of.law, name) for name in names}
-    found |= {"rms of ln loss": float(np.sqrt(np.mean(of.residuals**2)))}
-    found["intervals"] = {name: interval(getattr(laws, name)) for name in names}
-    # Other counts of N: every parameter, or those of the layers alone, as Kaplan et al. 2020 have it.
-    ways = {
-        "with N all parameters": lambda: fit(*columns(rows, "parameters", "D", "loss")).law,
-        "with N less the head": lambda: fit(*columns(rows, "without_head", "D", "loss")).law,
-        "by approach 1": lambda: envelope(N, D, L),
-        "by approach 2": lambda: isoflop(N, D, L).law,
-    }
-    found["other a"] = {}
-    for name, way in ways.items():
+        path = out / f"width{run['width']}" / "metrics.jsonl"
         try:
-            found["other a"][name] = way().a
-        except ValueError as error:
-            of.warnings.append(f"no a {name}: {error}")
-    found["warnings"] = of.warnings
-    return of, samples, found
-
-
-def show_law(found: dict) -> None:
-    print("\nlaw       value         95 % interval, by drawing sizes")
-    for name, (low, high) in found["intervals"].items():
-        print(f"{name:6} {found[name]:10.4g}         {low:.4g} to {high:.4g}")
-    print(f"residuals of ln loss: {found['rms of ln loss']:.2%} rms")
-    for name, value in found["other a"].items():
-        print(f"a {name}: {value:.3f}")
-    for warning in found["warnings"]:
-        print(f"warning: {warning}")
+            for found in map(json.loads, path.read_text().splitlines()):
+                N, D = run["flops_per_token"] / 6, found["tokens"]
+                row = {"N": N, "D": D, "C": 6 * N * D, "loss": found["val_loss"], "width": run["width"]}
+                row |= {"parameters": run["n_params"], "without_head": run["n_without_head"]}
+                rows.append(row | {name: found[name] for name in ("accuracy", *EXACT)})
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}); remove {path.parent} to make it anew") from None
+    return rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--minutes", type=quantity, default=20, help="how long it may take here (default %(default)s)")
+    add("--minutes", type=float, default=20, help="how long it may take here (default %(default)s)")
     add("--budget", type=quantity, metavar="C", help="instead: FLOPs of the dearest run that is fitted")
     add("--data", default="stdlib", metavar="WHAT", help="as for train.py (default stdlib)")
     add("--tokenizer", default="bytes", metavar="WHAT", help="as for train.py (default bytes)")
-    add("--lr-factor", type=quantity, default=1.0, metavar="X", help="times the learning rates of the design")
+    add("--lr-factor", type=float, default=1.0, metavar="X", help="times the learning rates of the design")
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, metavar="N", help="runs at once (default: one for each core, or GPU)")
+    add("--workers", type=int, metavar="N", help="runs at once (default: one for each core; 1 on a GPU)")
     add("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="default runs/sweep")
     add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="of tokens (default cache)")
 
 
 def main(args: argparse.Namespace) -> int:
-    n_workers = args.workers
-    if n_workers is None:
-        n_workers = torch.get_num_threads() if args.device == "cpu" else 1
-    if n_workers < 1:
-        raise ValueError(f"--workers {args.workers}: expected at least 1")
-    design = DESIGNS[args.device]
-    dataset = data.prepare(args.data, args.tokenizer, args.cache)
-    train.check_writable(args.out)
-    path = args.out / "sweep.json"
-    asked = {
-        "dataset": dataset.name,
-        "seed": args.seed,
-        "lr_factor": args.lr_factor,
-        "design": asdict(design),
-    }
-    asked = json.loads(json.dumps(asked))  # as it comes back from the file
-    if path.exists():
-        state = json.loads(path.read_text())
-        if state["asked"] != asked:
-            raise ValueError(f"--out {args.out}: there is another sweep in it; name another directory")
-    else:
-        runs = design_runs(args, design, len(dataset.train.tokens), n_workers)
-        state = {"command": shlex.join(["python", *sys.argv]), "asked": asked, "runs": runs}
-        write_json(state, path)
+    for flag in ("minutes", "lr_factor", "workers"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected a number above 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected at least 0")
+    n_workers = args.workers or (torch.get_num_threads() if args.device == "cpu" else 1)
     try:
-        sweep(args, design, state, n_workers)
+        sweep(args, DESIGNS[args.device], n_workers)
     except BrokenProcessPool:
         raise ValueError(
             "a run was killed, perhaps for want of memory (--workers 1 needs less); the same command goes "
@@ -399,13 +348,40 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def begin_or_go_on(args: argparse.Namespace, design: Design, n_workers: int) -> dict:
+    """What sweep.json holds: of the sweep that is in --out, or of a new one."""
+    dataset = data.prepare(args.data, args.tokenizer, args.cache)
+    train.check_writable(args.out)
+    path = args.out / "sweep.json"
+    asked = {"dataset": dataset.name, "seed": args.seed, "lr_factor": args.lr_factor} | asdict(design)
+    if not path.exists():
+        runs = design_runs(args, design, len(dataset.train.tokens), n_workers)
+        state = {"command": shlex.join(["python", *sys.argv]), "asked": asked, "runs": runs}
+        write_json(state, path)
+        return state
+    try:
+        state = json.loads(path.read_text())
+        before, command = state["asked"], state["command"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); remove it, or name another --out") from None
+    for name, value in json.loads(json.dumps(asked)).items():  # as it comes back from a file
+        if before.get(name) != value:
+            raise ValueError(
+                f"--out {args.out}: the sweep in it has {name} {before.get(name)}, not {value}; its command "
+                f"was {command}; name another directory"
+            )
+    print(f"going on with: {command}", flush=True)
+    return state
+
+
 def write_json(state: dict, path: Path) -> None:
     with checkpoint.replace_file(path) as new:
         new.write_text(json.dumps(state, indent=2) + "\n")
 
 
-def sweep(args: argparse.Namespace, design: Design, state: dict, n_workers: int) -> None:
-    *fitted, widest = state["runs"]
+def sweep(args: argparse.Namespace, design: Design, n_workers: int) -> None:
+    state = begin_or_go_on(args, design, n_workers)
+    *narrower, widest = state["runs"]
     tokens_per_update = design.batch_size * design.seq_len
     print("width  parameters  FLOPs per token  tokens")
     for run in state["runs"]:
@@ -417,109 +393,24 @@ def sweep(args: argparse.Namespace, design: Design, state: dict, n_workers: int)
         f"about {minutes(state['runs'], n_workers):.0f} minutes in all; the last is to be predicted",
         flush=True,
     )
-    make_runs(fitted, design, args, n_workers)
-    rows = read_rows(fitted, args.out)
+    make_runs(narrower, design, args, n_workers)
+    rows = read_rows(narrower, args.out)
     write_csv(rows, args.out / "points.csv")
-    of, samples, found = find_law(rows, args.seed)
+    law, samples, found = find_law(rows, args.seed)
     show_law(found)
 
     N, D = widest["flops_per_token"] / 6, widest["points"][-1] * tokens_per_update
     low, high = interval(Law(*samples.T).loss(N, D))
-    prediction = {"N": N, "D": D, "loss": float(of.law.loss(N, D)), "interval": [low, high]}
+    prediction = {"N": N, "D": D, "loss": float(law.loss(N, D)), "interval": [low, high]}
     state |= {"law": found, "prediction": prediction}
     write_json(state, args.out / "sweep.json")
-    print(
-        f"\npredicted for width {widest['width']} after {short(D)} tokens: {prediction['loss']:.4f}"
-        f" ({low:.4f} to {high:.4f})",
-        flush=True,
-    )
+    times = 6 * N * D / max(row["C"] for row in rows)
+    print(f"\nwidth {widest['width']} after {short(D)} tokens, {times:.1f} times the compute of any of these")
+    print(f"predicted: {prediction['loss']:.4f} ({low:.4f} to {high:.4f})", flush=True)
     make_runs([widest], design, args, 1)
     *_, largest = read_rows([widest], args.out)
     prediction |= {"measured": largest["loss"], "error": prediction["loss"] / largest["loss"] - 1}
     write_json(state, args.out / "sweep.json")
-    print(f"measured {largest['loss']:.4f}: the prediction is off by {prediction['error']:+.2%}")
-    plot_sweep(of, rows, largest, prediction, args.out / "sweep.png")
+    print(f"measured:  {largest['loss']:.4f}: the prediction is off by {prediction['error']:+.2%}")
+    plot_sweep(law, rows, largest, prediction, args.out / "sweep.png")
     plot_emergence([*rows, largest], args.out / "emergence.png")
-
-
-def plot_sweep(of: Fit, rows: list[dict], largest: dict, prediction: dict, path: Path) -> None:
-    """Loss over compute of all sizes, the frontier and the prediction; and valleys of equal compute."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    widths = sorted({row["width"] for row in rows})
-    colors = dict(zip(widths, pyplot.cm.viridis(np.linspace(0, 0.9, len(widths))), strict=True))
-    for width in widths:
-        N, D, C, L = columns([row for row in rows if row["width"] == width], "N", "D", "C", "loss")
-        left.plot(C, L, "o", color=colors[width], markersize=4, label=f"{short(N[0])}")
-        tokens = np.geomspace(D[0] / 1.5, D[-1] * 1.5)
-        left.plot(6 * N[0] * tokens, of.law.loss(N[0], tokens), color=colors[width], linewidth=0.8)
-    compute = np.geomspace(min(row["C"] for row in rows), 1.5 * largest["C"])
-    left.plot(compute, of.law.loss(*of.law.optimal(compute)), "k--", linewidth=1, label="frontier")
-    low, high = prediction["interval"]
-    left.errorbar(
-        largest["C"],
-        prediction["loss"],
-        [[prediction["loss"] - low], [high - prediction["loss"]]],
-        fmt="_",
-        color="tab:red",
-        capsize=4,
-        label=f"{short(largest['N'])}, predicted",
-    )
-    left.plot(largest["C"], largest["loss"], "*", color="tab:red", markersize=11, label="and measured")
-    left.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
-    left.legend(fontsize=8, ncols=2, title="N", title_fontsize=8)
-
-    budgets = np.geomspace(*np.quantile([row["C"] for row in rows], [0.1, 0.95]), 5)
-    sizes = np.geomspace(min(row["N"] for row in rows) / 1.5, largest["N"] * 1.2)
-    for budget, color in zip(budgets, pyplot.cm.plasma(np.linspace(0, 0.85, len(budgets))), strict=True):
-        right.plot(sizes, of.law.loss(sizes, budget / (6 * sizes)), color=color, linewidth=0.8)
-        for width in widths:
-            mine = [row for row in rows if row["width"] == width]
-            N, C, L = columns(mine, "N", "C", "loss")
-            if C[0] <= budget <= C[-1]:
-                right.plot(N[0], np.interp(math.log(budget), np.log(C), L), "o", color=color, markersize=4)
-        right.plot([], [], "o-", color=color, markersize=4, label=f"{budget:.1e} FLOPs")
-    lowest = of.law.optimal(budgets)
-    right.plot(lowest[0], of.law.loss(*lowest), "k--", linewidth=1, label="N*")
-    seen = [row["loss"] for row in rows]
-    right.set(xscale="log", xlabel="N (FLOPs per token / 6)", ylim=(min(seen) - 0.05, max(seen) + 0.1))
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def plot_emergence(rows: list[dict], path: Path) -> None:
-    """The same models by two measures: how often a token is right, and how often k in a row are."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # Only models that no other beats with less compute, so that the row is one of ever better ones.
-    frontier = []
-    for row in sorted(rows, key=lambda row: row["C"]):
-        if not frontier or row["loss"] < frontier[-1]["loss"]:
-            frontier.append(row)
-    (C,) = columns(frontier, "C")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    left.plot(C, *columns(frontier, "exact_1"), "o-", color="black", markersize=4)
-    left.set(title="a token is right", ylim=(0, 1))
-    for k, color in zip(SPANS[1:], pyplot.cm.viridis(np.linspace(0, 0.9, len(SPANS) - 1)), strict=True):
-        (share,) = columns(frontier, f"exact_{k}")
-        right.plot(C, share / share[-1], "o-", color=color, markersize=4, label=f"k = {k}, {share[-1]:.1%}")
-    right.set(title="k tokens in a row are, over what the last model reaches", ylim=(0, 1.05))
-    right.legend(title="and that is", fontsize=8)
-    for axes in (left, right):
-        axes.set(xscale="log", xlabel="training FLOPs of the best models")
-        axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def save_figure(figure, path: Path) -> None:
-    with checkpoint.replace_file(path) as new:
-        figure.savefig(new, dpi=110, format="png")

@@ -22,6 +22,7 @@ from chinchilla import (
     quantity,
     read_points,
 )
+from huber_fit import centre, parameters, search_again
 
 ROUNDED = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # as Hoffmann et al. 2022 print it
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -50,6 +51,15 @@ def samples(paper):
 
 
 # The law, in closed form.
+
+
+def test_kaplans_law():
+    """Of Kaplan et al. 2020, equations 1.1, 1.2 and 1.5, worked out apart."""
+    law = LAWS["kaplan"].law
+    assert law.loss(175e9, 1e40) == pytest.approx(1.6044, abs=1e-4)
+    assert law.loss(1e40, 300e9) == pytest.approx(1.6378, abs=1e-4)
+    assert law.loss(1.5e9, 22e9) == pytest.approx(2.3745, abs=1e-4)
+    assert law.loss(2e9, 1e40) / law.loss(1e9, 1e40) == pytest.approx(0.949, abs=1e-3)
 
 
 def test_training_compute_of_hoffmanns_table_1():
@@ -252,12 +262,22 @@ def test_bootstrap_by_size_is_wider_where_sizes_err_together():
     assert by_size[1] - by_size[0] > 1.3 * (by_point[1] - by_point[0])
 
 
-def test_clusters_are_drawn_together():
+def test_clusters_are_drawn_together(paper):
+    points_alone = fit(*points(), clusters=np.arange(240))
+    assert (points_alone.bootstrap(20, by_size=True) == paper.bootstrap(20)).all()
     N, D, L = grid(LAWS["besiroglu"].law, noise=0.01)
-    runs = np.repeat(np.arange(21), 2)
-    by_run = fit(N, D, L, clusters=runs).bootstrap(50, by_size=True)
-    by_size = fit(N, D, L).bootstrap(50, by_size=True)
-    assert not np.allclose(by_run, by_size)
+    twice = fit(*(np.repeat(v, 2) for v in (N, D, L)), clusters=np.repeat(np.arange(len(N)), 2))
+    assert twice.bootstrap(20, by_size=True) == pytest.approx(fit(N, D, L).bootstrap(20), rel=1e-6)
+
+
+def test_hoffmanns_resamples_are_too_alike(paper, samples):
+    """80 of 100 points drawn without replacement, as they did, vary half as much as the estimate does."""
+    generator = np.random.default_rng(0)
+    w = np.array([generator.permutation(240) < 192 for _ in range(200)], dtype=float)
+    logs, means = centre(*points())
+    theta, _ = search_again(paper.theta, w, logs, paper.delta)
+    ratio = Law(*parameters(theta, means).T).a.std() / Law(*samples.T).a.std()
+    assert 0.35 < ratio < 0.65  # sqrt((1 - 0.8) / 0.8) = 0.5
 
 
 @pytest.mark.parametrize("delta", [1e-3, 1e-6])
@@ -336,6 +356,11 @@ def test_fit_refuses_what_has_no_answer():
         fit(N, D[:-1], L)
     with pytest.raises(ValueError, match="0 resamples"):
         fit(N, D, L).bootstrap(0)
+    N, D, L = grid(LAWS["besiroglu"].law)
+    narrow = fit(*grid(LAWS["besiroglu"].law, N=(1e9, 1.03e9))).warnings
+    assert any("N varies by a factor of 1.03 only" in warning for warning in narrow)
+    with pytest.raises(ValueError, match="out of the range of float64"):
+        fit(N * 1e290, D * 1e20, L)
     with pytest.raises(ValueError, match="3 sizes: expected at least 4"):
         fit(*grid(LAWS["besiroglu"].law, sizes=3)).bootstrap(10, by_size=True)
 
@@ -365,6 +390,8 @@ def test_reading_points(tmp_path):
         ("N,D,loss\n1,2,-3\n", "line 2: loss is '-3'"),
         ("N,D,loss\n1,2\n", "line 2: loss is None"),
         ("N,D,loss\nseven,2,3\n", "line 2: N is 'seven'"),
+        ("N,n,D,loss\n7,1,2,3\n", "more than one column N"),
+        ("N,D,loss\n1,2,3,5\n", "line 2: more cells than columns"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -382,8 +409,10 @@ def test_quantities():
 def test_flops_are_those_of_the_model():
     from gpt import Config
 
-    config = Config(n_layers=2, n_heads=2, d_model=32, d_ff=64, vocab_size=96, max_seq_len=64)
-    assert flops(config, 1000) == 1000 * config.flops_per_token(64)
+    config = Config(n_layers=2, n_heads=2, d_model=32, d_ff=64, vocab_size=96, max_seq_len=4)
+    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 96 * 32
+    keys_seen = (1 + 2 + 3 + 4) / 4
+    assert flops(config, 1000) == 1000 * (6 * matrices + 2 * 12 * 32 * keys_seen)
 
 
 def test_numbers_are_written_short():
@@ -409,7 +438,7 @@ def test_the_table_says_where_it_extrapolates(capsys):
         (["fit", "--delta", "0"], "'0': expected a positive number"),
         (["fit", "--drop", "300"], "--drop 300: expected 0 to 244"),
         (["fit", "--drop", "240"], "5 points: expected at least 6"),
-        (["fit", "--bootstrap", "0"], "0 resamples"),
+        (["fit", "--bootstrap", "0"], "--bootstrap 0: expected at least 20"),
         (["nothing"], "nothing"),
     ],
 )

@@ -10,7 +10,7 @@ from huber_fit import centre, derivatives, huber, shares
 
 
 def test_never_above_scipy():
-    """L-BFGS-B and BFGS from our optimum and from eight of the usual grid's points."""
+    """L-BFGS-B and BFGS from our optimum and from four points like those of the usual grid."""
     optimize = pytest.importorskip("scipy.optimize")
     N, D, L = points()
 
@@ -56,3 +56,21 @@ def test_gradient_and_hessian_are_those_of_differences(delta):
             difference = (above[1] - below[1]) / 2e-6
             assert np.allclose(difference, H[:, i], rtol=1e-5, atol=1e-7)
     assert (np.linalg.eigvalsh(M) > 0).all()
+
+
+def test_the_mean_instead_of_the_sum_stops_where_it_starts():
+    """How Hoffmann et al. 2022 came to their law, as Besiroglu et al. 2024 found: L-BFGS-B on the mean of
+    Huber losses, all below 1e-5, is within its tolerance at once."""
+    optimize = pytest.importorskip("scipy.optimize")
+    N, D, L = points()
+
+    def mean(theta):
+        a, b, e, alpha, beta = theta
+        r = np.logaddexp(np.logaddexp(a - alpha * np.log(N), b - beta * np.log(D)), e) - np.log(L)
+        return huber(r, 1e-3).mean()
+
+    theirs = np.array([6.0073404, 6.0179186, 0.5267228, 0.33917084, 0.2849083])
+    stopped = optimize.minimize(mean, theirs, method="L-BFGS-B")
+    assert stopped.success and np.allclose(stopped.x, theirs, atol=1e-3)
+    assert 240 * stopped.fun == pytest.approx(0.00117178, rel=1e-3)
+    assert fit(N, D, L).objective < 0.88 * 240 * stopped.fun

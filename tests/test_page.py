@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import chinchilla
 import page
 from chinchilla import LAWS, Law
-from plan import DEVICES, PUE, gpu_hours, parameters, shape_for, training_flops
+from plan import DEVICES, PUE, SEQ_LEN, gpu_hours, parameters, shape_for, training_flops
 
 STATES = [
     {"C": C, "law": law, "gpu": gpu, "gpus": gpus, "mfu": mfu}
@@ -22,6 +23,7 @@ STATES = [
         (3.8e25, "hoffmann3", "b200", 16384, 0.41),
         (1.23e21, "hoffmann1", "h200", 1, 0.5),
         (1e27, "hoffmann2", "v100", 7, 0.25),
+        (1.4e22, "besiroglu", "h100", 8, 0.4),  # 0.03 orders above the largest run: as good as within
         (1e20, "kaplan", "mi300x", 64, 0.3),
     ]
 ]
@@ -35,30 +37,61 @@ const phone = document.createElement("iframe");
 phone.style.width = "390px";
 phone.onload = () => {
   const inside = phone.contentDocument.documentElement;
-  told.widths = [inside.clientWidth, inside.scrollWidth];
+  told.widths = [[inside.clientWidth, inside.scrollWidth]];
+  for (const wanted of [STATES[2], STATES[5]]) {
+    phone.contentWindow.change(wanted);
+    told.widths.push([inside.clientWidth, inside.scrollWidth]);
+  }
   told.start = read();
   told.computed = STATES.map(compute);
   told.shown = STATES.map((state) => {
     change(state);
     return read();
   });
-  const C = document.getElementById("C");
-  C.value = "ten";
-  C.dispatchEvent(new Event("input"));
-  told.refused = [C.ariaInvalid, document.getElementById("say").textContent, state.C];
-  C.value = "2e21";
-  C.dispatchEvent(new Event("input"));
-  C.dispatchEvent(new Event("change"));
+  const type = (id, value) => {
+    const input = document.getElementById(id);
+    input.value = value;
+    input.dispatchEvent(new Event("input"));
+    return [input.ariaInvalid, document.getElementById("say").textContent, state[id]];
+  };
+  told.refused = Object.fromEntries([["C", "ten"], ["gpus", "2.5"], ["mfu", "0"]].map(([id, value]) => {
+    const found = type(id, value);
+    document.getElementById(id).dispatchEvent(new Event("change"));
+    return [id, found];
+  }));
+  const dot = document.querySelector("#fig-map .pick"), caption = document.getElementById("model");
+  dot.dispatchEvent(new Event("click"));
+  told.captions = [caption.textContent];
+  type("C", "2e21");
+  document.getElementById("C").dispatchEvent(new Event("change"));
+  told.captions.push(caption.textContent);
   told.hash = location.hash;
-  told.dots = document.querySelectorAll("#fig-map .pick").length;
+  told.dots = document.querySelectorAll('#fig-map .pick[tabindex="0"]').length;
+  told.floors = [1e-9, 0.5, 1.8].map((E) => {
+    const { yTicks, y } = lossAxis({ ...data.laws.besiroglu.law, E });
+    return [yTicks.length, y[0]];
+  });
+  // Ends which three digits round to what is beyond them: 3.1623e17 and 6.3096e26.
+  const slider = document.getElementById("slider");
+  data.range.C = [10 ** 17.5, 10 ** 26.8];
+  [slider.min, slider.max] = [17.5, 26.8];
+  told.ends = [-99, 99].map((exponent) => {
+    slider.value = exponent;
+    slider.dispatchEvent(new Event("input"));
+    return [state.C, document.getElementById("C").ariaInvalid];
+  });
   told.half = extra(data.laws.besiroglu.law, compute({ ...state, law: "besiroglu" }), 0.5);
   document.getElementById("probe").textContent = JSON.stringify(told);
 };
 function read() {
   const values = {};
-  for (const node of document.querySelectorAll("[data-key]")) values[node.dataset.key] = node.dataset.value;
+  values.text = {};
+  for (const node of document.querySelectorAll("[data-key]")) {
+    values[node.dataset.key] = node.dataset.value;
+    values.text[node.dataset.key] = node.textContent;
+  }
+  values.without = document.getElementById("without").textContent;
   values.far = document.getElementById("far").textContent;
-  values.beyond = document.getElementById("far").dataset.value;
   values.curves = document.querySelectorAll("#fig-loss path").length;
   values.none = document.getElementById("no-loss").textContent;
   values.svg = [...document.querySelectorAll("svg")].map((svg) => svg.outerHTML).join("");
@@ -153,10 +186,12 @@ def test_shape_and_flops_are_those_of_the_plan(told, i):
     assert (computed["shape"]["d"], computed["shape"]["layers"]) == (shape.d_model, shape.layers)
     assert computed["shape"]["N"] == parameters(shape)
     parts = computed["parts"]
-    # The plan's count leaves out the head, and is of a whole sequence.
-    assert sum(parts.values()) - parts["head"] == pytest.approx(
-        training_flops(shape) / page.SEQUENCE, rel=1e-12
-    )
+    assert sum(parts.values()) == pytest.approx(training_flops(shape) / SEQ_LEN, rel=1e-12)
+    layers = sum(parts.values()) - parts["head"]
+    assert layers == pytest.approx(training_flops(shape, vocab_products=0) / SEQ_LEN, rel=1e-12)
+    over = 100 * (sum(parts.values()) / (6 * parameters(shape, relative=False)) - 1)
+    without = told["shown"][i]["without"]
+    assert float(re.search(r"takes ([\d.-]+) %", without)[1]) == pytest.approx(over, rel=5e-3)
 
 
 def test_a_link_brings_its_view_back(told):
@@ -165,17 +200,32 @@ def test_a_link_brings_its_view_back(told):
     assert told["hash"].startswith("#C=2e21&law=kaplan&gpu=mi300x&gpus=64&mfu=0.3")
 
 
-def test_says_how_far_it_extrapolates(told):
-    by_law = {state["law"]: shown for state, shown in zip(STATES[1:], told["shown"][1:], strict=True)}
-    assert "1.6 orders of magnitude above the largest run" in by_law["besiroglu"]["far"]
-    assert by_law["hoffmann1"]["far"] == ""
-    assert "1.1 orders of magnitude below the smallest run" in told["shown"][0]["far"]
-    assert float(by_law["hoffmann3"]["beyond"]) == pytest.approx(3.46583, rel=1e-5)  # log10(3.8e25 / 1.3e22)
+def test_numbers_as_they_are_read(told):
+    """As plan_report.py prints them."""
+    text = told["shown"][1]["text"]
+    assert (text["N"], text["D"], text["ratio"], text["loss"]) == ("72.2B", "1.33T", "18.4", "1.9744")
+    assert (text["gpu_hours"], text["days"]) == ("1.39M", "56.4 days")
+    assert (text["dollars"], text["kwh"]) == ("$1.8M", "610 MWh")
+    small = told["shown"][0]["text"]
+    assert (small["days"], small["dollars"], small["kwh"]) == ("31.6 s", "$0.21", "54.1 Wh")
+
+
+@pytest.mark.parametrize("i", range(len(STATES)))
+def test_says_how_far_it_extrapolates(told, i):
+    far, (least, most) = told["shown"][i]["far"], LAWS[STATES[i]["law"]].compute
+    beyond = math.log10(max(STATES[i]["C"] / most, least / STATES[i]["C"]))
+    if beyond < 0.05:
+        assert far == ""
+        return
+    end = "above the largest run" if STATES[i]["C"] > most else "below the smallest run"
+    assert f"{beyond:.1f} orders of magnitude {end}" in far
 
 
 def test_a_law_without_loss_has_no_picture_of_it(told):
     for state, shown in zip(STATES, told["shown"], strict=True):
-        assert ("not what loss follows" in shown["none"]) == (not isinstance(LAWS[state["law"]].law, Law))
+        assert ("is here an allocation alone" in shown["none"]) == (
+            not isinstance(LAWS[state["law"]].law, Law)
+        )
         assert not re.search(r"NaN|Infinity|undefined", shown["svg"])
     assert told["start"]["curves"] > 11  # 10M to 1T in half orders of magnitude, and the frontier
 
@@ -191,16 +241,36 @@ def test_every_model_can_be_reached(told):
     assert told["dots"] == len(page.MODELS)
 
 
-def test_nonsense_for_compute_is_refused_and_nothing_changes(told):
-    invalid, said, compute = told["refused"]
-    assert invalid == "true" and "such as 1e22" in said
-    assert compute == STATES[-1]["C"]
+@pytest.mark.parametrize(
+    "name, words",
+    [("C", "such as 1e22"), ("gpus", "a whole number from 1 to 1,000,000"), ("mfu", "0.01 to 100 %")],
+)
+def test_nonsense_is_refused_and_nothing_changes(told, name, words):
+    invalid, said, value = told["refused"][name]
+    assert invalid == "true" and words in said
+    assert value == STATES[-1][name]
+
+
+def test_what_a_model_is_stays_said_while_the_budget_changes(told):
+    first, later = told["captions"]
+    assert first.startswith("GPT-3: 175B parameters") and later == first
+
+
+def test_the_ends_of_the_slider_are_budgets(told):
+    (least, low), (most, high) = told["ends"]
+    assert low == high == "false" and [least, most] == pytest.approx([10**17.5, 10**26.8], rel=1e-12)
+
+
+def test_a_law_without_a_floor_still_has_an_axis(told):
+    (near_zero, low), (half, _), (usual, bottom) = told["floors"]
+    assert near_zero >= 4 and half >= 4 and usual >= 4
+    assert low > 0.01 and bottom == pytest.approx(0.95 * 1.8)
 
 
 def test_a_telephone_has_nothing_to_scroll_sideways(told):
-    shown, needed = told["widths"]
-    assert 370 <= shown <= 390  # less the bar for scrolling down, where there is one
-    assert needed <= shown
+    for shown, needed in told["widths"]:
+        assert 370 <= shown <= 390  # less the bar for scrolling down, where there is one
+        assert needed <= shown
 
 
 def test_your_own_points_and_fit(tmp_path):
@@ -210,18 +280,49 @@ def test_your_own_points_and_fit(tmp_path):
     points = tmp_path / "<\u2028&.csv"
     points.write_text("\n".join(lines))
     assert chinchilla.main(["fit", str(points), "--bootstrap", "20", "--out", str(tmp_path)]) == 0
-    out, given = tmp_path / "page.html", ["--fit", str(tmp_path / "fit.json")]
-    for more in ([], ["--points", str(points)]):
-        assert chinchilla.main(["page", "--out", str(out), *given, *more]) == 0
-        data = json.loads(re.search(r'type="application/json">(.*?)</script>', out.read_text(), re.S)[1])
-        assert data["start"]["law"] == "fit" and data["laws"]["fit"]["title"] == f"Your fit of {points.name}"
-        # There is no noise, so the fit is as good as its iteration's last step.
-        assert data["laws"]["fit"]["law"] == pytest.approx(vars(law), rel=1e-4)
-        assert data["laws"]["fit"]["compute"] == pytest.approx([1.8e11, 5.4e13])
-        # The axes reach down to the runs, and the budget shown first is one that the slider has.
-        assert data["range"]["C"][0] <= 1.8e11 < data["start"]["C"] == pytest.approx(5.4e13)
-        assert len(data["points"]) == (12 if more else 240)
+    out = tmp_path / "page.html"
+    given = ["--fit", str(tmp_path / "fit.json"), "--points", str(points)]
+    assert chinchilla.main(["page", "--out", str(out), *given]) == 0
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', out.read_text(), re.S)[1])
+    assert data["start"]["law"] == "fit" and data["laws"]["fit"]["title"] == f"Your fit of {points.name}"
+    # There is no noise, so the fit is as good as its iteration's last step.
+    assert data["laws"]["fit"]["law"] == pytest.approx(vars(law), rel=1e-4)
+    assert data["laws"]["fit"]["compute"] == pytest.approx([1.8e11, 5.4e13])
+    # The axes reach down to the runs, and the budget shown first is one that the slider has.
+    assert data["range"]["C"][0] <= 1.8e11 < data["start"]["C"] == pytest.approx(5.4e13)
+    assert len(data["points"]) == 12
     assert data["range"]["N"][0] == 1e4 and data["range"]["D"][0] == 1e6
+
+
+def written_fit(path, **changed):
+    """A file as the command fit writes it, of the law of Besiroglu et al."""
+    law = vars(LAWS["besiroglu"].law) | {name: changed[name] for name in changed if name != "C"}
+    found = {"law": {name: [value, 0, 0] for name, value in law.items()}, "C": changed.get("C", [1e18, 1e22])}
+    path.write_text(json.dumps(found | {"file": "mine.csv", "points": 9}))
+    return path
+
+
+def test_the_slider_reaches_a_fit_of_larger_runs(tmp_path):
+    fit = page.fitted(written_fit(tmp_path / "fit.json", C=[1e24, 2e28]))
+    data = page.page_data(*chinchilla.points(), {"fit": fit, **LAWS}, "fit")
+    assert data["range"]["C"] == pytest.approx([1e17, 10**28.5])
+    assert data["start"]["C"] == 2e28
+    assert page.page_data(*chinchilla.points(), LAWS)["range"]["C"] == [1e17, 1e27]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"E": -0.1}, {"E": float("inf")}, {"A": 0}, {"B": float("nan")}, {"alpha": -0.3}, {"beta": 0},
+        {"alpha": 0, "beta": 0}, {"A": 10**400}, {"C": [0, 1e22]}, {"C": [1e22, 1e18]},
+        {"C": [1e18, float("inf")]},
+    ],
+)  # fmt: skip
+def test_a_fit_out_of_range_is_refused(tmp_path, changed):
+    path = written_fit(tmp_path / "fit.json", **changed)
+    with pytest.raises(ValueError, match=r"expected the fit\.json"):
+        page.fitted(path)
+    assert page.fitted(written_fit(path, E=0.0)).law.E == 0
 
 
 def test_a_name_cannot_end_the_data():
@@ -238,8 +339,9 @@ def test_a_name_cannot_end_the_data():
         (["--out", "{tmp}"], "expected a file name"),
         (["--points", "{tmp}/none.csv"], "none.csv"),
         (["--points", "{tmp}/bad.csv"], "line 2"),
-        (["--fit", "{tmp}/bad.csv"], "fit.json"),
-        (["--fit", "{tmp}/list.json"], "fit.json"),
+        (["--fit", "{tmp}/list.json"], "--fit needs --points, the runs it was fitted to"),
+        (["--fit", "{tmp}/bad.csv", "--points", str(chinchilla.HOFFMANN)], "fit.json"),
+        (["--fit", "{tmp}/list.json", "--points", str(chinchilla.HOFFMANN)], "fit.json"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, words):

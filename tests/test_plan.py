@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import plan
+import train
 from chinchilla import LAWS, Law
 from plan import DEVICES, REPEATED, Shape
 
@@ -66,16 +67,27 @@ def test_flops_over_6nd_as_table_a4_prints_them(shape, millions, printed, ratio)
     params = plan.parameters(shape)
     assert params == pytest.approx(millions * 1e6, rel=0.05)  # printed to two digits
     six = 6 * params * 2048
-    assert round(plan.training_flops(shape) / six, 2) == printed
-    assert plan.training_flops(shape) / six == pytest.approx(ratio, abs=6e-5)
+    got = plan.training_flops(shape, vocab_products=0) / six
+    assert round(got, 2) == printed
+    assert got == pytest.approx(ratio, abs=6e-5)
 
 
 def test_flops_as_appendix_f_prints_them_are_not_those_of_its_table():
     expected = [1.5799, 1.3152, 1.2312, 1.1444, 1.1152, 1.0279]
     for (shape, _, printed, _), ratio in zip(TABLE_A4, expected, strict=True):
-        got = plan.training_flops(shape, as_printed=True) / (6 * plan.parameters(shape) * 2048)
+        got = plan.training_flops(shape, vocab_products=2) / (6 * plan.parameters(shape) * 2048)
         assert got == pytest.approx(ratio, abs=6e-5)
         assert got > printed + 0.03
+
+
+def test_what_is_counted_beside_the_layers():
+    shape = Shape(3584, 14336, 128, 28, 40)
+    layers, head, both = (plan.training_flops(shape, 1, vocab_products=n) for n in (0, 1, 2))
+    assert head - layers == both - head == 6 * 3584 * 32000
+    assert plan.training_flops(shape, 1) == head
+    relative = plan.parameters(shape) - plan.parameters(shape, relative=False)
+    # Biases and norms are the difference between a 13th of the matrices and a 13th of all.
+    assert relative / (plan.parameters(shape) - 32002 * 3584) == pytest.approx(1 / 13, rel=1e-3)
 
 
 @pytest.mark.parametrize("N", [1e7, 5e7, 1.24e8, 1e9, 7e9, 7e10, 4e11, 2e12])
@@ -83,6 +95,8 @@ def test_a_shape_is_near_n_and_usual(N):
     shape = plan.shape_for(N)
     assert plan.parameters(shape) == pytest.approx(N, rel=0.1 if N < 1e8 else 0.02)
     assert 64 <= shape.d_model / shape.layers <= 128
+    d = shape.d_model
+    assert d % (64 if d <= 1024 else 128 if d <= 2048 else 256 if d <= 8192 else 1024) == 0
     assert shape.heads * shape.kv_size == shape.d_model and shape.ffw == 4 * shape.d_model
 
 
@@ -202,7 +216,6 @@ def test_the_default_mfu_is_that_of_llama_2():
 
 
 def test_devices_have_the_peaks_that_train_has():
-    train = pytest.importorskip("train")
     names = {
         "a100": "NVIDIA A100-SXM4-80GB", "l40s": "NVIDIA L40S", "rtx4090": "NVIDIA GeForce RTX 4090",
         "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "b200": "NVIDIA B200",
@@ -243,7 +256,9 @@ def test_a_plan_agrees_with_its_laws():
     for row in made["laws"].values():
         assert 6 * row["N"] * row["D"] == pytest.approx(5.76e23)
         assert row["title"] and row["source"]
-    assert made["laws"]["kaplan"]["loss"] is None
+    assert made["laws"]["hoffmann1"]["loss"] is None
+    kaplan = made["laws"]["kaplan"]
+    assert kaplan["loss"] == pytest.approx(LAWS["kaplan"].law.loss(kaplan["N"], kaplan["D"]))
     half = next(row for row in made["same_loss"] if row["size"] == 0.5)
     assert half["N"] == pytest.approx(made["laws"]["besiroglu"]["N"] / 2)
     assert made["same_loss"][0]["D"] is None  # an eighth cannot reach it
@@ -258,9 +273,24 @@ def test_a_plan_warns_of_what_is_beyond_the_data():
     (warning,) = plan.make_plan(6 * 1e8 * 1e12, run=(1e8, 1e12))["warnings"]
     assert "10k tokens per parameter" in warning
     (warning,) = plan.make_plan(1e21, unique_tokens=1e8)["warnings"]
-    assert "epochs" in warning
+    assert "epochs" in warning and "plateau" in warning
+    assert plan.make_plan(1e22, unique_tokens=25e9)["warnings"] == []  # 0.03 orders above their largest run
+    (warning,) = plan.make_plan(1.2e22, unique_tokens=25e9)["warnings"]
+    assert "repeated data is extrapolated" in warning and "0.1 orders of magnitude above" in warning
     (warning,) = plan.make_plan(1e20, "kaplan")["warnings"]
-    assert "no loss" in warning
+    assert "kaplan is held here as an allocation alone" in warning
+
+
+def test_nearly_within_the_data_is_within():
+    """0.04 orders would be printed as 0.0 of them."""
+    made = plan.make_plan(1.3e22 * 10**0.04)
+    assert made["laws"]["besiroglu"]["beyond"] == 0 and made["warnings"] == []
+    assert plan.make_plan(1.3e22 * 10**0.06)["laws"]["besiroglu"]["beyond"] == pytest.approx(0.06)
+
+
+def test_beyond_40_epochs_much_less_compute_is_nearly_as_good():
+    loss = [REPEATED.loss(*REPEATED.optimal(C, 1e8), 1e8) for C in (1e21, 1e20)]
+    assert loss[1] / loss[0] < 1.01
 
 
 def test_a_run_is_compared_with_the_best_of_its_budget():
@@ -271,9 +301,17 @@ def test_a_run_is_compared_with_the_best_of_its_budget():
         and run["loss"] > made["laws"]["besiroglu"]["loss"]
     )
     assert run["optimal_compute"] < made["compute"]
+    # The transformer is of the run's size and sees the run's tokens, not those of the optimum.
+    flops = made["flops"]
+    assert flops["N"] == pytest.approx(7e9, rel=0.02) and flops["D"] == 2e12
+    assert flops["6ND"] == 6 * flops["N"] * 2e12
+    shape = Shape(**flops["shape"])
+    assert flops["exact"] == pytest.approx(plan.training_flops(shape) / 2048 * 2e12)
+    bare = 6 * plan.parameters(shape, relative=False) * 2e12
+    assert flops["without_relative"] == pytest.approx(flops["exact"] / bare - 1)
 
 
 @pytest.mark.parametrize("C", [0, -1e22, math.nan, math.inf])
 def test_a_budget_that_is_none_is_refused(C):
-    with pytest.raises(ValueError, match="expected a number above 0"):
+    with pytest.raises(ValueError, match="expected 1 to"):
         plan.make_plan(C)

@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from argparse import ArgumentParser
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 
 import chinchilla
 import sweep
+import sweep_report
 import train
 
 SMALL = sweep.Design((16, 32, 48, 64, 80, 96), 1, 16, 32, 2, 5, 0.0043)
@@ -41,7 +43,7 @@ def inline(monkeypatch):
 
     monkeypatch.setattr(sweep, "workers", workers)
     monkeypatch.setitem(sweep.DESIGNS, "cpu", SMALL)
-    monkeypatch.setattr(sweep, "RESAMPLES", 100)
+    monkeypatch.setattr(sweep_report, "RESAMPLES", 100)
 
 
 @pytest.fixture
@@ -104,8 +106,18 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
     monkeypatch.setattr(train, "update", None)
     assert sweep.main(arguments(text, tmp_path, "--budget", "4e8")) == 0
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == state
-    with pytest.raises(ValueError, match="another sweep"):
+    assert "going on with: python " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the sweep in it has seed 0, not 1"):
         sweep.main(arguments(text, tmp_path, "--budget", "4e8", "--seed", "1"))
+
+    metrics = tmp_path / "out" / "width16" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-5])
+    monkeypatch.setattr(sweep, "make_runs", lambda *_: None)
+    with pytest.raises(ValueError, match=r"width16/metrics.jsonl is damaged .* remove"):
+        sweep.main(arguments(text, tmp_path))
+    (tmp_path / "out" / "sweep.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"sweep.json is damaged"):
+        sweep.main(arguments(text, tmp_path))
 
 
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(inline, text, tmp_path, monkeypatch):
@@ -189,13 +201,65 @@ def test_time_is_shared_out_by_the_speeds_that_were_measured():
     assert [run["width"] for run in sweep.plan_runs(SMALL, speeds, 10**6, 3e8)] == [16, 32]
 
 
+@pytest.mark.parametrize("device", sweep.DESIGNS)
+def test_the_standard_library_is_text_enough_for_a_law(device):
+    design = sweep.DESIGNS[device]
+    speeds = [{"flops_per_token": 50 * design.n_layers * width**2} for width in design.widths]
+    runs = sweep.plan_runs(design, speeds, 9_000_000, 1e16)
+    assert [run["width"] for run in runs] == list(design.widths)
+    for width in design.widths:
+        heads = width // design.d_head
+        assert width % heads == 0 and width // heads % 2 == 0  # rotary positions turn pairs
+
+
 def test_too_little_time_or_compute_is_an_error(inline, text, tmp_path):
     for flag, value in (("--budget", "1e6"), ("--minutes", "0.00001")):
         with pytest.raises(ValueError, match=f"{flag} .*give more"):
             sweep.main(arguments(text, tmp_path, flag, value))
     assert not (tmp_path / "out" / "sweep.json").exists()
-    with pytest.raises(ValueError, match="--workers 0"):
-        sweep.main(arguments(text, tmp_path, "--workers", "0", "--budget", "1e6"))
+    for flag, value in (("--workers", "0"), ("--minutes", "nan"), ("--lr-factor", "0"), ("--seed", "-1")):
+        with pytest.raises(ValueError, match=f"{flag} {value}"):
+            sweep.main(arguments(text, tmp_path, flag, value))
+    text.write_text(text.read_text()[:600])
+    with pytest.raises(ValueError, match=r"tokens to train on, expected at least 640; give more text"):
+        sweep.main(arguments(text, tmp_path))
+
+
+@pytest.mark.parametrize(("failure", "code"), [(KeyboardInterrupt, 130), (BrokenProcessPool, 2)])
+def test_an_interrupt_or_a_killed_run_ends_in_words(failure, code, text, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise failure
+
+    monkeypatch.setattr(sweep, "begin_or_go_on", fails)
+    assert chinchilla.main(["sweep", "--out", str(tmp_path)]) == code
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_measure_makes_the_cliff(tmp_path, monkeypatch):
+    """Tokens that are right ever more often, each apart: k in a row take off where one grows slowly."""
+    drawn = []
+    monkeypatch.setattr(sweep_report, "save_figure", lambda figure, path: drawn.append(figure))
+    p = np.linspace(0.5, 0.7, 9)
+    rows = [{"C": 10.0**i, "loss": 3 - 0.1 * i} for i in range(9)]
+    for row, share in zip(rows, p, strict=True):
+        row |= {f"exact_{k}": share**k for k in sweep_report.SPANS}
+    rows.append(rows[-1] | {"C": 1e9, "loss": 2.9, "exact_8": 0.0})  # beaten with less compute: left out
+    sweep_report.plot_emergence(rows, tmp_path / "x.png")
+    smooth, sharp = drawn[0].axes
+    assert smooth.lines[0].get_ydata() == pytest.approx(p)
+    for k, line in zip(sweep_report.SPANS[1:], sharp.lines, strict=True):
+        assert line.get_ydata() == pytest.approx((p / p[-1]) ** k)
+
+
+def test_a_worker_whose_parent_is_dead_stops(inline, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: False))
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(sweep.os, "_exit", leave)
+    with sweep.workers(1), pytest.raises(SystemExit):
+        sweep.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
 
 
 def test_no_process_is_left_behind_by_an_error():

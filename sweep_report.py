@@ -18,7 +18,7 @@ from chinchilla import Law, fit, interval, short
 from isoflop import envelope, isoflop
 
 RESAMPLES = 4000  # of the points, for intervals
-SPANS = (1, 2, 4, 8, 12, 16)  # tokens in a row that are all to be right
+SPANS = (1, 2, 4, 8, 12)  # tokens in a row that are all to be right
 EXACT = tuple(f"exact_{k}" for k in SPANS)
 
 
@@ -99,7 +99,14 @@ def plot_sweep(law: Law, rows: list[dict], largest: dict, prediction: dict, path
         capsize=4,
         label=f"{short(largest['N'])}, predicted",
     )
-    left.plot(largest["C"], largest["loss"], "*", color="tab:red", markersize=11, label="and measured")
+    left.plot(
+        largest["C"],
+        largest["loss"],
+        "*",
+        color="tab:red",
+        markersize=11,
+        label=f"{short(largest['N'])}, measured",
+    )
     left.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
     left.legend(fontsize=8, ncols=2, title="N", title_fontsize=8)
 
@@ -135,16 +142,18 @@ def plot_emergence(rows: list[dict], path: Path) -> None:
     for row in sorted(rows, key=lambda row: row["C"]):
         if not frontier or row["loss"] < frontier[-1]["loss"]:
             frontier.append(row)
-    (C,) = columns(frontier, "C")
+    C, p = columns(frontier, "C", "exact_1")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    left.plot(C, *columns(frontier, "exact_1"), "o-", color="black", markersize=4)
+    left.plot(C, p, "o-", color="black", markersize=4)
     left.set(title="a token is right", ylim=(0, 1))
     for k, color in zip(SPANS[1:], pyplot.cm.viridis(np.linspace(0, 0.9, len(SPANS) - 1)), strict=True):
         (share,) = columns(frontier, f"exact_{k}")
         label = f"k = {k}, {share[-1]:.1%}"
         right.plot(C, share / max(share[-1], 1e-9), "o-", color=color, markersize=4, label=label)
+        right.plot(C, (p / p[-1]) ** k, "--", color=color, linewidth=0.8)
+    right.plot([], [], "k--", linewidth=0.8, label="tokens right each apart, $p^k$")
     right.set(title="k tokens in a row are, over what the last model reaches", ylim=(0, 1.05))
-    right.legend(title="and that is", fontsize=8)
+    right.legend(title="and what that is", fontsize=8)
     for axes in (left, right):
         axes.set(xscale="log", xlabel="training FLOPs of the best models")
         axes.grid(alpha=0.3)

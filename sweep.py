@@ -63,7 +63,7 @@ flops_done = None  # in a worker: FLOPs of all workers, in memory that they shar
 
 @dataclass(frozen=True)
 class Design:
-    """A family of models; the widest is the one that is predicted."""
+    """A family of models; the widest that is trained is the one that is predicted."""
 
     widths: tuple[int, ...]
     n_layers: int
@@ -220,16 +220,21 @@ def makespan(seconds: list[float], n_workers: int) -> float:
 
 
 def plan_runs(design: Design, speeds: list[dict], most_tokens: int, budget: float) -> list[dict]:
-    """How long each width is trained if none may cost more than `budget` FLOPs, the widest BEYOND times as
-    much; a width that this leaves with fewer than three points is left out."""
-    runs = []
-    for width, speed in zip(design.widths, speeds, strict=True):
-        widest = width == design.widths[-1]
-        tokens = min(most_tokens, (BEYOND if widest else 1) * budget / speed["flops_per_token"])
-        points = points_of(tokens / (design.batch_size * design.seq_len), design.first_point)
-        if len(points) >= 3:
-            runs.append({"width": width, "points": points, **speed})
-    return runs
+    """How long each width is trained if none may cost more than `budget` FLOPs, and the last, which is to be
+    predicted, BEYOND times as much: the widest for which that is enough. Enough are three points; of the
+    narrower widths those that have not so many are left out."""
+
+    def runs_of(compute: float) -> list[dict]:
+        found = []
+        for width, speed in zip(design.widths, speeds, strict=True):
+            tokens = min(most_tokens, compute / speed["flops_per_token"])
+            points = points_of(tokens / (design.batch_size * design.seq_len), design.first_point)
+            if len(points) >= 3:
+                found.append({"width": width, "points": points, **speed})
+        return found
+
+    *_, widest = runs_of(BEYOND * budget) or [None]
+    return [run for run in runs_of(budget) if run["width"] < widest["width"]] + [widest] if widest else []
 
 
 def minutes(runs: list[dict], n_workers: int) -> float:
@@ -288,13 +293,21 @@ def design_runs(args: argparse.Namespace, design: Design, most_tokens: int, n_wo
         speeds = list(pool.map(measure_speed, [train_flags(design, width, args) for width in design.widths]))
     budgets = [args.budget] if args.budget else np.logspace(9, 24, 3001)
     plans = [plan_runs(design, speeds, most_tokens, budget) for budget in budgets]
-    plans = [runs for runs in plans if len(runs) > MIN_SIZES and runs[-1]["width"] == design.widths[-1]]
-    if not args.budget:
-        plans = [runs for runs in plans if minutes(runs, n_workers) <= args.minutes]
+    plans = [runs for runs in plans if len(runs) > MIN_SIZES]
     if not plans:
-        asked = f"--budget {args.budget:.3g}" if args.budget else f"--minutes {args.minutes:g}"
-        raise ValueError(f"{asked}: not enough here to train {MIN_SIZES} sizes and a larger one; give more")
-    return plans[-1]
+        raise ValueError(
+            f"--budget {args.budget:.3g}: not enough to train {MIN_SIZES} sizes and a larger one; give more"
+        )
+    if args.budget:
+        return plans[0]
+    within = [runs for runs in plans if minutes(runs, n_workers) <= args.minutes]
+    if not within:
+        least = math.ceil(min(minutes(runs, n_workers) for runs in plans))
+        raise ValueError(
+            f"--minutes {args.minutes:g}: expected at least {least}: so long {MIN_SIZES} sizes and a larger "
+            "one take here"
+        )
+    return within[-1]
 
 
 def read_rows(runs: list[dict], out: Path) -> list[dict]:

@@ -257,7 +257,8 @@ def same(values, tolerance: float = 0.005) -> np.ndarray:
 
 @dataclass
 class Fit:
-    """A law fitted to n points, f there, and what it was fitted to. `warnings` is what to know of it."""
+    """A law fitted to n points, the objective f of huber_fit.py there, and the points. `warnings` is what to
+    know of it."""
 
     law: Law
     objective: float
@@ -266,7 +267,7 @@ class Fit:
     L: np.ndarray
     delta: float
     clusters: np.ndarray  # (n,) int64: points of one label are drawn together by the bootstrap by size
-    theta: np.ndarray  # (1, 5): the optimum, as `newton` has it
+    theta: np.ndarray  # (1, 5): the optimum, as huber_fit.py has it
     warnings: list[str]
 
     @property

@@ -84,9 +84,9 @@ def isoflop(N, D, L, budgets=None, within: float = 8.0) -> IsoFLOP:
 
     budgets: FLOPs; by default those that 4 points or more share, to 2 %, if most points lie on them, else 8
     from the least compute to the greatest. The loss of a size is read off its curve (`loss_at`). Only sizes
-    `within` this factor of the best count, since further out it is no parabola. Left out
-    are budgets with less than 4 of them, or with the least loss at the end of the row, where the minimum may
-    lie beyond. `parabola_bias` says what the parabola itself does to the answer.
+    `within` this factor of the best count, since further out it is no parabola. Left out are budgets with
+    less than 4 of them, or with the least loss at the end of the row, where the minimum may lie beyond.
+    `parabola_bias` says what the parabola itself does to the answer.
 
     Raises ValueError where less than 2 budgets remain."""
     found = curves(N, D, L)

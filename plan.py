@@ -60,7 +60,7 @@ def compute_for(law: Law, loss):
 @cache
 def refits(seed: int) -> Law:
     """RESAMPLES laws, as one of arrays: fits of resampled points of Hoffmann et al., which are what Besiroglu
-    et al. fitted. Here delta is 1e-3; their own point is the limit of delta = 0."""
+    et al. fitted. Here delta is 1e-3; their own point is the limit as delta goes to 0."""
     return Law(*fit(*points()).bootstrap(RESAMPLES, seed).T)
 
 

@@ -1,10 +1,13 @@
 """`python chinchilla.py plan`: a training run planned by plan.py, and the plan in print.
 
-python chinchilla.py plan 1e22
-python chinchilla.py plan --params 7b                    the budget for which 7b is optimal
-python chinchilla.py plan --params 7b --tokens 2t        a run that you have in mind
-python chinchilla.py plan --gpus 8 --gpu h100 --days 3
-python chinchilla.py plan 1e22 --inference-tokens 2t --unique-tokens 25b --json plan.json
+The budget is given in one of these ways:
+
+    python chinchilla.py plan 1e22
+    python chinchilla.py plan --params 7b                    the budget for which 7b is optimal
+    python chinchilla.py plan --params 7b --tokens 2t        a run that you have in mind
+    python chinchilla.py plan --gpus 8 --gpu h100 --days 3
+
+and more can be asked: `--inference-tokens 2t --unique-tokens 25b --json plan.json`.
 """
 
 import json

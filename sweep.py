@@ -9,9 +9,10 @@ so every budget has its slice of equal compute for the price of one run a size. 
 since 0.8 > 1/sqrt(2): at each D_i there is nothing to remember of the mean, and a run goes on from there.
 
 Sizes differ in width alone. All read the same text in the same order and are asked about the same held-out
-rows, so that what is luck in one is luck in all. Compute is counted exactly, with attention and the head, and
-a model counts for as many parameters as its FLOPs are worth, N = FLOPs per token / 6: with few parameters,
-and a head that is most of them, any other count bends the law (Porian et al. 2024; Pearce and Song 2024).
+rows, so that what is luck in one is luck in all. Compute is counted exactly, with attention and the head. A
+model counts for as many parameters as its FLOPs are worth, N = FLOPs per token / 6: where models are this
+small, attention and the head are a large share, and a count without them bends the law (Porian et al. 2024;
+Pearce and Song 2024).
 
 From all these points the law foretells the loss of a model wider than any of them after `BEYOND` times the
 compute of any of them, if the text is long enough: none is read twice. That is written down, and then the
@@ -109,7 +110,7 @@ def train_flags(design: Design, width: int, args: argparse.Namespace) -> list[st
 def points_of(steps: float, first: int) -> list[int]:
     """Updates after which a run of so many is evaluated: the last, and each time by sqrt(2) fewer."""
     points = []
-    while steps >= first:
+    while steps >= first * (1 - 1e-9):  # dividing twice by sqrt(2) is not quite halving
         points.append(round(steps))
         steps /= math.sqrt(2)
     return points[::-1]
@@ -374,9 +375,11 @@ def begin_or_go_on(args: argparse.Namespace, design: Design, n_workers: int) -> 
         return state
     try:
         state = json.loads(path.read_text())
-        before, command = state["asked"], state["command"]
+        before, command, _ = state["asked"], state["command"], state["runs"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); remove it, or name another --out") from None
+        raise ValueError(
+            f"{path} is damaged ({error!r}); remove {args.out} to begin anew, or name another --out"
+        ) from None
     for name, value in json.loads(json.dumps(asked)).items():  # as it comes back from a file
         if before.get(name) != value:
             raise ValueError(
@@ -393,6 +396,7 @@ def write_json(state: dict, path: Path) -> None:
 
 
 def sweep(args: argparse.Namespace, design: Design, n_workers: int) -> None:
+    """Design, runs, their law and its prediction; then the run that was predicted, and the pictures."""
     state = begin_or_go_on(args, design, n_workers)
     *narrower, widest = state["runs"]
     tokens_per_update = design.batch_size * design.seq_len

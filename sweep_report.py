@@ -83,7 +83,7 @@ def plot_sweep(law: Law, rows: list[dict], largest: dict, prediction: dict, path
     colors = dict(zip(widths, pyplot.cm.viridis(np.linspace(0, 0.9, len(widths))), strict=True))
     for width in widths:
         N, D, C, L = columns([row for row in rows if row["width"] == width], "N", "D", "C", "loss")
-        left.plot(C, L, "o", color=colors[width], markersize=4, label=f"{short(N[0])}")
+        left.plot(C, L, "o", color=colors[width], markersize=4, label=short(N[0]))
         tokens = np.geomspace(D[0] / 1.5, D[-1] * 1.5)
         left.plot(6 * N[0] * tokens, law.loss(N[0], tokens), color=colors[width], linewidth=0.8)
     compute = np.geomspace(min(row["C"] for row in rows), 1.5 * largest["C"])
@@ -161,5 +161,8 @@ def plot_emergence(rows: list[dict], path: Path) -> None:
 
 
 def save_figure(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
     with checkpoint.replace_file(path) as new:
         figure.savefig(new, dpi=110, format="png")
+    pyplot.close(figure)

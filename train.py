@@ -501,7 +501,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def update(run: Run) -> tuple[Tensor, Tensor, float, dict[str, Tensor]]:
     """One step of the optimizers, left out if the loss or its gradient is not finite. Returns the loss, the
-    gradient's norm before clipping, the learning rate and what the model's loss says besides."""
+    gradient's norm before clipping, the learning rate and the other metrics of the last micro-batch."""
     args, model = run.args, run.model
     lr = learning_rate(run.step, args)
     for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):

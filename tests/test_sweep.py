@@ -6,7 +6,7 @@ import time
 from argparse import ArgumentParser
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,8 +37,8 @@ class Inline:
 def inline(monkeypatch):
     @contextmanager
     def workers(n):
-        done = SimpleNamespace(value=0.0, get_lock=lambda: contextmanager(lambda: (yield))())
-        monkeypatch.setattr(sweep, "flops_done", done, raising=False)
+        done = SimpleNamespace(value=0.0, get_lock=nullcontext)
+        monkeypatch.setattr(sweep, "flops_done", done)
         yield Inline(), done
 
     monkeypatch.setattr(sweep, "workers", workers)
@@ -67,7 +67,7 @@ def test_points_are_sqrt_2_apart_and_their_windows_do_not_overlap():
     for before, after in itertools.pairwise(points):
         assert after / before == pytest.approx(math.sqrt(2), rel=0.01)
         assert (1 - sweep.WINDOW) * after > before
-    assert sweep.points_of(99, 100) == []
+    assert sweep.points_of(99, 100) == [] and sweep.points_of(2000, 1000) == [1000, 1414, 2000]
 
 
 def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(

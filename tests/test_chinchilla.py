@@ -390,7 +390,7 @@ def test_reading_points(tmp_path):
         ("N,D,loss\n1,2,-3\n", "line 2: loss is '-3'"),
         ("N,D,loss\n1,2\n", "line 2: loss is None"),
         ("N,D,loss\nseven,2,3\n", "line 2: N is 'seven'"),
-        ("N,n,D,loss\n7,1,2,3\n", "more than one column N"),
+        ("N,n,D,loss\n7,1,2,3\n", "more than one column n"),
         ("N,D,loss\n1,2,3,5\n", "line 2: more cells than columns"),
     ):
         path.write_text(text)

@@ -166,14 +166,12 @@ COLUMNS = {  # as they are called in the files of several papers
 }
 
 
-def points(path: Path | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N, D, loss), float64 (n,) each, of a file; by default of the 240 runs of Hoffmann et al. 2022.
+def points() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, D, loss), float64 (240,) each, of the runs of Hoffmann et al. 2022.
 
     chinchilla.csv holds the 245 points that Besiroglu et al. 2024 read off figure 4 of that paper. As there,
     the 5 of highest loss are left out: the runs of the fewest tokens per parameter, 0.04 to 0.40, which the
     law does not describe, and which would make B six times as large."""
-    if path is not None:
-        return read_points(path)
     return without_highest(*read_points(HOFFMANN), OUTLIERS)
 
 
@@ -275,6 +273,10 @@ class Fit:
         """ln predicted - ln measured (n,)."""
         return np.log(self.law.loss(self.N, self.D) / self.L)
 
+    @property
+    def residual_rms(self) -> float:
+        return float(np.sqrt(np.mean(self.residuals**2)))
+
     def bootstrap(self, n: int = 4000, seed: int = 0, by_size: bool = False) -> np.ndarray:
         """E, A, B, alpha, beta (n, 5), float64, of n resamples of the points, with replacement.
 
@@ -374,8 +376,10 @@ def fit(N, D, L, delta: float = 1e-3, *, clusters=None) -> Fit:
 
 
 def beyond(C: float, compute: tuple[float, float]) -> float:
-    """By how many orders of magnitude C lies outside of the least and greatest compute; 0 inside."""
-    return max(0.0, math.log10(C / compute[1]), math.log10(compute[0] / C))
+    """By how many orders of magnitude C lies outside of the least and greatest compute; 0 inside, and where
+    it would be printed as 0.0."""
+    orders = max(math.log10(C / compute[1]), math.log10(compute[0] / C))
+    return orders if orders >= 0.05 else 0.0
 
 
 def short(value: float, digits: int = 3) -> str:
@@ -393,14 +397,12 @@ def print_laws() -> None:
             N, D = published.law.optimal(C)
             loss = f"{published.law.loss(N, D):6.3f}" if hasattr(published.law, "loss") else "     -"
             orders = beyond(C, published.compute)
-            told = f"{orders:.1f} orders of magnitude" if orders >= 0.05 else ""
+            told = f"{orders:.1f} orders of magnitude" if orders else ""
             print(f"{'' if i else f'{C:.0e}':8} {published.title:34} {short(N):>7}  {short(D):>7}", end="")
             print(f"  {D / N:5.3g} {loss}  {told}".rstrip())
-    print(
-        "\nN* parameters and D* tokens have the least loss of all that take this compute, C = 6 N D. N counts"
-    )
-    print("the head, not the embedding (Kaplan: neither). Losses are nats per token of each paper's own text")
-    print("and tokenizer: compare them within a law, not between laws.")
+    print("\nN* parameters and D* tokens have the least loss of all that take this compute, C = 6 N D.")
+    print("N counts the head, not the embedding (Kaplan: neither). Losses are nats per token of each paper's")
+    print("own text and tokenizer: compare them within a law, not between laws.")
 
 
 COMMANDS = {

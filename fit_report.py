@@ -28,7 +28,7 @@ from chinchilla import (
     same,
     short,
     without_highest,
-)  # fmt: skip
+)
 from isoflop import IsoFLOP, envelope, isoflop, parabola_bias
 
 LEAST_RESAMPLES = 20  # fewer have no 95 % interval to speak of
@@ -61,7 +61,7 @@ def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | Non
     for name, values in (("N", fitted.N), ("D", fitted.D), ("C", C)):
         found[name] = [float(values.min()), float(values.max())]
     found |= {"delta": fitted.delta, "objective": fitted.objective}
-    found |= {"residual_rms": float(np.sqrt(np.mean(fitted.residuals**2)))}
+    found |= {"residual_rms": fitted.residual_rms}
     found["bootstrap"] = {"resamples": args.bootstrap, "seed": args.seed, "by_size": args.by_size}
     names = ("E", "A", "B", "alpha", "beta", "a", "b")
     found["law"] = {name: [getattr(law, name), *interval(getattr(laws, name))] for name in names}
@@ -114,7 +114,7 @@ def show(found: dict) -> None:
         for name in ("N", "D", "D/N", "loss"):
             value, low, high = (short(x, 4 if name == "loss" else 3) for x in row[name])
             cells.append(f"{f'{value} ({low} to {high})':26}")
-        cells.append(f"{orders:.1f} orders of magnitude {side} the points" if orders >= 0.05 else "")
+        cells.append(f"{orders:.1f} orders of magnitude {side} the points" if orders else "")
         print("  ".join(cells).rstrip())
 
     print("\nN* = k C^a by                        a          k")

@@ -13,7 +13,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points, read_points
 from plan import DEFAULT_MFU, DEVICES, PUE, SEQ_LEN, Shape
 
 TEMPLATE = Path(__file__).with_name("chinchilla.html")
@@ -131,7 +131,8 @@ def main(args: Namespace) -> int:
         raise ValueError(f"--fit {args.fit}: --fit needs --points, the runs it was fitted to")
     if args.fit:
         laws = {"fit": fitted(args.fit), **laws}
-    text = html(page_data(*points(args.points), laws, next(iter(laws))))
+    runs = read_points(args.points) if args.points else points()
+    text = html(page_data(*runs, laws, next(iter(laws))))
 
     from checkpoint import replace_file  # not above: it loads torch, for which the page has no use
 

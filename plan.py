@@ -273,12 +273,6 @@ def share_of_peak(mfu: float) -> None:
         raise ValueError(f"mfu {mfu:g}: expected a share of the peak, from 0.0001 to 1, such as 0.4")
 
 
-def extrapolated(C: float, compute: tuple[float, float]) -> float:
-    """`beyond`, in orders of magnitude; what would be printed as 0.0 of them counts as within."""
-    orders = beyond(C, compute)
-    return orders if orders >= 0.05 else 0.0
-
-
 def make_plan(
     C: float,
     law_name: str = DEFAULT_LAW,
@@ -320,7 +314,7 @@ def make_plan(
     for name, p in LAWS.items():
         N, D = (float(x) for x in p.law.optimal(C))
         loss = float(p.law.loss(N, D)) if hasattr(p.law, "loss") else None
-        row = allocation(N, D) | {"loss": loss, "compute": p.compute, "beyond": extrapolated(C, p.compute)}
+        row = allocation(N, D) | {"loss": loss, "compute": p.compute, "beyond": beyond(C, p.compute)}
         plan["laws"][name] = row | {"title": p.title, "source": p.source, "note": p.note}
     best = plan["laws"][law_name]
     plan["laws"]["besiroglu"]["interval"] = bootstrap_interval(C, seed)
@@ -351,7 +345,7 @@ def make_plan(
             "unique": unique_tokens,
             "limited": limited,
             "unlimited": unlimited,
-            "beyond": extrapolated(C, (1.0, REPEATED.largest)),  # no budget is less than 1
+            "beyond": beyond(C, (1.0, REPEATED.largest)),  # no budget is less than 1
         }
 
     plan["hardware"] = {"gpu": gpu, "gpus": gpus, "mfu": mfu, "pue": PUE, "co2_kg_per_kwh": CO2}

@@ -29,7 +29,7 @@ from plan import (
     make_plan,
     positive,
     share_of_peak,
-)  # fmt: skip
+)
 
 WIDTH = 100
 # What one of a unit is, the largest first.

@@ -187,13 +187,10 @@ def train_one(flags: list[str], points: list[int]) -> None:
     flops = args.batch_size * args.seq_len * run.model.flops_per_token(args.seq_len)
     add_flops(run.step * flops)
     for point in (point for point in points if point > run.step):
-        average, n_skipped = None, 0
+        average = None
         while run.step < point:
-            loss, norm, *_ = train.update(run)
-            finite = bool(torch.isfinite(loss + norm))
-            run.n_skipped += not finite
-            n_skipped = 0 if finite else n_skipped + 1
-            if n_skipped == train.MAX_SKIPPED:
+            train.update(run)
+            if run.n_skipped_in_a_row == train.MAX_SKIPPED:
                 raise ValueError(f"{args.out}: no finite gradient at step {run.step}; lower --lr-factor")
             if run.step > (1 - WINDOW) * point:
                 average = average or AveragedModel(run.model)

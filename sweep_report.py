@@ -41,7 +41,7 @@ def find_law(rows: list[dict], seed: int) -> tuple[Law, np.ndarray, dict]:
     samples = fitted.bootstrap(RESAMPLES, seed, by_size=True)
     laws, names = Law(*samples.T), ("E", "A", "B", "alpha", "beta", "a")
     found = {name: getattr(fitted.law, name) for name in names}
-    found |= {"rms of ln loss": float(np.sqrt(np.mean(fitted.residuals**2)))}
+    found |= {"rms of ln loss": fitted.residual_rms}
     found["intervals"] = {name: interval(getattr(laws, name)) for name in names}
     # Other counts of N: every parameter, or those of the layers alone, as Kaplan et al. 2020 have it.
     ways = {

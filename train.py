@@ -265,6 +265,7 @@ class Run:
     step: int = 0  # updates made
     seconds: float = 0.0  # spent on them
     n_skipped: int = 0  # updates left out because a gradient was not finite
+    n_skipped_in_a_row: int = 0  # the last ones
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -516,13 +517,16 @@ def update(run: Run) -> tuple[Tensor, Tensor, float, dict[str, Tensor]]:
         (micro_loss * share).backward()
         loss += micro_loss.detach() * share
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-    if torch.isfinite(loss + norm):
+    finite = bool(torch.isfinite(loss + norm))
+    if finite:
         for optimizer in run.optimizers:
             optimizer.step()
         if hasattr(model, "after_step"):
             model.after_step()
     model.zero_grad(set_to_none=True)
     run.step += 1
+    run.n_skipped += not finite
+    run.n_skipped_in_a_row = 0 if finite else run.n_skipped_in_a_row + 1
     return loss, norm, lr, metrics
 
 
@@ -544,23 +548,21 @@ def train(run: Run) -> int:
     shown = {}
     if run.step == 0:
         shown["val"] = evaluate_and_show(run)
-    skipped, logged_step, interval = 0, run.step, 0.0
+    logged_step, interval = run.step, 0.0
     while run.step < args.steps and not interrupted:
         began = time.perf_counter()
         loss, norm, lr, metrics = update(run)
-        finite = bool(torch.isfinite(loss + norm))
         interval += time.perf_counter() - began
 
-        skipped = 0 if finite else skipped + 1
-        if not finite:
-            run.n_skipped += 1
+        if run.n_skipped_in_a_row:
             tqdm.write(f"step {run.step}: loss {loss.item()}, gradient norm {norm.item()}: update skipped")
-        if skipped == MAX_SKIPPED:
+        if run.n_skipped_in_a_row == MAX_SKIPPED:
             bar.close()
             where = args.out / "checkpoint"
             last = f"the last good state is in {where}" if where.is_dir() else "nothing was saved yet"
             print(
-                f"error: {skipped} steps in a row were not finite; try a lower --lr; {last}", file=sys.stderr
+                f"error: {MAX_SKIPPED} steps in a row were not finite; try a lower --lr; {last}",
+                file=sys.stderr,
             )
             return 1
         if run.step % args.log_every == 0 or run.step == args.steps:
@@ -578,7 +580,7 @@ def train(run: Run) -> int:
         bar.update()
         if run.step % args.eval_every == 0 or run.step == args.steps:
             shown["val"] = evaluate_and_show(run)
-        if run.step % args.save_every == 0 and run.step < args.steps and not skipped:
+        if run.step % args.save_every == 0 and run.step < args.steps and not run.n_skipped_in_a_row:
             save(run)
     bar.close()
     save(run)

@@ -378,7 +378,7 @@ def test_the_points_of_the_paper():
 def test_reading_points(tmp_path):
     path = tmp_path / "points.csv"
     path.write_text("Model Size, TOKENS ,Loss,note\n1e8,2e9,3.5,x\n\n2e8,4e9,3.1,\n")
-    N, D, L = points(path)
+    N, D, L = read_points(path)
     assert (N == [1e8, 2e8]).all() and (D == [2e9, 4e9]).all() and (L == [3.5, 3.1]).all()
     path.write_text("n,flops,loss\n1e8,6e18,3.5\n")
     assert read_points(path)[1] == pytest.approx([1e10])

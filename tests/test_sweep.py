@@ -273,3 +273,9 @@ def test_no_process_is_left_behind_by_an_error():
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)  # they are told to end, and the pool's own thread sees that they did
     assert not multiprocessing.active_children()
+
+
+def test_gradients_that_stay_non_finite_end_the_run(inline, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with sweep.workers(1), pytest.raises(ValueError, match="no finite gradient at step 5; lower --lr-factor"):
+        sweep.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])

@@ -495,7 +495,7 @@ class BERT(nn.Module):
 
 
 Model = BERT
-make_batch = masking.make_batch
+make_batch, part_of = masking.make_batch, masking.part_of
 STEPS = 4400
 LEARNING_RATE = 0.25  # of a decoder's of the same size: what trains the tiny size best
 

@@ -1,14 +1,7 @@
 """What is saved is saved whole: directories that are written aside, synced, checked and then swapped in.
 
-A training checkpoint is a directory of
-
-    model.safetensors    the weights
-    state.pt             the optimizers' state and the random generators' (read with weights_only=True)
-    state.json           the step, the flags of the run, the lengths of its logs
-    checksums.json       SHA-256 of each of these
-
-and `checkpoint.previous` beside it is the one before. Whatever moment the process dies at, one of them is
-whole. One that is found damaged on resuming is set aside as `checkpoint.damaged`.
+Whatever moment a process dies at, what stood there before or what takes its place is there, and is whole;
+checksums beside the files tell whether it still is.
 """
 
 import hashlib
@@ -18,10 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 
 @contextmanager
@@ -78,21 +67,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(run: Path, weights: dict[str, Tensor], tensors: dict, state: dict) -> None:
-    """Write run/checkpoint, keeping the one before it as run/checkpoint.previous.
-
-    weights: the model's state_dict. tensors: nested dicts and lists of tensors and numbers. state: plain
-    JSON.
-    """
-    with replace_directory(run / "checkpoint", previous=run / "checkpoint.previous") as new:
-        save_file(
-            {name: w.detach().cpu().contiguous() for name, w in weights.items()}, new / "model.safetensors"
-        )
-        torch.save(tensors, new / "state.pt")
-        (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        write_checksums(new)
-
-
 def write_checksums(directory: Path) -> None:
     checksums = {path.name: sha256(path) for path in sorted(directory.iterdir())}
     (directory / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
@@ -111,28 +85,3 @@ def damage(directory: Path) -> str | None:
         if sha256(path) != expected:
             return f"{path} is damaged (its checksum does not match)"
     return None
-
-
-def load(run: Path, warn) -> tuple[dict[str, Tensor], dict, dict]:
-    """(weights, tensors, state) of the newest undamaged checkpoint of a run; warn(message) names a damaged
-    one.
-
-    Raises ValueError if the run has no checkpoint, or none that is whole.
-    """
-    current, previous = run / "checkpoint", run / "checkpoint.previous"
-    if not current.is_dir() and not previous.is_dir():
-        raise ValueError(f"{run}: no checkpoint to resume from; leave out --resume to start")
-    problem = damage(current) if current.is_dir() else None
-    if problem is not None:
-        warn(problem)
-        shutil.rmtree(run / "checkpoint.damaged", ignore_errors=True)
-        current.rename(run / "checkpoint.damaged")
-    if not current.is_dir():
-        # The older one takes its place, so that the next save keeps it until there is a newer one.
-        problem = damage(previous) if previous.is_dir() else problem
-        if problem is not None:
-            raise ValueError(f"{run}: no checkpoint is whole: {problem}; start again with another --out")
-        previous.rename(current)
-    weights = load_file(current / "model.safetensors")
-    tensors = torch.load(current / "state.pt", map_location="cpu", weights_only=True)
-    return weights, tensors, json.loads((current / "state.json").read_text())

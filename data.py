@@ -126,6 +126,15 @@ def prepare(
         return Dataset(home.name, tok, train, val)
 
 
+def reopen(cache: Path, name: str, tokenizer: str) -> Dataset:
+    """A Dataset that `prepare` has made, by its name and tokenizer; the corpus is not looked at again."""
+    n_tokens, home = bpe_size(tokenizer), cache / name
+    learned = cache / f"{name.partition('-')[0]}-bpe-{n_tokens}"
+    tok = get_tokenizer(tokenizer) if n_tokens is None else Tokenizer.load(learned)
+    manifest = json.loads((home / "manifest.json").read_text())
+    return Dataset(name, tok, open_shard(home, manifest, "train"), open_shard(home, manifest, "val"))
+
+
 @contextmanager
 def only_one_at(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keep other processes from the cache: of two runs started together, one prepares and the other finds."""

@@ -249,6 +249,9 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp(max=logits.shape[-1] - 1)  # NaN exceeds nothing: the loss shall be NaN, not an error
 
 
+part_of = bert.part_of
+
+
 def make_batch(
     tokens: Tensor, config: Config, generator: torch.Generator, tokenizer: Tokenizer | WordPiece
 ) -> dict[str, Tensor]:

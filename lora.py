@@ -52,6 +52,7 @@ import huggingface_adapters
 import huggingface_encoders
 import huggingface_moe
 import instruct
+import masking
 import moe
 import qlora
 from adapted import (
@@ -516,10 +517,10 @@ class AdaptedModel(nn.Module):
             return False
         return p.ndim >= 2
 
-    def after_step(self) -> None:
+    def after_step(self, finite: Tensor | bool = True) -> None:
         """moe.py's update of the routers' bias, where the routers learn."""
         if self.config.method == "full" and isinstance(self.base_model, moe.MoEGPT):
-            self.base_model.after_step()
+            self.base_model.after_step(finite)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base_model.zero_grad(set_to_none)
@@ -595,6 +596,12 @@ def make_batch(
     """See instruct.make_batch; of an encoder, see masking.make_batch."""
     objective = instruct if not is_encoder(config.of_base) else bert
     return objective.make_batch(tokens, config.of_base, generator, tokenizer)
+
+
+def part_of(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
+    """The i-th of n equal parts of a batch."""
+    objective = instruct if "cu_seqlens" in batch else masking
+    return objective.part_of(batch, i, n)
 
 
 def save_tokenizer(tokenizer: Tokenizer | WordPiece, directory: Path) -> None:

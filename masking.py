@@ -200,6 +200,13 @@ def sentence_order(rows: Tensor, cut: Tensor, generator: Generator) -> tuple[Ten
     return rows.gather(1, source), torch.where(labels == 1, N - cut, cut), labels
 
 
+def part_of(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
+    """The i-th of n equal parts of a batch from `make_batch`: its rows, and the places counted in them."""
+    first = batch["tokens"].numel() // n * i
+    part = {name: t.chunk(n)[i] for name, t in batch.items()}
+    return part | {name: part[name] - first for name in part.keys() & {"positions", "left", "right"}}
+
+
 def make_batch(
     tokens: Tensor,
     config,

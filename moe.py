@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -248,12 +249,23 @@ def expert_choice(logits: Tensor, k: int) -> Routing:
     return Routing(tokens.flatten(), experts.flatten(), weights.flatten(), logits, probs)
 
 
-def aux_loss(routing: Routing) -> Tensor:
+def over_processes(load: Tensor) -> Tensor:
+    """The sum of the loads of all processes that share a batch: whether an expert is busy shows in all of it
+    (Qiu et al. 2025, "Demons in the detail")."""
+    if dist.is_initialized():
+        dist.all_reduce(load)
+    return load
+
+
+def aux_loss(routing: Routing, load: Tensor) -> Tensor:
     """E sum_e f_e P_e, of the share f_e of the tokens that chose expert e and the mean P_e of its scores; k
     where both are uniform. f has no gradient, so it is P that moves, away from the busy experts (Switch
-    Transformer, equations 4 to 6; f adds up to k, as transformers has it)."""
-    N, E = routing.logits.shape
-    return E * (routing.load() / N * routing.probs.mean(dim=0)).sum()
+    Transformer, equations 4 to 6; f adds up to k, as transformers has it).
+
+    load: (E,), of these N tokens, or of several times as many.
+    """
+    E, k = routing.logits.shape[1], len(routing.tokens) / len(routing.logits)
+    return E * (k * load / load.sum() * routing.probs.mean(dim=0)).sum()
 
 
 def sequence_loss(routing: Routing, cu_seqlens: Tensor, k: int) -> Tensor:
@@ -310,12 +322,13 @@ class Router(nn.Module):
         return routing._replace(weights=routing.weights * c.routed_scale)
 
     @torch.no_grad()
-    def update_bias(self) -> None:
+    def update_bias(self, finite: Tensor | bool = True) -> None:
         """A step up for the experts that got less than the mean, down for the others (DeepSeek-V3, section
-        2.1.2; Wang et al. 2024, algorithm 1)."""
+        2.1.2; Wang et al. 2024, algorithm 1); none where finite is False."""
         if torch.finfo(self.e_score_correction_bias.dtype).bits < 32:
             raise ValueError(f"bias in {self.e_score_correction_bias.dtype}: its steps need float32")
-        self.e_score_correction_bias += self.config.bias_update_rate * (self.load.mean() - self.load).sign()
+        load = over_processes(self.load)
+        self.e_score_correction_bias += self.config.bias_update_rate * (load.mean() - load).sign() * finite
         self.load.zero_()
 
 
@@ -409,8 +422,10 @@ class MoEGPT(GPT):
         loss, metrics = super().loss(batch)
         c, tokens = self.config, batch["tokens"]
         terms = {}
+        loads = over_processes(torch.stack([routing.load() for routing in routings]))  # (layers, E)
         if c.aux_loss_coef:
-            terms["aux_loss"] = c.aux_loss_coef, [aux_loss(routing) for routing in routings]
+            of_layers = [aux_loss(routing, load) for routing, load in zip(routings, loads, strict=True)]
+            terms["aux_loss"] = c.aux_loss_coef, of_layers
         if c.z_loss_coef:
             terms["z_loss"] = c.z_loss_coef, [z_loss(routing) for routing in routings]
         if c.sequence_loss_coef:
@@ -423,17 +438,19 @@ class MoEGPT(GPT):
             metrics[name] = mean.detach()
             if self.training:
                 loss = loss + coefficient * mean
-        loads = torch.stack([routing.load() for routing in routings])  # (layers, E)
         metrics["max_load"] = (loads / loads.mean(dim=1, keepdim=True)).max()
         if c.router == "switch":
-            metrics["dropped"] = self.dropped(loads, tokens.numel())
+            metrics["dropped"] = self.dropped(
+                torch.stack([routing.load() for routing in routings]), tokens.numel()
+            )
         return loss, metrics
 
-    def after_step(self) -> None:
-        """The update of the bias, which has no gradient: to be called after each of the weights."""
+    def after_step(self, finite: Tensor | bool = True) -> None:
+        """The update of the bias, which has no gradient: to be called after each of the weights, or where
+        finite is False, after one that was left out."""
         if self.config.bias_update_rate:
             for layer in self.sparse_layers:
-                layer.gate.update_bias()
+                layer.gate.update_bias(finite)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also forgets the loads that the bias is to follow: like gradients, they add up over passes."""

@@ -23,6 +23,9 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+SHARD = "checkpoint/shard-00001-model-00001-of-00001.safetensors"  # of a run in one process
+
+
 def copy_of(directory, to, **changes):
     """A checkpoint with other values in its config.json."""
     to.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SHARD
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -588,7 +589,7 @@ def test_every_objective_trains_and_resumes_exactly(fields, tmp_path, monkeypatc
     again = [*training_flags(tmp_path, parts, set=fields, steps=9), "--save-every", "3", "--resume"]
     assert train.main(again) == 0
     assert train.main([*training_flags(tmp_path, whole, set=fields, steps=9), "--resume"]) == 0
-    a, b = (load_file(out / "checkpoint" / "model.safetensors") for out in (whole, parts))
+    a, b = (load_file(out / SHARD) for out in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

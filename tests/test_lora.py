@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARD
 from safetensors.torch import load_file, save_file
 
 import bert
@@ -583,10 +584,11 @@ def test_a_run_learns_and_leaves_an_adapter_behind(trained, home):
     assert not names & {"config.json", "model.safetensors"}
     losses = rows(trained, "val_loss")
     assert len(losses) == 3 and losses[-1] < 0.3 * losses[0]
-    checkpoint = load_file(trained / "checkpoint" / "model.safetensors")
+    checkpoint = load_file(trained / SHARD)
     model = AdaptedModel.from_pretrained(trained / "model")
     assert all(".adapters.default." in name for name in checkpoint)
-    assert sum(w.numel() for w in checkpoint.values()) == lora.trainable_parameters(model.base_model)[0]
+    n_trained = lora.trainable_parameters(model.base_model)[0]
+    assert sum(w.numel() for name, w in checkpoint.items() if name.startswith("model.")) == n_trained
     hf = json.loads((trained / "model" / "adapter_config.json").read_text())
     assert hf["base_model_name_or_path"] == str(home / "long") and (hf["r"], hf["lora_alpha"]) == (16, 32.0)
     shown = (trained / "samples.txt").read_text()
@@ -619,7 +621,7 @@ def test_resumed_equals_uninterrupted(size, file, home, tmp_path):
     options = dict(size=size, schedule="constant") | ({"set": "dropout=0.2"} if size == "pissa" else {})
     for out, steps, resume in (("whole", 4, False), ("part", 2, False), ("part", 4, True)):
         assert train.main(flags(home, tmp_path / out, steps=steps, resume=resume, **options)) == 0
-    for path in ("checkpoint/model.safetensors", f"model/{file}"):
+    for path in (SHARD, f"model/{file}"):
         whole, part = (load_file(tmp_path / out / path) for out in ("whole", "part"))
         assert whole.keys() == part.keys() and all(torch.equal(w, part[name]) for name, w in whole.items())
     assert rows(tmp_path / "whole", "loss") == rows(tmp_path / "part", "loss")

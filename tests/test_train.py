@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARD
 from safetensors.torch import load_file
 
 import gpt
+import optim
+import options
 import train
 from kernels import backend
 from tokenizer import Tokenizer
@@ -62,8 +66,8 @@ def rows(out):
 
 def same_run(a, b):
     """Weights, metrics and samples are equal, to the bit."""
-    for part in ("model", "checkpoint"):
-        x, y = (load_file(out / part / "model.safetensors") for out in (a, b))
+    for part in ("model/model.safetensors", SHARD):
+        x, y = (load_file(out / part) for out in (a, b))
         assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
     assert rows(a) == rows(b)
     assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
@@ -101,7 +105,8 @@ def test_a_run_learns_and_leaves_everything_behind(text, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "samples.txt").read_text().count("=== step") == 4
     assert sorted(p.name for p in out.iterdir()) == [
-        "checkpoint", "checkpoint.previous", "loss.png", "metrics.jsonl", "model", "samples.txt",
+        "checkpoint", "checkpoint.previous", "lock", "loss.png", "metrics.jsonl", "model", "report.html",
+        "run.json", "samples.txt",
     ]  # fmt: skip
 
 
@@ -151,7 +156,7 @@ def test_steps_n_makes_n_updates_at_the_scheduled_rates(text, tmp_path, monkeypa
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     train.main(flags(text, tmp_path / "run", steps=7, warmup=3, lr=0.001))
     args = argparse.Namespace(steps=7, warmup=3, lr=0.001, schedule="cosine")
-    assert rates == [{train.learning_rate(i, args)} for i in range(7)]
+    assert rates == [{optim.learning_rate(i, args)} for i in range(7)]
 
 
 @pytest.mark.parametrize(
@@ -164,9 +169,9 @@ def test_steps_n_makes_n_updates_at_the_scheduled_rates(text, tmp_path, monkeypa
 )
 def test_learning_rate_at_its_corners(schedule, expected):
     args = argparse.Namespace(steps=102, warmup=2, lr=1.0, schedule=schedule)
-    assert [train.learning_rate(i, args) for i in (0, 1, 2, 52, 102)] == pytest.approx(expected)
+    assert [optim.learning_rate(i, args) for i in (0, 1, 2, 52, 102)] == pytest.approx(expected)
     if schedule == "wsd":
-        assert train.learning_rate(92, args) == pytest.approx(0.5)
+        assert optim.learning_rate(92, args) == pytest.approx(0.5)
 
 
 def test_gradient_accumulation_is_the_same_batch(text, tmp_path):
@@ -225,7 +230,7 @@ def test_options_train(options, text, tmp_path):
     assert last < 0.8 * first
 
 
-@pytest.mark.skipif(not train.has_bfloat16("cpu"), reason="this CPU has no bfloat16 arithmetic")
+@pytest.mark.skipif(not options.has_bfloat16("cpu"), reason="this CPU has no bfloat16 arithmetic")
 def test_bfloat16_trains_as_float32_does(text, tmp_path):
     for dtype in ("float32", "bfloat16"):
         train.main(flags(text, tmp_path / dtype, steps=30, eval_every=30, lr=0.003, dtype=dtype))
@@ -238,7 +243,7 @@ def test_bfloat16_trains_as_float32_does(text, tmp_path):
 def test_compiled_training_is_the_same_and_saves_the_plain_module(text, tmp_path):
     train.main(flags(text, tmp_path / "plain", steps=2))
     assert start(flags(text, tmp_path / "compiled", steps=2, compile=True)).wait() == 0
-    x, y = (load_file(tmp_path / run / "checkpoint" / "model.safetensors") for run in ("plain", "compiled"))
+    x, y = (load_file(tmp_path / run / SHARD) for run in ("plain", "compiled"))
     assert x.keys() == y.keys()
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
         # fused operations round differently, and Adam's first steps magnify the smallest gradients
@@ -293,7 +298,10 @@ def test_several_in_a_row_end_the_run_and_name_the_last_good_checkpoint(text, tm
     spoil(monkeypatch, lambda n: n > 3 + 4)
     assert train.main(flags(text, tmp_path / "run", steps=50)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: 5 steps in a row") and str(tmp_path / "run" / "checkpoint") in error
+    assert (
+        error.startswith("error: 5 steps in a row were not finite")
+        and str(tmp_path / "run" / "checkpoint") in error
+    )
     assert json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"] == 3
 
 
@@ -348,20 +356,20 @@ def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_
 KILLED_IN = """
 import os, signal
 from pathlib import Path
-import torch, checkpoint
+import checkpoint, training_state
 
 point, n = sys.argv[1].split(":")
-owner = {"save_file": checkpoint, "save": torch, "rename": Path, "sync": checkpoint}[point]
+owner = {"save": training_state.dcp, "rename": Path, "sync": checkpoint}[point]
 original, calls = getattr(owner, point), []
 
 def fatal(*args, **kwargs):
-    if "/checkpoint" in str(args[-1] if point in ("save_file", "save") else args[0]):
+    if point == "save" or "/checkpoint" in str(args[0]):
         calls.append(1)
     if len(calls) == int(n):
-        if point.startswith("save"):
+        if point == "save":
             original(*args, **kwargs)
-            path = Path(args[1])
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            for path in kwargs["storage_writer"].path.glob("shard-*"):
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 
@@ -370,7 +378,7 @@ sys.exit(train.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("point", ["save_file:2", "save:2", "sync:7", "rename:2", "rename:3", "rename:5"])
+@pytest.mark.parametrize("point", ["save:2", "sync:7", "rename:2", "rename:3", "rename:5"])
 def test_kill_while_saving(point, text, tmp_path):
     """Half a file, between files, before and between the renames: the run ends as if nothing was."""
     out = tmp_path / "killed"
@@ -399,7 +407,7 @@ def flip(path):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "state.json", "checksums.json"])
+@pytest.mark.parametrize("name", [Path(SHARD).name, "state.json", "checksums.json"])
 @pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-5])])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, harm, text, tmp_path, capsys):
     for run in ("whole", "harmed"):
@@ -490,7 +498,7 @@ def test_mistakes_in_data_are_named(make, words, text, tmp_path, capsys):
 
 
 def test_bfloat16_without_the_hardware_is_refused(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(options, "has_bfloat16", lambda device: False)
     assert "--dtype float32" in refused(capsys, flags(text, tmp_path / "run", dtype="bfloat16"))
 
 
@@ -500,7 +508,7 @@ def test_an_out_that_cannot_be_written_is_named(text, tmp_path, capsys):
 
 
 def test_a_full_disk_is_found_before_the_work(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
     assert "GB free on its disk" in refused(capsys, flags(text, tmp_path / "run"))
 
 

@@ -1,0 +1,145 @@
+"""Does the best learning rate move when a model gets wider? With and without the width transfer of optim.py.
+
+    python results/width_transfer.py --out results/width_transfer.json        40 minutes on one core
+
+The small decoder of gpt.py (4 layers, heads of 32, the inner width of the MLP 11/4 of the model's) at widths
+64, 128 and 256, each trained at seven learning rates a factor of 2 apart, from the same seed and on the same
+batches of the standard library's source text (4,096 tokens in the vocabulary, 8 rows of 128 per update).
+Once with the initial weights and the one learning rate that train.py gives any width, and once with those
+that --mup 64 makes of them. At width 64 the two are one. The loss is that of 128 rows of held-out text at
+the end.
+
+Writes the figures of every run, and width_transfer.png beside them. Runs that --out has already, from a
+script that was stopped, are not made again.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import gpt  # noqa: E402
+from checkpoint import replace_file  # noqa: E402
+from optim import learning_rate, make_optimizers, transfer_width  # noqa: E402
+
+WIDTHS = (64, 128, 256)
+BASES = (None, 128, 256)  # of --mup
+RATES = [2.0**-e for e in range(11, 4, -1)]
+HEAD = 32
+T, BATCH = 128, 8
+
+
+def run(width: int, base: int | None, lr: float, steps: int, dataset: data.Dataset) -> float | None:
+    """Train one model; its validation loss, or None if that is no finite number."""
+    torch.manual_seed(0)
+    n_heads = width // HEAD
+    config = gpt.Config(4, n_heads, width, width * 11 // 4, n_kv_heads=n_heads // 2, qk_norm=True)
+    model = gpt.GPT(config.fitted(dataset.tokenizer, T))
+    args = dict(optimizer="adamw", lr=lr, warmup=steps // 10, steps=steps, schedule="cosine", device="cpu")
+    args = SimpleNamespace(**args, weight_decay=0.1, mup=base)
+    if base:
+        transfer_width(model, base)
+    (optimizer,) = make_optimizers(model, args)
+    loader = data.Loader(dataset.train.tokens, T, seed=0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args) * group["lr_factor"]
+        batch = gpt.make_batch(loader.batch(step * BATCH, BATCH), config, None)
+        loss, _ = model.loss(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad()
+    rows = next(data.held_out_batches(dataset.val.tokens, T, 128))
+    with torch.no_grad():
+        parts = [model.loss(gpt.make_batch(part, config, None))[0].item() for part in rows.split(16)]
+    loss = sum(parts) / len(parts)
+    return loss if math.isfinite(loss) else None
+
+
+def curve(results: list[dict], width: int, base: int | None) -> dict[float, float]:
+    """Loss by learning rate; from a model's own width there is nothing to transfer."""
+    base = None if base == width else base
+    found = {r["lr"]: r["loss"] for r in results if (r["width"], r["mup"]) == (width, base)}
+    return {lr: found[lr] for lr in sorted(found) if found[lr] is not None}
+
+
+def plot(results: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+    for axes, base in zip(panels, BASES, strict=True):
+        for width in WIDTHS:
+            losses = curve(results, width, base)
+            if not losses:
+                continue
+            (line,) = axes.plot(losses.keys(), losses.values(), marker=".", label=f"width {width}")
+            best = min(losses, key=losses.get)
+            axes.plot(best, losses[best], marker="*", markersize=15, color=line.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="--lr")
+        axes.set_title(f"--mup {base}" if base else "without transfer", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    panels[0].set(ylabel="validation loss (nats per token)")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--cache", type=Path, default=Path("cache"))
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dataset = data.prepare("stdlib", "bpe:4096", args.cache)
+    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine |= {"steps": args.steps}
+    results = []
+    if args.out and args.out.exists():
+        saved = json.loads(args.out.read_text())
+        if any(saved[key] != value for key, value in machine.items()):
+            sys.exit(
+                f"error: {args.out} is of another machine or other steps than {machine}; remove it first"
+            )
+        results = saved["results"]
+    done = {(r["width"], r["mup"], r["lr"]) for r in results}
+    for width in WIDTHS:
+        for base in BASES:
+            for lr in RATES:
+                if base == width or (width, base, lr) in done:
+                    continue
+                loss = run(width, base, lr, args.steps, dataset)
+                print(f"width {width:3}, mup {base!s:4}, lr {lr:.5f}: loss {loss}", flush=True)
+                results.append({"width": width, "mup": base, "lr": lr, "loss": loss})
+                if args.out:
+                    command = "python results/width_transfer.py --out results/width_transfer.json"
+                    content = {"command": command, **machine, "results": results}
+                    with replace_file(args.out) as new:
+                        new.write_text(json.dumps(content, indent=1) + "\n")
+    for base in BASES:
+        for width in WIDTHS:
+            losses = curve(results, width, base)
+            best = min(losses, key=losses.get)
+            print(f"mup {base!s:4}, width {width:3}: best {losses[best]:.4f} at {best:.5f}")
+    if args.out:
+        plot(results, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

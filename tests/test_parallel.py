@@ -1,0 +1,272 @@
+"""Several processes compute what one does, save what any number of them can resume, and end together."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARD
+from safetensors.torch import load_file, save_file
+
+import gpt
+import optim
+import parallel
+import train
+from tokenizer import get_tokenizer
+
+ROOT = Path(__file__).parent.parent
+MODELS, MODES = ("gpt", "bert", "moe", "lora"), ("ddp", "fsdp")
+SMALL = dict(n_layers=2, n_heads=4, d_model=32, d_ff=48, max_seq_len=64)
+# What each of torchrun's processes does: runs, one after the other, in the same group of processes.
+WORKER = """
+import json, sys
+import test_parallel, train
+
+test_parallel.make_small()
+for argv, spoilt in json.loads(sys.argv[1]):
+    with test_parallel.watched(argv[argv.index("--out") + 1], spoilt):
+        code = train.main(argv)
+    if code != 0:
+        sys.exit(code)
+"""
+
+
+def make_small():
+    for name in ("gpt", "bert", "moe"):
+        sizes = importlib.import_module(name).SIZES
+        fields = SMALL | ({"n_kv_heads": 2} if name != "bert" else {})
+        fields |= {"n_experts": 6, "d_expert": 20, "bias_update_rate": 0.01} if name == "moe" else {}
+        sizes["tiny"] = sizes["tiny"].changed(**fields)
+
+
+@contextmanager
+def watched(out, spoilt=None):
+    """Write the gradient of the first update to out; of spoilt, (process, update), make it NaN or fail."""
+    made, step = [], optim.step
+
+    def watching(optimizers, finite):
+        made.append(1)
+        params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        gradients = {str(i): parallel.as_tensor(p.grad).clone() for i, p in enumerate(params)}
+        if len(made) == 1 and parallel.rank() == 0:
+            save_file(gradients, Path(out) / "gradients.safetensors")
+        step(optimizers, finite)
+
+    optim.step = watching
+    forget = spoil(*spoilt) if spoilt else None
+    try:
+        yield
+    finally:
+        optim.step = step
+        if forget:
+            forget()
+
+
+def spoil(rank, update, how):
+    """In one process and update: a NaN in the gradient, or an exception."""
+    original, calls = gpt.GPT.loss, []
+
+    def loss(self, batch):
+        value, metrics = original(self, batch)
+        calls.append(self.training)
+        # After three passes that are timed, two in each update.
+        now = parallel.rank() == rank and self.training and sum(calls) == 3 + 2 * update
+        if now and how == "raise":
+            raise RuntimeError("this process has had enough")
+        return value * (float("nan") if now else 1.0), metrics
+
+    gpt.GPT.loss = loss
+    return lambda: setattr(gpt.GPT, "loss", original)
+
+
+def launch(folder, n, runs):
+    """n processes that make runs, each of flags and whom to spoil; what they print is thrown away."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    (folder / "worker.py").write_text(WORKER)
+    command += [str(folder / "worker.py"), json.dumps(runs)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=env, text=True, **quiet)
+
+
+def argv(folder, model, out, *more, steps):
+    data = "questions.jsonl" if model == "lora" else "text.txt"
+    flags = f"--model {model} --data {folder / data} --batch-size 8 --grad-accum 2 --lr 0.002 "
+    flags += f"--steps {steps} --schedule constant --warmup 0 --eval-every 2 --log-every 1 "
+    flags += (
+        f"--seq-len 64 --base {folder / 'base'} " if model == "lora" else "--seq-len 16 --tokenizer bytes "
+    )
+    return [*flags.split(), "--cache", str(folder / "cache"), "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Texts, a base to adapt, and for each model a run of six updates in one process."""
+    before = {name: importlib.import_module(name).SIZES["tiny"] for name in MODELS[:3]}
+    make_small()
+    folder = tmp_path_factory.mktemp("parallel")
+    (folder / "text.txt").write_text("".join(f"line {i}, {i * i % 97} and so on\n" for i in range(120)))
+    records = [{"question": f"{i}?", "answer": "ab"} for i in range(60)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = get_tokenizer("bytes")
+    torch.manual_seed(0)
+    gpt.GPT(gpt.SIZES["tiny"].fitted(tokenizer, 64)).save_pretrained(folder / "base")
+    tokenizer.save(folder / "base")
+    for model in MODELS:
+        with watched(folder / f"{model}-one"):
+            assert train.main(argv(folder, model, folder / f"{model}-one", steps=6)) == 0
+    yield folder
+    for name, config in before.items():
+        importlib.import_module(name).SIZES["tiny"] = config
+
+
+@pytest.fixture(scope="module")
+def chain(folder):
+    """Each model, ddp and fsdp: two updates by two processes, two more by four, and the last two by one."""
+    names = [(model, mode) for model in MODELS for mode in MODES]
+    for n, steps, more in ((2, 2, []), (4, 4, ["--resume"])):
+        runs = []
+        for model, mode in names:
+            out = folder / f"{model}-{mode}"
+            runs.append((argv(folder, model, out, "--parallel", mode, *more, steps=steps), None))
+        process = launch(folder, n, runs)
+        _, error = process.communicate(timeout=400)
+        assert process.returncode == 0, error
+        for model, mode in names:
+            shutil.copytree(folder / f"{model}-{mode}", folder / f"{model}-{mode}-by-{n}")
+    for model, mode in names:
+        assert train.main(argv(folder, model, folder / f"{model}-{mode}", "--resume", steps=6)) == 0
+    return folder
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", MODELS)
+def test_two_then_four_then_one_process_are_the_run_of_one(model, mode, chain):
+    one, many = rows(chain / f"{model}-one"), rows(chain / f"{model}-{mode}")
+    assert [(row["step"], "loss" in row) for row in one] == [(row["step"], "loss" in row) for row in many]
+    for a, b in zip(one, many, strict=True):
+        assert a["tokens"] == b["tokens"]
+        for key in a.keys() & {"loss", "val_loss", "bits_per_byte", "accuracy", "max_load", "aux_loss"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-5), (a, b)
+        if "grad_norm" in a:
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    shards = [len(list((chain / f"{model}-{mode}-by-{n}" / "checkpoint").glob("shard-*"))) for n in (2, 4)]
+    assert shards == [2, 4]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_are_those_of_one_process(model, mode, chain):
+    one, two, four = (
+        load_file(chain / name / "gradients.safetensors")
+        for name in (f"{model}-one", f"{model}-{mode}-by-2", f"{model}-{mode}-by-4")
+    )
+    assert one.keys() == two.keys()
+    for name, g in one.items():
+        # Sums in another order: float32 rounds each term to 6e-8 of itself.
+        assert (two[name] - g).norm() <= 1e-5 * g.norm() + 1e-9
+    assert four.keys() == one.keys() and any((four[name] != g).any() for name, g in one.items())
+
+
+def test_a_damaged_shard_of_four_is_named_and_the_checkpoint_before_is_used(chain, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(chain / "gpt-fsdp", out)
+    shard = next((out / "checkpoint.previous").glob("shard-*"))
+    shutil.rmtree(out / "checkpoint")
+    shutil.copytree(chain / "gpt-fsdp-by-4" / "checkpoint", out / "checkpoint")
+    third = out / "checkpoint" / Path(SHARD).name.replace("00001-model", "00003-model")
+    raw = bytearray(third.read_bytes())
+    raw[-1] ^= 1
+    third.write_bytes(raw)
+    assert shard.is_file()
+    assert train.main(argv(chain, "gpt", out, "--resume", steps=6)) == 0
+    assert third.name in capsys.readouterr().err
+    a, b = (load_file(run / "model" / "model.safetensors") for run in (chain / "gpt-fsdp", out))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_nan_in_one_process_leaves_the_update_out_in_all(folder):
+    out = folder / "spoilt"
+    runs = [(argv(folder, "gpt", out, "--parallel", "ddp", steps=3), (1, 2, "nan"))]
+    process = launch(folder, 2, runs)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error
+    steps = [row for row in rows(out) if "loss" in row]
+    assert [row["skipped"] for row in steps] == [0, 1, 1]
+    weights = load_file(out / "model" / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_the_failure_of_one_process_ends_all_and_is_shown_once(folder):
+    runs = [(argv(folder, "gpt", folder / "fails", "--parallel", "ddp", steps=400), (1, 5, "raise"))]
+    process = launch(folder, 2, runs)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert error.count("RuntimeError: this process has had enough") == 1 and "Connection closed" not in error
+
+
+def test_a_mistake_is_told_once(folder):
+    flags = argv(folder, "gpt", folder / "x", "--parallel", "ddp", "--size", "huge", steps=4)
+    process = launch(folder, 2, [(flags, None)])
+    _, error = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert error.count("error: --size huge: expected one of tiny") == 1
+
+
+def until(process, path, text):
+    deadline = time.monotonic() + 200
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+def test_a_killed_process_and_then_sigterm_lose_nothing(folder):
+    """kill -9 of one process ends the others; resumed, the cluster wants its machine back; resumed again, the
+    run ends as one that was left alone, to the bit."""
+
+    def start(out, *more):
+        more = ["--parallel", "ddp", "--save-every", "20", "--eval-every", "300", *more]
+        return launch(folder, 2, [(argv(folder, "gpt", folder / out, *more, steps=300), None)])
+
+    log = folder / "killed" / "metrics.jsonl"
+    process = start("killed")
+    until(process, log, '"step": 50,')
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    _, error = process.communicate(timeout=100)
+    assert (
+        process.returncode != 0 and error.count("Traceback") <= 2
+    )  # the first to notice, and torchrun's own
+
+    process = start("killed", "--resume")
+    until(process, log, '"step": 150,')
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    state = json.loads((folder / "killed" / "checkpoint" / "state.json").read_text())
+    assert 150 <= state["step"] < 300 and error.count("saved; go on with --resume") == 1
+
+    left_alone, resumed = start("alone"), start("killed", "--resume")
+    for process in (left_alone, resumed):
+        _, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error
+    a, b = (load_file(folder / run / "model" / "model.safetensors") for run in ("alone", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = ([row.get("loss") for row in rows(folder / run)] for run in ("alone", "killed"))
+    assert a == b

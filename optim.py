@@ -9,7 +9,7 @@ every direction moves equally far. Both come from torch.optim; what is decided h
 how fast each learns:
 
     who         Muon the hidden matrices; AdamW embeddings, head, norms and biases (Jordan et al. 2024)
-    momentum    AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B); Muon 0.95, Nesterov's
+    momentum    AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B); Muon Nesterov's, 0.95
     decay       of matrices only, as in BERT's code (Devlin et al. 2018); 0.1 by default, as in GPT-3
     one rate    the numbers in an orthogonal matrix A x B are 1 / sqrt(max(A, B)) large (root mean square),
                 those in an update of AdamW 0.2 to 0.4; hence Muon's factor, with which the same learning

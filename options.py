@@ -196,6 +196,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.warmup = min(1000, args.steps // 20)
     args.tokenizer = args.tokenizer or args.init_from or args.base or "bpe:4096"
 
+    n = parallel.n_processes()
+    if args.batch_size % n:
+        raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")
+    watch.check(args.watch)
+
+
+def choose_device(args: argparse.Namespace) -> None:
+    """Settle --device, --dtype and --compile; ValueError for what this machine does not have."""
     if args.device is None:
         args.device = (
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -211,10 +219,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--dtype bfloat16: this {args.device} has no bfloat16 arithmetic; use --dtype float32"
         )
-    n = parallel.n_processes()
-    if args.batch_size % n:
-        raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")
-    watch.check(args.watch)
     choose_backend(f"--kernels {args.kernels}", args.kernels, torch.empty(0, device=args.device))
     if args.compile is None:
         args.compile = args.device == "cuda"

@@ -27,7 +27,7 @@ import data
 import optim
 import parallel
 import training_state
-from options import FREE_ON_RESUME, check_arguments
+from options import FREE_ON_RESUME, check_arguments, choose_device
 from tokenizer import Tokenizer
 from wordpiece import WordPiece
 
@@ -107,6 +107,7 @@ def prepare(args: argparse.Namespace) -> Run:
     """Everything that can fail, before any work that costs: ValueError says what is wrong and what to do."""
     flags = {flag: str(value) for flag, value in vars(args).items()}  # before they get derived defaults
     check_arguments(args)
+    choose_device(args)
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
     saved = find_checkpoint(args, flags) if args.resume else None
@@ -185,8 +186,9 @@ def configured(concept: Concept, args: argparse.Namespace) -> tuple[nn.Module | 
 
 def planned_model(args: argparse.Namespace) -> nn.Module:
     """The model that would be trained, without memory for its weights, for memory.py; --model lora's base has
-    some. Its vocabulary is that of --size, not of --tokenizer."""
+    some. Its vocabulary is that of --size, not of --tokenizer, and --dtype what a GPU would be given."""
     check_arguments(args)
+    args.dtype = args.dtype or "bfloat16"
     concept = importlib.import_module(args.model)
     pretrained, config = configured(concept, args)
     if pretrained is not None:

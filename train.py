@@ -165,6 +165,9 @@ def train(run: Run, watchers: list) -> int:
         dynamic_ncols=True,
         disable=not run.is_first,
     )
+    # By itself it goes by the wall clock, which may be set while it runs.
+    bar._time = time.monotonic
+    bar.start_t = bar.last_print_t = bar._time()
     shown, told = {}, 0
     if run.step == 0:
         shown["val"] = evaluate_and_show(run, watchers)
@@ -366,10 +369,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.compare:
             print(report.compare(args.compare, Path()))
             return 0
-        parallel.start(args)
         if args.dry_run:
             print(memory.report(planned_model(args), args, args.dry_run))
             return 0
+        parallel.start(args)
         if args.benchmark or args.profile:
             print(measure(args))
             return 0

@@ -206,8 +206,9 @@ def whole_step(model, args, batch):
     [
         (GPT, {}, 0.03),
         (GPT, {"batch_size": 1, "grad_accum": 2}, 0.03),
-        (GPT, {"checkpoint_activations": True}, 0.1),
+        (GPT, {"batch_size": 8, "checkpoint_activations": True}, 0.05),
         (GPT2, {"optimizer": "muon"}, 0.03),
+        (BERT, FEW_TOKENS, 0.05),
         (GPT, FEW_TOKENS, 0.05),  # the worst moment is at the embeddings,
         (GPT, FEW_TOKENS | {"optimizer": "muon"}, 0.05),  # the update,
         (
@@ -215,7 +216,7 @@ def whole_step(model, args, batch):
             FEW_TOKENS | {"dtype": "bfloat16", "grad_accum": 2, "checkpoint_activations": True},
             0.05,
         ),  # the loss
-        (replace(BERT, vocab_size=8192), {"batch_size": 4}, 0.03),
+        (replace(BERT, mask_rate=0.5), {"batch_size": 4}, 0.03),
         (MOE, {}, 0.03),
         (MOE, {"checkpoint_activations": True}, 0.1),
         (electra.SIZES["tiny"], {}, 0.1),
@@ -251,6 +252,8 @@ def four_processes():
         (FEW_LOGITS, {"dtype": "bfloat16", "batch_size": 8}),
         (replace(FEW_LOGITS, tie_embeddings=False, vocab_size=2048), {"batch_size": 4}),
         (FEW_LOGITS, {"dtype": "bfloat16", "batch_size": 4, "grad_accum": 2}),
+        (replace(GPT, n_layers=1), {"batch_size": 4, "seq_len": 16}),
+        (replace(UNTIED, n_layers=1, vocab_size=4096), {"dtype": "bfloat16", "batch_size": 4, "seq_len": 16}),
         (replace(MOE, vocab_size=512), {"dtype": "bfloat16", "batch_size": 4}),
         (BERT, {"batch_size": 4}),
     ],
@@ -279,7 +282,7 @@ def test_peak_of_a_step_of_fsdp(as_on_a_gpu, peak_memory, four_processes, config
     planned = plan(on_meta(config), args, 4)
     assert planned.parts["weights"][0] == weights + sum(b.numel() * 4 for b in model.buffers())
     # From above: the plan is for blocks in the middle, of which these models have few.
-    assert 0.98 < planned.total / (weights + peak_memory(whole)) < 1.13
+    assert 0.96 < planned.total / (weights + peak_memory(whole)) < 1.13
 
 
 def test_checkpointing_and_more_processes_save_memory():

@@ -153,7 +153,7 @@ def changes(width, args, transfer):
     return [(new - old).square().mean().sqrt().item() for new, old in zip(outputs(), before, strict=True)]
 
 
-@pytest.mark.parametrize("args, growth", [(ADAMW, (20, 2.5)), (MUON, (2, 2))], ids=["adamw", "muon"])
+@pytest.mark.parametrize("args, growth", [(ADAMW, (5, 2)), (MUON, (2, 2))], ids=["adamw", "muon"])
 def test_coordinate_check(args, growth):
     """What three steps change of hidden states and logits does not depend on the width, and without transfer
     grows with it (the "coord check" of the paper's code, microsoft/mup).

@@ -1,9 +1,12 @@
 """Training: what a run computes, what it leaves, and that neither a kill nor a mistake can spoil it."""
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +18,7 @@ import pytest
 import torch
 from conftest import SHARD
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 import optim
@@ -390,15 +394,107 @@ def test_kill_while_saving(point, text, tmp_path):
     assert same_run(tmp_path / "whole", out)
 
 
-def test_ctrl_c_saves_and_exits_130(text, tmp_path):
-    options = dict(steps=3000, eval_every=3000, save_every=3000)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, tmp_path):
+    options = dict(steps=600, eval_every=600, save_every=600)
     process = start(flags(text, tmp_path / "run", **options))
     wait_for(tmp_path / "run" / "metrics.jsonl", process, lambda log: '"step": 5' in log)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
     assert "saved; go on with --resume" in process.stderr.read()
     step = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"]
-    assert 5 <= step < 3000 and (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert 5 <= step < 600 and (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert train.main(flags(text, tmp_path / "run", resume=True, **options)) == 0
+    assert train.main(flags(text, tmp_path / "whole", **options)) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(text, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        options = dict(steps=600, eval_every=600, save_every=50)
+        process = start(flags(text, disk / "run", **options))
+        wait_for(disk / "run" / "metrics.jsonl", process, lambda log: '"step": 60' in log)
+        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        assert process.wait(timeout=60) == 1
+        (error,) = re.findall("error: .*", process.stderr.read())
+        assert "No space left" in error and "disk/run/checkpoint" in error
+        (disk / "filler").unlink()
+        assert train.main(flags(text, disk / "run", resume=True, **options)) == 0
+        assert train.main(flags(text, tmp_path / "whole", **options)) == 0
+        assert same_run(tmp_path / "whole", disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_two_runs_in_one_directory_are_refused(text, tmp_path, capsys):
+    first = prepared(text, tmp_path / "run")
+    assert "another run is writing to it" in refused(capsys, flags(text, tmp_path / "run"))
+    assert "another run is writing to it" in refused(capsys, flags(text, tmp_path / "run", resume=True))
+    first.close()
+    assert train.main(flags(text, tmp_path / "run")) == 0
+
+
+def test_a_clock_that_jumps_changes_nothing(text, tmp_path, monkeypatch, capsys):
+    now = itertools.cycle([1e9, 1e9 + 86_400, 0.0, 2e9])
+    for clock in ("time.time", "tqdm.std.time"):
+        monkeypatch.setattr(clock, lambda: next(now))
+    assert train.main(flags(text, tmp_path / "jumping")) == 0
+    bars = re.findall(r"\[(.*?)<(.*?),", capsys.readouterr().err.replace("tokenise", ""))
+    monkeypatch.undo()
+    monkeypatch.setitem(gpt.SIZES, "tiny", SMALL)
+    assert train.main(flags(text, tmp_path / "steady")) == 0
+    assert same_run(tmp_path / "jumping", tmp_path / "steady")
+    steps = [json.loads(line) for line in (tmp_path / "jumping" / "metrics.jsonl").open()]
+    seconds = [row["seconds"] for row in steps if "seconds" in row]
+    assert seconds == sorted(seconds) and 0 < seconds[0] < 60
+    assert all(row["tokens_per_second"] > 0 for row in steps if "seconds" in row)
+    assert bars and all(len(elapsed) == 5 for elapsed, _ in bars[-3:])  # 00:01, and not days
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the host wants to know a number that a device has."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.times += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["gpt", "moe"])
+def test_a_step_never_waits_for_the_device(model, optimizer, text, tmp_path):
+    run = prepared(text, tmp_path / "run", model=model, optimizer=optimizer, grad_accum=2)
+    train.update(run)
+    with Asked() as asked:
+        train.update(run)
+    assert asked.times == 2  # whether targets are in range, which only a CPU is asked, in each of two passes
+
+
+@pytest.mark.parametrize("model", ["gpt", "bert", "moe"])
+def test_the_loss_is_compiled_whole_and_once_for_training_once_for_evaluation(
+    model, text, tmp_path, monkeypatch
+):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend=backend, fullgraph=True))
+    torch.compiler.reset()
+    assert train.main(flags(text, tmp_path / "run", model=model, compile=True, batch_size=4)) == 0
+    assert len(graphs) == 2
 
 
 def flip(path):

@@ -122,7 +122,7 @@ def describe(figures: dict) -> str:
         f"speed    {rate:,.0f} tokens/s, {flops:.3g} FLOP/s, {mfu}\n"
         f"memory   {figures['peak_memory'] / 1e9:.2f} GB at most\n"
         f"time     {shares['gradient']:.1%} forward and backward, {shares['update']:.1%} clipping and "
-        f"optimizer, {outside:.2%} outside ({shares['batch']:.2%} waiting for data)"
+        f"optimizer, {outside:.2%} outside ({shares['batch']:.2%} waiting for data)\n"
     )
 
 

@@ -43,10 +43,18 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on leaving, it is synced and takes the place of `path` in one step."""
+    """Yield a path to write to; on leaving, it is synced and takes the place of `path` in one step.
+
+    Its mode is what the umask says, whatever writes it: safetensors makes files that their owner alone can
+    read, but a model may be served by another user.
+    """
     new = path.with_name(path.name + ".new")
     try:
+        new.unlink(missing_ok=True)
+        new.touch()
+        mode = new.stat().st_mode
         yield new
+        new.chmod(mode)
         sync(new)
         new.replace(path)
     finally:

@@ -228,6 +228,7 @@ def decoder_config(config) -> dict:
     if gpt2:
         # What is generated from is what was trained: no dropout in either.
         hf |= {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        hf["n_ctx"] = config.max_seq_len  # the older name of n_positions, which llama.cpp and MLX read
         return hf
     hf |= {"hidden_act": "silu", "attention_bias": False}
     if architecture != "LlamaForCausalLM":
@@ -254,12 +255,13 @@ def load_decoder_weights(model: nn.Module, directory: str | Path) -> None:
 
 
 def save_decoder(model: nn.Module, directory: str | Path) -> None:
-    """Write model.safetensors and config.json to directory, each replaced only once the new one is whole."""
+    """Write model.safetensors, config.json and generation_config.json to directory, each replaced only once
+    the new one is whole."""
     hf = decoder_config(model.config)
     weights = model.state_dict()
     if hf["model_type"] == "gpt2":
         weights = _to_gpt2(weights)
-    write(directory, hf, weights)
+    write_decoder(directory, hf, weights)
 
 
 def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:
@@ -280,6 +282,18 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], direc
         if w.shape != expected[name].shape:
             shapes = f"{tuple(w.shape)}, config.json says {tuple(expected[name].shape)}"
             raise ValueError(f"{directory}: {name} has shape {shapes}")
+
+
+def write_decoder(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -> None:
+    """`write`, and generation_config.json beside it: text is drawn, and hf's eos_token_id ends it.
+
+    Without that file transformers takes the likeliest token, and its server passes over the temperature that
+    a client asks for; with it, a client still gets the likeliest by a temperature of 0, or do_sample=False.
+    """
+    write(directory, hf, weights)
+    generation = {"do_sample": True, "eos_token_id": hf["eos_token_id"]}
+    with replace_file(Path(directory) / "generation_config.json") as new:
+        new.write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def write(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -> None:

@@ -273,7 +273,8 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
-    """Write model.safetensors and config.json to directory, each replaced only once the new one is whole."""
+    """Write model.safetensors, config.json and generation_config.json to directory, each replaced only once
+    the new one is whole."""
     hf = moe_config(model.config)
     weights = split_experts(model.state_dict(), hf["model_type"] == "mixtral")
     if hf["model_type"] == "dots1" and not model.config.n_shared_experts:
@@ -284,7 +285,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
                 D = w.shape[1]
                 for part, shape in (("gate", (0, D)), ("up", (0, D)), ("down", (D, 0))):
                     weights[f"{shared}{part}_proj.weight"] = w.new_empty(shape)
-    huggingface.write(directory, hf, weights)
+    huggingface.write_decoder(directory, hf, weights)
 
 
 MIXTRAL_NAMES = {  # Mixtral: ours

@@ -42,6 +42,7 @@ from checkpoint import replace_file
 from data import Dataset, Split
 from questions import Conversation, stdlib_conversations
 from tokenizer import Tokenizer, get_tokenizer
+from tokenizer_json import read_json, write_json
 
 ROLES = ("system", "user", "assistant")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -161,9 +162,20 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write chat_template.jinja beside a saved tokenizer, for AutoTokenizer's apply_chat_template."""
-    with replace_file(Path(directory) / "chat_template.jinja") as new:
+    """Write chat_template.jinja beside a saved tokenizer, for AutoTokenizer's apply_chat_template.
+
+    With Tülu's template, tokenizer_config.json is also told where an answer begins and ends. Otherwise the
+    server of transformers looks for ChatML's marks in all models of Qwen's layout, and finding none repeats
+    the question before the answer.
+    """
+    directory = Path(directory)
+    with replace_file(directory / "chat_template.jinja") as new:
         new.write_text(chat_template(tokenizer), encoding="utf-8")
+    if not is_chatml(tokenizer):
+        path = directory / "tokenizer_config.json"
+        template = {"defaults": {"role": "assistant"}, "start_anchor": "<|assistant|>\n"}
+        template["fields"] = {"content": {"close": tokenizer.eot, "content": "text"}}
+        write_json(path, read_json(path) | {"response_template": template})
 
 
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))

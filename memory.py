@@ -35,7 +35,8 @@ of each block, and the rest of one at a time.
 
 Block by block, backward puts gradients in the place of activations. So not all is there at once, and what
 counts is the worst of five moments: forward has ended at the loss; backward is in the last block; it is in
-the first; it has come to the embeddings; the optimizer updates the weights.
+the first; it has come to the embeddings; the optimizer updates the weights. With ddp, or between the batches
+of --grad-accum, gradients are there all the time; with fsdp between batches not an N-th but whole.
 
     python train.py --model gpt --size llama3-8b --batch-size 8 --parallel fsdp --dry-run 8
 

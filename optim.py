@@ -15,7 +15,7 @@ how fast each learns:
                 those in an update of AdamW 0.2 to 0.4; hence Muon's factor, with which the same learning
                 rate and decay serve both (Liu et al. 2025, section 2.2)
     course      `learning_rate`, a function of the step
-    width       `transfer_width`, for a learning rate that was found for a narrower model
+    width       `transfer_width`, for a learning rate that was found at another width
 """
 
 import math

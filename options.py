@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--mup",
         type=int,
         metavar="WIDTH",
-        help="--lr was found for this d_model: carry it over to the model's own (muP, see optim.py)",
+        help="--lr was found for this d_model, all else in proportion: carry it over (muP, see optim.py)",
     )
     how.add_argument(
         "--warmup", type=int, metavar="STEPS", help="default: a twentieth of --steps, at most 1000"
@@ -181,6 +181,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--seed {args.seed}: expected less than {1 << 31}"
         )  # the rest of 64 bits counts batches
+    if args.mup and args.lr is None:
+        raise ValueError(f"--mup {args.mup}: needs --lr, the learning rate that was found at this width")
     concept = importlib.import_module(args.model)
     if args.init_from and (args.size or args.base):
         given = f"--size {args.size}" if args.size else f"--base {args.base}"

@@ -48,6 +48,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import checkpoint
+import cpu
 import data
 import train
 from chinchilla import Law, interval, quantity, short
@@ -120,7 +121,7 @@ def begin_worker(n_threads: int, shared) -> None:
     global flops_done
     flops_done = shared
     torch.set_num_threads(n_threads)
-    train.keep_freed_memory()
+    cpu.tune()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process says what there is to say
 
 

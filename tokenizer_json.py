@@ -21,6 +21,10 @@ merges that belong to some ranks, and reading checks that those in the file say 
 
 tokenizer_config.json, beside it, names the token that ends a document (`eos_token`) and those that an encoder
 such as BERT needs (`cls_token`, `sep_token`, `mask_token`, `pad_token`): their *roles*.
+
+A decoder needs no other token than the first. But programs that convert models look for a begin-of-text and
+an unknown token too, and fail or take some id if there is none. So both are written as the `eos_token`, as in
+GPT-2's file, and are no roles when read as such.
 """
 
 import json
@@ -31,6 +35,7 @@ from checkpoint import replace_file
 from special_tokens import ROLES
 
 END_OF_TEXT = "<|endoftext|>"
+FILLED_ROLES = ("bos_token", "unk_token")  # of a decoder: written as the eos_token where it has none
 
 # GPT-2's split pattern: what ByteLevel does by itself, where the file has no Split before it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -160,7 +165,13 @@ def write(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eot,
         "clean_up_tokenization_spaces": False,
-    } | roles
+    }
+    if tokenizer["post_processor"] is None:  # a decoder's
+        config |= dict.fromkeys(FILLED_ROLES, eot)
+        config["add_bos_token"] = False  # unless told, llama.cpp puts one in front
+        # transformers 4 would add token_type_ids, which no decoder's `generate` takes.
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+    config |= roles
     if mask_lstrip:  # the name alone would take the flag away again
         mask = next(token for token in special if token["content"] == roles["mask_token"])
         config["mask_token"] = {"__type": "AddedToken"} | {k: v for k, v in mask.items() if k != "id"}
@@ -280,6 +291,7 @@ def read(directory: Path) -> dict:
         ranks = read_ranks(file["model"], special_tokens)
         eos = config.get("eos_token")
         eot = eos["content"] if isinstance(eos, dict) else eos
+        roles = {role: name for role, name in roles.items() if name != eot or role not in FILLED_ROLES}
         if not eot and END_OF_TEXT not in special_tokens:
             eot = roles.get("sep_token")
 

@@ -19,10 +19,8 @@ and resumed computes, on a CPU to the bit, what it would have computed in one go
 """
 
 import argparse
-import ctypes
 import json
 import math
-import platform
 import signal
 import sys
 import tempfile
@@ -39,6 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import benchmark
+import cpu
 import data
 import memory
 import optim
@@ -336,16 +335,6 @@ def announce(run: Run) -> None:
     print(f"here   {args.dtype} on {where}, about {minutes:.1f} min from step {run.step}", flush=True)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that are freed: every step allocates the same activations again, and would
-    otherwise pay a page fault for each 4 kB of them."""
-    if platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 2**31 - 1
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, largest)
-
-
 def measure(args: argparse.Namespace) -> str:
     """What --benchmark or --profile is to print. Nothing is written but the trace, to --out."""
     trace = args.out / "trace.json"
@@ -353,7 +342,7 @@ def measure(args: argparse.Namespace) -> str:
         args.out = Path(parallel.from_first(aside))
         run = prepare(args)
         if args.profile:
-            said = f"{benchmark.trace(run, update, trace)}\ntrace: {trace}"
+            said = f"{benchmark.trace(run, update, trace)}\ntrace: {trace}\n"
         else:
             said = benchmark.describe(benchmark.measure(run, update, log_row))
         run.close()
@@ -362,8 +351,8 @@ def measure(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; the CPU has none
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    cpu.tune(products=not args.compile)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if args.compare:
@@ -374,7 +363,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         parallel.start(args)
         if args.benchmark or args.profile:
-            print(measure(args))
+            said = measure(args)
+            print(said if parallel.rank() == 0 else "", end="")
             return 0
         run = prepare(args)
         watchers = start_logs(run)

@@ -19,7 +19,7 @@ Grouped-query attention (Ainslie et al. 2023): H query heads share G key/value h
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -157,6 +157,10 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     mask = None
     if not square_causal and not sees_all:
         mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
+    if mask is None and q.device.type == "cpu" and q.dtype == torch.float32 and _by_onednn():
+        k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
+        heads = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
+        return _SmallProducts.apply(*heads, square_causal, scale).transpose(1, 2)
     with _fastest_first(q):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, K)
@@ -168,6 +172,43 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
             enable_gqa=k.shape[2] != H,
         )
     return out.transpose(1, 2)  # (B, T, H, K)
+
+
+def _by_onednn() -> bool:
+    return not torch.compiler.is_compiling() and torch.backends.mkldnn.matmul.fp32_precision != "ieee"
+
+
+class _SmallProducts(torch.autograd.Function):
+    """PyTorch's attention on a CPU, of q, k, v (B, H, T, K), its products left to MKL: they are small, and
+    oneDNN, where it is set to multiply matrices (cpu.py), takes twice as long for such."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, scale):
+        with _by_mkl():
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, causal, scale=scale
+            )
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        with _by_mkl():
+            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout, *ctx.saved_tensors, 0.0, ctx.causal, scale=ctx.scale
+            )
+        return *gradients, None, None
+
+
+@contextmanager
+def _by_mkl():
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _fastest_first(q: Tensor):

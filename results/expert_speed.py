@@ -24,8 +24,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import cpu
 from moe import Config, MoE
-from train import keep_freed_memory
 
 D, D_EXPERT, TOKENS, TOP_K = 256, 512, 2048, 2
 THEIRS = ("eager", "grouped_mm")
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    keep_freed_memory()  # for both sides
+    cpu.tune()  # for both sides
     torch.manual_seed(0)
     results = []
     for n_experts in (8, 64):

@@ -3,10 +3,10 @@
     python results/width_transfer.py --out results/width_transfer.json        half an hour on one core
 
 The small decoder of gpt.py (4 layers, heads of 32, the inner width of the MLP 11/4 of the model's) at widths
-64, 128 and 256, each trained at learning rates a factor of 2 apart, from the same seed and on the same
-batches of the standard library's source text (4,096 tokens in the vocabulary, 8 rows of 128 per update):
-as train.py trains it, with --mup 128 and with --mup 256. The loss is that of 128 rows of held-out text at
-the end.
+64, 128 and 256, each trained at seven learning rates a factor of 2 apart, from the same seed and on the same
+batches of the standard library's source text (4,096 tokens in the vocabulary, 8 rows of 128 per update): as
+train.py trains it, with --mup 128 and with --mup 256. The loss is that of 128 rows of held-out text at the
+end. Printed is also the lowest point of a parabola through the best and its neighbours.
 
 Writes the figures of every run, and width_transfer.png beside them. Runs that --out has already, from a
 script that was stopped, are not made again.
@@ -33,7 +33,7 @@ from optim import learning_rate, make_optimizers, transfer_width  # noqa: E402
 
 WIDTHS = (64, 128, 256)
 BASES = (None, 128, 256)  # of --mup
-RATES = [2.0**-e for e in range(11, 5, -1)]
+RATES = [2.0**-e for e in range(11, 4, -1)]
 HEAD = 32
 T, BATCH = 128, 8
 
@@ -71,6 +71,14 @@ def curve(results: list[dict], width: int, base: int | None) -> dict[float, floa
     base = None if base == width else base
     found = {r["lr"]: r["loss"] for r in results if (r["width"], r["mup"]) == (width, base)}
     return {lr: found[lr] for lr in sorted(found) if found[lr] is not None}
+
+
+def lowest(losses: dict[float, float]) -> float:
+    """Where a parabola through the best point and its two neighbours, over log lr, is lowest."""
+    rates = list(losses)
+    middle = min(max(rates.index(min(losses, key=losses.get)), 1), len(rates) - 2)
+    low, best, high = (losses[rate] for rate in rates[middle - 1 : middle + 2])
+    return rates[middle] * 2 ** ((low - high) / (2 * (low - 2 * best + high)))
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -135,7 +143,10 @@ def main() -> None:
         for width in WIDTHS:
             losses = curve(results, width, base)
             best = min(losses, key=losses.get)
-            print(f"mup {base!s:4}, width {width:3}: best {losses[best]:.4f} at {best:.5f}")
+            print(
+                f"mup {base!s:4}, width {width:3}: best {losses[best]:.4f} at {best:.5f}, "
+                f"parabola's at {lowest(losses):.5f}"
+            )
     if args.out:
         plot(results, args.out.with_suffix(".png"))
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gpt import GPT, SIZES, Config, make_batch, perplexity
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = ["gpt2", "llama", "llama3-scaling", "llama-linear", "mistral", "qwen2", "qwen2-sliding", "qwen3"]
 SMALL = Config(2, 4, 32, 48, vocab_size=61, max_seq_len=32, n_kv_heads=2)
+GPT2_LIKE = {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True, "n_kv_heads": 4}
 
 
 def recorded(name):
@@ -93,7 +95,7 @@ def test_saving_and_loading_returns_the_same_model(name, tmp_path):
         {"qkv_bias": True, "window": 8, "full_layers": (0,)},
         {"window": 8},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True, "n_kv_heads": 4},
+        GPT2_LIKE,
     ],
     ids=["llama", "qwen3", "qwen3 mixed windows", "qwen2 mixed windows", "mistral", "linear rope", "gpt2"],
 )
@@ -108,6 +110,38 @@ def test_transformers_opens_what_we_save(changes, tmp_path):
         difference = (model(tokens) - theirs.eval()(tokens).logits).abs().max()
     # weights of order one give logits of order ten: ten times the parity tolerance of logits of order one
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, GPT2_LIKE], ids=["llama", "gpt2"])
+def test_transformers_generates_our_greedy_tokens_from_what_we_save(changes, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = small(eos_token_id=60, **changes)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.generation_config.do_sample and theirs.generation_config.eos_token_id == 60
+    prompt = torch.tensor([[3, 1, 4]])
+    (expected,) = model.generate(prompt, 20, temperature=0)
+    # Random weights may well end the text at once: go on.
+    new = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 3:]
+    assert new.tolist() == expected
+
+
+def test_llama_cpp_and_mlx_find_the_context_of_a_gpt2_by_its_older_name(tmp_path):
+    small(**GPT2_LIKE).save_pretrained(tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    assert hf["n_ctx"] == hf["n_positions"] == 32
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_whom_the_umask_lets_can_read_what_we_save(umask, mode, tmp_path):
+    (tmp_path / "model.safetensors.new").touch(0o400)  # of a run that was killed
+    before = os.umask(umask)
+    try:
+        small().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("config.json", "generation_config.json", "model.safetensors"), mode)
 
 
 def test_a_model_no_architecture_describes_is_refused_before_anything_is_written(tmp_path):

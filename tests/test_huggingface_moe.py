@@ -147,6 +147,19 @@ def test_transformers_opens_what_we_save(name, tmp_path):
     assert difference < 1e-4
 
 
+def test_transformers_generates_our_greedy_tokens_from_what_we_save(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = small(eos_token_id=60)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.generation_config.do_sample and theirs.generation_config.eos_token_id == 60
+    prompt = torch.tensor([[3, 1, 4]])
+    (expected,) = model.generate(prompt, 20, temperature=0)
+    # Random weights may well end the text at once: go on.
+    new = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 3:]
+    assert new.tolist() == expected
+
+
 def test_deepseek_moe_is_llama_with_the_layer_of_deepseek_v2(tmp_path):
     """transformers has no DeepseekForCausalLM; it has the two halves of it."""
     transformers = pytest.importorskip("transformers")

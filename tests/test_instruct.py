@@ -96,6 +96,21 @@ def test_templates_are_the_published_ones():
     assert CHATML.decode(render(messages, CHATML)[0]) == chatml
 
 
+def test_transformers_parses_the_answer_alone(tmp_path):
+    """For a model of Qwen's layout its server would otherwise look for ChatML's marks, and find none."""
+    TULU.save(tmp_path)
+    instruct.save_chat_template(TULU, tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prefix = TULU.decode(prompt_tokens(talk("Hi", "Ho", "Why"), TULU))
+    parsed = theirs.parse_response("So.<|endoftext|>", prefix=prefix)
+    assert parsed == {"role": "assistant", "content": "So."}
+    assert Tokenizer.load(tmp_path).fingerprint == TULU.fingerprint
+
+    CHATML.save(tmp_path)  # whose marks are known
+    instruct.save_chat_template(CHATML, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).response_template is None
+
+
 @pytest.mark.parametrize("tokenizer", [TULU, CHATML], ids=["tulu", "chatml"])
 def test_nobody_can_pose_as_the_assistant(tokenizer):
     """Whatever users write: as many headers and ends as there are turns."""

@@ -581,7 +581,8 @@ def test_a_run_learns_and_leaves_an_adapter_behind(trained, home):
     assert names >= {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja",
     }  # fmt: skip
-    assert not names & {"config.json", "model.safetensors"}
+    # Generation is as in the base's own generation_config.json, which whoever opens the adapter reads.
+    assert not names & {"config.json", "model.safetensors", "generation_config.json"}
     losses = rows(trained, "val_loss")
     assert len(losses) == 3 and losses[-1] < 0.3 * losses[0]
     checkpoint = load_file(trained / SHARD)

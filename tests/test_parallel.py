@@ -15,13 +15,16 @@ import pytest
 import torch
 from conftest import SHARD
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import gpt
 import optim
 import parallel
 import train
+from options import has_bfloat16
 from tokenizer import get_tokenizer
 
+pytestmark = pytest.mark.xdist_group("parallel")  # one process of pytest-xdist for all: they share runs
 ROOT = Path(__file__).parent.parent
 MODELS, MODES = ("gpt", "bert", "moe", "lora"), ("ddp", "fsdp")
 SMALL = dict(n_layers=2, n_heads=4, d_model=32, d_ff=48, max_seq_len=64)
@@ -49,8 +52,18 @@ def make_small():
 
 @contextmanager
 def watched(out, spoilt=None):
-    """Write the gradient of the first update to out; of spoilt, (process, update), make it NaN or fail."""
-    made, step = [], optim.step
+    """Write to out the gradient of the first update, and how often ddp has added gradients up over the
+    processes; of spoilt, (process, update, how), spoil the gradient or fail."""
+    made, step, ddp, reduced = [], optim.step, parallel.DistributedDataParallel, []
+
+    def counted(state, bucket):
+        reduced.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    class Counting(ddp):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_comm_hook(None, counted)
 
     def watching(optimizers, finite):
         made.append(1)
@@ -60,14 +73,16 @@ def watched(out, spoilt=None):
             save_file(gradients, Path(out) / "gradients.safetensors")
         step(optimizers, finite)
 
-    optim.step = watching
+    optim.step, parallel.DistributedDataParallel = watching, Counting
     forget = spoil(*spoilt) if spoilt else None
     try:
         yield
     finally:
-        optim.step = step
+        optim.step, parallel.DistributedDataParallel = step, ddp
         if forget:
             forget()
+        if parallel.rank() == 0:
+            (Path(out) / "reduced").write_text(str(reduced.count(0)))
 
 
 def spoil(rank, update, how):
@@ -137,6 +152,9 @@ def chain(folder):
         for model, mode in names:
             out = folder / f"{model}-{mode}"
             runs.append((argv(folder, model, out, "--parallel", mode, *more, steps=steps), None))
+        if n == 2 and has_bfloat16("cpu"):
+            less = ["--parallel", "fsdp", "--dtype", "bfloat16", "--checkpoint-activations"]
+            runs.append((argv(folder, "gpt", folder / "gpt-less", *less, steps=2), None))
         process = launch(folder, n, runs)
         _, error = process.communicate(timeout=400)
         assert process.returncode == 0, error
@@ -178,6 +196,22 @@ def test_gradients_are_those_of_one_process(model, mode, chain):
         # Sums in another order: float32 rounds each term to 6e-8 of itself.
         assert (two[name] - g).norm() <= 1e-5 * g.norm() + 1e-9
     assert four.keys() == one.keys() and any((four[name] != g).any() for name, g in one.items())
+
+
+@pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU has no bfloat16 arithmetic")
+def test_weights_put_together_in_bfloat16_learn_the_same(chain):
+    one, less = (rows(chain / name) for name in ("gpt-one", "gpt-less"))
+    for a, b in zip(one[: len(less)], less, strict=True):
+        for key in a.keys() & {"loss", "val_loss"}:
+            assert a[key] == pytest.approx(b[key], rel=0.01) and a[key] != b[key]  # 8 bits of mantissa
+    weights = load_file(chain / "gpt-less" / "model" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_are_added_up_over_the_processes_once_in_an_update(model, chain):
+    """Three passes are timed; then come two updates of two passes each."""
+    assert (chain / f"{model}-ddp-by-2" / "reduced").read_text() == "5"
 
 
 def test_a_damaged_shard_of_four_is_named_and_the_checkpoint_before_is_used(chain, tmp_path, capsys):

@@ -175,7 +175,51 @@ def test_files_without_roles_stay_as_they_are(tmp_path):
     tokenizer = get_tokenizer("bytes")
     tokenizer.save(tmp_path)
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest()[:8] for path in sorted(tmp_path.iterdir())]
-    assert (tokenizer.fingerprint[:8], hashes) == ("2358b3bb", ["964b54b0", "24d46168"])
+    assert (tokenizer.fingerprint[:8], hashes) == ("2358b3bb", ["964b54b0", "1e2606c6"])
+
+
+def config_of(directory: Path) -> dict:
+    return json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+
+def test_a_decoders_config_has_what_other_programs_look_for(learned, tmp_path):
+    """Without them CTranslate2 cannot load what it converted, llama.cpp puts a token of its own choice before
+    every prompt, and transformers 4 gives token_type_ids, which `generate` refuses."""
+    learned.save(tmp_path)
+    config = config_of(tmp_path)
+    assert config["bos_token"] == config["unk_token"] == config["eos_token"] == END_OF_TEXT
+    assert config["add_bos_token"] is False
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert Tokenizer.load(tmp_path).roles == learned.roles == {}
+
+
+def test_an_encoders_config_lets_transformers_give_token_type_ids_and_put_cls_in_front(learned, tmp_path):
+    learned.with_special_tokens(ROLES).save(tmp_path)
+    assert not config_of(tmp_path).keys() & {"model_input_names", "add_bos_token", "bos_token", "unk_token"}
+
+
+@pytest.mark.parametrize(
+    ("given", "roles"),
+    [
+        ({"eos_token": "</s>"}, {}),
+        ({"eos_token": "</s>", "bos_token": "<s>"}, {"bos_token": "<s>"}),
+        ({"eos_token": "</s>", "unk_token": {"content": "<s>"}}, {"unk_token": "<s>"}),
+        ({"eos_token": {"content": "</s>"}, "bos_token": "</s>", "unk_token": {"content": "</s>"}}, {}),
+    ],
+    ids=["none", "bos", "unk", "both the same, as GPT-2's"],
+)
+def test_published_tokens_stay_when_read_written_and_read_again(learned, tmp_path, given, roles):
+    arguments = {"ranks": learned.ranks, "pattern": GPT4_PATTERN, "special_tokens": {"<s>": 700, "</s>": 701}}
+    write(tmp_path, nfc=False, eot="</s>", **arguments)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(given))
+    loaded = Tokenizer.load(tmp_path)
+    loaded.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.roles == loaded.roles == roles and again.fingerprint == loaded.fingerprint
+    config = config_of(tmp_path)
+    for role in ("bos_token", "unk_token"):
+        assert config[role] == roles.get(role, "</s>")
+    same_as_hugging_face(again, tmp_path, ["<s>a b</s>"])
 
 
 @pytest.mark.parametrize("name", ["learned", "bytes", "gpt2", "o200k"])

@@ -458,6 +458,13 @@ def test_a_clock_that_jumps_changes_nothing(text, tmp_path, monkeypatch, capsys)
     assert bars and all(len(elapsed) == 5 for elapsed, _ in bars[-3:])  # 00:01, and not days
 
 
+@pytest.mark.parametrize("model", ["gpt", "bert", "moe"])
+def test_activations_computed_again_are_the_same(model, text, tmp_path):
+    train.main(flags(text, tmp_path / "kept", model=model))
+    train.main(flags(text, tmp_path / "again", model=model, checkpoint_activations=True))
+    assert same_run(tmp_path / "kept", tmp_path / "again")
+
+
 class Asked(TorchDispatchMode):
     """Counts how often the host wants to know a number that a device has."""
 

@@ -51,7 +51,7 @@ def peak_flops(device: str) -> float | None:
 
 
 class Clock:
-    """Seconds between calls, under the name of each; on a GPU in its own time, without waiting for it."""
+    """Seconds between calls, under the name of each; with CUDA in the GPU's time, without waiting for it."""
 
     def __init__(self, device: str):
         self.device, self.marks = device, []
@@ -74,9 +74,9 @@ class Clock:
 def measure(run: Run, update: Callable, log: Callable) -> dict:
     """Figures of STEPS steps as `train` makes them, logging included; evaluation and saving are not.
 
-    update, log: train.py's `update` and `log_row`. Returns tokens_per_second, mfu, peak_memory in bytes, and
-    shares, of the time between the first and the last step: "batch" until the data is there, "gradient"
-    forward and backward, "update" clipping and optimizer, "rest" all else.
+    update, log: train.py's `update` and `log_row`. Returns tokens_per_second, mfu, peak_memory in bytes (with
+    CUDA that of these steps, else of the process until now), and shares of the time: "batch" until the data
+    is there, "gradient" forward and backward, "update" clipping and optimizer, "rest" all else.
     """
     args, clock = run.args, Clock(run.args.device)
     tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
@@ -91,9 +91,9 @@ def measure(run: Run, update: Callable, log: Callable) -> dict:
         loss, norm, lr, metrics = update(run, clock)
         if i % args.log_every == 0:
             log(run, loss, norm, lr, metrics, 1.0)
+    clock("rest")
     wait_for(args.device)
     seconds = time.perf_counter() - began
-    clock("rest")
     parts = clock.seconds()
     rate, peak = STEPS * tokens_per_step / seconds, peak_flops(args.device)
     flops = rate * run.model.flops_per_token(args.seq_len)
@@ -127,16 +127,17 @@ def describe(figures: dict) -> str:
 
 
 def trace(run: Run, update: Callable, out: Path) -> str:
-    """Record three steps, to out, for chrome://tracing or Perfetto; returns a table of the ten operations
-    that take the most time of the device."""
+    """Record three steps, the first process's to out, for chrome://tracing or Perfetto; returns a table of
+    the ten operations that take the most time of the device."""
     on_gpu = run.args.device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    out.parent.mkdir(parents=True, exist_ok=True)
     with profile(activities=activities, schedule=schedule(wait=WARM_UP, warmup=1, active=3)) as recorded:
         for _ in range(WARM_UP + 4):
             update(run)
             recorded.step()
-    recorded.export_chrome_trace(str(out))
+    if run.is_first:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        recorded.export_chrome_trace(str(out))
     of = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     return recorded.key_averages().table(sort_by=of, row_limit=10, max_name_column_width=60)
 

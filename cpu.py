@@ -14,28 +14,30 @@ import platform
 import torch
 
 
-def tune(*, products: bool = True) -> None:
-    """Settings of this process. products: False leaves matrix products to MKL, as torch.compile wants it: the
-    many small ones of attention, which MKL is better at, are taken out by kernels/attention.py otherwise."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first allocation
+def keep_memory() -> None:
+    """Ask for large pages, and have glibc keep what is freed. To be called before much is allocated."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 2**31 - 1
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, largest)
-    if products and torch.backends.mkldnn.is_available():
-        multiply_by_onednn()
+        # Older ones take no more than 32 MB; and any call ends the threshold's own growth up to there.
+        if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
+            libc.mallopt(M_TRIM_THRESHOLD, largest)
 
 
 def multiply_by_onednn() -> None:
     """Let oneDNN multiply matrices of float32, where it does so in float32.
 
-    It is given them by being allowed to round to bfloat16. A CPU without matrix units (AMX) gains nothing by
-    that, and none of this is seen to be done; where it is, all stays as it was."""
+    It is given them by being allowed to round to bfloat16, which it does only on CPUs with matrix units
+    (AMX). Where a product shows that it does, all stays as it was. The many small products of attention,
+    which MKL is better at, are taken out by kernels/attention.py, though not under torch.compile."""
+    if not torch.backends.mkldnn.is_available():
+        return
     matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     matmul.fp32_precision = "ieee"
     exact = a @ b
     matmul.fp32_precision = "bf16"
     if (a @ b - exact).norm() > 1e-5 * exact.norm():  # in bfloat16 it would be 3e-3
-        matmul.fp32_precision = "ieee"
+        matmul.fp32_precision = before

@@ -251,9 +251,10 @@ def plan(model: nn.Module, args: Namespace, n_processes: int = 1) -> Plan:
         stay = 4 * count(parameters)[1] if fsdp else gradients
     in_last = stay or (0 if fsdp else 4 * loss.head)
     backward, at_end = max(in_block, default=0), 0 if fsdp else 4 * loss.sums
+    passed = max(stay, gradients)
     parts = {
         "weights": (weights,) * 5,
-        "gradients": (stay + loss.ready, in_last, *2 * (max(stay, gradients),), gradients),
+        "gradients": (stay + loss.ready, in_last, passed, passed, gradients),
         "optimizer states": (states,) * 5,
         "activations": (at_loss + loss.kept, at_loss + again, kept[0] if kept else 0, 0, 0),
         "temporary": (loss.temporary + let_go, backward, backward, at_end, set_aside),
@@ -303,7 +304,7 @@ def advice(model: nn.Module, args: Namespace, n_processes: int, total: int) -> l
     more = 2 * n_processes if args.parallel == "fsdp" else max(8, n_processes)
     changes = [{"checkpoint_activations": True}, {"dtype": "bfloat16"}]
     changes.append({"parallel": "fsdp", "batch_size": rows * more, "dry_run": more})
-    if rows > 1:
+    if rows % 2 == 0:
         changes.append({"batch_size": rows // 2 * n_processes, "grad_accum": 2 * args.grad_accum})
     lines = []
     for change in changes:

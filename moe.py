@@ -422,7 +422,8 @@ class MoEGPT(GPT):
         loss, metrics = super().loss(batch)
         c, tokens = self.config, batch["tokens"]
         terms = {}
-        loads = over_processes(torch.stack([routing.load() for routing in routings]))  # (layers, E)
+        own = torch.stack([routing.load() for routing in routings])  # (layers, E)
+        loads = over_processes(own.clone())
         if c.aux_loss_coef:
             of_layers = [aux_loss(routing, load) for routing, load in zip(routings, loads, strict=True)]
             terms["aux_loss"] = c.aux_loss_coef, of_layers
@@ -440,9 +441,7 @@ class MoEGPT(GPT):
                 loss = loss + coefficient * mean
         metrics["max_load"] = (loads / loads.mean(dim=1, keepdim=True)).max()
         if c.router == "switch":
-            metrics["dropped"] = self.dropped(
-                torch.stack([routing.load() for routing in routings]), tokens.numel()
-            )
+            metrics["dropped"] = self.dropped(own, tokens.numel())
         return loss, metrics
 
     def after_step(self, finite: Tensor | bool = True) -> None:

@@ -1,7 +1,8 @@
 """What train.py can be told: its flags, their defaults, and which of them make no sense.
 
 Every flag is part of what a run computes, but for those in FREE_ON_RESUME; --resume checks that it goes on
-with the computation that was begun.
+with the computation that was begun. Of the free ones --steps is the schedule's end, and --batch-size with
+--grad-accum, whose product must stay, decides what is masked together in bert.py and electra.py.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from kernels.backend import choose as choose_backend
 
 MODELS = ("gpt", "bert", "electra", "moe", "lora")
 
-# A resumed run may change these; every other flag is part of what the run computes.
+# A resumed run may change these.
 FREE_ON_RESUME = {
     "resume", "out", "cache", "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations",
     "eval_every", "save_every", "log_every", "watch", "batch_size", "grad_accum",
@@ -177,10 +178,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
-    if args.seed >= 1 << 31:
-        raise ValueError(
-            f"--seed {args.seed}: expected less than {1 << 31}"
-        )  # the rest of 64 bits counts batches
+    if args.seed >= 1 << 31:  # the rest of 64 bits counts batches
+        raise ValueError(f"--seed {args.seed}: expected less than {1 << 31}")
     if args.mup and args.lr is None:
         raise ValueError(f"--mup {args.mup}: needs --lr, the learning rate that was found at this width")
     concept = importlib.import_module(args.model)
@@ -221,6 +220,8 @@ def choose_device(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--dtype bfloat16: this {args.device} has no bfloat16 arithmetic; use --dtype float32"
         )
+    if args.parallel != "none" and args.device == "mps":
+        raise ValueError(f"--parallel {args.parallel}: not on mps; add --device cpu")
     choose_backend(f"--kernels {args.kernels}", args.kernels, torch.empty(0, device=args.device))
     if args.compile is None:
         args.compile = args.device == "cuda"

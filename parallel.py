@@ -12,9 +12,12 @@
             et al. 2023; here fully_shard, PyTorch's second one)
 
 --batch-size counts the sequences of all processes: what is computed does not depend on how many there are.
-Process r of N takes the r-th N-th of each batch. Random choices are made for the whole batch in each of them.
+Process r of N takes the r-th N-th of each batch, which each of them draws as a whole. Three things do depend
+on N: dropout; the tokens among which the experts of a Switch and of expert choice are filled; and the weight
+of losses other than that of the targets, where processes have unequally many targets.
 
-With one process everything here does nothing.
+With fsdp each process makes the whole model in the host's memory before it is shared out, and the first one
+keeps a copy there, to show and to save. With one process everything here does nothing.
 """
 
 import argparse
@@ -74,8 +77,14 @@ def start(args: argparse.Namespace) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
 
 
+def end() -> None:
+    """Part from the others, after success only: others that have failed would be waited for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def first_to_fail() -> bool:
-    """Whether this process is the first to ask: of an error that spreads to all, one word is enough."""
+    """Whether this process is the first of all to ask this: of an error that spreads, one word is enough."""
     if not dist.is_initialized():
         return True
     store = dist.distributed_c10d._get_default_store()
@@ -172,10 +181,16 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Call
     the model to show and save: whole, and on the first process only.
 
     --checkpoint-activations: of each block only the input is kept for the backward pass, which computes the
-    rest anew (Chen et al. 2016). --dtype bfloat16 with fsdp: weights are put together in bfloat16, gradients
-    added up in float32; the shares that the optimizer updates are float32 all along.
+    rest anew (Chen et al. 2016). --dtype bfloat16 with fsdp: weights are put together in bfloat16, that of
+    moe.py's router too, and gradients added up in float32; the shares that the optimizer updates are float32
+    all along.
     """
-    whole = copy.deepcopy(model) if args.parallel == "fsdp" and rank() == 0 else None
+    whole = None
+    if args.parallel == "fsdp" and rank() == 0:
+        whole = copy.deepcopy(model)
+        for module in whole.modules():
+            if hasattr(module, "backend"):
+                module.backend = "auto"  # it stays in the host's memory, where Triton's kernels cannot run
     if args.checkpoint_activations:
         for block in blocks(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

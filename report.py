@@ -33,7 +33,8 @@ CHARTS = {
     "mfu": "MFU, the share of the device's peak",
 }
 NO_CURVE = {"step", "tokens", "seconds", "skipped"}
-NO_DIFFERENCE = {"out", "resume", "watch", "compare"}  # flags that change nothing of what a run computes
+# Flags that change nothing of what a run computes.
+NO_DIFFERENCE = {"out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every"}
 
 
 def environment() -> dict:
@@ -95,7 +96,7 @@ def parsed(lines: list[str], key: str) -> list[dict]:
             row = json.loads(line)
         except ValueError:
             continue  # half a line: the run is writing it, or was killed
-        if key in row:
+        if row.keys() >= {key, "step", "tokens"}:  # finetune.py's rows have no tokens
             rows.append(row)
     return rows
 
@@ -189,9 +190,7 @@ def samples(out: Path) -> str:
 
 
 def write(out: Path) -> None:
-    """report.html of the run in `out`, from metrics.jsonl and, if they are there, samples.txt and run.json.
-
-    It takes a fraction of a second, however long the run."""
+    """report.html of the run in `out`: of metrics.jsonl and, if there are, samples.txt and run.json."""
     steps, evaluations = read_rows(out)
     starts = read_starts(out)
     flags = starts[-1]["flags"] if starts else {}
@@ -229,9 +228,9 @@ def write(out: Path) -> None:
         both = "".join(f"<div><h2>{of}</h2>\n{table(list(t.items()))}</div>\n" for of, t in tables)
         parts.append(f'<div class="columns">\n{both}</div>\n<h2>Started</h2>\n')
     for start in starts:
-        told = f"<pre>{escape(start['command'])}</pre>\n{table(list(start['environment'].items()))}"
+        how = f"<pre>{escape(start['command'])}</pre>\n{table(list(start['environment'].items()))}"
         opened = " open" if start is starts[-1] else ""
-        parts.append(f"<details{opened}><summary>from step {start['step']:,}</summary>\n{told}</details>\n")
+        parts.append(f"<details{opened}><summary>from step {start['step']:,}</summary>\n{how}</details>\n")
     with checkpoint.replace_file(out / "report.html") as new:
         new.write_text(page(title, *parts), encoding="utf-8")
 

@@ -6,6 +6,7 @@ function of (seed, step) alone. `save` and `resume` are each other's inverse.
 
 import argparse
 import ast
+import contextlib
 import importlib
 import os
 import shlex
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 import checkpoint
+import cpu
 import data
 import optim
 import parallel
@@ -97,7 +99,7 @@ class Run:
         return parallel.rank() == 0
 
     def close(self) -> None:
-        """Give the directory back."""
+        """Give the directory back, to be written by others."""
         self.worker.shutdown()
         if self.lock is not None:
             self.lock.release()
@@ -108,10 +110,14 @@ def prepare(args: argparse.Namespace) -> Run:
     flags = {flag: str(value) for flag, value in vars(args).items()}  # before they get derived defaults
     check_arguments(args)
     choose_device(args)
+    if args.device == "cpu" and not args.compile:
+        cpu.multiply_by_onednn()
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
     saved = find_checkpoint(args, flags) if args.resume else None
-    if saved is None and (args.out / "checkpoint").exists():
+    if not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: expected a directory that all machines share")
+    if saved is None and any((args.out / name).exists() for name in ("checkpoint", "checkpoint.previous")):
         raise ValueError(
             f"--out {args.out}: there is a run in it; add --resume to go on, or name another directory"
         )
@@ -141,8 +147,9 @@ def prepare(args: argparse.Namespace) -> Run:
     _, n_active, n_trained = count_parameters(model)
     free = shutil.disk_usage(args.out).free
     # Three checkpoints of weights and two moments while one is replaced, and model/.
-    needed = 4 * n_trained * 10
-    if free < needed:
+    needed = 4 * n_trained * (3 * 3 + 1)
+    keeps = not (args.benchmark or args.profile)
+    if keeps and free < needed:
         raise ValueError(
             f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
         )
@@ -151,9 +158,11 @@ def prepare(args: argparse.Namespace) -> Run:
         args.lr = factor * optim.default_learning_rate(n_active)
     if args.mup and pretrained is None:
         optim.transfer_width(model, args.mup)
-    if saved is None and parallel.rank() == 0:
+    if saved is None and keeps and parallel.rank() == 0:
         with tempfile.TemporaryDirectory(dir=args.out) as aside:
             model.save_pretrained(aside)  # ValueError for a model that no architecture describes
+    if getattr(model.config, "pooler", False) and model.config.pair == "none":
+        model.bert.pooler.requires_grad_(False)  # nothing asks for it, and ddp would wait for its gradient
     engine, loss_of, whole = parallel.prepare(model, args)
     optimizers = optim.make_optimizers(model, args)
     run = Run(args, concept, model, whole, engine, loss_of, dataset, loader, optimizers, flags, lock)
@@ -198,9 +207,11 @@ def planned_model(args: argparse.Namespace) -> nn.Module:
 
 
 def read_data(concept: Concept, config: Any, args: argparse.Namespace) -> data.Dataset:
-    """What --data names, tokenised. One process of each machine prepares it for all."""
+    """What --data names, tokenised; of plain text one process of each machine prepares it for all. They wait
+    for parallel.TIMEOUT at most: much text is better prepared before, by data.py."""
     if hasattr(concept, "prepare_data"):
-        return concept.prepare_data(config, args)
+        with contextlib.redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
+            return concept.prepare_data(config, args)
     dataset = None
     with parallel.first_on_each_machine() as is_first:
         if is_first:
@@ -305,10 +316,10 @@ def resume(run: Run, directory: Path, state: dict) -> None:
         for name, p in named(run.model, optimizer):
             prefix = f"optimizer.{name}."
             for key in (full.removeprefix(prefix) for full in saved if full.startswith(prefix)):
-                counts_steps = key == "step"
-                optimizer.state[p][key] = (
-                    torch.zeros((), device=p.device) if counts_steps else torch.zeros_like(p)
-                )
+                # AdamW counts its steps on the device if it is fused.
+                device = p.device if optimizer.param_groups[0].get("fused") else "cpu"
+                state_of = optimizer.state[p]
+                state_of[key] = torch.zeros((), device=device) if key == "step" else torch.zeros_like(p)
     training_state.load(directory, tensors_of(run))
     run.step, run.seconds = state["step"], state["seconds"]
     run.skipped[0] = state["skipped"]

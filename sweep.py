@@ -121,7 +121,7 @@ def begin_worker(n_threads: int, shared) -> None:
     global flops_done
     flops_done = shared
     torch.set_num_threads(n_threads)
-    cpu.tune()
+    cpu.keep_memory()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process says what there is to say
 
 

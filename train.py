@@ -25,7 +25,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -61,7 +60,7 @@ from run import (
     to_device,
 )
 
-MAX_SKIPPED = 5  # steps in a row with a non-finite gradient before the run gives up
+MAX_SKIPPED = 5  # steps in a row with a non-finite gradient at which the run gives up, when it next logs
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -93,7 +92,7 @@ def evaluate(run: Run) -> dict[str, float]:
             continue  # nothing was masked in these rows, and the mean of nothing is NaN; or counted already
         n_targets += n_here
         for name, mean in {"loss": loss, **metrics}.items():
-            sums[f"val_{name}"] += n_here * mean.double().item()
+            sums[f"val_{name}"] += n_here * mean.item()
     run.model.train()
     parts = parallel.gather_objects((n_targets, sums))
     n_targets, sums = sum(n for n, _ in parts), Counter()
@@ -111,8 +110,9 @@ def update(run: Run, mark: Callable[[str], None] = lambda part: None) -> tuple[T
     """One step of the optimizers, left out if the gradient is not finite. Returns this process's share of the
     loss, the gradient's norm before clipping, the learning rate and the other metrics of the last batch.
 
-    Nothing here waits for the device, which itself decides whether the step is made, and counts in
-    run.skipped those that are not: in all, and in a row. mark is told after each part what it was."""
+    Nothing here waits for the device (but PyTorch's own attention of packed documents), which itself decides
+    whether the step is made, and counts in run.skipped those that are not: in all, and in a row. mark is told
+    after each part what it was."""
     args, model = run.args, run.model
     lr = learning_rate(run.step, args)
     for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
@@ -121,7 +121,7 @@ def update(run: Run, mark: Callable[[str], None] = lambda part: None) -> tuple[T
     batches, shares = next_batches(run)
     mark("batch")
     n = parallel.n_processes()
-    torch.manual_seed(((args.seed << 32) + run.step) * n + parallel.rank())  # for dropout
+    torch.manual_seed((((args.seed << 32) + run.step) * n + parallel.rank()) % (1 << 64))  # for dropout
     loss = torch.zeros((), device=args.device)
     for i, (batch, share) in enumerate(zip(batches, shares, strict=True)):
         parallel.last_of_update(run.engine, i + 1 == len(batches))
@@ -164,7 +164,7 @@ def train(run: Run, watchers: list) -> int:
         dynamic_ncols=True,
         disable=not run.is_first,
     )
-    # By itself it goes by the wall clock, which may be set while it runs.
+    # tqdm has no flag for it: it goes by the wall clock, which may be set while it runs.
     bar._time = time.monotonic
     bar.start_t = bar.last_print_t = bar._time()
     shown, told = {}, 0
@@ -199,14 +199,12 @@ def train(run: Run, watchers: list) -> int:
             return 1
         if show:
             shown["val"] = evaluate_and_show(run, watchers)
-        if keep and run.step < args.steps and not run.n_skipped_in_a_row:
+        if keep and not told and run.step < args.steps and not run.n_skipped_in_a_row:
             save(run)
         bar.set_postfix(shown, refresh=log)
         began = time.perf_counter()
     bar.close()
     save(run)
-    for watcher in watchers:
-        watcher.close()
     if told:
         if run.is_first:
             print(f"interrupted at step {run.step} and saved; go on with --resume", file=sys.stderr)
@@ -224,12 +222,10 @@ def say_error(problem: str) -> None:
 
 
 def last_good(out: Path) -> str:
-    where = out / "checkpoint"
-    return (
-        f"the last good state is in {where}, --resume goes on from it"
-        if where.is_dir()
-        else "nothing is saved yet"
-    )
+    for where in (out / "checkpoint", out / "checkpoint.previous"):
+        if where.is_dir():
+            return f"the last good state is in {where}; go on with --resume"
+    return "nothing is saved yet"
 
 
 def start_logs(run: Run) -> list:
@@ -249,10 +245,9 @@ def log_row(run: Run, loss: Tensor, norm: Tensor, lr: float, metrics: dict, step
     args = run.args
     tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
     rate, peak = steps_per_second * tokens_per_step, peak_flops(args.device)
-    weight = metrics.pop("targets").double()
-    values = torch.stack([value.double() for value in metrics.values()]) if metrics else weight.new_zeros(0)
-    sums = parallel.total(torch.cat((torch.stack((loss.double(), weight)), weight * values)))
-    loss, weight, *sums = sums.tolist()
+    weight = metrics.pop("targets").item()
+    own = [loss.item(), weight, *(weight * value.item() for value in metrics.values())]
+    loss, weight, *sums = parallel.total(torch.tensor(own, dtype=torch.float64)).tolist()
     row = {"step": run.step, "tokens": run.step * tokens_per_step, "loss": loss, "lr": lr}
     row |= {"grad_norm": norm.item(), "skipped": run.n_skipped, "tokens_per_second": rate}
     mfu = rate * run.model.flops_per_token(args.seq_len) / (peak * parallel.n_processes()) if peak else None
@@ -300,14 +295,13 @@ def announce(run: Run) -> None:
     args, model, train, val = run.args, run.model, run.dataset.train.tokens, run.dataset.val.tokens
     passes = []
     (batch, *_), _ = host_batches(run, run.step)
-    with torch.random.fork_rng():
-        for _ in range(3):  # the first ones warm up, or compile
-            began = time.perf_counter()
-            with autocast(args):
-                loss, _ = run.loss_of(to_device(run, batch))
-            loss.backward()
-            loss.item()
-            passes.append(time.perf_counter() - began)
+    for _ in range(3):  # the first ones warm up, or compile
+        began = time.perf_counter()
+        with autocast(args):
+            loss, _ = run.loss_of(to_device(run, batch))
+        loss.backward()
+        loss.item()
+        passes.append(time.perf_counter() - began)
     model.zero_grad(set_to_none=True)
     if not run.is_first:
         return
@@ -339,8 +333,9 @@ def measure(args: argparse.Namespace) -> str:
     """What --benchmark or --profile is to print. Nothing is written but the trace, to --out."""
     trace = args.out / "trace.json"
     with tempfile.TemporaryDirectory() as aside:
-        args.out = Path(parallel.from_first(aside))
+        args.out = Path(aside)
         run = prepare(args)
+        args.steps = max(args.steps, benchmark.WARM_UP + benchmark.STEPS)  # no schedule ends before
         if args.profile:
             said = f"{benchmark.trace(run, update, trace)}\ntrace: {trace}\n"
         else:
@@ -349,11 +344,8 @@ def measure(args: argparse.Namespace) -> str:
     return said
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
-    cpu.tune(products=not args.compile)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def obey(args: argparse.Namespace) -> int:
+    """Do what the flags say. Returns the exit code."""
     try:
         if args.compare:
             print(report.compare(args.compare, Path()))
@@ -376,18 +368,33 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # most likely a full disk
         say_error(f"{error}; {last_good(args.out)}")
         return 1
-    except Exception:
-        if parallel.n_processes() == 1:
-            raise
-        # Where one process fails the others do too, for want of it: only the first one is of interest.
-        if parallel.first_to_fail():
-            traceback.print_exc()
-        return 1
     finally:
         run.close()
+        for watcher in watchers:
+            watcher.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    cpu.keep_memory()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return obey(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        # Where one process fails the others do too, for want of it: only the first is of interest.
+        if parallel.first_to_fail():
+            raise
+        return 1
+    finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 0:
+        parallel.end()
+    sys.exit(code)

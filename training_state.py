@@ -31,7 +31,7 @@ from checkpoint import damage, replace_directory, sha256
 @contextmanager
 def together(directory: Path, previous: Path) -> Iterator[Path]:
     """`replace_directory` for all processes at once: the first one makes the empty directory, and swaps it in
-    when every one has filled its part. Raises OSError in all of them if any could not."""
+    when every one has filled its part. Raises OSError in all of them if any could not fill it."""
     is_first = parallel.rank() == 0
     with replace_directory(directory, previous=previous) if is_first else nullcontext() as new:
         new = parallel.from_first(new)

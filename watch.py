@@ -55,7 +55,7 @@ class TensorBoard:
     def log(self, step: int, row: dict) -> None:
         for name, value in finite(row).items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # what a checkpoint is past will not be logged again, whatever happens
+        self.writer.flush()  # a resumed run does not log again what came before its checkpoint
 
     def close(self) -> None:
         self.writer.close()

@@ -157,7 +157,8 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     mask = None
     if not square_causal and not sees_all:
         mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
-    if mask is None and q.device.type == "cpu" and q.dtype == torch.float32 and _by_onednn():
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.float32
+    if mask is None and on_cpu and q.stride(-1) == 1 and _by_onednn():
         k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
         heads = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
         return _SmallProducts.apply(*heads, square_causal, scale).transpose(1, 2)
@@ -175,7 +176,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
 
 
 def _by_onednn() -> bool:
-    return not torch.compiler.is_compiling() and torch.backends.mkldnn.matmul.fp32_precision != "ieee"
+    return not torch.compiler.is_compiling() and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
 class _SmallProducts(torch.autograd.Function):

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    cpu.tune()  # for both sides
+    cpu.keep_memory()  # for both sides
     torch.manual_seed(0)
     results = []
     for n_experts in (8, 64):

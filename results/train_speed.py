@@ -34,7 +34,7 @@ SHAPES = {  # layers, heads, width, vocabulary, T, batch, steps
     "4 layers, width 128, 4,096 tokens": (4, 4, 128, 4096, 128, 16, 60),
     "4 layers, width 128, GPT-2's 50,257 tokens": (4, 4, 128, 50257, 128, 16, 12),
     "6 layers, width 384 (10.8M), bytes": (6, 6, 384, 257, 256, 8, 16),
-    "6 layers, width 384 (12.3M), 4,096 tokens": (6, 6, 384, 4096, 256, 8, 16),
+    "5 layers, width 384 (10.5M), 4,096 tokens": (5, 6, 384, 4096, 256, 8, 16),
 }
 WARM_UP = 5
 

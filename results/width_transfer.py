@@ -53,7 +53,7 @@ def run(width: int, base: int | None, lr: float, steps: int, dataset: data.Datas
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["lr_factor"]
-        batch = gpt.make_batch(loader.batch(step * BATCH, BATCH), config, None)
+        batch = gpt.make_batch(loader.batch(step * BATCH, BATCH), model.config, None)
         loss, _ = model.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,7 +61,7 @@ def run(width: int, base: int | None, lr: float, steps: int, dataset: data.Datas
         model.zero_grad()
     rows = next(data.held_out_batches(dataset.val.tokens, T, 128))
     with torch.no_grad():
-        parts = [model.loss(gpt.make_batch(part, config, None))[0].item() for part in rows.split(16)]
+        parts = [model.loss(gpt.make_batch(part, model.config, None))[0].item() for part in rows.split(16)]
     loss = sum(parts) / len(parts)
     return loss if math.isfinite(loss) else None
 

@@ -52,8 +52,8 @@ def make_small():
 
 @contextmanager
 def watched(out, spoilt=None):
-    """Write to out the gradient of the first update, and how often ddp has added gradients up over the
-    processes; of spoilt, (process, update, how), spoil the gradient or fail."""
+    """Write to out the gradients of the first and the third update, and how often ddp has added gradients up.
+    spoilt: (process, update, how), see `spoil`."""
     made, step, ddp, reduced = [], optim.step, parallel.DistributedDataParallel, []
 
     def counted(state, bucket):
@@ -69,8 +69,8 @@ def watched(out, spoilt=None):
         made.append(1)
         params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         gradients = {str(i): parallel.as_tensor(p.grad).clone() for i, p in enumerate(params)}
-        if len(made) == 1 and parallel.rank() == 0:
-            save_file(gradients, Path(out) / "gradients.safetensors")
+        if len(made) in (1, 3) and parallel.rank() == 0:
+            save_file(gradients, Path(out) / f"gradients-{len(made)}.safetensors")
         step(optimizers, finite)
 
     optim.step, parallel.DistributedDataParallel = watching, Counting
@@ -187,15 +187,15 @@ def test_two_then_four_then_one_process_are_the_run_of_one(model, mode, chain):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_one_process(model, mode, chain):
-    one, two, four = (
-        load_file(chain / name / "gradients.safetensors")
-        for name in (f"{model}-one", f"{model}-{mode}-by-2", f"{model}-{mode}-by-4")
-    )
-    assert one.keys() == two.keys()
-    for name, g in one.items():
-        # Sums in another order: float32 rounds each term to 6e-8 of itself.
-        assert (two[name] - g).norm() <= 1e-5 * g.norm() + 1e-9
-    assert four.keys() == one.keys() and any((four[name] != g).any() for name, g in one.items())
+    """Of the first update by two, and of the third, which is the first by four."""
+    for n, update, tolerance in ((2, 1, 1e-5), (4, 3, 1e-3)):
+        one = load_file(chain / f"{model}-one" / f"gradients-{update}.safetensors")
+        many = load_file(chain / f"{model}-{mode}-by-{n}" / "gradients-1.safetensors")
+        assert one.keys() == many.keys() and any((many[name] != g).any() for name, g in one.items())
+        # Sums in another order: float32 rounds each term to 6e-8 of itself. Where a gradient is all but zero,
+        # two steps of Adam make more of that.
+        for name, g in one.items():
+            assert (many[name] - g).norm() <= tolerance * g.norm() + 1e-7, (n, name)
 
 
 @pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU has no bfloat16 arithmetic")
@@ -273,21 +273,21 @@ def workers(process):
 
 
 def test_a_killed_process_and_then_sigterm_lose_nothing(folder):
-    """kill -9 of one process ends the others; resumed, the cluster wants its machine back; resumed again, the
-    run ends as one that was left alone, to the bit."""
+    """kill -9 of the last process ends the others; resumed, that of the first one does; resumed, the cluster
+    wants its machine back; resumed again, the run ends as one that was left alone, to the bit."""
 
     def start(out, *more):
         more = ["--parallel", "ddp", "--save-every", "20", "--eval-every", "300", *more]
         return launch(folder, 2, [(argv(folder, "gpt", folder / out, *more, steps=300), None)])
 
     log = folder / "killed" / "metrics.jsonl"
-    process = start("killed")
-    until(process, log, '"step": 50,')
-    os.kill(workers(process)[-1], signal.SIGKILL)
-    _, error = process.communicate(timeout=100)
-    assert (
-        process.returncode != 0 and error.count("Traceback") <= 2
-    )  # the first to notice, and torchrun's own
+    for step, victim, more in ((50, -1, []), (100, 0, ["--resume"])):
+        process = start("killed", *more)
+        until(process, log, f'"step": {step},')
+        os.kill(workers(process)[victim], signal.SIGKILL)
+        _, error = process.communicate(timeout=100)
+        # Of the first to notice, and torchrun's own.
+        assert process.returncode != 0 and error.count("Traceback") <= 2
 
     process = start("killed", "--resume")
     until(process, log, '"step": 150,')

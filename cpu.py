@@ -33,11 +33,10 @@ def multiply_by_onednn() -> None:
     which MKL is better at, are taken out by kernels/attention.py, though not under torch.compile."""
     if not torch.backends.mkldnn.is_available():
         return
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    matmul.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
     exact = a @ b
-    matmul.fp32_precision = "bf16"
+    torch.set_float32_matmul_precision("medium")
     if (a @ b - exact).norm() > 1e-5 * exact.norm():  # in bfloat16 it would be 3e-3
-        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)

@@ -52,6 +52,7 @@ import cpu
 import data
 import train
 from chinchilla import Law, interval, quantity, short
+from run import open_directory
 from sweep_report import EXACT, SPANS, find_law, plot_emergence, plot_sweep, show_law, write_csv
 
 BEYOND = 3  # FLOPs of the predicted run over those of the largest that the law is fitted to
@@ -347,6 +348,7 @@ def main(args: argparse.Namespace) -> int:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected at least 0")
     n_workers = args.workers or (torch.get_num_threads() if args.device == "cpu" else 1)
+    lock = open_directory(args.out)
     try:
         sweep(args, DESIGNS[args.device], n_workers)
     except BrokenProcessPool:
@@ -357,13 +359,14 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
         return 130
+    finally:
+        lock.release()
     return 0
 
 
 def begin_or_go_on(args: argparse.Namespace, design: Design, n_workers: int) -> dict:
     """What sweep.json holds: of the sweep that is in --out, or of a new one."""
     dataset = data.prepare(args.data, args.tokenizer, args.cache)
-    train.check_writable(args.out)
     path = args.out / "sweep.json"
     asked = {"dataset": dataset.name, "seed": args.seed, "lr_factor": args.lr_factor} | asdict(design)
     if not path.exists():

@@ -252,7 +252,7 @@ def log_row(run: Run, loss: Tensor, norm: Tensor, lr: float, metrics: dict, step
     row |= {"grad_norm": norm.item(), "skipped": run.n_skipped, "tokens_per_second": rate}
     mfu = rate * run.model.flops_per_token(args.seq_len) / (peak * parallel.n_processes()) if peak else None
     row |= {"mfu": mfu, "seconds": run.seconds}
-    return row | {name: value / weight for name, value in zip(metrics, sums, strict=True)}
+    return row | {name: value / max(weight, 1) for name, value in zip(metrics, sums, strict=True)}
 
 
 def write_row(run: Run, row: dict, watchers: list) -> None:
@@ -376,6 +376,7 @@ def obey(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     cpu.keep_memory()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -389,6 +390,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return 1
     finally:
+        torch.set_float32_matmul_precision(precision)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

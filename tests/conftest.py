@@ -35,6 +35,14 @@ def copy_of(directory, to, **changes):
     return to
 
 
+@pytest.fixture(autouse=True)
+def same_products():
+    """What a run asks of matrix products ends with its test."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture
 def peak_memory():
     """A function that calls another and returns the bytes alive at once of what that allocated."""

@@ -24,7 +24,6 @@ import train
 from options import has_bfloat16
 from tokenizer import get_tokenizer
 
-pytestmark = pytest.mark.xdist_group("parallel")  # one process of pytest-xdist for all: they share runs
 ROOT = Path(__file__).parent.parent
 MODELS, MODES = ("gpt", "bert", "moe", "lora"), ("ddp", "fsdp")
 SMALL = dict(n_layers=2, n_heads=4, d_model=32, d_ff=48, max_seq_len=64)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import benchmark
 import plan
-import train
 from chinchilla import LAWS, Law
 from plan import DEVICES, REPEATED, Shape
 
@@ -222,7 +222,7 @@ def test_devices_have_the_peaks_that_train_has():
         "mi300x": "AMD Instinct MI300X",
     }  # fmt: skip
     for name, in_train in names.items():
-        assert DEVICES[name].peak == train.PEAK_FLOPS[in_train]
+        assert DEVICES[name].peak == benchmark.PEAK_FLOPS[in_train]
     assert DEVICES.keys() - names.keys() == {"v100"}  # which has no bf16
 
 

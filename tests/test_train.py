@@ -396,14 +396,14 @@ def test_kill_while_saving(point, text, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, tmp_path):
-    options = dict(steps=600, eval_every=600, save_every=600)
+    options = dict(steps=300, eval_every=300, save_every=300)
     process = start(flags(text, tmp_path / "run", **options))
     wait_for(tmp_path / "run" / "metrics.jsonl", process, lambda log: '"step": 5' in log)
     process.send_signal(number)
     assert process.wait(timeout=60) == code
     assert "saved; go on with --resume" in process.stderr.read()
     step = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"]
-    assert 5 <= step < 600 and (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert 5 <= step < 300 and (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert train.main(flags(text, tmp_path / "run", resume=True, **options)) == 0
     assert train.main(flags(text, tmp_path / "whole", **options)) == 0
     assert same_run(tmp_path / "whole", tmp_path / "run")
@@ -416,7 +416,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(text, tmp_path):
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
     try:
-        options = dict(steps=600, eval_every=600, save_every=50)
+        options = dict(steps=300, eval_every=300, save_every=50)
         process = start(flags(text, disk / "run", **options))
         wait_for(disk / "run" / "metrics.jsonl", process, lambda log: '"step": 60' in log)
         with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):

@@ -50,6 +50,13 @@ def peak_flops(device: str) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
+def mfu(run: Run, tokens_per_second: float) -> float | None:
+    """The header's equation, for all processes together; None where the peak is not known."""
+    peak = peak_flops(run.args.device)
+    flops = tokens_per_second * run.model.flops_per_token(run.args.seq_len)
+    return flops / (peak * parallel.n_processes()) if peak else None
+
+
 class Clock:
     """Seconds between calls, under the name of each; with CUDA in the GPU's time, without waiting for it."""
 
@@ -79,7 +86,6 @@ def measure(run: Run, update: Callable, log: Callable) -> dict:
     is there, "gradient" forward and backward, "update" clipping and optimizer, "rest" all else.
     """
     args, clock = run.args, Clock(run.args.device)
-    tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
     for _ in range(WARM_UP):
         update(run)
     wait_for(args.device)
@@ -95,8 +101,7 @@ def measure(run: Run, update: Callable, log: Callable) -> dict:
     wait_for(args.device)
     seconds = time.perf_counter() - began
     parts = clock.seconds()
-    rate, peak = STEPS * tokens_per_step / seconds, peak_flops(args.device)
-    flops = rate * run.model.flops_per_token(args.seq_len)
+    rate = STEPS * run.tokens_per_step / seconds
     if args.device == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:  # kB, but bytes on macOS
@@ -105,8 +110,8 @@ def measure(run: Run, update: Callable, log: Callable) -> dict:
         )
     return {
         "tokens_per_second": rate,
-        "mfu": flops / (peak * parallel.n_processes()) if peak else None,
-        "flops_per_second": flops,
+        "mfu": mfu(run, rate),
+        "flops_per_second": rate * run.model.flops_per_token(args.seq_len),
         "peak_memory": memory,
         "shares": {name: part / sum(parts.values()) for name, part in parts.items()},
     }
@@ -114,12 +119,12 @@ def measure(run: Run, update: Callable, log: Callable) -> dict:
 
 def describe(figures: dict) -> str:
     """Of `measure`, for people."""
-    mfu = f"{figures['mfu']:.1%} MFU" if figures["mfu"] else "no MFU: peak unknown"
+    of_peak = f"{figures['mfu']:.1%} MFU" if figures["mfu"] else "no MFU: peak unknown"
     shares = figures["shares"]
     outside = shares["batch"] + shares["rest"]
     rate, flops = figures["tokens_per_second"], figures["flops_per_second"]
     return (
-        f"speed    {rate:,.0f} tokens/s, {flops:.3g} FLOP/s, {mfu}\n"
+        f"speed    {rate:,.0f} tokens/s, {flops:.3g} FLOP/s, {of_peak}\n"
         f"memory   {figures['peak_memory'] / 1e9:.2f} GB at most\n"
         f"time     {shares['gradient']:.1%} forward and backward, {shares['update']:.1%} clipping and "
         f"optimizer, {outside:.2%} outside ({shares['batch']:.2%} waiting for data)\n"

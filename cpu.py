@@ -1,10 +1,10 @@
 """What makes training on a CPU fast that PyTorch leaves to be asked for.
 
-memory      every step allocates the same activations again: freed blocks are kept instead of being given
-            back to the system, and are made of pages of 2 MB, not 4 kB, where the system has such
-products    oneDNN multiplies matrices of float32 faster than MKL does on the CPUs of AMD
+    memory      every step allocates the same activations again: freed blocks are kept instead of being given
+                back to the system, and are made of pages of 2 MB, not 4 kB, where the system has such
+    products    oneDNN multiplies matrices of float32 faster than MKL does on the CPUs of AMD
 
-python results/train_speed.py nanoGPT       what this gains
+train.py asks for both; results/train_speed.py measures what comes of it.
 """
 
 import ctypes

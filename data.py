@@ -121,18 +121,15 @@ def prepare(
             if home.exists():
                 say(f"{problem}: built anew")
             build_shards(home, made_from, tok, split, {"train": cut, "val": sum(sizes) - cut})
-        manifest = json.loads((home / "manifest.json").read_text())
-        train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
-        return Dataset(home.name, tok, train, val)
+        return open_shards(home, tok)
 
 
 def reopen(cache: Path, name: str, tokenizer: str) -> Dataset:
     """A Dataset that `prepare` has made, by its name and tokenizer; the corpus is not looked at again."""
-    n_tokens, home = bpe_size(tokenizer), cache / name
+    n_tokens = bpe_size(tokenizer)
     learned = cache / f"{name.partition('-')[0]}-bpe-{n_tokens}"
     tok = get_tokenizer(tokenizer) if n_tokens is None else Tokenizer.load(learned)
-    manifest = json.loads((home / "manifest.json").read_text())
-    return Dataset(name, tok, open_shard(home, manifest, "train"), open_shard(home, manifest, "val"))
+    return open_shards(cache / name, tok)
 
 
 @contextmanager
@@ -279,6 +276,12 @@ def check_shards(home: Path, made_from: dict) -> str | None:
     if any(manifest.get(key) != value for key, value in made_from.items()):
         return f"{home} was made from another corpus or tokenizer"
     return None
+
+
+def open_shards(home: Path, tokenizer: Tokenizer) -> Dataset:
+    manifest = json.loads((home / "manifest.json").read_text())
+    train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
+    return Dataset(home.name, tokenizer, train, val)
 
 
 def open_shard(home: Path, manifest: dict, name: str) -> Split:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import parallel
 from charts import HUES, Curve, chart, page, settled, table, usual
 from chinchilla import short
 
@@ -47,7 +48,6 @@ def environment() -> dict:
     cpu, described = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if described.is_file():  # Linux, where platform knows no more than the architecture
         cpu = next(iter(re.findall(r"model name\s*: (.*)", described.read_text())), cpu)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -57,7 +57,7 @@ def environment() -> dict:
         "cpu": cpu,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "processes": torch.distributed.get_world_size() if distributed else 1,
+        "processes": parallel.n_processes(),
     }
 
 

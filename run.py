@@ -82,7 +82,7 @@ class Run:
     seconds: float = 0.0  # spent on them
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # see `update`
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # reads ahead
-    ahead: tuple[int, Future] | None = None  # the step it reads for, and what will come of it
+    ahead: Future | None = None  # the batches of the step that comes next
 
     @property
     def n_skipped(self) -> int:
@@ -93,6 +93,10 @@ class Run:
     def n_skipped_in_a_row(self) -> int:
         """The last ones of them, if nothing came in between."""
         return int(self.skipped[1])
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.args.batch_size * self.args.grad_accum * self.args.seq_len
 
     @property
     def is_first(self) -> bool:
@@ -167,10 +171,11 @@ def prepare(args: argparse.Namespace) -> Run:
     optimizers = optim.make_optimizers(model, args)
     run = Run(args, concept, model, whole, engine, loss_of, dataset, loader, optimizers, flags, lock)
     run.skipped = run.skipped.to(args.device)
-    host_batches(run, 0)  # ValueError if the objective cannot be asked of such rows
     if saved is not None:
         resume(run, *saved)
-    elif run.is_first:
+    run.ahead = run.worker.submit(host_batches, run, run.step)
+    run.ahead.result()  # ValueError if the objective cannot be asked of such rows
+    if saved is None and run.is_first:
         for log in LOGS:
             (args.out / log).write_text("")
     return run
@@ -383,12 +388,16 @@ def host_batches(run: Run, step: int) -> tuple[list[dict[str, Tensor]], list[flo
     batches, n_targets, n_own = [], 0, []
     for index in range(step * args.grad_accum, (step + 1) * args.grad_accum):
         tokens = run.loader.batch(index * args.batch_size, args.batch_size)
-        generator = torch.Generator().manual_seed((args.seed << 32) + index)
-        batch = run.concept.make_batch(tokens, run.model.config, generator, run.dataset.tokenizer)
+        batch = whole_batch(run, tokens, (args.seed << 32) + index)
         n_targets += (batch["targets"] >= 0).sum().item()
         batches.append(as_asked(run, part_of(run, batch, i, n)))
         n_own.append((batches[-1]["targets"] >= 0).sum().item())
     return batches, [own / max(1, n_targets) for own in n_own]
+
+
+def whole_batch(run: Run, tokens: Tensor, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return run.concept.make_batch(tokens, run.model.config, generator, run.dataset.tokenizer)
 
 
 def part_of(run: Run, batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
@@ -413,9 +422,8 @@ def as_asked(run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def next_batches(run: Run) -> tuple[list[dict[str, Tensor]], list[float]]:
     """`host_batches` of this step, and the order to prepare those of the next one meanwhile."""
-    step, future = run.ahead or (None, None)
-    found = future.result() if step == run.step else host_batches(run, run.step)
-    run.ahead = run.step + 1, run.worker.submit(host_batches, run, run.step + 1)
+    found = run.ahead.result()
+    run.ahead = run.worker.submit(host_batches, run, run.step + 1)
     return found
 
 

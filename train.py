@@ -43,7 +43,7 @@ import optim
 import parallel
 import report
 import watch
-from benchmark import peak_flops, wait_for
+from benchmark import wait_for
 from optim import learning_rate
 from options import parse_arguments
 from run import (
@@ -51,13 +51,13 @@ from run import (
     as_asked,
     command,
     count_parameters,
-    host_batches,
     next_batches,
     part_of,
     planned_model,
     prepare,
     save,
     to_device,
+    whole_batch,
 )
 
 MAX_SKIPPED = 5  # steps in a row with a non-finite gradient at which the run gives up, when it next logs
@@ -79,8 +79,7 @@ def evaluate(run: Run) -> dict[str, float]:
     for index, rows in enumerate(data.held_out_batches(tokens, T, B)):
         if run.concept.SPECIAL_TOKENS and rows.shape[1] <= T:
             continue  # the end of the text: special tokens might leave it no room
-        generator = torch.Generator().manual_seed(index)
-        batch = run.concept.make_batch(rows, run.model.config, generator, run.dataset.tokenizer)
+        batch = whole_batch(run, rows, index)
         # The last rows have another shape, for which nothing should be compiled again: each process takes
         # all of them.
         whole = rows.shape == (B, T + 1)
@@ -242,16 +241,13 @@ def start_logs(run: Run) -> list:
 
 def log_row(run: Run, loss: Tensor, norm: Tensor, lr: float, metrics: dict, steps_per_second: float) -> dict:
     """What metrics.jsonl says of a step. Of the metrics of several processes the mean over the targets."""
-    args = run.args
-    tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
-    rate, peak = steps_per_second * tokens_per_step, peak_flops(args.device)
+    rate = steps_per_second * run.tokens_per_step
     weight = metrics.pop("targets").item()
     own = [loss.item(), weight, *(weight * value.item() for value in metrics.values())]
     loss, weight, *sums = parallel.total(torch.tensor(own, dtype=torch.float64)).tolist()
-    row = {"step": run.step, "tokens": run.step * tokens_per_step, "loss": loss, "lr": lr}
+    row = {"step": run.step, "tokens": run.step * run.tokens_per_step, "loss": loss, "lr": lr}
     row |= {"grad_norm": norm.item(), "skipped": run.n_skipped, "tokens_per_second": rate}
-    mfu = rate * run.model.flops_per_token(args.seq_len) / (peak * parallel.n_processes()) if peak else None
-    row |= {"mfu": mfu, "seconds": run.seconds}
+    row |= {"mfu": benchmark.mfu(run, rate), "seconds": run.seconds}
     return row | {name: value / max(weight, 1) for name, value in zip(metrics, sums, strict=True)}
 
 
@@ -274,8 +270,7 @@ def evaluate_and_show(run: Run, watchers: list) -> str:
     shown = f"{result['val_loss']:.3f}"
     if "val_accuracy" in result:
         shown += f", {result['val_accuracy']:.1%} right"
-    tokens = run.step * args.batch_size * args.grad_accum * args.seq_len
-    write_row(run, {"step": run.step, "tokens": tokens, **result}, watchers)
+    write_row(run, {"step": run.step, "tokens": run.step * run.tokens_per_step, **result}, watchers)
     if run.is_first:
         held_out = torch.from_numpy(run.dataset.val.tokens[: 16 * args.seq_len].astype("int64"))
         sample = run.concept.show(run.whole.eval(), run.dataset.tokenizer, held_out, out)
@@ -294,7 +289,7 @@ def announce(run: Run) -> None:
     """Say what will be trained and how long it will take, by timing a forward and backward pass."""
     args, model, train, val = run.args, run.model, run.dataset.train.tokens, run.dataset.val.tokens
     passes = []
-    (batch, *_), _ = host_batches(run, run.step)
+    (batch, *_), _ = run.ahead.result()
     for _ in range(3):  # the first ones warm up, or compile
         began = time.perf_counter()
         with autocast(args):
@@ -306,8 +301,7 @@ def announce(run: Run) -> None:
     if not run.is_first:
         return
     n_params, n_active, n_trained = count_parameters(model)
-    tokens_per_step = args.batch_size * args.grad_accum * args.seq_len
-    n_tokens = args.steps * tokens_per_step
+    n_tokens = args.steps * run.tokens_per_step
     n_flops = n_tokens * model.flops_per_token(args.seq_len)
     left = args.steps - run.step
     evaluations = (left // args.eval_every + 1) * len(val) / (args.batch_size * args.seq_len)
@@ -321,7 +315,7 @@ def announce(run: Run) -> None:
     if not hasattr(run.concept, "prepare_data"):
         best = np.bincount(train[: 1 << 24]).argmax()
         print(f"guess  the most frequent token is right for {np.mean(val == best):.2%} of the held out")
-    print(f"run    {args.steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
+    print(f"run    {args.steps:,} steps of {run.tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
     per_parameter = f", {n_tokens / n_params:.2f} tokens per parameter (Chinchilla: 20)"
     print(f"cost   {n_flops:.2e} FLOPs{per_parameter if n_trained == n_params else ''}")
     n = parallel.n_processes()

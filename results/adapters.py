@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from checkpoint import replace_file  # noqa: E402
 from qlora import n_bytes  # noqa: E402
+from run import host_batches  # noqa: E402
 
 METHODS = {  # --size, --set, and where the search for a learning rate begins
     "full": ("full", [], 1e-3),
@@ -125,7 +126,8 @@ def costs(base: str, rounds: int) -> list[dict]:
 
         def step(name: str) -> None:
             this = runs[name]
-            loss, _ = this.model.loss(train.micro_batch(this, 0, 0))
+            (batch,), _ = host_batches(this, 0)
+            loss, _ = this.model.loss(batch)
             loss.backward()
             for optimizer in this.optimizers:
                 optimizer.step()

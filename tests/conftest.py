@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import subprocess
+import tempfile
 
 # Small tensors are computed faster by one thread than by several that wait for each other. Both variables are
 # read when torch and triton are imported, also by the processes that tests start.
@@ -24,6 +26,27 @@ def pytest_collection_modifyitems(items):
 
 
 SHARD = "checkpoint/shard-00001-model-00001-of-00001.safetensors"  # of a run in one process
+
+
+class Beside(subprocess.Popen):
+    """A process that runs beside the test. What it says on stderr goes to a file: a pipe that nobody reads
+    fills up, and stops it."""
+
+    def __init__(self, command, env):
+        self.log = tempfile.TemporaryFile("a+")  # noqa: SIM115
+        super().__init__(command, env=env, stdout=subprocess.DEVNULL, stderr=self.log)
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def end(self, timeout=300) -> int:
+        """Its exit code; if it does not end, an error and its end."""
+        try:
+            return self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
 
 
 def copy_of(directory, to, **changes):

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARD
+from conftest import SHARD, Beside
 from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -107,8 +106,7 @@ def launch(folder, n, runs):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     (folder / "worker.py").write_text(WORKER)
     command += [str(folder / "worker.py"), json.dumps(runs)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=env, text=True, **quiet)
+    return Beside(command, env)
 
 
 def argv(folder, model, out, *more, steps):
@@ -155,8 +153,7 @@ def chain(folder):
             less = ["--parallel", "fsdp", "--dtype", "bfloat16", "--checkpoint-activations"]
             runs.append((argv(folder, "gpt", folder / "gpt-less", *less, steps=2), None))
         process = launch(folder, n, runs)
-        _, error = process.communicate(timeout=400)
-        assert process.returncode == 0, error
+        assert process.end() == 0, process.said()
         for model, mode in names:
             shutil.copytree(folder / f"{model}-{mode}", folder / f"{model}-{mode}-by-{n}")
     for model, mode in names:
@@ -234,8 +231,7 @@ def test_a_nan_in_one_process_leaves_the_update_out_in_all(folder):
     out = folder / "spoilt"
     runs = [(argv(folder, "gpt", out, "--parallel", "ddp", steps=3), (1, 2, "nan"))]
     process = launch(folder, 2, runs)
-    _, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
+    assert process.end() == 0, process.said()
     steps = [row for row in rows(out) if "loss" in row]
     assert [row["skipped"] for row in steps] == [0, 1, 1]
     weights = load_file(out / "model" / "model.safetensors")
@@ -245,23 +241,22 @@ def test_a_nan_in_one_process_leaves_the_update_out_in_all(folder):
 def test_the_failure_of_one_process_ends_all_and_is_shown_once(folder):
     runs = [(argv(folder, "gpt", folder / "fails", "--parallel", "ddp", steps=400), (1, 5, "raise"))]
     process = launch(folder, 2, runs)
-    _, error = process.communicate(timeout=200)
-    assert process.returncode != 0
+    assert process.end() != 0
+    error = process.said()
     assert error.count("RuntimeError: this process has had enough") == 1 and "Connection closed" not in error
 
 
 def test_a_mistake_is_told_once(folder):
     flags = argv(folder, "gpt", folder / "x", "--parallel", "ddp", "--size", "huge", steps=4)
     process = launch(folder, 2, [(flags, None)])
-    _, error = process.communicate(timeout=200)
-    assert process.returncode != 0
-    assert error.count("error: --size huge: expected one of tiny") == 1
+    assert process.end() != 0
+    assert process.said().count("error: --size huge: expected one of tiny") == 1
 
 
 def until(process, path, text):
     deadline = time.monotonic() + 200
     while not (path.exists() and text in path.read_text()):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -284,21 +279,19 @@ def test_a_killed_process_and_then_sigterm_lose_nothing(folder):
         process = start("killed", *more)
         until(process, log, f'"step": {step},')
         os.kill(workers(process)[victim], signal.SIGKILL)
-        _, error = process.communicate(timeout=100)
         # Of the first to notice, and torchrun's own.
-        assert process.returncode != 0 and error.count("Traceback") <= 2
+        assert process.end() != 0 and process.said().count("Traceback") <= 2
 
     process = start("killed", "--resume")
     until(process, log, '"step": 150,')
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=100)
+    process.end()
     state = json.loads((folder / "killed" / "checkpoint" / "state.json").read_text())
-    assert 150 <= state["step"] < 300 and error.count("saved; go on with --resume") == 1
+    assert 150 <= state["step"] < 300 and process.said().count("saved; go on with --resume") == 1
 
     left_alone, resumed = start("alone"), start("killed", "--resume")
     for process in (left_alone, resumed):
-        _, error = process.communicate(timeout=200)
-        assert process.returncode == 0, error
+        assert process.end() == 0, process.said()
     a, b = (load_file(folder / run / "model" / "model.safetensors") for run in ("alone", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     a, b = ([row.get("loss") for row in rows(folder / run)] for run in ("alone", "killed"))

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SMALL = "--data book.txt --tokenizer bytes --size tiny --seq-len 32 --batch-size 2 --eval-every 2 --steps {}"
+SMALL = "--data book.txt --tokenizer bytes --size tiny --seq-len 32 --batch-size 2 --eval-every 50 --steps {}"
 
 
 def blocks(language):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARD
+from conftest import SHARD, Beside
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmark
 import gpt
 import optim
 import options
@@ -246,7 +247,7 @@ def test_bfloat16_trains_as_float32_does(text, tmp_path):
 
 def test_compiled_training_is_the_same_and_saves_the_plain_module(text, tmp_path):
     train.main(flags(text, tmp_path / "plain", steps=2))
-    assert start(flags(text, tmp_path / "compiled", steps=2, compile=True)).wait() == 0
+    assert start(flags(text, tmp_path / "compiled", steps=2, compile=True)).end() == 0
     x, y = (load_file(tmp_path / run / SHARD) for run in ("plain", "compiled"))
     assert x.keys() == y.keys()
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
@@ -270,8 +271,8 @@ def test_training_goes_on_from_a_saved_model(text, tmp_path):
 )
 def test_mfu_is_shown_for_known_devices_only(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert train.peak_flops("cuda") == peak
-    assert train.peak_flops("cpu") is None
+    assert benchmark.peak_flops("cuda") == peak
+    assert benchmark.peak_flops("cpu") is None
 
 
 # --- a loss that does not stay finite
@@ -328,13 +329,13 @@ def test_triton_kernels_train_like_torchs_own(text, tmp_path, monkeypatch):
 def start(argv, code="sys.exit(train.main(sys.argv[1:]))"):
     code = f"import sys, gpt, train; from gpt import Config; gpt.SIZES['tiny'] = {SMALL!r}\n{code}"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code, *argv], env=env, stderr=subprocess.PIPE, text=True)
+    return Beside([sys.executable, "-c", code, *argv], env)
 
 
 def wait_for(path, process, enough):
     deadline = time.monotonic() + 120
     while not (path.exists() and enough(path.read_text())):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -353,7 +354,7 @@ def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_
         process.kill()
         process.wait()
     process = start(run(tmp_path / "killed", resume=True))
-    assert process.wait() == 0 and whole.wait() == 0
+    assert process.end() == 0 and whole.end() == 0
     assert same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -388,7 +389,7 @@ def test_kill_while_saving(point, text, tmp_path):
     out = tmp_path / "killed"
     options = dict(steps=12, eval_every=12, save_every=3)
     process = start([point, *flags(text, out, **options)], KILLED_IN)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert process.end() == -signal.SIGKILL, process.said()
     assert train.main(flags(text, tmp_path / "whole", **options)) == 0
     assert train.main(flags(text, out, resume=True, **options)) == 0
     assert same_run(tmp_path / "whole", out)
@@ -400,8 +401,8 @@ def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, tmp_pat
     process = start(flags(text, tmp_path / "run", **options))
     wait_for(tmp_path / "run" / "metrics.jsonl", process, lambda log: '"step": 5' in log)
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
-    assert "saved; go on with --resume" in process.stderr.read()
+    assert process.end() == code
+    assert "saved; go on with --resume" in process.said()
     step = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"]
     assert 5 <= step < 300 and (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert train.main(flags(text, tmp_path / "run", resume=True, **options)) == 0
@@ -422,8 +423,8 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(text, tmp_path):
         with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while filler.write(bytes(4096)):
                 pass
-        assert process.wait(timeout=60) == 1
-        (error,) = re.findall("error: .*", process.stderr.read())
+        assert process.end() == 1
+        (error,) = re.findall("error: .*", process.said())
         assert "No space left" in error and "disk/run/checkpoint" in error
         (disk / "filler").unlink()
         assert train.main(flags(text, disk / "run", resume=True, **options)) == 0

@@ -29,8 +29,8 @@ def multiply_by_onednn() -> None:
     """Let oneDNN multiply matrices of float32, where it does so in float32.
 
     It is given them by being allowed to round to bfloat16, which it does only on CPUs with matrix units
-    (AMX). Where a product shows that it does, all stays as it was. The many small products of attention,
-    which MKL is better at, are taken out by kernels/attention.py, though not under torch.compile."""
+    (AMX). Where a product shows that it does, all stays as it was. kernels/attention.py makes few
+    products of many small ones, which oneDNN is slow at, though not under torch.compile."""
     if not torch.backends.mkldnn.is_available():
         return
     before = torch.get_float32_matmul_precision()

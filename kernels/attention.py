@@ -19,7 +19,7 @@ Grouped-query attention (Ainslie et al. 2023): H query heads share G key/value h
 """
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -29,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import flash_attention, flash_backward, flash_decoding
 from kernels.backend import choose
+
+SHORT, BLOCK = 512, 128  # keys and queries, see `_AllHeads`
 
 
 def attention(
@@ -157,11 +159,11 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     mask = None
     if not square_causal and not sees_all:
         mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.float32
-    if mask is None and on_cpu and q.stride(-1) == 1 and _by_onednn():
-        k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
+    if mask is None and S <= SHORT and _by_onednn(q):
+        if k.shape[2] != H:
+            k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
         heads = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
-        return _SmallProducts.apply(*heads, square_causal, scale).transpose(1, 2)
+        return _AllHeads.apply(*heads, square_causal, scale or 1 / math.sqrt(K)).transpose(1, 2)
     with _fastest_first(q):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, K)
@@ -175,41 +177,51 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     return out.transpose(1, 2)  # (B, T, H, K)
 
 
-def _by_onednn() -> bool:
-    return not torch.compiler.is_compiling() and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+def _by_onednn(q: Tensor) -> bool:
+    """Whether cpu.py has set oneDNN to multiply such matrices."""
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
-class _SmallProducts(torch.autograd.Function):
-    """PyTorch's attention on a CPU, of q, k, v (B, H, T, K), its products left to MKL: they are small, and
-    oneDNN, where it is set to multiply matrices (cpu.py), takes twice as long for such."""
+class _AllHeads(torch.autograd.Function):
+    """Attention of q, k, v (B, H, T, K) in blocks of queries, with one product for all heads of a batch:
+    oneDNN is several times slower at the small ones, of single heads, that PyTorch's operation asks it for.
+    The weights are kept for the backward pass, of which long rows would have too many."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):
-        with _by_mkl():
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, causal, scale=scale
-            )
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.causal, ctx.scale = causal, scale
-        return out
+        B, H, T, K = q.shape
+        q, k, v = (x.reshape(B * H, -1, K) for x in (q * scale, k, v))
+        out, weights = torch.empty_like(q), []
+        later = torch.full((BLOCK, BLOCK), -math.inf).triu(1)
+        for start in range(0, T, BLOCK):
+            rows = slice(start, min(start + BLOCK, T))
+            seen = slice(0, rows.stop if causal else None)
+            scores = q[:, rows] @ k[:, seen].mT
+            if causal:
+                n = rows.stop - start
+                scores[:, :, rows] += later[:n, :n]
+            weights.append(scores.softmax(dim=-1))
+            torch.bmm(weights[-1], v[:, seen], out=out[:, rows])
+        ctx.save_for_backward(q, k, v, out, *weights)
+        ctx.scale = scale
+        return out.view(B, H, T, K)
 
     @staticmethod
     def backward(ctx, dout):
-        with _by_mkl():
-            gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, *ctx.saved_tensors, 0.0, ctx.causal, scale=ctx.scale
-            )
-        return *gradients, None, None
-
-
-@contextmanager
-def _by_mkl():
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+        q, k, v, out, *weights = ctx.saved_tensors
+        dout, shape = dout.reshape(out.shape), dout.shape
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (dout * out).sum(dim=-1, keepdim=True)
+        for start, p in zip(range(0, q.shape[1], BLOCK), weights, strict=True):
+            rows, seen = slice(start, start + BLOCK), slice(0, p.shape[2])
+            dv[:, seen].baddbmm_(p.mT, dout[:, rows])
+            dscores = (dout[:, rows] @ v[:, seen].mT).sub_(delta[:, rows]).mul_(p)
+            torch.bmm(dscores, k[:, seen], out=dq[:, rows])
+            dk[:, seen].baddbmm_(dscores.mT, q[:, rows])
+        dq *= ctx.scale
+        return *(x.view(*shape[:2], -1, shape[3]) for x in (dq, dk, dv)), None, None
 
 
 def _fastest_first(q: Tensor):

@@ -166,11 +166,16 @@ def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
 
     With Tülu's template, tokenizer_config.json is also told where an answer begins and ends. Otherwise the
     server of transformers looks for ChatML's marks in all models of Qwen's layout, and finding none repeats
-    the question before the answer.
+    the question before the answer. With ChatML's, the generation_config.json of a model in directory is told
+    that its mark ends an answer as well as the end of text does.
     """
     directory = Path(directory)
     with replace_file(directory / "chat_template.jinja") as new:
         new.write_text(chat_template(tokenizer), encoding="utf-8")
+    generation = directory / "generation_config.json"
+    if is_chatml(tokenizer) and generation.exists():
+        ends = [end_id(tokenizer), tokenizer.eot_id]
+        write_json(generation, read_json(generation) | {"eos_token_id": ends})
     if not is_chatml(tokenizer):
         path = directory / "tokenizer_config.json"
         template = {"defaults": {"role": "assistant"}, "start_anchor": "<|assistant|>\n"}

@@ -111,6 +111,13 @@ def test_transformers_parses_the_answer_alone(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).response_template is None
 
 
+def test_chatmls_mark_ends_what_transformers_generates(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": 0}')
+    instruct.save_chat_template(CHATML, tmp_path)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation == {"do_sample": True, "eos_token_id": [instruct.end_id(CHATML), CHATML.eot_id]}
+
+
 @pytest.mark.parametrize("tokenizer", [TULU, CHATML], ids=["tulu", "chatml"])
 def test_nobody_can_pose_as_the_assistant(tokenizer):
     """Whatever users write: as many headers and ends as there are turns."""

@@ -191,8 +191,12 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Call
         for module in whole.modules():
             if hasattr(module, "backend"):
                 module.backend = "auto"  # it stays in the host's memory, where Triton's kernels cannot run
-    if args.checkpoint_activations:
-        for block in blocks(model):
+    # Where something is to happen between blocks, each of them is compiled alone.
+    by_block = args.parallel == "fsdp" or args.checkpoint_activations
+    for block in blocks(model):
+        if args.compile and by_block:
+            block.forward = torch.compile(block.forward)
+        if args.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.parallel != "fsdp":
         model.to(args.device)
@@ -206,15 +210,15 @@ def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Call
                 )
             loss_of = engine
         # The module itself stays as it is: what is saved must not carry the names that compiling adds.
-        return engine, torch.compile(loss_of) if args.compile else loss_of, model if rank() == 0 else None
+        if args.compile and not by_block:
+            loss_of = torch.compile(loss_of)
+        return engine, loss_of, model if rank() == 0 else None
 
     mesh = init_device_mesh(args.device, (n_processes(),))
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     # The angles of rotary positions are inputs of the blocks, which 8 bits of mantissa would spoil.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks(model):
-        if args.compile:
-            block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "loss")

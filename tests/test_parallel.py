@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,15 @@ def make_small():
 
 @contextmanager
 def watched(out, spoilt=None):
-    """Write to out the gradients of the first and the third update, and how often ddp has added gradients up.
-    spoilt: (process, update, how), see `spoil`."""
+    """Write to out the gradients of the first and the third update, how often ddp has added gradients up, and
+    how many graphs --compile has found, which are run as they are. spoilt: (process, update, how), see
+    `spoil`."""
     made, step, ddp, reduced = [], optim.step, parallel.DistributedDataParallel, []
+    graphs, compiler = [], torch.compile
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
 
     def counted(state, bucket):
         reduced.append(bucket.index())
@@ -72,15 +79,17 @@ def watched(out, spoilt=None):
         step(optimizers, finite)
 
     optim.step, parallel.DistributedDataParallel = watching, Counting
+    torch.compile = partial(compiler, backend=as_it_is)
     forget = spoil(*spoilt) if spoilt else None
     try:
         yield
     finally:
-        optim.step, parallel.DistributedDataParallel = step, ddp
+        optim.step, parallel.DistributedDataParallel, torch.compile = step, ddp, compiler
         if forget:
             forget()
         if parallel.rank() == 0:
             (Path(out) / "reduced").write_text(str(reduced.count(0)))
+            (Path(out) / "graphs").write_text(str(len(graphs)))
 
 
 def spoil(rank, update, how):
@@ -202,6 +211,21 @@ def test_weights_put_together_in_bfloat16_learn_the_same(chain):
             assert a[key] == pytest.approx(b[key], rel=0.01) and a[key] != b[key]  # 8 bits of mantissa
     weights = load_file(chain / "gpt-less" / "model" / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_compiled_and_computed_again_it_is_the_same(folder):
+    runs = []
+    for mode in MODES:
+        more = ["--parallel", mode, "--compile", "--checkpoint-activations"]
+        runs.append((argv(folder, "gpt", folder / f"compiled-{mode}", *more, steps=2), None))
+    process = launch(folder, 2, runs)
+    assert process.end() == 0, process.said()
+    for mode in MODES:
+        compiled = rows(folder / f"compiled-{mode}")
+        assert int((folder / f"compiled-{mode}" / "graphs").read_text()) > 0
+        for a, b in zip(rows(folder / "gpt-one")[: len(compiled)], compiled, strict=True):
+            for key in a.keys() & {"loss", "val_loss", "grad_norm"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-5)
 
 
 @pytest.mark.parametrize("model", MODELS)

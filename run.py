@@ -81,6 +81,7 @@ class Run:
     step: int = 0  # updates made
     seconds: float = 0.0  # spent on them
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # see `update`
+    signal: int = 0  # the number of the one that has come in
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # reads ahead
     ahead: Future | None = None  # the batches of the step that comes next
 

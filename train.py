@@ -63,6 +63,13 @@ from run import (
 MAX_SKIPPED = 5  # steps in a row with a non-finite gradient at which the run gives up, when it next logs
 
 
+class Told(Exception):
+    """To stop, by the signal of that number, which some process was sent; raised in all of them."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
 def autocast(args: argparse.Namespace) -> torch.autocast:
     """--dtype bfloat16: matrix products in it, of weights that stay float32. FSDP casts by itself."""
     enabled = args.dtype == "bfloat16" and args.parallel != "fsdp"
@@ -72,13 +79,14 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
     """Mean loss and other metrics over the whole held-out text, always the same draws whatever the training
-    has drawn. Each process takes a part of the text; all of them are given the result."""
+    has drawn. Each process takes a part of the text; all of them are given the result. Raises Told."""
     run.model.eval()
     sums, n_targets, i, n = Counter(), 0, parallel.rank(), parallel.n_processes()
     tokens, T, B = run.dataset.val.tokens, run.args.seq_len, run.args.batch_size
     for index, rows in enumerate(data.held_out_batches(tokens, T, B)):
         if run.concept.SPECIAL_TOKENS and rows.shape[1] <= T:
             continue  # the end of the text: special tokens might leave it no room
+        asked = parallel.ask(run.signal)
         batch = whole_batch(run, rows, index)
         # The last rows have another shape, for which nothing should be compiled again: each process takes
         # all of them.
@@ -86,6 +94,8 @@ def evaluate(run: Run) -> dict[str, float]:
         batch = to_device(run, as_asked(run, part_of(run, batch, i, n) if whole else batch))
         with autocast(run.args):
             loss, metrics = (run.loss_of if whole else run.model.loss)(batch)
+        if told := asked():
+            raise Told(told)
         n_here = int(metrics.pop("targets"))
         if n_here == 0 or not (whole or run.is_first):
             continue  # nothing was masked in these rows, and the mean of nothing is NaN; or counted already
@@ -146,10 +156,9 @@ def train(run: Run, watchers: list) -> int:
     """The loop. Returns the exit code: 0 at the end and after SIGTERM, by which a cluster takes its machine
     back, 130 after Ctrl-C, 1 if the loss stays non-finite."""
     args, out = run.args, run.args.out
-    received = [0]
 
     def on_signal(number: int, _) -> None:
-        received[0] = number  # the step is finished first; a second Ctrl-C does not wait
+        run.signal = number  # the step is finished first; a second Ctrl-C does not wait
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -167,41 +176,46 @@ def train(run: Run, watchers: list) -> int:
     bar._time = time.monotonic
     bar.start_t = bar.last_print_t = bar._time()
     shown, told = {}, 0
-    if run.step == 0:
-        shown["val"] = evaluate_and_show(run, watchers)
-    logged, n_skipped, interval, began = run.step, run.n_skipped, 0.0, time.perf_counter()
-    while run.step < args.steps and not told:
-        asked = parallel.ask(received[0])  # of all processes, while the step is made
-        loss, norm, lr, metrics = update(run)
-        told = asked()
-        bar.update()
-        everies = args.log_every, args.eval_every, args.save_every
-        log, show, keep = (run.step % every == 0 or run.step == args.steps for every in everies)
-        if not (log or show or keep):
-            continue
-        wait_for(args.device)
-        interval += time.perf_counter() - began
-        if log:
-            run.seconds += interval
-            row = log_row(run, loss, norm, lr, metrics, (run.step - logged) / interval)
-            write_row(run, row, watchers)
-            if run.n_skipped > n_skipped and run.is_first:
-                said = f"step {run.step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
-                tqdm.write(f"{said}: {run.n_skipped - n_skipped} of {run.step - logged} updates skipped")
-            logged, n_skipped, interval = run.step, run.n_skipped, 0.0
-            shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
-            shown |= {"mfu": f"{row['mfu']:.1%}"} if row["mfu"] else {}
-        if run.n_skipped_in_a_row >= MAX_SKIPPED:
-            bar.close()
-            problem = f"{run.n_skipped_in_a_row} steps in a row were not finite; try a lower --lr"
-            say_error(f"{problem}; {last_good(out)}")
-            return 1
-        if show:
+    try:
+        if evaluation_is_due(run):
             shown["val"] = evaluate_and_show(run, watchers)
-        if keep and not told and run.step < args.steps and not run.n_skipped_in_a_row:
-            save(run)
-        bar.set_postfix(shown, refresh=log)
-        began = time.perf_counter()
+        logged, n_skipped, interval, began = run.step, run.n_skipped, 0.0, time.perf_counter()
+        while run.step < args.steps:
+            asked = parallel.ask(run.signal)  # of all processes, while the step is made
+            loss, norm, lr, metrics = update(run)
+            told = asked()
+            bar.update()
+            everies = args.log_every, args.eval_every, args.save_every
+            log, show, keep = (run.step % every == 0 or run.step == args.steps for every in everies)
+            if not (log or show or keep or told):
+                continue
+            wait_for(args.device)
+            passed = time.perf_counter() - began
+            interval, run.seconds = interval + passed, run.seconds + passed
+            if log:
+                row = log_row(run, loss, norm, lr, metrics, (run.step - logged) / interval)
+                write_row(run, row, watchers)
+                if run.n_skipped > n_skipped and run.is_first:
+                    said = f"step {run.step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+                    tqdm.write(f"{said}: {run.n_skipped - n_skipped} of {run.step - logged} updates skipped")
+                logged, n_skipped, interval = run.step, run.n_skipped, 0.0
+                shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+                shown |= {"mfu": f"{row['mfu']:.1%}"} if row["mfu"] else {}
+            if run.n_skipped_in_a_row >= MAX_SKIPPED:
+                bar.close()
+                problem = f"{run.n_skipped_in_a_row} steps in a row were not finite; try a lower --lr"
+                say_error(f"{problem}; {last_good(out)}")
+                return 1
+            if told:
+                break
+            if show:
+                shown["val"] = evaluate_and_show(run, watchers)
+            if keep and run.step < args.steps and not run.n_skipped_in_a_row:
+                save(run)
+            bar.set_postfix(shown, refresh=log)
+            began = time.perf_counter()
+    except Told as order:
+        told = order.number
     bar.close()
     save(run)
     if told:
@@ -261,6 +275,18 @@ def write_row(run: Run, row: dict, watchers: list) -> None:
 def append(path: Path, text: str) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(text)
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """At the start, and on resuming where a signal came before the evaluation was done."""
+    if run.step % run.args.eval_every and run.step != run.args.steps:
+        return False
+
+    def is_missing() -> bool:
+        rows = (run.args.out / "metrics.jsonl").read_text().splitlines()
+        return not rows or "val_loss" not in json.loads(rows[-1])
+
+    return parallel.ask_first(is_missing)
 
 
 def evaluate_and_show(run: Run, watchers: list) -> str:

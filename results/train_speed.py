@@ -12,7 +12,6 @@ bfloat16 is ours alone: nanoGPT trains in float32 on a CPU.
 import argparse
 import json
 import pickle
-import platform
 import re
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import corpus  # noqa: E402
 from gpt import GPT, GPT2, Config  # noqa: E402
+from report import environment  # noqa: E402
 
 SHAPES = {  # layers, heads, width, vocabulary, T, batch, steps
     "4 layers, width 128, bytes": (4, 4, 128, 257, 128, 16, 80),
@@ -111,8 +111,8 @@ def main() -> None:
                 print(f"  {side:17} {row['tokens_per_second']:9,.0f} tokens/s   {row['ratio']:.2f}x", end="")
                 print(f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})", flush=True)
     if args.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+        machine = {key: environment()[key] for key in ("cpu", "threads", "torch")}
+        machine |= {"capability": torch.backends.cpu.get_cpu_capability()}
         command = "python results/train_speed.py nanoGPT --out results/train_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
 

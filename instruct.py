@@ -174,7 +174,7 @@ def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
         new.write_text(chat_template(tokenizer), encoding="utf-8")
     generation = directory / "generation_config.json"
     if is_chatml(tokenizer) and generation.exists():
-        ends = [end_id(tokenizer), tokenizer.eot_id]
+        ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # they may be one
         write_json(generation, read_json(generation) | {"eos_token_id": ends})
     if not is_chatml(tokenizer):
         path = directory / "tokenizer_config.json"

@@ -60,7 +60,7 @@ from run import (
     whole_batch,
 )
 
-MAX_SKIPPED = 5  # steps in a row with a non-finite gradient at which the run gives up, when it next logs
+MAX_SKIPPED = 5  # steps in a row with a non-finite gradient at which the run gives up, when it next looks
 
 
 class Told(Exception):
@@ -92,7 +92,7 @@ def evaluate(run: Run) -> dict[str, float]:
         # all of them.
         whole = rows.shape == (B, T + 1)
         batch = to_device(run, as_asked(run, part_of(run, batch, i, n) if whole else batch))
-        with autocast(run.args):
+        with autocast(run.args), torch.compiler.set_stance("default" if whole else "force_eager"):
             loss, metrics = (run.loss_of if whole else run.model.loss)(batch)
         if told := asked():
             raise Told(told)
@@ -158,7 +158,7 @@ def train(run: Run, watchers: list) -> int:
     args, out = run.args, run.args.out
 
     def on_signal(number: int, _) -> None:
-        run.signal = number  # the step is finished first; a second Ctrl-C does not wait
+        run.signal = number  # the step, or batch of an evaluation, is finished; a second Ctrl-C does not wait
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -284,7 +284,8 @@ def evaluation_is_due(run: Run) -> bool:
 
     def is_missing() -> bool:
         rows = (run.args.out / "metrics.jsonl").read_text().splitlines()
-        return not rows or "val_loss" not in json.loads(rows[-1])
+        last = json.loads(rows[-1]) if rows else {}
+        return last.get("step") != run.step or "val_loss" not in last
 
     return parallel.ask_first(is_missing)
 
@@ -299,7 +300,8 @@ def evaluate_and_show(run: Run, watchers: list) -> str:
     write_row(run, {"step": run.step, "tokens": run.step * run.tokens_per_step, **result}, watchers)
     if run.is_first:
         held_out = torch.from_numpy(run.dataset.val.tokens[: 16 * args.seq_len].astype("int64"))
-        sample = run.concept.show(run.whole.eval(), run.dataset.tokenizer, held_out, out)
+        with torch.compiler.set_stance("force_eager"):  # its shapes would use up what may be compiled
+            sample = run.concept.show(run.whole.eval(), run.dataset.tokenizer, held_out, out)
         heading = f"=== step {run.step}, validation loss {result['val_loss']:.4f}"
         if "val_accuracy" in result:
             heading += f", accuracy {result['val_accuracy']:.1%}"

@@ -3,9 +3,9 @@
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j that query i may see
 
 Attention Is All You Need (Vaswani et al. 2017, section 3.2.1). `reference` below is this equation in plain
-PyTorch and defines what every other backend must compute; `torch` runs the library's fused operation;
-`triton` is flash_attention.py with flash_backward.py, and flash_decoding.py where queries are few and keys
-many.
+PyTorch and defines what every other backend must compute; `torch` runs the library's fused operation, or for
+short rows on a CPU the blocks of `_AllHeads`; `triton` is flash_attention.py with flash_backward.py, and
+flash_decoding.py where queries are few and keys many.
 
 Which keys are seen. Query i of T stands at position p = S - T + i of the S keys, so that a single new query
 (T = 1) stands at the last key: the causal mask is aligned to the bottom right corner.
@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import flash_attention, flash_backward, flash_decoding
 from kernels.backend import choose
 
-SHORT, BLOCK = 512, 128  # keys and queries, see `_AllHeads`
+SHORT, BLOCK = 768, 128  # keys and queries, see `_AllHeads`
 
 
 def attention(
@@ -192,9 +192,9 @@ class _AllHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):
         B, H, T, K = q.shape
-        q, k, v = (x.reshape(B * H, -1, K) for x in (q * scale, k, v))
+        q, k, v = (x.flatten(0, 1) for x in (q * scale, k, v))
         out, weights = torch.empty_like(q), []
-        later = torch.full((BLOCK, BLOCK), -math.inf).triu(1)
+        later = torch.full((BLOCK, BLOCK), -math.inf).triu(1) if causal else None
         for start in range(0, T, BLOCK):
             rows = slice(start, min(start + BLOCK, T))
             seen = slice(0, rows.stop if causal else None)
@@ -221,7 +221,7 @@ class _AllHeads(torch.autograd.Function):
             torch.bmm(dscores, k[:, seen], out=dq[:, rows])
             dk[:, seen].baddbmm_(dscores.mT, q[:, rows])
         dq *= ctx.scale
-        return *(x.view(*shape[:2], -1, shape[3]) for x in (dq, dk, dv)), None, None
+        return *(x.unflatten(0, shape[:2]) for x in (dq, dk, dv)), None, None
 
 
 def _fastest_first(q: Tensor):

@@ -1,27 +1,31 @@
 """Does the best learning rate move when a model gets wider? With and without the width transfer of optim.py.
 
-    python results/width_transfer.py --out results/width_transfer.json        half an hour on one core
+    python results/width_transfer.py --out results/width_transfer.json        half an hour on two cores
 
 The small decoder of gpt.py (4 layers, heads of 32, the inner width of the MLP 11/4 of the model's) at widths
-64, 128 and 256, each trained at seven learning rates a factor of 2 apart, from the same seed and on the same
-batches of the standard library's source text (4,096 tokens in the vocabulary, 8 rows of 128 per update): as
-train.py trains it, with --mup 128 and with --mup 256. The loss is that of 128 rows of held-out text at the
-end. Printed is also the lowest point of a parabola through the best and its neighbours.
+64, 128 and 256, each trained at six learning rates a factor of 2 apart, from two seeds of weights and
+batches, on the bytes of the standard library's source text (8 rows of 128 per update): as train.py trains
+it, with --mup 128 and with --mup 256. The loss is that of 128 rows of held-out text at the end. Printed is
+also the lowest point of a parabola through the best mean over the seeds and its neighbours.
 
-Writes the figures of every run, and width_transfer.png beside them. Runs that --out has already, from a
-script that was stopped, are not made again.
+Writes the figures of every run, and width_transfer.png beside them: means, and bars from the least to the
+largest of the seeds. Runs that --out has already, from a script that was stopped, are not made again.
 """
 
 import argparse
+import itertools
 import json
 import math
-import platform
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,17 +34,21 @@ import data  # noqa: E402
 import gpt  # noqa: E402
 from checkpoint import replace_file  # noqa: E402
 from optim import learning_rate, make_optimizers, transfer_width  # noqa: E402
+from report import environment  # noqa: E402
 
 WIDTHS = (64, 128, 256)
 BASES = (None, 128, 256)  # of --mup
-RATES = [2.0**-e for e in range(11, 4, -1)]
+SEEDS = (0, 1)
+RATES = [2.0**-e for e in range(11, 5, -1)]
 HEAD = 32
 T, BATCH = 128, 8
 
 
-def run(width: int, base: int | None, lr: float, steps: int, dataset: data.Dataset) -> float | None:
+def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: Path) -> float | None:
     """Train one model; its validation loss, or None if that is no finite number."""
-    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    dataset = data.prepare("stdlib", "bytes", cache)
+    torch.manual_seed(seed)
     n_heads = width // HEAD
     config = gpt.Config(4, n_heads, width, width * 11 // 4, n_kv_heads=n_heads // 2, qk_norm=True)
     model = gpt.GPT(config.fitted(dataset.tokenizer, T))
@@ -49,7 +57,7 @@ def run(width: int, base: int | None, lr: float, steps: int, dataset: data.Datas
     if base:
         transfer_width(model, base)
     (optimizer,) = make_optimizers(model, args)
-    loader = data.Loader(dataset.train.tokens, T, seed=0)
+    loader = data.Loader(dataset.train.tokens, T, seed)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["lr_factor"]
@@ -66,11 +74,18 @@ def run(width: int, base: int | None, lr: float, steps: int, dataset: data.Datas
     return loss if math.isfinite(loss) else None
 
 
-def curve(results: list[dict], width: int, base: int | None) -> dict[float, float]:
-    """Loss by learning rate; from a model's own width there is nothing to transfer."""
+def curve(results: list[dict], width: int, base: int | None) -> dict[float, list[float]]:
+    """The losses of all seeds by learning rate; from a model's own width there is nothing to transfer."""
     base = None if base == width else base
-    found = {r["lr"]: r["loss"] for r in results if (r["width"], r["mup"]) == (width, base)}
-    return {lr: found[lr] for lr in sorted(found) if found[lr] is not None}
+    found = {lr: [] for lr in RATES}
+    for r in results:
+        if (r["width"], r["mup"]) == (width, base):
+            found[r["lr"]].append(math.inf if r["loss"] is None else r["loss"])
+    return {lr: losses for lr, losses in found.items() if losses and max(losses) < math.inf}
+
+
+def means(losses: dict[float, list[float]]) -> dict[float, float]:
+    return {lr: sum(of_seeds) / len(of_seeds) for lr, of_seeds in losses.items()}
 
 
 def lowest(losses: dict[float, float]) -> float:
@@ -87,15 +102,16 @@ def plot(results: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, len(BASES), figsize=(13, 4.4), sharey=True, layout="constrained")
     for axes, base in zip(panels, BASES, strict=True):
         for width in WIDTHS:
             losses = curve(results, width, base)
-            if not losses:
-                continue
-            (line,) = axes.plot(losses.keys(), losses.values(), marker=".", label=f"width {width}")
-            best = min(losses, key=losses.get)
-            axes.plot(best, losses[best], marker="*", markersize=15, color=line.get_color())
+            mean = means(losses)
+            bars = [[abs(end(losses[lr]) - mean[lr]) for lr in mean] for end in (min, max)]
+            rates = list(mean)
+            line = axes.errorbar(rates, mean.values(), bars, marker=".", capsize=2, label=f"width {width}")
+            best = min(mean, key=mean.get)
+            axes.plot(best, mean[best], marker="*", markersize=15, color=line[0].get_color())
         axes.set_xscale("log", base=2)
         axes.set(xlabel="--lr")
         axes.set_title(f"--mup {base}" if base else "without transfer", fontsize=10)
@@ -109,14 +125,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    dataset = data.prepare("stdlib", "bpe:4096", args.cache)
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    machine |= {"steps": args.steps}
+    data.prepare("stdlib", "bytes", args.cache)
+    machine = {key: environment()[key] for key in ("cpu", "torch")} | {"steps": args.steps}
     results = []
     if args.out and args.out.exists():
         saved = json.loads(args.out.read_text())
@@ -125,28 +140,26 @@ def main() -> None:
                 f"error: {args.out} is of another machine or other steps than {machine}; remove it first"
             )
         results = saved["results"]
-    done = {(r["width"], r["mup"], r["lr"]) for r in results}
-    for width in WIDTHS:
-        for base in BASES:
-            for lr in RATES:
-                if base == width or (width, base, lr) in done:
-                    continue
-                loss = run(width, base, lr, args.steps, dataset)
-                print(f"width {width:3}, mup {base!s:4}, lr {lr:.5f}: loss {loss}", flush=True)
-                results.append({"width": width, "mup": base, "lr": lr, "loss": loss})
-                if args.out:
-                    command = "python results/width_transfer.py --out results/width_transfer.json"
-                    content = {"command": command, **machine, "results": results}
-                    with replace_file(args.out) as new:
-                        new.write_text(json.dumps(content, indent=1) + "\n")
-    for base in BASES:
-        for width in WIDTHS:
-            losses = curve(results, width, base)
-            best = min(losses, key=losses.get)
-            print(
-                f"mup {base!s:4}, width {width:3}: best {losses[best]:.4f} at {best:.5f}, "
-                f"parabola's at {lowest(losses):.5f}"
-            )
+    done = [{key: r[key] for key in r.keys() - {"loss"}} for r in results]
+    runs = [
+        {"width": width, "mup": base, "lr": lr, "seed": seed}
+        for seed, width, base, lr in itertools.product(SEEDS, reversed(WIDTHS), BASES, RATES)
+        if base != width
+    ]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run, *r.values(), args.steps, args.cache): r for r in runs if r not in done}
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+            results.append(futures[future] | {"loss": future.result()})
+            if args.out:
+                command = "python results/width_transfer.py --out results/width_transfer.json"
+                content = {"command": command, **machine, "results": results}
+                with replace_file(args.out) as new:
+                    new.write_text(json.dumps(content, indent=1) + "\n")
+    for base, width in itertools.product(BASES, WIDTHS):
+        mean = means(curve(results, width, base))
+        best = min(mean, key=mean.get)
+        said = f"best {mean[best]:.4f} at {best:.5f}, parabola's at {lowest(mean):.5f}"
+        print(f"mup {base!s:4}, width {width:3}: {said}")
     if args.out:
         plot(results, args.out.with_suffix(".png"))
 

@@ -33,7 +33,7 @@ class Beside(subprocess.Popen):
     fills up, and stops it."""
 
     def __init__(self, command, env):
-        self.log = tempfile.TemporaryFile("a+")  # noqa: SIM115
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         super().__init__(command, env=env, stdout=subprocess.DEVNULL, stderr=self.log)
 
     def said(self) -> str:

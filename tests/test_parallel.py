@@ -93,17 +93,20 @@ def watched(out, spoilt=None):
 
 
 def spoil(rank, update, how):
-    """In one process and update: a NaN in the gradient, or an exception."""
+    """In one process and update: a NaN in the gradient, an exception, or SIGTERM in the evaluation after."""
     original, calls = gpt.GPT.loss, []
 
     def loss(self, batch):
         value, metrics = original(self, batch)
         calls.append(self.training)
         # After three passes that are timed, two in each update.
-        now = parallel.rank() == rank and self.training and sum(calls) == 3 + 2 * update
+        now = parallel.rank() == rank and sum(calls) == 3 + 2 * update
+        if now and how == "sigterm" and not self.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        now = now and self.training
         if now and how == "raise":
             raise RuntimeError("this process has had enough")
-        return value * (float("nan") if now else 1.0), metrics
+        return value * (float("nan") if now and how == "nan" else 1.0), metrics
 
     gpt.GPT.loss = loss
     return lambda: setattr(gpt.GPT, "loss", original)
@@ -134,7 +137,7 @@ def folder(tmp_path_factory):
     before = {name: importlib.import_module(name).SIZES["tiny"] for name in MODELS[:3]}
     make_small()
     folder = tmp_path_factory.mktemp("parallel")
-    (folder / "text.txt").write_text("".join(f"line {i}, {i * i % 97} and so on\n" for i in range(120)))
+    (folder / "text.txt").write_text("".join(f"line {i}, {i * i % 97} and so on\n" for i in range(400)))
     records = [{"question": f"{i}?", "answer": "ab"} for i in range(60)]
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tokenizer = get_tokenizer("bytes")
@@ -275,6 +278,20 @@ def test_a_mistake_is_told_once(folder):
     process = launch(folder, 2, [(flags, None)])
     assert process.end() != 0
     assert process.said().count("error: --size huge: expected one of tiny") == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sigterm_in_an_evaluation_of_one_process_ends_that_of_all(mode, folder):
+    out = folder / f"told-{mode}"
+    flags = argv(folder, "gpt", out, "--parallel", mode, steps=6)
+    process = launch(folder, 2, [(flags, (1, 2, "sigterm"))])
+    assert process.end() == 0, process.said()
+    assert json.loads((out / "checkpoint" / "state.json").read_text())["step"] == 2
+    assert [row["step"] for row in rows(out) if "val_loss" in row] == [0]
+    assert train.main(argv(folder, "gpt", out, "--resume", steps=6)) == 0
+    for a, b in zip(rows(folder / "gpt-one"), rows(out), strict=True):
+        for key in a.keys() & {"step", "loss", "val_loss"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
 
 
 def until(process, path, text):

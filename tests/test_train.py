@@ -410,8 +410,8 @@ def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, tmp_pat
     assert same_run(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("step", [0, 3, 6])
-def test_sigterm_does_not_wait_for_the_end_of_an_evaluation(step, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step, log_every", [(0, 1), (3, 1), (3, 5), (6, 1)])
+def test_sigterm_does_not_wait_for_the_end_of_an_evaluation(step, log_every, text, tmp_path, monkeypatch):
     out, original, passes = tmp_path / "run", gpt.GPT.loss, []
 
     def loss(self, batch):
@@ -421,12 +421,12 @@ def test_sigterm_does_not_wait_for_the_end_of_an_evaluation(step, text, tmp_path
         return original(self, batch)
 
     monkeypatch.setattr(gpt.GPT, "loss", loss)
-    assert train.main(flags(text, out)) == 0
+    assert train.main(flags(text, out, log_every=log_every)) == 0
     assert passes[-3]  # the evaluation ended with its second batch
     assert [row["step"] for row in rows(out) if "val_loss" in row] == list(range(0, step, 3))
     monkeypatch.setattr(gpt.GPT, "loss", original)
-    assert train.main(flags(text, out, resume=True)) == 0
-    assert train.main(flags(text, tmp_path / "whole")) == 0
+    assert train.main(flags(text, out, log_every=log_every, resume=True)) == 0
+    assert train.main(flags(text, tmp_path / "whole", log_every=log_every)) == 0
     assert same_run(tmp_path / "whole", out)
 
 

@@ -61,13 +61,13 @@ def environment() -> dict:
     }
 
 
-def record_start(out: Path, start: dict) -> None:
-    """Add a start to run.json in `out`. One at step 0 begins the file anew, as it does the logs.
+def record_start(out: Path, start: dict, resumed: bool) -> None:
+    """Add a start to run.json in `out`, or begin the file anew if it is the first.
 
     start: step; command, one line; flags, a dict with the defaults filled in; config, the model's, a dict;
     n_params; environment.
     """
-    earlier = read_starts(out) if start["step"] else []
+    earlier = read_starts(out) if resumed else []
     with checkpoint.replace_file(out / "run.json") as new:
         new.write_text(json.dumps({"starts": [*earlier, start]}, indent=2, default=str) + "\n")
 

@@ -249,8 +249,8 @@ def start_logs(run: Run) -> list:
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     start = {"step": run.step, "command": command(), "flags": flags, "config": config}
     start |= {"n_params": count_parameters(run.model)[0], "environment": report.environment()}
-    report.record_start(args.out, start)
-    return watch.watchers(args.watch, args.out, flags | config, run.step)
+    report.record_start(args.out, start, args.resume)
+    return watch.watchers(args.watch, args.out, flags | config, run.step if args.resume else None)
 
 
 def log_row(run: Run, loss: Tensor, norm: Tensor, lr: float, metrics: dict, steps_per_second: float) -> dict:

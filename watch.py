@@ -24,10 +24,10 @@ def check(names: list[str]) -> None:
             raise ValueError(f"--watch {name}: the package is not installed; pip install {name}") from None
 
 
-def watchers(names: list[str], out: Path, config: dict, resumed_at: int) -> list:
+def watchers(names: list[str], out: Path, config: dict, resumed_at: int | None) -> list:
     """What is named, each with log(step, row), for rows of metrics.jsonl, and close(), for the end.
 
-    config: what wandb keeps about the run. resumed_at: the step from which it goes on, 0 at the start.
+    config: what wandb keeps about the run. resumed_at: the step from which it goes on, None at the start.
     ValueError for a name that `check` refuses, and where wandb cannot begin."""
     check(names)
     known = {"tensorboard": TensorBoard, "wandb": WandB}
@@ -44,12 +44,12 @@ def finite(row: dict) -> dict:
 
 
 class TensorBoard:
-    def __init__(self, out: Path, config: dict, resumed_at: int):
+    def __init__(self, out: Path, config: dict, resumed_at: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
         # What was logged after the checkpoint is logged again, so it hides what it has from purge_step on. At
         # the start that is all: the rest of a run that did not come to its first checkpoint.
-        purge = resumed_at + 1 if resumed_at else 0
+        purge = 0 if resumed_at is None else resumed_at + 1
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, row: dict) -> None:
@@ -62,11 +62,12 @@ class TensorBoard:
 
 
 class WandB:
-    def __init__(self, out: Path, config: dict, resumed_at: int):
+    def __init__(self, out: Path, config: dict, resumed_at: int | None):
         import wandb
 
         id_file = out / "wandb.id"
-        known = id_file.read_text().strip() if resumed_at and id_file.is_file() else None
+        resumed = resumed_at is not None and id_file.is_file()
+        known = id_file.read_text().strip() if resumed else None
         try:
             self.run = wandb.init(
                 resume="allow",

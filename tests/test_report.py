@@ -85,7 +85,7 @@ def make_run(
     )
     (directory / "samples.txt").write_text(told, encoding="utf-8")
     if start is not None:
-        report.record_start(directory, start)
+        report.record_start(directory, start, start["step"] > 0)
     return directory
 
 
@@ -228,16 +228,17 @@ def test_of_many_samples_some_are_shown(tmp_path):
     assert text.count("no. ") == report.SAMPLES + 1 and "20 of 99 earlier ones" in text
 
 
-def test_starts_are_kept_over_resumes_and_begin_anew_at_step_0(tmp_path):
-    for step in (0, 100, 200):
-        report.record_start(tmp_path, START | {"step": step, "flags": START["flags"] | {"out": Path("x")}})
+def test_starts_are_kept_over_resumes_and_begin_anew_without(tmp_path):
+    for step, resumed in ((0, False), (0, True), (200, True)):
+        start = START | {"step": step, "flags": START["flags"] | {"out": Path("x")}}
+        report.record_start(tmp_path, start, resumed)
     starts = json.loads((tmp_path / "run.json").read_text())["starts"]
-    assert [start["step"] for start in starts] == [0, 100, 200] and starts[0]["flags"]["out"] == "x"
-    report.record_start(tmp_path, START)
+    assert [start["step"] for start in starts] == [0, 0, 200] and starts[0]["flags"]["out"] == "x"
+    report.record_start(tmp_path, START, False)
     assert report.read_starts(tmp_path) == [START]
     (tmp_path / "run.json").write_text('{"starts": [')
     assert report.read_starts(tmp_path) == []
-    report.record_start(tmp_path, START | {"step": 5})
+    report.record_start(tmp_path, START | {"step": 5}, True)
     assert [start["step"] for start in report.read_starts(tmp_path)] == [5]
 
 

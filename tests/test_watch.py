@@ -63,7 +63,7 @@ def wandb(monkeypatch):
 
 
 def test_tensorboard_is_told_the_finite_numbers(tmp_path, tensorboard):
-    (watcher,) = watch.watchers(["tensorboard"], tmp_path, {}, 0)
+    (watcher,) = watch.watchers(["tensorboard"], tmp_path, {}, None)
     watcher.log(3, ROW)
     watcher.close()
     scalars = [(name, value, 3) for name, value in TOLD.items()]
@@ -76,7 +76,7 @@ def test_tensorboard_hides_what_is_logged_again(tmp_path, tensorboard):
 
 
 def test_wandb_is_told_the_finite_numbers_and_the_config(tmp_path, wandb):
-    (watcher,) = watch.watchers(["wandb"], tmp_path / ".", {"lr": 0.1}, 0)
+    (watcher,) = watch.watchers(["wandb"], tmp_path / ".", {"lr": 0.1}, None)
     watcher.log(3, ROW)
     watcher.close()
     options = wandb.calls[0]
@@ -86,7 +86,7 @@ def test_wandb_is_told_the_finite_numbers_and_the_config(tmp_path, wandb):
 
 
 def test_wandb_goes_on_in_the_same_run_when_resumed_and_only_then(tmp_path, wandb):
-    for resumed_at in (0, 20, 0):
+    for resumed_at in (None, 0, None):
         watch.watchers(["wandb"], tmp_path, {}, resumed_at)
     assert [(options["id"], options["resume"]) for options in wandb.calls] == [
         (None, "allow"),
@@ -105,18 +105,20 @@ def test_wandb_that_cannot_begin_is_one_line(tmp_path, wandb):
 
     wandb.init = init
     with pytest.raises(ValueError, match="--watch wandb: No API key configured; or set WANDB_MODE=offline"):
-        watch.watchers(["wandb"], tmp_path, {}, 0)
+        watch.watchers(["wandb"], tmp_path, {}, None)
 
 
 def test_both_at_once(tmp_path, tensorboard, wandb):
-    names = [type(watcher).__name__ for watcher in watch.watchers(["tensorboard", "wandb"], tmp_path, {}, 0)]
-    assert names == ["TensorBoard", "WandB"] and watch.watchers([], tmp_path, {}, 0) == []
+    names = [
+        type(watcher).__name__ for watcher in watch.watchers(["tensorboard", "wandb"], tmp_path, {}, None)
+    ]
+    assert names == ["TensorBoard", "WandB"] and watch.watchers([], tmp_path, {}, None) == []
 
 
 def test_what_is_missing_or_unknown_is_refused_before_anything_is_begun(tmp_path, tensorboard, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(ValueError, match="--watch wandb: the package is not installed; pip install wandb"):
-        watch.watchers(["tensorboard", "wandb"], tmp_path, {}, 0)
+        watch.watchers(["tensorboard", "wandb"], tmp_path, {}, None)
     assert tensorboard == []
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="not installed; pip install tensorboard"):

@@ -173,14 +173,14 @@ def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
     with replace_file(directory / "chat_template.jinja") as new:
         new.write_text(chat_template(tokenizer), encoding="utf-8")
     generation = directory / "generation_config.json"
-    if is_chatml(tokenizer) and generation.exists():
-        ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # they may be one
-        write_json(generation, read_json(generation) | {"eos_token_id": ends})
     if not is_chatml(tokenizer):
         path = directory / "tokenizer_config.json"
         template = {"defaults": {"role": "assistant"}, "start_anchor": "<|assistant|>\n"}
         template["fields"] = {"content": {"close": tokenizer.eot, "content": "text"}}
         write_json(path, read_json(path) | {"response_template": template})
+    elif generation.exists():
+        ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # they may be one
+        write_json(generation, read_json(generation) | {"eos_token_id": ends})
 
 
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))

@@ -40,7 +40,7 @@ class Beside(subprocess.Popen):
         self.log.seek(0)
         return self.log.read()
 
-    def end(self, timeout=300) -> int:
+    def end(self, timeout=400) -> int:
         """Its exit code; if it does not end, an error and its end."""
         try:
             return self.wait(timeout)

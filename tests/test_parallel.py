@@ -321,12 +321,12 @@ def test_a_killed_process_and_then_sigterm_lose_nothing(folder):
         until(process, log, f'"step": {step},')
         os.kill(workers(process)[victim], signal.SIGKILL)
         # Of the first to notice, and torchrun's own.
-        assert process.end() != 0 and process.said().count("Traceback") <= 2
+        assert process.end(100) != 0 and process.said().count("Traceback") <= 2
 
     process = start("killed", "--resume")
     until(process, log, '"step": 150,')
     process.send_signal(signal.SIGTERM)
-    process.end()
+    process.end(100)
     state = json.loads((folder / "killed" / "checkpoint" / "state.json").read_text())
     assert 150 <= state["step"] < 300 and process.said().count("saved; go on with --resume") == 1
 

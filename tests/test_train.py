@@ -401,7 +401,7 @@ def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, tmp_pat
     process = start(flags(text, tmp_path / "run", **options))
     wait_for(tmp_path / "run" / "metrics.jsonl", process, lambda log: '"step": 5' in log)
     process.send_signal(number)
-    assert process.end() == code
+    assert process.end(60) == code
     assert "saved; go on with --resume" in process.said()
     step = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"]
     assert 5 <= step < 300 and (tmp_path / "run" / "model" / "model.safetensors").exists()
@@ -443,7 +443,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(text, tmp_path):
         with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while filler.write(bytes(4096)):
                 pass
-        assert process.end() == 1
+        assert process.end(60) == 1
         (error,) = re.findall("error: .*", process.said())
         assert "No space left" in error and "disk/run/checkpoint" in error
         (disk / "filler").unlink()

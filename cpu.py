@@ -10,8 +10,21 @@ train.py asks for both; results/train_speed.py measures what comes of it.
 import ctypes
 import os
 import platform
+import re
+from pathlib import Path
 
 import torch
+
+
+def name() -> str:
+    """Whose it is and of which generation."""
+    described = Path("/proc/cpuinfo")
+    if described.is_file():  # Linux, where platform knows no more than the architecture
+        said = dict(re.findall(r"(\w[^\t:]*)\s*: (.*)", described.read_text()))
+        if "model name" in said:
+            # What a cloud rents out may be called "AMD EPYC" and no more.
+            return "{model name}, family {cpu family}, model {model}".format_map(said)
+    return platform.processor() or platform.machine()
 
 
 def keep_memory() -> None:
@@ -29,8 +42,8 @@ def multiply_by_onednn() -> None:
     """Let oneDNN multiply matrices of float32, where it does so in float32.
 
     It is given them by being allowed to round to bfloat16, which it does only on CPUs with matrix units
-    (AMX). Where a product shows that it does, all stays as it was. kernels/attention.py makes few
-    products of many small ones, which oneDNN is slow at, though not under torch.compile."""
+    (AMX). Where a product shows that it does, all stays as it was. Of many small products, which it is slow
+    at, kernels/attention.py makes few."""
     if not torch.backends.mkldnn.is_available():
         return
     before = torch.get_float32_matmul_precision()

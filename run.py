@@ -115,7 +115,7 @@ def prepare(args: argparse.Namespace) -> Run:
     flags = {flag: str(value) for flag, value in vars(args).items()}  # before they get derived defaults
     check_arguments(args)
     choose_device(args)
-    if args.device == "cpu" and not args.compile:
+    if args.device == "cpu":
         cpu.multiply_by_onednn()
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()

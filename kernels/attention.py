@@ -4,7 +4,7 @@
 
 Attention Is All You Need (Vaswani et al. 2017, section 3.2.1). `reference` below is this equation in plain
 PyTorch and defines what every other backend must compute; `torch` runs the library's fused operation, or for
-short rows on a CPU the blocks of `_AllHeads`; `triton` is flash_attention.py with flash_backward.py, and
+short rows on a CPU the blocks of `_all_heads`; `triton` is flash_attention.py with flash_backward.py, and
 flash_decoding.py where queries are few and keys many.
 
 Which keys are seen. Query i of T stands at position p = S - T + i of the S keys, so that a single new query
@@ -19,6 +19,7 @@ Grouped-query attention (Ainslie et al. 2023): H query heads share G key/value h
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -30,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import flash_attention, flash_backward, flash_decoding
 from kernels.backend import choose
 
-SHORT, BLOCK = 768, 128  # keys and queries, see `_AllHeads`
+SHORT, BLOCK = 768, 128  # keys and queries, see `_all_heads`
 
 
 def attention(
@@ -159,11 +160,14 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     mask = None
     if not square_causal and not sees_all:
         mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
-    if mask is None and S <= SHORT and _by_onednn(q):
-        if k.shape[2] != H:
-            k, v = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k, v))
-        heads = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
-        return _AllHeads.apply(*heads, square_causal, scale or 1 / math.sqrt(K)).transpose(1, 2)
+    on_cpu = q.device.type == "cpu" and q.dtype != torch.float64
+    if mask is None and S <= SHORT and on_cpu and _by_onednn():
+        dtype, n_shared = q.dtype, H // k.shape[2]
+        if n_shared > 1:
+            k, v = (x.repeat_interleave(n_shared, dim=2) for x in (k, v))
+        heads = (x.transpose(1, 2).flatten(0, 1).float() for x in (q, k, v))  # (B H, T or S, K)
+        out, _ = _all_heads(*heads, square_causal, scale or 1 / math.sqrt(K))
+        return out.to(dtype).unflatten(0, (B, H)).transpose(1, 2)
     with _fastest_first(q):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, K)
@@ -177,51 +181,83 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     return out.transpose(1, 2)  # (B, T, H, K)
 
 
-def _by_onednn(q: Tensor) -> bool:
-    """Whether cpu.py has set oneDNN to multiply such matrices."""
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or q.dtype != torch.float32:
-        return False
+@torch.compiler.assume_constant_result
+def _by_onednn() -> bool:
+    """Whether cpu.py has set oneDNN to multiply matrices of float32."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 
-class _AllHeads(torch.autograd.Function):
-    """Attention of q, k, v (B, H, T, K) in blocks of queries, with one product for all heads of a batch:
-    oneDNN is several times slower at the small ones, of single heads, that PyTorch's operation asks it for.
-    The weights are kept for the backward pass, of which long rows would have too many."""
+def _n_weights(T: int, S: int, causal: bool) -> int:
+    n_whole, rest = T // BLOCK, T % BLOCK
+    return BLOCK * BLOCK * n_whole * (n_whole + 1) // 2 + rest * T if causal else T * S
 
-    @staticmethod
-    def forward(ctx, q, k, v, causal, scale):
-        B, H, T, K = q.shape
-        q, k, v = (x.flatten(0, 1) for x in (q * scale, k, v))
-        out, weights = torch.empty_like(q), []
-        later = torch.full((BLOCK, BLOCK), -math.inf).triu(1) if causal else None
-        for start in range(0, T, BLOCK):
-            rows = slice(start, min(start + BLOCK, T))
-            seen = slice(0, rows.stop if causal else None)
-            scores = q[:, rows] @ k[:, seen].mT
-            if causal:
-                n = rows.stop - start
-                scores[:, :, rows] += later[:n, :n]
-            weights.append(scores.softmax(dim=-1))
-            torch.bmm(weights[-1], v[:, seen], out=out[:, rows])
-        ctx.save_for_backward(q, k, v, out, *weights)
-        ctx.scale = scale
-        return out.view(B, H, T, K)
 
-    @staticmethod
-    def backward(ctx, dout):
-        q, k, v, out, *weights = ctx.saved_tensors
-        dout, shape = dout.reshape(out.shape), dout.shape
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        delta = (dout * out).sum(dim=-1, keepdim=True)
-        for start, p in zip(range(0, q.shape[1], BLOCK), weights, strict=True):
-            rows, seen = slice(start, start + BLOCK), slice(0, p.shape[2])
-            dv[:, seen].baddbmm_(p.mT, dout[:, rows])
-            dscores = (dout[:, rows] @ v[:, seen].mT).sub_(delta[:, rows]).mul_(p)
-            torch.bmm(dscores, k[:, seen], out=dq[:, rows])
-            dk[:, seen].baddbmm_(dscores.mT, q[:, rows])
-        dq *= ctx.scale
-        return *(x.unflatten(0, shape[:2]) for x in (dq, dk, dv)), None, None
+def _blocks(weights: Tensor, q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries, the keys that one or another of them may see, and their part of the weights, (N, queries,
+    keys)."""
+    (N, T, _), S, end = q.shape, k.shape[1], 0
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        shape = N, stop - start, stop if causal else S
+        begin, end = end, end + math.prod(shape)
+        yield slice(start, stop), slice(0, shape[2]), weights[begin:end].view(shape)
+
+
+@library.custom_op("plinth::attention_all_heads", mutates_args=())
+@torch.autocast("cpu", enabled=False)
+def _all_heads(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q (N, T, K) over k and v (N, S, K), N = B H, in float32, by blocks of queries with one
+    product for all N: oneDNN is several times slower at the small ones, of single heads, that PyTorch's own
+    operation asks it for, and still slower at those in bfloat16. Also returns the weights, for the backward
+    pass; long rows would have too many."""
+    N, T, _ = q.shape
+    out, weights = torch.empty_like(q), q.new_empty(N * _n_weights(T, k.shape[1], causal))
+    q, later = q * scale, torch.full((BLOCK, BLOCK), -math.inf).triu(1)
+    for rows, seen, p in _blocks(weights, q, k, causal):
+        torch.bmm(q[:, rows], k[:, seen].mT, out=p)
+        if causal:
+            n = p.shape[1]
+            p[:, :, rows] += later[:n, :n]
+        torch.softmax(p, dim=-1, out=p)
+        torch.bmm(p, v[:, seen], out=out[:, rows])
+    return out, weights
+
+
+@_all_heads.register_fake
+def _(q, k, v, causal, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[0] * _n_weights(q.shape[1], k.shape[1], causal))
+
+
+@library.custom_op("plinth::attention_all_heads_backward", mutates_args=())
+def _all_heads_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, seen, p in _blocks(weights, q, k, causal):
+        dv[:, seen].baddbmm_(p.mT, dout[:, rows])
+        dp = dout[:, rows] @ v[:, seen].mT
+        dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp))
+        torch.bmm(dscores, k[:, seen], out=dq[:, rows])
+        dk[:, seen].baddbmm_(dscores.mT, q[:, rows])
+    return dq.mul_(scale), dk.mul_(scale), dv
+
+
+@_all_heads_backward.register_fake
+def _(dout, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_all_heads(ctx, inputs, output):
+    *qkv, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*qkv, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_all_heads(ctx, dout, _):
+    return *_all_heads_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+
+
+_all_heads.register_autograd(_backward_all_heads, setup_context=_save_all_heads)
 
 
 def _fastest_first(q: Tensor):
@@ -283,6 +319,7 @@ def _(dout, q, k, v, *_):
 def _save(ctx, inputs, output):
     q, k, v, *ctx.options, cu_seqlens, seqlens_k = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, seqlens_k)
+    ctx.set_materialize_grads(False)  # of lse, whose gradient nobody asks for
 
 
 def _backward(ctx, dout, _):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import cpu
 import parallel
 from charts import HUES, Curve, chart, page, settled, table, usual
 from chinchilla import short
@@ -45,16 +46,13 @@ def environment() -> dict:
         import triton
     except ImportError:
         triton = None
-    cpu, described = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if described.is_file():  # Linux, where platform knows no more than the architecture
-        cpu = next(iter(re.findall(r"model name\s*: (.*)", described.read_text())), cpu)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "triton": triton and triton.__version__,
         "system": platform.platform(),
-        "cpu": cpu,
+        "cpu": cpu.name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "processes": parallel.n_processes(),

@@ -15,7 +15,6 @@ prompt of 32 (one gathering for all of them). All in turns, median of the ratios
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cpu  # noqa: E402
 from adapted import adapted_layers, use  # noqa: E402
 from checkpoint import replace_file  # noqa: E402
 from gpt import GPT, SIZES  # noqa: E402
@@ -108,7 +108,7 @@ def main() -> None:
             sys.exit(f"error: {what}: rows of a batch differ from the same rows alone")
     if args.out:
         about = {"command": "python results/adapter_speed.py --out results/adapter_speed.json"}
-        about |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+        about |= {"cpu": cpu.name(), "torch": torch.__version__}
         about |= {"threads": torch.get_num_threads()}
         with replace_file(args.out) as new:
             new.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")

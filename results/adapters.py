@@ -26,7 +26,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cpu  # noqa: E402
 import train  # noqa: E402
 from checkpoint import replace_file  # noqa: E402
 from qlora import n_bytes  # noqa: E402
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
     about = {"command": "python results/adapters.py --base runs/base/model --out results/adapters.json"}
-    about |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    about |= {"cpu": cpu.name(), "torch": torch.__version__}
     about |= {"steps": args.steps, "search_steps": args.search_steps}
     results = about | {"search": [], "runs": [], "costs": []}
     if args.out and args.out.exists():

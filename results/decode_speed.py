@@ -8,7 +8,6 @@ B A B ...).
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import cpu
 from gpt import GPT, Config
 
 SHAPES = {
@@ -86,7 +86,7 @@ def main() -> None:
                 print(f"  {side:16} {row['tokens_per_second']:9,.0f} tokens/s   {row['ratio']:.2f}x", end="")
                 print(f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})", flush=True)
     if args.out:
-        machine = {"cpu": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         machine |= {"transformers": transformers.__version__}
         command = "python results/decode_speed.py --out results/decode_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")

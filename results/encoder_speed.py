@@ -15,7 +15,6 @@ float32, one process; a figure is the median over the rounds, with the smallest 
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import cpu
 from bert import BERT, SIZES
 from fill import pack
 
@@ -95,7 +95,7 @@ def main() -> None:
             print(f"{size:10} {ours} {row['ms']:.0f} ms, {other} {row['beside_ms']:.0f} ms: ", end="")
             print(f"{row['ratio']:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
     if args.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        machine = {"cpu": cpu.name(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
         command = "python results/encoder_speed.py --out results/encoder_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")

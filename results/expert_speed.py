@@ -11,7 +11,6 @@ here would be gigabytes.) A figure is the median over the rounds of its time ove
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -86,7 +85,7 @@ def main() -> None:
             print(f"  {way:10} {row['beside_ms']:8.1f} ms: {row['ratio']:.2f}x ", end="")
             print(f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
     if args.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        machine = {"cpu": cpu.name(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
         command = "python results/expert_speed.py --out results/expert_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")

@@ -22,7 +22,6 @@ script that was stopped, are not made again.
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import sys
 from dataclasses import replace
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cpu  # noqa: E402
 import data  # noqa: E402
 import gpt  # noqa: E402
 import moe  # noqa: E402
@@ -179,7 +179,7 @@ def main() -> None:
     jobs = [
         (part, name, seed, steps, args.cache) for seed in range(args.seeds) for part, name, steps in parts
     ]
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine = {"cpu": cpu.name(), "torch": torch.__version__}
     machine |= {"steps": args.steps, "balance_steps": args.balance_steps}
     results = []
     if args.out and args.out.exists():

@@ -26,6 +26,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cpu  # noqa: E402
 from checkpoint import replace_file  # noqa: E402
 from chinchilla import fit, points  # noqa: E402
 from huber_fit import huber  # noqa: E402
@@ -95,7 +96,7 @@ def main() -> None:
     best = min(value for value in results if math.isfinite(value))
     figures = {
         "command": "python results/fit_speed.py --out results/fit_speed.json",
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu.name(),
         "threads": 1,
         "python": platform.python_version(),
         "numpy": np.__version__,

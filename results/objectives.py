@@ -22,7 +22,6 @@ import io
 import json
 import keyword
 import multiprocessing
-import platform
 import statistics
 import sys
 import tokenize
@@ -40,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import bert  # noqa: E402
 import corpus  # noqa: E402
+import cpu  # noqa: E402
 import data  # noqa: E402
 import electra  # noqa: E402
 import gpt  # noqa: E402
@@ -252,7 +252,7 @@ def main() -> None:
                 row += f" {statistics.mean(values):8.1%} ({min(values):.1%}-{max(values):.1%})"
         print(row)
     if args.out:
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+        machine = {"cpu": cpu.name(), "torch": torch.__version__}
         command = "python results/objectives.py --out results/objectives.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=1) + "\n")
         plot(results, args.out.with_suffix(".png"))

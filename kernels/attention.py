@@ -161,7 +161,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     if not square_causal and not sees_all:
         mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
     on_cpu = q.device.type == "cpu" and q.dtype != torch.float64
-    if mask is None and S <= SHORT and on_cpu and _by_onednn():
+    if mask is None and T > 1 and S <= SHORT and on_cpu and _by_onednn():
         dtype, n_shared = q.dtype, H // k.shape[2]
         if n_shared > 1:
             k, v = (x.repeat_interleave(n_shared, dim=2) for x in (k, v))

@@ -17,13 +17,12 @@ import torch
 
 
 def name() -> str:
-    """Whose it is and of which generation."""
+    """Maker, family and model: what a cloud rents out may be called "AMD EPYC" and no more."""
     described = Path("/proc/cpuinfo")
     if described.is_file():  # Linux, where platform knows no more than the architecture
         said = dict(re.findall(r"(\w[^\t:]*)\s*: (.*)", described.read_text()))
-        if "model name" in said:
-            # What a cloud rents out may be called "AMD EPYC" and no more.
-            return "{model name}, family {cpu family}, model {model}".format_map(said)
+        if said.keys() >= {"model name", "cpu family", "model"}:
+            return f"{said['model name']}, family {said['cpu family']}, model {said['model']}"
     return platform.processor() or platform.machine()
 
 

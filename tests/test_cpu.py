@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 import cpu
 from kernels import attention
@@ -87,7 +88,7 @@ def test_attention_in_bfloat16_computes_in_float32(autocast):
 
 def test_the_operation_is_one_that_torch_compile_can_trace():
     q, k, v = (torch.randn(2, 150, 8, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(torch.ops.plinth.attention_all_heads, (q, k, v, True, 0.3))
+    library.opcheck(torch.ops.plinth.attention_all_heads, (q, k, v, True, 0.3))
 
 
 def test_compiled_it_takes_rows_of_any_length():

@@ -160,8 +160,8 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
     mask = None
     if not square_causal and not sees_all:
         mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
-    on_cpu = q.device.type == "cpu" and q.dtype != torch.float64
-    if mask is None and T > 1 and S <= SHORT and on_cpu and _by_onednn():
+    short = mask is None and T > 1 and S <= SHORT
+    if short and q.device.type == "cpu" and q.dtype != torch.float64 and _by_onednn():
         dtype, n_shared = q.dtype, H // k.shape[2]
         if n_shared > 1:
             k, v = (x.repeat_interleave(n_shared, dim=2) for x in (k, v))
@@ -250,7 +250,7 @@ def _(dout, q, k, v, *_):
 def _save_all_heads(ctx, inputs, output):
     *qkv, ctx.causal, ctx.scale = inputs
     ctx.save_for_backward(*qkv, output[1])
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # of the weights, whose gradient nobody asks for
 
 
 def _backward_all_heads(ctx, dout, _):

@@ -11,12 +11,12 @@ One class is five encoders, told apart by a handful of Config fields:
     BERT (Devlin et al. 2018)        segments and a pair objective, norms after the sums
     RoBERTa (Liu et al. 2019)        no segments, no pair objective, masks drawn anew each time
     ALBERT (Lan et al. 2019)         narrow embeddings (V x E, E x D), one layer's weights used L times
-    ELECTRA (Clark et al. 2020)      BERT with narrow embeddings; its objective is in electra.py
+    ELECTRA (Clark et al. 2020)      BERT with narrow embeddings; its objective is in language/electra.py
     ModernBERT (Warner et al. 2024)  norms before the layers, rotary positions, GeGLU, no biases, most layers
                                      looking only at their neighbourhood
 
-What is masked, and what is asked about pairs of segments, is in masking.py; what a trained one is for, in
-fill.py. Texts of different lengths are laid end to end in one row, so nothing is ever padded. Parameters
+What is masked, and what is asked about pairs of segments, is in language/masking.py; what a trained one is for, in
+language/encoder_inference.py. Texts of different lengths are laid end to end in one row, so nothing is ever padded. Parameters
 carry the names of Hugging Face's BERT.
 
     python bert.py                                                     the sizes
@@ -37,14 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import huggingface
-import huggingface_encoders
-import masking
-from fill import fill_mask, fill_row
+from data.tokenizer import Tokenizer, get_tokenizer
+from data.wordpiece import WordPiece
+from formats import decoders, encoders
 from gpt import rotate
 from kernels import attention
-from tokenizer import Tokenizer, get_tokenizer
-from wordpiece import WordPiece
+from language import masking
+from language.encoder_inference import fill_mask, fill_row
 
 
 @dataclass(frozen=True)
@@ -480,10 +479,10 @@ class BERT(nn.Module):
 
         Raises ValueError naming what is missing, damaged, of another shape, or not implemented here.
         """
-        fields, weights = huggingface_encoders.read(directory)
+        fields, weights = encoders.read(directory)
         with torch.device("meta"):
             model = cls(Config(**fields, kernels=kernels))
-        huggingface.assign(model, weights, directory)
+        decoders.assign(model, weights, directory)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -491,7 +490,7 @@ class BERT(nn.Module):
 
         The span boundary head is left out: it served training, and no architecture has it.
         """
-        huggingface_encoders.save(self.config, self.state_dict(), directory)
+        encoders.save(self.config, self.state_dict(), directory)
 
 
 Model = BERT

@@ -10,13 +10,13 @@ costs C = 6 N D FLOPs, so along a budget one falls as the other rises, and the l
 
 The law is that of Hoffmann et al. 2022 (arXiv 2203.15556, "Chinchilla"), section 3.3. This file holds the
 law, what has been published of it, and its fit to runs (approach 3 of that paper; the search is in
-huber_fit.py, and isoflop.py has approaches 1 and 2):
+scaling/huber_fit.py, and scaling/isoflop.py has approaches 1 and 2):
 
     python chinchilla.py                        what each published law makes of a few budgets
-    python chinchilla.py plan 1e22              plan a training run: plan.py, printed by plan_report.py
-    python chinchilla.py fit points.csv         fit the law to your own runs: fit_report.py
-    python chinchilla.py sweep --minutes 20     make the runs, fit them, predict a larger one: sweep.py
-    python chinchilla.py page                   the law to play with, in one HTML file: page.py
+    python chinchilla.py plan 1e22              plan a training run: scaling/plan.py, printed by scaling/plan_report.py
+    python chinchilla.py fit points.csv         fit the law to your own runs: scaling/fit_report.py
+    python chinchilla.py sweep --minutes 20     make the runs, fit them, predict a larger one: scaling/sweep.py
+    python chinchilla.py page                   the law to play with, in one HTML file: scaling/page.py
 
 Units: N parameters, D tokens, C FLOPs, everywhere; losses in nats per token, which depend on the tokenizer:
 laws of different ones can be compared by N and D, not by their losses.
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from huber_fit import BORDER, centre, on_border, parameters, search, search_again
+from scaling.huber_fit import BORDER, centre, on_border, parameters, search, search_again
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ LAWS = {
 }
 DEFAULT_LAW = "besiroglu"
 
-HOFFMANN = Path(__file__).with_name("chinchilla.csv")
+HOFFMANN = Path(__file__).parent / "scaling" / "hoffmann.csv"
 OUTLIERS = 5  # of its points
 # Per parameter. Laws fitted near 20 overstate what tokens far beyond are worth: refitted on runs of up to
 # 10,000 the exponents come out twice as large (Sardana and Frankle 2024).
@@ -255,7 +255,7 @@ def same(values, tolerance: float = 0.005) -> np.ndarray:
 
 @dataclass
 class Fit:
-    """A law fitted to n points, the objective f of huber_fit.py there, and the points. `warnings` is what to
+    """A law fitted to n points, the objective f of scaling/huber_fit.py there, and the points. `warnings` is what to
     know of it."""
 
     law: Law
@@ -265,7 +265,7 @@ class Fit:
     L: np.ndarray
     delta: float
     clusters: np.ndarray  # (n,) int64: points of one label are drawn together by the bootstrap by size
-    theta: np.ndarray  # (1, 5): the optimum, as huber_fit.py has it
+    theta: np.ndarray  # (1, 5): the optimum, as scaling/huber_fit.py has it
     warnings: list[str]
 
     @property
@@ -335,7 +335,7 @@ def fit(N, D, L, delta: float = 1e-3, *, clusters=None) -> Fit:
     distribution free, and the width went to 5e-6; what counts is delta times that, so it is 5e-9 on this
     scale, and f no more than the sum of absolute errors. delta 1e-6 or less finds their numbers here.
 
-    huber_fit.py has the search.
+    scaling/huber_fit.py has the search.
 
     Raises ValueError for less than 6 points, one size or one D alone, and numbers that are not positive."""
     N, D, L = (np.asarray(values, dtype=np.float64) for values in (N, D, L))
@@ -406,10 +406,10 @@ def print_laws() -> None:
 
 
 COMMANDS = {
-    "plan": ("plan_report", "plan a training run"),
-    "fit": ("fit_report", "fit the law to your own runs, or to those of the paper"),
-    "sweep": ("sweep", "make the runs, fit them, predict a larger one"),
-    "page": ("page", "the law to play with, in one HTML file"),
+    "plan": ("scaling.plan_report", "plan a training run"),
+    "fit": ("scaling.fit_report", "fit the law to your own runs, or to those of the paper"),
+    "sweep": ("scaling.sweep", "make the runs, fit them, predict a larger one"),
+    "page": ("scaling.page", "the law to play with, in one HTML file"),
 }
 
 
@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     for name, (file, help) in COMMANDS.items():
         command = commands.add_parser(name, help=help)
-        if argv[:1] == [name]:  # the others are left alone: they import this file, and sweep.py torch
+        if argv[:1] == [name]:  # the others are left alone: they import this file, and scaling/sweep.py torch
             module = importlib.import_module(file)
             module.add_arguments(command)
             command.set_defaults(run=module.main)
@@ -444,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-# Run as a script this file is the module __main__; plan.py and the others import it as chinchilla, and a Law
+# Run as a script this file is the module __main__; scaling/plan.py and the others import it as chinchilla, and a Law
 # of one would be none of the other.
 if __name__ == "__main__":
     sys.exit(importlib.import_module("chinchilla").main())

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import huggingface
+from data.tokenizer import Tokenizer, get_tokenizer
+from formats import decoders
 from generate import KVCache, StaticKVCache, generate, stream
 from kernels import attention, gelu, linear_cross_entropy, rms_norm
-from tokenizer import Tokenizer, get_tokenizer
 
 
 @dataclass(frozen=True)
@@ -387,15 +387,15 @@ class GPT(nn.Module):
 
         Raises ValueError naming what is missing, damaged, of another shape, or not implemented here.
         """
-        config = Config(**huggingface.read_decoder_config(directory), kernels=kernels)
+        config = Config(**decoders.read_decoder_config(directory), kernels=kernels)
         with torch.device("meta"):
             model = cls(config)
-        huggingface.load_decoder_weights(model, directory)
+        decoders.load_decoder_weights(model, directory)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, as the Hugging Face architecture that this config is."""
-        huggingface.save_decoder(self, directory)
+        decoders.save_decoder(self, directory)
 
 
 Model = GPT

@@ -12,13 +12,13 @@ dimensions, learns. The methods differ in which letters they train, and how thes
     PiSSA     A, B begin as the r largest singular directions of W           Meng et al. 2024, section 3
     DoRA      and g = m / |W + s B A|, a trained length m of each row        Liu et al. 2024, section 4.1
     IA3       g = c of keys and values, u of the MLP's last matrix; no A, B  Liu et al. 2022, section 3.3
-    QLoRA     LoRA on a W that is kept in 4 bits, see qlora.py               Dettmers et al. 2023
+    QLoRA     LoRA on a W that is kept in 4 bits, see posttraining/nf4.py               Dettmers et al. 2023
 
 and beside them two classical ways without adapters: training all weights, and only the head or last layers.
 
 An adapter is a few megabytes, so that one base serves many: they have names, `use` switches between them, and
 in one batch every row may have its own. `merge` adds one to W, after which the model is as fast as its base,
-and `unmerge` takes it out again (all three in adapted.py).
+and `unmerge` takes it out again (all three in posttraining/adapters.py).
 
     python train.py --model lora --base runs/gpt/model          teach a model to answer questions
     python lora.py runs/lora --chat                             talk to it
@@ -44,18 +44,16 @@ import torch
 from torch import Tensor, nn
 
 import bert
-import chat
-import data
+import data.text
 import gpt
-import huggingface
-import huggingface_adapters
-import huggingface_encoders
-import huggingface_moe
-import instruct
-import masking
 import moe
-import qlora
-from adapted import (
+from data.tokenizer import Tokenizer, get_tokenizer
+from data.wordpiece import WordPiece
+from formats import decoders, encoders, mixtures, peft
+from formats.peft import SavedAdapter
+from language import masking
+from posttraining import chat, instruct, nf4
+from posttraining.adapters import (
     EMBEDDING,
     Adapted,
     AdaptedEmbedding,
@@ -75,9 +73,6 @@ from adapted import (
     use,
     weight_shape,
 )
-from huggingface_adapters import SavedAdapter
-from tokenizer import Tokenizer, get_tokenizer
-from wordpiece import WordPiece
 
 METHODS = ("lora", "dora", "ia3", "full", "head", "last")
 ADAPTERS = ("lora", "dora", "ia3")
@@ -135,7 +130,7 @@ class Config:
 
     @property
     def learning_rate(self) -> float:
-        """By default, as a multiple of what optim.py proposes for training a model of the base's size: near
+        """By default, as a multiple of what engine/optim.py proposes for training a model of the base's size: near
         the best that results/adapters.py found. With LoRA+ it is that of A."""
         if self.init == "pissa":
             return 0.8
@@ -151,13 +146,13 @@ class Config:
         """The Config of the model in the directory `base`; ValueError if there is none."""
         if not self.base:
             raise ValueError("which model is to be adapted? name its directory by --base, as runs/gpt/model")
-        hf = huggingface.read_json(Path(self.base) / "config.json")
+        hf = decoders.read_json(Path(self.base) / "config.json")
         architecture = (hf.get("architectures") or ["none"])[0]
-        if architecture in huggingface.DEFAULTS:
-            return gpt.Config(**huggingface.read_decoder_config(self.base), kernels=self.kernels)
-        if architecture in huggingface_moe.DEFAULTS:
-            return moe.Config(**huggingface_moe.read_config(self.base), kernels=self.kernels)
-        return bert.Config(**huggingface_encoders.read(self.base)[0], kernels=self.kernels)
+        if architecture in decoders.DEFAULTS:
+            return gpt.Config(**decoders.read_decoder_config(self.base), kernels=self.kernels)
+        if architecture in mixtures.DEFAULTS:
+            return moe.Config(**mixtures.read_config(self.base), kernels=self.kernels)
+        return bert.Config(**encoders.read(self.base)[0], kernels=self.kernels)
 
     @property
     def max_seq_len(self) -> int:
@@ -383,7 +378,7 @@ def train_part(model: nn.Module, config: Config) -> None:
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """How many parameters learn, and how many there are (those in 4 bits too; shared ones once)."""
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    in_4_bits = sum(module.numel() for module in model.modules() if isinstance(module, qlora.NF4))
+    in_4_bits = sum(module.numel() for module in model.modules() if isinstance(module, nf4.NF4))
     return n_trained, in_4_bits + sum(p.numel() for p in model.parameters())
 
 
@@ -402,7 +397,7 @@ def save_adapter(
     fields = {"method": config.method, "r": config.r * ranks, "alpha": alpha, "dropout": config.dropout}
     fields |= {"rank_stabilized": config.rank_stabilized, "target_modules": config.target_modules}
     saved = SavedAdapter(fields, layers, config.base or None, base_fingerprint)
-    huggingface_adapters.write(directory, model, saved)
+    peft.write(directory, model, saved)
 
 
 def load_adapter(
@@ -415,9 +410,9 @@ def load_adapter(
     Raises ValueError if files are missing or broken, or made for another base.
     """
     check_name(model, name)
-    saved = huggingface_adapters.read(directory, model)
+    saved = peft.read(directory, model)
     known = adaptable_layers(model)
-    in_full = not any(isinstance(layer, Adapted | qlora.NF4) for layer in model.modules())
+    in_full = not any(isinstance(layer, Adapted | nf4.NF4) for layer in model.modules())
     if base_fingerprint is None and in_full:
         base_fingerprint = fingerprint(model)
     makers = {}
@@ -474,7 +469,7 @@ class AdaptedModel(nn.Module):
         self.base_model = config.load_base()
         self.base_fingerprint = fingerprint(self.base_model)
         if config.quantize:
-            qlora.quantize(self.base_model)
+            nf4.quantize(self.base_model)
         apply(self.base_model, config)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -535,7 +530,7 @@ class AdaptedModel(nn.Module):
 
     def load_state_dict(self, weights: dict[str, Tensor], strict: bool = True):
         """ValueError unless weights are those of `state_dict`."""
-        huggingface.check_weights(self.state_dict(), weights, self.config.base)
+        decoders.check_weights(self.state_dict(), weights, self.config.base)
         return super().load_state_dict(weights, strict=False)
 
     @classmethod
@@ -550,7 +545,7 @@ class AdaptedModel(nn.Module):
         path = Path(directory) / "adapter_config.json"
         if not path.exists() and (path.parent / "config.json").exists():
             raise ValueError(f"{directory}: a whole model and no adapter; use --base to adapt it")
-        named = huggingface.read_json(path).get("base_model_name_or_path")
+        named = decoders.read_json(path).get("base_model_name_or_path")
         config = Config(base or named or "", kernels=kernels)
         if not Path(config.base).is_dir():
             raise ValueError(f"{directory}: adapts {config.base!r}, which is not here; name it by --base")
@@ -576,11 +571,11 @@ STEPS = 1000
 SPECIAL_TOKENS = {}
 
 
-def prepare_data(config: Config, args: argparse.Namespace) -> data.Dataset:
-    """Conversations for a decoder, see instruct.py; for an encoder a text, which it is trained on as ever."""
+def prepare_data(config: Config, args: argparse.Namespace) -> data.text.Dataset:
+    """Conversations for a decoder, see posttraining/instruct.py; for an encoder a text, which it is trained on as ever."""
     if not is_encoder(config.of_base):
         return instruct.prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len)
-    dataset = data.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
+    dataset = data.text.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
     n_rows = (len(dataset.val.tokens) - 1) // args.seq_len
     if n_rows == 0:
         n = len(dataset.val.tokens)

@@ -35,13 +35,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import expert_usage
 import gpt
-import huggingface_moe
+from data.tokenizer import get_tokenizer
+from formats import mixtures
 from generate import KVCache
 from gpt import GPT, MLP
 from kernels import grouped_matmul
-from tokenizer import get_tokenizer
+from language import expert_usage
 
 ROUTERS = ("softmax", "switch", "sigmoid", "expert_choice")
 
@@ -472,10 +472,10 @@ class MoEGPT(GPT):
 
         Raises ValueError naming what is missing, damaged, of another shape, or not implemented here.
         """
-        config = Config(**huggingface_moe.read_config(directory), kernels=kernels)
+        config = Config(**mixtures.read_config(directory), kernels=kernels)
         with torch.device("meta"):
             model = cls(config)
-        huggingface_moe.load_weights(model, directory)
+        mixtures.load_weights(model, directory)
         for layer in model.sparse_layers:
             if config.router == "sigmoid":  # no checkpoint has the loads
                 layer.gate.load = torch.zeros_like(layer.gate.e_score_correction_bias)
@@ -483,7 +483,7 @@ class MoEGPT(GPT):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, as the Hugging Face architecture that this config is."""
-        huggingface_moe.save(self, directory)
+        mixtures.save(self, directory)
 
 
 @torch.no_grad()

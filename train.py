@@ -4,9 +4,9 @@
         gradient of the mean loss over batch_size x grad_accum sequences, clipped to norm grad_clip
         optimizer step at learning_rate(step)
 
-The loop stands in `train` below, a step of it in `update`. Around it: options.py has the flags, run.py what
-is settled before the first step and what a model file must offer, optim.py the rules of the update,
-parallel.py what many processes need. Everything random is a function of (seed, step): a run that is killed
+The loop stands in `train` below, a step of it in `update`. Around it: engine/options.py has the flags, engine/run.py what
+is settled before the first step and what a model file must offer, engine/optim.py the rules of the update,
+engine/parallel.py what many processes need. Everything random is a function of (seed, step): a run that is killed
 and resumed computes, on a CPU to the bit, what it would have computed in one go. It leaves behind, in --out:
 
     model/           Hugging Face layout: opens with AutoModelForCausalLM and AutoTokenizer (adapters: PEFT)
@@ -35,18 +35,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import benchmark
-import cpu
-import data
-import memory
-import optim
-import parallel
-import report
-import watch
-from benchmark import wait_for
-from optim import learning_rate
-from options import parse_arguments
-from run import (
+import data.text
+from engine import benchmark, cpu, memory, optim, parallel, report, watch
+from engine.benchmark import wait_for
+from engine.optim import learning_rate
+from engine.options import parse_arguments
+from engine.run import (
     Run,
     as_asked,
     command,
@@ -83,7 +77,7 @@ def evaluate(run: Run) -> dict[str, float]:
     run.model.eval()
     sums, n_targets, i, n = Counter(), 0, parallel.rank(), parallel.n_processes()
     tokens, T, B = run.dataset.val.tokens, run.args.seq_len, run.args.batch_size
-    for index, rows in enumerate(data.held_out_batches(tokens, T, B)):
+    for index, rows in enumerate(data.text.held_out_batches(tokens, T, B)):
         if run.concept.SPECIAL_TOKENS and rows.shape[1] <= T:
             continue  # the end of the text: special tokens might leave it no room
         asked = parallel.ask(run.signal)

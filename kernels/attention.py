@@ -183,7 +183,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
 
 @torch.compiler.assume_constant_result
 def _by_onednn() -> bool:
-    """Whether cpu.py has set oneDNN to multiply matrices of float32."""
+    """Whether engine/cpu.py has set oneDNN to multiply matrices of float32."""
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
 

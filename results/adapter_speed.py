@@ -1,6 +1,6 @@
 """What does it cost to give each row of a batch its own adapter?
 
-    python results/adapter_speed.py --out results/adapter_speed.json        two minutes
+    python -m results.adapter_speed --out results/adapter_speed.json        two minutes
 
 64 rows through gpt.py's 10m size with random weights, LoRA of rank 16 on all its linear layers, in float32:
 
@@ -23,14 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from engine import cpu
+from formats.atomic import replace_file
+from gpt import GPT, SIZES
+from lora import Config, apply
+from posttraining.adapters import adapted_layers, use
 
-import cpu  # noqa: E402
-from adapted import adapted_layers, use  # noqa: E402
-from checkpoint import replace_file  # noqa: E402
-from gpt import GPT, SIZES  # noqa: E402
-from lora import Config, apply  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 ROWS = 64
 NAMES = [f"user{i}" for i in range(ROWS)]
@@ -107,7 +106,7 @@ def main() -> None:
         if not same:
             sys.exit(f"error: {what}: rows of a batch differ from the same rows alone")
     if args.out:
-        about = {"command": "python results/adapter_speed.py --out results/adapter_speed.json"}
+        about = {"command": "python -m results.adapter_speed --out results/adapter_speed.json"}
         about |= {"cpu": cpu.name(), "torch": torch.__version__}
         about |= {"threads": torch.get_num_threads()}
         with replace_file(args.out) as new:

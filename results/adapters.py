@@ -1,7 +1,7 @@
 """What does it take to teach a base model to answer? All ways of lora.py on the same questions.
 
     python train.py --model gpt --steps 4000 --out runs/base
-    python results/adapters.py --base runs/base/model --out results/adapters.json      an hour on two cores
+    python -m results.adapters --base runs/base/model --out results/adapters.json      an hour on two cores
 
 Every run is `train.py --model lora` on the built-in conversations about Python's standard library, rows of
 256 tokens, 8 to a batch. Methods want very different learning rates, so each first looks for its own, in
@@ -35,14 +35,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import train
+from engine import cpu
+from engine.run import host_batches
+from formats.atomic import replace_file
+from posttraining.nf4 import n_bytes
 
-import cpu  # noqa: E402
-import train  # noqa: E402
-from checkpoint import replace_file  # noqa: E402
-from qlora import n_bytes  # noqa: E402
-from run import host_batches  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 METHODS = {  # --size, --set, and where the search for a learning rate begins
     "full": ("full", [], 1e-3),
@@ -218,7 +217,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
-    about = {"command": "python results/adapters.py --base runs/base/model --out results/adapters.json"}
+    about = {"command": "python -m results.adapters --base runs/base/model --out results/adapters.json"}
     about |= {"cpu": cpu.name(), "torch": torch.__version__}
     about |= {"steps": args.steps, "search_steps": args.search_steps}
     results = about | {"search": [], "runs": [], "costs": []}

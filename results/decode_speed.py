@@ -1,6 +1,6 @@
 """Cached greedy decoding on this machine, beside transformers' generate, of a small random Llama.
 
-    python results/decode_speed.py --out results/decode_speed.json        (needs tests/requirements.txt)
+    python -m results.decode_speed --out results/decode_speed.json        (needs tests/requirements.txt)
 
 Both sides continue the same prompts by the same tokens (checked), in float32, prefill included, in turn (A
 B A B ...).
@@ -9,7 +9,6 @@ B A B ...).
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -17,9 +16,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import cpu
+from engine import cpu
 from gpt import GPT, Config
 
 SHAPES = {
@@ -88,7 +85,7 @@ def main() -> None:
     if args.out:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         machine |= {"transformers": transformers.__version__}
-        command = "python results/decode_speed.py --out results/decode_speed.json"
+        command = "python -m results.decode_speed --out results/decode_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
 
 

@@ -1,6 +1,6 @@
 """What an encoder saves by not computing what nobody asked: two pairs, timed in turn on this machine.
 
-    python results/encoder_speed.py --out results/encoder_speed.json
+    python -m results.encoder_speed --out results/encoder_speed.json
 
 masked places alone: a training step (forward, backward, no optimizer) of bert.py's two tiny sizes with
 BERT's 30,522 tokens on rows of 128, whose head and loss run on the 15 percent that are masked, beside the
@@ -16,7 +16,6 @@ float32, one process; a figure is the median over the rounds, with the smallest 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,11 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import cpu
 from bert import BERT, SIZES
-from fill import pack
+from engine import cpu
+from language.encoder_inference import pack
 
 T, BATCH, VOCABULARY = 128, 16, 30522
 
@@ -97,7 +94,7 @@ def main() -> None:
     if args.out:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
-        command = "python results/encoder_speed.py --out results/encoder_speed.json"
+        command = "python -m results.encoder_speed --out results/encoder_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
 
 

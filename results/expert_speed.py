@@ -1,6 +1,6 @@
 """The layer of moe.py beside the Mixtral block of transformers, timed in turn on this machine.
 
-    python results/expert_speed.py --out results/expert_speed.json      needs pip install transformers
+    python -m results.expert_speed --out results/expert_speed.json      needs pip install transformers
 
 Forward and backward, gradients of the input and of all weights, of one layer: width 256, experts of width
 512, 2,048 tokens, the 2 best of 8 experts or of 64, float32, the same weights on both sides. transformers has
@@ -12,7 +12,6 @@ here would be gigabytes.) A figure is the median over the rounds of its time ove
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -21,9 +20,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import cpu
+from engine import cpu
 from moe import Config, MoE
 
 D, D_EXPERT, TOKENS, TOP_K = 256, 512, 2048, 2
@@ -87,7 +84,7 @@ def main() -> None:
     if args.out:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
-        command = "python results/expert_speed.py --out results/expert_speed.json"
+        command = "python -m results.expert_speed --out results/expert_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
 
 

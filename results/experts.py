@@ -1,6 +1,6 @@
 """What do experts buy? Dense and sparse models at equal compute, and what becomes of experts left alone.
 
-    python results/experts.py --out results/experts.json        an hour on two cores
+    python -m results.experts --out results/experts.json        an hour on two cores
 
 Every run is gpt.py's tiny size or moe.py's on the standard library's source text, 4,096 tokens in the
 vocabulary, three seeds each, and stops when it has spent the same matmul FLOPs (`flops_per_token`, forward
@@ -31,16 +31,15 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import data.text
+import gpt
+import moe
+from engine import cpu
+from engine.optim import default_learning_rate, learning_rate, make_optimizers
+from formats.atomic import replace_file
+from language.expert_usage import usage
 
-import cpu  # noqa: E402
-import data  # noqa: E402
-import gpt  # noqa: E402
-import moe  # noqa: E402
-from checkpoint import replace_file  # noqa: E402
-from expert_usage import usage  # noqa: E402
-from optim import default_learning_rate, learning_rate, make_optimizers  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 BATCH = 8
 DENSE = gpt.SIZES["tiny"]
@@ -75,7 +74,7 @@ def run(job: tuple[str, str, int, int, Path]) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     concept, config = {"models": MODELS, "balance": BALANCE}[part][name]
-    dataset = data.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
+    dataset = data.text.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
     T = config.max_seq_len
     model = concept.Model(config.fitted(dataset.tokenizer, T))
     dense = DENSE.fitted(dataset.tokenizer, T)
@@ -84,8 +83,8 @@ def run(job: tuple[str, str, int, int, Path]) -> dict:
     args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
     args = SimpleNamespace(**args, weight_decay=0.1)
     (optimizer,) = make_optimizers(model, args)
-    loader = data.Loader(dataset.train.tokens, T, seed)
-    rows = next(data.held_out_batches(dataset.val.tokens, T, 128))
+    loader = data.text.Loader(dataset.train.tokens, T, seed)
+    rows = next(data.text.held_out_batches(dataset.val.tokens, T, 128))
     curve = [measure(model, rows[:32], 0)]
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -173,7 +172,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
-    data.prepare("stdlib", "bpe:4096", args.cache)
+    data.text.prepare("stdlib", "bpe:4096", args.cache)
     parts = [("models", name, args.steps) for name in MODELS]
     parts += [("balance", name, args.balance_steps) for name in BALANCE]
     jobs = [
@@ -194,7 +193,7 @@ def main() -> None:
         for result in pool.imap(run, [job for job in jobs if job[:3] not in done]):
             results.append(result)
             if args.out:
-                command = "python results/experts.py --out results/experts.json"
+                command = "python -m results.experts --out results/experts.json"
                 content = {"command": command, **machine, "results": results}
                 with replace_file(args.out) as new:
                     new.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Fitting the law to the 240 points of Hoffmann et al. 2022, beside the usual way with scipy.optimize.
 
-    python results/fit_speed.py --out results/fit_speed.json      (needs tests/requirements.txt)
+    python -m results.fit_speed --out results/fit_speed.json      (needs tests/requirements.txt)
 
 The usual way (Hoffmann et al. 2022; Besiroglu et al. 2024): L-BFGS-B with gradients by finite
 differences, from each of the 4,500 points of a grid; then BFGS from the optimum for each of 4,000 bootstrap
@@ -23,13 +23,12 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from chinchilla import fit, points
+from engine import cpu
+from formats.atomic import replace_file
+from scaling.huber_fit import huber
 
-import cpu  # noqa: E402
-from checkpoint import replace_file  # noqa: E402
-from chinchilla import fit, points  # noqa: E402
-from huber_fit import huber  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 DELTA, RESAMPLES = 1e-3, 4000
 GRID = list(  # a, b, e, alpha, beta
@@ -95,7 +94,7 @@ def main() -> None:
     theirs, whole = grid_seconds + bootstrap_seconds, sum(ours.values())
     best = min(value for value in results if math.isfinite(value))
     figures = {
-        "command": "python results/fit_speed.py --out results/fit_speed.json",
+        "command": "python -m results.fit_speed --out results/fit_speed.json",
         "cpu": cpu.name(),
         "threads": 1,
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """What should an encoder be asked? Eight objectives on one corpus at equal compute, three seeds each.
 
-    python results/objectives.py --out results/objectives.json        35 minutes on two cores
+    python -m results.objectives --out results/objectives.json        35 minutes on two cores
 
 Every run is the same small transformer (4 layers, width 128, rotary positions) on the standard library's
 source text, 4,096 tokens in the vocabulary, rows of 128, and stops when it has spent the same matmul FLOPs
@@ -23,7 +23,6 @@ import json
 import keyword
 import multiprocessing
 import statistics
-import sys
 import tokenize
 from dataclasses import replace
 from itertools import pairwise
@@ -34,16 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import bert
+import data.text
+import gpt
+from data import corpus
+from engine import cpu
+from engine.optim import default_learning_rate, learning_rate, make_optimizers
+from language import electra
 
-import bert  # noqa: E402
-import corpus  # noqa: E402
-import cpu  # noqa: E402
-import data  # noqa: E402
-import electra  # noqa: E402
-import gpt  # noqa: E402
-from optim import default_learning_rate, learning_rate, make_optimizers  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 T, BATCH = 128, 8
 ENCODER = bert.Config(4, 4, 128, 256, **bert.MODERN | {"n_segments": 2})
@@ -76,7 +74,7 @@ def run(job: tuple[str, int, int, Path]) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     concept, config = OBJECTIVES[name]
-    dataset = data.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
+    dataset = data.text.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
     tokenizer = dataset.tokenizer.with_special_tokens(bert.SPECIAL_TOKENS)
     model = concept.Model(config.fitted(tokenizer, T))
     budget = steps * ENCODER.fitted(tokenizer, T).flops_per_token(T)
@@ -85,8 +83,8 @@ def run(job: tuple[str, int, int, Path]) -> dict:
     args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
     args = SimpleNamespace(**args, weight_decay=0.1)
     (optimizer,) = make_optimizers(model, args)
-    loader = data.Loader(dataset.train.tokens, T, seed)
-    rows = torch.cat([*data.held_out_batches(dataset.val.tokens, T, 256)][:1])
+    loader = data.text.Loader(dataset.train.tokens, T, seed)
+    rows = torch.cat([*data.text.held_out_batches(dataset.val.tokens, T, 256)][:1])
     curve = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -236,7 +234,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
-    data.prepare("stdlib", "bpe:4096", args.cache)
+    data.text.prepare("stdlib", "bpe:4096", args.cache)
     jobs = [(name, seed, args.steps, args.cache) for seed in range(args.seeds) for name in OBJECTIVES]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         results = list(pool.imap(run, jobs, chunksize=1))
@@ -253,7 +251,7 @@ def main() -> None:
         print(row)
     if args.out:
         machine = {"cpu": cpu.name(), "torch": torch.__version__}
-        command = "python results/objectives.py --out results/objectives.json"
+        command = "python -m results.objectives --out results/objectives.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=1) + "\n")
         plot(results, args.out.with_suffix(".png"))
 

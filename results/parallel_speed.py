@@ -1,7 +1,7 @@
 """What a second process brings on a CPU: training tokens per second of two processes with one thread each,
 beside one process with one thread.
 
-    python results/parallel_speed.py --out results/parallel_speed.json
+    python -m results.parallel_speed --out results/parallel_speed.json
 
 Both run `train.py --model gpt --benchmark`, in turn; the model, the batch and the text are the same. What the
 processes have to tell each other is the gradients, as many of them however large the batch. The smaller batch
@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from engine import cpu
 
-import cpu  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 FLAGS = "--model gpt --benchmark --batch-size"
 BATCHES = 8, 32
@@ -61,7 +60,7 @@ def main() -> None:
             print(f" ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
     if args.out:
         machine = {"cpu": cpu.name(), "torch": torch.__version__}
-        command = "python results/parallel_speed.py --out results/parallel_speed.json"
+        command = "python -m results.parallel_speed --out results/parallel_speed.json"
         args.out.write_text(
             json.dumps({"command": command, "flags": FLAGS, **machine, "results": results}, indent=2) + "\n"
         )

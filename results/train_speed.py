@@ -1,7 +1,7 @@
 """Training tokens per second on this machine, beside nanoGPT's, of GPT-2-shaped models of the same shapes.
 
     git clone https://github.com/karpathy/nanoGPT
-    python results/train_speed.py nanoGPT --out results/train_speed.json
+    python -m results.train_speed nanoGPT --out results/train_speed.json
 
 Both sides run their own train.py as a whole, in turn, on the same bytes, with biases, no dropout and AdamW,
 once without and once with torch.compile, which nanoGPT has on unless told otherwise; one figure is the median
@@ -24,12 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from data import corpus
+from engine.report import environment
+from gpt import GPT, GPT2, Config
 
-import corpus  # noqa: E402
-from gpt import GPT, GPT2, Config  # noqa: E402
-from report import environment  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 SHAPES = {  # layers, heads, width, vocabulary, T, batch, steps
     "4 layers, width 128, GPT-2's 50,257 tokens": (4, 4, 128, 50257, 128, 16, 12),
@@ -111,7 +110,7 @@ def main() -> None:
     if args.out:
         machine = {key: environment()[key] for key in ("cpu", "threads", "torch")}
         machine |= {"capability": torch.backends.cpu.get_cpu_capability()}
-        command = "python results/train_speed.py nanoGPT --out results/train_speed.json"
+        command = "python -m results.train_speed nanoGPT --out results/train_speed.json"
         args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""Does the best learning rate move when a model gets wider? With and without the width transfer of optim.py.
+"""Does the best learning rate move when a model gets wider? With and without the width transfer of engine/optim.py.
 
-    python results/width_transfer.py --out results/width_transfer.json        half an hour on two cores
+    python -m results.width_transfer --out results/width_transfer.json        half an hour on two cores
 
 The small decoder of gpt.py (4 layers, heads of 32, the inner width of the MLP 11/4 of the model's) at widths
 64, 128 and 256, each trained at six learning rates a factor of 2 apart, from two seeds of weights and
@@ -27,14 +27,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import data.text
+import gpt
+from engine.optim import learning_rate, make_optimizers, transfer_width
+from engine.report import environment
+from formats.atomic import replace_file
 
-import data  # noqa: E402
-import gpt  # noqa: E402
-from checkpoint import replace_file  # noqa: E402
-from optim import learning_rate, make_optimizers, transfer_width  # noqa: E402
-from report import environment  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 WIDTHS = (64, 128, 256)
 BASES = (None, 128, 256)  # of --mup
@@ -47,7 +46,7 @@ T, BATCH = 128, 8
 def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: Path) -> float | None:
     """Train one model; its validation loss, or None if that is no finite number."""
     torch.set_num_threads(1)
-    dataset = data.prepare("stdlib", "bytes", cache)
+    dataset = data.text.prepare("stdlib", "bytes", cache)
     torch.manual_seed(seed)
     n_heads = width // HEAD
     config = gpt.Config(4, n_heads, width, width * 11 // 4, n_kv_heads=n_heads // 2, qk_norm=True)
@@ -57,7 +56,7 @@ def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: P
     if base:
         transfer_width(model, base)
     (optimizer,) = make_optimizers(model, args)
-    loader = data.Loader(dataset.train.tokens, T, seed)
+    loader = data.text.Loader(dataset.train.tokens, T, seed)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["lr_factor"]
@@ -67,7 +66,7 @@ def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: P
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.zero_grad()
-    rows = next(data.held_out_batches(dataset.val.tokens, T, 128))
+    rows = next(data.text.held_out_batches(dataset.val.tokens, T, 128))
     with torch.no_grad():
         parts = [model.loss(gpt.make_batch(part, model.config, None))[0].item() for part in rows.split(16)]
     loss = sum(parts) / len(parts)
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
-    data.prepare("stdlib", "bytes", args.cache)
+    data.text.prepare("stdlib", "bytes", args.cache)
     machine = {key: environment()[key] for key in ("cpu", "torch")} | {"steps": args.steps}
     results = []
     if args.out and args.out.exists():
@@ -151,7 +150,7 @@ def main() -> None:
         for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
             results.append(futures[future] | {"loss": future.result()})
             if args.out:
-                command = "python results/width_transfer.py --out results/width_transfer.json"
+                command = "python -m results.width_transfer --out results/width_transfer.json"
                 content = {"command": command, **machine, "results": results}
                 with replace_file(args.out) as new:
                     new.write_text(json.dumps(content, indent=1) + "\n")

@@ -5,10 +5,13 @@ import json
 import os
 import subprocess
 import tempfile
+from pathlib import Path
 
 # Small tensors are computed faster by one thread than by several that wait for each other. Both variables are
 # read when torch and triton are imported, also by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The processes that tests start find the project from any directory.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 import pytest
 import torch

@@ -18,8 +18,8 @@ import bert
 import gpt
 import train
 from bert import BERT, SIZES, SPECIAL_TOKENS, Config, make_batch
-from fill import embed, fill_mask, pack, pseudo_perplexity, sequence
-from tokenizer import Tokenizer, get_tokenizer, train_bpe
+from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
+from language.encoder_inference import embed, fill_mask, pack, pseudo_perplexity, sequence
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"

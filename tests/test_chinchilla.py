@@ -22,11 +22,11 @@ from chinchilla import (
     quantity,
     read_points,
 )
-from huber_fit import centre, parameters, search_again
+from scaling.huber_fit import centre, parameters, search_again
 
 ROUNDED = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # as Hoffmann et al. 2022 print it
 NAMES = ("E", "A", "B", "alpha", "beta")
-CSV = Path(chinchilla.__file__).with_name("chinchilla.csv")
+CSV = Path(chinchilla.__file__).parent / "scaling" / "hoffmann.csv"
 
 
 def values(law):

@@ -17,17 +17,16 @@ from conftest import SHARD
 from safetensors.torch import load_file, save_file
 
 import bert
-import chat
-import data
+import data.text
 import gpt
-import instruct
 import lora
 import moe
 import train
-from adapted import adapted_layers, merge, set_adapter, unmerge, use
+from data.tokenizer import Tokenizer, get_tokenizer
+from engine.optim import make_optimizers
 from lora import AdaptedModel, Config, apply, fingerprint, load_adapter, save_adapter
-from optim import make_optimizers
-from tokenizer import Tokenizer, get_tokenizer
+from posttraining import chat, instruct
+from posttraining.adapters import adapted_layers, merge, set_adapter, unmerge, use
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -709,7 +708,7 @@ def test_an_adapted_encoder_can_be_merged(home, tmp_path):
 @pytest.mark.parametrize("rest", [2, 4])
 def test_an_encoder_evaluates_held_out_text_of_any_length(rest, home, tmp_path):
     """Its last row may be too short for special tokens."""
-    dataset = data.prepare(str(home / "text.txt"), str(home / "bert"), home / "cache")
+    dataset = data.text.prepare(str(home / "text.txt"), str(home / "bert"), home / "cache")
     n = len(dataset.val.tokens) - 1
     seq_len = next(T for T in range(16, 64) if n % T == rest)
     options = dict(base=home / "bert", data=home / "text.txt", seq_len=seq_len, size="head")
@@ -888,10 +887,12 @@ def test_the_base_may_be_elsewhere(home, tmp_path, capsys):
 
 def test_accumulated_batches_weigh_by_their_answers(home, tmp_path):
     """The mean over the tokens of all answers, however the rows are divided into batches."""
-    told, data = [], tmp_path / "questions.jsonl"
-    data.write_text("\n".join(json.dumps({"question": str(i), "answer": "a" * i}) for i in range(1, 15)))
+    told, questions = [], tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps({"question": str(i), "answer": "a" * i}) for i in range(1, 15)))
     for out, batch_size in (("one", 4), ("four", 1)):
-        options = dict(batch_size=batch_size, grad_accum=4 // batch_size, steps=1, eval_every=1, data=data)
+        options = dict(
+            batch_size=batch_size, grad_accum=4 // batch_size, steps=1, eval_every=1, data=questions
+        )
         assert train.main(flags(home, tmp_path / out, **options)) == 0
         told += [rows(tmp_path / out, key)[0] for key in ("loss", "grad_norm")]
     assert told[:2] == pytest.approx(told[2:], rel=1e-5)

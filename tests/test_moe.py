@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 import train
-from expert_usage import Usage, report, usage
+from data.tokenizer import get_tokenizer
 from gpt import GPT
 from gpt import Config as DenseConfig
+from language.expert_usage import Usage, report, usage
 from moe import SIZES, Config, MoE, MoEGPT, from_dense, make_batch
-from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(2, 4, 32, 48, 61, 32, n_kv_heads=2, qk_norm=True, n_experts=6, top_k=2, d_expert=20)

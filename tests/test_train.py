@@ -20,13 +20,11 @@ from conftest import SHARD, Beside
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import benchmark
 import gpt
-import optim
-import options
 import train
+from data.tokenizer import Tokenizer
+from engine import benchmark, optim, options
 from kernels import backend
-from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "tokens_per_second")

@@ -1,0 +1,1 @@
+"""What goes into a run: text, tokenizers, conversations."""

@@ -1,0 +1,97 @@
+"""Special tokens: ids that stand for no text, such as [MASK] or the end of a document.
+
+Each has a *name*, by which a text may spell it where that is allowed, and mostly a *role*, what it is for.
+Models ask for the role, since names differ: BERT's `sep_token` is "[SEP]", RoBERTa's "</s>". The tokenizers
+of data/tokenizer.py and data/wordpiece.py share this.
+"""
+
+import functools
+import itertools
+import re
+from typing import Literal
+
+import numpy as np
+
+# What special tokens are for, by the names that transformers gives these roles.
+ROLES = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "bos_token": "[BOS]",
+}
+
+
+class SpecialTokens:
+    """What a tokenizer knows of its `special_tokens` (name -> id) and their `roles` (role -> name)."""
+
+    special_tokens: dict[str, int]
+    roles: dict[str, str]
+    n_vocab: int
+
+    @property
+    def cls_id(self) -> int:
+        return self.role_id("cls_token")
+
+    @property
+    def sep_id(self) -> int:
+        return self.role_id("sep_token")
+
+    @property
+    def mask_id(self) -> int:
+        return self.role_id("mask_token")
+
+    @property
+    def pad_id(self) -> int:
+        return self.role_id("pad_token")
+
+    @functools.cached_property
+    def is_special(self) -> np.ndarray:
+        """(n_vocab,) bool: True for the special tokens."""
+        result = np.zeros(self.n_vocab, bool)
+        result[list(self.special_tokens.values())] = True
+        return result
+
+    def role_id(self, role: str) -> int:
+        """The id of the token with a role; ValueError if none has it."""
+        if role in self.roles:
+            return self.special_tokens[self.roles[role]]
+        name = f"{role.removesuffix('_token')} token ({ROLES[role]})"
+        raise ValueError(f"this tokenizer has no {name}; use an encoder's, or add it by with_special_tokens")
+
+    def check_roles(self) -> None:
+        """Raise ValueError for a role that is unknown, or given to what is no special token."""
+        for role, name in self.roles.items():
+            if role not in ROLES:
+                raise ValueError(f"special tokens have no role {role!r}; there are {', '.join(ROLES)}")
+            if name not in self.special_tokens:
+                known = f"{len(self.special_tokens)}, such as {list(self.special_tokens)[:6]}"
+                raise ValueError(f"{role} {name!r} is no special token; there are {known}")
+
+    def extended(self, roles: dict[str, str], vocab: dict[str, int]) -> tuple[dict[str, int], dict[str, str]]:
+        """(special tokens, roles) with what it lacks; a name that is not in `vocab` gets the next free id."""
+        roles, special_tokens = roles | self.roles, dict(self.special_tokens)
+        new_ids = itertools.count(self.n_vocab)
+        for name in roles.values():
+            if name not in special_tokens:
+                special_tokens[name] = vocab[name] if name in vocab else next(new_ids)
+        return special_tokens, roles
+
+    def allowed(self, allowed_special: set[str] | Literal["all"]) -> set[str]:
+        """The names to look for in a text. Raises ValueError for one that is no special token."""
+        if allowed_special == "all":
+            return set(self.special_tokens)
+        unknown = set(allowed_special) - set(self.special_tokens)
+        if unknown:
+            known = f"{len(self.special_tokens)}, such as {list(self.special_tokens)[:6]}"
+            raise ValueError(f"no special token {min(unknown)!r}; there are {known}")
+        return set(allowed_special)
+
+
+def split_at(names: set[str], text: str) -> list[str]:
+    """Cut a text at the names in it: text, name, text, ..., name, text. Of several the longest counts."""
+    if not names:
+        return [text]
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)

@@ -1,0 +1,1 @@
+"""What turns a run: set-up, batches, checkpoints, processes, reports."""

@@ -1,0 +1,354 @@
+"""Checkpoints of encoders as the ecosystem keeps them, read and written; formats/decoders.py does decoders.
+
+The families agree on the mathematics and disagree on the names. Ours are BERT's; the tables below translate
+the others':
+
+    bert          BertModel, BertForMaskedLM, BertForPreTraining
+    roberta       RobertaForMaskedLM: no segments to speak of, its position table begins with unused rows
+    albert        AlbertForPreTraining: narrow embeddings, one layer for all
+    electra       ElectraForMaskedLM, ElectraForPreTraining: narrow embeddings
+    modernbert    ModernBertForMaskedLM: query, key and value in one matrix
+
+Which heads a checkpoint has is told by its tensors rather than by the architecture it names: published BERT
+files say BertForMaskedLM and hold the pair head too.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from formats import decoders
+from formats.decoders import read_json, read_weights
+
+FIELDS = {  # config.json: Config
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "pad_token_id": "pad_token_id",
+}
+BERT_FIELDS = {**FIELDS, "type_vocab_size": "n_segments", "layer_norm_eps": "norm_eps"}
+NARROW_FIELDS = {**BERT_FIELDS, "embedding_size": "d_embedding"}
+MODERN_FIELDS = {**FIELDS, "norm_eps": "norm_eps"}
+TABLES = {
+    "bert": BERT_FIELDS,
+    "roberta": BERT_FIELDS,
+    "albert": NARROW_FIELDS,
+    "electra": NARROW_FIELDS,
+    "modernbert": MODERN_FIELDS,
+}
+MODERN = {"n_segments": 0, "positions": "rope", "mlp": "geglu", "pre_norm": True, "bias": False}
+# What the family means, and what a key means when config.json leaves it out.
+DEFAULTS = {
+    "bert": {},
+    "roberta": {"pad_token_id": 1},
+    "albert": {"d_embedding": 128, "share_layers": True, "mlp": "gelu_tanh"},
+    "electra": {"d_embedding": 128},
+    "modernbert": {**MODERN, "norm_eps": 1e-5, "pad_token_id": 50283},
+}
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+# Keys with one value that we implement.
+ONLY = {
+    "hidden_activation": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "tie_word_embeddings": True,
+    "quantization_config": None,
+    "num_hidden_groups": 1,
+    "inner_group_num": 1,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "norm_bias": False,
+    "classifier_bias": False,
+    "classifier_activation": "gelu",
+    "decoder_bias": True,
+}
+# Keys that do not change hidden states or logits.
+INERT = decoders.INERT | {
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout", "classifier_dropout_prob",
+    "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor", "gradient_checkpointing", "eos_token_id",
+    "cls_token_id", "sep_token_id", "classifier_pooling", "deterministic_flash_attn", "reference_compile",
+    "repad_logits_with_grad", "sparse_prediction", "sparse_pred_ignore_index", "summary_last_dropout",
+    "down_scale_factor", "gap_size", "net_structure_type", "num_memory_blocks", "layers_to_keep",
+    "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
+    "pooler_size_per_head", "pooler_type", "output_past",
+}  # fmt: skip
+MODERN_KEYS = {  # the last two mean nothing to it, though its files have them
+    "local_attention", "layer_types", "global_attn_every_n_layers", "rope_parameters", "global_rope_theta",
+    "local_rope_theta", "layer_norm_eps", "position_embedding_type",
+}  # fmt: skip
+
+# Each family's names and ours, applied in this order.
+NAMES = {
+    "bert": {},
+    "roberta": {
+        "roberta.": "bert.",
+        "lm_head.dense.": "cls.predictions.transform.dense.",
+        "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
+        "lm_head.bias": "cls.predictions.bias",
+    },
+    "albert": {
+        "albert.encoder.embedding_hidden_mapping_in.": "bert.embeddings_project.",
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.": "bert.encoder.layer.0.",
+        "albert.pooler.": "bert.pooler.dense.",
+        "albert.": "bert.",
+        ".attention.query.": ".attention.self.query.",
+        ".attention.key.": ".attention.self.key.",
+        ".attention.value.": ".attention.self.value.",
+        ".attention.dense.": ".attention.output.dense.",
+        ".attention.LayerNorm.": ".attention.output.LayerNorm.",
+        ".0.ffn.": ".0.intermediate.dense.",
+        ".0.ffn_output.": ".0.output.dense.",
+        ".0.full_layer_layer_norm.": ".0.output.LayerNorm.",
+        "sop_classifier.classifier.": "cls.seq_relationship.",
+        "predictions.bias": "cls.predictions.bias",
+        "predictions.dense.": "cls.predictions.transform.dense.",
+        "predictions.LayerNorm.": "cls.predictions.transform.LayerNorm.",
+    },
+    "electra": {
+        "electra.": "bert.",
+        "generator_predictions.dense.": "cls.predictions.transform.dense.",
+        "generator_predictions.LayerNorm.": "cls.predictions.transform.LayerNorm.",
+        "generator_lm_head.bias": "cls.predictions.bias",
+    },
+    "modernbert": {
+        "model.embeddings.tok_embeddings.": "bert.embeddings.word_embeddings.",
+        "model.embeddings.norm.": "bert.embeddings.LayerNorm.",
+        "model.final_norm.": "bert.final_norm.",
+        "model.layers.": "bert.encoder.layer.",
+        ".attn.Wo.": ".attention.output.dense.",
+        ".attn_norm.": ".attention.output.LayerNorm.",
+        ".mlp.Wi.": ".intermediate.dense.",
+        ".mlp.Wo.": ".output.dense.",
+        ".mlp_norm.": ".output.LayerNorm.",
+        "head.dense.": "cls.predictions.transform.dense.",
+        "head.norm.": "cls.predictions.transform.LayerNorm.",
+        "decoder.bias": "cls.predictions.bias",
+    },
+}
+CLASSES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "albert": "Albert",
+    "electra": "Electra",
+    "modernbert": "ModernBert",
+}
+# What all but the heads' names begin with, where there are heads.
+PREFIXES = {
+    "bert": "bert.",
+    "roberta": "roberta.",
+    "albert": "albert.",
+    "electra": "electra.",
+    "modernbert": "model.",
+}
+# With a classifier, some families keep the pooler in it.
+CLASSIFIER_NAMES = {"classifier.out_proj.": "classifier.", "classifier.dense.": "bert.pooler.dense."}
+# Copies of other tensors, which files may hold or leave out.
+DERIVED = (
+    "position_ids", "token_type_ids", "decoder.weight", "predictions.decoder.bias", "lm_head.decoder.bias",
+    "generator_lm_head.weight",
+)  # fmt: skip
+
+
+def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """The fields of `bert.Config` for the encoder in directory, and its weights under our names.
+
+    Raises ValueError for what is missing, damaged, or not described by any Config.
+    """
+    family, fields = read_config(directory)
+    stored = read_weights(directory)
+    prefix = PREFIXES[family]
+    bare = not any(name.startswith(prefix) for name in stored)  # BertModel and the like
+    names = NAMES[family]
+    if "classifier.out_proj.weight" in stored:
+        names = CLASSIFIER_NAMES | names
+        # Old files of RoBERTa hold a pooler besides, which this classifier does not use.
+        stored = {name: w for name, w in stored.items() if not name.startswith(f"{prefix}pooler.")}
+    weights = {}
+    for name, w in stored.items():
+        if name.endswith(DERIVED):
+            continue
+        name = prefix + name if bare else name
+        # BERT's first files, from TensorFlow, call the weight and bias of a norm gamma and beta.
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        for theirs, ours in names.items():
+            if name.startswith(theirs) or (theirs.startswith(".") and theirs in name):
+                name = name.replace(theirs, ours, 1)
+        if name.endswith(".attn.Wqkv.weight"):
+            for part, piece in zip(("query", "key", "value"), w.chunk(3), strict=True):
+                weights[name.replace("attn.Wqkv", f"attention.self.{part}")] = piece.contiguous()
+        else:
+            weights[name] = w
+    fields["pooler"] = "bert.pooler.dense.weight" in weights
+    fields["mlm_head"] = "cls.predictions.bias" in weights
+    if "cls.seq_relationship.weight" in weights:
+        fields["pair"] = "sop" if family == "albert" else "nsp"
+    return fields, weights
+
+
+def read_config(directory: str | Path) -> tuple[str, dict]:
+    """The family of the encoder in directory, and the fields of `bert.Config` but for its heads."""
+    path = Path(directory) / "config.json"
+    hf = read_json(path)
+    family = hf.get("model_type")
+    if family not in TABLES:
+        raise ValueError(f"{path}: model_type {family!r}: expected one of {', '.join(TABLES)}")
+    table, fields = TABLES[family], dict(DEFAULTS[family])
+    for key, value in hf.items():
+        if key in table:
+            if value is not None:
+                fields[table[key]] = value
+        elif key == "hidden_act" and family != "modernbert":
+            if value not in ACTIVATIONS:
+                expected = ", ".join(ACTIVATIONS)
+                raise ValueError(f"{path}: hidden_act {value!r} is not implemented; expected {expected}")
+            fields["mlp"] = ACTIVATIONS[value]
+        elif family == "modernbert" and key in MODERN_KEYS:
+            continue  # read below
+        elif key in ONLY:
+            if value != ONLY[key]:
+                raise ValueError(f"{path}: {key} {value!r} is not implemented; expected {ONLY[key]!r}")
+        elif key not in INERT:
+            raise ValueError(
+                f"{path}: {key} {value!r} is not implemented; remove the key only if it has no effect"
+            )
+    needed = ("n_layers", "n_heads", "d_model", "d_ff", "vocab_size", "max_seq_len")
+    missing = [key for key, field in table.items() if field in needed and field not in fields]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing")
+    if family == "roberta":
+        fields["position_offset"] = fields["pad_token_id"] + 1
+        fields["max_seq_len"] -= fields["position_offset"]
+    if family == "modernbert":
+        fields |= read_local(path, hf, fields["n_layers"])
+    return family, fields
+
+
+def read_local(path: Path, hf: dict, n_layers: int) -> dict:
+    """ModernBERT's windows and the two rotary bases, in the spelling of transformers 4 or 5."""
+    every = hf.get("global_attn_every_n_layers", 3)
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if i % every else "full_attention" for i in range(n_layers)
+    ]
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    every = full[1] if len(full) > 1 else n_layers
+    if full != list(range(0, n_layers, every)) or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{path}: layer_types {kinds}: expected full_attention in every k-th layer from the first"
+        )
+    rope = hf.get("rope_parameters") or {}
+    thetas = {}
+    for kind, key, default in (("full", "global", 160_000.0), ("sliding", "local", 10_000.0)):
+        parameters = rope.get(f"{kind}_attention") or {}
+        if parameters.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"{path}: rope_type {parameters['rope_type']!r} is not implemented; expected 'default'"
+            )
+        thetas[key] = parameters.get("rope_theta", hf.get(f"{key}_rope_theta") or default)
+    return {
+        # A token sees half of local_attention to either side, and itself.
+        "window": hf.get("local_attention", 128) // 2 + 1 if len(full) < n_layers else None,
+        "global_every": every if len(full) < n_layers else 3,
+        "rope_theta": thetas["global"],
+        "local_rope_theta": thetas["local"],
+    }
+
+
+def family_of(config) -> str:
+    """The family that a `bert.Config` belongs to; ValueError where no Hugging Face architecture fits."""
+    style = {field: getattr(config, field) for field in MODERN}
+    classic = {"positions": "learned", "pre_norm": False, "bias": True}
+    narrow = config.d_embedding != config.d_model
+    if style == MODERN and not narrow and not config.share_layers and not config.pooler:
+        return "modernbert"
+    ordinary = config.mlp != "geglu" and config.n_segments > 0 and config.window is None
+    if style | classic == style and ordinary:
+        if config.position_offset:
+            plain = not narrow and not config.share_layers and config.pair == "none"
+            if plain and config.position_offset == config.pad_token_id + 1:
+                return "roberta"
+        elif config.share_layers:
+            if narrow:
+                return "albert"
+        elif not narrow:
+            return "bert"
+        elif not config.pooler:
+            return "electra"
+    raise ValueError(
+        f"no Hugging Face architecture has these features together, so it cannot be saved: {config}"
+    )
+
+
+def encoder_config(config, family: str, head: str) -> dict:
+    """config.json for a `bert.Config`, spelled so that transformers 4 and 5 read it."""
+    hf = {"architectures": [CLASSES[family] + head], "model_type": family}
+    hf |= {key: getattr(config, field) for key, field in TABLES[family].items()}
+    hf |= {"bos_token_id": None, "eos_token_id": None}
+    if family == "modernbert":
+        local = config.window is not None
+        hf |= {
+            "hidden_activation": "gelu",
+            "local_attention": 2 * (config.window - 1) if local else 128,
+            "global_attn_every_n_layers": config.global_every if local else 1,
+            "global_rope_theta": config.rope_theta,
+            "local_rope_theta": config.local_rope_theta,
+            "cls_token_id": None,
+            "sep_token_id": None,
+        }
+        return hf
+    hf["hidden_act"] = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]
+    # bert.py has no dropout; transformers' default of 0.1 would come in where it trains the model further.
+    hf |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if family == "roberta":
+        hf["max_position_embeddings"] += config.position_offset
+    return hf
+
+
+def save(
+    config,
+    weights: dict[str, Tensor],
+    directory: str | Path,
+    family: str | None = None,
+    head: str | None = None,
+    **more,
+) -> None:
+    """Write config.json and model.safetensors of weights under our names, each file replaced whole.
+
+    family: as in TABLES; head: what the architecture's name ends with. None: those that config has. more:
+    further keys of config.json.
+    """
+    family = family or family_of(config)
+    if head is None:
+        head = "ForPreTraining" if config.pair != "none" else "ForMaskedLM" if config.mlm_head else "Model"
+    hf = encoder_config(config, family, head) | more
+    decoders.write(directory, hf, to_hf(weights, family, head))
+
+
+def to_hf(weights: dict[str, Tensor], family: str, head: str) -> dict[str, Tensor]:
+    """Our names to those of the family; without a head they lose their prefix."""
+    names = NAMES[family]
+    if head == "ForSequenceClassification" and family in ("roberta", "electra"):
+        names = CLASSIFIER_NAMES | names
+    theirs = {}
+    for name, w in weights.items():
+        if name.startswith("cls.span_boundary."):
+            continue
+        if family == "modernbert" and ".attention.self." in name:
+            if ".query." not in name:
+                continue
+            w = torch.cat(
+                [weights[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            )
+            name = name.replace(".attention.self.query.", ".attn.Wqkv.")
+        for their, ours in names.items():
+            if name.startswith(ours) or (ours.startswith(".") and ours in name):
+                name = name.replace(ours, their, 1)
+        if head == "Model":
+            name = name.removeprefix(PREFIXES[family])
+        theirs[name] = w
+    return theirs

@@ -1,0 +1,202 @@
+"""The files in which BERT's vocabularies are kept: tokenizer.json, or vocab.txt as in 2018.
+
+A file holds the *pieces* with their ids, how text is prepared for them (see data/wordpiece.py), and the *special
+tokens*. The newer one:
+
+    normalizer      BertNormalizer: lowercase, strip_accents (null: as lowercase), handle_chinese_chars
+    pre_tokenizer   BertPreTokenizer: split at spaces and punctuation
+    model           type         WordPiece
+                    unk_token    "[UNK]"
+                    vocab        {"[PAD]": 0, ..., "the": 1996, ..., "##s": 2015, ...}
+    added_tokens    [{"content": "[MASK]", "id": 103, "special": true, ...}, ...]
+
+The older one is a piece per line, the first with id 0; how to prepare text (`do_lower_case`, ...) is then in
+tokenizer_config.json. There, for either, are the *roles* of special tokens ("mask_token": "[MASK]"). What the
+files leave unsaid is as in the first BERT, uncased.
+"""
+
+from pathlib import Path
+
+from formats import tokenizer_json
+from formats.atomic import replace_file
+from formats.tokenizer_json import read_json, write_json
+
+# The names that BERT gives to roles, where a file does not name them.
+BERT_ROLES = {
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+    "pad_token": "[PAD]",
+}
+LONGEST_WORD = 100  # characters
+
+# Tokenizers of transformers that read a vocab.txt as BERT does (Japanese BERT, for one, does not).
+LIKE_BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
+
+
+def write(
+    directory: Path,
+    vocab: dict[str, int],
+    lowercase: bool,
+    strip_accents: bool | None,
+    chinese_chars: bool,
+    special_tokens: dict[str, int],
+    roles: dict[str, str],
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt, which `AutoTokenizer` reads."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": tokenizer_json.added_tokens(special_tokens),
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": chinese_chars,
+            "strip_accents": strip_accents,
+            "lowercase": lowercase,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": tokenizer_json.template(special_tokens, roles),
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": False},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": roles["unk_token"],
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": LONGEST_WORD,
+            "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+        },
+    }
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": lowercase,
+        "strip_accents": strip_accents,
+        "tokenize_chinese_chars": chinese_chars,
+        "clean_up_tokenization_spaces": False,
+    } | roles
+    write_json(directory / "tokenizer.json", file)
+    write_json(directory / "tokenizer_config.json", config)
+    with replace_file(directory / "vocab.txt") as new:  # a line per id, empty where there is none
+        pieces = {i: piece for piece, i in (vocab | special_tokens).items()}
+        lines = [pieces.get(i, "") + "\n" for i in range(max(pieces) + 1)]
+        new.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def vocabulary_file(directory: str | Path) -> Path:
+    """The file with the pieces: tokenizer.json of a directory, else vocab.txt, or the file itself."""
+    path = Path(directory)
+    if not path.is_dir():
+        return path
+    has_only_text = (path / "vocab.txt").is_file() and not (path / "tokenizer.json").is_file()
+    return path / ("vocab.txt" if has_only_text else "tokenizer.json")
+
+
+def is_wordpiece(directory: str | Path) -> bool:
+    """Whether a directory or file holds a WordPiece vocabulary. Raises ValueError if it is damaged JSON."""
+    path = vocabulary_file(directory)
+    if path.suffix == ".txt":
+        return True
+    file = read_json(path)
+    model = file.get("model") if isinstance(file, dict) else None
+    if not isinstance(model, dict):
+        return False
+    # The oldest files do not name their model's type; DistilBERT's is one.
+    return model.get("type", "WordPiece") == "WordPiece" and "max_input_chars_per_word" in model
+
+
+def read_roles(config: dict, names: dict[str, int]) -> dict[str, str]:
+    """Of a tokenizer_config.json. A role it does not name has BERT's name, if there is such a token."""
+    usual = {role: name for role, name in BERT_ROLES.items() if name in names}
+    return usual | tokenizer_json.read_roles(config, names)
+
+
+def expect(what: str, found: dict, **allowed: tuple) -> None:
+    """Raise ValueError for the first setting that does not have one of its allowed values."""
+    for key, values in allowed.items():
+        if found.get(key) not in values:
+            raise ValueError(
+                f"{what} with {key} = {str(found.get(key))[:200]} is not supported, only {values[0]}"
+            )
+
+
+def read_tokenizer_json(file: dict, config: dict) -> dict:
+    """What `read` returns. From tokenizer_config.json come the roles, which tokenizer.json does not have."""
+    model, normalizer = file["model"], file["normalizer"] or {}
+    expect("a model", model, type=("WordPiece", None), continuing_subword_prefix=("##",))
+    expect("WordPiece", model, max_input_chars_per_word=(LONGEST_WORD,))
+    expect("a normalizer", normalizer, type=("BertNormalizer",), clean_text=(True,))
+    expect("a pre-tokenizer", file["pre_tokenizer"] or {}, type=("BertPreTokenizer",))
+
+    names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
+    for key in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+        here = normalizer[names.get(key, key)]
+        if config.get(key, here) != here:
+            raise ValueError(f"{names.get(key, key)} is {here}, but tokenizer_config.json says {config[key]}")
+
+    for token in file["added_tokens"]:
+        # Hugging Face also takes the space around it, which makes no difference where spaces are dropped.
+        expect(f"special token {token['content']!r}", token, single_word=(False,), normalized=(False,))
+    special_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
+    return {
+        "vocab": model["vocab"],
+        "lowercase": normalizer["lowercase"],
+        "strip_accents": normalizer["strip_accents"],
+        "chinese_chars": normalizer["handle_chinese_chars"],
+        "special_tokens": {model["unk_token"]: model["vocab"][model["unk_token"]]} | special_tokens,
+        "roles": read_roles(config, special_tokens) | {"unk_token": model["unk_token"]},
+    }
+
+
+def read_vocab_txt(path: Path, config: dict) -> dict:
+    """What `read` returns, from a file with a piece per line."""
+    if not path.is_file():
+        raise ValueError("no such file; give a directory that holds tokenizer.json or vocab.txt")
+    if path.with_name("added_tokens.json").is_file():
+        raise ValueError("pieces in added_tokens.json are not supported, only those of tokenizer.json")
+    kind = config.get("tokenizer_class") or LIKE_BERT[0]
+    if kind.removesuffix("Fast") not in LIKE_BERT:
+        raise ValueError(f"tokenizer_class {kind} is not supported, only {', '.join(LIKE_BERT)}")
+    expect("tokenizer_config.json", config, do_basic_tokenize=(True, None), never_split=(None, []))
+
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error}); download it again") from None
+    vocab = {piece: i for i, piece in enumerate(lines)}
+    added = {token["content"]: int(i) for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    roles = read_roles(config, vocab | added)
+    return {
+        "vocab": vocab,
+        "lowercase": config.get("do_lower_case", True),
+        "strip_accents": config.get("strip_accents"),
+        "chinese_chars": config.get("tokenize_chinese_chars", True),
+        "special_tokens": {name: vocab[name] for name in roles.values() if name in vocab} | added,
+        "roles": roles,
+    }
+
+
+def read(directory: Path) -> dict:
+    """The arguments of `write`, from tokenizer.json or else vocab.txt, with tokenizer_config.json beside it.
+
+    `directory` may also be one of these files. Raises ValueError for what would be done differently here
+    (another algorithm, normalizer or splitter), naming it.
+    """
+    path = vocabulary_file(directory)
+    config_path = path.with_name("tokenizer_config.json")
+    is_text = path.suffix == ".txt"
+    file = None if is_text else read_json(path)
+    config = read_json(config_path) if config_path.is_file() else {}
+    try:
+        arguments = read_vocab_txt(path, config) if is_text else read_tokenizer_json(file, config)
+        for name in arguments["special_tokens"]:
+            if not isinstance(name, str):
+                raise TypeError(f"{name!r} is no text")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"{path} is no whole {path.name} ({kind}: {error}); get it again") from None
+    return arguments

@@ -1,0 +1,1 @@
+"""Measuring the kernels beside their references and the hardware."""

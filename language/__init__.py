@@ -1,0 +1,1 @@
+"""More language models, and what they are asked."""

@@ -1,0 +1,1 @@
+"""Scaling laws: fits, plans, sweeps and their reports."""

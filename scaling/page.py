@@ -1,0 +1,142 @@
+"""The law to play with: one HTML file that computes in the browser and needs nothing else.
+
+    python chinchilla.py page                                   chinchilla-page.html
+    python chinchilla.py page --points mine.csv --fit fit.json  with your own runs, and the law fitted to them
+
+chinchilla.html is the template. Laws, devices and points go into it as JSON, so that no figure stands in two
+places, and its JavaScript mirrors `Law`: the same formulas in the same float64.
+"""
+
+import json
+import math
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points, read_points
+from scaling.plan import DEFAULT_MFU, DEVICES, PUE, SEQ_LEN, Shape
+
+TEMPLATE = Path(__file__).with_name("page.html")
+MARK = "__DATA__"
+GOPHER = 5.76e23  # FLOPs: the budget at which Chinchilla was trained
+
+NAMES = {field.name for field in fields(Law)}
+
+MODELS = [  # name, N, D
+    ("GPT-3", 175e9, 300e9),
+    ("Gopher", 280e9, 300e9),
+    ("MT-NLG", 530e9, 270e9),
+    ("Chinchilla", 70e9, 1.4e12),
+    ("Llama 1 65B", 65e9, 1.4e12),
+    ("Llama 2 70B", 70e9, 2e12),
+    ("Llama 3 8B", 8e9, 15e12),
+    ("Llama 3 70B", 70e9, 15e12),
+    ("Llama 3 405B", 405e9, 15.6e12),
+]
+SOURCES = (
+    "Models: GPT-3, Gopher, MT-NLG and Chinchilla in table 1 of Hoffmann et al.; Llama 1 in "
+    "arXiv 2302.13971; Llama 2 in arXiv 2307.09288; Llama 3 in arXiv 2407.21783.",
+    "Shapes, and the FLOPs of their parts: Hoffmann et al., table A9 and appendix F, with embeddings looked "
+    "up at no cost.",
+    "GPU-hours = C / (peak × MFU × 3600), where MFU is the share of the peak that goes into 6 N D; "
+    f"kWh = GPU-hours × kW × {PUE:g}, as in section 6 of Touvron et al. 2023 (LLaMA, arXiv 2302.13971). "
+    "Peaks (dense bf16) and watts from the makers' data sheets, prices on demand, May 2026 (B200: March); "
+    "scaling/plan.py cites them.",
+    "Many tokens per parameter: Sardana and Frankle 2024, arXiv 2401.00448.",
+)
+
+
+def span(low: float, high: float, values) -> list[float]:
+    """Low and high, or where the values go beyond, the next half power of ten."""
+    least, most = (2 * math.log10(end(values)) for end in (min, max))
+    return [min(low, 10.0 ** (math.floor(least) / 2)), max(high, 10.0 ** (math.ceil(most) / 2))]
+
+
+def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> dict:
+    """All that the template shows: N, D and L of runs, (n,) each, laws to choose of, and the first choice."""
+    C = 6 * N * D
+    # The axes reach all runs, also those that a law of your own was fitted to.
+    yours = [(p.law, end) for name, p in laws.items() if name not in LAWS for end in p.compute]
+    best = [law.optimal(end) for law, end in yours]
+    ends = {
+        "C": span(1e17, 1e27, [*C, *(end for _, end in yours)]),
+        "N": span(1e7, 1e13, [*N, *(run[0] for run in best)]),
+        "D": span(1e9, 10**14.5, [*D, *(run[1] for run in best)]),
+    }
+    return {
+        "laws": {
+            name: {
+                "title": p.title,
+                "source": p.source,
+                "note": p.note,
+                "compute": p.compute,
+                "law": asdict(p.law),
+            }
+            for name, p in laws.items()
+        },
+        "devices": {name: asdict(device) for name, device in DEVICES.items()},
+        "models": [{"name": name, "N": N, "D": D} for name, N, D in MODELS],
+        "points": [[float(f"{value:.5g}") for value in run] for run in zip(N, C, L, strict=True)],
+        "range": ends,
+        "start": {
+            "C": GOPHER if start in LAWS else laws[start].compute[1],
+            "law": start,
+            "gpu": "h100",
+            "gpus": 1024,
+            "mfu": DEFAULT_MFU,
+        },
+        "transformer": {"vocabulary": Shape.vocab, "sequence": SEQ_LEN},
+        "pue": PUE,
+        "trusted_ratio": MANY_TOKENS,
+        "sources": SOURCES,
+    }
+
+
+def html(data: dict) -> str:
+    """The page. Raises ValueError where a number is not finite, since JSON has no such."""
+    # "</script>" in a title would end the element that holds the data.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    return TEMPLATE.read_text(encoding="utf-8").replace(MARK, text)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("chinchilla-page.html"), help="the file to write")
+    parser.add_argument("--points", type=Path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)")
+    parser.add_argument("--fit", type=Path, help="JSON that the command fit wrote: your law among the others")
+
+
+def fitted(path: Path) -> Published:
+    """The law in a JSON file that the command fit wrote. Raises ValueError for any other file, and where its
+    numbers are out of range."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        law = Law(**{name: float(values[0]) for name, values in found["law"].items() if name in NAMES})
+        least, most = (float(C) for C in found["C"])
+        title, source = f"Your fit of {found['file']}", f"{found['points']} points"
+        if not (0 <= law.E < math.inf and least <= most):
+            raise ValueError(f"E is {law.E:g}, C {least:g} to {most:g}")
+        for x in (law.A, law.B, law.alpha, law.beta, least, most):
+            if not 0 < x < math.inf:
+                raise ValueError(f"{x:g} is not positive and finite")
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: expected the fit.json that `chinchilla.py fit` writes ({error})") from None
+    return Published(law, title, source, (least, most))
+
+
+def main(args: Namespace) -> int:
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out}: expected a file name in a directory that exists")
+    laws = dict(LAWS)
+    if args.fit and args.points is None:
+        raise ValueError(f"--fit {args.fit}: --fit needs --points, the runs it was fitted to")
+    if args.fit:
+        laws = {"fit": fitted(args.fit), **laws}
+    runs = read_points(args.points) if args.points else points()
+    text = html(page_data(*runs, laws, next(iter(laws))))
+
+    from formats.atomic import replace_file  # not above: it loads torch, for which the page has no use
+
+    with replace_file(args.out) as new:
+        new.write_text(text, encoding="utf-8")
+    print(f"{args.out}: {len(text) // 1000} kB; open it in a browser")
+    return 0

@@ -1,0 +1,285 @@
+"""`python chinchilla.py plan`: a training run planned by scaling/plan.py, and the plan in print.
+
+The budget is given in one of these ways:
+
+    python chinchilla.py plan 1e22
+    python chinchilla.py plan --params 7b                    the budget for which 7b is optimal
+    python chinchilla.py plan --params 7b --tokens 2t        a run that you have in mind
+    python chinchilla.py plan --gpus 8 --gpu h100 --days 3
+
+and more can be asked: `--inference-tokens 2t --unique-tokens 25b --json plan.json`.
+"""
+
+import json
+import textwrap
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, quantity, short
+from scaling.plan import (
+    CO2,
+    DEFAULT_MFU,
+    DEVICES,
+    PUE,
+    RESAMPLES,
+    SEQ_LEN,
+    TOO_HOPEFUL,
+    budget_for,
+    known,
+    make_plan,
+    positive,
+    share_of_peak,
+)
+
+WIDTH = 100
+# What one of a unit is, the largest first.
+TIME = {"years": 365.25, "days": 1, "h": 1 / 24, "min": 1 / 1440, "s": 1 / 86400, "ms": 1 / 86400e3}
+ENERGY = {"GWh": 1e6, "MWh": 1e3, "kWh": 1, "Wh": 1e-3}
+MASS = {"t": 1e3, "kg": 1, "g": 1e-3}
+
+
+def cell(x: float | None) -> str:
+    return "-" if x is None else short(x)
+
+
+def sizes(row: dict) -> tuple[str, str, str]:
+    return cell(row["N"]), cell(row["D"]), cell(row["tokens_per_parameter"])
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:+z.1f} %"
+
+
+def measured(value: float, units: dict[str, float], least: int = 1) -> str:
+    """In the largest unit of which there are at least that many."""
+    for unit, size in units.items():
+        if value >= least * size:
+            return f"{short(value / size)} {unit}"
+    return f"< {least} {unit}"
+
+
+def dollars(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value < 0.01:
+        return "< 1 cent"
+    return f"${value:.2f}" if value < 100 else f"${short(value)}"
+
+
+def loss_of(row: dict) -> str:
+    return "-" if row["loss"] is None else f"{row['loss']:.4f}"
+
+
+def table(rows: list[tuple[str, ...]], left: int = 1) -> list[str]:
+    """Lines of text, the first `left` columns flush left and the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            text.ljust(width) if i < left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def paragraph(text: str, indent: str = "  ") -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent=indent)
+
+
+def report(plan: dict) -> str:
+    """The plan as text."""
+    law, hardware = plan["law"], plan["hardware"]
+    best = plan["laws"][law]
+    sections = [[f"{cell(plan['compute'])} FLOPs"], laws_section(plan)]
+    if "run" in plan:
+        sections.append([f"Your run, by {law}", *paragraph(run_in_words(plan))])
+    if "same_loss" in plan:
+        rows = [("N", "of N*", "D", "D/N", "more compute")]
+        for row in plan["same_loss"]:
+            N, D, ratio = sizes(row)
+            rows.append((N, cell(row["size"]), "never" if D == "-" else D, ratio, percent(row["extra"])))
+        lines = table(rows, left=0)
+        if any((row["tokens_per_parameter"] or 0) > MANY_TOKENS for row in plan["same_loss"]):
+            lines += paragraph(f"D/N above {MANY_TOKENS}: {TOO_HOPEFUL}")
+        sections.append([f"Other sizes with the same loss, {loss_of(best)}, by {law}", *lines])
+    if "inference" in plan:
+        part = plan["inference"]
+        text = (
+            f"{model(part)}: as good as {cell(best['N'])} on {cell(best['D'])}, for "
+            f"{100 * part['saving']:z.1f} % fewer FLOPs of training and serving (Sardana and Frankle 2024)"
+        )
+        sections.append([f"To be served {cell(part['served'])} tokens, by {law}", *paragraph(text)])
+    if "repeated" in plan:
+        rows = [("unique tokens", "N", "D", "epochs", "worth new tokens", "loss")]
+        for unique, part in ((cell(plan["repeated"]["unique"]), "limited"), ("enough", "unlimited")):
+            row = plan["repeated"][part]
+            rows.append((unique, *(cell(row[key]) for key in ("N", "D", "epochs", "worth")), loss_of(row)))
+        sections.append(["Data seen again, by Muennighoff et al. 2023 (arXiv 2305.16264)", *table(rows)])
+
+    rows = [("", "GPU-hours", f"on {hardware['gpus']}", "$/hour", "rent", "energy", "CO2")]
+    for name, row in hardware["devices"].items():
+        hours = cell(row["gpu_hours"]) if row["gpu_hours"] >= 0.01 else "< 0.01"
+        price = "-" if row["price"] is None else f"{row['price']:.2f}"
+        cells = (dollars(row["dollars"]), measured(row["kwh"], ENERGY), measured(row["co2_kg"], MASS))
+        marked = f"{name} *" if name == hardware["gpu"] else name
+        rows.append((marked, hours, measured(row["days"], TIME, least=2), price, *cells))
+    note = (
+        f"PUE {PUE}, {CO2} kg CO2 per kWh, the average of the USA (LLaMA, arXiv 2302.13971, section 6). "
+        "Prices on demand, May 2026 (B200: March; scaling/plan.py has the sources); they move: give your own with "
+        "--price"
+    )
+    title = f"On hardware, at {100 * hardware['mfu']:g} % of its peak (MFU)"
+    sections.append([title, *table(rows), *paragraph(note)])
+    if "flops" in plan:
+        sections.append(flops_section(plan))
+    sections.append(paragraph(in_words(plan)))
+    sections += [paragraph(f"warning: {warning}") for warning in plan["warnings"]]
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def laws_section(plan: dict) -> list[str]:
+    rows = [("law", "", "N", "D", "D/N", "loss", "beyond its data")]
+    sources = []
+    for name, row in plan["laws"].items():
+        side = "above" if plan["compute"] > row["compute"][1] else "below"
+        far = f"{row['beyond']:.1f} orders {side}" if row["beyond"] else "within"
+        marked = f"{name} *" if name == plan["law"] else name
+        rows.append((marked, row["title"], *sizes(row), loss_of(row), far))
+        sources += paragraph(f"{name}: {row['source']}; {row['note']}", indent="    ")
+    ends = plan["laws"]["besiroglu"]["interval"]
+    told = [
+        f"{name} {cell(ends[key][0])} to {cell(ends[key][1])}"
+        for name, key in (("N", "N"), ("D", "D"), ("D/N", "tokens_per_parameter"))
+    ]
+    told.append(f"loss {ends['loss'][0]:.3f} to {ends['loss'][1]:.3f}")
+    interval = (
+        f"besiroglu, 95 % of {RESAMPLES} refits of resampled points: {', '.join(told)}; the points are taken "
+        "as independent, which narrows it"
+    )
+    counts = (
+        "N counts the head and not the embedding table (kaplan: neither), C = 6 N D. Losses are nats per "
+        "token of each paper's own text and tokenizer: compare them within a law, not between laws"
+    )
+    title = "How large, on how many tokens (* is the law used below)"
+    return [title, *table(rows, left=2), *paragraph(counts), *paragraph(interval, indent="    "), *sources]
+
+
+def flops_section(plan: dict) -> list[str]:
+    part = plan["flops"]
+    shape = part["shape"]
+    told = (
+        f"{cell(part['N'])} on {cell(part['D'])} tokens: {shape['layers']} layers of {shape['d_model']:,}, "
+        f"{shape['heads']} heads of {shape['kv_size']}, feed-forward {shape['ffw']:,}, vocabulary "
+        f"{shape['vocab']:,}"
+    )
+    rows = [
+        ("6 N D", cell(part["6ND"]), ""),
+        ("layers and head", cell(part["exact"]), percent(part["exact"] / part["6ND"] - 1)),
+    ]
+    note = (
+        "N counts a thirteenth of each layer's weights for relative positions, which cost no FLOPs in this "
+        f"count; a model without them takes {percent(part['without_relative'])} over its own 6 N D "
+        "(Hoffmann et al. 2022, appendix F)"
+    )
+    which = "your N" if "run" in plan else "N*"
+    title = f"FLOPs of a transformer of about {which}, sequences of {SEQ_LEN:,}"
+    return [title, *paragraph(told), *table(rows), *paragraph(note)]
+
+
+def model(row: dict) -> str:
+    N, D, ratio = sizes(row)
+    return f"{N} on {D} tokens, {ratio} per parameter"
+
+
+def run_in_words(plan: dict) -> str:
+    run, best = plan["run"], plan["laws"][plan["law"]]
+    if "loss" not in run:
+        return model(run)
+    saved = 1 - run["optimal_compute"] / plan["compute"]
+    return (
+        f"{model(run)}: loss {loss_of(run)}; at best {loss_of(best)} for as much compute, or the same loss "
+        f"for {cell(run['optimal_compute'])} FLOPs, {100 * saved:z.1f} % fewer"
+    )
+
+
+def in_words(plan: dict) -> str:
+    law, hardware = plan["law"], plan["hardware"]
+    best, row = plan["laws"][law], hardware["devices"][hardware["gpu"]]
+    price = "" if row["dollars"] is None else f" and {dollars(row['dollars'])}"
+    spent = f"{measured(row['days'], TIME, least=2)} on {hardware['gpus']} {hardware['gpu']}{price}."
+    if "run" in plan:
+        return f"In short: {model(plan['run'])}, take {cell(plan['compute'])} FLOPs: {spent}"
+    text = (
+        f"In short: by {law}, {cell(plan['compute'])} FLOPs are best spent on {cell(best['N'])} parameters "
+        f"and {cell(best['D'])} tokens: {spent}"
+    )
+    for other in plan.get("same_loss", ()):
+        if other["size"] == 0.5 and other["extra"] is not None:
+            text += (
+                f" Half that size can be as good for {100 * other['extra']:.0f} % more compute, and then "
+                "costs half as much to run."
+            )
+    return text
+
+
+def budget(args: Namespace) -> tuple[float, tuple[float, float] | None]:
+    """C, and (N, D) where both were given. Raises ValueError unless exactly one way of giving it was used."""
+    positive(params=args.params, tokens=args.tokens, gpus=args.gpus, days=args.days)
+    ways = {
+        "a number of FLOPs": args.compute,
+        "--params or --tokens": args.params or args.tokens,
+        "--gpus and --days": args.days,
+    }
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: each is a budget of its own; give one of them")
+    if not given:
+        more = " (--gpus alone is none)" if args.gpus else ""
+        raise ValueError(
+            f"no budget{more}: give FLOPs (1e22), --params 7b, --tokens 1t, or --gpus 8 --days 3"
+        )
+    if args.compute is not None:
+        return args.compute, None
+    if args.days is not None:
+        if args.gpus is None:
+            raise ValueError(f"--days {args.days:g}: of how many GPUs? give --gpus too")
+        share_of_peak(args.mfu)
+        return known(DEVICES, args.gpu, "gpu").peak * args.mfu * args.gpus * args.days * 86400, None
+    if args.params is not None and args.tokens is not None:
+        return 6 * args.params * args.tokens, (args.params, args.tokens)
+    return float(budget_for(known(LAWS, args.law, "law").law, args.params, args.tokens)), None
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("compute", nargs="?", type=quantity, help="FLOPs: 1e22")
+    add("--params", type=quantity, help="N: 7b; the budget that it is optimal for, or with --tokens 6 N D")
+    add("--tokens", type=quantity, help="D: 1t; the same")
+    add("--days", type=float, help="the budget: what --gpus do in so many days")
+    add("--gpus", type=int, help="how many (default 8)")
+    add("--gpu", type=str.lower, default="h100", help=f"which: {', '.join(DEVICES)} (default h100)")
+    add("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak that is reached (default 0.4)")
+    add("--price", type=float, help="dollars an hour of one --gpu")
+    add("--law", type=str.lower, default=DEFAULT_LAW, help=f"{', '.join(LAWS)} (default {DEFAULT_LAW})")
+    add("--inference-tokens", type=quantity, help="tokens to be served in the model's life: 2t")
+    add("--unique-tokens", type=quantity, help="how many different tokens there are: 25b")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+
+
+def main(args: Namespace) -> int:
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ValueError(f"--json {args.json}: expected a file name in a directory that exists")
+    C, run = budget(args)
+    plan = make_plan(
+        C, args.law, run=run, gpu=args.gpu, gpus=args.gpus or 8, mfu=args.mfu, price=args.price,
+        inference_tokens=args.inference_tokens, unique_tokens=args.unique_tokens, seed=args.seed,
+    )  # fmt: skip
+    if args.json:
+        from formats.atomic import replace_file  # here, since it loads torch, for which a plan has no use
+
+        with replace_file(args.json) as new:
+            new.write_text(json.dumps(plan, indent=2, allow_nan=False) + "\n")
+    print(report(plan))
+    return 0

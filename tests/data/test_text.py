@@ -1,0 +1,236 @@
+"""Data: what is refused, what is held out, what is kept on disk, and in which order it comes out."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data.text
+from data.tokenizer import END_OF_TEXT
+
+
+def write_corpus(folder, n_documents=40):
+    """A folder of Python-like text, one document a file."""
+    folder.mkdir()
+    for i in range(n_documents):
+        (folder / f"{i:02}.py").write_text(
+            "".join(f"def f{i}_{j}(x):\n    return x + {i * j}\n\n" for j in range(9))
+        )
+    return folder
+
+
+def prepare(what, tmp_path, tokenizer="bytes", **options):
+    return data.text.prepare(str(what), tokenizer, tmp_path / "cache", **options)
+
+
+# --- what is refused
+
+
+BAD = {
+    "latin-1": (b"caf\xe9\n" * 100, "byte 3 (0xe9) is not UTF-8"),
+    "binary": (b"ELF" + bytes(200), "byte 3 is NUL"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_text_is_named_with_its_offset_and_refused_or_skipped(kind, tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    good = prepare(folder, tmp_path)
+    raw, message = BAD[kind]
+    (folder / "00a.txt").write_bytes(raw)
+    with pytest.raises(ValueError) as refused:
+        prepare(folder, tmp_path)
+    for part in ("00a.txt", message, "--bad-text skip"):
+        assert part in str(refused.value)
+    said = []
+    skipped = prepare(folder, tmp_path, bad_text="skip", say=said.append)
+    assert len(said) == 1 and message in said[0]
+    assert np.array_equal(skipped.train.tokens, good.train.tokens)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [("empty.txt", b"", "0 bytes of text"), ("short.txt", b"hello", "5 bytes of text")],
+)
+def test_too_small_a_corpus_is_named(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare(path, tmp_path)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:12", "bpe:many", "no-such-encoding"])
+def test_unknown_tokenizers_are_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=tokenizer):
+        prepare(write_corpus(tmp_path / "texts"), tmp_path, tokenizer)
+
+
+# --- shards
+
+
+def test_shards_hold_the_text_with_every_document_boundary(tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    dataset = prepare(folder, tmp_path)
+    texts = [path.read_text() for path in sorted(folder.iterdir())]
+    both = np.concatenate([dataset.train.tokens, dataset.val.tokens])
+    assert dataset.tokenizer.decode(both) == "".join(END_OF_TEXT + text for text in texts)
+    assert dataset.train.n_documents + dataset.val.n_documents == len(texts)
+    assert dataset.val.n_bytes == len(dataset.val.tokens) - dataset.val.n_documents  # one token a byte
+    total = dataset.val.n_bytes + dataset.train.n_bytes
+    assert 1 / 20 <= dataset.val.n_bytes / total < 1 / 10
+    assert isinstance(dataset.train.tokens, np.memmap) and dataset.train.tokens.dtype == np.uint16
+
+
+@pytest.mark.parametrize("text", ["line\n" * 999, "é" * 3001, "a" * 3000 + "\n"])
+def test_one_document_is_divided_without_loss(text, tmp_path):
+    (tmp_path / "one.txt").write_text(text)
+    dataset = prepare(tmp_path / "one.txt", tmp_path)
+    parts = [
+        dataset.tokenizer.decode(s.tokens).removeprefix(END_OF_TEXT) for s in (dataset.train, dataset.val)
+    ]
+    assert "".join(parts) == text
+    assert parts[0] and len(parts[1].encode()) >= 0.04 * len(text.encode())
+    if "line" in text:
+        assert parts[1].startswith("line")
+
+
+def test_a_learned_tokenizer_has_not_seen_the_held_out_text(tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    last = sorted(folder.iterdir())[-1]
+    last.write_text("zyxwvut " * 90)
+    tokenizer = prepare(folder, tmp_path, "bpe:400").tokenizer
+    assert tokenizer.n_vocab <= 400
+    assert len(tokenizer.encode("zyxwvut")) == 7
+    assert len(tokenizer.encode(" return")) == 1
+
+
+def test_what_is_whole_is_not_built_again(tmp_path, monkeypatch):
+    folder = write_corpus(tmp_path / "texts")
+    first = prepare(folder, tmp_path, "bpe:300")
+    for name in ("build_shards", "train_bpe"):
+        monkeypatch.setattr(data.text, name, pytest.fail)
+    second = prepare(folder, tmp_path, "bpe:300")
+    assert second.name == first.name and np.array_equal(second.train.tokens, first.train.tokens)
+
+
+def test_processes_started_together_share_one_cache(tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    command = [
+        sys.executable,
+        "-m",
+        "data.text",
+        folder,
+        "--tokenizer",
+        "bpe:300",
+        "--cache",
+        tmp_path / "cache",
+    ]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert sum("tokenise train" in error for error in errors) == 1  # the others found it made
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, lambda path: path.unlink()])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "manifest.json", "checksums.json"])
+def test_damaged_shards_are_named_and_rebuilt(name, harm, tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    good = prepare(folder, tmp_path)
+    expected = np.array(good.train.tokens)
+    harm(tmp_path / "cache" / good.name / name)
+    said = []
+    again = prepare(folder, tmp_path, say=said.append)
+    assert np.array_equal(again.train.tokens, expected)
+    assert len(said) == 1 and "built anew" in said[0]
+    assert name in said[0] or name == "checksums.json"  # a flipped checksum accuses the file it is of
+
+
+def test_damaged_tokenizers_are_learned_again(tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    good = prepare(folder, tmp_path, "bpe:300")
+    (home,) = (tmp_path / "cache").glob("*-bpe-300")
+    path = home / "tokenizer.json"
+    path.write_text(path.read_text().replace('"de"', '"dq"'))
+    said = []
+    again = prepare(folder, tmp_path, "bpe:300", say=said.append)
+    assert again.name == good.name
+    assert len(said) == 1 and "tokenizer.json" in said[0]
+
+
+def test_changed_text_is_never_served_from_the_cache(tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    before = prepare(folder, tmp_path)
+    first = folder / "00.py"
+    first.write_text(first.read_text().replace("return", "RETURN"))  # same size
+    after = prepare(folder, tmp_path)
+    assert after.name != before.name
+    assert "RETURN" in after.tokenizer.decode(after.train.tokens[:500])
+
+
+# --- the loader
+
+
+@pytest.mark.parametrize("n, T", [(1000, 16), (1000, 10), (1003, 10), (97, 96), (50, 7)])
+def test_every_token_is_predicted_once_an_epoch_and_no_window_twice(n, T):
+    """Windows tile the circle, so in E turns every token is a target E times, but for the open end."""
+    loader = data.text.Loader(np.arange(n, dtype=np.uint16), T, seed=3)
+    epochs = 5
+    n_samples = loader.first_window(epochs)
+    batch = loader.batch(0, n_samples)
+    assert torch.equal(batch[:, 1:], (batch[:, :-1] + 1) % n)
+    windows = [loader.window(i) for i in range(n_samples)]
+    assert sorted(windows) == list(range(n_samples))
+    times = torch.bincount(batch[:, 1:].flatten(), minlength=n)
+    assert times.min() >= epochs and times.sum() == n_samples * T < epochs * n + T
+    first_epoch = batch[: loader.first_window(1), 1:].flatten()
+    assert len(first_epoch.unique()) == n
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    tokens = np.arange(1000, dtype=np.uint16)
+    loader = data.text.Loader(tokens, 10, seed=0)
+    whole = loader.batch(0, 250)
+    fresh = data.text.Loader(tokens, 10, seed=0)
+    assert torch.equal(fresh.batch(137, 40), whole[137:177])  # as on resuming
+    assert torch.equal(fresh.batch(12, 4), whole[12:16])  # and back in an earlier epoch
+    assert not torch.equal(data.text.Loader(tokens, 10, seed=1).batch(0, 250), whole)
+    assert not torch.equal(whole[:100], whole[100:200])
+    assert not torch.equal(whole[:100, 0].sort().values, whole[:100, 0])
+
+
+def test_any_number_of_ranks_reads_the_same_sequence():
+    loader = data.text.Loader(np.arange(1000, dtype=np.uint16), 10, seed=0)
+    ranks = [loader.batch(24 + rank * 4, 4) for rank in range(2)]
+    assert torch.equal(torch.cat(ranks), loader.batch(24, 8))
+
+
+def test_too_little_text_is_named():
+    with pytest.raises(ValueError, match="--seq-len 10: the training text has only 10 tokens"):
+        data.text.Loader(np.arange(10), 10, seed=0)
+
+
+@pytest.mark.parametrize("n", [2, 16, 17, 18, 100, 161])
+def test_held_out_batches_predict_every_token_once_in_order(n):
+    rows = list(data.text.held_out_batches(np.arange(n, dtype=np.uint16), 16, 3))
+    targets = torch.cat([row[:, 1:].flatten() for row in rows])
+    assert targets.tolist() == list(range(1, n))
+    assert all(row.shape[0] <= 3 and row.shape[1] <= 17 for row in rows)
+
+
+def test_cu_seqlens_begin_documents_at_rows_and_boundaries():
+    tokens = torch.tensor([[7, 7, 0, 5], [0, 5, 5, 0]])
+    assert data.text.cu_seqlens(tokens, 0).tolist() == [0, 2, 4, 7, 8]
+    assert data.text.cu_seqlens(tokens, 0).dtype == torch.int32

@@ -1,0 +1,359 @@
+"""Plans of memory against what real tensors occupy and real steps need at their peak, and in print.
+
+What is planned for is a GPU. On a CPU some operations keep more than the kernels there: `as_on_a_gpu` has
+them keep the same.
+"""
+
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
+
+import bert
+import gpt
+import lora
+import moe
+from engine import memory, parallel
+from engine.memory import MOMENTS, plan, report
+from engine.optim import make_optimizers, step
+from kernels import cross_entropy
+from language import electra
+from posttraining.nf4 import n_bytes
+
+GPT, BERT, MOE = gpt.SIZES["tiny"], bert.SIZES["tiny-bert"], moe.SIZES["tiny"]
+GPT2 = gpt.SIZES["gpt2"].changed(
+    n_layers=3, d_model=128, n_heads=4, d_ff=512, vocab_size=4096, max_seq_len=256
+)
+SOFTMAX = MOE.changed(
+    router="softmax", n_shared_experts=0, n_experts=8, top_k=2, d_expert=128, dense_layers=(0,)
+)
+# With few logits, as a CPU makes float32 copies of those in 16 bits.
+FEW_LOGITS = replace(GPT, vocab_size=512)
+UNTIED = replace(FEW_LOGITS, tie_embeddings=False)
+FEW_TOKENS = {"batch_size": 1, "seq_len": 16}
+CHECKPOINTED = {"checkpoint_activations": True}
+KINDS = {gpt.Config: gpt.GPT, moe.Config: moe.MoEGPT, bert.Config: bert.BERT, electra.Config: electra.Electra}
+
+
+def flags(**changes) -> Namespace:
+    args = dict(batch_size=2, grad_accum=1, seq_len=128, dtype="float32", optimizer="adamw", parallel="none")
+    args |= dict(checkpoint_activations=False, kernels="auto", lr=1e-3, weight_decay=0.1, device="cpu")
+    return Namespace(**args | changes)
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return KINDS[type(config)](config)
+
+
+def batch_for(config, B, T):
+    tokens, labels = (torch.randint(config.vocab_size, (B, T)) for _ in range(2))
+    if not isinstance(config, bert.Config):
+        return {"tokens": tokens, "targets": labels}
+    n = config.n_masked(T)
+    batch = {"tokens": tokens, "positions": torch.randint(B * T, (B, n)), "targets": labels[:, :n]}
+    return batch | {"uniform": torch.rand(B, n)}  # for language/electra.py
+
+
+class RMSNorm(torch.autograd.Function):
+    """Keeps what kernels/rmsnorm.py does, see test_the_fused_kernels_keep_what_is_planned."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = x.float()
+        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (h * r * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, r = ctx.saved_tensors
+        n, dy = x.float() * r, dy.float()
+        g = dy * weight
+        dx = g.sub_(n * (g * n).mean(-1, keepdim=True)).mul_(r).to(x.dtype)
+        return dx, (n * dy).flatten(0, -2).sum(0).to(weight.dtype), None
+
+
+def attention(q, k, v, *, causal, window, cu_seqlens, backend):
+    """Without what kernels/attention.py does for a CPU."""
+    heads = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
+    return F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    rows = cross_entropy.rows_per_chunk
+    monkeypatch.setattr(gpt, "attention", attention)
+    monkeypatch.setattr(gpt, "rms_norm", lambda x, w, eps, backend: RMSNorm.apply(x, w, eps))
+    monkeypatch.setattr(gpt, "gelu", lambda x: F.gelu(x, approximate="tanh"))
+    monkeypatch.setattr(cross_entropy, "rows_per_chunk", lambda N, D, V, _: rows(N, D, V, "cuda"))
+    monkeypatch.setattr(cross_entropy, "IN_CACHE", 0)
+
+
+def kept_by_forward(model, batch, dtype) -> int:
+    """Bytes of all that autograd holds on to but the parameters, each piece of memory once."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x  # held, so that its address stays its own
+        return x
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
+        loss, _ = model.loss(batch)
+    return sum(x.untyped_storage().nbytes() for pointer, x in saved.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [GPT, GPT2, MOE, SOFTMAX, BERT])
+def test_activations_are_what_autograd_keeps(as_on_a_gpu, config, dtype):
+    args = flags(dtype=dtype)
+    kept = kept_by_forward(KINDS[type(config)](config), batch_for(config, 2, 128), dtype)
+    parts = plan(on_meta(config), args).parts
+    # Left out are statistics and angles, and in bert.py the head's own layers at the masked places.
+    assert parts["activations"][0] + parts["gradients"][0] == pytest.approx(kept, rel=0.02)
+
+
+def test_the_fused_kernels_keep_what_is_planned():
+    config = gpt.Config(1, 2, 32, 48, 128, 16, n_kv_heads=1, qk_norm=True, kernels="triton")
+    kept = kept_by_forward(gpt.GPT(config), batch_for(config, 1, 16), "float32")
+    parts = plan(on_meta(config), flags(batch_size=1, seq_len=16)).parts
+    # So small, angles (16 numbers twice, for each token) and statistics (7 numbers) count.
+    small = 16 * 4 * (2 * 16 + 2 + 3 + 1) + 2 * 8 * 16
+    assert parts["activations"][0] + parts["gradients"][0] + small == pytest.approx(kept, rel=0.01)
+
+
+def test_a_block_of_gpt2_against_korthikanti_et_al():
+    """2022, section 4.1: 34 D bytes a token and layer and 5 H T of scores. Without the masks of the dropouts
+    after attention and MLP, D bytes each, and with the softmax's denominators, 4 H bytes, for the scores."""
+    config = replace(gpt.SIZES["gpt2"], n_layers=1)
+    precision = memory.Precision(e=2, r=2, autocast=False)
+    kept = memory.kept_per_token(on_meta(config).model.layers[0], config, precision)
+    assert kept == (34 - 2) * config.d_model + 4 * config.n_heads
+
+
+def test_zero_counts_16_bytes_a_parameter():
+    """Rajbhandari et al. 2020, section 3.1: 2 + 2 for weights and gradients in 16 bits, 12 for weights and
+    moments in 32. Here gradients have 32, and the weights in 16 are autocast's copies: of matrices only."""
+    config = replace(GPT, vocab_size=8)
+    model = on_meta(config)
+    parts = plan(model, flags(dtype="bfloat16")).parts
+    states = sum(parts[name][-1] for name in ("weights", "gradients", "optimizer states"))
+    copies = sum(memory.copied(b, memory.Precision(2, 4, True)) for b in model.model.layers)
+    n_params = sum(p.numel() for p in model.parameters())
+    assert states == 16 * n_params
+    assert copies == pytest.approx(2 * n_params, rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("config", [GPT, MOE, BERT])
+def test_states_are_what_real_tensors_occupy(config, optimizer):
+    args = flags(optimizer=optimizer, batch_size=1, seq_len=16)
+    model = KINDS[type(config)](config)
+    optimizers = make_optimizers(model, args)
+    model.loss(batch_for(config, 1, 16))[0].backward()
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
+    step(optimizers, torch.tensor(True))
+    states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    parts = plan(on_meta(config), args).parts
+    assert parts["weights"] == (n_bytes(model),) * len(MOMENTS)
+    assert parts["gradients"][-1] == gradients
+    # AdamW's counts of steps, a number a parameter, are no part of it.
+    assert parts["optimizer states"][-1] == sum(t.numel() * t.element_size() for t in states if t.ndim)
+
+
+def test_shares_of_fsdp_are_rows_rounded_up():
+    config = gpt.Config(2, 3, 12, 20, 100, 16)  # 100, 12 and 20 rows by 8: 13, 2 and 3
+    D, F, rows = 12, 20, 13 * 12 + 2
+    per_layer = 4 * 2 * D + 2 * 3 * D + 2 * F + 2 * 2  # q k v o, gate up, down, norms
+    args = flags(parallel="fsdp", batch_size=8, seq_len=16)
+    parts = plan(on_meta(config), args, 8).parts
+    assert parts["weights"][0] == 4 * (rows + 2 * per_layer)
+    assert parts["gradients"][-1] == parts["weights"][0]
+    assert parts["optimizer states"][0] == 2 * parts["weights"][0]
+
+
+def test_ddp_has_everything_on_each_process_but_the_tokens():
+    args = flags(batch_size=8)
+    alone, of_four = plan(on_meta(GPT), args), plan(on_meta(GPT), flags(batch_size=8, parallel="ddp"), 4)
+    quarter = plan(on_meta(GPT), flags(batch_size=2))
+    for name in ("weights", "optimizer states"):
+        assert alone.parts[name] == of_four.parts[name]
+    assert of_four.parts["activations"] == quarter.parts["activations"]
+    assert of_four.parts["gradients"][1] == alone.parts["gradients"][-1]  # its buckets never go
+
+
+def whole_step(model, args, batch):
+    """A step of train.py, after one that has made the optimizers' states."""
+    optimizers = make_optimizers(model, args)
+    if args.checkpoint_activations:
+        for block in parallel.blocks(model):
+            block.forward = lambda *given, forward=block.forward: checkpoint(
+                forward, *given, use_reentrant=False
+            )
+    for _ in range(2):
+        for _ in range(args.grad_accum):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                loss, _ = model.loss(batch)
+            loss.backward()
+            del loss
+        step(optimizers, torch.tensor(True))
+        model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "off"),
+    [
+        (GPT, {}, 0.03),
+        (GPT, {"batch_size": 1, "grad_accum": 2}, 0.03),
+        (GPT, {"batch_size": 8} | CHECKPOINTED, 0.05),
+        (GPT2, {"optimizer": "muon"}, 0.03),
+        # The worst moment is at the embeddings,
+        (BERT, FEW_TOKENS, 0.05),
+        (GPT, FEW_TOKENS, 0.05),
+        # the update,
+        (GPT, FEW_TOKENS | {"optimizer": "muon"}, 0.05),
+        # and the loss, when autocast still has its copies.
+        (UNTIED, FEW_TOKENS | {"dtype": "bfloat16", "grad_accum": 2} | CHECKPOINTED, 0.05),
+        (replace(BERT, mask_rate=0.5), {"batch_size": 4}, 0.03),
+        (MOE, {}, 0.03),
+        (MOE, CHECKPOINTED, 0.1),
+        (electra.SIZES["tiny"], {}, 0.1),
+    ],
+)
+def test_peak_of_a_step(as_on_a_gpu, peak_memory, config, changes, off):
+    args = flags(**changes)
+    batch = batch_for(config, args.batch_size, args.seq_len)
+    peak = peak_memory(lambda: whole_step(KINDS[type(config)](config), args, batch))
+    assert plan(on_meta(config), args).total == pytest.approx(peak, rel=off)
+
+
+@pytest.mark.parametrize(("config", "size"), [(GPT, "qlora"), (MOE, "lora"), (BERT, "dora"), (GPT, "last")])
+def test_peak_of_a_step_with_adapters(as_on_a_gpu, peak_memory, tmp_path, config, size):
+    KINDS[type(config)](config).save_pretrained(tmp_path)
+    model = lora.Model(replace(lora.SIZES[size], base=str(tmp_path)))
+    args, batch = flags(), batch_for(config, 2, 128)
+    peak = n_bytes(model) + peak_memory(lambda: whole_step(model, args, batch))
+    assert plan(model, args).total == pytest.approx(peak, rel=0.1)
+
+
+@pytest.fixture
+def four_processes():
+    """As the first of four sees them; the others are not there, and nothing comes from them."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (FEW_LOGITS, {"dtype": "bfloat16", "batch_size": 8}),
+        (replace(FEW_LOGITS, tie_embeddings=False, vocab_size=2048), {"batch_size": 4}),
+        (FEW_LOGITS, {"dtype": "bfloat16", "batch_size": 4, "grad_accum": 2}),
+        (replace(GPT, n_layers=1), {"batch_size": 4, "seq_len": 16}),
+        (replace(UNTIED, n_layers=1, vocab_size=4096), {"dtype": "bfloat16", "batch_size": 4, "seq_len": 16}),
+        (replace(MOE, vocab_size=512), {"dtype": "bfloat16", "batch_size": 4}),
+        (BERT, {"batch_size": 4}),
+    ],
+)
+def test_peak_of_a_step_of_fsdp(as_on_a_gpu, peak_memory, four_processes, config, changes):
+    args = flags(parallel="fsdp", **changes)
+    model = KINDS[type(config)](config)
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh("cpu", (4,))
+    for module in (*parallel.blocks(model), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+    optimizers, batch = make_optimizers(model, args), batch_for(config, args.batch_size // 4, args.seq_len)
+
+    def whole():
+        for _ in range(2):
+            for i in range(args.grad_accum):
+                model.set_requires_gradient_sync(i + 1 == args.grad_accum)
+                model.loss(batch)[0].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+
+    weights = sum(p.to_local().numel() * 4 for p in model.parameters())
+    planned = plan(on_meta(config), args, 4)
+    assert planned.parts["weights"][0] == weights + sum(b.numel() * 4 for b in model.buffers())
+    # From above: the plan is for blocks in the middle, of which these models have few.
+    assert 0.96 < planned.total / (weights + peak_memory(whole)) < 1.13
+
+
+def test_what_fsdp_puts_together_and_backward_makes_by_hand():
+    """Llama 3 8B on 8 GPUs: 218M parameters a block, 525M each in embeddings and head, 14336 wide MLPs."""
+    args = flags(batch_size=8, seq_len=8192, dtype="bfloat16", parallel="fsdp")
+    parts = plan(on_meta(gpt.SIZES["llama3-8b"]), args, 8).parts
+    block = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336) + 2 * 4096
+    V, n = 128256 * 4096, 8192
+    root = 2 * V + 4096
+    in_block = 2 * (root + V + 2 * block) + (2 + 4) * block
+    assert parts["whole for a while"] == (2 * root, in_block, in_block, (2 + 4) * root, 0)
+    assert parts["temporary"][1] == n * (2 * 4096 * 2 + 2 * 14336 * 2)
+    # Tied, in float32: the weights, and two gradients of the embeddings.
+    args = flags(batch_size=8, seq_len=16, parallel="fsdp")
+    D, V = GPT.d_model, GPT.vocab_size * GPT.d_model
+    assert plan(on_meta(GPT), args, 8).parts["whole for a while"][3] == 4 * (3 * V + 2 * D)
+
+
+def test_checkpointing_and_more_processes_save_memory():
+    model = on_meta(gpt.SIZES["llama3-8b"])
+    args = flags(batch_size=8, seq_len=8192, dtype="bfloat16", parallel="fsdp")
+    plain = plan(model, args, 8)
+    checkpointed = plan(model, Namespace(**vars(args) | {"checkpoint_activations": True}), 8)
+    # Of 32 blocks the inputs in bfloat16, and one whole block.
+    block = plain.parts["activations"][2]
+    inputs = 32 * 8192 * 4096 * 2
+    assert checkpointed.parts["activations"][1] == pytest.approx(inputs + block, rel=0.06)
+    assert checkpointed.total < plain.total < plan(model, args, 4).total
+    assert checkpointed.total < 0.9 * 40e9  # fits 8 GPUs of 40 GB
+
+
+def test_report_shows_every_part_and_where_it_fits():
+    args = flags(batch_size=8, seq_len=8192, dtype="bfloat16", parallel="fsdp", checkpoint_activations=True)
+    model = on_meta(gpt.SIZES["llama3-8b"])
+    text, planned = report(model, args, 8), plan(model, args, 8)
+    lines = {line[:18].strip(): line[18:].split() for line in text.splitlines()}
+    for name, sizes in planned.parts.items():
+        assert lines[name] == [f"{size / 1e9:.2f}" for size in sizes]
+    assert lines["together"] == [f"{total / 1e9:.2f}" for total in planned.totals]
+    assert f"the most   {planned.total / 1e9:.2f} GB" in text
+    assert "a GPU of 40, 80, 141, 192 GB" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_report_of_what_fits_nowhere_says_what_would_help():
+    model = on_meta(gpt.SIZES["llama3-8b"])
+    args = flags(batch_size=8, seq_len=8192, dtype="bfloat16", parallel="ddp")
+    text = report(model, args, 8)
+    changed = {"parallel": "fsdp", "checkpoint_activations": False}
+    total = plan(model, Namespace(**vars(args) | changed), 8).total
+    assert "no GPU" in text
+    assert f"{total / 1e9:.2f} GB with --parallel fsdp --batch-size 8 --dry-run 8" in text
+    assert "--checkpoint-activations" in text
+    assert "--dtype" not in text.splitlines()[-1]  # it is bfloat16 already
+    assert "--grad-accum" not in text  # each process has one sequence
+
+
+@pytest.mark.parametrize(
+    ("changes", "n", "problem"),
+    [
+        ({}, 2, "add --parallel"),
+        ({"parallel": "ddp", "batch_size": 6}, 4, "multiple of the 4 processes"),
+        ({"kernels": "reference"}, 1, "use auto"),
+    ],
+)
+def test_what_cannot_be_planned(changes, n, problem):
+    with pytest.raises(ValueError, match=problem):
+        plan(on_meta(GPT), flags(**changes), n)

@@ -1,0 +1,340 @@
+"""A run's page and the comparison of runs, from files written here: nothing is trained."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import report
+from engine.charts import POINTS, Curve, chart, settled, thinned, ticks
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+START = {
+    "step": 0,
+    "command": "python train.py --model gpt --data 'a<b>.txt'",
+    "flags": {"model": "gpt", "size": "tiny", "init_from": None, "steps": 1000, "lr": 0.001, "out": "runs/a"},
+    "config": {"n_layers": 4, "norm": "<rms>"},
+    "n_params": 3_420_160,
+    "environment": {"python": "3.11.7", "gpu": None},
+}
+
+
+class Page(HTMLParser):
+    """Checks that what is opened is closed, and that nothing is loaded. Keeps text, paths and headings."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open, self.text, self.paths, self.tags = [], "", {}, []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        assert tag not in ("script", "link", "img", "iframe", "object")
+        assert not {"src", "href", "srcset", "onload", "onclick"} & attributes.keys()
+        if tag == "path":
+            self.paths.setdefault(attributes["class"], []).append(attributes["d"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "style":
+            assert "url(" not in data and "@import" not in data
+        self.text += data
+
+
+def n_points(path: str) -> int:
+    return len(re.findall("[ML]", path))
+
+
+def step_row(step: int, loss: float, **more) -> dict:
+    row = {"step": step, "tokens": 100 * step, "loss": loss, "lr": 1e-3, "grad_norm": 0.5, "skipped": 0}
+    return row | {"tokens_per_second": 250.0, "mfu": None, "seconds": 0.4 * step} | more
+
+
+def make_run(
+    directory: Path, n_steps: int = 40, offset: float = 0.0, start: dict | None = START, **more
+) -> Path:
+    """A row for each step, an evaluation after each tenth of them."""
+    directory.mkdir()
+    every = n_steps // 10
+    rows = [{"step": 0, "tokens": 0, "val_loss": 8.0, "perplexity": math.exp(8.0)}]
+    for step in range(1, n_steps + 1):
+        loss = offset + 3 + 5 * math.exp(-8 * step / n_steps)
+        rows.append(step_row(step, loss, **more))
+        if step % every == 0:
+            evaluation = {"val_loss": loss + 0.25, "perplexity": math.exp(loss + 0.25), "bits_per_byte": 1.5}
+            rows.append({"step": step, "tokens": 100 * step, **evaluation})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = "".join(
+        f"=== step {step}, validation loss 3.5\nsample <b>&amp; no. {step} é\n\n=== not a heading\n\n"
+        for step in range(0, n_steps + 1, every)
+    )
+    (directory / "samples.txt").write_text(told, encoding="utf-8")
+    if start is not None:
+        report.record_start(directory, start, start["step"] > 0)
+    return directory
+
+
+def append_row(directory: Path, row: dict) -> None:
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def written(directory: Path) -> Page:
+    report.write(directory)
+    assert not (directory / "report.html.new").exists()
+    return Page(directory / "report.html")
+
+
+def test_the_page_has_figures_settings_and_samples_escaped(tmp_path):
+    page = written(make_run(tmp_path / "a"))
+    for text in (
+        "gpt tiny", "3,420,160 parameters, step 40 of 1,000, 4k tokens, 16 s of training, 0 updates skipped",
+        "3.2517", "bits per byte", "n_layers", "<rms>", "--data 'a<b>.txt'", "from step 0", "3.11.7",
+        "Loss (nats per token)", "Learning rate", "Gradient norm",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert "MFU" not in page.text  # None: a device whose peak is not known
+    assert page.text.count("sample <b>&amp; no.") == 11 and page.text.count("=== not a heading") == 11
+    assert "Sample at step 40, validation loss 3.5\nsample <b>&amp; no. 40 é\n" in page.text
+    assert page.tags.count("details") == 10 + 1  # the earlier samples, and the start
+    assert page.tags.count("b") == 5 + 4  # the bold ones are titles and values of curves, none from a sample
+
+
+def test_curves_have_a_point_for_each_row(tmp_path):
+    page = written(make_run(tmp_path / "a"))
+    training, validation, *others = page.paths["line"]
+    assert n_points(training) == 40 and n_points(validation) == 11 and len(page.paths["dot"]) == 11
+    assert [n_points(path) for path in others] == [
+        40,
+        40,
+        40,
+    ]  # learning rate, gradient norm, tokens per second
+    assert "band" not in page.paths
+    x = [int(u) for u in re.findall(r"[ML](\d+) ", training)]
+    # 1 % of the width is left free on the right.
+    assert x == [round(2000 * step / 40 / 1.01) for step in range(1, 41)]
+
+
+def test_a_long_run_is_thinned_but_keeps_its_spikes_and_its_end(tmp_path):
+    directory = make_run(tmp_path / "a", n_steps=4000)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["step"] == 3000 and "loss" in row:
+            row["loss"] = 7.0
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = written(directory)
+    assert n_points(page.paths["line"][0]) == POINTS and n_points(page.paths["band"][0]) == 2 * POINTS
+    heights = [int(v) for v in re.findall(r"[ML]\d+ (-?\d+)", page.paths["band"][0])]
+    # There along the least and back along the largest; at three quarters of the run, near the top (0).
+    assert heights[2 * POINTS - 1 - 299] < 100 < min(heights[2 * POINTS - 1 - 290 : 2 * POINTS - 1 - 100])
+    assert heights[299] > 800
+    assert (directory / "report.html").stat().st_size < 100_000
+    assert "step 4,000 of 1,000" in page.text
+
+
+def test_of_very_many_rows_some_are_read_and_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROWS", 100)
+    steps, evaluations = report.read_rows(make_run(tmp_path / "a", n_steps=1000))
+    assert len(evaluations) == 11 and 80 <= len(steps) <= 100
+    assert steps[-1]["step"] == 1000 and len(set(np.diff([row["step"] for row in steps]))) == 1
+
+
+def test_half_a_line_at_the_end_is_left_out(tmp_path):
+    directory = make_run(tmp_path / "a")
+    whole = (directory / "metrics.jsonl").read_text()
+    for half in ('{"step": 41, "tok', '{"step": 41, "loss": 3.1', '{"step": 41, "val_loss": 3.', "{"):
+        (directory / "metrics.jsonl").write_text(whole + half)
+        page = written(directory)
+        assert "step 40 of" in page.text and n_points(page.paths["line"][0]) == 40
+    report.plot(directory)
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_finite_breaks_the_curve_and_nothing_else(tmp_path):
+    directory = make_run(tmp_path / "a")
+    append_row(directory, step_row(41, math.nan, grad_norm=math.inf, skipped=1))
+    append_row(directory, step_row(42, 3.0, skipped=1))
+    page = written(directory)
+    assert page.paths["line"][0].count("M") == 2 and n_points(page.paths["line"][0]) == 41
+    assert "1 updates skipped" in page.text
+    report.plot(directory)
+    append_row(directory, step_row(43, math.nan, grad_norm=math.nan, skipped=2))
+    append_row(directory, {"step": 43, "tokens": 4300, "val_loss": math.nan, "perplexity": math.nan})
+    page = written(directory)
+    assert "nan" in page.text and "3.2517" in page.text  # now, and the best
+    report.plot(directory)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_with_no_finite_number_has_a_page(tmp_path):
+    directory = make_run(tmp_path / "a", offset=math.nan, grad_norm=math.nan)
+    (directory / "metrics.jsonl").write_text(json.dumps(step_row(1, math.nan, grad_norm=math.inf)) + "\n")
+    page = written(directory)
+    assert "Loss" not in page.text and "Learning rate" in page.text
+
+
+def test_what_a_model_measures_besides_is_drawn_too(tmp_path):
+    directory = make_run(tmp_path / "a", accuracy=0.25, mfu=0.4)
+    append_row(
+        directory, {"step": 40, "tokens": 4000, "val_loss": 3.3, "val_accuracy": 0.2, "val_mlm_loss": 3.1}
+    )
+    page = written(directory)
+    assert "Accuracy" in page.text and "MFU" in page.text and "40.0%" in page.text
+    assert "validation accuracy" in page.text
+    assert "nats" not in page.text  # a sum of two losses
+
+
+def test_without_run_json_and_samples_those_parts_are_left_out(tmp_path):
+    directory = make_run(tmp_path / "older", start=None)
+    (directory / "samples.txt").unlink()
+    page = written(directory)
+    assert "older" in page.text and "step 40," in page.text and "3.2517" in page.text
+    for text in ("Sample", "Flags", "Model", "Started", "parameters"):
+        assert text not in page.text
+
+
+def test_before_the_first_step_there_is_a_page(tmp_path):
+    directory = make_run(tmp_path / "a")
+    first = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (directory / "metrics.jsonl").write_text(first)
+    page = written(directory)
+    assert "step 0 of 1,000" in page.text and len(page.paths["dot"]) == 1
+    (directory / "metrics.jsonl").write_text("")
+    (directory / "samples.txt").write_text("")
+    assert "step 0 of 1,000" in written(directory).text
+
+
+def test_of_many_samples_some_are_shown(tmp_path):
+    directory = make_run(tmp_path / "a")
+    told = "".join(f"=== step {i}, validation loss 3\nno. {i}.\n\n" for i in range(100))
+    (directory / "samples.txt").write_text(told)
+    text = written(directory).text
+    assert "no. 99." in text and "no. 98." in text and "no. 0." in text
+    assert text.count("no. ") == report.SAMPLES + 1 and "20 of 99 earlier ones" in text
+
+
+def test_starts_are_kept_over_resumes_and_begin_anew_without(tmp_path):
+    for step, resumed in ((0, False), (0, True), (200, True)):
+        start = START | {"step": step, "flags": START["flags"] | {"out": Path("x")}}
+        report.record_start(tmp_path, start, resumed)
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 0, 200] and starts[0]["flags"]["out"] == "x"
+    report.record_start(tmp_path, START, False)
+    assert report.read_starts(tmp_path) == [START]
+    (tmp_path / "run.json").write_text('{"starts": [')
+    assert report.read_starts(tmp_path) == []
+    report.record_start(tmp_path, START | {"step": 5}, True)
+    assert [start["step"] for start in report.read_starts(tmp_path)] == [5]
+
+
+def test_environment_is_plain_json():
+    found = report.environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["processes"] == 1 and found["threads"] >= 1 and found["cpu"]
+    assert found["torch"].startswith("2.") and "python" in found and "numpy" in found
+
+
+def test_compare_tells_results_and_differing_flags(tmp_path):
+    a = make_run(tmp_path / "a")
+    flags = START["flags"] | {"lr": 0.002, "out": "runs/b", "schedule": "wsd"}
+    b = make_run(tmp_path / "b", offset=0.5, start=START | {"flags": flags, "n_params": 7})
+    append_row(b, {"step": 41, "tokens": 4100, "val_loss": 4.0, "perplexity": 50.0})
+    told = report.compare([a, b], tmp_path / "out")
+    lines = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line}
+    assert lines[str(a)] == ["3,420,160", "4k", "16", "s", "250", "3.2517", "3.2517"]
+    assert lines[str(b)] == ["7", "4.1k", "16", "s", "250", "4.0000", "3.7517"]
+    assert lines["--lr"] == ["0.001", "0.002"] and lines["--schedule"] == ["-", "wsd"]
+    assert {line for line in lines if line.startswith("--")} == {"--lr", "--schedule"}
+    assert told.splitlines()[-1].split()[1:] == [
+        str(tmp_path / "out" / f"compare.{x}") for x in ("html", "png")
+    ]
+
+    page = Page(tmp_path / "out" / "compare.html")
+    assert [n_points(path) for path in page.paths["line"]] == [11, 12, 11, 12, 40, 40, 40, 40]
+    for text in (str(a), str(b), "3.2517", "--schedule", "Validation loss over seconds"):
+        assert text in page.text
+    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_without_run_json_says_that_flags_are_not_known(tmp_path):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", start=None)
+    told = report.compare([a, b], tmp_path)
+    assert f"{b}: without run.json its flags are not known" in told and "no flag differs" in told
+    assert "not known" in Page(tmp_path / "compare.html").text
+
+
+def test_seconds_of_evaluations_are_those_of_the_steps_before(tmp_path):
+    steps, evaluations = report.read_rows(make_run(tmp_path / "a"))
+    expected = [0.4 * row["step"] for row in evaluations]
+    np.testing.assert_allclose(report.seconds_of(evaluations, steps), expected)
+    np.testing.assert_array_equal(report.seconds_of(evaluations, []), np.zeros(11))
+
+
+def test_compare_refuses_what_is_no_run(tmp_path):
+    a = make_run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for wrong in (tmp_path / "b", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=f"--compare {wrong}: expected the --out of a run"):
+            report.compare([a, wrong], tmp_path)
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"st')
+    with pytest.raises(ValueError, match="rows in its metrics"):
+        report.compare([a, tmp_path / "b"], tmp_path)
+    for few in ([a], [a, a], [a, f"{a}/."]):
+        with pytest.raises(ValueError, match="expected two different runs or more"):
+            report.compare([Path(one) for one in few], tmp_path)
+    assert not (tmp_path / "compare.html").exists()
+
+
+def test_thinned_keeps_mean_least_and_largest():
+    y = np.arange(10.0 * POINTS)
+    y[25] = math.nan
+    y[30:40] = math.nan
+    x, mean, least, largest = thinned(np.arange(10.0 * POINTS), y)
+    assert len(x) == POINTS and x[0] == 9 and x[-1] == 10 * POINTS - 1
+    assert (mean[0], least[0], largest[0]) == (4.5, 0, 9)
+    assert (mean[2], least[2], largest[2]) == (220 / 9, 20, 29)  # 20 to 29 without 25
+    assert np.isnan([mean[3], least[3], largest[3]]).all()
+    few = np.array([1.0, math.nan, 3.0])
+    for same in thinned(np.arange(3.0), few)[1:]:
+        np.testing.assert_array_equal(same, few)
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (2.501, 2.509), (-3, 1e9), (1e-7, 3e-7), (3.4, 6.5), (0, 19.99)])
+def test_ticks_are_few_and_round(ends):
+    marks = ticks(*ends)
+    assert 2 <= len(marks) <= 7 and ends[0] - 1e-9 <= marks[0] and marks[-1] <= ends[1]
+    step = marks[1] - marks[0]
+    assert round(step / 10.0 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
+
+
+def test_the_fall_from_chance_does_not_set_the_axis_but_a_later_rise_does():
+    x = np.arange(101.0)
+    y = np.where(x < 5, 10.0, 3.0)
+    assert settled([Curve("", "", x, y)]) == 3.0
+    y[60] = 9.0
+    assert settled([Curve("", "", x, y), Curve("", "", x[:0], y[:0])]) == 9.0
+    assert settled([Curve("", "", x, np.full(101, math.nan))]) is None
+
+
+def test_a_chart_without_finite_points_is_nothing_and_constants_have_an_axis():
+    x = np.arange(3.0)
+    assert chart("t", [Curve("a", "red", x, np.full(3, math.nan))]) == ""
+    for value in (0.0, 5.0, -2.0):
+        for low in (math.inf, 0.0):
+            html = chart("t", [Curve("a", "red", 0 * x, np.full(3, value))], low=low)
+            assert "nan" not in html and html.count('class="y"') >= 1

@@ -31,9 +31,17 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from data.special_tokens import ROLES
 from formats.atomic import replace_file
 
+# The roles of special tokens, by the names that transformers gives them, and the usual name of such a token.
+ROLES = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "bos_token": "[BOS]",
+}
 END_OF_TEXT = "<|endoftext|>"
 FILLED_ROLES = ("bos_token", "unk_token")  # of a decoder: written as the eos_token where it has none
 

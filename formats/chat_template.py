@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from formats.atomic import replace_file
-from formats.tokenizer_json import read_json, write_json
+from formats.json_file import read_json, write_json
+from formats.tokenizer_json import STYLE
 
 Conversation = list[dict[str, str]]  # of {"role": ..., "content": ...}
 
@@ -151,7 +152,7 @@ def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
         path = directory / "tokenizer_config.json"
         template = {"defaults": {"role": "assistant"}, "start_anchor": "<|assistant|>\n"}
         template["fields"] = {"content": {"close": tokenizer.eot, "content": "text"}}
-        write_json(path, read_json(path) | {"response_template": template})
+        write_json(path, read_json(path) | {"response_template": template}, **STYLE)
     elif generation.exists():
         ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # they may be one
         write_json(generation, read_json(generation) | {"eos_token_id": ends})

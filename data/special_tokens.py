@@ -12,15 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-# What special tokens are for, by the names that transformers gives these roles.
-ROLES = {
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "bos_token": "[BOS]",
-}
+from formats.tokenizer_json import ROLES
 
 
 class SpecialTokens:

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.conversations import Conversation
 from data.corpus import documents, find_files
 from data.text import held_out_from
-
-Conversation = list[dict[str, str]]  # of {"role": ..., "content": ...}
 
 INTERNAL = ("idlelib", "lib2to3", "turtledemo")  # packages of the standard library that are no library
 LONGEST_SUMMARY, LONGEST_SIGNATURE = 200, 120  # characters

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from formats import decoders
-from formats.decoders import read_json, read_weights
+from formats.decoders import INERT as DECODERS_INERT
+from formats.json_file import read_json
+from formats.safetensors_dir import inverse, read_fields, read_weights, rename, write
 
 FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -52,24 +53,24 @@ DEFAULTS = {
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 # Keys with one value that we implement.
 ONLY = {
-    "hidden_activation": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "tie_word_embeddings": True,
-    "quantization_config": None,
-    "num_hidden_groups": 1,
-    "inner_group_num": 1,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "norm_bias": False,
-    "classifier_bias": False,
-    "classifier_activation": "gelu",
-    "decoder_bias": True,
+    "hidden_activation": ("gelu",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+    "num_hidden_groups": (1,),
+    "inner_group_num": (1,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "norm_bias": (False,),
+    "classifier_bias": (False,),
+    "classifier_activation": ("gelu",),
+    "decoder_bias": (True,),
 }
 # Keys that do not change hidden states or logits.
-INERT = decoders.INERT | {
+INERT = DECODERS_INERT | {
     "attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout", "classifier_dropout_prob",
     "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor", "gradient_checkpointing", "eos_token_id",
     "cls_token_id", "sep_token_id", "classifier_pooling", "deterministic_flash_attn", "reference_compile",
@@ -176,9 +177,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         name = prefix + name if bare else name
         # BERT's first files, from TensorFlow, call the weight and bias of a norm gamma and beta.
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        for theirs, ours in names.items():
-            if name.startswith(theirs) or (theirs.startswith(".") and theirs in name):
-                name = name.replace(theirs, ours, 1)
+        name = rename(name, names)
         if name.endswith(".attn.Wqkv.weight"):
             for part, piece in zip(("query", "key", "value"), w.chunk(3), strict=True):
                 weights[name.replace("attn.Wqkv", f"attention.self.{part}")] = piece.contiguous()
@@ -198,33 +197,20 @@ def read_config(directory: str | Path) -> tuple[str, dict]:
     family = hf.get("model_type")
     if family not in TABLES:
         raise ValueError(f"{path}: model_type {family!r}: expected one of {', '.join(TABLES)}")
-    table, fields = TABLES[family], dict(DEFAULTS[family])
-    for key, value in hf.items():
-        if key in table:
-            if value is not None:
-                fields[table[key]] = value
-        elif key == "hidden_act" and family != "modernbert":
-            if value not in ACTIVATIONS:
-                expected = ", ".join(ACTIVATIONS)
-                raise ValueError(f"{path}: hidden_act {value!r} is not implemented; expected {expected}")
-            fields["mlp"] = ACTIVATIONS[value]
-        elif family == "modernbert" and key in MODERN_KEYS:
-            continue  # read below
-        elif key in ONLY:
-            if value != ONLY[key]:
-                raise ValueError(f"{path}: {key} {value!r} is not implemented; expected {ONLY[key]!r}")
-        elif key not in INERT:
-            raise ValueError(
-                f"{path}: {key} {value!r} is not implemented; remove the key only if it has no effect"
-            )
-    needed = ("n_layers", "n_heads", "d_model", "d_ff", "vocab_size", "max_seq_len")
-    missing = [key for key, field in table.items() if field in needed and field not in fields]
-    if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing")
+    modern = family == "modernbert"
+
+    # ModernBERT's files have keys of other families, which mean nothing to it.
+    only = {key: values for key, values in ONLY.items() if not modern or key not in MODERN_KEYS}
+    only |= {} if modern else {"hidden_act": tuple(ACTIVATIONS)}
+    inert = INERT | (MODERN_KEYS if modern else set())
+    fields = read_fields(path, hf, TABLES[family], DEFAULTS[family], only, inert)
+
+    if "hidden_act" in hf:
+        fields["mlp"] = ACTIVATIONS[hf["hidden_act"]]
     if family == "roberta":
         fields["position_offset"] = fields["pad_token_id"] + 1
         fields["max_seq_len"] -= fields["position_offset"]
-    if family == "modernbert":
+    if modern:
         fields |= read_local(path, hf, fields["n_layers"])
     return family, fields
 
@@ -263,7 +249,7 @@ def family_of(config) -> str:
     """The family that a `bert.Config` belongs to; ValueError where no Hugging Face architecture fits."""
     style = {field: getattr(config, field) for field in MODERN}
     classic = {"positions": "learned", "pre_norm": False, "bias": True}
-    narrow = config.d_embedding != config.d_model
+    narrow = config.d_embedding not in (None, config.d_model)
     if style == MODERN and not narrow and not config.share_layers and not config.pooler:
         return "modernbert"
     ordinary = config.mlp != "geglu" and config.n_segments > 0 and config.window is None
@@ -287,7 +273,8 @@ def family_of(config) -> str:
 def encoder_config(config, family: str, head: str) -> dict:
     """config.json for a `bert.Config`, spelled so that transformers 4 and 5 read it."""
     hf = {"architectures": [CLASSES[family] + head], "model_type": family}
-    hf |= {key: getattr(config, field) for key, field in TABLES[family].items()}
+    fields = vars(config) | {"d_embedding": config.d_embedding or config.d_model}
+    hf |= {key: fields[field] for key, field in TABLES[family].items()}
     hf |= {"bos_token_id": None, "eos_token_id": None}
     if family == "modernbert":
         local = config.window is not None
@@ -326,7 +313,7 @@ def save(
     if head is None:
         head = "ForPreTraining" if config.pair != "none" else "ForMaskedLM" if config.mlm_head else "Model"
     hf = encoder_config(config, family, head) | more
-    decoders.write(directory, hf, to_hf(weights, family, head))
+    write(directory, hf, to_hf(weights, family, head))
 
 
 def to_hf(weights: dict[str, Tensor], family: str, head: str) -> dict[str, Tensor]:
@@ -345,9 +332,7 @@ def to_hf(weights: dict[str, Tensor], family: str, head: str) -> dict[str, Tenso
                 [weights[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
             )
             name = name.replace(".attention.self.query.", ".attn.Wqkv.")
-        for their, ours in names.items():
-            if name.startswith(ours) or (ours.startswith(".") and ours in name):
-                name = name.replace(ours, their, 1)
+        name = rename(name, inverse(names))
         if head == "Model":
             name = name.removeprefix(PREFIXES[family])
         theirs[name] = w

@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from formats import decoders
-from formats.decoders import LLAMA_FIELDS, read_json
+from formats import decoders, safetensors_dir
+from formats.decoders import LLAMA_FIELDS
+from formats.json_file import read_json
+from formats.safetensors_dir import read_fields, rename
 
 FIELDS = {**LLAMA_FIELDS, "num_experts_per_tok": "top_k"}  # config.json: Config
 QWEN3_FIELDS = {
@@ -58,7 +60,7 @@ TABLES = {
     "DeepseekForCausalLM": {key: field for key, field in DEEPSEEK_FIELDS.items() if field != "d_head"},
 }
 EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")  # transformers takes any for any
-REQUIRED = decoders.REQUIRED | {"n_experts", "top_k", "d_expert"}
+REQUIRED = safetensors_dir.REQUIRED | {"n_experts", "top_k", "d_expert"}
 
 # What the family means, and what a key means when config.json leaves it out.
 SOFTMAX = {**decoders.LLAMA_DEFAULTS, "router": "softmax", "renormalize": False}
@@ -142,7 +144,7 @@ def read_config(directory: str | Path) -> dict:
         hf["num_key_value_heads"] = hf.get("num_attention_heads")
     only = ONLY | ONLY_HERE[architecture]
     inert = INERT | READ_BELOW[architecture]
-    fields = decoders.read_fields(path, hf, table, DEFAULTS[architecture], only, inert, REQUIRED)
+    fields = read_fields(path, hf, table, DEFAULTS[architecture], only, inert, REQUIRED)
     if architecture == "DeepseekForCausalLM" and fields["top_k"] == 1:
         fields["renormalize"] = False  # in its code that is for several
     fields["dense_layers"] = dense_layers(hf, fields["n_layers"])
@@ -260,7 +262,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     """Give model, built on the meta device, the weights in directory; ValueError unless all fit."""
     mixtral = read_json(Path(directory) / "config.json")["architectures"][0] == "MixtralForCausalLM"
     # transformers can also write the stacks, which this takes apart.
-    stored = split_experts(decoders.read_weights(directory), mixtral)
+    stored = split_experts(safetensors_dir.read_weights(directory), mixtral)
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
     for name in list(stored):
@@ -268,7 +270,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
         if no_shared_experts or name.endswith("rotary_emb.inv_freq"):
             del stored[name]
     expected = model.state_dict()
-    decoders.check_weights(split_experts(expected, mixtral), stored, directory)
+    safetensors_dir.check_weights(split_experts(expected, mixtral), stored, directory)
     model.load_state_dict(stack_experts(stored, expected, mixtral), assign=True)
 
 
@@ -285,14 +287,14 @@ def save(model: nn.Module, directory: str | Path) -> None:
                 D = w.shape[1]
                 for part, shape in (("gate", (0, D)), ("up", (0, D)), ("down", (D, 0))):
                     weights[f"{shared}{part}_proj.weight"] = w.new_empty(shape)
-    decoders.write_decoder(directory, hf, weights)
+    safetensors_dir.write_decoder(directory, hf, weights)
 
 
-MIXTRAL_NAMES = {  # Mixtral: ours
-    ".block_sparse_moe.": ".mlp.",
-    ".w1.weight": ".gate_proj.weight",
-    ".w3.weight": ".up_proj.weight",
-    ".w2.weight": ".down_proj.weight",
+MIXTRAL_NAMES = {  # ours: Mixtral's
+    ".mlp.": ".block_sparse_moe.",
+    ".gate_proj.weight": ".w1.weight",
+    ".up_proj.weight": ".w3.weight",
+    ".down_proj.weight": ".w2.weight",
 }
 
 
@@ -310,10 +312,7 @@ def split_experts(weights: dict[str, Tensor], mixtral: bool = False) -> dict[str
         else:
             pieces = {name: w}
         for piece, matrix in pieces.items():
-            if mixtral:
-                for their, our in MIXTRAL_NAMES.items():
-                    piece = piece.replace(our, their)
-            theirs[piece] = matrix
+            theirs[rename(piece, MIXTRAL_NAMES) if mixtral else piece] = matrix
     return theirs
 
 

@@ -19,7 +19,6 @@ As in formats/decoders.py, a key of the config that would change what is compute
 error that names it. Which modules are adapted is told by the tensors rather than by target_modules.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection
@@ -27,13 +26,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from formats import encoders
-from formats.atomic import replace_file
-from formats.decoders import GPT2_NAMES, read_json
+from formats import encoders, safetensors_dir
+from formats.decoders import GPT2_NAMES
+from formats.json_file import read_json, write_json
+from formats.safetensors_dir import inverse, rename, write_tensors
 
 Layer = dict[str, Tensor | float]
 
@@ -144,9 +142,7 @@ def fused_path(path: str, family: str) -> str:
 
 
 def _to_gpt2(path: str) -> str:
-    name = fused_path(path, "gpt2") + "."
-    for their, our in GPT2_NAMES.items():
-        name = their + name[len(our) :] if name.startswith(our) else name.replace(our, their, 1)
+    name = rename(fused_path(path, "gpt2") + ".", inverse(GPT2_NAMES))
     return path if path == "lm_head" else f"transformer.{name[:-1]}"
 
 
@@ -276,12 +272,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
         raise ValueError(
             f"{file}: no such file; expected weights in safetensors format{more if pickled.is_file() else ''}"
         )
-    try:
-        with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            return tensors, (content.metadata() or {}).get("base_fingerprint")
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
+    tensors, metadata = safetensors_dir.read_tensors(file)
+    return tensors, metadata.get("base_fingerprint")
 
 
 def check(
@@ -359,10 +351,8 @@ def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> Non
     metadata = {} if adapter.fingerprint is None else {"base_fingerprint": adapter.fingerprint}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with replace_file(directory / "adapter_model.safetensors") as new:
-        save_file(tensors, new, metadata={"format": "pt", **metadata})
-    with replace_file(directory / "adapter_config.json") as new:
-        new.write_text(json.dumps(config, indent=2) + "\n")
+    write_tensors(directory / "adapter_model.safetensors", tensors, metadata)
+    write_json(directory / "adapter_config.json", config)
 
 
 def fuse_attention(

@@ -27,14 +27,23 @@ an unknown token too, and fail or take some id if there is none. So both are wri
 GPT-2's file, and are no roles when read as such.
 """
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
-from data.special_tokens import ROLES
-from formats.atomic import replace_file
+from formats.json_file import read_json, write_json
 
+# The roles of special tokens, by the names that transformers gives them, and the usual name of such a token.
+ROLES = {
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "bos_token": "[BOS]",
+}
 END_OF_TEXT = "<|endoftext|>"
+EXPECTED = "a directory that holds tokenizer.json"
+STYLE = {"indent": 1, "end": ""}  # of the JSON files of tokenizers, arguments of `write_json`
 FILLED_ROLES = ("bos_token", "unk_token")  # of a decoder: written as the eos_token where it has none
 
 # GPT-2's split pattern: what ByteLevel does by itself, where the file has no Split before it.
@@ -177,22 +186,8 @@ def write(
         config["mask_token"] = {"__type": "AddedToken"} | {k: v for k, v in mask.items() if k != "id"}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "tokenizer.json", tokenizer)
-    write_json(directory / "tokenizer_config.json", config)
-
-
-def write_json(path: Path, content: dict) -> None:
-    with replace_file(path) as new:
-        new.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"no file {path}; give a directory that holds tokenizer.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged or no JSON ({error}); write or download it again") from None
+    write_json(directory / "tokenizer.json", tokenizer, **STYLE)
+    write_json(directory / "tokenizer_config.json", config, **STYLE)
 
 
 def read_splitting(file: dict) -> tuple[bool, str]:
@@ -280,7 +275,7 @@ def read(directory: Path) -> dict:
     path = Path(directory)
     path = path / "tokenizer.json" if path.is_dir() else path
     config_path = path.with_name("tokenizer_config.json")
-    file = read_json(path)
+    file = read_json(path, EXPECTED)
     config = read_json(config_path) if config_path.exists() else {}
 
     try:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from formats import tokenizer_json
 from formats.atomic import replace_file
-from formats.tokenizer_json import read_json, write_json
+from formats.json_file import read_json, write_json
+from formats.tokenizer_json import EXPECTED, STYLE
 
 # The names that BERT gives to roles, where a file does not name them.
 BERT_ROLES = {
@@ -77,8 +78,8 @@ def write(
         "tokenize_chinese_chars": chinese_chars,
         "clean_up_tokenization_spaces": False,
     } | roles
-    write_json(directory / "tokenizer.json", file)
-    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer.json", file, **STYLE)
+    write_json(directory / "tokenizer_config.json", config, **STYLE)
     with replace_file(directory / "vocab.txt") as new:  # a line per id, empty where there is none
         pieces = {i: piece for piece, i in (vocab | special_tokens).items()}
         lines = [pieces.get(i, "") + "\n" for i in range(max(pieces) + 1)]
@@ -99,8 +100,7 @@ def is_wordpiece(directory: str | Path) -> bool:
     path = vocabulary_file(directory)
     if path.suffix == ".txt":
         return True
-    file = read_json(path)
-    model = file.get("model") if isinstance(file, dict) else None
+    model = read_json(path, EXPECTED).get("model")
     if not isinstance(model, dict):
         return False
     # The oldest files do not name their model's type; DistilBERT's is one.
@@ -187,7 +187,7 @@ def read(directory: Path) -> dict:
     path = vocabulary_file(directory)
     config_path = path.with_name("tokenizer_config.json")
     is_text = path.suffix == ".txt"
-    file = None if is_text else read_json(path)
+    file = None if is_text else read_json(path, EXPECTED)
     config = read_json(config_path) if config_path.is_file() else {}
     try:
         arguments = read_vocab_txt(path, config) if is_text else read_tokenizer_json(file, config)

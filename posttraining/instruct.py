@@ -23,13 +23,10 @@ Shapes: B rows of T tokens; marked tokens are int64, a token id and two marks in
 
 import argparse
 import bisect
-import gzip
 import hashlib
 import json
-import re
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,14 +35,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.stdlib_questions import Conversation, stdlib_conversations
+from data.conversations import read_conversations
+from data.stdlib_questions import stdlib_conversations
 from data.text import Dataset, Split
 from data.tokenizer import Tokenizer, get_tokenizer
-from formats.atomic import replace_file
-from formats.tokenizer_json import read_json, write_json
-
-ROLES = ("system", "user", "assistant")
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+from formats.chat_template import (  # noqa: F401
+    Conversation,
+    end_id,
+    prompt_tokens,
+    render,
+    save_chat_template,
+)
 
 IGNORED = -100  # a target that is not predicted
 
@@ -54,220 +54,6 @@ RESPONSE = 1 << 32  # the mark of a token that is part of a response,
 BEGIN = 1 << 33  # and that of the first token of a conversation, or of the padding at the end of a row
 
 HELD_OUT = 1 / 10  # share of a file's conversations
-
-
-def is_chatml(tokenizer: Tokenizer) -> bool:
-    return {IM_START, IM_END} <= tokenizer.special_tokens.keys()
-
-
-def end_id(tokenizer: Tokenizer) -> int:
-    """The token that ends an answer."""
-    return tokenizer.special_tokens[IM_END] if is_chatml(tokenizer) else tokenizer.eot_id
-
-
-def as_text(content: str) -> str:
-    """The content with a space put into whatever spells a marker of Tülu's template: "<| user|>".
-
-    Markers are ordinary text there, so that a user could otherwise write turns in the assistant's name.
-    """
-    for role in ROLES:
-        content = content.replace(f"<|{role}|>", f"<| {role}|>")
-    return content
-
-
-def pieces(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str | int, bool]]:
-    r"""Text or a special token's id, and whether it is part of a response.
-
-    ChatML, if the tokenizer has its special tokens (Qwen's does):
-
-        <|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
-
-    otherwise Tülu's, in the form of OLMo 2, where a line break parts an answer from the next turn:
-
-        <|endoftext|><|user|>\nWhat is 2 + 2?\n<|assistant|>\n4<|endoftext|>
-
-    The latter needs no token that the base model lacks. New tokens would be new rows of the embedding, random
-    and to be learned from the few conversations alone; here the markers are ordinary text, <|endoftext|>
-    begins the document as it did in pretraining, and as the end of an answer it is an end already known.
-    """
-    if is_chatml(tokenizer):
-        start, end = tokenizer.special_tokens[IM_START], tokenizer.special_tokens[IM_END]
-        for message in messages:
-            answer = message["role"] == "assistant"
-            yield from ((start, False), (f"{message['role']}\n", False))
-            yield from ((message["content"], answer), (end, answer), ("\n", False))
-        return
-
-    yield tokenizer.eot_id, False
-    for i, message in enumerate(messages):
-        answer = message["role"] == "assistant"
-        yield from ((f"<|{message['role']}|>\n", False), (as_text(message["content"]), answer))
-        if answer:
-            yield tokenizer.eot_id, True
-        if not answer or i + 1 < len(messages):
-            yield "\n", False
-
-
-def encode(parts: Iterator[tuple[str | int, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of pieces and the flag of each. Text that lies together with one flag is encoded as one."""
-    tokens: list[int] = []
-    flags: list[bool] = []
-    for (kind, flag), group in groupby(parts, key=lambda part: (type(part[0]), part[1])):
-        content = [piece for piece, _ in group]
-        ids = tokenizer.encode("".join(content)) if kind is str else content
-        tokens += ids
-        flags += [flag] * len(ids)
-    return tokens, flags
-
-
-def render(messages: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """The token ids of a conversation, and for each whether it is part of a response.
-
-    A response is what the assistant says and the token that ends it. It is encoded apart from what precedes
-    it: these are the tokens that the model finds, from `prompt_tokens`, when it is asked.
-
-    Hugging Face's apply_chat_template encodes the whole text between two special tokens at once. Its ids are
-    these, unless (1) an answer begins with a line break, which most split patterns join to the one before it,
-    or under GPT-2's pattern with several spaces; or (2) some content spells a special token: there it becomes
-    that token, here it stays text.
-    """
-    return encode(pieces(messages, tokenizer), tokenizer)
-
-
-def prompt_tokens(messages: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """What precedes the answer to messages, the last of them the user's: up to the assistant's header."""
-    if not messages or messages[-1]["role"] == "assistant":
-        raise ValueError("there is nothing to answer: expected messages of which the last is the user's")
-    header = [(f"<|{ROLES[-1]}|>\n", False)]
-    if is_chatml(tokenizer):
-        header = [(tokenizer.special_tokens[IM_START], False), (f"{ROLES[-1]}\n", False)]
-    tokens, _ = encode([*pieces(messages, tokenizer), *header], tokenizer)
-    return tokens
-
-
-def chat_template(tokenizer: Tokenizer) -> str:
-    """The template in Jinja, as Hugging Face's tokenizers keep it; `render` says where ids may differ."""
-    if is_chatml(tokenizer):
-        turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
-        begin, header = "", f"{IM_START}assistant\\n"
-    else:
-        content = "message['content']"
-        for role in ROLES:
-            content += f" | replace('<|{role}|>', '<| {role}|>')"
-        end = "(eos_token + ('' if loop.last else '\\n') if message['role'] == 'assistant' else '\\n')"
-        turn = f"'<|' + message['role'] + '|>\\n' + ({content}) + {end}"
-        begin, header = "{{ eos_token }}", "<|assistant|>\\n"
-    ask = f"{{% if add_generation_prompt %}}{{{{ '{header}' }}}}{{% endif %}}"
-    return f"{begin}{{% for message in messages %}}{{{{ {turn} }}}}{{% endfor %}}{ask}"
-
-
-def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write chat_template.jinja beside a saved tokenizer, for AutoTokenizer's apply_chat_template.
-
-    With Tülu's template, tokenizer_config.json is also told where an answer begins and ends. Otherwise the
-    server of transformers looks for ChatML's marks in all models of Qwen's layout, and finding none repeats
-    the question before the answer. With ChatML's, the generation_config.json of a model in directory is told
-    that its mark ends an answer as well as the end of text does.
-    """
-    directory = Path(directory)
-    with replace_file(directory / "chat_template.jinja") as new:
-        new.write_text(chat_template(tokenizer), encoding="utf-8")
-    generation = directory / "generation_config.json"
-    if not is_chatml(tokenizer):
-        path = directory / "tokenizer_config.json"
-        template = {"defaults": {"role": "assistant"}, "start_anchor": "<|assistant|>\n"}
-        template["fields"] = {"content": {"close": tokenizer.eot, "content": "text"}}
-        write_json(path, read_json(path) | {"response_template": template})
-    elif generation.exists():
-        ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # they may be one
-        write_json(generation, read_json(generation) | {"eos_token_id": ends})
-
-
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-EXPECTED = (
-    'expected {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from", "value"}, ...]}, or '
-    + ", ".join(f'{{"{ask}", "{answer}"}}' for ask, answer in PAIRS)
-)
-OUR_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-
-
-def check(messages: Conversation) -> None:
-    """Raise ValueError unless user and assistant speak in turn, the assistant last and never empty."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        order = "user, assistant, user, assistant ..., an assistant last; a system message may come first"
-        raise ValueError(f"roles {', '.join(map(str, roles))}: expected {order}")
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
-            raise ValueError(f"{message['role']}: {content!r:.60}: expected a string of valid characters")
-        if message["role"] == "assistant" and not content.strip():
-            raise ValueError("the assistant's answer is empty: expected text")
-
-
-def to_messages(record: Any) -> Conversation:
-    """The conversation in a record of one of the usual shapes; ValueError says what was expected."""
-    try:
-        if "messages" in record:
-            turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
-        elif "conversations" in record:
-            turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        else:
-            ask, answer = next(pair for pair in PAIRS if record.keys() >= set(pair))
-            question = record[ask]
-            if ask == "instruction" and record.get("input"):  # Alpaca's: what the instruction is about
-                question = question + "\n\n" + record["input"]
-            turns = [("user", question), ("assistant", record[answer])]
-    except (KeyError, TypeError, AttributeError, StopIteration):
-        raise ValueError(f"{record!r:.60}: {EXPECTED}") from None
-    messages = [{"role": OUR_ROLES.get(str(role), role), "content": content} for role, content in turns]
-    check(messages)
-    return messages
-
-
-def read_conversations(path: Path) -> list[Conversation]:
-    """The conversations in a .jsonl, one a line, or a .json, one list of them; either also with .gz.
-
-    Each is {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from": "human" | "gpt" | "system",
-    "value"}, ...]} (ShareGPT), {"instruction", "output"} with an "input" or without (Alpaca), {"prompt",
-    "completion"}, {"prompt", "response"} or {"question", "answer"}; other fields are passed over.
-
-    Raises ValueError naming the file, the line or item, and what was expected.
-    """
-    name = path.name.removesuffix(".gz")
-    if not name.endswith((".jsonl", ".json")):
-        raise ValueError(f"{path}: expected a .jsonl or .json file of conversations, also .gz")
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); expected UTF-8 text") from None
-
-    sources = [("", text)]
-    if name.endswith(".jsonl"):
-        sources = [(f", line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    records = []
-    for place, source in sources:
-        try:
-            records.append((place, json.loads(source)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}{place}: {source[:60]!r} is not JSON ({error}); {EXPECTED}") from None
-    if name.endswith(".json"):
-        whole = records[0][1]
-        if not isinstance(whole, list):
-            raise ValueError(f"{path}: expected one list, of conversations; got {whole!r:.60}")
-        records = [(f", item {i}", record) for i, record in enumerate(whole, 1)]
-
-    conversations = []
-    for place, record in records:
-        try:
-            conversations.append(to_messages(record))
-        except ValueError as error:
-            raise ValueError(f"{path}{place}: {error}") from None
-    if not conversations:
-        raise ValueError(f"{path}: has no conversations; {EXPECTED}")
-    return conversations
 
 
 def mark(messages: Conversation, tokenizer: Tokenizer) -> np.ndarray:

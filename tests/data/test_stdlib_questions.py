@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data import stdlib_questions
-from posttraining import instruct
+from data.conversations import check
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ def test_stdlib_is_divided_by_package(stdlib):
     assert len(train) > 5000 and len(held_out) > 150
     for side in stdlib:
         for messages in side:
-            instruct.check(messages)
+            check(messages)
 
     def named(side):
         """The packages of the full names that are answers."""

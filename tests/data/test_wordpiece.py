@@ -297,7 +297,7 @@ def test_files_of_older_and_newer_kinds(variants, tmp_path):
 
 def test_damaged_and_missing_files(tmp_path):
     for name in ("tokenizer.json", "vocab.txt"):
-        with pytest.raises(ValueError, match=r"no file|no such file"):
+        with pytest.raises(ValueError, match="no such file"):
             WordPiece.load(tmp_path / name)
     (tmp_path / "vocab.txt").write_bytes(b"[UNK]\n\xff\n")
     with pytest.raises(ValueError, match="not UTF-8"):

@@ -1,0 +1,30 @@
+"""JSON files: read with errors that name the file, written whole or not at all."""
+
+import json
+from pathlib import Path
+
+from formats.atomic import replace_file
+
+
+def read_json(path: Path, expected: str = "a directory in Hugging Face layout") -> dict:
+    """Return the object in a JSON file.
+
+    Raises ValueError if there is no such file (`expected` then says what the user should give), or if its
+    content is damaged or is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected {expected}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); write or download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: dict, indent: int = 2, end: str = "\n") -> None:
+    """Write an object to a JSON file, which replaces the old one only once it is complete."""
+    with replace_file(path) as new:
+        text = json.dumps(content, ensure_ascii=False, indent=indent)
+        new.write_text(text + end, encoding="utf-8")

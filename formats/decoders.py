@@ -267,6 +267,15 @@ def decoder_config(config) -> dict:
     return hf
 
 
+def load_decoder(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights in directory; config is of config_kind, a `gpt.Config`."""
+    config = config_kind(**read_decoder_config(directory), kernels=kernels)
+    with torch.device("meta"):
+        model = kind(config)
+    load_decoder_weights(model, directory)
+    return model
+
+
 def load_decoder_weights(model: nn.Module, directory: str | Path) -> None:
     """Load the weights in directory into a model that was built on the meta device.
 

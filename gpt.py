@@ -497,6 +497,33 @@ def print_as_it_comes(steps: Iterator[list[int]], tokenizer: Tokenizer, stop: in
     return printed
 
 
+def width_factors(name: str, ratio: float) -> tuple[float, float]:
+    """Return the factors of a parameter's initial values and of AdamW's learning rate for width transfer with
+    ratio r = base width / width (muP: Tensor Programs V, Yang et al. 2022, tables 3 and 8). For moe.py too.
+
+        embeddings, norms, biases    1          1
+        hidden matrices              sqrt(r)    r    outputs are sums over the width. At the start their terms
+                                                     are independent; what is learned points in one direction
+        router                       r          r    an output: the number of experts does not grow
+        final norm                   r          r    in place of the multiplier r of the logits in table 8
+
+    The final norm is equivalent to that multiplier: the logits are W (r g x), where g starts at 1, and since
+    AdamW's steps do not depend on the scale of the gradient, a learning rate of r for r g is a learning rate
+    of 1 for g. So the head, which may be the embedding matrix, stays as it is. Attention keeps its
+    1 / sqrt(K), because a wider model has more heads and no wider ones.
+
+    Raises ValueError for a parameter without a rule.
+    """
+    kind = name.removesuffix(".weight")
+    if kind.startswith("model.norm") or kind.endswith(".gate"):
+        return ratio, ratio
+    if kind.endswith("_proj"):
+        return math.sqrt(ratio), ratio
+    if kind.endswith(("embed_tokens", "embed_positions", "lm_head", "norm", "bias")):
+        return 1.0, 1.0
+    raise ValueError(f"parameter {name}: width transfer has no rule for it; add one to gpt.width_factors")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a text with a trained model, or print the sizes.")
     add_sampling_flags(parser)

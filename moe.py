@@ -513,6 +513,7 @@ STEPS = 1100
 LEARNING_RATE = 1.0
 SPECIAL_TOKENS = {}
 make_batch = gpt.make_batch
+width_factors = gpt.width_factors
 show = expert_usage.show
 
 

@@ -38,7 +38,6 @@ from tqdm import tqdm
 import data.text
 from engine import benchmark, cpu, memory, optim, parallel, report, watch
 from engine.benchmark import wait_for
-from engine.optim import learning_rate
 from engine.options import parse_arguments
 from engine.run import (
     Run,
@@ -117,9 +116,7 @@ def update(run: Run, mark: Callable[[str], None] = lambda part: None) -> tuple[T
     whether the step is made, and counts in run.skipped those that are not: in all, and in a row. mark is told
     after each part what it was."""
     args, model = run.args, run.model
-    lr = learning_rate(run.step, args)
-    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * group["lr_factor"]
+    lr = optim.set_learning_rate(run.optimizers, run.step, args)
     mark("rest")
     batches, shares = next_batches(run)
     mark("batch")
@@ -135,7 +132,7 @@ def update(run: Run, mark: Callable[[str], None] = lambda part: None) -> tuple[T
     mark("gradient")
     norm = parallel.as_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf))
     finite = norm.isfinite()
-    optim.step(run.optimizers, finite)
+    optim.step_optimizers(run.optimizers, finite)
     if hasattr(model, "after_step"):
         model.after_step(finite)
     model.zero_grad(set_to_none=True)

@@ -159,14 +159,15 @@ def prepare(args: argparse.Namespace) -> Run:
         factor = getattr(model.config, "learning_rate", None) or concept.LEARNING_RATE
         args.lr = factor * optim.default_learning_rate(n_active)
     if args.mup and pretrained is None:
-        optim.transfer_width(model, args.mup)
+        optim.transfer_width(model, args.mup, width_factors(concept))
     if saved is None and keeps and parallel.rank() == 0:
         with tempfile.TemporaryDirectory(dir=args.out) as aside:
             model.save_pretrained(aside)  # ValueError for a model that no architecture describes
     if getattr(model.config, "pooler", False) and model.config.pair == "none":
         model.bert.pooler.requires_grad_(False)  # nothing asks for it, and ddp would wait for its gradient
     engine, loss_of, whole = parallel.prepare(model, args)
-    optimizers = optim.make_optimizers(model, args)
+    rules = {rule: getattr(model, rule) for rule in ("lr_factor", "decays") if hasattr(model, rule)}
+    optimizers = optim.make_optimizers(model, args, width_factors=width_factors(concept), **rules)
     run = Run(args, concept, model, whole, engine, loss_of, dataset, loader, optimizers, flags, lock)
     run.skipped = run.skipped.to(args.device)
     if saved is not None:
@@ -177,6 +178,11 @@ def prepare(args: argparse.Namespace) -> Run:
         for log in LOGS:
             (args.out / log).write_text("")
     return run
+
+
+def width_factors(concept: Concept) -> Callable:
+    """Return the concept's rules of width transfer, or those of a concept without them."""
+    return getattr(concept, "width_factors", optim.width_factors)
 
 
 def configured(concept: Concept, args: argparse.Namespace) -> tuple[nn.Module | None, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data import text
 from data.rows import Dataset, Row
-from engine import parallel
+from engine import optim, parallel
 from formats import open_model
 from formats.decoders import read_json
 
@@ -89,11 +89,6 @@ def separate_head(model: nn.Module) -> None:
     """Give the model a head of its own where it shares the embeddings' matrix: it shares nothing."""
 
 
-def width_factors(name: str, ratio: float) -> tuple[float, float]:
-    """Raise ValueError: this architecture has no rules for --mup."""
-    raise ValueError(f"--mup: there is no rule of width transfer for the parameter {name}")
-
-
 @dataclass(frozen=True)
 class ModelFile:
     """What a model's file offers; a value here stands for what it leaves out."""
@@ -106,7 +101,7 @@ class ModelFile:
     after_step: Callable[[nn.Module, Tensor], None] = after_step
     n_active_params: Callable[[nn.Module], int] = n_active_params
     separate_head: Callable[[nn.Module], None] = separate_head
-    width_factors: Callable[[str, float], tuple[float, float]] = width_factors
+    width_factors: Callable[[str, float], tuple[float, float]] = optim.width_factors
 
 
 # --- the defaults of a task's file

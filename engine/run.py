@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,7 +210,7 @@ def prepare(args: argparse.Namespace) -> Run:
         objective=objective,
         engine=engine,
         loss=loss,
-        optimizers=optim.make_optimizers(objective.model, args),
+        optimizers=make_optimizers(concept, objective.model, adapter_config, args),
         flags=flags,
         lock=lock,
         skipped=torch.zeros(2, dtype=torch.int64, device=args.device),
@@ -372,7 +373,18 @@ def set_rates(
             factor = concept.adapter.learning_rate(adapter_config)
         args.lr = factor * optim.default_learning_rate(n_active)
     if args.mup and is_new:
-        optim.transfer_width(model, args.mup)
+        optim.transfer_width(model, args.mup, concept.model.width_factors)
+
+
+def make_optimizers(
+    concept: contract.Concept, model: nn.Module, adapter_config: Any, args: argparse.Namespace
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers, with the rates and decays of the adapter's file if there is one."""
+    rules = {"width_factors": concept.model.width_factors}
+    if concept.adapter is not None:
+        rules["lr_factor"] = partial(concept.adapter.lr_factor, adapter_config)
+        rules["decays"] = partial(concept.adapter.decays, adapter_config)
+    return optim.make_optimizers(model, args, **rules)
 
 
 def check_saving(run: Run, is_new: bool) -> None:

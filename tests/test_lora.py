@@ -316,7 +316,7 @@ def test_state_dict_restores_exactly_what_learns(home):
 
 def test_the_optimizer_is_told_how_much_faster_B_learns(home):
     model = AdaptedModel(replace(lora.SIZES["lora+"], base=str(home / "gpt"), r=4))
-    (optimizer,) = make_optimizers(model, ADAMW)
+    (optimizer,) = make_optimizers(model, ADAMW, lr_factor=model.lr_factor)
     names = {id(p): name for name, p in model.named_parameters()}
     factors = {names[id(p)]: group["lr_factor"] for group in optimizer.param_groups for p in group["params"]}
     assert {factor for name, factor in factors.items() if name.endswith("lora_B")} == {16.0}
@@ -859,7 +859,11 @@ def test_scales_and_starts_do_not_decay(home):
     for size in ("lora", "dora", "ia3", "pissa"):
         model = AdaptedModel(replace(small(size), base=str(home / "gpt")))
         names = {id(p): n.rpartition(".")[2] for n, p in model.named_parameters()}
-        groups = [group for optimizer in make_optimizers(model, ADAMW) for group in optimizer.param_groups]
+        groups = [
+            group
+            for optimizer in make_optimizers(model, ADAMW, decays=model.decays)
+            for group in optimizer.param_groups
+        ]
         decayed = {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"]}
         assert decayed == ({"lora_A", "lora_B"} if size in ("lora", "dora") else set())
 

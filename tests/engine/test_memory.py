@@ -21,7 +21,7 @@ import lora
 import moe
 from engine import memory, parallel
 from engine.memory import MOMENTS, plan, report
-from engine.optim import make_optimizers, step
+from engine.optim import make_optimizers, step_optimizers
 from kernels import cross_entropy
 from language import electra
 from posttraining.nf4 import n_bytes
@@ -160,7 +160,7 @@ def test_states_are_what_real_tensors_occupy(config, optimizer):
     optimizers = make_optimizers(model, args)
     model.loss(batch_for(config, 1, 16))[0].backward()
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
-    step(optimizers, torch.tensor(True))
+    step_optimizers(optimizers, torch.tensor(True))
     states = [t for o in optimizers for state in o.state.values() for t in state.values()]
     parts = plan(on_meta(config), args).parts
     assert parts["weights"] == (n_bytes(model),) * len(MOMENTS)
@@ -204,7 +204,7 @@ def whole_step(model, args, batch):
                 loss, _ = model.loss(batch)
             loss.backward()
             del loss
-        step(optimizers, torch.tensor(True))
+        step_optimizers(optimizers, torch.tensor(True))
         model.zero_grad(set_to_none=True)
 
 

@@ -15,14 +15,12 @@ from chinchilla import (
     Law,
     PowerLaw,
     fit,
-    flops,
     interval,
     main,
     points,
-    quantity,
-    read_points,
 )
-from scaling.huber_fit import centre, parameters, search_again
+from scaling.huber_fit import centre, search_near, uncentre
+from scaling.points import read_points
 
 ROUNDED = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # as Hoffmann et al. 2022 print it
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -275,8 +273,8 @@ def test_hoffmanns_resamples_are_too_alike(paper, samples):
     generator = np.random.default_rng(0)
     w = np.array([generator.permutation(240) < 192 for _ in range(200)], dtype=float)
     logs, means = centre(*points())
-    theta, _ = search_again(paper.theta, w, logs, paper.delta)
-    ratio = Law(*parameters(theta, means).T).a.std() / Law(*samples.T).a.std()
+    theta, _ = search_near(paper.theta, w, logs, paper.delta)
+    ratio = Law(*uncentre(theta, means).T).a.std() / Law(*samples.T).a.std()
     assert 0.35 < ratio < 0.65  # sqrt((1 - 0.8) / 0.8) = 0.5
 
 
@@ -365,7 +363,7 @@ def test_fit_refuses_what_has_no_answer():
         fit(*grid(LAWS["besiroglu"].law, sizes=3)).bootstrap(10, by_size=True)
 
 
-# Files, numbers and the command.
+# The points of the paper, and the command.
 
 
 def test_the_points_of_the_paper():
@@ -373,51 +371,6 @@ def test_the_points_of_the_paper():
     assert len(N) == 240 and N.dtype == np.float64
     assert L.max() < 3.41 < np.sort(read_points(CSV)[2])[-5]
     assert (D / N).min() > 0.41
-
-
-def test_reading_points(tmp_path):
-    path = tmp_path / "points.csv"
-    path.write_text("Model Size, TOKENS ,Loss,note\n1e8,2e9,3.5,x\n\n2e8,4e9,3.1,\n")
-    N, D, L = read_points(path)
-    assert (N == [1e8, 2e8]).all() and (D == [2e9, 4e9]).all() and (L == [3.5, 3.1]).all()
-    path.write_text("n,flops,loss\n1e8,6e18,3.5\n")
-    assert read_points(path)[1] == pytest.approx([1e10])
-    for text, message in (
-        ("N,loss\n1,2\n", r"points.csv, line 1: expected columns .* it has n, loss"),
-        ("", "it has nothing"),
-        ("N,D,loss\n", "no points"),
-        ("N,D,loss\n1,2,3\n1,nan,3\n", "line 3: D is 'nan'"),
-        ("N,D,loss\n1,2,-3\n", "line 2: loss is '-3'"),
-        ("N,D,loss\n1,2\n", "line 2: loss is None"),
-        ("N,D,loss\nseven,2,3\n", "line 2: N is 'seven'"),
-        ("N,n,D,loss\n7,1,2,3\n", "more than one column n"),
-        ("N,D,loss\n1,2,3,5\n", "line 2: more cells than columns"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_points(path)
-
-
-def test_quantities():
-    read = [quantity(text) for text in ("1e22", "7b", "1.4T", "300M", "20k", "5")]
-    assert read == pytest.approx([1e22, 7e9, 1.4e12, 3e8, 2e4, 5])
-    for text in ("", "b", "7x", "0", "-1e22", "nan", "inf", "1e400", "7bb"):
-        with pytest.raises(ValueError, match="expected a positive number"):
-            quantity(text)
-
-
-def test_flops_are_those_of_the_model():
-    from gpt import Config
-
-    config = Config(n_layers=2, n_heads=2, d_model=32, d_ff=64, vocab_size=96, max_seq_len=4)
-    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 96 * 32
-    keys_seen = (1 + 2 + 3 + 4) / 4
-    assert flops(config, 1000) == 1000 * (6 * matrices + 2 * 12 * 32 * keys_seen)
-
-
-def test_numbers_are_written_short():
-    numbers = (1.4e12, 72.25e9, 999.7e6, 1e9, 20, 0.958, 3e17)
-    assert [chinchilla.short(n) for n in numbers] == ["1.4T", "72.2B", "1B", "1B", "20", "0.958", "3e17"]
 
 
 def test_the_table_says_where_it_extrapolates(capsys):
@@ -449,5 +402,5 @@ def test_mistakes_end_in_one_line(argv, message, capsys, tmp_path):
 
 
 def test_the_law_needs_no_torch():
-    code = "import sys, chinchilla; sys.exit('torch' in sys.modules or 'plan' in sys.modules)"
+    code = "import sys, chinchilla; sys.exit('torch' in sys.modules or 'scaling.plan' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CSV.parent).returncode == 0

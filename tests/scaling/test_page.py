@@ -13,7 +13,8 @@ import pytest
 import chinchilla
 from chinchilla import LAWS, Law
 from scaling import page
-from scaling.plan import DEVICES, PUE, SEQ_LEN, gpu_hours, parameters, shape_for, training_flops
+from scaling.plan import DEVICES, PUE, gpu_hours
+from scaling.shapes import SEQ_LEN, count_parameters, shape_for, training_flops
 
 STATES = [
     {"C": C, "law": law, "gpu": gpu, "gpus": gpus, "mfu": mfu}
@@ -184,12 +185,12 @@ def test_shape_and_flops_are_those_of_the_plan(told, i):
     computed = told["computed"][i]
     shape = shape_for(computed["N"])
     assert (computed["shape"]["d"], computed["shape"]["layers"]) == (shape.d_model, shape.layers)
-    assert computed["shape"]["N"] == parameters(shape)
+    assert computed["shape"]["N"] == count_parameters(shape)
     parts = computed["parts"]
     assert sum(parts.values()) == pytest.approx(training_flops(shape) / SEQ_LEN, rel=1e-12)
     layers = sum(parts.values()) - parts["head"]
     assert layers == pytest.approx(training_flops(shape, vocab_products=0) / SEQ_LEN, rel=1e-12)
-    over = 100 * (sum(parts.values()) / (6 * parameters(shape, relative=False)) - 1)
+    over = 100 * (sum(parts.values()) / (6 * count_parameters(shape, relative=False)) - 1)
     without = told["shown"][i]["without"]
     assert float(re.search(r"takes ([\d.-]+) %", without)[1]) == pytest.approx(over, rel=5e-3)
 
@@ -303,7 +304,7 @@ def written_fit(path, **changed):
 
 
 def test_the_slider_reaches_a_fit_of_larger_runs(tmp_path):
-    fit = page.fitted(written_fit(tmp_path / "fit.json", C=[1e24, 2e28]))
+    fit = page.read_fit(written_fit(tmp_path / "fit.json", C=[1e24, 2e28]))
     data = page.page_data(*chinchilla.points(), {"fit": fit, **LAWS}, "fit")
     assert data["range"]["C"] == pytest.approx([1e17, 10**28.5])
     assert data["start"]["C"] == 2e28
@@ -321,8 +322,8 @@ def test_the_slider_reaches_a_fit_of_larger_runs(tmp_path):
 def test_a_fit_out_of_range_is_refused(tmp_path, changed):
     path = written_fit(tmp_path / "fit.json", **changed)
     with pytest.raises(ValueError, match=r"expected the fit\.json"):
-        page.fitted(path)
-    assert page.fitted(written_fit(path, E=0.0)).law.E == 0
+        page.read_fit(path)
+    assert page.read_fit(written_fit(path, E=0.0)).law.E == 0
 
 
 def test_a_name_cannot_end_the_data():

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import chinchilla
-import train
-from scaling import sweep, sweep_report
+from scaling import sweep, sweep_report, sweep_runs
+from scaling.points import read_points
 
 SMALL = sweep.Design((16, 32, 48, 64, 80, 96), 1, 16, 32, 2, 5, 0.0043)
 
@@ -37,10 +37,10 @@ def inline(monkeypatch):
     @contextmanager
     def workers(n):
         done = SimpleNamespace(value=0.0, get_lock=nullcontext)
-        monkeypatch.setattr(sweep, "flops_done", done)
+        monkeypatch.setattr(sweep_runs, "flops_done", done)
         yield Inline(), done
 
-    monkeypatch.setattr(sweep, "workers", workers)
+    monkeypatch.setattr(sweep_runs, "workers", workers)
     monkeypatch.setitem(sweep.DESIGNS, "cpu", SMALL)
     monkeypatch.setattr(sweep_report, "RESAMPLES", 100)
 
@@ -65,7 +65,7 @@ def test_points_are_sqrt_2_apart_and_their_windows_do_not_overlap():
     assert points[-1] == 5000 and points[0] >= 100 > points[0] / math.sqrt(2) - 1
     for before, after in itertools.pairwise(points):
         assert after / before == pytest.approx(math.sqrt(2), rel=0.01)
-        assert (1 - sweep.WINDOW) * after > before
+        assert (1 - sweep_runs.WINDOW) * after > before
     assert sweep.points_of(99, 100) == [] and sweep.points_of(2000, 1000) == [1000, 1414, 2000]
 
 
@@ -90,7 +90,7 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
     costs = [run["points"][-1] * tokens * run["flops_per_token"] for run in runs]
     assert max(costs[:-1]) <= 1.1 * 4e8  # a few updates, rounded
     assert costs[-1] == pytest.approx(sweep.BEYOND * 4e8, rel=0.05)
-    N, D, L = chinchilla.read_points(tmp_path / "out" / "points.csv")
+    N, D, L = read_points(tmp_path / "out" / "points.csv")
     assert len(N) == sum(len(run["points"]) for run in runs[:-1])
     assert N[0] * 6 == pytest.approx(runs[0]["flops_per_token"])
     law, prediction = chinchilla.fit(N, D, L).law, state["prediction"]
@@ -102,7 +102,7 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
 
     # Once more: nothing is trained anew, and all is as it was.
-    monkeypatch.setattr(train, "update", None)
+    monkeypatch.setattr(sweep_runs, "update_run", None)
     assert sweep.main(arguments(text, tmp_path, "--budget", "4e8")) == 0
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == state
     assert "going on with: python " in capsys.readouterr().out
@@ -125,9 +125,9 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(inline, text, tmp_p
     found = []
     for name in ("whole", "stopped"):
         flags[flags.index("--out") + 1] = str(tmp_path / name)
-        with sweep.workers(1):
+        with sweep_runs.workers(1):
             if name == "stopped":
-                update, calls = train.update, []
+                update, calls = sweep_runs.update_run, []
 
                 def dies(run, update=update, calls=calls):
                     calls.append(1)
@@ -135,11 +135,11 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(inline, text, tmp_p
                         raise KeyboardInterrupt
                     return update(run)
 
-                monkeypatch.setattr(train, "update", dies)
+                monkeypatch.setattr(sweep_runs, "update_run", dies)
                 with pytest.raises(KeyboardInterrupt):
-                    sweep.train_one(flags, points)
+                    sweep_runs.train_one(flags, points)
                 assert len(calls) == 11
-            sweep.train_one(flags, points)
+            sweep_runs.train_one(flags, points)
         found.append((tmp_path / name / "metrics.jsonl").read_text())
     assert found[0] == found[1] and len(found[0].splitlines()) == 3
     assert len(calls) == 11 + 13 - 9  # it went on from the second point
@@ -147,28 +147,30 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(inline, text, tmp_p
 
 def test_what_is_evaluated_is_the_mean_of_the_last_weights(inline, text, tmp_path, monkeypatch):
     flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
-    update, weights, seen = train.update, [], []
+    update, weights, seen = sweep_runs.update_run, [], []
 
     def recording(run):
         result = update(run)
         weights.append([p.detach().double() for p in run.model.parameters()])
         return result
 
-    monkeypatch.setattr(train, "update", recording)
-    monkeypatch.setattr(sweep, "evaluate", lambda run, model, rows: seen.append(model) or {"val_loss": 1.0})
-    with sweep.workers(1):
-        sweep.train_one(flags, [10])
+    monkeypatch.setattr(sweep_runs, "update_run", recording)
+    monkeypatch.setattr(
+        sweep_runs, "evaluate", lambda run, model, rows: seen.append(model) or {"val_loss": 1.0}
+    )
+    with sweep_runs.workers(1):
+        sweep_runs.train_one(flags, [10])
     for p, *history in zip(seen[0].parameters(), *weights[8:], strict=True):
         assert torch.allclose(p.double(), torch.stack(history).mean(dim=0), atol=1e-7)
 
 
 def test_loss_and_exact_matches_are_those_of_the_definition(inline, text, tmp_path):
     flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
-    run = train.prepare(train.parse_arguments([*flags, "--steps", "1"]))
-    rows = sweep.held_out_rows(run)
+    run = sweep_runs.build_run(flags, 1)
+    rows = sweep_runs.held_out_rows(run)
     with torch.no_grad():
         logits = run.model(rows[:, :-1]).double()
-    found = sweep.evaluate(run, run.model, rows)
+    found = sweep_runs.evaluate(run, run.model, rows)
     log_p = logits.log_softmax(dim=-1).gather(2, rows[:, 1:, None])
     assert found["val_loss"] == pytest.approx(-log_p.mean().item(), rel=1e-5)
     right, repeats = logits.argmax(dim=-1) == rows[:, 1:], rows[:, 1:] == rows[:, :-1]
@@ -230,7 +232,7 @@ def test_an_interrupt_or_a_killed_run_ends_in_words(failure, code, text, tmp_pat
     def fails(*_):
         raise failure
 
-    monkeypatch.setattr(sweep, "begin_or_go_on", fails)
+    monkeypatch.setattr(sweep, "begin_or_resume", fails)
     assert chinchilla.main(["sweep", "--out", str(tmp_path)]) == code
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -258,13 +260,13 @@ def test_a_worker_whose_parent_is_dead_stops(inline, text, tmp_path, monkeypatch
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(sweep.os, "_exit", leave)
-    with sweep.workers(1), pytest.raises(SystemExit):
-        sweep.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
+    monkeypatch.setattr(sweep_runs.os, "_exit", leave)
+    with sweep_runs.workers(1), pytest.raises(SystemExit):
+        sweep_runs.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
 
 
 def test_no_process_is_left_behind_by_an_error():
-    with pytest.raises(ZeroDivisionError), sweep.workers(1) as (pool, _):
+    with pytest.raises(ZeroDivisionError), sweep_runs.workers(1) as (pool, _):
         assert pool.submit(math.sqrt, 4.0).result() == 2.0
         pool.submit(time.sleep, 60)
         raise ZeroDivisionError
@@ -275,6 +277,9 @@ def test_no_process_is_left_behind_by_an_error():
 
 
 def test_gradients_that_stay_non_finite_end_the_run(inline, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
-    with sweep.workers(1), pytest.raises(ValueError, match="no finite gradient at step 5; lower --lr-factor"):
-        sweep.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with (
+        sweep_runs.workers(1),
+        pytest.raises(ValueError, match="no finite gradient at step 5; lower --lr-factor"),
+    ):
+        sweep_runs.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])

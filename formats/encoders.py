@@ -41,6 +41,10 @@ TABLES = {
     "modernbert": MODERN_FIELDS,
 }
 MODERN = {"n_segments": 0, "positions": "rope", "mlp": "geglu", "pre_norm": True, "bias": False}
+ELECTRA = {  # every discriminator's
+    "positions": "learned", "position_offset": 0, "window": None, "share_layers": False, "pre_norm": False,
+    "mlp": "gelu", "bias": True, "pooler": False, "mlm_head": False, "pair": "none",
+}  # fmt: skip
 # What the family means, and what a key means when config.json leaves it out.
 DEFAULTS = {
     "bert": {},
@@ -263,7 +267,7 @@ def family_of(config) -> str:
     """The family that a `bert.Config` belongs to; ValueError where no Hugging Face architecture fits."""
     style = {field: getattr(config, field) for field in MODERN}
     classic = {"positions": "learned", "pre_norm": False, "bias": True}
-    narrow = config.d_embedding != config.d_model
+    narrow = config.d_model != config.E
     if style == MODERN and not narrow and not config.share_layers and not config.pooler:
         return "modernbert"
     ordinary = config.mlp != "geglu" and config.n_segments > 0 and config.window is None
@@ -284,10 +288,21 @@ def family_of(config) -> str:
     )
 
 
+def check_electra(config) -> None:
+    """Raise ValueError for the config of a discriminator that an ElectraForPreTraining cannot describe."""
+    for field, value in ELECTRA.items():
+        if getattr(config, field) != value:
+            raise ValueError(f"{field} {getattr(config, field)!r}: an ELECTRA has {value!r}")
+    if config.n_segments < 1:
+        raise ValueError(f"n_segments {config.n_segments}: an ELECTRA has at least 1")
+
+
 def encoder_config(config, family: str, head: str) -> dict:
     """config.json for a `bert.Config`, spelled so that transformers 4 and 5 read it."""
     hf = {"architectures": [CLASSES[family] + head], "model_type": family}
     hf |= {key: getattr(config, field) for key, field in TABLES[family].items()}
+    if "embedding_size" in hf:
+        hf["embedding_size"] = config.E
     hf |= {"bos_token_id": None, "eos_token_id": None}
     if family == "modernbert":
         local = config.window is not None

@@ -267,7 +267,7 @@ def family_of(config) -> str:
     """The family that a `bert.Config` belongs to; ValueError where no Hugging Face architecture fits."""
     style = {field: getattr(config, field) for field in MODERN}
     classic = {"positions": "learned", "pre_norm": False, "bias": True}
-    narrow = config.d_model != config.E
+    narrow = config.d_embedding not in (None, config.d_model)
     if style == MODERN and not narrow and not config.share_layers and not config.pooler:
         return "modernbert"
     ordinary = config.mlp != "geglu" and config.n_segments > 0 and config.window is None
@@ -300,9 +300,8 @@ def check_electra(config) -> None:
 def encoder_config(config, family: str, head: str) -> dict:
     """config.json for a `bert.Config`, spelled so that transformers 4 and 5 read it."""
     hf = {"architectures": [CLASSES[family] + head], "model_type": family}
-    hf |= {key: getattr(config, field) for key, field in TABLES[family].items()}
-    if "embedding_size" in hf:
-        hf["embedding_size"] = config.E
+    fields = vars(config) | {"d_embedding": config.d_embedding or config.d_model}
+    hf |= {key: fields[field] for key, field in TABLES[family].items()}
     hf |= {"bos_token_id": None, "eos_token_id": None}
     if family == "modernbert":
         local = config.window is not None

@@ -42,6 +42,10 @@ TABLES = {
     "modernbert": MODERN_FIELDS,
 }
 MODERN = {"n_segments": 0, "positions": "rope", "mlp": "geglu", "pre_norm": True, "bias": False}
+ELECTRA = {  # every discriminator's
+    "positions": "learned", "position_offset": 0, "window": None, "share_layers": False, "pre_norm": False,
+    "mlp": "gelu", "bias": True, "pooler": False, "mlm_head": False, "pair": "none",
+}  # fmt: skip
 # What the family means, and what a key means when config.json leaves it out.
 DEFAULTS = {
     "bert": {},
@@ -268,6 +272,15 @@ def family_of(config) -> str:
     raise ValueError(
         f"no Hugging Face architecture has these features together, so it cannot be saved: {config}"
     )
+
+
+def check_electra(config) -> None:
+    """Raise ValueError for the config of a discriminator that an ElectraForPreTraining cannot describe."""
+    for field, value in ELECTRA.items():
+        if getattr(config, field) != value:
+            raise ValueError(f"{field} {getattr(config, field)!r}: an ELECTRA has {value!r}")
+    if config.n_segments < 1:
+        raise ValueError(f"n_segments {config.n_segments}: an ELECTRA has at least 1")
 
 
 def encoder_config(config, family: str, head: str) -> dict:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bert import BERT, Config, norm
+from bert import BERT, Config, dense_and_norm, initialize
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
 from formats import decoders, encoders
@@ -82,11 +82,10 @@ class Classifier(BERT):
         super().__init__(replace(config, pooler=not config.pre_norm, mlm_head=False, pair="none"))
         D = config.d_model
         if config.pre_norm:
-            transform = {"dense": nn.Linear(D, D, bias=config.bias), "LayerNorm": norm(D, config)}
-            self.cls["predictions"] = nn.ModuleDict({"transform": nn.ModuleDict(transform)})
+            self.cls["predictions"] = nn.ModuleDict({"transform": dense_and_norm(D, D, config)})
         self.classifier = nn.Linear(D, len(labels))
         self.labels, self.family, self.dropout = labels, family, dropout
-        self.initialize()
+        initialize(self, self.config)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, segments: Tensor | None = None) -> Tensor:
         """Logits (n, labels) of n texts packed into one row (1, N), see language/encoder_inference.py; segments (1, N), else 0."""

@@ -105,8 +105,8 @@ def find(path: Path, architecture: str) -> ModuleType:
     name = str(architecture).removeprefix(PREFIX)
     parts = name.split(".")
     is_name = name != architecture and len(parts) <= 2 and all(map(str.isidentifier, parts))
-    places = [root.joinpath(*parts).with_suffix(".py") for root in (ROOT, Path())]
-    if not is_name or not any(place.is_file() for place in places):
+    file = f"{'/'.join(parts)}.py"
+    if not is_name or not any((root / file).is_file() for root in (ROOT, Path())):
         raise ValueError(
             f"{path}: architecture {architecture!r}: expected {PREFIX!r} and the name of a concept file, "
             f"such as {PREFIX}gpt or {PREFIX}vision.vit"

@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import (
-    END_OF_TEXT,
-    GPT2_PATTERN,
-    GPT4_PATTERN,
-    O200K_PATTERN,
-    Tokenizer,
-    get_tokenizer,
-    train_bpe,
-)
+from data.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe
+from data.words import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN
 from formats.tokenizer_json import BYTE_TO_CHAR, read, recover_merges, to_bytes, to_text, write
 
 REAL_TEXT = Path(json.__file__).read_text(encoding="utf-8")

@@ -54,7 +54,7 @@ def environment() -> dict:
         "cpu": cpu.name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "processes": parallel.n_processes(),
+        "processes": parallel.world_size(),
     }
 
 

@@ -138,7 +138,13 @@ def read_decoder_config(directory: str | Path) -> dict:
     if gpt2 and hf.get("n_inner") is None:
         hf["n_inner"] = 4 * (hf.get("n_embd") or 0)
     fields = read_fields(path, hf, table, DEFAULTS[architecture], ONLY, INERT | WINDOW_KEYS)
-    return fields | read_window(path, hf, fields, architecture)
+    return ordinary_widths(fields | read_window(path, hf, fields, architecture))
+
+
+def ordinary_widths(fields: dict) -> dict:
+    """Return fields with None for head widths and numbers of heads that would follow from the others."""
+    ordinary = {"n_kv_heads": fields["n_heads"], "d_head": fields["d_model"] // fields["n_heads"]}
+    return fields | {name: None for name, value in ordinary.items() if fields.get(name) == value}
 
 
 def read_window(path: Path, hf: dict, fields: dict, architecture: str) -> dict:

@@ -411,3 +411,9 @@ def test_mistakes_end_in_one_line(argv, message, capsys, tmp_path):
 def test_the_law_needs_no_torch():
     code = "import sys, chinchilla; sys.exit('torch' in sys.modules or 'scaling.plan' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CSV.parent).returncode == 0
+
+
+def test_the_help_of_every_command_needs_neither_torch_nor_matplotlib():
+    files = [file for file, _ in chinchilla.COMMANDS.values()]
+    code = f"import sys, {', '.join(files)}; sys.exit(bool({{'torch', 'matplotlib'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -245,9 +245,8 @@ def test_the_measure_makes_the_cliff(tmp_path, monkeypatch):
     rows = [{"C": 10.0**i, "loss": 3 - 0.1 * i} for i in range(9)]
     for row, share in zip(rows, p, strict=True):
         row |= {f"exact_{k}": share**k for k in sweep_report.SPANS}
-    rows.append(
-        rows[-1] | {"C": 1e9, "loss": 2.9, "exact_8": 0.0}
-    )  # left out: another model beats it with less compute
+    # This one is left out: another model beats it with less compute.
+    rows.append(rows[-1] | {"C": 1e9, "loss": 2.9, "exact_8": 0.0})
     sweep_report.plot_emergence(rows, tmp_path / "x.png")
     smooth, sharp = drawn[0].axes
     assert smooth.lines[0].get_ydata() == pytest.approx(p)

@@ -198,7 +198,7 @@ def begin_or_resume(args: argparse.Namespace, design: Design, n_workers: int) ->
 
 
 def read_state(path: Path, settings: dict) -> dict:
-    """Return the sweep in sweep.json. Raises ValueError if it is damaged, or has other settings than these."""
+    """Return the sweep in sweep.json. Raises ValueError if it is damaged, or has other settings."""
     try:
         state = json.loads(path.read_text())
         before, command, _ = state["asked"], state["command"], state["runs"]
@@ -293,34 +293,15 @@ def run_sweep(args: argparse.Namespace, design: Design, n_workers: int) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--minutes", type=float, default=20, help="how long it may take on this machine (default %(default)s)"
-    )
-    add(
-        "--budget",
-        type=quantity,
-        metavar="C",
-        help="instead of --minutes: FLOPs of the largest run that is fitted",
-    )
+    add("--minutes", type=float, default=20, help="time that it may take here (default %(default)s)")
+    add("--budget", type=quantity, metavar="C", help="instead of --minutes: FLOPs of the largest fitted run")
     add("--data", default="stdlib", metavar="WHAT", help="as for train.py (default stdlib)")
     add("--tokenizer", default="bytes", metavar="WHAT", help="as for train.py (default bytes)")
-    add(
-        "--lr-factor",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="multiply the learning rates of the design by X",
-    )
+    add("--lr-factor", type=float, default=1.0, metavar="X", help="multiply the design's learning rates by X")
     add("--seed", type=int, default=0, help="seed of the runs and of the resamples (default 0)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
     add("--workers", type=int, metavar="N", help="runs in parallel (default: one per core; 1 on a GPU)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/sweep"),
-        metavar="DIR",
-        help="where to write (default runs/sweep)",
-    )
+    add("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="results (default runs/sweep)")
     add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="for tokenised text (default cache)")
 
 

@@ -131,7 +131,7 @@ def evaluate(run: train.Run, model: nn.Module, rows: Tensor) -> dict[str, float]
 
 
 def measure_speed(flags: list[str]) -> dict:
-    """Return the seconds of an update and of an evaluation, by a trial, the FLOPs per token, and the sizes."""
+    """Return the seconds of an update and of an evaluation, by a trial, FLOPs per token, and sizes."""
     run = build_run(flags)
     rows = held_out_rows(run)
     for _ in range(5):

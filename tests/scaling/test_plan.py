@@ -71,12 +71,12 @@ def test_examples_of_sardana_and_frankle(quality, served, N, times_D, saving):
 
 def test_what_is_hardly_served_is_trained_as_if_it_were_not():
     *best, saving = plan.inference_optimal(BESIROGLU, 1e22, 1.0)
-    # Flat near the optimum: half of the digits of float64.
+    # The total is flat near its minimum, so half of float64's digits agree.
     assert best == pytest.approx(list(BESIROGLU.optimal(1e22)), rel=1e-5) and abs(saving) < 1e-9
 
 
 def test_effective_multiples_of_muennighoff():
-    """At most 16.388 times as much, however often; 4 epochs are nearly as good as new data."""
+    """Repeated data are worth at most 16.388 times the unique data; 4 epochs nearly as much as new data."""
     epochs = np.array([1, 2, 4, 8, 16, 40, 100, 1e6])
     expected = [1, 1.9682, 3.7257, 6.6241, 10.5825, 15.1675, 16.3630, 16.3878]
     assert plan.effective(epochs * 1e9, 1e9, REPEATED.R_D) / 1e9 == pytest.approx(expected, abs=6e-5)
@@ -105,7 +105,7 @@ def test_the_optimum_of_repeated_data_is_the_best_of_a_fine_grid():
 
 
 def test_more_unique_tokens_than_are_seen_change_nothing():
-    """Counted in full, they would draw the optimum to 2e11 parameters."""
+    """If all unique tokens counted, the optimum would be at 2e11 parameters."""
     for unique in (1e12, 1e15):
         best = REPEATED.optimal(9.3e21, unique)
         assert best == pytest.approx(REPEATED.law.optimal(9.3e21), rel=1e-5)
@@ -114,7 +114,7 @@ def test_more_unique_tokens_than_are_seen_change_nothing():
 
 @pytest.mark.parametrize("hours, tonnes", [(184_320, 31.22), (368_640, 62.44), (1_720_320, 291.42)])
 def test_emissions_of_llama_2(hours, tonnes):
-    """Touvron et al. 2023, table 2, and its 400 W. Twice the 7B model's is 62.448: the table cut it off."""
+    """Touvron et al. 2023, table 2, and its 400 W. Twice the 7B model's is 62.448: the table truncates it."""
     assert plan.energy(hours, 400) * plan.CO2 / 1000 == pytest.approx(tonnes, abs=0.01)
 
 
@@ -195,7 +195,7 @@ def test_a_plan_warns_of_what_is_beyond_the_data():
 
 
 def test_nearly_within_the_data_is_within():
-    """0.04 orders would be printed as 0.0 of them."""
+    """0.04 orders of magnitude would be printed as 0.0."""
     made = plan.make_plan(1.3e22 * 10**0.04)
     assert made["laws"]["besiroglu"]["beyond"] == 0 and made["warnings"] == []
     assert plan.make_plan(1.3e22 * 10**0.06)["laws"]["besiroglu"]["beyond"] == pytest.approx(0.06)
@@ -214,7 +214,7 @@ def test_a_run_is_compared_with_the_best_of_its_budget():
         and run["loss"] > made["laws"]["besiroglu"]["loss"]
     )
     assert run["optimal_compute"] < made["compute"]
-    # The transformer is of the run's size and sees the run's tokens, not those of the optimum.
+    # The transformer has the run's size and tokens, not those of the optimum.
     flops = made["flops"]
     assert flops["N"] == pytest.approx(7e9, rel=0.02) and flops["D"] == 2e12
     assert flops["6ND"] == 6 * flops["N"] * 2e12

@@ -1,4 +1,4 @@
-"""The plan as a command: ways of giving a budget, what is printed, and what is refused."""
+"""The command plan: the ways to give a budget, what it prints, and what it refuses."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def test_budgets():
 
 
 @pytest.mark.parametrize(
-    "argv, told",
+    "argv, message",
     [
         ([], "no budget: give FLOPs"),
         (["--gpus", "8"], "--gpus alone"),
@@ -71,14 +71,14 @@ def test_budgets():
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_what_cannot_be_planned_is_refused(argv, told, tmp_path, capsys):
+def test_what_cannot_be_planned_is_refused(argv, message, tmp_path, capsys):
     with pytest.raises(ValueError) as error:
         plan_report.main(arguments(*(text.format(tmp=tmp_path) for text in argv)))
-    assert told in str(error.value) and capsys.readouterr().out == ""
+    assert message in str(error.value) and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
-    "argv, told",
+    "argv, message",
     [
         (["-1e22"], "-1e22: expected a positive number"),
         (["ten"], "'ten': expected a positive number"),
@@ -87,20 +87,20 @@ def test_what_cannot_be_planned_is_refused(argv, told, tmp_path, capsys):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_mistakes_are_one_line(argv, told, capsys):
+def test_mistakes_are_one_line(argv, message, capsys):
     assert chinchilla.main(["plan", *argv]) == 2
     out, error = capsys.readouterr()
-    assert error.startswith("error: ") and told in error and error.count("\n") == 1 and out == ""
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1 and out == ""
 
 
 def test_numbers_are_short():
-    told = {7.2e9: "7.2B", 1.3e12: "1.3T", 5.76e23: "5.76e23", 1e22: "1e22", 4.25: "4.25", None: "-"}
-    assert [plan_report.cell(x) for x in told] == list(told.values())
+    texts = {7.2e9: "7.2B", 1.3e12: "1.3T", 5.76e23: "5.76e23", 1e22: "1e22", 4.25: "4.25", None: "-"}
+    assert [plan_report.cell(x) for x in texts] == list(texts.values())
 
 
 def test_no_share_is_minus_zero():
-    told = {-1e-9: "+0.0 %", 0.0: "+0.0 %", -0.25: "-25.0 %", 0.3: "+30.0 %", None: "-"}
-    assert [plan_report.percent(x) for x in told] == list(told.values())
+    texts = {-1e-9: "+0.0 %", 0.0: "+0.0 %", -0.25: "-25.0 %", 0.3: "+30.0 %", None: "-"}
+    assert [plan_report.percent(x) for x in texts] == list(texts.values())
 
 
 def test_times_and_energies_have_the_unit_that_suits_them():
@@ -155,8 +155,8 @@ def test_absurd_budgets_are_planned_and_warned_of(C, law):
     json.dumps(made, allow_nan=False)
     assert made["laws"][law]["beyond"] > 0.05
     assert any("orders of magnitude" in warning for warning in made["warnings"])
-    told = plan_report.format_plan(made)
-    assert "-0.0" not in told and "0.0 orders" not in told
+    text = plan_report.format_plan(made)
+    assert "-0.0" not in text and "0.0 orders" not in text
 
 
 def test_the_command_ends_in_one_line_and_code_2():

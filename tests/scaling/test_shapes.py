@@ -25,7 +25,7 @@ TABLE_A9 = """
 14940 4992 19968 128 32 49   16183 5120 20480 128 40 47
 """
 
-# Table A4: parameters in millions; FLOPs over 6 N D as printed, and to more digits, computed apart.
+# Table A4: parameters in millions; FLOPs over 6 N D as printed, and to more digits, computed independently.
 TABLE_A4 = [
     (Shape(640, 2560, 64, 10, 10), 73, 1.03, 1.0250),
     (Shape(1024, 4096, 64, 16, 20), 305, 1.10, 1.1008),
@@ -74,7 +74,7 @@ def test_what_is_counted_beside_the_layers():
     assert head - layers == both - head == 6 * 3584 * 32000
     assert training_flops(shape, 1) == head
     relative = count_parameters(shape) - count_parameters(shape, relative=False)
-    # Biases and norms are the difference between a 13th of the matrices and a 13th of all.
+    # It is a 13th of the matrices exactly, and of all parameters nearly, because of biases and norms.
     assert relative / (count_parameters(shape) - 32002 * 3584) == pytest.approx(1 / 13, rel=1e-3)
 
 

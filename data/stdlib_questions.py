@@ -4,8 +4,8 @@
     How is textwrap.dedent called?            textwrap.dedent(text)
     Which function of textwrap is meant? ...  textwrap.dedent
 
-Every Python has this set, so that posttraining/instruct.py needs no download. What a function does and how it is called is
-in its docstring and signature; what is asked about them is in `ask`.
+Every Python has this set, so that posttraining/instruct.py needs no download. What a function does and how it
+is called is in its docstring and signature; what is asked about them is in `ask`.
 
     python -m posttraining.instruct                        how many there are, and some of them
 """

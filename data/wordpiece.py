@@ -119,7 +119,7 @@ class WordPiece(SpecialTokens):
         strip_accents    None means as `lowercase`
         chinese_chars    each Chinese character is a word of its own
         special_tokens   {name: id}, in vocab or beyond it; by default those that have a role
-        roles            {role: name}, such as "mask_token": "[MASK]"; by default BERT's names that are in vocab
+        roles            {role: name}, such as "mask_token": "[MASK]"; by default BERT's, where vocab has them
 
         Raises ValueError if ids are not distinct numbers, or if [UNK] or [SEP] is missing.
         """

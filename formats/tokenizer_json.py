@@ -314,15 +314,17 @@ def read(directory: Path) -> dict:
         # Damaged files may have values of other types.
         for text in (pattern, *special_tokens, *([eot] if eot else [])):
             if not isinstance(text, str):
-                raise TypeError(f"{text!r} is no text")
+                raise TypeError(f"{text!r} is not a string")
         for i in (*ranks.values(), *special_tokens.values()):
             if not isinstance(i, int):
-                raise TypeError(f"id {i!r} is no whole number")
+                raise TypeError(f"id {i!r} is not an integer")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         kind = type(error).__name__
-        raise ValueError(f"{path} is no whole tokenizer.json ({kind}: {error}); get it again") from None
+        raise ValueError(
+            f"{path} is not a complete tokenizer.json ({kind}: {error}); download it again"
+        ) from None
     arguments = {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc}
     optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip}
     return arguments | {name: value for name, value in optional.items() if value}

@@ -200,10 +200,12 @@ def read(directory: Path) -> dict:
         arguments = read_vocab_txt(path, config) if is_text else read_tokenizer_json(file, config)
         for name in arguments["special_tokens"]:
             if not isinstance(name, str):
-                raise TypeError(f"{name!r} is no text")
+                raise TypeError(f"{name!r} is not a string")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         kind = type(error).__name__
-        raise ValueError(f"{path} is no whole {path.name} ({kind}: {error}); get it again") from None
+        raise ValueError(
+            f"{path} is not a complete {path.name} ({kind}: {error}); download it again"
+        ) from None
     return arguments

@@ -1,5 +1,6 @@
-"""data/wordpiece.py and formats/wordpiece_json.py against BertTokenizer: its ids in fixtures/wordpiece, those of
-the library on any text, and the files of both.
+"""data/wordpiece.py and formats/wordpiece_json.py against BertTokenizer.
+
+Its ids for fixtures/wordpiece, those of the library for any text, and the files of both.
 """
 
 import json

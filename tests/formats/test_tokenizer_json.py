@@ -370,7 +370,7 @@ def test_eos_token_ends_documents(learned, tmp_path):
         config.write_text(json.dumps({"eos_token": eos_token}))
         assert Tokenizer.load(tmp_path).eot_id == eot_id
     config.write_text(json.dumps({"eos_token": ["<|im_end|>"]}))
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match="is not a string"):
         Tokenizer.load(tmp_path)
     config.unlink()
     assert Tokenizer.load(tmp_path).eot_id == 699

@@ -38,6 +38,7 @@ from tqdm import tqdm
 import data.text
 from engine import benchmark, cpu, memory, optim, parallel, report, watch
 from engine.benchmark import wait_for
+from engine.contract import find
 from engine.options import parse_arguments
 from engine.run import (
     Run,
@@ -357,6 +358,18 @@ def measure(args: argparse.Namespace) -> str:
     return said
 
 
+def dry_run(args: argparse.Namespace) -> str:
+    """What --dry-run is to print."""
+    model, functions = planned_model(args), {}
+    if hasattr(model, "base_model"):
+        model, functions = model.base_model, {"adapter_bytes": find("lora").adapter_bytes}
+    file = sys.modules[type(model).__module__]
+    task = file if hasattr(file, "loss_bytes") else getattr(file, "masking", file)
+    for source, name in ((file, "mlp_bytes"), (task, "loss_bytes")):
+        functions |= {name: getattr(source, name)} if hasattr(source, name) else {}
+    return memory.describe(model, args, args.dry_run, config=model.config, **functions)
+
+
 def obey(args: argparse.Namespace) -> int:
     """Do what the flags say. Returns the exit code."""
     try:
@@ -364,7 +377,7 @@ def obey(args: argparse.Namespace) -> int:
             print(report.compare(args.compare, Path()))
             return 0
         if args.dry_run:
-            print(memory.report(planned_model(args), args, args.dry_run))
+            print(dry_run(args))
             return 0
         parallel.start(args)
         if args.benchmark or args.profile:

@@ -646,6 +646,26 @@ def load(directory: Path, base: str | None = None) -> tuple[nn.Module, Tokenizer
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), get_tokenizer(tokens_in)
 
 
+def adapter_bytes(
+    block: nn.Module, config: gpt.Config | bert.Config, precision: tuple[int, int, bool]
+) -> int:
+    """Return the bytes per token that the adapters in a block of the base keep for backward.
+
+    They keep A x, or the outputs that they scale. precision: (e, r, autocast) of engine/memory.py. An upper
+    bound for IA3.
+    """
+    kept = 0
+    for name, p in block.named_parameters():
+        rows = config.top_k if p.ndim == 3 else 1  # a token has a row in each of its k experts
+        if name.endswith("lora_A"):
+            kept += rows * p.shape[-2]
+        elif name.endswith("lora_magnitude_vector"):  # g (W x) and g (B A x)
+            kept += rows * 2 * p.shape[-1]
+        elif name.endswith("ia3_l"):
+            kept += rows * max(p.shape[-2:])
+    return kept * precision[0]
+
+
 def print_table() -> None:
     """What each method trains of Llama 3 8B."""
     print(f"{'Llama 3 8B':10} {'trained':>15} {'share':>8} {'one task, 16 bits':>18}")

@@ -29,13 +29,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import benchmark, cpu, memory, parallel, report
+from engine import benchmark, cpu, parallel, report
 from engine.batches import Part, to_device
 from engine.checkpoint import last_saved, save
 from engine.log import Diverged, Log, Step, announce
 from engine.optim import set_learning_rate, step_optimizers
 from engine.options import parse_arguments
-from engine.run import Interrupted, Run, planned_model, prepare, signals
+from engine.run import Interrupted, Run, plan, prepare, signals
 
 
 def train(run: Run, log: Log) -> None:
@@ -168,7 +168,7 @@ def obey(args: argparse.Namespace) -> int:
             print(report.compare(args.compare, Path()))
             return 0
         if args.dry_run:
-            print(memory.report(planned_model(args), args, args.dry_run))
+            print(plan(args))
             return 0
         parallel.initialize(args)
         if args.benchmark or args.profile:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data import text
 from data.rows import Dataset, Row
-from engine import optim, parallel
+from engine import activations, optim, parallel
 from formats import open_model
 from formats.decoders import read_json
 
@@ -102,6 +102,7 @@ class ModelFile:
     n_active_params: Callable[[nn.Module], int] = n_active_params
     separate_head: Callable[[nn.Module], None] = separate_head
     width_factors: Callable[[str, float], tuple[float, float]] = optim.width_factors
+    mlp_bytes: Callable[..., tuple[int, int]] = activations.mlp_bytes  # for --dry-run
 
 
 # --- the defaults of a task's file
@@ -192,6 +193,7 @@ class Task:
     save: Callable[[nn.Module, Dataset, Path], None] = save
     save_tokenizer: Callable[[Dataset, Path], None] = save_tokenizer
     flops_per_token: Callable[[nn.Module, Any, int], int] = flops_per_token
+    loss_bytes: Callable[..., dict[str, int]] = activations.loss_bytes  # for --dry-run
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
     TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms too
@@ -213,6 +215,7 @@ class Adapter:
     lr_factor: Callable
     decays: Callable
     flops_per_token: Callable
+    adapter_bytes: Callable[..., int] = activations.adapter_bytes  # for --dry-run
     STEPS: int = 1000  # of the default run
 
 

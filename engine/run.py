@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from engine import checkpoint, contract, cpu, optim, parallel, trainable
+from engine import checkpoint, contract, cpu, memory, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_RESUME, check_arguments, fill_defaults
@@ -401,8 +401,8 @@ def check_saving(run: Run, is_new: bool) -> None:
             run.save_model(Path(aside))
 
 
-def planned_model(args: argparse.Namespace) -> nn.Module:
-    """Return the model that would be trained, without memory for its weights, for engine/memory.py.
+def plan(args: argparse.Namespace) -> str:
+    """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
 
     The base of an adapter is read from disk. The vocabulary is that of --size, whatever --tokenizer is, and
     --dtype is by default that of a GPU.
@@ -411,9 +411,13 @@ def planned_model(args: argparse.Namespace) -> nn.Module:
     concept = contract.resolve(args)
     fill_defaults(args, concept)
     args.dtype = args.dtype or "bfloat16"
-    pretrained, config = configure(concept, args)
-    if pretrained is None:
+    model, config = configure(concept, args)
+    if model is None:
         with torch.device("meta"):
-            pretrained = concept.model.Model(config)
-    choose_weights(concept, pretrained, args)
-    return pretrained
+            model = concept.model.Model(config)
+    choose_weights(concept, model, args)
+    settings = task_settings(concept, model.config, args.set)
+    functions = {"mlp_bytes": concept.model.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
+    if concept.adapter is not None:
+        functions["adapter_bytes"] = concept.adapter.adapter_bytes
+    return memory.describe(model, args, args.dry_run, config=settings, **functions)

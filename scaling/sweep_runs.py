@@ -25,7 +25,9 @@ from tqdm import tqdm
 import data.text
 import train
 from engine import cpu
-from engine.run import open_directory
+from engine.checkpoint import save
+from engine.log import MAX_SKIPPED, append
+from engine.run import Run, open_directory, prepare
 from scaling.sweep_report import SPANS
 
 HELD_OUT = 1 << 16  # tokens that every model is evaluated on
@@ -58,36 +60,36 @@ def prepare_text(args: argparse.Namespace) -> tuple[str, int]:
     return corpus.name, len(corpus.train.tokens)
 
 
-def build_run(flags: list[str], n_steps: int | None = None) -> train.Run:
+def build_run(flags: list[str], n_steps: int | None = None) -> Run:
     """Return a run with train.py's flags: a trial, or with n_steps one that resumes its last checkpoint."""
     if n_steps is None:
-        return train.prepare(train.parse_arguments(flags))
+        return prepare(train.parse_arguments(flags))
     args = train.parse_arguments([*flags, "--steps", str(n_steps)])
     args.resume = any((args.out / name).is_dir() for name in ("checkpoint", "checkpoint.previous"))
-    return train.prepare(args)
+    return prepare(args)
 
 
-def update_run(run: train.Run) -> None:
+def update_run(run: Run) -> None:
     """Do one update of the weights."""
     train.update(run)
 
 
-def has_diverged(run: train.Run) -> bool:
+def has_diverged(run: Run) -> bool:
     """Return True if too many updates in a row had a gradient that was not finite."""
-    return run.n_skipped_in_a_row == train.MAX_SKIPPED
+    return run.n_skipped_in_a_row == MAX_SKIPPED
 
 
-def save_run(run: train.Run) -> None:
-    train.save(run)
+def save_run(run: Run) -> None:
+    save(run)
 
 
-def held_out_tokens(run: train.Run) -> np.ndarray:
+def held_out_tokens(run: Run) -> np.ndarray:
     return run.dataset.val.tokens
 
 
-def predict(run: train.Run, model: nn.Module, tokens: Tensor) -> Tensor:
+def predict(run: Run, model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the logits (B, T, V), float32, for tokens (B, T), computed in the run's dtype."""
-    with train.autocast(run.args):
+    with run.autocast():
         return model(tokens).float()
 
 
@@ -98,7 +100,7 @@ def keep_memory() -> None:
 # === End of the section. ================================================================================
 
 
-def held_out_rows(run: train.Run) -> Tensor:
+def held_out_rows(run: Run) -> Tensor:
     """Return rows (n, T + 1) of tokens, spread evenly over the held-out text: the same for every run."""
     tokens, T = held_out_tokens(run), run.args.seq_len
     n = max(1, min(HELD_OUT, len(tokens) - 1) // T)
@@ -107,7 +109,7 @@ def held_out_rows(run: train.Run) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(run: train.Run, model: nn.Module, rows: Tensor) -> dict[str, float]:
+def evaluate(run: Run, model: nn.Module, rows: Tensor) -> dict[str, float]:
     """Return val_loss, the mean loss of the rows, accuracy, and exact_k for the k of SPANS: how often the
     likeliest token is right k times in a row.
 

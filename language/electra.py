@@ -287,6 +287,20 @@ def make_batch(
     return batch | {"uniform": torch.rand(batch["targets"].shape, generator=generator)}
 
 
+def loss_bytes(
+    model: Electra, config: Config, n: int, seq_len: int, precision: tuple[int, int, bool]
+) -> dict[str, int]:
+    """Return the memory of both heads, as `masking.loss_bytes`.
+
+    The discriminator has one logit per token, which is little; it keeps the input of its embeddings' norm.
+    """
+    kept = n * precision[1] * config.E
+    if model.generator is None:
+        return {"kept": kept}
+    generator = masking.loss_bytes(model.generator, masks(config), n, seq_len, precision)
+    return generator | {"kept": generator["kept"] + kept}
+
+
 @torch.no_grad()
 def detect(model: Electra, row: list[int]) -> list[float]:
     """Return the probability that each token of a row, [CLS] and [SEP] included, was replaced."""

@@ -14,9 +14,8 @@ One class is five encoders, which differ in a few fields of Config:
     ModernBERT (Warner et al. 2024)  norms before the layers, rotary positions, GeGLU, no biases; most layers
                                      attend only to neighbouring tokens
 
-The masks and the loss are in language/masking.py, uses of a trained encoder in language/encoder_inference.py.
-Texts of different lengths are packed end to end into one row, so there is no padding. Parameters have the
-names of Hugging Face's BERT.
+Masks and loss are in language/masking.py, uses of the encoder in language/encoder_inference.py. Texts are
+packed end to end into one row, without padding. Parameters have the names of Hugging Face's BERT.
 
     python bert.py                                                     print the sizes
     python bert.py runs/bert/model --text "import [MASK]"              fill in a mask
@@ -75,11 +74,8 @@ class Config:
     kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
 
     def __post_init__(self):
-        choices = {
-            "positions": ("learned", "rope"),
-            "mlp": ("gelu", "gelu_tanh", "geglu"),
-            "pair": ("none", "nsp", "sop"),
-        }
+        choices = {"positions": ("learned", "rope"), "mlp": ("gelu", "gelu_tanh", "geglu")}
+        choices["pair"] = ("none", "nsp", "sop")
         for field, options in choices.items():
             if getattr(self, field) not in options:
                 raise ValueError(f"{field} {getattr(self, field)!r}: expected {' or '.join(options)}")
@@ -141,8 +137,7 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 def rope(positions: Tensor, theta: float, head_width: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, each (..., T, 1, K), of the angles of rotary embedding, see gpt.py."""
-    # To be replaced by gpt.rope, whose 1 / theta^x may differ from this theta^-x in the last bit.
+    """Return cos and sin, (..., T, 1, K), of rotary embedding as gpt.rope does, but for the last bit."""
     frequencies = theta ** -(torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
     angles = positions[..., None].float() * frequencies  # (..., T, K / 2)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
@@ -160,19 +155,13 @@ def dense_and_norm(n_in: int, n_out: int, config: Config) -> nn.ModuleDict:
     return nn.ModuleDict({"dense": dense, "LayerNorm": norm(n_out, config)})
 
 
-def activation(x: Tensor, config: Config) -> Tensor:
-    """Return GELU of x, or its approximation by tanh."""
-    return F.gelu(x, approximate="tanh" if config.mlp == "gelu_tanh" else "none")
-
-
 @torch.no_grad()
 def initialize(module: nn.Module, config: Config) -> None:
-    """Draw all parameters of the module: N(0, 0.02^2), and biases 0, as in BERT.
+    """Draw the module's parameters: N(0, 0.02^2), and biases 0, as in BERT. Raises ValueError without a rule.
 
     Matrices of other widths than BERT's 768 are scaled so that their products have the same variance.
     Otherwise a narrow model takes long to learn more than the mean of its tokens. With pre_norm, the matrices
-    that write into the residual stream are divided by sqrt(2 L), as in gpt.py. Raises ValueError for a
-    parameter that no rule covers.
+    that write into the residual stream are divided by sqrt(2 L), as in gpt.py.
     """
     for name, p in module.named_parameters():
         if name.endswith("bias"):
@@ -225,21 +214,22 @@ class Block(nn.Module):
         self.attention = nn.ModuleDict({"self": Attention(config), "output": attention_output})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, inner, bias=config.bias)})
         self.output = dense_and_norm(config.d_ff, D, config)
-        self.config = config
+        self.gated, self.pre_norm = config.mlp == "geglu", config.pre_norm
+        self.activation = nn.GELU("tanh" if config.mlp == "gelu_tanh" else "none")
 
     def mlp(self, x: Tensor) -> Tensor:
         """Return the MLP's output (B, T, D) for x (B, T, D)."""
         x = self.intermediate.dense(x)  # (B, T, inner)
-        if self.config.mlp == "geglu":
+        if self.gated:
             x, gate = x.chunk(2, dim=-1)
-            return self.output.dense(F.gelu(x) * gate)
-        return self.output.dense(activation(x, self.config))
+            return self.output.dense(self.activation(x) * gate)
+        return self.output.dense(self.activation(x))
 
     def forward(self, x: Tensor, rotation, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
         """Return the layer's output (B, T, D) for x (B, T, D); arguments as for `Attention.forward`."""
         attend, attention_output = self.attention.self, self.attention.output
         attention_norm, mlp_norm = attention_output.LayerNorm, self.output.LayerNorm
-        if self.config.pre_norm:
+        if self.pre_norm:
             x = x + attention_output.dense(attend(attention_norm(x), rotation, window, cu_seqlens))
             return x + self.mlp(mlp_norm(x))
         x = attention_norm(x + attention_output.dense(attend(x, rotation, window, cu_seqlens)))
@@ -252,12 +242,12 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.transform = dense_and_norm(config.d_model, config.E, config)
+        self.activation = nn.GELU("tanh" if config.mlp == "gelu_tanh" else "none")
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
-        self.config = config
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D). embeddings: the matrix E (V, E)."""
-        x = self.transform.LayerNorm(activation(self.transform.dense(hidden), self.config))  # (..., E)
+        x = self.transform.LayerNorm(self.activation(self.transform.dense(hidden)))  # (..., E)
         return F.linear(x, embeddings, self.bias)
 
 
@@ -266,7 +256,7 @@ class BERT(nn.Module):
         super().__init__()
         self.config = config
         D, E = config.d_model, config.E
-
+        # Embeddings, which are added up and then normalised.
         embeddings = {"word_embeddings": nn.Embedding(config.vocab_size, E), "LayerNorm": norm(E, config)}
         if config.positions == "learned":
             n_positions = config.max_seq_len + config.position_offset
@@ -283,13 +273,11 @@ class BERT(nn.Module):
             encoder["final_norm"] = norm(D, config)
         if config.pooler:
             encoder["pooler"] = nn.ModuleDict({"dense": nn.Linear(D, D)})
-        self.bert = nn.ModuleDict(encoder)
-        heads = {}
+        self.bert, self.cls = nn.ModuleDict(encoder), nn.ModuleDict()
         if config.mlm_head:
-            heads["predictions"] = MaskedLMHead(config)
+            self.cls["predictions"] = MaskedLMHead(config)
         if config.pair != "none":
-            heads["seq_relationship"] = nn.Linear(D, 2)
-        self.cls = nn.ModuleDict(heads)
+            self.cls["seq_relationship"] = nn.Linear(D, 2)
         initialize(self, config)
 
     @property
@@ -312,8 +300,7 @@ class BERT(nn.Module):
             positions = positions - cu_seqlens[text]
             on_host = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
             longest = int(cu_seqlens.diff().max()) if on_host else 0
-        limit = self.config.max_seq_len
-        if longest > limit:
+        if longest > (limit := self.config.max_seq_len):
             raise ValueError(f"a text of {longest} tokens: this model reads at most {limit}")
         return positions
 
@@ -388,16 +375,13 @@ class BERT(nn.Module):
             w = min(config.layer_window(layer) or T, T)
             n_keys = T * (2 * w - 1) - w * (w - 1)
             flops += 12 * D * n_keys // T
-        # The heads.
-        n_predicted = T if n_predicted is None else n_predicted
         per_place = config.mlm_head * (D * E + V * E)
         per_row = (config.pair != "none") * (D * D + 2 * D)
-        return flops + 6 * (n_predicted * per_place + per_row) // T
+        return flops + 6 * ((T if n_predicted is None else n_predicted) * per_place + per_row) // T
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "BERT":
-        """Return the model of a Hugging Face directory, one that formats/encoders.py lists, in the precision
-        it was saved in. Raises ValueError naming what is missing, damaged or not implemented."""
+        """Return the model in a Hugging Face directory, in its precision; ValueError names what is wrong."""
         fields, weights = encoders.read(directory)
         with torch.device("meta"):
             model = cls(Config(**fields, kernels=kernels))
@@ -410,7 +394,6 @@ class BERT(nn.Module):
 
 
 Model = BERT
-
 
 if __name__ == "__main__":
     # The command is on the shelf, whose files import this one: print the sizes, or fill in masks.

@@ -291,13 +291,15 @@ def make_batch(
 def loss_bytes(
     model: Electra, config: Config, n: int, seq_len: int, precision: tuple[int, int, bool]
 ) -> dict[str, int]:
-    """Return the memory of both heads as in `masking.loss_bytes`. The discriminator has one logit per token,
-    which is little; it also keeps the input of its embeddings' norm."""
-    needs = {"kept": n * precision[1] * (config.d_embedding or config.d_model)}
+    """Return the memory of both heads, as `masking.loss_bytes`.
+
+    The discriminator has one logit per token, which is little; it keeps the input of its embeddings' norm.
+    """
+    kept = n * precision[1] * config.E
     if model.generator is None:
-        return needs
-    generator = masking.loss_bytes(model.generator, config.generator(), n, seq_len, precision)
-    return generator | {"kept": generator["kept"] + needs["kept"]}
+        return {"kept": kept}
+    generator = masking.loss_bytes(model.generator, masks(config), n, seq_len, precision)
+    return generator | {"kept": generator["kept"] + kept}
 
 
 @torch.no_grad()

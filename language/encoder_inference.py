@@ -93,6 +93,19 @@ def fill_row(
 
 
 @torch.no_grad()
+def fill_every_tenth(model: BERT, tokenizer: Tokenizer | WordPiece, text: list[int]) -> str:
+    """Return a text of token ids with every tenth token masked, and for each its three likeliest tokens."""
+    masked = [i for i, token in enumerate(text) if i % 10 == 5 and not tokenizer.is_special[token]]
+    row = [tokenizer.mask_id if i in masked else token for i, token in enumerate(text)]
+    guesses = fill_row(model, tokenizer, [tokenizer.cls_id, *row, tokenizer.sep_id], k=3)
+    lines = [tokenizer.decode(row), ""]
+    for i, best in zip(masked, guesses, strict=True):
+        likeliest = "   ".join(f"{token!r} {p:.0%}" for token, p in best)
+        lines.append(f"{tokenizer.decode([text[i]])!r:16} guessed {likeliest}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
 def embed(
     model: BERT,
     tokenizer: Tokenizer | WordPiece,

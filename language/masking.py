@@ -43,7 +43,7 @@ from data.rows import Dataset, Row, stack
 from data.tokenizer import Tokenizer
 from data.wordpiece import WordPiece
 from engine import contract
-from language.encoder_inference import fill_row
+from language.encoder_inference import fill_every_tenth
 from language.sentence_pairs import framed, in_two
 from language.span_boundary import SpanBoundary, span_boundaries
 
@@ -326,6 +326,22 @@ def flops_per_token(model: BERT, config: Config, seq_len: int) -> int:
     return flops
 
 
+def loss_bytes(
+    model: BERT, config: Config, n: int, seq_len: int, precision: tuple[int, int, bool]
+) -> dict[str, int]:
+    """Return the memory of the heads for n tokens in rows of seq_len, as the fields of engine.memory.Loss.
+
+    Forward keeps a log-softmax at each masked place, of which backward makes two more, and the inputs of the
+    norms of embeddings and head. precision: (e, r, autocast) of engine/memory.py.
+    """
+    e, r, autocast = precision
+    D, E, V = model.config.d_model, model.config.E, model.config.vocab_size
+    n_logits = n // seq_len * config.n_masked(seq_len) * V * (1 + config.span_boundary)
+    kept = 4 * n_logits + n * r * (E + D * model.config.pre_norm) + V * E * e * autocast
+    n_head = V * E * any(p.requires_grad for p in model.cls.parameters())
+    return {"kept": kept, "temporary": 8 * n_logits, "head": n_head, "tied": 2 * n_head}
+
+
 def settings(model_config: ModelConfig) -> Config:
     """Return the default settings for a model: its pair objective is the one that it has a head for."""
     return Config(pair=model_config.pair)
@@ -352,19 +368,10 @@ def load_data(args: Namespace, model_config: ModelConfig) -> Dataset:
     return replace(dataset, tokenizer=dataset.tokenizer.with_special_tokens(SPECIAL_TOKENS), val=val)
 
 
-@torch.no_grad()
 def show(model: BERT, dataset: Dataset, out: Path) -> str:
     """Return the beginning of the held-out text with every tenth token masked, and the best guesses there."""
-    tokenizer = dataset.tokenizer
     text = dataset.val.tokens[: min(80, model.config.max_seq_len - 2)].tolist()
-    masked = [i for i, token in enumerate(text) if i % 10 == 5 and not tokenizer.is_special[token]]
-    row = [tokenizer.mask_id if i in masked else token for i, token in enumerate(text)]
-    guesses = fill_row(model, tokenizer, [tokenizer.cls_id, *row, tokenizer.sep_id], k=3)
-    lines = [tokenizer.decode(row), ""]
-    for i, best in zip(masked, guesses, strict=True):
-        likeliest = "   ".join(f"{token!r} {p:.0%}" for token, p in best)
-        lines.append(f"{tokenizer.decode([text[i]])!r:16} guessed {likeliest}")
-    return "\n".join(lines)
+    return fill_every_tenth(model, dataset.tokenizer, text)
 
 
 def loss_bytes(model, config, n: int, seq_len: int, precision: tuple[int, int, bool]) -> dict[str, int]:

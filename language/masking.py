@@ -374,21 +374,6 @@ def show(model: BERT, dataset: Dataset, out: Path) -> str:
     return fill_every_tenth(model, dataset.tokenizer, text)
 
 
-def loss_bytes(model, config, n: int, seq_len: int, precision: tuple[int, int, bool]) -> dict[str, int]:
-    """Return the memory of the heads for n tokens in rows of seq_len, as the fields of engine.memory.Loss.
-
-    Forward keeps a log-softmax at each masked place, of which backward makes two more, and the inputs of the
-    norms of embeddings and head. precision: (e, r, autocast) of engine/memory.py.
-    """
-    e, r, autocast = precision
-    D, V = model.config.d_model, model.config.vocab_size
-    E = model.config.d_embedding or D
-    n_logits = n // seq_len * config.n_masked(seq_len) * V * (1 + config.span_boundary)
-    kept = 4 * n_logits + n * r * (E + D * model.config.pre_norm) + V * E * e * autocast
-    n_head = V * E * any(p.requires_grad for p in model.cls.parameters())
-    return {"kept": kept, "temporary": 8 * n_logits, "head": n_head, "tied": 2 * n_head}
-
-
 def main() -> None:
     pieces = (
         "[CLS] the un ##sink ##able ship left south ##ampton for new york city on the ten ##th of april [SEP]"

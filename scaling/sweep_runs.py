@@ -26,7 +26,7 @@ import data.text
 import train
 from engine import cpu
 from engine.checkpoint import save
-from engine.log import MAX_SKIPPED, append
+from engine.log import MAX_SKIPPED
 from engine.run import Run, open_directory, prepare
 from scaling.sweep_report import SPANS
 

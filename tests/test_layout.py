@@ -35,8 +35,8 @@ REST_OF = {
     "lora": {"posttraining.adapters", "posttraining.nf4"},
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }
-# A shelf file that is made of concepts of other shelves, and which, such as "vision.llava": {"vision.clip"}.
-MADE_OF: dict[str, set[str]] = {}
+# The shelf files that are made of concepts of other shelves. A classifier packs its texts as inference does.
+MADE_OF = {"posttraining.classify": {"language.encoder_inference"}}
 
 MAX_LINES = {"concept": 400, "door": 450, "train": 250, "moe": 430}
 MAX_FUNCTION_LINES = 60

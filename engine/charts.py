@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from formats.numbers import short
+from formats.quantities import short
 
 STYLE = Path(__file__).with_name("report.css")
 HUES = [f"var(--h{i})" for i in range(6)]

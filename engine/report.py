@@ -23,7 +23,7 @@ import torch
 from engine import cpu, parallel
 from engine.charts import HUES, Curve, chart, page, settled, table, usual
 from formats import atomic
-from formats.numbers import short
+from formats.quantities import short
 
 ROWS = 20_000  # of the steps in metrics.jsonl, the most that are read, evenly spaced
 SAMPLES = 20  # the most of the earlier ones that are shown

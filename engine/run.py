@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_RESUME, check_arguments, fill_defaults
 from engine.settings import check_set, field_names, with_fields
+from formats import native
 
 
 class Interrupted(Exception):
@@ -274,7 +275,7 @@ def configure(concept: contract.Concept, args: argparse.Namespace) -> tuple[nn.M
             pretrained = pretrained.float()
         config = pretrained.config
     elif args.size in file.SIZES:
-        pretrained, config = None, replace(file.SIZES[args.size], kernels=args.kernels)
+        pretrained, config = None, native.with_kernels(file.SIZES[args.size], args.kernels)
     else:
         raise ValueError(f"--size {args.size}: expected one of {', '.join(file.SIZES)}")
     check_set(concept, config, args.set)

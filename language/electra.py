@@ -40,6 +40,7 @@ from language import masking
 from language.encoder_inference import sequence
 
 STEPS = 3600
+TOKEN_LOSS = "mlm_loss"  # the metric that is nats per token
 LEARNING_RATE = 0.25  # times the default rate of a decoder of this size; found on `tiny`
 
 

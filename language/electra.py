@@ -40,8 +40,8 @@ from language import masking
 from language.encoder_inference import sequence
 
 STEPS = 3600
-TOKEN_LOSS = "mlm_loss"  # the metric that is nats per token
 LEARNING_RATE = 0.25  # times the default rate of a decoder of this size; found on `tiny`
+TOKEN_LOSS = "mlm_loss"  # the nats per masked token, where the loss has other terms too
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from language.sentence_pairs import framed, in_two
 from language.span_boundary import SpanBoundary, span_boundaries
 
 MODEL = "bert"
-TOKEN_LOSS = "mlm_loss"  # the metric that is nats per token, where the batch has other objectives too
+TOKEN_LOSS = "mlm_loss"  # the nats per masked token, where the loss has other terms too
 # Added to a tokenizer that lacks them, by their role.
 SPECIAL_TOKENS = {
     "cls_token": "[CLS]",  # begins a row; its last hidden state stands for the whole text

@@ -298,7 +298,7 @@ def evaluate_and_show(run: Run, watchers: list) -> str:
         if "val_accuracy" in result:
             heading += f", accuracy {result['val_accuracy']:.1%}"
         append(out / "samples.txt", f"{heading}\n{sample}\n\n")
-        report.plot(out)
+        report.draw_loss(out)
         report.write(out)
     run.model.train()
     parallel.barrier()

@@ -19,10 +19,11 @@ from kernels.backend import choose as choose_backend
 
 MODELS = ("gpt", "bert", "electra", "moe", "lora")
 
-# A resumed run may change these.
-FREE_ON_RESUME = {
-    "resume", "out", "cache", "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations",
-    "eval_every", "save_every", "log_every", "watch", "batch_size", "grad_accum",
+# These change nothing of what a run computes.
+NO_EFFECT = {"out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every"}
+# A resumed run may change those and these.
+FREE_ON_RESUME = NO_EFFECT | {
+    "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
 }  # fmt: skip
 
 

@@ -47,11 +47,13 @@ class Progress:
             self.write_line(now=False)
 
     def show(self, **figures: str) -> None:
-        """Show these figures, and those of earlier calls that have other names. "val" marks an evaluation."""
+        """Show these figures, and those of earlier calls that have other names. A new value of "val" marks an
+        evaluation."""
+        evaluated = figures.get("val", self.figures.get("val")) != self.figures.get("val")
         self.figures |= figures
         if self.bar is not None:
             self.bar.set_postfix(self.figures)
-        self.write_line(now="val" in figures or bool(figures.keys() - self.line_figures))
+        self.write_line(now=evaluated or bool(figures.keys() - self.line_figures))
 
     def note(self, text: str) -> None:
         """Print a line to stdout, above the bar if there is one."""

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from data.corpus import documents, find_files
 from data.rows import Dataset, Row, Rows
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
 from formats.atomic import damage, replace_directory, write_checksums
+from formats.progress import progress_bar
 
 HELD_OUT = 1 / 20  # share of the text that is held out for validation ...
 HELD_OUT_BYTES = 4 << 20  # and at most this much: more would cost time and hardly add precision
@@ -256,7 +256,7 @@ def build_shards(
     with replace_directory(home) as new:
         for name in ("train", "val"):
             counts = {"tokens": 0, "bytes": 0, "documents": 0}
-            bar = tqdm(desc=f"tokenise {name}", total=sizes[name], unit="B", unit_scale=True, disable=None)
+            bar = progress_bar(desc=f"tokenise {name}", total=sizes[name], unit="B", unit_scale=True)
             with open(new / f"{name}.bin", "wb") as shard, bar:
                 for batch in batches(split(name)):
                     encoded = tokenizer.encode_batch(batch, os.cpu_count() or 1)

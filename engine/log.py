@@ -179,23 +179,22 @@ def announce(run: Run) -> None:
     if not run.is_first:
         return
 
-    n_tokens, n_rows = args.steps * run.tokens_per_step, len(run.dataset.val)
-    left = args.steps - run.step
+    left, n_rows = args.steps - run.step, len(run.dataset.val)
     evaluations = (left // args.eval_every + 1) * n_rows / args.batch_size
     minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
-    what = f"{args.model} {args.init_from or args.base or args.size}"
-    some = f", {sizes.n_active:,} of them active" if sizes.n_active < sizes.n_params else ""
-    if sizes.n_trained < sizes.n_params:
-        some = f", {sizes.n_trained:,} of them trained ({sizes.n_trained / sizes.n_params:.2%})"
-    print(f"model  {what}, {sizes.n_params:,} parameters{some}")
-    print(f"data   {args.data}, {run.dataset.summary}")
-    if run.dataset.guess:
-        print(f"guess  {run.dataset.guess}")
-    epochs = n_tokens / (args.seq_len * len(run.dataset.train))
-    print(f"run    {args.steps:,} steps of {run.tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
-    per_parameter = f", {n_tokens / sizes.n_params:.2f} tokens per parameter (Chinchilla: 20)"
-    everything = sizes.n_trained == sizes.n_params
-    print(f"cost   {n_tokens * run.flops_per_token:.2e} FLOPs{per_parameter if everything else ''}")
     n = parallel.world_size()
     where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device
-    print(f"here   {args.dtype} on {where}, about {minutes:.1f} min from step {run.step}", flush=True)
+    lines = report.describe_run(
+        model=f"{args.model} {args.init_from or args.base or args.size}",
+        data=f"{args.data}, {run.dataset.summary}" if run.dataset.summary else str(args.data),
+        guess=run.dataset.guess,
+        **run.sizes._asdict(),
+        steps=args.steps,
+        tokens_per_step=run.tokens_per_step,
+        epochs=args.steps * args.batch_size * args.grad_accum / len(run.dataset.train),
+        flops=args.steps * run.tokens_per_step * run.flops_per_token,
+        device=f"{args.dtype} on {where}",
+        minutes=minutes,
+        step=run.step,
+    )
+    print(*lines, sep="\n", flush=True)

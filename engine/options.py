@@ -12,10 +12,11 @@ from pathlib import Path
 from data import corpus
 from engine import contract, parallel, trainable, watch
 
-# A resumed run may change these: they change no number that is computed, or do so by the user's will.
-FREE_ON_RESUME = {
-    "resume", "out", "cache", "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations",
-    "eval_every", "save_every", "log_every", "watch", "batch_size", "grad_accum",
+# These change no number that a run computes.
+NO_EFFECT = {"out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every"}
+# A resumed run may change those, and these.
+FREE_ON_RESUME = NO_EFFECT | {
+    "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path):
         (directory / "metrics.jsonl").write_text(whole + half)
         page = written(directory)
         assert "step 40 of" in page.text and n_points(page.paths["line"][0]) == 40
-    report.plot(directory)
+    report.draw_loss(directory)
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -172,12 +172,12 @@ def test_what_is_not_finite_breaks_the_curve_and_nothing_else(tmp_path):
     page = written(directory)
     assert page.paths["line"][0].count("M") == 2 and n_points(page.paths["line"][0]) == 41
     assert "1 updates skipped" in page.text
-    report.plot(directory)
+    report.draw_loss(directory)
     append_row(directory, step_row(43, math.nan, grad_norm=math.nan, skipped=2))
     append_row(directory, {"step": 43, "tokens": 4300, "val_loss": math.nan, "perplexity": math.nan})
     page = written(directory)
     assert "nan" in page.text and "3.2517" in page.text  # now, and the best
-    report.plot(directory)
+    report.draw_loss(directory)
 
 
 @pytest.mark.filterwarnings("error")
@@ -249,6 +249,24 @@ def test_environment_is_plain_json():
     assert found["torch"].startswith("2.") and "python" in found and "numpy" in found
 
 
+def test_a_run_is_described_before_it_starts():
+    described = dict(model="gpt tiny", data="stdlib, 900 tokens", guess="right for 9 %", n_params=2000)
+    described |= dict(n_active=2000, n_trained=2000, steps=1300, tokens_per_step=2048, epochs=0.5, step=40)
+    described |= dict(flops=1.5e15, device="float32 on cpu", minutes=4.61)
+    assert report.describe_run(**described) == [
+        "model  gpt tiny, 2,000 parameters",
+        "data   stdlib, 900 tokens",
+        "guess  right for 9 %",
+        "run    1,300 steps of 2,048 tokens: 2,662,400, 0.50 epochs",
+        "cost   1.50e+15 FLOPs, 1331.20 tokens per parameter (Chinchilla: 20)",
+        "here   float32 on cpu, about 4.6 min from step 40",
+    ]
+    model, *_ = report.describe_run(**described | {"n_active": 500})
+    assert model.endswith("2,000 parameters, 500 of them active")
+    model, _, run, cost, _ = report.describe_run(**described | {"n_trained": 20, "guess": None})
+    assert model.endswith(", 20 of them trained (1.00%)") and cost == "cost   1.50e+15 FLOPs"
+
+
 def test_compare_tells_results_and_differing_flags(tmp_path):
     a = make_run(tmp_path / "a")
     flags = START["flags"] | {"lr": 0.002, "out": "runs/b", "schedule": "wsd"}
@@ -274,7 +292,7 @@ def test_compare_tells_results_and_differing_flags(tmp_path):
 def test_compare_without_run_json_says_that_flags_are_not_known(tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", start=None)
     told = report.compare([a, b], tmp_path)
-    assert f"{b}: without run.json its flags are not known" in told and "no flag differs" in told
+    assert f"{b}: no run.json, so its flags are not known" in told and "no flag differs" in told
     assert "not known" in Page(tmp_path / "compare.html").text
 
 

@@ -166,7 +166,7 @@ def append(path: Path, text: str) -> None:
 
 def announce(run: Run) -> None:
     """Print what will be trained and how long it will take, by timing a forward and backward pass."""
-    args, sizes, passes = run.args, run.sizes, []
+    args, passes = run.args, []
     part = run.batches.peek()[0]
     for _ in range(3):  # the first ones warm up, or compile
         began = time.perf_counter()

@@ -119,16 +119,11 @@ def test_what_is_whole_is_not_built_again(tmp_path, monkeypatch):
 
 def test_processes_started_together_share_one_cache(tmp_path):
     folder = write_corpus(tmp_path / "texts")
-    command = [
-        sys.executable,
-        "-m",
-        "data.text",
-        folder,
-        "--tokenizer",
-        "bpe:300",
-        "--cache",
-        tmp_path / "cache",
-    ]
+    # Each process writes a line for every step of its progress.
+    code = (
+        "import runpy, formats.progress as p; p.INTERVAL = 0.0; runpy.run_module('data.text', {}, '__main__')"
+    )
+    command = [sys.executable, "-c", code, folder, "--tokenizer", "bpe:300", "--cache", tmp_path / "cache"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors

@@ -27,6 +27,7 @@ Shapes: D inputs and N outputs of a layer, E experts, V vocabulary, M rows, n bl
 """
 
 import argparse
+import importlib
 import math
 import re
 import sys
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import grouped_matmul
-from moe import Experts
+from moe import ExpertLinear
 
 BLOCK = 64  # weights that share a constant
 GROUP = 256  # constants that share a constant
@@ -259,36 +260,29 @@ class QuantizedEmbedding(nn.Module):
         return self.nf4.rows(tokens)
 
 
-class QuantizedExperts(Experts):
-    """moe.py's experts, with both stacks of matrices in 4 bits."""
+class QuantizedExpertLinear(nn.Module):
+    """moe.py's ExpertLinear with its matrices (E, N, D) in 4 bits."""
 
-    def __init__(self, layer: Experts, gate_up: NF4 | None = None, down: NF4 | None = None):
-        nn.Module.__init__(self)
-        self.gate_up = NF4(layer.gate_up_proj) if gate_up is None else gate_up
-        self.down = NF4(layer.down_proj) if down is None else down
+    def __init__(self, layer: ExpertLinear, quantized: NF4 | None = None):
+        super().__init__()
+        self.nf4 = NF4(layer.weight) if quantized is None else quantized
         self.backend = layer.backend
 
     @property
-    def gate_up_proj(self) -> Tensor:
-        """(E, 2 F, D), made anew at each use."""
-        return self.gate_up.dequantize()
+    def weight(self) -> Tensor:
+        """The matrices (E, N, D), computed again at each use, in the dtype that the layer had."""
+        return self.nf4.dequantize()
 
-    @property
-    def down_proj(self) -> Tensor:
-        """(E, D, F), made anew at each use."""
-        return self.down.dequantize()
-
-    def product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """That of x (M, D) with the stack called "gate_up_proj" or "down_proj"."""
-        stack = {"gate_up_proj": self.gate_up, "down_proj": self.down}[name]
-        return product(x, stack, offsets=offsets, backend=self.backend)
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Return (M, N) of x (M, D), in which the rows of expert e end at offsets[e]."""
+        return product(x, self.nf4, offsets=offsets, backend=self.backend)
 
 
-# Each kind of layer that is quantised: what takes its place, and which of its parameters that has in 4 bits.
+# The layers that are quantised, and what takes their place.
 COUNTERPARTS = {
-    nn.Linear: (QuantizedLinear, ("weight",)),
-    nn.Embedding: (QuantizedEmbedding, ("weight",)),
-    Experts: (QuantizedExperts, ("gate_up_proj", "down_proj")),
+    nn.Linear: QuantizedLinear,
+    nn.Embedding: QuantizedEmbedding,
+    ExpertLinear: QuantizedExpertLinear,
 }
 
 
@@ -319,10 +313,9 @@ def quantize(model: nn.Module) -> nn.Module:
     def replaced(module: nn.Module) -> nn.Module:
         if type(module) in COUNTERPARTS:
             if id(module) not in layers:
-                kind, names = COUNTERPARTS[type(module)]
-                layers[id(module)] = kind(module, *(quantized(getattr(module, name)) for name in names))
+                layers[id(module)] = COUNTERPARTS[type(module)](module, quantized(module.weight))
             return layers[id(module)]
-        for name in list(module._modules):  # names alone: a list of the layers would keep them all
+        for name in list(module._modules):  # names only: a list of the layers would keep all of them alive
             if module._modules[name] is not None:
                 setattr(module, name, replaced(module._modules[name]))
         return module
@@ -341,12 +334,11 @@ def errors(model: nn.Module) -> dict[str, tuple[int, float, float]]:
     |w' - w| / |w| of w' in bfloat16 and in NF4."""
     sums: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        _, names = COUNTERPARTS.get(type(module), (None, ()))
-        for name in names:
-            w = getattr(module, name).detach().float()
+        if type(module) in COUNTERPARTS:
+            w = module.weight.detach().float()
             off = [(other.float() - w).square().sum() for other in (w.bfloat16(), NF4(w).dequantize())]
             row = torch.stack((torch.tensor(w.numel()), w.square().sum(), *off)).double()
-            kind = re.sub(r".*\.\d+\.", "", f"{path}.{name}").removesuffix(".weight")
+            kind = re.sub(r".*\.\d+\.", "", path)
             sums[kind] = sums.get(kind, 0) + row
     return {
         kind: (int(n), (bf16 / norm).sqrt().item(), (nf4 / norm).sqrt().item())
@@ -367,9 +359,8 @@ def main() -> None:
         for i, row in enumerate(zip(p.tolist(), quantiles.tolist(), nf4_code().tolist(), strict=True)):
             print(f"{i:4} {row[0]:12.6f} {row[1]:9.5f} {row[2]:20.16f}")
         return
-    from lora import Config  # which needs this file
-
-    model = Config(args.checkpoint).load_base()
+    open_model = importlib.import_module("formats.open_model").open_model
+    model = open_model(args.checkpoint).float()
     n = sum(p.numel() for p in model.parameters())
     print(f"{'weights':28} {'parameters':>15} {'error: bfloat16':>16} {'NF4':>8}")
     for kind, (count, bf16, nf4) in errors(model).items():

@@ -13,7 +13,8 @@ import gpt
 import moe
 from lora import Config, apply
 from posttraining import nf4
-from posttraining.adapters import adapted_layers, merge, set_adapter, unmerge, use
+from posttraining.adapters import adapted_layers, set_adapter, use
+from posttraining.merging import merge, unmerge
 
 TINY = dict(n_layers=2, d_model=32, d_ff=48, vocab_size=96, max_seq_len=32)
 GPT2 = {name: value for name, value in gpt.GPT2.items() if name != "eos_token_id"}
@@ -167,7 +168,8 @@ def test_stacked_experts_equal_a_loop_over_them(method):
     experts = moe.Experts(MODELS["moe"][1])
     for p in experts.parameters():
         nn.init.normal_(p, std=0.3)
-    gate_up_proj, down_proj = (p.detach().double() for p in experts.parameters())
+    stacks = experts.gate_up_proj, experts.down_proj
+    gate_up_proj, down_proj = (stack.weight.detach().double() for stack in stacks)
     module = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})}).double()
     layers = moved(module, method, "gate_up_proj|down_proj")
     x = torch.randn(13, 32, dtype=torch.float64).requires_grad_()
@@ -194,7 +196,7 @@ def test_pissa_begins_with_the_largest_part_of_the_weight(shape):
     if len(shape) == 3:
         module = nn.ModuleDict({"experts": moe.Experts(config)})
         path = "experts.gate_up_proj"
-        nn.init.normal_(module.experts.gate_up_proj)
+        nn.init.normal_(module.experts.gate_up_proj.weight)
     else:
         module, path = nn.ModuleDict({"o_proj": nn.Linear(*shape)}), "o_proj"
     apply(module, replace(METHODS["pissa"], target_modules=path))
@@ -308,7 +310,7 @@ def test_a_base_in_4_bits_is_merged_too(name, method):
     assert off(logits(model), expected) < 1e-5
     kinds = {type(module) for module in model.modules()}
     stacks = name == "moe" and METHODS[method].method == "lora"  # the others leave them out by default
-    assert moe.Experts in kinds if stacks else nn.Linear in kinds
+    assert moe.ExpertLinear in kinds if stacks else nn.Linear in kinds
     unmerge(model)
     assert torch.equal(logits(model), expected)
     assert_equal_weights(weights(model), before)

@@ -1,8 +1,8 @@
 """Special tokens: ids that stand for no text, such as [MASK] or the end of a document.
 
-Each has a *name*, by which a text may spell it where that is allowed, and mostly a *role*, what it is for.
-Models ask for the role, since names differ: BERT's `sep_token` is "[SEP]", RoBERTa's "</s>". The tokenizers
-of data/tokenizer.py and data/wordpiece.py share this.
+Each has a *name*, by which a text may spell it where that is allowed, and most have a *role*, which is their
+use. Code refers to roles, since names differ: BERT's `sep_token` is "[SEP]", RoBERTa's is "</s>". The
+tokenizers of data/tokenizer.py and data/wordpiece.py share this class.
 """
 
 import functools
@@ -16,7 +16,7 @@ from formats.tokenizer_json import ROLES
 
 
 class SpecialTokens:
-    """What a tokenizer knows of its `special_tokens` (name -> id) and their `roles` (role -> name)."""
+    """The special tokens of a tokenizer: `special_tokens` {name: id} and `roles` {role: name}."""
 
     special_tokens: dict[str, int]
     roles: dict[str, str]
@@ -40,20 +40,20 @@ class SpecialTokens:
 
     @functools.cached_property
     def is_special(self) -> np.ndarray:
-        """(n_vocab,) bool: True for the special tokens."""
+        """Return (n_vocab,) bool: True for the special tokens."""
         result = np.zeros(self.n_vocab, bool)
         result[list(self.special_tokens.values())] = True
         return result
 
     def role_id(self, role: str) -> int:
-        """The id of the token with a role; ValueError if none has it."""
+        """Return the id of the token with a role. Raises ValueError if no token has it."""
         if role in self.roles:
             return self.special_tokens[self.roles[role]]
         name = f"{role.removesuffix('_token')} token ({ROLES[role]})"
         raise ValueError(f"this tokenizer has no {name}; use an encoder's, or add it by with_special_tokens")
 
     def check_roles(self) -> None:
-        """Raise ValueError for a role that is unknown, or given to what is no special token."""
+        """Raise ValueError for a role that is unknown, or whose name is not that of a special token."""
         for role, name in self.roles.items():
             if role not in ROLES:
                 raise ValueError(f"special tokens have no role {role!r}; there are {', '.join(ROLES)}")
@@ -62,7 +62,10 @@ class SpecialTokens:
                 raise ValueError(f"{role} {name!r} is no special token; there are {known}")
 
     def extended(self, roles: dict[str, str], vocab: dict[str, int]) -> tuple[dict[str, int], dict[str, str]]:
-        """(special tokens, roles) with what it lacks; a name that is not in `vocab` gets the next free id."""
+        """Return (special tokens, roles) with these roles added, where they are not taken.
+
+        A name that is not in vocab gets the next free id.
+        """
         roles, special_tokens = roles | self.roles, dict(self.special_tokens)
         new_ids = itertools.count(self.n_vocab)
         for name in roles.values():
@@ -71,7 +74,7 @@ class SpecialTokens:
         return special_tokens, roles
 
     def allowed(self, allowed_special: set[str] | Literal["all"]) -> set[str]:
-        """The names to look for in a text. Raises ValueError for one that is no special token."""
+        """Return the names to find in a text. Raises ValueError for one that is no special token."""
         if allowed_special == "all":
             return set(self.special_tokens)
         unknown = set(allowed_special) - set(self.special_tokens)
@@ -82,7 +85,7 @@ class SpecialTokens:
 
 
 def split_at(names: set[str], text: str) -> list[str]:
-    """Cut a text at the names in it: text, name, text, ..., name, text. Of several the longest counts."""
+    """Return a text cut at these names: [text, name, text, ..., name, text]. Longer names are found first."""
     if not names:
         return [text]
     longest_first = sorted(names, key=lambda name: (-len(name), name))

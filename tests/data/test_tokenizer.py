@@ -15,16 +15,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import tokenizer as module
-from data.tokenizer import (
-    END_OF_TEXT,
-    GPT2_PATTERN,
-    GPT4_PATTERN,
-    O200K_PATTERN,
-    Tokenizer,
-    get_tokenizer,
-    train_bpe,
-)
+from data.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe
+from data.words import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, continues
 from formats.tokenizer_json import recover_merges
 
 REAL_TEXT = Path(json.__file__).read_text(encoding="utf-8")
@@ -251,11 +243,11 @@ def test_tokens_that_continue_a_word(learned):
     expected = ["the", " naïve_cat", "'s", " 中文", " mat", ";", " 2024", "."]
     assert [whole.decode(word) for word in words] == expected
 
-    assert [module.continues(c.encode()) for c in "aé9_ـ\u0301中"] == [True] * 7
-    assert [module.continues(c.encode()) for c in " \n.-$😀—\u00a0"] == [False] * 8
+    assert [continues(c.encode()) for c in "aé9_ـ\u0301中"] == [True] * 7
+    assert [continues(c.encode()) for c in " \n.-$😀—\u00a0"] == [False] * 8
     # Parts of characters: ï, its second byte, я's first; the first bytes of an emoji, a dash and a §.
     parts = [b"\xaf", b"\xd1", b"\xe4\xb8", b"\xd1a", b"\xf0\x9f", b"\xe2\x80", b"\xc2"]
-    assert [module.continues(part) for part in parts] == [True] * 4 + [False] * 3
+    assert [continues(part) for part in parts] == [True] * 4 + [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from data.tokenizer import GPT2_PATTERN, GPT4_PATTERN, Tokenizer, train_bpe
+from data.tokenizer import Tokenizer, train_bpe
+from data.words import GPT2_PATTERN, GPT4_PATTERN
 from formats.chat_template import as_text, end_id, prompt_tokens, render, save_chat_template
 
 TEXTS = ["What is the answer? The answer is 42.\n\ndef user(assistant):\n    return system\n<|user|>\n"] * 3

@@ -1,0 +1,83 @@
+r"""Words and characters: the facts about text that a tokenizer depends on.
+
+GPT4_PATTERN ...     regular expressions that cut text into pre-tokens
+PROBE                a text with every kind of character, to test such a pattern
+RUST_WHITESPACE      the characters that Rust's libraries strip as whitespace
+continues            does a token begin inside a word? Masking of whole words depends on it
+cut_long_space       protects tiktoken's regex engine from runs of a million spaces
+"""
+
+import re
+from itertools import pairwise
+
+import regex
+
+from formats.tokenizer_json import GPT2_PATTERN
+
+# The patterns that cut text into pre-tokens. (The oldest, GPT2_PATTERN, is part of the file format.) Three
+# engines read them: `regex` (training), tiktoken's Rust (encoding) and Oniguruma (Hugging Face). tiktoken has
+# faster forms with possessive quantifiers, but Oniguruma reads `x{1,3}+` as `(?:x{1,3})+`.
+#
+# GPT-4's pattern, as Llama 3 writes it: contractions in either case, digits in groups of up to three (a few
+# thousand tokens for numbers, all of them frequent), line breaks apart from the indentation after them.
+GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# GPT-4o's pattern: a word may also begin at a capital after small letters, so camelCase is two pre-tokens.
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+TIKTOKEN_PATTERNS = {
+    "gpt2": GPT2_PATTERN,
+    "r50k_base": GPT2_PATTERN,
+    "p50k_base": GPT2_PATTERN,
+    "cl100k_base": GPT4_PATTERN,
+    "o200k_base": O200K_PATTERN,
+}
+
+# The bytes that occur in UTF-8. The vocabularies of GPT-NeoX and ModernBERT have no tokens for the other 13.
+UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
+
+# Python also counts the separators 0x1C to 0x1F as whitespace, Rust does not.
+RUST_WHITESPACE = "".join(chr(c) for c in range(0x3001) if chr(c).isspace() and not 0x1C <= c <= 0x1F)
+
+# A character of every kind that a pattern may distinguish.
+PROBE = "aZé中ـ͏ '9٣.,\u00a0_$😀\x00\t \r\n\n  x \u2028"
+
+LONGEST_SPACE = 250_000  # characters
+
+
+def continues(token: bytes) -> bool:
+    """Return whether a token continues the word before it.
+
+    It does if it begins with a letter, a digit, a mark or an underscore, or with a later byte of a character.
+    If a token holds only the first bytes of a character, the very first decides: characters that begin with
+    C2, E2 or F0 are mostly punctuation, symbols and emoji, all others mostly letters.
+    """
+    first = token[0]
+    if 0x80 <= first < 0xC0:
+        return True
+    char = token[:4].decode("utf-8", "replace")[0]
+    if char == "\ufffd":
+        return first not in (0xC2, 0xE2, 0xF0)
+    return regex.match(r"[\p{L}\p{N}\p{M}_]", char) is not None
+
+
+def cut_long_space(text: str) -> list[str]:
+    r"""Return a text in parts, cut inside runs of whitespace longer than 250,000 characters.
+
+    For `\s+(?!\S)` tiktoken's regex engine stores one way back per character, and panics at a million. Such
+    runs occur in crawled text. The cuts change tokens inside the run only; any other text is one part.
+    """
+    if len(text) <= LONGEST_SPACE:
+        return [text]
+
+    cuts = [0]
+    for run in re.finditer(r"\s{1000,}", text):
+        cuts += range(run.start() + LONGEST_SPACE, run.end(), LONGEST_SPACE)
+    return [text[start:end] for start, end in pairwise([*cuts, len(text)])]

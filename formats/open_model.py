@@ -1,0 +1,82 @@
+"""Open any saved model: the directory itself tells which class reads it.
+
+adapter_config.json              an adapter: open its base, then put the adapter in
+config.json, "architectures"     the concept file whose `Model.from_pretrained` reads the directory
+
+model = open_model("runs/gpt/model")
+"""
+
+import importlib
+from pathlib import Path
+
+from torch import nn
+
+from formats import decoders, encoders, mixtures, native
+from formats.json_file import read_json
+
+
+def open_model(directory: str | Path, *, base: str | Path | None = None, kernels: str = "auto") -> nn.Module:
+    """Return the model in directory: decoder, mixture, encoder, ELECTRA, classifier, native, or adapted.
+
+    base: the directory of the model that an adapter is for, if not the one that adapter_config.json names.
+    kernels: the backend of kernels/.
+
+    Raises ValueError for an architecture that is not implemented, and for files that are missing, damaged, or
+    do not fit.
+    """
+    if is_adapter(directory):
+        model = open_model(base_of(directory, base), kernels=kernels)
+        importlib.import_module("lora").load_adapter(model, directory)
+        return model
+    concept = importlib.import_module(concept_of(directory))
+    return concept.Model.from_pretrained(directory, kernels=kernels)
+
+
+def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
+    """Return the name of the module for directory, such as "gpt" or "posttraining.classify".
+
+    For an adapter that is the module of its base. Raises ValueError as `open_model` does.
+    """
+    if is_adapter(directory):
+        return concept_of(base_of(directory, base))
+
+    path = Path(directory) / "config.json"
+    hf = read_json(path)
+    architecture = str((hf.get("architectures") or ["none"])[0])
+    if architecture in decoders.DEFAULTS:
+        return "gpt"
+    if architecture in mixtures.TABLES:
+        return "moe"
+    if architecture.startswith(native.PREFIX):
+        return native.find(path, architecture).__name__
+
+    # The heads of an encoder follow from its tensors, but two kinds have concept files of their own.
+    if hf.get("model_type") in encoders.TABLES:
+        if architecture.endswith("ForSequenceClassification"):
+            return "posttraining.classify"
+        return "language.electra" if architecture == "ElectraForPreTraining" else "bert"
+
+    known = [*decoders.DEFAULTS, *mixtures.TABLES, *(f"{name}..." for name in encoders.CLASSES.values())]
+    raise ValueError(
+        f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "
+        "and the name of a concept file"
+    )
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Return whether directory holds an adapter in PEFT's layout."""
+    return (Path(directory) / "adapter_config.json").is_file()
+
+
+def base_of(directory: str | Path, base: str | Path | None) -> Path:
+    """Return the directory of an adapter's base: `base` if given, else what adapter_config.json names.
+
+    Raises ValueError if there is no such directory.
+    """
+    named = base or read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise ValueError(
+            f"{directory}: an adapter of {str(named)!r}, which is no directory here; name that model's "
+            "directory by --base"
+        )
+    return Path(named)

@@ -14,9 +14,9 @@ is trained. The methods differ in which letters they train, and in their initial
     IA3       g = c of keys and values, u of the MLP's last matrix; no A, B  Liu et al. 2022, section 3.3
     QLoRA     LoRA on a W in 4 bits, see posttraining/nf4.py                 Dettmers et al. 2023
 
-An adapter takes a few megabytes, so that one base can have many: they have names, `use` switches between them,
-and the rows of one batch may have different ones. `merge` adds one to W, after which the model is as fast as
-its base, and `unmerge` takes it out again. The layers that do all this are in posttraining/adapters.py.
+An adapter takes a few megabytes, so that one base can have many. They have names, `use` switches between
+them, and the rows of one batch may have different ones: see posttraining/adapters.py, which holds the layers.
+`merge` adds one to W, and the model is then as fast as its base: see posttraining/merging.py.
 
     python train.py --model lora --base runs/gpt/model          teach a model to answer questions
     python lora.py runs/lora --chat                             talk to it
@@ -27,7 +27,6 @@ its base, and `unmerge` takes it out again. The layers that do all this are in p
 Shapes: B batch, T tokens, N outputs and D inputs of a layer, r rank, E experts, V vocabulary.
 """
 
-import dataclasses
 import importlib
 import math
 import re
@@ -56,11 +55,9 @@ from posttraining.adapters import (
     set_adapter,
 )
 
-USED = {  # the fields of Config that have an effect with each method
-    "lora": {"r", "alpha", "rank_stabilized", "dropout", "init", "lr_ratio"},
-    "dora": {"r", "alpha", "rank_stabilized", "dropout", "lr_ratio"},
-    "ia3": set(),
-}
+# The fields of Config that have no effect with a method.
+LOW_RANK = ("r", "alpha", "rank_stabilized", "dropout", "init", "lr_ratio")
+UNUSED = {"lora": (), "dora": ("init",), "ia3": LOW_RANK}
 # The layers that IA3 adapts: keys, values and the last matrix of the MLP, as decoders and encoders name them.
 FEEDFORWARD = r"mlp\.(.*\.)?down_proj|layer\.\d+\.output\.dense"
 IA3_TARGETS = rf"k_proj|v_proj|key|value|{FEEDFORWARD}"
@@ -82,23 +79,20 @@ class Config:
     base_dtype: str = "float32"  # or "bfloat16", for training with --dtype bfloat16: half the memory
 
     def __post_init__(self):
-        choices = {"method": tuple(USED), "init": ("zero", "pissa"), "quantize": (None, "nf4")}
+        choices = {"method": tuple(UNUSED), "init": ("zero", "pissa"), "quantize": (None, "nf4")}
         choices["base_dtype"] = ("float32", "bfloat16")
         for field, options in choices.items():
-            if getattr(self, field) not in options:
-                expected = " or ".join(map(str, options))
-                raise ValueError(f"{field} {getattr(self, field)!r}: expected {expected}")
+            if (value := getattr(self, field)) not in options:
+                raise ValueError(f"{field} {value!r}: expected {' or '.join(map(str, options))}")
         if self.r < 1:
             raise ValueError(f"r {self.r}: expected a rank of at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: expected at least 0 and less than 1")
         if not (0 < self.alpha < math.inf and 0 < self.lr_ratio < math.inf):
             raise ValueError(f"alpha {self.alpha}, lr_ratio {self.lr_ratio}: expected more than 0")
-        used = {"method", "target_modules", "quantize", "base_dtype"} | USED[self.method]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in used and value != field.default:
-                raise ValueError(f"{field.name} {value!r}: has no effect with method {self.method!r}")
+        for field in UNUSED[self.method]:
+            if (value := getattr(self, field)) != getattr(Config, field):
+                raise ValueError(f"{field} {value!r}: has no effect with method {self.method!r}")
 
     @property
     def scale(self) -> float:
@@ -120,18 +114,14 @@ TASK_FOR = {
 
 
 class LoRA(nn.Module):
-    """W + s B A. At the start B is 0, so that the model does not change."""
+    """W + s B A for W of this shape, (..., N, D). At the start B is 0, so that the model does not change."""
 
     def __init__(self, shape: torch.Size, r: int, scale: float, dropout: float = 0.0):
-        """shape: of W, (..., N, D)."""
         super().__init__()
         *stack, N, D = shape
         self.lora_A = nn.Parameter(torch.empty(*stack, r, D).uniform_(-1, 1) / math.sqrt(D))
         self.lora_B = nn.Parameter(torch.zeros(*stack, N, r))
         self.scale, self.dropout = scale, dropout
-
-    def start_from(self, weight: Callable[[], Tensor]) -> None:
-        """Initialise from the base weight, weight() (..., N, D). Plain LoRA does not need it."""
 
     def factors(self, weight: Callable[[], Tensor]) -> Factors:
         """Return the factors of this adapter on the base weight, weight() (..., N, D)."""
@@ -151,9 +141,10 @@ class PiSSA(LoRA):
     """
 
     @torch.no_grad()
-    def start_from(self, weight: Callable[[], Tensor]) -> None:
+    def start_from(self, weight: Tensor) -> None:
+        """Initialise A and B from the base weight (..., N, D)."""
         r = self.lora_A.shape[-2]
-        U, S, Vt = torch.linalg.svd(weight().float(), full_matrices=False)
+        U, S, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
         root = (S[..., :r] / self.scale).sqrt()
         self.lora_A.copy_(root[..., None] * Vt[..., :r, :])
         self.lora_B.copy_(U[..., :r] * root[..., None, :])
@@ -177,18 +168,17 @@ def row_lengths(w: Tensor) -> Tensor:
 
 
 class DoRA(LoRA):
-    """m (W + s B A) / |W + s B A|: the length and the direction of each row are learned separately.
-
-    (The paper's W is our W^T, so it has columns here.)
-    """
+    """m (W + s B A) / |W + s B A|: the length and the direction of each row are learned separately. (The
+    paper's W is our W^T, so that it has columns instead.)"""
 
     def __init__(self, shape: torch.Size, r: int, scale: float, dropout: float = 0.0):
         super().__init__(shape, r, scale, dropout)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(shape[:-1]))
 
     @torch.no_grad()
-    def start_from(self, weight: Callable[[], Tensor]) -> None:
-        self.lora_magnitude_vector.copy_(row_lengths(weight()))
+    def start_from(self, weight: Tensor) -> None:
+        """Initialise the lengths from the base weight (..., N, D)."""
+        self.lora_magnitude_vector.copy_(row_lengths(weight))
 
     def factors(self, weight: Callable[[], Tensor]) -> Factors:
         A, B = self.lora_A, self.scale * self.lora_B
@@ -200,17 +190,13 @@ class DoRA(LoRA):
 
 
 class IA3(nn.Module):
-    """A scale for each output of a layer, or with `feedforward` for each input. It starts as 1."""
+    """A scale for each output N of W (..., N, D), or with `feedforward` for each input D. It starts as 1."""
 
     def __init__(self, shape: torch.Size, feedforward: bool):
-        """shape: of W, (..., N, D)."""
         super().__init__()
         *stack, N, D = shape
         self.ia3_l = nn.Parameter(torch.ones(*stack, *((1, D) if feedforward else (N, 1))))
         self.feedforward = feedforward
-
-    def start_from(self, weight: Callable[[], Tensor]) -> None:
-        """IA3 does not depend on the base weight."""
 
     def factors(self, weight: Callable[[], Tensor]) -> Factors:
         if self.feedforward:
@@ -228,6 +214,7 @@ def apply(model: nn.Module, config: Config, name: str = "default") -> None:
     Raises ValueError for a name that is taken or impossible, and for target_modules that match no layer; the
     model is then unchanged.
     """
+    # The layers to adapt.
     check_name(model, name)
     default = IA3_TARGETS if config.method == "ia3" else "all-linear"
     pattern = default if config.target_modules is None else config.target_modules
@@ -237,11 +224,17 @@ def apply(model: nn.Module, config: Config, name: str = "default") -> None:
         # PEFT's format has no place for DoRA and IA3 of stacked experts.
         layers = {path: layer for path, layer in layers.items() if not isinstance(layer, AdaptedExpertLinear)}
 
+    # Raise for what is impossible.
     if config.dropout and "lm_head" in layers:
         raise ValueError(f"dropout {config.dropout}: the head, whose weight goes into the loss, has none")
     for path, layer in layers.items():
-        check_adaptable(config, path, layer)
+        n_directions = min(layer.base_weight().shape[-2:])
+        if config.method != "lora" and isinstance(layer, AdaptedEmbedding):
+            raise ValueError(f"target_modules {pattern!r}: {config.method} cannot adapt the embedding {path}")
+        if config.init == "pissa" and config.r > n_directions:
+            raise ValueError(f"r {config.r}: {path} has {n_directions} singular directions for PiSSA")
 
+    # Only now change the model.
     model.requires_grad_(False)
     for path, layer in layers.items():
         layer.adapters[name] = new_adapter(config, path, layer)
@@ -249,29 +242,20 @@ def apply(model: nn.Module, config: Config, name: str = "default") -> None:
     set_adapter(model, name)
 
 
-def check_adaptable(config: Config, path: str, layer: Adapted) -> None:
-    """Raise ValueError if this layer cannot have an adapter of this kind."""
-    if config.method != "lora" and isinstance(layer, AdaptedEmbedding):
-        targets = f"target_modules {config.target_modules!r}"
-        raise ValueError(f"{targets}: {config.method} cannot adapt the embedding {path}")
-    n_directions = min(layer.base_weight().shape[-2:])
-    if config.init == "pissa" and config.r > n_directions:
-        raise ValueError(f"r {config.r}: {path} has {n_directions} singular directions for PiSSA")
-
-
 def new_adapter(config: Config, path: str, layer: Adapted) -> nn.Module:
     """Return an adapter for this layer, with its initial values, on the layer's device."""
-    W = layer.base_weight
+    W = layer.base_weight()
     if config.method == "ia3":
-        return IA3(W().shape, re.fullmatch(rf"(.*\.)?({FEEDFORWARD})", path) is not None).to(W().device)
+        return IA3(W.shape, re.fullmatch(rf"(.*\.)?({FEEDFORWARD})", path) is not None).to(W.device)
     kind = DoRA if config.method == "dora" else PiSSA if config.init == "pissa" else LoRA
-    adapter = kind(W().shape, config.r, config.scale, config.dropout)
+    adapter = kind(W.shape, config.r, config.scale, config.dropout)
     if isinstance(layer, AdaptedEmbedding):
         # A is the table that an embedding looks up. So here A starts as 0, and B is random.
         nn.init.zeros_(adapter.lora_A)
         nn.init.normal_(adapter.lora_B)
-    adapter.to(W().device)
-    adapter.start_from(W)
+    adapter.to(W.device)
+    if isinstance(adapter, PiSSA | DoRA):
+        adapter.start_from(W)
     return adapter
 
 
@@ -307,15 +291,14 @@ def flops_per_token(model: nn.Module, config: Config, full: int) -> int:
     tensors |= {path: module for path, module in modules if isinstance(module, nf4.NF4)}
     if getattr(model, "lm_head", 0) is None:  # the head is the embedding matrix
         tensors["lm_head"] = model.model.embed_tokens.weight
+
     flops = full
     for path, w in tensors.items():
         layer, _, part = path.partition(".adapters.")
-        is_table = re.search(
-            r"(embed_tokens|embed_positions|_embeddings)\b", layer
-        )  # looked up, not multiplied
-        n = w.numel() if len(w.shape) == 2 else 0
-        if len(w.shape) == 3:  # stacked experts: a token is multiplied with the matrices of top_k of them
-            n = w.numel() * model.config.top_k // model.config.n_experts
+        is_table = re.search(r"(embed_tokens|embed_positions|_embeddings)\b", layer)  # it is not multiplied
+        n = w.numel() if len(w.shape) > 1 else 0
+        if len(w.shape) == 3:  # a token is multiplied with the matrices of top_k experts
+            n = n * model.config.top_k // model.config.n_experts
         if part.endswith(("lora_B", "B0")) or (part.endswith(("lora_A", "A0")) and not is_table):
             flops += 6 * n
         elif not part and not is_table and not path.startswith(("cls.", "bert.pooler.")):
@@ -324,7 +307,7 @@ def flops_per_token(model: nn.Module, config: Config, full: int) -> int:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the part of model.state_dict() that a checkpoint needs: the adapters, without the frozen base."""
+    """Return the part of model.state_dict() that a checkpoint needs: the adapters, not the frozen base."""
     return {name: w for name, w in model.state_dict().items() if ".adapters." in name}
 
 
@@ -345,17 +328,14 @@ def save_pretrained(
     fingerprint: str | None = None,
     name: str = "default",
 ) -> None:
-    """Write the adapter of that name as PEFT does: adapter_config.json and adapter_model.safetensors.
+    """Write the adapter of that name in PEFT's format, with the directory of its base.
 
-    config: which it was made with. base: the directory or name of its base. fingerprint: from `prepare_base`,
-    so that the adapter is not loaded on another base.
+    config: of this adapter. fingerprint: from `prepare_base`, so that it is not loaded on another base.
     """
     adapted = adapted_layers(model)
     check_exist(adapted, [name])
     layers = {path: layer.adapters[name].saved() for path, layer in adapted.items() if name in layer.adapters}
-    times = (
-        2 if config.init == "pissa" else 1
-    )  # PiSSA is saved as a LoRA of twice the rank, with the same scale
+    times = 2 if config.init == "pissa" else 1  # it is saved as a LoRA of twice the rank and the same scale
     alpha = config.alpha * (math.sqrt(times) if config.rank_stabilized else times)
     fields = {"method": config.method, "r": config.r * times, "alpha": alpha, "dropout": config.dropout}
     fields |= {"rank_stabilized": config.rank_stabilized, "target_modules": config.target_modules}
@@ -367,21 +347,16 @@ def load_adapter(
 ) -> Config:
     """Add the adapter in directory, ours or PEFT's, to the model in place, under that name, and use it.
 
-    base_fingerprint: that of the base as it was at first, from `prepare_base`. It is only needed if the model
-    has adapters or is in 4 bits by now, and the adapter is then not checked without it. Returns the Config of
-    the adapter, for training it further. Raises ValueError if files are missing or damaged, or if the adapter
-    was made for another base; the model is then unchanged.
+    base_fingerprint: from `prepare_base`, if the model has adapters or is in 4 bits by now; without it such a
+    model is not compared with the adapter's base. Returns the Config of the adapter, for training it further.
+    Raises ValueError, with the model unchanged, if files are missing or damaged or belong to another base.
     """
     check_name(model, name)
     saved, layers = peft.read(directory, model), adaptable_layers(model)
-    for path in saved.layers:
-        if path not in layers:
-            raise ValueError(
-                f"{directory}: adapts {path}, which this base does not have; name the right base"
-            )
+    shapes = {path: layers[path].base_weight().shape for path in saved.layers if path in layers}
     if base_fingerprint is None and not any(isinstance(m, Adapted | nf4.NF4) for m in model.modules()):
         base_fingerprint = peft.fingerprint(model)
-    peft.check_base(directory, saved, base_fingerprint)
+    peft.check_base(directory, saved, shapes, base_fingerprint)
 
     model.requires_grad_(False)
     for path, tensors in saved.layers.items():
@@ -391,14 +366,12 @@ def load_adapter(
             adapter = IA3(W.shape, feedforward=tensors["ia3_l"].shape[-2] == 1)
         else:
             kind = DoRA if "lora_magnitude_vector" in tensors else LoRA
-            rank = tensors["lora_A"].shape[-2]
-            adapter = kind(W.shape, rank, tensors["scale"], saved.fields["dropout"])
+            adapter = kind(W.shape, tensors["lora_A"].shape[-2], tensors["scale"], saved.fields["dropout"])
         adapter.load_state_dict({part: tensors[part] for part, _ in adapter.named_parameters()})
         layer.adapters[name] = adapter.float().to(W.device)
         replace_layer(model, path, layer)
     set_adapter(model, name)
-    fields = {key: value for key, value in saved.fields.items() if key != "target_modules"}
-    return Config(target_modules="|".join(map(re.escape, saved.layers)), **fields)
+    return Config(**saved.fields | {"target_modules": "|".join(map(re.escape, saved.layers))})
 
 
 def print_table() -> None:

@@ -12,8 +12,8 @@ Three kinds of layers are stored differently:
     fused attention    one adapter for queries, keys and values
     stacked experts    lora_A is (E r, D_in), where r varies fastest, and lora_B (D_out, r E), where E does
 
-As in formats/decoders.py, a key of the config that would change what is computed, and that is not implemented,
-is an error that names it. Which modules are adapted is read from the tensors and not from target_modules.
+A key of the config that would change what is computed, and that is not implemented, is an error that names
+it. Which modules are adapted is read from the tensors and not from target_modules.
 """
 
 import hashlib
@@ -76,8 +76,8 @@ READ = {
     "lora_dropout": (int, float), "target_modules": (list, str), "target_parameters": (list,),
     "rank_pattern": (dict,), "alpha_pattern": (dict,), "base_model_name_or_path": (str,),
 }  # fmt: skip
-# Keys of which only these values are implemented. These initialisations leave the base as it is; PiSSA, OLoRA,
-# CorDA, LoftQ and LoRA-GA subtract the first B A from its weights, so what they save fits another base.
+# Keys of which only these values are implemented. These initialisations leave the base as it is; PiSSA,
+# OLoRA, CorDA, LoftQ and LoRA-GA subtract the first B A from its weights, so their files fit another base.
 ONLY = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
@@ -123,8 +123,8 @@ def read(directory: str | Path, model: nn.Module) -> SavedAdapter:
     for our, their in names(model, lambda stack: selects(parameters, stack)).items():
         ours.setdefault(their.removeprefix(prefix), []).append(our)
 
-    # {PEFT's path of a module: its tensors}. If an embedding or the head is adapted, PEFT also saves the base's
-    # weight, which an adapter does not change.
+    # {PEFT's path of a module: its tensors}. If an embedding or the head is adapted, PEFT also saves the
+    # base's weight, which an adapter does not change.
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.endswith((".base_layer.weight", ".base_layer.bias")):
@@ -141,7 +141,7 @@ def read(directory: str | Path, model: nn.Module) -> SavedAdapter:
     missing = {our for paths in ours.values() for our in paths if is_stack(our)} - found
     if missing or not found:
         expected = min(missing, default="an adapter")
-        raise ValueError(f"{file}: no tensors of {expected}; expected some, because {path} names its target")
+        raise ValueError(f"{file}: no tensors of {expected}; expected those of the targets in {path}")
 
     layers: dict[str, Layer] = {}
     for module, given in modules.items():
@@ -158,7 +158,7 @@ def read(directory: str | Path, model: nn.Module) -> SavedAdapter:
 
 
 def target_of(module: str, our_path: str, parameters: list[str]) -> str:
-    """Return the path that rank_pattern and alpha_pattern match: that of a module, or of a parameter in it."""
+    """Return the path that rank_pattern and alpha_pattern match: of a module, or of a parameter in it."""
     target = module.replace(".base_layer", "")
     if is_stack(our_path):
         return f"{target}.{our_path.rpartition('.')[2]}"
@@ -261,8 +261,8 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
     pickled = file.with_suffix(".bin")
     if pickled.is_file() and not file.is_file():
         raise ValueError(
-            f"{file}: no such file; expected weights in safetensors format; {pickled.name} is not read: it is a "
-            "pickle, which could run any code; let peft save it again"
+            f"{file}: no such file; expected weights in safetensors format; {pickled.name} is not read: it "
+            "is a pickle, which could run any code; let peft save it again"
         )
     tensors, metadata = safetensors_dir.read_tensors(file)
     return tensors, metadata.get("base_fingerprint")
@@ -271,7 +271,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
 def check(
     file: Path, module: str, given: dict[str, Tensor], method: str, rank: int = 0, n_experts: int = 1
 ) -> None:
-    """Raise ValueError unless the tensors of a module are those of the method, of this rank and consistent."""
+    """Raise ValueError unless a module has the tensors of the method, of this rank and consistent."""
     name = f"{file}: {PREFIX}{module}"
     expected = METHOD_KINDS[method]
     for problem, kinds in (
@@ -298,8 +298,9 @@ def check(
 
 
 def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> None:
-    """Write adapter_model.safetensors and adapter_config.json to directory; each replaces the old file only once
-    it is complete.
+    """Write adapter_model.safetensors and adapter_config.json to directory.
+
+    Each replaces the old file only once it is complete.
 
     model: one of ours, of which only class and config are used. The layers may differ in rank and scale.
     Raises ValueError for an adapter that PEFT's format cannot describe.
@@ -328,9 +329,9 @@ def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> Non
             B = layer["lora_B"].permute(1, 2, 0).flatten(1)  # (D_out, r E) of (E, D_out, r)
             layer = {"lora_A": A, "lora_B": B}
         elif method == "lora" and ".mlp." in our and hasattr(model.config, "n_experts"):
-            # In a model with experts PEFT takes the module names gate_proj, up_proj, down_proj and gate for those
-            # of the experts, as they were before transformers 5, so these are parameters. (DoRA and IA3 are
-            # implemented for modules only.)
+            # In a model with experts PEFT takes modules named gate_proj, up_proj, down_proj and gate for
+            # those of the experts, as they were before transformers 5. So these are written as parameters.
+            # (PEFT has DoRA and IA3 for modules only.)
             parameters[f"{module}.weight"] = layer
         else:
             modules[module] = layer
@@ -366,8 +367,8 @@ def adapter_config(
         inputs, outputs = (shortest(some, all_modules) for some in (of_input, modules.keys() - of_input))
         return config | {"target_modules": outputs + inputs, "feedforward_modules": inputs}
 
-    # The rank and alpha of each layer. A scale is rounded, so alpha may differ a little from the one that it was
-    # computed from; then the nearby exact value is written.
+    # The rank and alpha of each layer. A scale is rounded, so alpha may differ a little from the one that it
+    # was computed from; then that one is written.
     ranks, alphas = {}, {}
     for target, layer in (modules | parameters).items():
         ranks[target] = layer["lora_A"].shape[-2]

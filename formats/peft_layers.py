@@ -2,7 +2,7 @@
 
 Three kinds of layers do not correspond one to one:
 
-    fused attention    queries, keys and values of GPT-2 and ModernBERT are one module there, three layers here
+    fused attention    queries, keys and values of GPT-2 and ModernBERT are one module there, and three here
     stacked experts    are parameters of one module there. Each of them that is adapted puts a wrapper around
                        that module, the last one outermost: if both are adapted, .lora_A.weight belongs to
                        down_proj, and .base_layer.lora_A.weight to gate_up_proj
@@ -100,7 +100,7 @@ def gpt2_path(path: str) -> str:
 
 
 def selects(ends: Collection[str], path: str) -> bool:
-    """Return whether path is one of ends, or ends with a dot and one of them, as PEFT reads target_modules."""
+    """Return whether path is one of ends, or ends with a dot and one of them: PEFT's rule for targets."""
     return any(f".{path}".endswith(f".{end}") for end in ends)
 
 
@@ -121,8 +121,8 @@ def shortest(chosen: Collection[str], every: Collection[str]) -> list[str]:
 def our_layers(paths: list[str], given: Layer, n_experts: int) -> dict[str, Layer]:
     """Return {our path: its tensors} from the tensors of one module of PEFT.
 
-    A fused module is divided: each of our layers has a copy of what belongs to the input, and its rows of what
-    belongs to the output.
+    A fused module is divided: each of our layers gets a copy of the tensors of the input, and its rows of the
+    tensors of the output.
     """
     if is_stack(paths[0]):
         A = given["lora_A"].unflatten(0, (n_experts, -1))  # (E, r, D_in) of (E r, D_in)

@@ -1,8 +1,10 @@
-"""The command line of lora.py: ask an adapted model, or merge its adapter into the weights.
+"""The command line of lora.py: talk to an adapted model, or merge its adapter into the weights.
 
-python lora.py runs/lora --chat                             talk to it
-python lora.py runs/lora --prompt "What does os.walk do?"   one answer
-python lora.py runs/lora --merge runs/merged                one ordinary model of base and adapter
+All of these also take a model that was trained without an adapter, or an adapter that PEFT has saved.
+
+    python lora.py runs/lora --chat                             talk to it
+    python lora.py runs/lora --prompt "What does os.walk do?"   one answer
+    python lora.py runs/lora --merge runs/merged                one ordinary model of base and adapter
 """
 
 import argparse
@@ -14,8 +16,7 @@ from torch import nn
 
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
-from formats import chat_template, peft
-from formats.open_model import open_model
+from formats import chat_template, open_model
 from posttraining import chat
 from posttraining.merging import merge
 
@@ -27,11 +28,14 @@ def open_adapted(directory: Path, base: str | None) -> tuple[nn.Module, Tokenize
     base: the directory of the base, if it is not where the adapter says.
     """
     directory = directory / "model" if (directory / "model").is_dir() else directory
-    model = open_model(directory, base=base)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if (directory / "adapter_config.json").exists() and not (directory / "tokenizer.json").exists():
-        directory = base or peft.base_of(directory)  # PEFT saves no tokenizer with an adapter
-    return model, get_tokenizer(str(directory))
+    if not any((directory / file).exists() for file in ("adapter_config.json", "config.json")):
+        expected = "expected a run of train.py or a directory with an adapter"
+        raise ValueError(f"{directory}: has no adapter_config.json or config.json; {expected}")
+    model = open_model.open_model(directory, base=base).float()
+    if open_model.is_adapter(directory) and not (directory / "tokenizer.json").exists():
+        directory = open_model.base_of(directory, base)  # PEFT saves no tokenizer with an adapter
+    tokenizer = get_tokenizer(str(directory))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def is_encoder(tokenizer: Tokenizer | WordPiece) -> bool:

@@ -2,19 +2,18 @@
 
     y = g * (W (u * x) + B A x) + c * b
 
-Every method of lora.py sets some of the five factors A, B, g, u, c and leaves the others out. So one function,
-`adapted`, computes this equation for all of them, whatever the layer is: a linear layer, an embedding or the
-stacked matrices of moe.py's experts; with W in full precision or in 4 bits (posttraining/nf4.py); with one
-adapter for the whole batch or another one for each row.
+Every method of lora.py sets some of the five factors A, B, g, u, c and leaves the others out. So one
+function, `adapted`, computes this equation for all of them, whatever the layer is: a linear layer, an
+embedding or the stacked matrices of moe.py's experts; with W in full precision or in 4 bits
+(posttraining/nf4.py); with one adapter for the whole batch or another one for each row.
 
-    use(model, "french")              inside this `with` block the model has this adapter; None: the base alone
-    use(model, ["french", None, ...]) one adapter for each row of the batch: their factors are gathered and all
-                                      rows are multiplied at once, as in S-LoRA (Sheng et al. 2023, section 5)
+    with use(model, "french"): ...                one adapter for the whole batch; None: the base alone
+    with use(model, ["french", None, ...]): ...   one for each row of a batch. Their factors are gathered, and
+                                                  all rows are multiplied at once, as in S-LoRA (Sheng et al.
+                                                  2023, section 5)
 
-posttraining/merging.py replaces W by W' = g (W u + B A), and puts W back.
-
-Shapes: B batch, T tokens, N outputs and D inputs of a layer, r rank, E experts, V vocabulary, M rows that were
-sorted by expert.
+Shapes: B batch, T tokens, N outputs and D inputs of a layer, r rank, E experts, V vocabulary, M rows sorted
+by expert.
 """
 
 import re
@@ -35,7 +34,7 @@ from posttraining import nf4
 class Factors(NamedTuple):
     """The factors that turn W x + b into g * (W (u * x) + B A x) + c * b. None leaves a factor out.
 
-    The dots in the shapes are E for stacked experts, the rows of a batch that has several adapters, or nothing.
+    The dots in the shapes are E for stacked experts, or the rows of a batch that has several adapters.
     """
 
     A: Tensor | None = None  # (..., r, D)
@@ -103,7 +102,7 @@ class Adapted(nn.Module):
         return getattr(self.adapters[self.active], "dropout", 0.0) if self.training else 0.0
 
     def factors_of_rows(self, names: Sequence[str | None]) -> Factors:
-        """Return the factors of one adapter for each row, A (rows, r, D) and so on, None where no row has one."""
+        """Return the factors of one adapter for each row, A (rows, r, D) and so on, or None."""
         W = self.base_weight()
         N, D = W.shape
         distinct = list(dict.fromkeys(names))
@@ -220,7 +219,7 @@ class AdaptedExpertLinear(Adapted):
     def factors_of_rows(self, names: Sequence[str | None]) -> Factors:
         if any(name in self.adapters for name in names):
             raise ValueError(
-                "adapters of experts cannot be mixed in one batch, because the experts receive tokens without "
+                "adapters of experts cannot be mixed in one batch, because experts receive tokens without "
                 "their row; use one adapter for the whole batch"
             )
         return Factors()
@@ -300,7 +299,7 @@ def replace_layer(model: nn.Module, path: str, layer: nn.Module | None) -> None:
 
 
 def head_of_embedding(embedding: nn.Module) -> nn.Module:
-    """Return a linear layer that shares the matrix (V, D) of an embedding, without the adapters of that one."""
+    """Return a linear layer that shares the matrix (V, D) of an embedding, but not its adapters."""
     if isinstance(embedding, AdaptedEmbedding):
         embedding = embedding.base_layer
     if isinstance(embedding, nf4.QuantizedEmbedding):
@@ -363,11 +362,11 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def use(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
-    """Use one adapter inside this block, none (None), or with a sequence of names one for each row of a batch.
+    """Use an adapter within this block, none (None), or with a sequence of names one for each row of a batch.
 
-    A sequence takes the memory of one adapter per row. Gradients reach its adapters in one backward pass only.
-    A compiled model compiles again for each single name, but once for all sequences of one length.
-    Raises ValueError for an unknown name, and for a sequence of several if experts are adapted.
+    A sequence takes the memory of one adapter per row, and allows one backward pass to its adapters. A
+    compiled model compiles again for each single name, but only once for all sequences of one length.
+    Raises ValueError for an unknown name, and for a sequence of several names if experts are adapted.
     """
     layers = adapted_layers(model)
     before = [(layer.active, layer.row_factors) for layer in layers.values()]

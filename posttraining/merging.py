@@ -2,8 +2,8 @@
 
     W' = g (W u + B A)       b' = c b
 
-A merged model has ordinary layers alone, so it is as fast as its base and can be saved like it. `unmerge` puts
-the base and its adapters back.
+A merged model has ordinary layers only, so it is as fast as its base and can be saved like it. `unmerge`
+puts the base and its adapters back.
 
     merge(model, "french")
     model.save_pretrained("runs/merged")

@@ -419,7 +419,7 @@ EXPERT = "base_model.model.model.layers.0.mlp.experts"
         (
             "olmoe-experts",
             {f"{EXPERT}.lora_A.weight": None, f"{EXPERT}.lora_B.weight": None},
-            r"no tensors of model\.layers\.0\.mlp\.experts\.down_proj; expected some by",
+            r"no tensors of model\.layers\.0\.mlp\.experts\.down_proj; expected those of the targets",
         ),
     ],
 )  # fmt: skip

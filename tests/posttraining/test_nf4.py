@@ -17,7 +17,14 @@ import gpt
 import moe
 from kernels import grouped_matmul
 from posttraining import nf4
-from posttraining.nf4 import NF4, QuantizedEmbedding, QuantizedExpertLinear, QuantizedLinear, n_bytes, quantize
+from posttraining.nf4 import (
+    NF4,
+    QuantizedEmbedding,
+    QuantizedExpertLinear,
+    QuantizedLinear,
+    n_bytes,
+    quantize,
+)
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = sorted((Path(__file__).parents[1] / "fixtures" / "nf4").glob("*.safetensors"))

@@ -40,7 +40,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = sorted(path.name for path in (FIXTURES / "adapters").iterdir())
 ADAMW = Namespace(optimizer="adamw", lr=0.01, weight_decay=0.1, device="cpu")
 TOKENIZER = get_tokenizer("bytes")
-ROLES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+ROLES = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 ENCODER_TOKENIZER = TOKENIZER.with_special_tokens(ROLES | {"mask_token": "[MASK]"})
 NARROW = dict(n_layers=2, d_model=32, d_ff=48, max_seq_len=64)
 DECODER = NARROW | dict(d_head=8, vocab_size=TOKENIZER.n_vocab, eos_token_id=TOKENIZER.eot_id)
@@ -570,7 +570,7 @@ def refused(capsys, argv, main=train.main):
         ({"base": "no/such/place"}, ["no/such/place", "no such file", "Hugging Face layout"]),
         ({"base": "README.md"}, ["README.md", "no such file"]),
         ({"base": "tests"}, ["config.json", "no such file"]),
-        ({"model": "gpt"}, ["--base", "only --model lora", "--init-from"]),
+        ({"model": "gpt"}, ["--base", "--model lora", "--init-from"]),
         ({"size": "dora"}, ["--size dora", "--adapter dora"]),
         ({"size": "full"}, ["--size full", "--model gpt --init-from", "--task instruct"]),
         ({"size": "tiny"}, ["--size tiny"]),

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import gpt
 from formats import peft
 from posttraining import nf4
+from posttraining.adapter_costs import adapter_bytes, flops_per_token  # noqa: F401, the engine calls them
 from posttraining.adapters import (
     Adapted,
     AdaptedEmbedding,
@@ -278,32 +279,6 @@ def decays(config: Config, name: str, p: nn.Parameter) -> bool:
     if name.endswith(("ia3_l", "lora_magnitude_vector")) or config.init == "pissa":
         return False
     return p.ndim >= 2
-
-
-def flops_per_token(model: nn.Module, config: Config, full: int) -> int:
-    """Return the matmul FLOPs of forward and backward per token; full: if all weights were trained.
-
-    A frozen matrix has no gradient, which is 2 of its 6 FLOPs per weight; A and B add 6 per weight. (The
-    gradients of inputs below the lowest adapter are counted too, although backward does not compute them.)
-    """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | state(model)
-    modules = model.named_modules(remove_duplicate=False)
-    tensors |= {path: module for path, module in modules if isinstance(module, nf4.NF4)}
-    if getattr(model, "lm_head", 0) is None:  # the head is the embedding matrix
-        tensors["lm_head"] = model.model.embed_tokens.weight
-
-    flops = full
-    for path, w in tensors.items():
-        layer, _, part = path.partition(".adapters.")
-        is_table = re.search(r"(embed_tokens|embed_positions|_embeddings)\b", layer)  # it is not multiplied
-        n = w.numel() if len(w.shape) > 1 else 0
-        if len(w.shape) == 3:  # a token is multiplied with the matrices of top_k experts
-            n = n * model.config.top_k // model.config.n_experts
-        if part.endswith(("lora_B", "B0")) or (part.endswith(("lora_A", "A0")) and not is_table):
-            flops += 6 * n
-        elif not part and not is_table and not path.startswith(("cls.", "bert.pooler.")):
-            flops -= 2 * n
-    return flops
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

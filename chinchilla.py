@@ -3,27 +3,26 @@
     L(N, D) = E + A / N^alpha + B / D^beta          loss of N parameters after D tokens, nats per token
 
 E is the entropy of text, A / N^alpha the price of a finite model, B / D^beta that of finite data. Training
-costs C = 6 N D FLOPs, so along a budget one falls as the other rises, and the least loss lies where
+costs C = 6 N D FLOPs. With C fixed, a larger N leaves fewer D, and the loss is least at
 
     N* = G (C/6)^a,  D* = (C/6)^b / G        a = beta / (alpha + beta),  b = alpha / (alpha + beta)
                                              G = (alpha A / (beta B))^(1 / (alpha + beta))
 
 The law is that of Hoffmann et al. 2022 (arXiv 2203.15556, "Chinchilla"), section 3.3. This file holds the
-law, what has been published of it, and its fit to runs (approach 3 of that paper; the search is in
-scaling/huber_fit.py, and scaling/isoflop.py has approaches 1 and 2):
+law, what has been published of it, and its fit to runs, which is approach 3 of that paper. (The search for
+the optimum is in scaling/huber_fit.py; scaling/isoflop.py has approaches 1 and 2.)
 
-    python chinchilla.py                        what each published law makes of a few budgets
-    python chinchilla.py plan 1e22              plan a training run: scaling/plan.py, printed by scaling/plan_report.py
+    python chinchilla.py                        N* and D* by each published law, at a few budgets
+    python chinchilla.py plan 1e22              plan a training run: scaling/plan.py and plan_report.py
     python chinchilla.py fit points.csv         fit the law to your own runs: scaling/fit_report.py
-    python chinchilla.py sweep --minutes 20     make the runs, fit them, predict a larger one: scaling/sweep.py
-    python chinchilla.py page                   the law to play with, in one HTML file: scaling/page.py
+    python chinchilla.py sweep --minutes 20     make runs, fit them, predict a larger one: scaling/sweep.py
+    python chinchilla.py page                   explore the law in one HTML file: scaling/page.py
 
-Units: N parameters, D tokens, C FLOPs, everywhere; losses in nats per token, which depend on the tokenizer:
-laws of different ones can be compared by N and D, not by their losses.
+Units: N parameters, D tokens, C FLOPs, everywhere; losses in nats per token. These depend on the tokenizer:
+laws from different tokenizers can be compared by N and D, but not by their losses.
 """
 
 import argparse
-import csv
 import importlib
 import math
 import re
@@ -33,12 +32,23 @@ from pathlib import Path
 
 import numpy as np
 
-from scaling.huber_fit import BORDER, centre, on_border, parameters, search, search_again
+from formats.numbers import short
+from scaling.huber_fit import BORDER, centre, on_border, search, search_near, uncentre
+from scaling.points import (
+    beyond,
+    check_points,
+    describe_weak_design,
+    draw_resamples,
+    group_equal,
+    interval,
+    read_points,
+    without_highest,
+)
 
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta. Numbers or arrays, which broadcast."""
+    """L(N, D) = E + A / N^alpha + B / D^beta. Arguments and fields: numbers, or arrays that broadcast."""
 
     E: float
     A: float
@@ -60,12 +70,12 @@ class Law:
         return self.alpha / (self.alpha + self.beta)
 
     def optimal(self, C):
-        """(N, D) of least loss with 6 N D = C (Hoffmann et al. 2022, equation 4)."""
+        """Return (N, D) of least loss with 6 N D = C (Hoffmann et al. 2022, equation 4)."""
         G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         return G * np.power(C / 6, self.a), np.power(C / 6, self.b) / G
 
     def tokens_for(self, N, loss):
-        """Tokens D after which N parameters reach this loss; inf where no number of tokens is enough."""
+        """Return the tokens D after which N parameters reach this loss; inf where no D is enough."""
         left = np.asarray(loss - self.E - self.A / np.power(N, self.alpha), dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(left > 0, np.power(self.B / left, 1 / self.beta), np.inf)[()]
@@ -73,20 +83,23 @@ class Law:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N* = k C^a, for what was published as an allocation alone; D* = C / (6 N*)."""
+    """N* = k C^a and D* = C / (6 N*): an allocation of compute, without a law of the loss."""
 
     k: float
     a: float
 
     def optimal(self, C):
+        """Return (N, D) of least loss with 6 N D = C."""
         N = self.k * np.power(C, self.a)
         return N, C / (6 * N)
 
 
 @dataclass(frozen=True)
 class Kaplan(PowerLaw):
-    """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D of Kaplan et al. 2020, equation 1.5, with N
-    without embeddings and head; and their allocation, which is a fit of its own (section 6)."""
+    """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D of Kaplan et al. 2020, equation 1.5.
+
+    N is counted without embeddings and head. Their allocation k C^a does not follow from this law: it is a
+    fit of its own (section 6)."""
 
     alpha_N: float = 0.076
     N_c: float = 8.8e13
@@ -100,7 +113,7 @@ class Kaplan(PowerLaw):
 
 @dataclass(frozen=True)
 class Published:
-    """A law, and what to know of it before believing it."""
+    """A law, where it comes from, and what to know before believing it."""
 
     law: Law | PowerLaw
     title: str
@@ -133,8 +146,8 @@ LAWS = {
         (6e18, 3e21),
         "parabolas through runs of equal compute; a 0.462 to 0.534 (10 to 90 %)",
     ),
-    # To all the digits of the paper's TeX source: the rounded ones it prints, 0.34 and 0.28, put N* 20 %
-    # lower at Gopher's budget, and tokens per parameter at 93 instead of 59.
+    # With all the digits of the paper's TeX source. The rounded exponents that it prints, 0.34 and 0.28, put
+    # N* 20 % lower at Gopher's budget, and tokens per parameter at 93 instead of 59.
     "hoffmann3": Published(
         Law(E=1.693374, A=406.4010, B=410.7228, alpha=0.33917084, beta=0.2849083),
         "Hoffmann et al. 2022, approach 3",
@@ -147,126 +160,42 @@ LAWS = {
         Kaplan(k=1.3e9 / PF_DAY**0.73, a=0.73),
         "Kaplan et al. 2020",
         "arXiv 2001.08361, section 6.1",
-        (9e12, 5e20),  # as Pearce and Song 2024 have it
+        (9e12, 5e20),  # according to Pearce and Song 2024
         "N without embeddings and head, from runs of one long schedule: too few tokens by the later papers",
     ),
 }
 DEFAULT_LAW = "besiroglu"
 
+# Laws fitted near 20 tokens per parameter overstate the worth of tokens far beyond: refitted on runs of up to
+# 10,000, the exponents come out twice as large (Sardana and Frankle 2024).
+MANY_TOKENS = 300  # per parameter
+
 HOFFMANN = Path(__file__).parent / "scaling" / "hoffmann.csv"
-OUTLIERS = 5  # of its points
-# Per parameter. Laws fitted near 20 overstate what tokens far beyond are worth: refitted on runs of up to
-# 10,000 the exponents come out twice as large (Sardana and Frankle 2024).
-MANY_TOKENS = 300
-COLUMNS = {  # as they are called in the files of several papers
-    "N": ("n", "params", "parameters", "model size"),
-    "D": ("d", "tokens", "training tokens"),
-    "C": ("c", "flop", "flops", "compute", "training flop"),
-    "loss": ("loss", "l", "val_loss"),
-}
+OUTLIERS = 5  # points of HOFFMANN that are left out
 
 
 def points() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N, D, loss), float64 (240,) each, of the runs of Hoffmann et al. 2022.
+    """Return (N, D, loss), float64 (240,) each, of the runs of Hoffmann et al. 2022.
 
-    chinchilla.csv holds the 245 points that Besiroglu et al. 2024 read off figure 4 of that paper. As there,
-    the 5 of highest loss are left out: the runs of the fewest tokens per parameter, 0.04 to 0.40, which the
-    law does not describe, and which would make B six times as large."""
+    scaling/hoffmann.csv holds the 245 points that Besiroglu et al. 2024 read off figure 4 of that paper. As
+    there, the 5 of highest loss are left out. They are the runs of the fewest tokens per parameter, 0.04 to
+    0.40, which the law does not describe; with them B would come out six times as large."""
     return without_highest(*read_points(HOFFMANN), OUTLIERS)
-
-
-def without_highest(N, D, L, drop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The points less the `drop` highest losses, in their order."""
-    kept = np.sort(np.argsort(L, kind="stable")[: len(L) - drop])
-    return N[kept], D[kept], L[kept]
-
-
-def read_points(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N, D, loss), float64 (n,) each, of a CSV with a header: N, loss, and D or C; then D = C / (6 N).
-
-    Raises ValueError, with file and line, for missing columns and for what is not a positive number."""
-    rows = []
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        header = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
-        found = {key: [header[n] for n in names if n in header] for key, names in COLUMNS.items()}
-        second = "D" if found["D"] else "C"
-        if not (found["N"] and found[second] and found["loss"]):
-            told = ", ".join(header) or "nothing"
-            raise ValueError(f"{path}, line 1: expected columns N, loss, and D or C; it has {told}")
-        names = [found[key][0] for key in ("N", second, "loss")]
-        for name in names:
-            if [n.strip().lower() for n in reader.fieldnames].count(name.strip().lower()) > 1:
-                raise ValueError(f"{path}, line 1: there is more than one column {name}")
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {reader.line_num}: more cells than columns; a decimal comma?")
-            rows.append([])
-            for name in names:
-                try:
-                    value = float(row[name] or "")
-                except ValueError:
-                    value = math.nan
-                if not 0 < value < math.inf:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: {name} is {row[name]!r}: expected a positive number"
-                    )
-                rows[-1].append(value)
-    if not rows:
-        raise ValueError(f"{path}: no points below the header")
-    N, D, L = np.array(rows).T
-    return N, D if second == "D" else D / (6 * N), L
-
-
-class Unreadable(ValueError, argparse.ArgumentTypeError):
-    """Both, since argparse shows the message of the latter alone."""
-
-
-def quantity(text: str) -> float:
-    """1e22, 7b, 1.4t, 300m or 20k. Raises ValueError for what is not a positive, finite number."""
-    units = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-    body, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1.0)
-    try:
-        value = float(body) * unit
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise Unreadable(f"{text!r}: expected a positive number such as 1e22, 7b, 1.4t, 300m or 20k")
-    return value
-
-
-def flops(config, tokens: float) -> float:
-    """Exact training FLOPs (matmuls, attention, head) of a gpt.Config, or of any that counts as it does, at
-    full length of context. 6 N D leaves out attention and counts embeddings that are only looked up."""
-    return config.flops_per_token(config.max_seq_len) * tokens
-
-
-def same(values, tolerance: float = 0.005) -> np.ndarray:
-    """Labels 0, 1, ... (n,), ascending: values within half a per cent are one. Read off a figure, or worked
-    out as C / (6 D), equal ones differ a little."""
-    labels, first = np.zeros(len(values), dtype=np.int64), 0.0
-    label = -1
-    for i in np.argsort(values, kind="stable"):
-        if values[i] > first * (1 + tolerance):
-            label, first = label + 1, values[i]
-        labels[i] = label
-    return labels
 
 
 @dataclass
 class Fit:
-    """A law fitted to n points, the objective f of scaling/huber_fit.py there, and the points. `warnings` is what to
-    know of it."""
+    """A law fitted to n points, and the points."""
 
     law: Law
-    objective: float
+    objective: float  # f of scaling/huber_fit.py at the optimum
     N: np.ndarray
     D: np.ndarray
     L: np.ndarray
     delta: float
-    clusters: np.ndarray  # (n,) int64: points of one label are drawn together by the bootstrap by size
-    theta: np.ndarray  # (1, 5): the optimum, as scaling/huber_fit.py has it
-    warnings: list[str]
+    clusters: np.ndarray  # (n,) int64: the bootstrap by size draws points of one label together
+    theta: np.ndarray  # (1, 5): the optimum in the unknowns of scaling/huber_fit.py
+    warnings: list[str]  # reasons to doubt the law
 
     @property
     def residuals(self) -> np.ndarray:
@@ -278,39 +207,29 @@ class Fit:
         return float(np.sqrt(np.mean(self.residuals**2)))
 
     def bootstrap(self, n: int = 4000, seed: int = 0, by_size: bool = False) -> np.ndarray:
-        """E, A, B, alpha, beta (n, 5), float64, of n resamples of the points, with replacement.
+        """Return E, A, B, alpha, beta (n, 5), float64, of laws fitted to n resamples of the points.
 
-        Law(*samples.T) is all of them at once: `interval(Law(*samples.T).optimal(C)[0])` is that of N*.
-        Points of one size may err together (one run, or one learning rate): by_size draws whole sizes
-        instead. Resamples with less than 3 sizes or 3 D are drawn anew; those whose optimum is on the border
-        keep it, and widen the intervals. `warnings` tells of both.
+        Law(*samples.T) holds all n laws at once: `interval(Law(*samples.T).optimal(C)[0])` is that of N*.
+        by_size resamples whole sizes instead of points, for points of one size that may err together (one
+        run, or one learning rate). Resamples with less than 3 sizes or 3 D are drawn again; those whose
+        optimum is on the border keep it, and widen the intervals. Both are added to `warnings`.
 
         Raises ValueError for less than one resample, and for by_size with less than 4 sizes."""
-        if n < 1:
-            raise ValueError(f"bootstrap: {n} resamples: expected at least 1")
         units = self.clusters if by_size else np.arange(len(self.N))
-        n_units = units.max() + 1
-        if n_units < 4:
-            raise ValueError(f"bootstrap by size: {n_units} sizes: expected at least 4; draw points instead")
-        generator = np.random.default_rng(seed)
-        members = [np.eye(label.max() + 1)[label] for label in (self.clusters, same(self.D))]
-        w, poor, redrawn = np.empty((n, len(self.N))), np.ones(n, dtype=bool), -n
-        while poor.any():
-            redrawn += poor.sum()
-            w[poor] = generator.multinomial(n_units, np.full(n_units, 1 / n_units), poor.sum())[:, units]
-            distinct = [((w @ member > 0).sum(axis=1), member.shape[1]) for member in members]
-            poor = np.any([count < min(3, most) for count, most in distinct], axis=0)
+        w, n_redrawn = draw_resamples(units, (self.clusters, group_equal(self.D)), n, seed)
 
         logs, means = centre(self.N, self.D, self.L)
-        theta, solved = search_again(self.theta, w, logs, self.delta)
-        samples = parameters(theta, means)
+        theta, solved = search_near(self.theta, w, logs, self.delta)
+        samples = uncentre(theta, means)
+
+        # Note what was wrong with some of the resamples, once.
         counts = {
-            "were drawn anew: they had less than 3 sizes, or 3 D": redrawn,
+            "were drawn anew: they had less than 3 sizes, or 3 D": n_redrawn,
             f"have no optimum within the border ({BORDER})": on_border(theta).any(axis=1).sum(),
             "stopped before the gradient vanished": (~solved).sum(),
         }
-        drawn = "resamples of sizes" if by_size else "resamples"
-        notes = [f"{count} of {n} {drawn} {what}" for what, count in counts.items() if count]
+        kind = "resamples of sizes" if by_size else "resamples"
+        notes = [f"{count} of {n} {kind} {problem}" for problem, count in counts.items() if count]
         low, high = interval(Law(*samples.T).a)
         if high - low > 0.15:
             notes.append(f"a is not identified: its 95 % interval is {low:.2f} to {high:.2f}")
@@ -318,113 +237,76 @@ class Fit:
         return samples
 
 
-def interval(values, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of bootstrap values (n,): what lies outside, half each side, is 1 - level."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def fit(N, D, L, delta: float = 1e-3, *, clusters=None) -> Fit:
-    """The law of least f (approach 3 of Hoffmann et al. 2022, section 3.3) for points N, D, L, (n,) each.
+    """Return the law that minimises f of scaling/huber_fit.py on points N, D, L, (n,) each.
 
-    clusters (n,): what the bootstrap by size draws together, by default the points of one N.
+    This is approach 3 of Hoffmann et al. 2022, section 3.3. delta: relative error from which on errors count
+    linearly. clusters (n,): labels of points that the bootstrap by size draws together, by default one label
+    for each N.
 
     On the 240 points of the paper, delta 1e-3 gives E 1.8172, A 477.83, B 2143.4, alpha 0.3473, beta 0.3672.
-    Besiroglu et al. 2024 print 1.8172, 482.01, 2085.43, 0.3478, 0.3658 of the same points and, as they
-    write, the same delta. Their estimate is that of greatest likelihood, however, with the width of the
-    distribution free, and the width went to 5e-6; what counts is delta times that, so it is 5e-9 on this
-    scale, and f no more than the sum of absolute errors. delta 1e-6 or less finds their numbers here.
+    Besiroglu et al. 2024 print 1.8172, 482.01, 2085.43, 0.3478, 0.3658 for the same points and the same
+    delta. But they maximise a likelihood whose width is free, and it went to 5e-6. What counts is delta times
+    the width, 5e-9 on our scale, where f is in effect the sum of absolute errors. With a delta of 1e-6 or
+    less, `fit` returns their numbers.
 
-    scaling/huber_fit.py has the search.
-
-    Raises ValueError for less than 6 points, one size or one D alone, and numbers that are not positive."""
+    Raises ValueError for less than 6 points, a single size or D, and numbers that are not positive."""
     N, D, L = (np.asarray(values, dtype=np.float64) for values in (N, D, L))
-    if not (N.ndim == 1 and N.shape == D.shape == L.shape):
-        raise ValueError(f"fit: N {N.shape}, D {D.shape}, loss {L.shape}: expected three rows of one length")
-    if len(N) < 6:
-        raise ValueError(f"fit: {len(N)} points: expected at least 6 for the law's 5 parameters")
-    for name, values in (("N", N), ("D", D), ("loss", L), ("delta", np.array([delta]))):
-        bad = values[~((values > 0) & np.isfinite(values))]
-        if len(bad):
-            raise ValueError(f"fit: {name} {bad[0]}: expected positive numbers")
-    with np.errstate(over="ignore", under="ignore"):
-        C = 6 * N * D
-    if not (np.isfinite(C) & (C > 0)).all():
-        raise ValueError("fit: 6 N D is out of the range of float64: look at the units of N and D")
-    sizes = same(N)
-    for name, count in (("size N", sizes.max() + 1), ("number of tokens D", same(D).max() + 1)):
-        if count == 1:
-            raise ValueError(f"fit: one {name} alone: its part of the loss cannot be told from E; vary it")
-
+    if not 0 < delta < math.inf:
+        raise ValueError(f"fit: delta {delta}: expected a positive number")
+    check_points(N, D, L)
     logs, means = centre(N, D, L)
     theta, objective, solved = search(logs, delta)
-    warnings = []
-    if sizes.max() < 3:
-        warnings.append(f"only {sizes.max() + 1} sizes: E, A and alpha cannot be told apart; use 4 or more")
-    if N.max() < 3 * N.min():
-        warnings.append(f"N varies by a factor of {N.max() / N.min():.3g} only: alpha wants 10 or more")
-    if abs(np.corrcoef(logs[:2])[0, 1]) > 0.999:
-        warnings.append("one D for each N: A and alpha cannot be told from B and beta; vary D at equal N")
+    warnings = describe_weak_design(N, logs)
     for name, out in zip(("E", "A", "B", "alpha", "beta"), on_border(theta)[0], strict=True):
         if out:
             warnings.append(f"{name} is on the border ({BORDER}): these points do not determine it")
     if not solved:
         warnings.append("the search stopped before the gradient vanished")
-    clusters = sizes if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    law = Law(*(float(value) for value in parameters(theta, means)[0]))
+    clusters = group_equal(N) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    law = Law(*(float(value) for value in uncentre(theta, means)[0]))
     return Fit(law, objective, N, D, L, delta, clusters, theta, warnings)
 
 
-def beyond(C: float, compute: tuple[float, float]) -> float:
-    """By how many orders of magnitude C lies outside of the least and greatest compute; 0 inside, and where
-    it would be printed as 0.0."""
-    orders = max(math.log10(C / compute[1]), math.log10(compute[0] / C))
-    return orders if orders >= 0.05 else 0.0
-
-
-def short(value: float, digits: int = 3) -> str:
-    """1.4T for 1.4e12, 5.76e23 from 1e15 on."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if 0.9995 * size <= value < 999.5e12:
-            return f"{value / size:.{digits}g}{unit}"
-    return f"{value:.{digits}g}".replace("e+", "e")
-
-
 def print_laws() -> None:
+    """Print N*, D* and the least loss by each published law, for budgets of 1e19 to 1e25 FLOPs."""
     print("compute  law                                     N*       D*  D*/N*   loss  extrapolated by")
     for C in 10.0 ** np.arange(19, 26):
         for i, published in enumerate(LAWS.values()):
             N, D = published.law.optimal(C)
             loss = f"{published.law.loss(N, D):6.3f}" if hasattr(published.law, "loss") else "     -"
             orders = beyond(C, published.compute)
-            told = f"{orders:.1f} orders of magnitude" if orders else ""
+            far = f"{orders:.1f} orders of magnitude" if orders else ""
             print(f"{'' if i else f'{C:.0e}':8} {published.title:34} {short(N):>7}  {short(D):>7}", end="")
-            print(f"  {D / N:5.3g} {loss}  {told}".rstrip())
+            print(f"  {D / N:5.3g} {loss}  {far}".rstrip())
     print("\nN* parameters and D* tokens have the least loss of all that take this compute, C = 6 N D.")
     print("N counts the head, not the embedding (Kaplan: neither). Losses are nats per token of each paper's")
     print("own text and tokenizer: compare them within a law, not between laws.")
 
 
-COMMANDS = {
+COMMANDS = {  # name: the file that has its add_arguments(parser) and main(args), and what it does
     "plan": ("scaling.plan_report", "plan a training run"),
     "fit": ("scaling.fit_report", "fit the law to your own runs, or to those of the paper"),
     "sweep": ("scaling.sweep", "make the runs, fit them, predict a larger one"),
-    "page": ("scaling.page", "the law to play with, in one HTML file"),
+    "page": ("scaling.page", "explore the law in one HTML file"),
 }
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(message)  # one line, as every other mistake
+        raise ValueError(message)  # without the usage: every mistake is one line
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 2 after a mistake, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="chinchilla.py", description="Scaling laws. Without arguments: the published ones.")
     commands = parser.add_subparsers(dest="command")
     for name, (file, help) in COMMANDS.items():
         command = commands.add_parser(name, help=help)
-        if argv[:1] == [name]:  # the others are left alone: they import this file, and scaling/sweep.py torch
+        if argv[:1] == [name]:
+            # Import by name, and only the command in use: these files import this one. (Started as a script,
+            # this file is __main__, and they import it once more as chinchilla; nothing passes between.)
             module = importlib.import_module(file)
             module.add_arguments(command)
             command.set_defaults(run=module.main)
@@ -439,12 +321,10 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, csv.Error) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-# Run as a script this file is the module __main__; scaling/plan.py and the others import it as chinchilla, and a Law
-# of one would be none of the other.
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("chinchilla").main())
+    sys.exit(main())

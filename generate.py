@@ -2,15 +2,21 @@
 
     x_t ~ p(. | x_1 ... x_{t-1}),    p = softmax(logits / temperature), cut down to its likely part
 
-The prompts pass through the model once and fill its cache of keys and values; each further token then costs
-a pass over that token alone. Works with any model that has `new_cache(lengths, max_len, static)`,
+The prompts pass through the model once and fill its cache of keys and values; each further token then costs a
+pass over that token alone. It works with any model that has `new_cache(lengths, max_len, static)`,
 `hidden(tokens, cache=)` and `logits(hidden)`, as in gpt.py.
 
 Ways to cut: top-k (Fan et al. 2018), top-p or nucleus (Holtzman et al. 2020), min-p (Nguyen et al. 2024);
 repetition penalty (Keskar et al. 2019, section 4.1).
+
+    python generate.py runs/gpt/model --prompt "def "     any decoder: GPT, mixture of experts, adapted
+
+Shapes: B rows, T tokens, S slots of the cache, G key/value heads, K head width, V vocabulary.
 """
 
+import argparse
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -25,7 +31,7 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p."""
+    """Draw one token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -35,7 +41,8 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         p = ordered.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # what stands before it is enough already; never the first
+        # Drop a token if those before it already reach top_p; the first is always kept.
+        beyond = p.cumsum(dim=-1) - p >= top_p
         logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
     if min_p is not None:
         p = logits.softmax(dim=-1)
@@ -46,25 +53,27 @@ def sample(
 class KVCache:
     """Keys and values of the tokens so far, so that each new token costs one step instead of a whole pass.
 
-    Preallocated as (B, S, G, K) per layer. It is filled by one pass over the prompts, then by one token at
-    a time. A layer with a window keeps only what the window can see: position p lives in slot p mod S, a
-    ring buffer (Mistral 7B, Jiang et al. 2023, section 2), which attention may read in any order because
-    keys carry their position in themselves. Rows may differ in length: a row's keys fill its slots from the
-    left.
+    Preallocated as (B, S, G, K) per layer. One pass over the prompts fills it; each later pass adds one
+    token. A layer with a window keeps only what the window can see: position p is in slot p mod S, a ring
+    buffer (Mistral 7B, Jiang et al. 2023, section 2), which attention may read in any order because keys
+    carry their position in themselves. Rows may differ in length: a row's keys fill its slots from the left.
     """
 
     def __init__(self, config, lengths: list[int], max_len: int, like: Tensor):
-        """config: of a model, as in gpt.py; lengths: of the prompts, one per row; max_len: tokens to hold;
-        like: a tensor whose device and dtype to use."""
+        """Allocate a cache.
+
+        config: of a model, as in gpt.py; lengths: of the prompts, one per row; max_len: tokens to hold; like:
+        a tensor whose device and dtype to use.
+        """
         self.lengths = list(lengths)
         self.filled = False
         self.slots = [min(max_len, config.layer_window(layer) or max_len) for layer in range(config.n_layers)]
-        B, G, K = len(lengths), config.n_kv_heads, config.d_head
+        B, G, K = len(lengths), config.G, config.K
         self.keys = [like.new_zeros(B, S, G, K) for S in self.slots]
         self.values = [like.new_zeros(B, S, G, K) for S in self.slots]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
-        """Of the next T tokens: (1, T) while filling, where every row starts at 0, else (B, 1) or (1, 1)."""
+        """Return the positions of the next T tokens: (1, T) for the prompts, later (B, 1), or (1, 1) if equal."""
         if not self.filled:
             return torch.arange(T, device=device)[None]
         rows = self.lengths[:1] if self.uniform else self.lengths
@@ -72,20 +81,33 @@ class KVCache:
 
     @property
     def uniform(self) -> bool:
+        """Return whether all rows have the same length."""
         return min(self.lengths) == max(self.lengths)
+
+    def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
+        """Store a layer's new keys and values (B, T, G, K), and return those to attend to, and the mask.
+
+        The prompts attend to themselves, under the mask given. Afterwards a token attends to all that its row
+        of the cache holds, which is just what it may see.
+        """
+        if not self.filled:
+            self.fill(layer, k, v)
+            return k, v, mask
+        k, v, seqlens_k = self.append(layer, k, v)
+        return k, v, {"seqlens_k": seqlens_k}
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the keys and values (B, T, G, K) of the prompts, right-padded to T."""
         S = self.slots[layer]
         slot = torch.arange(S, device=k.device)
         last = torch.tensor(self.lengths, device=k.device)[:, None] - 1  # (B, 1)
-        # Of the positions that live in a slot, the latest; below 0 the slot is not filled yet, nor seen.
+        # A slot gets the latest of the positions that map to it. Below 0 it stays unused, and is never seen.
         position = slot + (last - slot).div(S, rounding_mode="floor") * S  # (B, S)
         position = position.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
         self.keys[layer], self.values[layer] = k.gather(1, position), v.gather(1, position)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store one token's (B, 1, G, K); returns all keys and values, and seqlens_k if rows differ."""
+        """Store one token's (B, 1, G, K); return all keys and values, and their number where rows differ."""
         S, keys, values = self.slots[layer], self.keys[layer], self.values[layer]
         n = min(max(self.lengths) + 1, S)
         if self.uniform:
@@ -98,15 +120,17 @@ class KVCache:
         return keys[:, :n], values[:, :n], (lengths + 1).clamp(max=S)
 
     def advance(self) -> None:
-        """To be called after each pass: the prompts' lengths count from the start, each further token one."""
+        """Count the tokens of a pass, to be called after each. The first pass is of the prompts."""
         if self.filled:
             self.lengths = [n + 1 for n in self.lengths]
         self.filled = True
 
 
 class StaticKVCache(KVCache):
-    """The same cache in shapes that never change, so that one compiled graph serves every step: the lengths
-    live on the device, and each step looks at all slots with those not yet filled masked."""
+    """The same cache in shapes that never change, so that one compiled graph serves every step.
+
+    The lengths are on the device, and each step attends to all slots, with those not yet filled masked.
+    """
 
     def __init__(self, config, lengths: list[int], max_len: int, like: Tensor):
         super().__init__(config, lengths, max_len, like)
@@ -128,6 +152,7 @@ class StaticKVCache(KVCache):
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
+    """Raise ValueError for a prompt or an option of `stream` that is out of range."""
     vocab_size = model.config.vocab_size
     if not prompts or not all(prompts):
         raise ValueError(
@@ -168,15 +193,14 @@ def stream(
     generator: torch.Generator | None = None,
     compile: bool = False,
 ) -> Iterator[list[int | None]]:
-    """Continue the prompts, yielding tokens as they come: one per row each step, None for a row that has
-    ended.
+    """Continue the prompts: yield one token per row and step, None for a row that has ended.
 
     tokens: (B, T) or B lists of token ids, which may differ in length. temperature 0 takes the likeliest
     token. top_k: draw from the k likeliest. top_p: from the fewest tokens that hold this probability
-    together. min_p: from those at least min_p times as likely as the likeliest. repetition_penalty: logits
-    of tokens already in the row are divided by it if positive, multiplied if negative. stop: token id or
-    ids that end a row. generator: source of the draws, on the model's device. compile: the step of one
-    token is compiled at its first use, which takes a while and pays for itself over many tokens.
+    together. min_p: from those at least min_p times as likely as the likeliest. repetition_penalty: see
+    `penalise`. stop: token id or ids that end a row. generator: source of the draws, on the model's device.
+    compile: the step of one token is compiled at its first use, which takes a while and pays for itself over
+    many tokens.
 
     Raises ValueError for an empty prompt, a prompt that leaves no room for max_new_tokens, and options out
     of range.
@@ -184,32 +208,21 @@ def stream(
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
-    device = next(model.parameters()).device
-    lengths = [len(row) for row in prompts]
-    T = max(lengths)
-    # Padding on the right is never seen: a causal model looks back, and the cache knows each row's length.
-    padded = torch.tensor([row + row[-1:] * (T - len(row)) for row in prompts], device=device)  # (B, T)
-    capacity = T + max_new_tokens
-    if compile:
-        capacity = math.ceil(capacity / 128) * 128  # few different shapes, so that few are compiled
-    cache = model.new_cache(lengths, capacity, static=compile)
+    hidden, cache = read_prompts(model, prompts, max_new_tokens, static=compile)  # (B, D)
     step_hidden = torch.compile(model.hidden) if compile else model.hidden
-    hidden = model.hidden(padded, cache=cache)  # (B, T, D)
-    last = torch.tensor(lengths, device=device) - 1
-    hidden = hidden[torch.arange(len(prompts), device=device), last]  # (B, D)
-    seen = None
-    if repetition_penalty != 1.0:
-        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-        seen.scatter_(1, padded, True)
+    seen = None if repetition_penalty == 1.0 else tokens_in(prompts, model.config.vocab_size, hidden.device)
+
     ended = [False] * len(prompts)
     for step in range(max_new_tokens):
+        # Draw a token for each row.
         logits = model.logits(hidden).float()  # (B, V)
         if seen is not None:
-            penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
+            logits = penalise(logits, seen, repetition_penalty)
         token = sample(logits, temperature, top_k, top_p, min_p, generator)  # (B, 1)
         if seen is not None:
             seen.scatter_(1, token, True)
+
+        # Rows that have ended go on in the batch, unseen.
         drawn = token.flatten().tolist()
         yield [None if end else t for end, t in zip(ended, drawn, strict=True)]
         ended = [end or t in stops for end, t in zip(ended, drawn, strict=True)]
@@ -218,10 +231,42 @@ def stream(
         hidden = step_hidden(token, cache=cache)[:, 0]
 
 
+def read_prompts(
+    model: nn.Module, prompts: list[list[int]], max_new_tokens: int, static: bool
+) -> tuple[Tensor, KVCache]:
+    """Return the hidden states (B, D) of the prompts' last tokens, and the cache filled with the prompts."""
+    device = next(model.parameters()).device
+    lengths = [len(row) for row in prompts]
+    T = max(lengths)
+    # Padding on the right is never seen: a causal model looks back, and the cache has each row's length.
+    padded = torch.tensor([row + row[-1:] * (T - len(row)) for row in prompts], device=device)  # (B, T)
+    capacity = T + max_new_tokens
+    if static:
+        capacity = math.ceil(capacity / 128) * 128  # few different shapes, so that few are compiled
+    cache = model.new_cache(lengths, capacity, static=static)
+    hidden = model.hidden(padded, cache=cache)  # (B, T, D)
+    last = torch.tensor(lengths, device=device) - 1
+    return hidden[torch.arange(len(prompts), device=device), last], cache
+
+
+def tokens_in(prompts: list[list[int]], vocab_size: int, device: torch.device) -> Tensor:
+    """Return which tokens of the vocabulary each prompt contains: bool (B, V)."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[torch.tensor(prompt, device=device)] = True
+    return seen
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return logits (B, V) in which those of seen tokens are divided by the penalty if positive, else
+    multiplied (Keskar et al. 2019, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def generate(
     model: nn.Module, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
 ) -> list[list[int]]:
-    """Continue each of the prompts; returns the new tokens of each, ending with its stop token if one came.
+    """Return the new tokens of each prompt, ending with its stop token if one was drawn.
 
     tokens and options as for `stream`.
     """
@@ -231,3 +276,70 @@ def generate(
             if token is not None:
                 row.append(token)
     return new
+
+
+# --- the command line of all decoders
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="directory in Hugging Face layout; without it, the sizes")
+    add("--prompt", default="", help="text to continue (default: start a new document)")
+    add("--max-new-tokens", type=int, default=200)
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    add("--top-k", type=int, help="draw only from the k likeliest tokens")
+    add("--top-p", type=float, default=0.95, help="only from the likeliest of this joint probability")
+    add("--min-p", type=float, help="only from tokens at least this fraction as likely as the best")
+    add("--repetition-penalty", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+
+
+def continue_text(model: nn.Module, args: argparse.Namespace) -> None:
+    """Print the prompt and its continuation by the model in args.checkpoint, as it is generated."""
+    from data.tokenizer import get_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = model.to(device).eval(), get_tokenizer(args.checkpoint)
+    tokens = tokenizer.encode(args.prompt) or [tokenizer.eot_id]
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options = {name: getattr(args, name) for name in names}
+    generator, stop = torch.Generator(device).manual_seed(args.seed), tokenizer.eot_id
+    print(args.prompt, end="", flush=True)
+    steps = model.stream([tokens], args.max_new_tokens, stop=stop, generator=generator, **options)
+    print_stream(steps, tokenizer, stop)
+
+
+def print_stream(steps: Iterator[list[int]], tokenizer, stop: int) -> str:
+    """Print the text of the one row that steps, from `stream`, continues, and return it."""
+    new, printed = [], ""
+    for (token,) in steps:
+        if token == stop:
+            break
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    print()
+    return printed
+
+
+def main() -> None:
+    from formats.open_model import open_model
+
+    parser = argparse.ArgumentParser(
+        description="Continue a text with any decoder: GPT, mixture, or adapted."
+    )
+    add_sampling_flags(parser)
+    args = parser.parse_args()
+    if args.checkpoint is None:
+        raise ValueError("no checkpoint: name its directory, such as runs/gpt/model")
+    continue_text(open_model(args.checkpoint), args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -6,13 +6,13 @@
     h = h + attention(norm(h)),  h = h + mlp(norm(h))           L times
     p(next) = softmax(norm(h) W_head)
 
-One class is two generations of the same idea, chosen by a handful of Config fields:
+One class is two generations of the same idea, told apart by a handful of Config fields:
 
     GPT-2 (Radford et al. 2019)     LayerNorm, learned positions, GELU, biases
     modern (Llama, Touvron 2023)    RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases; and
                                     QK-norm (Qwen3), sliding window (Mistral), logit soft-cap (Gemma 2)
 
-Parameters carry the names of Hugging Face's Llama, so that checkpoints load without a table of names.
+Parameters have the names of Hugging Face's Llama, so that checkpoints load without a table of names.
 
     python gpt.py                                   the sizes: parameters and FLOPs per token
     python gpt.py runs/gpt/model --prompt "def "    continue a text
@@ -25,17 +25,15 @@ V vocabulary, L layers.
 import argparse
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.tokenizer import Tokenizer, get_tokenizer
-from formats import decoders
-from generate import KVCache, StaticKVCache, generate, stream
+from generate import KVCache, StaticKVCache, add_sampling_flags, continue_text, generate, stream
 from kernels import attention, gelu, linear_cross_entropy, rms_norm
 
 
@@ -47,90 +45,70 @@ class Config:
     d_ff: int  # inner width of the MLP
     vocab_size: int = 50257
     max_seq_len: int = 1024  # tokens
-    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads
-    d_head: int | None = None  # None: d_model / n_heads
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads. See G
+    d_head: int | None = None  # None: d_model / n_heads. See K
     norm: str = "rms"  # or "layer"
     norm_eps: float = 1e-6
     positions: str = "rope"  # or "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = (
-        None  # {"rope_type": "linear" | "llama3", "factor": ...}, as Hugging Face writes it
-    )
+    # {"rope_type": "linear" | "llama3", "factor": ...}, as Hugging Face writes it
+    rope_scaling: dict | None = None
     mlp: str = "swiglu"  # or "gelu"
     bias: bool = False  # in every linear layer
     qkv_bias: bool = False  # only in the query, key and value projections (Qwen2)
-    # RMSNorm on each head's queries and keys, which bounds attention logits; "all": on all heads as one
+    # RMSNorm of each head's queries and keys, which bounds the attention logits; "all": of all heads as one
+    # vector (OLMoE)
     qk_norm: bool | str = False
     window: int | None = None  # a token sees the last `window` tokens, itself included
-    full_layers: tuple[int, ...] = ()  # layers that see everything although there is a window
+    full_layers: tuple[int, ...] = ()  # layers that see everything in spite of the window
     logit_softcap: float | None = None  # logits become c * tanh(logits / c)
     tie_embeddings: bool = True  # the head is the embedding matrix
-    eos_token_id: int | tuple[int, ...] | None = None  # ends a text
+    eos_token_id: int | tuple[int, ...] | None = None  # the token that ends a text
     kernels: str = "auto"  # the backend of kernels/, see kernels/attention.py
 
     def __post_init__(self):
-        object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
-        object.__setattr__(self, "d_head", self.d_head or self.d_model // self.n_heads)
         choices = {"norm": ("rms", "layer"), "positions": ("rope", "learned"), "mlp": ("swiglu", "gelu")}
         choices["qk_norm"] = (False, True, "all")
         for field, options in choices.items():
-            if getattr(self, field) not in options:
-                raise ValueError(
-                    f"{field} {getattr(self, field)!r}: expected {' or '.join(map(str, options))}"
-                )
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.positions == "rope" and self.d_head % 2:
-            raise ValueError(f"d_head {self.d_head}: rotary positions turn pairs, so it must be even")
+            if (value := getattr(self, field)) not in options:
+                raise ValueError(f"{field} {value!r}: expected {' or '.join(map(str, options))}")
+        if self.n_heads % self.G:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.G}")
+        if self.positions == "rope" and self.K % 2:
+            raise ValueError(f"d_head {self.K}: rotary positions turn pairs of features, so it must be even")
 
-    def fitted(self, tokenizer: Tokenizer, max_seq_len: int) -> "Config":
-        """The same model for this vocabulary and rows of this many tokens."""
-        return replace(
-            self, vocab_size=tokenizer.n_vocab, max_seq_len=max_seq_len, eos_token_id=tokenizer.eot_id
-        )
+    @property
+    def G(self) -> int:  # key/value heads
+        return self.n_kv_heads or self.n_heads
 
-    def changed(self, **fields) -> "Config":
-        """With other values; widths that were left to follow from others follow from the new ones."""
-        follow = {"d_head": None} if self.d_head == self.d_model // self.n_heads else {}
-        follow |= {"n_kv_heads": None} if self.n_kv_heads == self.n_heads else {}
-        return replace(self, **follow | fields)
+    @property
+    def K(self) -> int:  # width of a head
+        return self.d_head or self.d_model // self.n_heads
 
     def layer_window(self, layer: int) -> int | None:
+        """Return the sliding window of a layer, None if it sees everything."""
         return None if layer in self.full_layers else self.window
 
     @property
     def n_matmul_params(self) -> int:
-        """Weights that every token is multiplied with: all matrices but the embedding look-ups."""
-        D, H, G, K = self.d_model, self.n_heads, self.n_kv_heads, self.d_head
+        """Return the number of weights that every token is multiplied with: all but embedding look-ups."""
+        D, H, G, K = self.d_model, self.n_heads, self.G, self.K
         attn = D * (H + 2 * G) * K + H * K * D
         mlp = (3 if self.mlp == "swiglu" else 2) * D * self.d_ff
         return self.n_layers * (attn + mlp) + self.vocab_size * D
 
-    @property
-    def n_params(self) -> int:
-        """All parameters; a tied head is counted once."""
-        D, H, G, K = self.d_model, self.n_heads, self.n_kv_heads, self.d_head
-        biases = (H + 2 * G) * K * (self.bias or self.qkv_bias)
-        biases += (D + D + self.d_ff * (2 if self.mlp == "swiglu" else 1)) * self.bias
-        norm = D * (2 if self.norm == "layer" else 1)
-        embeddings = 0 if self.tie_embeddings else self.vocab_size * D
-        embeddings += self.max_seq_len * D if self.positions == "learned" else 0
-        qk_norm = {False: 0, True: 2 * K, "all": (H + G) * K}[self.qk_norm]
-        per_layer = biases + 2 * norm + qk_norm
-        return self.n_matmul_params + self.n_layers * per_layer + norm + embeddings
-
     def flops_per_token(self, seq_len: int) -> int:
-        """Matmul FLOPs of forward and backward per token at this sequence length; masked scores not counted.
+        """Return the matmul FLOPs of training on one token in a sequence of this length.
 
-        2 per weight forward, twice that backward (gradients of inputs and of weights): 6 per weight.
-        Attention multiplies a query with each key it sees and each weight with a value: 4 H K per visible
-        key, times 3.
+        Masked scores are not counted. A weight takes 2 in the forward pass and twice that in the backward pass (gradients of inputs and of
+        weights): 6. Attention multiplies a query with each key it sees and each weight with a value: 4 H K
+        per visible key, times 3.
         """
         flops = 6 * self.n_matmul_params
         for layer in range(self.n_layers):
             w = min(self.layer_window(layer) or seq_len, seq_len)
             keys_seen = w * (w + 1) // 2 + (seq_len - w) * w  # summed over the queries of one sequence
-            flops += 12 * self.n_heads * self.d_head * keys_seen // seq_len
+            flops += 12 * self.n_heads * self.K * keys_seen // seq_len
         return flops
 
 
@@ -158,6 +136,8 @@ SIZES = {
 
 
 class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension; kind "rms" or "layer"."""
+
     def __init__(self, width: int, config: Config, kind: str):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
@@ -170,33 +150,31 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 (..., T, K / 2), of the angles by which rotary embedding turns each pair of
-    features.
+def rope(positions: Tensor, theta: float, K: int, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, float32 (..., T, 1, K), of the angles of rotary embedding at positions (..., T).
 
-    Pair i at position p turns by p * theta^(-2i/K), so that q . k depends on the distance of the two
-    positions alone (RoFormer, Su et al. 2021, section 3.2). Scaling stretches the longest wavelengths to
-    reach further: all alike ("linear", Chen et al. 2023), or only those longer than the original context
-    ("llama3").
+    Pair i of the K features at position p turns by p * theta^(-2i/K), so that q . k depends on the distance
+    of the two positions alone (RoFormer, Su et al. 2021, section 3.2). scaling, as in Config.rope_scaling,
+    makes wavelengths longer, to reach further: all of them ("linear", Chen et al. 2023), or only those longer
+    than the original context ("llama3").
     """
-    K = config.d_head
     pairs = torch.arange(0, K, 2, device=positions.device).float()
-    frequencies = 1.0 / config.rope_theta ** (pairs / K)  # (K / 2,)
-    scaling = config.rope_scaling
+    frequencies = 1.0 / theta ** (pairs / K)  # (K / 2,)
     if scaling is not None and scaling["rope_type"] == "linear":
         frequencies = frequencies / scaling["factor"]
     elif scaling is not None:
+        # A wavelength that fits at least high_freq_factor times into the original context stays as it is.
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wavelength, left as it is
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
     angles = positions[..., None].float() * frequencies  # (..., T, K / 2)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (..., T, 1, K)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + K/2}) of x (B, T, H, K) by the angles of `rope`, computing in float32.
+    """Turn the pairs (x_i, x_{i + K/2}) of x (B, T, H, K) by the angles of `rope`, computed in float32.
 
     (a, b) becomes (a cos - b sin, b cos + a sin).
     """
@@ -205,40 +183,45 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Causal multi-head attention, with fewer key/value heads than heads if config.G says so.
+
+    softmax(q k^T / sqrt(K)) v for each head, H of them with queries of their own and G with keys and values
+    of their own, each of which serves H / G heads (grouped-query attention, Ainslie et al. 2023).
+    """
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
-        D, H, G, K = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
+        D, H, G, K = config.d_model, config.n_heads, config.G, config.K
         self.q_proj = nn.Linear(D, H * K, bias=config.bias or config.qkv_bias)
         self.k_proj = nn.Linear(D, G * K, bias=config.bias or config.qkv_bias)
         self.v_proj = nn.Linear(D, G * K, bias=config.bias or config.qkv_bias)
         self.o_proj = nn.Linear(H * K, D, bias=config.bias)
-        heads_at_once = config.qk_norm == "all"
-        self.q_norm = Norm(H * K if heads_at_once else K, config, "rms") if config.qk_norm else None
-        self.k_norm = Norm(G * K if heads_at_once else K, config, "rms") if config.qk_norm else None
+        one_vector = config.qk_norm == "all"
+        self.q_norm = Norm(H * K if one_vector else K, config, "rms") if config.qk_norm else None
+        self.k_norm = Norm(G * K if one_vector else K, config, "rms") if config.qk_norm else None
         self.layer, self.d_head, self.window = layer, K, config.layer_window(layer)
         self.backend = config.kernels
 
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Return (B, T, D) of x (B, T, D). rotation: from `rope`, None without rotary positions."""
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+        # QK-norm, of vectors as wide as its weight: a head, or all heads.
         if self.q_norm is not None:
             q = self.q_norm(q.view(B, T, -1, self.q_norm.width))
             k = self.k_norm(k.view(B, T, -1, self.k_norm.width))
         q = q.view(B, T, -1, self.d_head)  # (B, T, H, K)
         k = k.view(B, T, -1, self.d_head)  # (B, T, G, K)
-        v = v.view(B, T, -1, self.d_head)
+        v = v.view(B, T, -1, self.d_head)  # (B, T, G, K)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if cache is not None and cache.filled:
-            # The cache holds just what the new token may see, so there is nothing left to mask.
-            k, v, seqlens_k = cache.append(self.layer, k, v)
-            y = attention(q, k, v, seqlens_k=seqlens_k, backend=self.backend)
-        else:
-            if cache is not None:
-                cache.fill(self.layer, k, v)
-            y = attention(
-                q, k, v, causal=True, window=self.window, cu_seqlens=cu_seqlens, backend=self.backend
-            )
+
+        # In generation, keys and values of earlier tokens come from the cache.
+        mask: dict[str, Any] = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
+        if cache is not None:
+            k, v, mask = cache.store(self.layer, k, v, mask)
+        y = attention(q, k, v, **mask, backend=self.backend)  # (B, T, H, K)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -259,6 +242,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and an MLP, each added to the residual stream."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = Norm(config.d_model, config, config.norm)
@@ -272,7 +257,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """The decoder. A variant replaces `block`, and names its other matrices in `matrices`."""
+
     block = Block
+    # How the names of parameters end that `initialize` draws with standard deviation 0.02.
+    matrices = ("_proj", "embed_tokens", "embed_positions", "lm_head")
 
     def __init__(self, config: Config):
         super().__init__()
@@ -292,9 +281,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """GPT-2's: N(0, 0.02^2), and the two projections that write into the residual stream scaled down by
-        sqrt(2 L), so that the sum of 2 L of them has the variance of one (Radford et al. 2019, section
-        2.3)."""
+        """Draw the weights as GPT-2 does (Radford et al. 2019, section 2.3).
+
+        Matrices are N(0, 0.02^2). The two projections that write into the residual stream are divided by
+        sqrt(2 L), so that the sum of 2 L of them has the variance of one. Raises ValueError for a parameter
+        that no rule names.
+        """
         for name, p in self.named_parameters():
             name = name.removesuffix(".weight")
             if name.endswith("bias"):
@@ -303,8 +295,7 @@ class GPT(nn.Module):
                 p.fill_(1.0)
             elif name.endswith(("o_proj", "down_proj")):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layers))
-            # "gate" is the router of moe.py
-            elif name.endswith(("_proj", "embed_tokens", "embed_positions", "lm_head", "gate")):
+            elif name.endswith(self.matrices):
                 p.normal_(std=0.02)
             else:
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to GPT.initialize")
@@ -312,25 +303,29 @@ class GPT(nn.Module):
     def hidden(
         self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Normalised hidden states (B, T, D) of tokens (B, T), int64.
+        """Return the normalised hidden states (B, T, D) of tokens (B, T), int64.
 
-        cache: filled with the prompts on its first pass, one token at a time after. cu_seqlens: see
-        `kernels.attention`; positions then count from the start of each document.
+        cache: of generation; the first pass fills it with the prompts, later ones add one token each.
+        cu_seqlens: see `kernels.attention`; positions then count from the start of each document.
         """
+        # Positions (1, T), or (B, 1) where the rows of a cache differ in length.
         T = tokens.shape[1]
         if cache is not None:
             positions = cache.positions(T, tokens.device)
         else:
-            positions = torch.arange(T, device=tokens.device)[None]  # (1, T)
+            positions = torch.arange(T, device=tokens.device)[None]
         if cu_seqlens is not None:
             document = torch.bucketize(positions, cu_seqlens, right=True) - 1
             positions = positions - cu_seqlens[document]
+
+        # Embeddings; learned positions are added, rotary ones turn queries and keys in every layer.
         x = self.model.embed_tokens(tokens)  # (B, T, D)
-        rotation = None
-        if self.config.positions == "rope":
-            rotation = rope(positions, self.config)
+        rotation, config = None, self.config
+        if config.positions == "rope":
+            rotation = rope(positions, config.rope_theta, config.K, config.rope_scaling)
         else:
             x = x + self.model.embed_positions(positions)
+
         for block in self.model.layers:
             x = block(x, rotation, cache, cu_seqlens)
         if cache is not None:
@@ -339,11 +334,11 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D)."""
+        """Return the matrix (V, D) of the head."""
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) of hidden states (..., D)."""
+        """Return the logits (..., V) of hidden states (..., D)."""
         tied = self.lm_head is None
         logits = F.linear(hidden, self.head_weight) if tied else self.lm_head(hidden)
         cap = self.config.logit_softcap
@@ -352,29 +347,28 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of the token after each of tokens (B, T); arguments as for `hidden`."""
+        """Return the logits (B, T, V) of the token after each of tokens (B, T); arguments as for `hidden`."""
         return self.logits(self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean nats per target, in float32, of a batch from `make_batch`, optionally with cu_seqlens; where
-        targets are -100, nothing is asked."""
+        """Return the mean nats per target, in float32, of a batch from `make_batch`, and no metrics.
+
+        A target of -100 is not predicted. The batch may have cu_seqlens. The logits, (B T, V), are never all
+        in memory: see kernels/cross_entropy.py.
+        """
+        targets, config = batch["targets"], self.config
         hidden = self.hidden(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
-        loss, _ = linear_cross_entropy(
-            hidden,
-            self.head_weight,
-            batch["targets"],
-            softcap=self.config.logit_softcap,
-            backend=self.config.kernels,
-        )
-        return loss, {"targets": (batch["targets"] >= 0).sum()}
+        options = {"softcap": config.logit_softcap, "backend": config.kernels}
+        loss, _ = linear_cross_entropy(hidden, self.head_weight, targets, **options)
+        return loss, {}
 
     def flops_per_token(self, seq_len: int) -> int:
         return self.config.flops_per_token(seq_len)
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> KVCache:
-        """An empty cache for prompts of these lengths, with room for max_len tokens; static: to compile."""
-        cache = StaticKVCache if static else KVCache
-        return cache(self.config, lengths, max_len, like=self.model.norm.weight)
+        """Return an empty cache for prompts of these lengths and max_len tokens in all; static: to compile."""
+        kind = StaticKVCache if static else KVCache
+        return kind(self.config, lengths, max_len, like=self.model.norm.weight)
 
     # Functions of generate.py with this model as their first argument.
     generate = generate
@@ -382,119 +376,51 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "GPT":
-        """Load a Hugging Face directory: GPT-2, Llama, Mistral, Qwen2 or Qwen3, in the precision it was
-        saved in.
+        """Load a Hugging Face directory: GPT-2, Llama, Mistral, Qwen2 or Qwen3, in the dtype it was saved in.
 
         Raises ValueError naming what is missing, damaged, of another shape, or not implemented here.
         """
-        config = Config(**decoders.read_decoder_config(directory), kernels=kernels)
-        with torch.device("meta"):
-            model = cls(config)
-        decoders.load_decoder_weights(model, directory)
-        return model
+        from formats import decoders
+
+        return decoders.load_decoder(cls, Config, directory, kernels)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, as the Hugging Face architecture that this config is."""
+        from formats import decoders
+
         decoders.save_decoder(self, directory)
 
 
+# --- the task: predict the next token
+
 Model = GPT
 STEPS = 1300
-LEARNING_RATE = 1.0
-SPECIAL_TOKENS = {}  # none but the end of text, which every tokenizer has
 
 
 def make_batch(
-    tokens: Tensor, config: Config, generator: torch.Generator, tokenizer: Tokenizer | None = None
+    rows: list[dict], config: Config, generator: torch.Generator, tokenizer=None
 ) -> dict[str, Tensor]:
-    """Windows of T + 1 tokens (B, T + 1) to inputs and the tokens that follow them, each (B, T)."""
+    """Return inputs and the tokens that follow them, each (B, T), of B rows {"tokens": (T + 1,)}."""
+    tokens = torch.stack([torch.from_numpy(row["tokens"]) for row in rows])  # (B, T + 1)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
-@torch.no_grad()
-def perplexity(model: GPT, tokens: Tensor, stride: int) -> float:
-    """exp(mean nats) of tokens (N,), read through windows of max_seq_len that move on by `stride`.
-
-    Each window predicts only the tokens that no window before it has, so that a smaller stride gives them
-    more context and costs more passes (the sliding-window figures of GPT-2, Radford et al. 2019, section
-    3.1).
-    """
-    context = model.config.max_seq_len
-    if not 1 <= stride <= context or tokens.numel() < 2:
-        raise ValueError(
-            f"perplexity: stride {stride}, {tokens.numel()} tokens: expected 1 to {context}, and 2 tokens"
-        )
-    nats, scored = 0.0, 1  # the first token has no context to be predicted from
-    for start in range(0, tokens.numel() - 1, stride):
-        targets = tokens[start + 1 : start + context + 1]
-        n_new = start + 1 + targets.numel() - scored
-        logits = model(tokens[None, start : start + targets.numel()])[0, -n_new:]  # (n_new, V)
-        nats += F.cross_entropy(logits.double(), targets[-n_new:], reduction="sum").item()
-        scored += n_new
-        if scored == tokens.numel():
-            break
-    return math.exp(nats / (scored - 1))
-
-
-def show(
-    model: GPT, tokenizer: Tokenizer, held_out: Tensor | None = None, directory: Path | None = None
-) -> str:
-    """A text from nothing but the token that separates documents, the same draw at every call."""
+def show(model: GPT, dataset, out: Path | None = None) -> str:
+    """Return a text from nothing but the token that separates documents: the same draws at every call."""
+    tokenizer = dataset.tokenizer
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(0)
     n_new = min(200, model.config.max_seq_len - 1)
     sample = model.generate([[tokenizer.eot_id]], n_new, temperature=0.8, top_p=0.95, generator=generator)
     return tokenizer.decode(sample[0])
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", nargs="?", help="directory in Hugging Face layout; without it, the sizes"
-    )
-    parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)"
-    )
-    parser.add_argument("--top-k", type=int, help="draw only from the k likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=float, default=0.95, help="only from the likeliest of this joint probability"
-    )
-    parser.add_argument(
-        "--min-p", type=float, help="only from tokens at least this fraction as likely as the best"
-    )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def continue_text(model_class: type[GPT], args: argparse.Namespace) -> None:
-    """Print the prompt and what the checkpoint's model makes of it, as it comes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model_class.from_pretrained(args.checkpoint).to(device).eval()
-    tokenizer = get_tokenizer(args.checkpoint)
-    tokens = tokenizer.encode(args.prompt) or [tokenizer.eot_id]
-    options = {
-        key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    }
-    generator = torch.Generator(device).manual_seed(args.seed)
-    print(args.prompt, end="", flush=True)
-    stop = tokenizer.eot_id
-    steps = model.stream([tokens], args.max_new_tokens, stop=stop, generator=generator, **options)
-    print_as_it_comes(steps, tokenizer, stop)
-
-
-def print_as_it_comes(steps: Iterator[list[int]], tokenizer: Tokenizer, stop: int) -> str:
-    """Print the text of the one row that steps, from `stream`, continues; returns it."""
-    new, printed = [], ""
-    for (token,) in steps:
-        if token == stop:
-            break
-        new.append(token)
-        text = tokenizer.decode(new)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
-            print(text[len(printed) :], end="", flush=True)
-            printed = text
-    print()
-    return printed
+def separate_head(model: GPT) -> None:
+    """Give the model a head of its own, a copy of the embedding matrix, where the two are tied."""
+    if model.lm_head is None:
+        V, D = model.head_weight.shape
+        head = nn.Linear(D, V, bias=False, device="meta")
+        head.weight = nn.Parameter(model.head_weight.detach().clone())
+        model.lm_head, model.config = head, replace(model.config, tie_embeddings=False)
 
 
 def main() -> None:
@@ -502,12 +428,14 @@ def main() -> None:
     add_sampling_flags(parser)
     args = parser.parse_args()
     if args.checkpoint is not None:
-        continue_text(GPT, args)
+        continue_text(GPT.from_pretrained(args.checkpoint), args)
         return
     print(f"{'size':12} {'parameters':>15} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}")
     for name, c in SIZES.items():
+        with torch.device("meta"):
+            n_params = sum(p.numel() for p in GPT(c).parameters())
         flops = c.flops_per_token(c.max_seq_len)
-        print(f"{name:12} {c.n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
+        print(f"{name:12} {n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
 
 
 if __name__ == "__main__":

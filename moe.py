@@ -516,6 +516,29 @@ make_batch = gpt.make_batch
 show = expert_usage.show
 
 
+def mlp_bytes(block: Block, config: Config, precision: tuple[int, int, bool]) -> tuple[int, int]:
+    """Return the bytes per token that a block's MLP keeps for backward, and those of the gradients in it.
+
+    precision: (e, r, autocast) of engine/memory.py. A sparse layer keeps for each of its k experts per token:
+
+        2 D e + 4 D         rows for the expert and from it, and these times the router's weight
+        4 F e               inside the expert: gate, up, silu(gate), product
+
+    and once 4 D + 4 E + 32 k: the router's input, its scores, the order of the rows.
+    """
+    e, _, autocast = precision
+    D, E, k, F, n_shared = (
+        config.d_model, config.n_experts, config.top_k, config.d_expert, config.n_shared_experts,
+    )  # fmt: skip
+    inputs = D * e * (2 if autocast else 1)
+    if not isinstance(block.mlp, MoE):
+        return inputs + 4 * config.d_ff * e, 2 * config.d_ff * e
+    kept = 4 * D + 4 * E + 32 * k + k * (2 * D * e + 4 * D) + 4 * k * F * e
+    if n_shared:  # in float32 the shared expert reads the same numbers as the router
+        kept += 4 * n_shared * F * e + (inputs if e == 2 else 0)
+    return kept, k * (2 * F * e + D * (4 + e))
+
+
 def upcycle(directory: str, n_experts: int, out: Path) -> None:
     """Write to out the mixture that from_dense makes of the dense checkpoint in directory."""
     if n_experts < 2:

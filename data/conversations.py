@@ -14,16 +14,17 @@ from typing import Any
 
 from formats.chat_template import Conversation
 
+# Fields of records that hold one question and one answer.
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
 EXPECTED = (
     'expected {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from", "value"}, ...]}, or '
     + ", ".join(f'{{"{ask}", "{answer}"}}' for ask, answer in PAIRS)
 )
-OUR_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+OUR_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: ours
 
 
 def check(messages: Conversation) -> None:
-    """Raise ValueError unless user and assistant speak in turn, the assistant last and never empty."""
+    """Raise ValueError unless user and assistant alternate, with the assistant last and never empty."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
@@ -38,7 +39,7 @@ def check(messages: Conversation) -> None:
 
 
 def to_messages(record: Any) -> Conversation:
-    """The conversation in a record of one of the usual shapes; ValueError says what was expected."""
+    """Return the conversation in a record. Raises ValueError for a record of an unknown format."""
     try:
         if "messages" in record:
             turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
@@ -47,7 +48,7 @@ def to_messages(record: Any) -> Conversation:
         else:
             ask, answer = next(pair for pair in PAIRS if record.keys() >= set(pair))
             question = record[ask]
-            if ask == "instruction" and record.get("input"):  # Alpaca's: what the instruction is about
+            if ask == "instruction" and record.get("input"):  # Alpaca's text that the instruction is about
                 question = question + "\n\n" + record["input"]
             turns = [("user", question), ("assistant", record[answer])]
     except (KeyError, TypeError, AttributeError, StopIteration):
@@ -58,11 +59,11 @@ def to_messages(record: Any) -> Conversation:
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """The conversations in a .jsonl, one a line, or a .json, one list of them; either also with .gz.
+    """Return the conversations in a .jsonl file, one per line, or a .json file, one list; also with .gz.
 
-    Each is {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from": "human" | "gpt" | "system",
-    "value"}, ...]} (ShareGPT), {"instruction", "output"} with an "input" or without (Alpaca), {"prompt",
-    "completion"}, {"prompt", "response"} or {"question", "answer"}; other fields are passed over.
+    Each record is {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from": "human" | "gpt" |
+    "system", "value"}, ...]} (ShareGPT), {"instruction", "output"} with an "input" or without (Alpaca),
+    {"prompt", "completion"}, {"prompt", "response"} or {"question", "answer"}; other fields are ignored.
 
     Raises ValueError naming the file, the line or item, and what was expected.
     """
@@ -75,6 +76,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); expected UTF-8 text") from None
 
+    # Parse the JSON: of the file, or of each line.
     sources = [("", text)]
     if name.endswith(".jsonl"):
         sources = [(f", line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -85,11 +87,12 @@ def read_conversations(path: Path) -> list[Conversation]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}{place}: {source[:60]!r} is not JSON ({error}); {EXPECTED}") from None
     if name.endswith(".json"):
-        whole = records[0][1]
-        if not isinstance(whole, list):
-            raise ValueError(f"{path}: expected one list, of conversations; got {whole!r:.60}")
-        records = [(f", item {i}", record) for i, record in enumerate(whole, 1)]
+        content = records[0][1]
+        if not isinstance(content, list):
+            raise ValueError(f"{path}: expected one list of conversations, found {content!r:.60}")
+        records = [(f", item {i}", record) for i, record in enumerate(content, 1)]
 
+    # Translate the records.
     conversations = []
     for place, record in records:
         try:

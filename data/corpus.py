@@ -1,23 +1,22 @@
-"""Corpora: from text, wherever it is kept, to documents.
+"""Corpora: finding text and cutting it into documents.
 
 A language model learns from a corpus: a collection of texts in a fixed order. Its unit is the *document*, one
 text with a beginning and an end of its own: a module, a page, a book. Here a document is a string of one
 character or more, and a corpus is one of
 
-    stdlib              the Python standard library's own source, on every machine: one document a module
-    book.txt            a file: one document, or one a line if it is .jsonl ({"text": "..."} on each)
-    texts/              a folder: its .txt, .md, .py and .jsonl files at any depth, but nothing hidden
+    stdlib              the Python standard library's own source, on every machine: one document per module
+    book.txt            a file: one document, or one per line if it is .jsonl ({"text": "..."} on each)
+    texts/              a folder: its .txt, .md, .py and .jsonl files at any depth, except hidden ones
     "texts/**/*.md"     a glob: the files that match
     https://...         a URL: a file that is downloaded once and kept
-    shakespeare         a public corpus known by name (PUBLIC), whose checksum is known too
+    shakespeare         the name of a public corpus (PUBLIC), whose checksum is verified
 
-Any file may be compressed (.gz). Files come sorted by name, so the same text gives the same documents in the
+Any file may be compressed (.gz). Files are sorted by name, so the same text gives the same documents in the
 same order on every machine.
 
-Text means UTF-8 without NUL bytes. Whatever else turns up (another encoding, binary data, a line of .jsonl
-that is not an object with a "text") is never guessed at: the caller is told the file and the byte, and
-decides whether to stop or to go on without it. A file that cannot be read (missing, a cut .gz) is always an
-error.
+Text is UTF-8 without NUL bytes. Anything else (another encoding, binary data, a line of .jsonl that is not an
+object with a "text") is reported to the caller with the file and the byte; the caller decides whether to stop
+or to leave it out. A file that cannot be read (missing, a cut .gz) is always an error.
 
     files = find_files("texts/", Path("cache"))
     for text in documents(files, on_bad_text=print): ...
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 from formats.atomic import sha256
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is read of a folder; each also with .gz
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files of a folder that are read; each also with .gz
 PUBLIC = {  # name: (URL, SHA-256 of the file)
     "shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -48,16 +47,16 @@ PUBLIC = {  # name: (URL, SHA-256 of the file)
     ),
 }
 
-Files = list[tuple[str, Path]]  # what a file is called in the corpus, and where it is
+Files = list[tuple[str, Path]]  # (name in the corpus, path)
 
 
 def stdlib_files() -> Files:
-    """The standard library's source files by module name, without tests and generated tables."""
+    """Return the standard library's source files by module name, without tests and generated tables."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for path in root.rglob("*.py"):
         module = path.relative_to(root).with_suffix("").parts
-        in_stdlib = module[0] in sys.stdlib_module_names  # and not, for one, in site-packages
+        in_stdlib = module[0] in sys.stdlib_module_names  # site-packages is in the same folder
         is_generated = module[0] in ("encodings", "pydoc_data") or module == ("html", "entities")
         is_test = not {"test", "tests", "idle_test"}.isdisjoint(module)
         if in_stdlib and not is_generated and not is_test:
@@ -66,11 +65,12 @@ def stdlib_files() -> Files:
 
 
 def find_files(data: str, cache: Path) -> Files:
-    """The files of the corpus that --data names, in a fixed order.
+    """Return the files of the corpus that --data names, in a fixed order.
 
-    Downloads are kept in cache. Raises ValueError, naming what was looked for, if there is no file or it
-    cannot be downloaded.
+    Downloads are kept in cache. Raises ValueError naming `data` if there is no file or it cannot be
+    downloaded.
     """
+    # Names and URLs.
     if data == "stdlib":
         files = stdlib_files()
         if not files:
@@ -84,6 +84,7 @@ def find_files(data: str, cache: Path) -> Files:
     if data.startswith(("http://", "https://")):
         return [(data, download(data, None, cache))]
 
+    # A folder, or one file.
     path = Path(data)
     if path.is_dir():
         files = []
@@ -98,6 +99,7 @@ def find_files(data: str, cache: Path) -> Files:
     if path.is_file():
         return [(path.name, path)]
 
+    # A glob.
     matches = sorted(Path(name) for name in glob.glob(data, recursive=True) if Path(name).is_file())
     if not matches:
         known = ", ".join(["stdlib", *PUBLIC])
@@ -108,10 +110,10 @@ def find_files(data: str, cache: Path) -> Files:
 
 
 def download(url: str, checksum: str | None, cache: Path) -> Path:
-    """The file at url, fetched into cache/downloads unless it is there already.
+    """Return the path of the file at url, downloaded into cache/downloads unless it is there already.
 
-    checksum: its SHA-256 in hexadecimal, or None if unknown. Raises ValueError if the file cannot be
-    downloaded, or if its checksum is another; then it is removed.
+    checksum: its SHA-256 in hexadecimal, or None to accept any file. Raises ValueError if the file cannot be
+    downloaded, or if its checksum differs; then the file is removed.
     """
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rstrip('/').split('/')[-1]}"
     path = cache / "downloads" / name
@@ -126,7 +128,7 @@ def download(url: str, checksum: str | None, cache: Path) -> Path:
                         file.write(block)
                         bar.update(len(block))
                 if size is not None and file.tell() != size:
-                    raise OSError(f"{file.tell()} of {size} bytes came")
+                    raise OSError(f"received {file.tell()} of {size} bytes")
         except (OSError, HTTPException) as error:
             raise ValueError(f"--data {url}: cannot be downloaded ({error})") from None
         os.replace(partial, path)
@@ -137,10 +139,11 @@ def download(url: str, checksum: str | None, cache: Path) -> Path:
 
 
 def documents(files: Files, on_bad_text: Callable[[str], None]) -> Iterator[str]:
-    """The documents of the files in order: one a file, or one a line of .jsonl; empty ones are left out.
+    """Yield the documents of the files in order: one per file, or one per line of .jsonl.
 
-    on_bad_text is told the file and the byte offset of what is not text, which is then left out; it may
-    raise. Raises ValueError for a file that cannot be read.
+    Empty documents are left out. So is anything that is not text: on_bad_text is called with a message that
+    names its file and byte offset, and may raise an error instead. Raises ValueError for a file that cannot
+    be read.
     """
     for name, path in files:
         open_bytes = gzip.open if path.suffix == ".gz" else open
@@ -157,14 +160,14 @@ def documents(files: Files, on_bad_text: Callable[[str], None]) -> Iterator[str]
                     text = decode(file.read(), name, 0, on_bad_text)
                     if text:
                         yield text
-        except (OSError, EOFError, zlib.error) as error:  # the last two from a cut or damaged .gz
+        except (OSError, EOFError, zlib.error) as error:  # the last two for a cut or damaged .gz
             raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def decode(raw: bytes, name: str, offset: int, on_bad_text: Callable[[str], None]) -> str | None:
-    """The text of raw without its byte order mark, or None, with a word to on_bad_text, if it is not text.
+    """Return the text of raw without its byte order mark; if it is no text, call on_bad_text, return None.
 
-    name: of the file. offset: of raw in the file, in bytes.
+    name: the file's name. offset: the position of raw in the file, in bytes.
     """
     try:
         text = raw.decode("utf-8")
@@ -178,7 +181,7 @@ def decode(raw: bytes, name: str, offset: int, on_bad_text: Callable[[str], None
 
 
 def decode_json(line: bytes, name: str, offset: int, on_bad_text: Callable[[str], None]) -> str | None:
-    """The "text" of a line of .jsonl, or None as for `decode`, also if there is no such string."""
+    """Return the "text" of a line of .jsonl; if there is no such text, call on_bad_text and return None."""
     decoded = decode(line, name, offset, on_bad_text)
     if decoded is None:
         return None

@@ -4,10 +4,10 @@
     How is textwrap.dedent called?            textwrap.dedent(text)
     Which function of textwrap is meant? ...  textwrap.dedent
 
-Every Python has this set, so that posttraining/instruct.py needs no download. What a function does and how it is called is
-in its docstring and signature; what is asked about them is in `ask`.
+Every Python has this source, so posttraining/instruct.py needs no download. The answers are docstrings and
+signatures; `ask` has the questions.
 
-    python -m posttraining.instruct                        how many there are, and some of them
+    python -m posttraining.instruct           the number of conversations, and some of them
 """
 
 import ast
@@ -23,7 +23,7 @@ from data.conversations import Conversation
 from data.corpus import documents, find_files
 from data.text import held_out_from
 
-INTERNAL = ("idlelib", "lib2to3", "turtledemo")  # packages of the standard library that are no library
+INTERNAL = ("idlelib", "lib2to3", "turtledemo")  # packages of the standard library that are programs
 LONGEST_SUMMARY, LONGEST_SIGNATURE = 200, 120  # characters
 
 
@@ -33,14 +33,14 @@ class Definition(NamedTuple):
     kind: str
     owner: str  # the module or class that it belongs to
     name: str
-    signature: str | None  # the parameters as in the source, without annotations; None: unknown
+    signature: str | None  # the parameters as in the source, without annotations; None if it is unknown
     parameters: list[str]  # their names, with the stars of *args and **kwargs
-    defaults: dict[str, str]
+    defaults: dict[str, str]  # {parameter: its default as in the source}
     summary: str
 
 
 def summarise(docstring: str | None) -> str | None:
-    """The first paragraph, or its first sentence if that is long; None if it does not read as prose."""
+    """Return the first paragraph of a docstring, or its first sentence if long; None if it is no prose."""
     paragraph = " ".join(re.split(r"\n\s*\n", docstring or "")[0].split())
     if len(paragraph) > LONGEST_SUMMARY:
         paragraph = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0]
@@ -54,36 +54,42 @@ def summarise(docstring: str | None) -> str | None:
 def define(
     kind: str, owner: str, node: ast.FunctionDef | ast.ClassDef, function: ast.FunctionDef | None
 ) -> Definition | None:
-    """The definition of a node, or None if its docstring says too little; function: what is called."""
+    """Return the definition of a node, or None if it has no usable docstring.
+
+    function: the function that a call runs, which for a class is its __init__ (None if it has none).
+    """
     summary = summarise(ast.get_docstring(node))
     if summary is None or node.name.startswith("_"):
         return None
     if function is None:
         return Definition(kind, owner, node.name, None, [], {}, summary)
 
+    # Drop `self` and the annotations.
     args = function.args
     positional = [*args.posonlyargs, *args.args]
     decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
     if kind != "function" and "staticmethod" not in decorators and positional:
-        (args.posonlyargs or args.args).pop(0)  # self
+        (args.posonlyargs or args.args).pop(0)
         positional = positional[1:]
     for arg in ast.walk(args):
         if isinstance(arg, ast.arg):
             arg.annotation = None
+
+    # Collect the names and the defaults. Only the last positional parameters have defaults.
     names = [arg.arg for arg in positional]
     names += [f"*{args.vararg.arg}"] if args.vararg else []
     names += [arg.arg for arg in args.kwonlyargs]
     names += [f"**{args.kwarg.arg}"] if args.kwarg else []
-    pairs = [*zip(positional[::-1], args.defaults[::-1], strict=False)]  # the last ones have them
+    pairs = [*zip(positional[::-1], args.defaults[::-1], strict=False)]
     pairs += zip(args.kwonlyargs, args.kw_defaults, strict=True)
     defaults = {arg.arg: ast.unparse(default) for arg, default in pairs if default is not None}
     return Definition(kind, owner, node.name, ast.unparse(args), names, defaults, summary)
 
 
 def definitions(module: str, source: str) -> Iterator[Definition]:
-    """The public functions, classes and methods that a module's source defines, if they say what they do.
+    """Yield the public functions, classes and methods in a module's source that have usable docstrings.
 
-    Properties are left out: they are not called.
+    Properties are left out, since they are not called.
     """
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.parse(source).body:
@@ -102,19 +108,24 @@ def definitions(module: str, source: str) -> Iterator[Definition]:
 
 
 def pick(phrasings: list[str], key: str) -> str:
-    """One of them, always the same for this key (Python's own hash of a string differs by process)."""
+    """Return one of the phrasings, by a hash of the key that is the same in every process."""
     return phrasings[zlib.crc32(key.encode()) % len(phrasings)]
 
 
 def ask(d: Definition) -> list[Conversation]:
-    """Questions about a definition. What it does and how it is called must be known, or guessed from its
-    name; its parameters and their defaults can be read in the question, which a small model learns too."""
+    """Return conversations about a definition.
+
+    Its purpose and its call must be memorised, or guessed from its name. Its parameters and their defaults
+    are in the question itself, so a small model learns to answer these too.
+    """
+    # The purpose, in both directions.
     full = f"{d.owner}.{d.name}"
     does = [f"What does {full} do?", f"What is the {d.kind} {full} for?", f"Explain {full} in a sentence."]
     which = [f"Which {d.kind} of {d.owner} is meant? {d.summary}"]
     which += [f"Name the {d.kind} of {d.owner} with this description: {d.summary}"]
     asked = [[pick(does, full), d.summary], [pick(which, full), full]]
 
+    # The signature: how to call it, and what can be read in it.
     if d.signature is not None and len(d.signature) <= LONGEST_SIGNATURE:
         line, call = f"`{d.name}({d.signature})`", f"{full}({d.signature})"
         if pick(["together", "apart", "apart"], call) == "together":
@@ -140,14 +151,16 @@ def ask(d: Definition) -> list[Conversation]:
 
 
 def stdlib_conversations() -> tuple[list[Conversation], list[Conversation]]:
-    """Questions and answers about this Python's standard library: to train on, and held out.
+    """Return conversations about this Python's standard library: (to train on, held out).
 
-    They are made from signatures and docstrings, read from the source without running it. Held out are the
-    modules that `data.prepare` holds out of the corpus "stdlib", the last by name: a base model pretrained on
-    it has seen neither these questions nor the text with the answers. A package is on one side only. Where
-    the border runs through one, its modules before the border are left out. No question and no summary is on
-    both sides; answers of a word or two, which the question itself contains, may be.
+    They are made from signatures and docstrings, which are read from the source without running it. The
+    modules held out are those that `data.text.prepare` holds out of the corpus "stdlib", the last by name. So
+    a base model that was pretrained on this corpus has seen neither these questions nor the text with the
+    answers. A package is on one side only: if the border is inside a package, its modules before the border
+    are left out. No question and no summary is on both sides; answers of a word or two, which the question
+    itself contains, may be.
     """
+    # Read the modules, and find the first one that is held out.
     modules, sizes = [], []
     for name, path in find_files("stdlib", Path("cache")):
         for text in documents([(name, path)], on_bad_text=lambda problem: None):
@@ -158,6 +171,7 @@ def stdlib_conversations() -> tuple[list[Conversation], list[Conversation]]:
     n_train = int(np.searchsorted(starts, border))
     held_out_packages = {name.partition(".")[0] for name, _ in modules[n_train:]}
 
+    # Ask about the definitions of each module, leaving out repeated summaries and questions.
     sides: tuple[list[Conversation], list[Conversation]] = ([], [])
     seen: set[str] = set()
     for i, (module, source) in enumerate(modules):

@@ -1,16 +1,15 @@
-"""Data: from documents to training batches.
+"""Text: from documents to rows of tokens.
 
     documents -> tokens, each document led by <|endoftext|> -> shards on disk -> windows of T + 1 tokens
 
-data/corpus.py finds the documents. The last of them, a twentieth of the text, are *held out*: the model, and the
-tokenizer if one is learned, never see them in training, so the loss on them is the loss on new text. The
-tokens of the two splits, train and val, are kept as memory-mapped *shards* with a manifest of what they were
-made from; a shard that is stale or damaged is named and rebuilt.
-
-The loader is a function of (seed, sample number) alone: nothing to save but the step, nothing repeated or
-skipped on resuming, and the same sequence for any number of processes.
+data/corpus.py finds the documents. The last of them, a twentieth of the text, are *held out*: neither the
+model nor a learned tokenizer sees them in training, so the loss on them is the loss on new text. The tokens
+of the two splits, train and val, are kept as memory-mapped *shards* with a manifest of what they were made
+from; a shard that is stale or damaged is named and built again.
 
     python -m data.text [CORPUS] [--tokenizer bpe:4096]      build the shards, print what is in them
+
+Shapes: B batch, T tokens of a row, n tokens of the text.
 """
 
 import argparse
@@ -19,9 +18,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.corpus import documents, find_files
+from data.rows import Dataset, Row, Rows
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
 from formats.atomic import damage, replace_directory, write_checksums
 
 HELD_OUT = 1 / 20  # share of the text that is held out for validation ...
-HELD_OUT_BYTES = 4 << 20  # ... and the most of it: longer evaluation buys no precision worth its time
-MIN_BYTES = 100  # of text: below this there is nothing to hold out
-BPE_BYTES = 64 << 20  # a tokenizer learns from about this much text: of a larger corpus, every k-th document
+HELD_OUT_BYTES = 4 << 20  # and at most this much: more would cost time and hardly add precision
+MIN_BYTES = 100  # of text: with less there is nothing to hold out
+BPE_BYTES = 64 << 20  # a tokenizer learns from about this much text: every k-th document of a larger corpus
 BATCH_CHARACTERS = 4 << 20  # of text tokenised at a time
 
 
@@ -51,8 +52,8 @@ class Split:
 
 
 @dataclass
-class Dataset:
-    """A corpus, tokenised and divided."""
+class Corpus:
+    """A tokenised corpus in two parts."""
 
     name: str  # of the shards' folder, made of the corpus's and the tokenizer's hashes
     tokenizer: Tokenizer
@@ -61,55 +62,47 @@ class Dataset:
 
 
 def prepare(
-    data: str, tokenizer: str, cache: Path, *, bad_text: str = "refuse", say: Callable[[str], None] = print
-) -> Dataset:
-    """Find, check, tokenise and memory-map a corpus; what is in the cache and whole is not made again.
+    data: str,
+    tokenizer: str,
+    cache: Path,
+    *,
+    bad_text: str = "refuse",
+    notify: Callable[[str], None] = print,
+) -> Corpus:
+    """Find, check, tokenise and memory-map a corpus. Undamaged shards in the cache are used again.
 
     data, tokenizer: as for --data and --tokenizer. bad_text: "refuse" raises ValueError at the first text
-    that is not UTF-8, "skip" leaves it out and says so. Raises ValueError for everything a user can mend.
+    that is not UTF-8, "skip" leaves it out. notify is called with one line for each text left out and each
+    shard built anew. Raises ValueError for everything a user can mend.
     """
     n_tokens = bpe_size(tokenizer)
-    if n_tokens is None:
-        tok = get_tokenizer(tokenizer)  # first of all, so that a wrong name is found before any work
+    # A wrong name of a tokenizer is an error before any work begins.
+    tok = get_tokenizer(tokenizer) if n_tokens is None else None
 
     def on_bad_text(problem: str) -> None:
         if bad_text == "refuse":
             raise ValueError(
                 f"--data {data}: {problem}; mend it, or pass --bad-text skip to leave such text out"
             )
-        say(f"skipped: {problem}")
+        notify(f"skipped: {problem}")
 
-    def silently(problem: str) -> None:
-        """For every pass after the first, which has said it."""
-
-    with only_one_at(cache, say):
-        # First pass: is all of it text, how much is it, and is it what the shards were made from?
+    with only_one_at(cache, notify):
+        # The first pass finds the corpus's hash, the sizes of its documents, and text that is not UTF-8.
         files = find_files(data, cache)
-        digest, sizes = hashlib.sha256(), []
-        for text in documents(files, on_bad_text):
-            raw = text.encode()
-            digest.update(f"{len(raw)}:".encode() + raw)  # the length tells "ab", "c" from "a", "bc"
-            sizes.append(len(raw))
+        corpus_sha256, sizes = survey(documents(files, on_bad_text))
         if sum(sizes) < MIN_BYTES:
             raise ValueError(
                 f"--data {data}: {sum(sizes)} bytes of text; expected at least {MIN_BYTES} to learn from"
             )
-        corpus_sha256 = digest.hexdigest()
         cut = held_out_from(sizes)
+        split = partial(documents_of, files, sizes, cut)
 
-        def split(name: str) -> Iterator[str]:
-            """The documents of "train" or "val"."""
-            start = 0
-            for size, text in zip(sizes, documents(files, silently), strict=True):
-                in_train, in_val = divide(text, start, size, cut)
-                start += size
-                part = in_train if name == "train" else in_val
-                if part:
-                    yield part
-
+        # Learn a byte-pair encoding from the training part, unless --tokenizer names one that exists.
         if n_tokens is not None:
             home = cache / f"{corpus_sha256[:16]}-bpe-{n_tokens}"
-            tok = learned_tokenizer(home, n_tokens, lambda: split("train"), sum(sizes), say)
+            tok = learned_tokenizer(home, n_tokens, lambda: split("train"), sum(sizes), notify)
+
+        # Tokenise, unless the cache has undamaged shards of this corpus and tokenizer.
         home = cache / f"{corpus_sha256[:16]}-{tok.fingerprint[:16]}"
         made_from = {
             "corpus_sha256": corpus_sha256,
@@ -119,13 +112,38 @@ def prepare(
         problem = check_shards(home, made_from)
         if problem is not None:
             if home.exists():
-                say(f"{problem}: built anew")
+                notify(f"{problem}: built anew")
             build_shards(home, made_from, tok, split, {"train": cut, "val": sum(sizes) - cut})
         return open_shards(home, tok)
 
 
-def reopen(cache: Path, name: str, tokenizer: str) -> Dataset:
-    """A Dataset that `prepare` has made, by its name and tokenizer; the corpus is not looked at again."""
+def survey(texts: Iterable[str]) -> tuple[str, list[int]]:
+    """Return the SHA-256 of a corpus and the size in bytes of each of its documents."""
+    digest, sizes = hashlib.sha256(), []
+    for text in texts:
+        raw = text.encode()
+        digest.update(f"{len(raw)}:".encode() + raw)  # with the length, "ab", "c" differs from "a", "bc"
+        sizes.append(len(raw))
+    return digest.hexdigest(), sizes
+
+
+def documents_of(files: list[Path], sizes: list[int], cut: int, name: str) -> Iterator[str]:
+    """Yield the documents of the part called name, "train" or "val", which meet at byte `cut`.
+
+    sizes: of all documents, in bytes. The document at the cut is divided between the two.
+    """
+    start = 0
+    # Text that is not UTF-8 has been reported by the first pass.
+    for size, text in zip(sizes, documents(files, lambda problem: None), strict=True):
+        in_train, in_val = divide(text, start, size, cut)
+        start += size
+        part = in_train if name == "train" else in_val
+        if part:
+            yield part
+
+
+def reopen(cache: Path, name: str, tokenizer: str) -> Corpus:
+    """Open a Corpus that `prepare` has made, by its name and tokenizer, without reading the documents."""
     n_tokens = bpe_size(tokenizer)
     learned = cache / f"{name.partition('-')[0]}-bpe-{n_tokens}"
     tok = get_tokenizer(tokenizer) if n_tokens is None else Tokenizer.load(learned)
@@ -133,14 +151,14 @@ def reopen(cache: Path, name: str, tokenizer: str) -> Dataset:
 
 
 @contextmanager
-def only_one_at(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keep other processes from the cache: of two runs started together, one prepares and the other finds."""
+def only_one_at(cache: Path, notify: Callable[[str], None]) -> Iterator[None]:
+    """Lock the cache: of two runs started together, one prepares the data and the other finds it."""
     cache.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cache / "lock")  # the system's own, given back even by a process that is killed
+    lock = FileLock(cache / "lock")  # an operating system's lock: released even if the process is killed
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        say(f"waiting for another process that prepares data in {cache}")
+        notify(f"waiting for another process that prepares data in {cache}")
         lock.acquire()
     try:
         yield
@@ -149,7 +167,7 @@ def only_one_at(cache: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def bpe_size(tokenizer: str) -> int | None:
-    """N of "bpe:N", None for another tokenizer. Raises ValueError if N is not a number or below 257."""
+    """Return N of "bpe:N", or None for another tokenizer. Raises ValueError if N is below 257 or no number."""
     if not tokenizer.startswith("bpe:"):
         return None
     size = tokenizer.removeprefix("bpe:")
@@ -161,10 +179,10 @@ def bpe_size(tokenizer: str) -> int | None:
 
 
 def held_out_from(sizes: list[int]) -> int:
-    """The byte of the corpus where validation begins: at a document, or inside one that is too large.
+    """Return the byte of the corpus where the held-out part begins.
 
-    sizes: of the documents, in bytes. Held out are the last documents that make up the share wanted; where
-    whole ones would come to more than twice that, exactly the share, which begins inside a document.
+    sizes: of the documents, in bytes. The last documents that make up the share HELD_OUT are held out. Where
+    whole documents would come to more than twice that, exactly the share is, and it begins inside one.
     """
     total = sum(sizes)
     wanted = min(int(total * HELD_OUT), HELD_OUT_BYTES)
@@ -179,7 +197,7 @@ def held_out_from(sizes: list[int]) -> int:
 
 
 def divide(text: str, start: int, size: int, cut: int) -> tuple[str, str]:
-    """The parts of a document before and after the cut, which moves on to the next line break.
+    """Return the parts of a document before and after the cut, which moves on to the next line break.
 
     start, size: of the document in the corpus, in bytes. cut: the byte of the corpus from `held_out_from`.
     """
@@ -197,11 +215,11 @@ def divide(text: str, start: int, size: int, cut: int) -> tuple[str, str]:
 
 
 def learned_tokenizer(
-    home: Path, size: int, texts: Callable[[], Iterator[str]], n_bytes: int, say: Callable[[str], None]
+    home: Path, size: int, texts: Callable[[], Iterator[str]], n_bytes: int, notify: Callable[[str], None]
 ) -> Tokenizer:
-    """The encoding of `size` tokens learned from texts(), or the one kept in home from an earlier run.
+    """Return the encoding of `size` tokens learned from texts(), or the one kept in home by an earlier run.
 
-    n_bytes: of all the text. say is told if the one kept is damaged.
+    n_bytes: of all the text. notify is called if the one kept is damaged.
     """
     checksum = home / "fingerprint"
     if checksum.is_file():
@@ -211,7 +229,7 @@ def learned_tokenizer(
             tokenizer = None
         if tokenizer is not None and tokenizer.fingerprint == checksum.read_text():
             return tokenizer
-        say(f"{home / 'tokenizer.json'}: missing or damaged: learned anew")
+        notify(f"{home / 'tokenizer.json'}: missing or damaged: learned anew")
     every = math.ceil(n_bytes / BPE_BYTES)
     sample = (text for i, text in enumerate(texts()) if i % every == 0)
     tokenizer = train_bpe(sample, size, progress=True)
@@ -230,15 +248,15 @@ def build_shards(
 ) -> None:
     """Write home/train.bin, val.bin, manifest.json and their checksums, all or nothing.
 
-    made_from: what the manifest says the shards were made from. split: gives the documents of "train" or
-    "val". sizes: their bytes, to show how far the work is.
+    made_from: the hashes that the manifest records. split(name): yields the documents of "train" or "val".
+    sizes: their bytes, for the progress bar.
     """
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     manifest = {**made_from, "dtype": np.dtype(dtype).name}
     with replace_directory(home) as new:
         for name in ("train", "val"):
             counts = {"tokens": 0, "bytes": 0, "documents": 0}
-            bar = tqdm(desc=f"tokenise {name}", total=sizes[name], unit="B", unit_scale=True)
+            bar = tqdm(desc=f"tokenise {name}", total=sizes[name], unit="B", unit_scale=True, disable=None)
             with open(new / f"{name}.bin", "wb") as shard, bar:
                 for batch in batches(split(name)):
                     encoded = tokenizer.encode_batch(batch, os.cpu_count() or 1)
@@ -255,7 +273,7 @@ def build_shards(
 
 
 def batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """The texts in order, in lists of about BATCH_CHARACTERS characters."""
+    """Yield the texts in order, in lists of about BATCH_CHARACTERS characters."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
@@ -268,7 +286,7 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def check_shards(home: Path, made_from: dict) -> str | None:
-    """What is wrong with the shards in home, or None."""
+    """Return a description of the first fault of the shards in home, or None."""
     problem = damage(home)
     if problem is not None:
         return problem
@@ -278,78 +296,92 @@ def check_shards(home: Path, made_from: dict) -> str | None:
     return None
 
 
-def open_shards(home: Path, tokenizer: Tokenizer) -> Dataset:
+def open_shards(home: Path, tokenizer: Tokenizer) -> Corpus:
     manifest = json.loads((home / "manifest.json").read_text())
     train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
-    return Dataset(home.name, tokenizer, train, val)
+    return Corpus(home.name, tokenizer, train, val)
 
 
 def open_shard(home: Path, manifest: dict, name: str) -> Split:
-    """The split of that name, its tokens left on disk until they are read."""
+    """Return a split with its tokens memory-mapped."""
     tokens = np.memmap(home / f"{name}.bin", dtype=manifest["dtype"], mode="r")
     return Split(tokens, manifest[name]["bytes"], manifest[name]["documents"])
 
 
-class Loader:
-    """Windows of T + 1 tokens in a shuffled order that visits every token once an epoch.
+class Windows(Rows):
+    """Training text as rows {"tokens": int64 (T + 1,)}, which visit every token once an epoch.
 
     Think of the tokens as a circle of n, tiled over and over by windows of T: window g predicts the T
-    tokens that follow token g T mod n. Epoch e is the windows that begin in the e-th turn, in an order
-    drawn from (seed, e). No window comes twice, no token is left out at the end, and the seams fall
-    elsewhere in each epoch.
+    tokens that follow token g T mod n. Epoch e is the windows that begin in the e-th turn. No window comes
+    twice, no token is left out at the end, and the seams fall elsewhere in each epoch.
 
     tokens: (n,), of any integer type. seq_len: T. Raises ValueError if n is not above T.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int):
+    def __init__(self, tokens: np.ndarray, seq_len: int):
         if len(tokens) <= seq_len:
             raise ValueError(
                 f"--seq-len {seq_len}: the training text has only {len(tokens)} tokens; give more text"
             )
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.epoch, self.order = -1, np.empty(0, np.int64)  # the epoch last asked for, and its order
+        self.tokens, self.seq_len = tokens, seq_len
 
-    def first_window(self, epoch: int) -> int:
-        """The first window that begins in this epoch: ceil(epoch * n / T)."""
+    def __len__(self) -> int:
+        return self.epoch_start(1)
+
+    def epoch_start(self, epoch: int) -> int:
+        """Return the number of the first window that begins in this turn: ceil(epoch * n / T)."""
         return -(-epoch * len(self.tokens) // self.seq_len)
 
-    def window(self, sample: int) -> int:
-        """The window that comes at this place in the sequence of all samples."""
-        epoch = sample * self.seq_len // len(self.tokens)
-        first = self.first_window(epoch)
-        if epoch != self.epoch:
-            n = self.first_window(epoch + 1) - first
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(n)
-        return first + int(self.order[sample - first])
-
-    def batch(self, first_sample: int, n: int) -> Tensor:
-        """Samples first_sample ... first_sample + n - 1 as int64 (n, T + 1)."""
-        rows = np.empty((n, self.seq_len + 1), np.int64)
-        for i in range(n):
-            start = self.window(first_sample + i) * self.seq_len % len(self.tokens)
-            row = self.tokens[start : start + self.seq_len + 1]
-            rows[i, : len(row)] = row
-            rows[i, len(row) :] = self.tokens[: self.seq_len + 1 - len(row)]  # round the end of the circle
-        return torch.from_numpy(rows)
+    def __getitem__(self, g: int) -> Row:
+        T, n = self.seq_len, len(self.tokens)
+        start = g * T % n
+        window = np.empty(T + 1, np.int64)
+        before_the_seam = self.tokens[start : start + T + 1]
+        window[: len(before_the_seam)] = before_the_seam
+        window[len(before_the_seam) :] = self.tokens[: T + 1 - len(before_the_seam)]
+        return {"tokens": window}
 
 
-def held_out_batches(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[Tensor]:
-    """Windows in which every token but the first is a target once, in order: int64 (batch_size, T + 1).
+class HeldOut(Rows):
+    """Held-out text as rows {"tokens": int64}, in which every token but the first is a target once, in order.
 
-    The last whole windows may be fewer than batch_size; the tokens that then remain come as one shorter row.
+    All rows have T + 1 tokens but the last, which has the tokens that remain (at least two), unless
+    only_whole leaves it out.
     """
-    n_whole = (len(tokens) - 1) // seq_len
-    for first in range(0, n_whole, batch_size):
-        starts = range(first, min(first + batch_size, n_whole))
-        rows = [np.asarray(tokens[i * seq_len : (i + 1) * seq_len + 1], np.int64) for i in starts]
-        yield torch.from_numpy(np.stack(rows))
-    rest = np.asarray(tokens[n_whole * seq_len :], np.int64)
-    if len(rest) > 1:
-        yield torch.from_numpy(rest)[None]
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, n_bytes: int, only_whole: bool = False):
+        self.tokens, self.seq_len, self.n_bytes = tokens, seq_len, n_bytes
+        self.n_targets = len(tokens) - 1
+        self.only_whole = only_whole
+
+    def __len__(self) -> int:
+        n_whole, rest = divmod(self.n_targets, self.seq_len)
+        return n_whole + (rest > 0 and not self.only_whole)
+
+    def __getitem__(self, i: int) -> Row:
+        T = self.seq_len
+        return {"tokens": np.asarray(self.tokens[i * T : (i + 1) * T + 1], np.int64)}
+
+
+def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Dataset:
+    """Return the rows of T + 1 tokens, T = seq_len, of a tokenised corpus. See `Windows` and `HeldOut`.
+
+    Raises ValueError if the training text is shorter than one row.
+    """
+    train, val = corpus.train.tokens, corpus.val.tokens
+    most_frequent = np.bincount(train[: 1 << 24]).argmax()
+    return Dataset(
+        corpus.name,
+        corpus.tokenizer,
+        Windows(train, seq_len),
+        HeldOut(val, seq_len, corpus.val.n_bytes, only_whole),
+        summary=f"{len(train):,} tokens to train on, {len(val):,} held out",
+        guess=f"the most frequent token is right for {np.mean(val == most_frequent):.2%} of the held out",
+    )
 
 
 def cu_seqlens(tokens: Tensor, eot_id: int) -> Tensor:
-    """Where the n documents in tokens (B, T) begin, rows laid end to end, and then B T: int32 (n + 1,).
+    """Return where the n documents in tokens (B, T) begin, rows laid end to end, and B T: int32 (n + 1,).
 
     This keeps `kernels.attention` from crossing from one document to another, with the rows run as one,
     `tokens.view(1, -1)`. A document begins at each end-of-text token and at each row.

@@ -97,7 +97,6 @@ def learn_tokens(pre_tokens: Counter[str], n_tokens: int, progress: bool) -> lis
     Among equally frequent pairs the one with the smallest ids comes first, so the order of the texts does not
     matter. The list is shorter if no pair is left that occurs at least twice.
     """
-    # Each word starts as its bytes.
     words = [list(word.encode("utf-8", "replace")) for word in pre_tokens]
     counts = list(pre_tokens.values())
 

@@ -1,9 +1,9 @@
 r"""WordPiece: how BERT and its family read text.
 
-Like byte-pair encoding (data/tokenizer.py) it writes text with a finite vocabulary of words and parts of words. It
-differs in how a word is cut, and in what it keeps of the text: words only. Spaces are gone, and for "uncased"
-vocabularies accents and capitals too. A piece that does not begin its word is written with "##" in front. In
-four steps (Devlin et al. 2018, arXiv:1810.04805, whose code defines the details):
+Like byte-pair encoding (data/tokenizer.py) it writes text with a finite vocabulary of words and parts of
+words. It differs in how a word is cut, and in what it keeps of the text: words only. Spaces are gone, and for
+"uncased" vocabularies accents and capitals too. A piece that does not begin its word is written with "##" in
+front. In four steps (Devlin et al. 2018, arXiv:1810.04805, whose code defines the details):
 
     clean      control characters vanish, whitespace becomes a space, a Chinese character is a word of its own
     fold       if uncased: no accents (Unicode's form NFD without its marks), small letters
@@ -19,15 +19,15 @@ four steps (Devlin et al. 2018, arXiv:1810.04805, whose code defines the details
 
     "Unaffable Québec!"  ->  un ##aff ##able quebec !
 
-Vocabularies are read here, not learned; for that there is byte-pair encoding. Ids equal those of
-`transformers.BertTokenizer` (its `tokenizers` library, in Rust) for all text but rare characters that are new
-to Unicode, or moved within it, since 2015: the library's tables of accents, punctuation and format characters
-are of Unicode 8, its capitals of a newer one than Python's. With Python 3.11 (Unicode 14) it reads 559 of
-1,112,064 characters differently (119 with a cased vocabulary).
+Vocabularies are read here, not learned; to learn one, use byte-pair encoding. Ids equal those of
+`transformers.BertTokenizer` (its `tokenizers` library, in Rust) except for rare characters that Unicode added
+or changed since 2015: the library's tables of accents, punctuation and format characters are of Unicode 8,
+its capitals of a newer version than Python's. With Python 3.11 (Unicode 14) 559 of 1,112,064 characters
+differ (119 with a cased vocabulary).
 
-    python -m data.wordpiece DIRECTORY "Some text"       its pieces and ids, with the vocabulary of a checkpoint
+    python -m data.wordpiece DIRECTORY "Some text"      its pieces and ids, with the vocabulary in DIRECTORY
 
-    tokenizer = WordPiece.load("bert-base-uncased")         a directory with tokenizer.json or vocab.txt
+    tokenizer = WordPiece.load("bert-base-uncased")     a directory with tokenizer.json or vocab.txt
     tokenizer.decode(tokenizer.encode("Hello!")) == "hello !"
 """
 
@@ -50,7 +50,7 @@ from formats.wordpiece_json import BERT_ROLES, LONGEST_WORD
 
 CACHED_WORDS = 1 << 18
 
-# Blocks of characters written without spaces. BERT's own code has 0x2B820 where the library has 0x2B920.
+# The Unicode blocks of Chinese characters. The library has 0x2B920 where BERT's own code has 0x2B820.
 CHINESE = (
     *(range(0x4E00, 0xA000), range(0x3400, 0x4DC0), range(0x20000, 0x2A6E0), range(0x2A700, 0x2B740)),
     *(range(0x2B740, 0x2B820), range(0x2B920, 0x2CEB0), range(0xF900, 0xFB00), range(0x2F800, 0x2FA20)),
@@ -58,7 +58,7 @@ CHINESE = (
 
 
 def clean(char: str, chinese_chars: bool) -> str:
-    """What a character becomes before accents are looked at: itself, a space, or nothing."""
+    """Return the result of the step clean for a character: itself, with spaces around it, a space, or ""."""
     if char in "\t\n\r":
         return " "
     category = unicodedata.category(char)
@@ -72,7 +72,10 @@ def clean(char: str, chinese_chars: bool) -> str:
 
 
 def fold(char: str, lowercase: bool, strip_accents: bool) -> str:
-    """What a character becomes in the end. One at a time, so a Greek sigma that ends a word stays a σ."""
+    """Return the result of the steps fold and split for a character.
+
+    Each character is lowered alone, so a Greek capital sigma at the end of a word becomes σ, not ς.
+    """
     category = unicodedata.category(char)
     if strip_accents and category == "Mn":
         return ""
@@ -82,7 +85,7 @@ def fold(char: str, lowercase: bool, strip_accents: bool) -> str:
 
 
 class CharacterTable(dict):
-    """What `str.translate` looks characters up in: a function of a character that remembers its answers."""
+    """A table for `str.translate`: a function of a character, whose results are cached."""
 
     def __init__(self, function: Callable[[str], str]) -> None:
         self.function = function
@@ -93,10 +96,11 @@ class CharacterTable(dict):
 
 
 class WordPiece(SpecialTokens):
-    """A vocabulary and how to prepare text for it. Encodes and decodes like `tokenizer.Tokenizer`.
+    """A WordPiece tokenizer, with the methods of `tokenizer.Tokenizer`. Attributes besides the arguments:
 
-    Attributes, besides the arguments: `n_vocab` (largest id + 1, the width a model needs), `eot_id` (the
-    [SEP] token's id, which separates documents), `fingerprint` (SHA-256 of all that decides the ids).
+    n_vocab       the largest id + 1, which is the vocabulary size of a model
+    eot_id        the id of [SEP], which separates documents
+    fingerprint   SHA-256 of everything that determines the ids
     """
 
     def __init__(
@@ -109,12 +113,17 @@ class WordPiece(SpecialTokens):
         special_tokens: dict[str, int] | None = None,
         roles: dict[str, str] | None = None,
     ) -> None:
-        """vocab: piece -> id. strip_accents: None does as `lowercase` does. chinese_chars: each is a word.
+        """Make the tokenizer.
 
-        special_tokens: name -> id, in `vocab` or beyond it; by default those that have a role. roles: what
-        they are for ("mask_token" -> "[MASK]"); by default BERT's names as far as the vocabulary has them.
-        Raises ValueError if ids are no distinct numbers, or [UNK] or [SEP] is missing.
+        vocab            {piece: id}
+        strip_accents    None means as `lowercase`
+        chinese_chars    each Chinese character is a word of its own
+        special_tokens   {name: id}, in vocab or beyond it; by default those that have a role
+        roles            {role: name}, such as "mask_token": "[MASK]"; by default BERT's, where vocab has them
+
+        Raises ValueError if ids are not distinct numbers, or if [UNK] or [SEP] is missing.
         """
+        # Special tokens.
         if special_tokens is None:
             names = set((roles or BERT_ROLES).values())
             special_tokens = {name: i for name, i in vocab.items() if name in names}
@@ -125,6 +134,7 @@ class WordPiece(SpecialTokens):
         for role in ("unk_token", "sep_token"):
             self.role_id(role)
 
+        # Every piece has one id, and every id one piece.
         pieces = vocab | special_tokens
         moved = [name for name, i in special_tokens.items() if vocab.get(name, i) != i]
         if moved:
@@ -134,6 +144,7 @@ class WordPiece(SpecialTokens):
         if not numbers or len(set(pieces.values())) < len(pieces):
             raise ValueError(f"ids of {len(pieces)} pieces must be whole numbers, differ, and fit 32 bits")
 
+        # Tables and caches for encoding.
         self.lowercase, self.strip_accents, self.chinese_chars = lowercase, strip_accents, chinese_chars
         self.strips = lowercase if strip_accents is None else strip_accents
         self.cleaned = CharacterTable(functools.partial(clean, chinese_chars=chinese_chars))
@@ -149,10 +160,10 @@ class WordPiece(SpecialTokens):
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def with_special_tokens(self, roles: dict[str, str]) -> "WordPiece":
-        """The same vocabulary with a special token for each of these roles, as far as it has none yet.
+        """Return this tokenizer with a special token for each of these roles.
 
-        Names that the vocabulary lacks get the ids n_vocab, n_vocab + 1, ...; a role that is taken keeps its
-        token. Raises ValueError for an unknown role.
+        A role that already has a token keeps it; names that the vocabulary lacks get the ids n_vocab,
+        n_vocab + 1, ... Raises ValueError for an unknown role.
         """
         special_tokens, roles = self.extended(roles, self.vocab)
         arguments = {"lowercase": self.lowercase, "strip_accents": self.strip_accents}
@@ -160,7 +171,7 @@ class WordPiece(SpecialTokens):
         return WordPiece(self.vocab, **arguments)
 
     def cut(self, word: str) -> list[int]:
-        """The ids of the longest pieces that fit, from the left."""
+        """Return the ids of a word's pieces: from the left, the longest that fits each time."""
         if len(word) > LONGEST_WORD:
             return [self.unk_id]
 
@@ -177,11 +188,12 @@ class WordPiece(SpecialTokens):
         return ids
 
     def encode(self, text: str, allowed_special: set[str] | Literal["all"] = frozenset()) -> list[int]:
-        """The token ids of a text. Nothing is put in front or behind (no [CLS] or [SEP]).
+        """Return the token ids of a text, without [CLS] in front or [SEP] behind.
 
-        Text that spells a special token is text: "[MASK]" is three words. Only the names in `allowed_special`
-        (or "all") become their special ids, which is what Hugging Face's tokenizers always do.
+        Text that spells a special token is encoded as text: "[MASK]" is three words. Only the names in
+        allowed_special (or "all") become special tokens, as all of them do in Hugging Face's tokenizers.
         """
+        # Parts with an odd index are names of special tokens, the others text.
         ids: list[int] = []
         for i, part in enumerate(split_at(self.allowed(allowed_special), text)):
             if i % 2 == 1:
@@ -200,17 +212,17 @@ class WordPiece(SpecialTokens):
         return ids
 
     def encode_batch(self, texts: list[str], n_threads: int) -> list[list[int]]:
-        """`encode` for many texts. One thread does it all: Python's lock lets no other work beside it."""
+        """Return the token ids of each text. It uses no threads: Python's lock would let only one run."""
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The words of some token ids, a space between them. An id beyond the vocabulary shows as U+FFFD."""
+        """Return the words of token ids, separated by spaces. An id beyond the vocabulary becomes U+FFFD."""
         words = [self.pieces.get(int(token), "\ufffd") for token in tokens]
         return " ".join(words).replace(" ##", "")
 
     @functools.cached_property
     def continues_word(self) -> np.ndarray:
-        """(n_vocab,) bool: True where a token continues the word before it, as "##ing" does."""
+        """Return (n_vocab,) bool: True for tokens that continue a word, such as "##ing"."""
         continues = np.zeros(self.n_vocab, bool)
         continues[[i for piece, i in self.vocab.items() if piece.startswith("##")]] = True
         continues[list(self.special_tokens.values())] = False
@@ -223,11 +235,11 @@ class WordPiece(SpecialTokens):
 
     @classmethod
     def load(cls, directory: Path) -> "WordPiece":
-        """Read a checkpoint's tokenizer.json (what it says of truncation and padding is left alone), or else
-        its vocab.txt and tokenizer_config.json.
+        """Return the tokenizer of a checkpoint: of its tokenizer.json, or else of its vocab.txt.
 
-        `directory` may also be one of these files. Ids equal Hugging Face's with `add_special_tokens=False`
-        and `allowed_special="all"` here; whatever would make them differ is a ValueError that names it.
+        directory may also be one of these files. Their settings for truncation and padding are ignored. Ids
+        with `allowed_special="all"` equal Hugging Face's with `add_special_tokens=False`. Raises ValueError
+        naming anything that would make them differ.
         """
         arguments = wordpiece_json.read(directory)
         try:
@@ -239,7 +251,7 @@ class WordPiece(SpecialTokens):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show the pieces and ids of a text.")
     parser.add_argument("directory", type=Path, help="a checkpoint with tokenizer.json or vocab.txt")
-    parser.add_argument("text")
+    parser.add_argument("text", help="it may spell special tokens, such as [MASK]")
     options = parser.parse_args()
 
     tokenizer = WordPiece.load(options.directory)

@@ -12,7 +12,9 @@ not what is computed a second time: it compares machines and implementations ali
 
 import resource
 import sys
+import tempfile
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,44 +23,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from engine import parallel
+from engine.device import mfu, wait_for
+from engine.log import Step, row_of
+from engine.optim import set_learning_rate
 from engine.run import Run
 
 WARM_UP, STEPS = 5, 50
 
-# Dense bf16 matmul peak in FLOP/s, by the name that CUDA gives the device. An unknown device shows no MFU
-# rather than a guess.
-PEAK_FLOPS = {
-    "NVIDIA B200": 2250e12,  # NVIDIA HGX B200 data sheet (half of "with sparsity", here and below)
-    "NVIDIA H200": 989e12,  # NVIDIA H200 data sheet
-    "NVIDIA H100 80GB HBM3": 989e12,  # NVIDIA H100 data sheet, SXM
-    "NVIDIA H100 NVL": 835e12,  # NVIDIA H100 NVL data sheet
-    "NVIDIA H100 PCIe": 756e12,  # NVIDIA H100 data sheet
-    "NVIDIA A100-SXM4-80GB": 312e12,  # NVIDIA A100 data sheet
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L40S": 362e12,  # NVIDIA L40S data sheet
-    "NVIDIA L4": 121e12,  # NVIDIA L4 data sheet
-    "NVIDIA GeForce RTX 4090": 165.2e12,  # NVIDIA Ada whitepaper, appendix A, float32 accumulation
-    "NVIDIA GeForce RTX 3090": 71e12,  # NVIDIA GA102 whitepaper, table 9, float32 accumulation
-    "AMD Instinct MI300X": 1307e12,  # AMD Instinct MI300X data sheet
-}
-
-
-def peak_flops(device: str) -> float | None:
-    """FLOP/s, None for a device that is not in the table."""
-    return PEAK_FLOPS.get(torch.cuda.get_device_name()) if device == "cuda" else None
-
-
-def mfu(run: Run, tokens_per_second: float) -> float | None:
-    """The header's equation, for all processes together; None where the peak is not known."""
-    peak = peak_flops(run.args.device)
-    flops = tokens_per_second * run.model.flops_per_token(run.args.seq_len)
-    return flops / (peak * parallel.n_processes()) if peak else None
-
 
 class Clock:
-    """Seconds between calls, under the name of each; with CUDA in the GPU's time, without waiting for it."""
+    """A stop watch: each call names the part that has just ended. On a GPU it never waits."""
 
     def __init__(self, device: str):
         self.device, self.marks = device, []
@@ -71,54 +45,87 @@ class Clock:
         self.marks.append((name, now))
 
     def seconds(self) -> dict[str, float]:
-        """Summed by name; to be asked when the device has done all."""
+        """Return the seconds of each part, summed. To be called when the device has finished."""
         sums = defaultdict(float)
         for (_, before), (name, now) in zip(self.marks, self.marks[1:], strict=False):
             sums[name] += before.elapsed_time(now) / 1e3 if self.device == "cuda" else now - before
         return dict(sums)
 
 
-def measure(run: Run, update: Callable, log: Callable) -> dict:
-    """Figures of STEPS steps as `train` makes them, logging included; evaluation and saving are not.
+def run(args: Namespace, prepare: Callable, gradient: Callable, descend: Callable) -> str:
+    """Return what --benchmark or --profile prints. Nothing is written except the trace, to --out.
 
-    update, log: train.py's `update` and `log_row`. Returns tokens_per_second, mfu, peak_memory in bytes (with
-    CUDA that of these steps, else of the process until now), and shares of the time: "batch" until the data
-    is there, "gradient" forward and backward, "update" clipping and optimizer, "rest" all else.
+    prepare: engine.run's. gradient, descend: train.py's two halves of an update.
+    """
+    trace_file = args.out / "trace.json"
+    with tempfile.TemporaryDirectory() as aside:
+        args.out = Path(aside)
+        prepared = prepare(args)
+        args.steps = max(args.steps, WARM_UP + STEPS)  # no schedule ends before
+        if args.profile:
+            text = f"{trace(prepared, gradient, descend, trace_file)}\ntrace: {trace_file}\n"
+        else:
+            text = describe(measure(prepared, gradient, descend))
+        prepared.close()
+    return text if parallel.rank() == 0 else ""
+
+
+def update(run: Run, gradient: Callable, descend: Callable, mark: Callable[[str], None]) -> tuple:
+    """Make an update as train.py does, and call mark with the name of each part after it."""
+    lr = set_learning_rate(run.optimizers, run.step, run.args)
+    mark("rest")
+    parts = run.batches.next()
+    mark("batch")
+    loss, metrics = gradient(run, parts)
+    mark("gradient")
+    norm = descend(run)
+    mark("update")
+    return loss, norm, lr, metrics, parts[-1].n_targets
+
+
+def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
+    """Return figures of STEPS updates, logging included, evaluation and saving not.
+
+    tokens_per_second, mfu, flops_per_second; peak_memory in bytes (with CUDA that of these steps, else of the
+    process until now); shares of the time: "batch" until the data is there, "gradient" forward and backward,
+    "update" clipping and optimizer, "rest" all else.
     """
     args, clock = run.args, Clock(run.args.device)
     for _ in range(WARM_UP):
-        update(run)
+        update(run, gradient, descend, lambda part: None)
     wait_for(args.device)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+
+    # The measured updates.
     clock("start")
     began = time.perf_counter()
     for i in range(1, STEPS + 1):
-        loss, norm, lr, metrics = update(run, clock)
+        done = Step(*update(run, gradient, descend, clock))
         if i % args.log_every == 0:
-            log(run, loss, norm, lr, metrics, 1.0)
+            row_of(run, done, 1.0)
     clock("rest")
     wait_for(args.device)
     seconds = time.perf_counter() - began
+
     parts = clock.seconds()
     rate = STEPS * run.tokens_per_step / seconds
     if args.device == "cuda":
         memory = torch.cuda.max_memory_allocated()
-    else:  # kB, but bytes on macOS
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+    else:  # in kB, on macOS in bytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "tokens_per_second": rate,
         "mfu": mfu(run, rate),
-        "flops_per_second": rate * run.model.flops_per_token(args.seq_len),
+        "flops_per_second": rate * run.flops_per_token,
         "peak_memory": memory,
         "shares": {name: part / sum(parts.values()) for name, part in parts.items()},
     }
 
 
 def describe(figures: dict) -> str:
-    """Of `measure`, for people."""
+    """Return the figures of `measure` as text."""
     of_peak = f"{figures['mfu']:.1%} MFU" if figures["mfu"] else "no MFU: peak unknown"
     shares = figures["shares"]
     outside = shares["batch"] + shares["rest"]
@@ -131,23 +138,19 @@ def describe(figures: dict) -> str:
     )
 
 
-def trace(run: Run, update: Callable, out: Path) -> str:
-    """Record three steps, the first process's to out, for chrome://tracing or Perfetto; returns a table of
-    the ten operations that take the most time of the device."""
+def trace(run: Run, gradient: Callable, descend: Callable, out: Path) -> str:
+    """Record three steps, those of rank 0 to out, for chrome://tracing or Perfetto.
+
+    Returns a table of the ten operations that take the most time of the device.
+    """
     on_gpu = run.args.device == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities, schedule=schedule(wait=WARM_UP, warmup=1, active=3)) as recorded:
         for _ in range(WARM_UP + 4):
-            update(run)
+            update(run, gradient, descend, lambda part: None)
             recorded.step()
     if run.is_first:
         out.parent.mkdir(parents=True, exist_ok=True)
         recorded.export_chrome_trace(str(out))
     of = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     return recorded.key_averages().table(sort_by=of, row_limit=10, max_name_column_width=60)
-
-
-def wait_for(device: str) -> None:
-    """Until the device has done all that it was told."""
-    if device != "cpu":
-        getattr(torch, device).synchronize()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chinchilla import short
+from formats.numbers import short
 
 STYLE = Path(__file__).with_name("report.css")
 HUES = [f"var(--h{i})" for i in range(6)]

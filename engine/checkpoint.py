@@ -1,92 +1,106 @@
-"""What --resume needs: the training state, saved by any number of processes and read by any other number.
+"""Checkpoints of a run: what --resume needs, saved by any number of ranks and read by any other number.
 
 A run's checkpoint/ is a directory of
 
-    shard-*.safetensors  the weights and the optimizers' state; each process writes what it holds of them
+    shard-*.safetensors  the weights and the optimizers' states; each rank writes its shards of them
     state.json           the step, the flags of the run, the lengths of its logs
     checksums.json       SHA-256 of each of these
 
-and `checkpoint.previous` beside it is the one before. Whatever moment a process dies at, one of them is
-whole. One that is found damaged on resuming is set aside as `checkpoint.damaged`.
+and `checkpoint.previous` beside it is the one before. Whenever a process dies, one of the two is undamaged. A
+checkpoint that is found damaged on resuming is renamed `checkpoint.damaged`. Beside it, model/ holds the
+model as other programs read it.
 
-The shards are torch.distributed.checkpoint's, in its safetensors format: each says which part of a tensor it
-has, so that every process can read its own part from whatever files hold it.
+The shards are torch.distributed.checkpoint's, in its safetensors format: each records which part of a tensor
+it holds, so that every rank can read its own part from whatever files hold it.
 """
 
 import json
+import os
+import shlex
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import parallel
-from formats.atomic import damage, replace_directory, sha256
+from formats.atomic import damage, replace_directory, sha256, sync
+
+LOGS = ("metrics.jsonl", "samples.txt")
+VERSION = 2  # of what state.json and the tensors' names mean
+
+
+# --- directories of tensors
 
 
 @contextmanager
 def together(directory: Path, previous: Path) -> Iterator[Path]:
-    """`replace_directory` for all processes at once: the first one makes the empty directory, and swaps it in
-    when every one has filled its part. Raises OSError in all of them if any could not fill it."""
+    """Replace a directory with one that all ranks fill: rank 0 creates it, and swaps it in when all are done.
+
+    Raises OSError on every rank if any rank could not write.
+    """
     is_first = parallel.rank() == 0
     with replace_directory(directory, previous=previous) if is_first else nullcontext() as new:
-        new = parallel.from_first(new)
+        new = parallel.broadcast(new)
         problem = None
         try:
             yield new
         except OSError as error:
-            problem = f"process {parallel.rank()}: {error}" if parallel.n_processes() > 1 else str(error)
-        problems = [found for found in parallel.gather_objects(problem) if found is not None]
+            problem = f"process {parallel.rank()}: {error}" if parallel.world_size() > 1 else str(error)
+        problems = [found for found in parallel.all_gather(problem) if found is not None]
         if problems:
             raise OSError(problems[0])
     parallel.barrier()
 
 
-def save(run: Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """Write run/checkpoint, keeping the one before it as run/checkpoint.previous. Called by all processes.
+def write(run: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    """Write run/checkpoint, keeping the one before it as run/checkpoint.previous. Called by all ranks.
 
-    tensors: by name; of a DTensor each process writes its part. state: plain JSON. Raises OSError if the
-    disk is full.
+    tensors: by name; of a DTensor each rank writes its shard. state: plain JSON. Raises OSError if the disk
+    is full.
     """
     with together(run / "checkpoint", run / "checkpoint.previous") as new:
         writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
-        alone = parallel.n_processes() == 1
+        alone = parallel.world_size() == 1
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process alone is meant
+            warnings.simplefilter("ignore")  # a warning that a single process saves
             try:
                 dcp.save(tensors, storage_writer=writer, no_dist=alone)
             except CheckpointException as error:
                 raise OSError(next(iter(error.failures.values()))[0]) from None
-        # Each process reads back what it has written itself.
-        mine = {path.name: sha256(path) for path in new.glob(f"shard-{parallel.rank() + 1:05}-*")}
-        checksums = {name: digest for part in parallel.gather_objects(mine) for name, digest in part.items()}
+
+        # Each rank reads back what it has written itself.
+        own = {path.name: sha256(path) for path in new.glob(f"shard-{parallel.rank() + 1:05}-*")}
+        checksums = {name: digest for part in parallel.all_gather(own) for name, digest in part.items()}
         if parallel.rank() == 0:
             (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
             checksums["state.json"] = sha256(new / "state.json")
             (new / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
 
 
-def load(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill the tensors, or the parts of them that this process has, from a checkpoint's shards."""
+def read(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill the tensors, or this rank's shards of them, from a checkpoint."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = dcp.HuggingFaceStorageReader(str(directory))
-        dcp.load(tensors, storage_reader=reader, no_dist=parallel.n_processes() == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=parallel.world_size() == 1)
 
 
 def names(directory: Path) -> set[str]:
-    """Of the tensors in a checkpoint."""
+    """Return the names of the tensors in a checkpoint."""
     return set(dcp.HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata)
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
-    """The newest undamaged checkpoint of a run and its state; warn(message) names a damaged one.
+    """Return the newest undamaged checkpoint of a run and its state; warn(message) names a damaged one.
 
-    Raises ValueError if the run has no checkpoint, or none that is whole.
+    Raises ValueError if the run has no checkpoint, or none that is undamaged.
     """
     current, previous = run / "checkpoint", run / "checkpoint.previous"
     if not current.is_dir() and not previous.is_dir():
@@ -103,3 +117,134 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
             raise ValueError(f"{run}: no checkpoint is whole: {problem}; start again with another --out")
         previous.rename(current)
     return current, json.loads((current / "state.json").read_text())
+
+
+# --- the state of a run
+
+
+def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
+    """Return the checkpoint to resume from and its state.
+
+    flags: of this command, all as strings. free: those that may differ. Raises ValueError if the run was
+    started with other values of the rest.
+    """
+
+    def warn(problem: str) -> None:
+        print(f"warning: {problem}; trying the checkpoint before it", file=sys.stderr)
+
+    directory, state = parallel.on_rank_0(lambda: newest(out, warn))
+    before = state["flags"]
+    if state.get("version", 1) < VERSION and before["model"] == "lora":
+        method = before["size"]
+        raise ValueError(
+            f"--resume: the run in {out} was started by an older version, as --model lora --size {method}, "
+            f"which cannot be continued; start it anew as --model lora --base {before['base']} "
+            f"--adapter {method}"
+        )
+    for flag in flags.keys() - free:
+        # Runs that were saved before a flag existed were computed with its default.
+        if flag in before and before[flag] != flags[flag]:
+            raise ValueError(
+                f"--resume: the run in {out} was started with --{flag.replace('_', '-')} {before[flag]}, not "
+                f"{flags[flag]}; its command was: {state['command']}"
+            )
+    n_before, n_now = (int(f["batch_size"]) * int(f["grad_accum"]) for f in (before, flags))
+    if n_before != n_now:
+        raise ValueError(
+            f"--resume: the run in {out} was started with {n_before} sequences in an update, not "
+            f"{n_now}; --batch-size and --grad-accum may change, but not their product"
+        )
+    return directory, state
+
+
+def resume(run, directory: Path, state: dict) -> None:
+    """Bring an engine.run.Run to the step of a checkpoint; ValueError if base or data have changed since."""
+    if state.get("base") != run.base_fingerprint:
+        raise ValueError(
+            f"--resume: the weights in {run.concept.base} have changed since the run was started"
+        )
+    if state["dataset"] != run.dataset.fingerprint:
+        raise ValueError(
+            f"--resume: the content of --data {run.args.data} has changed since the run was started"
+        )
+    saved = names(directory)
+    missing = [name for name in tensors_of(run) if name not in saved]
+    if missing:
+        raise ValueError(
+            f"--resume: the checkpoint in {directory} is of an older version and has no tensor {missing[0]}; "
+            f"start another run with --init-from {run.args.out / 'model'}"
+        )
+
+    # Optimizers create their states in the first step. Here they are created under the checkpoint's names.
+    for optimizer in run.optimizers:
+        for name, p in named(run.model, optimizer):
+            prefix = f"optimizer.{name}."
+            for key in (full.removeprefix(prefix) for full in saved if full.startswith(prefix)):
+                # A fused AdamW counts its steps on the device.
+                device = p.device if optimizer.param_groups[0].get("fused") else "cpu"
+                state_of = optimizer.state[p]
+                state_of[key] = torch.zeros((), device=device) if key == "step" else torch.zeros_like(p)
+    read(directory, tensors_of(run))
+    run.step, run.seconds = state["step"], state["seconds"]
+    run.skipped[0] = state["skipped"]
+
+    # Rows that were logged after the checkpoint will be computed and logged again.
+    if parallel.rank() == 0:
+        for name, size in state["logs"].items():
+            os.truncate(run.args.out / name, size)
+
+
+def save(run) -> None:
+    """Write checkpoint/ and model/ of an engine.run.Run, each completely or not at all.
+
+    Raises OSError if the disk has no room for them.
+    """
+    out, state = run.args.out, {}
+    if parallel.rank() == 0:
+        for log in LOGS:
+            sync(out / log)
+        state = {
+            "version": VERSION,
+            "step": run.step,
+            "seconds": run.seconds,
+            "skipped": run.n_skipped,
+            "dataset": run.dataset.fingerprint,
+            "flags": run.flags,
+            "command": command(),
+            "base": run.base_fingerprint,
+            "logs": {log: (out / log).stat().st_size for log in LOGS},
+        }
+    write(out, tensors_of(run), state)
+    parallel.update_unsharded(run.model, run.unsharded)
+    if parallel.rank() == 0:
+        with replace_directory(out / "model") as new:
+            run.save_model(new)
+    parallel.barrier()
+
+
+def last_saved(out: Path) -> str:
+    """Return a sentence on where the last good state of a run is."""
+    for where in (out / "checkpoint", out / "checkpoint.previous"):
+        if where.is_dir():
+            return f"the last good state is in {where}; go on with --resume"
+    return "nothing is saved yet"
+
+
+def named(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of an optimizer with their names in the model."""
+    its_own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in its_own]
+
+
+def tensors_of(run) -> dict[str, Tensor]:
+    """Return everything that training changes, by name: this rank's shards of weights and optimizer state."""
+    tensors = {f"model.{name}": w for name, w in run.state_dict().items()}
+    for optimizer in run.optimizers:
+        for name, p in named(run.model, optimizer):
+            tensors |= {f"optimizer.{name}.{key}": t for key, t in optimizer.state[p].items()}
+    return tensors
+
+
+def command() -> str:
+    """Return the command line, always beginning with `python`."""
+    return shlex.join(["python", *sys.argv])

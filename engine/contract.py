@@ -1,16 +1,322 @@
-"""Finding a concept's file by its name."""
+"""The contract: everything that the trainer knows of a concept's file.
+
+Three questions, three flags. Each file of the house answers one of them, or several:
+
+    --model    which architecture?   SIZES, Model and the functions of `ModelFile`
+    --task     what is it asked?     make_batch and the functions of `Task`
+    --adapter  which weights learn?  ADAPTERS and the functions of `Adapter`
+
+`find` looks the file up by its name, so a new concept is one new file and nothing else. What a file leaves
+out is one of the defaults below: next-token prediction on text, a loss that is a method of the model, all
+weights learning. Where a task is the default of a model, functions in the model's file go before those in
+the task's file.
+"""
 
 import importlib
 import importlib.util
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from torch import Tensor, nn
+
+from data import text
+from data.rows import Dataset, Row
+from engine import activations, optim, parallel
+from formats import open_model
+from formats.decoders import read_json
+
+ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
+OFFER = re.compile(r"^(?:class |def )?(Model|ADAPTERS|make_batch)\b", re.M)
 
 
-def find(name: str) -> ModuleType:
-    """Import the file of that name, at the top or on one of the shelves."""
-    for module in (name, *(f"{shelf}.{name}" for shelf in SHELVES)):
-        if "." not in module or importlib.util.find_spec(module.partition(".")[0]):
-            if importlib.util.find_spec(module):
-                return importlib.import_module(module)
-    raise ValueError(f"--model {name}: no such file")
+def find(name: str, flag: str = "--model") -> ModuleType:
+    """Import the concept's file `name`.py: from the top, from a shelf, or from anywhere on Python's path.
+
+    Raises ValueError where there is none that offers a model, a task or an adapter.
+    """
+    if name.isidentifier():
+        for folder in (ROOT, *(ROOT / shelf for shelf in SHELVES)):
+            if offers(folder / f"{name}.py"):
+                shelf = "" if folder == ROOT else f"{folder.name}."
+                return importlib.import_module(shelf + name)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin and offers(Path(spec.origin)):
+            return importlib.import_module(name)
+    raise ValueError(f"{flag} {name}: expected a concept's file, one of {', '.join(names())}")
+
+
+def offers(path: Path) -> set[str]:
+    """Return what a file offers, some of Model, ADAPTERS and make_batch, by its text alone."""
+    if path.suffix != ".py" or not path.is_file():
+        return set()
+    return set(OFFER.findall(path.read_text("utf-8")))
+
+
+def names(what: str = "") -> list[str]:
+    """Return the names of all files of the house that offer something, or this one thing."""
+    paths = [path for shelf in ("", *SHELVES) for path in sorted((ROOT / shelf).glob("*.py"))]
+    return [path.stem for path in paths if (what in offers(path) if what else offers(path))]
+
+
+# --- the defaults of a model's file
+
+
+def fit(config: Any, dataset: Dataset, seq_len: int) -> Any:
+    """Return the config for this data: its vocabulary, the ids of its special tokens, rows of seq_len."""
+    wanted: dict[str, Any] = {"max_seq_len": seq_len}
+    if dataset.tokenizer is not None:
+        wanted |= {"vocab_size": dataset.tokenizer.n_vocab, "eos_token_id": dataset.tokenizer.eot_id}
+    known = {field.name for field in fields(config)}
+    return replace(config, **{name: value for name, value in wanted.items() if name in known})
+
+
+def after_step(model: nn.Module, finite: Tensor) -> None:
+    """Do nothing after an update of the weights (finite: False where the update was left out)."""
+
+
+def n_active_params(model: nn.Module) -> int:
+    """Return how many parameters a token passes through: all of them."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def separate_head(model: nn.Module) -> None:
+    """Give the model a head of its own where it shares the embeddings' matrix: it shares nothing."""
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a model's file offers; a value here stands for what it leaves out."""
+
+    name: str  # of the module
+    Model: type[nn.Module]  # Model(config); .config; .flops_per_token(seq_len); save_ and from_pretrained
+    SIZES: dict[str, Any]  # name: Config; the first is the default
+    TASK: str = ""  # the default task; "": the file itself is it
+    fit: Callable[[Any, Dataset, int], Any] = fit
+    after_step: Callable[[nn.Module, Tensor], None] = after_step
+    n_active_params: Callable[[nn.Module], int] = n_active_params
+    separate_head: Callable[[nn.Module], None] = separate_head
+    width_factors: Callable[[str, float], tuple[float, float]] = optim.width_factors
+    mlp_bytes: Callable[..., tuple[int, int]] = activations.mlp_bytes  # for --dry-run
+
+
+# --- the defaults of a task's file
+
+
+def settings(config: Any) -> Any:
+    """Return the task's own Config for a model of this config: a task without one reads the model's."""
+    return config
+
+
+def load_text(args: Namespace, config: Any) -> Dataset:
+    """Return windows of --seq-len tokens of the text that --data names.
+
+    One process of each machine tokenises, and the others wait for it, for parallel.TIMEOUT at most: a large
+    corpus is better prepared before, by `python -m data.text`.
+    """
+    return text.as_rows(load_corpus(args), args.seq_len)
+
+
+def load_corpus(args: Namespace) -> text.Corpus:
+    """Return the text that --data names, tokenised by one process of each machine."""
+    corpus = None
+    with parallel.one_per_machine_first() as is_first:
+        if is_first:
+            corpus = text.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
+    name = parallel.broadcast(corpus and corpus.name)
+    return corpus or text.reopen(args.cache, name, args.tokenizer)
+
+
+def wrap(model: nn.Module, config: Any) -> nn.Module:
+    """Return the module that is trained: the model itself."""
+    return model
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the model's own loss of a batch, and metrics: means over its targets, by name."""
+    return model.loss(batch)
+
+
+def count(batch: dict[str, Tensor]) -> int:
+    """Return by how many predictions a batch is weighted: its targets from 0 on, or else its rows."""
+    if "targets" in batch:
+        return int((batch["targets"] >= 0).sum())
+    return len(next(iter(batch.values())))
+
+
+def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
+    """Return the i-th of n equal parts of a batch: that part of each tensor's rows."""
+    return {name: t.chunk(n)[i] for name, t in batch.items()}
+
+
+def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
+    """Return what the model has to show at an evaluation: nothing."""
+    return ""
+
+
+def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
+    """Write the model, and the tokenizer if there is one, to a directory."""
+    model.save_pretrained(directory)
+    save_tokenizer(dataset, directory)
+
+
+def save_tokenizer(dataset: Dataset, directory: Path) -> None:
+    """Write the files that belong beside the weights: the tokenizer's, if there is one."""
+    if dataset.tokenizer is not None:
+        dataset.tokenizer.save(directory)
+
+
+def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> int:
+    """Return the FLOPs of training on one token, forward and backward, with all weights learning."""
+    return model.flops_per_token(seq_len)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task's file offers; a value here stands for what it leaves out."""
+
+    name: str  # of the module
+    # make_batch(rows, settings, generator, tokenizer): a function of its arguments alone
+    make_batch: Callable[[list[Row], Any, Any, Any], dict[str, Tensor]]
+    settings: Callable[[Any], Any] = settings
+    load_data: Callable[[Namespace, Any], Dataset] = load_text
+    wrap: Callable[[nn.Module, Any], nn.Module] = wrap
+    loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]] = loss
+    count: Callable[[dict[str, Tensor]], int] = count
+    split: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]] = split
+    show: Callable[[nn.Module, Dataset, Path], str] = show
+    save: Callable[[nn.Module, Dataset, Path], None] = save
+    save_tokenizer: Callable[[Dataset, Path], None] = save_tokenizer
+    flops_per_token: Callable[[nn.Module, Any, int], int] = flops_per_token
+    loss_bytes: Callable[..., dict[str, int]] = activations.loss_bytes  # for --dry-run
+    STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
+    LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
+    TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms too
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's file offers: all of this, see lora.py."""
+
+    name: str  # of the module
+    ADAPTERS: dict[str, Any]  # --adapter NAME: Config
+    TASK_FOR: dict[str, str]  # the task of `--model NAME --base DIR`, by the base's own; others keep theirs
+    prepare_base: Callable
+    apply: Callable
+    load_adapter: Callable
+    state: Callable
+    save_pretrained: Callable
+    learning_rate: Callable
+    lr_factor: Callable
+    decays: Callable
+    flops_per_token: Callable
+    adapter_bytes: Callable[..., int] = activations.adapter_bytes  # for --dry-run
+    STEPS: int = 1000  # of the default run
+
+
+# --- from the flags to the files
+
+
+@dataclass(frozen=True)
+class Concept:
+    """The answers to the three questions: what a run trains."""
+
+    model: ModelFile
+    task: Task
+    adapter: Adapter | None
+    base: str | None  # the directory of the model that the adapter adapts
+
+
+def resolve(args: Namespace) -> Concept:
+    """Return the files that --model, --task, --adapter and --base name; ValueError where they make no sense.
+
+    `--model lora --base DIR` is short for the model in DIR with --adapter lora.
+    """
+    file = find(args.model)
+    if "Model" not in vars(file) and "ADAPTERS" not in vars(file):  # a task brings its model along
+        if "MODEL" not in vars(file):
+            raise ValueError(
+                f"--model {args.model}: a task; name the model too, as --model gpt --task {args.model}"
+            )
+        return Concept(read(ModelFile, find(file.MODEL)), read_task(find(file.MODEL), args.model), None, None)
+
+    if "ADAPTERS" not in vars(file):
+        adapter_file = find_adapter(args.adapter) if args.adapter else None
+        if args.base:
+            raise ValueError(f"--base {args.base}: for --model lora; did you mean --init-from?")
+        base, task = args.init_from, args.task
+    else:
+        adapter_file, base = (
+            (find_adapter(args.adapter) if args.adapter else file),
+            args.base or args.init_from,
+        )
+        check_short_form(args, file)
+        base = adapted_by(base) or base
+        file = importlib.import_module(open_model.concept_of(base))
+        default = read_task(file, None).name.rpartition(".")[2]
+        task = args.task or adapter_file.TASK_FOR.get(default)
+    adapter = read(Adapter, adapter_file) if adapter_file else None
+    if adapter and not base:
+        raise ValueError(f"--adapter {args.adapter}: needs --init-from DIR, the model to adapt")
+    return Concept(read(ModelFile, file), read_task(file, task), adapter, base if adapter else None)
+
+
+def check_short_form(args: Namespace, file: ModuleType) -> None:
+    """Raise ValueError for `--model lora` without a base, or with --size, which named methods in the past."""
+    short = f"--model {args.model}"
+    if args.size in vars(file)["ADAPTERS"]:
+        raise ValueError(f"--size {args.size}: methods are named by --adapter: {short} --adapter {args.size}")
+    if args.size in ("full", "head", "last"):
+        train = "" if args.size == "full" else f" --train {args.size}{':1' if args.size == 'last' else ''}"
+        base = args.base or "DIR"
+        raise ValueError(
+            f"--size {args.size}: no adapter; use --model gpt --init-from {base} --task instruct{train}"
+        )
+    if args.size:
+        raise ValueError(f"--size {args.size}: the model in --base has its size; leave out --size")
+    if not (args.base or args.init_from):
+        raise ValueError(f"{short} needs --base DIR, the model to adapt, such as runs/gpt/model")
+
+
+def adapted_by(directory: str) -> str | None:
+    """Return the base that the adapter in a directory names, or None if the directory has no adapter."""
+    path = Path(directory) / "adapter_config.json"
+    return read_json(path).get("base_model_name_or_path") if path.exists() else None
+
+
+def read(kind: type, *files: ModuleType) -> Any:
+    """Return a ModelFile, Task or Adapter from the names that files define; the first file goes first."""
+    found: dict[str, Any] = {}
+    for file in reversed(files):
+        found |= {field.name: vars(file)[field.name] for field in fields(kind) if field.name in vars(file)}
+    return kind(**found | {"name": files[-1].__name__})
+
+
+def read_task(model_file: ModuleType, name: str | None) -> Task:
+    """Return the task of that name, None for the default one, for a model of this file."""
+    own = model_file.__name__.rpartition(".")[2]
+    default = vars(model_file).get("TASK", own)
+    if name in (None, default):
+        files = [model_file] if default == own else [model_file, find(default, "--task")]
+        flag = f"--model {own}"
+    else:
+        files, flag = [find(name, "--task")], f"--task {name}"
+    if not any("make_batch" in vars(file) for file in files):
+        raise ValueError(f"{flag}: {files[-1].__name__} offers no task: it has no make_batch")
+    return read(Task, *files)
+
+
+def find_adapter(name: str) -> ModuleType:
+    """Return the file that offers the adapter of that name; ValueError where none does."""
+    files = [find(file) for file in names("ADAPTERS")]
+    for file in files:
+        if name in file.ADAPTERS:
+            return file
+    raise ValueError(
+        f"--adapter {name}: expected one of {', '.join(a for file in files for a in file.ADAPTERS)}"
+    )

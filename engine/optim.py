@@ -1,97 +1,122 @@
-"""Which parameters are updated by which rule, and how fast.
+"""Optimizers: which rule updates each parameter, and with which learning rate.
 
     AdamW    m, v = running means of g, g^2     w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
     Muon     M = running mean of the matrix G   W -= lr * (0.2 sqrt(max(shape)) ortho(M) + weight_decay * W)
 
-AdamW (Loshchilov and Hutter 2019) treats each number alone. Muon (Jordan et al. 2024) treats a matrix as
-one thing: it takes the nearest orthogonal matrix to the momentum, by a Newton-Schulz iteration, so that
-every direction moves equally far. Both come from torch.optim; what is decided here is who gets which, and
-how fast each learns:
+AdamW (Loshchilov and Hutter 2019) treats each number alone. Muon (Jordan et al. 2024) treats a matrix as one
+thing: it replaces the momentum by the nearest orthogonal matrix, found by a Newton-Schulz iteration, so that
+every direction moves equally far. Both come from torch.optim. This file decides:
 
-    who         Muon the hidden matrices; AdamW embeddings, head, norms and biases (Jordan et al. 2024)
-    momentum    AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B); Muon Nesterov's, 0.95
-    decay       of matrices only, as in BERT's code (Devlin et al. 2018); 0.1 by default, as in GPT-3
-    one rate    the numbers in an orthogonal matrix A x B are 1 / sqrt(max(A, B)) large (root mean square),
-                those in an update of AdamW 0.2 to 0.4; hence Muon's factor, with which the same learning
-                rate and decay serve both (Liu et al. 2025, section 2.2)
-    course      `learning_rate`, a function of the step
-    width       `transfer_width`, for a learning rate that was found at another width
+    rule              Muon for hidden matrices; AdamW for embeddings, head, norms and biases (Jordan et al.)
+    momentum          AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B); Muon 0.95, Nesterov's
+    weight decay      on matrices only, as in BERT's code (Devlin et al. 2018); 0.1 by default, as in GPT-3
+    shared rate       an orthogonal A x B matrix has entries of size 1 / sqrt(max(A, B)) (root mean square),
+                      and an update of AdamW has entries of 0.2 to 0.4. Muon's factor makes the two equal, so
+                      one learning rate and one decay fit both rules (Liu et al. 2025, section 2.2)
+    schedule          `learning_rate`, a function of the step
+    width transfer    `transfer_width`, for a learning rate that was found at another width
 """
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
 def default_learning_rate(n_params: int) -> float:
-    """A power law through GPT-3's peak rates: 6e-4 at 125M parameters, 1.2e-4 at 6.7B (Brown et al. 2020,
-    table 2.1). Carried on below, it is close to the best for the tiny size too."""
+    """Return the peak learning rate of a power law through two of GPT-3's: 6e-4 at 125M parameters and
+    1.2e-4 at 6.7B (Brown et al. 2020, table 2.1). Extrapolated down, it is close to the best for the tiny
+    size too."""
     return 6e-4 * (125e6 / n_params) ** 0.4
 
 
 def width_factors(name: str, ratio: float) -> tuple[float, float]:
-    """How width changes a parameter of gpt.py or moe.py: the factors of its initial values and of AdamW's
-    learning rate, for ratio r = base width / width (muP: Tensor Programs V, Yang et al. 2022, tables 3, 8).
+    """Return the factors of a parameter's initial values and of AdamW's learning rate for width transfer with
+    ratio r = base width / width (muP: Tensor Programs V, Yang et al. 2022, tables 3 and 8). For moe.py too.
 
         embeddings, norms, biases    1          1
-        hidden matrices              sqrt(r)    r    outputs are sums over the width: of independent terms at
-                                                     the start, but what is learned all points one way
-        router                       r          r    an output: as many experts at any width
-        final norm                   r          r    in place of table 8's multiplier r of the logits
+        hidden matrices              sqrt(r)    r    outputs are sums over the width. At the start their terms
+                                                     are independent; what is learned points in one direction
+        router                       r          r    an output: the number of experts does not grow
+        final norm                   r          r    in place of the multiplier r of the logits in table 8
 
-    The last is the same thing: the logits are W (r g x), where g starts at 1, and as AdamW's steps do not
-    depend on the gradient's scale, r times the learning rate for r g is the learning rate itself for g. So
-    the head, which may be the embeddings, stays as it is. Attention keeps its 1 / sqrt(K), because a wider
-    model has more heads and not wider ones.
+    The final norm is equivalent to that multiplier: the logits are W (r g x), where g starts at 1, and since
+    AdamW's steps do not depend on the scale of the gradient, a learning rate of r for r g is a learning rate
+    of 1 for g. So the head, which may be the embedding matrix, stays as it is. Attention keeps its
+    1 / sqrt(K), because a wider model has more heads and no wider ones.
 
-    ValueError for a parameter of another model file.
+    Raises ValueError for a parameter without a rule.
     """
-    if not name.startswith(("model.", "lm_head.")):
-        raise ValueError(f"parameter {name}: width transfer has no rule for it; it serves gpt.py and moe.py")
-    name = name.removesuffix(".weight")
-    if name.startswith("model.norm") or name.endswith(".gate"):
+    kind = name.removesuffix(".weight")
+    if kind.startswith("model.norm") or kind.endswith(".gate"):
         return ratio, ratio
-    if name.endswith("_proj"):
+    if kind.endswith("_proj"):
         return math.sqrt(ratio), ratio
-    return 1.0, 1.0
+    if kind.endswith(("embed_tokens", "embed_positions", "lm_head", "norm", "bias")):
+        return 1.0, 1.0
+    raise ValueError(f"parameter {name}: width transfer has no rule for it; --mup works with decoders only")
+
+
+def lr_factor(name: str) -> float:
+    """Return 1: by default every parameter has the same learning rate."""
+    return 1.0
+
+
+def decays(name: str, p: nn.Parameter) -> bool:
+    """Return True for matrices: by default norms and biases have no weight decay."""
+    return p.ndim >= 2
 
 
 @torch.no_grad()
-def transfer_width(model: nn.Module, base_width: int) -> None:
-    """Rescale, in place, the fresh weights of a model, so that a learning rate that was found for one of
-    d_model = base_width is as good for it, with args.mup in `make_optimizers`.
+def transfer_width(
+    model: nn.Module, base_width: int, width_factors: Callable[[str, float], tuple[float, float]]
+) -> None:
+    """Rescale the fresh weights of a model in place, so that the best learning rate of a model with
+    d_model = base_width is the best for this one too; `make_optimizers` needs args.mup = base_width as well.
 
-    Both must have the same depth and head width, and numbers of heads, d_ff and d_expert in proportion to
-    d_model. ValueError as from `width_factors`.
+    The two models must have the same depth and head width; the numbers of heads, d_ff and d_expert must be
+    in proportion to d_model. width_factors: the model file's function (name, base width / width) -> (factor
+    of the initial values, factor of AdamW's learning rate). Raises ValueError for a parameter without a rule.
     """
     for name, p in model.named_parameters():
         p.mul_(width_factors(name, base_width / model.config.d_model)[0])
 
 
-def make_optimizers(model: nn.Module, args: Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW, and with args.optimizer "muon" Muon for the hidden matrices; each group of parameters has its
-    "lr_factor", by which the learning rate is multiplied.
+def make_optimizers(
+    model: nn.Module,
+    args: Namespace,
+    *,
+    width_factors: Callable[[str, float], tuple[float, float]] = width_factors,
+    lr_factor: Callable[[str], float] = lr_factor,
+    decays: Callable[[str, nn.Parameter], bool] = decays,
+) -> list[torch.optim.Optimizer]:
+    """Return AdamW, and with args.optimizer "muon" also Muon for the hidden matrices. Each parameter group
+    has an "lr_factor": its learning rate as a multiple of the scheduled one.
 
-    The stacked experts of moe.py stay with AdamW: torch's Muon takes nothing but matrices.
+    lr_factor and decays come from an adapter's file, width_factors from the model's file. Stacked experts
+    (3-dimensional) stay with AdamW, because torch's Muon takes matrices only.
 
-    With args.mup, a d_model, factors follow from the width. Those of AdamW are in `width_factors`. For Muon
-    it is sqrt(r): an update's spectral norm should be as sqrt(fan-out / fan-in), the same at all widths (Yang
-    et al. 2023, A Spectral Condition for Feature Learning), and that of sqrt(max(shape)) ortho(M) grows as
-    the square root of the width. The factor is taken out of the decay, so that weights shrink as fast at
-    every width, without which learning rates do not transfer in long runs ("independent" decay: Wortsman et
-    al. 2023, section 3.2.2; Kosson et al. 2025, Weight Decay may matter more than muP).
+    With args.mup (the base width) AdamW's factors are those of width_factors. Muon's is sqrt(r), with
+    r = base width / width: an update's spectral norm should be proportional to sqrt(fan-out / fan-in), the
+    same at all widths (Yang et al. 2023, A Spectral Condition for Feature Learning), but that of
+    sqrt(max(shape)) ortho(M) grows as the square root of the width. The decay is divided by the factor, so
+    that weights shrink equally fast at every width; otherwise learning rates do not transfer in long runs
+    ("independent" decay: Wortsman et al. 2023, section 3.2.2; Kosson et al. 2025).
+
+    Raises ValueError if args.optimizer is "muon" and no hidden matrix learns.
     """
+    # A head's outputs are logits, not hidden states.
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not name.endswith("lm_head")
     }
-    factor_of = getattr(model, "lr_factor", lambda name: 1.0)
-    decays = getattr(model, "decays", lambda name, p: p.ndim >= 2)
     base_width = getattr(args, "mup", None)
     ratio = 1.0 if base_width is None else base_width / model.config.d_model
+
+    # Sort the parameters that learn: Muon's, and those of AdamW by their settings.
     muon, groups = [], {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -100,10 +125,27 @@ def make_optimizers(model: nn.Module, args: Namespace) -> list[torch.optim.Optim
         if args.optimizer == "muon" and id(p) in hidden:
             muon.append(p)
         else:
-            groups.setdefault((decays(name, p), factor_of(name), of_width), []).append(p)
+            groups.setdefault((decays(name, p), lr_factor(name), of_width), []).append(p)
     if args.optimizer == "muon" and not muon:
-        raise ValueError("--optimizer muon: it trains whole matrices, of which none learns here; use adamw")
-    adamw = [
+        raise ValueError("--optimizer muon: it trains hidden matrices, and none learns here; use adamw")
+
+    optimizers = [make_adamw(groups, args)] if groups else []
+    if muon:
+        factor = math.sqrt(ratio)
+        group = {"params": muon, "weight_decay": args.weight_decay / factor, "lr_factor": factor}
+        optimizers.append(torch.optim.Muon([group], lr=args.lr, adjust_lr_fn="match_rms_adamw"))
+
+    held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    learning = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(held) == sorted(learning), "each parameter that learns belongs to exactly one group"
+    return optimizers
+
+
+def make_adamw(
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]], args: Namespace
+) -> torch.optim.AdamW:
+    """Return AdamW for parameters by (has decay, factor of the learning rate, factor from width transfer)."""
+    described = [
         {
             "params": params,
             "weight_decay": args.weight_decay / of_width if decayed else 0.0,
@@ -111,18 +153,15 @@ def make_optimizers(model: nn.Module, args: Namespace) -> list[torch.optim.Optim
         }
         for (decayed, factor, of_width), params in groups.items()
     ]
-    fused = args.device in ("cpu", "cuda")
-    optimizers = [torch.optim.AdamW(adamw, lr=args.lr, betas=(0.9, 0.95), fused=fused)] if adamw else []
-    if muon:
-        factor = math.sqrt(ratio)
-        group = {"params": muon, "weight_decay": args.weight_decay / factor, "lr_factor": factor}
-        optimizers.append(torch.optim.Muon([group], lr=args.lr, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    return torch.optim.AdamW(described, lr=args.lr, betas=(0.9, 0.95), fused=args.device in ("cpu", "cuda"))
 
 
 def learning_rate(step: int, args: Namespace) -> float:
-    """Linear warm-up; then cosine to a tenth (Hoffmann et al. 2022, appendix B), constant, or warm-up,
-    stable, decay: constant until the last fifth, which falls linearly to zero (Hägele et al. 2024)."""
+    """Return the learning rate of a step: after a linear warm-up one of three schedules.
+
+    cosine: to a tenth of args.lr (Hoffmann et al. 2022, appendix B). constant. wsd (warm-up, stable, decay):
+    constant until the last fifth, which falls linearly to zero (Hägele et al. 2024).
+    """
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     done = (step - args.warmup) / max(1, args.steps - args.warmup)
@@ -133,16 +172,26 @@ def learning_rate(step: int, args: Namespace) -> float:
     return args.lr
 
 
-def step(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> None:
-    """One step of each where finite, a bool () on their device, is True; else weights and states stay as they
-    are, to the bit. The device decides that by itself, so the host need not wait for it, except where AdamW
-    is not fused, as it then counts its steps on the host. Muon needs room for a copy of its matrices and
-    momenta."""
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, args: Namespace) -> float:
+    """Set the learning rate of every group, with its factor, for a step. Return it without the factors."""
+    lr = learning_rate(step, args)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group["lr_factor"]
+    return lr
+
+
+def step_optimizers(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> None:
+    """Make one step of each optimizer if finite, a bool () on their device, is True. If it is False, weights
+    and optimizer states keep every bit.
+
+    The device makes the decision, so the host does not wait for it. The exception is AdamW that is not fused:
+    it counts its steps on the host. Muon needs memory for a copy of its matrices and momenta.
+    """
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Muon):
             step_muon(optimizer, finite)
         elif optimizer.param_groups[0]["fused"]:
-            # These attributes are how torch.amp.GradScaler has a fused step left out.
+            # torch.amp.GradScaler uses these attributes to skip a fused step.
             optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
@@ -152,13 +201,16 @@ def step(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> None:
 
 @torch.no_grad()
 def step_muon(optimizer: torch.optim.Muon, finite: Tensor) -> None:
-    """`step` of Muon, which has no way of its own to leave one out: what was there before is put back."""
+    """Make one step of Muon, and undo it if finite is False: torch's Muon itself cannot skip a step."""
+    # Copy the weights and momenta; before its first step Muon has no momenta, so make them as it would.
     tensors = []
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        if "momentum_buffer" not in optimizer.state[p]:  # as Muon itself would begin
+        if "momentum_buffer" not in optimizer.state[p]:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
         tensors += [p, optimizer.state[p]["momentum_buffer"]]
     before = [tensor.clone() for tensor in tensors]
+
     optimizer.step()
+
     for tensor, old in zip(tensors, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))

@@ -1,28 +1,29 @@
-"""One model, many processes: data parallelism by PyTorch's own engine.
+"""One model, many processes: data parallelism by PyTorch's own implementations.
 
-    gradient = mean over N processes r of the gradient of N * (share of the targets in r) * (loss of r)
+    gradient = mean over N ranks r of the gradient of N * (share of the targets on r) * (loss of r)
 
     torchrun --nproc_per_node=8 train.py --model gpt --parallel ddp
     torchrun --nproc_per_node=8 train.py --model gpt --size llama3-8b --parallel fsdp --checkpoint-activations
 
-    ddp     every process holds the whole model; gradients are averaged while the backward pass still runs
+    ddp     every rank holds the whole model; gradients are averaged while the backward pass still runs
             (Li et al. 2020, PyTorch Distributed)
-    fsdp    every process holds an N-th of each weight, gradient and optimizer state, and a block's weights
-            are put together just before they are needed (ZeRO stage 3, Rajbhandari et al. 2020; FSDP, Zhao
-            et al. 2023; here fully_shard, PyTorch's second one)
+    fsdp    every rank holds a shard, an N-th of each weight, gradient and optimizer state, and a block's
+            weights are gathered just before they are needed (ZeRO stage 3, Rajbhandari et al. 2020; FSDP,
+            Zhao et al. 2023; here fully_shard, PyTorch's second one)
 
---batch-size counts the sequences of all processes: what is computed does not depend on how many there are.
-Process r of N takes the r-th N-th of each batch, which each of them draws as a whole. Three things do depend
-on N: dropout; the tokens among which the experts of a Switch and of expert choice are filled; and the weight
-of losses other than that of the targets, where processes have unequally many targets.
+--batch-size counts the sequences of all ranks: what is computed does not depend on the world size N. Rank r
+takes the r-th N-th of each batch, which every rank draws as a whole. Three things do depend on N: dropout;
+the tokens among which the experts of a Switch and of expert choice are filled; and the weight of losses other
+than that of the targets, where ranks have unequally many targets.
 
-With fsdp each process makes the whole model in the host's memory before it is shared out, and the first one
-keeps a copy there, to show and to save. With one process everything here does nothing.
+With fsdp each rank makes the whole model in the host's memory before it is sharded, and rank 0 keeps a copy
+there, to show and to save. In a single process all functions here return at once.
 """
 
 import argparse
 import copy
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,32 +34,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-TIMEOUT = timedelta(minutes=30)  # the longest that one process may keep the others waiting
+TIMEOUT = timedelta(minutes=30)  # the longest that one rank may keep the others waiting
 
 
 def rank() -> int:
-    """The number of this process, 0 for the first and for the only one."""
+    """Return the number of this process, 0 in a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def n_processes() -> int:
+def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start(args: argparse.Namespace) -> None:
-    """Join the processes that torchrun has started; nothing without --parallel.
+def initialize(args: argparse.Namespace) -> None:
+    """Join the process group that torchrun has started; do nothing without --parallel.
 
-    Raises ValueError where the two do not fit together.
+    Raises ValueError where torchrun and --parallel do not fit together.
     """
     n = int(os.environ.get("WORLD_SIZE", 0))
     if args.parallel == "none" and n > 1:
@@ -73,26 +70,32 @@ def start(args: argparse.Namespace) -> None:
         if local >= n_gpus:
             raise ValueError(f"--nproc_per_node: there are {n_gpus} GPUs, and none for process {local}")
         torch.cuda.set_device(local)
-    # Two engines in one group: what lies in the host's memory goes through gloo, also beside GPUs.
+    # Two backends in one group: tensors in the host's memory go through gloo, also beside GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
 
 
-def end() -> None:
-    """Part from the others, after success only: others that have failed would be waited for."""
+def shut_down() -> None:
+    """Leave the process group. For success only: ranks that have failed would be waited for."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of all to ask this: of an error that spreads, one word is enough."""
+    """Return True on exactly one rank, the first to call: used to print an error once."""
     if not dist.is_initialized():
         return True
     store = dist.distributed_c10d._get_default_store()
     return store.add(f"failed {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
 
 
-def from_first(value):
-    """The first process's value, in all of them."""
+def print_error(problem: str) -> None:
+    """Print an error that ends the run, once, although every rank may meet it."""
+    if first_to_fail():
+        print(f"error: {problem}", file=sys.stderr)
+
+
+def broadcast(value):
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -100,36 +103,37 @@ def from_first(value):
     return values[0]
 
 
-def ask_first(function: Callable):
-    """What function returns in the first process, which alone calls it; in all. A ValueError too."""
+def on_rank_0(function: Callable):
+    """Call a function on rank 0 alone, and return its result, or raise its ValueError, on every rank."""
     outcome = None
     if rank() == 0:
         try:
             outcome = function(), None
         except ValueError as error:
             outcome = None, str(error)
-    value, problem = from_first(outcome)
+    value, problem = broadcast(outcome)
     if problem is not None:
         raise ValueError(problem)
     return value
 
 
-def gather_objects(value) -> list:
-    """Every process's value, in all of them."""
+def all_gather(value) -> list:
+    """Return the values of all ranks, in their order, on every rank."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * n_processes()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def barrier() -> None:
-    gather_objects(None)
+    """Wait until every rank has called this."""
+    all_gather(None)
 
 
 @contextmanager
-def first_on_each_machine() -> Iterator[bool]:
-    """Enter in one process of each machine, which is given True, and when these are done in the rest."""
+def one_per_machine_first() -> Iterator[bool]:
+    """Enter on one rank of each machine, which gets True, and when these have left it on the others."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         barrier()
@@ -138,114 +142,123 @@ def first_on_each_machine() -> Iterator[bool]:
         barrier()
 
 
-def ask(flag: int) -> Callable[[], int]:
-    """Begin to look for the largest flag of any process; the function returned waits for it."""
+def max_over_ranks_async(value: int) -> Callable[[], int]:
+    """Start an all-reduce (max) of an integer. Call the function returned to wait for the result."""
     if not dist.is_initialized():
-        return lambda: flag
-    largest = torch.tensor(flag)
+        return lambda: value
+    largest = torch.tensor(value)
     work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True)
 
-    def answer() -> int:
+    def wait() -> int:
         work.wait()
         return int(largest)
 
-    return answer
+    return wait
 
 
-def total(x: Tensor) -> Tensor:
-    """The sum over the processes of x, in place."""
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum x over the ranks, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-class Loss(nn.Module):
-    """DDP takes care of what a forward method has used: this one is the model's loss."""
+class Objective(nn.Module):
+    """A model and the loss of its task as one module, whose forward pass is what DDP and FSDP hook into."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, loss: Callable):
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model.loss(batch)
+        return self.loss(self.model, batch)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that a model is a pile of: those in its nn.ModuleLists."""
+    """Return the repeated blocks of a model: the members of its nn.ModuleLists."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(dict.fromkeys(block for piled in lists for block in piled))
+    return list(dict.fromkeys(block for members in lists for block in members))
 
 
-def prepare(model: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, Callable, nn.Module | None]:
-    """Move model to its device and share it out; returns what `last_of_update` needs, the loss to call, and
-    the model to show and save: whole, and on the first process only.
+def distribute(
+    objective: Objective, args: argparse.Namespace
+) -> tuple[nn.Module, Callable, nn.Module | None]:
+    """Move an objective to its device and, with --parallel, onto the ranks.
 
-    --checkpoint-activations: of each block only the input is kept for the backward pass, which computes the
-    rest anew (Chen et al. 2016). --dtype bfloat16 with fsdp: weights are put together in bfloat16, that of
-    moe.py's router too, and gradients added up in float32; the shares that the optimizer updates are float32
-    all along.
+    Returns the module that synchronises gradients (see `sync_gradients`), the loss to call in training, and
+    the unsharded model to show and to save, which is None on all ranks but 0.
+
+    --checkpoint-activations keeps only the input of each block for the backward pass, which computes the rest
+    anew (Chen et al. 2016). --dtype bfloat16 with fsdp gathers weights in bfloat16, that of moe.py's router
+    too, and sums gradients in float32; the shards that the optimizer updates are float32 throughout.
     """
-    whole = None
+    model, unsharded = objective.model, None
     if args.parallel == "fsdp" and rank() == 0:
-        whole = copy.deepcopy(model)
-        for module in whole.modules():
+        unsharded = copy.deepcopy(model)
+        for module in unsharded.modules():
             if hasattr(module, "backend"):
-                module.backend = "auto"  # it stays in the host's memory, where Triton's kernels cannot run
-    # Where something is to happen between blocks, each of them is compiled alone.
+                module.backend = "auto"  # this copy stays in the host's memory, where Triton cannot run
+
+    # FSDP and activation checkpointing act between blocks, so there each block is compiled alone.
     by_block = args.parallel == "fsdp" or args.checkpoint_activations
     for block in blocks(model):
         if args.compile and by_block:
             block.forward = torch.compile(block.forward)
         if args.checkpoint_activations:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if args.parallel != "fsdp":
-        model.to(args.device)
-        engine, loss_of = model, model.loss
-        if args.parallel == "ddp":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that newer versions have another name for broadcast_buffers
-                # Buffers are not the first process's business: moe.py adds up the loads of all.
-                engine = DistributedDataParallel(
-                    Loss(model), broadcast_buffers=False, gradient_as_bucket_view=True
-                )
-            loss_of = engine
-        # The module itself stays as it is: what is saved must not carry the names that compiling adds.
-        if args.compile and not by_block:
-            loss_of = torch.compile(loss_of)
-        return engine, loss_of, model if rank() == 0 else None
+    if args.parallel == "fsdp":
+        shard(objective, args)
+        return objective, objective, unsharded
 
-    mesh = init_device_mesh(args.device, (n_processes(),))
+    objective.to(args.device)
+    engine, loss = objective, objective.forward
+    if args.parallel == "ddp":
+        with warnings.catch_warnings():
+            # Newer versions of PyTorch warn that broadcast_buffers has another name. Buffers are not
+            # broadcast from rank 0, because moe.py sums its load counters over the ranks.
+            warnings.simplefilter("ignore")
+            engine = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        loss = engine
+    # Compiling a module in place would give its parameters other names in what is saved.
+    if args.compile and not by_block:
+        loss = torch.compile(loss)
+    return engine, loss, model if rank() == 0 else None
+
+
+def shard(objective: Objective, args: argparse.Namespace) -> None:
+    """Shard every block, and then the rest of the objective, over the ranks (FSDP)."""
+    mesh = init_device_mesh(args.device, (world_size(),))
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
-    # The angles of rotary positions are inputs of the blocks, which 8 bits of mantissa would spoil.
+    # Inputs of blocks are not cast: they hold the angles of rotary positions, which need more than 8 bits.
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for block in blocks(model):
+    for block in blocks(objective.model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "loss")
-    return model, model.loss, whole
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
-def last_of_update(engine: nn.Module, is_last: bool) -> None:
-    """Before the pass over a batch: gradients are added up where they are, and only with the last batch of
-    an update over the processes."""
+def sync_gradients(engine: nn.Module, enabled: bool) -> None:
+    """Set, before a forward and backward pass, whether its gradients are exchanged between the ranks.
+
+    Those of several batches of one update are summed locally, and exchanged with the last batch only.
+    """
     if isinstance(engine, DistributedDataParallel):
-        engine.require_backward_grad_sync = is_last
+        engine.require_backward_grad_sync = enabled
     elif isinstance(engine, FSDPModule):
-        engine.set_requires_gradient_sync(is_last)
+        engine.set_requires_gradient_sync(enabled)
 
 
-def as_tensor(x: Tensor) -> Tensor:
-    """x in one piece on each process, if it was shared out."""
+def unshard(x: Tensor) -> Tensor:
+    """Return x itself, or if it is sharded its whole content on every rank."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
-def gather(model: nn.Module, whole: nn.Module | None) -> None:
-    """Bring the model that is to be shown and saved up to date, if it is another than the one trained."""
-    if whole is model or not isinstance(model, FSDPModule):
+def update_unsharded(model: nn.Module, unsharded: nn.Module | None) -> None:
+    """Copy the weights of a sharded model into the unsharded copy on rank 0. Called by all ranks."""
+    if unsharded is model or not any(isinstance(p, DTensor) for p in model.parameters()):
         return
-    places = whole.state_dict() if whole is not None else {}
+    places = unsharded.state_dict() if unsharded is not None else {}
     for name, w in model.state_dict().items():
-        w = as_tensor(w)
-        if whole is not None:
+        w = unshard(w)
+        if unsharded is not None:
             places[name].copy_(w)

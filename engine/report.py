@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from chinchilla import short
 from engine import cpu, parallel
 from engine.charts import HUES, Curve, chart, page, settled, table, usual
 from formats import atomic
+from formats.numbers import short
 
 ROWS = 20_000  # of the steps in metrics.jsonl, the most that are read, evenly spaced
 SAMPLES = 20  # the most of the earlier ones that are shown
@@ -54,7 +54,7 @@ def environment() -> dict:
         "cpu": cpu.name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "processes": parallel.n_processes(),
+        "processes": parallel.world_size(),
     }
 
 

@@ -1,95 +1,86 @@
-"""A run: all that is settled before its first step, and all that --resume finds again.
+"""A run: everything that is settled before its first step.
 
-`prepare` makes one from the flags; whatever can fail fails there. `host_batches` gives the data of a step, a
-function of (seed, step) alone. `save` and `resume` are each other's inverse.
+    check     flags, device, the directory in --out, the checkpoint of --resume
+    load      the concept's files, the data, the configuration
+    build     the model, its adapter or frozen parts, the module that is trained
+    start     the ranks' shares, optimizers, the state of a checkpoint
+
+`prepare` does all of it, so that whatever can fail fails before any work that costs time. What it returns, a
+`Run`, holds the state of a training in progress; engine/checkpoint.py saves and restores it.
 """
 
 import argparse
-import ast
-import contextlib
-import os
-import shlex
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-import data.text
-from data.tokenizer import Tokenizer
-from data.wordpiece import WordPiece
-from engine import checkpoint, cpu, optim, parallel
-from engine.contract import find
-from engine.options import FREE_ON_RESUME, check_arguments, choose_device
-from formats import atomic
-
-LOGS = ("metrics.jsonl", "samples.txt")
+from data.rows import Dataset
+from engine import checkpoint, contract, cpu, memory, optim, parallel, trainable
+from engine.batches import Batches
+from engine.device import choose_device
+from engine.options import FREE_ON_RESUME, check_arguments, fill_defaults
+from engine.settings import check_set, field_names, with_fields
 
 
-class Concept(Protocol):
-    """What a model file offers to be trained: a module with these names."""
+class Interrupted(Exception):
+    """SIGINT or SIGTERM reached some rank. Raised on every rank so that all stop at the same step."""
 
-    # Of Config, the first by default; .fitted(tokenizer, seq_len) and .changed(field=value) give others.
-    SIZES: dict[str, Any]
-    Model: type[nn.Module]  # Model(config); .loss(batch) -> (loss, metrics); .flops_per_token(seq_len);
-    #                         .save_pretrained(directory); .from_pretrained(directory); .config;
-    #                         .after_step(finite), if there is one, after each update of the weights, which
-    #                         was left out where the Tensor finite is False;
-    #                         .lr_factor(name) and .decays(name, parameter), if there are, for engine/optim.py;
-    #                         .base_fingerprint, if there is one, of frozen weights that are not saved
+    def __init__(self, number: int):
+        self.number = number
 
-    STEPS: int  # by default: about five minutes on two CPU cores for the first of SIZES
-    LEARNING_RATE: float  # by default: times optim.default_learning_rate; or Config's .learning_rate
-    SPECIAL_TOKENS: dict[str, str]  # role: token, which the tokenizer must have for this model
 
-    def make_batch(
-        self, tokens: Tensor, config: Any, generator: torch.Generator, tokenizer: Tokenizer | WordPiece
-    ) -> dict[str, Tensor]: ...
+class Sizes(NamedTuple):
+    """Numbers of parameters."""
 
-    def show(
-        self, model: nn.Module, tokenizer: Tokenizer | WordPiece, held_out: Tensor, directory: Path
-    ) -> str: ...  # pictures go to directory
-
-    # If it has these: prepare_data(config, args) -> data.Dataset, where it learns from more than plain text;
-    # save_tokenizer(tokenizer, directory), where more than the tokenizer belongs to it; part_of(batch, i, n),
-    # the i-th of n equal parts of a batch, where that is more than a part of each tensor's rows.
+    n_params: int  # in all
+    n_active: int  # that a token passes through, without an adapter's
+    n_trained: int  # that learn
 
 
 @dataclass
 class Run:
+    """A training in progress."""
+
     args: argparse.Namespace
-    concept: Concept
-    model: nn.Module  # this process's part of it
-    whole: nn.Module | None  # all of it, to show and to save, on the first process
-    engine: nn.Module  # see parallel.prepare
-    loss_of: Callable  # model.loss, as it is to be called in training
-    dataset: data.text.Dataset
-    loader: data.text.Loader
+    concept: contract.Concept
+    settings: Any  # the task's Config
+    adapter_config: Any  # the adapter's Config, None without one
+    base_fingerprint: str | None  # of the frozen model that an adapter's checkpoint leaves out
+    sizes: Sizes
+    dataset: Dataset
+    batches: Batches
+    model: nn.Module  # this rank's shards of it
+    unsharded: nn.Module | None  # all of it, to show and to save, on rank 0
+    objective: parallel.Objective
+    engine: nn.Module  # the module that synchronises gradients, see parallel.distribute
+    loss: Callable  # the objective as training calls it: perhaps compiled, perhaps by DDP
     optimizers: list[torch.optim.Optimizer]
-    flags: dict[str, str]  # as they were at the start, for --resume to compare
+    flags: dict[str, str]  # as they were typed, for --resume to compare
     lock: FileLock | None = None
     step: int = 0  # updates made
     seconds: float = 0.0  # spent on them
-    skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # see `update`
-    signal: int = 0  # the number of the one that has come in
-    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # reads ahead
-    ahead: Future | None = None  # the batches of the step that comes next
+    skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # in all, in a row
+    signal: int = 0  # the number of the last signal received, 0 for none
 
     @property
     def n_skipped(self) -> int:
-        """Updates left out because the gradient was not finite."""
+        """Return how many updates were left out because the gradient was not finite."""
         return int(self.skipped[0])
 
     @property
     def n_skipped_in_a_row(self) -> int:
-        """The last ones of them, if nothing came in between."""
+        """Return how many of the latest updates were left out, without one made in between."""
         return int(self.skipped[1])
 
     @property
@@ -97,179 +88,160 @@ class Run:
         return self.args.batch_size * self.args.grad_accum * self.args.seq_len
 
     @property
+    def flops_per_token(self) -> int:
+        """Return the FLOPs of training on one token: without gradients of weights that are frozen."""
+        task, adapter = self.concept.task, self.concept.adapter
+        full = task.flops_per_token(self.model, self.settings, self.args.seq_len)
+        if adapter is not None:
+            return adapter.flops_per_token(self.model, self.adapter_config, full)
+        return full - trainable.frozen_flops(self.model)
+
+    @property
     def is_first(self) -> bool:
         return parallel.rank() == 0
 
+    def autocast(self) -> torch.autocast:
+        """Return the context of --dtype bfloat16: weights stay float32, matrix products are in bfloat16.
+
+        FSDP casts by itself.
+        """
+        enabled = self.args.dtype == "bfloat16" and self.args.parallel != "fsdp"
+        return torch.autocast(self.args.device, dtype=torch.bfloat16, enabled=enabled)
+
+    def steps(self) -> Iterator[int]:
+        """Yield the numbers of the steps that are left; raise Interrupted on all ranks after a signal."""
+        while self.step < self.args.steps:
+            number = parallel.max_over_ranks_async(self.signal)  # exchanged while the step is computed
+            yield self.step
+            if number():
+                raise Interrupted(number())
+
+    def finish_step(self, finite: Tensor) -> None:
+        """Count an update, or one left out where finite is False, and do what the model's file adds to it."""
+        self.concept.model.after_step(self.model, finite)
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        self.skipped += ~finite
+        self.skipped[1] *= ~finite
+
+    def is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.args.steps
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint holds: all of the model's, or its adapter's alone."""
+        adapter = self.concept.adapter
+        return adapter.state(self.model) if adapter is not None else self.model.state_dict()
+
+    def save_model(self, directory: Path) -> None:
+        """Write the unsharded model, or its adapter in PEFT's layout, and the tokenizer."""
+        task, adapter = self.concept.task, self.concept.adapter
+        if adapter is None:
+            task.save(self.unsharded, self.dataset, directory)
+            return
+        base = self.concept.base
+        adapter.save_pretrained(self.unsharded, directory, self.adapter_config, base, self.base_fingerprint)
+        task.save_tokenizer(self.dataset, directory)
+
     def close(self) -> None:
-        """Give the directory back, to be written by others."""
-        self.worker.shutdown()
+        """Stop the thread and release the lock on the run directory."""
+        self.batches.close()
         if self.lock is not None:
             self.lock.release()
 
 
+@contextmanager
+def signals(run: Run) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM are noted in run.signal and the step is finished; a second SIGINT ends it."""
+
+    def note(number: int, _) -> None:
+        run.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def prepare(args: argparse.Namespace) -> Run:
-    """Everything that can fail, before any work that costs: ValueError says what is wrong and what to do."""
-    flags = {flag: str(value) for flag, value in vars(args).items()}  # before they get derived defaults
-    check_arguments(args)
-    choose_device(args)
-    if args.device == "cpu":
-        cpu.multiply_by_onednn()
+    """Return the run that the flags describe, at its first step or, with --resume, where it was saved.
+
+    Raises ValueError for everything that a user can mend, in one line that says what to do.
+    """
+    flags = {flag: str(value) for flag, value in vars(args).items()}  # before defaults are filled in
+    concept = check(args)
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
-    saved = find_checkpoint(args, flags) if args.resume else None
-    if not args.out.is_dir():
-        raise ValueError(f"--out {args.out}: expected a directory that all machines share")
-    if saved is None and any((args.out / name).exists() for name in ("checkpoint", "checkpoint.previous")):
-        raise ValueError(
-            f"--out {args.out}: there is a run in it; add --resume to go on, or name another directory"
-        )
-    concept = find(args.model)
+    saved = find_checkpoint(args, flags)
+
+    # The data, the model, and which of its weights learn.
     torch.manual_seed(args.seed)
-    pretrained, config = configured(concept, args)
-    dataset = read_data(concept, config, args)
-    loader = data.text.Loader(dataset.train.tokens, args.seq_len, args.seed)
-    dataset.tokenizer = dataset.tokenizer.with_special_tokens(concept.SPECIAL_TOKENS)
-    n_vocab = dataset.tokenizer.n_vocab
-    if pretrained is None:
-        model = concept.Model(config.fitted(dataset.tokenizer, args.seq_len))
-    elif n_vocab > config.vocab_size:
-        raise ValueError(
-            f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint knows {config.vocab_size}"
-        )
-    else:
-        model = pretrained
-        if args.set:
-            model = concept.Model(config)
-            start_from(model, pretrained, args.set)
-    n_held_out = len(dataset.val.tokens)
-    if concept.SPECIAL_TOKENS and n_held_out <= args.seq_len:
-        raise ValueError(
-            f"--seq-len {args.seq_len}: the held-out text has only {n_held_out} tokens; give more text"
-        )
-    _, n_active, n_trained = count_parameters(model)
-    free = shutil.disk_usage(args.out).free
-    # Three checkpoints of weights and two moments while one is replaced, and model/.
-    needed = 4 * n_trained * (3 * 3 + 1)
-    keeps = not (args.benchmark or args.profile)
-    if keeps and free < needed:
-        raise ValueError(
-            f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
-        )
-    if args.lr is None:
-        factor = getattr(model.config, "learning_rate", None) or concept.LEARNING_RATE
-        args.lr = factor * optim.default_learning_rate(n_active)
-    if args.mup and pretrained is None:
-        optim.transfer_width(model, args.mup)
-    if saved is None and keeps and parallel.rank() == 0:
-        with tempfile.TemporaryDirectory(dir=args.out) as aside:
-            model.save_pretrained(aside)  # ValueError for a model that no architecture describes
-    if getattr(model.config, "pooler", False) and model.config.pair == "none":
-        model.bert.pooler.requires_grad_(False)  # nothing asks for it, and ddp would wait for its gradient
-    engine, loss_of, whole = parallel.prepare(model, args)
-    optimizers = optim.make_optimizers(model, args)
-    run = Run(args, concept, model, whole, engine, loss_of, dataset, loader, optimizers, flags, lock)
-    run.skipped = run.skipped.to(args.device)
+    pretrained, config = configure(concept, args)
+    dataset = load_data(concept, config, args)
+    model = build(concept, config, pretrained, dataset, args)
+    n_base, n_active = count_parameters(model)[0], concept.model.n_active_params(model)
+    adapter_config, base_fingerprint = choose_weights(concept, model, args)
+    set_rates(concept, model, n_active, pretrained is None, adapter_config, args)
+
+    # What the task asks of it.
+    settings = task_settings(concept, model.config, args.set)
+    objective = parallel.Objective(concept.task.wrap(model, settings), concept.task.loss)
+    batches = Batches(args, concept.task, settings, dataset)
+    n_params, n_trained = count_parameters(objective.model)
+    if concept.adapter is not None:  # a base in 4 bits has no parameters any more
+        n_params = n_base + n_trained
+    sizes = Sizes(n_params, n_active, n_trained)
+
+    # This rank's shards of all that training changes.
+    engine, loss, unsharded = parallel.distribute(objective, args)
+    run = Run(
+        args=args,
+        concept=concept,
+        settings=settings,
+        adapter_config=adapter_config,
+        base_fingerprint=base_fingerprint,
+        sizes=sizes,
+        dataset=dataset,
+        batches=batches,
+        model=objective.model,
+        unsharded=unsharded,
+        objective=objective,
+        engine=engine,
+        loss=loss,
+        optimizers=make_optimizers(concept, objective.model, adapter_config, args),
+        flags=flags,
+        lock=lock,
+        skipped=torch.zeros(2, dtype=torch.int64, device=args.device),
+    )
+    if not (args.benchmark or args.profile):
+        check_saving(run, is_new=saved is None)
     if saved is not None:
-        resume(run, *saved)
-    run.ahead = run.worker.submit(host_batches, run, run.step)
-    run.ahead.result()  # ValueError if the objective cannot be asked of such rows
+        checkpoint.resume(run, *saved)
+    batches.start(run.step)
     if saved is None and run.is_first:
-        for log in LOGS:
+        for log in checkpoint.LOGS:
             (args.out / log).write_text("")
     return run
 
 
-def configured(concept: Concept, args: argparse.Namespace) -> tuple[nn.Module | None, Any]:
-    """The model in --init-from, if it is given, and the Config that --size or it and --set make."""
-    if args.init_from:
-        pretrained = concept.Model.from_pretrained(args.init_from, kernels=args.kernels).float()
-        config = with_fields(pretrained.config, args.set)
-    elif args.size in concept.SIZES:
-        pretrained = None
-        of_base = {"base": args.base} if args.base else {}
-        config = with_fields(replace(concept.SIZES[args.size], kernels=args.kernels, **of_base), args.set)
-    else:
-        raise ValueError(f"--size {args.size}: expected one of {', '.join(concept.SIZES)}")
-    args.seq_len = args.seq_len or config.max_seq_len
-    if args.seq_len > config.max_seq_len:
-        raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {config.max_seq_len} tokens")
-    return pretrained, config
-
-
-def planned_model(args: argparse.Namespace) -> nn.Module:
-    """The model that would be trained, without memory for its weights, for engine/memory.py; --model lora's base has
-    some. Its vocabulary is that of --size, not of --tokenizer, and --dtype what a GPU would be given."""
+def check(args: argparse.Namespace) -> contract.Concept:
+    """Check the flags, fill in their defaults, and return the files they name."""
     check_arguments(args)
-    args.dtype = args.dtype or "bfloat16"
-    concept = find(args.model)
-    pretrained, config = configured(concept, args)
-    if pretrained is not None:
-        return pretrained
-    with torch.device("cpu" if args.base else "meta"):
-        return concept.Model(config)
-
-
-def read_data(concept: Concept, config: Any, args: argparse.Namespace) -> data.text.Dataset:
-    """What --data names, tokenised; of plain text one process of each machine prepares it for all. They wait
-    for parallel.TIMEOUT at most: much text is better prepared before, by data/text.py."""
-    if hasattr(concept, "prepare_data"):
-        with contextlib.redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
-            return concept.prepare_data(config, args)
-    dataset = None
-    with parallel.first_on_each_machine() as is_first:
-        if is_first:
-            dataset = data.text.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
-    name = parallel.from_first(dataset and dataset.name)
-    return dataset or data.text.reopen(args.cache, name, args.tokenizer)
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int, int]:
-    """All of them; those that a token uses, which are not all in moe.py; those that learn, not all in
-    lora.py."""
-    n_params = getattr(model, "n_params", None) or sum(p.numel() for p in model.parameters())
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return n_params, getattr(model.config, "n_active_params", n_params), n_trained
-
-
-def with_fields(config: Any, changes: list[str]) -> Any:
-    """The config with the values of --set; ValueError for a field it does not have or a value of no sense."""
-    fields = {}
-    for change in changes:
-        field, equals, text = change.partition("=")
-        if not equals or field not in config.__dataclass_fields__:
-            known = ", ".join(config.__dataclass_fields__)
-            raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {known}")
-        if field in ("vocab_size", "max_seq_len", "eos_token_id", "pad_token_id", "kernels", "base"):
-            raise ValueError(f"--set {change}: --tokenizer, --seq-len, --kernels and --base decide this")
-        try:
-            value = ast.literal_eval(text)  # a number, None, True, a tuple
-        except (ValueError, SyntaxError):
-            value = text
-        now = getattr(config, field)
-        alike = float | int if isinstance(now, float) else type(now)
-        if now is not None and value is not None and not isinstance(value, alike):
-            raise ValueError(f"--set {change}: expected a value such as {now!r}")
-        fields[field] = value
-    try:
-        return config.changed(**fields) if fields else config
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise ValueError(f"--set {' '.join(changes)}: {error}") from None
-
-
-def start_from(model: nn.Module, pretrained: nn.Module, changes: list[str]) -> None:
-    """Give model the pretrained weights; a head that --set has added keeps its random ones."""
-    weights, places = pretrained.state_dict(), model.state_dict()
-    for name, w in weights.items():
-        if name not in places or places[name].shape != w.shape:
-            raise ValueError(f"--set {' '.join(changes)}: leaves no place for the checkpoint's {name}")
-    model.load_state_dict(weights, strict=False)
+    concept = contract.resolve(args)
+    fill_defaults(args, concept)
+    choose_device(args)
+    if args.device == "cpu":
+        cpu.multiply_by_onednn()
+    return concept
 
 
 def open_directory(out: Path) -> FileLock:
-    """The lock on a run's directory, which is made if there is none; ValueError if it cannot be had."""
+    """Make the run's directory if there is none and return a lock on it; ValueError if it cannot be locked."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / "lock")  # the system's own, given back even by a process that is killed
+        lock = FileLock(out / "lock")  # the operating system's, released even if the process is killed
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
@@ -280,150 +252,172 @@ def open_directory(out: Path) -> FileLock:
     return lock
 
 
-def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Path, dict]:
-    """Where to resume from, and the state of the run then; ValueError if it was another run."""
-
-    def warn(problem: str) -> None:
-        print(f"warning: {problem}; trying the checkpoint before it", file=sys.stderr)
-
-    directory, state = parallel.ask_first(lambda: checkpoint.newest(args.out, warn))
-    for flag in flags.keys() - FREE_ON_RESUME:
-        now = flags[flag]
-        before = state["flags"].get(flag, now)  # a run older than the flag did without it
-        if before != now:
-            raise ValueError(
-                f"--resume: the run in {args.out} was started with --{flag.replace('_', '-')} {before}, not "
-                f"{now}; its command was: {state['command']}"
-            )
-    n_before, n_now = (int(f["batch_size"]) * int(f["grad_accum"]) for f in (state["flags"], flags))
-    if n_before != n_now:
+def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Path, dict] | None:
+    """Return the checkpoint to resume from, None for a new run; ValueError where --out does not fit."""
+    saved = checkpoint.find(args.out, flags, FREE_ON_RESUME) if args.resume else None
+    if not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: expected a directory that all machines share")
+    if saved is None and any((args.out / name).exists() for name in ("checkpoint", "checkpoint.previous")):
         raise ValueError(
-            f"--resume: the run in {args.out} was started with {n_before} sequences in an update, not "
-            f"{n_now}; --batch-size and --grad-accum may change, but not their product"
+            f"--out {args.out}: there is a run in it; add --resume to go on, or name another directory"
         )
-    return directory, state
+    return saved
 
 
-def resume(run: Run, directory: Path, state: dict) -> None:
-    if state.get("base") != getattr(run.model, "base_fingerprint", None):
+def configure(concept: contract.Concept, args: argparse.Namespace) -> tuple[nn.Module | None, Any]:
+    """Return the pretrained model, None for a new one, and the model's Config with the values of --set."""
+    file = concept.model
+    directory = concept.base or args.init_from
+    if directory:
+        pretrained = file.Model.from_pretrained(directory, kernels=args.kernels)
+        if concept.adapter is None:
+            pretrained = pretrained.float()
+        config = pretrained.config
+    elif args.size in file.SIZES:
+        pretrained, config = None, replace(file.SIZES[args.size], kernels=args.kernels)
+    else:
+        raise ValueError(f"--size {args.size}: expected one of {', '.join(file.SIZES)}")
+    check_set(concept, config, args.set)
+    config = with_fields(config, args.set)
+
+    args.seq_len = args.seq_len or config.max_seq_len
+    if args.seq_len > config.max_seq_len:
+        raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {config.max_seq_len} tokens")
+    return pretrained, config
+
+
+def load_data(concept: contract.Concept, config: Any, args: argparse.Namespace) -> Dataset:
+    """Return the task's data. What it prints is printed on rank 0 alone."""
+    with redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
+        return concept.task.load_data(args, config)
+
+
+def build(
+    concept: contract.Concept,
+    config: Any,
+    pretrained: nn.Module | None,
+    dataset: Dataset,
+    args: argparse.Namespace,
+) -> nn.Module:
+    """Return a new model for this data, or the pretrained one, with the changes of --set."""
+    n_vocab = dataset.tokenizer.n_vocab if dataset.tokenizer is not None else 0
+    if pretrained is None:
+        return concept.model.Model(concept.model.fit(config, dataset, args.seq_len))
+    if n_vocab > config.vocab_size:
         raise ValueError(
-            f"--resume: the weights in --base {run.args.base} have changed since the run was started"
+            f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint has {config.vocab_size}; leave "
+            "it out to use the checkpoint's own"
         )
-    if state["dataset"] != run.dataset.name:
+    if config == pretrained.config:
+        return pretrained
+    model = concept.model.Model(config)
+    start_from(model, pretrained, args.set)
+    return model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters a model has, and how many of them learn."""
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(learns for _, learns in sizes)
+
+
+def start_from(model: nn.Module, pretrained: nn.Module, changes: list[str]) -> None:
+    """Copy the pretrained weights into a model; a head that --set has added keeps its random ones."""
+    weights, places = pretrained.state_dict(), model.state_dict()
+    for name, w in weights.items():
+        if name not in places or places[name].shape != w.shape:
+            raise ValueError(f"--set {' '.join(changes)}: leaves no place for the checkpoint's {name}")
+    model.load_state_dict(weights, strict=False)
+
+
+def choose_weights(
+    concept: contract.Concept, model: nn.Module, args: argparse.Namespace
+) -> tuple[Any, str | None]:
+    """Let only the parameters learn that --adapter or --train names; an adapter is put in, in place.
+
+    Returns the adapter's Config and the fingerprint of its base, or None and None.
+    """
+    adapter = concept.adapter
+    if adapter is None:
+        if trainable.parse(args.train)[0] == "head":
+            concept.model.separate_head(model)
+        trainable.freeze(model, args.train)
+        return None, None
+    config = with_fields(adapter.ADAPTERS[args.adapter or next(iter(adapter.ADAPTERS))], args.set)
+    fingerprint = adapter.prepare_base(model, config)
+    if args.init_from and contract.adapted_by(args.init_from) is not None:
+        return adapter.load_adapter(model, args.init_from, base_fingerprint=fingerprint), fingerprint
+    adapter.apply(model, config)
+    return config, fingerprint
+
+
+def task_settings(concept: contract.Concept, config: Any, changes: list[str]) -> Any:
+    """Return the task's own Config with the values of --set, or the model's Config if the task has none."""
+    settings = concept.task.settings(config)
+    known = {name for name in field_names(settings) if name not in field_names(config)}
+    return settings if settings is config else with_fields(settings, changes, known)
+
+
+def set_rates(
+    concept: contract.Concept,
+    model: nn.Module,
+    n_active: int,
+    is_new: bool,
+    adapter_config: Any,
+    args: argparse.Namespace,
+) -> None:
+    """Fill in --lr by the number of active parameters, and with --mup rescale the weights of a new model."""
+    if args.lr is None:
+        factor = concept.task.LEARNING_RATE * trainable.LEARNING_RATE[trainable.parse(args.train)[0]]
+        if concept.adapter is not None:
+            factor = concept.adapter.learning_rate(adapter_config)
+        args.lr = factor * optim.default_learning_rate(n_active)
+    if args.mup and is_new:
+        optim.transfer_width(model, args.mup, concept.model.width_factors)
+
+
+def make_optimizers(
+    concept: contract.Concept, model: nn.Module, adapter_config: Any, args: argparse.Namespace
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers, with the rates and decays of the adapter's file if there is one."""
+    rules = {"width_factors": concept.model.width_factors}
+    if concept.adapter is not None:
+        rules["lr_factor"] = partial(concept.adapter.lr_factor, adapter_config)
+        rules["decays"] = partial(concept.adapter.decays, adapter_config)
+    return optim.make_optimizers(model, args, **rules)
+
+
+def check_saving(run: Run, is_new: bool) -> None:
+    """Raise ValueError if the disk lacks the room for checkpoints, or if no format can hold a new model."""
+    free = shutil.disk_usage(run.args.out).free
+    # Three checkpoints, each of weights and two moments, while one is replaced; and model/.
+    needed = 4 * run.sizes.n_trained * (3 * 3 + 1)
+    if free < needed:
         raise ValueError(
-            f"--resume: the text of --data {run.args.data} has changed since the run was started"
+            f"--out {run.args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
         )
-    # The optimizers make their state in the first step. It is made here as the checkpoint names it.
-    saved = checkpoint.names(directory)
-    for optimizer in run.optimizers:
-        for name, p in named(run.model, optimizer):
-            prefix = f"optimizer.{name}."
-            for key in (full.removeprefix(prefix) for full in saved if full.startswith(prefix)):
-                # AdamW counts its steps on the device if it is fused.
-                device = p.device if optimizer.param_groups[0].get("fused") else "cpu"
-                state_of = optimizer.state[p]
-                state_of[key] = torch.zeros((), device=device) if key == "step" else torch.zeros_like(p)
-    checkpoint.load(directory, tensors_of(run))
-    run.step, run.seconds = state["step"], state["seconds"]
-    run.skipped[0] = state["skipped"]
-    # What was logged after the checkpoint will be computed and logged again.
-    if run.is_first:
-        for name, size in state["logs"].items():
-            os.truncate(run.args.out / name, size)
+    if is_new and run.is_first:
+        with tempfile.TemporaryDirectory(dir=run.args.out) as aside:
+            run.save_model(Path(aside))
 
 
-def named(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of an optimizer, with their names in the model."""
-    its_own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [(name, p) for name, p in model.named_parameters() if id(p) in its_own]
+def plan(args: argparse.Namespace) -> str:
+    """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
 
-
-def tensors_of(run: Run) -> dict[str, Tensor]:
-    """All that learning has changed, by name: this process's part of weights and optimizer states."""
-    tensors = {f"model.{name}": w for name, w in run.model.state_dict().items()}
-    for optimizer in run.optimizers:
-        for name, p in named(run.model, optimizer):
-            tensors |= {f"optimizer.{name}.{key}": t for key, t in optimizer.state[p].items()}
-    return tensors
-
-
-def save(run: Run) -> None:
-    """Write checkpoint/ and model/, each whole or not at all. OSError if there is no room for them."""
-    out, state = run.args.out, {}
-    if run.is_first:
-        for log in LOGS:
-            atomic.sync(out / log)
-        state = {
-            "step": run.step,
-            "seconds": run.seconds,
-            "skipped": run.n_skipped,
-            "dataset": run.dataset.name,
-        }
-        state |= {"flags": run.flags, "command": command()}
-        state |= {"base": getattr(run.model, "base_fingerprint", None)}
-        state |= {"logs": {log: (out / log).stat().st_size for log in LOGS}}
-    checkpoint.save(out, tensors_of(run), state)
-    parallel.gather(run.model, run.whole)
-    if run.is_first:
-        with atomic.replace_directory(out / "model") as new:
-            run.whole.save_pretrained(new)
-            if hasattr(run.concept, "save_tokenizer"):
-                run.concept.save_tokenizer(run.dataset.tokenizer, new)
-            else:
-                run.dataset.tokenizer.save(new)
-    parallel.barrier()
-
-
-def command() -> str:
-    """As it was typed, but for what starts it."""
-    return shlex.join(["python", *sys.argv])
-
-
-def host_batches(run: Run, step: int) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """This process's part of the batches of an update, in the host's memory; and for each the share that its
-    targets are of all targets in the update, so that the mean is that of one large batch."""
-    args, i, n = run.args, parallel.rank(), parallel.n_processes()
-    batches, n_targets, n_own = [], 0, []
-    for index in range(step * args.grad_accum, (step + 1) * args.grad_accum):
-        tokens = run.loader.batch(index * args.batch_size, args.batch_size)
-        batch = whole_batch(run, tokens, (args.seed << 32) + index)
-        n_targets += (batch["targets"] >= 0).sum().item()
-        batches.append(as_asked(run, part_of(run, batch, i, n)))
-        n_own.append((batches[-1]["targets"] >= 0).sum().item())
-    return batches, [own / max(1, n_targets) for own in n_own]
-
-
-def whole_batch(run: Run, tokens: Tensor, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return run.concept.make_batch(tokens, run.model.config, generator, run.dataset.tokenizer)
-
-
-def part_of(run: Run, batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
-    """The i-th of n equal parts of a batch."""
-    if n == 1:
-        return batch
-    if hasattr(run.concept, "part_of"):
-        return run.concept.part_of(batch, i, n)
-    return {name: t.chunk(n)[i] for name, t in batch.items()}
-
-
-def as_asked(run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch as --document-mask wants it, ready to be moved to the device."""
-    if run.args.document_mask and "cu_seqlens" not in batch:
-        if "pair_labels" in batch:
-            raise ValueError("--document-mask parts what a pair objective joins: leave out one of them")
-        ends = data.text.cu_seqlens(batch["tokens"], run.dataset.tokenizer.eot_id)
-        batch = {name: t.reshape(1, -1) for name, t in batch.items()} | {"cu_seqlens": ends}
-    # From pinned memory a GPU fetches for itself, while the host goes on.
-    return {name: t.pin_memory() if run.args.device == "cuda" else t for name, t in batch.items()}
-
-
-def next_batches(run: Run) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """`host_batches` of this step, and the order to prepare those of the next one meanwhile."""
-    found = run.ahead.result()
-    run.ahead = run.worker.submit(host_batches, run, run.step + 1)
-    return found
-
-
-def to_device(run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.to(run.args.device, non_blocking=True) for name, t in batch.items()}
+    The base of an adapter is read from disk. The vocabulary is that of --size, whatever --tokenizer is, and
+    --dtype is by default that of a GPU.
+    """
+    check_arguments(args)
+    concept = contract.resolve(args)
+    fill_defaults(args, concept)
+    args.dtype = args.dtype or "bfloat16"
+    model, config = configure(concept, args)
+    if model is None:
+        with torch.device("meta"):
+            model = concept.model.Model(config)
+    choose_weights(concept, model, args)
+    settings = task_settings(concept, model.config, args.set)
+    functions = {"mlp_bytes": concept.model.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
+    if concept.adapter is not None:
+        functions["adapter_bytes"] = concept.adapter.adapter_bytes
+    return memory.describe(model, args, args.dry_run, config=settings, **functions)

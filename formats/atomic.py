@@ -1,7 +1,7 @@
-"""What is saved is saved whole: directories that are written aside, synced, checked and then swapped in.
+"""Atomic files and directories: written beside the old ones, synced to disk, then swapped in.
 
-Whatever moment a process dies at, what stood there before or what takes its place is there, and is whole;
-checksums beside the files tell whether it still is.
+Whenever a process dies, either the old version or the new one is in place, and complete. Checksums beside the
+files show later whether they are still intact.
 """
 
 import hashlib
@@ -15,9 +15,10 @@ from pathlib import Path
 
 @contextmanager
 def replace_directory(directory: str | Path, *, previous: Path | None = None) -> Iterator[Path]:
-    """Yield an empty directory to fill; on leaving, it is synced to disk and takes the place of `directory`.
+    """Yield an empty directory to fill; afterwards it is synced to disk and replaces `directory`.
 
-    What stood there before is kept as `previous` if given, else removed, and stays in place if filling fails.
+    The old directory is moved to `previous` if that is given, else it is removed. If the filling fails, the
+    old directory stays in place.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +33,7 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
         shutil.rmtree(new, ignore_errors=True)
         raise
     target = previous or old
-    # The older one gives way only now that the new one is whole, so two good ones are never fewer than one.
+    # Only now, with the new directory complete, remove the oldest: a good one exists at every moment.
     shutil.rmtree(target, ignore_errors=True)
     if directory.exists():
         directory.rename(target)
@@ -43,10 +44,10 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on leaving, it is synced and takes the place of `path` in one step.
+    """Yield a path to write to; afterwards that file is synced to disk and replaces `path` in one step.
 
-    Its mode is what the umask says, whatever writes it: safetensors makes files that their owner alone can
-    read, but a model may be served by another user.
+    The file's mode follows the umask. (safetensors makes files that only their owner can read, but another
+    user may run the model.)
     """
     new = path.with_name(path.name + ".new")
     try:
@@ -62,7 +63,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Force a file or directory entry from the system's memory to the disk."""
+    """Write a file, or the entries of a directory, from the system's cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,17 +72,19 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_checksums(directory: Path) -> None:
+    """Write the SHA-256 of all files in directory to checksums.json."""
     checksums = {path.name: sha256(path) for path in sorted(directory.iterdir())}
     (directory / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong in a directory with checksums, naming the file, or None if every one of them holds."""
+    """Return which file in a directory is missing or damaged by checksums.json, or None if all are intact."""
     try:
         checksums = json.loads((directory / "checksums.json").read_text())
     except (OSError, ValueError) as error:

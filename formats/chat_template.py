@@ -32,18 +32,19 @@ class Tokenizer(Protocol):
 
 
 def is_chatml(tokenizer: Tokenizer) -> bool:
+    """Return whether conversations are written in ChatML: if the tokenizer has its special tokens."""
     return {IM_START, IM_END} <= tokenizer.special_tokens.keys()
 
 
 def end_id(tokenizer: Tokenizer) -> int:
-    """The token that ends an answer."""
+    """Return the id of the token that ends an answer."""
     return tokenizer.special_tokens[IM_END] if is_chatml(tokenizer) else tokenizer.eot_id
 
 
 def as_text(content: str) -> str:
-    """The content with a space put into whatever spells a marker of Tülu's template: "<| user|>".
+    """Return the content of a message with a space in all markers of Tülu's template: "<| user|>".
 
-    Markers are ordinary text there, so that a user could otherwise write turns in the assistant's name.
+    Markers are ordinary text in that template. Without the space, a user could write turns of the assistant.
     """
     for role in ROLES:
         content = content.replace(f"<|{role}|>", f"<| {role}|>")
@@ -51,19 +52,19 @@ def as_text(content: str) -> str:
 
 
 def pieces(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str | int, bool]]:
-    r"""Text or a special token's id, and whether it is part of a response.
+    r"""Yield the pieces of a conversation: (text or the id of a special token, is it part of a response?).
 
-    ChatML, if the tokenizer has its special tokens (Qwen's does):
+    ChatML is used if the tokenizer has its special tokens, as Qwen's does:
 
         <|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
 
-    otherwise Tülu's, in the form of OLMo 2, where a line break parts an answer from the next turn:
+    otherwise Tülu's template, in the form of OLMo 2 with a line break between an answer and the next turn:
 
         <|endoftext|><|user|>\nWhat is 2 + 2?\n<|assistant|>\n4<|endoftext|>
 
-    The latter needs no token that the base model lacks. New tokens would be new rows of the embedding, random
-    and to be learned from the few conversations alone; here the markers are ordinary text, <|endoftext|>
-    begins the document as it did in pretraining, and as the end of an answer it is an end already known.
+    Tülu's template adds no token to the base model's. New tokens would be random rows of the embedding, to be
+    learned from few conversations. Here the markers are ordinary text, and <|endoftext|> begins a document,
+    and ends an answer, as it did in pretraining.
     """
     if is_chatml(tokenizer):
         start, end = tokenizer.special_tokens[IM_START], tokenizer.special_tokens[IM_END]
@@ -84,7 +85,10 @@ def pieces(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str |
 
 
 def encode(parts: Iterator[tuple[str | int, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of pieces and the flag of each. Text that lies together with one flag is encoded as one."""
+    """Return the token ids of pieces and the flag of each id.
+
+    Adjacent pieces of text with the same flag are joined before they are encoded.
+    """
     tokens: list[int] = []
     flags: list[bool] = []
     for (kind, flag), group in groupby(parts, key=lambda part: (type(part[0]), part[1])):
@@ -96,21 +100,25 @@ def encode(parts: Iterator[tuple[str | int, bool]], tokenizer: Tokenizer) -> tup
 
 
 def render(messages: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """The token ids of a conversation, and for each whether it is part of a response.
+    """Return the token ids of a conversation, and for each id whether it is part of a response.
 
-    A response is what the assistant says and the token that ends it. It is encoded apart from what precedes
-    it: these are the tokens that the model finds, from `prompt_tokens`, when it is asked.
+    A response is the content of an assistant's message and the token that ends it. It is encoded apart from
+    the text before it, so that in training it follows the same tokens, those of `prompt_tokens`, as in
+    inference.
 
-    Hugging Face's apply_chat_template encodes the whole text between two special tokens at once. Its ids are
-    these, unless (1) an answer begins with a line break, which most split patterns join to the one before it,
-    or under GPT-2's pattern with several spaces; or (2) some content spells a special token: there it becomes
-    that token, here it stays text.
+    Hugging Face's apply_chat_template encodes all text between two special tokens at once. Its ids are the
+    same, except where (1) an answer begins with a line break, which most split patterns join to the one
+    before it, or under GPT-2's pattern with several spaces; or (2) a content spells a special token, which is
+    encoded as that token there and as text here.
     """
     return encode(pieces(messages, tokenizer), tokenizer)
 
 
 def prompt_tokens(messages: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """What precedes the answer to messages, the last of them the user's: up to the assistant's header."""
+    """Return the token ids that precede the answer to messages, including the assistant's header.
+
+    Raises ValueError unless there is a message and the last one is the user's.
+    """
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is nothing to answer: expected messages of which the last is the user's")
     header = [(f"<|{ROLES[-1]}|>\n", False)]
@@ -121,7 +129,7 @@ def prompt_tokens(messages: Conversation, tokenizer: Tokenizer) -> list[int]:
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
-    """The template in Jinja, as Hugging Face's tokenizers keep it; `render` says where ids may differ."""
+    """Return the template in Jinja, for Hugging Face's tokenizers; see `render` for where ids may differ."""
     if is_chatml(tokenizer):
         turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
         begin, header = "", f"{IM_START}assistant\\n"
@@ -139,10 +147,10 @@ def chat_template(tokenizer: Tokenizer) -> str:
 def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
     """Write chat_template.jinja beside a saved tokenizer, for AutoTokenizer's apply_chat_template.
 
-    With Tülu's template, tokenizer_config.json is also told where an answer begins and ends. Otherwise the
-    server of transformers looks for ChatML's marks in all models of Qwen's layout, and finding none repeats
-    the question before the answer. With ChatML's, the generation_config.json of a model in directory is told
-    that its mark ends an answer as well as the end of text does.
+    With Tülu's template, tokenizer_config.json also gets the text before and after an answer. Without it, the
+    server of transformers looks for ChatML's marks in all models of Qwen's layout; where there are none, it
+    repeats the question before the answer. With ChatML, the generation_config.json of a model in the same
+    directory gets two tokens that end an answer: ChatML's own and the end of text.
     """
     directory = Path(directory)
     with replace_file(directory / "chat_template.jinja") as new:
@@ -154,5 +162,5 @@ def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
         template["fields"] = {"content": {"close": tokenizer.eot, "content": "text"}}
         write_json(path, read_json(path) | {"response_template": template}, **STYLE)
     elif generation.exists():
-        ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # they may be one
+        ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # without duplicates
         write_json(generation, read_json(generation) | {"eos_token_id": ends})

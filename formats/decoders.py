@@ -138,7 +138,13 @@ def read_decoder_config(directory: str | Path) -> dict:
     if gpt2 and hf.get("n_inner") is None:
         hf["n_inner"] = 4 * (hf.get("n_embd") or 0)
     fields = read_fields(path, hf, table, DEFAULTS[architecture], ONLY, INERT | WINDOW_KEYS)
-    return fields | read_window(path, hf, fields, architecture)
+    return ordinary_widths(fields | read_window(path, hf, fields, architecture))
+
+
+def ordinary_widths(fields: dict) -> dict:
+    """Return fields with None for head widths and numbers of heads that would follow from the others."""
+    ordinary = {"n_kv_heads": fields["n_heads"], "d_head": fields["d_model"] // fields["n_heads"]}
+    return fields | {name: None for name, value in ordinary.items() if fields.get(name) == value}
 
 
 def read_window(path: Path, hf: dict, fields: dict, architecture: str) -> dict:
@@ -265,6 +271,15 @@ def decoder_config(config) -> dict:
     if architecture == "Qwen2ForCausalLM":
         del hf["head_dim"], hf["attention_bias"]  # Qwen2 does not have these keys
     return hf
+
+
+def load_decoder(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights in directory; config is of config_kind, a `gpt.Config`."""
+    config = config_kind(**read_decoder_config(directory), kernels=kernels)
+    with torch.device("meta"):
+        model = kind(config)
+    load_decoder_weights(model, directory)
+    return model
 
 
 def load_decoder_weights(model: nn.Module, directory: str | Path) -> None:

@@ -1,16 +1,16 @@
-"""Checkpoints of encoders as the ecosystem keeps them, read and written; formats/decoders.py does decoders.
+"""Hugging Face checkpoints of encoders: BERT, RoBERTa, ALBERT, ELECTRA and ModernBERT.
 
-The families agree on the mathematics and disagree on the names. Ours are BERT's; the tables below translate
-the others':
+The families share the mathematics and differ in the names. Ours are BERT's; the tables below translate the
+others':
 
     bert          BertModel, BertForMaskedLM, BertForPreTraining
-    roberta       RobertaForMaskedLM: no segments to speak of, its position table begins with unused rows
+    roberta       RobertaForMaskedLM: a single segment; its position table begins with unused rows
     albert        AlbertForPreTraining: narrow embeddings, one layer for all
     electra       ElectraForMaskedLM, ElectraForPreTraining: narrow embeddings
     modernbert    ModernBertForMaskedLM: query, key and value in one matrix
 
-Which heads a checkpoint has is told by its tensors rather than by the architecture it names: published BERT
-files say BertForMaskedLM and hold the pair head too.
+The heads of a checkpoint are those whose tensors it has, whatever architecture it names: published files of
+BERT name BertForMaskedLM and have the pair head too. formats/safetensors_dir.py reads and writes the files.
 """
 
 from pathlib import Path
@@ -42,7 +42,11 @@ TABLES = {
     "modernbert": MODERN_FIELDS,
 }
 MODERN = {"n_segments": 0, "positions": "rope", "mlp": "geglu", "pre_norm": True, "bias": False}
-# What the family means, and what a key means when config.json leaves it out.
+ELECTRA = {  # every discriminator's
+    "positions": "learned", "position_offset": 0, "window": None, "share_layers": False, "pre_norm": False,
+    "mlp": "gelu", "bias": True, "pooler": False, "mlm_head": False, "pair": "none",
+}  # fmt: skip
+# Fields that make the family, and the values of absent keys where they differ from Config's own defaults.
 DEFAULTS = {
     "bert": {},
     "roberta": {"pad_token_id": 1},
@@ -51,7 +55,7 @@ DEFAULTS = {
     "modernbert": {**MODERN, "norm_eps": 1e-5, "pad_token_id": 50283},
 }
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-# Keys with one value that we implement.
+# Keys of which only this value is implemented.
 ONLY = {
     "hidden_activation": ("gelu",),
     "position_embedding_type": ("absolute",),
@@ -69,7 +73,7 @@ ONLY = {
     "classifier_activation": ("gelu",),
     "decoder_bias": (True,),
 }
-# Keys that do not change hidden states or logits.
+# Keys that change neither hidden states nor logits.
 INERT = DECODERS_INERT | {
     "attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout", "classifier_dropout_prob",
     "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor", "gradient_checkpointing", "eos_token_id",
@@ -79,12 +83,13 @@ INERT = DECODERS_INERT | {
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
     "pooler_size_per_head", "pooler_type", "output_past",
 }  # fmt: skip
-MODERN_KEYS = {  # the last two mean nothing to it, though its files have them
+# Keys of ModernBERT that `read_local` reads, and two at the end that its files have without any effect.
+MODERN_KEYS = {
     "local_attention", "layer_types", "global_attn_every_n_layers", "rope_parameters", "global_rope_theta",
     "local_rope_theta", "layer_norm_eps", "position_embedding_type",
 }  # fmt: skip
 
-# Each family's names and ours, applied in this order.
+# {a family's name: ours}, replaced in this order (see `safetensors_dir.rename`).
 NAMES = {
     "bert": {},
     "roberta": {
@@ -132,6 +137,7 @@ NAMES = {
         "decoder.bias": "cls.predictions.bias",
     },
 }
+# What the names of a family's architectures begin with.
 CLASSES = {
     "bert": "Bert",
     "roberta": "Roberta",
@@ -139,7 +145,7 @@ CLASSES = {
     "electra": "Electra",
     "modernbert": "ModernBert",
 }
-# What all but the heads' names begin with, where there are heads.
+# In a model with heads, the names of all other tensors begin with this prefix.
 PREFIXES = {
     "bert": "bert.",
     "roberta": "roberta.",
@@ -147,9 +153,9 @@ PREFIXES = {
     "electra": "electra.",
     "modernbert": "model.",
 }
-# With a classifier, some families keep the pooler in it.
+# In classifiers of RoBERTa and ELECTRA, the pooler is part of the classifier.
 CLASSIFIER_NAMES = {"classifier.out_proj.": "classifier.", "classifier.dense.": "bert.pooler.dense."}
-# Copies of other tensors, which files may hold or leave out.
+# Ends of names: tensors that are copies of others or constants, which a file may hold or leave out.
 DERIVED = (
     "position_ids", "token_type_ids", "decoder.weight", "predictions.decoder.bias", "lm_head.decoder.bias",
     "generator_lm_head.weight",
@@ -157,25 +163,28 @@ DERIVED = (
 
 
 def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """The fields of `bert.Config` for the encoder in directory, and its weights under our names.
+    """Return the fields of `bert.Config` for the encoder in directory, and its weights under our names.
 
-    Raises ValueError for what is missing, damaged, or not described by any Config.
+    Raises ValueError naming what is missing, damaged, or not described by any Config.
     """
+    # In a file without heads (BertModel ...) names have no prefix.
     family, fields = read_config(directory)
     stored = read_weights(directory)
     prefix = PREFIXES[family]
-    bare = not any(name.startswith(prefix) for name in stored)  # BertModel and the like
+    bare = not any(name.startswith(prefix) for name in stored)
     names = NAMES[family]
     if "classifier.out_proj.weight" in stored:
         names = CLASSIFIER_NAMES | names
-        # Old files of RoBERTa hold a pooler besides, which this classifier does not use.
+        # Old files of RoBERTa also hold a pooler, which this classifier does not use.
         stored = {name: w for name, w in stored.items() if not name.startswith(f"{prefix}pooler.")}
+
+    # Rename the tensors.
     weights = {}
     for name, w in stored.items():
         if name.endswith(DERIVED):
             continue
         name = prefix + name if bare else name
-        # BERT's first files, from TensorFlow, call the weight and bias of a norm gamma and beta.
+        # In BERT's first files, from TensorFlow, the weight and bias of a norm are called gamma and beta.
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         name = rename(name, names)
         if name.endswith(".attn.Wqkv.weight"):
@@ -183,6 +192,8 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
                 weights[name.replace("attn.Wqkv", f"attention.self.{part}")] = piece.contiguous()
         else:
             weights[name] = w
+
+    # The heads are those whose tensors there are.
     fields["pooler"] = "bert.pooler.dense.weight" in weights
     fields["mlm_head"] = "cls.predictions.bias" in weights
     if "cls.seq_relationship.weight" in weights:
@@ -191,7 +202,10 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_config(directory: str | Path) -> tuple[str, dict]:
-    """The family of the encoder in directory, and the fields of `bert.Config` but for its heads."""
+    """Return the family of the encoder in directory, and the fields of `bert.Config` except for its heads.
+
+    Raises ValueError for a family or a key of config.json that is not implemented.
+    """
     path = Path(directory) / "config.json"
     hf = read_json(path)
     family = hf.get("model_type")
@@ -199,7 +213,7 @@ def read_config(directory: str | Path) -> tuple[str, dict]:
         raise ValueError(f"{path}: model_type {family!r}: expected one of {', '.join(TABLES)}")
     modern = family == "modernbert"
 
-    # ModernBERT's files have keys of other families, which mean nothing to it.
+    # ModernBERT's files have keys of the other families, without any effect.
     only = {key: values for key, values in ONLY.items() if not modern or key not in MODERN_KEYS}
     only |= {} if modern else {"hidden_act": tuple(ACTIVATIONS)}
     inert = INERT | (MODERN_KEYS if modern else set())
@@ -216,7 +230,11 @@ def read_config(directory: str | Path) -> tuple[str, dict]:
 
 
 def read_local(path: Path, hf: dict, n_layers: int) -> dict:
-    """ModernBERT's windows and the two rotary bases, in the spelling of transformers 4 or 5."""
+    """Return the fields for ModernBERT's windows and two rotary bases, written by transformers 4 or 5.
+
+    Raises ValueError where layers with and without a window do not alternate regularly.
+    """
+    # Every k-th layer, from the first, has no window.
     every = hf.get("global_attn_every_n_layers", 3)
     kinds = hf.get("layer_types") or [
         "sliding_attention" if i % every else "full_attention" for i in range(n_layers)
@@ -227,6 +245,8 @@ def read_local(path: Path, hf: dict, n_layers: int) -> dict:
         raise ValueError(
             f"{path}: layer_types {kinds}: expected full_attention in every k-th layer from the first"
         )
+
+    # Layers with a window have a rotary base of their own.
     rope = hf.get("rope_parameters") or {}
     thetas = {}
     for kind, key, default in (("full", "global", 160_000.0), ("sliding", "local", 10_000.0)):
@@ -237,7 +257,7 @@ def read_local(path: Path, hf: dict, n_layers: int) -> dict:
             )
         thetas[key] = parameters.get("rope_theta", hf.get(f"{key}_rope_theta") or default)
     return {
-        # A token sees half of local_attention to either side, and itself.
+        # A token attends to local_attention / 2 tokens on either side, and to itself.
         "window": hf.get("local_attention", 128) // 2 + 1 if len(full) < n_layers else None,
         "global_every": every if len(full) < n_layers else 3,
         "rope_theta": thetas["global"],
@@ -246,12 +266,17 @@ def read_local(path: Path, hf: dict, n_layers: int) -> dict:
 
 
 def family_of(config) -> str:
-    """The family that a `bert.Config` belongs to; ValueError where no Hugging Face architecture fits."""
+    """Return the family that a `bert.Config` belongs to.
+
+    Raises ValueError where no Hugging Face architecture has this combination of features.
+    """
     style = {field: getattr(config, field) for field in MODERN}
     classic = {"positions": "learned", "pre_norm": False, "bias": True}
     narrow = config.d_embedding not in (None, config.d_model)
     if style == MODERN and not narrow and not config.share_layers and not config.pooler:
         return "modernbert"
+
+    # The older families share one style of layers, and differ in embeddings and positions.
     ordinary = config.mlp != "geglu" and config.n_segments > 0 and config.window is None
     if style | classic == style and ordinary:
         if config.position_offset:
@@ -270,8 +295,20 @@ def family_of(config) -> str:
     )
 
 
+def check_electra(config) -> None:
+    """Raise ValueError for the config of a discriminator that an ElectraForPreTraining cannot describe."""
+    for field, value in ELECTRA.items():
+        if getattr(config, field) != value:
+            raise ValueError(f"{field} {getattr(config, field)!r}: an ELECTRA has {value!r}")
+    if config.n_segments < 1:
+        raise ValueError(f"n_segments {config.n_segments}: an ELECTRA has at least 1")
+
+
 def encoder_config(config, family: str, head: str) -> dict:
-    """config.json for a `bert.Config`, spelled so that transformers 4 and 5 read it."""
+    """Return the content of config.json for a `bert.Config`, spelled so that transformers 4 and 5 read it.
+
+    head: the end of the architecture's name, such as "ForMaskedLM".
+    """
     hf = {"architectures": [CLASSES[family] + head], "model_type": family}
     fields = vars(config) | {"d_embedding": config.d_embedding or config.d_model}
     hf |= {key: fields[field] for key, field in TABLES[family].items()}
@@ -289,7 +326,7 @@ def encoder_config(config, family: str, head: str) -> dict:
         }
         return hf
     hf["hidden_act"] = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]
-    # bert.py has no dropout; transformers' default of 0.1 would come in where it trains the model further.
+    # bert.py has no dropout. Without these keys, transformers would train the model further with 0.1.
     hf |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if family == "roberta":
         hf["max_position_embeddings"] += config.position_offset
@@ -304,10 +341,11 @@ def save(
     head: str | None = None,
     **more,
 ) -> None:
-    """Write config.json and model.safetensors of weights under our names, each file replaced whole.
+    """Write config.json, and model.safetensors with the weights, which have our names.
 
-    family: as in TABLES; head: what the architecture's name ends with. None: those that config has. more:
-    further keys of config.json.
+    family: one of those in TABLES. head: the end of the architecture's name, such as "ForMaskedLM". None
+    means those of the config. more: further keys of config.json. Each file is replaced only once the new one
+    is complete. Raises ValueError where no Hugging Face architecture has these features together.
     """
     family = family or family_of(config)
     if head is None:
@@ -317,7 +355,10 @@ def save(
 
 
 def to_hf(weights: dict[str, Tensor], family: str, head: str) -> dict[str, Tensor]:
-    """Our names to those of the family; without a head they lose their prefix."""
+    """Return our weights under the names of the family, without their prefix if the model has no head.
+
+    The head on span boundaries is left out, since it is used in training only and no architecture has it.
+    """
     names = NAMES[family]
     if head == "ForSequenceClassification" and family in ("roberta", "electra"):
         names = CLASSIFIER_NAMES | names

@@ -148,7 +148,8 @@ def read_config(directory: str | Path) -> dict:
     if architecture == "DeepseekForCausalLM" and fields["top_k"] == 1:
         fields["renormalize"] = False  # in its code that is for several
     fields["dense_layers"] = dense_layers(hf, fields["n_layers"])
-    return fields | windows(path, hf, fields["n_layers"], architecture) | balance(hf, fields, architecture)
+    fields |= windows(path, hf, fields["n_layers"], architecture) | balance(hf, fields, architecture)
+    return decoders.ordinary_widths(fields)
 
 
 def dense_layers(hf: dict, n_layers: int) -> tuple[int, ...]:

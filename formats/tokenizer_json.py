@@ -1,8 +1,8 @@
 """tokenizer.json: the file in which Hugging Face's libraries keep a byte-pair encoding.
 
-A byte-pair encoding (see data/tokenizer.py) is its *ranks* (token -> id, in the order in which they were learned),
-the *pattern* that cuts text into pre-tokens, and the *special tokens*. The file holds them like this (three
-tokens were learned):
+A byte-pair encoding (see data/tokenizer.py) consists of its *ranks* (token -> id, in the order of learning),
+the *pattern* that cuts text into pre-tokens, and the *special tokens*. The file holds them like this (here
+three tokens were learned):
 
     normalizer      null, or {"type": "NFC"}: compose accents first
     pre_tokenizer   Split by the pattern, then ByteLevel: write each byte as a character of the byte alphabet
@@ -11,20 +11,20 @@ tokens were learned):
                     merges   [["Ġ", "t"], ["h", "e"], ["Ġt", "he"]]
     added_tokens    [{"content": "<|endoftext|>", "id": 259, "special": true, ...}]
 
-*Byte alphabet.* JSON keys are text, but a token is any bytes, often half a character. So GPT-2 gave each of
-the 256 bytes a printable character: " the" is the key "Ġthe", and "é", two bytes in UTF-8, is "Ã©".
+*Byte alphabet.* JSON keys are text, but a token may be any bytes, often half a character. So GPT-2 gave each
+of the 256 bytes a printable character: " the" is the key "Ġthe", and "é", two bytes in UTF-8, is "Ã©".
 
-*Ranks and merges.* The file names the pair that each token is made of; tiktoken knows ranks only. To encode,
-Hugging Face joins the adjacent pair that stands first in `merges`, tiktoken the one whose union is of lowest
-rank. These agree if the merges are in the order of ranks and none is missing. So `recover_merges` finds the
-merges that belong to some ranks, and reading checks that those in the file say what the ranks say.
+*Ranks and merges.* The file has the pair that each token is made of; tiktoken needs only the ranks. To
+encode, Hugging Face joins the adjacent pair that is first in `merges`, tiktoken the pair whose union has the
+lowest rank. These agree if the merges are in the order of ranks and complete. So `recover_merges` computes
+the merges from the ranks, and reading checks that the merges in the file are these.
 
-tokenizer_config.json, beside it, names the token that ends a document (`eos_token`) and those that an encoder
-such as BERT needs (`cls_token`, `sep_token`, `mask_token`, `pad_token`): their *roles*.
+*Roles.* tokenizer_config.json, beside the file, names the token that ends a document (`eos_token`) and those
+that an encoder such as BERT needs (`cls_token`, `sep_token`, `mask_token`, `pad_token`).
 
-A decoder needs no other token than the first. But programs that convert models look for a begin-of-text and
-an unknown token too, and fail or take some id if there is none. So both are written as the `eos_token`, as in
-GPT-2's file, and are no roles when read as such.
+A decoder needs only the first of them. But programs that convert models also look for a begin-of-text and an
+unknown token; without them they fail, or take an arbitrary id. So both are written as the `eos_token`, as in
+GPT-2's file, and ignored when they are read.
 """
 
 from itertools import pairwise
@@ -44,17 +44,18 @@ ROLES = {
 END_OF_TEXT = "<|endoftext|>"
 EXPECTED = "a directory that holds tokenizer.json"
 STYLE = {"indent": 1, "end": ""}  # of the JSON files of tokenizers, arguments of `write_json`
-FILLED_ROLES = ("bos_token", "unk_token")  # of a decoder: written as the eos_token where it has none
+# Roles that a decoder lacks: they are written as its eos_token.
+FILLED_ROLES = ("bos_token", "unk_token")
 
-# GPT-2's split pattern: what ByteLevel does by itself, where the file has no Split before it.
+# GPT-2's split pattern. ByteLevel cuts by it where the file has no Split before it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def byte_alphabet() -> dict[int, str]:
-    """A printable character for each byte.
+    """Return a printable character for each byte.
 
-    Bytes that print in Latin-1 stand for themselves; the other 68 take the characters from U+0100 on, in
-    order. The space (32) comes out as "Ġ", the newline (10) as "Ċ".
+    Bytes that are printable in Latin-1 keep their character; the other 68 get the characters from U+0100 on,
+    in order. The space (32) becomes "Ġ", the newline (10) "Ċ".
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -66,20 +67,22 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 def to_text(token: bytes) -> str:
+    """Return a token in the byte alphabet."""
     return "".join(BYTE_TO_CHAR[byte] for byte in token)
 
 
 def to_bytes(text: str) -> bytes:
+    """Return the token of a text in the byte alphabet. Raises KeyError for a character that is not in it."""
     return bytes(CHAR_TO_BYTE[char] for char in text)
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token of several bytes was made from, in the order of the tokens' ranks.
+    """Return the pair that each token of several bytes was made from, in the order of the tokens' ranks.
 
-    Ranks say what was learned and when, not from which two parts. But at the time when a token was learned,
-    its text was written with the tokens known by then: encode it with the lower ranks only, and what is left
-    is the pair. A token left in more than two parts cannot be reached by merging (some published vocabularies
-    have such tokens; they are used only when they are a whole pre-token) and has no entry.
+    Ranks do not contain the two parts of a token. But when it was learned, its text was written with the
+    tokens that existed then: encoding it with the lower ranks only leaves the pair. Some published
+    vocabularies have tokens for which this leaves more than two parts. Merging never makes such a token (it
+    is used only if it is an entire pre-token), so it has no entry.
     """
     merges = []
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
@@ -99,9 +102,10 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> list[dict]:
-    """The entries of special tokens in tokenizer.json. The token named by `lstrip` takes the space before it.
+    """Return the entries of special tokens in tokenizer.json.
 
-    A name of spaces only is one that Hugging Face finds in any text, and last, so it is not marked special.
+    lstrip: the name of the token that includes the space before it. A name of spaces only is marked as not
+    special, since Hugging Face then finds it in any text, after the special ones.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     by_id = sorted(special_tokens.items(), key=lambda item: item[1])
@@ -114,7 +118,7 @@ def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> l
 
 
 def template(special_tokens: dict[str, int], roles: dict[str, str]) -> dict | None:
-    """A post-processor that puts [CLS] before a text and [SEP] behind; None for a tokenizer without them."""
+    """Return a post-processor that puts [CLS] before a text and [SEP] behind; None without these roles."""
     if "cls_token" not in roles or "sep_token" not in roles:
         return None
     cls, sep = roles["cls_token"], roles["sep_token"]
@@ -145,15 +149,16 @@ def write(
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
     roles = roles or {}
-    # Special tokens are in the vocabulary too: it fixes their ids, which otherwise follow on the largest.
+
+    # tokenizer.json. Special tokens are in the vocabulary too: otherwise their ids would follow the largest
+    # one.
     vocab = {to_text(token): i for token, i in ranks.items()} | special_tokens
     special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None)
-
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}
     model = {
         "type": "BPE",
-        "ignore_merges": True,  # a pre-token that is in the vocabulary is that token, as in tiktoken
+        "ignore_merges": True,  # as in tiktoken, a pre-token that is in the vocabulary is that token
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
         "merges": [[to_text(left), to_text(right)] for left, right in recover_merges(ranks)],
     }
@@ -168,8 +173,10 @@ def write(
         "decoder": bytewise,
         "model": model,
     }
-    # The general class: that of a model type (GPT2Tokenizer, Qwen2Tokenizer ...) brings its own split
-    # pattern instead of the file's. (For type qwen2, transformers 5 insists on its own all the same.)
+
+    # tokenizer_config.json. The class is the general one, because the classes of model types (GPT2Tokenizer,
+    # Qwen2Tokenizer ...) replace the file's split pattern by their own. (For type qwen2, transformers 5
+    # always does.)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eot,
@@ -177,13 +184,14 @@ def write(
     }
     if tokenizer["post_processor"] is None:  # a decoder's
         config |= dict.fromkeys(FILLED_ROLES, eot)
-        config["add_bos_token"] = False  # unless told, llama.cpp puts one in front
-        # transformers 4 would add token_type_ids, which no decoder's `generate` takes.
+        config["add_bos_token"] = False  # llama.cpp adds one by default
+        # By default transformers 4 adds token_type_ids, which no decoder's `generate` accepts.
         config["model_input_names"] = ["input_ids", "attention_mask"]
     config |= roles
-    if mask_lstrip:  # the name alone would take the flag away again
+    if mask_lstrip:  # a plain name here would reset the flag of tokenizer.json
         mask = next(token for token in special if token["content"] == roles["mask_token"])
         config["mask_token"] = {"__type": "AddedToken"} | {k: v for k, v in mask.items() if k != "id"}
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "tokenizer.json", tokenizer, **STYLE)
@@ -191,10 +199,13 @@ def write(
 
 
 def read_splitting(file: dict) -> tuple[bool, str]:
-    """(nfc, split pattern) of a tokenizer.json; ValueError if it prepares text in a way not known here."""
+    """Return (nfc, split pattern) of a tokenizer.json.
+
+    Raises ValueError if it prepares text in a way that is not implemented.
+    """
     normalizer, pre = file.get("normalizer"), file["pre_tokenizer"]
     if normalizer not in (None, {"type": "NFC"}):
-        raise ValueError(f"normalizer {str(normalizer)[:200]} is not supported, only NFC or none")
+        raise ValueError(f"normalizer {str(normalizer)[:200]} is not supported; expected NFC or none")
     nfc = normalizer is not None
 
     match pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre]:
@@ -205,18 +216,23 @@ def read_splitting(file: dict) -> tuple[bool, str]:
             return nfc, pattern
         case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
             return nfc, GPT2_PATTERN  # GPT-2's own file is older than the field use_regex
-    raise ValueError(f"pre-tokenizer {str(pre)[:300]} is not supported, only ByteLevel or Split, ByteLevel")
+    raise ValueError(
+        f"pre-tokenizer {str(pre)[:300]} is not supported; expected ByteLevel or Split, ByteLevel"
+    )
 
 
 def read_roles(config: dict, special_tokens: dict[str, int]) -> dict[str, str]:
-    """The roles in a tokenizer_config.json, without those of tokens that the vocabulary lacks."""
+    """Return the roles in a tokenizer_config.json whose tokens are in the vocabulary."""
     given = {role: config[role] for role in ROLES if config.get(role)}
     names = {role: token["content"] if isinstance(token, dict) else token for role, token in given.items()}
     return {role: name for role, name in names.items() if name in special_tokens}
 
 
 def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
-    """Whether the mask token takes the space before it; ValueError if another one does, or takes more."""
+    """Return whether the mask token includes the space before it.
+
+    Raises ValueError if another token has this flag, or if a token has another such flag.
+    """
     lstrip = False
     for token in added_tokens:
         name, normalized = token["content"], token.get("normalized", False)
@@ -232,18 +248,20 @@ def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
 
 
 def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
-    """Ranks from the vocabulary of a tokenizer.json's model, once its merges are known to say the same.
+    """Return the ranks in the model of a tokenizer.json, after checking that its merges agree with them.
 
-    They do if the list is in the order of ids (several ways to make one token may follow each other, as in
-    Llama 3's file), and if every token's own last pair is in it.
+    They agree if the list is in the order of ids and has the pair of every token that `recover_merges` finds.
+    There may be further pairs that make the same token, as in Llama 3's file. Raises ValueError otherwise.
     """
+    # Only plain byte-level BPE is implemented.
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
     if kind != "BPE":
-        raise ValueError(f"model type {kind} is not supported, only byte-level BPE")
+        raise ValueError(f"model type {kind} is not supported; expected byte-level BPE")
     for option in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise ValueError(f"BPE with {option} = {model[option]!r} is not supported")
 
+    # Translate from the byte alphabet.
     try:
         ranks = {to_bytes(token): i for token, i in model["vocab"].items() if token not in special_tokens}
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
@@ -252,6 +270,7 @@ def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
     except KeyError as error:
         raise ValueError(f"{error} does not belong in a vocabulary of byte-level tokens") from None
 
+    # Compare the merges with those that follow from the ranks.
     for earlier, later in pairwise(order):
         if earlier > later:
             raise ValueError(f"merges are not in the order of ids: {later} is made after {earlier}")
@@ -265,12 +284,12 @@ def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
 
 
 def read(directory: Path) -> dict:
-    """The arguments of `write`, from a file written here or from GPT-2's, Llama 3's, Qwen's and their like.
+    """Return the arguments of `write`, from a file written here or that of GPT-2, Llama 3, Qwen and others.
 
-    `directory` may also be the file itself. Those of `eot`, `roles` and `mask_lstrip` that it says nothing of
-    are left out. Documents end with tokenizer_config.json's `eos_token`, else <|endoftext|>, else the
-    `sep_token`. Raises ValueError for what tiktoken would do differently (another algorithm, normalizer or
-    splitter), naming it.
+    directory may also be the file itself. `eot`, `roles` and `mask_lstrip` are left out where the files do
+    not contain them. Documents end with tokenizer_config.json's `eos_token`, else <|endoftext|>, else the
+    `sep_token`. Raises ValueError naming anything that tiktoken would do differently (another algorithm,
+    normalizer or splitter).
     """
     path = Path(directory)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -284,23 +303,28 @@ def read(directory: Path) -> dict:
         roles = read_roles(config, special_tokens)
         mask_lstrip = read_mask_lstrip(file["added_tokens"], roles.get("mask_token"))
         ranks = read_ranks(file["model"], special_tokens)
+
+        # The token that ends a document.
         eos = config.get("eos_token")
         eot = eos["content"] if isinstance(eos, dict) else eos
         roles = {role: name for role, name in roles.items() if name != eot or role not in FILLED_ROLES}
         if not eot and END_OF_TEXT not in special_tokens:
             eot = roles.get("sep_token")
 
+        # Damaged files may have values of other types.
         for text in (pattern, *special_tokens, *([eot] if eot else [])):
             if not isinstance(text, str):
-                raise TypeError(f"{text!r} is no text")
+                raise TypeError(f"{text!r} is not a string")
         for i in (*ranks.values(), *special_tokens.values()):
             if not isinstance(i, int):
-                raise TypeError(f"id {i!r} is no whole number")
+                raise TypeError(f"id {i!r} is not an integer")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         kind = type(error).__name__
-        raise ValueError(f"{path} is no whole tokenizer.json ({kind}: {error}); get it again") from None
+        raise ValueError(
+            f"{path} is not a complete tokenizer.json ({kind}: {error}); download it again"
+        ) from None
     arguments = {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc}
     optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip}
     return arguments | {name: value for name, value in optional.items() if value}

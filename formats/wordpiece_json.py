@@ -1,7 +1,7 @@
-"""The files in which BERT's vocabularies are kept: tokenizer.json, or vocab.txt as in 2018.
+"""The files that hold BERT's vocabularies: tokenizer.json, or vocab.txt as in 2018.
 
-A file holds the *pieces* with their ids, how text is prepared for them (see data/wordpiece.py), and the *special
-tokens*. The newer one:
+A file holds the *pieces* with their ids, how text is prepared for them (see data/wordpiece.py), and the
+*special tokens*. The newer one:
 
     normalizer      BertNormalizer: lowercase, strip_accents (null: as lowercase), handle_chinese_chars
     pre_tokenizer   BertPreTokenizer: split at spaces and punctuation
@@ -10,9 +10,9 @@ tokens*. The newer one:
                     vocab        {"[PAD]": 0, ..., "the": 1996, ..., "##s": 2015, ...}
     added_tokens    [{"content": "[MASK]", "id": 103, "special": true, ...}, ...]
 
-The older one is a piece per line, the first with id 0; how to prepare text (`do_lower_case`, ...) is then in
-tokenizer_config.json. There, for either, are the *roles* of special tokens ("mask_token": "[MASK]"). What the
-files leave unsaid is as in the first BERT, uncased.
+The older one has a piece per line, the first with id 0; tokenizer_config.json then has the settings for text
+(`do_lower_case`, ...). For both kinds, tokenizer_config.json has the *roles* of special tokens ("mask_token":
+"[MASK]"). Absent settings have the values of the first BERT, which is uncased.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from formats.atomic import replace_file
 from formats.json_file import read_json, write_json
 from formats.tokenizer_json import EXPECTED, STYLE
 
-# The names that BERT gives to roles, where a file does not name them.
+# BERT's names of roles, which hold where a file does not name them.
 BERT_ROLES = {
     "unk_token": "[UNK]",
     "cls_token": "[CLS]",
@@ -32,7 +32,7 @@ BERT_ROLES = {
 }
 LONGEST_WORD = 100  # characters
 
-# Tokenizers of transformers that read a vocab.txt as BERT does (Japanese BERT, for one, does not).
+# The classes of transformers that read a vocab.txt as BERT does. Japanese BERT, for example, does not.
 LIKE_BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 
 
@@ -80,14 +80,14 @@ def write(
     } | roles
     write_json(directory / "tokenizer.json", file, **STYLE)
     write_json(directory / "tokenizer_config.json", config, **STYLE)
-    with replace_file(directory / "vocab.txt") as new:  # a line per id, empty where there is none
+    with replace_file(directory / "vocab.txt") as new:  # one line per id, empty where an id is unused
         pieces = {i: piece for piece, i in (vocab | special_tokens).items()}
         lines = [pieces.get(i, "") + "\n" for i in range(max(pieces) + 1)]
         new.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def vocabulary_file(directory: str | Path) -> Path:
-    """The file with the pieces: tokenizer.json of a directory, else vocab.txt, or the file itself."""
+    """Return the file with the pieces: a directory's tokenizer.json or else vocab.txt, or the file itself."""
     path = Path(directory)
     if not path.is_dir():
         return path
@@ -96,40 +96,45 @@ def vocabulary_file(directory: str | Path) -> Path:
 
 
 def is_wordpiece(directory: str | Path) -> bool:
-    """Whether a directory or file holds a WordPiece vocabulary. Raises ValueError if it is damaged JSON."""
+    """Return whether a directory or file holds a WordPiece vocabulary. Raises ValueError for damaged JSON."""
     path = vocabulary_file(directory)
     if path.suffix == ".txt":
         return True
     model = read_json(path, EXPECTED).get("model")
     if not isinstance(model, dict):
         return False
-    # The oldest files do not name their model's type; DistilBERT's is one.
+    # The oldest files, such as DistilBERT's, do not name their model's type.
     return model.get("type", "WordPiece") == "WordPiece" and "max_input_chars_per_word" in model
 
 
 def read_roles(config: dict, names: dict[str, int]) -> dict[str, str]:
-    """Of a tokenizer_config.json. A role it does not name has BERT's name, if there is such a token."""
+    """Return the roles in a tokenizer_config.json, and BERT's for absent ones that have their token."""
     usual = {role: name for role, name in BERT_ROLES.items() if name in names}
     return usual | tokenizer_json.read_roles(config, names)
 
 
 def expect(what: str, found: dict, **allowed: tuple) -> None:
-    """Raise ValueError for the first setting that does not have one of its allowed values."""
+    """Raise ValueError for the first setting of `found` whose value is not one of those allowed."""
     for key, values in allowed.items():
         if found.get(key) not in values:
             raise ValueError(
-                f"{what} with {key} = {str(found.get(key))[:200]} is not supported, only {values[0]}"
+                f"{what} with {key} = {str(found.get(key))[:200]} is not supported; expected {values[0]}"
             )
 
 
 def read_tokenizer_json(file: dict, config: dict) -> dict:
-    """What `read` returns. From tokenizer_config.json come the roles, which tokenizer.json does not have."""
+    """Return the result of `read` for a tokenizer.json (file) and its tokenizer_config.json (config).
+
+    The roles are in config only.
+    """
+    # Only BERT's way of preparing and cutting text is implemented.
     model, normalizer = file["model"], file["normalizer"] or {}
     expect("a model", model, type=("WordPiece", None), continuing_subword_prefix=("##",))
     expect("WordPiece", model, max_input_chars_per_word=(LONGEST_WORD,))
     expect("a normalizer", normalizer, type=("BertNormalizer",), clean_text=(True,))
     expect("a pre-tokenizer", file["pre_tokenizer"] or {}, type=("BertPreTokenizer",))
 
+    # Both files have these settings; they must agree.
     names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
     for key in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
         here = normalizer[names.get(key, key)]
@@ -137,7 +142,7 @@ def read_tokenizer_json(file: dict, config: dict) -> dict:
             raise ValueError(f"{names.get(key, key)} is {here}, but tokenizer_config.json says {config[key]}")
 
     for token in file["added_tokens"]:
-        # Hugging Face also takes the space around it, which makes no difference where spaces are dropped.
+        # (lstrip and rstrip include the spaces around a token; WordPiece drops spaces anyway.)
         expect(f"special token {token['content']!r}", token, single_word=(False,), normalized=(False,))
     special_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
     return {
@@ -151,16 +156,18 @@ def read_tokenizer_json(file: dict, config: dict) -> dict:
 
 
 def read_vocab_txt(path: Path, config: dict) -> dict:
-    """What `read` returns, from a file with a piece per line."""
+    """Return the result of `read` for a file with one piece per line."""
+    # Only what BERT's own tokenizer does is implemented.
     if not path.is_file():
-        raise ValueError("no such file; give a directory that holds tokenizer.json or vocab.txt")
+        raise ValueError("no such file; expected a directory that holds tokenizer.json or vocab.txt")
     if path.with_name("added_tokens.json").is_file():
-        raise ValueError("pieces in added_tokens.json are not supported, only those of tokenizer.json")
+        raise ValueError("pieces in added_tokens.json are not supported; expected them in tokenizer.json")
     kind = config.get("tokenizer_class") or LIKE_BERT[0]
     if kind.removesuffix("Fast") not in LIKE_BERT:
-        raise ValueError(f"tokenizer_class {kind} is not supported, only {', '.join(LIKE_BERT)}")
+        raise ValueError(f"tokenizer_class {kind} is not supported; expected {', '.join(LIKE_BERT)}")
     expect("tokenizer_config.json", config, do_basic_tokenize=(True, None), never_split=(None, []))
 
+    # Line i holds the piece of id i.
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -179,10 +186,10 @@ def read_vocab_txt(path: Path, config: dict) -> dict:
 
 
 def read(directory: Path) -> dict:
-    """The arguments of `write`, from tokenizer.json or else vocab.txt, with tokenizer_config.json beside it.
+    """Return the arguments of `write`, from tokenizer.json or else vocab.txt, and tokenizer_config.json.
 
-    `directory` may also be one of these files. Raises ValueError for what would be done differently here
-    (another algorithm, normalizer or splitter), naming it.
+    directory may also be one of the first two files. Raises ValueError naming anything that WordPiece would
+    do differently here (another algorithm, normalizer or splitter).
     """
     path = vocabulary_file(directory)
     config_path = path.with_name("tokenizer_config.json")
@@ -193,10 +200,12 @@ def read(directory: Path) -> dict:
         arguments = read_vocab_txt(path, config) if is_text else read_tokenizer_json(file, config)
         for name in arguments["special_tokens"]:
             if not isinstance(name, str):
-                raise TypeError(f"{name!r} is no text")
+                raise TypeError(f"{name!r} is not a string")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         kind = type(error).__name__
-        raise ValueError(f"{path} is no whole {path.name} ({kind}: {error}); get it again") from None
+        raise ValueError(
+            f"{path} is not a complete {path.name} ({kind}: {error}); download it again"
+        ) from None
     return arguments

@@ -1,12 +1,12 @@
-"""Which implementation of an operation runs, and on what.
+"""Which implementation of an operation runs, and what the kernels need to know of the device.
 
-The names a caller may give as `backend`:
+The names that a caller may give as `backend`:
 
     reference    plain PyTorch, the definition: any device, any float dtype
-    torch        the library's own fused operation
-    triton       the kernels of this package: on a GPU, or on a CPU one program after the other in Triton's
-                 interpreter, which TRITON_INTERPRET=1 turns on (very slow, for tests)
-    auto         the fastest of them for what is asked
+    torch        PyTorch's own fused operation
+    triton       the kernels of this package: on a GPU, or, with TRITON_INTERPRET=1, on a CPU in Triton's
+                 interpreter, which runs one program after the other (very slow, for tests)
+    auto         the fastest of them for the operation, the device and the dtype
 """
 
 import os
@@ -21,19 +21,21 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # there is none for macOS; kernels are then defined, but never run
+except ImportError:  # as on macOS: the kernels are defined all the same, but never run
     triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl, TensorDescriptor = SimpleNamespace(constexpr=None), None
 
 HAS_TRITON = not isinstance(triton, SimpleNamespace)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ("auto", "triton", "torch", "reference")
+# Architectures whose tables of tiles have a name of their own; see `family` for the others.
+FAMILIES = {"sm_90": "Hopper", "sm_100": "Hopper", "sm_103": "Hopper", "interpreter": "interpreter"}
 
 
 def choose(operation: str, backend: str, x: Tensor) -> str:
-    """The backend for an operation on tensors like x; "auto" is Triton on a GPU, else PyTorch's own.
+    """Return the backend for an operation on tensors like x; "auto" is Triton on a GPU, else PyTorch's own.
 
-    Raises ValueError for an unknown backend, and where Triton cannot run.
+    Raises ValueError for an unknown backend, and for "triton" where Triton cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{operation}: backend {backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -46,7 +48,7 @@ def choose(operation: str, backend: str, x: Tensor) -> str:
 
 
 def architecture(x: Tensor) -> str:
-    """Of the device that kernels on x run on: "sm_90", "gfx942" ..., or "interpreter"."""
+    """Return the architecture of the device that runs kernels on x: "sm_90", "gfx942", "interpreter" ..."""
     if INTERPRETED:
         return "interpreter"
     return _architecture(x.device.index)
@@ -58,12 +60,33 @@ def _architecture(device: int | None) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
+def family(arch: str) -> str:
+    """Return which table of tiles an architecture uses: "Hopper", "NVIDIA", "AMD" or "interpreter"."""
+    return FAMILIES.get(arch, "NVIDIA" if arch.startswith("sm_") else "AMD")
+
+
+def precision(x: Tensor) -> str:
+    """Return how the kernels multiply float32 tiles, following torch.set_float32_matmul_precision.
+
+    On NVIDIA GPUs even the highest is a sum of three products in TF32, almost as exact: without tensor cores
+    the tiles would not fit the registers.
+    """
+    if not architecture(x).startswith("sm_"):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def block_width(K: int) -> int:
+    """Return the width of a tile for rows of width K: a power of two, at least 16, which tl.dot needs."""
+    return max(16, triton.next_power_of_2(K))
+
+
 @cache
 def n_multiprocessors(device: torch.device) -> int:
-    """That run programs side by side; an H200's where there is no GPU to ask."""
+    """Return how many multiprocessors the device has; without a GPU, how many an H200 has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def on_device(x: Tensor):
-    """Context in which Triton launches on the device of x."""
+    """Return a context in which Triton launches kernels on the device of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

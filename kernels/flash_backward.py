@@ -1,240 +1,263 @@
-"""FlashAttention backward: the gradients of q, k and v, recomputing the scores tile by tile.
+"""FlashAttention backward: the gradients of q, k and v, with the scores computed again tile by tile.
 
-From s_ij = scale log2(e) q_i . k_j and the forward pass's lse_i, p_ij = 2^(s_ij - lse_i) is the softmax
-again, with nothing kept but one number a row. With delta_i = dout_i . out_i,
+With s_ij = scale log2(e) q_i . k_j and lse_i of the forward pass, p_ij = 2^(s_ij - lse_i) is the softmax
+again, so one number per row is all that was kept. With delta_i = dout_i . out_i,
 
     ds_ij = p_ij (dout_i . v_j - delta_i)
     dv_j  = sum_i p_ij dout_i             dk_j = scale sum_i ds_ij q_i            dq_i = scale sum_j ds_ij k_j
 
-A program owns a tile of keys for dk and dv, summing over the queries of all heads that share them, and
-another one a tile of queries for dq: each sum has one owner, so nothing is atomic and every run gives the
-same bits, at the price of computing the scores twice: seven products of tiles where five would do.
+For dk and dv a program owns a tile of keys and sums over the queries of all heads that share them; for dq
+another program owns a tile of queries. Each sum has one owner, so nothing is atomic and every run gives the
+same bits. The price is that the scores are computed twice: seven products of tiles instead of five.
 
-Which tiles are left out, and which need no mask, follows as in flash_attention.py: the queries that see key j
+Which tiles are left out and which need no mask follows as in flash_attention.py: the queries that see key j
 are an interval too, and its ends grow with j.
 
 FlashAttention-2 (Dao 2023, algorithm 2).
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.backend import on_device, tl, triton
 from kernels.flash_attention import (
+    Constants,
+    Keys,
+    Masks,
+    arguments,
     as_rows,
+    keys_of_row,
     keys_seen,
     load_rows,
     middle,
     packed,
     query_tile,
     scores,
-    shared_arguments,
     store_rows,
     tiles,
 )
 
 
+class KeyTile(NamedTuple):
+    """A tile of keys and values, loaded."""
+
+    k: Any  # (BLOCK_N, BLOCK_K)
+    v: Any
+    j0: Any  # its first key
+    b: Any  # its row
+    g: Any  # its key/value head
+    offset: Any  # the position of the first query of the row
+    n_keys: Any  # keys in the row
+
+
+class Queries(NamedTuple):
+    """The queries, and what the backward pass needs of each of them."""
+
+    q: Any
+    dout: Any
+    lse: Any  # (B, H, T), from the forward pass
+    delta: Any  # (B, H, T)
+    H: Any
+
+
 @triton.jit
-def queries_seeing(
-    j, offset, T, window, doc_start, doc_end, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
-):  # fmt: skip
-    """The interval [first, last) of queries that see key j, one that exists: the inverse of `keys_seen`."""
-    i = j - offset  # the query that stands at this key
-    first, last = i * 0, i * 0 + T
-    if CAUSAL:
+def queries_seeing(j, offset, masks, const: tl.constexpr):
+    """Return the interval [first, last) of queries that see an existing key j: the inverse of `keys_seen`."""
+    i = j - offset  # the query at the position of this key
+    first, last = i * 0, i * 0 + masks.n_queries
+    if const.CAUSAL:
         first = tl.maximum(i, 0)
-    elif WINDOWED:
-        first = tl.maximum(i - window + 1, 0)
-    if WINDOWED:
-        last = tl.minimum(i + window, T)
-    if doc_start is not None:
-        first, last = tl.maximum(first, tl.load(doc_start + j)), tl.minimum(last, tl.load(doc_end + j))
+    elif const.WINDOWED:
+        first = tl.maximum(i - masks.window + 1, 0)
+    if const.WINDOWED:
+        last = tl.minimum(i + masks.window, masks.n_queries)
+    if masks.doc_start is not None:
+        first, last = (
+            tl.maximum(first, tl.load(masks.doc_start + j)),
+            tl.minimum(last, tl.load(masks.doc_end + j)),
+        )
     return first, tl.maximum(last, 0)
 
 
 @triton.jit
-def delta_kernel(
-    out, dout, delta, T, H, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr
-):  # fmt: skip
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    i0, bh = tl.program_id(0) % n_tiles * BLOCK_M, tl.program_id(0) // n_tiles
-    o = load_rows(out, bh // H, i0, bh % H, T, BLOCK_M, K, BLOCK_K, False, False).to(tl.float32)
-    do = load_rows(dout, bh // H, i0, bh % H, T, BLOCK_M, K, BLOCK_K, False, False).to(tl.float32)
-    row = i0 + tl.arange(0, BLOCK_M)
+def delta_kernel(out, dout, delta, T, H, const: tl.constexpr):
+    n_tiles = tl.cdiv(T, const.BLOCK_M)
+    i0, bh = tl.program_id(0) % n_tiles * const.BLOCK_M, tl.program_id(0) // n_tiles
+    o = load_rows(out, bh // H, i0, bh % H, T, const.BLOCK_M, False, const).to(tl.float32)
+    do = load_rows(dout, bh // H, i0, bh % H, T, const.BLOCK_M, False, const).to(tl.float32)
+    row = i0 + tl.arange(0, const.BLOCK_M)
     tl.store(delta + bh.to(tl.int64) * T + row, tl.sum(o * do, 1), mask=row < T)
 
 
 @triton.jit
 def dkdv_over_queries(
-    dk, dv, k, v, q, dout, lse, delta, b, g, first, last, j0, H, offset, n_keys, T, window, scale,
-    doc_start, doc_end,
-    MASKED: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Add what the queries from `first` up to `last`, of each head of the group, give to dk and dv.
+    dk, dv, keys, queries, first, last, scale, masks, MASKED: tl.constexpr, const: tl.constexpr
+):
+    """Return dk and dv plus the terms of the queries from `first` up to `last`, of each head of the group.
 
-    All tiles are transposed, keys by queries. One loop over heads and queries keeps its loads in flight from
-    one head to the next.
+    All tiles are transposed, keys by queries. A single loop over heads and queries keeps its loads in flight
+    from one head to the next.
     """
-    n = tl.maximum(tl.cdiv(last - first, BLOCK_M), 0)
-    for step in range(0, n * GROUP):
-        if GROUP == 1:
-            h, start = g, first + step * BLOCK_M
+    n = tl.maximum(tl.cdiv(last - first, const.BLOCK_M), 0)
+    for step in range(0, n * const.GROUP):
+        if const.GROUP == 1:
+            h, start = keys.g, first + step * const.BLOCK_M
         else:
-            h, start = g * GROUP + step // n, first + step % n * BLOCK_M
-        i = start + tl.arange(0, BLOCK_M)
-        row = (b * H + h).to(tl.int64) * T + i
-        q_tile = load_rows(q, b, start, h, T, BLOCK_M, K, BLOCK_K, not MASKED, TMA)
-        do = load_rows(dout, b, start, h, T, BLOCK_M, K, BLOCK_K, not MASKED, TMA)
-        lse_i = tl.load(lse + row, mask=i < T, other=0.0)
-        delta_i = tl.load(delta + row, mask=i < T, other=0.0)
-        s, c = scores(tl.dot(k, q_tile.T, input_precision=PRECISION), scale, SOFTCAP)  # (N, M)
-        p = tl.math.exp2(s * c - lse_i[None, :])
+            h, start = keys.g * const.GROUP + step // n, first + step % n * const.BLOCK_M
+
+        # The softmax again, from the scores and lse.
+        i = start + tl.arange(0, const.BLOCK_M)
+        row = (keys.b * queries.H + h).to(tl.int64) * masks.n_queries + i
+        q = load_rows(queries.q, keys.b, start, h, masks.n_queries, const.BLOCK_M, not MASKED, const)
+        do = load_rows(queries.dout, keys.b, start, h, masks.n_queries, const.BLOCK_M, not MASKED, const)
+        lse = tl.load(queries.lse + row, mask=i < masks.n_queries, other=0.0)
+        delta = tl.load(queries.delta + row, mask=i < masks.n_queries, other=0.0)
+        s, c = scores(tl.dot(keys.k, q.T, input_precision=const.PRECISION), scale, const.SOFTCAP)  # (N, M)
+        p = tl.math.exp2(s * c - lse[None, :])
         if MASKED:
-            i = tl.minimum(i, T - 1)
-            low, high = keys_seen(i, offset, n_keys, window, doc_start, doc_end, CAUSAL, WINDOWED)
-            j = j0 + tl.arange(0, BLOCK_N)[:, None]
+            i = tl.minimum(i, masks.n_queries - 1)
+            j = keys.j0 + tl.arange(0, const.BLOCK_N)[:, None]
+            low, high = keys_seen(i, keys.offset, keys.n_keys, masks, const)
             p = tl.where((j >= low[None, :]) & (j < high[None, :]), p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, do.T, input_precision=PRECISION)
-        ds = p * (dp - delta_i[None, :])
-        if SOFTCAP is not None:
+
+        # The equations of the header; the derivative of a soft-cap is 1 - tanh^2.
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=const.PRECISION)
+        dp = tl.dot(keys.v, do.T, input_precision=const.PRECISION)
+        ds = p * (dp - delta[None, :])
+        if const.SOFTCAP is not None:
             ds = ds * (1 - s * s)
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=const.PRECISION)
     return dk, dv
 
 
 @triton.jit
 def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    const: tl.constexpr,
 ):  # fmt: skip
-    n_tiles = tl.cdiv(S, BLOCK_N)
-    j0 = tl.program_id(0) % n_tiles * BLOCK_N  # the first keys of a causal model, seen by most, start first
+    masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
+    # The first keys of a causal model are seen by most queries, and start first.
+    n_tiles = tl.cdiv(S, const.BLOCK_N)
+    j0 = tl.program_id(0) % n_tiles * const.BLOCK_N
     bg = tl.program_id(0) // n_tiles
-    G = H // GROUP
+    G = H // const.GROUP
     b, g = bg // G, bg % G
-    n_keys = S
-    if seqlens_k is not None:
-        n_keys = tl.load(seqlens_k + b).to(tl.int32)
-    offset = n_keys - T
-    j_last = tl.minimum(j0 + BLOCK_N, n_keys) - 1
-    begin, full_end = queries_seeing(j0, offset, T, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    full_begin, end = queries_seeing(j_last, offset, T, window, doc_start, doc_end, CAUSAL, WINDOWED)
-    end, full_end = tl.where(j0 < n_keys, end, 0), tl.where(j0 < n_keys, full_end, 0)
-    left, right = middle(full_begin, full_end, end, BLOCK_M)
+    n_keys, offset = keys_of_row(b, masks)
 
-    k_tile = load_rows(k, b, j0, g, S, BLOCK_N, K, BLOCK_K, False, TMA)
-    v_tile = load_rows(v, b, j0, g, S, BLOCK_N, K, BLOCK_K, False, TMA)
-    dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    if CAUSAL or WINDOWED or doc_start is not None:
+    # The queries that see its first and its last key bound the walk; a tile after the last key has none.
+    j_last = tl.minimum(j0 + const.BLOCK_N, n_keys) - 1
+    begin, full_end = queries_seeing(j0, offset, masks, const)
+    full_begin, end = queries_seeing(j_last, offset, masks, const)
+    end, full_end = tl.where(j0 < n_keys, end, 0), tl.where(j0 < n_keys, full_end, 0)
+    left, right = middle(full_begin, full_end, end, const.BLOCK_M)
+
+    k_tile = load_rows(k, b, j0, g, S, const.BLOCK_N, False, const)
+    v_tile = load_rows(v, b, j0, g, S, const.BLOCK_N, False, const)
+    keys, queries = KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys), Queries(q, dout, lse, delta, H)
+    dk_tile = tl.zeros((const.BLOCK_N, const.BLOCK_K), tl.float32)
+    dv_tile = tl.zeros((const.BLOCK_N, const.BLOCK_K), tl.float32)
+    if const.CAUSAL or const.WINDOWED or doc_start is not None:
+        begin = begin // const.BLOCK_M * const.BLOCK_M
         dk_tile, dv_tile = dkdv_over_queries(
-            dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, begin // BLOCK_M * BLOCK_M, left,
-            j0, H, offset, n_keys, T, window, scale, doc_start, doc_end,
-            True, GROUP, CAUSAL, WINDOWED, SOFTCAP, BLOCK_M, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
-        )  # fmt: skip
+            dk_tile, dv_tile, keys, queries, begin, left, scale, masks, True, const
+        )
     dk_tile, dv_tile = dkdv_over_queries(
-        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, left, right, j0, H, offset, n_keys,
-        T, window, scale, doc_start, doc_end,
-        False, GROUP, CAUSAL, WINDOWED, SOFTCAP, BLOCK_M, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
-    )  # fmt: skip
+        dk_tile, dv_tile, keys, queries, left, right, scale, masks, False, const
+    )
     dk_tile, dv_tile = dkdv_over_queries(
-        dk_tile, dv_tile, k_tile, v_tile, q, dout, lse, delta, b, g, right, end, j0, H, offset, n_keys,
-        T, window, scale, doc_start, doc_end,
-        True, GROUP, CAUSAL, WINDOWED, SOFTCAP, BLOCK_M, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
-    )  # fmt: skip
-    if seqlens_k is not None:  # a tile without a mask may reach over the last key that exists
-        exists = (j0 + tl.arange(0, BLOCK_N) < n_keys)[:, None]
+        dk_tile, dv_tile, keys, queries, right, end, scale, masks, True, const
+    )
+
+    # A tile without a mask may reach over the last key of its row: the gradients there are zeros.
+    if seqlens_k is not None:
+        exists = (j0 + tl.arange(0, const.BLOCK_N) < n_keys)[:, None]
         dk_tile, dv_tile = tl.where(exists, dk_tile, 0.0), tl.where(exists, dv_tile, 0.0)
-    store_rows(dk, dk_tile * scale, b, j0, g, S, BLOCK_N, K, BLOCK_K)
-    store_rows(dv, dv_tile, b, j0, g, S, BLOCK_N, K, BLOCK_K)
+    store_rows(dk, dk_tile * scale, b, j0, g, S, const.BLOCK_N, const)
+    store_rows(dv, dv_tile, b, j0, g, S, const.BLOCK_N, const)
 
 
 @triton.jit
-def dq_over_keys(
-    dq, q, do, lse, delta, k, v, b, g, first, last, low, high, S, scale,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, K: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Add what the keys from `first` up to `last` give to dq."""
-    for start in range(first, last, BLOCK_N):
-        k_tile = load_rows(k, b, start, g, S, BLOCK_N, K, BLOCK_K, not MASKED, TMA)
-        v_tile = load_rows(v, b, start, g, S, BLOCK_N, K, BLOCK_K, not MASKED, TMA)
-        s, c = scores(tl.dot(q, k_tile.T, input_precision=PRECISION), scale, SOFTCAP)
+def dq_over_keys(dq, q, do, lse, delta, keys, first, last, scale, MASKED: tl.constexpr, const: tl.constexpr):
+    """Return dq plus the terms of the keys from `first` up to `last`."""
+    for start in range(first, last, const.BLOCK_N):
+        k = load_rows(keys.k, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
+        v = load_rows(keys.v, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
+        s, c = scores(tl.dot(q, k.T, input_precision=const.PRECISION), scale, const.SOFTCAP)
         p = tl.math.exp2(s * c - lse[:, None])
         if MASKED:
-            j = start + tl.arange(0, BLOCK_N)[None, :]
-            p = tl.where((j >= low[:, None]) & (j < high[:, None]), p, 0.0)
-        dp = tl.dot(do, v_tile.T, input_precision=PRECISION)
+            j = start + tl.arange(0, const.BLOCK_N)[None, :]
+            p = tl.where((j >= keys.low[:, None]) & (j < keys.high[:, None]), p, 0.0)
+        dp = tl.dot(do, v.T, input_precision=const.PRECISION)
         ds = p * (dp - delta[:, None])
-        if SOFTCAP is not None:
+        if const.SOFTCAP is not None:
             ds = ds * (1 - s * s)
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=const.PRECISION)
     return dq
 
 
 @triton.jit
 def dq_kernel(
     q, k, v, dout, lse, delta, dq, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    const: tl.constexpr,
 ):  # fmt: skip
-    i0, b, h, low, high, begin, left, right, end = query_tile(
-        seqlens_k, doc_start, doc_end, T, S, H, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N
-    )
-    q_tile = load_rows(q, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
-    do_tile = load_rows(dout, b, i0, h, T, BLOCK_M, K, BLOCK_K, False, TMA)
-    row = (b * H + h).to(tl.int64) * T + tl.minimum(i0 + tl.arange(0, BLOCK_M), T - 1)
+    masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
+    tile = query_tile(H, masks, const)
+    b, h = tile.b, tile.h
+    q_tile = load_rows(q, b, tile.i0, h, T, const.BLOCK_M, False, const)
+    do = load_rows(dout, b, tile.i0, h, T, const.BLOCK_M, False, const)
+    row = (b * H + h).to(tl.int64) * T + tl.minimum(tile.i0 + tl.arange(0, const.BLOCK_M), T - 1)
     lse_i, delta_i = tl.load(lse + row), tl.load(delta + row)
-    dq_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    g = h // GROUP
-    if WINDOWED or doc_start is not None:
+    dq_tile = tl.zeros((const.BLOCK_M, const.BLOCK_K), tl.float32)
+    keys = Keys(k, v, S, b, h // const.GROUP, tile.low, tile.high)
+
+    # As in the forward pass: keys with a mask, without, and with a mask again.
+    if const.WINDOWED or doc_start is not None:
         dq_tile = dq_over_keys(
-            dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, begin, left, low, high,
-            S, scale, True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
-        )  # fmt: skip
+            dq_tile, q_tile, do, lse_i, delta_i, keys, tile.begin, tile.left, scale, True, const
+        )
     dq_tile = dq_over_keys(
-        dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, left, right, low, high,
-        S, scale, False, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
-    )  # fmt: skip
+        dq_tile, q_tile, do, lse_i, delta_i, keys, tile.left, tile.right, scale, False, const
+    )
     dq_tile = dq_over_keys(
-        dq_tile, q_tile, do_tile, lse_i, delta_i, k, v, b, g, right, end, low, high,
-        S, scale, True, SOFTCAP, BLOCK_N, K, BLOCK_K, PRECISION, TMA,
-    )  # fmt: skip
-    store_rows(dq, dq_tile * scale, b, i0, h, T, BLOCK_M, K, BLOCK_K)
+        dq_tile, q_tile, do, lse_i, delta_i, keys, tile.right, tile.end, scale, True, const
+    )
+    store_rows(dq, dq_tile * scale, b, tile.i0, h, T, const.BLOCK_M, const)
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masks
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) like q, k and v, from the gradient of `out` and what `forward` returned."""
+    """Return (dq, dk, dv), like q, k and v, from the gradient of `out` and the results of `forward`.
+
+    options: those of `forward`.
+    """
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
+
+    # delta first, which both other kernels read; then dk and dv; then dq.
     q, k, v, out, dout = packed(q), packed(k), packed(v), packed(out), packed(dout)
-    shared = shared_arguments(q, k, *masks)
-    tma = shared["TMA"]
+    shared, const = arguments(q, k, *options)
+    tma = const.TMA
     delta = torch.empty_like(lse)
     with on_device(q):
         delta_kernel[(triton.cdiv(T, 64) * B * H,)](
             as_rows(out, 64, False), as_rows(dout, 64, False), delta, T, H,
-            K=K, BLOCK_K=shared["BLOCK_K"], BLOCK_M=64,
+            const=Constants(K, const.BLOCK_K, BLOCK_M=64),
         )  # fmt: skip
         M, N, warps, stages = tiles(q)[1]
         dkdv_kernel[(triton.cdiv(S, N) * B * G,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(dout, M, tma), lse, delta,
             as_rows(dk, N, False), as_rows(dv, N, False),
-            BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, **shared,
+            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip
         M, N, warps, stages = tiles(q)[2]
         dq_kernel[(triton.cdiv(T, M) * B * H,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(dout, M, tma), lse, delta,
-            as_rows(dq, M, False), BLOCK_M=M, BLOCK_N=N, num_warps=warps, num_stages=stages, **shared,
+            as_rows(dq, M, False),
+            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip
     return dq, dk, dv

@@ -34,8 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from kernels.backend import architecture, choose, on_device, tl, triton
-from kernels.flash_attention import FAMILIES, block_width, precision
+from kernels.backend import architecture, block_width, choose, family, on_device, precision, tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels and of F.grouped_mm
 
@@ -236,10 +235,9 @@ FLOAT32 = {"Hopper": "NVIDIA", "NVIDIA": "narrow"}
 
 
 def tiles(x: Tensor) -> tuple[dict, tuple]:
-    """The row of TILES for inputs like x."""
-    arch = architecture(x)
-    family = FAMILIES.get(arch, "NVIDIA" if arch.startswith("sm_") else "AMD")
-    return TILES[FLOAT32.get(family, family) if x.dtype == torch.float32 else family]
+    """Return the row of TILES for inputs like x."""
+    name = family(architecture(x))
+    return TILES[FLOAT32.get(name, name) if x.dtype == torch.float32 else name]
 
 
 def depth(x: Tensor) -> int:

@@ -1,22 +1,22 @@
-"""ELECTRA: an encoder that learns by telling which tokens of a text were replaced.
+"""ELECTRA: an encoder that learns to detect which tokens of a text were replaced.
 
     x'_i ~ p_generator(x_i | masked text) at the masked i,    x'_i = x_i elsewhere
     loss = mean over masked i of -log p_generator(x_i | masked text)
            + 50 * mean over all i of -log p_discriminator(whether x'_i = x_i | x')
 
 ELECTRA (Clark et al. 2020, section 2). A small BERT, the generator, fills in the masks; the discriminator,
-the encoder one keeps, judges every token of the result, so each text asks it T questions where BERT asks
-0.15 T. What the generator happens to get right counts as original. This is no GAN: the generator learns to
-be right, not to fool, and no gradient flows back through the tokens it draws.
+which is the encoder that one keeps, judges every token of the result. So a text gives T predictions to learn
+from, where BERT has 0.15 T. A token that the generator gets right counts as original. This is no GAN: the
+generator is trained to be right, not to deceive, and no gradient flows back through the tokens it draws.
 
-Both read the same embeddings (section 3.2): the discriminator alone would train only those of the tokens it
-sees, while the generator's softmax moves all of them at every step.
+Both read the same embeddings (section 3.2). The discriminator alone would train only those of the tokens in
+its input, while the generator's softmax moves all of them at every step.
 
-This file is only what that adds to bert.py.
+This file is only what ELECTRA adds to bert.py and language/masking.py.
 
-    python -m language.electra                                                     the sizes
-    python -m language.electra runs/electra/model --text "for i in banana(10):"    which tokens look replaced
-    python train.py --model electra                                       train one
+    python -m language.electra                                                     print the sizes
+    python -m language.electra runs/electra/model --text "for i in banana(10):"    detect replaced tokens
+    python train.py --model electra                                                train one
 
 Shapes: B batch, T tokens of a row, D model width, V vocabulary, n masked tokens of a row.
 """
@@ -32,36 +32,39 @@ from torch import Tensor, nn
 
 import bert
 from bert import BERT
+from data.rows import Dataset, Row
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
 from formats import decoders, encoders
+from language import masking
 from language.encoder_inference import sequence
+
+STEPS = 3600
+LEARNING_RATE = 0.25  # times the default rate of a decoder of this size; found on `tiny`
+TOKEN_LOSS = "mlm_loss"  # the nats per masked token, where the loss has other terms too
 
 
 @dataclass(frozen=True)
 class Config(bert.Config):
-    """Of the discriminator; the generator is the same but narrower."""
+    """The discriminator's config; the generator has the same layers, but narrower."""
 
     pooler: bool = False
     mlm_head: bool = False
     generator_size: float = 0.25  # its heads and widths as a share of the discriminator's; 0: no generator
-    rtd_weight: float = 50.0  # of the discriminator's loss, which is far smaller: yes or no, not a token of V
+    rtd_weight: float = (
+        50.0  # weight of the discriminator's loss: of yes or no, so far smaller than of V tokens
+    )
+    masking: str = "token"  # as in language/masking.py
+    mask_rate: float = 0.15
 
     def __post_init__(self):
-        # A checkpoint has no other: it would be saved as a model that it is not.
-        only = dict(positions="learned", position_offset=0, window=None, share_layers=False, pre_norm=False)
-        only |= dict(mlp="gelu", bias=True, pooler=False, mlm_head=False, pair="none", span_boundary=False)
-        for field, value in only.items():
-            if getattr(self, field) != value:
-                raise ValueError(f"{field} {getattr(self, field)!r}: an ELECTRA has {value!r}")
-        if self.n_segments < 1:
-            raise ValueError(f"n_segments {self.n_segments}: an ELECTRA has at least 1")
         if not 0 <= self.generator_size <= 1:
             raise ValueError(f"generator_size {self.generator_size}: expected 0 to 1")
         super().__post_init__()
+        masks(self)  # raises ValueError for impossible settings
 
     def generator(self) -> bert.Config | None:
-        """With as many layers, but fewer heads of the same width (section 3.2); None if there is none."""
+        """Return the generator's config, with fewer heads of the same width (section 3.2), or None."""
         if not self.generator_size:
             return None
         n_heads = max(1, round(self.generator_size * self.n_heads))
@@ -69,22 +72,15 @@ class Config(bert.Config):
             "n_heads": n_heads,
             "d_model": self.d_model * n_heads // self.n_heads,
             "d_ff": self.d_ff * n_heads // self.n_heads,
+            "d_embedding": self.E,
         }
         same = {field.name: getattr(self, field.name) for field in fields(bert.Config)}
         return bert.Config(**same | narrow | {"mlm_head": True})
 
-    @property
-    def n_params(self) -> int:
-        """Of both; the embeddings, which they share, count once."""
-        D, generator = self.d_model, self.generator()
-        own = generator.n_params - self.n_embedding_params if generator else 0
-        return super().n_params + (D + 1) * (D + 1) + own
 
-    def flops_per_token(self, seq_len: int) -> int:
-        """Of both, forward and backward, as in bert.py."""
-        D, generator = self.d_model, self.generator()
-        flops = super().flops_per_token(seq_len) + 6 * (D * D + D)
-        return flops + (generator.flops_per_token(seq_len) if generator else 0)
+def masks(config: Config) -> masking.Config:
+    """Return the settings of language/masking.py for the generator's objective."""
+    return masking.Config(config.masking, config.mask_rate)
 
 
 SIZES = {  # all but tiny: Clark et al. 2020, table 6
@@ -107,21 +103,48 @@ class ReplacedTokenHead(nn.Module):
         self.dense_prediction = nn.Linear(config.d_model, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits (...) that a token was replaced, of hidden states (..., D)."""
+        """Return logits (...) that a token was replaced, of hidden states (..., D)."""
         return self.dense_prediction(F.gelu(self.dense(hidden))).squeeze(-1)
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Return a token (...) from the softmax of logits (..., V) for each number (...) in [0, 1).
+
+    It is the first token at which the running sum of the probabilities exceeds the number.
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # Rounding leaves the last sum a little off 1.
+    uniform = uniform * cumulative[..., -1]
+    token = torch.searchsorted(cumulative, uniform[..., None], right=True).squeeze(-1)
+    # With logits of NaN the search ends past the last token. The loss will be NaN; here is no error.
+    return token.clamp(max=logits.shape[-1] - 1)
 
 
 class Discriminator(BERT):
     def __init__(self, config: Config):
         super().__init__(config)
         self.discriminator_predictions = ReplacedTokenHead(config)
-        self.initialize()
+        bert.initialize(self, config)
 
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T) that each of tokens (B, T) was replaced; arguments as for `BERT.hidden`."""
+        """Return logits (B, T) that each of tokens (B, T) was replaced; arguments as for `BERT.hidden`."""
         return self.discriminator_predictions(self.hidden(tokens, segments, cu_seqlens=cu_seqlens))
+
+
+class Generator(BERT):
+    """A BERT that reads the embeddings of another model, which alone holds and saves them."""
+
+    def __init__(self, config: bert.Config, embeddings: nn.ModuleDict):
+        super().__init__(config)
+        del self.bert["embeddings"]
+        self.shared = (embeddings,)  # a module in a tuple is not registered a second time
+
+    @property
+    def embeddings(self) -> nn.ModuleDict:
+        """Return the shared embeddings."""
+        return self.shared[0]
 
 
 class Electra(nn.Module):
@@ -129,52 +152,51 @@ class Electra(nn.Module):
         super().__init__()
         self.config = config
         self.discriminator = Discriminator(config)
-        self.generator = BERT(config.generator()) if config.generator_size else None
-        if self.generator is not None:
-            del self.generator.bert["embeddings"]  # the discriminator's serve both
+        self.generator = None
+        if config.generator_size:
+            self.generator = Generator(config.generator(), self.discriminator.embeddings)
 
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """The discriminator's logits (B, T) that each of tokens (B, T) was replaced."""
+        """Return the discriminator's logits (B, T) that each of tokens (B, T) was replaced."""
         return self.discriminator(tokens, segments, cu_seqlens=cu_seqlens)
 
     def guess(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The generator's logits (..., V) at positions (...) of the flattened tokens (B, T).
+        """Return the generator's logits (..., V) at positions (...) of the flattened tokens (B, T).
 
         Raises ValueError for a model that came without a generator.
         """
         if self.generator is None:
             raise ValueError(NO_GENERATOR)
-        shared = self.discriminator.bert.embeddings
-        hidden = self.generator.hidden(tokens, cu_seqlens=cu_seqlens, embeddings=shared)
-        head = self.generator.cls.predictions
-        return head(hidden.flatten(0, 1)[positions], self.discriminator.embedding_weight).float()
+        hidden = self.generator.hidden(tokens, cu_seqlens=cu_seqlens)  # (B, T, D of the generator)
+        return self.generator.logits(hidden.flatten(0, 1)[positions]).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The header's loss on a batch from `make_batch`; ValueError as from `guess`.
+        """Return the header's loss on a batch from `make_batch`, and metrics.
 
-        metrics: "accuracy" is the generator's at the masked places; "rtd_accuracy" the discriminator's at all
-        places, where always saying "original" would reach 1 - "replaced".
+        "accuracy" is the generator's at the masked places; "rtd_accuracy" the discriminator's at all places,
+        where the constant answer "original" would reach 1 - "replaced". Raises ValueError as `guess` does.
         """
+        # The generator's loss at the masked places.
         tokens, positions, targets = batch["tokens"], batch["positions"], batch["targets"]
         cu_seqlens = batch.get("cu_seqlens")
         logits = self.guess(tokens, positions, cu_seqlens)  # (B, n, V)
         mlm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        masked = targets >= 0  # not where a row has fewer than n
+        # Fill in what it draws there. Where a row has fewer than n masks, position 0 keeps its token.
+        masked = targets >= 0  # (B, n)
         drawn = draw(logits.detach(), batch["uniform"])  # (B, n)
         flat = tokens.flatten()  # (B T,)
         filled = flat.index_put((positions,), torch.where(masked, drawn, flat[positions]))
         replaced = torch.zeros_like(flat, dtype=torch.bool)
         replaced = replaced.index_put((positions,), masked & (drawn != targets))
 
+        # The discriminator's loss at all places.
         rtd_logits = self(filled.view_as(tokens), cu_seqlens=cu_seqlens).float().flatten()  # (B T,)
         rtd_loss = F.binary_cross_entropy_with_logits(rtd_logits, replaced.float())
-        n_targets = masked.sum()
         metrics = {
-            "targets": n_targets,
-            "accuracy": (logits.argmax(-1) == targets).sum() / n_targets,
+            "accuracy": (logits.argmax(-1) == targets).sum() / masked.sum(),
             "mlm_loss": mlm_loss.detach(),
             "rtd_loss": rtd_loss.detach(),
             "rtd_accuracy": ((rtd_logits > 0) == replaced).float().mean(),
@@ -183,12 +205,19 @@ class Electra(nn.Module):
         return mlm_loss + self.config.rtd_weight * rtd_loss, metrics
 
     def flops_per_token(self, seq_len: int) -> int:
-        return self.config.flops_per_token(seq_len)
+        """Return the FLOPs of training both, forward and backward, per token of a row, as in bert.py."""
+        D = self.config.d_model
+        flops = self.discriminator.flops_per_token(seq_len) + 6 * (D * D + D)
+        if self.generator is None:
+            return flops
+        return flops + self.generator.flops_per_token(seq_len, masks(self.config).n_masked(seq_len))
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "Electra":
-        """Load an ElectraForPreTraining, with the ElectraForMaskedLM in its directory generator/ if there is
-        one. ValueError as from `BERT.from_pretrained`, and where the two were not trained together."""
+        """Return the ElectraForPreTraining of a directory, with the ElectraForMaskedLM in generator/ if any.
+
+        Raises ValueError as `BERT.from_pretrained` does, and for two that were not trained together.
+        """
         described, weights = encoders.read(directory)
         if "discriminator_predictions.dense.weight" not in weights:
             raise ValueError(
@@ -196,6 +225,7 @@ class Electra(nn.Module):
                 "ElectraForMaskedLM in generator/ (python bert.py reads that one, and other encoders)"
             )
         config = Config(**described, kernels=kernels, generator_size=0.0)
+        encoders.check_electra(config)
         beside = Path(directory) / "generator"
         if beside.is_dir():
             generator_fields, generator_weights = encoders.read(beside)
@@ -222,8 +252,12 @@ class Electra(nn.Module):
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the discriminator, as ElectraForPreTraining, and to generator/ in there the generator, as
-        ElectraForMaskedLM with its own copy of the embeddings."""
+        """Write the discriminator as ElectraForPreTraining, and the generator to generator/ in the directory.
+
+        The generator is an ElectraForMaskedLM with its own copy of the embeddings. Raises ValueError for a
+        config that these cannot describe.
+        """
+        encoders.check_electra(self.config)
         weights = self.discriminator.state_dict()
         encoders.save(self.config, weights, directory, "electra", "ForPreTraining")
         if self.generator is None:
@@ -234,55 +268,54 @@ class Electra(nn.Module):
 
 
 Model = Electra
-SPECIAL_TOKENS = bert.SPECIAL_TOKENS
-STEPS = 3600
-LEARNING_RATE = 0.25
-
-
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """A token (...) from the softmax of logits (..., V) for each number (...) in [0, 1): where the running
-    sum of the probabilities first exceeds it."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    uniform = uniform * cumulative[..., -1]  # which rounding leaves a little off 1
-    token = torch.searchsorted(cumulative, uniform[..., None], right=True).squeeze(-1)
-    return token.clamp(max=logits.shape[-1] - 1)  # NaN exceeds nothing: the loss shall be NaN, not an error
-
-
-part_of = bert.part_of
+fit, load_data, split = bert.fit, masking.load_data, masking.split
 
 
 def make_batch(
-    tokens: Tensor, config: Config, generator: torch.Generator, tokenizer: Tokenizer | WordPiece
+    rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Tokenizer | WordPiece
 ) -> dict[str, Tensor]:
-    """`bert.make_batch`, and "uniform" (B, n), the numbers in [0, 1) that the generator's tokens are drawn
-    by, so that a batch decides everything.
+    """Return the batch of `masking.make_batch` with all chosen tokens masked, and "uniform" (B, n).
 
-    All that was chosen becomes [MASK] (section 2); the authors' code leaves 15 percent of it as it is.
-    Raises ValueError as that does, and if there is no generator.
+    The authors' code leaves 15 percent of the chosen tokens as they are; the paper masks all (section 2). The
+    generator's tokens are drawn by "uniform", numbers in [0, 1), so the loss is a function of the batch.
+    Raises ValueError as `masking.make_batch` does, and for a model without a generator.
     """
     if not config.generator_size:
         raise ValueError(NO_GENERATOR)
-    batch = bert.make_batch(tokens, config.generator(), generator, tokenizer)
+    batch = masking.make_batch(rows, masks(config), generator, tokenizer)
     chosen = batch["positions"][batch["targets"] >= 0]
     batch["tokens"].view(-1)[chosen] = tokenizer.mask_id
     return batch | {"uniform": torch.rand(batch["targets"].shape, generator=generator)}
 
 
+def loss_bytes(
+    model: Electra, config: Config, n: int, seq_len: int, precision: tuple[int, int, bool]
+) -> dict[str, int]:
+    """Return the memory of both heads, as `masking.loss_bytes`.
+
+    The discriminator has one logit per token, which is little; it keeps the input of its embeddings' norm.
+    """
+    kept = n * precision[1] * config.E
+    if model.generator is None:
+        return {"kept": kept}
+    generator = masking.loss_bytes(model.generator, masks(config), n, seq_len, precision)
+    return generator | {"kept": generator["kept"] + kept}
+
+
 @torch.no_grad()
 def detect(model: Electra, row: list[int]) -> list[float]:
-    """The probability that each token of a row, [CLS] and [SEP] included, was replaced."""
+    """Return the probability that each token of a row, [CLS] and [SEP] included, was replaced."""
     tokens = torch.tensor([row], device=model.discriminator.embedding_weight.device)
     return model(tokens)[0].float().sigmoid().tolist()
 
 
 @torch.no_grad()
-def show(
-    model: Electra, tokenizer: Tokenizer | WordPiece, held_out: Tensor, directory: Path | None = None
-) -> str:
-    """The beginning of the held-out text (n,) with every tenth token drawn by the generator, always by the
-    same numbers, and which tokens the discriminator takes for replaced."""
-    device = model.discriminator.embedding_weight.device
-    text = held_out[: min(80, model.config.max_seq_len - 2)].tolist()
+def show(model: Electra, dataset: Dataset, out: Path) -> str:
+    """Return the beginning of the held-out text with every tenth token drawn by the generator, always by the
+    same random numbers, and which tokens the discriminator takes for replaced."""
+    # Mask every tenth token, and let the generator draw one there.
+    tokenizer, device = dataset.tokenizer, model.discriminator.embedding_weight.device
+    text = dataset.val.tokens[: min(80, model.config.max_seq_len - 2)].tolist()
     chosen = [i + 1 for i, token in enumerate(text) if i % 10 == 5 and not tokenizer.is_special[token]]
     row = torch.tensor([tokenizer.cls_id, *text, tokenizer.sep_id], device=device)
     places = torch.tensor(chosen, dtype=torch.int64, device=device)
@@ -291,34 +324,42 @@ def show(
     was, now = row.tolist(), row.index_put((places,), draw(logits, uniform.to(device))).tolist()
     p = detect(model, now)
 
+    # One line for each of them, and one for all other tokens.
     lines = [tokenizer.decode(now[1:-1]), ""]
     for i in chosen:
-        told = f"{tokenizer.decode([was[i]])!r} "
-        told += "drawn as it was" if was[i] == now[i] else f"replaced by {tokenizer.decode([now[i]])!r}"
-        lines.append(f"{told:44} judged replaced: {p[i]:.0%}")
+        drawn = "drawn as it was" if was[i] == now[i] else f"replaced by {tokenizer.decode([now[i]])!r}"
+        change = f"{tokenizer.decode([was[i]])!r} {drawn}"
+        lines.append(f"{change:44} judged replaced: {p[i]:.0%}")
     others = [i for i in range(1, len(now) - 1) if i not in chosen]
     wrong = [repr(tokenizer.decode([now[i]])) for i in others if p[i] > 0.5]
-    named = f": {' '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}" if wrong else ""
-    lines.append(f"{len(wrong)} of the {len(others)} other tokens judged replaced{named}")
+    examples = f": {' '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}" if wrong else ""
+    lines.append(f"{len(wrong)} of the {len(others)} other tokens judged replaced{examples}")
     return "\n".join(lines)
 
 
+def print_sizes() -> None:
+    """Print the parameters of each size, and the FLOPs per token of training it."""
+    print(f"{'size':14} {'encoder':>12} {'in training':>12} {'layers':>6} {'width':>6}", end="")
+    print(f" {'generator':>9} {'FLOPs/token':>12}")
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            model = Electra(config)
+        parts = (model.discriminator.bert, model)
+        n_encoder, n_params = (sum(p.numel() for p in part.parameters()) for part in parts)
+        flops = model.flops_per_token(config.max_seq_len)
+        print(f"{name:14} {n_encoder:12,} {n_params:12,} {config.n_layers:6} {config.d_model:6} ", end="")
+        print(f"{model.generator.config.d_model:9} {flops:12.3e}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tell which tokens look replaced, or print the sizes.")
+    parser = argparse.ArgumentParser(description="Detect replaced tokens in a text, or print the sizes.")
     parser.add_argument(
-        "checkpoint", nargs="?", help="directory in Hugging Face layout; without it, the sizes"
+        "checkpoint", nargs="?", help="directory in Hugging Face layout (default: print the sizes)"
     )
     parser.add_argument("--text", help="the text to judge")
     args = parser.parse_args()
     if args.checkpoint is None:
-        print(f"{'size':14} {'encoder':>12} {'in training':>12} {'layers':>6} {'width':>6}", end="")
-        print(f" {'generator':>9} {'FLOPs/token':>12}")
-        for name, c in SIZES.items():
-            flops = c.flops_per_token(c.max_seq_len)
-            print(
-                f"{name:14} {c.n_encoder_params:12,} {c.n_params:12,} {c.n_layers:6} {c.d_model:6} ", end=""
-            )
-            print(f"{c.generator().d_model:9} {flops:12.3e}")
+        print_sizes()
         return
     if args.text is None:
         raise ValueError("--text is missing; give the text to judge, such as 'for i in banana(10):'")

@@ -1,30 +1,42 @@
-"""What a trained encoder is for: filling in a mask, turning texts into vectors, scoring a sentence.
+"""Uses of a trained encoder: it fills in masks, turns texts into vectors, and scores sentences.
 
     fill_mask            softmax of the logits at the mask
-    embed                mean of a text's hidden states, scaled to length 1: near texts mean near things
+    embed                mean of a text's hidden states, scaled to length 1: texts of near meaning are near
     pseudo_perplexity    exp(-mean log p(x_i | all others)), each token masked in turn
 
-Each takes a model of bert.py and a tokenizer. Texts of different lengths are laid end to end in one row
-(`pack`), and attention is kept inside each, so nothing is padded and no text changes another's result.
+Each takes a model of bert.py and its tokenizer. Texts of different lengths are packed end to end into one
+row (`pack`), and each token attends to its own text alone: nothing is padded, and the result for a text
+does not depend on the others.
 
     model, tokenizer = BERT.from_pretrained("runs/bert/model"), get_tokenizer("runs/bert/model")
     fill_mask(model, tokenizer, "import [MASK]")
+
+    python bert.py runs/bert/model --text "import [MASK]"      the same
+
+Shapes: T tokens of a text, N tokens of n packed texts, D model width.
 """
 
+import argparse
+import importlib
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.tokenizer import Tokenizer
+import bert
+from bert import BERT
+from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
 
 
-def sequence(tokenizer: Tokenizer | WordPiece, text: str, config, cut_at: int | None = None) -> list[int]:
-    """[CLS] text [SEP], where the text may hold [MASK], cut to cut_at tokens in all, if that is given.
+def sequence(
+    tokenizer: Tokenizer | WordPiece, text: str, config: bert.Config, cut_at: int | None = None
+) -> list[int]:
+    """Return the token ids of [CLS] text [SEP], cut to cut_at tokens in all, if that is given.
 
-    Raises ValueError if it is longer than the model reads.
+    The text may hold [MASK]. Raises ValueError if it is longer than the model reads.
     """
     mask = tokenizer.roles.get("mask_token")
     ids = tokenizer.encode(text, allowed_special={mask} if mask else frozenset())
@@ -41,7 +53,10 @@ def sequence(tokenizer: Tokenizer | WordPiece, text: str, config, cut_at: int | 
 
 
 def pack(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Token ids of several texts as one row (1, N) without padding, and its cu_seqlens, int32 (n + 1,)."""
+    """Return the token ids of n texts as one row (1, N) without padding, and cu_seqlens, int32 (n + 1,).
+
+    Text i is tokens cu_seqlens[i] ... cu_seqlens[i + 1] - 1 of the row.
+    """
     ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     tokens = torch.tensor([token for row in rows for token in row])[None]
     return tokens.to(device), ends.int().to(device)
@@ -49,11 +64,12 @@ def pack(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[Ten
 
 @torch.no_grad()
 def fill_mask(
-    model: nn.Module, tokenizer: Tokenizer | WordPiece, text: str, k: int = 5
+    model: BERT, tokenizer: Tokenizer | WordPiece, text: str, k: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """For each mask token in the text, the k likeliest tokens with their probabilities, best first.
+    """Return, for each mask token in the text, the k likeliest tokens with their probabilities, best first.
 
-    Raises ValueError for a text without a mask or longer than the model reads, or a model without the head.
+    Raises ValueError for a text without a mask or longer than the model reads, and for a model without the
+    head.
     """
     row = sequence(tokenizer, text, model.config)
     if not 1 <= k <= model.config.vocab_size:
@@ -64,11 +80,11 @@ def fill_mask(
 
 
 def fill_row(
-    model: nn.Module, tokenizer: Tokenizer | WordPiece, row: list[int], k: int
+    model: BERT, tokenizer: Tokenizer | WordPiece, row: list[int], k: int
 ) -> list[list[tuple[str, float]]]:
-    """`fill_mask` for a row of token ids."""
+    """Return what `fill_mask` does, for a row of token ids."""
     masks = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
-    hidden = model.hidden(torch.tensor([row], device=model.embedding_weight.device))
+    hidden = model.hidden(torch.tensor([row], device=model.embedding_weight.device))  # (1, T, D)
     best = model.logits(hidden[0, masks]).float().softmax(-1).topk(k)  # (masks, k)
     return [
         [(tokenizer.decode([token]), p) for token, p in zip(tokens, probabilities, strict=True)]
@@ -77,31 +93,46 @@ def fill_row(
 
 
 @torch.no_grad()
+def fill_every_tenth(model: BERT, tokenizer: Tokenizer | WordPiece, text: list[int]) -> str:
+    """Return a text of token ids with every tenth token masked, and for each its three likeliest tokens."""
+    masked = [i for i, token in enumerate(text) if i % 10 == 5 and not tokenizer.is_special[token]]
+    row = [tokenizer.mask_id if i in masked else token for i, token in enumerate(text)]
+    guesses = fill_row(model, tokenizer, [tokenizer.cls_id, *row, tokenizer.sep_id], k=3)
+    lines = [tokenizer.decode(row), ""]
+    for i, best in zip(masked, guesses, strict=True):
+        likeliest = "   ".join(f"{token!r} {p:.0%}" for token, p in best)
+        lines.append(f"{tokenizer.decode([text[i]])!r:16} guessed {likeliest}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
 def embed(
-    model: nn.Module,
+    model: BERT,
     tokenizer: Tokenizer | WordPiece,
     texts: list[str],
     *,
     cut_at: int | None = None,
     tokens_per_pass: int = 8192,
 ) -> Tensor:
-    """One vector of length 1 for each text, float32 (n, D): the mean of its tokens' last hidden states.
+    """Return one vector of length 1 for each text, float32 (n, D): the mean of its last hidden states.
 
-    As sentence-transformers has it, [CLS] and [SEP] count. The dot product of two is their cosine
-    similarity. cut_at: the longest texts are cut to this many tokens. Raises ValueError for a text longer
-    than the model reads.
+    [CLS] and [SEP] count, as in sentence-transformers. The dot product of two vectors is their cosine
+    similarity. cut_at: cut longer texts to this many tokens. Raises ValueError for a text longer than the
+    model reads.
     """
     rows = [sequence(tokenizer, text, model.config, cut_at) for text in texts]
     device = model.embedding_weight.device
     vectors = torch.empty(len(rows), model.config.d_model, device=device)
     start = 0
     while start < len(rows):
+        # Take as many texts as fit into one pass, at least one.
         stop, n_tokens = start + 1, len(rows[start])
         while stop < len(rows) and n_tokens + len(rows[stop]) <= tokens_per_pass:
             n_tokens += len(rows[stop])
             stop += 1
+        # Average the hidden states of each.
         tokens, cu_seqlens = pack(rows[start:stop], device)
-        hidden = model.hidden(tokens, cu_seqlens=cu_seqlens)[0].float()  # (n_tokens, D)
+        hidden = model.hidden(tokens, cu_seqlens=cu_seqlens)[0].float()  # (N, D)
         vectors[start:stop] = torch.segment_reduce(hidden, "mean", lengths=cu_seqlens.diff().long())
         start = stop
     return F.normalize(vectors, dim=1)
@@ -109,23 +140,72 @@ def embed(
 
 @torch.no_grad()
 def pseudo_perplexity(
-    model: nn.Module, tokenizer: Tokenizer | WordPiece, text: str, *, rows_per_pass: int = 64
+    model: BERT, tokenizer: Tokenizer | WordPiece, text: str, *, rows_per_pass: int = 64
 ) -> float:
-    """exp of the mean nats of each token when it alone is masked (Salazar et al. 2020, section 2.1).
+    """Return exp of the mean nats of each token when it alone is masked (Salazar et al. 2020, section 2.1).
 
-    It serves to rank texts, as perplexity does, but is no probability: each token is told all the others.
-    Raises ValueError for a text without tokens or longer than the model reads.
+    It ranks texts, as perplexity does, but is no probability of a text: each token is predicted from all the
+    others. Raises ValueError for a text without tokens or longer than the model reads.
     """
-    row = torch.tensor(sequence(tokenizer, text, model.config))
+    row = torch.tensor(sequence(tokenizer, text, model.config))  # (T,)
     places = torch.arange(1, len(row) - 1)
     if not len(places):
         raise ValueError("pseudo_perplexity: a text without tokens; give at least one word")
     device = model.embedding_weight.device
     nats = 0.0
     for masked in places.split(rows_per_pass):
-        rows = row.repeat(len(masked), 1)  # (n, T), each with another token masked
+        rows = row.repeat(len(masked), 1)  # (len(masked), T), another token masked in each
         each = torch.arange(len(masked))
         rows[each, masked] = tokenizer.mask_id
         logits = model.logits(model.hidden(rows.to(device))[each, masked])
         nats += F.cross_entropy(logits.double(), row[masked].to(device), reduction="sum").item()
     return math.exp(nats / len(places))
+
+
+def print_sizes() -> None:
+    """Print the parameters of bert.py's sizes, and the FLOPs per token of training them by their task."""
+    task = importlib.import_module(f"language.{bert.TASK}")
+    columns = (
+        f"{'encoder':>12} {'with heads':>12} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}"
+    )
+    print(f"{'size':12} {columns}")
+    for name, config in bert.SIZES.items():
+        with torch.device("meta"):
+            model = BERT(config)
+        n_encoder, n_params = (sum(p.numel() for p in part.parameters()) for part in (model.bert, model))
+        flops = task.flops_per_token(model, task.settings(config), config.max_seq_len)
+        print(f"{name:12} {n_encoder:12,} {n_params:12,} {config.n_layers:6} {config.d_model:6} ", end="")
+        print(f"{config.max_seq_len:8} {flops:12.3e}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the sizes, or with a checkpoint the likeliest tokens at each mask. Raises ValueError."""
+    if arguments.checkpoint is None:
+        print_sizes()
+        return
+    if arguments.text is None:
+        raise ValueError("--text is missing; give a text with a mask in it, such as 'import [MASK]'")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = BERT.from_pretrained(arguments.checkpoint).to(device).eval()
+    tokenizer = get_tokenizer(arguments.checkpoint)
+    for best in fill_mask(model, tokenizer, arguments.text, arguments.k):
+        print("   ".join(f"{token!r} {p:.1%}" for token, p in best))
+
+
+def main() -> None:
+    """Run the command `python bert.py`. A mistake in its arguments ends it with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description="Fill in masks with a trained model, or print the sizes.")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="directory in Hugging Face layout (default: print the sizes)"
+    )
+    parser.add_argument("--text", help="a text with [MASK] in it, or with the tokenizer's own mask token")
+    parser.add_argument("--k", type=int, default=5, help="number of guesses for each mask (default 5)")
+    try:
+        run(parser.parse_args())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
-"""What a masked language model is asked: which tokens to restore, and how two pieces of text belong together.
+"""Masked language modelling: some tokens of a text are hidden, and the model restores them.
 
     loss = -mean over chosen t of log p(x_t | corrupted row)
 
 All maskings differ only in what is masked *together*. A masking is a partition of the row into units; units
-are chosen at random until the budget, a rate times the length of the text, is spent; what is chosen is
-corrupted. The larger the units, the less a masked token can be guessed from its own neighbouring pieces:
+are chosen at random until the budget, a rate times the length of the text, is spent; the tokens of the chosen
+units are corrupted. The larger the units, the less a masked token can be guessed from its neighbours:
 
     each_token     every token alone                     BERT (Devlin et al. 2018)
     whole_words    all pieces of a word                  BERT's second release (2019), Cui et al. 2019
@@ -16,22 +16,68 @@ corrupted. The larger the units, the less a masked token can be guessed from its
     inputs = corrupt(tokens, chosen, mask_id, ordinary, generator, units)
     positions, targets = gather_masked(tokens, chosen, n)
 
-`make_batch` at the end is these steps, from windows of text to what a model of bert.py is trained on.
+`make_batch` is these steps, from windows of text to what an encoder of bert.py learns from. Masks are drawn
+anew each time a row is read: RoBERTa's dynamic masking (Liu et al. 2019, section 4.1). Two other objectives
+may be added to this loss: language/sentence_pairs.py and language/span_boundary.py.
 
-Drawn anew each time a row is seen, it is RoBERTa's dynamic masking (Liu et al. 2019, section 4.1).
-`next_sentence` (BERT) and `sentence_order` (ALBERT) ask the other question, about a pair of segments.
+    python -m language.masking                                  mask one sentence in each of the four ways
+    python train.py --model bert --set masking=span             train with one of them
 
-    python -m language.masking        one sentence, masked in each of the four ways
-
-Units are int64 (B, T), counting up from 0 along each row: B rows of T tokens. All randomness comes from the
-generator, a CPU one, so that the same state gives the same batch.
+Units are int64 (B, T), counting up from 0 along each row.
+Shapes: B rows, T tokens of a row, n masked tokens of a row, D model width, E embedding width, V vocabulary.
+All randomness comes from the generator, a CPU one, so that the same state gives the same batch.
 """
 
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
+import data.text
+from bert import BERT
+from bert import Config as ModelConfig
+from data.rows import Dataset, Row, stack
 from data.tokenizer import Tokenizer
 from data.wordpiece import WordPiece
+from engine import contract
+from language.encoder_inference import fill_every_tenth
+from language.sentence_pairs import framed, in_two
+from language.span_boundary import SpanBoundary, span_boundaries
+
+MODEL = "bert"
+TOKEN_LOSS = "mlm_loss"  # the nats per masked token, where the loss has other terms too
+# Added to a tokenizer that lacks them, by their role.
+SPECIAL_TOKENS = {
+    "cls_token": "[CLS]",  # begins a row; its last hidden state stands for the whole text
+    "sep_token": "[SEP]",  # ends each segment
+    "mask_token": "[MASK]",
+    "pad_token": "[PAD]",  # not used here, but other programs pad with it
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    masking: str = "token"  # units that are masked together: "token", "word", or "span" (SpanBERT)
+    mask_rate: float = 0.15  # share of a row's text that is masked
+    span_boundary: bool = False  # predict a masked token also from the ends of its span (SpanBERT)
+    pair: str = "none"  # the objective on pairs of segments, which is the one that the model has a head for
+
+    def __post_init__(self):
+        if self.masking not in ("token", "word", "span"):
+            raise ValueError(f"masking {self.masking!r}: expected token or word or span")
+        if not 0 < self.mask_rate < 1:
+            raise ValueError(f"mask_rate {self.mask_rate}: expected between 0 and 1")
+
+    def n_text(self, seq_len: int) -> int:
+        """Return how many tokens of a row are text: all but [CLS] and the [SEP] of each segment."""
+        return seq_len - (2 if self.pair == "none" else 3)
+
+    def n_masked(self, seq_len: int) -> int:
+        """Return how many tokens of a row of seq_len are masked, at most."""
+        return max(1, round(self.mask_rate * self.n_text(seq_len)))
 
 
 def each_token(tokens: Tensor) -> Tensor:
@@ -155,120 +201,177 @@ def gather_masked(tokens: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tenso
     return positions, targets
 
 
-def span_boundaries(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left and right positions just outside the masked span of each chosen token, and its place in the span.
-
-    All int64 (B, T); the place counts from 1, and is 0 where nothing is chosen. SpanBERT predicts a token
-    also from these three alone (Joshi et al. 2019, section 3.2). A span here is a maximal run of chosen
-    tokens, as in SpanBERT's code: where two chosen units touch, the boundary between them is masked and would
-    tell nothing. A run can therefore be longer than a unit. Raises ValueError if a run meets the row's end;
-    none does where rows begin with [CLS] and end with [SEP].
-    """
-    B, T = chosen.shape
-    if chosen[:, 0].any() or chosen[:, -1].any():
-        raise ValueError("a row's first or last token is chosen: expected special tokens at both ends")
-    t = torch.arange(T).expand(B, T)
-    left = t.masked_fill(chosen, 0).cummax(1).values  # the last position so far that is not chosen
-    right = t.masked_fill(chosen, T - 1).flip(1).cummin(1).values.flip(1)
-    return left, right, t - left
-
-
-def next_sentence(rows: Tensor, cut: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Does the second segment follow the first? New rows (B, N), labels (B,): 0 it does, 1 it is random.
-
-    rows (B, N): text without special tokens, divided before position cut (B,), in 1..N-1. With probability
-    1/2 the second segment becomes the same places of another row, each equally likely (Devlin et al. 2018,
-    section 3.1, task 2). A single row has no other to take from: it stays as it is.
-    """
-    B, N = rows.shape
-    labels = torch.randint(2, (B,), generator=generator) * (B > 1)
-    other = (torch.arange(B) + torch.randint(1, max(B, 2), (B,), generator=generator)) % B
-    replaced = (torch.arange(N) >= cut[:, None]) & (labels[:, None] == 1)  # (B, N)
-    return torch.where(replaced, rows[other], rows), labels
-
-
-def sentence_order(rows: Tensor, cut: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Which segment comes first? New rows (B, N), new cut (B,), labels (B,): 0 in order, 1 swapped.
-
-    rows and cut as for `next_sentence`. With probability 1/2 the segments change places. Both are from the
-    same text, so the topic, which gives most of BERT's random pairs away, is no help (ALBERT, Lan et al.
-    2019, section 3.1).
-    """
-    B, N = rows.shape
-    labels = torch.randint(2, (B,), generator=generator)
-    source = (torch.arange(N) + (cut * labels)[:, None]) % N  # swapped: the row turned left by cut
-    return rows.gather(1, source), torch.where(labels == 1, N - cut, cut), labels
-
-
-def part_of(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
-    """The i-th of n equal parts of a batch from `make_batch`: its rows, and the places counted in them."""
-    first = batch["tokens"].numel() // n * i
-    part = {name: t.chunk(n)[i] for name, t in batch.items()}
-    return part | {name: part[name] - first for name in part.keys() & {"positions", "left", "right"}}
+def units_of(
+    rows: Tensor, config: Config, generator: Generator, tokenizer: Tokenizer | WordPiece, given: Tensor | None
+) -> Tensor:
+    """Return the units (B, T) of rows (B, T) for config.masking. given (B, T): as for `entities`, or None."""
+    if config.masking == "token" and given is None:
+        return each_token(rows)
+    units = whole_words(torch.from_numpy(tokenizer.continues_word)[rows])
+    if given is not None:
+        units = entities(units, given)
+    return spans(units, generator) if config.masking == "span" else units
 
 
 def make_batch(
-    tokens: Tensor,
-    config,
-    generator: Generator,
-    tokenizer: Tokenizer | WordPiece,
-    given: Tensor | None = None,
+    rows: list[Row], config: Config, generator: Generator, tokenizer: Tokenizer | WordPiece
 ) -> dict[str, Tensor]:
-    """Windows of T + 1 tokens (B, T + 1) to rows of T with [CLS] and [SEP], and what config, a `bert.Config`,
-    asks about them.
+    """Return a batch of B rows of T tokens, with [CLS] and [SEP], from B windows of text.
 
-    "tokens" (B, T) corrupted, "positions" (B, n) of the masked ones in the flattened rows, "targets" (B, n)
-    what stood there, -100 where a row has fewer. With a pair objective the text is cut in two at random:
-    "segments" (B, T) and "pair_labels" (B,). given: int64 (B, T + 1), the number of the phrase or entity
-    that a token belongs to, 0 for none; each is masked as a whole (ERNIE, Sun et al. 2019).
-    Raises ValueError for windows with no text that may be masked, or too short for a pair, and for a config
-    without the head that would be asked.
+    rows: "tokens" (T + 1,), and "entities" (T + 1,) where there are some: the number of the phrase or entity
+    that a token belongs to, 0 for none; each is masked as a unit (ERNIE, Sun et al. 2019). The batch:
+
+        "tokens" (B, T)                         corrupted
+        "positions", "targets" (B, n)           the masked places in the flattened rows, and the tokens that
+                                                stood there; -100 where a row has fewer
+        "segments" (B, T), "pair_labels" (B,)   with a pair objective
+        "left", "right", "place" (B, n)         with span_boundary: see language/span_boundary.py
+
+    Raises ValueError for rows that are too short, or that have nothing to mask.
     """
-    if not config.mlm_head:
-        raise ValueError(
-            "this checkpoint has no masked-language-model head; train.py --set mlm_head=True adds a new one"
-        )
-    B, T = tokens.shape[0], tokens.shape[1] - 1
+    windows, batch = stack(rows), {}
+    B, T = windows["tokens"].shape[0], windows["tokens"].shape[1] - 1
     N, n = config.n_text(T), config.n_masked(T)
     if N < 2:
         raise ValueError(f"rows of {T} tokens leave {N} for text; expected a --seq-len of at least 8")
-    text, batch = tokens[:, :N], {}
-    cut = torch.full((B,), N)
-    if config.pair != "none":
-        cut = torch.randint(1, N, (B,), generator=generator)
-        if config.pair == "nsp":
-            text, batch["pair_labels"] = next_sentence(text, cut, generator)
-        else:
-            text, cut, batch["pair_labels"] = sentence_order(text, cut, generator)
 
-    place = torch.arange(N) + 1 + (torch.arange(N) >= cut[:, None])  # (B, N): where the text comes to stand
-    rows = torch.full((B, T), tokenizer.sep_id).scatter(1, place, text)
-    rows[:, 0] = tokenizer.cls_id
-    if config.pair != "none":
-        batch["segments"] = (torch.arange(T) > cut[:, None] + 1).long()
+    # Make rows of the text: [CLS] a [SEP], or with a pair objective [CLS] a [SEP] b [SEP].
+    text, cut, labels = in_two(windows["tokens"][:, :N], config.pair, generator)
+    original, place = framed(text, cut, T, tokenizer)
+    if labels is not None:
+        batch = {"pair_labels": labels, "segments": (torch.arange(T) > cut[:, None] + 1).long()}
 
+    # Choose what is masked.
     special = torch.from_numpy(tokenizer.is_special)  # (V,)
-    maskable = ~special[rows]
+    maskable = ~special[original]  # (B, T)
     if not maskable.any():
         raise ValueError("no token of this batch may be masked: it is all special tokens; give more text")
-    units = each_token(rows)
-    if config.masking != "token" or given is not None:
-        units = whole_words(torch.from_numpy(tokenizer.continues_word)[rows])
+    given = windows.get("entities")
     if given is not None:
-        units = entities(units, torch.zeros_like(rows).scatter(1, place, given[:, :N]))
-    if config.masking == "span":
-        units = spans(units, generator)
+        given = torch.zeros_like(original).scatter(1, place, given[:, :N])
+    units = units_of(original, config, generator, tokenizer, given)
     chosen = choose(units, maskable, n, generator)
+
+    # Corrupt it, and keep the tokens that stood there as targets.
     ordinary = (~special).nonzero().flatten()
     together = units if config.masking == "span" else None
-    batch["tokens"] = corrupt(rows, chosen, tokenizer.mask_id, ordinary, generator, together)
-    positions, batch["targets"] = gather_masked(rows, chosen, n)
-    first = torch.arange(0, B * T, T)[:, None]  # of each row among all tokens
+    batch["tokens"] = corrupt(original, chosen, tokenizer.mask_id, ordinary, generator, together)
+    positions, batch["targets"] = gather_masked(original, chosen, n)
+    first = torch.arange(0, B * T, T)[:, None]  # (B, 1): where each row begins among all tokens
     batch["positions"] = first + positions
     if config.span_boundary:
         left, right, place = (x.gather(1, positions) for x in span_boundaries(chosen))
         batch |= {"left": first + left, "right": first + right, "place": place}
     return batch
+
+
+def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
+    """Return the i-th of n equal parts of a batch, with places counted in the rows of this part."""
+    first = batch["tokens"].numel() // n * i
+    part = {name: t.chunk(n)[i] for name, t in batch.items()}
+    return part | {name: part[name] - first for name in part.keys() & {"positions", "left", "right"}}
+
+
+def wrap(model: BERT, config: Config) -> BERT:
+    """Return the model, with a head for span boundaries where config has the objective.
+
+    The head is left out of what is saved. Raises ValueError for a model without the head for tokens.
+    """
+    if not model.config.mlm_head:
+        raise ValueError(
+            "this checkpoint has no masked-language-model head; train.py --set mlm_head=True adds a new one"
+        )
+    if config.span_boundary:
+        model.cls["span_boundary"] = SpanBoundary(model.config)
+    if model.config.pooler and config.pair == "none":
+        model.bert.pooler.requires_grad_(False)  # no loss depends on it, and ddp would wait for its gradient
+    return model
+
+
+def loss(model: BERT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean nats per masked token, plus those of the other objectives in the batch, and metrics."""
+    hidden = model.hidden(batch["tokens"], batch.get("segments"), cu_seqlens=batch.get("cu_seqlens"))
+    targets = batch["targets"]  # (B, n)
+
+    # Masked tokens. The head runs at the masked places alone: 15 percent of the work at all places.
+    flat = hidden.flatten(0, 1)  # (B T, D)
+    logits = model.logits(flat[batch["positions"]]).float()  # (B, n, V)
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    metrics = {"accuracy": (logits.argmax(-1) == targets).sum() / (targets >= 0).sum()}
+    if "left" in batch or "pair_labels" in batch:
+        metrics["mlm_loss"] = total.detach()
+
+    # The same tokens from the boundaries of their spans, by the same output matrix.
+    if "left" in batch:
+        x = model.cls.span_boundary(flat[batch["left"]], flat[batch["right"]], batch["place"])  # (B, n, E)
+        logits = F.linear(x, model.embedding_weight, model.cls.predictions.bias).float()
+        total = total + F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    # The pair of segments, from the first token of each row.
+    if "pair_labels" in batch:
+        pooled = model.pooled(hidden, batch.get("cu_seqlens"))  # (B, D)
+        pair_logits = model.cls.seq_relationship(pooled).float()  # (B, 2)
+        total = total + F.cross_entropy(pair_logits, batch["pair_labels"])
+        metrics["pair_accuracy"] = (pair_logits.argmax(-1) == batch["pair_labels"]).float().mean()
+    return total, metrics
+
+
+def flops_per_token(model: BERT, config: Config, seq_len: int) -> int:
+    """Return the FLOPs of training on one token of a row of seq_len, forward and backward, see bert.py."""
+    n = config.n_masked(seq_len)
+    flops = model.flops_per_token(seq_len, n)
+    if config.span_boundary:
+        D, E, V = model.config.d_model, model.config.E, model.config.vocab_size
+        flops += 6 * n * (3 * D * D + D * D + D * E + V * E) // seq_len
+    return flops
+
+
+def loss_bytes(
+    model: BERT, config: Config, n: int, seq_len: int, precision: tuple[int, int, bool]
+) -> dict[str, int]:
+    """Return the memory of the heads for n tokens in rows of seq_len, as the fields of engine.memory.Loss.
+
+    Forward keeps a log-softmax at each masked place, of which backward makes two more, and the inputs of the
+    norms of embeddings and head. precision: (e, r, autocast) of engine/memory.py.
+    """
+    e, r, autocast = precision
+    D, E, V = model.config.d_model, model.config.E, model.config.vocab_size
+    n_logits = n // seq_len * config.n_masked(seq_len) * V * (1 + config.span_boundary)
+    kept = 4 * n_logits + n * r * (E + D * model.config.pre_norm) + V * E * e * autocast
+    n_head = V * E * any(p.requires_grad for p in model.cls.parameters())
+    return {"kept": kept, "temporary": 8 * n_logits, "head": n_head, "tied": 2 * n_head}
+
+
+def settings(model_config: ModelConfig) -> Config:
+    """Return the default settings for a model: its pair objective is the one that it has a head for."""
+    return Config(pair=model_config.pair)
+
+
+def load_data(args: Namespace, model_config: ModelConfig) -> Dataset:
+    """Return rows of the text of --data, and its tokenizer with SPECIAL_TOKENS.
+
+    Of the held-out text only whole rows are kept: a shorter one might have no room for special tokens. Raises
+    ValueError if there are none, and for --document-mask with a pair objective.
+    """
+    if args.document_mask and model_config.pair != "none":
+        pair = model_config.pair
+        raise ValueError(
+            f"--document-mask separates what the pair objective {pair} joins; leave out one of them"
+        )
+    dataset = contract.load_text(args, model_config)
+    tokens = dataset.val.tokens
+    if len(tokens) <= args.seq_len:
+        raise ValueError(
+            f"--seq-len {args.seq_len}: the held-out text has only {len(tokens)} tokens; give more text"
+        )
+    val = data.text.HeldOut(tokens, args.seq_len, dataset.val.n_bytes, only_whole=True)
+    return replace(dataset, tokenizer=dataset.tokenizer.with_special_tokens(SPECIAL_TOKENS), val=val)
+
+
+def show(model: BERT, dataset: Dataset, out: Path) -> str:
+    """Return the beginning of the held-out text with every tenth token masked, and the best guesses there."""
+    text = dataset.val.tokens[: min(80, model.config.max_seq_len - 2)].tolist()
+    return fill_every_tenth(model, dataset.tokenizer, text)
 
 
 def main() -> None:

@@ -2,23 +2,25 @@ r"""Instruction tuning: a base model learns to answer.
 
     loss = -mean over the tokens x_t of responses  log p(x_t | x_<t)
 
-A base model continues text: asked a question, it may well go on with more questions. Trained a little further
-on conversations, it answers, also kinds of question that it was not trained on (FLAN, Wei et al. 2021;
-InstructGPT, Ouyang et al. 2022). The objective is pretraining's, but only the responses are
-predicted (Tülu, Wang et al. 2023): the model is to give answers, not to ask.
+A base model continues text: after a question, it may well continue with more questions. Trained a little
+further on conversations, it answers, even kinds of question that were not in the training data (FLAN, Wei et
+al. 2021; InstructGPT, Ouyang et al. 2022). The objective is that of pretraining, but only the tokens of
+responses are targets (Tülu, Wang et al. 2023): the model should give answers, and not ask questions.
 
-A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}. A *template* writes it
-as tokens, and whoever asks the model later must write the same ones, so it is also kept beside the tokenizer
-as Hugging Face's libraries read it. The conversations are *packed*: laid whole into rows of T tokens, as many
-as fit, each attending to itself alone.
+A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}. A *template* turns it
+into tokens (formats/chat_template.py); a prompt must later be made by the same template, so it is also saved
+beside the tokenizer as Hugging Face's libraries read it. Conversations are *packed*: put whole into rows of T
+tokens, as many as fit, each attending to itself alone.
 
     tokens   <|endoftext|> <|user|>\n What is 2 + 2? \n<|assistant|>\n 4 <|endoftext|>     the next one ...
     targets                                                         4 <|endoftext|>
 
     python -m posttraining.instruct                    the built-in conversations: how many, and some of them
-    python -m posttraining.instruct questions.jsonl    the same of a file; `read_conversations` says what it may hold
+    python -m posttraining.instruct questions.jsonl    the same for a file, see data/conversations.py
+    python train.py --model gpt --init-from runs/gpt/model --task instruct     train all weights
+    python train.py --model lora --base runs/gpt/model                         train an adapter, see lora.py
 
-Shapes: B rows of T tokens; marked tokens are int64, a token id and two marks in one number (see `pack`).
+Shapes: B rows of T tokens.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,33 +39,27 @@ import torch
 from torch import Tensor, nn
 
 from data.conversations import read_conversations
+from data.rows import Dataset, Row, Rows, stack
 from data.stdlib_questions import stdlib_conversations
-from data.text import Dataset, Split
 from data.tokenizer import Tokenizer, get_tokenizer
-from formats.chat_template import (  # noqa: F401
-    Conversation,
-    end_id,
-    prompt_tokens,
-    render,
-    save_chat_template,
-)
+from formats.atomic import replace_file
+from formats.chat_template import Conversation, end_id, render, save_chat_template
 
 IGNORED = -100  # a target that is not predicted
-
-ID = (1 << 32) - 1  # marked tokens: the bits of the token id,
-RESPONSE = 1 << 32  # the mark of a token that is part of a response,
-BEGIN = 1 << 33  # and that of the first token of a conversation, or of the padding at the end of a row
-
 HELD_OUT = 1 / 10  # share of a file's conversations
 
+STEPS = 1000
+LEARNING_RATE = 0.25  # of all weights; adapters have rates of their own
 
-def mark(messages: Conversation, tokenizer: Tokenizer) -> np.ndarray:
-    """Marked tokens (N,) of a conversation."""
+
+def as_row(messages: Conversation, tokenizer: Tokenizer) -> Row:
+    """Return a conversation of N tokens as arrays (N,).
+
+    "tokens" int64; "in_response" bool, the tokens that are predicted; "begins" bool, true for the first.
+    """
     tokens, in_response = render(messages, tokenizer)
-    marked = np.array(tokens, np.int64)
-    marked[in_response] |= RESPONSE
-    marked[0] |= BEGIN
-    return marked
+    begins = np.arange(len(tokens)) == 0
+    return {"tokens": np.array(tokens, np.int64), "in_response": np.array(in_response), "begins": begins}
 
 
 def pack(
@@ -70,62 +67,62 @@ def pack(
     tokenizer: Tokenizer,
     seq_len: int,
     seed: int = 0,
-    say: Callable[[str], None] = print,
-) -> Split:
-    """The conversations in rows of exactly seq_len tokens, as marked tokens int64 (n_rows * seq_len,).
+    notify: Callable[[str], None] = print,
+) -> list[Row]:
+    """Return the conversations packed into rows of exactly seq_len tokens, with the arrays of `as_row`.
 
-    Each is laid, the longest first, into the row where it leaves the least room (best fit, Ding et al. 2024);
-    the rest of a row is end-of-text tokens. One longer than a row is cut at its end, or left out if nothing
-    of a response would remain; `say` is told how many. Rows come in an order drawn from the seed.
-
-    A marked token is its id in the low 32 bits and two marks above, RESPONSE and BEGIN. So one array of
-    numbers, as train.py's loader takes it, carries the text, what of it is to be predicted and where
-    attention ends. And since rows are as long as the loader's windows are apart, its windows of T + 1 tokens
-    are exactly the rows, in every epoch, each with the first token of the next row at its end. That one has
-    the mark BEGIN and not RESPONSE, so it is no target.
-
-    Raises ValueError if no conversation is left.
+    Each is put, the longest first, into the row where it leaves the least room (best fit, Ding et al. 2024).
+    The rest of a row is end-of-text tokens, which begin a segment of their own. A conversation longer than a
+    row is cut at its end, or left out if no token of a response would remain; notify is called with their
+    numbers. Rows come in an order drawn from the seed. Raises ValueError if no conversation is left.
     """
-    whole = [mark(messages, tokenizer) for messages in conversations]
-    kept = [i for i, marked in enumerate(whole) if (marked[:seq_len] & RESPONSE).any()]
-    n_cut, n_left_out = sum(len(whole[i]) > seq_len for i in kept), len(whole) - len(kept)
+    found = [as_row(messages, tokenizer) for messages in conversations]
+    kept = [row for row in found if row["in_response"][:seq_len].any()]
+    n_cut, n_left_out = sum(len(row["tokens"]) > seq_len for row in kept), len(found) - len(kept)
     if not kept:
-        shortest = min((len(marked) for marked in whole), default=0)
-        found = f"{len(whole)} conversations, the shortest of {shortest} tokens"
-        raise ValueError(f"--seq-len {seq_len}: too short for all of {found}; expected longer rows")
+        shortest = min((len(row["tokens"]) for row in found), default=0)
+        sizes = f"{len(found)} conversations, the shortest of {shortest} tokens"
+        raise ValueError(f"--seq-len {seq_len}: too short for all of {sizes}; expected longer rows")
     if n_cut or n_left_out:
-        say(f"{len(whole)} conversations: {n_cut} cut to {seq_len} tokens, {n_left_out} left out as too long")
+        shortened = f"{n_cut} cut to {seq_len} tokens, {n_left_out} left out as too long"
+        notify(f"{len(found)} conversations: {shortened}")
 
+    # Choose a row for each, in random order among those of equal length.
     rng = np.random.default_rng(seed)
-    shuffled = [whole[kept[i]][:seq_len] for i in rng.permutation(len(kept))]
-    rows: list[list[np.ndarray]] = []
+    shuffled = [{name: a[:seq_len] for name, a in kept[i].items()} for i in rng.permutation(len(kept))]
+    packed: list[list[Row]] = []
     free: list[tuple[int, int]] = []  # (tokens, row), ascending
-    for marked in sorted(shuffled, key=len, reverse=True):
-        i = bisect.bisect_left(free, (len(marked), 0))
-        room, row = free.pop(i) if i < len(free) else (seq_len, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(marked)
-        if room > len(marked):
-            bisect.insort(free, (room - len(marked), row))
+    for conversation in sorted(shuffled, key=lambda row: len(row["tokens"]), reverse=True):
+        length = len(conversation["tokens"])
+        i = bisect.bisect_left(free, (length, 0))
+        room, number = free.pop(i) if i < len(free) else (seq_len, len(packed))
+        if number == len(packed):
+            packed.append([])
+        packed[number].append(conversation)
+        if room > length:
+            bisect.insort(free, (room - length, number))
+    return [join(packed[number], tokenizer.eot_id, seq_len) for number in rng.permutation(len(packed))]
 
-    packed = np.full((len(rows), seq_len), tokenizer.eot_id, np.int64)
-    for place, row in enumerate(rng.permutation(len(rows))):
-        marked = np.concatenate(rows[row])
-        packed[place, : len(marked)] = marked
-        packed[place, len(marked) : len(marked) + 1] |= BEGIN
-    n_bytes = sum(len(message["content"].encode()) for i in kept for message in conversations[i])
-    return Split(packed.reshape(-1), n_bytes, len(kept))
+
+def join(conversations: list[Row], eot_id: int, seq_len: int) -> Row:
+    """Return one row of seq_len tokens of these conversations, filled up with end-of-text tokens."""
+    n_padding = seq_len - sum(len(row["tokens"]) for row in conversations)
+    padding = {
+        "tokens": np.full(n_padding, eot_id, np.int64),
+        "in_response": np.zeros(n_padding, bool),
+        "begins": np.arange(n_padding) == 0,
+    }
+    return {name: np.concatenate([row[name] for row in [*conversations, padding]]) for name in padding}
 
 
 def prepare(
-    data: str, tokenizer: Tokenizer, seq_len: int, seed: int = 0, say: Callable[[str], None] = print
+    data: str, tokenizer: Tokenizer, seq_len: int, seed: int = 0, notify: Callable[[str], None] = print
 ) -> Dataset:
-    """The conversations of data, "stdlib" or a file, packed: those to train on and those held out.
+    """Return the conversations of data, "stdlib" or a file, packed: those to train on and those held out.
 
-    Of a file, a tenth is held out, the same tenth for every seed; what it holds twice counts once. The
-    dataset's name is a hash of all that decides the batches. Raises ValueError for a file that
-    `read_conversations` refuses, less than two conversations, or a seq_len too short for all of them.
+    A tenth of a file is held out, the same tenth for every seed; duplicates count once. The fingerprint is a
+    hash of all that decides the batches. Raises ValueError for a file that `read_conversations` refuses, for
+    less than two conversations, and for a seq_len too short for all of them.
     """
     if data == "stdlib":
         train, val = stdlib_conversations()
@@ -138,58 +135,67 @@ def prepare(
         val = [conversations[i] for i in sorted(order[:n_val])]
         train = [conversations[i] for i in sorted(order[n_val:])]
 
-    train, val = (pack(side, tokenizer, seq_len, seed, say) for side in (train, val))
-    # One token more, so that the last row too is a whole window of `data.held_out_batches`.
-    val.tokens = np.append(val.tokens, tokenizer.eot_id | BEGIN)
+    summary = f"{len(train):,} conversations to train on, {len(val):,} held out"
+    train, val = (pack(side, tokenizer, seq_len, seed, notify) for side in (train, val))
     content = hashlib.sha256(f"{tokenizer.fingerprint} {seq_len} {seed} ".encode())
-    content.update(train.tokens.tobytes() + val.tokens.tobytes())
-    return Dataset(f"instruct-{content.hexdigest()[:16]}", tokenizer, train, val)
+    for row in (*train, *val):
+        for array in row.values():
+            content.update(array.tobytes())
+    fingerprint = f"instruct-{content.hexdigest()[:16]}"
+    return Dataset(fingerprint, tokenizer, Rows(train), Rows(val), summary)
+
+
+def load_data(args: argparse.Namespace, config: Any) -> Dataset:
+    """Return the conversations that --data names. Raises ValueError for a model that generates no text."""
+    if "eos_token_id" not in [field.name for field in fields(config)]:
+        raise ValueError("--task instruct: an encoder gives no answers; expected a decoder, as gpt")
+    return prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len)
 
 
 def make_batch(
-    marked: Tensor, config: Any, generator: torch.Generator, tokenizer: Tokenizer | None = None
+    rows: list[Row], config: Any, generator: torch.Generator, tokenizer: Tokenizer | None = None
 ) -> dict[str, Tensor]:
-    """Windows of T + 1 marked tokens (B, T + 1) to one row: "tokens" and "targets" (1, B T), "cu_seqlens".
+    """Return B rows of T tokens as one: "tokens" and "targets" (1, B T) and "cu_seqlens" (n + 1,), int32.
 
-    targets: the token that follows if it is part of a response, else -100. cu_seqlens: int32, where the
-    conversations begin, and B T: attention stays inside each. The other arguments are there because every
-    objective is given them.
+    targets: the token that follows if it is part of a response, else -100. cu_seqlens: where the n
+    conversations begin, and B T, so that attention stays inside each.
     """
-    ids = marked & ID
-    targets = torch.where(marked[:, 1:] & RESPONSE != 0, ids[:, 1:], IGNORED)
-    begins = marked[:, :-1] & BEGIN != 0
-    begins[:, 0] = True
+    columns = stack(rows)
+    tokens, in_response, begins = columns["tokens"], columns["in_response"], columns["begins"]
+    targets = torch.full_like(tokens, IGNORED)
+    targets[:, :-1] = torch.where(in_response[:, 1:], tokens[:, 1:], IGNORED)
     starts = begins.flatten().nonzero().flatten()
     return {
-        "tokens": ids[:, :-1].reshape(1, -1),
+        "tokens": tokens.reshape(1, -1),
         "targets": targets.reshape(1, -1),
         "cu_seqlens": torch.cat([starts, starts.new_tensor([begins.numel()])]).int(),
     }
 
 
-def part_of(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
-    """The i-th of n equal parts of a batch from `make_batch`: whole rows, which conversations never cross."""
+def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
+    """Return the i-th of n equal parts of a batch: whole rows, which conversations never cross."""
     part = {name: batch[name].chunk(n, dim=1)[i] for name in ("tokens", "targets")}
     length = part["tokens"].shape[1]
     ends = batch["cu_seqlens"] - i * length
     return part | {"cu_seqlens": ends[(ends >= 0) & (ends <= length)]}
 
 
-def conversations_in(marked: Tensor, n: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt, response) as token ids, of up to n conversations in marked rows, spread evenly over them.
+def conversations_in(rows: list[Row], n: int) -> list[tuple[list[int], list[int]]]:
+    """Return (prompt, response) as token ids of up to n conversations in rows, spread evenly over them.
 
-    marked: int64 of any shape. Of several turns, the first; the response has its end token unless it was cut.
+    Of several turns it is the first. The response has its end token unless it was cut.
     """
-    flat = marked.flatten().cpu().numpy()
     found = []
-    for conversation in np.split(flat, np.flatnonzero(flat & BEGIN))[1:]:
-        in_response = (conversation & RESPONSE) != 0
-        if not in_response.any():
-            continue  # padding
-        ids = (conversation & ID).tolist()
-        first = int(in_response.argmax())
-        end = first + int(np.append(~in_response[first:], True).argmax())
-        found.append((ids[:first], ids[first:end]))
+    for row in rows:
+        starts = np.flatnonzero(row["begins"])[1:]
+        for tokens, in_response in zip(
+            np.split(row["tokens"], starts), np.split(row["in_response"], starts), strict=True
+        ):
+            if not in_response.any():
+                continue  # padding
+            first = int(in_response.argmax())
+            end = first + int(np.append(~in_response[first:], True).argmax())
+            found.append((tokens[:first].tolist(), tokens[first:end].tolist()))
     n = min(n, len(found))
     return [found[i * len(found) // n] for i in range(n)]
 
@@ -201,10 +207,11 @@ def answers(
     max_new_tokens: int = 128,
     batch_size: int = 32,
 ) -> list[str]:
-    """The model's likeliest answer, token by token, to each prompt (from `prompt_tokens`).
+    """Return the model's likeliest answer, token by token, to each prompt.
 
-    An answer ends by its end token, after max_new_tokens, or where the longest prompt of its batch and the
-    answer would be longer than the model reads.
+    prompts: token ids, from formats.chat_template.prompt_tokens. An answer ends by its end token, after
+    max_new_tokens, or where the longest prompt of its batch and the answer would be longer than the model
+    reads.
     """
     end, result = end_id(tokenizer), []
     for first in range(0, len(prompts), batch_size):
@@ -213,6 +220,33 @@ def answers(
         for new in model.generate(batch, min(max_new_tokens, room), temperature=0, stop=end):
             result.append(tokenizer.decode(new[:-1] if new[-1:] == [end] else new))
     return result
+
+
+@torch.no_grad()
+def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
+    """Return answers to held-out questions, beside those at the run's first evaluation (before.json)."""
+    tokenizer = dataset.tokenizer
+    held_out = [dataset.val[i] for i in range(min(16, len(dataset.val)))]
+    questions = conversations_in(held_out, 4)
+    after = answers(model, tokenizer, [prompt for prompt, _ in questions], 60)
+    path = out / "before.json"
+    if not path.exists():
+        with replace_file(path) as new:
+            new.write_text(json.dumps(after))
+    before = json.loads(path.read_text())
+
+    shown = []
+    for (prompt, expected), *both in zip(questions, before, after, strict=True):
+        texts = [tokenizer.decode(prompt), tokenizer.decode(expected), *both]
+        labels = ("", "expected: ", "before:   ", "after:    ")
+        shown.append("\n".join(label + text.strip() for label, text in zip(labels, texts, strict=True)))
+    return "\n\n".join(shown)
+
+
+def save_tokenizer(dataset: Dataset, directory: Path) -> None:
+    """Write the tokenizer and the template of conversations."""
+    dataset.tokenizer.save(directory)
+    save_chat_template(dataset.tokenizer, directory)
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
-"""What should an encoder be asked? Eight objectives on one corpus at equal compute, three seeds each.
+"""Which objective should an encoder learn? Eight of them on one corpus at equal compute, three seeds each.
 
     python -m results.objectives --out results/objectives.json        35 minutes on two cores
 
 Every run is the same small transformer (4 layers, width 128, rotary positions) on the standard library's
-source text, 4,096 tokens in the vocabulary, rows of 128, and stops when it has spent the same matmul FLOPs
-(`flops_per_token`, forward and backward): those of --steps updates of BERT's own objective. Two yardsticks:
+source text, with 4,096 tokens in the vocabulary and rows of 128. It stops when it has spent the same FLOPs of
+matrix products (`flops_per_token`, forward and backward): those of --steps updates of BERT's own objective.
+Two measures:
 
-    hidden token   how often the likeliest token is the right one on held-out text: at the places of one and
-                   the same 15 percent masking for whatever was trained with masks; for the left-to-right
-                   model at every place, from what stands before it
-    token kind     accuracy of a linear classifier on the frozen hidden states that tells what each token of
-                   held-out text is in Python: part of a comment or string, a keyword, a name that is
-                   defined, called, an attribute ... Text that looks like code is in comments too, so this
-                   takes context
+    hidden token   how often the likeliest token is the right one on held-out text. For models trained with
+                   masks: at the places of one and the same 15 percent masking. For the left-to-right model:
+                   at every place, from the tokens before it
+    token kind     accuracy of a linear classifier, on the frozen hidden states, of what each token of
+                   held-out text is in Python: part of a comment or string, a keyword, a name that is defined,
+                   called, an attribute ... Text that looks like code is in comments too, so this takes
+                   context
 
 Writes the figures of every run and objectives.png beside them.
 """
@@ -24,10 +25,10 @@ import keyword
 import multiprocessing
 import statistics
 import tokenize
+from argparse import Namespace
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -37,91 +38,104 @@ import bert
 import data.text
 import gpt
 from data import corpus
-from engine import cpu
+from data.rows import Dataset, Loader, Row, stack
+from engine import contract, cpu
 from engine.optim import default_learning_rate, learning_rate, make_optimizers
-from language import electra
-
-ROOT = Path(__file__).parent.parent
+from language import electra, masking
 
 T, BATCH = 128, 8
-ENCODER = bert.Config(4, 4, 128, 256, **bert.MODERN | {"n_segments": 2})
-
-
-class ElectraConfig(electra.Config):
-    """With the blocks of all the others, which no ELECTRA that could be saved has."""
-
-    __post_init__ = bert.Config.__post_init__
-
-
-ELECTRA = ElectraConfig(4, 4, 128, 256, **bert.MODERN | {"n_segments": 2}, generator_size=0.5)
-OBJECTIVES = {
-    "masked, 15 %": (bert, ENCODER),
-    "masked, 30 %": (bert, replace(ENCODER, mask_rate=0.3)),
-    "whole words": (bert, replace(ENCODER, masking="word")),
-    "spans": (bert, replace(ENCODER, masking="span")),
-    "next sentence": (bert, replace(ENCODER, pair="nsp", pooler=True)),
-    "sentence order": (bert, replace(ENCODER, pair="sop", pooler=True)),
-    "ELECTRA": (electra, ELECTRA),
-    "left to right": (gpt, gpt.Config(4, 4, 128, 256, norm="layer", norm_eps=1e-5)),
+BLOCKS = bert.MODERN | {"n_segments": 2}
+ENCODER = bert.Config(4, 4, 128, 256, **BLOCKS)
+# With the blocks of all the others. No ELECTRA that can be saved has these.
+ELECTRA = electra.Config(4, 4, 128, 256, **BLOCKS, generator_size=0.5)
+OBJECTIVES = {  # the model's file, its Config, and changes to its task's settings
+    "masked, 15 %": ("bert", ENCODER, {}),
+    "masked, 30 %": ("bert", ENCODER, {"mask_rate": 0.3}),
+    "whole words": ("bert", ENCODER, {"masking": "word"}),
+    "spans": ("bert", ENCODER, {"masking": "span"}),
+    "next sentence": ("bert", replace(ENCODER, pair="nsp", pooler=True), {}),
+    "sentence order": ("bert", replace(ENCODER, pair="sop", pooler=True), {}),
+    "ELECTRA": ("electra", ELECTRA, {}),
+    "left to right": ("gpt", gpt.Config(4, 4, 128, 256, norm="layer", norm_eps=1e-5), {}),
 }
 WINDOW, N_MODULES = 126, 20
 KINDS = ["comment", "string", "number", "operator", "keyword", "definition", "call", "attribute", "name"]
+
+
+def load_data(cache: Path) -> Dataset:
+    """Return the rows that all objectives learn from, with the special tokens that some of them need."""
+    text = data.text.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
+    dataset = data.text.as_rows(text, T)
+    return replace(dataset, tokenizer=dataset.tokenizer.with_special_tokens(masking.SPECIAL_TOKENS))
+
+
+def flops_of_bert(dataset: Dataset) -> int:
+    """Return the FLOPs per token of BERT's own objective."""
+    with torch.device("meta"):
+        model = bert.BERT(bert.fit(ENCODER, dataset, T))
+    return masking.flops_per_token(model, masking.Config(), T)
 
 
 def run(job: tuple[str, int, int, Path]) -> dict:
     """Train one objective with one seed, and measure."""
     name, seed, steps, cache = job
     torch.set_num_threads(1)
+    dataset = load_data(cache)
+    kind, config, changes = OBJECTIVES[name]
+    model_file = contract.read(contract.ModelFile, contract.find(kind))
+    task = contract.read_task(contract.find(kind), None)
     torch.manual_seed(seed)
-    concept, config = OBJECTIVES[name]
-    dataset = data.text.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
-    tokenizer = dataset.tokenizer.with_special_tokens(bert.SPECIAL_TOKENS)
-    model = concept.Model(config.fitted(tokenizer, T))
-    budget = steps * ENCODER.fitted(tokenizer, T).flops_per_token(T)
-    steps = round(budget / model.flops_per_token(T))
-    lr = concept.LEARNING_RATE * default_learning_rate(sum(p.numel() for p in model.parameters()))
+    model = model_file.Model(model_file.fit(config, dataset, T))
+    settings = replace(task.settings(model.config), **changes)
+    model = task.wrap(model, settings)
+
+    # As many steps as the budget allows, at the learning rate that the model's file has for its size.
+    cost = task.flops_per_token(model, settings, T)
+    steps = round(steps * flops_of_bert(dataset) / cost)
+    lr = task.LEARNING_RATE * default_learning_rate(sum(p.numel() for p in model.parameters()))
     args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
-    args = SimpleNamespace(**args, weight_decay=0.1)
+    args = Namespace(**args, weight_decay=0.1)
     (optimizer,) = make_optimizers(model, args)
-    loader = data.text.Loader(dataset.train.tokens, T, seed)
-    rows = torch.cat([*data.text.held_out_batches(dataset.val.tokens, T, 256)][:1])
+    loader = Loader(dataset.train, seed)
+    held_out = [dataset.val[i] for i in range(min(256, len(dataset.val) - 1))]  # whole rows
     curve = []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         draws = torch.Generator().manual_seed((seed << 32) + step)
-        batch = concept.make_batch(loader.batch(step * BATCH, BATCH), model.config, draws, tokenizer)
-        loss, _ = model.loss(batch)
+        batch = task.make_batch(loader.read(step * BATCH, BATCH), settings, draws, dataset.tokenizer)
+        loss, _ = task.loss(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) * 6 // steps > step * 6 // steps:  # six times, the last at the end
-            flops = (step + 1) * BATCH * T * model.flops_per_token(T)
-            curve.append((flops, hidden_token_accuracy(model, concept, rows, tokenizer)))
+            flops = (step + 1) * BATCH * T * cost
+            curve.append((flops, hidden_token_accuracy(model, held_out, dataset.tokenizer)))
+
     result = {"objective": name, "seed": seed, "steps": steps, "curve": curve}
     result["hidden_token"] = curve[-1][1]
-    result["token_kind"] = token_kind_accuracy(model, tokenizer)
+    result["token_kind"] = token_kind_accuracy(model, dataset.tokenizer)
     print(f"{name:20} seed {seed}: {steps} steps, hidden token {result['hidden_token']}, token kind "
           f"{result['token_kind']:.3f}", flush=True)  # fmt: skip
     return result
 
 
 @torch.no_grad()
-def hidden_token_accuracy(model: nn.Module, concept, rows: Tensor, tokenizer) -> float | None:
-    """The first yardstick on held-out windows (n, T + 1); ELECTRA's encoder fills no masks."""
-    if concept is electra:
+def hidden_token_accuracy(model: nn.Module, rows: list[Row], tokenizer) -> float | None:
+    """Return the first measure on held-out rows; None for ELECTRA, whose encoder fills no masks."""
+    if isinstance(model, electra.Electra):
         return None
-    if concept is gpt:
-        return (model(rows[:, :-1]).argmax(-1) == rows[:, 1:]).float().mean().item()
-    plain = replace(model.config, masking="token", mask_rate=0.15, pair="none", span_boundary=False)
-    batch = bert.make_batch(rows, plain, torch.Generator().manual_seed(0), tokenizer)
+    if isinstance(model, gpt.GPT):
+        tokens = stack(rows)["tokens"]
+        return (model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]).float().mean().item()
+    batch = masking.make_batch(rows, masking.Config(), torch.Generator().manual_seed(0), tokenizer)
     flat = model.hidden(batch["tokens"]).flatten(0, 1)
     return (model.logits(flat[batch["positions"]]).argmax(-1) == batch["targets"]).float().mean().item()
 
 
 def kinds_of_characters(text: str) -> list[str]:
-    """What each character of a Python source belongs to, "" for whitespace between tokens."""
+    """Return the kind of token that each character of a Python source belongs to, "" for whitespace."""
     starts = [0]
     for line in text.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -147,13 +161,15 @@ def kinds_of_characters(text: str) -> list[str]:
 
 
 def labelled_windows(tokenizer) -> tuple[Tensor, Tensor]:
-    """Windows of tokens (n, WINDOW) of the held-out modules, and the kind (n, WINDOW) of each token's first
-    character that is no space, -1 where there is none."""
+    """Return windows of tokens (n, WINDOW) of the held-out modules, and the kind (n, WINDOW) of each token.
+
+    The kind is that of the token's first character other than whitespace, -1 where there is none.
+    """
     tokens, labels = [], []
     for _, path in corpus.stdlib_files()[-N_MODULES:]:
         text = path.read_text("utf-8")
-        if not text.isascii():
-            continue  # so that a token's bytes are characters
+        if not text.isascii():  # a token's bytes would not be characters
+            continue
         kinds, ids = kinds_of_characters(text), tokenizer.encode(text)
         at, of = 0, []
         for token in ids:
@@ -169,21 +185,26 @@ def labelled_windows(tokenizer) -> tuple[Tensor, Tensor]:
 
 
 def token_kind_accuracy(model: nn.Module, tokenizer) -> float:
-    """The second yardstick: a linear classifier trained on every other stretch of ten windows, and tested on
-    the rest."""
+    """Return the second measure: a linear classifier is trained on every other stretch of ten windows, and
+    tested on the rest."""
+    # The hidden states of all windows.
     torch.manual_seed(0)
-    encoder = model.discriminator if hasattr(model, "discriminator") else model
+    encoder = model.discriminator if isinstance(model, electra.Electra) else model
     tokens, labels = labelled_windows(tokenizer)
     ends = [torch.full((len(tokens), 1), i) for i in (tokenizer.cls_id, tokenizer.sep_id)]
     rows = torch.cat([ends[0], tokens, ends[1]], dim=1)
     with torch.no_grad():
         hidden = torch.cat([encoder.hidden(part)[:, 1:-1] for part in rows.split(64)])  # (n, WINDOW, D)
+
+    # One half of the tokens that have a kind for training, the other for the test.
     trained = torch.arange(len(tokens)) // 10 % 2 == 0
     parts = []
     for chosen in (trained, ~trained):
         known = labels[chosen] >= 0
         parts.append((hidden[chosen][known], labels[chosen][known]))
     (x, y), (x_test, y_test) = parts
+
+    # The classifier, on normalised features.
     mean, std = x.mean(0), x.std(0)
     probe = nn.Linear(x.shape[1], len(KINDS))
     optimizer = torch.optim.AdamW(probe.parameters(), lr=0.03, weight_decay=0.0)
@@ -197,11 +218,13 @@ def token_kind_accuracy(model: nn.Module, tokenizer) -> float:
 
 
 def plot(results: list[dict], path: Path) -> None:
+    """Draw accuracy over FLOPs, and the probe's accuracy by objective."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # Left: the mean over the seeds, and their range.
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in ("masked, 15 %", "masked, 30 %", "left to right"):
         curves = [r["curve"] for r in results if r["objective"] == name]
@@ -212,6 +235,8 @@ def plot(results: list[dict], path: Path) -> None:
                           color=line.get_color(), alpha=0.2)  # fmt: skip
     left.set(xlabel="FLOPs", ylabel="hidden token predicted (%)", title="one side or both")
     left.legend()
+
+    # Right: a dot for each seed, and a bar for their mean.
     names = list(OBJECTIVES)[::-1]
     for y, name in enumerate(names):
         accuracies = [100 * r["token_kind"] for r in results if r["objective"] == name]
@@ -234,10 +259,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
+    # Tokenise once, before the processes start.
     data.text.prepare("stdlib", "bpe:4096", args.cache)
     jobs = [(name, seed, args.steps, args.cache) for seed in range(args.seeds) for name in OBJECTIVES]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         results = list(pool.imap(run, jobs, chunksize=1))
+
+    # Print a row for each objective, and write the figures.
     print(f"{'objective':20} {'steps':>6} {'hidden token':>22} {'token kind':>22}")
     for name in OBJECTIVES:
         of = [r for r in results if r["objective"] == name]

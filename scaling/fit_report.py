@@ -1,10 +1,11 @@
-"""`python chinchilla.py fit`: the law of your own runs, how sure of it one can be, and a picture.
+"""`python chinchilla.py fit`: fit the law to your own runs, with intervals, checks and a picture.
 
     python chinchilla.py fit                        the 240 runs of Hoffmann et al. 2022
     python chinchilla.py fit points.csv --by-size   your own: columns N, loss, and D or C
 
-Printed, and written to --out: the law with bootstrap intervals; N*, D* and loss at larger budgets; approaches
-1 and 2 beside it; and how well the runs of most compute are predicted by the others.
+It prints, and writes to --out: the law with bootstrap intervals; N*, D* and loss at larger budgets; the
+exponents by approaches 1 and 2 for comparison; and how well a law fitted without the runs of most compute
+predicts them.
 """
 
 import argparse
@@ -14,28 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-from chinchilla import (
-    HOFFMANN,
-    MANY_TOKENS,
-    OUTLIERS,
-    Fit,
-    Law,
-    beyond,
-    fit,
-    interval,
-    quantity,
-    read_points,
-    same,
-    short,
-    without_highest,
-)
+from chinchilla import HOFFMANN, MANY_TOKENS, OUTLIERS, Fit, Law, fit
+from formats.atomic import replace_file
+from formats.numbers import quantity, short
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
+from scaling.points import beyond, group_equal, interval, read_points, without_highest
 
-LEAST_RESAMPLES = 20  # fewer have no 95 % interval to speak of
+LEAST_RESAMPLES = 20  # fewer do not give a 95 % interval
 
 
-def held_out(fitted: Fit) -> dict:
-    """The law fitted without the tenth of the points of most compute, and its error on these."""
+def predict_largest(fitted: Fit) -> dict:
+    """Fit the law without the tenth of the points of most compute, and return its relative error on these."""
     C = 6 * fitted.N * fitted.D
     last = np.quantile(C, 0.9) <= C
     law = fit(fitted.N[~last], fitted.D[~last], fitted.L[~last], fitted.delta).law
@@ -45,8 +35,8 @@ def held_out(fitted: Fit) -> dict:
     return {"points": int(last.sum()), **compute, "error": float(error.mean()), "error_rms": rms}
 
 
-def at_budget(law: Law, laws: Law, C: float) -> dict[str, list[float]]:
-    """Of the best model for C: value and 95 % interval, with `laws` the bootstrap's."""
+def optimum_at(law: Law, laws: Law, C: float) -> dict[str, list[float]]:
+    """Return value and 95 % interval of N*, D*, D*/N* and the loss at C. laws: the resampled laws, in one."""
     (N, D), (many_N, many_D) = law.optimal(C), laws.optimal(C)
     pairs = {"N": (N, many_N), "D": (D, many_D), "D/N": (D / N, many_D / many_N)}
     pairs["loss"] = law.loss(N, D), laws.loss(many_N, many_D)
@@ -54,10 +44,12 @@ def at_budget(law: Law, laws: Law, C: float) -> dict[str, list[float]]:
 
 
 def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | None]:
-    """What `show` prints and fit.json holds, and the valleys of approach 2 if there are any."""
+    """Return what is printed and written to fit.json, and the valleys of approach 2 if there are any."""
     law, laws = fitted.law, Law(*fitted.bootstrap(args.bootstrap, args.seed, args.by_size).T)
     C = 6 * fitted.N * fitted.D
-    found = {"points": len(C), "sizes": int(same(fitted.N).max()) + 1}
+
+    # The points, the fit, and the law with intervals.
+    found = {"points": len(C), "sizes": int(group_equal(fitted.N).max()) + 1}
     for name, values in (("N", fitted.N), ("D", fitted.D), ("C", C)):
         found[name] = [float(values.min()), float(values.max())]
     found |= {"delta": fitted.delta, "objective": fitted.objective}
@@ -66,35 +58,45 @@ def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | Non
     names = ("E", "A", "B", "alpha", "beta", "a", "b")
     found["law"] = {name: [getattr(law, name), *interval(getattr(laws, name))] for name in names}
 
+    # The best model at some budgets.
     budgets = [float(budget) for budget in args.at or C.max() * np.array([1, 10, 100])]
-    found["budgets"] = [{"C": budget} | at_budget(law, laws, budget) for budget in budgets]
+    found["budgets"] = [{"C": budget} | optimum_at(law, laws, budget) for budget in budgets]
     found["approach3"] = {"k": float(law.optimal(1.0)[0]), "a": law.a}
-    warnings, valleys = fitted.warnings, None
     if found["law"]["B"][2] > 3 * found["law"]["B"][1]:
-        warnings.append("B and E are hardly determined: compare laws by a, D*/N* and loss, not by B")
+        fitted.warnings.append("B and E are hardly determined: compare laws by a, D*/N* and loss, not by B")
     if any(row["D/N"][0] > MANY_TOKENS for row in found["budgets"]):
-        warnings.append(
+        fitted.warnings.append(
             f"above {MANY_TOKENS} tokens per parameter laws overstate what more of them are worth"
         )
+
+    compared, valleys = other_approaches(fitted, max(budgets))
+    found |= compared | {"warnings": fitted.warnings, "residuals": fitted.residuals.tolist()}
+    return found, valleys
+
+
+def other_approaches(fitted: Fit, largest_budget: float) -> tuple[dict, IsoFLOP | None]:
+    """Return approaches 1 and 2 and the prediction of the largest runs, and approach 2's valleys. Those that
+    the points do not allow are left out, and added to the warnings."""
+    found, valleys = {}, None
     try:
         found["approach1"] = vars(envelope(fitted.N, fitted.D, fitted.L))
     except ValueError as error:
-        warnings.append(f"no approach 1: {error}")
+        fitted.warnings.append(f"no approach 1: {error}")
     try:
         valleys = isoflop(fitted.N, fitted.D, fitted.L)
-        bias = parabola_bias(law, valleys.factor, valleys.budgets, max(budgets))
+        bias = parabola_bias(fitted.law, valleys.factor, valleys.budgets, largest_budget)
         found["approach2"] = vars(valleys.law) | {"budgets": valleys.budgets.tolist()}
-        found["approach2"]["bias"] = {"D": bias, "C": max(budgets), "factor": valleys.factor}
+        found["approach2"]["bias"] = {"D": bias, "C": largest_budget, "factor": valleys.factor}
     except ValueError as error:
-        warnings.append(f"no approach 2: {error}")
+        fitted.warnings.append(f"no approach 2: {error}")
     try:
-        found["held_out"] = held_out(fitted)
+        found["held_out"] = predict_largest(fitted)
     except ValueError as error:
-        warnings.append(f"no prediction of the points of most compute: {error}")
-    return found | {"warnings": warnings, "residuals": fitted.residuals.tolist()}, valleys
+        fitted.warnings.append(f"no prediction of the points of most compute: {error}")
+    return found, valleys
 
 
-def show(found: dict) -> None:
+def print_findings(found: dict) -> None:
     ends = [f"{name} {short(found[name][0])} to {short(found[name][1])}" for name in "NDC"]
     print(f"{found['points']} points: {found['sizes']} sizes, {', '.join(ends)}")
     print("N as in the file, C = 6 N D, loss in nats per token of the tokenizer that these runs had")
@@ -105,18 +107,28 @@ def show(found: dict) -> None:
     print(f"{'':14}value  95 % interval, {found['bootstrap']['resamples']} resamples of {drawn}")
     for name, (value, low, high) in found["law"].items():
         print(f"{name:8}{value:11.5g}  {low:.5g} to {high:.5g}")
+    print_budgets(found)
+    print_other_approaches(found)
+    for warning in found["warnings"]:
+        print(f"warning: {warning}")
 
+
+def print_budgets(found: dict) -> None:
+    """Print the best model at each budget, and how far the budget lies outside of the points."""
     print(f"\ncompute  {'N*':28}{'D*':28}{'D*/N*':28}loss")
     for row in found["budgets"]:
-        orders = beyond(row["C"], found["C"])
-        side = "above" if row["C"] > found["C"][1] else "below"
         cells = [f"{row['C']:7.2g}"]
         for name in ("N", "D", "D/N", "loss"):
             value, low, high = (short(x, 4 if name == "loss" else 3) for x in row[name])
             cells.append(f"{f'{value} ({low} to {high})':26}")
+        orders = beyond(row["C"], found["C"])
+        side = "above" if row["C"] > found["C"][1] else "below"
         cells.append(f"{orders:.1f} orders of magnitude {side} the points" if orders else "")
         print("  ".join(cells).rstrip())
 
+
+def print_other_approaches(found: dict) -> None:
+    """Print the exponents by all three approaches, and the prediction of the largest runs."""
     print("\nN* = k C^a by                        a          k")
     ways = {"approach3": "the law above", "approach1": "envelope", "approach2": "IsoFLOP parabolas"}
     for way, title in ways.items():
@@ -127,23 +139,21 @@ def show(found: dict) -> None:
         print(f"Were the law true, parabolas would put D* off by {bias['D']:+.1%} at {bias['C']:.2g} FLOPs.")
     if "held_out" in found:
         last = found["held_out"]
-        print(
-            f"\nFitted up to {last['fitted_up_to']:.2g} FLOPs, the law predicts the {last['points']} points"
-        )
+        compute = f"{last['fitted_up_to']:.2g} FLOPs"
+        print(f"\nFitted up to {compute}, the law predicts the {last['points']} points")
         print(
             f"up to {last['up_to']:.2g} with an error of {last['error']:+.2%}, rms {last['error_rms']:.2%}."
         )
-    for warning in found["warnings"]:
-        print(f"warning: {warning}")
 
 
-def plot(fitted: Fit, valleys: IsoFLOP | None, file) -> None:
-    """Loss over compute with the frontier, residuals, and the IsoFLOP valleys if there are any."""
-    import matplotlib
+def plot_fit(fitted: Fit, valleys: IsoFLOP | None, file) -> None:
+    """Plot the loss over compute with the frontier, the residuals, and the valleys if there are any."""
+    import matplotlib  # here, since --help does without it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # Left the points and the law's least loss, in the middle the residuals.
     panels = 3 if valleys else 2
     figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 4.4), layout="constrained")
     C = 6 * fitted.N * fitted.D
@@ -159,16 +169,9 @@ def plot(fitted: Fit, valleys: IsoFLOP | None, file) -> None:
     axes[0].legend()
     axes[1].axhline(0, color="black", linewidth=1)
     axes[1].set(ylabel="ln predicted - ln measured loss (%)")
+
     if valleys:
-        for i, (N, loss) in enumerate(valleys.valleys):
-            color = pyplot.get_cmap("plasma")(0.9 * i / len(valleys.valleys))
-            fine = np.linspace(np.log(N[0]), np.log(N[-1]), 100)
-            axes[2].plot(N, loss, "o", color=color, markersize=4, label=f"{valleys.budgets[i]:.1e} FLOPs")
-            axes[2].plot(np.exp(fine), np.polyval(valleys.parabolas[i], fine), color=color)
-        lowest = [np.polyval(c, math.log(N)) for c, N in zip(valleys.parabolas, valleys.N, strict=True)]
-        axes[2].plot(valleys.N, lowest, "kx", label="minimum")
-        axes[2].set(xscale="log", xlabel="parameters N", ylabel="loss at equal compute")
-        axes[2].legend(fontsize=8)
+        plot_valleys(axes[2], valleys, pyplot.get_cmap("plasma"))
     for panel in axes:
         panel.grid(alpha=0.3)
     figure.colorbar(dots, ax=axes, label="log10 N")
@@ -176,19 +179,34 @@ def plot(fitted: Fit, valleys: IsoFLOP | None, file) -> None:
     pyplot.close(figure)
 
 
+def plot_valleys(panel, valleys: IsoFLOP, colors) -> None:
+    """Plot the loss over N at each budget, the parabolas, and their minima."""
+    for i, (N, loss) in enumerate(valleys.valleys):
+        color = colors(0.9 * i / len(valleys.valleys))
+        fine = np.linspace(np.log(N[0]), np.log(N[-1]), 100)
+        panel.plot(N, loss, "o", color=color, markersize=4, label=f"{valleys.budgets[i]:.1e} FLOPs")
+        panel.plot(np.exp(fine), np.polyval(valleys.parabolas[i], fine), color=color)
+    lowest = [np.polyval(c, math.log(N)) for c, N in zip(valleys.parabolas, valleys.N, strict=True)]
+    panel.plot(valleys.N, lowest, "kx", label="minimum")
+    panel.set(xscale="log", xlabel="parameters N", ylabel="loss at equal compute")
+    panel.legend(fontsize=8)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("csv", nargs="?", type=Path, help="columns N, loss, and D or C (default: the 240 runs of the paper)")
-    add("--delta", type=quantity, default=1e-3, help="from where an error counts linearly (default 1e-3)")
+    add("--delta", type=quantity, default=1e-3, help="relative error above which f is linear (default 1e-3)")
     add("--drop", type=int, metavar="K", help="leave out the K highest losses (default 0; of the paper's, 5)")
     add("--bootstrap", type=int, default=4000, metavar="N", help="resamples for intervals (default 4000)")
     add("--by-size", action="store_true", help="resample whole sizes: the points of one may err together")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of the resamples (default 0)")
     add("--at", type=quantity, nargs="+", metavar="C", help="budgets (default: the greatest, x10, x100)")
     add("--out", type=Path, default=Path("runs/fit"), metavar="DIR", help="fit.json, fit.png (runs/fit)")
 
 
 def main(args: argparse.Namespace) -> int:
+    """Fit, print and write; return the exit code. Raises ValueError for arguments that are out of range."""
+    # Everything that can be wrong is found before the fit.
     path = args.csv or HOFFMANN
     N, D, L = read_points(path)
     drop = args.drop if args.drop is not None else 0 if args.csv else OUTLIERS
@@ -202,16 +220,14 @@ def main(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {args.out}: cannot be made a directory ({error.strerror})") from None
+
     fitted = fit(*without_highest(N, D, L, drop), args.delta)
     found, valleys = findings(fitted, args)
-    show(found)
-
-    from formats.atomic import replace_file  # here, since it loads torch, for which the law has no use
-
+    print_findings(found)
     with replace_file(args.out / "fit.json") as new:
         found = {"file": path.name, "dropped": drop} | found
         new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     with replace_file(args.out / "fit.png") as new, open(new, "wb") as file:
-        plot(fitted, valleys, file)
+        plot_fit(fitted, valleys, file)
     print(f"\n{args.out}: fit.json and fit.png")
     return 0

@@ -1,10 +1,10 @@
-"""The law to play with: one HTML file that computes in the browser and needs nothing else.
+"""The law to explore: one HTML file that computes in the browser and needs no other file.
 
     python chinchilla.py page                                   chinchilla-page.html
     python chinchilla.py page --points mine.csv --fit fit.json  with your own runs, and the law fitted to them
 
-chinchilla.html is the template. Laws, devices and points go into it as JSON, so that no figure stands in two
-places, and its JavaScript mirrors `Law`: the same formulas in the same float64.
+scaling/page.html is the template. Laws, devices and points are written into it as JSON, so that every figure
+has a single source. Its JavaScript repeats the formulas of `Law` and of scaling/plan.py, in float64 too.
 """
 
 import json
@@ -13,14 +13,15 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points, read_points
-from scaling.plan import DEFAULT_MFU, DEVICES, PUE, SEQ_LEN, Shape
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points
+from formats.atomic import replace_file
+from scaling.plan import DEFAULT_MFU, DEVICES, PUE
+from scaling.points import read_points
+from scaling.shapes import SEQ_LEN, Shape
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MARK = "__DATA__"
+MARK = "__DATA__"  # where the template takes the data
 GOPHER = 5.76e23  # FLOPs: the budget at which Chinchilla was trained
-
-NAMES = {field.name for field in fields(Law)}
 
 MODELS = [  # name, N, D
     ("GPT-3", 175e9, 300e9),
@@ -47,15 +48,17 @@ SOURCES = (
 
 
 def span(low: float, high: float, values) -> list[float]:
-    """Low and high, or where the values go beyond, the next half power of ten."""
+    """Return the ends of an axis: low and high, or the next half power of ten where values go beyond."""
     least, most = (2 * math.log10(end(values)) for end in (min, max))
     return [min(low, 10.0 ** (math.floor(least) / 2)), max(high, 10.0 ** (math.ceil(most) / 2))]
 
 
 def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> dict:
-    """All that the template shows: N, D and L of runs, (n,) each, laws to choose of, and the first choice."""
+    """Return all that the template shows, for JSON.
+
+    N, D, L: the runs, (n,) each. laws: those to choose from. start: name of the law that is shown first."""
     C = 6 * N * D
-    # The axes reach all runs, also those that a law of your own was fitted to.
+    # The axes reach all points, and the optima at both ends of the compute of laws from your own runs.
     yours = [(p.law, end) for name, p in laws.items() if name not in LAWS for end in p.compute]
     best = [law.optimal(end) for law, end in yours]
     ends = {
@@ -93,24 +96,19 @@ def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> 
 
 
 def html(data: dict) -> str:
-    """The page. Raises ValueError where a number is not finite, since JSON has no such."""
-    # "</script>" in a title would end the element that holds the data.
+    """Return the page. Raises ValueError for a number that is not finite, which JSON cannot hold."""
+    # Escape "</": "</script>" in a title would end the element that holds the data.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
     return TEMPLATE.read_text(encoding="utf-8").replace(MARK, text)
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("chinchilla-page.html"), help="the file to write")
-    parser.add_argument("--points", type=Path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)")
-    parser.add_argument("--fit", type=Path, help="JSON that the command fit wrote: your law among the others")
-
-
-def fitted(path: Path) -> Published:
-    """The law in a JSON file that the command fit wrote. Raises ValueError for any other file, and where its
-    numbers are out of range."""
+def read_fit(path: Path) -> Published:
+    """Return the law in a fit.json that `chinchilla.py fit` wrote. Raises ValueError for any other file, and
+    for numbers out of range."""
+    names = {field.name for field in fields(Law)}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        law = Law(**{name: float(values[0]) for name, values in found["law"].items() if name in NAMES})
+        law = Law(**{name: float(values[0]) for name, values in found["law"].items() if name in names})
         least, most = (float(C) for C in found["C"])
         title, source = f"Your fit of {found['file']}", f"{found['points']} points"
         if not (0 <= law.E < math.inf and least <= most):
@@ -123,19 +121,23 @@ def fitted(path: Path) -> Published:
     return Published(law, title, source, (least, most))
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("chinchilla-page.html"), help="the file to write")
+    parser.add_argument("--points", type=Path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)")
+    parser.add_argument("--fit", type=Path, help="fit.json of `chinchilla.py fit`: show your law too")
+
+
 def main(args: Namespace) -> int:
+    """Write the page and return the exit code."""
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: expected a file name in a directory that exists")
     laws = dict(LAWS)
     if args.fit and args.points is None:
         raise ValueError(f"--fit {args.fit}: --fit needs --points, the runs it was fitted to")
     if args.fit:
-        laws = {"fit": fitted(args.fit), **laws}
+        laws = {"fit": read_fit(args.fit), **laws}
     runs = read_points(args.points) if args.points else points()
     text = html(page_data(*runs, laws, next(iter(laws))))
-
-    from formats.atomic import replace_file  # not above: it loads torch, for which the page has no use
-
     with replace_file(args.out) as new:
         new.write_text(text, encoding="utf-8")
     print(f"{args.out}: {len(text) // 1000} kB; open it in a browser")

@@ -1,4 +1,4 @@
-"""`python chinchilla.py plan`: a training run planned by scaling/plan.py, and the plan in print.
+"""`python chinchilla.py plan`: plan a training run by scaling/plan.py, and print the plan.
 
 The budget is given in one of these ways:
 
@@ -7,7 +7,7 @@ The budget is given in one of these ways:
     python chinchilla.py plan --params 7b --tokens 2t        a run that you have in mind
     python chinchilla.py plan --gpus 8 --gpu h100 --days 3
 
-and more can be asked: `--inference-tokens 2t --unique-tokens 25b --json plan.json`.
+Further parts of the plan: `--inference-tokens 2t --unique-tokens 25b --json plan.json`.
 """
 
 import json
@@ -15,24 +15,26 @@ import textwrap
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, quantity, short
+from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS
+from formats.atomic import replace_file
+from formats.numbers import quantity, short
 from scaling.plan import (
     CO2,
     DEFAULT_MFU,
     DEVICES,
     PUE,
     RESAMPLES,
-    SEQ_LEN,
     TOO_HOPEFUL,
     budget_for,
-    known,
+    check_mfu,
+    check_positive,
+    look_up,
     make_plan,
-    positive,
-    share_of_peak,
 )
+from scaling.shapes import SEQ_LEN
 
-WIDTH = 100
-# What one of a unit is, the largest first.
+WIDTH = 100  # characters of a line of prose
+# Units, the largest first, in days, kWh and kg.
 TIME = {"years": 365.25, "days": 1, "h": 1 / 24, "min": 1 / 1440, "s": 1 / 86400, "ms": 1 / 86400e3}
 ENERGY = {"GWh": 1e6, "MWh": 1e3, "kWh": 1, "Wh": 1e-3}
 MASS = {"t": 1e3, "kg": 1, "g": 1e-3}
@@ -42,16 +44,21 @@ def cell(x: float | None) -> str:
     return "-" if x is None else short(x)
 
 
-def sizes(row: dict) -> tuple[str, str, str]:
+def size_cells(row: dict) -> tuple[str, str, str]:
+    """Return the cells of N, D and D / N."""
     return cell(row["N"]), cell(row["D"]), cell(row["tokens_per_parameter"])
+
+
+def loss_cell(row: dict) -> str:
+    return "-" if row["loss"] is None else f"{row['loss']:.4f}"
 
 
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:+z.1f} %"
 
 
-def measured(value: float, units: dict[str, float], least: int = 1) -> str:
-    """In the largest unit of which there are at least that many."""
+def in_units(value: float, units: dict[str, float], least: int = 1) -> str:
+    """Return the value in the largest unit of which it has at least `least`."""
     for unit, size in units.items():
         if value >= least * size:
             return f"{short(value / size)} {unit}"
@@ -66,12 +73,8 @@ def dollars(value: float | None) -> str:
     return f"${value:.2f}" if value < 100 else f"${short(value)}"
 
 
-def loss_of(row: dict) -> str:
-    return "-" if row["loss"] is None else f"{row['loss']:.4f}"
-
-
 def table(rows: list[tuple[str, ...]], left: int = 1) -> list[str]:
-    """Lines of text, the first `left` columns flush left and the others flush right."""
+    """Return the rows as lines of text, the first `left` columns flush left and the others flush right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -87,75 +90,30 @@ def paragraph(text: str, indent: str = "  ") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent=indent)
 
 
-def report(plan: dict) -> str:
-    """The plan as text."""
-    law, hardware = plan["law"], plan["hardware"]
-    best = plan["laws"][law]
-    sections = [[f"{cell(plan['compute'])} FLOPs"], laws_section(plan)]
-    if "run" in plan:
-        sections.append([f"Your run, by {law}", *paragraph(run_in_words(plan))])
-    if "same_loss" in plan:
-        rows = [("N", "of N*", "D", "D/N", "more compute")]
-        for row in plan["same_loss"]:
-            N, D, ratio = sizes(row)
-            rows.append((N, cell(row["size"]), "never" if D == "-" else D, ratio, percent(row["extra"])))
-        lines = table(rows, left=0)
-        if any((row["tokens_per_parameter"] or 0) > MANY_TOKENS for row in plan["same_loss"]):
-            lines += paragraph(f"D/N above {MANY_TOKENS}: {TOO_HOPEFUL}")
-        sections.append([f"Other sizes with the same loss, {loss_of(best)}, by {law}", *lines])
-    if "inference" in plan:
-        part = plan["inference"]
-        text = (
-            f"{model(part)}: as good as {cell(best['N'])} on {cell(best['D'])}, for "
-            f"{100 * part['saving']:z.1f} % fewer FLOPs of training and serving (Sardana and Frankle 2024)"
-        )
-        sections.append([f"To be served {cell(part['served'])} tokens, by {law}", *paragraph(text)])
-    if "repeated" in plan:
-        rows = [("unique tokens", "N", "D", "epochs", "worth new tokens", "loss")]
-        for unique, part in ((cell(plan["repeated"]["unique"]), "limited"), ("enough", "unlimited")):
-            row = plan["repeated"][part]
-            rows.append((unique, *(cell(row[key]) for key in ("N", "D", "epochs", "worth")), loss_of(row)))
-        sections.append(["Data seen again, by Muennighoff et al. 2023 (arXiv 2305.16264)", *table(rows)])
-
-    rows = [("", "GPU-hours", f"on {hardware['gpus']}", "$/hour", "rent", "energy", "CO2")]
-    for name, row in hardware["devices"].items():
-        hours = cell(row["gpu_hours"]) if row["gpu_hours"] >= 0.01 else "< 0.01"
-        price = "-" if row["price"] is None else f"{row['price']:.2f}"
-        cells = (dollars(row["dollars"]), measured(row["kwh"], ENERGY), measured(row["co2_kg"], MASS))
-        marked = f"{name} *" if name == hardware["gpu"] else name
-        rows.append((marked, hours, measured(row["days"], TIME, least=2), price, *cells))
-    note = (
-        f"PUE {PUE}, {CO2} kg CO2 per kWh, the average of the USA (LLaMA, arXiv 2302.13971, section 6). "
-        "Prices on demand, May 2026 (B200: March; scaling/plan.py has the sources); they move: give your own with "
-        "--price"
-    )
-    title = f"On hardware, at {100 * hardware['mfu']:g} % of its peak (MFU)"
-    sections.append([title, *table(rows), *paragraph(note)])
-    if "flops" in plan:
-        sections.append(flops_section(plan))
-    sections.append(paragraph(in_words(plan)))
-    sections += [paragraph(f"warning: {warning}") for warning in plan["warnings"]]
-    return "\n\n".join("\n".join(section) for section in sections)
+def model_in_words(row: dict) -> str:
+    N, D, ratio = size_cells(row)
+    return f"{N} on {D} tokens, {ratio} per parameter"
 
 
 def laws_section(plan: dict) -> list[str]:
+    """Return a table of the optimum by every published law, its interval, and the sources."""
     rows = [("law", "", "N", "D", "D/N", "loss", "beyond its data")]
     sources = []
     for name, row in plan["laws"].items():
         side = "above" if plan["compute"] > row["compute"][1] else "below"
         far = f"{row['beyond']:.1f} orders {side}" if row["beyond"] else "within"
         marked = f"{name} *" if name == plan["law"] else name
-        rows.append((marked, row["title"], *sizes(row), loss_of(row), far))
+        rows.append((marked, row["title"], *size_cells(row), loss_cell(row), far))
         sources += paragraph(f"{name}: {row['source']}; {row['note']}", indent="    ")
     ends = plan["laws"]["besiroglu"]["interval"]
-    told = [
+    ends_in_words = [
         f"{name} {cell(ends[key][0])} to {cell(ends[key][1])}"
         for name, key in (("N", "N"), ("D", "D"), ("D/N", "tokens_per_parameter"))
     ]
-    told.append(f"loss {ends['loss'][0]:.3f} to {ends['loss'][1]:.3f}")
+    ends_in_words.append(f"loss {ends['loss'][0]:.3f} to {ends['loss'][1]:.3f}")
     interval = (
-        f"besiroglu, 95 % of {RESAMPLES} refits of resampled points: {', '.join(told)}; the points are taken "
-        "as independent, which narrows it"
+        f"besiroglu, 95 % of {RESAMPLES} refits of resampled points: {', '.join(ends_in_words)}; the "
+        "points are taken as independent, which narrows it"
     )
     counts = (
         "N counts the head and not the embedding table (kaplan: neither), C = 6 N D. Losses are nats per "
@@ -165,10 +123,61 @@ def laws_section(plan: dict) -> list[str]:
     return [title, *table(rows, left=2), *paragraph(counts), *paragraph(interval, indent="    "), *sources]
 
 
+def other_sizes_section(plan: dict) -> list[str]:
+    """Return a table of smaller and larger models with the optimum's loss."""
+    rows = [("N", "of N*", "D", "D/N", "more compute")]
+    for row in plan["same_loss"]:
+        N, D, ratio = size_cells(row)
+        rows.append((N, cell(row["size"]), "never" if D == "-" else D, ratio, percent(row["extra"])))
+    lines = table(rows, left=0)
+    if any((row["tokens_per_parameter"] or 0) > MANY_TOKENS for row in plan["same_loss"]):
+        lines += paragraph(f"D/N above {MANY_TOKENS}: {TOO_HOPEFUL}")
+    best = plan["laws"][plan["law"]]
+    return [f"Other sizes with the same loss, {loss_cell(best)}, by {plan['law']}", *lines]
+
+
+def inference_section(plan: dict) -> list[str]:
+    part, best = plan["inference"], plan["laws"][plan["law"]]
+    text = (
+        f"{model_in_words(part)}: as good as {cell(best['N'])} on {cell(best['D'])}, for "
+        f"{100 * part['saving']:z.1f} % fewer FLOPs of training and serving (Sardana and Frankle 2024)"
+    )
+    return [f"To be served {cell(part['served'])} tokens, by {plan['law']}", *paragraph(text)]
+
+
+def repeated_section(plan: dict) -> list[str]:
+    """Return the best run with few different tokens, above the best run with enough of them."""
+    rows = [("unique tokens", "N", "D", "epochs", "worth new tokens", "loss")]
+    for unique, part in ((cell(plan["repeated"]["unique"]), "limited"), ("enough", "unlimited")):
+        row = plan["repeated"][part]
+        rows.append((unique, *(cell(row[key]) for key in ("N", "D", "epochs", "worth")), loss_cell(row)))
+    return ["Data seen again, by Muennighoff et al. 2023 (arXiv 2305.16264)", *table(rows)]
+
+
+def hardware_section(plan: dict) -> list[str]:
+    """Return a table of time, rent, energy and CO2 on every device."""
+    hardware = plan["hardware"]
+    rows = [("", "GPU-hours", f"on {hardware['gpus']}", "$/hour", "rent", "energy", "CO2")]
+    for name, row in hardware["devices"].items():
+        hours = cell(row["gpu_hours"]) if row["gpu_hours"] >= 0.01 else "< 0.01"
+        price = "-" if row["price"] is None else f"{row['price']:.2f}"
+        cells = (dollars(row["dollars"]), in_units(row["kwh"], ENERGY), in_units(row["co2_kg"], MASS))
+        marked = f"{name} *" if name == hardware["gpu"] else name
+        rows.append((marked, hours, in_units(row["days"], TIME, least=2), price, *cells))
+    note = (
+        f"PUE {PUE}, {CO2} kg CO2 per kWh, the average of the USA (LLaMA, arXiv 2302.13971, section 6). "
+        "Prices on demand, May 2026 (B200: March; scaling/plan.py has the sources); they move: give your own "
+        "with --price"
+    )
+    title = f"On hardware, at {100 * hardware['mfu']:g} % of its peak (MFU)"
+    return [title, *table(rows), *paragraph(note)]
+
+
 def flops_section(plan: dict) -> list[str]:
+    """Return the exact FLOPs of a transformer beside 6 N D."""
     part = plan["flops"]
     shape = part["shape"]
-    told = (
+    transformer = (
         f"{cell(part['N'])} on {cell(part['D'])} tokens: {shape['layers']} layers of {shape['d_model']:,}, "
         f"{shape['heads']} heads of {shape['kv_size']}, feed-forward {shape['ffw']:,}, vocabulary "
         f"{shape['vocab']:,}"
@@ -184,32 +193,29 @@ def flops_section(plan: dict) -> list[str]:
     )
     which = "your N" if "run" in plan else "N*"
     title = f"FLOPs of a transformer of about {which}, sequences of {SEQ_LEN:,}"
-    return [title, *paragraph(told), *table(rows), *paragraph(note)]
-
-
-def model(row: dict) -> str:
-    N, D, ratio = sizes(row)
-    return f"{N} on {D} tokens, {ratio} per parameter"
+    return [title, *paragraph(transformer), *table(rows), *paragraph(note)]
 
 
 def run_in_words(plan: dict) -> str:
+    """Return the run that was given, compared with the optimum of its compute."""
     run, best = plan["run"], plan["laws"][plan["law"]]
     if "loss" not in run:
-        return model(run)
+        return model_in_words(run)
     saved = 1 - run["optimal_compute"] / plan["compute"]
     return (
-        f"{model(run)}: loss {loss_of(run)}; at best {loss_of(best)} for as much compute, or the same loss "
-        f"for {cell(run['optimal_compute'])} FLOPs, {100 * saved:z.1f} % fewer"
+        f"{model_in_words(run)}: loss {loss_cell(run)}; at best {loss_cell(best)} for as much "
+        f"compute, or the same loss for {cell(run['optimal_compute'])} FLOPs, {100 * saved:z.1f} % fewer"
     )
 
 
-def in_words(plan: dict) -> str:
+def in_short(plan: dict) -> str:
+    """Return the plan in a sentence or two."""
     law, hardware = plan["law"], plan["hardware"]
     best, row = plan["laws"][law], hardware["devices"][hardware["gpu"]]
     price = "" if row["dollars"] is None else f" and {dollars(row['dollars'])}"
-    spent = f"{measured(row['days'], TIME, least=2)} on {hardware['gpus']} {hardware['gpu']}{price}."
+    spent = f"{in_units(row['days'], TIME, least=2)} on {hardware['gpus']} {hardware['gpu']}{price}."
     if "run" in plan:
-        return f"In short: {model(plan['run'])}, take {cell(plan['compute'])} FLOPs: {spent}"
+        return f"In short: {model_in_words(plan['run'])}, take {cell(plan['compute'])} FLOPs: {spent}"
     text = (
         f"In short: by {law}, {cell(plan['compute'])} FLOPs are best spent on {cell(best['N'])} parameters "
         f"and {cell(best['D'])} tokens: {spent}"
@@ -223,9 +229,30 @@ def in_words(plan: dict) -> str:
     return text
 
 
-def budget(args: Namespace) -> tuple[float, tuple[float, float] | None]:
-    """C, and (N, D) where both were given. Raises ValueError unless exactly one way of giving it was used."""
-    positive(params=args.params, tokens=args.tokens, gpus=args.gpus, days=args.days)
+def format_plan(plan: dict) -> str:
+    """Return the plan as text, a section for each of its parts."""
+    sections = [[f"{cell(plan['compute'])} FLOPs"], laws_section(plan)]
+    if "run" in plan:
+        sections.append([f"Your run, by {plan['law']}", *paragraph(run_in_words(plan))])
+    if "same_loss" in plan:
+        sections.append(other_sizes_section(plan))
+    if "inference" in plan:
+        sections.append(inference_section(plan))
+    if "repeated" in plan:
+        sections.append(repeated_section(plan))
+    sections.append(hardware_section(plan))
+    if "flops" in plan:
+        sections.append(flops_section(plan))
+    sections.append(paragraph(in_short(plan)))
+    sections += [paragraph(f"warning: {warning}") for warning in plan["warnings"]]
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def read_budget(args: Namespace) -> tuple[float, tuple[float, float] | None]:
+    """Return C, and (N, D) or None: the run, if both were given.
+
+    Raises ValueError unless the budget was given in exactly one way."""
+    check_positive(params=args.params, tokens=args.tokens, gpus=args.gpus, days=args.days)
     ways = {
         "a number of FLOPs": args.compute,
         "--params or --tokens": args.params or args.tokens,
@@ -244,42 +271,46 @@ def budget(args: Namespace) -> tuple[float, tuple[float, float] | None]:
     if args.days is not None:
         if args.gpus is None:
             raise ValueError(f"--days {args.days:g}: of how many GPUs? give --gpus too")
-        share_of_peak(args.mfu)
-        return known(DEVICES, args.gpu, "gpu").peak * args.mfu * args.gpus * args.days * 86400, None
+        check_mfu(args.mfu)
+        return look_up(DEVICES, args.gpu, "gpu").peak * args.mfu * args.gpus * args.days * 86400, None
     if args.params is not None and args.tokens is not None:
         return 6 * args.params * args.tokens, (args.params, args.tokens)
-    return float(budget_for(known(LAWS, args.law, "law").law, args.params, args.tokens)), None
+    return float(budget_for(look_up(LAWS, args.law, "law").law, args.params, args.tokens)), None
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("compute", nargs="?", type=quantity, help="FLOPs: 1e22")
     add("--params", type=quantity, help="N: 7b; the budget that it is optimal for, or with --tokens 6 N D")
-    add("--tokens", type=quantity, help="D: 1t; the same")
-    add("--days", type=float, help="the budget: what --gpus do in so many days")
-    add("--gpus", type=int, help="how many (default 8)")
-    add("--gpu", type=str.lower, default="h100", help=f"which: {', '.join(DEVICES)} (default h100)")
-    add("--mfu", type=float, default=DEFAULT_MFU, help="share of the peak that is reached (default 0.4)")
-    add("--price", type=float, help="dollars an hour of one --gpu")
+    add("--tokens", type=quantity, help="D: 1t; the budget that it is optimal for, or with --params 6 N D")
+    add("--days", type=float, help="the budget: what --gpus can compute in so many days")
+    add("--gpus", type=int, help="number of GPUs (default 8)")
+    add("--gpu", type=str.lower, default="h100", help=f"kind of GPU: {', '.join(DEVICES)} (default h100)")
+    add(
+        "--mfu",
+        type=float,
+        default=DEFAULT_MFU,
+        help="share of the peak FLOP/s reached (default 0.4)",
+    )
+    add("--price", type=float, help="dollars per hour of one --gpu")
     add("--law", type=str.lower, default=DEFAULT_LAW, help=f"{', '.join(LAWS)} (default {DEFAULT_LAW})")
     add("--inference-tokens", type=quantity, help="tokens to be served in the model's life: 2t")
     add("--unique-tokens", type=quantity, help="how many different tokens there are: 25b")
-    add("--seed", type=int, default=0, help="of the bootstrap")
-    add("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
+    add("--json", type=Path, metavar="FILE", help="write all numbers to this file too")
 
 
 def main(args: Namespace) -> int:
+    """Make the plan, write and print it; return the exit code."""
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ValueError(f"--json {args.json}: expected a file name in a directory that exists")
-    C, run = budget(args)
+    C, run = read_budget(args)
     plan = make_plan(
         C, args.law, run=run, gpu=args.gpu, gpus=args.gpus or 8, mfu=args.mfu, price=args.price,
         inference_tokens=args.inference_tokens, unique_tokens=args.unique_tokens, seed=args.seed,
     )  # fmt: skip
     if args.json:
-        from formats.atomic import replace_file  # here, since it loads torch, for which a plan has no use
-
         with replace_file(args.json) as new:
             new.write_text(json.dumps(plan, indent=2, allow_nan=False) + "\n")
-    print(report(plan))
+    print(format_plan(plan))
     return 0

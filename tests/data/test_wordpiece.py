@@ -1,5 +1,6 @@
-"""data/wordpiece.py and formats/wordpiece_json.py against BertTokenizer: its ids in fixtures/wordpiece, the library's on
-any text, and the files of both.
+"""data/wordpiece.py and formats/wordpiece_json.py against BertTokenizer.
+
+Its ids for fixtures/wordpiece, those of the library for any text, and the files of both.
 """
 
 import json
@@ -236,16 +237,20 @@ NOT_SPECIAL = [{"id": 600, "content": "new", "single_word": False, "normalized":
         ),
         ("tokenizer", put("model", "max_input_chars_per_word", value=200), "max_input_chars_per_word = 200"),
         ("tokenizer", put("model", "vocab", "a", value="7"), "must be whole numbers"),
-        ("tokenizer", put("model", "unk_token", value="<unk>"), "no whole tokenizer.json .*<unk>"),
+        ("tokenizer", put("model", "unk_token", value="<unk>"), "not a complete tokenizer.json .*<unk>"),
         ("tokenizer", put("normalizer", value=None), "normalizer with type = None"),
         ("tokenizer", put("normalizer", value={"type": "Lowercase"}), "normalizer with type = Lowercase"),
         ("tokenizer", put("normalizer", "clean_text", value=False), "clean_text = False"),
         ("tokenizer", put("pre_tokenizer", value={"type": "Whitespace"}), "pre-tokenizer .*Whitespace"),
         ("tokenizer", put("added_tokens", value=NOT_SPECIAL), "special token 'new' with normalized = True"),
-        ("tokenizer", put("added_tokens", 0, "content", value=5), "no whole tokenizer.json .*5 is no text"),
+        (
+            "tokenizer",
+            put("added_tokens", 0, "content", value=5),
+            "not a complete tokenizer.json .*5 is not a string",
+        ),
         ("tokenizer_config", put("do_lower_case", value=False), "lowercase is True, but .* says False"),
         ("tokenizer_config", put("strip_accents", value=False), "strip_accents is None, but .* says False"),
-        ("tokenizer", lambda content: content.clear(), "no whole tokenizer.json"),
+        ("tokenizer", lambda content: content.clear(), "not a complete tokenizer.json"),
     ],
 )
 def test_load_refuses_what_it_would_do_differently(variants, tmp_path, file, edit, message):

@@ -6,7 +6,7 @@ from torch import library
 
 from engine import cpu
 from kernels import attention
-from kernels.attention import SHORT
+from kernels.attention_cpu import SHORT
 
 
 def onednn() -> str:

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import bert
 import gpt
 import moe
-from engine.optim import make_optimizers, step, transfer_width
+from engine import optim
+from engine.optim import step_optimizers
 
 TINY = gpt.Config(2, 2, 64, 176, 61, 32, qk_norm=True)
 MODELS = {
@@ -60,6 +61,11 @@ def with_mup(args, base_width):
     return Namespace(**vars(args) | {"mup": base_width})
 
 
+def make_optimizers(model, args):
+    """For a decoder, whose file has the rules of width transfer."""
+    return optim.make_optimizers(model, args, width_factors=gpt.width_factors)
+
+
 def groups_of(model, optimizers):
     """Each parameter's name, and the group it is in."""
     names = {p: name for name, p in model.named_parameters()}
@@ -70,7 +76,7 @@ def groups_of(model, optimizers):
 def test_initial_values_and_learning_rates_follow_the_table(name):
     model = fresh(name)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    transfer_width(model, 16)
+    optim.transfer_width(model, 16, gpt.width_factors)
     groups = dict(groups_of(model, make_optimizers(model, with_mup(ADAMW, 16))))
     for name, p in model.named_parameters():
         initial, rate = expected(name)
@@ -96,7 +102,7 @@ def test_muon_learns_by_the_square_root_of_the_width():
 @pytest.mark.parametrize("name", MODELS)
 def test_a_transfer_from_the_same_width_changes_nothing(name, args):
     model, same = fresh(name), fresh(name)
-    transfer_width(same, 64)
+    optim.transfer_width(same, 64, gpt.width_factors)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
     plain = groups_of(model, make_optimizers(model, args))
     transferred = groups_of(same, make_optimizers(same, with_mup(args, 64)))
@@ -118,9 +124,9 @@ def test_every_parameter_is_in_exactly_one_group(name, args, base_width):
 def test_models_without_a_rule_are_refused():
     model = bert.BERT(bert.Config(1, 2, 16, 32, 61, 32))
     with pytest.raises(ValueError, match=r"bert\.embeddings.* no rule"):
-        transfer_width(model, 8)
+        optim.transfer_width(model, 8, optim.width_factors)
     with pytest.raises(ValueError, match="no rule"):
-        make_optimizers(model, with_mup(ADAMW, 8))
+        optim.make_optimizers(model, with_mup(ADAMW, 8))
 
 
 def changes(width, args, transfer):
@@ -130,7 +136,7 @@ def changes(width, args, transfer):
     model = gpt.GPT(config)
     args = with_mup(args, 64 if transfer else None)
     if transfer:
-        transfer_width(model, 64)
+        optim.transfer_width(model, 64, gpt.width_factors)
     optimizers = make_optimizers(model, args)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = args.lr * group["lr_factor"]
@@ -197,7 +203,7 @@ def test_a_finite_step_is_that_of_the_optimizers(args):
     for seed in range(2):
         with_gradients(model, seed)
         with_gradients(same, seed)
-        step(optimizers, torch.tensor(True))
+        step_optimizers(optimizers, torch.tensor(True))
         for optimizer in others:
             optimizer.step()
     assert_same(snapshot(model, optimizers), snapshot(same, others))
@@ -208,11 +214,11 @@ def test_a_step_that_is_not_finite_leaves_every_bit(args):
     model = fresh()
     optimizers = make_optimizers(model, args)
     with_gradients(model, seed=0)
-    step(optimizers, torch.tensor(True))
+    step_optimizers(optimizers, torch.tensor(True))
     before = snapshot(model, optimizers)
     for p in model.parameters():
         p.grad.fill_(math.nan)
-    step(optimizers, torch.tensor(False))
+    step_optimizers(optimizers, torch.tensor(False))
     assert_same(snapshot(model, optimizers), before)
 
 
@@ -222,7 +228,7 @@ def test_the_first_step_may_be_left_out(args):
     optimizers, others = make_optimizers(model, args), make_optimizers(same, args)
     for p in model.parameters():
         p.grad = torch.full_like(p, math.nan)
-    step(optimizers, torch.tensor(False))
+    step_optimizers(optimizers, torch.tensor(False))
     with_gradients(model, seed=0)
     with_gradients(same, seed=0)
     for optimizer in (*optimizers, *others):  # nor is anything left behind that would hold them back
@@ -238,8 +244,8 @@ def test_sharded_parameters(args):
         model, whole = fully_shard(fresh()), fresh()
         pairs = list(zip(model.parameters(), whole.parameters(), strict=True))
         assert isinstance(pairs[0][0], DTensor)
-        transfer_width(model, 16)
-        transfer_width(whole, 16)
+        optim.transfer_width(model, 16, gpt.width_factors)
+        optim.transfer_width(whole, 16, gpt.width_factors)
         optimizers = make_optimizers(model, with_mup(args, 16))
         others = make_optimizers(whole, with_mup(args, 16))
         for finite in (True, False):
@@ -247,9 +253,9 @@ def test_sharded_parameters(args):
             for p, q in pairs:
                 gradient = q.grad if finite else torch.full_like(q, math.nan)
                 p.grad = distribute_tensor(gradient, p.device_mesh, p.placements)
-            step(optimizers, torch.tensor(finite))
+            step_optimizers(optimizers, torch.tensor(finite))
             if finite:
-                step(others, torch.tensor(True))
+                step_optimizers(others, torch.tensor(True))
         for p, q in pairs:
             assert torch.equal(p.full_tensor(), q)
     finally:

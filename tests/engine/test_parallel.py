@@ -53,7 +53,7 @@ def watched(out, spoilt=None):
     """Write to out the gradients of the first and the third update, how often ddp has added gradients up, and
     how many graphs --compile has found, which are run as they are. spoilt: (process, update, how), see
     `spoil`."""
-    made, step, ddp, reduced = [], optim.step, parallel.DistributedDataParallel, []
+    made, step, ddp, reduced = [], optim.step_optimizers, parallel.DistributedDataParallel, []
     graphs, compiler = [], torch.compile
 
     def as_it_is(graph, inputs):
@@ -77,13 +77,13 @@ def watched(out, spoilt=None):
             save_file(gradients, Path(out) / f"gradients-{len(made)}.safetensors")
         step(optimizers, finite)
 
-    optim.step, parallel.DistributedDataParallel = watching, Counting
+    optim.step_optimizers, parallel.DistributedDataParallel = watching, Counting
     torch.compile = partial(compiler, backend=as_it_is)
     forget = spoil(*spoilt) if spoilt else None
     try:
         yield
     finally:
-        optim.step, parallel.DistributedDataParallel, torch.compile = step, ddp, compiler
+        optim.step_optimizers, parallel.DistributedDataParallel, torch.compile = step, ddp, compiler
         if forget:
             forget()
         if parallel.rank() == 0:

@@ -370,7 +370,7 @@ def test_eos_token_ends_documents(learned, tmp_path):
         config.write_text(json.dumps({"eos_token": eos_token}))
         assert Tokenizer.load(tmp_path).eot_id == eot_id
     config.write_text(json.dumps({"eos_token": ["<|im_end|>"]}))
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match="is not a string"):
         Tokenizer.load(tmp_path)
     config.unlink()
     assert Tokenizer.load(tmp_path).eot_id == 699
@@ -410,12 +410,12 @@ MASK = {"id": 699, "content": END_OF_TEXT, "lstrip": True, "rstrip": False, "sin
         (set_model(merges=[["x", "▁"]]), "does not belong"),
         (set_model(merges=[["!", "\u0122"]]), "does not belong"),
         (set_model(merges=[["a"]]), "not enough values"),
-        (set_model(vocab=None), "no whole tokenizer.json"),
+        (set_model(vocab=None), "not a complete tokenizer.json"),
         (lambda content: content["model"]["merges"].pop(), "no merge makes"),
         (lambda content: content["model"]["vocab"].pop("a"), "the vocabulary lacks|does not belong"),
         (lambda content: content["model"]["vocab"].update(a=0), "ids must differ"),
-        (lambda content: content["model"]["vocab"].update(a="97"), "no whole tokenizer.json .*'97'"),
-        (lambda content: content["model"]["vocab"].update(a=97.5), "no whole tokenizer.json .*97.5"),
+        (lambda content: content["model"]["vocab"].update(a="97"), "not a complete tokenizer.json .*'97'"),
+        (lambda content: content["model"]["vocab"].update(a=97.5), "not a complete tokenizer.json .*97.5"),
         (swap_merges, "not in the order of ids"),
         (set_top(normalizer={"type": "Lowercase"}), "normalizer .*Lowercase"),
         (set_top(pre_tokenizer=None), "pre-tokenizer None"),
@@ -426,7 +426,7 @@ MASK = {"id": 699, "content": END_OF_TEXT, "lstrip": True, "rstrip": False, "sin
         (set_split(behavior="Removed"), "pre-tokenizer .*Removed"),
         (set_split(invert=True), "pre-tokenizer .*invert"),
         (set_split(pattern={"String": " "}), "pre-tokenizer .*String"),
-        (set_split(pattern={"Regex": 5}), "no whole tokenizer.json .*5 is no text"),
+        (set_split(pattern={"Regex": 5}), "not a complete tokenizer.json .*5 is not a string"),
         (set_split(pattern={"Regex": "("}), "not a regular expression"),
         (set_top(added_tokens=[MASK]), "lstrip"),
         (set_top(added_tokens=[MASK | {"lstrip": False, "rstrip": True}]), "rstrip"),
@@ -435,7 +435,7 @@ MASK = {"id": 699, "content": END_OF_TEXT, "lstrip": True, "rstrip": False, "sin
             "of spaces that is not normalized",
         ),
         (set_top(added_tokens=[]), "end-of-text token"),
-        (lambda content: content.pop("model"), "no whole tokenizer.json"),
+        (lambda content: content.pop("model"), "not a complete tokenizer.json"),
     ],
 )
 def test_load_refuses_what_it_cannot_do_exactly(variants, tmp_path, edit, message):

@@ -4,27 +4,46 @@ A statistic of fixed seeds may differ from its expectation by 5 standard errors:
 once in two million draws, and a wrong rate always.
 """
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import SHARD
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
+import bert
+import train
+from bert import BERT
+from data.tokenizer import Tokenizer, train_bpe
 from language import masking
+from language.encoder_inference import fill_mask, sequence
 from language.masking import (
+    SPECIAL_TOKENS,
+    Config,
     choose,
     corrupt,
     each_token,
     entities,
+    flops_per_token,
     gather_masked,
-    next_sentence,
-    sentence_order,
-    span_boundaries,
+    loss,
+    make_batch,
     spans,
+    split,
     whole_words,
+    wrap,
 )
+from language.sentence_pairs import next_sentence
 
 B, T = 2000, 128
 MASK, ORDINARY = 4, torch.arange(5, 1005)
+SMALL = bert.Config(2, 4, 32, 48, vocab_size=300, max_seq_len=32)
+ALBERT = {"d_embedding": 16, "share_layers": True, "mlp": "gelu_tanh", "pair": "sop"}
+TEXT = "".join(f"The {i}th thing, and some_name = f({i}) of it\n" for i in range(200))
 
 
 def seeded(seed=0):
@@ -275,71 +294,6 @@ def test_gathered_positions_are_the_chosen_ones():
     assert (positions.diff(dim=1)[filled[:, 1:]] > 0).all()
 
 
-def test_span_boundaries():
-    chosen = torch.tensor([[0, 1, 1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1, 0]]).bool()
-    left, right, place = span_boundaries(chosen)
-    assert left[chosen].tolist() == [0, 0, 0, 4, 4, 4]
-    assert right[chosen].tolist() == [4, 4, 4, 6, 7, 7]
-    assert place.tolist() == [[0, 1, 2, 3, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 2, 0]]
-    for end in (0, -1):
-        touching = chosen.clone()
-        touching[1, end] = True
-        with pytest.raises(ValueError, match="special tokens at both ends"):
-            span_boundaries(touching)
-
-
-def test_span_boundaries_are_never_masked():
-    tokens, continues, maskable = text_rows()
-    chosen = choose(units_of("span", tokens, continues), maskable, 37, seeded())
-    left, right, place = span_boundaries(chosen)
-    assert not chosen.gather(1, left)[chosen].any() and not chosen.gather(1, right)[chosen].any()
-    assert (place > 0).equal(chosen)
-    run = chosen.long().cumsum(1)
-    assert torch.equal((run - run.gather(1, left))[chosen], place[chosen])  # all chosen in between
-
-
-# --- pairs
-
-
-def numbered_rows(N=40):
-    """Every token says where it is from: row * N + place."""
-    return torch.arange(B * N).view(B, N), torch.randint(1, N, (B,), generator=seeded(9))
-
-
-def test_next_sentence():
-    rows, cut = numbered_rows()
-    new, labels = next_sentence(rows, cut, seeded())
-    within(labels.float().mean(), 0.5, 0.5 / math.sqrt(B))
-    first = torch.arange(40) < cut[:, None]
-    assert torch.equal(new[first], rows[first])
-    assert torch.equal(new[labels == 0], rows[labels == 0])
-    assert torch.equal(new % 40, rows % 40)  # the same places
-    other = new[:, -1] // 40
-    assert (new // 40 == other[:, None])[~first].all()  # one row
-    assert (other != torch.arange(B))[labels == 1].all()  # another one
-
-
-def test_next_sentence_draws_every_other_row():
-    rows, cut = torch.arange(4)[:, None].expand(4, 2), torch.ones(4, dtype=torch.int64)
-    new = [next_sentence(rows, cut, seeded(seed))[0] for seed in range(100)]
-    seen = {(i, batch[i, 1].item()) for batch in new for i in range(4)}
-    assert len(seen) == 16
-    two, labels = next_sentence(rows[:2], cut[:2], seeded())
-    assert torch.equal(two[:, 1], torch.tensor([0, 1]) ^ labels)
-    for seed in range(5):  # alone, there is no other
-        assert torch.equal(next_sentence(rows[:1], cut[:1], seeded(seed))[0], rows[:1])
-
-
-def test_sentence_order():
-    rows, cut = numbered_rows()
-    new, new_cut, labels = sentence_order(rows, cut, seeded())
-    within(labels.float().mean(), 0.5, 0.5 / math.sqrt(B))
-    for i in range(100):
-        a, b = rows[i, : cut[i]], rows[i, cut[i] :]
-        expected = (b, a) if labels[i] else (a, b)
-        assert torch.equal(new[i], torch.cat(expected)) and new_cut[i] == len(expected[0])
-
-
 # --- the generator
 
 
@@ -373,3 +327,308 @@ def test_the_demonstration_runs(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["each_token", "whole_words", "entities", "spans"]
     assert all(line.count(" _") == 5 for line in lines)
+
+
+# --- batches
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe([TEXT], 296).with_special_tokens(SPECIAL_TOKENS)
+
+
+def small(**changes):
+    """A random model whose outputs depend visibly on every weight."""
+    torch.manual_seed(0)
+    model = BERT(replace(SMALL, **changes)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def windows_of(tokens, **others):
+    """Rows as a data set has them."""
+    arrays = {"tokens": tokens, **others}
+    return [{name: t[i].numpy() for name, t in arrays.items()} for i in range(len(tokens))]
+
+
+def batch_of(tokenizer, n_rows=4, **settings):
+    tokens = torch.randint(290, (n_rows, 33), generator=seeded(5))
+    return tokens, make_batch(windows_of(tokens), Config(**settings), seeded(1), tokenizer)
+
+
+def restored(batch):
+    """The rows as they were before corruption."""
+    rows = batch["tokens"].flatten().clone()
+    kept = batch["targets"] >= 0
+    rows[batch["positions"][kept]] = batch["targets"][kept]
+    return rows.view(batch["tokens"].shape)
+
+
+@pytest.mark.parametrize("masking", ["token", "word", "span"])
+def test_rows_are_the_windows_between_cls_and_sep(masking, tokenizer):
+    tokens, batch = batch_of(tokenizer, masking=masking)
+    rows = restored(batch)
+    assert rows.shape == (4, 32) and (rows[:, 0] == tokenizer.cls_id).all()
+    assert (rows[:, -1] == tokenizer.sep_id).all()
+    assert torch.equal(rows[:, 1:-1], tokens[:, :30])
+    assert not torch.equal(batch["tokens"], rows)
+    assert "segments" not in batch
+    assert batch["targets"].shape == (4, round(0.15 * 30))
+
+
+@pytest.mark.parametrize("pair", ["nsp", "sop"])
+def test_pairs_have_two_segments(pair, tokenizer):
+    tokens, batch = batch_of(tokenizer, n_rows=64, pair=pair)
+    rows, labels = restored(batch), batch["pair_labels"]
+    assert labels.float().mean() == pytest.approx(0.5, abs=0.2)  # three standard errors of 64 tosses
+    for row, segments, window, label in zip(rows, batch["segments"], tokens, labels, strict=True):
+        ends = (row == tokenizer.sep_id).nonzero().flatten().tolist()
+        assert len(ends) == 2 and ends[1] == 31
+        assert segments.tolist() == [0] * (ends[0] + 1) + [1] * (31 - ends[0])
+        a, b, text = row[1 : ends[0]], row[ends[0] + 1 : 31], window[:29]
+        if pair == "sop" and label:
+            assert torch.equal(torch.cat([b, a]), text)
+        else:
+            assert torch.equal(a, text[: len(a)])
+            assert torch.equal(b, text[len(a) :]) == (label == 0)
+
+
+def test_entities_are_masked_as_a_whole(tokenizer):
+    entities = torch.zeros(4, 33, dtype=torch.int64)
+    entities[:, 10:13] = 1
+    rows = windows_of(torch.randint(290, (4, 33)), entities=entities)
+    seen = set()
+    for seed in range(40):
+        batch = make_batch(rows, Config(mask_rate=0.2), seeded(seed), tokenizer)
+        for i in range(4):
+            chosen = batch["positions"][i][batch["targets"][i] >= 0] - 32 * i
+            seen.add(len(set(chosen.tolist()) & {11, 12, 13}))  # one further for [CLS]
+    assert seen == {0, 3}
+
+
+def test_special_tokens_of_the_text_are_never_targets(tokenizer):
+    tokens = torch.randint(290, (8, 33))
+    tokens[:, ::2] = tokenizer.eot_id
+    batch = make_batch(windows_of(tokens), Config(), seeded(), tokenizer)
+    assert not torch.isin(batch["targets"], torch.tensor(list(tokenizer.special_tokens.values()))).any()
+
+
+def test_rows_with_nothing_to_mask_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="all special tokens"):
+        make_batch(windows_of(torch.full((2, 33), tokenizer.eot_id)), Config(), seeded(), tokenizer)
+    with pytest.raises(ValueError, match="rows of 3 tokens"):
+        make_batch(windows_of(torch.zeros(1, 4).long()), Config(), seeded(), tokenizer)
+
+
+def test_a_batch_is_a_function_of_its_generator(tokenizer):
+    for changes in ({"pair": "nsp"}, {"masking": "span", "span_boundary": True}):
+        first, again = batch_of(tokenizer, **changes)[1], batch_of(tokenizer, **changes)[1]
+        assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pair": "nsp"}, {"masking": "span", "span_boundary": True}])
+def test_parts_of_a_batch_count_places_in_their_own_rows(settings, tokenizer):
+    _, batch = batch_of(tokenizer, **settings)
+    model = wrapped(**settings)
+    parts = [split(batch, i, 2) for i in range(2)]
+    assert all(part.keys() == batch.keys() for part in parts)
+    for name in batch:
+        moved = 64 if name in ("positions", "left", "right") else 0  # tokens in the first part
+        assert torch.equal(torch.cat([parts[0][name], parts[1][name] + moved]), batch[name])
+    shares = [(part["targets"] >= 0).sum() / (batch["targets"] >= 0).sum() for part in parts]
+    mean = sum(share * loss(model, part)[0] for share, part in zip(shares, parts, strict=True))
+    assert mean.item() == pytest.approx(loss(model, batch)[0].item(), rel=1e-5)
+
+
+# --- the loss
+
+
+def wrapped(**settings):
+    """The small model with the heads that these settings ask for, its outputs depending on every weight."""
+    pair = settings.get("pair", "none")
+    model = wrap(small(pair=pair), Config(**settings))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith("cls.span_boundary."):
+                p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def test_the_loss_on_masked_places_is_the_loss_on_all_with_the_others_ignored(tokenizer):
+    model, (_, batch) = small(), batch_of(tokenizer)
+    labels = torch.full((4 * 32,), -100)
+    labels[batch["positions"].flatten()] = batch["targets"].flatten()
+    everywhere = F.cross_entropy(model(batch["tokens"]).flatten(0, 1).double(), labels)
+    assert loss(model, batch)[0].item() == pytest.approx(everywhere.item(), rel=1e-6)
+
+
+def test_the_span_boundary_objective_reads_the_boundaries_alone(tokenizer):
+    settings = {"masking": "span", "span_boundary": True}
+    model, (_, batch) = wrapped(**settings), batch_of(tokenizer, **settings)
+    hidden = model.hidden(batch["tokens"]).detach().requires_grad_()
+    flat = hidden.flatten(0, 1)
+    model.cls.span_boundary(flat[batch["left"]], flat[batch["right"]], batch["place"]).sum().backward()
+    touched = hidden.grad.flatten(0, 1).abs().sum(-1) > 0
+    kept = batch["targets"] >= 0
+    boundaries = torch.cat([batch["left"][kept], batch["right"][kept]])
+    assert touched[boundaries].all()
+    assert not touched[batch["positions"][kept]].any()
+    # The loss on tokens is that of the same weights without this head.
+    _, metrics = loss(model, batch)
+    plain = {name: batch[name] for name in ("tokens", "positions", "targets")}
+    assert metrics["mlm_loss"].item() == pytest.approx(loss(model, plain)[0].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, settings",
+    [({}, {}), (bert.MODERN, {}), (ALBERT, {"pair": "sop"}), ({}, {"span_boundary": True})],
+)
+def test_loss_at_the_start_is_that_of_guessing(changes, settings, tokenizer):
+    torch.manual_seed(0)
+    config = Config(**settings)
+    model = wrap(BERT(replace(SMALL, **changes)), config)
+    rows = windows_of(torch.randint(290, (8, 33)))
+    start, _ = loss(model, make_batch(rows, config, seeded(), tokenizer))
+    guesses = math.log(300) * (1 + config.span_boundary) + math.log(2) * (config.pair != "none")
+    assert start.item() == pytest.approx(guesses, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes, settings",
+    [
+        ({}, {}),
+        ({"pair": "nsp"}, {"pair": "nsp"}),
+        (ALBERT, {"pair": "sop"}),
+        ({}, {"masking": "span", "span_boundary": True}),
+    ],
+)
+def test_flops_formula_counts_the_matrix_products(changes, settings, tokenizer):
+    config, T = Config(**settings), 32
+    model = wrap(small(kernels="reference", **changes), config)
+    batch = make_batch(windows_of(torch.randint(290, (3, T + 1))), config, seeded(), tokenizer)
+    with FlopCounterMode(display=False) as counter:
+        loss(model, batch)[0].backward()
+    assert flops_per_token(model, config, T) == pytest.approx(counter.get_total_flops() / (3 * T), rel=1e-3)
+
+
+# --- settings
+
+
+def test_the_pair_objective_is_the_one_that_the_model_has_a_head_for():
+    assert masking.settings(replace(SMALL, pair="sop")) == Config(pair="sop")
+    assert masking.settings(SMALL) == Config()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"mask_rate": 1.5}, "mask_rate 1.5: expected between 0 and 1"),
+        ({"masking": "letter"}, "masking 'letter': expected token or word or span"),
+    ],
+)
+def test_impossible_settings_say_why(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)
+
+
+def test_a_model_is_wrapped_for_its_objectives(tmp_path):
+    with pytest.raises(ValueError, match=r"no masked-language-model head; train.py --set mlm_head=True"):
+        wrap(small(mlm_head=False), Config())
+    # A pooler that no objective uses would never get a gradient.
+    assert not any(p.requires_grad for p in wrap(small(), Config()).bert.pooler.parameters())
+    assert all(p.requires_grad for p in wrap(small(pair="nsp"), Config(pair="nsp")).parameters())
+    # The head for span boundaries is begun like all other matrices, and is not saved.
+    model = wrap(BERT(SMALL), Config(masking="span", span_boundary=True))
+    spread = model.cls.span_boundary.dense1.weight.std().item()
+    assert spread == pytest.approx(
+        model.bert.encoder.layer[0].intermediate.dense.weight.std().item(), rel=0.1
+    )
+    model.save_pretrained(tmp_path)
+    assert set(BERT.from_pretrained(tmp_path).cls) == {"predictions"}
+
+
+# --- training
+
+
+def training_flags(tmp_path, out, **changes):
+    text = tmp_path / "text.txt"
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    text.write_text("".join(f"{word} " * 60 + "\n" for _ in range(8) for word in words))
+    options = dict(
+        model="bert", data=text, tokenizer="bpe:296", steps=6, batch_size=2, seq_len=32, log_every=1
+    )
+    options |= dict(eval_every=3, out=out, cache=tmp_path / "cache") | changes
+    return [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", *str(value).split())
+    ]
+
+
+def test_training_learns_and_transformers_opens_the_result(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setitem(bert.SIZES, "tiny", replace(SMALL, **bert.MODERN, d_ff=64))
+    out = tmp_path / "run"
+    assert train.main(training_flags(tmp_path, out, steps=150, eval_every=50, lr=0.003, batch_size=8)) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if "val_loss" in row]
+    assert evaluations[-1]["val_accuracy"] > 0.3 > 0.1 > evaluations[0]["val_accuracy"]
+    assert "bits_per_byte" not in evaluations[-1]  # of a text of which a part is predicted
+    assert "accuracy" in (out / "samples.txt").read_text() and "guessed" in (out / "samples.txt").read_text()
+
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(out / "model").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
+    model, tokenizer = BERT.from_pretrained(out / "model").eval(), Tokenizer.load(out / "model")
+    text = "one one [MASK] one öne"
+    ids = their_tokenizer(text).input_ids
+    assert ids == sequence(tokenizer, text, model.config)
+    with torch.no_grad():
+        difference = (theirs(torch.tensor([ids])).logits - model(torch.tensor([ids]))).abs().max()
+    assert difference < 1e-5
+    filled = transformers.pipeline("fill-mask", model=theirs, tokenizer=their_tokenizer)(text, top_k=1)
+    assert filled[0]["score"] == pytest.approx(fill_mask(model, tokenizer, text, k=1)[0][0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields", ["pair=nsp", "pair=sop mask_rate=0.3 masking=word", "masking=span span_boundary=True"]
+)
+def test_every_objective_trains_and_resumes_exactly(fields, tmp_path, monkeypatch):
+    monkeypatch.setitem(bert.SIZES, "tiny", SMALL)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main(training_flags(tmp_path, whole, set=fields)) == 0
+    assert train.main([*training_flags(tmp_path, parts, set=fields, steps=6), "--save-every", "3"]) == 0
+    again = [*training_flags(tmp_path, parts, set=fields, steps=9), "--save-every", "3", "--resume"]
+    assert train.main(again) == 0
+    assert train.main([*training_flags(tmp_path, whole, set=fields, steps=9), "--resume"]) == 0
+    a, b = (load_file(out / SHARD) for out in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_goes_on_from_a_checkpoint_and_may_add_an_objective(tokenizer, tmp_path):
+    small().save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    flags = training_flags(
+        tmp_path, tmp_path / "run", init_from=tmp_path / "model", tokenizer=tmp_path / "model"
+    )
+    assert train.main([*flags, "--set", "pair=sop"]) == 0
+    assert BERT.from_pretrained(tmp_path / "run" / "model").config.pair == "nsp"  # the same head
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"set": "nonsense=3"}, "--set nonsense=3: expected FIELD=VALUE with a field of n_layers"),
+        ({"set": "mask_rate=2"}, "--set mask_rate=2: mask_rate 2: expected between 0 and 1"),
+        ({"set": "kernels=triton"}, "--set kernels=triton: --tokenizer, --seq-len, --kernels and --base"),
+        ({"set": "pre_norm=True"}, "no Hugging Face architecture has these features together"),
+        ({"set": "n_heads=0"}, "n_heads 0: expected at least 1"),
+        ({"set": "n_layers=one"}, "--set n_layers=one: expected a value such as 2"),
+        ({"set": "pair=nsp", "document_mask": ""}, "--document-mask"),
+        ({"seq_len": 3}, "rows of 3 tokens"),
+    ],
+)
+def test_what_cannot_be_trained_says_why(changes, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bert.SIZES, "tiny", SMALL)
+    assert train.main(training_flags(tmp_path, tmp_path / "run", **changes)) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ") and message in said

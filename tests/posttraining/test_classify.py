@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from bert import BERT
 from data.tokenizer import Tokenizer, train_bpe
 from formats import encoders
 from language.encoder_inference import pack
+from language.masking import SPECIAL_TOKENS
 from posttraining import classify
 from posttraining.classify import Classifier, parameter_groups, scores, slanted_triangle
 
@@ -35,6 +37,11 @@ ENCODERS = [
     "modernbert-mlm",
 ]
 SMALL = bert.Config(2, 2, 32, 64, n_segments=1, pooler=False)
+
+
+def fitted(config, tokenizer):
+    """The config for this tokenizer and texts of 40 tokens."""
+    return replace(config, vocab_size=tokenizer.n_vocab, max_seq_len=40, pad_token_id=tokenizer.pad_id)
 
 
 def row_of(expected):
@@ -246,10 +253,10 @@ def labelled():
 def encoder(labelled, tmp_path_factory):
     """A random encoder with its tokenizer."""
     directory = tmp_path_factory.mktemp("encoder")
-    tokenizer = train_bpe([text for text, _ in labelled], 320).with_special_tokens(bert.SPECIAL_TOKENS)
+    tokenizer = train_bpe([text for text, _ in labelled], 320).with_special_tokens(SPECIAL_TOKENS)
     tokenizer.save(directory)
     torch.manual_seed(0)
-    BERT(SMALL.fitted(tokenizer, 40)).save_pretrained(directory)
+    BERT(fitted(SMALL, tokenizer)).save_pretrained(directory)
     return directory
 
 
@@ -306,7 +313,7 @@ def test_a_modern_encoder_in_half_precision_is_trained_in_float32(labelled, enco
     tokenizer = Tokenizer.load(encoder)
     tokenizer.save(tmp_path / "modern")
     torch.manual_seed(0)
-    config = bert.Config(2, 2, 32, 64, **bert.MODERN, window=3).fitted(tokenizer, 40)
+    config = fitted(bert.Config(2, 2, 32, 64, **bert.MODERN, window=3), tokenizer)
     BERT(config).bfloat16().save_pretrained(tmp_path / "modern")
     data = write_examples(tmp_path / "data.jsonl", labelled)
     assert classify.main(flags(data, tmp_path / "modern", tmp_path / "run", epochs=3)) == 0
@@ -516,7 +523,7 @@ def test_a_tokenizer_of_another_model_is_refused(labelled, encoder, tmp_path, ca
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(labelled, encoder, tmp_path, capsys):
-    model = BERT(SMALL.fitted(Tokenizer.load(encoder), 40))
+    model = BERT(fitted(SMALL, Tokenizer.load(encoder)))
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "copy")

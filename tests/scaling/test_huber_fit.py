@@ -1,4 +1,4 @@
-"""The search against scipy's, and its derivatives against differences."""
+"""The search compared with scipy's, and its derivatives with finite differences."""
 
 import math
 
@@ -12,7 +12,7 @@ POINTS = points()
 
 
 def objective(theta):
-    """Of a, b, e, alpha, beta, as the papers write it."""
+    """The objective of a, b, e, alpha, beta, as in the papers."""
     a, b, e, alpha, beta = theta
     N, D, L = POINTS
     r = np.logaddexp(np.logaddexp(a - alpha * np.log(N), b - beta * np.log(D)), e) - np.log(L)
@@ -62,8 +62,8 @@ def test_gradient_and_hessian_are_those_of_differences(delta):
 
 
 def test_the_mean_instead_of_the_sum_stops_where_it_starts():
-    """How Hoffmann et al. 2022 came to their law, as Besiroglu et al. 2024 found: L-BFGS-B on the mean of
-    Huber losses, all below 1e-5, is within its tolerance at once."""
+    """Besiroglu et al. 2024 found how Hoffmann et al. 2022 came to their law: L-BFGS-B minimised the mean of
+    Huber losses, which are all below 1e-5, so that its tolerance stopped it at once."""
     optimize = pytest.importorskip("scipy.optimize")
     theirs = np.array([6.0073404, 6.0179186, 0.5267228, 0.33917084, 0.2849083])
     stopped = optimize.minimize(lambda theta: objective(theta) / 240, theirs, method="L-BFGS-B")

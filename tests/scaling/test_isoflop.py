@@ -1,4 +1,4 @@
-"""Approaches 1 and 2 on laws that are known, and the bias of the parabolas to the printed digit."""
+"""Approaches 1 and 2 on known laws, and the bias of the parabolas to the last digit that was printed."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from scaling.isoflop import envelope, isoflop, parabola_bias
     ids=["symmetric", "Chinchilla", "asymmetric"],
 )
 def test_what_parabolas_do_to_the_optimum(law, expected):
-    """Per cent of D* at 1e24, valleys of factor 2, 4, 8, 16 ("Problems with Chinchilla Approach 2", 2026)."""
+    """Errors of D* at 1e24 in %, for factors 2, 4, 8, 16 ("Problems with Chinchilla Approach 2", 2026)."""
     for factor, bias in zip((2, 4, 8, 16), expected, strict=True):
         assert 100 * parabola_bias(law, factor) == pytest.approx(bias, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""The page: one file, whose numbers are Python's. What it shows is asked of a browser without a window."""
+"""The page: one file, with the same numbers as Python. A headless browser shows what it contains."""
 
 import html
 import json
@@ -13,7 +13,8 @@ import pytest
 import chinchilla
 from chinchilla import LAWS, Law
 from scaling import page
-from scaling.plan import DEVICES, PUE, SEQ_LEN, gpu_hours, parameters, shape_for, training_flops
+from scaling.plan import DEVICES, PUE, gpu_hours
+from scaling.shapes import SEQ_LEN, count_parameters, shape_for, training_flops
 
 STATES = [
     {"C": C, "law": law, "gpu": gpu, "gpus": gpus, "mfu": mfu}
@@ -28,23 +29,23 @@ STATES = [
     ]
 ]
 
-# Runs in copies of the page. A window is never as narrow as a telephone, but a frame is.
+# Runs in copies of the page. A frame can be as narrow as a telephone; a window cannot.
 PROBE = """
 <pre id="probe"></pre>
 <script>
-const told = {};
+const observed = {};
 const phone = document.createElement("iframe");
 phone.style.width = "390px";
 phone.onload = () => {
   const inside = phone.contentDocument.documentElement;
-  told.widths = [[inside.clientWidth, inside.scrollWidth]];
+  observed.widths = [[inside.clientWidth, inside.scrollWidth]];
   for (const wanted of [STATES[2], STATES[5]]) {
     phone.contentWindow.change(wanted);
-    told.widths.push([inside.clientWidth, inside.scrollWidth]);
+    observed.widths.push([inside.clientWidth, inside.scrollWidth]);
   }
-  told.start = read();
-  told.computed = STATES.map(compute);
-  told.shown = STATES.map((state) => {
+  observed.start = read();
+  observed.computed = STATES.map(compute);
+  observed.shown = STATES.map((state) => {
     change(state);
     return read();
   });
@@ -54,20 +55,20 @@ phone.onload = () => {
     input.dispatchEvent(new Event("input"));
     return [input.ariaInvalid, document.getElementById("say").textContent, state[id]];
   };
-  told.refused = Object.fromEntries([["C", "ten"], ["gpus", "2.5"], ["mfu", "0"]].map(([id, value]) => {
+  observed.refused = Object.fromEntries([["C", "ten"], ["gpus", "2.5"], ["mfu", "0"]].map(([id, value]) => {
     const found = type(id, value);
     document.getElementById(id).dispatchEvent(new Event("change"));
     return [id, found];
   }));
   const dot = document.querySelector("#fig-map .pick"), caption = document.getElementById("model");
   dot.dispatchEvent(new Event("click"));
-  told.captions = [caption.textContent];
+  observed.captions = [caption.textContent];
   type("C", "2e21");
   document.getElementById("C").dispatchEvent(new Event("change"));
-  told.captions.push(caption.textContent);
-  told.hash = location.hash;
-  told.dots = document.querySelectorAll('#fig-map .pick[tabindex="0"]').length;
-  told.floors = [1e-9, 0.5, 1.8].map((E) => {
+  observed.captions.push(caption.textContent);
+  observed.hash = location.hash;
+  observed.dots = document.querySelectorAll('#fig-map .pick[tabindex="0"]').length;
+  observed.floors = [1e-9, 0.5, 1.8].map((E) => {
     const { yTicks, y } = lossAxis({ ...data.laws.besiroglu.law, E });
     return [yTicks.length, y[0]];
   });
@@ -75,13 +76,13 @@ phone.onload = () => {
   const slider = document.getElementById("slider");
   data.range.C = [10 ** 17.5, 10 ** 26.8];
   [slider.min, slider.max] = [17.5, 26.8];
-  told.ends = [-99, 99].map((exponent) => {
+  observed.ends = [-99, 99].map((exponent) => {
     slider.value = exponent;
     slider.dispatchEvent(new Event("input"));
     return [state.C, document.getElementById("C").ariaInvalid];
   });
-  told.half = extra(data.laws.besiroglu.law, compute({ ...state, law: "besiroglu" }), 0.5);
-  document.getElementById("probe").textContent = JSON.stringify(told);
+  observed.half = extra(data.laws.besiroglu.law, compute({ ...state, law: "besiroglu" }), 0.5);
+  document.getElementById("probe").textContent = JSON.stringify(observed);
 };
 function read() {
   const values = {};
@@ -111,8 +112,8 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(written):
-    """What the page says in each of the states, by one start of the browser."""
+def observed(written):
+    """Return what the page shows in each of the states, from a single start of the browser."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
@@ -120,7 +121,7 @@ def told(written):
     probe = PROBE.replace("STATES", json.dumps(STATES))
     copy = written.with_name("probe.html")
     copy.write_text(written.read_text().replace("</body>", probe + "</body>"))
-    # Without the switch, a page in a file may not look into a frame with another file.
+    # --allow-file-access-from-files: a page in a file may read a frame with another file.
     switches = (
         "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=9000"
     )
@@ -133,7 +134,7 @@ def told(written):
 
 
 def expected(C, law, gpu, gpus, mfu):
-    """The numbers of the page, by Python."""
+    """Return the numbers of the page, computed in Python."""
     of = LAWS[law].law
     N, D = of.optimal(C)
     device, hours = DEVICES[gpu], gpu_hours(C, DEVICES[gpu], mfu)
@@ -169,10 +170,10 @@ def test_its_data_are_those_of_python(written):
 
 
 @pytest.mark.parametrize("i", range(len(STATES)), ids=[f"{s['law']}-{s['C']:g}" for s in STATES])
-def test_numbers_are_pythons_to_six_digits(told, i):
-    shown, computed = told["shown"][i], told["computed"][i]
+def test_numbers_are_pythons_to_six_digits(observed, i):
+    shown, computed = observed["shown"][i], observed["computed"][i]
     for key, value in expected(**STATES[i]).items():
-        if value is None:  # a loss that the law does not give, a price that is not known
+        if value is None:  # the law has no loss, or the price is unknown
             assert (shown[key], computed[key]) == ("", None), key
             continue
         assert float(shown[key]) == pytest.approx(value, rel=1e-6), key
@@ -180,39 +181,39 @@ def test_numbers_are_pythons_to_six_digits(told, i):
 
 
 @pytest.mark.parametrize("i", range(len(STATES)))
-def test_shape_and_flops_are_those_of_the_plan(told, i):
-    computed = told["computed"][i]
+def test_shape_and_flops_are_those_of_the_plan(observed, i):
+    computed = observed["computed"][i]
     shape = shape_for(computed["N"])
     assert (computed["shape"]["d"], computed["shape"]["layers"]) == (shape.d_model, shape.layers)
-    assert computed["shape"]["N"] == parameters(shape)
+    assert computed["shape"]["N"] == count_parameters(shape)
     parts = computed["parts"]
     assert sum(parts.values()) == pytest.approx(training_flops(shape) / SEQ_LEN, rel=1e-12)
     layers = sum(parts.values()) - parts["head"]
     assert layers == pytest.approx(training_flops(shape, vocab_products=0) / SEQ_LEN, rel=1e-12)
-    over = 100 * (sum(parts.values()) / (6 * parameters(shape, relative=False)) - 1)
-    without = told["shown"][i]["without"]
+    over = 100 * (sum(parts.values()) / (6 * count_parameters(shape, relative=False)) - 1)
+    without = observed["shown"][i]["without"]
     assert float(re.search(r"takes ([\d.-]+) %", without)[1]) == pytest.approx(over, rel=5e-3)
 
 
-def test_a_link_brings_its_view_back(told):
+def test_a_link_brings_its_view_back(observed):
     for key, value in expected(1e22, "hoffmann3", "a100", 512, 0.5).items():
-        assert float(told["start"][key]) == pytest.approx(value, rel=1e-6), key
-    assert told["hash"].startswith("#C=2e21&law=kaplan&gpu=mi300x&gpus=64&mfu=0.3")
+        assert float(observed["start"][key]) == pytest.approx(value, rel=1e-6), key
+    assert observed["hash"].startswith("#C=2e21&law=kaplan&gpu=mi300x&gpus=64&mfu=0.3")
 
 
-def test_numbers_as_they_are_read(told):
+def test_numbers_as_they_are_read(observed):
     """As scaling/plan_report.py prints them."""
-    text = told["shown"][1]["text"]
+    text = observed["shown"][1]["text"]
     assert (text["N"], text["D"], text["ratio"], text["loss"]) == ("72.2B", "1.33T", "18.4", "1.9744")
     assert (text["gpu_hours"], text["days"]) == ("1.39M", "56.4 days")
     assert (text["dollars"], text["kwh"]) == ("$1.8M", "610 MWh")
-    small = told["shown"][0]["text"]
+    small = observed["shown"][0]["text"]
     assert (small["days"], small["dollars"], small["kwh"]) == ("31.6 s", "$0.21", "54.1 Wh")
 
 
 @pytest.mark.parametrize("i", range(len(STATES)))
-def test_says_how_far_it_extrapolates(told, i):
-    far, (least, most) = told["shown"][i]["far"], LAWS[STATES[i]["law"]].compute
+def test_says_how_far_it_extrapolates(observed, i):
+    far, (least, most) = observed["shown"][i]["far"], LAWS[STATES[i]["law"]].compute
     beyond = math.log10(max(STATES[i]["C"] / most, least / STATES[i]["C"]))
     if beyond < 0.05:
         assert far == ""
@@ -221,54 +222,54 @@ def test_says_how_far_it_extrapolates(told, i):
     assert f"{beyond:.1f} orders of magnitude {end}" in far
 
 
-def test_a_law_without_loss_has_no_picture_of_it(told):
-    for state, shown in zip(STATES, told["shown"], strict=True):
+def test_a_law_without_loss_has_no_picture_of_it(observed):
+    for state, shown in zip(STATES, observed["shown"], strict=True):
         assert ("is here an allocation alone" in shown["none"]) == (
             not isinstance(LAWS[state["law"]].law, Law)
         )
         assert not re.search(r"NaN|Infinity|undefined", shown["svg"])
-    assert told["start"]["curves"] > 11  # 10M to 1T in half orders of magnitude, and the frontier
+    assert observed["start"]["curves"] > 11  # 10M to 1T in half orders of magnitude, and the frontier
 
 
-def test_half_the_size_takes_a_quarter_more(told):
+def test_half_the_size_takes_a_quarter_more(observed):
     law = LAWS["besiroglu"].law
     N, D = law.optimal(1e21)  # the answer is the same for every budget
-    assert told["half"] == pytest.approx(law.tokens_for(N / 2, law.loss(N, D)) / (2 * D) - 1, rel=1e-6)
-    assert told["half"] == pytest.approx(0.259, abs=5e-4)
+    assert observed["half"] == pytest.approx(law.tokens_for(N / 2, law.loss(N, D)) / (2 * D) - 1, rel=1e-6)
+    assert observed["half"] == pytest.approx(0.259, abs=5e-4)
 
 
-def test_every_model_can_be_reached(told):
-    assert told["dots"] == len(page.MODELS)
+def test_every_model_can_be_reached(observed):
+    assert observed["dots"] == len(page.MODELS)
 
 
 @pytest.mark.parametrize(
     "name, words",
     [("C", "such as 1e22"), ("gpus", "a whole number from 1 to 1,000,000"), ("mfu", "0.01 to 100 %")],
 )
-def test_nonsense_is_refused_and_nothing_changes(told, name, words):
-    invalid, said, value = told["refused"][name]
+def test_nonsense_is_refused_and_nothing_changes(observed, name, words):
+    invalid, said, value = observed["refused"][name]
     assert invalid == "true" and words in said
     assert value == STATES[-1][name]
 
 
-def test_what_a_model_is_stays_said_while_the_budget_changes(told):
-    first, later = told["captions"]
+def test_what_a_model_is_stays_said_while_the_budget_changes(observed):
+    first, later = observed["captions"]
     assert first.startswith("GPT-3: 175B parameters") and later == first
 
 
-def test_the_ends_of_the_slider_are_budgets(told):
-    (least, low), (most, high) = told["ends"]
+def test_the_ends_of_the_slider_are_budgets(observed):
+    (least, low), (most, high) = observed["ends"]
     assert low == high == "false" and [least, most] == pytest.approx([10**17.5, 10**26.8], rel=1e-12)
 
 
-def test_a_law_without_a_floor_still_has_an_axis(told):
-    (near_zero, low), (half, _), (usual, bottom) = told["floors"]
+def test_a_law_without_a_floor_still_has_an_axis(observed):
+    (near_zero, low), (half, _), (usual, bottom) = observed["floors"]
     assert near_zero >= 4 and half >= 4 and usual >= 4
     assert low > 0.01 and bottom == pytest.approx(0.95 * 1.8)
 
 
-def test_a_telephone_has_nothing_to_scroll_sideways(told):
-    for shown, needed in told["widths"]:
+def test_a_telephone_has_nothing_to_scroll_sideways(observed):
+    for shown, needed in observed["widths"]:
         assert 370 <= shown <= 390  # less the bar for scrolling down, where there is one
         assert needed <= shown
 
@@ -285,17 +286,17 @@ def test_your_own_points_and_fit(tmp_path):
     assert chinchilla.main(["page", "--out", str(out), *given]) == 0
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', out.read_text(), re.S)[1])
     assert data["start"]["law"] == "fit" and data["laws"]["fit"]["title"] == f"Your fit of {points.name}"
-    # There is no noise, so the fit is as good as its iteration's last step.
+    # There is no noise, so the fit is exact up to the last step of its iteration.
     assert data["laws"]["fit"]["law"] == pytest.approx(vars(law), rel=1e-4)
     assert data["laws"]["fit"]["compute"] == pytest.approx([1.8e11, 5.4e13])
-    # The axes reach down to the runs, and the budget shown first is one that the slider has.
+    # The axes reach down to the runs, and the first budget is within the slider's range.
     assert data["range"]["C"][0] <= 1.8e11 < data["start"]["C"] == pytest.approx(5.4e13)
     assert len(data["points"]) == 12
     assert data["range"]["N"][0] == 1e4 and data["range"]["D"][0] == 1e6
 
 
 def written_fit(path, **changed):
-    """A file as the command fit writes it, of the law of Besiroglu et al."""
+    """Write a file like that of the command fit, with the law of Besiroglu et al."""
     law = vars(LAWS["besiroglu"].law) | {name: changed[name] for name in changed if name != "C"}
     found = {"law": {name: [value, 0, 0] for name, value in law.items()}, "C": changed.get("C", [1e18, 1e22])}
     path.write_text(json.dumps(found | {"file": "mine.csv", "points": 9}))
@@ -303,7 +304,7 @@ def written_fit(path, **changed):
 
 
 def test_the_slider_reaches_a_fit_of_larger_runs(tmp_path):
-    fit = page.fitted(written_fit(tmp_path / "fit.json", C=[1e24, 2e28]))
+    fit = page.read_fit(written_fit(tmp_path / "fit.json", C=[1e24, 2e28]))
     data = page.page_data(*chinchilla.points(), {"fit": fit, **LAWS}, "fit")
     assert data["range"]["C"] == pytest.approx([1e17, 10**28.5])
     assert data["start"]["C"] == 2e28
@@ -321,8 +322,8 @@ def test_the_slider_reaches_a_fit_of_larger_runs(tmp_path):
 def test_a_fit_out_of_range_is_refused(tmp_path, changed):
     path = written_fit(tmp_path / "fit.json", **changed)
     with pytest.raises(ValueError, match=r"expected the fit\.json"):
-        page.fitted(path)
-    assert page.fitted(written_fit(path, E=0.0)).law.E == 0
+        page.read_fit(path)
+    assert page.read_fit(written_fit(path, E=0.0)).law.E == 0
 
 
 def test_a_name_cannot_end_the_data():

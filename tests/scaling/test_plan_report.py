@@ -1,4 +1,4 @@
-"""The plan as a command: ways of giving a budget, what is printed, and what is refused."""
+"""The command plan: the ways to give a budget, what it prints, and what it refuses."""
 
 import json
 import subprocess
@@ -24,18 +24,20 @@ def arguments(*argv):
 
 
 def test_budgets():
-    assert plan_report.budget(arguments("1e22")) == (1e22, None)
-    assert plan_report.budget(arguments("--params", "7b", "--tokens", "2t")) == (8.4e22, (7e9, 2e12))
-    C, run = plan_report.budget(arguments("--params", "7b", "--law", "hoffmann1"))
+    assert plan_report.read_budget(arguments("1e22")) == (1e22, None)
+    assert plan_report.read_budget(arguments("--params", "7b", "--tokens", "2t")) == (8.4e22, (7e9, 2e12))
+    C, run = plan_report.read_budget(arguments("--params", "7b", "--law", "hoffmann1"))
     assert LAWS["hoffmann1"].law.optimal(C)[0] == pytest.approx(7e9) and run is None
-    C, _ = plan_report.budget(arguments("--tokens", "1t"))
+    C, _ = plan_report.read_budget(arguments("--tokens", "1t"))
     assert BESIROGLU.optimal(C)[1] == pytest.approx(1e12)
-    flops, _ = plan_report.budget(arguments("--gpus", "8", "--gpu", "a100", "--days", "3", "--mfu", "0.5"))
+    flops, _ = plan_report.read_budget(
+        arguments("--gpus", "8", "--gpu", "a100", "--days", "3", "--mfu", "0.5")
+    )
     assert flops == pytest.approx(8 * 312e12 * 0.5 * 3 * 86400)
 
 
 @pytest.mark.parametrize(
-    "argv, told",
+    "argv, message",
     [
         ([], "no budget: give FLOPs"),
         (["--gpus", "8"], "--gpus alone"),
@@ -69,14 +71,14 @@ def test_budgets():
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_what_cannot_be_planned_is_refused(argv, told, tmp_path, capsys):
+def test_what_cannot_be_planned_is_refused(argv, message, tmp_path, capsys):
     with pytest.raises(ValueError) as error:
         plan_report.main(arguments(*(text.format(tmp=tmp_path) for text in argv)))
-    assert told in str(error.value) and capsys.readouterr().out == ""
+    assert message in str(error.value) and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
-    "argv, told",
+    "argv, message",
     [
         (["-1e22"], "-1e22: expected a positive number"),
         (["ten"], "'ten': expected a positive number"),
@@ -85,28 +87,28 @@ def test_what_cannot_be_planned_is_refused(argv, told, tmp_path, capsys):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_mistakes_are_one_line(argv, told, capsys):
+def test_mistakes_are_one_line(argv, message, capsys):
     assert chinchilla.main(["plan", *argv]) == 2
     out, error = capsys.readouterr()
-    assert error.startswith("error: ") and told in error and error.count("\n") == 1 and out == ""
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1 and out == ""
 
 
 def test_numbers_are_short():
-    told = {7.2e9: "7.2B", 1.3e12: "1.3T", 5.76e23: "5.76e23", 1e22: "1e22", 4.25: "4.25", None: "-"}
-    assert [plan_report.cell(x) for x in told] == list(told.values())
+    texts = {7.2e9: "7.2B", 1.3e12: "1.3T", 5.76e23: "5.76e23", 1e22: "1e22", 4.25: "4.25", None: "-"}
+    assert [plan_report.cell(x) for x in texts] == list(texts.values())
 
 
 def test_no_share_is_minus_zero():
-    told = {-1e-9: "+0.0 %", 0.0: "+0.0 %", -0.25: "-25.0 %", 0.3: "+30.0 %", None: "-"}
-    assert [plan_report.percent(x) for x in told] == list(told.values())
+    texts = {-1e-9: "+0.0 %", 0.0: "+0.0 %", -0.25: "-25.0 %", 0.3: "+30.0 %", None: "-"}
+    assert [plan_report.percent(x) for x in texts] == list(texts.values())
 
 
 def test_times_and_energies_have_the_unit_that_suits_them():
     days = {1000: "2.74 years", 400: "400 days", 1.5: "36 h", 0.05: "72 min", 1 / 1440: "60 s"}
     days |= {1e-6: "86.4 ms", 1e-12: "< 2 ms"}
-    assert [plan_report.measured(x, plan_report.TIME, least=2) for x in days] == list(days.values())
+    assert [plan_report.in_units(x, plan_report.TIME, least=2) for x in days] == list(days.values())
     kwh = {2.5e6: "2.5 GWh", 1500: "1.5 MWh", 12: "12 kWh", 0.5: "500 Wh", 1e-9: "< 1 Wh"}
-    assert [plan_report.measured(x, plan_report.ENERGY) for x in kwh] == list(kwh.values())
+    assert [plan_report.in_units(x, plan_report.ENERGY) for x in kwh] == list(kwh.values())
     rent = {1.77e5: "$177k", 12.345: "$12.35", 0.5: "$0.50", 1e-9: "< 1 cent", None: "-"}
     assert [plan_report.dollars(x) for x in rent] == list(rent.values())
 
@@ -153,8 +155,8 @@ def test_absurd_budgets_are_planned_and_warned_of(C, law):
     json.dumps(made, allow_nan=False)
     assert made["laws"][law]["beyond"] > 0.05
     assert any("orders of magnitude" in warning for warning in made["warnings"])
-    told = plan_report.report(made)
-    assert "-0.0" not in told and "0.0 orders" not in told
+    text = plan_report.format_plan(made)
+    assert "-0.0" not in text and "0.0 orders" not in text
 
 
 def test_the_command_ends_in_one_line_and_code_2():

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import chinchilla
-import train
-from scaling import sweep, sweep_report
+from scaling import sweep, sweep_report, sweep_runs
+from scaling.points import read_points
 
 SMALL = sweep.Design((16, 32, 48, 64, 80, 96), 1, 16, 32, 2, 5, 0.0043)
 
 
 class Inline:
-    """A pool whose work is done at once, in this process."""
+    """A pool that computes at once, in this process."""
 
     def submit(self, function, *args):
         future = Future()
@@ -37,10 +37,10 @@ def inline(monkeypatch):
     @contextmanager
     def workers(n):
         done = SimpleNamespace(value=0.0, get_lock=nullcontext)
-        monkeypatch.setattr(sweep, "flops_done", done)
+        monkeypatch.setattr(sweep_runs, "flops_done", done)
         yield Inline(), done
 
-    monkeypatch.setattr(sweep, "workers", workers)
+    monkeypatch.setattr(sweep_runs, "workers", workers)
     monkeypatch.setitem(sweep.DESIGNS, "cpu", SMALL)
     monkeypatch.setattr(sweep_report, "RESAMPLES", 100)
 
@@ -65,7 +65,7 @@ def test_points_are_sqrt_2_apart_and_their_windows_do_not_overlap():
     assert points[-1] == 5000 and points[0] >= 100 > points[0] / math.sqrt(2) - 1
     for before, after in itertools.pairwise(points):
         assert after / before == pytest.approx(math.sqrt(2), rel=0.01)
-        assert (1 - sweep.WINDOW) * after > before
+        assert (1 - sweep_runs.WINDOW) * after > before
     assert sweep.points_of(99, 100) == [] and sweep.points_of(2000, 1000) == [1000, 1414, 2000]
 
 
@@ -88,9 +88,9 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
     assert [run["width"] for run in runs] == list(SMALL.widths)
     tokens = SMALL.batch_size * SMALL.seq_len
     costs = [run["points"][-1] * tokens * run["flops_per_token"] for run in runs]
-    assert max(costs[:-1]) <= 1.1 * 4e8  # a few updates, rounded
+    assert max(costs[:-1]) <= 1.1 * 4e8  # numbers of updates are rounded
     assert costs[-1] == pytest.approx(sweep.BEYOND * 4e8, rel=0.05)
-    N, D, L = chinchilla.read_points(tmp_path / "out" / "points.csv")
+    N, D, L = read_points(tmp_path / "out" / "points.csv")
     assert len(N) == sum(len(run["points"]) for run in runs[:-1])
     assert N[0] * 6 == pytest.approx(runs[0]["flops_per_token"])
     law, prediction = chinchilla.fit(N, D, L).law, state["prediction"]
@@ -101,8 +101,8 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
     for picture in ("sweep.png", "emergence.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
 
-    # Once more: nothing is trained anew, and all is as it was.
-    monkeypatch.setattr(train, "update", None)
+    # The same command once more trains nothing, and changes nothing.
+    monkeypatch.setattr(sweep_runs, "update_run", None)
     assert sweep.main(arguments(text, tmp_path, "--budget", "4e8")) == 0
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == state
     assert "going on with: python " in capsys.readouterr().out
@@ -125,9 +125,9 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(inline, text, tmp_p
     found = []
     for name in ("whole", "stopped"):
         flags[flags.index("--out") + 1] = str(tmp_path / name)
-        with sweep.workers(1):
+        with sweep_runs.workers(1):
             if name == "stopped":
-                update, calls = train.update, []
+                update, calls = sweep_runs.update_run, []
 
                 def dies(run, update=update, calls=calls):
                     calls.append(1)
@@ -135,40 +135,42 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(inline, text, tmp_p
                         raise KeyboardInterrupt
                     return update(run)
 
-                monkeypatch.setattr(train, "update", dies)
+                monkeypatch.setattr(sweep_runs, "update_run", dies)
                 with pytest.raises(KeyboardInterrupt):
-                    sweep.train_one(flags, points)
+                    sweep_runs.train_one(flags, points)
                 assert len(calls) == 11
-            sweep.train_one(flags, points)
+            sweep_runs.train_one(flags, points)
         found.append((tmp_path / name / "metrics.jsonl").read_text())
     assert found[0] == found[1] and len(found[0].splitlines()) == 3
-    assert len(calls) == 11 + 13 - 9  # it went on from the second point
+    assert len(calls) == 11 + 13 - 9  # it resumed at the second point
 
 
 def test_what_is_evaluated_is_the_mean_of_the_last_weights(inline, text, tmp_path, monkeypatch):
     flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
-    update, weights, seen = train.update, [], []
+    update, weights, seen = sweep_runs.update_run, [], []
 
     def recording(run):
         result = update(run)
         weights.append([p.detach().double() for p in run.model.parameters()])
         return result
 
-    monkeypatch.setattr(train, "update", recording)
-    monkeypatch.setattr(sweep, "evaluate", lambda run, model, rows: seen.append(model) or {"val_loss": 1.0})
-    with sweep.workers(1):
-        sweep.train_one(flags, [10])
+    monkeypatch.setattr(sweep_runs, "update_run", recording)
+    monkeypatch.setattr(
+        sweep_runs, "evaluate", lambda run, model, rows: seen.append(model) or {"val_loss": 1.0}
+    )
+    with sweep_runs.workers(1):
+        sweep_runs.train_one(flags, [10])
     for p, *history in zip(seen[0].parameters(), *weights[8:], strict=True):
         assert torch.allclose(p.double(), torch.stack(history).mean(dim=0), atol=1e-7)
 
 
 def test_loss_and_exact_matches_are_those_of_the_definition(inline, text, tmp_path):
     flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
-    run = train.prepare(train.parse_arguments([*flags, "--steps", "1"]))
-    rows = sweep.held_out_rows(run)
+    run = sweep_runs.build_run(flags, 1)
+    rows = sweep_runs.held_out_rows(run)
     with torch.no_grad():
         logits = run.model(rows[:, :-1]).double()
-    found = sweep.evaluate(run, run.model, rows)
+    found = sweep_runs.evaluate(run, run.model, rows)
     log_p = logits.log_softmax(dim=-1).gather(2, rows[:, 1:, None])
     assert found["val_loss"] == pytest.approx(-log_p.mean().item(), rel=1e-5)
     right, repeats = logits.argmax(dim=-1) == rows[:, 1:], rows[:, 1:] == rows[:, :-1]
@@ -194,9 +196,9 @@ def test_time_is_shared_out_by_the_speeds_that_were_measured():
         assert cost <= 1.005e10 and (cost > 0.995e10 or run["points"][-1] == 10**6 // tokens)
     assert runs[-1]["points"][-1] * tokens * runs[-1]["flops_per_token"] == pytest.approx(3e10, rel=0.01)
     assert sweep.minutes(runs, 1) > 1.5 * sweep.minutes(runs, 2)
-    # By hand: two workers get 5+2 and 4+3.
+    # Computed by hand: two workers get 5 + 2 and 4 + 3.
     assert sweep.makespan([2, 5, 3, 4], 2) == 7
-    # With less, a narrower one is predicted, from those that can be trained long enough.
+    # With less compute a narrower model is predicted, from those that can be trained long enough.
     assert [run["width"] for run in sweep.plan_runs(SMALL, speeds, 10**6, 3e8)] == [16, 32, 48]
     assert sweep.plan_runs(SMALL, speeds, 10**6, 1e6) == []
 
@@ -209,12 +211,12 @@ def test_the_standard_library_is_text_enough_for_a_law(device):
     assert [run["width"] for run in runs] == list(design.widths)
     for width in design.widths:
         heads = width // design.d_head
-        assert width % heads == 0 and width // heads % 2 == 0  # rotary positions turn pairs
+        assert width % heads == 0 and width // heads % 2 == 0  # rotary positions need an even head width
 
 
 def test_too_little_time_or_compute_is_an_error(inline, text, tmp_path):
-    for flag, value, told in (("--budget", "1e6", "give more"), ("--minutes", "0.00001", "at least 1")):
-        with pytest.raises(ValueError, match=f"{flag} .*{told}"):
+    for flag, value, message in (("--budget", "1e6", "give more"), ("--minutes", "0.00001", "at least 1")):
+        with pytest.raises(ValueError, match=f"{flag} .*{message}"):
             sweep.main(arguments(text, tmp_path, flag, value))
     assert not (tmp_path / "out" / "sweep.json").exists()
     for flag, value in (("--workers", "0"), ("--minutes", "nan"), ("--lr-factor", "0"), ("--seed", "-1")):
@@ -230,25 +232,26 @@ def test_an_interrupt_or_a_killed_run_ends_in_words(failure, code, text, tmp_pat
     def fails(*_):
         raise failure
 
-    monkeypatch.setattr(sweep, "begin_or_go_on", fails)
+    monkeypatch.setattr(sweep, "begin_or_resume", fails)
     assert chinchilla.main(["sweep", "--out", str(tmp_path)]) == code
     assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_the_measure_makes_the_cliff(tmp_path, monkeypatch):
-    """Tokens that are right ever more often, each apart: k in a row take off where one grows slowly."""
+    """Where the share p of correct tokens grows slowly, the share of k in a row, p^k, rises steeply."""
     drawn = []
     monkeypatch.setattr(sweep_report, "save_figure", lambda figure, path: drawn.append(figure))
     p = np.linspace(0.5, 0.7, 9)
     rows = [{"C": 10.0**i, "loss": 3 - 0.1 * i} for i in range(9)]
     for row, share in zip(rows, p, strict=True):
         row |= {f"exact_{k}": share**k for k in sweep_report.SPANS}
-    rows.append(rows[-1] | {"C": 1e9, "loss": 2.9, "exact_8": 0.0})  # beaten with less compute: left out
+    # This one is left out: another model beats it with less compute.
+    rows.append(rows[-1] | {"C": 1e9, "loss": 2.9, "exact_8": 0.0})
     sweep_report.plot_emergence(rows, tmp_path / "x.png")
     smooth, sharp = drawn[0].axes
     assert smooth.lines[0].get_ydata() == pytest.approx(p)
     for i, k in enumerate(sweep_report.SPANS[1:]):
-        for line in sharp.lines[2 * i : 2 * i + 2]:  # measured, and by p^k
+        for line in sharp.lines[2 * i : 2 * i + 2]:  # measured, and p^k
             assert line.get_ydata() == pytest.approx((p / p[-1]) ** k)
 
 
@@ -258,23 +261,26 @@ def test_a_worker_whose_parent_is_dead_stops(inline, text, tmp_path, monkeypatch
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(sweep.os, "_exit", leave)
-    with sweep.workers(1), pytest.raises(SystemExit):
-        sweep.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
+    monkeypatch.setattr(sweep_runs.os, "_exit", leave)
+    with sweep_runs.workers(1), pytest.raises(SystemExit):
+        sweep_runs.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
 
 
 def test_no_process_is_left_behind_by_an_error():
-    with pytest.raises(ZeroDivisionError), sweep.workers(1) as (pool, _):
+    with pytest.raises(ZeroDivisionError), sweep_runs.workers(1) as (pool, _):
         assert pool.submit(math.sqrt, 4.0).result() == 2.0
         pool.submit(time.sleep, 60)
         raise ZeroDivisionError
     deadline = time.monotonic() + 30
     while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.05)  # they are told to end, and the pool's own thread sees that they did
+        time.sleep(0.05)  # wait until the pool's own thread has seen that the processes ended
     assert not multiprocessing.active_children()
 
 
 def test_gradients_that_stay_non_finite_end_the_run(inline, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
-    with sweep.workers(1), pytest.raises(ValueError, match="no finite gradient at step 5; lower --lr-factor"):
-        sweep.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with (
+        sweep_runs.workers(1),
+        pytest.raises(ValueError, match="no finite gradient at step 5; lower --lr-factor"),
+    ):
+        sweep_runs.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])

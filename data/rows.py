@@ -1,0 +1,107 @@
+"""Rows: what every kind of data looks like to the trainer.
+
+    text, conversations, images, pairs ...  ->  Dataset of rows, row i a dict of arrays  ->  batches
+
+A data set is two sequences of rows, one to learn from and one held out, and a fingerprint of their content.
+`Loader` turns the first into an endless stream of samples: every epoch visits each row once, in an order that
+is a function of (seed, epoch) alone. So there is nothing to save but the number of samples drawn, and the
+stream is the same for any number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Row = dict[str, np.ndarray]
+
+
+class Rows:
+    """A sequence of rows: `len(rows)` of them, each `rows[i]` a dict of arrays."""
+
+    # Held-out text sets both, for bits per byte: the number of targets if every token is predicted, and the
+    # number of UTF-8 bytes that the tokens encode.
+    n_targets: int | None = None
+    n_bytes: int | None = None
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Row:
+        return self.rows[i % len(self.rows)]
+
+    def epoch_start(self, epoch: int) -> int:
+        """Return the number of the first row of an epoch, counted from the first row of epoch 0.
+
+        The rows of epoch e are rows[epoch_start(e)] ... rows[epoch_start(e + 1) - 1].
+        """
+        return epoch * len(self)
+
+
+@dataclass
+class Dataset:
+    """What a task learns from, and what it is evaluated on."""
+
+    fingerprint: str  # a hash of everything that decides the rows
+    tokenizer: Any  # Tokenizer, WordPiece, or None where there is no text
+    train: Rows
+    val: Rows  # held out
+    summary: str = ""  # one line that describes the data
+    guess: str = ""  # one line: how well a trivial guess does on the held-out part
+
+
+class Loader:
+    """An endless stream of samples from rows, shuffled anew in each epoch.
+
+    Sample s is the same row for the same seed, whenever and wherever it is read.
+    """
+
+    def __init__(self, rows: Rows, seed: int):
+        self.rows, self.seed = rows, seed
+        self.epoch, self.order = -1, np.empty(0, np.int64)  # the order of the epoch that was read last
+
+    def row_number(self, sample: int) -> int:
+        """Return the number of the row that is sample number `sample` of the stream."""
+        # Find the epoch of this sample, beginning at the epoch of the one before.
+        epoch = max(self.epoch, 0)
+        while self.rows.epoch_start(epoch) > sample:
+            epoch -= 1
+        while self.rows.epoch_start(epoch + 1) <= sample:
+            epoch += 1
+        first = self.rows.epoch_start(epoch)
+        if epoch != self.epoch:  # draw its order
+            n = self.rows.epoch_start(epoch + 1) - first
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(n)
+        return first + int(self.order[sample - first])
+
+    def read(self, first_sample: int, n: int) -> list[Row]:
+        """Return samples first_sample ... first_sample + n - 1."""
+        return [self.rows[self.row_number(first_sample + i)] for i in range(n)]
+
+
+def in_order(rows: Rows, batch_size: int) -> Iterator[list[Row]]:
+    """Yield all rows in order, in lists of batch_size; a row of another shape begins a new list."""
+    batch: list[Row] = []
+    for i in range(len(rows)):
+        row = rows[i]
+        if batch and (len(batch) == batch_size or shapes(row) != shapes(batch[0])):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def shapes(row: Row) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in row.items()}
+
+
+def stack(rows: list[Row]) -> dict[str, Tensor]:
+    """Return one tensor (B, ...) per array of the B rows, whose arrays must have equal shapes."""
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

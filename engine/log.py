@@ -1,0 +1,201 @@
+"""The log of a run: what is printed, written and drawn while it goes on.
+
+    metrics.jsonl    one object per logged step and per evaluation
+    samples.txt      what the model had to show at each evaluation
+    loss.png         training and validation loss over tokens
+    report.html      curves, samples, configuration and environment on one page
+    run.json         how and where the run was started, each time
+
+Numbers are read from the device every --log-every steps only: reading waits for it.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine import checkpoint, parallel, report, watch
+from engine.batches import to_device
+from engine.device import mfu, wait_for
+from engine.progress import Progress
+from engine.run import Run
+
+MAX_SKIPPED = 5  # updates in a row without a finite gradient after which a run gives up
+
+
+class Diverged(Exception):
+    """The gradient was not finite in MAX_SKIPPED steps in a row."""
+
+
+class Step(NamedTuple):
+    """What one update leaves to be logged, still on the device."""
+
+    loss: Tensor  # this rank's share of the mean over all targets of the update
+    norm: Tensor  # of the gradient, before clipping
+    lr: float
+    metrics: dict[str, Tensor]  # means over this rank's targets of the last batch
+    n_targets: int  # of which there are so many
+
+
+class Log:
+    """Writes the log of a run. On other ranks than 0 it only takes part in what all ranks compute."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.watchers = start_logs(run) if run.is_first else []
+        self.progress = Progress(run.args.steps, run.step, enabled=run.is_first)
+        self.shown: dict[str, str] = {}
+        # Since the last logged step: seconds of training, updates made, updates skipped.
+        self.interval, self.logged_step, self.logged_skipped = 0.0, run.step, run.n_skipped
+        self.began = time.perf_counter()
+
+    def close(self) -> None:
+        self.progress.close()
+        for watcher in self.watchers:
+            watcher.close()
+
+    def begin_step(self) -> None:
+        """Start the clock of a step; what happens between steps, evaluation and saving, is not counted."""
+        self.began = time.perf_counter()
+
+    def step(self, step: Step) -> None:
+        """Note an update. Raises Diverged where a run should give up."""
+        run, args = self.run, self.run.args
+        self.progress.update(run.step)
+        log = run.is_due(args.log_every)
+        pause = log or run.is_due(args.eval_every) or run.is_due(args.save_every)
+        if pause:
+            wait_for(args.device)
+        passed = time.perf_counter() - self.began
+        self.interval, run.seconds = self.interval + passed, run.seconds + passed
+        if log:
+            self.write_step(step)
+        if pause and run.n_skipped_in_a_row >= MAX_SKIPPED:
+            raise Diverged(f"{run.n_skipped_in_a_row} steps in a row were not finite; try a lower --lr")
+
+    def write_step(self, step: Step) -> None:
+        """Write a row of metrics.jsonl and show its figures."""
+        run, n_steps = self.run, self.run.step - self.logged_step
+        row = row_of(run, step, n_steps / self.interval)
+        self.write(row)
+        n_skipped = run.n_skipped - self.logged_skipped
+        if n_skipped:
+            figures = f"step {run.step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+            self.progress.note(f"{figures}: {n_skipped} of {n_steps} updates skipped")
+        self.logged_step, self.logged_skipped, self.interval = run.step, run.n_skipped, 0.0
+        self.shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+        if row["mfu"]:
+            self.shown["mfu"] = f"{row['mfu']:.1%}"
+        self.progress.show(**self.shown)
+
+    def evaluation(self, result: dict[str, float]) -> None:
+        """Write an evaluation, what the model has to show, and the report. Called by all ranks."""
+        run, out = self.run, self.run.args.out
+        parallel.update_unsharded(run.model, run.unsharded)
+        self.write({"step": run.step, "tokens": run.step * run.tokens_per_step, **result})
+        accuracy = result.get("val_accuracy")
+        self.shown["val"] = f"{result['val_loss']:.3f}"
+        if accuracy is not None:
+            self.shown["val"] += f", {accuracy:.1%} right"
+        if run.is_first:
+            # Samples have varying shapes: compiled, they would exhaust torch.compile's cache.
+            with torch.compiler.set_stance("force_eager"):
+                sample = run.concept.task.show(run.unsharded.eval(), run.dataset, out)
+            heading = f"=== step {run.step}, validation loss {result['val_loss']:.4f}"
+            if accuracy is not None:
+                heading += f", accuracy {accuracy:.1%}"
+            append(out / "samples.txt", f"{heading}\n{sample}\n\n")
+            report.plot(out)
+            report.write(out)
+        run.model.train()
+        self.progress.show(**self.shown)
+        parallel.barrier()
+
+    def write(self, row: dict) -> None:
+        """Write a row to metrics.jsonl and to what --watch names."""
+        if self.run.is_first:
+            append(self.run.args.out / "metrics.jsonl", json.dumps(row) + "\n")
+        for watcher in self.watchers:
+            watcher.log(row["step"], row)
+
+    def evaluation_is_missing(self) -> bool:
+        """Return whether an evaluation is due at this step and metrics.jsonl has none: at the start, and on
+        resuming where a signal came before the evaluation was done."""
+        run = self.run
+        if not run.is_due(run.args.eval_every):
+            return False
+
+        def is_missing() -> bool:
+            rows = (run.args.out / "metrics.jsonl").read_text().splitlines()
+            last = json.loads(rows[-1]) if rows else {}
+            return last.get("step") != run.step or "val_loss" not in last
+
+        return parallel.on_rank_0(is_missing)
+
+
+def row_of(run: Run, step: Step, steps_per_second: float) -> dict:
+    """Return the row of metrics.jsonl for a step. Metrics of several ranks are averaged over their targets."""
+    rate = steps_per_second * run.tokens_per_step
+    weight = step.n_targets
+    own = [step.loss.item(), weight, *(weight * value.item() for value in step.metrics.values())]
+    loss, weight, *sums = parallel.all_reduce_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    row = {"step": run.step, "tokens": run.step * run.tokens_per_step, "loss": loss, "lr": step.lr}
+    row |= {"grad_norm": step.norm.item(), "skipped": run.n_skipped, "tokens_per_second": rate}
+    row |= {"mfu": mfu(run, rate), "seconds": run.seconds}
+    return row | {name: total / max(weight, 1) for name, total in zip(step.metrics, sums, strict=True)}
+
+
+def start_logs(run: Run) -> list:
+    """Note in run.json how the run is started, and return the watchers that --watch names."""
+    args, config = run.args, asdict(run.model.config)
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    start = {"step": run.step, "command": checkpoint.command(), "flags": flags, "config": config}
+    start |= {"n_params": run.sizes.n_params, "environment": report.environment()}
+    report.record_start(args.out, start, args.resume)
+    return watch.watchers(args.watch, args.out, flags | config, run.step if args.resume else None)
+
+
+def append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def announce(run: Run) -> None:
+    """Print what will be trained and how long it will take, by timing a forward and backward pass."""
+    args, sizes, passes = run.args, run.sizes, []
+    part = run.batches.peek()[0]
+    for _ in range(3):  # the first ones warm up, or compile
+        began = time.perf_counter()
+        with run.autocast():
+            loss, _ = run.loss(to_device(part.batch, args.device))
+        loss.backward()
+        loss.item()
+        passes.append(time.perf_counter() - began)
+    run.model.zero_grad(set_to_none=True)
+    if not run.is_first:
+        return
+
+    n_tokens, n_rows = args.steps * run.tokens_per_step, len(run.dataset.val)
+    left = args.steps - run.step
+    evaluations = (left // args.eval_every + 1) * n_rows / args.batch_size
+    minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
+    what = f"{args.model} {args.init_from or args.base or args.size}"
+    some = f", {sizes.n_active:,} of them active" if sizes.n_active < sizes.n_params else ""
+    if sizes.n_trained < sizes.n_params:
+        some = f", {sizes.n_trained:,} of them trained ({sizes.n_trained / sizes.n_params:.2%})"
+    print(f"model  {what}, {sizes.n_params:,} parameters{some}")
+    print(f"data   {args.data}, {run.dataset.summary}")
+    if run.dataset.guess:
+        print(f"guess  {run.dataset.guess}")
+    epochs = n_tokens / (args.seq_len * len(run.dataset.train))
+    print(f"run    {args.steps:,} steps of {run.tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
+    per_parameter = f", {n_tokens / sizes.n_params:.2f} tokens per parameter (Chinchilla: 20)"
+    everything = sizes.n_trained == sizes.n_params
+    print(f"cost   {n_tokens * run.flops_per_token:.2e} FLOPs{per_parameter if everything else ''}")
+    n = parallel.world_size()
+    where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device
+    print(f"here   {args.dtype} on {where}, about {minutes:.1f} min from step {run.step}", flush=True)

@@ -1,0 +1,53 @@
+"""`--set FIELD=VALUE`: other values for the fields of a Config, be it of the model, the task or the adapter."""
+
+import ast
+from dataclasses import fields, replace
+from typing import Any
+
+from engine.contract import Concept
+
+# Fields that --set refuses, because other flags decide them.
+DECIDED = ("vocab_size", "max_seq_len", "eos_token_id", "pad_token_id", "kernels")
+
+
+def field_names(config: Any) -> list[str]:
+    return [field.name for field in fields(config)]
+
+
+def check_set(concept: Concept, config: Any, changes: list[str]) -> None:
+    """Raise ValueError for a FIELD of --set that neither model nor task nor adapter has."""
+    settings = concept.task.settings(config)
+    known = dict.fromkeys([*field_names(config), *field_names(settings)])
+    if concept.adapter is not None:
+        known |= dict.fromkeys(field_names(next(iter(concept.adapter.ADAPTERS.values()))))
+    for change in changes:
+        name, equals, _ = change.partition("=")
+        if name in DECIDED:
+            raise ValueError(f"--set {change}: --tokenizer, --seq-len and --kernels decide this")
+        if not equals or name not in known:
+            raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {', '.join(known)}")
+
+
+def with_fields(config: Any, changes: list[str], known: set[str] | None = None) -> Any:
+    """Return the config with those values of --set whose fields it has (of those in known, if given).
+
+    Raises ValueError for a value of another type, or one that the config refuses.
+    """
+    values = {}
+    for change in changes:
+        name, _, text = change.partition("=")
+        if name not in (field_names(config) if known is None else known):
+            continue
+        try:
+            value = ast.literal_eval(text)  # a number, None, True, a tuple
+        except (ValueError, SyntaxError):
+            value = text
+        now = getattr(config, name)
+        expected = float | int if isinstance(now, float) else type(now)
+        if now is not None and value is not None and not isinstance(value, expected):
+            raise ValueError(f"--set {change}: expected a value such as {now!r}")
+        values[name] = value
+    try:
+        return replace(config, **values) if values else config
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"--set {' '.join(changes)}: {error}") from None

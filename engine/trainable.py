@@ -1,0 +1,52 @@
+"""Which weights learn: `--train all`, `head` or `last:N`, the classical ways to fine-tune a part of a model.
+
+    all       every weight
+    head      what stands above the blocks: the last norm and the head, or an encoder's heads
+    last:N    and the last N blocks
+
+A head that is the embedding matrix becomes a copy of it first, so that it can move alone.
+"""
+
+import re
+
+from torch import nn
+
+from engine.parallel import blocks
+
+# How much faster fewer weights learn, as a factor of the learning rate of all: near the best of three rates
+# each on `tiny` (results/adapters.json).
+LEARNING_RATE = {"all": 1.0, "head": 1.0, "last": 6.0}
+
+
+def parse(train: str) -> tuple[str, int]:
+    """Return ("all", 0), ("head", 0) or ("last", N); ValueError for another value of --train."""
+    found = re.fullmatch(r"(all|head)|(last):([1-9]\d*)", train)
+    if found is None:
+        raise ValueError(f"--train {train}: expected all, head, or last:N with the number of blocks")
+    return (found[1], 0) if found[1] else (found[2], int(found[3]))
+
+
+def freeze(model: nn.Module, train: str) -> None:
+    """Let only the parameters that --train names learn, in place. ValueError where there are none."""
+    part, n = parse(train)
+    if part == "all":
+        return
+    piled = blocks(model)
+    if n > len(piled):
+        raise ValueError(f"--train {train}: this model has {len(piled)} blocks")
+    in_blocks = {id(p) for block in piled for p in block.parameters()}
+    in_last = {id(p) for block in piled[len(piled) - n :] for p in block.parameters()}
+    for name, p in model.named_parameters():
+        above = id(p) not in in_blocks and "embed" not in name
+        p.requires_grad_(above or id(p) in in_last)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"--train {train}: this model has nothing above its blocks that could learn")
+
+
+def frozen_flops(model: nn.Module) -> int:
+    """Return the FLOPs per token that are saved where no gradients of weights are computed: 2 per weight.
+
+    Matrices of linear layers are counted, and a head that is the embedding matrix is not.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return 2 * sum(layer.weight.numel() for layer in layers if not layer.weight.requires_grad)

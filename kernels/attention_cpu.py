@@ -1,0 +1,134 @@
+"""Attention of short rows on a CPU where oneDNN multiplies float32 matrices: one product for all heads.
+
+PyTorch's own attention multiplies small matrices, of one head at a time. oneDNN, which engine/cpu.py turns on
+because it is faster at the large products of a model, is several times slower at these. So here each block of
+queries takes one batched product for all N = B H heads of the batch:
+
+    p   = softmax(scale q k^T)                out = p v
+    dv  = p^T dout                            ds  = p (dp - sum_j p_j dp_j),  dp = dout v^T
+    dq  = scale ds k                          dk  = scale ds^T q
+
+The weights p are kept for the backward pass. They take O(T S) memory, so rows longer than SHORT go to
+PyTorch's own operation. A causal block of queries leaves out the keys after its last query, so that about
+half of the scores are never computed.
+
+Inputs in bfloat16 or float16 are converted to float32 first: oneDNN is slower at these products in bfloat16.
+
+Which library multiplies is a setting of PyTorch, for the whole process: see `onednn_multiplies`.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, library
+
+SHORT = 768  # the largest number of keys for which the weights are kept
+BLOCK = 128  # queries per block
+
+
+def onednn_multiplies() -> bool:
+    """Return True if PyTorch gives float32 matrix products on a CPU to oneDNN.
+
+    PyTorch does so after torch.set_float32_matmul_precision("medium"), which engine/cpu.py calls where oneDNN
+    still computes in float32. The setting is PyTorch's own and decides how fast the products below are,
+    whoever made it; so it is read where it is kept, and no second switch could disagree with it.
+    """
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+# torch.compile cannot trace the setting; with this mark it takes the value at the time of compiling as a
+# constant. torch.compiler.assume_constant_result would set the mark too, but importing it takes 2 seconds.
+onednn_multiplies._dynamo_marked_constant = True
+
+
+def applies(q: Tensor, k: Tensor) -> bool:
+    """Return True if `attend` is the faster way for q (B, T, H, K) and k (B, S, G, K), and gives the same."""
+    short = q.shape[1] > 1 and k.shape[1] <= SHORT
+    return short and q.device.type == "cpu" and q.dtype != torch.float64 and onednn_multiplies()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q. causal: T = S."""
+    B, H, dtype, n_shared = q.shape[0], q.shape[2], q.dtype, q.shape[2] // k.shape[2]
+    if n_shared > 1:
+        k, v = (x.repeat_interleave(n_shared, dim=2) for x in (k, v))  # (B, S, H, K)
+    heads = (x.transpose(1, 2).flatten(0, 1).float() for x in (q, k, v))  # (B H, T or S, K)
+    out, _ = _all_heads(*heads, causal, scale)
+    return out.to(dtype).unflatten(0, (B, H)).transpose(1, 2)  # (B, T, H, K)
+
+
+def _n_weights(T: int, S: int, causal: bool) -> int:
+    """Return how many weights `_blocks` needs for one head."""
+    n_whole, rest = T // BLOCK, T % BLOCK
+    return BLOCK * BLOCK * n_whole * (n_whole + 1) // 2 + rest * T if causal else T * S
+
+
+def _blocks(weights: Tensor, q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield each block of queries, the keys that it sees, and its part of weights as (N, queries, keys).
+
+    A causal block sees the keys up to its last query. The caller masks those after each query's own position.
+    """
+    (N, T, _), S, end = q.shape, k.shape[1], 0
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        shape = N, stop - start, stop if causal else S
+        begin, end = end, end + math.prod(shape)
+        yield slice(start, stop), slice(0, shape[2]), weights[begin:end].view(shape)
+
+
+@library.custom_op("plinth::attention_all_heads", mutates_args=())
+@torch.autocast("cpu", enabled=False)
+def _all_heads(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the attention of q (N, T, K) over k and v (N, S, K) in float32, and the weights, flat."""
+    N, T, _ = q.shape
+    out, weights = torch.empty_like(q), q.new_empty(N * _n_weights(T, k.shape[1], causal))
+    q, later = q * scale, torch.full((BLOCK, BLOCK), -math.inf).triu(1)
+    for rows, seen, p in _blocks(weights, q, k, causal):
+        torch.bmm(q[:, rows], k[:, seen].mT, out=p)
+        if (
+            causal
+        ):  # the last keys of a block are its own queries: a square with later keys above the diagonal
+            n = p.shape[1]
+            p[:, :, rows] += later[:n, :n]
+        torch.softmax(p, dim=-1, out=p)
+        torch.bmm(p, v[:, seen], out=out[:, rows])
+    return out, weights
+
+
+@_all_heads.register_fake
+def _(q, k, v, causal, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[0] * _n_weights(q.shape[1], k.shape[1], causal))
+
+
+@library.custom_op("plinth::attention_all_heads_backward", mutates_args=())
+def _all_heads_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv), like q, k and v, from the gradient of out and the weights of `_all_heads`."""
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows, seen, p in _blocks(weights, q, k, causal):
+        dv[:, seen].baddbmm_(p.mT, dout[:, rows])
+        dp = dout[:, rows] @ v[:, seen].mT
+        dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp))
+        torch.bmm(dscores, k[:, seen], out=dq[:, rows])
+        dk[:, seen].baddbmm_(dscores.mT, q[:, rows])
+    return dq.mul_(scale), dk.mul_(scale), dv
+
+
+@_all_heads_backward.register_fake
+def _(dout, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    *qkv, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*qkv, output[1])
+    ctx.set_materialize_grads(False)  # the weights get no gradient: pass None, not a tensor of zeros
+
+
+def _backward(ctx, dout, _):
+    return *_all_heads_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+
+
+_all_heads.register_autograd(_backward, setup_context=_save)

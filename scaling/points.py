@@ -1,0 +1,165 @@
+"""Points that a scaling law is fitted to: reading them from a CSV file, checking, grouping, resampling.
+
+A point is one training run, or one evaluation on its way: N parameters, D tokens, and the loss L after them.
+Points are held as three arrays of shape (n,), float64.
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = {  # column names in the files of several papers, in lower case
+    "N": ("n", "params", "parameters", "model size"),
+    "D": ("d", "tokens", "training tokens"),
+    "C": ("c", "flop", "flops", "compute", "training flop"),
+    "loss": ("loss", "l", "val_loss"),
+}
+
+
+def read_points(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return N, D and loss, float64 (n,) each, of a CSV file with a header.
+
+    The file has columns for N, for the loss, and for D or C; from C follows D = C / (6 N).
+
+    Raises ValueError, with file and line, for missing columns and for cells that are not positive numbers.
+    """
+    rows = []
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        try:
+            names, has_D = choose_columns(reader.fieldnames or (), path)
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row:
+                    raise ValueError(f"{where}: more cells than columns; a decimal comma?")
+                rows.append([positive_number(row[name], f"{where}: {name}") for name in names])
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: no points below the header")
+    N, D_or_C, L = np.array(rows).T
+    return N, D_or_C if has_D else D_or_C / (6 * N), L
+
+
+def choose_columns(header: Sequence[str], path: str | Path) -> tuple[list[str], bool]:
+    """Return the header's names for N, for D or C, and for the loss; and True if the second is D."""
+    by_name = {(name or "").strip().lower(): name for name in header}
+    found = {key: [by_name[n] for n in names if n in by_name] for key, names in COLUMNS.items()}
+    second = "D" if found["D"] else "C"
+    if not (found["N"] and found[second] and found["loss"]):
+        present = ", ".join(by_name) or "nothing"
+        raise ValueError(f"{path}, line 1: expected columns N, loss, and D or C; it has {present}")
+    chosen = [found[key][0] for key in ("N", second, "loss")]
+    for name in chosen:
+        if [n.strip().lower() for n in header].count(name.strip().lower()) > 1:
+            raise ValueError(f"{path}, line 1: there is more than one column {name}")
+    return chosen, second == "D"
+
+
+def positive_number(text: str | None, where: str) -> float:
+    """Return the number in a cell. Raises ValueError unless it is positive and finite."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"{where} is {text!r}: expected a positive number")
+    return value
+
+
+def without_highest(N, D, L, n_dropped: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the points without those of the `n_dropped` highest losses, in their order."""
+    kept = np.sort(np.argsort(L, kind="stable")[: len(L) - n_dropped])
+    return N[kept], D[kept], L[kept]
+
+
+def group_equal(values, tolerance: float = 0.005) -> np.ndarray:
+    """Return group labels 0, 1, ... (n,), ascending with the values: values within 0.5 % are one group.
+
+    Equal values differ a little where they were read off a figure, or computed as C / (6 D).
+    """
+    labels, first = np.zeros(len(values), dtype=np.int64), 0.0
+    label = -1
+    for i in np.argsort(values, kind="stable"):
+        if values[i] > first * (1 + tolerance):
+            label, first = label + 1, values[i]
+        labels[i] = label
+    return labels
+
+
+def beyond(C: float, compute: tuple[float, float]) -> float:
+    """Return how many orders of magnitude C lies outside of `compute`, the least and greatest FLOPs of the
+    points of a law: 0 inside, and also where it would be printed as 0.0."""
+    orders = max(math.log10(C / compute[1]), math.log10(compute[0] / C))
+    return orders if orders >= 0.05 else 0.0
+
+
+def check_points(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> None:
+    """Raise ValueError where the law cannot be fitted: fewer than 6 points, numbers that are not positive, a
+    compute 6 N D outside of float64's range, or only one size N or one number of tokens D."""
+    if not (N.ndim == 1 and N.shape == D.shape == L.shape):
+        raise ValueError(f"fit: N {N.shape}, D {D.shape}, loss {L.shape}: expected three rows of one length")
+    if len(N) < 6:
+        raise ValueError(f"fit: {len(N)} points: expected at least 6 for the law's 5 parameters")
+    for name, values in (("N", N), ("D", D), ("loss", L)):
+        bad = values[~((values > 0) & np.isfinite(values))]
+        if len(bad):
+            raise ValueError(f"fit: {name} {bad[0]}: expected positive numbers")
+    with np.errstate(over="ignore", under="ignore"):
+        C = 6 * N * D
+    if not (np.isfinite(C) & (C > 0)).all():
+        raise ValueError("fit: 6 N D is out of the range of float64: look at the units of N and D")
+    for name, values in (("size N", N), ("number of tokens D", D)):
+        if group_equal(values).max() == 0:
+            raise ValueError(f"fit: one {name} alone: its part of the loss cannot be told from E; vary it")
+
+
+def describe_weak_design(N: np.ndarray, logs: np.ndarray) -> list[str]:
+    """Return warnings of what these points, with the logarithms of N, D and L (3, n), cannot determine."""
+    warnings = []
+    n_sizes = group_equal(N).max() + 1
+    if n_sizes < 4:
+        warnings.append(f"only {n_sizes} sizes: E, A and alpha cannot be told apart; use 4 or more")
+    if N.max() < 3 * N.min():
+        warnings.append(f"N varies by a factor of {N.max() / N.min():.3g} only: alpha wants 10 or more")
+    if abs(np.corrcoef(logs[:2])[0, 1]) > 0.999:
+        warnings.append("one D for each N: A and alpha cannot be told from B and beta; vary D at equal N")
+    return warnings
+
+
+def draw_resamples(
+    units: np.ndarray, groupings: Sequence[np.ndarray], n: int, seed: int
+) -> tuple[np.ndarray, int]:
+    """Return n bootstrap resamples, and how many of them had to be drawn again.
+
+    units (n_points,): labels 0, 1, ...; a resample draws as many units as there are, with replacement, and
+    points of one unit are drawn together. The resamples are weights (n, n_points), float64: how many times a
+    resample contains a point.
+    groupings: labels (n_points,) each. A resample that contains fewer than 3 groups of one of them (or not
+    all, where there are fewer than 3) determines no law, so it is drawn again.
+
+    Raises ValueError for n below 1, and for fewer than 4 units.
+    """
+    if n < 1:
+        raise ValueError(f"bootstrap: {n} resamples: expected at least 1")
+    n_units = units.max() + 1
+    if n_units < 4:
+        raise ValueError(f"bootstrap by size: {n_units} sizes: expected at least 4; draw points instead")
+    generator = np.random.default_rng(seed)
+    members = [np.eye(labels.max() + 1)[labels] for labels in groupings]  # one-hot (n_points, n_groups)
+    w, poor, n_redrawn = np.empty((n, len(units))), np.ones(n, dtype=bool), -n
+    while poor.any():
+        n_redrawn += poor.sum()
+        w[poor] = generator.multinomial(n_units, np.full(n_units, 1 / n_units), poor.sum())[:, units]
+        present = [((w @ member > 0).sum(axis=1), member.shape[1]) for member in members]
+        poor = np.any([count < min(3, n_groups) for count, n_groups in present], axis=0)
+    return w, n_redrawn
+
+
+def interval(values, level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile interval of bootstrap values (n,): half of 1 - level lies beyond each end."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

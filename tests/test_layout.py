@@ -1,0 +1,245 @@
+"""The rules of the house: where files lie, who imports whom, how long a file may be, how a docstring begins.
+
+A test collects every offender before it fails, one per line. Imports inside functions count like those at the
+top of a file; imports by name (importlib) do not count.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from engine.contract import SHELVES
+
+ROOT = Path(__file__).parents[1]
+PILLARS = ("gpt", "generate", "bert", "moe", "lora", "chinchilla")
+DOORS = ("data", "engine", "formats")
+TOP_FILES = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", "train.py", ".gitignore", ".ci"}
+TOP_FILES |= {f"{pillar}.py" for pillar in PILLARS}
+TOP_FOLDERS = {*DOORS, "kernels", "docs", "results", "tests"}  # and the shelves, as soon as they hold a file
+
+# A folder may import itself and these folders. A shelf, a pillar and train.py have the rules of `may_import`.
+MAY_IMPORT = {
+    "kernels": (),
+    "formats": ("kernels",),
+    "data": ("formats",),
+    "engine": ("data", "formats", "kernels"),
+    "train": (*DOORS, "kernels"),
+}
+# The files on a shelf that hold the rest of a pillar's own concept.
+REST_OF = {
+    "lora": {"posttraining.adapters", "posttraining.nf4"},
+    "chinchilla": {"scaling.huber_fit", "scaling.points"},
+}
+# A shelf file that is made of concepts of other shelves, and which, such as "vision.llava": {"vision.clip"}.
+MADE_OF: dict[str, set[str]] = {}
+
+MAX_LINES = {"concept": 400, "door": 450, "train": 250, "moe": 430}
+MAX_FUNCTION_LINES = 60
+MAX_FILES_OF_GPT = 13  # that `import gpt` loads, itself included
+MAX_FILES_OF_TRAIN = 25  # that `import train` loads, kernels/ not counted
+OPENINGS = {"Of", "What", "Whether", "Which", "As", "With", "Where", "How"}
+
+
+@cache
+def files() -> list[Path]:
+    """Return the paths, relative to the root, of all files that git tracks."""
+    try:
+        done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs git and a clone of the repository")
+    return [Path(name) for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Return the path of each module by its dotted name; that of a package is its __init__.py."""
+    paths = [path for path in files() if path.suffix == ".py"]
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def code() -> dict[str, Path]:
+    """Return the modules that are neither tests nor scripts of results/."""
+    return {name: path for name, path in modules().items() if top(name) not in ("tests", "results")}
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def is_concept(name: str) -> bool:
+    """Return True for a pillar and for a file on a shelf (not for the shelf's __init__.py)."""
+    return name in PILLARS or (top(name) in SHELVES and name not in SHELVES)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+@cache
+def imports(name: str) -> set[str]:
+    """Return the modules of this project that a module imports, anywhere in its file."""
+    found = set()
+    for node in ast.walk(tree(modules()[name])):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import; write the folder's name"
+            # `from data import corpus` imports a file, `from data.corpus import PUBLIC` a name of a file.
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules().keys()
+            found |= inner if len(inner) == len(node.names) else {node.module, *inner}
+    return found & modules().keys() - {name}
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Return the nodes that the edges lead to from start; start itself only where it is on a circle."""
+    found, waiting = set(), [start]
+    while waiting:
+        new = graph[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
+def report(offenders: Iterable[str]) -> None:
+    """Fail with one line per offender, if there are any."""
+    if offenders := sorted(offenders):
+        pytest.fail("\n" + "\n".join(offenders), pytrace=False)
+
+
+def may_import(importer: str, imported: str) -> bool:
+    ours, theirs = top(importer), top(imported)
+    if theirs in ("tests", "results"):
+        return False
+    if ours == theirs:
+        return True
+    if ours in MAY_IMPORT:
+        return theirs in MAY_IMPORT[ours]
+    if ours in PILLARS:
+        return theirs in (*PILLARS, "kernels", "data", "formats") or imported in REST_OF.get(ours, ())
+    # What is left is a shelf. scaling/sweep.py makes its runs by train.py.
+    return theirs in (*PILLARS, *DOORS, "kernels", "train") or imported in MADE_OF.get(importer, ())
+
+
+def test_the_top_level_is_the_table_of_contents():
+    names = {path.parts[0] for path in files()}
+    expected = TOP_FILES | TOP_FOLDERS
+    report([f"unexpected {name}" for name in names - expected - set(SHELVES)])
+    report([f"missing {name}" for name in expected - names])
+
+
+def test_doors_pillars_and_shelves_import_only_what_they_may():
+    pairs = [(name, other) for name in code() for other in imports(name)]
+    report(f"{name} imports {other}" for name, other in pairs if not may_import(name, other))
+
+
+def test_a_pillar_builds_on_at_most_one_other():
+    others = {name: (imports(name) & set(PILLARS)) - {"generate"} for name in PILLARS}
+    report(f"{name} imports {', '.join(sorted(found))}" for name, found in others.items() if len(found) > 1)
+
+
+def test_no_circle_of_files():
+    graph = {name: imports(name) & code().keys() for name in code()}
+    circles = {frozenset(n for n in reachable(graph, name) if name in reachable(graph, n)) for name in graph}
+    report(f"circle: {', '.join(sorted(circle))}" for circle in circles if circle)
+
+
+def test_no_circle_of_folders():
+    folders = {top(name) for name, path in code().items() if len(path.parts) > 1}
+    edges = {(top(name), top(other)) for name in code() for other in imports(name)}
+    graph = {folder: {b for a, b in edges if a == folder != b and b in folders} for folder in folders}
+    report(
+        f"{folder} imports itself by way of others"
+        for folder in folders
+        if folder in reachable(graph, folder)
+    )
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    offenders = []
+    for name, path in code().items():
+        kind = name if name in MAX_LINES else "concept" if is_concept(name) else "door"
+        n_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        if n_lines > MAX_LINES[kind]:
+            offenders.append(f"{path}: {n_lines} lines, at most {MAX_LINES[kind]}")
+    report(offenders)
+
+
+def test_no_function_is_longer_than_a_screen():
+    offenders = []
+    for path in code().values():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                n_lines = node.end_lineno - node.lineno + 1
+                if n_lines > MAX_FUNCTION_LINES:
+                    offenders.append(f"{path}:{node.lineno} {node.name}: {n_lines} lines")
+    report(offenders)
+
+
+def test_no_file_has_the_name_of_a_standard_library_module():
+    # `python vision/ast.py` would put its own folder first on the path, and break `import inspect`.
+    report(str(path) for path in modules().values() if path.stem in sys.stdlib_module_names)
+
+
+def test_every_folder_of_code_says_what_it_holds():
+    offenders = []
+    for folder in {path.parent for path in code().values()} - {Path()}:
+        path = folder / "__init__.py"
+        if path not in modules().values():
+            offenders.append(f"{path}: missing")
+        elif not ast.get_docstring(tree(path)):
+            offenders.append(f"{path}: no docstring")
+    report(offenders)
+
+
+def test_the_tests_mirror_the_tree():
+    # tests/kernels/test_bench.py is of the package kernels/bench, test_machine_code.py of a file in it.
+    names = {(top(name), name.rpartition(".")[2]) for name in code()}
+    tests = [path for path in files() if path.match("tests/**/test_*.py") or path.match("tests/test_*.py")]
+    offenders = []
+    for path in tests:
+        name = path.stem.removeprefix("test_")
+        folder = path.parts[1] if len(path.parts) > 2 else name
+        if (folder, name) not in names and path.stem not in ("test_readme", "test_layout"):
+            offenders.append(f"{path}: there is no {name}.py to be tested")
+    report(offenders)
+
+
+def test_a_docstring_stands_alone():
+    offenders = []
+    for path in modules().values():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n\n")[0]
+                question = "?" in first.partition(".")[0]  # a question is a sentence
+                if first and first.split()[0] in OPENINGS and not question:
+                    offenders.append(f"{path}: {getattr(node, 'name', 'file')}: {first.splitlines()[0]}")
+    report(offenders)
+
+
+def loaded_by(name: str) -> list[str]:
+    """Return our modules, without the __init__.py of packages, that `import name` loads in a new process."""
+    program = f"import sys, {name}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = done.stdout.splitlines()[-1].split()
+    return [name for name in loaded if name in modules() and modules()[name].name != "__init__.py"]
+
+
+def test_import_gpt_loads_little_more_than_kernels():
+    loaded = loaded_by("gpt")
+    if len(loaded) > MAX_FILES_OF_GPT:
+        report(f"import gpt loads {name}, of {len(loaded)} files" for name in loaded)
+
+
+def test_import_train_loads_no_concept_and_few_files():
+    loaded = [name for name in loaded_by("train") if top(name) != "kernels"]
+    report(f"import train loads {name}" for name in loaded if is_concept(name))
+    if len(loaded) > MAX_FILES_OF_TRAIN:
+        report(f"import train loads {name}, of {len(loaded)} files" for name in loaded)

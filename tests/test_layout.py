@@ -32,7 +32,7 @@ MAY_IMPORT = {
 }
 # The files on a shelf that hold the rest of a pillar's own concept.
 REST_OF = {
-    "lora": {"posttraining.adapters", "posttraining.nf4"},
+    "lora": {"posttraining.adapters", "posttraining.adapter_costs", "posttraining.nf4"},
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }
 # A shelf file that is made of concepts of other shelves, and which, such as "vision.llava": {"vision.clip"}.

@@ -130,8 +130,8 @@ def off(a, b):
 
 
 def rounding(model):
-    """How far logits of equal models may be apart: 1e-5, or 5 times float32's own noise, where a few quick
-    steps have made the weights large."""
+    """Return the tolerance for logits of equal models: 1e-5, or 5 times the noise of float32, where a few
+    quick steps have made the weights large."""
     return max(1e-5, 5 * off(logits(model), logits(copy.deepcopy(model).double())))
 
 
@@ -729,7 +729,7 @@ def test_an_encoder_trains_on_text(adapter, home, tmp_path, capsys):
 
 
 def test_an_adapted_encoder_can_be_merged(home, tmp_path):
-    """As the error for those that ask it questions says."""
+    """The error for --prompt recommends this."""
     adapter = saved(home, tmp_path / "adapter", "bert")
     get_tokenizer(str(home / "bert")).save(adapter)
     assert lora.main([str(adapter), "--merge", str(tmp_path / "merged")]) == 0
@@ -782,7 +782,7 @@ def test_prompt(trained, capsys):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What chat.answer is asked: the contents of the messages, each time."""
+    """Return a list that collects the contents of the messages at each call of chat.answer."""
     calls, answer = [], chat.answer
 
     def listen(model, tokenizer, messages, args):

@@ -267,7 +267,8 @@ def test_model(name):
     model = tiny(name)
     n = sum(p.numel() for p in model.parameters())
     tokens = torch.randint(4096, (2, 32), generator=torch.Generator().manual_seed(0))
-    batch = gpt.make_batch(tokens, model.config, torch.Generator())
+    rows = [{"tokens": row} for row in tokens.numpy()]
+    batch = gpt.make_batch(rows, model.config, torch.Generator(), None)
     with torch.no_grad():
         base, base_loss = model(tokens), model.loss(batch)[0]
     assert quantize(model) is model

@@ -237,8 +237,9 @@ class AdaptedExpertLinear(Adapted):
     def merged(self) -> ExpertLinear:
         """Return an ordinary ExpertLinear with the weight W'."""
         W = self.merged_weight()
+        E, N, D = W.shape
         with torch.device("meta"):
-            plain = ExpertLinear(*W.shape, self.base_layer.backend)
+            plain = ExpertLinear(E, D, N, self.base_layer.backend)
         plain.weight = nn.Parameter(W.contiguous(), requires_grad=False)
         return plain
 

@@ -11,6 +11,7 @@ from torch import nn
 import bert
 import gpt
 import moe
+from language import masking
 from lora import Config, apply
 from posttraining import nf4
 from posttraining.adapters import adapted_layers, set_adapter, use
@@ -547,12 +548,12 @@ def test_an_encoder_takes_a_mixed_batch_of_masks():
     losses = alone(
         model,
         names,
-        lambda i: model.loss(
-            {"tokens": TOKENS[i : i + 1], "targets": targets[i : i + 1], "positions": positions[:1]}
+        lambda i: masking.loss(
+            model, {"tokens": TOKENS[i : i + 1], "targets": targets[i : i + 1], "positions": positions[:1]}
         )[0].item(),
     )
     with use(model, names):
-        loss, _ = model.loss({"tokens": TOKENS, "targets": targets, "positions": positions})
+        loss, _ = masking.loss(model, {"tokens": TOKENS, "targets": targets, "positions": positions})
     assert loss.item() == pytest.approx(sum(losses) / 5, abs=1e-5)
 
 

@@ -332,24 +332,35 @@ class Router(nn.Module):
         self.load.zero_()
 
 
+class ExpertLinear(nn.Module):
+    """E linear maps side by side, without biases: one stack of matrices, a matrix for each expert."""
+
+    def __init__(self, n_experts: int, in_features: int, out_features: int, backend: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features))
+        self.backend = backend
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Return each row of x (M, D) times its expert's matrix: (M, N).
+
+        The rows of expert e end at offsets[e], int32 (E,).
+        """
+        return grouped_matmul(x, self.weight, offsets, backend=self.backend)
+
+
 class Experts(nn.Module):
     """E MLPs side by side: down_e(silu(gate_e(x)) * up_e(x))."""
 
     def __init__(self, config: Config):
         super().__init__()
-        E, D, width = config.n_experts, config.d_model, config.d_expert
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
-        self.down_proj = nn.Parameter(torch.empty(E, D, width))
-        self.backend = config.kernels
+        E, D, width, backend = config.n_experts, config.d_model, config.d_expert, config.kernels
+        self.gate_up_proj = ExpertLinear(E, D, 2 * width, backend)
+        self.down_proj = ExpertLinear(E, width, D, backend)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """(M, D) of x (M, D), in which the rows of expert e end at offsets[e], int32 (E,)."""
-        gate, up = self.product("gate_up_proj", x, offsets).chunk(2, dim=-1)  # (M, F) each
-        return self.product("down_proj", F.silu(gate) * up, offsets)
-
-    def product(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """Each row of x (M, D) times its expert's matrix of the stack of that name."""
-        return grouped_matmul(x, getattr(self, name), offsets, backend=self.backend)
+        """Return (M, D) of x (M, D), in which the rows of expert e end at offsets[e], int32 (E,)."""
+        gate, up = self.gate_up_proj(x, offsets).chunk(2, dim=-1)  # (M, F) each
+        return self.down_proj(F.silu(gate) * up, offsets)
 
 
 class MoE(nn.Module):
@@ -395,6 +406,7 @@ class Block(gpt.Block):
 
 class MoEGPT(GPT):
     block = Block
+    matrices = (*GPT.matrices, "gate")
 
     @property
     def sparse_layers(self) -> list[MoE]:
@@ -501,8 +513,8 @@ def from_dense(model: GPT, n_experts: int, top_k: int = 2, dense_layers: tuple[i
     for layer in set(range(config.n_layers)) - set(dense_layers):
         mlp = f"model.layers.{layer}.mlp."
         gate, up, down = (weights.pop(f"{mlp}{part}_proj.weight") for part in ("gate", "up", "down"))
-        weights[f"{mlp}experts.gate_up_proj"] = torch.cat((gate, up)).expand(n_experts, -1, -1)
-        weights[f"{mlp}experts.down_proj"] = down.expand(n_experts, -1, -1)
+        weights[f"{mlp}experts.gate_up_proj.weight"] = torch.cat((gate, up)).expand(n_experts, -1, -1)
+        weights[f"{mlp}experts.down_proj.weight"] = down.expand(n_experts, -1, -1)
         weights[f"{mlp}gate.weight"] = sparse.model.layers[layer].mlp.gate.weight
     sparse.load_state_dict(weights)
     return sparse

@@ -10,7 +10,8 @@ A file has matrices for each expert, the model one tensor for all the experts of
 
     in the file      mlp.experts.{e}.gate_proj.weight, .up_proj.weight (F, D), .down_proj.weight (D, F)
     Mixtral's        block_sparse_moe.experts.{e}.w1.weight, .w3.weight, .w2.weight
-    in the model     mlp.experts.gate_up_proj (E, 2 F, D), .down_proj (E, D, F)
+    stacked          mlp.experts.gate_up_proj (E, 2 F, D), .down_proj (E, D, F), as transformers 5 can write
+    in the model     the same with .weight at the end, because each stack is a module
 
 Only what the model computes is kept exactly. Of what only training uses there is the coefficient of one
 balance loss; capacity factor, z-loss and the step of the bias have no place in these files.
@@ -303,12 +304,13 @@ def split_experts(weights: dict[str, Tensor], mixtral: bool = False) -> dict[str
     """weights under our names as a file has them: in place of each stack views of the experts' matrices."""
     theirs = {}
     for name, w in weights.items():
-        stack, _, part = name.rpartition(".")
-        if part == "gate_up_proj":  # (E, 2 F, D)
+        stack, _, part = name.removesuffix(".weight").rpartition(".")
+        stacked = stack.endswith(".experts")
+        if stacked and part == "gate_up_proj":  # (E, 2 F, D)
             pieces = {}
             for e in range(len(w)):
                 pieces[f"{stack}.{e}.gate_proj.weight"], pieces[f"{stack}.{e}.up_proj.weight"] = w[e].chunk(2)
-        elif part == "down_proj":  # (E, D, F)
+        elif stacked and part == "down_proj":  # (E, D, F)
             pieces = {f"{stack}.{e}.down_proj.weight": w[e] for e in range(len(w))}
         else:
             pieces = {name: w}
@@ -327,7 +329,7 @@ def stack_experts(
     weights = {}
     for name, like in expected.items():
         pieces = list(split_experts({name: like}, mixtral))
-        if name.endswith((".gate_up_proj", ".down_proj")):
+        if name.endswith((".experts.gate_up_proj.weight", ".experts.down_proj.weight")):
             weights[name] = torch.empty(like.shape, dtype=stored[pieces[0]].dtype)
             for piece, view in split_experts({name: weights[name]}, mixtral).items():
                 view.copy_(stored.pop(piece))

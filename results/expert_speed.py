@@ -47,7 +47,13 @@ def sides(n_experts: int) -> dict[str, nn.Module]:
         )
         config._experts_implementation = way
         layers[way] = MixtralSparseMoeBlock(config)
-        layers[way].load_state_dict(ours.state_dict())
+        # transformers has the two stacks as bare parameters.
+        stacks = ("experts.gate_up_proj.weight", "experts.down_proj.weight")
+        weights = {
+            name.removesuffix(".weight") if name in stacks else name: w
+            for name, w in ours.state_dict().items()
+        }
+        layers[way].load_state_dict(weights)
     return layers
 
 

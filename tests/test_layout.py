@@ -32,7 +32,7 @@ MAY_IMPORT = {
 }
 # The files on a shelf that hold the rest of a pillar's own concept.
 REST_OF = {
-    "lora": {"posttraining.adapters", "posttraining.nf4"},
+    "lora": {"posttraining.adapters", "posttraining.adapter_costs", "posttraining.nf4"},
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }
 # The shelf files that are made of concepts of other shelves. A classifier packs its texts as inference does.

@@ -115,8 +115,8 @@ def layer_one_by_one(layer, config, x):
     )
     y = torch.zeros_like(flat)
     for (t, e), weight in chosen.items():
-        gate, up = (layer.experts.gate_up_proj[e] @ flat[t]).chunk(2)
-        out = layer.experts.down_proj[e] @ (gate * torch.sigmoid(gate) * up)
+        gate, up = (layer.experts.gate_up_proj.weight[e] @ flat[t]).chunk(2)
+        out = layer.experts.down_proj.weight[e] @ (gate * torch.sigmoid(gate) * up)
         y = y + weight * F.one_hot(torch.tensor(t), len(flat))[:, None] * out
     if layer.shared_experts is not None:
         y = y + layer.shared_experts(flat)
@@ -403,7 +403,7 @@ def test_initialisation_follows_gpt():
     model = MoEGPT(replace(SIZES["tiny"], router="sigmoid", n_shared_experts=1))
     for layer in model.sparse_layers:
         for name, std in (("gate_up_proj", 0.02), ("down_proj", 0.02 / math.sqrt(8))):
-            assert getattr(layer.experts, name).std().item() == pytest.approx(std, rel=0.03)
+            assert getattr(layer.experts, name).weight.std().item() == pytest.approx(std, rel=0.03)
         assert layer.gate.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert (layer.gate.e_score_correction_bias == 0).all()
 
@@ -471,7 +471,7 @@ def test_upcycling_starts_with_the_dense_models_outputs_and_parts_from_there(cha
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     sparse.loss(batch)[0].backward()
     optimizer.step()
-    experts = sparse.sparse_layers[0].experts.down_proj
+    experts = sparse.sparse_layers[0].experts.down_proj.weight
     assert not torch.equal(experts[0], experts[1])
 
 

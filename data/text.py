@@ -167,7 +167,7 @@ def only_one_at(cache: Path, notify: Callable[[str], None]) -> Iterator[None]:
 
 
 def bpe_size(tokenizer: str) -> int | None:
-    """Return N of "bpe:N", or None for another tokenizer. Raises ValueError if N is below 257 or no number."""
+    """Return N of "bpe:N", or None for another tokenizer. ValueError if N is below 257 or no number."""
     if not tokenizer.startswith("bpe:"):
         return None
     size = tokenizer.removeprefix("bpe:")

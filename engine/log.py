@@ -109,7 +109,7 @@ class Log:
             if accuracy is not None:
                 heading += f", accuracy {accuracy:.1%}"
             append(out / "samples.txt", f"{heading}\n{sample}\n\n")
-            report.plot(out)
+            report.draw_loss(out)
             report.write(out)
         run.model.train()
         self.progress.show(**self.shown)
@@ -138,7 +138,7 @@ class Log:
 
 
 def row_of(run: Run, step: Step, steps_per_second: float) -> dict:
-    """Return the row of metrics.jsonl for a step. Metrics of several ranks are averaged over their targets."""
+    """Return the row of metrics.jsonl for a step. Metrics of the ranks are averaged over their targets."""
     rate = steps_per_second * run.tokens_per_step
     weight = step.n_targets
     own = [step.loss.item(), weight, *(weight * value.item() for value in step.metrics.values())]

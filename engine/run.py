@@ -152,7 +152,7 @@ class Run:
 
 @contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """Within it SIGINT and SIGTERM are noted in run.signal and the step is finished; a second SIGINT ends it."""
+    """Note SIGINT and SIGTERM in run.signal, so that the step is finished. A second SIGINT ends it."""
 
     def note(number: int, _) -> None:
         run.signal = number
@@ -239,7 +239,7 @@ def check(args: argparse.Namespace) -> contract.Concept:
 
 
 def open_directory(out: Path) -> FileLock:
-    """Make the run's directory if there is none and return a lock on it; ValueError if it cannot be locked."""
+    """Make the run's directory if there is none, and return a lock on it; ValueError if it is locked."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / "lock")  # the operating system's, released even if the process is killed

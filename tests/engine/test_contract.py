@@ -14,7 +14,7 @@ from formats.open_model import open_model
 ROOT = Path(__file__).parents[2]
 
 # Read a text backwards: a task for any decoder.
-TASK = '''
+TASK = """
 import gpt
 from engine.contract import load_text
 
@@ -32,10 +32,10 @@ def make_batch(rows, config, generator, tokenizer):
 
 def show(model, dataset, out):
     return f"backwards: {dataset.tokenizer.decode(dataset.val.tokens[:5].tolist())}"
-'''
+"""
 
 # A recurrent language model that no Hugging Face class describes.
-MODEL = '''
+MODEL = """
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ def show(model, dataset, out):
 
 
 SIZES = {"tiny": Config(16)}
-'''
+"""
 
 
 @pytest.fixture
@@ -111,7 +111,17 @@ def test_a_file_on_the_path_is_trained_resumed_evaluated_saved_and_opened(name, 
     train(folder, *flags, "--steps", "4", "--schedule", "constant", "--out", "whole")
     train(folder, *flags, "--steps", "2", "--schedule", "constant", "--warmup", "0", "--out", "parts")
     train(
-        folder, *flags, "--steps", "4", "--schedule", "constant", "--warmup", "0", "--out", "parts", "--resume"
+        folder,
+        *flags,
+        "--steps",
+        "4",
+        "--schedule",
+        "constant",
+        "--warmup",
+        "0",
+        "--out",
+        "parts",
+        "--resume",
     )
     assert rows(folder / "whole") == rows(folder / "parts") and len(rows(folder / "whole")) == 4 + 3
     shown = {"backwards": "backwards: ", "recurrent": "nothing yet"}[name]
@@ -142,7 +152,10 @@ def test_a_task_takes_another_model_by_its_own_flag(folder):
         (["--model", "gpt", "--train", "some"], ["--train some: expected all, head, or last:N"]),
         (["--model", "lora"], ["--model lora needs --base DIR"]),
         (["--model", "lora", "--base", "runs/gpt/model", "--size", "dora"], ["--model lora --adapter dora"]),
-        (["--model", "lora", "--base", "B", "--size", "last"], ["--init-from B --task instruct --train last:1"]),
+        (
+            ["--model", "lora", "--base", "B", "--size", "last"],
+            ["--init-from B --task instruct --train last:1"],
+        ),
         (["--model", "gpt", "--base", "B"], ["--base B", "--init-from"]),
         (["--model", "gpt", "--set", "colour=3"], ["--set colour=3", "n_layers"]),
         (["--model", "bert", "--set", "mask_rate=0"], ["mask_rate 0"]),

@@ -32,6 +32,7 @@ MAY_IMPORT = {
 }
 # The files on a shelf that hold the rest of a pillar's own concept.
 REST_OF = {
+    "moe": {"language.routing", "language.expert_usage"},
     "lora": {"posttraining.adapters", "posttraining.adapter_costs", "posttraining.nf4"},
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }

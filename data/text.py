@@ -25,9 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from data.corpus import documents, find_files
 from data.rows import Dataset, Row, Rows
@@ -378,18 +376,6 @@ def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Datase
         summary=f"{len(train):,} tokens to train on, {len(val):,} held out",
         guess=f"the most frequent token is right for {np.mean(val == most_frequent):.2%} of the held out",
     )
-
-
-def cu_seqlens(tokens: Tensor, eot_id: int) -> Tensor:
-    """Return where the n documents in tokens (B, T) begin, rows laid end to end, and B T: int32 (n + 1,).
-
-    This keeps `kernels.attention` from crossing from one document to another, with the rows run as one,
-    `tokens.view(1, -1)`. A document begins at each end-of-text token and at each row.
-    """
-    begins = tokens == eot_id
-    begins[:, 0] = True
-    starts = begins.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([tokens.numel()])]).int()
 
 
 def main() -> None:

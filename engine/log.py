@@ -32,7 +32,7 @@ class Diverged(Exception):
 
 
 class Step(NamedTuple):
-    """What one update leaves to be logged, still on the device."""
+    """The results of one update that are logged, still on the device."""
 
     loss: Tensor  # this rank's share of the mean over all targets of the update
     norm: Tensor  # of the gradient, before clipping

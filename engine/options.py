@@ -9,7 +9,6 @@ import argparse
 import math
 from pathlib import Path
 
-from data import corpus
 from engine import contract, parallel, trainable, watch
 
 # These change no number that a run computes.
@@ -41,6 +40,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_what(group) -> None:
+    from data.corpus import PUBLIC
+
     add = group.add_argument
     add("--model", help=f"the concept's file, always needed: {', '.join(contract.names())}")
     add("--size", help="a size that the model's file names, see `python gpt.py` (default: its first)")
@@ -70,7 +71,7 @@ def add_what(group) -> None:
         default="stdlib",
         metavar="WHAT",
         help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py "
-        f".jsonl, also .gz, a URL, or one of: {', '.join(corpus.PUBLIC)}; for --task instruct conversations: "
+        f".jsonl, also .gz, a URL, or one of: {', '.join(PUBLIC)}; for --task instruct conversations: "
         "stdlib (questions about it), or a .jsonl or .json, see posttraining/instruct.py",
     )
     add(

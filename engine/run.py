@@ -26,12 +26,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from engine import checkpoint, contract, cpu, memory, optim, parallel, trainable
+from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_RESUME, check_arguments, fill_defaults
 from engine.settings import check_set, field_names, with_fields
-from formats import native
 
 
 class Interrupted(Exception):
@@ -275,6 +274,8 @@ def configure(concept: contract.Concept, args: argparse.Namespace) -> tuple[nn.M
             pretrained = pretrained.float()
         config = pretrained.config
     elif args.size in file.SIZES:
+        from formats import native
+
         pretrained, config = None, native.with_kernels(file.SIZES[args.size], args.kernels)
     else:
         raise ValueError(f"--size {args.size}: expected one of {', '.join(file.SIZES)}")
@@ -421,4 +422,6 @@ def plan(args: argparse.Namespace) -> str:
     functions = {"mlp_bytes": concept.model.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
     if concept.adapter is not None:
         functions["adapter_bytes"] = concept.adapter.adapter_bytes
+    from engine import memory
+
     return memory.describe(model, args, args.dry_run, config=settings, **functions)

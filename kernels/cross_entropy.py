@@ -78,15 +78,10 @@ def linear_cross_entropy(
             f"linear_cross_entropy: hidden {hidden.dtype}, weight {weight.dtype}: expected one dtype"
         )
 
-    # One row per token. Targets are checked where this needs no waiting.
+    # One row per token.
     hidden, targets = hidden.reshape(N, D), targets.reshape(N)
     valid = targets != ignore_index
-    if device == "cpu" and not torch.compiler.is_compiling():
-        outside = valid & ((targets < 0) | (targets >= V))
-        if outside.any():
-            raise ValueError(
-                f"linear_cross_entropy: target {targets[outside][0]}: expected 0 to {V - 1} or {ignore_index}"
-            )
+    check_range(targets, valid, V, ignore_index)
 
     backend = _choose(backend, hidden, V, softcap, z_loss)
     if backend == "reference":
@@ -103,6 +98,16 @@ def linear_cross_entropy(
     # small for float16.
     n = valid.sum().clamp(min=1)
     return total / n, z.detach() / n
+
+
+def check_range(targets: Tensor, valid: Tensor, V: int, ignore_index: int) -> None:
+    """Raise ValueError for a valid target outside 0 ... V - 1, where the check does not wait for a device."""
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = valid & ((targets < 0) | (targets >= V))
+        if outside.any():
+            raise ValueError(
+                f"linear_cross_entropy: target {targets[outside][0]}: expected 0 to {V - 1} or {ignore_index}"
+            )
 
 
 def _choose(backend: str, hidden: Tensor, V: int, softcap: float | None, z_loss: float) -> str:

@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What is fixed when a kernel is compiled: one argument, of type tl.constexpr."""
+    """The constants that are fixed when a kernel is compiled: one argument, of type tl.constexpr."""
 
     K: int  # head width
     BLOCK_K: int  # the same, rounded up to a power of two
@@ -64,7 +64,7 @@ class Constants(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Which keys the queries see; the tensors are None where their mask is not used."""
+    """The keys that the queries see; the tensors are None where their mask is not used."""
 
     seqlens_k: Any  # (B,), how many keys of each row exist
     doc_start: Any  # (T,), where the document of each position begins

@@ -214,8 +214,11 @@ def test_the_tests_mirror_the_tree():
 def test_a_docstring_stands_alone():
     offenders = []
     for path in modules().values():
+        if path.parts[0] == "tests":
+            continue
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # The first line of a file is a title, and may be a noun phrase.
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").partition("\n\n")[0]
                 question = "?" in first.partition(".")[0]  # a question is a sentence
                 if first and first.split()[0] in OPENINGS and not question:

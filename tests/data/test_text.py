@@ -233,5 +233,5 @@ def test_held_out_batches_predict_every_token_once_in_order(n):
 
 def test_cu_seqlens_begin_documents_at_rows_and_boundaries():
     tokens = torch.tensor([[7, 7, 0, 5], [0, 5, 5, 0]])
-    assert data.text.cu_seqlens(tokens, 0).tolist() == [0, 2, 4, 7, 8]
-    assert data.text.cu_seqlens(tokens, 0).dtype == torch.int32
+    assert data.rows.cu_seqlens(tokens, 0).tolist() == [0, 2, 4, 7, 8]
+    assert data.rows.cu_seqlens(tokens, 0).dtype == torch.int32

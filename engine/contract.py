@@ -17,7 +17,7 @@ import importlib.util
 import re
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +30,7 @@ from formats.json_file import read_json
 
 ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
-OFFER = re.compile(r"^(?:class |def )?(Model|ADAPTERS|make_batch)\b", re.M)
+OFFER = re.compile(r"^(?:class |def )?(Model|SIZES|ADAPTERS|make_batch)\b", re.M)
 
 
 def find(name: str, flag: str = "--model") -> ModuleType:
@@ -53,7 +53,10 @@ def offers(path: Path) -> set[str]:
     """Return what a file offers, some of Model, ADAPTERS and make_batch, by its text alone."""
     if path.suffix != ".py" or not path.is_file():
         return set()
-    return set(OFFER.findall(path.read_text("utf-8")))
+    found = set(OFFER.findall(path.read_text("utf-8")))
+    if not {"Model", "SIZES"} <= found:  # a model is trained in one of its sizes
+        found -= {"Model"}
+    return found - {"SIZES"}
 
 
 def names(what: str = "") -> list[str]:
@@ -242,7 +245,7 @@ def resolve(args: Namespace) -> Concept:
     from formats.open_model import concept_of  # which imports every format
 
     file = find(args.model)
-    if "Model" not in vars(file) and "ADAPTERS" not in vars(file):  # a task brings its model along
+    if "SIZES" not in vars(file) and "ADAPTERS" not in vars(file):  # a task brings its model along
         if "MODEL" not in vars(file):
             raise ValueError(
                 f"--model {args.model}: a task; name the model too, as --model gpt --task {args.model}"
@@ -298,7 +301,12 @@ def read(kind: type, *files: ModuleType) -> Any:
     found: dict[str, Any] = {}
     for file in reversed(files):
         found |= {field.name: vars(file)[field.name] for field in fields(kind) if field.name in vars(file)}
-    return kind(**found | {"name": files[-1].__name__})
+    found["name"] = files[-1].__name__
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in found]
+    if missing:
+        needs = f"a {kind.__name__} needs {', '.join(missing)}"
+        raise ValueError(f"{found['name']}: {needs}, see engine/contract.py")
+    return kind(**found)
 
 
 def read_task(model_file: ModuleType, name: str | None) -> Task:

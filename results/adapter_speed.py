@@ -5,12 +5,13 @@
 64 rows through gpt.py's 10m size with random weights, LoRA of rank 16 on all its linear layers, in float32:
 
     one        all rows with the same adapter
-    64         each row with its own: `with use(model, names)`, which gathers their factors, is timed too
+    64         each row with its own; with the time to gather their factors, in `use`
     one by one the same rows, each alone with its adapter, in a loop
     base       no adapter
 
-for prompts of 32 and 128 tokens, forward and the last token's logits; and for 32 tokens generated after a
-prompt of 32 (one gathering for all of them). All in turns, median of the ratios to "one" (and range).
+for prompts of 32 and 128 tokens (the forward pass and the last token's logits), and for 32 tokens that are
+generated after a prompt of 32, for which the factors are gathered once. The four are measured in turn. The
+figures are the median and the range of the ratios to "one".
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,18 +31,17 @@ from gpt import GPT, SIZES
 from lora import Config, apply
 from posttraining.adapters import adapted_layers, use
 
-ROOT = Path(__file__).parent.parent
-
 ROWS = 64
 NAMES = [f"user{i}" for i in range(ROWS)]
 
 
 def build() -> GPT:
+    """Return a model with random weights and 64 adapters."""
     torch.manual_seed(0)
     model = GPT(SIZES["10m"]).eval()
     for name in NAMES:
         apply(model, Config(), name)
-    with torch.no_grad():  # as if they had learned something
+    with torch.no_grad():  # so that the adapters change the outputs
         for layer in adapted_layers(model).values():
             for adapter in layer.adapters.values():
                 adapter.lora_B.normal_(std=0.02)
@@ -48,14 +49,18 @@ def build() -> GPT:
 
 
 def read(model: GPT, tokens: Tensor) -> Tensor:
+    """Return the logits of the last tokens."""
     return model.logits(model.hidden(tokens)[:, -1])
 
 
 def write(model: GPT, tokens: Tensor) -> Tensor:
+    """Return 32 new tokens for each row."""
     return torch.tensor(model.generate(tokens, 32, temperature=0))
 
 
-def ways(model: GPT, work, tokens: Tensor) -> dict:
+def ways(model: GPT, work: Callable, tokens: Tensor) -> dict[str, Callable]:
+    """Return the functions that are compared, each of which does this work."""
+
     def with_adapters(names):
         with use(model, names):
             return work(model, tokens)

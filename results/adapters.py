@@ -1,23 +1,24 @@
-"""What does it take to teach a base model to answer? All ways of lora.py on the same questions.
+"""What does it take to teach a base model to answer? Adapters and classical ways on the same questions.
 
     python train.py --model gpt --steps 4000 --out runs/base
     python -m results.adapters --base runs/base/model --out results/adapters.json      an hour on two cores
 
-Every run is `train.py --model lora` on the built-in conversations about Python's standard library, rows of
-256 tokens, 8 to a batch. Methods want very different learning rates, so each first looks for its own, in
-steps of sqrt(10) and runs of --search-steps, until both neighbours of the best are worse; with that it is
-trained for --steps from --seeds seeds. The loss is that of held-out answers, about modules that the base has
-not seen; the rate is chosen by it too, and seed 0 is both in the search and in the result.
+Every run is one of train.py with the task instruct, on the built-in conversations about Python's standard
+library, in rows of 256 tokens, 8 to a batch. Methods need very different learning rates. So for each method
+the best rate is searched first, in steps of sqrt(10) and runs of --search-steps, until both neighbours of the
+best are worse. With that rate it is trained for --steps from --seeds seeds. The loss is that of held-out
+answers, about modules that the base has not seen. The rate is chosen by the same loss, and seed 0 is both in
+the search and in the result.
 
-    gain      (the base's loss - loss after), as a share of what full fine-tuning gains
-    seconds   of a step (forward, backward, update), all methods in turns in one process: median over
-              --rounds, as a ratio to full fine-tuning's
+    gain      (loss of the base - loss after), as a share of the gain of full fine-tuning
+    seconds   of a step (forward, backward, update), all methods in turn in one process: median over
+              --rounds, and its ratio to full fine-tuning
     memory    bytes of the weights, and the most that one step allocates besides: activations, gradients,
               optimizer state
-    file      bytes of adapter_model.safetensors, or of the whole model
+    file      bytes of adapter_model.safetensors, or of the model
 
-Writes the figures and the answers of every run, and adapters.png beside them. Runs that --out has already,
-from a script that was stopped, are not made again.
+The figures and the answers of every run are written to --out, and a plot beside it. Runs that are in --out
+already, because the script was interrupted, are not repeated.
 """
 
 import argparse
@@ -37,36 +38,36 @@ from torch.profiler import ProfilerActivity, profile
 
 import train
 from engine import cpu
-from engine.run import host_batches
+from engine.options import parse_arguments
+from engine.run import prepare
 from formats.atomic import replace_file
 from posttraining.nf4 import n_bytes
 
-ROOT = Path(__file__).parent.parent
-
-METHODS = {  # --size, --set, and where the search for a learning rate begins
-    "full": ("full", [], 1e-3),
-    "head alone": ("head", [], 1e-3),
-    "last layer": ("last", [], 1e-3),
-    "LoRA, r 1": ("lora", ["r=1"], 1e-2),
-    "LoRA, r 4": ("lora", ["r=4"], 1e-2),
-    "LoRA, r 16": ("lora", [], 1e-2),
-    "LoRA, r 64": ("lora", ["r=64"], 1e-2),
-    "DoRA, r 16": ("dora", [], 1e-2),
-    "IA3": ("ia3", [], 10**-1.5),
-    "QLoRA, r 16": ("qlora", [], 1e-2),
-    "PiSSA, r 16": ("pissa", [], 1e-2),
+# The flags of each method, and the learning rate at which the search for the best begins.
+METHODS = {
+    "full": (["--train", "all"], 1e-3),
+    "head alone": (["--train", "head"], 1e-3),
+    "last layer": (["--train", "last:1"], 1e-3),
+    "LoRA, r 1": (["--adapter", "lora", "--set", "r=1"], 1e-2),
+    "LoRA, r 4": (["--adapter", "lora", "--set", "r=4"], 1e-2),
+    "LoRA, r 16": (["--adapter", "lora"], 1e-2),
+    "LoRA, r 64": (["--adapter", "lora", "--set", "r=64"], 1e-2),
+    "DoRA, r 16": (["--adapter", "dora"], 1e-2),
+    "IA3": (["--adapter", "ia3"], 10**-1.5),
+    "QLoRA, r 16": (["--adapter", "qlora"], 1e-2),
+    "PiSSA, r 16": (["--adapter", "pissa"], 1e-2),
 }
 
 
 def flags(name: str, base: str, steps: int, lr: float, seed: int, out: str) -> list[str]:
-    size, fields, _ = METHODS[name]
-    told = ["--model", "lora", "--base", base, "--size", size, "--out", out, "--dtype", "float32"]
-    told += ["--steps", str(steps), "--lr", str(lr), "--seed", str(seed), "--eval-every", str(steps)]
-    return told + (["--set", *fields] if fields else [])
+    """Return the flags of train.py for a run."""
+    run = ["--model", "gpt", "--init-from", base, "--task", "instruct", "--out", out, "--dtype", "float32"]
+    run += ["--steps", str(steps), "--lr", str(lr), "--seed", str(seed), "--eval-every", str(steps)]
+    return run + METHODS[name][0]
 
 
 def run(name: str, base: str, steps: int, lr: float, seed: int) -> dict:
-    """The losses and answers before and after a training run, and how large what it learned is."""
+    """Return the losses before and after a training run, its answers, and the bytes that it has saved."""
     with (
         tempfile.TemporaryDirectory() as out,
         open(os.devnull, "w") as nowhere,
@@ -89,7 +90,7 @@ def run(name: str, base: str, steps: int, lr: float, seed: int) -> dict:
 
 
 def search(job: tuple[str, str, int]) -> dict:
-    """The best learning rate of a method, and the losses of all that were tried."""
+    """Return the best learning rate of a method, and the losses of all rates that were tried."""
     torch.set_num_threads(1)
     name, base, steps = job
     tried: dict[float, float] = {}
@@ -99,7 +100,7 @@ def search(job: tuple[str, str, int]) -> dict:
             tried[k] = run(name, base, steps, 10**k, seed=0)["after"]
         return tried[k]
 
-    best = math.log10(METHODS[name][2])
+    best = math.log10(METHODS[name][1])
     while True:
         lower = min((best - 0.5, best, best + 0.5), key=loss)
         if lower == best:
@@ -109,32 +110,31 @@ def search(job: tuple[str, str, int]) -> dict:
 
 
 def repeat(job: tuple[str, str, int, float, int]) -> dict:
+    """Return `run` of these arguments, with one thread."""
     torch.set_num_threads(1)
     return run(*job)
 
 
 def costs(base: str, rounds: int) -> list[dict]:
-    """Trained parameters, time of a step and memory of each method, in turns in this process."""
+    """Return the trained parameters, the time of a step and the memory of each method, measured in turn."""
     torch.set_num_threads(1)
     runs, seconds, result = {}, {name: [] for name in METHODS}, []
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
         for name in METHODS:
             with contextlib.redirect_stdout(nowhere):
-                told = flags(name, base, 1, 1e-5, 0, str(Path(out) / name))
-                runs[name] = train.prepare(train.parse_arguments(told))
+                argv = flags(name, base, 1, 1e-5, 0, str(Path(out) / name))
+                runs[name] = prepare(parse_arguments(argv))
 
         def step(name: str) -> None:
             this = runs[name]
-            (batch,), _ = host_batches(this, 0)
-            loss, _ = this.model.loss(batch)
+            loss, _ = this.loss(this.batches.peek()[0].batch)
             loss.backward()
             for optimizer in this.optimizers:
                 optimizer.step()
             this.model.zero_grad(set_to_none=True)
 
         for name, this in runs.items():
-            n_params, _, n_trained = train.count_parameters(this.model)
-            row = {"name": name, "trained": n_trained, "parameters": n_params}
+            row = {"name": name, "trained": this.sizes.n_trained, "parameters": this.sizes.n_params}
             row |= {"weights": n_bytes(this.model), "step": most_allocated(lambda name=name: step(name))}
             result.append(row)
         for _ in range(rounds):
@@ -150,7 +150,7 @@ def costs(base: str, rounds: int) -> list[dict]:
 
 
 def most_allocated(function) -> int:
-    """The bytes alive at once of what a function allocates on the CPU."""
+    """Return the most bytes that a function has allocated on the CPU at any one time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
         function()
     alive = most = 0
@@ -162,8 +162,9 @@ def most_allocated(function) -> int:
 
 
 def gains(results: dict) -> dict[str, list[float]]:
-    """Of each method that is done, the gains of its seeds over the mean of full fine-tuning's."""
-    before = next(r["before"] for r in results["runs"] if r["name"] == "full")  # QLoRA's is of 4 bits
+    """Return for each method the gains of its seeds, as shares of the mean gain of full fine-tuning."""
+    # QLoRA starts from a base in 4 bits; its gain too is measured from the base in full precision.
+    before = next(r["before"] for r in results["runs"] if r["name"] == "full")
     gained: dict[str, list[float]] = {}
     for r in results["runs"]:
         gained.setdefault(r["name"], []).append(before - r["after"])
@@ -172,7 +173,7 @@ def gains(results: dict) -> dict[str, list[float]]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Gain over trained share, and over the memory of a step."""
+    """Draw the gain over the share that is trained, and over the memory of a step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +192,7 @@ def plot(results: dict, path: Path) -> None:
         right.errorbar(memory, mean, spread, label=name, linestyle="", **marker)
     percent = FuncFormatter(lambda share, _: f"{100 * share:g}%")
     left.set(xscale="log", xlabel="share of the parameters that is trained")
-    left.set_ylabel("held-out loss gained, of full fine-tuning's")
+    left.set_ylabel("gain in held-out loss, of that of full fine-tuning")
     left.xaxis.set_major_formatter(percent)
     left.yaxis.set_major_formatter(percent)
     right.set(xlabel="weights and the most a step allocates (MB)")
@@ -224,7 +225,9 @@ def main() -> None:
     if args.out and args.out.exists():
         results = json.loads(args.out.read_text())
         if any(results[key] != value for key, value in about.items()):
-            sys.exit(f"error: {args.out} is of another machine or other steps than {about}; remove it first")
+            sys.exit(
+                f"error: {args.out} was made on another machine or with other steps than {about}; remove it"
+            )
 
     def keep() -> None:
         if args.out:
@@ -259,9 +262,9 @@ def main() -> None:
         name = cost["name"]
         runs = [r for r in results["runs"] if r["name"] == name]
         after = [r["after"] for r in runs]
-        told = f"{statistics.mean(after):.4f} ({min(after):.4f}-{max(after):.4f})"
+        loss = f"{statistics.mean(after):.4f} ({min(after):.4f}-{max(after):.4f})"
         print(f"{name:14} {cost['trained']:9,} {cost['trained'] / cost['parameters']:8.2%}", end="")
-        print(f" {runs[0]['lr']:7.2g} {told:>24} {statistics.mean(shares[name]):6.1%}", end="")
+        print(f" {runs[0]['lr']:7.2g} {loss:>24} {statistics.mean(shares[name]):6.1%}", end="")
         print(f" {cost['ratio']:5.2f}x {(cost['weights'] + cost['step']) / 1e6:6.1f} {runs[0]['file']:10,}")
 
 

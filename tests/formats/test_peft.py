@@ -288,7 +288,7 @@ FUSED = ("gpt2", "modernbert-mlm")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", WRITTEN)
 def test_peft_opens_what_we_write(case, tmp_path):
-    """With no key missing or left over, and what it computes is what the adapter means."""
+    """No key is missing or left over, and PEFT computes the function of the adapter."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     name, paths, options = WRITTEN[case]
     model = base_of(name)
@@ -419,7 +419,7 @@ EXPERT = "base_model.model.model.layers.0.mlp.experts"
         (
             "olmoe-experts",
             {f"{EXPERT}.lora_A.weight": None, f"{EXPERT}.lora_B.weight": None},
-            r"no tensors of model\.layers\.0\.mlp\.experts\.down_proj; expected some by",
+            r"no tensors of model\.layers\.0\.mlp\.experts\.down_proj; expected those of the targets",
         ),
     ],
 )  # fmt: skip

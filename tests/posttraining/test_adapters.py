@@ -11,18 +11,20 @@ from torch import nn
 import bert
 import gpt
 import moe
+from language import masking
 from lora import Config, apply
 from posttraining import nf4
-from posttraining.adapters import adapted_layers, merge, set_adapter, unmerge, use
+from posttraining.adapters import adapted_layers, set_adapter, use
+from posttraining.merging import merge, unmerge
 
 TINY = dict(n_layers=2, d_model=32, d_ff=48, vocab_size=96, max_seq_len=32)
 GPT2 = {name: value for name, value in gpt.GPT2.items() if name != "eos_token_id"}
 MODELS = {
-    "gpt": (gpt.GPT, gpt.SIZES["tiny"].changed(**TINY)),
-    "gpt, untied": (gpt.GPT, gpt.SIZES["tiny"].changed(**TINY, tie_embeddings=False)),
+    "gpt": (gpt.GPT, replace(gpt.SIZES["tiny"], **TINY)),
+    "gpt, untied": (gpt.GPT, replace(gpt.SIZES["tiny"], **TINY, tie_embeddings=False)),
     "gpt2": (gpt.GPT, gpt.Config(2, 4, 32, 48, 96, 32, **GPT2)),
-    "moe": (moe.MoEGPT, moe.SIZES["tiny"].changed(**TINY, d_expert=20, n_experts=6)),
-    "bert": (bert.BERT, bert.SIZES["tiny-bert"].changed(**TINY)),
+    "moe": (moe.MoEGPT, replace(moe.SIZES["tiny"], **TINY, d_expert=20, n_experts=6)),
+    "bert": (bert.BERT, replace(bert.SIZES["tiny-bert"], **TINY)),
 }
 LORA = Config(r=4, alpha=6.0)
 METHODS = {
@@ -114,7 +116,7 @@ def adapter_of(layer):
 
 
 def assert_same_gradients(y, expected, x, own_x, layers):
-    """Of x and all adapters' parameters. 1e-10: sums of some tens of float64 products in two orders."""
+    """Compare those of x and of all adapters' parameters. 1e-10: sums of some tens of float64 products."""
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
     y.backward(dy)
@@ -167,7 +169,8 @@ def test_stacked_experts_equal_a_loop_over_them(method):
     experts = moe.Experts(MODELS["moe"][1])
     for p in experts.parameters():
         nn.init.normal_(p, std=0.3)
-    gate_up_proj, down_proj = (p.detach().double() for p in experts.parameters())
+    stacks = experts.gate_up_proj, experts.down_proj
+    gate_up_proj, down_proj = (stack.weight.detach().double() for stack in stacks)
     module = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})}).double()
     layers = moved(module, method, "gate_up_proj|down_proj")
     x = torch.randn(13, 32, dtype=torch.float64).requires_grad_()
@@ -190,11 +193,11 @@ def test_stacked_experts_equal_a_loop_over_them(method):
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9), (3, 9, 14)])
 def test_pissa_begins_with_the_largest_part_of_the_weight(shape):
     torch.manual_seed(0)
-    config = moe.SIZES["tiny"].changed(d_model=14, d_expert=9, n_experts=3, n_heads=1, n_kv_heads=1, top_k=1)
+    config = replace(moe.SIZES["tiny"], d_model=14, d_expert=9, n_experts=3, n_heads=1, n_kv_heads=1, top_k=1)
     if len(shape) == 3:
         module = nn.ModuleDict({"experts": moe.Experts(config)})
         path = "experts.gate_up_proj"
-        nn.init.normal_(module.experts.gate_up_proj)
+        nn.init.normal_(module.experts.gate_up_proj.weight)
     else:
         module, path = nn.ModuleDict({"o_proj": nn.Linear(*shape)}), "o_proj"
     apply(module, replace(METHODS["pissa"], target_modules=path))
@@ -308,7 +311,7 @@ def test_a_base_in_4_bits_is_merged_too(name, method):
     assert off(logits(model), expected) < 1e-5
     kinds = {type(module) for module in model.modules()}
     stacks = name == "moe" and METHODS[method].method == "lora"  # the others leave them out by default
-    assert moe.Experts in kinds if stacks else nn.Linear in kinds
+    assert moe.ExpertLinear in kinds if stacks else nn.Linear in kinds
     unmerge(model)
     assert torch.equal(logits(model), expected)
     assert_equal_weights(weights(model), before)
@@ -458,7 +461,7 @@ def mixture(name, quantized=False):
 
 
 def alone(model, names, function):
-    """What function gives of each row with its adapter alone."""
+    """Return the outputs of a function of each row, with its adapter alone."""
     outputs = []
     for i, name in enumerate(names):
         with use(model, name):
@@ -545,12 +548,12 @@ def test_an_encoder_takes_a_mixed_batch_of_masks():
     losses = alone(
         model,
         names,
-        lambda i: model.loss(
-            {"tokens": TOKENS[i : i + 1], "targets": targets[i : i + 1], "positions": positions[:1]}
+        lambda i: masking.loss(
+            model, {"tokens": TOKENS[i : i + 1], "targets": targets[i : i + 1], "positions": positions[:1]}
         )[0].item(),
     )
     with use(model, names):
-        loss, _ = model.loss({"tokens": TOKENS, "targets": targets, "positions": positions})
+        loss, _ = masking.loss(model, {"tokens": TOKENS, "targets": targets, "positions": positions})
     assert loss.item() == pytest.approx(sum(losses) / 5, abs=1e-5)
 
 
@@ -627,7 +630,7 @@ def test_a_mixed_batch_under_autocast(name):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_base_in_bfloat16_runs_without_autocast(method):
-    """As train.py's samples and lora.py's answers do."""
+    """Samples in training and the answers of lora.py are computed so."""
     model = with_adapter("gpt2", METHODS[method])
     expected = logits(model)
     model.to(torch.bfloat16)

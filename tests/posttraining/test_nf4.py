@@ -17,7 +17,14 @@ import gpt
 import moe
 from kernels import grouped_matmul
 from posttraining import nf4
-from posttraining.nf4 import NF4, QuantizedEmbedding, QuantizedExperts, QuantizedLinear, n_bytes, quantize
+from posttraining.nf4 import (
+    NF4,
+    QuantizedEmbedding,
+    QuantizedExpertLinear,
+    QuantizedLinear,
+    n_bytes,
+    quantize,
+)
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = sorted((Path(__file__).parents[1] / "fixtures" / "nf4").glob("*.safetensors"))
@@ -91,11 +98,11 @@ def test_same_as_bitsandbytes_makes(shape, dtype):
 
 def test_error_on_normal_weights():
     w = normal(512, 512)
-    nf4 = NF4(w)
-    off = (nf4.dequantize() - w).view(-1, 64)
+    quantized = NF4(w)
+    off = (quantized.dequantize() - w).view(-1, 64)
     # No weight is further off than half the widest gap, times its block's constant, and that one's own error.
     _, absmax = nf4.quantize_blocks(w)
-    absmax_off = (nf4.absmax(torch.arange(len(absmax))) - absmax).abs()
+    absmax_off = (quantized.absmax(torch.arange(len(absmax))) - absmax).abs()
     bound = nf4.nf4_code().diff().max() / 2 * absmax + absmax_off
     assert (off.abs() <= 1.00001 * bound[:, None]).all()
     assert absmax_off.norm() <= 0.01 * absmax.norm()
@@ -113,11 +120,11 @@ def test_error_on_normal_weights():
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (65,), (2, 3, 7), (300, 64), (257, 65)])
 def test_any_shape(shape):
     w = normal(*shape, std=0.02)
-    nf4 = NF4(w)
-    assert nf4.numel() == w.numel() and nf4.dequantize().shape == w.shape
-    assert relative(nf4.dequantize(), w) < 0.15
-    assert nf4.dequantize(torch.bfloat16).dtype == torch.bfloat16
-    assert torch.equal(NF4(w.mT.contiguous().mT if w.ndim > 1 else w).dequantize(), nf4.dequantize())
+    quantized = NF4(w)
+    assert quantized.numel() == w.numel() and quantized.dequantize().shape == w.shape
+    assert relative(quantized.dequantize(), w) < 0.15
+    assert quantized.dequantize(torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(NF4(w.mT.contiguous().mT if w.ndim > 1 else w).dequantize(), quantized.dequantize())
 
 
 def test_zeros_stay_zeros():
@@ -130,13 +137,13 @@ def test_zeros_stay_zeros():
 
 @pytest.mark.parametrize("D", [64, 192, 40])
 def test_rows(D):
-    nf4 = NF4(normal(300, D))
+    table = NF4(normal(300, D))
     index = torch.tensor([[0, 299, 7], [7, 8, 150]])
-    assert torch.equal(nf4.rows(index), nf4.dequantize()[index])
-    assert nf4.rows(index, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(table.rows(index), table.dequantize()[index])
+    assert table.rows(index, torch.bfloat16).dtype == torch.bfloat16
     for wrong in (-1, 300):
         with pytest.raises(IndexError):
-            nf4.rows(torch.tensor([wrong]))
+            table.rows(torch.tensor([wrong]))
 
 
 def test_moving_to_another_dtype_rounds_the_results_only():
@@ -175,12 +182,13 @@ def layers():
     with torch.no_grad():
         for p in experts.parameters():
             p.copy_(normal(*p.shape, std=0.1))
-    experts = QuantizedExperts(experts)
+    quantize(experts)
+    assert isinstance(experts.down_proj, QuantizedExpertLinear)
     offsets = torch.tensor([4, 4, 9], dtype=torch.int32)
 
     def plain_experts(x):
-        gate, up = grouped_matmul(x, experts.gate_up_proj, offsets).chunk(2, dim=-1)
-        return grouped_matmul(F.silu(gate) * up, experts.down_proj, offsets)
+        gate, up = grouped_matmul(x, experts.gate_up_proj.weight, offsets).chunk(2, dim=-1)
+        return grouped_matmul(F.silu(gate) * up, experts.down_proj.weight, offsets)
 
     return {
         "linear": (linear, lambda x: F.linear(x, linear.weight, linear.bias), (2, 3, 100)),
@@ -259,14 +267,15 @@ def test_model(name):
     model = tiny(name)
     n = sum(p.numel() for p in model.parameters())
     tokens = torch.randint(4096, (2, 32), generator=torch.Generator().manual_seed(0))
-    batch = gpt.make_batch(tokens, model.config, torch.Generator())
+    rows = [{"tokens": row} for row in tokens.numpy()]
+    batch = gpt.make_batch(rows, model.config, torch.Generator(), None)
     with torch.no_grad():
         base, base_loss = model(tokens), model.loss(batch)[0]
     assert quantize(model) is model
     assert n_bytes(model) <= 0.6 * n
     assert not any(p.requires_grad for p in model.parameters())
     kinds = {type(module) for module in model.modules()}
-    assert not kinds & {nn.Linear, nn.Embedding, moe.Experts}
+    assert not kinds & {nn.Linear, nn.Embedding, moe.ExpertLinear}
     rest = sum(p.numel() for p in model.parameters())
     assert rest + sum(module.numel() for module in model.modules() if isinstance(module, NF4)) == n
     logits, loss = model(tokens), model.loss(batch)[0]

@@ -442,7 +442,7 @@ def test_a_model_no_architecture_describes_is_refused_before_anything_is_written
         (
             "mixtral",
             {"architectures": ["LlamaForCausalLM"]},
-            "'LlamaForCausalLM' is dense; make a mixture of experts of it: python -m language.upcycle .* --experts 8",
+            "'LlamaForCausalLM' is dense; .*: python -m language.upcycle .* --experts 8",
         ),
         (
             "mixtral",

@@ -1,10 +1,10 @@
 """GPT: a decoder-only transformer that predicts the next token.
 
-    p(x_1 ... x_T) = prod_t p(x_t | x_1 ... x_{t-1})            loss = -mean_t log p(x_t | x_<t)
+    p(t_1 ... t_N) = prod_i p(t_i | t_1 ... t_{i-1})            loss = -mean_i log p(t_i | t_<i)
 
-    h = embedding of x_1 ... x_{T-1}
-    h = h + attention(norm(h)),  h = h + mlp(norm(h))           L times
-    p(next) = softmax(norm(h) W_head)
+    x = embedding of the tokens t_1 ... t_T
+    x = x + attention(norm(x)),  x = x + mlp(norm(x))           L times
+    p(t_2 ... t_{T+1}) = softmax(norm(x) W_head)
 
 One class is two generations of the same idea, told apart by a handful of Config fields:
 
@@ -12,14 +12,13 @@ One class is two generations of the same idea, told apart by a handful of Config
     modern (Llama, Touvron 2023)    RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases; and
                                     QK-norm (Qwen3), sliding window (Mistral), logit soft-cap (Gemma 2)
 
-Parameters have the names of Hugging Face's Llama, so that checkpoints load without a table of names.
+Parameters have the names of Hugging Face's Llama; formats/decoders.py renames those of GPT-2.
 
     python gpt.py                                   the sizes: parameters and FLOPs per token
     python gpt.py runs/gpt/model --prompt "def "    continue a text
     python train.py --model gpt --size tiny         train one
 
-Shapes: B batch, T query length, S key length, D model width, H heads, G key/value heads, K head width,
-V vocabulary, L layers.
+Shapes: B batch, T tokens, D model width, H heads, G key/value heads, K head width, V vocabulary, L layers.
 """
 
 import math
@@ -56,11 +55,11 @@ class Config:
     # RMSNorm of each head's queries and keys, which bounds the attention logits; "all": of all heads at once
     qk_norm: bool | str = False
     window: int | None = None  # a token sees the last `window` tokens, itself included
-    full_layers: tuple[int, ...] = ()  # layers that see everything in spite of the window
+    full_layers: tuple[int, ...] = ()  # the layers without the window
     logit_softcap: float | None = None  # logits become c * tanh(logits / c)
     tie_embeddings: bool = True  # the head is the embedding matrix
     eos_token_id: int | tuple[int, ...] | None = None  # the token that ends a text
-    kernels: str = "auto"  # the backend of kernels/, see kernels/attention.py
+    kernels: str = "auto"  # which implementation of kernels/ to use, see kernels/backend.py
 
     def __post_init__(self):
         choices = {"norm": ("rms", "layer"), "positions": ("rope", "learned"), "mlp": ("swiglu", "gelu")}
@@ -87,7 +86,7 @@ class Config:
 
     @property
     def n_matmul_params(self) -> int:
-        """Return the number of weights that every token is multiplied with: all but embedding look-ups."""
+        """Return the number of weights in all matrices that a token is multiplied by, the head included."""
         D, H, G, K = self.d_model, self.n_heads, self.G, self.K
         attn = D * (H + 2 * G) * K + H * K * D
         mlp = (3 if self.mlp == "swiglu" else 2) * D * self.d_ff
@@ -96,9 +95,8 @@ class Config:
     def flops_per_token(self, seq_len: int) -> int:
         """Return the matmul FLOPs of training on one token in a sequence of this length.
 
-        Masked scores are not counted. A weight takes 2 in the forward pass and twice that in the backward
-        pass (gradients of inputs and of weights): 6. Attention multiplies a query with each key it sees and
-        each weight with a value: 4 H K per visible key, times 3.
+        A parameter costs 2 forward and 4 backward (gradients of inputs and of parameters). Attention costs
+        4 H K forward per visible key (q . k, and probability times v), and twice that backward.
         """
         flops = 6 * self.n_matmul_params
         for layer in range(self.n_layers):
@@ -159,7 +157,8 @@ def rope(positions: Tensor, theta: float, K: int, scaling: dict | None = None) -
     if scaling is not None and scaling["rope_type"] == "linear":
         frequencies = frequencies / scaling["factor"]
     elif scaling is not None:
-        # A wavelength that fits at least high_freq_factor times into the original context stays as it is.
+        # turns: how often a wavelength fits into the original context. From `high` on it stays, up to
+        # `low` it becomes longer by the factor, and in between it is a blend of both.
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -198,7 +197,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-        # QK-norm, of vectors as wide as its weight: a head, or all heads.
+        # QK-norm over each head, or over all heads together.
         if self.q_norm is not None:
             q = self.q_norm(q.view(B, T, -1, self.q_norm.width))
             k = self.k_norm(k.view(B, T, -1, self.k_norm.width))
@@ -208,11 +207,11 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
-        # In generation, keys and values of earlier tokens come from the cache.
-        mask = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
+        # In generation, keys and values of earlier tokens come from the cache, which holds visible ones only.
+        visible = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
         if cache is not None:
-            k, v, mask = cache.store(self.layer, k, v, mask)
-        y = attention(q, k, v, **mask, backend=self.backend)  # (B, T, H, K)
+            k, v, visible = cache.store(self.layer, k, v, visible)
+        y = attention(q, k, v, **visible, backend=self.backend)  # (B, T, H, K)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -251,7 +250,7 @@ class GPT(nn.Module):
     """The decoder. A variant replaces `block`, and names its other matrices in `matrices`."""
 
     block = Block
-    # How the names of parameters end that `initialize` draws with standard deviation 0.02.
+    # The endings of the names of parameters that `initialize` draws from N(0, 0.02^2).
     matrices = ("_proj", "embed_tokens", "embed_positions", "lm_head")
 
     def __init__(self, config: Config):
@@ -272,9 +271,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the weights as GPT-2 does (Radford et al. 2019, section 2.3): matrices from N(0, 0.02^2), and
-        the two projections that write into the residual stream divided by sqrt(2 L), so that the sum of 2 L
-        of them has the variance of one. Raises ValueError for a parameter that no rule names."""
+        """Draw matrices from N(0, 0.02^2), and divide the two projections that write into the residual stream
+        by sqrt(2 L), so that the sum of 2 L of them has the variance of one (GPT-2, Radford et al. 2019,
+        section 2.3). Raises ValueError for a parameter that no rule names."""
         for name, p in self.named_parameters():
             name = name.removesuffix(".weight")
             if name.endswith("bias"):
@@ -291,7 +290,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens=None) -> Tensor:
         """Return the normalised hidden states (B, T, D) of tokens (B, T), int64. cache: of generation; the
         first pass fills it with the prompts, later ones add one token each. cu_seqlens: see
-        `kernels.attention`; positions then count from the start of each document."""
+        `kernels.attention`, int32: where the documents packed in one row (B = 1) begin, and its end."""
         # Positions (1, T), or (B, 1) where the rows of a cache differ in length.
         T = tokens.shape[1]
         if cache is not None:
@@ -334,8 +333,8 @@ class GPT(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean nats per target, in float32, of a batch from `make_batch`, and no metrics. A target
-        of -100 is not predicted. The batch may have cu_seqlens. The logits, (B T, V), are never all in memory
-        at once: see kernels/cross_entropy.py."""
+        of -100 is not predicted. With --document-mask the batch has cu_seqlens. Large logits, (B T, V), are
+        computed in chunks: see kernels/cross_entropy.py."""
         hidden = self.hidden(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
         options = {"softcap": self.config.logit_softcap, "backend": self.config.kernels}
         return linear_cross_entropy(hidden, self.head_weight, batch["targets"], **options)[0], {}
@@ -367,10 +366,10 @@ class GPT(nn.Module):
         decoders.save_decoder(self, directory)
 
 
-# --- the task: predict the next token
+# --- what train.py looks up by name, see engine/contract.py: the model, and its task, the next token
 
 Model = GPT
-STEPS = 1300
+STEPS = 1300  # of the default run
 
 
 def make_batch(rows: list[dict], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:

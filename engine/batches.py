@@ -23,7 +23,7 @@ class Part(NamedTuple):
     """This rank's part of one batch."""
 
     batch: dict[str, Tensor]
-    share: float  # of its targets in those of the whole update, over all ranks: the weight of its mean loss
+    weight: float  # of its mean loss: its targets over those of the whole update, on all ranks
     n_targets: int
 
 
@@ -75,8 +75,8 @@ class Batches:
             n_targets += task.count(batch)
             n_own.append(task.count(own))
             parts.append(self.finish(own))
-        shares = [own / max(1, n_targets) for own in n_own]
-        return [Part(*found) for found in zip(parts, shares, n_own, strict=True)]
+        weights = [own / max(1, n_targets) for own in n_own]
+        return [Part(*found) for found in zip(parts, weights, n_own, strict=True)]
 
     def held_out(self) -> Iterator[HeldOutPart]:
         """Yield this rank's parts of all held-out rows, in order: the same batches at every evaluation."""

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from engine import parallel
 from engine.device import mfu, wait_for
-from engine.log import Step, row_of
+from engine.log import UpdateResult, row_of
 from engine.optim import set_learning_rate
 from engine.run import Run
 
@@ -101,7 +101,7 @@ def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
     clock("start")
     began = time.perf_counter()
     for i in range(1, STEPS + 1):
-        done = Step(*update(run, gradient, descend, clock))
+        done = UpdateResult(*update(run, gradient, descend, clock))
         if i % args.log_every == 0:
             row_of(run, done, 1.0)
     clock("rest")

@@ -31,7 +31,7 @@ class Diverged(Exception):
     """The gradient was not finite in MAX_SKIPPED steps in a row."""
 
 
-class Step(NamedTuple):
+class UpdateResult(NamedTuple):
     """The results of one update that are logged, still on the device."""
 
     loss: Tensor  # this rank's share of the mean over all targets of the update
@@ -62,7 +62,7 @@ class Log:
         """Start the clock of a step; what happens between steps, evaluation and saving, is not counted."""
         self.began = time.perf_counter()
 
-    def step(self, step: Step) -> None:
+    def step(self, step: UpdateResult) -> None:
         """Note an update. Raises Diverged where a run should give up."""
         run, args = self.run, self.run.args
         self.progress.update(run.step)
@@ -77,7 +77,7 @@ class Log:
         if pause and run.n_skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(f"{run.n_skipped_in_a_row} steps in a row were not finite; try a lower --lr")
 
-    def write_step(self, step: Step) -> None:
+    def write_step(self, step: UpdateResult) -> None:
         """Write a row of metrics.jsonl and show its figures."""
         run, n_steps = self.run, self.run.step - self.logged_step
         row = row_of(run, step, n_steps / self.interval)
@@ -137,7 +137,7 @@ class Log:
         return parallel.on_rank_0(is_missing)
 
 
-def row_of(run: Run, step: Step, steps_per_second: float) -> dict:
+def row_of(run: Run, step: UpdateResult, steps_per_second: float) -> dict:
     """Return the row of metrics.jsonl for a step. Metrics of the ranks are averaged over their targets."""
     rate = steps_per_second * run.tokens_per_step
     weight = step.n_targets
@@ -164,7 +164,7 @@ def append(path: Path, text: str) -> None:
         file.write(text)
 
 
-def announce(run: Run) -> None:
+def time_and_announce(run: Run) -> None:
     """Print what will be trained and how long it will take, by timing a forward and backward pass."""
     args, passes = run.args, []
     part = run.batches.peek()[0]

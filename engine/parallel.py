@@ -182,7 +182,7 @@ def distribute(
 ) -> tuple[nn.Module, Callable, nn.Module | None]:
     """Move an objective to its device and, with --parallel, onto the ranks.
 
-    Returns the module that synchronises gradients (see `sync_gradients`), the loss to call in training, and
+    Returns the module that exchanges gradients (see `sync_gradients`), the loss to call in training, and
     the unsharded model to show and to save, which is None on all ranks but 0.
 
     --checkpoint-activations keeps only the input of each block for the backward pass, which computes the rest

@@ -63,7 +63,7 @@ class Run:
     model: nn.Module  # this rank's shards of it
     unsharded: nn.Module | None  # all of it, to show and to save, on rank 0
     objective: parallel.Objective
-    engine: nn.Module  # the module that synchronises gradients, see parallel.distribute
+    synced_module: nn.Module  # the one that exchanges gradients between ranks, see parallel.distribute
     loss: Callable  # the objective as training calls it: perhaps compiled, perhaps by DDP
     optimizers: list[torch.optim.Optimizer]
     flags: dict[str, str]  # as they were typed, for --resume to compare
@@ -195,7 +195,7 @@ def prepare(args: argparse.Namespace) -> Run:
     sizes = Sizes(n_params, n_active, n_trained)
 
     # This rank's shards of all that training changes.
-    engine, loss, unsharded = parallel.distribute(objective, args)
+    synced_module, loss, unsharded = parallel.distribute(objective, args)
     run = Run(
         args=args,
         concept=concept,
@@ -208,7 +208,7 @@ def prepare(args: argparse.Namespace) -> Run:
         model=objective.model,
         unsharded=unsharded,
         objective=objective,
-        engine=engine,
+        synced_module=synced_module,
         loss=loss,
         optimizers=make_optimizers(concept, objective.model, adapter_config, args),
         flags=flags,

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.numbers import short
+from formats.quantities import short
 from scaling.huber_fit import BORDER, centre, on_border, search, search_near, uncentre
 from scaling.points import (
     beyond,

@@ -73,7 +73,7 @@ class KVCache:
         self.values = [like.new_zeros(B, S, G, K) for S in self.slots]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
-        """Return the positions of the next T tokens: (1, T) for the prompts, later (B, 1), or (1, 1) if equal."""
+        """Return the positions of the next T tokens: (1, T) for the prompts, later (B, 1) or (1, 1)."""
         if not self.filled:
             return torch.arange(T, device=device)[None]
         rows = self.lengths[:1] if self.uniform else self.lengths
@@ -324,22 +324,40 @@ def print_stream(steps: Iterator[list[int]], tokenizer, stop: int) -> str:
     return printed
 
 
-def main() -> None:
-    from formats.open_model import open_model
+def run(kind: type[nn.Module] | None = None, sizes: dict | None = None) -> None:
+    """Run the command line of a decoder's file: continue a text, or print the sizes.
 
-    parser = argparse.ArgumentParser(
-        description="Continue a text with any decoder: GPT, mixture, or adapted."
-    )
+    kind: the model class; None opens any checkpoint. sizes: its Configs by name. Exits with code 2 and one
+    line for a mistake.
+    """
+    parser = argparse.ArgumentParser(description="Continue a text with a trained model, or print the sizes.")
     add_sampling_flags(parser)
     args = parser.parse_args()
-    if args.checkpoint is None:
-        raise ValueError("no checkpoint: name its directory, such as runs/gpt/model")
-    continue_text(open_model(args.checkpoint), args)
-
-
-if __name__ == "__main__":
     try:
-        main()
+        if args.checkpoint is None:
+            if kind is None or sizes is None:
+                raise ValueError("no checkpoint: name its directory, such as runs/gpt/model")
+            print_sizes(kind, sizes)
+        elif kind is not None:
+            continue_text(kind.from_pretrained(args.checkpoint), args)
+        else:
+            from formats.open_model import open_model
+
+            continue_text(open_model(args.checkpoint), args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def print_sizes(kind: type[nn.Module], sizes: dict) -> None:
+    """Print the number of parameters, the shape and the FLOPs per token in training of each size."""
+    print(f"{'size':12} {'parameters':>15} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}")
+    for name, c in sizes.items():
+        with torch.device("meta"):
+            n_params = sum(p.numel() for p in kind(c).parameters())
+        flops = c.flops_per_token(c.max_seq_len)
+        print(f"{name:12} {n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
+
+
+if __name__ == "__main__":
+    run()

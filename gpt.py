@@ -22,18 +22,15 @@ Shapes: B batch, T query length, S key length, D model width, H heads, G key/val
 V vocabulary, L layers.
 """
 
-import argparse
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generate import KVCache, StaticKVCache, add_sampling_flags, continue_text, generate, stream
+from generate import KVCache, StaticKVCache, generate, run, stream
 from kernels import attention, gelu, linear_cross_entropy, rms_norm
 
 
@@ -56,8 +53,7 @@ class Config:
     mlp: str = "swiglu"  # or "gelu"
     bias: bool = False  # in every linear layer
     qkv_bias: bool = False  # only in the query, key and value projections (Qwen2)
-    # RMSNorm of each head's queries and keys, which bounds the attention logits; "all": of all heads as one
-    # vector (OLMoE)
+    # RMSNorm of each head's queries and keys, which bounds the attention logits; "all": of all heads at once
     qk_norm: bool | str = False
     window: int | None = None  # a token sees the last `window` tokens, itself included
     full_layers: tuple[int, ...] = ()  # layers that see everything in spite of the window
@@ -100,9 +96,9 @@ class Config:
     def flops_per_token(self, seq_len: int) -> int:
         """Return the matmul FLOPs of training on one token in a sequence of this length.
 
-        Masked scores are not counted. A weight takes 2 in the forward pass and twice that in the backward pass (gradients of inputs and of
-        weights): 6. Attention multiplies a query with each key it sees and each weight with a value: 4 H K
-        per visible key, times 3.
+        Masked scores are not counted. A weight takes 2 in the forward pass and twice that in the backward
+        pass (gradients of inputs and of weights): 6. Attention multiplies a query with each key it sees and
+        each weight with a value: 4 H K per visible key, times 3.
         """
         flops = 6 * self.n_matmul_params
         for layer in range(self.n_layers):
@@ -174,20 +170,15 @@ def rope(positions: Tensor, theta: float, K: int, scaling: dict | None = None) -
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + K/2}) of x (B, T, H, K) by the angles of `rope`, computed in float32.
-
-    (a, b) becomes (a cos - b sin, b cos + a sin).
-    """
+    """Turn the pairs (a, b) = (x_i, x_{i + K/2}) of x (B, T, H, K) by the angles of `rope`, in float32: they
+    become (a cos - b sin, b cos + a sin)."""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((-b, a), dim=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention, with fewer key/value heads than heads if config.G says so.
-
-    softmax(q k^T / sqrt(K)) v for each head, H of them with queries of their own and G with keys and values
-    of their own, each of which serves H / G heads (grouped-query attention, Ainslie et al. 2023).
-    """
+    """softmax(q k^T / sqrt(K)) v under a causal mask, for H heads of queries and G heads of keys and values,
+    each of which serves H / G heads of queries (grouped-query attention, Ainslie et al. 2023)."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -218,7 +209,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
         # In generation, keys and values of earlier tokens come from the cache.
-        mask: dict[str, Any] = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
+        mask = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
         if cache is not None:
             k, v, mask = cache.store(self.layer, k, v, mask)
         y = attention(q, k, v, **mask, backend=self.backend)  # (B, T, H, K)
@@ -281,12 +272,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the weights as GPT-2 does (Radford et al. 2019, section 2.3).
-
-        Matrices are N(0, 0.02^2). The two projections that write into the residual stream are divided by
-        sqrt(2 L), so that the sum of 2 L of them has the variance of one. Raises ValueError for a parameter
-        that no rule names.
-        """
+        """Draw the weights as GPT-2 does (Radford et al. 2019, section 2.3): matrices from N(0, 0.02^2), and
+        the two projections that write into the residual stream divided by sqrt(2 L), so that the sum of 2 L
+        of them has the variance of one. Raises ValueError for a parameter that no rule names."""
         for name, p in self.named_parameters():
             name = name.removesuffix(".weight")
             if name.endswith("bias"):
@@ -300,14 +288,10 @@ class GPT(nn.Module):
             else:
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to GPT.initialize")
 
-    def hidden(
-        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
-        """Return the normalised hidden states (B, T, D) of tokens (B, T), int64.
-
-        cache: of generation; the first pass fills it with the prompts, later ones add one token each.
-        cu_seqlens: see `kernels.attention`; positions then count from the start of each document.
-        """
+    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens=None) -> Tensor:
+        """Return the normalised hidden states (B, T, D) of tokens (B, T), int64. cache: of generation; the
+        first pass fills it with the prompts, later ones add one token each. cu_seqlens: see
+        `kernels.attention`; positions then count from the start of each document."""
         # Positions (1, T), or (B, 1) where the rows of a cache differ in length.
         T = tokens.shape[1]
         if cache is not None:
@@ -344,29 +328,23 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def forward(
-        self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens=None) -> Tensor:
         """Return the logits (B, T, V) of the token after each of tokens (B, T); arguments as for `hidden`."""
         return self.logits(self.hidden(tokens, cache=cache, cu_seqlens=cu_seqlens))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean nats per target, in float32, of a batch from `make_batch`, and no metrics.
-
-        A target of -100 is not predicted. The batch may have cu_seqlens. The logits, (B T, V), are never all
-        in memory: see kernels/cross_entropy.py.
-        """
-        targets, config = batch["targets"], self.config
+        """Return the mean nats per target, in float32, of a batch from `make_batch`, and no metrics. A target
+        of -100 is not predicted. The batch may have cu_seqlens. The logits, (B T, V), are never all in memory
+        at once: see kernels/cross_entropy.py."""
         hidden = self.hidden(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
-        options = {"softcap": config.logit_softcap, "backend": config.kernels}
-        loss, _ = linear_cross_entropy(hidden, self.head_weight, targets, **options)
-        return loss, {}
+        options = {"softcap": self.config.logit_softcap, "backend": self.config.kernels}
+        return linear_cross_entropy(hidden, self.head_weight, batch["targets"], **options)[0], {}
 
     def flops_per_token(self, seq_len: int) -> int:
         return self.config.flops_per_token(seq_len)
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> KVCache:
-        """Return an empty cache for prompts of these lengths and max_len tokens in all; static: to compile."""
+        """Return an empty cache for prompts of these lengths, max_len tokens in all; static: to compile."""
         kind = StaticKVCache if static else KVCache
         return kind(self.config, lengths, max_len, like=self.model.norm.weight)
 
@@ -376,10 +354,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "GPT":
-        """Load a Hugging Face directory: GPT-2, Llama, Mistral, Qwen2 or Qwen3, in the dtype it was saved in.
-
-        Raises ValueError naming what is missing, damaged, of another shape, or not implemented here.
-        """
+        """Load a Hugging Face directory: GPT-2, Llama, Mistral, Qwen2 or Qwen3, in the dtype it was saved in;
+        ValueError naming what is missing, damaged, of another shape, or not implemented here."""
         from formats import decoders
 
         return decoders.load_decoder(cls, Config, directory, kernels)
@@ -397,9 +373,7 @@ Model = GPT
 STEPS = 1300
 
 
-def make_batch(
-    rows: list[dict], config: Config, generator: torch.Generator, tokenizer=None
-) -> dict[str, Tensor]:
+def make_batch(rows: list[dict], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
     """Return inputs and the tokens that follow them, each (B, T), of B rows {"tokens": (T + 1,)}."""
     tokens = torch.stack([torch.from_numpy(row["tokens"]) for row in rows])  # (B, T + 1)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
@@ -417,30 +391,10 @@ def show(model: GPT, dataset, out: Path | None = None) -> str:
 def separate_head(model: GPT) -> None:
     """Give the model a head of its own, a copy of the embedding matrix, where the two are tied."""
     if model.lm_head is None:
-        V, D = model.head_weight.shape
-        head = nn.Linear(D, V, bias=False, device="meta")
-        head.weight = nn.Parameter(model.head_weight.detach().clone())
-        model.lm_head, model.config = head, replace(model.config, tie_embeddings=False)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Continue a text with a trained model, or print the sizes.")
-    add_sampling_flags(parser)
-    args = parser.parse_args()
-    if args.checkpoint is not None:
-        continue_text(GPT.from_pretrained(args.checkpoint), args)
-        return
-    print(f"{'size':12} {'parameters':>15} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}")
-    for name, c in SIZES.items():
-        with torch.device("meta"):
-            n_params = sum(p.numel() for p in GPT(c).parameters())
-        flops = c.flops_per_token(c.max_seq_len)
-        print(f"{name:12} {n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
+        weight = nn.Parameter(model.head_weight.detach().clone())
+        model.lm_head = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        model.lm_head.weight, model.config = weight, replace(model.config, tie_embeddings=False)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(GPT, SIZES)  # continue a text, or print the sizes

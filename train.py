@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine import benchmark, cpu, parallel, report
+from engine import cpu, parallel
 from engine.batches import Part, to_device
 from engine.checkpoint import last_saved, save
 from engine.log import Diverged, Log, Step, announce
@@ -165,6 +165,8 @@ def obey(args: argparse.Namespace) -> int:
     """Do what the flags name: compare, estimate, measure or train. Returns the exit code."""
     try:
         if args.compare:
+            from engine import report
+
             print(report.compare(args.compare, Path()))
             return 0
         if args.dry_run:
@@ -172,6 +174,8 @@ def obey(args: argparse.Namespace) -> int:
             return 0
         parallel.initialize(args)
         if args.benchmark or args.profile:
+            from engine import benchmark
+
             print(benchmark.run(args, prepare, gradient, descend), end="")
             return 0
         run = prepare(args)

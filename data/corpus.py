@@ -35,9 +35,8 @@ from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
-
 from formats.atomic import sha256
+from formats.progress import progress_bar
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files of a folder that are read; each also with .gz
 PUBLIC = {  # name: (URL, SHA-256 of the file)
@@ -123,7 +122,7 @@ def download(url: str, checksum: str | None, cache: Path) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
                 size = int(response.headers.get("Content-Length", 0)) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc="download") as bar:
+                with progress_bar(total=size, unit="B", unit_scale=True, desc="download") as bar:
                     while block := response.read(1 << 20):
                         file.write(block)
                         bar.update(len(block))

@@ -46,7 +46,7 @@ class Rows:
 
 @dataclass
 class Dataset:
-    """What a task learns from, and what it is evaluated on."""
+    """The rows that a task learns from, and those that it is evaluated on."""
 
     fingerprint: str  # a hash of everything that decides the rows
     tokenizer: Any  # Tokenizer, WordPiece, or None where there is no text
@@ -105,3 +105,15 @@ def shapes(row: Row) -> dict[str, tuple[int, ...]]:
 def stack(rows: list[Row]) -> dict[str, Tensor]:
     """Return one tensor (B, ...) per array of the B rows, whose arrays must have equal shapes."""
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def cu_seqlens(tokens: Tensor, eot_id: int) -> Tensor:
+    """Return where the n documents in tokens (B, T) begin, rows laid end to end, and B T: int32 (n + 1,).
+
+    This keeps `kernels.attention` from crossing from one document to another, with the rows run as one,
+    `tokens.view(1, -1)`. A document begins at each end-of-text token and at each row.
+    """
+    begins = tokens == eot_id
+    begins[:, 0] = True
+    starts = begins.flatten().nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([tokens.numel()])]).int()

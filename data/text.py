@@ -25,15 +25,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
-from tqdm import tqdm
 
 from data.corpus import documents, find_files
 from data.rows import Dataset, Row, Rows
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
 from formats.atomic import damage, replace_directory, write_checksums
+from formats.progress import progress_bar
 
 HELD_OUT = 1 / 20  # share of the text that is held out for validation ...
 HELD_OUT_BYTES = 4 << 20  # and at most this much: more would cost time and hardly add precision
@@ -167,7 +165,7 @@ def only_one_at(cache: Path, notify: Callable[[str], None]) -> Iterator[None]:
 
 
 def bpe_size(tokenizer: str) -> int | None:
-    """Return N of "bpe:N", or None for another tokenizer. Raises ValueError if N is below 257 or no number."""
+    """Return N of "bpe:N", or None for another tokenizer. ValueError if N is below 257 or no number."""
     if not tokenizer.startswith("bpe:"):
         return None
     size = tokenizer.removeprefix("bpe:")
@@ -256,7 +254,7 @@ def build_shards(
     with replace_directory(home) as new:
         for name in ("train", "val"):
             counts = {"tokens": 0, "bytes": 0, "documents": 0}
-            bar = tqdm(desc=f"tokenise {name}", total=sizes[name], unit="B", unit_scale=True, disable=None)
+            bar = progress_bar(desc=f"tokenise {name}", total=sizes[name], unit="B", unit_scale=True)
             with open(new / f"{name}.bin", "wb") as shard, bar:
                 for batch in batches(split(name)):
                     encoded = tokenizer.encode_batch(batch, os.cpu_count() or 1)
@@ -378,18 +376,6 @@ def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Datase
         summary=f"{len(train):,} tokens to train on, {len(val):,} held out",
         guess=f"the most frequent token is right for {np.mean(val == most_frequent):.2%} of the held out",
     )
-
-
-def cu_seqlens(tokens: Tensor, eot_id: int) -> Tensor:
-    """Return where the n documents in tokens (B, T) begin, rows laid end to end, and B T: int32 (n + 1,).
-
-    This keeps `kernels.attention` from crossing from one document to another, with the rows run as one,
-    `tokens.view(1, -1)`. A document begins at each end-of-text token and at each row.
-    """
-    begins = tokens == eot_id
-    begins[:, 0] = True
-    starts = begins.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([tokens.numel()])]).int()
 
 
 def main() -> None:

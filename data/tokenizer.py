@@ -44,7 +44,6 @@ from typing import Literal
 import numpy as np
 import regex
 import tiktoken
-from tqdm import tqdm
 
 from data.special_tokens import SpecialTokens, split_at
 from data.wordpiece import WordPiece
@@ -58,6 +57,7 @@ from data.words import (
     cut_long_space,
 )
 from formats import tokenizer_json
+from formats.progress import progress_bar
 from formats.tokenizer_json import END_OF_TEXT
 from formats.wordpiece_json import is_wordpiece
 
@@ -73,7 +73,7 @@ def count_pre_tokens(texts: Iterable[str], pattern: str, progress: bool) -> Coun
         raise ValueError(f"split pattern {pattern!r} is not a regular expression: {error}") from None
 
     counts: Counter[str] = Counter()
-    for text in tqdm(texts, "counting words", unit=" texts", disable=not progress):
+    for text in progress_bar(texts, "counting words", unit=" texts", disable=not progress):
         counts.update(match[0] for match in splitter.finditer(text))
     return counts
 
@@ -115,7 +115,7 @@ def learn_tokens(pre_tokens: Counter[str], n_tokens: int, progress: bool) -> lis
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     tokens = [bytes([byte]) for byte in range(256)]
-    bar = tqdm(total=n_tokens - 256, desc="merging pairs", disable=not progress)
+    bar = progress_bar(total=n_tokens - 256, desc="merging pairs", disable=not progress)
 
     # Merge the most frequent pair until there are enough tokens.
     while heap and len(tokens) < n_tokens:

@@ -1,1 +1,7 @@
-"""What turns a run: set-up, batches, checkpoints, processes, reports."""
+"""The trainer: everything between a concept's file and a trained model.
+
+It finds the files that a run is made of, reads flags, prepares batches, updates weights on one or many
+processes, saves and resumes, and reports. It imports no concept: contract.py looks them up by name. Read
+contract, options, run, batches, checkpoint, optim, parallel, progress, report, charts, watch, activations,
+memory, benchmark, cpu.
+"""

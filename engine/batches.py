@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.rows import Dataset, Loader, Row, in_order, shapes
-from data.text import cu_seqlens
+from data.rows import Dataset, Loader, Row, cu_seqlens, in_order, shapes
 from engine import parallel
 from engine.contract import Task
 

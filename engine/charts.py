@@ -1,14 +1,14 @@
 """Curves and tables as HTML, for pages that need no network, no other file and no script.
 
-A picture is SVG, stretched to whatever width there is; its labels stand beside it as text, which is not
-stretched, so that a telephone shows them as large as a wide screen does. Where a curve has many points, the
-mean of each few is drawn, and a band from the least of them to the largest: the page stays small, and a spike
-can still be seen.
+A picture is an SVG that is stretched to the width of the window. Its labels are text beside it, which is not
+stretched, so they have the same size on a telephone and on a wide screen. A curve of many points is thinned:
+drawn are the means of groups of consecutive points, and a band from the smallest to the largest value of each
+group. So the page stays small, and a spike remains visible.
 
     chart("Loss", [Curve("training", HUES[0], tokens, loss)])        a figure
-    page("gpt tiny", figure, table([("steps", 1400)]))               all of it
+    page("gpt tiny", figure, table([("steps", 1400)]))               a page
 
-report.css has the look.
+The style sheet is report.css.
 """
 
 import math
@@ -18,39 +18,39 @@ from typing import NamedTuple
 
 import numpy as np
 
-from formats.numbers import short
+from formats.quantities import short
 
 STYLE = Path(__file__).with_name("report.css")
 HUES = [f"var(--h{i})" for i in range(6)]
-POINTS = 400  # the most of a curve that are drawn
-DOTS = 60  # the most that are also drawn as dots
+POINTS = 400  # most points of a curve that are drawn
+DOTS = 60  # most points that are also drawn as dots
 
 
 class Curve(NamedTuple):
     label: str
     hue: str  # a CSS colour
     x: np.ndarray  # (n,)
-    y: np.ndarray  # (n,), NaN where it was not finite
-    dots: bool = False  # where each point was measured, if they are few
+    y: np.ndarray  # (n,), NaN where the value is not finite
+    dots: bool = False  # mark each point, if there are at most DOTS
 
 
 def settled(curves: list[Curve]) -> float | None:
-    """The largest y after the first twentieth of each curve. A loss axis ends there: one that held all of the
-    fall from chance would leave no room for what comes after."""
+    """Return the largest y after the first twentieth of each curve, None if there is none. A loss axis ends
+    there, because the fall from chance would leave no room for the rest."""
     late = [curve.y[curve.x >= 0.05 * curve.x[-1]] for curve in curves if len(curve.x)]
     return max((y for part in late for y in part[np.isfinite(part)]), default=None)
 
 
 def usual(y: np.ndarray) -> float | None:
-    """Five times the median: an end for a y axis, so that one step that went wrong does not flatten all the
-    others."""
+    """Return five times the median, None if there is none: an end for a y axis, so that a single spike does
+    not flatten the curve."""
     finite = y[np.isfinite(y)]
     return 5 * np.median(finite) if len(finite) else None
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(4, n) of x and y (m,), n at most POINTS: of each few consecutive points the last x, and the mean, the
-    least and the largest y, NaN where none is finite."""
+    """Return (4, n), n at most POINTS, for points x and y (m,): for n groups of consecutive points the last
+    x, and the mean, the smallest and the largest y, NaN where no y is finite."""
     n = min(len(x), POINTS)
     begins = np.arange(n) * len(x) // n
     ends = np.append(begins[1:], len(x)) - 1
@@ -62,20 +62,20 @@ def thinned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high, two to six of them."""
+    """Return two to six round numbers between low and high."""
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) < 6)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def path(kind: str, x: np.ndarray, y: np.ndarray) -> str:
-    """An SVG path through points (n,), broken where y is NaN."""
+    """Return an SVG path through points (n,), interrupted where y is NaN. kind: its CSS class."""
     drawn, pen = "", "M"
     for u, v in zip(x, y, strict=True):
         if math.isnan(v):
             pen = "M"
             continue
-        # h0: a line of no length has round ends, so that a point without neighbours is a dot.
+        # h0 is a line of length 0. Its round ends make a point without neighbours visible.
         drawn += f"{pen}{u:.0f} {v:.0f}{'h0' if pen == 'M' else ''}"
         pen = "L"
     return f'<path class="{kind}" d="{drawn}"/>'
@@ -91,8 +91,12 @@ def chart(
     band: bool = True,
     kind: str = "",
 ) -> str:
-    """A figure of those curves that have a finite point, or nothing. The y axis begins at `low`, or lower if
-    a curve does, and ends at `high`, or lower if all curves do. kind: a CSS class."""
+    """Return a figure of the curves that have a finite point, or "" if none has.
+
+    The y axis begins at `low`, or at the smallest y if that is lower. It ends at `high`, or at the largest y
+    if that is lower. over: what x is. band: draw the range of thinned points. kind: a CSS class.
+    """
+    # Choose the ends of the axes.
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]
     if not curves:
         return ""
@@ -104,7 +108,8 @@ def chart(
     low, high = least - (margin if least < low else 0.0), top + margin
     width = 1.01 * max(x[-1] for x, *_ in thin) or 1.0
 
-    drawn, labels, legend, said = [], [], [], []
+    # Draw the grid, and label it.
+    drawn, labels, legend, ends = [], [], [], []
     for mark in ticks(low, high):
         at = (high - mark) / (high - low)
         drawn.append(f'<path class="grid" d="M0 {1000 * at:.0f}H2000"/>')
@@ -112,9 +117,10 @@ def chart(
     for mark in ticks(0.0, width):
         drawn.append(f'<path class="grid" d="M{2000 * mark / width:.0f} 0V1000"/>')
         labels.append(f'<span class="x" style="left:{mark / width:.2%}">{short(mark, 6)}</span>')
+
+    # Draw each curve in a system of 2000 x 1000; values far outside of the picture are clipped.
     for curve, points in zip(curves, thin, strict=True):
         x = 2000 * points[0] / width
-        # What is far above the picture is cut off anyway.
         mean, least, largest = np.clip(1000 * (high - points[1:]) / (high - low), -1000, 2000)
         drawn.append(f'<g style="--hue:{curve.hue}">')
         if band and len(curve.x) > POINTS:
@@ -128,16 +134,17 @@ def chart(
         last = short(curve.y[np.isfinite(curve.y)][-1], 4)
         name = escape(curve.label)
         legend.append(f'<span><i style="--hue:{curve.hue}"></i>{name} <b>{last}</b></span>')
-        said.append(f"{name} {last}")
+        ends.append(f"{name} {last}")
     return (
         f'<figure class="{kind}"><figcaption><b>{escape(title)}</b> {" ".join(legend)}</figcaption>'
         '<div class="plot"><svg viewBox="0 0 2000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)} over {over}; at the end {", ".join(said)}">{"".join(drawn)}</svg>'
+        f'aria-label="{escape(title)} over {over}; at the end {", ".join(ends)}">{"".join(drawn)}</svg>'
         f'{"".join(labels)}<span class="name">{over}</span></div></figure>\n'
     )
 
 
 def page(title: str, *parts: str) -> str:
+    """Return an HTML document of a title and parts, with the style sheet inside."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -148,9 +155,9 @@ def page(title: str, *parts: str) -> str:
 
 
 def table(rows: list[tuple]) -> str:
-    """The first cell of each row is its heading."""
+    """Return rows of cells as an HTML table; the first cell of each row is its heading."""
     lines = []
     for heading, *cells in rows:
-        told = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
-        lines.append(f"<tr><th>{escape(str(heading))}</th>{told}</tr>\n")
+        data = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+        lines.append(f"<tr><th>{escape(str(heading))}</th>{data}</tr>\n")
     return f'<div class="scroll"><table>\n{"".join(lines)}</table></div>\n'

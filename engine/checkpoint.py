@@ -25,9 +25,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import parallel
 from formats.atomic import damage, replace_directory, sha256, sync
@@ -65,6 +63,9 @@ def write(run: Path, tensors: dict[str, Tensor], state: dict) -> None:
     tensors: by name; of a DTensor each rank writes its shard. state: plain JSON. Raises OSError if the disk
     is full.
     """
+    import torch.distributed.checkpoint as dcp  # takes as long to import as torch
+    from torch.distributed.checkpoint.api import CheckpointException
+
     with together(run / "checkpoint", run / "checkpoint.previous") as new:
         writer = dcp.HuggingFaceStorageWriter(str(new), save_distributed=True)
         alone = parallel.world_size() == 1
@@ -86,6 +87,8 @@ def write(run: Path, tensors: dict[str, Tensor], state: dict) -> None:
 
 def read(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Fill the tensors, or this rank's shards of them, from a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = dcp.HuggingFaceStorageReader(str(directory))
@@ -94,6 +97,8 @@ def read(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 def names(directory: Path) -> set[str]:
     """Return the names of the tensors in a checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
     return set(dcp.HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata)
 
 

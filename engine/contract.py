@@ -24,11 +24,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data import text
 from data.rows import Dataset, Row
 from engine import activations, optim, parallel
-from formats import open_model
-from formats.decoders import read_json
+from formats.json_file import read_json
 
 ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
@@ -91,7 +89,7 @@ def separate_head(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a model's file offers; a value here stands for what it leaves out."""
+    """The names in a model's file. A value here stands for a name that is left out."""
 
     name: str  # of the module
     Model: type[nn.Module]  # Model(config); .config; .flops_per_token(seq_len); save_ and from_pretrained
@@ -119,11 +117,15 @@ def load_text(args: Namespace, config: Any) -> Dataset:
     One process of each machine tokenises, and the others wait for it, for parallel.TIMEOUT at most: a large
     corpus is better prepared before, by `python -m data.text`.
     """
+    from data import text
+
     return text.as_rows(load_corpus(args), args.seq_len)
 
 
-def load_corpus(args: Namespace) -> text.Corpus:
-    """Return the text that --data names, tokenised by one process of each machine."""
+def load_corpus(args: Namespace):
+    """Return the data.text.Corpus that --data names, tokenised by one process of each machine."""
+    from data import text
+
     corpus = None
     with parallel.one_per_machine_first() as is_first:
         if is_first:
@@ -178,7 +180,7 @@ def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """What a task's file offers; a value here stands for what it leaves out."""
+    """The names in a task's file. A value here stands for a name that is left out."""
 
     name: str  # of the module
     # make_batch(rows, settings, generator, tokenizer): a function of its arguments alone
@@ -201,7 +203,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's file offers: all of this, see lora.py."""
+    """The names in an adapter's file, see lora.py: only those with a value here may be left out."""
 
     name: str  # of the module
     ADAPTERS: dict[str, Any]  # --adapter NAME: Config
@@ -237,6 +239,8 @@ def resolve(args: Namespace) -> Concept:
 
     `--model lora --base DIR` is short for the model in DIR with --adapter lora.
     """
+    from formats.open_model import concept_of  # which imports every format
+
     file = find(args.model)
     if "Model" not in vars(file) and "ADAPTERS" not in vars(file):  # a task brings its model along
         if "MODEL" not in vars(file):
@@ -257,7 +261,7 @@ def resolve(args: Namespace) -> Concept:
         )
         check_short_form(args, file)
         base = adapted_by(base) or base
-        file = importlib.import_module(open_model.concept_of(base))
+        file = importlib.import_module(concept_of(base))
         default = read_task(file, None).name.rpartition(".")[2]
         task = args.task or adapter_file.TASK_FOR.get(default)
     adapter = read(Adapter, adapter_file) if adapter_file else None

@@ -1,10 +1,10 @@
-"""What makes training on a CPU fast that PyTorch leaves to be asked for.
+"""Settings that make training on a CPU faster, and that PyTorch does not choose by itself.
 
-    memory      every step allocates the same activations again: freed blocks are kept instead of being given
-                back to the system, and are made of pages of 2 MB, not 4 kB, where the system has such
-    products    oneDNN multiplies matrices of float32 faster than MKL does on the CPUs of AMD
+    memory      Every step allocates the same activations again. Keep freed memory instead of returning it to
+                the system, and use pages of 2 MB instead of 4 kB where the system has them.
+    products    Multiply float32 matrices by oneDNN, which is faster than MKL on CPUs of AMD.
 
-train.py asks for both; results/train_speed.py measures what comes of it.
+train.py makes both; results/train_speed.py measures their effect.
 """
 
 import ctypes
@@ -17,32 +17,34 @@ import torch
 
 
 def name() -> str:
-    """Maker, family and model: what a cloud rents out may be called "AMD EPYC" and no more."""
-    described = Path("/proc/cpuinfo")
-    if described.is_file():  # Linux, where platform knows no more than the architecture
-        said = dict(re.findall(r"(\w[^\t:]*)\s*: (.*)", described.read_text()))
-        if said.keys() >= {"model name", "cpu family", "model"}:
-            return f"{said['model name']}, family {said['cpu family']}, model {said['model']}"
+    """Return the CPU's name, with its family and model: on rented machines the name may be just "AMD
+    EPYC"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():  # Linux, where Python's platform has the architecture only
+        fields = dict(re.findall(r"(\w[^\t:]*)\s*: (.*)", cpuinfo.read_text()))
+        if fields.keys() >= {"model name", "cpu family", "model"}:
+            return f"{fields['model name']}, family {fields['cpu family']}, model {fields['model']}"
     return platform.processor() or platform.machine()
 
 
 def keep_memory() -> None:
-    """Ask for large pages, and have glibc keep what is freed. To be called before much is allocated."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+    """Turn on large pages, and make glibc keep freed memory. Call this before much is allocated."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads this at its first allocation
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, largest = -1, -3, 2**31 - 1
         libc = ctypes.CDLL(None)
-        # Older ones take no more than 32 MB; and any call ends the threshold's own growth up to there.
+        # Older versions of glibc accept at most 32 MB. Setting it also ends glibc's own adaptation of it.
         if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 32 << 20):
             libc.mallopt(M_TRIM_THRESHOLD, largest)
 
 
 def multiply_by_onednn() -> None:
-    """Let oneDNN multiply matrices of float32, where it does so in float32.
+    """Let oneDNN multiply float32 matrices, if it does not round them.
 
-    It is given them by being allowed to round to bfloat16, which it does only on CPUs with matrix units
-    (AMX). Where a product shows that it does, all stays as it was. Of many small products, which it is slow
-    at, kernels/attention.py makes few."""
+    PyTorch sends float32 products to oneDNN only if rounding to bfloat16 is allowed ("medium"). oneDNN
+    really rounds only on CPUs with AMX; a test product detects this, and then the setting is undone. oneDNN
+    is slow at many small products, of which kernels/attention.py makes few.
+    """
     if not torch.backends.mkldnn.is_available():
         return
     before = torch.get_float32_matmul_precision()
@@ -50,5 +52,5 @@ def multiply_by_onednn() -> None:
     torch.set_float32_matmul_precision("highest")
     exact = a @ b
     torch.set_float32_matmul_precision("medium")
-    if (a @ b - exact).norm() > 1e-5 * exact.norm():  # in bfloat16 it would be 3e-3
+    if (a @ b - exact).norm() > 1e-5 * exact.norm():  # rounding makes an error of 3e-3
         torch.set_float32_matmul_precision(before)

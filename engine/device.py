@@ -2,8 +2,8 @@
 
     MFU = tokens per second * FLOPs per token / dense bf16 peak of the device
 
-Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts the operations of the model's equations,
-and none that are computed a second time: it compares machines and implementations alike.
+Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts the operations of the model's
+equations, and none that are computed a second time: it compares machines and implementations alike.
 """
 
 import argparse

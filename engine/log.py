@@ -32,7 +32,7 @@ class Diverged(Exception):
 
 
 class Step(NamedTuple):
-    """What one update leaves to be logged, still on the device."""
+    """The results of one update that are logged, still on the device."""
 
     loss: Tensor  # this rank's share of the mean over all targets of the update
     norm: Tensor  # of the gradient, before clipping
@@ -109,7 +109,7 @@ class Log:
             if accuracy is not None:
                 heading += f", accuracy {accuracy:.1%}"
             append(out / "samples.txt", f"{heading}\n{sample}\n\n")
-            report.plot(out)
+            report.draw_loss(out)
             report.write(out)
         run.model.train()
         self.progress.show(**self.shown)
@@ -138,7 +138,7 @@ class Log:
 
 
 def row_of(run: Run, step: Step, steps_per_second: float) -> dict:
-    """Return the row of metrics.jsonl for a step. Metrics of several ranks are averaged over their targets."""
+    """Return the row of metrics.jsonl for a step. Metrics of the ranks are averaged over their targets."""
     rate = steps_per_second * run.tokens_per_step
     weight = step.n_targets
     own = [step.loss.item(), weight, *(weight * value.item() for value in step.metrics.values())]
@@ -166,7 +166,7 @@ def append(path: Path, text: str) -> None:
 
 def announce(run: Run) -> None:
     """Print what will be trained and how long it will take, by timing a forward and backward pass."""
-    args, sizes, passes = run.args, run.sizes, []
+    args, passes = run.args, []
     part = run.batches.peek()[0]
     for _ in range(3):  # the first ones warm up, or compile
         began = time.perf_counter()
@@ -179,23 +179,22 @@ def announce(run: Run) -> None:
     if not run.is_first:
         return
 
-    n_tokens, n_rows = args.steps * run.tokens_per_step, len(run.dataset.val)
-    left = args.steps - run.step
+    left, n_rows = args.steps - run.step, len(run.dataset.val)
     evaluations = (left // args.eval_every + 1) * n_rows / args.batch_size
     minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
-    what = f"{args.model} {args.init_from or args.base or args.size}"
-    some = f", {sizes.n_active:,} of them active" if sizes.n_active < sizes.n_params else ""
-    if sizes.n_trained < sizes.n_params:
-        some = f", {sizes.n_trained:,} of them trained ({sizes.n_trained / sizes.n_params:.2%})"
-    print(f"model  {what}, {sizes.n_params:,} parameters{some}")
-    print(f"data   {args.data}, {run.dataset.summary}")
-    if run.dataset.guess:
-        print(f"guess  {run.dataset.guess}")
-    epochs = n_tokens / (args.seq_len * len(run.dataset.train))
-    print(f"run    {args.steps:,} steps of {run.tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs")
-    per_parameter = f", {n_tokens / sizes.n_params:.2f} tokens per parameter (Chinchilla: 20)"
-    everything = sizes.n_trained == sizes.n_params
-    print(f"cost   {n_tokens * run.flops_per_token:.2e} FLOPs{per_parameter if everything else ''}")
     n = parallel.world_size()
     where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device
-    print(f"here   {args.dtype} on {where}, about {minutes:.1f} min from step {run.step}", flush=True)
+    lines = report.describe_run(
+        model=f"{args.model} {args.init_from or args.base or args.size}",
+        data=f"{args.data}, {run.dataset.summary}" if run.dataset.summary else str(args.data),
+        guess=run.dataset.guess,
+        **run.sizes._asdict(),
+        steps=args.steps,
+        tokens_per_step=run.tokens_per_step,
+        epochs=args.steps * args.batch_size * args.grad_accum / len(run.dataset.train),
+        flops=args.steps * run.tokens_per_step * run.flops_per_token,
+        device=f"{args.dtype} on {where}",
+        minutes=minutes,
+        step=run.step,
+    )
+    print(*lines, sep="\n", flush=True)

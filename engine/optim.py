@@ -103,7 +103,8 @@ def make_optimizers(
     same at all widths (Yang et al. 2023, A Spectral Condition for Feature Learning), but that of
     sqrt(max(shape)) ortho(M) grows as the square root of the width. The decay is divided by the factor, so
     that weights shrink equally fast at every width; otherwise learning rates do not transfer in long runs
-    ("independent" decay: Wortsman et al. 2023, section 3.2.2; Kosson et al. 2025).
+    ("independent" decay: Wortsman et al. 2023, section 3.2.2; Kosson et al. 2025, Weight Decay may matter
+    more than muP).
 
     Raises ValueError if args.optimizer is "muon" and no hidden matrix learns.
     """

@@ -9,13 +9,13 @@ import argparse
 import math
 from pathlib import Path
 
-from data import corpus
 from engine import contract, parallel, trainable, watch
 
-# A resumed run may change these: they change no number that is computed, or do so by the user's will.
-FREE_ON_RESUME = {
-    "resume", "out", "cache", "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations",
-    "eval_every", "save_every", "log_every", "watch", "batch_size", "grad_accum",
+# These change no number that a run computes.
+NO_EFFECT = {"out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every"}
+# A resumed run may change those, and these.
+FREE_ON_RESUME = NO_EFFECT | {
+    "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
 }  # fmt: skip
 
 
@@ -40,6 +40,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_what(group) -> None:
+    from data.corpus import PUBLIC
+
     add = group.add_argument
     add("--model", help=f"the concept's file, always needed: {', '.join(contract.names())}")
     add("--size", help="a size that the model's file names, see `python gpt.py` (default: its first)")
@@ -69,7 +71,7 @@ def add_what(group) -> None:
         default="stdlib",
         metavar="WHAT",
         help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py "
-        f".jsonl, also .gz, a URL, or one of: {', '.join(corpus.PUBLIC)}; for --task instruct conversations: "
+        f".jsonl, also .gz, a URL, or one of: {', '.join(PUBLIC)}; for --task instruct conversations: "
         "stdlib (questions about it), or a .jsonl or .json, see posttraining/instruct.py",
     )
     add(

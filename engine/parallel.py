@@ -33,9 +33,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -227,6 +224,10 @@ def distribute(
 
 def shard(objective: Objective, args: argparse.Namespace) -> None:
     """Shard every block, and then the rest of the objective, over the ranks (FSDP)."""
+    # Importing these takes as long as importing torch, so only runs that shard do it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(args.device, (world_size(),))
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     # Inputs of blocks are not cast: they hold the angles of rotary positions, which need more than 8 bits.
@@ -243,19 +244,24 @@ def sync_gradients(engine: nn.Module, enabled: bool) -> None:
     """
     if isinstance(engine, DistributedDataParallel):
         engine.require_backward_grad_sync = enabled
-    elif isinstance(engine, FSDPModule):
+    elif hasattr(engine, "set_requires_gradient_sync"):  # FSDP's
         engine.set_requires_gradient_sync(enabled)
 
 
 def unshard(x: Tensor) -> Tensor:
     """Return x itself, or if it is sharded its whole content on every rank."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Return whether x is a DTensor, of which this rank has a shard."""
+    return hasattr(x, "full_tensor")
 
 
 @torch.no_grad()
 def update_unsharded(model: nn.Module, unsharded: nn.Module | None) -> None:
     """Copy the weights of a sharded model into the unsharded copy on rank 0. Called by all ranks."""
-    if unsharded is model or not any(isinstance(p, DTensor) for p in model.parameters()):
+    if unsharded is model or not any(is_sharded(p) for p in model.parameters()):
         return
     places = unsharded.state_dict() if unsharded is not None else {}
     for name, w in model.state_dict().items():

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from engine import checkpoint, contract, cpu, memory, optim, parallel, trainable
+from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_RESUME, check_arguments, fill_defaults
@@ -151,7 +151,7 @@ class Run:
 
 @contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """Within it SIGINT and SIGTERM are noted in run.signal and the step is finished; a second SIGINT ends it."""
+    """Note SIGINT and SIGTERM in run.signal, so that the step is finished. A second SIGINT ends it."""
 
     def note(number: int, _) -> None:
         run.signal = number
@@ -238,7 +238,7 @@ def check(args: argparse.Namespace) -> contract.Concept:
 
 
 def open_directory(out: Path) -> FileLock:
-    """Make the run's directory if there is none and return a lock on it; ValueError if it cannot be locked."""
+    """Make the run's directory if there is none, and return a lock on it; ValueError if it is locked."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / "lock")  # the operating system's, released even if the process is killed
@@ -274,7 +274,9 @@ def configure(concept: contract.Concept, args: argparse.Namespace) -> tuple[nn.M
             pretrained = pretrained.float()
         config = pretrained.config
     elif args.size in file.SIZES:
-        pretrained, config = None, replace(file.SIZES[args.size], kernels=args.kernels)
+        from formats import native
+
+        pretrained, config = None, native.with_kernels(file.SIZES[args.size], args.kernels)
     else:
         raise ValueError(f"--size {args.size}: expected one of {', '.join(file.SIZES)}")
     check_set(concept, config, args.set)
@@ -420,4 +422,6 @@ def plan(args: argparse.Namespace) -> str:
     functions = {"mlp_bytes": concept.model.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
     if concept.adapter is not None:
         functions["adapter_bytes"] = concept.adapter.adapter_bytes
+    from engine import memory
+
     return memory.describe(model, args, args.dry_run, config=settings, **functions)

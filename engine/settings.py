@@ -1,4 +1,4 @@
-"""`--set FIELD=VALUE`: other values for the fields of a Config, be it of the model, the task or the adapter."""
+"""`--set FIELD=VALUE`: other values for fields of the Config of model, task or adapter."""
 
 import ast
 from dataclasses import fields, replace

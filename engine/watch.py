@@ -1,9 +1,10 @@
-"""A run shown elsewhere while it goes on: `train.py --watch tensorboard wandb`, where these are installed.
+"""Send a run's metrics to TensorBoard or Weights & Biases: `train.py --watch tensorboard wandb`.
 
-    tensorboard    event files in OUT/tensorboard: tensorboard --logdir runs
-    wandb          a run of the project plinth on wandb.ai, or with WANDB_MODE=offline files in OUT/wandb
+    tensorboard    writes event files to OUT/tensorboard; see them with `tensorboard --logdir runs`
+    wandb          logs to a run of the project plinth on wandb.ai, or with WANDB_MODE=offline to OUT/wandb
 
-Either is given the rows of metrics.jsonl, under the same names. A resumed run goes on in the same curves.
+Both get the rows of metrics.jsonl, under the same names. A resumed run continues the same curves. The
+packages are optional.
 """
 
 import importlib
@@ -14,7 +15,7 @@ PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def check(names: list[str]) -> None:
-    """ValueError for a name that is not known, or whose package is not installed."""
+    """Raise ValueError for a name that is not one of PACKAGES, or whose package is not installed."""
     for name in names:
         if name not in PACKAGES:
             raise ValueError(f"--watch {name}: expected {' or '.join(PACKAGES)}")
@@ -25,17 +26,18 @@ def check(names: list[str]) -> None:
 
 
 def watchers(names: list[str], out: Path, config: dict, resumed_at: int | None) -> list:
-    """What is named, each with log(step, row), for rows of metrics.jsonl, and close(), for the end.
+    """Return a watcher for each name, with log(step, row) for rows of metrics.jsonl, and close().
 
-    config: what wandb keeps about the run. resumed_at: the step from which it goes on, None at the start.
-    ValueError for a name that `check` refuses, and where wandb cannot begin."""
+    config: wandb keeps it with the run. resumed_at: the step from which the run continues, None at the start.
+    Raises ValueError for a name that `check` refuses, and if wandb cannot start.
+    """
     check(names)
     known = {"tensorboard": TensorBoard, "wandb": WandB}
     return [known[name](out, config, resumed_at) for name in names]
 
 
 def finite(row: dict) -> dict:
-    """The numbers of a row that can be drawn, other than its step."""
+    """Return the finite numbers of a row, without its step."""
     return {
         name: value
         for name, value in row.items()
@@ -47,15 +49,15 @@ class TensorBoard:
     def __init__(self, out: Path, config: dict, resumed_at: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was logged after the checkpoint is logged again, so it hides what it has from purge_step on. At
-        # the start that is all: the rest of a run that did not come to its first checkpoint.
+        # Steps after the checkpoint are logged again, so TensorBoard must hide those it has from purge_step
+        # on. At the start it hides everything: an earlier run may have ended before its first checkpoint.
         purge = 0 if resumed_at is None else resumed_at + 1
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, row: dict) -> None:
         for name, value in finite(row).items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # a resumed run does not log again what came before its checkpoint
+        self.writer.flush()  # rows before a checkpoint must be on disk: a resumed run does not repeat them
 
     def close(self) -> None:
         self.writer.close()
@@ -65,6 +67,7 @@ class WandB:
     def __init__(self, out: Path, config: dict, resumed_at: int | None):
         import wandb
 
+        # Continue the run whose id was saved, if this run was resumed.
         id_file = out / "wandb.id"
         resumed = resumed_at is not None and id_file.is_file()
         known = id_file.read_text().strip() if resumed else None
@@ -83,7 +86,8 @@ class WandB:
         id_file.write_text(self.run.id + "\n")
 
     def log(self, step: int, row: dict) -> None:
-        # After a crash wandb is past some steps that are made again, and leaves them out: they are the same.
+        # After a crash some steps are computed again. wandb ignores those that it has; their rows are the
+        # same.
         self.run.log(finite(row), step=step)
 
     def close(self) -> None:

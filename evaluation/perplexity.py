@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokens: Tensor, stride: int) -> float:
-    """Return exp(mean nats) of tokens (N,), all but the first, with model(tokens (1, T)) the logits (1, T, V).
+    """Return exp(mean nats) of tokens (N,), all but the first. model(tokens (1, T)): logits (1, T, V).
 
     Raises ValueError for a stride outside 1 ... max_seq_len, and for fewer than two tokens.
     """

@@ -1,20 +1,20 @@
-"""Checkpoints of mixtures of experts as the ecosystem keeps them; formats/decoders.py does the dense decoders.
+"""Mixtures of experts in Hugging Face's layout; formats/decoders.py has the dense decoders.
 
-    MixtralForCausalLM      Mistral; softmax router, the weights of the chosen add up to 1; its own names
+    MixtralForCausalLM      Mistral; softmax router, a token's weights add up to 1; names of its own
     OlmoeForCausalLM        Llama with one QK-norm over all heads
     Qwen3MoeForCausalLM     Qwen3; any layers may be dense
     Dots1ForCausalLM        Qwen3 with DeepSeek-V3's sigmoid router and shared experts; the first layers dense
     DeepseekForCausalLM     Llama with shared experts (DeepSeekMoE); the first layers dense
 
-A file has matrices for each expert, the model one tensor for all the experts of a layer:
+A file has one matrix per expert, the model one tensor for all experts of a layer:
 
     in the file      mlp.experts.{e}.gate_proj.weight, .up_proj.weight (F, D), .down_proj.weight (D, F)
     Mixtral's        block_sparse_moe.experts.{e}.w1.weight, .w3.weight, .w2.weight
     stacked          mlp.experts.gate_up_proj (E, 2 F, D), .down_proj (E, D, F), as transformers 5 can write
     in the model     the same with .weight at the end, because each stack is a module
 
-Only what the model computes is kept exactly. Of what only training uses there is the coefficient of one
-balance loss; capacity factor, z-loss and the step of the bias have no place in these files.
+A model that is saved and loaded computes the same. Of the settings of training, config.json has the
+coefficient of one balance loss; capacity factor, z-loss and the step of the bias have no place there.
 """
 
 from pathlib import Path
@@ -60,10 +60,11 @@ TABLES = {
     },
     "DeepseekForCausalLM": {key: field for key, field in DEEPSEEK_FIELDS.items() if field != "d_head"},
 }
-EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")  # transformers takes any for any
+# The number of experts; transformers accepts each of these keys for each architecture.
+EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 REQUIRED = safetensors_dir.REQUIRED | {"n_experts", "top_k", "d_expert"}
 
-# What the family means, and what a key means when config.json leaves it out.
+# The fields that follow from the architecture, and the values of keys that config.json leaves out.
 SOFTMAX = {**decoders.LLAMA_DEFAULTS, "router": "softmax", "renormalize": False}
 DEFAULTS = {
     "MixtralForCausalLM": {
@@ -91,13 +92,13 @@ MODEL_TYPES = {
     "DeepseekForCausalLM": "deepseek",
 }
 LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
-# Keys with one value that we implement.
+# Keys of which only these values are implemented.
 ONLY = decoders.ONLY | {"clip_qkv": (None,), "moe_layer_freq": (1,)}
 ONLY_HERE = {
     "MixtralForCausalLM": {},
     "OlmoeForCausalLM": {"sliding_window": (None,)},
     "Qwen3MoeForCausalLM": {},
-    # Published files have the name of the method in both keys.
+    # Published files have the name of the method under both keys.
     "Dots1ForCausalLM": {"scoring_func": ("sigmoid", "noaux_tc"), "topk_method": ("noaux_tc",)},
     "DeepseekForCausalLM": {
         "scoring_func": ("softmax",), "topk_method": ("greedy",), "sliding_window": (None,),
@@ -121,7 +122,10 @@ READ_BELOW = {
 
 
 def read_config(directory: str | Path) -> dict:
-    """The fields of `moe.Config` for the mixture in directory; ValueError where no Config describes it."""
+    """Return the fields of `moe.Config` for the mixture in directory.
+
+    Raises ValueError for an architecture or a key that is not implemented, and for missing keys.
+    """
     path = Path(directory) / "config.json"
     hf = read_json(path)
     architecture = (hf.get("architectures") or ["none"])[0]
@@ -132,41 +136,49 @@ def read_config(directory: str | Path) -> dict:
         )
     if architecture in decoders.DEFAULTS:
         raise ValueError(
-            f"{path}: architecture {architecture!r} is dense; make a mixture of experts of it: python moe.py "
-            f"{directory} --upcycle 8 --out DIR"
+            f"{path}: architecture {architecture!r} is dense; make a mixture of experts of it: python -m "
+            f"language.upcycle {directory} --experts 8 --out DIR"
         )
     if architecture not in TABLES:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(TABLES)}")
+
+    # Spell keys that transformers spells in several ways in one.
     table = TABLES[architecture]
     hf = decoders.flatten_rope(path, hf)
     experts_key = next(key for key, field in table.items() if field == "n_experts")
     hf = {experts_key if key in EXPERTS_KEYS else key: value for key, value in hf.items()}
-    if hf.get("num_key_value_heads", 0) is None:  # null is as many as heads; left out is the family's number
+    # null is as many key/value heads as heads; without the key, the family's number holds.
+    if hf.get("num_key_value_heads", 0) is None:
         hf["num_key_value_heads"] = hf.get("num_attention_heads")
+
+    # Fields with a key of their own, then those that follow from several keys.
     only = ONLY | ONLY_HERE[architecture]
     inert = INERT | READ_BELOW[architecture]
     fields = read_fields(path, hf, table, DEFAULTS[architecture], only, inert, REQUIRED)
+    # DeepSeek's code renormalises only several weights.
     if architecture == "DeepseekForCausalLM" and fields["top_k"] == 1:
-        fields["renormalize"] = False  # in its code that is for several
+        fields["renormalize"] = False
     fields["dense_layers"] = dense_layers(hf, fields["n_layers"])
     fields |= windows(path, hf, fields["n_layers"], architecture) | balance(hf, fields, architecture)
+    if fields.get("d_expert") == fields["d_ff"]:
+        fields["d_expert"] = None
     return decoders.ordinary_widths(fields)
 
 
 def dense_layers(hf: dict, n_layers: int) -> tuple[int, ...]:
-    """The layers without experts: listed or between the others (Qwen3-MoE), or the first (DeepSeek)."""
+    """Return the layers without experts: a list or every so many (Qwen3-MoE), or the first (DeepSeek)."""
     only, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
     first = hf.get("first_k_dense_replace") or 0
     return tuple(i for i in range(n_layers) if i in only or (i + 1) % step or i < first)
 
 
 def windows(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
-    """The window, and the layers without one."""
+    """Return the fields `window` and `full_layers`; the latter are the layers without a window."""
     if architecture == "MixtralForCausalLM":
         return {"window": hf.get("sliding_window")}
     window = hf.get("sliding_window", 4096)
     if architecture == "Qwen3MoeForCausalLM" and hf.get("use_sliding_window", False) and window is not None:
-        # Some versions of transformers leave the first max_window_layers without one, others none.
+        # Versions of transformers differ in whether the first max_window_layers have a window.
         if hf.get("max_window_layers"):
             raise ValueError(
                 f"{path}: max_window_layers {hf['max_window_layers']} with use_sliding_window is not "
@@ -184,19 +196,26 @@ def windows(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
 
 
 def balance(hf: dict, fields: dict, architecture: str) -> dict:
-    """The coefficients of the balance losses, of which DeepSeek's files have one for either kind. Their code
-    adds up the losses of the layers, where ours takes the mean."""
+    """Return the coefficients of the balance losses from DeepSeek's keys, which have one for either loss.
+
+    DeepSeek's code adds up the losses of the layers, ours takes the mean.
+    """
     if architecture not in ("Dots1ForCausalLM", "DeepseekForCausalLM"):
         return {}
     default = 0.0001 if architecture == "Dots1ForCausalLM" else 0.001
     alpha = hf.get("aux_loss_alpha", default) * (fields["n_layers"] - len(fields["dense_layers"]))
     if hf.get("seq_aux", True):
         return {"aux_loss_coef": 0.0, "sequence_loss_coef": alpha}
-    return {"aux_loss_coef": alpha / fields["top_k"]}  # theirs is 1 where the load is even, ours top_k
+    # With an even load their loss is 1, ours top_k.
+    return {"aux_loss_coef": alpha / fields["top_k"]}
 
 
 def architecture_of(config) -> str:
-    """The Hugging Face architecture that a `moe.Config` is; ValueError where none has this combination."""
+    """Return the Hugging Face architecture of a `moe.Config`.
+
+    Raises ValueError where none has this combination of features.
+    """
+    # The features that tell the architectures apart.
     modern = (config.norm, config.positions, config.mlp, config.bias) == ("rms", "rope", "swiglu", False)
     modern = modern and not config.qkv_bias and config.logit_softcap is None
     softmax = modern and config.router in ("softmax", "switch") and config.routed_scale == 1.0
@@ -206,9 +225,11 @@ def architecture_of(config) -> str:
     dense_first = sorted(config.dense_layers) == list(range(len(config.dense_layers)))
     no_window = config.window is None
     one_window = no_window or not config.full_layers
-    whole_heads = config.d_head * config.n_heads == config.d_model  # where config.json has no head_dim
-    # DeepSeek's code does not renormalise the weight of a single expert, whatever config.json says.
+    # Some architectures have no head_dim in config.json.
+    whole_heads = config.K * config.n_heads == config.d_model
+    # DeepSeek's code does not renormalise the weight of a single expert.
     agreed = config.top_k > 1 or not config.renormalize
+
     if softmax and norm is True and unshared and one_window:
         return "Qwen3MoeForCausalLM"
     if softmax and norm == "all" and unshared and all_sparse and no_window and whole_heads:
@@ -219,27 +240,36 @@ def architecture_of(config) -> str:
         return "DeepseekForCausalLM"
     if sigmoid and norm is True and dense_first:
         return "Dots1ForCausalLM"
+
     decisive = ("router", "renormalize", "routed_scale", "qk_norm", "n_shared_experts", "dense_layers")
     decisive += ("window", "full_layers", "qkv_bias", "logit_softcap", "norm", "positions", "d_head")
-    told = ", ".join(f"{field} {getattr(config, field)!r}" for field in decisive)
+    values = ", ".join(f"{field} {getattr(config, field)!r}" for field in decisive)
     raise ValueError(
-        f"no Hugging Face architecture has these features together, so it cannot be saved: {told}; shared "
+        f"no Hugging Face architecture has these features together, so it cannot be saved: {values}; shared "
         "experts come with router 'sigmoid' and qk_norm True, or with 'softmax' and False; a routed_scale "
         "other than 1.0 with 'sigmoid' alone"
     )
 
 
 def moe_config(config) -> dict:
-    """config.json for a `moe.Config`, spelled so that transformers 4 and 5 read it."""
+    """Return the content of config.json for a `moe.Config`, spelled so that transformers 4 and 5 read it.
+
+    Raises ValueError where no Hugging Face architecture has this combination of features.
+    """
     architecture = architecture_of(config)
     hf = {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], "torch_dtype": "float32"}
-    hf |= {key: getattr(config, field) for key, field in TABLES[architecture].items()}
-    # Left out, transformers would put tokens of its own there.
+
+    # Fields that a Config may leave out are written with the values that follow from the others.
+    fields = vars(config) | {"n_kv_heads": config.G, "d_head": config.K, "d_expert": config.F}
+    hf |= {key: fields[field] for key, field in TABLES[architecture].items()}
+    # Without these keys, transformers would use its own default tokens.
     hf |= {"hidden_act": "silu", "bos_token_id": None, "pad_token_id": None}
     if architecture != "MixtralForCausalLM":
         hf["attention_bias"] = False
     if architecture in ("MixtralForCausalLM", "OlmoeForCausalLM"):
-        hf["intermediate_size"] = config.d_expert
+        hf["intermediate_size"] = config.F
+
+    # Windows, dense layers and balance losses, for which each family has its own keys.
     if architecture == "MixtralForCausalLM":
         hf["sliding_window"] = config.window
     if architecture == "Qwen3MoeForCausalLM":
@@ -261,28 +291,37 @@ def moe_config(config) -> dict:
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
-    """Give model, built on the meta device, the weights in directory; ValueError unless all fit."""
+    """Load the weights in directory into a model that was built on the meta device.
+
+    Raises ValueError for tensors that are missing, unknown, or of another shape.
+    """
     mixtral = read_json(Path(directory) / "config.json")["architectures"][0] == "MixtralForCausalLM"
-    # transformers can also write the stacks, which this takes apart.
+    # transformers 5 can also write stacks; take these apart.
     stored = split_experts(safetensors_dir.read_weights(directory), mixtral)
     if model.config.tie_embeddings:
         stored.pop("lm_head.weight", None)
+
+    # Leave out tensors that the model does not have.
     for name in list(stored):
-        no_shared_experts = ".shared_experts." in name and stored[name].numel() == 0  # see `save`
-        if no_shared_experts or name.endswith("rotary_emb.inv_freq"):
+        empty = ".shared_experts." in name and stored[name].numel() == 0  # see `save`
+        if empty or name.endswith("rotary_emb.inv_freq"):
             del stored[name]
+
     expected = model.state_dict()
     safetensors_dir.check_weights(split_experts(expected, mixtral), stored, directory)
     model.load_state_dict(stack_experts(stored, expected, mixtral), assign=True)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
-    """Write model.safetensors, config.json and generation_config.json to directory, each replaced only once
-    the new one is whole."""
+    """Write model.safetensors, config.json and generation_config.json to directory.
+
+    Each file is replaced only once the new one is complete.
+    """
     hf = moe_config(model.config)
     weights = split_experts(model.state_dict(), hf["model_type"] == "mixtral")
+
+    # Dots1 always has shared experts in transformers: write them with a width of zero.
     if hf["model_type"] == "dots1" and not model.config.n_shared_experts:
-        # transformers always has shared experts here, so they get a width of zero.
         for name, w in list(weights.items()):
             if name.endswith(".mlp.gate.weight"):
                 shared = name.replace(".gate.weight", ".shared_experts.")
@@ -301,7 +340,7 @@ MIXTRAL_NAMES = {  # ours: Mixtral's
 
 
 def split_experts(weights: dict[str, Tensor], mixtral: bool = False) -> dict[str, Tensor]:
-    """weights under our names as a file has them: in place of each stack views of the experts' matrices."""
+    """Return weights under the names in a file: for each stack, views of the matrices of its experts."""
     theirs = {}
     for name, w in weights.items():
         stack, _, part = name.removesuffix(".weight").rpartition(".")
@@ -322,9 +361,9 @@ def split_experts(weights: dict[str, Tensor], mixtral: bool = False) -> dict[str
 def stack_experts(
     stored: dict[str, Tensor], expected: dict[str, Tensor], mixtral: bool = False
 ) -> dict[str, Tensor]:
-    """The weights of a file, checked before, under our names and with the shapes of expected.
+    """Return the weights of a file, checked before, under our names and with the shapes in expected.
 
-    They leave `stored` one by one, so that memory holds hardly anything twice.
+    They are removed from `stored` one by one, so that memory holds one stack twice at most.
     """
     weights = {}
     for name, like in expected.items():
@@ -335,6 +374,7 @@ def stack_experts(
                 view.copy_(stored.pop(piece))
         else:
             weights[name] = stored.pop(pieces[0])
+        # The bias stays in float32: its steps are too small for bfloat16.
         if name.endswith("e_score_correction_bias"):
-            weights[name] = weights[name].float()  # its steps are too small for bfloat16
+            weights[name] = weights[name].float()
     return weights

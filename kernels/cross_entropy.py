@@ -1,30 +1,33 @@
-"""Cross entropy of a linear layer, the loss of a language model, without its logits ever held at once.
+"""Cross entropy of a linear layer, the loss of a language model, without all logits in memory at once.
 
     x = hidden W^T,  softcap: x = c tanh(x / c)        lse_i = log sum_v exp(x_iv)
     loss = mean_i (lse_i - x_i,target) + z,        z = z_loss * mean_i lse_i^2
 
 with i over the tokens whose target is not ignore_index. z keeps the softmax's denominator near 1 (PaLM,
-Chowdhery et al. 2022, section 5), the soft-cap keeps logits in (-c, c) (Gemma 2, section 2). The gradient,
+Chowdhery et al. 2022, section 5); the soft-cap keeps logits in (-c, c) (Gemma 2, section 2). The gradient,
 per token and before the mean:
 
     dx_iv = (1 + 2 z_loss lse_i) softmax_iv - [v = target_i],  softcap: times 1 - (x_iv / c)^2
     dhidden = dx W,  dW = dx^T hidden
 
-Where the memory goes. N tokens of width D are N D hidden numbers and N V logits: at D = 768, V = 50257 the
-logits, their softmax and their gradient outweigh the rest of a small model. But the loss of a token needs
-its own V logits only, and dx nothing of the backward pass but one factor, the same for all. So the forward
-pass takes one chunk of tokens after the other through everything: its logits, dx in their place, and from
-that its rows of dhidden and its share of dW. The backward pass multiplies both by the factor. The logits
-of a chunk are about as many as the hidden numbers of all tokens, so the larger V, the fewer rows it has.
+Where the memory goes. N tokens of width D are N D numbers of hidden and N V logits. At D = 768, V = 50257 the
+logits, their softmax and their gradient need more memory than the rest of a small model. But the loss of a
+token needs only its own V logits, and of the backward pass dx needs only one factor, the same for all tokens.
+So the forward pass takes one chunk of tokens after the other: it computes their logits, dx in the place of
+the logits, and from dx their rows of dhidden and their share of dW. The backward pass multiplies both by the
+factor. A chunk has about as many logits as all tokens have numbers of hidden; a larger V makes it shorter.
 
     reference   the equations above, on all logits at once
-    torch       PyTorch's own: F.cross_entropy, or for many logits its chunks; no soft-cap, no z-loss
-    triton      the chunks, with one kernel that reads logits and writes the losses and dx in their place
-    chunked     the chunks, in operations of PyTorch
-    auto        triton on a GPU; elsewhere chunked, or torch where a CPU's cache holds all logits
+    torch       PyTorch's own: F.cross_entropy, or for many logits F.linear_cross_entropy, which has chunks
+                too; no soft-cap, no z-loss
+    triton      chunks, with one kernel that reads logits and writes the losses, and dx in their place
+    chunked     chunks, in PyTorch operations
+    auto        triton on a GPU; elsewhere chunked, or torch if all logits fit the cache of a CPU
 
 Gradients in the forward pass, chunk by chunk: Liger-Kernel (Hsu et al. 2024, section 3.2). Cut Cross-Entropy
 (Wijmans et al. 2024) keeps even the chunk on chip, and multiplies hidden and W once more for it.
+
+Shapes: N tokens, D model width, V vocabulary.
 """
 
 import torch
@@ -34,7 +37,7 @@ from torch import Tensor, library
 from kernels.backend import HAS_TRITON, choose, on_device, tl, triton
 
 HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")  # from PyTorch 2.13 on
-IN_CACHE = 2**20  # logits: 4 MB of float32, which a core's share of a CPU's caches holds
+IN_CACHE = 2**20  # logits, 4 MB in float32: about one core's share of a CPU's caches
 
 
 def linear_cross_entropy(
@@ -47,16 +50,17 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the logits hidden @ weight.T, and the part of it that is z-loss.
+    """Return the mean cross entropy of the logits hidden @ weight.T, and the part of it that is z-loss.
 
-    hidden (..., D) and weight (V, D) of one float dtype, targets (...) int64 in [0, V) or ignore_index.
-    Returns two scalars, float32 (float64 for float64): the loss with z-loss included, and z without a
-    gradient. Both are 0, with zero gradients, where there is no target but ignored ones. Under autocast
-    the products run in its dtype, as those of F.linear do.
+    hidden (..., D) and weight (V, D) have one float dtype; targets (...) are int64, in [0, V) or equal to
+    ignore_index. The results are two scalars in float32 (in float64 for float64): the loss, which includes z,
+    and z, which has no gradient. If all targets are ignored, both are 0, with zero gradients. Under autocast
+    the products run in its dtype, like those of F.linear.
 
-    backend: see the top of this file. There is no second derivative but that of "reference".
-    Raises ValueError where shapes or dtypes do not fit, the backend cannot do what is asked, and, on a CPU,
-    for a target out of range; on a GPU, which would have to be waited for, that makes the loss NaN.
+    backend: see the top of this file. Only "reference" has a second derivative.
+    Raises ValueError if shapes or dtypes do not fit each other or the backend cannot compute this; on a CPU
+    also for a target out of range. On a GPU, where a check would wait for the GPU, such a target makes the
+    loss NaN.
     """
     N, D, V = targets.numel(), hidden.shape[-1], weight.shape[0]
     if hidden.shape[:-1] != targets.shape or weight.shape != (V, D) or targets.dtype != torch.int64:
@@ -64,6 +68,7 @@ def linear_cross_entropy(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
             f"{tuple(targets.shape)} {targets.dtype}: expected (..., D), (V, D) and (...) torch.int64"
         )
+    # Autocast, as in F.linear.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -72,14 +77,12 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: hidden {hidden.dtype}, weight {weight.dtype}: expected one dtype"
         )
+
+    # One row per token.
     hidden, targets = hidden.reshape(N, D), targets.reshape(N)
     valid = targets != ignore_index
-    if device == "cpu" and not torch.compiler.is_compiling():
-        outside = valid & ((targets < 0) | (targets >= V))
-        if outside.any():
-            raise ValueError(
-                f"linear_cross_entropy: target {targets[outside][0]}: expected 0 to {V - 1} or {ignore_index}"
-            )
+    check_range(targets, valid, V, ignore_index)
+
     backend = _choose(backend, hidden, V, softcap, z_loss)
     if backend == "reference":
         total, z = _reference(hidden, weight, targets, valid, softcap, z_loss)
@@ -91,13 +94,24 @@ def linear_cross_entropy(
         total, z, _, _ = _in_chunks(
             hidden, weight, targets, ignore_index, softcap, z_loss, backend == "triton", *needs
         )
-    # The mean is taken out here, so that the saved gradients are those of a sum: N times smaller, many would
-    # be too small for float16.
+    # The saved gradients are those of the sum over tokens, not of the mean: divided by N, many would be too
+    # small for float16.
     n = valid.sum().clamp(min=1)
     return total / n, z.detach() / n
 
 
+def check_range(targets: Tensor, valid: Tensor, V: int, ignore_index: int) -> None:
+    """Raise ValueError for a valid target outside 0 ... V - 1, where the check does not wait for a device."""
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = valid & ((targets < 0) | (targets >= V))
+        if outside.any():
+            raise ValueError(
+                f"linear_cross_entropy: target {targets[outside][0]}: expected 0 to {V - 1} or {ignore_index}"
+            )
+
+
 def _choose(backend: str, hidden: Tensor, V: int, softcap: float | None, z_loss: float) -> str:
+    """Return the backend that runs. Raise ValueError if it does not exist or cannot compute this."""
     fits_cache = hidden.shape[0] * V <= IN_CACHE
     plain = softcap is None and not z_loss
     if backend == "auto" and hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64:
@@ -108,7 +122,7 @@ def _choose(backend: str, hidden: Tensor, V: int, softcap: float | None, z_loss:
         return backend
     why = None
     if backend == "triton" and hidden.dtype == torch.float64:
-        why = "computes in float32, so it takes no float64"
+        why = "computes in float32 and takes no float64"
     elif backend == "torch" and not plain:
         why = "has no softcap and no z_loss"
     if why is not None:
@@ -131,7 +145,8 @@ def _torch(hidden, weight, targets, ignore_index):
     if hidden.shape[0] * weight.shape[0] <= IN_CACHE or not HAS_CHUNKS:
         logits = F.linear(hidden, weight).to(wide)
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    # Its loss is of hidden's dtype: a 16-bit sum is off by a percent, the sum of one per token is not.
+    # Its loss has the dtype of hidden. A sum in 16 bits would be wrong by a percent, so it returns one loss
+    # per token, and these are added in float32.
     reduction = "none" if hidden.dtype != wide else "sum"
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
     return F.linear_cross_entropy(
@@ -140,12 +155,13 @@ def _torch(hidden, weight, targets, ignore_index):
 
 
 def rows_per_chunk(N: int, D: int, V: int, device: str) -> int:
-    """How many of N tokens a chunk holds, a power of two: on a GPU at most N D / V, so that its logits are no
-    more than the hidden numbers; elsewhere no more than the cache holds.
+    """Return how many of N tokens a chunk has: a power of two, unless N is smaller.
 
-    But enough to keep the matrix products fast. Adding a chunk's share to dW is 2 V D operations a row,
-    and 8 V D bytes of float32 read and written in any case: below high hundreds of rows the bytes take an
-    H100 longer. (1024 rows of bfloat16 logits are themselves no more than dW from D = 512 on.)
+    On a GPU at most N D / V, so that a chunk has no more logits than there are numbers of hidden; elsewhere
+    as many as fit the cache. But always enough to keep the matrix products fast. Adding the share of a chunk
+    to dW takes 2 V D operations per row, and reads and writes 8 V D bytes for any number of rows; below
+    several hundred rows the bytes take longer on an H100. (From D = 512 on, 1024 rows of bfloat16 logits
+    take no more memory than dW.)
     """
     fewest, logits = (1024, N * D) if device == "cuda" else (256, IN_CACHE)
     rows = 1 << (max(logits // V, 1).bit_length() - 1)
@@ -164,17 +180,19 @@ def _in_chunks(
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over tokens: the loss with z, and z; and the gradient of the first: dhidden like hidden and
-    dweight in float32 or wider, either empty where it is not needed."""
+    """Return sums over tokens, the loss with z and z, and the gradients of the first: dhidden and dweight.
+
+    dhidden is like hidden, dweight in float32 or wider; a gradient that is not needed is empty.
+    """
     (N, D), V = hidden.shape, weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     dhidden = hidden.new_empty((N, D) if need_dhidden else 0)
-    # Dozens of chunks added up in bfloat16 would each be rounded to the 8 bits of the sum so far.
+    # In bfloat16 the share of each of dozens of chunks would be rounded to the 8 bits of the sum so far.
     dweight = weight.new_zeros((V, D) if need_dweight else 0, dtype=wide)
     nll, lse = hidden.new_empty((2, N), dtype=wide)
 
     rows = rows_per_chunk(N, D, V, hidden.device.type)
-    # A GPU reads 16 bytes at once where rows begin at multiples of that, which an odd V would prevent.
+    # A GPU reads 16 bytes at once if rows begin at multiples of 16 bytes: V is rounded up.
     stride = triton.cdiv(V, 64) * 64 if kernel else V
     logits = hidden.new_empty(rows, stride)
     to_gradient = to_gradient_triton if kernel else to_gradient_plain
@@ -194,6 +212,7 @@ def _in_chunks(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to total, which may have a wider dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:
@@ -203,8 +222,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def to_gradient_triton(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
-    """Of logits (rows, V) write the losses without z to nll (rows,) and lse (rows,), both 0 where ignored,
-    and, if needed, the gradient of the losses with z in place of the logits."""
+    """Write the losses of logits (rows, V), without z, to nll (rows,), and lse (rows,); both 0 if ignored.
+
+    If need_gradient, the gradient of the losses with z replaces the logits.
+    """
     rows, V = logits.shape
     block = min(triton.next_power_of_2(V), 4096)
     with on_device(logits):
@@ -215,8 +236,8 @@ def to_gradient_triton(logits, targets, nll, lse, ignore_index, softcap, z_loss,
 
 
 def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
-    """The same in operations of PyTorch; the logits are overwritten in any case."""
-    x = logits.to(nll.dtype)  # a copy only in 16 bit
+    """Do the same in PyTorch operations; the logits are overwritten in any case."""
+    x = logits.to(nll.dtype)  # a copy only if logits have 16 bits
     if softcap is not None:
         x.div_(softcap).tanh_()
         slope = 1 - x * x if need_gradient else None
@@ -224,7 +245,9 @@ def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, 
     valid = (targets != ignore_index)[:, None]
     at_target = targets[:, None].where(valid, 0)
     x_target = x.gather(1, at_target)
-    # On a CPU softmax takes less time than exp alone. Its largest value is 1 / sum exp(x - largest).
+
+    # lse from the softmax, which on a CPU takes less time than exp alone: its largest value in a row is
+    # 1 / sum exp(x - largest).
     largest = x.amax(dim=1, keepdim=True)
     torch.softmax(x, dim=1, out=x)
     row_lse = largest - x.amax(dim=1, keepdim=True).log()
@@ -232,6 +255,8 @@ def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, 
     torch.mul(row_lse, valid, out=lse[:, None])
     if not need_gradient:
         return
+
+    # The gradient of the header, in the place of the softmax.
     x.mul_((1 + 2 * z_loss * row_lse) * valid)
     x.scatter_add_(1, at_target, -valid.to(x.dtype))
     if softcap is not None:
@@ -242,7 +267,7 @@ def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, 
 
 @triton.jit
 def _capped(x, softcap):
-    """softcap * tanh(x / softcap); for small arguments by the series, as 1 - exp(-2 |u|) loses its digits."""
+    """Return softcap * tanh(x / softcap), for small |u| by the series, where 1 - exp(-2 |u|) loses digits."""
     u = x / softcap
     e = tl.exp(-2 * tl.abs(u))
     large = tl.where(u < 0, e - 1, 1 - e) / (1 + e)
@@ -253,8 +278,9 @@ def _capped(x, softcap):
 
 @triton.jit
 def _load_logits(row, start, stride, V, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a block of columns and their logits, with the soft-cap, from V on 0."""
     columns = start + tl.arange(0, BLOCK)
-    # Bounded by the stride, a multiple of 16: bounded by V, each number would be loaded by itself.
+    # The bound is the stride, a multiple of 16; with the bound V, each number would be loaded by itself.
     x = tl.load(row + columns, mask=columns < stride, other=0.0).to(tl.float32)
     x = tl.where(columns < V, x, 0.0)
     return columns, _capped(x, softcap) if SOFTCAP else x
@@ -265,7 +291,7 @@ def _to_gradient_kernel(
     Logits, Targets, NLL, LSE, stride, V, ignore_index, softcap, z_loss,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program reads one row twice, the second time from L2, where all the rows under way fit.
+    # A program reads one row twice, the second time from the L2 cache, which all rows in progress fit.
     i = tl.program_id(0)
     row = Logits + i.to(tl.int64) * stride
     target = tl.load(Targets + i)
@@ -274,7 +300,7 @@ def _to_gradient_kernel(
     if SOFTCAP:
         x_target = _capped(x_target, softcap)
 
-    # Online softmax: the largest so far, and a sum that is mended whenever a larger one turns up.
+    # Online softmax: the largest logit so far, and a sum that is corrected whenever a larger one appears.
     largest, total = float("-inf"), 0.0
     for start in range(0, V, BLOCK):
         columns, x = _load_logits(row, start, stride, V, softcap, SOFTCAP, BLOCK)
@@ -286,6 +312,7 @@ def _to_gradient_kernel(
     tl.store(NLL + i, tl.where(valid, lse - x_target, 0.0))
     tl.store(LSE + i, tl.where(valid, lse, 0.0))
 
+    # The gradient of the header, in the place of the logits.
     if GRADIENT:
         scale = tl.where(valid, 1 + 2 * z_loss * lse, 0.0)
         one = tl.where(valid, 1.0, 0.0)
@@ -312,7 +339,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, dtotal, *_):
-    # A matrix of one number: a scalar would first be rounded to the dtype of a 16-bit gradient.
+    # A (1, 1) matrix, because PyTorch would first round a scalar to the dtype of a 16-bit gradient.
     factor = dtotal[None, None]
     grads = [
         torch.mul(g, factor, out=g.new_empty(g.shape, dtype=ctx.dtype)) if g.dim() == 2 else None

@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What is fixed when a kernel is compiled: one argument, of type tl.constexpr."""
+    """The constants that are fixed when a kernel is compiled: one argument, of type tl.constexpr."""
 
     K: int  # head width
     BLOCK_K: int  # the same, rounded up to a power of two
@@ -64,7 +64,7 @@ class Constants(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Which keys the queries see; the tensors are None where their mask is not used."""
+    """The keys that the queries see; the tensors are None where their mask is not used."""
 
     seqlens_k: Any  # (B,), how many keys of each row exist
     doc_start: Any  # (T,), where the document of each position begins
@@ -225,12 +225,14 @@ def forward_kernel(
     q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
     const: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_M: tl.constexpr = const.BLOCK_M
+    BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
     tile = query_tile(H, masks, const)
-    q_tile = load_rows(q, tile.b, tile.i0, tile.h, T, const.BLOCK_M, False, const)
-    m = tl.full((const.BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((const.BLOCK_M,), tl.float32)
-    acc = tl.zeros((const.BLOCK_M, const.BLOCK_K), tl.float32)
+    q_tile = load_rows(q, tile.b, tile.i0, tile.h, T, BLOCK_M, False, const)
+    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     keys = Keys(k, v, S, tile.b, tile.h // const.GROUP, tile.low, tile.high)
 
     # The keys from begin to left, for which only a window or a document needs a mask; those that all queries
@@ -242,8 +244,8 @@ def forward_kernel(
 
     # A query that sees no key has l = 0; its result is 0.
     seen = l > 0
-    store_rows(out, acc / tl.where(seen, l, 1.0)[:, None], tile.b, tile.i0, tile.h, T, const.BLOCK_M, const)
-    row = tile.i0 + tl.arange(0, const.BLOCK_M)
+    store_rows(out, acc / tl.where(seen, l, 1.0)[:, None], tile.b, tile.i0, tile.h, T, BLOCK_M, const)
+    row = tile.i0 + tl.arange(0, BLOCK_M)
     value = tl.where(seen, m + tl.math.log2(tl.where(seen, l, 1.0)), 0.0)
     tl.store(lse + (tile.b * H + tile.h).to(tl.int64) * T + row, value, mask=row < T)
 

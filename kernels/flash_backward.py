@@ -137,27 +137,29 @@ def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
     const: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_N: tl.constexpr = const.BLOCK_N
+    BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
     # The first keys of a causal model are seen by most queries, and start first.
-    n_tiles = tl.cdiv(S, const.BLOCK_N)
-    j0 = tl.program_id(0) % n_tiles * const.BLOCK_N
+    n_tiles = tl.cdiv(S, BLOCK_N)
+    j0 = tl.program_id(0) % n_tiles * BLOCK_N
     bg = tl.program_id(0) // n_tiles
     G = H // const.GROUP
     b, g = bg // G, bg % G
     n_keys, offset = keys_of_row(b, masks)
 
     # The queries that see its first and its last key bound the walk; a tile after the last key has none.
-    j_last = tl.minimum(j0 + const.BLOCK_N, n_keys) - 1
+    j_last = tl.minimum(j0 + BLOCK_N, n_keys) - 1
     begin, full_end = queries_seeing(j0, offset, masks, const)
     full_begin, end = queries_seeing(j_last, offset, masks, const)
     end, full_end = tl.where(j0 < n_keys, end, 0), tl.where(j0 < n_keys, full_end, 0)
     left, right = middle(full_begin, full_end, end, const.BLOCK_M)
 
-    k_tile = load_rows(k, b, j0, g, S, const.BLOCK_N, False, const)
-    v_tile = load_rows(v, b, j0, g, S, const.BLOCK_N, False, const)
+    k_tile = load_rows(k, b, j0, g, S, BLOCK_N, False, const)
+    v_tile = load_rows(v, b, j0, g, S, BLOCK_N, False, const)
     keys, queries = KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys), Queries(q, dout, lse, delta, H)
-    dk_tile = tl.zeros((const.BLOCK_N, const.BLOCK_K), tl.float32)
-    dv_tile = tl.zeros((const.BLOCK_N, const.BLOCK_K), tl.float32)
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if const.CAUSAL or const.WINDOWED or doc_start is not None:
         begin = begin // const.BLOCK_M * const.BLOCK_M
         dk_tile, dv_tile = dkdv_over_queries(
@@ -172,10 +174,10 @@ def dkdv_kernel(
 
     # A tile without a mask may reach over the last key of its row: the gradients there are zeros.
     if seqlens_k is not None:
-        exists = (j0 + tl.arange(0, const.BLOCK_N) < n_keys)[:, None]
+        exists = (j0 + tl.arange(0, BLOCK_N) < n_keys)[:, None]
         dk_tile, dv_tile = tl.where(exists, dk_tile, 0.0), tl.where(exists, dv_tile, 0.0)
-    store_rows(dk, dk_tile * scale, b, j0, g, S, const.BLOCK_N, const)
-    store_rows(dv, dv_tile, b, j0, g, S, const.BLOCK_N, const)
+    store_rows(dk, dk_tile * scale, b, j0, g, S, BLOCK_N, const)
+    store_rows(dv, dv_tile, b, j0, g, S, BLOCK_N, const)
 
 
 @triton.jit
@@ -202,14 +204,16 @@ def dq_kernel(
     q, k, v, dout, lse, delta, dq, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
     const: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_M: tl.constexpr = const.BLOCK_M
+    BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
     tile = query_tile(H, masks, const)
     b, h = tile.b, tile.h
-    q_tile = load_rows(q, b, tile.i0, h, T, const.BLOCK_M, False, const)
-    do = load_rows(dout, b, tile.i0, h, T, const.BLOCK_M, False, const)
-    row = (b * H + h).to(tl.int64) * T + tl.minimum(tile.i0 + tl.arange(0, const.BLOCK_M), T - 1)
+    q_tile = load_rows(q, b, tile.i0, h, T, BLOCK_M, False, const)
+    do = load_rows(dout, b, tile.i0, h, T, BLOCK_M, False, const)
+    row = (b * H + h).to(tl.int64) * T + tl.minimum(tile.i0 + tl.arange(0, BLOCK_M), T - 1)
     lse_i, delta_i = tl.load(lse + row), tl.load(delta + row)
-    dq_tile = tl.zeros((const.BLOCK_M, const.BLOCK_K), tl.float32)
+    dq_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     keys = Keys(k, v, S, b, h // const.GROUP, tile.low, tile.high)
 
     # As in the forward pass: keys with a mask, without, and with a mask again.
@@ -223,7 +227,7 @@ def dq_kernel(
     dq_tile = dq_over_keys(
         dq_tile, q_tile, do, lse_i, delta_i, keys, tile.right, tile.end, scale, True, const
     )
-    store_rows(dq, dq_tile * scale, b, tile.i0, h, T, const.BLOCK_M, const)
+    store_rows(dq, dq_tile * scale, b, tile.i0, h, T, BLOCK_M, const)
 
 
 def backward(

@@ -37,6 +37,8 @@ def split_kernel(
     q, k, v, part, part_lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, keys_per_split,
     const: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_M: tl.constexpr = const.BLOCK_M
+    BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
     G = H // const.GROUP
     split, bg = tl.program_id(0), tl.program_id(1)
@@ -45,20 +47,20 @@ def split_kernel(
 
     # Row i GROUP + (h mod GROUP) of the tile is query i of head h. Of the keys that any of them sees, this
     # program takes those in its split.
-    row = tl.arange(0, const.BLOCK_M)
+    row = tl.arange(0, BLOCK_M)
     exists = row < T * const.GROUP
     i, h = tl.minimum(row // const.GROUP, T - 1), g * const.GROUP + row % const.GROUP
     low, high = keys_seen(i, offset, n_keys, masks, const)
     begin = tl.maximum(split * keys_per_split, tl.min(low) // const.BLOCK_N * const.BLOCK_N)
     end = tl.minimum((split + 1) * keys_per_split, tl.max(high))
 
-    column = tl.arange(0, const.BLOCK_K)[None, :]
+    column = tl.arange(0, BLOCK_K)[None, :]
     mask = exists[:, None] & (column < const.K)
     at = b.to(tl.int64) * q.stride_b + i[:, None] * q.stride_t + h[:, None] * q.stride_h + column
     q_tile = tl.load(q.pointer + at, mask=mask, other=0.0)
-    m = tl.full((const.BLOCK_M,), -float("inf"), tl.float32)
-    l = tl.zeros((const.BLOCK_M,), tl.float32)
-    acc = tl.zeros((const.BLOCK_M, const.BLOCK_K), tl.float32)
+    m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     keys = Keys(k, v, S, b, g, low, high)
     acc, m, l = attend(acc, m, l, q_tile, keys, begin, end, scale, True, const)
 

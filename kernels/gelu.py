@@ -7,8 +7,9 @@ Gaussian Error Linear Units (Hendrycks and Gimpel 2016, section 2). The gradient
 
     dx = dy * (s + x * s * (1 - s) * (a + 3 b x^2))
 
-PyTorch's own operation computes a tanh forward and again backward, which on a CPU is the slowest thing in a
-small GPT-2 but for the matrix products. The sigmoid is cheaper there, and is kept for the backward pass.
+PyTorch's own operation computes a tanh in the forward pass and again in the backward pass. On a CPU, in a
+small GPT-2, only the matrix products take longer. The sigmoid is cheaper there, and is kept for the backward
+pass.
 """
 
 import math
@@ -22,8 +23,11 @@ B = 0.044715 * A
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU of x, any shape and float dtype. Training in float32 on a CPU takes the equations above, which
-    keep one tensor more than PyTorch's own operation; everything else takes that."""
+    """Return the GELU of x, of any shape and float dtype.
+
+    Training in float32 on a CPU uses the equations above, which keep one more tensor than PyTorch's own
+    operation does. Everything else uses PyTorch's.
+    """
     by_hand = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
     if by_hand and not torch.compiler.is_compiling():
         return _GELU.apply(x)

@@ -2,30 +2,32 @@
 
     y_i = w_e x_i        where e is the group of row i
 
-This is where a mixture of experts spends its time. Rows are sorted by group: those of group e are the
-slice of x from offsets[e - 1], or 0 for the first, to offsets[e], and it may be empty. Gradients, slice by
+This is where a mixture of experts spends its time. Rows are sorted by group: those of group e are the slice
+of x from offsets[e - 1], or 0 for the first group, to offsets[e]; a group may be empty. Gradients, slice by
 slice:
 
     dx_i = w_e^T dy_i        dw_e = dy_e^T x_e, zeros for an empty group
 
 `reference` takes one group after the other in plain PyTorch and defines what every other backend must
-compute. `torch` does the same on a CPU, each product straight into its slice of the result, all of them
-one node to autograd; on a GPU it runs the library's own operation. `triton` has a kernel for y and dx,
-which differ in how w is read, and one for dw; each does all groups in one launch.
+compute. `torch` does the same on a CPU, but writes each product straight into its slice of the result and is
+a single node for autograd; on a GPU it runs PyTorch's own operation. `triton` has one kernel for y and dx,
+which differ only in how w is read, and one for dw; each computes all groups in one launch.
 
-How many rows a group has only the GPU knows, and asking it means waiting for it. So as many programs start
-as any sizes could need: M rows in E groups make at most (M + E (BLOCK_M - 1)) / BLOCK_M tiles of rows.
-Each of them reads all offsets, a few hundred bytes, counts the tiles of the groups to find itself among
-them, and ends at once if it comes after the last.
+The number of rows of a group is in the memory of the GPU, and to read it on the CPU means to wait for the
+GPU. So as many programs start as any sizes could need: M rows in E groups make at most (M + E (BLOCK_M - 1))
+/ BLOCK_M tiles of rows. Each program reads all offsets, a few hundred bytes, counts the tiles of the groups
+to find its own, and ends at once if there is none left for it.
 
-Memory. A program reads BLOCK_M rows of x and BLOCK_N of w_e, over all D columns, for BLOCK_M x BLOCK_N
-numbers of y. Those that run side by side share few tiles of rows and few of columns: most of what they
-read is in the L2 cache, and w_e comes from memory about once for every eight tiles of rows. In decoding,
-where M is small, reading w is all the work, and the w_e of a group without rows is not read. A tile of dw
-belongs to one program, which walks through the rows of its group: nothing is atomic, and every run gives
-the same bits.
+Memory. A program reads BLOCK_M rows of x and BLOCK_N columns of w_e, over all D, for BLOCK_M x BLOCK_N
+numbers of y. Programs that run at the same time share few tiles of rows and few of columns. So most of what
+they read is in the L2 cache, and w_e is read from memory about once for every eight tiles of rows. In
+decoding, where M is small, reading w is all the work, and w_e of a group without rows is never read. A tile
+of dw belongs to one program, which goes through the rows of its group: nothing is atomic, and every run
+gives the same bits.
 
-MegaBlocks (Gale et al. 2022, section 4): no row is dropped, and no group padded, but for its last tile.
+MegaBlocks (Gale et al. 2022, section 4): no row is dropped, and only the last tile of a group is padded.
+
+Shapes: M rows, D width of x, N width of y, E groups.
 """
 
 from itertools import pairwise
@@ -40,16 +42,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels and of
 
 
 def grouped_matmul(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str = "auto") -> Tensor:
-    """y (M, N) of x (M, D), its rows sorted by group, and w (E, N, D), for each group a matrix (out, in).
+    """Return y (M, N) of x (M, D), its rows sorted by group, and w (E, N, D), one matrix (out, in) per group.
 
-    offsets: int32 (E,), the end of each group in x, never falling, the last of them M. x and w are of one
-    float dtype and may have any strides; under autocast the product runs in its dtype, as that of F.linear.
+    offsets: int32 (E,), the end of each group in x: in ascending order, the last equal to M. x and w have one
+    float dtype and any strides. Under autocast the product runs in its dtype, like that of F.linear.
 
-    backend: as in kernels/backend.py. "triton" takes float16, bfloat16 and float32 and never waits for the
-    GPU. "torch" on a GPU takes the same where rows of D and of N are multiples of 16 bytes, and may wait for
-    it in all but bfloat16. There is no second derivative but that of "reference".
-    Raises ValueError where shapes, dtypes or devices do not fit each other or the backend, and for offsets
-    that are wrong, unless a GPU would have to be waited for: there those make wrong numbers.
+    backend: see kernels/backend.py. "triton" takes float16, bfloat16 and float32 and never waits for the
+    GPU. "torch" on a GPU takes the same dtypes if rows of D and of N numbers are multiples of 16 bytes, and
+    may wait for the GPU except in bfloat16. Only "reference" has a second derivative.
+    Raises ValueError if shapes, dtypes or devices do not fit each other or the backend, and for wrong offsets
+    wherever a check does not wait for a GPU; unchecked, wrong offsets give wrong numbers.
     """
     E, N, D = w.shape if w.dim() == 3 else (0, 0, 0)
     if x.dim() != 2 or x.shape[1] != D or offsets.shape != (E,) or E == 0:
@@ -79,7 +81,7 @@ def grouped_matmul(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str = "aut
 
 
 def _obstacle(backend: str, x: Tensor, N: int) -> str:
-    """Why the backend cannot multiply x, to rows of N numbers; empty if it can."""
+    """Return why the backend cannot compute the product of x to rows of N numbers, or "" if it can."""
     if backend == "reference" or (backend == "torch" and not x.is_cuda):
         return ""
     if x.dtype not in DTYPES:
@@ -90,7 +92,7 @@ def _obstacle(backend: str, x: Tensor, N: int) -> str:
 
 
 def _groups(offsets: Tensor, M: int) -> list[slice]:
-    """The rows of each group. Raises ValueError if they are not all M, one after the other."""
+    """Return the rows of each group as slices. Raise ValueError if the offsets are not ascending up to M."""
     ends = offsets.tolist()
     for e, (start, end) in enumerate(pairwise([0, *ends])):
         if end < start:
@@ -102,12 +104,12 @@ def _groups(offsets: Tensor, M: int) -> list[slice]:
 
 def _reference(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     sizes = [rows.stop - rows.start for rows in _groups(offsets, len(x))]
-    # All taken apart at once: the gradient of each x[rows] and w[e] would be as large as all of x and w.
+    # Split all at once: autograd would make the gradient of each x[rows] and w[e] as large as all of x and w.
     return torch.cat([F.linear(x_e, w_e) for x_e, w_e in zip(x.split(sizes), w.unbind(), strict=True)])
 
 
 def product_torch(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x (M, K) times w (E, K, N), by groups."""
+    """Return x (M, K) times w (E, K, N), by groups."""
     if x.is_cuda and x.numel() and w.numel():
         return F.grouped_mm(_aligned(x), _aligned(w), offs=offsets)
     y = x.new_empty(len(x), w.shape[2])
@@ -118,7 +120,7 @@ def product_torch(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def weight_gradient_torch(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """dw (E, N, D) of dy (M, N) and x (M, D)."""
+    """Return dw (E, N, D) of dy (M, N) and x (M, D)."""
     if x.is_cuda and x.numel() and dy.numel():
         return F.grouped_mm(_aligned(dy).T, _aligned(x), offs=offsets)
     dw = x.new_empty(len(offsets), dy.shape[1], x.shape[1])
@@ -131,8 +133,10 @@ def weight_gradient_torch(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x (..., rows, columns), copied if F.grouped_mm could not read it where it lies: whole rows, or whole
-    columns, that begin at multiples of 16 bytes."""
+    """Return x (..., rows, columns), or a copy if its layout does not fit F.grouped_mm.
+
+    That needs rows, or columns, without gaps that begin at multiples of 16 bytes.
+    """
     lines = x if x.stride(-1) == 1 else x.mT
     steps = [step * x.element_size() for step in lines.stride()[:-1]]
     fits = lines.stride(-1) == 1 and lines.stride(-2) >= lines.shape[-1] and not any(s % 16 for s in steps)
@@ -141,8 +145,11 @@ def _aligned(x: Tensor) -> Tensor:
 
 @triton.jit
 def _place(number, n_rows, n_columns, TOGETHER: tl.constexpr):
-    """(row, column) of a tile in a grid of them, which are numbered down the columns of the first TOGETHER
-    rows, then down those of the next: programs side by side read few rows, and few columns."""
+    """Return (row, column) of a tile in the grid of tiles.
+
+    Tiles are numbered down the columns of the first TOGETHER rows of the grid, then of the next TOGETHER
+    rows. So programs that run at the same time read few rows and few columns.
+    """
     above = number // (TOGETHER * n_columns) * TOGETHER
     height = tl.minimum(n_rows - above, TOGETHER)
     number = number % (TOGETHER * n_columns)
@@ -155,25 +162,28 @@ def product_kernel(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # The group e of this tile, from the number of tiles of every group.
     tile, column = _place(tl.program_id(0), n_tiles, tl.cdiv(N, BLOCK_N), TOGETHER=8)
     groups = tl.arange(0, BLOCK_E)
     ends = tl.load(offsets + groups, mask=groups < E, other=0)
     starts = tl.load(offsets + groups - 1, mask=(groups > 0) & (groups < E), other=0)
-    last = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M))  # behind the last tile of each group
+    last = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M))  # one after the last tile of each group
     e = tl.sum((last <= tile).to(tl.int32))
     if e >= E:
         return
     first = tl.max(tl.where(last <= tile, last, 0))  # the first tile of group e
-    # Held within the rows there are, so that wrong offsets make wrong numbers, but no wrong addresses.
+    # Limited to the rows that exist: wrong offsets give wrong numbers, but no wrong addresses.
     start = tl.maximum(tl.load(offsets + e - 1, mask=e > 0, other=0), 0)
     end = tl.minimum(tl.load(offsets + e), M)
 
-    # int64, because a row or a matrix may begin further than 2^31 elements into a tensor
+    # The addresses of its rows and columns, in int64: a tensor may have more than 2^31 elements.
     m = start.to(tl.int64) + (tile - first) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     x_at = x + m[:, None] * x_stride_m + k[None, :] * x_stride_k
     w_at = w + e.to(tl.int64) * w_stride_e + k[:, None] * w_stride_k + n[None, :] * w_stride_n
+
+    # The sum over K, BLOCK_K terms at a time.
     m_inside, n_inside = (m < end)[:, None], (n < N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for begin in range(0, K, BLOCK_K):
@@ -197,6 +207,7 @@ def weight_kernel(
     start = tl.maximum(tl.load(offsets + e - 1, mask=e > 0, other=0), 0)
     end = tl.minimum(tl.load(offsets + e), M)
 
+    # The sum over the rows of group e, BLOCK_M at a time.
     m = tl.arange(0, BLOCK_M)
     n = (row * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     d = (column * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
@@ -214,9 +225,9 @@ def weight_kernel(
     tl.store(at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
 
 
-# Rows and columns of a tile of y, warps and stages, by how many rows a group has on average, or more; and the
-# same of a tile of dw. For each operation a tile of 128 x 256 reads a quarter less from L2 than one of 128 x
-# 128, where Hopper's is short. None of them spills. Nothing here has been tuned on a device yet.
+# Rows and columns of a tile of y, warps and stages, by the smallest average number of rows per group; then
+# the same of a tile of dw. Per operation, a tile of 128 x 256 reads a quarter less from the L2 cache, whose
+# speed limits Hopper, than a tile of 128 x 128. None of them spills. Nothing here is tuned on a device yet.
 TILES = {
     "Hopper": (  # and data-centre Blackwell: over 200 kB of shared memory
         {128: (128, 256, 8, 3), 32: (64, 128, 4, 4), 0: (16, 64, 4, 4)},
@@ -230,7 +241,7 @@ TILES = {
     "AMD": ({128: (128, 128, 8, 2), 32: (64, 128, 4, 2), 0: (16, 64, 4, 2)}, (128, 128, 8, 2)),  # 64 kB
     "interpreter": ({0: (16, 16, 4, 1)}, (16, 16, 4, 1)),
 }
-# Float32, in three products of TF32 at worst, has more to hold in registers.
+# Float32, which may need three products in TF32, takes more registers and so uses smaller tiles.
 FLOAT32 = {"Hopper": "NVIDIA", "NVIDIA": "narrow"}
 
 
@@ -241,12 +252,12 @@ def tiles(x: Tensor) -> tuple[dict, tuple]:
 
 
 def depth(x: Tensor) -> int:
-    """How many terms of a sum a program takes at a time: 128 bytes of a row, a whole line of memory."""
+    """Return how many terms of a sum a program reads at a time: 128 bytes of a row, one cache line."""
     return 16 if architecture(x) == "interpreter" else 128 // x.element_size()
 
 
 def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """x (M, K) times w (E, K, N), by groups."""
+    """Return x (M, K) times w (E, K, N), by groups."""
     (M, K), (E, _, N) = x.shape, w.shape
     y = x.new_empty(M, N)
     if y.numel() == 0:
@@ -254,7 +265,7 @@ def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     table = tiles(x)[0]
     BLOCK_M, BLOCK_N, warps, stages = table[max(least for least in table if least <= M / E)]
     BLOCK_N = min(BLOCK_N, block_width(N))
-    n_tiles = (M + min(E, M) * (BLOCK_M - 1)) // BLOCK_M  # at most, and at most M groups have rows
+    n_tiles = (M + min(E, M) * (BLOCK_M - 1)) // BLOCK_M  # the most there can be; at most M groups have rows
     with on_device(x):
         product_kernel[(n_tiles * triton.cdiv(N, BLOCK_N),)](
             x, w, y, offsets, *x.stride(), *w.stride(), M, N, K, E, n_tiles,
@@ -265,7 +276,7 @@ def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def weight_gradient_triton(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """dw (E, N, D) of dy (M, N) and x (M, D)."""
+    """Return dw (E, N, D) of dy (M, N) and x (M, D)."""
     (M, N), D, E = dy.shape, x.shape[1], len(offsets)
     dw = x.new_empty(E, N, D)
     if dw.numel() == 0:
@@ -296,7 +307,7 @@ def _(x, w, offsets, kernel):
 def _operation_backward(
     dy: Tensor, x: Tensor, w: Tensor, offsets: Tensor, kernel: bool, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx like x and dw like w, either empty where it is not needed."""
+    """Return dx, like x, and dw, like w; a gradient that is not needed is empty."""
     product, weight_gradient = (
         (product_triton, weight_gradient_triton) if kernel else (product_torch, weight_gradient_torch)
     )

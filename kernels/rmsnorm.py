@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation: scale a row to unit mean square, then by a learned gain.
+"""Root-mean-square normalisation: scale each row to unit mean square, then multiply by a learned gain.
 
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight
 
@@ -7,21 +7,22 @@ r = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
 
     dx = r * (g - n * mean(g * n))        dweight = sum over rows of dy * n
 
-`reference` is the equation in plain PyTorch and defines what every other backend must compute; `torch` runs
-the library's own operation.
+`reference` is the equation in plain PyTorch and defines what every other backend must compute. `torch` runs
+PyTorch's own operation.
 
-`triton` does each direction in one pass. There are few operations per byte, so time is memory traffic, and a
-row that stays in registers between its sum and its scaling is read once. Bytes per element of e bytes:
+`triton` does each direction in one pass. There are few operations per byte, so the time is memory traffic. A
+row stays in registers between its sum and its scaling, so it is read once. Bytes per element of e bytes:
 
     forward     2 e    read x, write y                with a residual 4 e: read it too, write h = x + residual
-    backward    3 e    read x and dy, write dx        with a residual 4 e: read dh too, which joins dx
+    backward    3 e    read x and dy, write dx        with a residual 4 e: read dh too and add it to dx
 
-and 4 bytes per row for r, all that the forward keeps: n = x * r is cheaper made again than stored. A program
-holds a tile of ROWS x BLOCK_D elements, BLOCK_D being D rounded up to a power of two: one wide row or several
-narrow ones. Forward, each program has one tile. Backward, dweight sums over all rows: a few programs on each
-multiprocessor walk through the tiles, keep their part of the sum in registers and write it as one row, 4 D
-bytes; a second, small sum adds these up. Nobody waits for a lock, and the order of additions, hence every bit
-of the result, depends on the shape and the number of multiprocessors alone.
+and 4 bytes per row for r. The forward pass keeps nothing else: to compute n = x * r again is cheaper than to
+store it. A program has a tile of ROWS x BLOCK_D elements, where BLOCK_D is D rounded up to a power of two:
+one wide row or several narrow ones. In the forward pass each program has one tile. In the backward pass
+dweight sums over all rows: a few programs on each multiprocessor go through the tiles, keep their part of
+the sum in registers and write it as one row, 4 D bytes; a second, small sum adds these rows. There are no
+locks, and the order of additions, and so every bit of the result, depends only on the shape and the number
+of multiprocessors.
 """
 
 import math
@@ -44,14 +45,14 @@ def rms_norm(
     residual: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm of x (..., D) over its last axis with gain weight (D,); statistics in float32, result like x.
+    """Return the RMSNorm of x (..., D) over its last axis with gain weight (D,): like x, sums in float32.
 
-    With residual, of the shape of x, the sum comes first: h = x + residual, in the wider dtype of the two;
-    returns (rms_norm(h), h), since a transformer needs both. x may have any strides; weight may have another
-    float dtype than x. Not twice differentiable with backend "triton".
+    With a residual, of the shape of x, the sum comes first: h = x + residual, in the wider dtype of the two.
+    The result then is (rms_norm(h), h), because a transformer needs both. x may have any strides, and weight
+    another float dtype than x. With backend "triton" there is no second derivative.
 
     backend: "reference", "torch", "triton" (float16, bfloat16 or float32, D up to 16384, a GPU) or "auto".
-    Raises ValueError where shapes do not fit each other, or the backend does not exist or cannot do it.
+    Raises ValueError if shapes do not fit each other, or the backend does not exist or cannot compute this.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(
@@ -64,25 +65,27 @@ def rms_norm(
             )
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)
+
+    # torch.compile fuses PyTorch's own norm with the operations around it, but not our kernel.
     obstacle = _obstacle(x)
-    # Inductor fuses a norm that it can see into the operations around it; a kernel of our own stands between.
     if backend == "auto" and (obstacle or torch.compiler.is_compiling()):
         backend = "torch"
     backend = choose("rms_norm", backend, x)
     if backend == "triton":
         if obstacle:
             raise ValueError(f"rms_norm: backend 'triton' {obstacle}; use 'auto', 'torch' or 'reference'")
-        # torch.compile can trace the registered operation; called directly, PyTorch's way to it takes tens of
-        # microseconds, longer than the kernels do on small inputs.
+        # torch.compile needs the registered operation. To call it takes PyTorch tens of microseconds, longer
+        # than the kernels take on small inputs, so without torch.compile it is not used.
         run = _operation if torch.compiler.is_compiling() else _RMSNorm.apply
         y, h, _ = run(x, weight, residual, eps)
         return y if residual is None else (y, h)
+
     if residual is not None:
         x = x + residual
     if backend == "reference":
         y = _reference(x, weight, eps)
     else:
-        # On a GPU autocast has this operation return float32.
+        # On a GPU, under autocast, this operation returns float32.
         y = torch.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(x.dtype)
     return y if residual is None else (y, x)
 
@@ -94,7 +97,7 @@ def _reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _obstacle(x: Tensor) -> str:
-    """Why the kernels cannot normalise x; empty if they can."""
+    """Return why the kernels cannot normalise x, or "" if they can."""
     if not 1 <= x.shape[-1] <= MAX_WIDTH:
         return f"takes rows of 1 to {MAX_WIDTH} features, not {x.shape[-1]}"
     return "" if x.dtype in DTYPES else f"takes float16, bfloat16 and float32, not {x.dtype}"
@@ -105,14 +108,14 @@ def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, x_stride, residual_stride, n_rows, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # int64, because a row may begin further than 2^31 elements into a tensor
+    # int64, because a tensor may have more than 2^31 elements
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
     mask = (rows < n_rows) & (cols < D)
     h = tl.load(x_ptr + rows * x_stride + cols, mask, other=0)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + rows * residual_stride + cols, mask, other=0)
-        # Rounded before it is normalised: y is the norm of the h that is returned.
+        # h is rounded before it is normalised: y is the norm of the h that is returned.
         h = (h.to(tl.float32) + residual.to(tl.float32)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows * D + cols, h, mask)
     h = h.to(tl.float32)
@@ -130,16 +133,16 @@ def _backward_kernel(
     cols = tl.arange(0, BLOCK_D)[None, :]
     weight = tl.load(weight_ptr + cols, cols < D, other=0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    # With stages > 1 the tiles ahead are on their way into shared memory while this one is computed.
+    # With stages > 1 the next tiles are loaded into shared memory while this one is computed.
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (rows < n_rows) & (cols < D)
         rstd = tl.load(rstd_ptr + rows, rows < n_rows, other=0)
         n = tl.load(h_ptr + rows * h_stride + cols, mask, other=0).to(tl.float32) * rstd
         dy = tl.load(dy_ptr + rows * dy_stride + cols, mask, other=0).to(tl.float32)
-        if dweight_ptr is not None:  # before g, which then takes the registers of dy
+        if dweight_ptr is not None:  # before g, so that g can take the registers of dy
             dweight += dy * n
-        if BLOCK_D > 8192:  # there are no registers to keep it: read it, cached, with every row
+        if BLOCK_D > 8192:  # no registers are left to keep it: read it, from the cache, for every row
             weight = tl.load(weight_ptr + cols, cols < D, other=0).to(tl.float32)
         g = dy * weight
         dx = rstd * (g - n * (tl.sum(g * n, axis=1, keep_dims=True) / D))
@@ -153,12 +156,13 @@ def _backward_kernel(
 
 @cache
 def _tiling(D: int, element_size: int) -> tuple[int, int, int, int]:
-    """ROWS, BLOCK_D, warps and stages, by a fixed rule: nothing is tried out on the user's time.
+    """Return ROWS, BLOCK_D, warps and stages, by a fixed rule: there is no tuning at run time.
 
-    2048 elements for 4 warps, and more warps for wider rows, give a thread 16: it loads 16 bytes at once, and
-    the four float32 values that the backward kernel keeps of each leave registers free. At 16384 it has 32,
-    and 16 warps then use all registers. stages - 1 tiles are on their way while one is computed: as many as
-    fit 16 KB of shared memory for each of up to three tensors, 48 KB in all, which any GPU has.
+    2048 elements for 4 warps, and more warps for wider rows, are 16 elements per thread. It loads 16 bytes at
+    once, and the four float32 values that the backward kernel keeps of each element leave registers free. At
+    D = 16384 a thread has 32 elements, and 16 warps use all registers. stages - 1 tiles are loaded while one
+    is computed: as many as fit 16 KB of shared memory for each of up to three tensors, 48 KB in total, which
+    every GPU has.
     """
     BLOCK_D = 1 << (D - 1).bit_length()
     ROWS = max(1, 2048 // BLOCK_D)
@@ -167,8 +171,10 @@ def _tiling(D: int, element_size: int) -> tuple[int, int, int, int]:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x (..., D) as the kernels read it, unit stride within a row and one stride between rows, and that
-    stride; a copy only if x is not laid out like this."""
+    """Return x (..., D) in the layout that the kernels read, and its stride from row to row.
+
+    Elements of a row are adjacent, and there is one stride from row to row. x is copied only if it has to be.
+    """
     if not x.is_contiguous():
         x = x.reshape(-1, x.shape[-1])
         if x.stride(1) == 1:
@@ -180,7 +186,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 def launch_forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y and h like x, h empty without a residual, and 1 / sqrt(mean(h^2) + eps) of each row in float32."""
+    """Return y and h like x, h empty without a residual, and 1 / sqrt(mean(h^2) + eps) per row in float32."""
     D = x.shape[-1]
     ROWS, BLOCK_D, num_warps, _ = _tiling(D, x.element_size())
     y, h, rstd = _forward_outputs(x, weight, residual, eps)
@@ -204,7 +210,7 @@ def _forward_outputs(x, weight, residual, eps):
 def launch_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (that of the residual too) like h, and dweight like weight, empty unless it is needed."""
+    """Return dx, like h, also the gradient of the residual, and dweight, like weight, empty if not needed."""
     D, n_rows = h.shape[-1], rstd.shape[0]
     ROWS, BLOCK_D, num_warps, stages = _tiling(D, h.element_size())
     # 16 warps on each multiprocessor: their registers fit, and the partial sums stay few.
@@ -228,10 +234,11 @@ def _save(ctx, inputs, output):
     ctx.has_residual = residual is not None
     ctx.save_for_backward(h if ctx.has_residual else x, weight, rstd)
     ctx.mark_non_differentiable(*([rstd] if ctx.has_residual else [h, rstd]))
-    ctx.set_materialize_grads(False)  # a gradient that nobody asks for stays None, not a tensor of zeros
+    ctx.set_materialize_grads(False)  # a missing gradient is None, not a tensor of zeros
 
 
 def _gradients(backward, ctx, dy, dh, _):
+    """Return the gradients of x, weight, residual and eps, with `backward` as the launcher of the kernel."""
     if dy is None:  # only h was used
         return dh, None, dh, None
     needs_dweight = ctx.needs_input_grad[1]
@@ -248,7 +255,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        # With create_graph=True through the registered operation, which has no derivative and says so.
+        # With create_graph=True use the registered operation: a second derivative then is an error.
         return _gradients(
             _operation_backward if torch.is_grad_enabled() else launch_backward, ctx, *gradients
         )

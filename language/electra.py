@@ -218,6 +218,7 @@ class Electra(nn.Module):
 
         Raises ValueError as `BERT.from_pretrained` does, and for two that were not trained together.
         """
+        # The discriminator.
         described, weights = encoders.read(directory)
         if "discriminator_predictions.dense.weight" not in weights:
             raise ValueError(
@@ -226,6 +227,8 @@ class Electra(nn.Module):
             )
         config = Config(**described, kernels=kernels, generator_size=0.0)
         encoders.check_electra(config)
+
+        # The generator's config, which follows from the discriminator's and its size.
         beside = Path(directory) / "generator"
         if beside.is_dir():
             generator_fields, generator_weights = encoders.read(beside)
@@ -236,6 +239,8 @@ class Electra(nn.Module):
                     raise ValueError(
                         f"{beside}: {field} {found}, not the {expected} that {directory} calls for"
                     )
+
+        # The weights. Both files hold the embeddings, which must be the same.
         with torch.device("meta"):
             model = cls(config)
         decoders.assign(model.discriminator, weights, directory)

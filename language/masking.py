@@ -81,14 +81,14 @@ class Config:
 
 
 def each_token(tokens: Tensor) -> Tensor:
-    """Units (B, T) of tokens (B, T): every token is its own (Devlin et al. 2018, section 3.1)."""
+    """Return a unit for every token: (B, T) of tokens (B, T) (Devlin et al. 2018, section 3.1)."""
     return torch.arange(tokens.shape[1]).expand(tokens.shape)
 
 
 def whole_words(continues: Tensor) -> Tensor:
-    """Units (B, T): words. continues (B, T), bool: the token continues the word of the token before it.
+    """Return words as units (B, T). continues (B, T), bool: the token continues the word of the one before.
 
-    A row's first token begins a word whatever it is. BERT's second release (2019); Cui et al. 2019,
+    A row's first token always begins a word. BERT's second release (2019); Cui et al. 2019,
     arXiv:1906.08101, for Chinese.
     """
     begins = ~continues
@@ -97,19 +97,19 @@ def whole_words(continues: Tensor) -> Tensor:
 
 
 def entities(words: Tensor, given: Tensor) -> Tensor:
-    """Units (B, T): given phrases and names, and words outside of them (ERNIE, Sun et al. 2019, section 3.2).
+    """Return units (B, T): given phrases and names, and words outside (ERNIE, Sun et al. 2019, section 3.2).
 
     given (B, T), int64: 0 outside, else a positive number, the same for consecutive tokens of one phrase. A
-    phrase is cut out exactly as given; if it begins or ends within a word, the rest of that word is a unit.
+    phrase is a unit exactly as given; if it begins or ends within a word, the rest of that word is a unit.
     """
-    before = given.roll(1, dims=1)  # that of column 0 is the row's end, but a row's first token begins anyway
+    before = given.roll(1, dims=1)  # column 0 gets the row's end, but it begins a unit in any case
     word_begins = words != words.roll(1, dims=1)
     begins = torch.where(given > 0, given != before, word_begins | (before > 0))
     return whole_words(~begins)
 
 
 def spans(words: Tensor, generator: Generator, p: float = 0.2, longest: int = 10) -> Tensor:
-    """Units (B, T): whole words joined to consecutive spans (SpanBERT, Joshi et al. 2019, section 3.1).
+    """Return units (B, T): spans of consecutive whole words (SpanBERT, Joshi et al. 2019, section 3.1).
 
     The length of a span in words is geometric, clipped: P(l) is proportional to (1 - p)^(l - 1) for l up to
     `longest`, with mean 3.8. SpanBERT draws starting points, passing over those already masked, and its spans
@@ -129,11 +129,11 @@ def spans(words: Tensor, generator: Generator, p: float = 0.2, longest: int = 10
 
 
 def choose(units: Tensor, maskable: Tensor, n: int, generator: Generator) -> Tensor:
-    """Whole units at random, with at most n tokens a row: bool (B, T).
+    """Return the tokens of units taken at random, at most n tokens a row: bool (B, T).
 
-    maskable (B, T), bool: false for special tokens, which count in no unit and are never chosen. With units
-    of one token, exactly n are chosen, or all if there are fewer; else the last tokens of the budget may
-    remain unspent, and a row whose units are all larger than n is left as it is.
+    maskable (B, T), bool: false for special tokens, which count in no unit and are never chosen. A unit is
+    chosen whole or not at all. With units of one token, exactly n are chosen, or all if there are fewer. With
+    larger ones a little of the budget may remain, and a row whose units all exceed n has none chosen.
 
     Units are taken in random order up to the first that does not fit; then the longest that still fits is
     taken until none does. BERT's code goes on in random order instead, which spends the rest of the budget on
@@ -167,12 +167,12 @@ def corrupt(
     generator: Generator,
     units: Tensor | None = None,
 ) -> Tensor:
-    """Inputs (B, T): of the chosen tokens, 80 % become mask_id, 10 % a random one of `ordinary` (ids, 1-D),
-    and 10 % stay as they are.
+    """Return inputs (B, T): of the chosen tokens, 80 % become mask_id, 10 % a random one of `ordinary` (ids,
+    1-D), and 10 % stay as they are.
 
-    The mask never occurs when the model is used; a token that may be wrong or right without a sign keeps the
-    model representing all of them (Devlin et al. 2018, section 3.1). With units, one decision for each unit:
-    a span is masked, replaced or kept as a whole (Joshi et al. 2019, section 3.1).
+    The mask token does not occur when the model is used later. Because any token may have been replaced, the
+    model has to represent all of them (Devlin et al. 2018, section 3.1). With units, one decision is made for
+    each unit: a span is masked, replaced or kept as a whole (Joshi et al. 2019, section 3.1).
     """
     decision = torch.rand(tokens.shape, generator=generator)
     if units is not None:
@@ -184,10 +184,10 @@ def corrupt(
 
 
 def gather_masked(tokens: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Positions (B, n) of the chosen tokens, in order, and the tokens there before corruption, the targets.
+    """Return positions (B, n) of the chosen tokens, in order, and targets (B, n): the tokens (B, T) there.
 
     A row with fewer is filled with position 0 and target -100. The shape is fixed, so a model is compiled
-    once, and its head, whose cost is the vocabulary's size, runs on these positions alone. Raises ValueError
+    once, and its head, whose cost grows with the vocabulary, runs at these positions alone. Raises ValueError
     if a row has more than n.
     """
     B, T = tokens.shape

@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bert import BERT, Config, dense_and_norm, initialize
 from data.labelled import read_examples
@@ -41,6 +40,7 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
 from formats import decoders, encoders
 from formats.atomic import replace_directory, replace_file
+from formats.progress import progress_bar
 from language.encoder_inference import pack
 
 
@@ -235,7 +235,7 @@ def train(model: Classifier, examples: list, held_out: list, args: argparse.Name
     n_steps = args.epochs * math.ceil(len(examples) / args.batch_size)
     generator = torch.Generator().manual_seed(args.seed)
     log, step, began = "", 0, time.perf_counter()
-    with tqdm(total=n_steps, unit="step", dynamic_ncols=True) as bar:
+    with progress_bar(total=n_steps, unit="step") as bar:
         for epoch in range(args.epochs):
             # Freeze the layers that do not learn in this epoch.
             lowest = {"all": 0, "gradual": top - epoch, "none": top}[args.unfreeze]

@@ -2,15 +2,15 @@
 
     python -m results.decode_speed --out results/decode_speed.json        (needs tests/requirements.txt)
 
-Both sides continue the same prompts by the same tokens (checked), in float32, prefill included, in turn (A
-B A B ...).
+Both sides continue the same prompts by the same tokens (checked), in float32, prefill included, measured in
+turn (A B A B ...).
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +18,44 @@ import torch
 
 from engine import cpu
 from gpt import GPT, Config
+from results.in_turn import compared, measure_in_turn
 
-SHAPES = {
+SHAPES = {  # layers, heads, key/value heads, width, inner width of the MLP
     "4 layers, width 64": (4, 4, 2, 64, 176),
     "4 layers, width 128": (4, 4, 2, 128, 352),
     "4 layers, width 256": (4, 8, 4, 256, 688),
 }
-PROMPT, NEW = 16, 128
+PROMPT, NEW = 16, 128  # tokens
+
+
+def both_models(n_layers: int, n_heads: int, n_kv_heads: int, d_model: int, d_ff: int):
+    """Return our model with random weights, and the same one as transformers opens it."""
+    import transformers
+
+    torch.manual_seed(0)
+    ours = GPT(Config(n_layers, n_heads, d_model, d_ff, 8192, 512, n_kv_heads=n_kv_heads)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        return ours, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def generators(ours: GPT, theirs, batch: int) -> dict[str, Callable[[], list[list[int]]]]:
+    """Return for each side a function that continues the same random prompts."""
+    prompts = torch.randint(8192, (batch, PROMPT))
+    mask = torch.ones_like(prompts)
+    options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
+    return {
+        "transformers": lambda: theirs.generate(prompts, attention_mask=mask, **options)[:, PROMPT:].tolist(),
+        "plinth": lambda: ours.generate(prompts, NEW, temperature=0),
+        "plinth, compiled": lambda: ours.generate(prompts, NEW, temperature=0, compile=True),
+    }
+
+
+def tokens_per_second(generate: Callable[[], list[list[int]]], batch: int) -> float:
+    """Return how many new tokens per second one call generates."""
+    began = time.perf_counter()
+    generate()
+    return batch * NEW / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -37,51 +68,18 @@ def main() -> None:
     import transformers
 
     results = []
-    for name, (n_layers, n_heads, n_kv_heads, d_model, d_ff) in SHAPES.items():
-        torch.manual_seed(0)
-        ours = GPT(Config(n_layers, n_heads, d_model, d_ff, 8192, 512, n_kv_heads=n_kv_heads)).eval()
-        with tempfile.TemporaryDirectory() as folder:
-            ours.save_pretrained(folder)
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    for name, shape in SHAPES.items():
+        ours, theirs = both_models(*shape)
         for batch in (1, 8):
-            prompts = torch.randint(8192, (batch, PROMPT))
-            mask, options = (
-                torch.ones_like(prompts),
-                {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0},
-            )
-
-            def transformers_generate(prompts=prompts, mask=mask, options=options, model=theirs):
-                return model.generate(prompts, attention_mask=mask, **options)[:, PROMPT:].tolist()
-
-            def plinth_generate(prompts=prompts, model=ours, compile=False):
-                return model.generate(prompts, NEW, temperature=0, compile=compile)
-
-            sides = {
-                "transformers": transformers_generate,
-                "plinth": plinth_generate,
-                "plinth, compiled": partial(plinth_generate, compile=True),
-            }
-            if not sides["transformers"]() == sides["plinth"]() == sides["plinth, compiled"]():
+            sides = generators(ours, theirs, batch)
+            first, *others = [generate() for generate in sides.values()]
+            if any(tokens != first for tokens in others):
                 raise SystemExit(f"{name}, batch {batch}: the tokens differ")
-            seconds = {side: [] for side in sides}
-            for _ in range(args.rounds):
-                for side, run in sides.items():
-                    began = time.perf_counter()
-                    run()
-                    seconds[side].append(time.perf_counter() - began)
             print(f"{name}, batch {batch}")
-            for side, times in seconds.items():
-                ratios = [theirs / mine for theirs, mine in zip(seconds["transformers"], times, strict=True)]
-                row = {"shape": name, "batch": batch, "side": side}
-                row |= {"tokens_per_second": batch * NEW / statistics.median(times)}
-                row |= {
-                    "ratio": statistics.median(ratios),
-                    "ratio_min": min(ratios),
-                    "ratio_max": max(ratios),
-                }
-                results.append(row)
-                print(f"  {side:16} {row['tokens_per_second']:9,.0f} tokens/s   {row['ratio']:.2f}x", end="")
-                print(f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})", flush=True)
+            timed = {side: partial(tokens_per_second, generate, batch) for side, generate in sides.items()}
+            figures = measure_in_turn(timed, args.rounds)
+            results += compared(figures, "transformers", shape=name, batch=batch)
+
     if args.out:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         machine |= {"transformers": transformers.__version__}

@@ -1,4 +1,4 @@
-"""What an encoder saves by leaving out work whose result is not used: two pairs, timed in turn.
+"""Work that an encoder leaves out because its result is not used: two pairs, timed in turn.
 
     python -m results.encoder_speed --out results/encoder_speed.json
 

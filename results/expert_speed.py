@@ -1,12 +1,13 @@
-"""The layer of moe.py beside the Mixtral block of transformers, timed in turn on this machine.
+"""Time moe.py's layer and the Mixtral block of transformers, in turn on this machine.
 
     python -m results.expert_speed --out results/expert_speed.json      needs pip install transformers
 
-Forward and backward, gradients of the input and of all weights, of one layer: width 256, experts of width
-512, 2,048 tokens, the 2 best of 8 experts or of 64, float32, the same weights on both sides. transformers has
-several ways to run its experts: "eager", the block's own code, loops over them; "grouped_mm", its default,
-sorts the tokens and takes PyTorch's grouped product. (A third gathers a weight matrix for every token, which
-here would be gigabytes.) A figure is the median over the rounds of its time over ours, with the range.
+What is timed is forward and backward of one layer, with gradients of the input and of all weights: width 256,
+experts of width 512, 2,048 tokens, the 2 best of 8 experts or of 64, float32, the same weights on both sides.
+transformers has several implementations of its experts: "eager", the block's own code, loops over them;
+"grouped_mm", its default, sorts the tokens and calls PyTorch's grouped product. (A third copies a weight
+matrix for every token, which here would take gigabytes.) A figure is the median over the rounds of their time
+over ours, with the range.
 """
 
 import argparse
@@ -28,6 +29,7 @@ THEIRS = ("eager", "grouped_mm")
 
 
 def seconds(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
+    """Return the time of one forward and backward pass."""
     began = time.perf_counter()
     layer(x).backward(dy)
     elapsed = time.perf_counter() - began
@@ -37,6 +39,7 @@ def seconds(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
 
 
 def sides(n_experts: int) -> dict[str, nn.Module]:
+    """Return our layer and those of transformers, with the same weights."""
     ours = MoE(Config(1, 4, D, D_EXPERT, n_experts=n_experts, top_k=TOP_K))
     for p in ours.parameters():
         nn.init.normal_(p, std=0.02)
@@ -66,6 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     cpu.keep_memory()  # for both sides
     torch.manual_seed(0)
+
+    # Both sides must compute the same; then they are timed in turn.
     results = []
     for n_experts in (8, 64):
         layers = sides(n_experts)
@@ -76,8 +81,9 @@ def main() -> None:
         for i in range(args.rounds + 2):
             for side, layer in layers.items():
                 elapsed = seconds(layer, x, dy)
-                if i > 1:  # the first two warm up
+                if i > 1:  # the first two are warm-up
                     times[side].append(elapsed)
+
         ours = times["plinth"]
         print(f"{n_experts} experts: plinth {1e3 * statistics.median(ours):.1f} ms", flush=True)
         for way in THEIRS:
@@ -87,6 +93,7 @@ def main() -> None:
             results.append(row | {"ratio_min": min(ratios), "ratio_max": max(ratios)})
             print(f"  {way:10} {row['beside_ms']:8.1f} ms: {row['ratio']:.2f}x ", end="")
             print(f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
     if args.out:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}

@@ -1,22 +1,22 @@
-"""What do experts buy? Dense and sparse models at equal compute, and what becomes of experts left alone.
+"""What do experts buy? Dense and sparse models at equal compute, and experts with and without balance.
 
     python -m results.experts --out results/experts.json        an hour on two cores
 
-Every run is gpt.py's tiny size or moe.py's on the standard library's source text, 4,096 tokens in the
-vocabulary, three seeds each, and stops when it has spent the same matmul FLOPs (`flops_per_token`, forward
-and backward; a token's own experts and the router count, the others do not).
+Every run is gpt.py's tiny size or moe.py's, on the source text of the standard library with a vocabulary of
+4,096 tokens, with three seeds. All runs of a part spend the same matmul FLOPs (`flops_per_token`, forward and
+backward; of the experts, only those that a token uses count).
 
-    models     for --steps updates of the dense model, and what costs the same: the dense model; the 2 best
-               of 8 experts of half its MLP's width, with weights that add up to 1 or to 2; and DeepSeekMoE,
-               with as many parameters: each of these experts split in two, one of the 16 always on and the
-               3 best of the others. All mixtures have a sigmoid router and Switch's balance loss
-    balance    for --balance-steps: the 2 best of 8 with nothing that balances, with each of the losses alone,
-               and with DeepSeek-V3's bias, in steps of 0.001 as there or, for so short a run, of 0.01
+    models     as many FLOPs as --steps updates of the dense model: the dense model; the 2 best of 8 experts
+               of half its MLP's width, with weights that add up to 1 or to 2; and DeepSeekMoE, with as many
+               parameters: each of these experts split in two, one of the 16 shared and the 3 best of the
+               others. All mixtures have a sigmoid router and Switch's balance loss
+    balance    as many as --balance-steps: the 2 best of 8 without balance, with each of the losses alone, and
+               with DeepSeek-V3's bias, in steps of 0.001 as in the paper or, for so short a run, of 0.01
 
-Loss and load at the end are those of 128 rows of held-out text, on the way of the first 32. The load of an
-expert is how many tokens it gets, as a multiple of the mean; printed are the least and the greatest of all
-layers. Writes the figures of every run, and experts.png beside them. Runs that --out has already, from a
-script that was stopped, are not made again.
+Loss and load at the end are those of 128 rows of held-out text; during the run, of the first 32. The load of
+an expert is its number of tokens, as a multiple of the mean; the table has the least and the greatest of all
+layers. --out gets the figures of every run, and experts.png is written beside it. Runs that --out already
+contains, from a script that was stopped, are not repeated.
 """
 
 import argparse
@@ -29,12 +29,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import data.text
 import gpt
 import moe
-from engine import cpu
+from data.rows import Loader, Row
+from engine import contract, cpu
 from engine.optim import default_learning_rate, learning_rate, make_optimizers
 from formats.atomic import replace_file
 from language.expert_usage import usage
@@ -69,36 +70,41 @@ BALANCE = {
 
 
 def run(job: tuple[str, str, int, int, Path]) -> dict:
-    """Train one model with one seed, and measure."""
+    """Train one model with one seed, and return its losses and loads."""
+    # The model, on the same data and with the same learning rate as all others.
     part, name, seed, steps, cache = job
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     concept, config = {"models": MODELS, "balance": BALANCE}[part][name]
-    dataset = data.text.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
     T = config.max_seq_len
-    model = concept.Model(config.fitted(dataset.tokenizer, T))
-    dense = DENSE.fitted(dataset.tokenizer, T)
+    dataset = data.text.as_rows(data.text.prepare("stdlib", "bpe:4096", cache, notify=lambda _: None), T)
+    model = concept.Model(contract.fit(config, dataset, T))
+    dense = contract.fit(DENSE, dataset, T)
     steps = round(steps * dense.flops_per_token(T) / model.flops_per_token(T))
-    lr = default_learning_rate(dense.n_params)  # the same for all
+    with torch.device("meta"):
+        n_dense = sum(p.numel() for p in gpt.GPT(dense).parameters())
+    lr = default_learning_rate(n_dense)
     args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
     args = SimpleNamespace(**args, weight_decay=0.1)
     (optimizer,) = make_optimizers(model, args)
-    loader = data.text.Loader(dataset.train.tokens, T, seed)
-    rows = next(data.text.held_out_batches(dataset.val.tokens, T, 128))
+    loader = Loader(dataset.train, seed)
+    rows = [dataset.val[i] for i in range(128)]
+
+    # Train, and measure before the first step and eleven times during the run.
     curve = [measure(model, rows[:32], 0)]
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        batch = concept.make_batch(loader.batch(step * BATCH, BATCH), model.config, None)
+        batch = gpt.make_batch(loader.read(step * BATCH, BATCH), model.config, None)
         loss, _ = model.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if concept is moe:
-            model.after_step()
+            moe.after_step(model)
         model.zero_grad()
         flops = (step + 1) * BATCH * T * model.flops_per_token(T)
-        if step + 1 < steps and (step + 1) * 12 // steps > step * 12 // steps:  # eleven times
+        if step + 1 < steps and (step + 1) * 12 // steps > step * 12 // steps:
             curve.append(measure(model, rows[:32], flops))
     last = measure(model, rows, flops)
     load = f", load {last['least']:.2f} to {last['most']:.2f}" if "most" in last else ""
@@ -107,15 +113,17 @@ def run(job: tuple[str, str, int, int, Path]) -> dict:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, rows: Tensor, flops: int) -> dict:
-    """Loss on held-out rows (n, T + 1) and the least and greatest load of an expert."""
+def measure(model: nn.Module, rows: list[Row], flops: int) -> dict:
+    """Return the loss on held-out rows of T + 1 tokens, and the least and greatest load of an expert."""
     model.eval()
     total, loads = 0.0, 0
-    for part in rows.split(16):
-        loss, _ = model.loss(gpt.make_batch(part, model.config, None))
+    for start in range(0, len(rows), 16):
+        part = rows[start : start + 16]
+        batch = gpt.make_batch(part, model.config, None)
+        loss, _ = model.loss(batch)
         total += len(part) * loss.item()
         if isinstance(model, moe.MoEGPT):
-            loads = loads + usage(model, part[:, :-1]).loads
+            loads = loads + usage(model, batch["tokens"]).loads
     model.train()
     point = {"flops": flops, "loss": total / len(rows)}
     if isinstance(model, moe.MoEGPT):
@@ -129,7 +137,7 @@ def summary(values: list[float], digits: int) -> str:
 
 
 def draw_lines(axes, results: list[dict], part: str, key: str) -> None:
-    """Mean over the seeds, and their range as a band."""
+    """Draw the mean over the seeds as a line, and their range as a band."""
     for name in {"models": MODELS, "balance": BALANCE}[part]:
         curves = [r["curve"] for r in results if (r["part"], r["name"]) == (part, name)]
         if not curves:
@@ -175,6 +183,8 @@ def main() -> None:
     data.text.prepare("stdlib", "bpe:4096", args.cache)
     parts = [("models", name, args.steps) for name in MODELS]
     parts += [("balance", name, args.balance_steps) for name in BALANCE]
+
+    # The runs that --out does not contain yet.
     jobs = [
         (part, name, seed, steps, args.cache) for seed in range(args.seeds) for part, name, steps in parts
     ]
@@ -198,6 +208,8 @@ def main() -> None:
                 with replace_file(args.out) as new:
                     new.write_text(json.dumps(content, indent=1) + "\n")
                 plot(results, args.out.with_suffix(".png"))
+
+    # A table of means and ranges.
     print(f"{'':47} {'validation loss':>26} {'least load':>21} {'greatest load':>21}")
     for part, name, _ in parts:
         last = [r["last"] for r in results if (r["part"], r["name"]) == (part, name)]

@@ -64,7 +64,7 @@ KINDS = ["comment", "string", "number", "operator", "keyword", "definition", "ca
 
 def load_data(cache: Path) -> Dataset:
     """Return the rows that all objectives learn from, with the special tokens that some of them need."""
-    text = data.text.prepare("stdlib", "bpe:4096", cache, say=lambda _: None)
+    text = data.text.prepare("stdlib", "bpe:4096", cache, notify=lambda _: None)
     dataset = data.text.as_rows(text, T)
     return replace(dataset, tokenizer=dataset.tokenizer.with_special_tokens(masking.SPECIAL_TOKENS))
 

@@ -1,15 +1,16 @@
-"""Does the best learning rate move when a model gets wider? With and without the width transfer of engine/optim.py.
+"""Does the best learning rate change when a model gets wider, and does width transfer prevent it?
 
     python -m results.width_transfer --out results/width_transfer.json        half an hour on two cores
 
 The small decoder of gpt.py (4 layers, heads of 32, the inner width of the MLP 11/4 of the model's) at widths
 64, 128 and 256, each trained at six learning rates a factor of 2 apart, from two seeds of weights and
 batches, on the bytes of the standard library's source text (8 rows of 128 per update): as train.py trains
-it, with --mup 128 and with --mup 256. The loss is that of 128 rows of held-out text at the end. Printed is
-also the lowest point of a parabola through the best mean over the seeds and its neighbours.
+it, with --mup 128 and with --mup 256 (engine/optim.py). The loss is that of 128 rows of held-out text at the
+end. The script also prints the lowest point of a parabola through the best mean over the seeds and its two
+neighbours.
 
-Writes the figures of every run, and width_transfer.png beside them: means, and bars from the least to the
-largest of the seeds. Runs that --out has already, from a script that was stopped, are not made again.
+It writes the figures of every run, and width_transfer.png beside them: means, and bars from the smallest to
+the largest of the seeds. Started again, it skips the runs that --out already holds.
 """
 
 import argparse
@@ -25,56 +26,65 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import data.text
 import gpt
-from engine.optim import learning_rate, make_optimizers, transfer_width
+from data.rows import Loader
+from engine import contract
+from engine.optim import make_optimizers, set_learning_rate, transfer_width, width_factors
 from engine.report import environment
 from formats.atomic import replace_file
-
-ROOT = Path(__file__).parent.parent
+from formats.progress import progress_bar
 
 WIDTHS = (64, 128, 256)
 BASES = (None, 128, 256)  # of --mup
 SEEDS = (0, 1)
 RATES = [2.0**-e for e in range(11, 5, -1)]
-HEAD = 32
-T, BATCH = 128, 8
+HEAD = 32  # width of a head
+T, BATCH = 128, 8  # tokens of a row, rows of an update
+COMMAND = "python -m results.width_transfer --out results/width_transfer.json"
 
 
 def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: Path) -> float | None:
-    """Train one model; its validation loss, or None if that is no finite number."""
+    """Train one model with width transfer from `base`, or without if None. Return its validation loss, or
+    None if that is not finite."""
+    # The model, its rescaled weights, and its optimizer.
     torch.set_num_threads(1)
-    dataset = data.text.prepare("stdlib", "bytes", cache)
+    dataset = data.text.as_rows(data.text.prepare("stdlib", "bytes", cache), T)
     torch.manual_seed(seed)
     n_heads = width // HEAD
     config = gpt.Config(4, n_heads, width, width * 11 // 4, n_kv_heads=n_heads // 2, qk_norm=True)
-    model = gpt.GPT(config.fitted(dataset.tokenizer, T))
+    model = gpt.GPT(contract.fit(config, dataset, T))
     args = dict(optimizer="adamw", lr=lr, warmup=steps // 10, steps=steps, schedule="cosine", device="cpu")
     args = SimpleNamespace(**args, weight_decay=0.1, mup=base)
     if base:
-        transfer_width(model, base)
+        transfer_width(model, base, width_factors)
     (optimizer,) = make_optimizers(model, args)
-    loader = data.text.Loader(dataset.train.tokens, T, seed)
+
+    # Train it.
+    loader = Loader(dataset.train, seed)
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args) * group["lr_factor"]
-        batch = gpt.make_batch(loader.batch(step * BATCH, BATCH), model.config, None)
+        set_learning_rate([optimizer], step, args)
+        batch = gpt.make_batch(loader.read(step * BATCH, BATCH), model.config, None)
         loss, _ = model.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.zero_grad()
-    rows = next(data.text.held_out_batches(dataset.val.tokens, T, 128))
-    with torch.no_grad():
-        parts = [model.loss(gpt.make_batch(part, model.config, None))[0].item() for part in rows.split(16)]
+
+    # Measure it on 128 held-out rows, 16 at a time.
+    parts = []
+    for first in range(0, 128, 16):
+        rows = [dataset.val[i] for i in range(first, first + 16)]
+        with torch.no_grad():
+            parts.append(model.loss(gpt.make_batch(rows, model.config, None))[0].item())
     loss = sum(parts) / len(parts)
     return loss if math.isfinite(loss) else None
 
 
 def curve(results: list[dict], width: int, base: int | None) -> dict[float, list[float]]:
-    """The losses of all seeds by learning rate; from a model's own width there is nothing to transfer."""
+    """Return the losses of all seeds by learning rate. Transfer from a model's own width changes nothing, so
+    those are the runs without it."""
     base = None if base == width else base
     found = {lr: [] for lr in RATES}
     for r in results:
@@ -84,18 +94,21 @@ def curve(results: list[dict], width: int, base: int | None) -> dict[float, list
 
 
 def means(losses: dict[float, list[float]]) -> dict[float, float]:
+    """Return the mean over the seeds by learning rate."""
     return {lr: sum(of_seeds) / len(of_seeds) for lr, of_seeds in losses.items()}
 
 
 def lowest(losses: dict[float, float]) -> float:
-    """Where a parabola through the best point and its two neighbours, over log lr, is lowest."""
+    """Return the learning rate at the minimum of a parabola, over log lr, through the best point and its two
+    neighbours."""
     rates = list(losses)
     middle = min(max(rates.index(min(losses, key=losses.get)), 1), len(rates) - 2)
     low, best, high = (losses[rate] for rate in rates[middle - 1 : middle + 2])
     return rates[middle] * 2 ** ((low - high) / (2 * (low - 2 * best + high)))
 
 
-def plot(results: list[dict], path: Path) -> None:
+def draw(results: list[dict], path: Path) -> None:
+    """Draw loss over learning rate: a panel for each base, a curve for each width, a star at its best."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,6 +133,37 @@ def plot(results: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def saved_results(out: Path | None, machine: dict) -> list[dict]:
+    """Return the runs that `out` holds; end the script if they are of another machine or other steps."""
+    if not out or not out.exists():
+        return []
+    saved = json.loads(out.read_text())
+    if any(saved[key] != value for key, value in machine.items()):
+        sys.exit(f"error: {out} is of another machine or other steps than {machine}; remove it first")
+    return saved["results"]
+
+
+def train_all(args: argparse.Namespace, machine: dict) -> list[dict]:
+    """Return the results of all runs. Make those that args.out lacks, several at once, and save each of
+    them."""
+    results = saved_results(args.out, machine)
+    done = [{key: r[key] for key in r.keys() - {"loss"}} for r in results]
+    runs = [
+        {"width": width, "mup": base, "lr": lr, "seed": seed}
+        for seed, width, base, lr in itertools.product(SEEDS, reversed(WIDTHS), BASES, RATES)
+        if base != width
+    ]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run, *r.values(), args.steps, args.cache): r for r in runs if r not in done}
+        for future in progress_bar(as_completed(futures), total=len(futures), unit="run"):
+            results.append(futures[future] | {"loss": future.result()})
+            if args.out:
+                with replace_file(args.out) as new:
+                    content = {"command": COMMAND, **machine, "results": results}
+                    new.write_text(json.dumps(content, indent=1) + "\n")
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,36 +175,14 @@ def main() -> None:
     args = parser.parse_args()
     data.text.prepare("stdlib", "bytes", args.cache)
     machine = {key: environment()[key] for key in ("cpu", "torch")} | {"steps": args.steps}
-    results = []
-    if args.out and args.out.exists():
-        saved = json.loads(args.out.read_text())
-        if any(saved[key] != value for key, value in machine.items()):
-            sys.exit(
-                f"error: {args.out} is of another machine or other steps than {machine}; remove it first"
-            )
-        results = saved["results"]
-    done = [{key: r[key] for key in r.keys() - {"loss"}} for r in results]
-    runs = [
-        {"width": width, "mup": base, "lr": lr, "seed": seed}
-        for seed, width, base, lr in itertools.product(SEEDS, reversed(WIDTHS), BASES, RATES)
-        if base != width
-    ]
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, *r.values(), args.steps, args.cache): r for r in runs if r not in done}
-        for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
-            results.append(futures[future] | {"loss": future.result()})
-            if args.out:
-                command = "python -m results.width_transfer --out results/width_transfer.json"
-                content = {"command": command, **machine, "results": results}
-                with replace_file(args.out) as new:
-                    new.write_text(json.dumps(content, indent=1) + "\n")
+    results = train_all(args, machine)
     for base, width in itertools.product(BASES, WIDTHS):
         mean = means(curve(results, width, base))
         best = min(mean, key=mean.get)
-        said = f"best {mean[best]:.4f} at {best:.5f}, parabola's at {lowest(mean):.5f}"
-        print(f"mup {base!s:4}, width {width:3}: {said}")
+        figures = f"best {mean[best]:.4f} at {best:.5f}, parabola's at {lowest(mean):.5f}"
+        print(f"mup {base!s:4}, width {width:3}: {figures}")
     if args.out:
-        plot(results, args.out.with_suffix(".png"))
+        draw(results, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

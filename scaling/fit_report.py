@@ -17,7 +17,7 @@ import numpy as np
 
 from chinchilla import HOFFMANN, MANY_TOKENS, OUTLIERS, Fit, Law, fit
 from formats.atomic import replace_file
-from formats.numbers import quantity, short
+from formats.quantities import quantity, short
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
 from scaling.points import beyond, group_equal, interval, read_points, without_highest
 

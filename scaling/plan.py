@@ -20,7 +20,7 @@ from functools import cache
 import numpy as np
 
 from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, PowerLaw, fit, points
-from formats.numbers import short
+from formats.quantities import short
 from scaling.points import beyond, interval
 from scaling.shapes import SEQ_LEN, count_parameters, shape_for, training_flops
 

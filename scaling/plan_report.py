@@ -17,7 +17,7 @@ from pathlib import Path
 
 from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS
 from formats.atomic import replace_file
-from formats.numbers import quantity, short
+from formats.quantities import quantity, short
 from scaling.plan import (
     CO2,
     DEFAULT_MFU,

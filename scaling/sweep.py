@@ -38,7 +38,7 @@ import numpy as np
 
 from chinchilla import Law
 from formats import atomic
-from formats.numbers import quantity, short
+from formats.quantities import quantity, short
 from scaling.points import interval
 from scaling.sweep_report import EXACT, find_law, plot_emergence, plot_sweep, print_law, write_csv
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from chinchilla import Law, fit
 from formats import atomic
-from formats.numbers import short
+from formats.quantities import short
 from scaling.isoflop import envelope, isoflop
 from scaling.points import interval
 

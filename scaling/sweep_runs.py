@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 import data.text
 import train
@@ -28,6 +27,7 @@ from engine import cpu
 from engine.checkpoint import save
 from engine.log import MAX_SKIPPED
 from engine.run import Run, open_directory, prepare
+from formats.progress import progress_bar
 from scaling.sweep_report import SPANS
 
 HELD_OUT = 1 << 16  # tokens that every model is evaluated on
@@ -231,7 +231,7 @@ def train_all(jobs: list[tuple[list[str], list[int]]], total_flops: float, n_wor
     """Train every job (flags, points) in this order, n_workers in parallel, with a bar of the FLOPs done."""
     with workers(n_workers) as (pool, shared):
         waiting = {pool.submit(train_one, flags, points) for flags, points in jobs}
-        with tqdm(total=total_flops, unit="FLOP", unit_scale=True, dynamic_ncols=True) as bar:
+        with progress_bar(total=total_flops, unit="FLOP", unit_scale=True) as bar:
             while waiting:
                 done, waiting = wait(waiting, timeout=0.5)
                 for future in done:

@@ -74,7 +74,7 @@ def recorded(name):
 
 
 def tolerance(expected, name):
-    """What the house asks, or five times the reference's own float32 noise where that is larger."""
+    """Return 1e-5, or five times the reference's own float32 noise where that is larger."""
     return max(1e-5, 5 * expected[f"{name}64_error"].item())
 
 

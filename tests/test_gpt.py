@@ -302,7 +302,7 @@ def test_fully_sharded_gradients_are_the_same():
         model.loss(batch)[0].backward()
         return [p.grad.full_tensor() if shard else p.grad for p in model.parameters()]
 
-    batch = make_batch(torch.arange(66).view(2, 33) % 61, SMALL, torch.Generator())
+    batch = make_batch(rows_of(torch.arange(66).view(2, 33) % 61), SMALL, torch.Generator())
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         sharded = gradients(True)

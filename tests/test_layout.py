@@ -32,11 +32,12 @@ MAY_IMPORT = {
 }
 # The files on a shelf that hold the rest of a pillar's own concept.
 REST_OF = {
+    "moe": {"language.routing", "language.expert_usage"},
     "lora": {"posttraining.adapters", "posttraining.adapter_costs", "posttraining.nf4"},
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }
-# A shelf file that is made of concepts of other shelves, and which, such as "vision.llava": {"vision.clip"}.
-MADE_OF: dict[str, set[str]] = {}
+# The shelf files that are made of concepts of other shelves. A classifier packs its texts as inference does.
+MADE_OF = {"posttraining.classify": {"language.encoder_inference"}}
 
 MAX_LINES = {"concept": 400, "door": 450, "train": 250, "moe": 430}
 MAX_FUNCTION_LINES = 60
@@ -213,8 +214,11 @@ def test_the_tests_mirror_the_tree():
 def test_a_docstring_stands_alone():
     offenders = []
     for path in modules().values():
+        if path.parts[0] == "tests":
+            continue
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # The first line of a file is a title, and may be a noun phrase.
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").partition("\n\n")[0]
                 question = "?" in first.partition(".")[0]  # a question is a sentence
                 if first and first.split()[0] in OPENINGS and not question:

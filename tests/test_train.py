@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpt
 import train
 from data.tokenizer import Tokenizer
-from engine import benchmark, optim, options
+from engine import device, optim
 from kernels import backend
 
 ROOT = Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def test_options_train(options, text, tmp_path):
     assert last < 0.8 * first
 
 
-@pytest.mark.skipif(not options.has_bfloat16("cpu"), reason="this CPU has no bfloat16 arithmetic")
+@pytest.mark.skipif(not device.has_bfloat16("cpu"), reason="this CPU has no bfloat16 arithmetic")
 def test_bfloat16_trains_as_float32_does(text, tmp_path):
     for dtype in ("float32", "bfloat16"):
         train.main(flags(text, tmp_path / dtype, steps=30, eval_every=30, lr=0.003, dtype=dtype))
@@ -269,8 +269,8 @@ def test_training_goes_on_from_a_saved_model(text, tmp_path):
 )
 def test_mfu_is_shown_for_known_devices_only(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert benchmark.peak_flops("cuda") == peak
-    assert benchmark.peak_flops("cpu") is None
+    assert device.peak_flops("cuda") == peak
+    assert device.peak_flops("cpu") is None
 
 
 # --- a loss that does not stay finite
@@ -620,7 +620,7 @@ def test_mistakes_in_data_are_named(make, words, text, tmp_path, capsys):
 
 
 def test_bfloat16_without_the_hardware_is_refused(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(options, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(device, "has_bfloat16", lambda device: False)
     assert "--dtype float32" in refused(capsys, flags(text, tmp_path / "run", dtype="bfloat16"))
 
 

@@ -1,1 +1,1 @@
-"""Measuring the kernels beside their references and the hardware."""
+"""Measure the kernels: `python -m kernels.bench`. cases.py lists what; machine_code.py needs no GPU."""

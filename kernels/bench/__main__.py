@@ -1,26 +1,26 @@
-"""How fast the kernels are on this GPU, how exact, and how much memory they take, beside PyTorch's own.
+"""Measure the kernels on this GPU: speed, error and memory, beside the reference and PyTorch's operations.
 
     python -m kernels.bench                                          all operations
-    python -m kernels.bench attention --out results/kernels.json     one of them; figures and a picture kept
-    python -m kernels.bench --compile-only                           what can be seen without a GPU
+    python -m kernels.bench attention --out results/kernels.json     one of them; save the figures and a chart
+    python -m kernels.bench --compile-only                           registers, spills ..., without a GPU
 
-What is measured, and beside what, is in bench_cases.py. A row is one pass of one backend at one shape, all of
-them in bfloat16 and on the same normal random numbers.
+kernels/bench/cases.py lists what is measured. A row of the table is one pass of one backend at one shape; all
+backends of a shape get the same normal random numbers in bfloat16. The columns:
 
-    pass        forward, as in training: keeping what backward needs; backward, alone; both, in one go
-    ms          median of triton.testing.do_bench (the GPU's own clock; before every call its L2 cache is
-                flushed) and over the rounds, in which the backends take turns, A B A B
-    rate        work per time, where work is what the operation must do, whatever a backend does:
-                attention_flops, rms_norm_bytes, cross_entropy_flops and grouped_matmul_flops in
-                bench_cases.py, a cache's size for decoding
+    pass        forward, as in training, so it keeps what backward needs; backward, alone; both, in one call
+    ms          the median of triton.testing.do_bench, which uses the GPU's own clock and empties its L2 cache
+                before every call; then the median over the rounds, in which the backends take turns (A B A B)
+    rate        work per time. Work is what the operation needs, however a backend computes it: see
+                attention_flops, rms_norm_bytes, cross_entropy_flops and grouped_matmul_flops in cases.py;
+                for decoding, the bytes of the cache
     limit       the rate as a share of what this device reaches in a bfloat16 matrix product of 8192 x 8192 x
-                8192 (TFLOP/s), or copying 1 GiB, read and written (GB/s)
+                8192 (TFLOP/s), or in copying 1 GiB, which is read and written (GB/s)
     speed-up    over the reference, plain PyTorch
-    error       norm(x - exact) / norm(exact) of the results, and the largest of the gradients, exact being
-                computed in float64 on the same inputs; of attention the last head of the last sequence counts
-    extra MiB   most memory allocated at any moment of a call, beyond what was before it
+    error       norm(x - exact) / norm(exact) of the results, and the largest of the gradients, with exact
+                computed in float64 from the same inputs; for attention, of the last head of the last sequence
+    extra MiB   the most memory allocated during a call, minus what was allocated before it
 
-A backend that cannot do something says why in its row.
+The row of a backend that fails shows the reason.
 """
 
 import argparse
@@ -42,13 +42,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.backend import HAS_TRITON, INTERPRETED, triton
-from kernels.bench import cases as bench_cases
+from kernels.bench import cases
 from kernels.bench.cases import CASES, Case, normal, timed
 
-MATMUL, COPY = 8192, 2**30
-PER_MS = {"TFLOP/s": 1e9, "GB/s": 1e6}  # FLOPs and bytes that these are in a millisecond
+MATMUL, COPY = 8192, 2**30  # for the limits of the device: sides of a product, bytes of a copy
+PER_MS = {"TFLOP/s": 1e9, "GB/s": 1e6}  # FLOPs per millisecond in a TFLOP/s, bytes in a GB/s
 
-COLUMNS = {  # the figures of a row: heading, width and format
+COLUMNS = {  # of the table: key of a row's figure, heading, width and format
     "ms": ("ms", 10, ".4f"),
     "rate": ("rate", 10, ",.1f"),
     "unit": ("", 8, "<7"),
@@ -58,7 +58,7 @@ COLUMNS = {  # the figures of a row: heading, width and format
     "grad_error": ("gradients", 10, ".1e"),
     "extra_mib": ("extra MiB", 11, ",.1f"),
 }
-DRAWN = {  # of an operation's passes, these figures
+DRAWN = {  # figures in the chart, by operation and pass
     "attention": {"forward": ["rate"], "backward": ["rate"]},
     "rmsnorm": {"forward": ["rate"], "backward": ["rate"]},
     "cross_entropy": {"both": ["rate", "extra_mib"]},
@@ -77,17 +77,19 @@ COLORS = {
     "compiled": "tab:purple",
 }
 
-Measured = list[tuple[Case, list[dict]]]  # each case with its rows
+Measured = list[tuple[Case, list[dict]]]  # each case, and its rows
 
 
 # --- measuring
 
 
 def median_ms(run: Callable) -> float:
+    """Return the median time of a call in milliseconds."""
     return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
 
 
 def extra_mib(run: Callable) -> float:
+    """Return the most memory allocated during a call, minus that before, in MiB."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -99,12 +101,13 @@ def device_name() -> str | None:
 
 
 def dtype_name() -> str:
-    return str(bench_cases.DTYPE).removeprefix("torch.")
+    return str(cases.DTYPE).removeprefix("torch.")
 
 
 def device_limits() -> dict[str, float]:
+    """Return what this device reaches in a large matrix product (TFLOP/s) and a large copy (GB/s)."""
     a, b = normal(MATMUL, MATMUL), normal(MATMUL, MATMUL)
-    source = torch.empty(COPY, dtype=torch.uint8, device=bench_cases.DEVICE).random_()
+    source = torch.empty(COPY, dtype=torch.uint8, device=cases.DEVICE).random_()
     target = torch.empty_like(source)
     product = min(median_ms(lambda: a @ b) for _ in range(5))
     copy = min(median_ms(lambda: target.copy_(source)) for _ in range(5))
@@ -113,19 +116,22 @@ def device_limits() -> dict[str, float]:
 
 
 def measure(case: Case, limits: dict[str, float], rounds: int, bar: tqdm) -> list[dict]:
-    """The rows of a case."""
-    torch.compiler.reset()  # or it would refuse to compile for a ninth shape
+    """Return the rows of a case: one for each pass and backend."""
+    torch.compiler.reset()  # torch.compile stops compiling a function after eight shapes
     torch.manual_seed(0)
     inputs, gradients = case.inputs()
     try:
         exact = case.exact([case.compared(x) for x in inputs], [case.compared(dy) for dy in gradients])
     except torch.OutOfMemoryError:
         exact = [], []
+
+    # A compiled backward pass may overwrite what forward kept for it. It must not where it is timed alone,
+    # because it then runs many times on the same tensors.
     rows = []
-    # A compiled backward pass may overwrite what was kept for it, unless it runs again, as when timed alone.
     with functorch_config.patch(donated_buffer="backward" not in case.work):
         for which in case.work:
             rows += measure_pass(case, which, inputs, gradients, exact, rounds, bar)
+
     for row in rows:
         if row["ms"]:
             row["rate"] = case.work[row["pass"]] / row["ms"] / PER_MS[case.unit]
@@ -134,22 +140,28 @@ def measure(case: Case, limits: dict[str, float], rounds: int, bar: tqdm) -> lis
 
 
 def measure_pass(case: Case, which: str, inputs, gradients, exact, rounds: int, bar: tqdm) -> list[dict]:
+    """Return the rows of one pass of a case: one for each backend, in milliseconds."""
     in_training = list(case.work) != ["forward"]
-    trials = []  # of each backend its row, the call to time, and the times
+
+    # Each backend's row, with its errors and memory, and the call to time.
+    trials = []  # (row, call, times)
     for name, f in case.backends.items():
         bar.set_postfix_str(f"{case.operation} {words(case.shape)}, {which}, {name}")
         row = {"operation": case.operation, "shape": case.shape, "dtype": dtype_name(), "pass": which}
         row |= {"backend": name, "failed": None}
-        row |= dict.fromkeys(COLUMNS) | {"unit": case.unit}  # a figure is None where there is none
+        row |= dict.fromkeys(COLUMNS) | {"unit": case.unit}  # None: not measured
         leaves = [x.detach().requires_grad_(in_training) for x in inputs]
         run = attempt(row, timed, which, f, leaves, gradients)
         row |= attempt(row, errors, case, run, exact) or {}
         row["extra_mib"] = attempt(row, extra_mib, run)
         trials.append((row, run, []))
+
+    # The backends take turns, so that a change of the GPU's clock affects all of them.
     for _ in range(rounds):
         for row, run, times in trials:
             times.append(attempt(row, median_ms, run))
             bar.update()
+
     for row, _, times in trials:
         row["ms"] = None if row["failed"] else statistics.median(times)
     rows = [row for row, _, _ in trials]
@@ -161,31 +173,32 @@ def measure_pass(case: Case, which: str, inputs, gradients, exact, rounds: int, 
 
 
 def attempt(row: dict, f: Callable, *arguments) -> Any:
-    """f(*arguments); None if it fails, which the row then says, or if something failed before."""
+    """Return f(*arguments). If it fails, set row["failed"] to the reason; in a failed row return None."""
     if row["failed"]:
         return None
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             return f(*arguments)
         except Exception as error:
-            row["failed"] = reason(error, said)
+            row["failed"] = reason(error, warned)
     torch.cuda.empty_cache()
     return None
 
 
-def reason(error: Exception, said: list[warnings.WarningMessage]) -> str:
-    """Why it failed, in one line."""
+def reason(error: Exception, warned: list[warnings.WarningMessage]) -> str:
+    """Return why a call failed, in one line."""
     why = str(error).strip() or type(error).__name__
-    if "No available kernel" in why:  # SDPA's reasons come as warnings, among those of what is off
-        texts = [str(warning.message).partition(" (Triggered")[0] for warning in said]
+    # SDPA gives its reasons as warnings, beside others about kernels that were switched off.
+    if "No available kernel" in why:
+        texts = [str(warning.message).partition(" (Triggered")[0] for warning in warned]
         reasons = [text for text in texts if "disabled" not in text and "not used" not in text]
         why = reasons[0] if reasons else why
     return textwrap.shorten(why.splitlines()[0], 100, placeholder=" ...")
 
 
 def errors(case: Case, run: Callable, exact: tuple[list[Tensor], list[Tensor]]) -> dict[str, float | None]:
-    """Of the results and of the gradients; None for what the pass leaves out or is not known exactly."""
+    """Return the errors of results and gradients; None for what the pass omits or exact does not have."""
 
     def largest(computed: list[Tensor], truth: list[Tensor]) -> float | None:
         if not computed or not truth:
@@ -198,15 +211,16 @@ def errors(case: Case, run: Callable, exact: tuple[list[Tensor], list[Tensor]]) 
     return {"error": largest(results, exact_results), "grad_error": largest(gradients, exact_gradients)}
 
 
-# --- what comes out
+# --- the table, the JSON file and the chart
 
 
 def words(shape: dict) -> str:
+    """Return a shape as text, as in "T 512, H 32, causal"."""
     return ", ".join(name if size is True else f"{name} {size}" for name, size in shape.items() if size)
 
 
 def table(rows: list[dict]) -> str:
-    """The rows of a case under its shape."""
+    """Return the rows of a case as text, under its shape."""
     lines = [f"{rows[0]['operation']}, {rows[0]['dtype']}: {words(rows[0]['shape'])}"]
     headings = "".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values())
     lines.append(f"  {'pass':9}{'backend':13}{headings}")
@@ -223,6 +237,7 @@ def table(rows: list[dict]) -> str:
 
 
 def save(out: Path, command: list[str], limits: dict[str, float], measured: Measured) -> None:
+    """Write all rows so far as JSON, in a new file that then replaces the old one."""
     git = shlex.join(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"])
     status, commit = subprocess.getstatusoutput(git)
     content = {
@@ -240,8 +255,7 @@ def save(out: Path, command: list[str], limits: dict[str, float], measured: Meas
 
 
 def panels(measured: Measured) -> dict[tuple[str, str, str, str], dict[str, dict]]:
-    """Of the picture, one for each chart, pass and figure: (title, x axis, figure, unit); each is a line for
-    every backend, from x to the figure."""
+    """Return the panels of the chart: {(title, x axis, figure, unit): {backend: {x: value}}}."""
     found = {}
     for case, rows in measured:
         if case.chart is None:
@@ -256,6 +270,7 @@ def panels(measured: Measured) -> dict[tuple[str, str, str, str], dict[str, dict
 
 
 def plot(out: Path, limits: dict[str, float], measured: Measured) -> None:
+    """Draw all rows so far, two panels side by side, to the file `out` with the suffix .png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -266,8 +281,9 @@ def plot(out: Path, limits: dict[str, float], measured: Measured) -> None:
     size = (12, 3.3 * height)
     picture, grid = pyplot.subplots(height, 2, figsize=size, layout="constrained", squeeze=False)
     for i, ((title, x_name, figure, unit), lines) in enumerate(drawn.items()):
+        # One line for each backend, at evenly spaced x.
         axes = grid.flat[i]
-        xs = list(dict.fromkeys(x for line in lines.values() for x in line))  # each once, in this order
+        xs = list(dict.fromkeys(x for line in lines.values() for x in line))  # each once, in order
         for backend, line in lines.items():
             style = {"color": COLORS[backend], "linewidth": 2.2 if backend == "plinth" else 1.2}
             axes.plot([xs.index(x) for x in line], line.values(), "o-", markersize=4, label=backend, **style)
@@ -278,8 +294,10 @@ def plot(out: Path, limits: dict[str, float], measured: Measured) -> None:
         axes.set(title=title, xlabel=x_name, ylabel=unit if figure == "rate" else "extra MiB")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        if i % 2 or i == len(drawn) - 1:  # the same lines left and right
+        if i % 2 or i == len(drawn) - 1:  # one legend for both panels of a row
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize="small", frameon=False)
+
+    # An empty panel is left over if their number is odd.
     for axes in grid.flat[len(drawn) :]:
         axes.remove()
     picture.suptitle(f"{device_name()}, {dtype_name()}")
@@ -293,6 +311,7 @@ def plot(out: Path, limits: dict[str, float], measured: Measured) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    """Raise ValueError if the flags are wrong or something that is needed is missing."""
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: expected at least 1")
     if args.out and (args.out.suffix != ".json" or not args.out.parent.is_dir()):
@@ -303,19 +322,24 @@ def check(args: argparse.Namespace) -> None:
     if not HAS_TRITON:
         raise ValueError("the package triton is missing; install it")
     if INTERPRETED:
-        raise ValueError("TRITON_INTERPRET is set, under which nothing is compiled; unset it")
+        raise ValueError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
 
 
 def measure_all(args: argparse.Namespace, command: list[str], limits: dict[str, float]) -> None:
-    """Every case of what is asked for, printed and saved as it is done: the rest may take long."""
+    """Measure every case of the chosen operations, and print and save its rows at once: all take long."""
     names = [args.operation] if args.operation else list(CASES)
     operations = [CASES[name]() for name in names]
-    n_pairs = sum(len(case.work) * len(case.backends) for cases in operations for case in cases)
+    n_pairs = sum(len(case.work) * len(case.backends) for group in operations for case in group)
     measured = []
-    options = {"unit": "timing", "smoothing": 0, "dynamic_ncols": True, "disable": None}  # None: in a log
+    options = {
+        "unit": "timing",
+        "smoothing": 0,
+        "dynamic_ncols": True,
+        "disable": None,
+    }  # None: no bar in a log
     with tqdm(total=n_pairs * args.rounds, **options) as bar:
-        for cases in operations:
-            for case in cases:
+        for group in operations:
+            for case in group:
                 rows = measure(case, limits, args.rounds, bar)
                 measured.append((case, rows))
                 bar.write(table(rows))
@@ -326,13 +350,20 @@ def measure_all(args: argparse.Namespace, command: list[str], limits: dict[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 2 after a mistake in it, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__, formatter_class=raw)
-    parser.add_argument("operation", nargs="?", choices=CASES, help="default: all of them")
-    parser.add_argument("--compile-only", action="store_true", help="registers, spills ..., without a GPU")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each backend (default %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="rows as JSON, a picture in FILE.png")
+    parser.add_argument("operation", nargs="?", choices=CASES, help="what to measure (default: all)")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="compile and show registers, spills ...; needs no GPU"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often each backend is timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="save rows as JSON, a chart as FILE.png"
+    )
     args = parser.parse_args(argv)
     try:
         check(args)
@@ -350,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         measure_all(args, ["python", "-m", "kernels.bench", *argv], limits)
     except KeyboardInterrupt:
-        print("interrupted; what was measured stands above", file=sys.stderr)
+        print("interrupted; the rows above are complete", file=sys.stderr)
         return 130
     return 0
 

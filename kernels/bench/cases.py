@@ -1,16 +1,17 @@
-"""What the benchmark measures: each operation at the shapes it is measured at, beside its peers in PyTorch.
-
-    python -m kernels.bench                                          how it is measured, and what comes out
+"""What `python -m kernels.bench` measures: each operation at some shapes, beside other ways to compute it.
 
 A Case is one operation at one shape: inputs to draw, backends to time on them, the exact results to compare
-with, and the work there is to do, in FLOPs or bytes. CASES, at the end, makes those of each operation:
+with, and the work of each pass in FLOPs or bytes. CASES, at the end, lists the operations:
 
-    attention        the whole sequence, causal or not, with grouped heads or a window, beside PyTorch's SDPA
-                     and FlexAttention; and decoding, a query per row over a cache of keys and values
+    attention        whole sequences, causal or not, with grouped heads or a window, beside PyTorch's SDPA and
+                     FlexAttention; and decoding, one query per row over a cache of keys and values
     rmsnorm          with and without a residual, beside F.rms_norm and torch.compile of the reference
-    cross_entropy    of a linear layer's logits, beside all of them in memory at once, PyTorch's own, and
-                     torch.compile of an eighth of them at a time
+    cross_entropy    of the logits of a linear layer, beside all logits in memory at once, PyTorch's own
+                     operation, and torch.compile of an eighth of the tokens at a time
     grouped_matmul   the first product of the experts of a mixture, beside a loop over them and F.grouped_mm
+
+Shapes: B batch, T query length, S key length, H heads, G key/value heads, K head width, D model width,
+V vocabulary, E experts, N tokens, or columns of a product, M rows of a product.
 """
 
 from collections.abc import Callable
@@ -30,45 +31,47 @@ from kernels.grouped_matmul import grouped_matmul
 from kernels.rmsnorm import rms_norm
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
-# Attention: head widths, heads times head width, tokens of a batch; lengths, and the longest of which the
-# reference's T x T scores fit; lengths of a cache to decode from.
+# Attention: head widths, heads times head width, and tokens of a batch; lengths, and the longest whose T x T
+# scores fit the memory in the reference; lengths of the cache in decoding.
 HEAD_WIDTHS, WIDTH, TOKENS = (64, 128), 2048, 16384
 LENGTHS, SCORES_FIT = (512, 1024, 2048, 4096, 8192, 16384), 4096
 CACHE_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-# RMSNorm: widths, and elements of x; the fewer ones take about as long to launch as to compute.
+# RMSNorm: widths, and elements of x; the smaller number takes about as long to launch as to compute.
 NORM_WIDTHS, NORM_SIZES = (768, 1024, 2048, 4096, 8192, 16384), (2**26, 2**23)
-# Cross entropy: widths and vocabularies, as of GPT-2, TinyLlama and Llama 3.
+# Cross entropy: widths and vocabularies, those of GPT-2, TinyLlama and Llama 3.
 VOCABULARIES = ((768, 50304), (2048, 32000), (4096, 128256))
-# Grouped products: tokens; experts, how many of them a token goes through, width, and width of an expert's
-# gate and up projection together, as of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B.
+# Grouped products: tokens; then experts, experts per token, width, and the width of an expert's gate and up
+# projections together, those of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B.
 ROUTED, EXPERTS = 4096, ((8, 2, 4096, 2 * 14336), (64, 8, 2048, 2 * 1024), (128, 8, 2048, 2 * 768))
 
 
 @dataclass
 class Case:
-    """An operation at one shape, in some passes, by some backends."""
+    """An operation at one shape, with the passes and the backends to measure."""
 
     operation: str
     shape: dict[str, int | bool | None]
-    work: dict[str, float]  # of each pass, FLOPs or bytes
+    work: dict[str, float]  # FLOPs or bytes of each pass
     unit: str  # TFLOP/s or GB/s
-    inputs: Callable[[], tuple[list[Tensor], list[Tensor]]]  # the inputs; the gradients of the results
-    exact: Callable  # of these, results and gradients of the inputs in float64
-    backends: dict[str, Callable]  # each a function of the inputs
-    chart: tuple[str, str, int | str] | None = None  # its title with the pass in braces, x axis, x
-    compared: Callable[[Tensor], Tensor] = lambda x: x  # the part of inputs and results that errors are of
+    inputs: Callable[[], tuple[list[Tensor], list[Tensor]]]  # draws inputs, and gradients of the results
+    exact: Callable  # from these: results and gradients of the inputs in float64
+    backends: dict[str, Callable]  # functions of the inputs
+    chart: tuple[str, str, int | str] | None = None  # title, with {} for the pass; name of the x axis; x
+    compared: Callable[[Tensor], Tensor] = lambda x: x  # the part of a tensor that errors are computed from
 
 
 def normal(*shape: int) -> Tensor:
+    """Return normal random numbers of DTYPE on DEVICE."""
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
 def compiled(f: Callable) -> Callable:
+    """Return f compiled for one shape, in one graph."""
     return torch.compile(f, dynamic=False, fullgraph=True)
 
 
 def timed(which: str, f: Callable, inputs: list[Tensor], gradients: list[Tensor]) -> Callable:
-    """The call that is timed; it returns f's results and its inputs' gradients, [] for what it leaves out."""
+    """Return the call to time. It returns the results of f and the gradients of its inputs, [] if omitted."""
 
     def results() -> list[Tensor]:
         out = f(*inputs)
@@ -87,6 +90,7 @@ def timed(which: str, f: Callable, inputs: list[Tensor], gradients: list[Tensor]
 
 
 def in_float64(f: Callable, inputs: list[Tensor], gradients: list[Tensor]):
+    """Return the results of f and the gradients of its inputs, computed in float64."""
     inputs = [x.double().requires_grad_() for x in inputs]
     return timed("both", f, inputs, [dy.double() for dy in gradients])()
 
@@ -95,9 +99,11 @@ def in_float64(f: Callable, inputs: list[Tensor], gradients: list[Tensor]):
 
 
 def attention_flops(B: int, T: int, S: int, H: int, K: int, causal: bool, window: int | None) -> int:
-    """Of the forward pass: two products of K multiply-adds for each pair of a query and a key it sees. The
-    backward pass counts 2.5 times: it has five such products where this has two."""
-    p = torch.arange(S - T, S)  # where the queries stand
+    """Return the FLOPs of the forward pass: two products of K multiply-adds per query and key that it sees.
+
+    The backward pass has five such products, so it counts 2.5 times.
+    """
+    p = torch.arange(S - T, S)  # the positions of the queries
     first, last = torch.zeros_like(p), torch.full_like(p, S - 1)
     if window is not None:
         first, last = (p - window + 1).clamp(min=0), (p + window - 1).clamp(max=S - 1)
@@ -124,7 +130,8 @@ def attention_cases() -> list[Case]:
 def attention_case(
     B: int, T: int, S: int, H: int, G: int, K: int, causal: bool, window: int | None = None
 ) -> Case:
-    if T == 1:  # decoding: hardly an operation per byte of the keys and values that are read
+    # In decoding the time goes into reading keys and values: work is their bytes.
+    if T == 1:
         work, unit = {"forward": 2 * B * S * G * K * DTYPE.itemsize}, "GB/s"
         chart = f"decoding, head width {K}", "keys in the cache", S
     else:
@@ -148,7 +155,8 @@ def attention_case(
     if T > SCORES_FIT:
         del backends["reference"]
 
-    def last_head(x: Tensor) -> Tensor:  # of the keys, with its queries; no head or sequence sees another
+    # Heads and sequences are independent, so one key head with its queries is enough to find the error.
+    def last_head(x: Tensor) -> Tensor:
         return x[-1:, :, -(x.shape[2] // G) :]
 
     shape = {"T": T, "S": S, "B": B, "H": H, "G": G, "K": K, **mask}
@@ -157,12 +165,14 @@ def attention_case(
 
 
 def heads_first(f: Callable) -> Callable:
-    """PyTorch names the axes (B, H, T, K); in memory nothing moves, and all backends read the same."""
+    """Return f, which takes (B, H, T, K), as a function of (B, T, H, K); nothing moves in memory."""
     return lambda q, k, v: f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def sdpa(backend: SDPBackend, T: int, S: int, grouped: bool, causal: bool, window: int | None) -> Callable:
-    @cache  # made at the first call, which is not timed
+    """Return PyTorch's scaled_dot_product_attention with one of its backends."""
+
+    @cache  # computed in the first call, which is not timed
     def mask():
         return visible(T, S, torch.device(DEVICE), causal=causal, window=window) if window else None
 
@@ -175,6 +185,7 @@ def sdpa(backend: SDPBackend, T: int, S: int, grouped: bool, causal: bool, windo
 
 
 def flex(T: int, S: int, grouped: bool, causal: bool, window: int | None) -> Callable:
+    """Return PyTorch's FlexAttention, compiled."""
     run = compiled(flex_attention)
 
     def seen(b, h, i, j):
@@ -191,9 +202,12 @@ def flex(T: int, S: int, grouped: bool, causal: bool, window: int | None) -> Cal
 
 
 def rms_norm_bytes(n: int, residual: bool, backward: bool) -> int:
-    """For n elements. Forward: x in, y out, with a residual also that in and the sum out. Backward: x and dy
-    in, dx out, with a residual also the gradient of the sum in. Not counted are the weight, its gradient and
-    the partial sums of it, and a number per row: little beside the rest."""
+    """Return the bytes that a pass over n elements reads and writes.
+
+    Forward: x is read and y written; with a residual that is read too, and the sum written. Backward: x and
+    dy are read and dx written; with a residual the gradient of the sum is read too. The weight, its gradient
+    with the partial sums, and one number per row are few beside these and do not count.
+    """
     plain = 3 if backward else 2
     return (4 if residual else plain) * n * DTYPE.itemsize
 
@@ -207,7 +221,7 @@ def rms_norm_case(n: int, D: int, residual: bool) -> Case:
     rows = n // D
 
     def inputs():
-        # F.rms_norm is a single kernel only if the weight has the dtype of x, so all are given it like that.
+        # F.rms_norm is a single kernel only if the weight has the dtype of x, so it has for every backend.
         x, weight, dy = normal(rows, D), 1 + 0.1 * normal(D), normal(rows, D)
         if residual:
             return [x, weight, normal(rows, D)], [dy, normal(rows, D)]
@@ -236,7 +250,7 @@ def rms_norm_case(n: int, D: int, residual: bool) -> Case:
 
 
 def cross_entropy_flops(N: int, D: int, V: int) -> int:
-    """Forward and backward: the logits, the gradient of hidden and that of the weight are a product each."""
+    """Return the FLOPs of forward and backward: three products, of the logits and of the two gradients."""
     return 6 * N * D * V
 
 
@@ -266,11 +280,12 @@ def cross_entropy_case(N: int, D: int, V: int) -> Case:
 
 
 def unfused(targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean cross entropy from all logits at once."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
 def in_eight_chunks(targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """The logits of an eighth of the tokens at a time, computed a second time for the backward pass."""
+    """Return the same with the logits of an eighth of the tokens at a time; backward computes them again."""
 
     def loss(h, t):
         return F.cross_entropy(F.linear(h, weight).float(), t, reduction="sum")
@@ -280,7 +295,7 @@ def in_eight_chunks(targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def exact_cross_entropy(targets: Tensor, inputs: list[Tensor], gradients: list[Tensor]):
-    """In chunks as well: few GPUs hold all logits in float64. The one gradient is 1."""
+    """Return the loss and its gradients in float64, in chunks, as few GPUs have memory for all logits."""
     hidden, weight = (x.double().requires_grad_() for x in inputs)
     total = 0
     for i in range(0, len(targets), 1024):
@@ -295,7 +310,7 @@ def exact_cross_entropy(targets: Tensor, inputs: list[Tensor], gradients: list[T
 
 
 def grouped_matmul_flops(M: int, D: int, N: int) -> int:
-    """Of the forward pass, whatever the sizes of the groups. The backward pass has two such products."""
+    """Return the FLOPs of the forward pass, for any sizes of groups. Backward has two such products."""
     return 2 * M * D * N
 
 
@@ -327,8 +342,10 @@ def grouped_matmul_case(E: int, M: int, D: int, N: int) -> Case:
 
 
 def uneven_sizes(E: int, M: int) -> list[int]:
-    """Of E groups of M rows in all. No router balances them perfectly: here the largest has 2 to 5 times as
-    many rows as the average group, the smallest a third or less."""
+    """Return the sizes of E groups with M rows in total, as uneven as a router makes them.
+
+    The largest has 2 to 5 times as many rows as the average group, the smallest a third or less.
+    """
     generator = torch.Generator().manual_seed(0)
     popularity = (torch.randn(E, generator=generator) / 2).exp()
     rows = torch.multinomial(popularity, M, replacement=True, generator=generator)
@@ -336,7 +353,7 @@ def uneven_sizes(E: int, M: int) -> list[int]:
 
 
 def one_by_one(sizes: list[int], x: Tensor, w: Tensor) -> Tensor:
-    """The sizes are told on the CPU, so the loop need not wait for the GPU."""
+    """Return the grouped product by a loop. The sizes are on the CPU, so it does not wait for the GPU."""
     return torch.cat([torch.mm(x_e, w_e.T) for x_e, w_e in zip(x.split(sizes), w.unbind(), strict=True)])
 
 

@@ -1,16 +1,16 @@
-"""What the compiler makes of the kernels, seen without a GPU.
+"""What the compiler makes of the kernels, visible without a GPU.
 
     python -m kernels.bench --compile-only
 
-Triton's compiler needs to know a GPU's name, not to have one. So the ordinary host code is called here with
-CPU tensors, under a driver that names the target and does nothing else, and whatever it would launch is
-compiled instead. The machine code tells, before a kernel has run, much of what decides its speed:
+Triton's compiler needs the name of a GPU, not the GPU. So the ordinary host code runs here with CPU tensors,
+under a driver that only names the target, and every kernel is compiled where it would be launched. The
+machine code shows much of what decides a kernel's speed:
 
-    registers   at most 255 a thread; more of them, fewer threads share a multiprocessor (AMD: 512)
-    spills      instructions that move what did not fit to memory and back
-    shared      kB of on-chip memory a program takes
+    registers   per thread, at most 255 (AMD: 512); with more of them, fewer threads share a multiprocessor
+    spills      instructions that move values to memory and back because the registers are full
+    shared      kB of on-chip memory per program
     matrix      instructions that multiply tiles: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell), v_mfma
-    TMA         loads of whole tiles by Hopper's copy engine
+    TMA         loads of whole tiles by the copy engine of Hopper and later GPUs
 """
 
 import json
@@ -40,7 +40,7 @@ MATRIX = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma"
 
 @dataclass(frozen=True)
 class Machine:
-    """One kernel as compiled for one target."""
+    """One kernel, compiled for one target."""
 
     target: str
     operation: str
@@ -49,19 +49,19 @@ class Machine:
     registers: int
     spills: int
     shared: int  # bytes
-    matrix: str  # how many of which instruction
+    matrix: str  # as in "16 HGMMA"
     tma: int
 
 
 class NamedTarget:
-    """The part of a Triton driver that compiling asks for."""
+    """The part of a Triton driver that the compiler uses."""
 
     def __init__(self, target: str):
         from triton.backends.compiler import GPUTarget
 
         nvidia = target.startswith("sm_")
         self.target = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-        self.device = TARGETS.index(target)  # kernels are kept by device
+        self.device = TARGETS.index(target)  # Triton keeps compiled kernels by device
 
     def get_current_target(self):
         return self.target
@@ -77,7 +77,7 @@ class NamedTarget:
 
 
 def compiled_for(target: str, call: Callable[[], None]) -> list[tuple[str, Any]]:
-    """(name, kernel) of every kernel that call() would launch. Leaves the process without a GPU driver."""
+    """Return (name, kernel) of every kernel that call() would launch. The process then has no GPU driver."""
     jit = triton.JITFunction
     run, compiled = jit.run, []
 
@@ -95,7 +95,7 @@ def compiled_for(target: str, call: Callable[[], None]) -> list[tuple[str, Any]]
 
 
 def inspect(target: str, operation: str, case: str, name: str, kernel) -> Machine:
-    """Read the machine code of a compiled kernel."""
+    """Return the figures of a compiled kernel, from its machine code."""
     if target.startswith("gfx"):
         code = kernel.asm["amdgcn"]
         registers, spills = (
@@ -125,13 +125,13 @@ def inspect(target: str, operation: str, case: str, name: str, kernel) -> Machin
 
 
 def attention(K: int, dtype: torch.dtype, *, group: int = 4, documents: bool = False, **masks) -> None:
-    """Forward, backward and decoding at head width K."""
+    """Launch forward, backward and decoding at head width K."""
     torch.set_float32_matmul_precision("high")
     q = torch.zeros(1 if documents else 2, 1024, 8, K, dtype=dtype)
     k = torch.zeros(q.shape[0], 1024, 8 // group, K, dtype=dtype)
     cu_seqlens = torch.tensor([0, 500, 1024], dtype=torch.int32) if documents else None
     seqlens_k = torch.tensor([500, 1024]) if masks.get("lengths") else None
-    arguments = (
+    options = (
         masks.get("causal", True),
         masks.get("window"),
         masks.get("softcap"),
@@ -139,20 +139,21 @@ def attention(K: int, dtype: torch.dtype, *, group: int = 4, documents: bool = F
         cu_seqlens,
         seqlens_k,
     )
-    out, lse = flash_attention.forward(q, k, k, *arguments)
-    flash_backward.backward(out, q, k, k, out, lse, *arguments)
+    out, lse = flash_attention.forward(q, k, k, *options)
+    flash_backward.backward(out, q, k, k, out, lse, *options)
     if not documents:
-        flash_decoding.forward(q[:, :1], k, k, *arguments)
+        flash_decoding.forward(q[:, :1], k, k, *options)
 
 
 def norm(D: int) -> None:
-    """Forward with a residual, and backward, at width D."""
+    """Launch forward with a residual, and backward, at width D."""
     x, weight = torch.zeros(64, D, dtype=torch.bfloat16), torch.ones(D)
     y, h, rstd = rmsnorm.launch_forward(x, weight, x, 1e-6)
     rmsnorm.launch_backward(y, y, h, weight, rstd, True)
 
 
 def cross_entropy_rows(dtype: torch.dtype, softcap: float | None) -> None:
+    """Launch the kernel of cross entropy on 64 rows of GPT-2's vocabulary."""
     logits, row = torch.zeros(64, 50304, dtype=dtype)[:, :50257], torch.zeros(64)
     cross_entropy.to_gradient_triton(
         logits, torch.zeros(64, dtype=torch.int64), row, row, -100, softcap, 0.0, True
@@ -160,7 +161,7 @@ def cross_entropy_rows(dtype: torch.dtype, softcap: float | None) -> None:
 
 
 def grouped(result: str, rows: int, dtype: torch.dtype, precision: str = "high") -> None:
-    """y, dx or dw of 8 groups that have so many rows on average."""
+    """Launch the kernel of one result, y, dx or dw, for 8 groups of `rows` rows on average."""
     torch.set_float32_matmul_precision(precision)
     x, y, w = (
         torch.zeros(*shape, dtype=dtype) for shape in ((8 * rows, 512), (8 * rows, 768), (8, 768, 512))
@@ -209,16 +210,15 @@ CASES = {
 
 
 def compile_case(target: str, operation: str, case: str) -> list[Machine]:
+    """Compile one case for one target."""
     compiled = compiled_for(target, CASES[operation][case])
     return [inspect(target, operation, case, name, kernel) for name, kernel in compiled]
 
 
 def compile_all(operation: str | None = None, targets: tuple[str, ...] = TARGETS) -> list[Machine]:
-    """Compile every case of an operation, or of all; one process a core."""
+    """Compile every case of an operation, or of all, in one process per core."""
     if backend.INTERPRETED:
-        raise ValueError(
-            "--compile-only: TRITON_INTERPRET=1 is set, which leaves nothing to compile; unset it"
-        )
+        raise ValueError("--compile-only: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it")
     operations = [operation] if operation else list(CASES)
     work = [(t, name, case) for t in targets for name in operations for case in CASES[name]]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data.text
+from data.rows import Loader, in_order, stack
 from data.tokenizer import END_OF_TEXT
 
 
@@ -45,7 +46,7 @@ def test_bad_text_is_named_with_its_offset_and_refused_or_skipped(kind, tmp_path
     for part in ("00a.txt", message, "--bad-text skip"):
         assert part in str(refused.value)
     said = []
-    skipped = prepare(folder, tmp_path, bad_text="skip", say=said.append)
+    skipped = prepare(folder, tmp_path, bad_text="skip", notify=said.append)
     assert len(said) == 1 and message in said[0]
     assert np.array_equal(skipped.train.tokens, good.train.tokens)
 
@@ -118,16 +119,11 @@ def test_what_is_whole_is_not_built_again(tmp_path, monkeypatch):
 
 def test_processes_started_together_share_one_cache(tmp_path):
     folder = write_corpus(tmp_path / "texts")
-    command = [
-        sys.executable,
-        "-m",
-        "data.text",
-        folder,
-        "--tokenizer",
-        "bpe:300",
-        "--cache",
-        tmp_path / "cache",
-    ]
+    # Each process writes a line for every step of its progress.
+    code = (
+        "import runpy, formats.progress as p; p.INTERVAL = 0.0; runpy.run_module('data.text', {}, '__main__')"
+    )
+    command = [sys.executable, "-c", code, folder, "--tokenizer", "bpe:300", "--cache", tmp_path / "cache"]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
@@ -152,7 +148,7 @@ def test_damaged_shards_are_named_and_rebuilt(name, harm, tmp_path):
     expected = np.array(good.train.tokens)
     harm(tmp_path / "cache" / good.name / name)
     said = []
-    again = prepare(folder, tmp_path, say=said.append)
+    again = prepare(folder, tmp_path, notify=said.append)
     assert np.array_equal(again.train.tokens, expected)
     assert len(said) == 1 and "built anew" in said[0]
     assert name in said[0] or name == "checksums.json"  # a flipped checksum accuses the file it is of
@@ -165,7 +161,7 @@ def test_damaged_tokenizers_are_learned_again(tmp_path):
     path = home / "tokenizer.json"
     path.write_text(path.read_text().replace('"de"', '"dq"'))
     said = []
-    again = prepare(folder, tmp_path, "bpe:300", say=said.append)
+    again = prepare(folder, tmp_path, "bpe:300", notify=said.append)
     assert again.name == good.name
     assert len(said) == 1 and "tokenizer.json" in said[0]
 
@@ -180,51 +176,56 @@ def test_changed_text_is_never_served_from_the_cache(tmp_path):
     assert "RETURN" in after.tokenizer.decode(after.train.tokens[:500])
 
 
-# --- the loader
+# --- rows
+
+
+def read(loader, first_sample, n):
+    return stack(loader.read(first_sample, n))["tokens"]
 
 
 @pytest.mark.parametrize("n, T", [(1000, 16), (1000, 10), (1003, 10), (97, 96), (50, 7)])
 def test_every_token_is_predicted_once_an_epoch_and_no_window_twice(n, T):
     """Windows tile the circle, so in E turns every token is a target E times, but for the open end."""
-    loader = data.text.Loader(np.arange(n, dtype=np.uint16), T, seed=3)
-    epochs = 5
-    n_samples = loader.first_window(epochs)
-    batch = loader.batch(0, n_samples)
+    rows = data.text.Windows(np.arange(n, dtype=np.uint16), T)
+    loader, epochs = Loader(rows, seed=3), 5
+    n_samples = rows.epoch_start(epochs)
+    batch = read(loader, 0, n_samples)
     assert torch.equal(batch[:, 1:], (batch[:, :-1] + 1) % n)
-    windows = [loader.window(i) for i in range(n_samples)]
+    windows = [loader.row_number(i) for i in range(n_samples)]
     assert sorted(windows) == list(range(n_samples))
     times = torch.bincount(batch[:, 1:].flatten(), minlength=n)
     assert times.min() >= epochs and times.sum() == n_samples * T < epochs * n + T
-    first_epoch = batch[: loader.first_window(1), 1:].flatten()
+    first_epoch = batch[: rows.epoch_start(1), 1:].flatten()
     assert len(first_epoch.unique()) == n
 
 
 def test_order_depends_on_seed_and_epoch_alone():
     tokens = np.arange(1000, dtype=np.uint16)
-    loader = data.text.Loader(tokens, 10, seed=0)
-    whole = loader.batch(0, 250)
-    fresh = data.text.Loader(tokens, 10, seed=0)
-    assert torch.equal(fresh.batch(137, 40), whole[137:177])  # as on resuming
-    assert torch.equal(fresh.batch(12, 4), whole[12:16])  # and back in an earlier epoch
-    assert not torch.equal(data.text.Loader(tokens, 10, seed=1).batch(0, 250), whole)
+    rows = data.text.Windows(tokens, 10)
+    whole = read(Loader(rows, seed=0), 0, 250)
+    fresh = Loader(rows, seed=0)
+    assert torch.equal(read(fresh, 137, 40), whole[137:177])  # as on resuming
+    assert torch.equal(read(fresh, 12, 4), whole[12:16])  # and back in an earlier epoch
+    assert not torch.equal(read(Loader(rows, seed=1), 0, 250), whole)
     assert not torch.equal(whole[:100], whole[100:200])
     assert not torch.equal(whole[:100, 0].sort().values, whole[:100, 0])
 
 
 def test_any_number_of_ranks_reads_the_same_sequence():
-    loader = data.text.Loader(np.arange(1000, dtype=np.uint16), 10, seed=0)
-    ranks = [loader.batch(24 + rank * 4, 4) for rank in range(2)]
-    assert torch.equal(torch.cat(ranks), loader.batch(24, 8))
+    loader = Loader(data.text.Windows(np.arange(1000, dtype=np.uint16), 10), seed=0)
+    ranks = [read(loader, 24 + rank * 4, 4) for rank in range(2)]
+    assert torch.equal(torch.cat(ranks), read(loader, 24, 8))
 
 
 def test_too_little_text_is_named():
     with pytest.raises(ValueError, match="--seq-len 10: the training text has only 10 tokens"):
-        data.text.Loader(np.arange(10), 10, seed=0)
+        data.text.Windows(np.arange(10), 10)
 
 
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 100, 161])
 def test_held_out_batches_predict_every_token_once_in_order(n):
-    rows = list(data.text.held_out_batches(np.arange(n, dtype=np.uint16), 16, 3))
+    held_out = data.text.HeldOut(np.arange(n, dtype=np.uint16), 16, n)
+    rows = [stack(batch)["tokens"] for batch in in_order(held_out, 3)]
     targets = torch.cat([row[:, 1:].flatten() for row in rows])
     assert targets.tolist() == list(range(1, n))
     assert all(row.shape[0] <= 3 and row.shape[1] <= 17 for row in rows)
@@ -232,5 +233,5 @@ def test_held_out_batches_predict_every_token_once_in_order(n):
 
 def test_cu_seqlens_begin_documents_at_rows_and_boundaries():
     tokens = torch.tensor([[7, 7, 0, 5], [0, 5, 5, 0]])
-    assert data.text.cu_seqlens(tokens, 0).tolist() == [0, 2, 4, 7, 8]
-    assert data.text.cu_seqlens(tokens, 0).dtype == torch.int32
+    assert data.rows.cu_seqlens(tokens, 0).tolist() == [0, 2, 4, 7, 8]
+    assert data.rows.cu_seqlens(tokens, 0).dtype == torch.int32

@@ -9,6 +9,7 @@ import pytest
 import gpt
 import train
 from engine import benchmark
+from engine.batches import Batches
 
 SMALL = gpt.Config(2, 4, 32, 64, max_seq_len=64, n_kv_heads=2)
 
@@ -43,12 +44,12 @@ def test_time_is_put_down_to_the_part_that_took_it(monkeypatch):
 
 
 def test_data_that_comes_late_is_seen(flags, capsys, monkeypatch):
-    def late(run):
+    def late(batches):
         time.sleep(0.1)
-        return next_batches(run)
+        return next_parts(batches)
 
-    next_batches = train.next_batches
-    monkeypatch.setattr(train, "next_batches", late)
+    next_parts = Batches.next
+    monkeypatch.setattr(Batches, "next", late)
     assert train.main([*flags, "--benchmark"]) == 0
     waiting = re.search(r"\(([\d.]+)% waiting for data\)", capsys.readouterr().out)
     assert float(waiting[1]) > 30

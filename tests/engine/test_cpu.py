@@ -1,4 +1,4 @@
-"""The settings for CPUs change how fast products are, not what they are."""
+"""The settings for CPUs change the speed of products and not their values."""
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from kernels.attention_cpu import SHORT
 
 
 def onednn() -> str:
-    """Set it to multiply; the precision it is then asked for."""
+    """Make oneDNN multiply, and return the precision that PyTorch then has; skip the test on CPUs with
+    AMX."""
     cpu.multiply_by_onednn()
     if torch.get_float32_matmul_precision() != "medium":
-        pytest.skip("oneDNN would round on this CPU, and is not asked")
+        pytest.skip("oneDNN rounds on this CPU, so it is not used")
     return "medium"
 
 
@@ -26,7 +27,7 @@ def test_products_are_still_those_of_float32():
 
 
 def test_a_machine_that_would_round_keeps_its_products(monkeypatch):
-    """AMX, played by rounding the operands as it would."""
+    """A CPU with AMX, simulated by rounding the operands to bfloat16."""
     plain, before = torch.Tensor.__matmul__, torch.get_float32_matmul_precision()
 
     def rounding(a, b):
@@ -39,7 +40,7 @@ def test_a_machine_that_would_round_keeps_its_products(monkeypatch):
 
 
 def operations(out):
-    """The names of all that autograd has noted on the way to out."""
+    """Return the names of the nodes of autograd's graph of out."""
     found, ahead = set(), [out.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -93,7 +94,7 @@ def test_the_operation_is_one_that_torch_compile_can_trace():
 
 def test_compiled_it_takes_rows_of_any_length():
     onednn()
-    torch.compiler.reset()  # what other tests have had compiled counts too
+    torch.compiler.reset()  # compilations by other tests count too
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     for T, stance in (
         (300, "default"),

@@ -1,7 +1,7 @@
-"""Plans of memory against what real tensors occupy and real steps need at their peak, and in print.
+"""Estimates of memory against the bytes of real tensors and the peak of real steps, and as text.
 
-What is planned for is a GPU. On a CPU some operations keep more than the kernels there: `as_on_a_gpu` has
-them keep the same.
+The estimates are for a GPU. On a CPU some operations keep more than the kernels do on a GPU; the fixture
+`as_on_a_gpu` makes them keep the same.
 """
 
 from argparse import Namespace
@@ -75,7 +75,7 @@ def batch_for(config, B, T):
 
 
 class RMSNorm(torch.autograd.Function):
-    """Keeps what kernels/rmsnorm.py does, see test_the_fused_kernels_keep_what_is_planned."""
+    """Keeps the same tensors as kernels/rmsnorm.py, see test_the_fused_kernels_keep_what_is_estimated."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -94,7 +94,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def attention(q, k, v, *, causal, window, cu_seqlens, backend):
-    """Without what kernels/attention.py does for a CPU."""
+    """Attention without the CPU path of kernels/attention.py."""
     heads = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
     return F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=True).transpose(1, 2)
 
@@ -110,7 +110,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def kept_by_forward(model, batch, dtype) -> int:
-    """Bytes of all that autograd holds on to but the parameters, each piece of memory once."""
+    """Return the bytes that autograd keeps, without the parameters, each piece of memory counted once."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
 
@@ -134,7 +134,7 @@ def test_activations_are_what_autograd_keeps(as_on_a_gpu, config, dtype):
     assert parts["activations"][0] + parts["gradients"][0] == pytest.approx(kept, rel=0.02)
 
 
-def test_the_fused_kernels_keep_what_is_planned():
+def test_the_fused_kernels_keep_what_is_estimated():
     config = gpt.Config(1, 2, 32, 48, 128, 16, n_kv_heads=1, qk_norm=True, kernels="triton")
     kept = kept_by_forward(gpt.GPT(config), batch_for(config, 1, 16), "float32")
     parts = plan(config, flags(batch_size=1, seq_len=16)).parts
@@ -194,7 +194,7 @@ def test_shares_of_fsdp_are_rows_rounded_up():
     assert parts["optimizer states"][0] == 2 * parts["weights"][0]
 
 
-def test_ddp_has_everything_on_each_process_but_the_tokens():
+def test_ddp_shares_only_the_tokens():
     args = flags(batch_size=8)
     alone, of_four = plan(GPT, args), plan(GPT, flags(batch_size=8, parallel="ddp"), 4)
     quarter = plan(GPT, flags(batch_size=2))
@@ -205,7 +205,7 @@ def test_ddp_has_everything_on_each_process_but_the_tokens():
 
 
 def whole_step(model, args, batch):
-    """A step of train.py, after one that has made the optimizers' states."""
+    """Two steps like those of train.py; the first makes the optimizers' states."""
     optimizers = make_optimizers(model, args)
     if args.checkpoint_activations:
         for block in parallel.blocks(model):
@@ -262,7 +262,7 @@ def test_peak_of_a_step_with_adapters(as_on_a_gpu, peak_memory, tmp_path, config
 
 @pytest.fixture
 def four_processes():
-    """As the first of four sees them; the others are not there, and nothing comes from them."""
+    """Rank 0 of a world of four whose other ranks do not exist, so that collectives return at once."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     yield
     dist.destroy_process_group()
@@ -307,7 +307,7 @@ def test_peak_of_a_step_of_fsdp(as_on_a_gpu, peak_memory, four_processes, config
     assert 0.96 < planned.total / (weights + peak_memory(whole)) < 1.13
 
 
-def test_what_fsdp_puts_together_and_backward_makes_by_hand():
+def test_unsharded_bytes_and_gradients_by_hand():
     """Llama 3 8B on 8 GPUs: 218M parameters a block, 525M each in embeddings and head, 14336 wide MLPs."""
     args = flags(batch_size=8, seq_len=8192, dtype="bfloat16", parallel="fsdp")
     parts = plan(gpt.SIZES["llama3-8b"], args, 8).parts
@@ -336,7 +336,7 @@ def test_checkpointing_and_more_processes_save_memory():
     assert checkpointed.total < 0.9 * 40e9  # fits 8 GPUs of 40 GB
 
 
-def test_report_shows_every_part_and_where_it_fits():
+def test_the_text_shows_every_part_and_the_gpus_that_fit():
     args = flags(batch_size=8, seq_len=8192, dtype="bfloat16", parallel="fsdp", checkpoint_activations=True)
     model = on_meta(gpt.SIZES["llama3-8b"])
     text, planned = describe(model, args, 8), estimate(model, args, 8)
@@ -349,7 +349,7 @@ def test_report_shows_every_part_and_where_it_fits():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_report_of_what_fits_nowhere_says_what_would_help():
+def test_the_text_names_flags_that_help_where_no_gpu_fits():
     model = on_meta(gpt.SIZES["llama3-8b"])
     args = flags(batch_size=8, seq_len=8192, dtype="bfloat16", parallel="ddp")
     text = describe(model, args, 8)
@@ -370,6 +370,6 @@ def test_report_of_what_fits_nowhere_says_what_would_help():
         ({"kernels": "reference"}, 1, "use auto"),
     ],
 )
-def test_what_cannot_be_planned(changes, n, problem):
+def test_flags_that_cannot_be_estimated(changes, n, problem):
     with pytest.raises(ValueError, match=problem):
         plan(GPT, flags(**changes), n)

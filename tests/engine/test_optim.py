@@ -1,4 +1,4 @@
-"""Width transfer against the table of the paper and by a coordinate check; updates that are left out."""
+"""Width transfer against the table of the paper and by a coordinate check; updates that are skipped."""
 
 import math
 from argparse import Namespace
@@ -223,7 +223,7 @@ def test_a_step_that_is_not_finite_leaves_every_bit(args):
 
 
 @pytest.mark.parametrize("args", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_the_first_step_may_be_left_out(args):
+def test_the_first_step_may_be_skipped(args):
     model, same = fresh(), fresh()
     optimizers, others = make_optimizers(model, args), make_optimizers(same, args)
     for p in model.parameters():
@@ -238,7 +238,7 @@ def test_the_first_step_may_be_left_out(args):
 
 @pytest.mark.parametrize("args", [ADAMW, MUON], ids=["adamw", "muon"])
 def test_sharded_parameters(args):
-    """As DTensors, in a group of one process: transferred, updated and left alone as others are."""
+    """DTensors, in a world of one rank, are transferred, updated and skipped like other parameters."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model, whole = fully_shard(fresh()), fresh()

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import gpt
 import train
 from data.tokenizer import get_tokenizer
-from engine import optim, parallel
+from engine import parallel
 from engine.contract import find
-from engine.options import has_bfloat16
+from engine.device import has_bfloat16
 
 ROOT = Path(__file__).parents[2]
 MODELS, MODES = ("gpt", "bert", "moe", "lora"), ("ddp", "fsdp")
@@ -45,7 +46,7 @@ def make_small():
         sizes = find(name).SIZES
         fields = SMALL | ({"n_kv_heads": 2} if name != "bert" else {})
         fields |= {"n_experts": 6, "d_expert": 20, "bias_update_rate": 0.01} if name == "moe" else {}
-        sizes["tiny"] = sizes["tiny"].changed(**fields)
+        sizes["tiny"] = replace(sizes["tiny"], **fields)
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def watched(out, spoilt=None):
     """Write to out the gradients of the first and the third update, how often ddp has added gradients up, and
     how many graphs --compile has found, which are run as they are. spoilt: (process, update, how), see
     `spoil`."""
-    made, step, ddp, reduced = [], optim.step_optimizers, parallel.DistributedDataParallel, []
+    made, step, ddp, reduced = [], train.step_optimizers, parallel.DistributedDataParallel, []
     graphs, compiler = [], torch.compile
 
     def as_it_is(graph, inputs):
@@ -72,18 +73,18 @@ def watched(out, spoilt=None):
     def watching(optimizers, finite):
         made.append(1)
         params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        gradients = {str(i): parallel.as_tensor(p.grad).clone() for i, p in enumerate(params)}
+        gradients = {str(i): parallel.unshard(p.grad).clone() for i, p in enumerate(params)}
         if len(made) in (1, 3) and parallel.rank() == 0:
             save_file(gradients, Path(out) / f"gradients-{len(made)}.safetensors")
         step(optimizers, finite)
 
-    optim.step_optimizers, parallel.DistributedDataParallel = watching, Counting
+    train.step_optimizers, parallel.DistributedDataParallel = watching, Counting
     torch.compile = partial(compiler, backend=as_it_is)
     forget = spoil(*spoilt) if spoilt else None
     try:
         yield
     finally:
-        optim.step_optimizers, parallel.DistributedDataParallel, torch.compile = step, ddp, compiler
+        train.step_optimizers, parallel.DistributedDataParallel, torch.compile = step, ddp, compiler
         if forget:
             forget()
         if parallel.rank() == 0:
@@ -141,7 +142,8 @@ def folder(tmp_path_factory):
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tokenizer = get_tokenizer("bytes")
     torch.manual_seed(0)
-    gpt.GPT(gpt.SIZES["tiny"].fitted(tokenizer, 64)).save_pretrained(folder / "base")
+    fields = {"vocab_size": tokenizer.n_vocab, "max_seq_len": 64, "eos_token_id": tokenizer.eot_id}
+    gpt.GPT(replace(gpt.SIZES["tiny"], **fields)).save_pretrained(folder / "base")
     tokenizer.save(folder / "base")
     for model in MODELS:
         with watched(folder / f"{model}-one"):

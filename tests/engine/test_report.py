@@ -1,4 +1,4 @@
-"""A run's page and the comparison of runs, from files written here: nothing is trained."""
+"""The page of a run and the comparison of runs, from files that the tests write: nothing is trained."""
 
 import json
 import math
@@ -24,7 +24,7 @@ START = {
 
 
 class Page(HTMLParser):
-    """Checks that what is opened is closed, and that nothing is loaded. Keeps text, paths and headings."""
+    """Checks that every tag is closed and that nothing is loaded. Keeps text, paths and tags."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -68,7 +68,7 @@ def step_row(step: int, loss: float, **more) -> dict:
 def make_run(
     directory: Path, n_steps: int = 40, offset: float = 0.0, start: dict | None = START, **more
 ) -> Path:
-    """A row for each step, an evaluation after each tenth of them."""
+    """Write the files of a run: a row for each step, and ten evaluations."""
     directory.mkdir()
     every = n_steps // 10
     rows = [{"step": 0, "tokens": 0, "val_loss": 8.0, "perplexity": math.exp(8.0)}]
@@ -79,11 +79,11 @@ def make_run(
             evaluation = {"val_loss": loss + 0.25, "perplexity": math.exp(loss + 0.25), "bits_per_byte": 1.5}
             rows.append({"step": step, "tokens": 100 * step, **evaluation})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = "".join(
+    lines = "".join(
         f"=== step {step}, validation loss 3.5\nsample <b>&amp; no. {step} é\n\n=== not a heading\n\n"
         for step in range(0, n_steps + 1, every)
     )
-    (directory / "samples.txt").write_text(told, encoding="utf-8")
+    (directory / "samples.txt").write_text(lines, encoding="utf-8")
     if start is not None:
         report.record_start(directory, start, start["step"] > 0)
     return directory
@@ -147,7 +147,7 @@ def test_a_long_run_is_thinned_but_keeps_its_spikes_and_its_end(tmp_path):
     assert "step 4,000 of 1,000" in page.text
 
 
-def test_of_very_many_rows_some_are_read_and_the_last(tmp_path, monkeypatch):
+def test_very_many_rows_are_read_sparsely_with_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROWS", 100)
     steps, evaluations = report.read_rows(make_run(tmp_path / "a", n_steps=1000))
     assert len(evaluations) == 11 and 80 <= len(steps) <= 100
@@ -161,23 +161,23 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path):
         (directory / "metrics.jsonl").write_text(whole + half)
         page = written(directory)
         assert "step 40 of" in page.text and n_points(page.paths["line"][0]) == 40
-    report.plot(directory)
+    report.draw_loss(directory)
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_not_finite_breaks_the_curve_and_nothing_else(tmp_path):
+def test_a_value_that_is_not_finite_only_interrupts_the_curve(tmp_path):
     directory = make_run(tmp_path / "a")
     append_row(directory, step_row(41, math.nan, grad_norm=math.inf, skipped=1))
     append_row(directory, step_row(42, 3.0, skipped=1))
     page = written(directory)
     assert page.paths["line"][0].count("M") == 2 and n_points(page.paths["line"][0]) == 41
     assert "1 updates skipped" in page.text
-    report.plot(directory)
+    report.draw_loss(directory)
     append_row(directory, step_row(43, math.nan, grad_norm=math.nan, skipped=2))
     append_row(directory, {"step": 43, "tokens": 4300, "val_loss": math.nan, "perplexity": math.nan})
     page = written(directory)
     assert "nan" in page.text and "3.2517" in page.text  # now, and the best
-    report.plot(directory)
+    report.draw_loss(directory)
 
 
 @pytest.mark.filterwarnings("error")
@@ -188,7 +188,7 @@ def test_a_run_with_no_finite_number_has_a_page(tmp_path):
     assert "Loss" not in page.text and "Learning rate" in page.text
 
 
-def test_what_a_model_measures_besides_is_drawn_too(tmp_path):
+def test_other_metrics_of_a_model_are_drawn_too(tmp_path):
     directory = make_run(tmp_path / "a", accuracy=0.25, mfu=0.4)
     append_row(
         directory, {"step": 40, "tokens": 4000, "val_loss": 3.3, "val_accuracy": 0.2, "val_mlm_loss": 3.1}
@@ -219,16 +219,16 @@ def test_before_the_first_step_there_is_a_page(tmp_path):
     assert "step 0 of 1,000" in written(directory).text
 
 
-def test_of_many_samples_some_are_shown(tmp_path):
+def test_some_of_many_samples_are_shown(tmp_path):
     directory = make_run(tmp_path / "a")
-    told = "".join(f"=== step {i}, validation loss 3\nno. {i}.\n\n" for i in range(100))
-    (directory / "samples.txt").write_text(told)
+    lines = "".join(f"=== step {i}, validation loss 3\nno. {i}.\n\n" for i in range(100))
+    (directory / "samples.txt").write_text(lines)
     text = written(directory).text
     assert "no. 99." in text and "no. 98." in text and "no. 0." in text
     assert text.count("no. ") == report.SAMPLES + 1 and "20 of 99 earlier ones" in text
 
 
-def test_starts_are_kept_over_resumes_and_begin_anew_without(tmp_path):
+def test_a_resume_appends_a_start_and_a_new_run_replaces_them(tmp_path):
     for step, resumed in ((0, False), (0, True), (200, True)):
         start = START | {"step": step, "flags": START["flags"] | {"out": Path("x")}}
         report.record_start(tmp_path, start, resumed)
@@ -249,18 +249,36 @@ def test_environment_is_plain_json():
     assert found["torch"].startswith("2.") and "python" in found and "numpy" in found
 
 
-def test_compare_tells_results_and_differing_flags(tmp_path):
+def test_a_run_is_described_before_it_starts():
+    described = dict(model="gpt tiny", data="stdlib, 900 tokens", guess="right for 9 %", n_params=2000)
+    described |= dict(n_active=2000, n_trained=2000, steps=1300, tokens_per_step=2048, epochs=0.5, step=40)
+    described |= dict(flops=1.5e15, device="float32 on cpu", minutes=4.61)
+    assert report.describe_run(**described) == [
+        "model  gpt tiny, 2,000 parameters",
+        "data   stdlib, 900 tokens",
+        "guess  right for 9 %",
+        "run    1,300 steps of 2,048 tokens: 2,662,400, 0.50 epochs",
+        "cost   1.50e+15 FLOPs, 1331.20 tokens per parameter (Chinchilla: 20)",
+        "here   float32 on cpu, about 4.6 min from step 40",
+    ]
+    model, *_ = report.describe_run(**described | {"n_active": 500})
+    assert model.endswith("2,000 parameters, 500 of them active")
+    model, _, run, cost, _ = report.describe_run(**described | {"n_trained": 20, "guess": None})
+    assert model.endswith(", 20 of them trained (1.00%)") and cost == "cost   1.50e+15 FLOPs"
+
+
+def test_compare_returns_results_and_differing_flags(tmp_path):
     a = make_run(tmp_path / "a")
     flags = START["flags"] | {"lr": 0.002, "out": "runs/b", "schedule": "wsd"}
     b = make_run(tmp_path / "b", offset=0.5, start=START | {"flags": flags, "n_params": 7})
     append_row(b, {"step": 41, "tokens": 4100, "val_loss": 4.0, "perplexity": 50.0})
-    told = report.compare([a, b], tmp_path / "out")
-    lines = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line}
+    printed = report.compare([a, b], tmp_path / "out")
+    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
     assert lines[str(a)] == ["3,420,160", "4k", "16", "s", "250", "3.2517", "3.2517"]
     assert lines[str(b)] == ["7", "4.1k", "16", "s", "250", "4.0000", "3.7517"]
     assert lines["--lr"] == ["0.001", "0.002"] and lines["--schedule"] == ["-", "wsd"]
     assert {line for line in lines if line.startswith("--")} == {"--lr", "--schedule"}
-    assert told.splitlines()[-1].split()[1:] == [
+    assert printed.splitlines()[-1].split()[1:] == [
         str(tmp_path / "out" / f"compare.{x}") for x in ("html", "png")
     ]
 
@@ -273,8 +291,8 @@ def test_compare_tells_results_and_differing_flags(tmp_path):
 
 def test_compare_without_run_json_says_that_flags_are_not_known(tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", start=None)
-    told = report.compare([a, b], tmp_path)
-    assert f"{b}: without run.json its flags are not known" in told and "no flag differs" in told
+    printed = report.compare([a, b], tmp_path)
+    assert f"{b}: no run.json, so its flags are not known" in printed and "no flag differs" in printed
     assert "not known" in Page(tmp_path / "compare.html").text
 
 
@@ -285,7 +303,7 @@ def test_seconds_of_evaluations_are_those_of_the_steps_before(tmp_path):
     np.testing.assert_array_equal(report.seconds_of(evaluations, []), np.zeros(11))
 
 
-def test_compare_refuses_what_is_no_run(tmp_path):
+def test_compare_refuses_directories_without_a_run(tmp_path):
     a = make_run(tmp_path / "a")
     (tmp_path / "b").mkdir()
     for wrong in (tmp_path / "b", tmp_path / "nowhere"):

@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are told, by stand-ins for their packages that keep it."""
+"""What TensorBoard and Weights & Biases receive, with stand-ins for their packages that record the calls."""
 
 import math
 import sys
@@ -17,7 +17,7 @@ ROW = {
     "seconds": math.inf,
     "skipped": 0,
 }
-TOLD = {"tokens": 300, "loss": 2.5, "skipped": 0}
+SENT = {"tokens": 300, "loss": 2.5, "skipped": 0}
 
 
 @pytest.fixture
@@ -62,27 +62,27 @@ def wandb(monkeypatch):
     return module
 
 
-def test_tensorboard_is_told_the_finite_numbers(tmp_path, tensorboard):
+def test_tensorboard_gets_the_finite_numbers(tmp_path, tensorboard):
     (watcher,) = watch.watchers(["tensorboard"], tmp_path, {}, None)
     watcher.log(3, ROW)
     watcher.close()
-    scalars = [(name, value, 3) for name, value in TOLD.items()]
+    scalars = [(name, value, 3) for name, value in SENT.items()]
     assert tensorboard == [(str(tmp_path / "tensorboard"), 0), *scalars, "flush", "close"]
 
 
-def test_tensorboard_hides_what_is_logged_again(tmp_path, tensorboard):
+def test_tensorboard_hides_rows_that_are_logged_again(tmp_path, tensorboard):
     watch.watchers(["tensorboard"], tmp_path, {}, 20)
     assert tensorboard == [(str(tmp_path / "tensorboard"), 21)]  # step 20 was logged before it was saved
 
 
-def test_wandb_is_told_the_finite_numbers_and_the_config(tmp_path, wandb):
+def test_wandb_gets_the_finite_numbers_and_the_config(tmp_path, wandb):
     (watcher,) = watch.watchers(["wandb"], tmp_path / ".", {"lr": 0.1}, None)
     watcher.log(3, ROW)
     watcher.close()
     options = wandb.calls[0]
     assert options["project"] == "plinth" and options["dir"] == str(tmp_path)
     assert options["name"] == tmp_path.name and options["config"] == {"lr": 0.1}
-    assert wandb.calls[1:] == [(TOLD, 3), "finish"]
+    assert wandb.calls[1:] == [(SENT, 3), "finish"]
 
 
 def test_wandb_goes_on_in_the_same_run_when_resumed_and_only_then(tmp_path, wandb):
@@ -99,7 +99,7 @@ def test_wandb_goes_on_in_the_same_run_when_resumed_and_only_then(tmp_path, wand
     assert wandb.calls[-1]["id"] is None
 
 
-def test_wandb_that_cannot_begin_is_one_line(tmp_path, wandb):
+def test_an_error_of_wandb_is_one_line(tmp_path, wandb):
     def init(**options):
         raise wandb.Error("No API key configured.")
 
@@ -115,7 +115,7 @@ def test_both_at_once(tmp_path, tensorboard, wandb):
     assert names == ["TensorBoard", "WandB"] and watch.watchers([], tmp_path, {}, None) == []
 
 
-def test_what_is_missing_or_unknown_is_refused_before_anything_is_begun(tmp_path, tensorboard, monkeypatch):
+def test_missing_and_unknown_packages_are_refused_before_anything_starts(tmp_path, tensorboard, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(ValueError, match="--watch wandb: the package is not installed; pip install wandb"):
         watch.watchers(["tensorboard", "wandb"], tmp_path, {}, None)

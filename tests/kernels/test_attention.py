@@ -1,8 +1,8 @@
-"""Attention against an independent float64 definition: a loop over queries, listing the keys each sees.
+"""Attention against an independent definition in float64: a loop over queries that lists the keys each sees.
 
-Without a GPU the Triton kernels run in the interpreter, in float32 and float16: its bfloat16 products are
-wrong. The rule for them: an error at most twice that of plain PyTorch in the same dtype, plus four roundings
-of a value of order one, since the largest of a few small errors is luck.
+Without a GPU the Triton kernels run in the interpreter, in float32 and float16, because its products in
+bfloat16 are wrong. Their error may be twice that of plain PyTorch in the same dtype, plus four roundings of a
+value of order one, because the largest of a few small errors varies.
 """
 
 import math
@@ -33,7 +33,7 @@ LISTS = ("cu_seqlens", "seqlens_k")
 
 
 def by_hand(q, k, v, causal=False, window=None, softcap=None, scale=None, cu_seqlens=None, seqlens_k=None):
-    """The equation of kernels/attention.py, one query at a time, in float64."""
+    """Return the equation of kernels/attention.py in float64, one query at a time."""
     q, k, v = q.double(), k.double(), v.double()
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
@@ -90,7 +90,7 @@ def test_values_and_gradients_equal_the_definition(name, backend):
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("T, S", [(1, 7), (3, 7), (1, 1), (7, 3)])
 def test_queries_stand_at_the_last_keys(T, S, backend):
-    """T != S, as in decoding; with T > S the first queries see nothing and give zeros, not NaN."""
+    """T differs from S, as in decoding; with T > S the first queries see no key and give zeros, not NaN."""
     for options in ({"causal": True}, {"causal": True, "window": 2}, {}):
         q, k, v, _ = inputs({}, T, S)
         q.requires_grad_()
@@ -107,7 +107,7 @@ def test_low_precision_is_as_good_as_its_inputs(dtype):
     for backend in ("reference", "torch"):
         out = attention(q, k, v, causal=True, backend=backend)
         assert out.dtype == dtype
-        # scores, weights and output are each rounded once
+        # Scores, weights and output are each rounded once.
         assert (out.double() - expected).norm() / expected.norm() < 4 * torch.finfo(dtype).eps
 
 
@@ -115,7 +115,7 @@ def test_low_precision_is_as_good_as_its_inputs(dtype):
 
 
 def assert_as_exact_as_plain(q, k, v, options, dout=None):
-    """Values and gradients of the kernels, under the rule of the header; returns them."""
+    """Check values and gradients of the kernels by the rule of the header, and return them."""
     results = []
     for backend, dtype in (("triton", q.dtype), ("reference", q.dtype), ("reference", torch.float64)):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
@@ -153,7 +153,7 @@ PAIRS = [pair for pair in combinations(FEATURES, 2) if pair not in IMPOSSIBLE]
 
 @pytest.mark.parametrize("names", [*((name,) for name in FEATURES), *PAIRS], ids=" + ".join)
 def test_each_feature_alone_and_with_each_other(names):
-    """Several tiles each way, none of them full at the end."""
+    """T and S are several tiles long, and the last tile of each is not full."""
     wanted = {"B": 1, "T": 35, "S": 35, "H": 2, "G": 1}
     for name in names:
         wanted |= FEATURES[name]
@@ -179,7 +179,7 @@ def test_any_shape(data):
 
 @pytest.mark.parametrize("name", ["plain", "causal window", "softcap", "documents", "lengths"])
 def test_tiles_through_tensor_descriptors(name, monkeypatch):
-    """Hopper's way of loading, which the interpreter can do as well."""
+    """Tiles are loaded as on Hopper, which the interpreter can do too."""
     monkeypatch.setattr(flash_attention, "uses_tma", lambda q: True)
     long = {"cu_seqlens": [0, 3, 3, 20, 35], "seqlens_k": [18, 35], "window": 9}
     options = {key: long.get(key, value) for key, value in CASES[name].items()}
@@ -192,7 +192,7 @@ def test_tiles_through_tensor_descriptors(name, monkeypatch):
     "name", ["plain", "causal", "window", "causal window", "softcap", "lengths", "lengths window"]
 )
 def test_few_queries_over_many_keys(name, T, monkeypatch):
-    """flash_decoding, each row in several splits, some of which see nothing."""
+    """flash_decoding takes each row in several splits, and some of them see no key."""
     monkeypatch.setattr(flash_decoding, "MIN_KEYS", 16)
     monkeypatch.setattr(flash_decoding, "LOADED", 0)  # 16 keys
     options = {key: [19, 61] if key == "seqlens_k" else value for key, value in CASES[name].items()}
@@ -209,7 +209,7 @@ def test_a_cache_with_an_empty_row_gives_zeros(monkeypatch):
 
 
 def test_any_strides():
-    """Views into one fused projection are read where they lie; what cannot be is copied."""
+    """Views of one fused projection are read without a copy; layouts that do not fit are copied."""
     B, T, H, K = 2, 20, 2, 16
     fused = torch.randn(B, T, 3 * H * K, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     q, k, v = fused.view(B, T, 3 * H, K).split(H, dim=2)
@@ -225,7 +225,7 @@ def test_any_strides():
 
 
 def test_every_element_is_written(monkeypatch):
-    """Memory comes filled with NaN."""
+    """Memory is filled with NaN when it is allocated."""
 
     def poisoned(*args, **kwargs):
         return new_empty(*args, **kwargs).fill_(math.nan)
@@ -244,7 +244,7 @@ def test_every_element_is_written(monkeypatch):
 
 
 def test_what_is_masked_is_not_read():
-    """Keys in tiles that no query sees may hold anything; so may queries that see no key of a tile."""
+    """NaN in keys that no query sees does not reach the result, nor NaN scores outside the window."""
     q, k, v, _ = inputs({}, 64, 64)
     for x in (k, v):
         x[:, :16] = math.nan  # the last 16 queries, with a window of 20, begin at key 29
@@ -258,7 +258,7 @@ def test_large_magnitudes():
     q, k, v, _ = inputs({}, 20, 20)
     out = attention(300 * q, 300 * k, v, causal=True, backend="triton")  # scores of order 1e5
     exact = attention(300 * q.double(), 300 * k.double(), v.double(), causal=True, backend="reference")
-    # scores of 1e5 in float32 are known to 1e-2, so weights of near ties to a percent or so
+    # Scores of 1e5 have errors of 1e-2 in float32, and weights of nearly equal scores errors of a percent.
     assert (out.double() - exact).abs().max() < 0.05 and out.isfinite().all()
 
 
@@ -275,7 +275,7 @@ def test_every_run_gives_the_same_bits():
 
 
 def test_memory_is_linear_in_the_length(peak_memory):
-    """Forward and backward, all that is allocated at once, gradients included."""
+    """The most memory allocated at once in forward and backward, gradients included."""
 
     def peak(T, backend):
         leaves = [x.requires_grad_() for x in inputs({}, T, T, H=2, G=1)[:3]]
@@ -322,7 +322,7 @@ def test_it_compiles_as_one_graph():
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_autocast(backend):
-    """Like every product, in the lower precision, with gradients as wide as the inputs."""
+    """Autocast computes in the lower precision, and gradients have the dtype of the inputs."""
     q, k, v, _ = inputs({}, 9, 9)
     q.requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.float16):
@@ -332,7 +332,7 @@ def test_autocast(backend):
     torch.testing.assert_close(out.double(), by_hand(q, k, v, causal=True), atol=4e-3, rtol=0)
 
 
-# --- what cannot be
+# --- errors
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_shapes_that_do_not_fit_say_so():
     "names", [(), *((name,) for name in FEATURES if name not in ("width 24", "float16"))]
 )
 def test_on_a_gpu(names, K, dtype):
-    """Large tiles, ragged lengths, every dtype."""
+    """Large tiles, lengths that are no multiple of them, every dtype."""
     wanted = {"T": 1111, "S": 1111, "H": 8, "G": 2, "K": K, "dtype": dtype}
     for name in names:
         wanted |= FEATURES[name]
@@ -385,7 +385,7 @@ def test_on_a_gpu(names, K, dtype):
 
 @pytest.mark.gpu
 def test_long_on_a_gpu():
-    """T 8192 in 128 heads: the kernels against themselves on the last rows alone."""
+    """The last rows of a long sequence equal attention of these rows alone, in float64 and in decoding."""
     q, k, v, _ = inputs({}, 8192, 8192, 64, 64, 64, torch.bfloat16)
     out = attention(q, k, v, causal=True, backend="triton")
     last = attention(q[:, -100:].double(), k.double(), v.double(), causal=True, backend="reference")

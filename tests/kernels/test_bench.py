@@ -1,6 +1,6 @@
-"""The benchmark counts what it says, its errors are real, and the rows, the JSON and the picture come out.
+"""The benchmark counts work correctly, measures real errors, and writes its table, JSON file and chart.
 
-Without a GPU a clock that only runs the call stands in for the real one, and shapes are tiny.
+Without a GPU a fixed time replaces the clock, and shapes are tiny.
 """
 
 import json
@@ -47,7 +47,7 @@ def tiny(monkeypatch):
     if NO_GPU:
         replace(bench, INTERPRETED=False, device_name=lambda: "A GPU")
         replace(bench, median_ms=lambda run: 0.25, extra_mib=lambda run: 1.5)
-        # In float32 the interpreter multiplies right.
+        # The interpreter's products are correct in float32, not in bfloat16.
         replace(bench_cases, DEVICE="cpu", DTYPE=torch.float32, compiled=lambda f: f)
 
 
@@ -71,7 +71,7 @@ def flops(case, which, backend="reference"):
 def test_flops_are_those_that_pytorch_counts(tiny):
     attention = bench_cases.attention_case(2, 8, 8, 4, 4, 16, False)
     assert attention.work["forward"] == flops(attention, "forward")
-    # Plain PyTorch keeps the scores; whoever does not has them to compute a second time.
+    # Plain PyTorch keeps the scores; flash attention computes them a second time, half a forward pass more.
     assert attention.work["both"] == flops(attention, "both") + attention.work["forward"] / 2
     assert attention.work["backward"] == attention.work["both"] - attention.work["forward"]
     cross_entropy = bench_cases.cross_entropy_case(16, 8, 40)
@@ -85,7 +85,7 @@ def test_flops_are_those_that_pytorch_counts(tiny):
 @pytest.mark.skipif(not NO_GPU, reason="stands in for a GPU")
 @pytest.mark.parametrize("residual", [False, True])
 def test_bytes_are_those_of_the_tensors(tiny, residual):
-    case = bench_cases.rms_norm_case(200, 24, residual)  # not a whole number of rows: the rest is left off
+    case = bench_cases.rms_norm_case(200, 24, residual)  # 8 rows of 24, without the last 8 numbers
     inputs, gradients = case.inputs()
     results, input_gradients = case.exact(inputs, gradients)
     assert [x.shape for x in inputs] == [x.shape for x in input_gradients]
@@ -95,7 +95,7 @@ def test_bytes_are_those_of_the_tensors(tiny, residual):
 
     x, _, *added = inputs
     assert case.work["forward"] == size(x, *added, *results)
-    assert case.work["backward"] == size(x, *gradients, input_gradients[0])  # x, or the sum, is as large
+    assert case.work["backward"] == size(x, *gradients, input_gradients[0])  # the sum is as large as x
     q, k, v = (decoding := bench_cases.attention_case(2, 1, 48, 4, 1, 16, False)).inputs()[0]
     assert decoding.work == {"forward": size(k, v)}
 
@@ -121,7 +121,7 @@ def test_experts_get_as_uneven_shares_as_a_router_gives(E, M):
 
 
 def simple_case(backends):
-    """Of x * x, whose float64 result and gradient are known without the reference."""
+    """Return a case of x * x, whose result and gradient in float64 need no reference."""
     inputs = lambda: ([torch.randn(50)], [torch.randn(50)])  # noqa: E731
     exact = lambda xs, dys: ([xs[0].double() ** 2], [2 * xs[0].double() * dys[0]])  # noqa: E731
     work = {"forward": 4e9, "backward": 8e9, "both": 12e9}

@@ -1,7 +1,7 @@
-"""The loss of a language model against its definition in float64, written another way than in the file.
+"""The loss of a language model against its definition in float64, written in another way than in the file.
 
-Without a GPU the kernel runs in Triton's interpreter, which truncates where bfloat16 should round: there it
-is tested in float32 and float16.
+Without a GPU the kernel runs in Triton's interpreter, which truncates to bfloat16 instead of rounding. There
+it is tested in float32 and float16.
 """
 
 import math
@@ -29,7 +29,7 @@ CASES = [(backend, dtype) for backend in OURS for dtype in (torch.float32, torch
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Several chunks, the last one ragged, of sizes that a test can afford."""
+    """Several chunks of 16 rows, the last one shorter."""
     monkeypatch.setattr(cross_entropy, "rows_per_chunk", lambda N, D, V, device: 16)
     monkeypatch.setattr(cross_entropy, "IN_CACHE", 0)
 
@@ -45,7 +45,7 @@ def inputs(N, D, V, dtype=torch.float32, *, ignored=0.2, ignore_index=-100, scal
 
 
 def run(hidden, weight, targets, factor=3.5, **options):
-    """Loss, z, and the gradients of `factor` times the loss."""
+    """Return the loss, z, and the gradients of `factor` times the loss."""
     hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
     loss, z = linear_cross_entropy(hidden, weight, targets, **options)
     assert not z.requires_grad
@@ -53,7 +53,7 @@ def run(hidden, weight, targets, factor=3.5, **options):
 
 
 def exact(hidden, weight, targets, factor=3.5, *, ignore_index=-100, softcap=None, z_loss=0.0):
-    """The same in float64, from the log-probabilities of the tokens that count and no others."""
+    """Return the same in float64, from the log-probabilities of the tokens that are not ignored."""
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     counts = targets.flatten() != ignore_index
     logits = torch.nn.functional.linear(h.flatten(0, -2)[counts], w)
@@ -67,9 +67,9 @@ def exact(hidden, weight, targets, factor=3.5, *, ignore_index=-100, softcap=Non
 
 
 def assert_as_good_as_reference(case, backend, **options):
-    """The largest error is at most twice that of plain PyTorch in the same dtype.
+    """Check that the largest error is at most twice that of plain PyTorch in the same dtype.
 
-    As that may happen to be small: plus one rounding of the largest gradient, or four of a float32 loss.
+    That may be small by chance, so one rounding of the largest gradient, or four of the loss, are added.
     """
     truths = exact(*case, **options)
     ours, plain = run(*case, backend=backend, **options), run(*case, backend="reference", **options)
@@ -98,19 +98,19 @@ def test_values_and_gradients(backend, dtype, options, small_chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_more_columns_than_a_block_of_the_kernel(dtype, options):
     hidden, weight, targets = inputs(5, 8, 8195, dtype, scale=0.5)
-    weight[4096:] *= 2  # larger logits follow, and the sum so far must be mended
+    weight[4096:] *= 2  # larger logits come later, so the sum so far must be corrected
     assert_as_good_as_reference((hidden, weight, targets), "triton", **options)
 
 
 def test_many_chunks_add_up_in_float32(monkeypatch):
-    """256 of them, to sums that a bfloat16 of the same size could no longer be added to."""
+    """After 256 chunks the sums are so large that in bfloat16 one more chunk would change nothing."""
     monkeypatch.setattr(cross_entropy, "rows_per_chunk", lambda *shape: 1)
     hidden, weight, targets = inputs(256, 16, 33, torch.bfloat16)
     assert_as_good_as_reference((hidden.abs(), weight, torch.zeros_like(targets)), "chunked")
 
 
 def test_the_factor_of_the_backward_pass_is_not_rounded():
-    """1.003 would be 1 in bfloat16, an error that all gradients have in common."""
+    """In bfloat16 1.003 would be rounded to 1, the same error in all gradients."""
     case = inputs(64, 32, 131, torch.bfloat16, ignored=0)
     once, scaled = (run(*case, factor=factor, backend="chunked")[2:] for factor in (1.0, 1.003))
     for a, b in zip(once, scaled, strict=True):
@@ -127,7 +127,7 @@ def test_pytorch_s_own(dtype, in_cache, monkeypatch):
     case = inputs(67, 32, 131, dtype, leading=(1, 67))
     ours, truths = run(*case, backend="torch"), exact(*case)
     for a, truth in zip(ours, truths, strict=True):
-        # a rounding of each token's loss or of the gradients, and of the logits that both come from
+        # One rounding of the loss of each token or of the gradients, and one of their logits.
         error = (a.double() - truth).norm()
         assert error <= 4 * torch.finfo(dtype).eps * max(truth.norm(), 1)
 
@@ -151,7 +151,7 @@ def test_any_shape(backend, N, D, V, rows, options):
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=["plain", "softcap", "z"])
 @pytest.mark.parametrize("backend", ["reference", *OURS])
 def test_huge_logits(backend, options, small_chunks):
-    """Of the size of 1e4: a softmax that is 0 or 1, and exponentials of either sign out of range."""
+    """Logits of 1e4 give a softmax of 0 or 1, and exponentials that overflow and underflow."""
     hidden, weight, targets = inputs(33, 16, 131, scale=1e4 / math.sqrt(16))
     ours, truths = (f(hidden, weight, targets, **options) for f in (run_as(backend), exact))
     for a, truth in zip(ours, truths, strict=True):
@@ -215,7 +215,7 @@ def test_one_graph_backward_twice(backend, small_chunks):
 def test_every_run_gives_the_same_bits_whatever_memory_held(backend, small_chunks):
     case = inputs(67, 32, 131)
     first = run(*case, backend=backend, **CAP, **Z)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is allocated with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
     try:
         assert torch.empty(1, device=DEVICE).isnan().all()
         again = run(*case, backend=backend, **CAP, **Z)
@@ -276,7 +276,7 @@ def test_autocast(backend):
 
 
 def test_chunks():
-    """As many logits as hidden numbers on a GPU, as the cache holds elsewhere; but not too few rows."""
+    """A chunk has as many logits as there are numbers of hidden on a GPU, as fit the cache elsewhere."""
     assert rows_per_chunk(2**17, 1024, 2**16, "cuda") == 2048
     assert rows_per_chunk(2**17 - 1, 1024, 2**16, "cuda") == 1024
     assert rows_per_chunk(2**15, 768, 50257, "cuda") == 1024
@@ -287,9 +287,9 @@ def test_chunks():
 
 
 def test_memory_does_not_grow_with_the_vocabulary(peak_memory):
-    """Forward, a chunk of logits; backward, the gradients themselves, as kept and as returned."""
-    N, D = 2048 if DEVICE == "cpu" else 2**15, 512  # on a GPU chunks have rows enough for this rule only then
-    run(*inputs(16, 16, 33))  # libraries allocate when they are first used
+    """Forward needs a chunk of logits and the gradients; backward the gradients, as kept and as returned."""
+    N, D = 2048 if DEVICE == "cpu" else 2**15, 512  # a chunk on a GPU has at least 1024 rows
+    run(*inputs(16, 16, 33))  # libraries allocate memory when they are first used
     plain = {}
     for V in (1024, 3072):
         hidden, weight, targets = case = inputs(N, D, V)
@@ -341,7 +341,7 @@ def test_a_target_out_of_range(backend, target):
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match=f"target {target}: expected 0 to 9 or -100"):
             linear_cross_entropy(hidden, weight, targets, backend=backend)
-    if backend == "triton":  # reads nothing there, and tells
+    if backend == "triton":  # the kernel reads nothing outside the row, and returns NaN
         logits, nll, lse = (torch.zeros(shape, device=DEVICE) for shape in ((6, 64), 6, 6))
         to_gradient_triton(logits[:, :10], targets.to(DEVICE), nll, lse, -100, None, 0.0, True)
         assert nll.isnan().tolist() == [False] * 4 + [True, False]
@@ -352,7 +352,7 @@ def test_a_target_out_of_range(backend, target):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("options", [{}, CAP | Z], ids=["plain", "softcap+z"])
 def test_a_real_vocabulary(dtype, options):
-    """GPT-2's, whose 50257 rows are a multiple of nothing, in several chunks."""
+    """GPT-2's vocabulary of 50257, an odd number, in several chunks."""
     case = inputs(4096, 256, 50257, dtype, scale=0.1)
     assert_as_good_as_reference(case, "triton", **options)
 

@@ -15,7 +15,7 @@ def test_value_and_gradient(dtype):
     y, expected = gelu(x), F.gelu(exact, approximate="tanh")
     y.backward(dy)
     expected.backward(dy.double())
-    # a few roundings of values up to the size of x
+    # A few roundings of values as large as x.
     rounding = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), expected, atol=rounding, rtol=rounding)
     torch.testing.assert_close(x.grad.double(), exact.grad, atol=8 * rounding, rtol=rounding)

@@ -1,7 +1,7 @@
-"""The grouped product against its definition in float64, written another way: every row times every matrix.
+"""The grouped product against a definition in float64 written in another way: every row times every matrix.
 
-Without a GPU the kernels run in Triton's interpreter, which truncates where bfloat16 should round: there they
-are tested in float32 and float16.
+Without a GPU the kernels run in Triton's interpreter, which truncates to bfloat16 instead of rounding. There
+they are tested in float32 and float16.
 """
 
 import math
@@ -45,14 +45,14 @@ def inputs(sizes, D, N, dtype=torch.float32):
 
 
 def run(x, w, dy, offsets, backend):
-    """y, dx, dw."""
+    """Return y, dx and dw."""
     x, w = (t.detach().requires_grad_() for t in (x, w))
     y = grouped_matmul(x, w, offsets, backend=backend)
     return y.detach(), *torch.autograd.grad(y, (x, w), dy)
 
 
 def exact(x, w, dy, offsets):
-    """The same in float64, of all rows times each matrix the rows of its group."""
+    """Return the same in float64: all rows times each matrix, of which the rows of its group count."""
     x, w, dy = (t.detach().double().requires_grad_() for t in (x, w, dy))
     group = torch.bucketize(torch.arange(len(x), device=x.device), offsets, right=True)
     y = sum((group == e)[:, None] * (x @ w[e].T) for e in range(len(w)))
@@ -60,14 +60,16 @@ def exact(x, w, dy, offsets):
 
 
 def skip_unless_taken(backend, x, w):
-    """On a GPU PyTorch's own takes whole 16 bytes, which other tests see to."""
+    """Skip PyTorch's own operation on a GPU if rows are no multiple of 16 bytes; other tests check these."""
     if backend == "torch" and any(n * x.element_size() % 16 for n in w.shape[1:]) and DEVICE == "cuda":
-        pytest.skip("not of whole 16 bytes")
+        pytest.skip("rows are no multiple of 16 bytes")
 
 
 def assert_as_good_as_reference(case, backend):
-    """The largest error is at most twice that of plain PyTorch in the same dtype, plus, where that happens to
-    be small, one rounding of the largest number: sums are added up in another order."""
+    """Check that the largest error is at most twice that of plain PyTorch in the same dtype.
+
+    That may be small by chance, so one rounding of the largest number is added: sums have another order.
+    """
     results = run(*case, backend), run(*case, "reference"), exact(*case)
     for name, ours, plain, truth in zip(("y", "dx", "dw"), *results, strict=True):
         assert ours.dtype == plain.dtype and ours.shape == plain.shape == truth.shape, name
@@ -90,7 +92,7 @@ def test_values_and_gradients_are_those_of_the_equations(backend, case):
     x, w, dy, offsets = inputs(*case)
     skip_unless_taken(backend, x, w)
     for ours, truth in zip(run(x, w, dy, offsets, backend), exact(x, w, dy, offsets), strict=True):
-        # float32 rounding of sums of up to 48 products of normal numbers, some as large as 30
+        # Roundings in float32 of sums of up to 48 products of normal numbers, some as large as 30.
         torch.testing.assert_close(ours.double(), truth, atol=2e-5, rtol=1e-6)
 
 
@@ -127,7 +129,7 @@ def test_gradients_are_the_slopes(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_any_strides(backend):
-    """Rows and groups apart, a transposed w, columns apart, and gradients expanded from one number."""
+    """Gaps between rows, groups or columns, a transposed w, and gradients expanded from one number."""
     sizes, D, N = SOME
     x, w, dy, offsets = inputs(sizes, D, N)
     layouts = [
@@ -139,7 +141,7 @@ def test_any_strides(backend):
     expected = run(x, w, dy, offsets, backend)
     for layout in layouts:
         for a, b in zip(run(*layout, backend), expected, strict=True):
-            # the same sums of up to 40 products, perhaps added up in another order
+            # The same sums of up to 40 products, perhaps in another order.
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-6)
     one = dy[:1, :1].expand_as(dy)
     for a, b in zip(run(x, w, one, offsets, backend), exact(x, w, one, offsets), strict=True):
@@ -147,14 +149,14 @@ def test_any_strides(backend):
 
 
 def apart(values, dim):
-    """The same values with as many others, NaN if they can be, between them."""
+    """Return the same values with a NaN, or -1, after each of them in memory."""
     others = torch.full_like(values, torch.nan if values.is_floating_point() else -1)
     both = torch.stack([values, others], dim + 1).flatten(dim, dim + 1)
     return both[(*[slice(None)] * dim, slice(None, None, 2))]
 
 
 def test_rows_and_matrices_further_apart_than_32_bits_count():
-    """2^30 elements and more; the memory between them is asked for, but never touched."""
+    """Rows and matrices are 2^30 elements apart; the memory between them is allocated but never touched."""
 
     def far(values, *strides):
         memory = torch.empty(2**31 + 4096, dtype=torch.float16, device=DEVICE)
@@ -170,7 +172,7 @@ def test_rows_and_matrices_further_apart_than_32_bits_count():
 def test_every_element_is_written_and_every_run_gives_the_same_bits(backend):
     case = inputs(*SOME)
     first = run(*case, backend)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what is allocated with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
     try:
         assert torch.empty(1, device=DEVICE).isnan().all()
         again = run(*case, backend)
@@ -201,7 +203,7 @@ def test_only_what_is_needed_is_computed(backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_no_second_derivative(backend):
-    """It would be wrong without a word if the gradients looked like constants."""
+    """It is an error: gradients that looked like constants would give a wrong result silently."""
     x, w, _, offsets = inputs(*SOME)
     x.requires_grad_()
     y = grouped_matmul(x, w, offsets, backend=backend)
@@ -212,10 +214,10 @@ def test_no_second_derivative(backend):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_memory_is_that_of_the_results(backend, peak_memory):
-    """The gradient of each group alone, were it as large as w, would be 32 times that."""
+    """If the gradient of each group were as large as w, this would be 32 times as much."""
     case = inputs([4] * 32, 64, 128)
     results = sum(t.nbytes for t in run(*case, backend))
-    # The reference keeps the gradient of each group until all are put together.
+    # The reference keeps the gradient of each group until it concatenates all of them.
     assert peak_memory(lambda: run(*case, backend)) <= (2.5 if backend == "reference" else 1.1) * results
 
 
@@ -224,18 +226,18 @@ def test_autocast(backend):
     x, w, dy, offsets = inputs(*SOME)
     precise = run(x, w, dy, offsets, backend)
     with torch.autocast(DEVICE, torch.bfloat16):
-        y = grouped_matmul(x, w.double(), offsets, backend=backend)  # of any two dtypes
+        y = grouped_matmul(x, w.double(), offsets, backend=backend)  # two different dtypes
         rounded = run(x, w, dy.bfloat16(), offsets, backend)
     assert y.dtype == torch.bfloat16 and torch.equal(y, rounded[0])
     for a, b, dtype in zip(rounded, precise, (torch.bfloat16, torch.float32, torch.float32), strict=True):
-        # three roundings to the 8 bits of bfloat16, of random signs
+        # Three roundings to the 8 bits of bfloat16, with random signs.
         assert a.dtype == dtype and 0 < (a - b).norm() <= 0.01 * b.norm()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False), (False, False)])
 def test_registered_operations(backend, needs):
-    """Schema, fake tensors, and gradients through tracing with unknown sizes."""
+    """Check the schema, fake tensors, and gradients traced with unknown sizes."""
     x, w, dy, offsets = inputs([0, 3, 2], 8, 16)
     kernel = backend == "triton"
     library.opcheck(torch.ops.plinth.grouped_matmul_backward, (dy, x, w, offsets, kernel, *needs))
@@ -261,7 +263,7 @@ def test_compiled_once_for_all_offsets(backend):
 
 @pytest.mark.parametrize("sizes", [[1] * 9, [17] * 9, [0, 0, 153], [1] * 8 + [145], [16] * 9])
 def test_programs_are_counted_without_the_offsets(sizes, monkeypatch):
-    """On tensors without contents, which nobody can read; and they are enough for whatever these turn out."""
+    """The tensors have no contents that could be read, and the programs are enough for all contents."""
     launched = []
 
     class Kernel:
@@ -344,7 +346,7 @@ def test_offsets_that_do_not_fit(backend, ends, message):
 
 @pytest.mark.parametrize("ends", [[3, 2, 5], [-9, 2, 5], [1, 2, 600], [700, 800, 900], [2**30, 0, 2**31 - 1]])
 def test_kernels_touch_nothing_else_whatever_the_offsets(ends, monkeypatch):
-    """Nobody has looked at them. In front of and behind x, w, dy and the results there are sevens."""
+    """The kernels do not check offsets. Before and after x, w, dy and the results there are sevens."""
     memory, fence = [], 4096
 
     def fenced(shape):
@@ -372,7 +374,7 @@ def test_kernels_touch_nothing_else_whatever_the_offsets(ends, monkeypatch):
 
 
 def uneven(rows):
-    """Sizes of groups with so many rows on average; some are empty, others several times as long."""
+    """Return sizes of groups with this many rows on average; some are empty, some several times larger."""
     share = torch.rand(24, generator=torch.Generator().manual_seed(0)) ** 3
     return [*(4 * rows * share).int().tolist(), 0, rows]
 
@@ -382,7 +384,7 @@ def uneven(rows):
 @pytest.mark.parametrize("rows", [1, 40, 300], ids=lambda rows: f"{rows} rows a group")
 @pytest.mark.parametrize(("D", "N"), [(512, 768), (1000, 333)])
 def test_large(D, N, rows, dtype):
-    """In tiles of every height."""
+    """Groups of 1, 40 and 300 rows use tiles of every height."""
     assert_as_good_as_reference(inputs(uneven(rows), D, N, dtype), "triton")
 
 
@@ -391,8 +393,10 @@ def test_large(D, N, rows, dtype):
 @pytest.mark.parametrize("rows", [1, 40, 300], ids=lambda rows: f"{rows} rows a group")
 @pytest.mark.parametrize(("D", "N"), [(512, 768), (1000, 333)])
 def test_large_in_float32(D, N, rows, precision, least, most):
-    """The error in norm. TF32 cuts or rounds factors to 10 bits, so each is off by less than 2^-10. Three
-    such products are almost float32, but tensor cores cut off what they add up, over 1200 rows here."""
+    """The error is that of norms. TF32 cuts or rounds factors to 10 bits, an error below 2^-10 for each.
+
+    Three such products are almost float32, but tensor cores truncate their sums, here over 1200 rows.
+    """
     if torch.version.hip and precision == "high":
         pytest.skip("no TF32 on AMD")
     torch.set_float32_matmul_precision(precision)

@@ -1,4 +1,4 @@
-"""The kernels as real compilers see them, which the interpreter is not: it accepts what they refuse."""
+"""The kernels go through Triton's compilers, which reject code that the interpreter accepts."""
 
 import json
 import os
@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory):
-    """Every kernel in every case, compiled for sm_90 in processes without the interpreter."""
+    """Compile every kernel of every case for sm_90, in processes without the interpreter."""
     program = tmp_path_factory.mktemp("compile") / "program.py"
     program.write_text(PROGRAM)
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -47,12 +47,12 @@ def test_attention_runs_on_hoppers_matrix_units_and_copy_engine(hopper):
 def test_grouped_products_run_on_hoppers_matrix_units(hopper):
     found = [m for m in hopper if m["operation"] == "grouped_matmul"]
     assert {m["kernel"] for m in found} == {"product_kernel", "weight_kernel"}
-    for m in found:  # groups of one row take the least tiles
+    for m in found:  # the tiles for groups of one row are too small for HGMMA
         assert m["matrix"].endswith(" HMMA" if "1 rows" in m["case"] else " HGMMA"), m
 
 
 def test_nothing_spills(hopper):
-    """But dk and dv at head width 256 with every feature, the fewest of all tiles tried, and a few others."""
+    """Except dk and dv at head width 256 with every feature, and a few instructions elsewhere."""
     for m in hopper:
         allowed = 0
         if m["kernel"] == "dkdv_kernel" and "width 256, window" in m["case"]:

@@ -1,7 +1,7 @@
 """RMSNorm against its definition in float64, and its gradient against the formula in the file's header.
 
-Without a GPU the kernels run in Triton's interpreter, which truncates where bfloat16 should round: there they
-are tested in float32 and float16.
+Without a GPU the kernels run in Triton's interpreter, which truncates to bfloat16 instead of rounding. There
+they are tested in float32 and float16.
 """
 
 import math
@@ -27,7 +27,7 @@ def inputs(dtype=torch.float32):
 
 
 def run(x, weight, residual, dy, dh, backend, eps=1e-5):
-    """y, h, dx, dweight, dresidual; without a residual y, dx, dweight."""
+    """Return y, h, dx, dweight and dresidual; without a residual y, dx and dweight."""
     leaves = [t.detach().requires_grad_() for t in (x, weight, residual) if t is not None]
     out = rms_norm(*leaves[:2], eps, residual=leaves[2] if residual is not None else None, backend=backend)
     out, grads = (out, (dy, dh)) if residual is not None else ((out,), (dy,))
@@ -43,9 +43,9 @@ def random_case(shape, dtype, residual, weight_dtype=torch.float32):
 
 
 def assert_as_good_as_reference(case):
-    """The largest error of the kernels is at most twice that of plain PyTorch in the same dtypes.
+    """Check that the largest error of the kernels is at most twice that of plain PyTorch in the same dtypes.
 
-    Where PyTorch happens to be exact, 2e-6 is allowed: float32 rounding of intermediate values up to ten.
+    PyTorch may be exact by chance, so 2e-6 is added: roundings in float32 of intermediate values up to ten.
     """
     exact = run(*(t if t is None else t.double() for t in case), "reference")
     names = ("y", "dx", "dweight") if case[2] is None else ("y", "h", "dx", "dweight", "dresidual")
@@ -61,13 +61,13 @@ def assert_as_good_as_reference(case):
 
 @pytest.fixture
 def few_programs(monkeypatch):
-    """One multiprocessor, so that the programs of the backward kernel walk through several tiles each."""
+    """One multiprocessor, so that each program of the backward kernel goes through several tiles."""
     monkeypatch.setattr(rmsnorm, "n_multiprocessors", lambda device: 1)
 
 
 @pytest.fixture
 def fenced(monkeypatch):
-    """Allocations hold NaN until they are written, between fences of sevens that nothing may touch."""
+    """New tensors are filled with NaN, between sevens that nothing may overwrite."""
     memory, fence, original = [], 4096, torch.Tensor.new_empty
 
     def new(shape, dtype):
@@ -96,7 +96,7 @@ def test_value_and_gradient_equal_the_equations(backend):
     X, W, DY = (t.detach().double() for t in (x, weight, dy))
     r = (X.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
     n, g = X * r, DY * W
-    # float32 rounding of sums over 48 features (and, for the weight, 35 rows) of order one to ten
+    # Roundings in float32 of sums over 48 features (for the weight over 35 rows) of order one to ten.
     torch.testing.assert_close(y.double(), n * W, atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(
         x.grad.double(), r * (g - n * (g * n).mean(-1, keepdim=True)), atol=5e-6, rtol=1e-6
@@ -125,7 +125,7 @@ def test_residual_of_another_dtype_takes_the_wider(backend):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_statistics_are_float32(dtype, backend):
-    """A row whose squares overflow float16, and long enough for a 16-bit sum to stall."""
+    """The squares of the row overflow float16, and it is so long that a 16-bit sum would stop growing."""
     x = torch.full((2, 8192), 300.0, device=DEVICE).to(dtype)
     y = rms_norm(x, torch.ones(8192, device=DEVICE), backend=backend)
     assert y.dtype == dtype
@@ -169,7 +169,7 @@ def test_kernels_are_as_accurate_as_plain_pytorch(shape, dtype, residual, few_pr
     [(torch.float16, 1e-3), (torch.float16, 5e3), (torch.float32, 1e-17), (torch.float32, 1e17)],
 )
 def test_large_and_small_numbers(dtype, magnitude, few_programs):
-    """Near the largest numbers, or their squares, and rows of zeros, whose 1 / sqrt(eps) is finite."""
+    """Numbers near the largest of the dtype, or with squares near it, and rows of zeros."""
     x, weight, _, dy, dh = random_case((6, 200), dtype, False)
     x, dy = x * magnitude, dy * max(1, magnitude)
     x[::2] = 0
@@ -178,7 +178,7 @@ def test_large_and_small_numbers(dtype, magnitude, few_programs):
 
 
 def lay_out(values, order, steps, last_step):
-    """The same values in a memory whose outer axes have another order, with gaps of NaN between elements."""
+    """Return the same values with the outer axes in another order in memory, and NaN between elements."""
     steps = (*steps, last_step)
     order = (*order, values.ndim - 1)
     memory = values.new_full([values.shape[i] * steps[i] for i in order], math.nan)
@@ -226,7 +226,7 @@ def test_expanded_gradients(expanded):
 
 
 def test_rows_further_apart_than_32_bits_count():
-    """Three rows 2^30 elements apart; the memory between them is asked for, but never touched."""
+    """Three rows are 2^30 elements apart; the memory between them is allocated but never touched."""
     far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided((3, 64), (2**30, 1))
     near = torch.randn(3, 64).to(far)
     far.copy_(near)
@@ -243,7 +243,7 @@ def test_rows_further_apart_than_32_bits_count():
 @pytest.mark.parametrize("shape", [(70, 1), (5, 48), (21, 768), (3, 3000)])
 def test_every_element_is_written_and_none_beside(shape, residual, few_programs, fenced):
     results = run(*random_case(shape, torch.float16, residual), "triton")
-    assert len(fenced) >= 5  # y, h, 1 / rms, dx and the partial sums of dweight came from there
+    assert len(fenced) >= 5  # y, h, 1 / rms, dx and the partial sums of dweight were allocated there
     assert all(t.isfinite().all() for t in results)
 
 
@@ -271,7 +271,7 @@ def test_gradients_only_where_they_are_asked_for(backend):
 
 
 def test_no_second_derivative():
-    """It would be wrong without a word if the kernels' results looked like constants."""
+    """It is an error: results that looked like constants would give a wrong result silently."""
     x, _, weight, _ = inputs()
     x.requires_grad_()
     (dx,) = torch.autograd.grad(rms_norm(x, weight, backend="triton").sum(), x, create_graph=True)
@@ -297,7 +297,7 @@ def test_bad_arguments_say_why():
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_registered_operations(residual):
-    """Schema, fake tensors, and gradients through tracing with unknown sizes."""
+    """Check the schema, fake tensors, and gradients traced with unknown sizes."""
     x, weight, r, dy, dh = random_case((3, 4, 20), torch.float32, residual, torch.float16)
     x, weight, r = (t if t is None else t.requires_grad_() for t in (x, weight, r))
     library.opcheck(torch.ops.plinth.rms_norm, (x, weight, r, 1e-6))
@@ -330,7 +330,7 @@ def test_compiled_equals_eager(residual):
 
 
 def test_auto_is_fusible_when_compiled():
-    """Also on a GPU, where it is Triton otherwise."""
+    """Also on a GPU, where "auto" is Triton without torch.compile."""
     torch.compiler.reset()
     graphs = []
     compiled = torch.compile(

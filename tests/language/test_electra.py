@@ -67,7 +67,7 @@ def held_out(tokenizer, text):
 
 
 def recorded(name):
-    """What transformers computes, which of it is no padding, and the rows without their padding, packed."""
+    """Return what transformers computes, which of it is no padding, and the rows packed without padding."""
     expected = load_file(FIXTURES / name / "expected.safetensors")
     kept = torch.arange(expected["tokens"].shape[1]) < expected["lengths"][:, None]
     rows = [row[mask].tolist() for row, mask in zip(expected["tokens"], kept, strict=True)]
@@ -80,7 +80,7 @@ def recorded(name):
 
 
 def tolerance(expected, name):
-    """What the house asks, or five times the reference's own float32 noise where that is larger."""
+    """Return 1e-5, or five times the reference's own float32 noise where that is larger."""
     return max(1e-5, 5 * expected[f"{name}64_error"].item())
 
 
@@ -425,7 +425,7 @@ def test_loss_is_the_papers_written_out(tmp_path, tokenizer):
 
 
 def test_what_the_generator_gets_right_counts_as_original(tokenizer):
-    """With the bias of its head it is made certain of one token, which is the target at some places."""
+    """The bias of its head makes it certain of one token, which is the target at some places."""
     model, batch = small(), batch_of(tokenizer)
     with torch.no_grad():
         model.generator.cls.predictions.bias[7] = 1e4
@@ -460,7 +460,7 @@ def test_gradients_meet_in_the_embeddings_alone(tokenizer):
 
 
 def test_packed_rows_have_the_loss_of_rows_apart(tokenizer):
-    """As train.py --document-mask lays them out."""
+    """The layout is that of train.py --document-mask."""
     model, batch = small(), batch_of(tokenizer)
     packed = {name: t.reshape(1, -1) for name, t in batch.items()}
     packed["cu_seqlens"] = torch.arange(0, 129, 32, dtype=torch.int32)

@@ -619,7 +619,7 @@ def test_training_goes_on_from_a_checkpoint_and_may_add_an_objective(tokenizer, 
     [
         ({"set": "nonsense=3"}, "--set nonsense=3: expected FIELD=VALUE with a field of n_layers"),
         ({"set": "mask_rate=2"}, "--set mask_rate=2: mask_rate 2: expected between 0 and 1"),
-        ({"set": "kernels=triton"}, "--set kernels=triton: --tokenizer, --seq-len, --kernels and --base"),
+        ({"set": "kernels=triton"}, "--set kernels=triton: --tokenizer, --seq-len and --kernels decide this"),
         ({"set": "pre_norm=True"}, "no Hugging Face architecture has these features together"),
         ({"set": "n_heads=0"}, "n_heads 0: expected at least 1"),
         ({"set": "n_layers=one"}, "--set n_layers=one: expected a value such as 2"),

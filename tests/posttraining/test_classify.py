@@ -271,7 +271,7 @@ def flags(data, init_from, out, **changes):
 
 
 def moved(encoder, out):
-    """Which tensors a run from this encoder changed, of those that it had."""
+    """Return the names of those tensors of the encoder that a run changed."""
     before, after = encoders.read(encoder)[1], encoders.read(out / "model")[1]
     return {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
 

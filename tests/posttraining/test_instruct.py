@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data.text
 import gpt
+from data.rows import Loader, in_order
 from data.tokenizer import GPT4_PATTERN, Tokenizer, train_bpe
 from formats.chat_template import end_id, prompt_tokens, render
 from posttraining import instruct
-from posttraining.instruct import BEGIN, ID, RESPONSE, pack
+from posttraining.instruct import make_batch, pack
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["What is the answer? The answer is 42.\n\ndef user(assistant):\n    return system\n<|user|>\n"] * 3
@@ -54,6 +54,14 @@ def numbered(n, seed=0):
     ]
 
 
+ID, RESPONSE, BEGIN = (1 << 32) - 1, 1 << 32, 1 << 33
+
+
+def marked(rows):
+    """Tokens of rows (n, T), with the bits RESPONSE and BEGIN for what the other arrays of a row say."""
+    return np.stack([r["tokens"] + RESPONSE * r["in_response"] + BEGIN * r["begins"] for r in rows])
+
+
 def split_conversations(tokens):
     """Of marked tokens, the pieces that begin at a BEGIN mark."""
     return np.split(tokens, np.flatnonzero(tokens & BEGIN))[1:]
@@ -61,30 +69,29 @@ def split_conversations(tokens):
 
 def test_each_conversation_is_whole_and_there_once():
     conversations, T = numbered(60), 128
-    packed = pack(conversations, TULU, T, say=pytest.fail)
+    rows = pack(conversations, TULU, T, notify=pytest.fail)
+    packed = marked(rows)
     expected = []
     for messages in conversations:
         tokens, in_response = render(messages, TULU)
         expected.append([t + RESPONSE * r for t, r in zip(tokens, in_response, strict=True)])
-    found = [piece for row in packed.tokens.reshape(-1, T) for piece in split_conversations(row)]
-    assert all(row[0] & BEGIN for row in packed.tokens.reshape(-1, T))
+    found = [piece for row in packed for piece in split_conversations(row)]
+    assert all(row[0] & BEGIN for row in packed)
     padding = [piece for piece in found if not (piece & RESPONSE).any()]
     assert all((piece & ID == TULU.eot_id).all() for piece in padding)
     found = [(piece & ~BEGIN).tolist() for piece in found if (piece & RESPONSE).any()]
     assert sorted(found) == sorted(expected)
-    assert sum(map(len, padding)) < 0.1 * len(packed.tokens)
-    assert packed.n_documents == 60
-    assert packed.n_bytes == sum(len(m["content"]) for messages in conversations for m in messages)
-    assert (packed.tokens == pack(conversations, TULU, T).tokens).all()
-    assert (packed.tokens != pack(conversations, TULU, T, seed=1).tokens).any()
+    assert sum(map(len, padding)) < 0.1 * packed.size
+    assert (packed == marked(pack(conversations, TULU, T))).all()
+    assert (packed[0] != marked(pack(conversations, TULU, T, seed=1))[0]).any()
 
 
 def test_what_is_too_long_is_cut_or_left_out():
     said = []
     long = [talk("why?", "b" * 50), talk("b" * 50, "why?"), talk("b" * 50, "4")]
-    packed = pack(long[:2] + CONVERSATIONS[:1], TULU, 40, say=said.append)
+    packed = pack(long[:2] + CONVERSATIONS[:1], TULU, 40, notify=said.append)
     assert said == ["3 conversations: 1 cut to 40 tokens, 1 left out as too long"]
-    assert packed.n_documents == 2
+    assert len(instruct.conversations_in(packed, 99)) == 2
     with pytest.raises(ValueError, match="--seq-len 40: too short for all of 2 conversations"):
         pack(long[1:], TULU, 40)
 
@@ -97,45 +104,42 @@ def write(path, conversations):
 def test_loader_and_evaluation_visit_the_rows(tmp_path):
     T, path = 64, write(tmp_path / "x.jsonl", numbered(80))
     dataset = instruct.prepare(str(path), TULU, T)
-    rows = dataset.train.tokens.reshape(-1, T)
-    targets_of_rows = [int(((row & RESPONSE) != 0).sum()) for row in rows]
-    loader = data.text.Loader(dataset.train.tokens, T, seed=3)
-    batch = loader.batch(0, 3 * len(rows))  # three epochs
-    batch_targets = instruct.make_batch(batch, None, None)["targets"].view(-1, T)
+    rows = [dataset.train[i] for i in range(len(dataset.train))]
+    targets_of_rows = [int(row["in_response"].sum()) for row in rows]
+    visited = Loader(dataset.train, seed=3).read(0, 3 * len(rows))  # three epochs
+    batch_targets = make_batch(visited, None, None)["targets"].view(-1, T)
     for epoch in range(3):
         part = slice(epoch * len(rows), (epoch + 1) * len(rows))
-        visited = batch[part, :-1]
-        assert sorted(visited.tolist()) == sorted(rows.tolist())
+        assert sorted(marked(visited[part]).tolist()) == sorted(marked(rows).tolist())
         assert (batch_targets[part] != -100).sum() == sum(targets_of_rows)
-    assert (batch[:, -1] & BEGIN != 0).all() and (batch[:, -1] & RESPONSE == 0).all()
 
-    val = dataset.val.tokens
-    n = [
-        int((instruct.make_batch(windows, None, None)["targets"] != -100).sum())
-        for windows in data.text.held_out_batches(val, T, 2)
-    ]
-    assert all(windows.shape[1] == T + 1 for windows in data.text.held_out_batches(val, T, 2))
-    assert sum(n) == ((val & RESPONSE) != 0).sum() > 0
+    batches = list(in_order(dataset.val, 2))
+    n = [int((make_batch(batch, None, None)["targets"] != -100).sum()) for batch in batches]
+    assert sum(map(len, batches)) == len(dataset.val)
+    assert sum(n) == sum(row["in_response"].sum() for batch in batches for row in batch) > 0
 
 
 def test_prepare_holds_out_a_tenth_and_names_the_content(tmp_path):
     conversations = numbered(50)
     path = write(tmp_path / "x.jsonl", conversations + conversations[:9])
     dataset = instruct.prepare(str(path), TULU, 128)
-    assert (dataset.train.n_documents, dataset.val.n_documents) == (45, 5)
+    assert dataset.summary == "45 conversations to train on, 5 held out"
     assert dataset.tokenizer is TULU
     prompts = [
-        {tuple(prompt) for prompt, _ in instruct.conversations_in(torch.from_numpy(side.tokens), 99)}
+        {tuple(prompt) for prompt, _ in instruct.conversations_in(side.rows, 99)}
         for side in (dataset.train, dataset.val)
     ]
     assert len(prompts[0]) == 45 and len(prompts[1]) == 5 and not prompts[0] & prompts[1]
 
-    names = {dataset.name, instruct.prepare(str(path), TULU, 128).name}
+    names = {dataset.fingerprint, instruct.prepare(str(path), TULU, 128).fingerprint}
     assert len(names) == 1
-    names |= {instruct.prepare(str(path), TULU, 120).name, instruct.prepare(str(path), CHATML, 128).name}
-    names |= {instruct.prepare(str(path), TULU, 128, seed=1).name}
+    names |= {
+        instruct.prepare(str(path), TULU, 120).fingerprint,
+        instruct.prepare(str(path), CHATML, 128).fingerprint,
+    }
+    names |= {instruct.prepare(str(path), TULU, 128, seed=1).fingerprint}
     write(path, [*conversations[:-1], talk("another", "answer")])
-    names |= {instruct.prepare(str(path), TULU, 128).name}
+    names |= {instruct.prepare(str(path), TULU, 128).fingerprint}
     assert len(names) == 5
 
     write(path, conversations[:1] * 3)
@@ -154,11 +158,10 @@ def test_a_packed_conversation_is_read_as_if_alone(tokenizer):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    tokens = pack(conversations, tokenizer, T).tokens
-    marked = data.text.Loader(tokens, T, 0).batch(0, len(tokens) // T)
-    batch = instruct.make_batch(marked, model.config, torch.Generator(), tokenizer)
-    assert batch["tokens"].shape == batch["targets"].shape == (1, len(tokens))
-    assert batch["cu_seqlens"].dtype == torch.int32 and batch["cu_seqlens"][-1] == len(tokens)
+    rows = pack(conversations, tokenizer, T)
+    batch = make_batch(rows, model.config, torch.Generator(), tokenizer)
+    assert batch["tokens"].shape == batch["targets"].shape == (1, len(rows) * T)
+    assert batch["cu_seqlens"].dtype == torch.int32 and batch["cu_seqlens"][-1] == len(rows) * T
 
     alone, n_targets = [], 0
     with torch.no_grad():
@@ -182,22 +185,21 @@ def test_a_packed_conversation_is_read_as_if_alone(tokenizer):
 
 def test_conversations_are_found_again():
     conversations = numbered(30)
-    marked = torch.from_numpy(pack(conversations, CHATML, 128).tokens).view(-1, 128)
+    rows = pack(conversations, CHATML, 128)
     expected = set()
     for messages in conversations:
         prompt = prompt_tokens(messages[:1], CHATML)
         response = [*CHATML.encode(messages[1]["content"]), end_id(CHATML)]
         expected.add((tuple(prompt), tuple(response)))
-    found = instruct.conversations_in(marked, 99)
+    found = instruct.conversations_in(rows, 99)
     assert {(tuple(prompt), tuple(response)) for prompt, response in found} == expected
-    assert instruct.conversations_in(marked, 3) == [found[0], found[10], found[20]]
+    assert instruct.conversations_in(rows, 3) == [found[0], found[10], found[20]]
 
 
 @pytest.mark.parametrize("tokenizer", [TULU, CHATML], ids=["tulu", "chatml"])
 def test_a_model_learns_to_answer(tokenizer):
     model, taught = small_model(tokenizer), [talk("What is 1?", "one"), talk("What is the sum?", "two, é")]
-    marked = torch.from_numpy(np.append(pack(taught, tokenizer, 96).tokens, BEGIN | tokenizer.eot_id))[None]
-    batch = instruct.make_batch(marked, model.config, torch.Generator(), tokenizer)
+    batch = make_batch(pack(taught, tokenizer, 96), model.config, torch.Generator(), tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         loss, _ = model.loss(batch)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from formats.numbers import quantity, short
+from formats.quantities import quantity, short
 
 
 def test_quantities():

@@ -1,0 +1,177 @@
+"""A concept is one file: what a new task and a new model need, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import contract
+from formats.open_model import open_model
+
+ROOT = Path(__file__).parents[2]
+
+# Read a text backwards: a task for any decoder.
+TASK = """
+import gpt
+from engine.contract import load_text
+
+MODEL = "gpt"
+STEPS = 4
+
+
+def load_data(args, config):
+    return load_text(args, config)
+
+
+def make_batch(rows, config, generator, tokenizer):
+    return gpt.make_batch([{"tokens": row["tokens"][::-1].copy()} for row in rows], config, generator)
+
+
+def show(model, dataset, out):
+    return f"backwards: {dataset.tokenizer.decode(dataset.val.tokens[:5].tolist())}"
+"""
+
+# A recurrent language model that no Hugging Face class describes.
+MODEL = """
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import nn
+
+from formats import native
+
+TASK = "gpt"
+
+
+@dataclass(frozen=True)
+class Config:
+    d_model: int
+    vocab_size: int = 300
+    max_seq_len: int = 64
+    eos_token_id: int = 0
+
+
+class Model(nn.Module):
+    save_pretrained = native.save
+    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.gru = nn.GRU(config.d_model, config.d_model, batch_first=True)
+        self.head = nn.Linear(config.d_model, config.vocab_size)
+
+    def loss(self, batch):
+        logits = self.head(self.gru(self.embed(batch["tokens"]))[0])
+        return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten()), {}
+
+    def flops_per_token(self, seq_len):
+        return 6 * sum(p.numel() for p in self.parameters())
+
+
+def show(model, dataset, out):
+    return "nothing yet"
+
+
+SIZES = {"tiny": Config(16)}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the two files, and a text."""
+    (tmp_path / "backwards.py").write_text(TASK)
+    (tmp_path / "recurrent.py").write_text(MODEL)
+    (tmp_path / "text.txt").write_text("".join(f"line {i}, {i * i % 97} and so on\n" for i in range(200)))
+    return tmp_path
+
+
+def train(folder, *flags, code=0):
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--data", "text.txt", "--tokenizer", "bytes"]
+    command += ["--seq-len", "16", "--batch-size", "2", "--eval-every", "2", "--log-every", "1"]
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def rows(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[row.get(key) for key in ("step", "loss", "val_loss", "grad_norm")] for row in found]
+
+
+@pytest.mark.parametrize("name, size", [("backwards", "tiny"), ("recurrent", "tiny")])
+def test_a_file_on_the_path_is_trained_resumed_evaluated_saved_and_opened(name, size, folder, monkeypatch):
+    small = ["--set", "n_layers=1", "d_model=32", "d_ff=32"] if name == "backwards" else []
+    flags = ["--model", name, "--size", size, *small]
+    train(folder, *flags, "--steps", "4", "--schedule", "constant", "--out", "whole")
+    train(folder, *flags, "--steps", "2", "--schedule", "constant", "--warmup", "0", "--out", "parts")
+    train(
+        folder,
+        *flags,
+        "--steps",
+        "4",
+        "--schedule",
+        "constant",
+        "--warmup",
+        "0",
+        "--out",
+        "parts",
+        "--resume",
+    )
+    assert rows(folder / "whole") == rows(folder / "parts") and len(rows(folder / "whole")) == 4 + 3
+    shown = {"backwards": "backwards: ", "recurrent": "nothing yet"}[name]
+    assert (folder / "whole" / "samples.txt").read_text().count(shown) == 3
+
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(folder)
+    model = open_model(folder / "whole" / "model")
+    assert type(model).__name__ == {"backwards": "GPT", "recurrent": "Model"}[name]
+
+
+def test_a_task_takes_another_model_by_its_own_flag(folder):
+    small = ["--set", "n_layers=1", "d_model=32", "d_ff=32"]
+    train(folder, "--model", "gpt", "--task", "backwards", *small, "--steps", "2", "--out", "a")
+    train(folder, "--model", "backwards", *small, "--steps", "2", "--out", "b")
+    assert rows(folder / "a") == rows(folder / "b")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model", "nothing"], ["--model nothing", "gpt", "moe", "masking"]),
+        (["--model", "json"], ["--model json: expected a concept's file"]),
+        (["--model", "gpt", "--task", "nothing"], ["--task nothing"]),
+        (["--model", "gpt", "--task", "moe"], ["--task moe", "offers no task"]),
+        (["--model", "gpt", "--adapter", "nothing", "--init-from", "x"], ["--adapter nothing", "dora"]),
+        (["--model", "gpt", "--adapter", "lora"], ["--adapter lora: needs --init-from DIR"]),
+        (["--model", "gpt", "--train", "some"], ["--train some: expected all, head, or last:N"]),
+        (["--model", "lora"], ["--model lora needs --base DIR"]),
+        (["--model", "lora", "--base", "runs/gpt/model", "--size", "dora"], ["--model lora --adapter dora"]),
+        (
+            ["--model", "lora", "--base", "B", "--size", "last"],
+            ["--init-from B --task instruct --train last:1"],
+        ),
+        (["--model", "gpt", "--base", "B"], ["--base B", "--init-from"]),
+        (["--model", "gpt", "--set", "colour=3"], ["--set colour=3", "n_layers"]),
+        (["--model", "bert", "--set", "mask_rate=0"], ["mask_rate 0"]),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_with_code_2(flags, words, folder):
+    error = train(folder, *flags, code=2).stderr
+    line = error.strip().splitlines()[-1]
+    assert line.startswith(("error: ", "train.py: error: ")) and all(word in line for word in words), error
+    assert "Traceback" not in error
+
+
+def test_every_file_that_names_what_it_offers_can_be_found():
+    models, adapters, tasks = (contract.names(what) for what in ("Model", "ADAPTERS", "make_batch"))
+    assert {"gpt", "bert", "moe", "electra"} <= set(models) and adapters == ["lora"]
+    assert {"gpt", "masking", "electra", "instruct"} <= set(tasks)
+    for name in tasks:
+        task = contract.read(contract.Task, contract.find(name))
+        assert callable(task.make_batch) and task.count is not None

@@ -66,7 +66,7 @@ IA3_TARGETS = rf"k_proj|v_proj|key|value|{FEEDFORWARD}"
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained of each adapted layer, how it starts, and in which precision its base is."""
+    """The settings of an adapter: its method, the layers that it adapts, and the precision of its base."""
 
     method: str = "lora"  # or "dora", "ia3"
     r: int = 16  # rank

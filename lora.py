@@ -56,7 +56,7 @@ from posttraining.adapters import (
     set_adapter,
 )
 
-# The fields of Config that have no effect with a method.
+# The fields of Config that have no effect, by method.
 LOW_RANK = ("r", "alpha", "rank_stabilized", "dropout", "init", "lr_ratio")
 UNUSED = {"lora": (), "dora": ("init",), "ia3": LOW_RANK}
 # The layers that IA3 adapts: keys, values and the last matrix of the MLP, as decoders and encoders name them.
@@ -66,6 +66,8 @@ IA3_TARGETS = rf"k_proj|v_proj|key|value|{FEEDFORWARD}"
 
 @dataclass(frozen=True)
 class Config:
+    """The settings of an adapter: its method, the layers that it adapts, and the precision of its base."""
+
     method: str = "lora"  # or "dora", "ia3"
     r: int = 16  # rank
     alpha: float = 32.0  # s = alpha / r
@@ -109,9 +111,8 @@ ADAPTERS = {
     "ia3": Config(method="ia3"),
     "qlora": Config(quantize="nf4"),
 }
-TASK_FOR = {
-    "gpt": "instruct"
-}  # the task of an adapted model, by the task of its base, if that is another one
+# The task of an adapted model where it differs from that of its base: {task of the base: its own}.
+TASK_FOR = {"gpt": "instruct"}
 
 
 class LoRA(nn.Module):
@@ -215,7 +216,7 @@ def apply(model: nn.Module, config: Config, name: str = "default") -> None:
     Raises ValueError for a name that is taken or impossible, and for target_modules that match no layer; the
     model is then unchanged.
     """
-    # The layers to adapt.
+    # Find the layers to adapt.
     check_name(model, name)
     default = IA3_TARGETS if config.method == "ia3" else "all-linear"
     pattern = default if config.target_modules is None else config.target_modules
@@ -225,7 +226,7 @@ def apply(model: nn.Module, config: Config, name: str = "default") -> None:
         # PEFT's format has no place for DoRA and IA3 of stacked experts.
         layers = {path: layer for path, layer in layers.items() if not isinstance(layer, AdaptedExpertLinear)}
 
-    # Raise for what is impossible.
+    # Check all of them before the model changes.
     if config.dropout and "lm_head" in layers:
         raise ValueError(f"dropout {config.dropout}: the head, whose weight goes into the loss, has none")
     for path, layer in layers.items():
@@ -235,7 +236,6 @@ def apply(model: nn.Module, config: Config, name: str = "default") -> None:
         if config.init == "pissa" and config.r > n_directions:
             raise ValueError(f"r {config.r}: {path} has {n_directions} singular directions for PiSSA")
 
-    # Only now change the model.
     model.requires_grad_(False)
     for path, layer in layers.items():
         layer.adapters[name] = new_adapter(config, path, layer)
@@ -333,6 +333,7 @@ def load_adapter(
         base_fingerprint = peft.fingerprint(model)
     peft.check_base(directory, saved, shapes, base_fingerprint)
 
+    # Make each adapter from its tensors, and put it beside its layer.
     model.requires_grad_(False)
     for path, tensors in saved.layers.items():
         layer = layers[path]

@@ -137,7 +137,7 @@ def visible(
 def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
-    k = k.repeat_interleave(H // G, dim=2)  # (B, S, H, K): each key head serves H / G query heads
+    k = k.repeat_interleave(H // G, dim=2)  # (B, S, H, K): H / G query heads share a key head
     v = v.repeat_interleave(H // G, dim=2)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * (scale or 1 / math.sqrt(K))
     if softcap is not None:
@@ -146,9 +146,8 @@ def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
     # The softmax is in float32 at least, as in every backend.
     wide = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=wide)
-    weights = weights.masked_fill(~mask, 0).to(
-        q.dtype
-    )  # a query that sees no key has weights 0 / 0: make them 0
+    # The weights of a query that sees no key are 0 / 0 = NaN; they become 0.
+    weights = weights.masked_fill(~mask, 0).to(q.dtype)
     return torch.einsum("bhts,bshk->bthk", weights, v)
 
 

@@ -165,9 +165,8 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
 
 
 def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
-    """Write the model, and the tokenizer if there is one, to a directory."""
+    """Write the model to a directory."""
     model.save_pretrained(directory)
-    save_tokenizer(dataset, directory)
 
 
 def save_tokenizer(dataset: Dataset, directory: Path) -> None:
@@ -268,6 +267,8 @@ def resolve(args: Namespace) -> Concept:
         default = read_task(file, None).name.rpartition(".")[2]
         task = args.task or adapter_file.TASK_FOR.get(default)
     adapter = read(Adapter, adapter_file) if adapter_file else None
+    if adapter and args.train != "all":
+        raise ValueError(f"--train {args.train}: an adapter alone is trained, and the model stays as it is")
     if adapter and not base:
         raise ValueError(f"--adapter {args.adapter}: needs --init-from DIR, the model to adapt")
     return Concept(read(ModelFile, file), read_task(file, task), adapter, base if adapter else None)

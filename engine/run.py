@@ -10,6 +10,7 @@
 """
 
 import argparse
+import copy
 import shutil
 import signal
 import sys
@@ -137,9 +138,9 @@ class Run:
         task, adapter = self.concept.task, self.concept.adapter
         if adapter is None:
             task.save(self.unsharded, self.dataset, directory)
-            return
-        base = self.concept.base
-        adapter.save_pretrained(self.unsharded, directory, self.adapter_config, base, self.base_fingerprint)
+        else:
+            config, base = self.adapter_config, self.concept.base
+            adapter.save_pretrained(self.unsharded, directory, config, base, self.base_fingerprint)
         task.save_tokenizer(self.dataset, directory)
 
     def close(self) -> None:
@@ -313,7 +314,7 @@ def build(
     if config == pretrained.config:
         return pretrained
     model = concept.model.Model(config)
-    start_from(model, pretrained, args.set)
+    start_from(model, pretrained.state_dict(), args.set)
     return model
 
 
@@ -323,9 +324,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(learns for _, learns in sizes)
 
 
-def start_from(model: nn.Module, pretrained: nn.Module, changes: list[str]) -> None:
-    """Copy the pretrained weights into a model; a head that --set has added keeps its random ones."""
-    weights, places = pretrained.state_dict(), model.state_dict()
+def start_from(model: nn.Module, weights: dict[str, Tensor], changes: list[str]) -> None:
+    """Copy pretrained weights into a model; a head that --set has added keeps its random ones."""
+    places = model.state_dict()
     for name, w in weights.items():
         if name not in places or places[name].shape != w.shape:
             raise ValueError(f"--set {' '.join(changes)}: leaves no place for the checkpoint's {name}")
@@ -347,9 +348,17 @@ def choose_weights(
         return None, None
     config = with_fields(adapter.ADAPTERS[args.adapter or next(iter(adapter.ADAPTERS))], args.set)
     fingerprint = adapter.prepare_base(model, config)
-    if args.init_from and contract.adapted_by(args.init_from) is not None:
-        return adapter.load_adapter(model, args.init_from, base_fingerprint=fingerprint), fingerprint
-    adapter.apply(model, config)
+    if not args.init_from or contract.adapted_by(args.init_from) is None:
+        adapter.apply(model, config)
+        return config, fingerprint
+
+    # Train an adapter further, perhaps with other options, for which a new one takes over its weights.
+    trained = copy.deepcopy(model) if args.set else model
+    config = adapter.load_adapter(trained, args.init_from, base_fingerprint=fingerprint)
+    if args.set:
+        config = with_fields(config, args.set)
+        adapter.apply(model, config)
+        start_from(model, adapter.state(trained), args.set)
     return config, fingerprint
 
 

@@ -157,6 +157,7 @@ def train_and_save(run: Run, log: Log) -> int:
             print(f"interrupted at step {run.step} and saved; go on with --resume", file=sys.stderr)
         return 130 if interruption.number == signal.SIGINT else 0
     except Diverged as error:
+        log.close()  # so that the error is the last line
         parallel.print_error(f"{error}; {last_saved(run.args.out)}")
         return 1
     save(run)

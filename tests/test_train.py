@@ -359,10 +359,11 @@ def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_
 KILLED_IN = """
 import os, signal
 from pathlib import Path
-import checkpoint, training_state
+import torch.distributed.checkpoint as dcp
+from formats import atomic
 
 point, n = sys.argv[1].split(":")
-owner = {"save": training_state.dcp, "rename": Path, "sync": checkpoint}[point]
+owner = {"save": dcp, "rename": Path, "sync": atomic}[point]
 original, calls = getattr(owner, point), []
 
 def fatal(*args, **kwargs):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +19,7 @@ import bert
 import gpt
 import lora
 import moe
-from engine import parallel
+from engine import parallel, trainable
 from engine.activations import Precision, attention_bytes, mlp_bytes
 from engine.memory import MOMENTS, block_bytes, describe, estimate
 from engine.optim import make_optimizers, step_optimizers
@@ -28,11 +28,11 @@ from language import electra, masking
 from posttraining.nf4 import n_bytes
 
 GPT, BERT, MOE = gpt.SIZES["tiny"], bert.SIZES["tiny-bert"], moe.SIZES["tiny"]
-GPT2 = gpt.SIZES["gpt2"].changed(
-    n_layers=3, d_model=128, n_heads=4, d_ff=512, vocab_size=4096, max_seq_len=256
+GPT2 = replace(
+    gpt.SIZES["gpt2"], n_layers=3, d_model=128, n_heads=4, d_ff=512, vocab_size=4096, max_seq_len=256
 )
-SOFTMAX = MOE.changed(
-    router="softmax", n_shared_experts=0, n_experts=8, top_k=2, d_expert=128, dense_layers=(0,)
+SOFTMAX = replace(
+    MOE, router="softmax", n_shared_experts=0, n_experts=8, top_k=2, d_expert=128, dense_layers=(0,)
 )
 # With few logits, as a CPU makes float32 copies of those in 16 bits.
 FEW_LOGITS = replace(GPT, vocab_size=512)
@@ -53,6 +53,7 @@ FUNCTIONS = {
 def flags(**changes) -> Namespace:
     args = dict(batch_size=2, grad_accum=1, seq_len=128, dtype="float32", optimizer="adamw", parallel="none")
     args |= dict(checkpoint_activations=False, kernels="auto", lr=1e-3, weight_decay=0.1, device="cpu")
+    args |= dict(mask_rate=0.15)
     return Namespace(**args | changes)
 
 
@@ -62,14 +63,31 @@ def on_meta(config):
 
 
 def plan(config, args, n_processes=1):
-    return estimate(on_meta(config), args, n_processes, config=config, **FUNCTIONS[type(config)])
+    return estimate(
+        on_meta(config),
+        args,
+        n_processes,
+        config=settings_of(config, args.mask_rate),
+        **FUNCTIONS[type(config)],
+    )
 
 
-def batch_for(config, B, T):
+def settings_of(config, mask_rate=0.15):
+    return masking.Config(mask_rate=mask_rate) if type(config) is bert.Config else config
+
+
+def loss_of(model, batch):
+    return masking.loss(model, batch) if type(model) is bert.BERT else model.loss(batch)
+
+
+def batch_for(config, B, T, mask_rate=0.15):
     tokens, labels = (torch.randint(config.vocab_size, (B, T)) for _ in range(2))
     if not isinstance(config, bert.Config):
         return {"tokens": tokens, "targets": labels}
-    n = config.n_masked(T)
+    masks = (
+        electra.masks(config) if isinstance(config, electra.Config) else masking.Config(mask_rate=mask_rate)
+    )
+    n = masks.n_masked(T)
     batch = {"tokens": tokens, "positions": torch.randint(B * T, (B, n)), "targets": labels[:, :n]}
     return batch | {"uniform": torch.rand(B, n)}  # for language/electra.py
 
@@ -120,7 +138,7 @@ def kept_by_forward(model, batch, dtype) -> int:
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
-        loss, _ = model.loss(batch)
+        loss, _ = loss_of(model, batch)
     return sum(x.untyped_storage().nbytes() for pointer, x in saved.items() if pointer not in own)
 
 
@@ -172,7 +190,7 @@ def test_states_are_what_real_tensors_occupy(config, optimizer):
     args = flags(optimizer=optimizer, batch_size=1, seq_len=16)
     model = KINDS[type(config)](config)
     optimizers = make_optimizers(model, args)
-    model.loss(batch_for(config, 1, 16))[0].backward()
+    loss_of(model, batch_for(config, 1, 16))[0].backward()
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())
     step_optimizers(optimizers, torch.tensor(True))
     states = [t for o in optimizers for state in o.state.values() for t in state.values()]
@@ -215,7 +233,7 @@ def whole_step(model, args, batch):
     for _ in range(2):
         for _ in range(args.grad_accum):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                loss, _ = model.loss(batch)
+                loss, _ = loss_of(model, batch)
             loss.backward()
             del loss
         step_optimizers(optimizers, torch.tensor(True))
@@ -236,7 +254,7 @@ def whole_step(model, args, batch):
         (GPT, FEW_TOKENS | {"optimizer": "muon"}, 0.05),
         # and the loss, when autocast still has its copies.
         (UNTIED, FEW_TOKENS | {"dtype": "bfloat16", "grad_accum": 2} | CHECKPOINTED, 0.05),
-        (replace(BERT, mask_rate=0.5), {"batch_size": 4}, 0.03),
+        (BERT, {"batch_size": 4, "mask_rate": 0.5}, 0.03),
         (MOE, {}, 0.03),
         (MOE, CHECKPOINTED, 0.1),
         (electra.SIZES["tiny"], {}, 0.1),
@@ -244,19 +262,23 @@ def whole_step(model, args, batch):
 )
 def test_peak_of_a_step(as_on_a_gpu, peak_memory, config, changes, off):
     args = flags(**changes)
-    batch = batch_for(config, args.batch_size, args.seq_len)
+    batch = batch_for(config, args.batch_size, args.seq_len, args.mask_rate)
     peak = peak_memory(lambda: whole_step(KINDS[type(config)](config), args, batch))
     assert plan(config, args).total == pytest.approx(peak, rel=off)
 
 
 @pytest.mark.parametrize(("config", "size"), [(GPT, "qlora"), (MOE, "lora"), (BERT, "dora"), (GPT, "last")])
-def test_peak_of_a_step_with_adapters(as_on_a_gpu, peak_memory, tmp_path, config, size):
-    KINDS[type(config)](config).save_pretrained(tmp_path)
-    model = lora.Model(replace(lora.SIZES[size], base=str(tmp_path)))
+def test_peak_of_a_step_with_adapters(as_on_a_gpu, peak_memory, config, size):
+    model = KINDS[type(config)](config)
+    if size == "last":
+        trainable.freeze(model, "last:1")
+    else:
+        lora.prepare_base(model, lora.ADAPTERS[size])
+        lora.apply(model, lora.ADAPTERS[size])
     args, batch = flags(), batch_for(config, 2, 128)
     peak = n_bytes(model) + peak_memory(lambda: whole_step(model, args, batch))
     functions = FUNCTIONS[type(config)] | {"adapter_bytes": lora.adapter_bytes}
-    planned = estimate(model.base_model, args, config=config, **functions)
+    planned = estimate(model, args, config=settings_of(config), **functions)
     assert planned.total == pytest.approx(peak, rel=0.1)
 
 
@@ -286,16 +308,16 @@ def test_peak_of_a_step_of_fsdp(as_on_a_gpu, peak_memory, four_processes, config
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh("cpu", (4,))
-    for module in (*parallel.blocks(model), model):
+    objective = parallel.Objective(model, loss_of)
+    for module in (*parallel.blocks(model), objective):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "loss")
     optimizers, batch = make_optimizers(model, args), batch_for(config, args.batch_size // 4, args.seq_len)
 
     def whole():
         for _ in range(2):
             for i in range(args.grad_accum):
-                model.set_requires_gradient_sync(i + 1 == args.grad_accum)
-                model.loss(batch)[0].backward()
+                objective.set_requires_gradient_sync(i + 1 == args.grad_accum)
+                objective(batch)[0].backward()
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad()

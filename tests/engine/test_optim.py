@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import rows_of
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -63,7 +64,7 @@ def with_mup(args, base_width):
 
 def make_optimizers(model, args):
     """For a decoder, whose file has the rules of width transfer."""
-    return optim.make_optimizers(model, args, width_factors=gpt.width_factors)
+    return optim.make_optimizers(model, args, width_factors=optim.width_factors)
 
 
 def groups_of(model, optimizers):
@@ -76,7 +77,7 @@ def groups_of(model, optimizers):
 def test_initial_values_and_learning_rates_follow_the_table(name):
     model = fresh(name)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optim.transfer_width(model, 16, gpt.width_factors)
+    optim.transfer_width(model, 16, optim.width_factors)
     groups = dict(groups_of(model, make_optimizers(model, with_mup(ADAMW, 16))))
     for name, p in model.named_parameters():
         initial, rate = expected(name)
@@ -95,14 +96,14 @@ def test_muon_learns_by_the_square_root_of_the_width():
     assert group["lr_factor"] == 1 / 2 and group["weight_decay"] == pytest.approx(0.2)
     rates = {name: group["lr_factor"] for name, group in groups_of(model, [adamw])}
     assert all(rate == expected(name)[1] for name, rate in rates.items())
-    assert "model.layers.0.mlp.experts.down_proj" in rates and not any("q_proj" in name for name in rates)
+    assert "model.layers.0.mlp.experts.down_proj.weight" in rates and not any("q_proj" in name for name in rates)
 
 
 @pytest.mark.parametrize("args", [ADAMW, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_transfer_from_the_same_width_changes_nothing(name, args):
     model, same = fresh(name), fresh(name)
-    optim.transfer_width(same, 64, gpt.width_factors)
+    optim.transfer_width(same, 64, optim.width_factors)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
     plain = groups_of(model, make_optimizers(model, args))
     transferred = groups_of(same, make_optimizers(same, with_mup(args, 64)))
@@ -136,14 +137,14 @@ def changes(width, args, transfer):
     model = gpt.GPT(config)
     args = with_mup(args, 64 if transfer else None)
     if transfer:
-        optim.transfer_width(model, 64, gpt.width_factors)
+        optim.transfer_width(model, 64, optim.width_factors)
     optimizers = make_optimizers(model, args)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = args.lr * group["lr_factor"]
     seen = []
     model.model.layers[-1].register_forward_hook(lambda layer, inputs, output: seen.append(output.detach()))
     tokens = torch.randint(61, (4, 33), generator=torch.Generator().manual_seed(1))
-    batch = gpt.make_batch(tokens, config, None)
+    batch = gpt.make_batch(rows_of(tokens), config, None)
 
     def outputs():
         with torch.no_grad():
@@ -244,8 +245,8 @@ def test_sharded_parameters(args):
         model, whole = fully_shard(fresh()), fresh()
         pairs = list(zip(model.parameters(), whole.parameters(), strict=True))
         assert isinstance(pairs[0][0], DTensor)
-        optim.transfer_width(model, 16, gpt.width_factors)
-        optim.transfer_width(whole, 16, gpt.width_factors)
+        optim.transfer_width(model, 16, optim.width_factors)
+        optim.transfer_width(whole, 16, optim.width_factors)
         optimizers = make_optimizers(model, with_mup(args, 16))
         others = make_optimizers(whole, with_mup(args, 16))
         for finite in (True, False):

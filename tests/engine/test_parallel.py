@@ -115,7 +115,8 @@ def spoil(rank, update, how):
 def launch(folder, n, runs):
     """n processes that make runs, each of flags and whom to spoil; what they print is thrown away."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    path = ":".join(str(ROOT / folder) for folder in ("", "tests", "tests/engine"))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     (folder / "worker.py").write_text(WORKER)
     command += [str(folder / "worker.py"), json.dumps(runs)]
     return Beside(command, env)

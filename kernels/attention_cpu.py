@@ -31,8 +31,8 @@ def onednn_multiplies() -> bool:
     """Return True if PyTorch gives float32 matrix products on a CPU to oneDNN.
 
     PyTorch does so after torch.set_float32_matmul_precision("medium"), which engine/cpu.py calls where oneDNN
-    still computes in float32. The setting is PyTorch's own and decides how fast the products below are,
-    whoever made it; so it is read where it is kept, and no second switch could disagree with it.
+    still computes in float32. This one setting of PyTorch decides how fast the products below are, so it is
+    read here directly: a second switch of our own could contradict it.
     """
     return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 

@@ -166,8 +166,8 @@ def middle(low_last, high_first, end, BLOCK: tl.constexpr):
 @triton.jit
 def query_tile(H, masks, const: tl.constexpr):
     """Return the QueryTile of this program."""
-    # The last queries of a causal model see the most keys. They start first, so that the short ones fill the
-    # multiprocessors that become free at the end.
+    # The last queries of a causal model see the most keys. Their programs start first, so that short ones are
+    # left for the multiprocessors that become free near the end.
     n_tiles = tl.cdiv(masks.n_queries, const.BLOCK_M)
     i0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * const.BLOCK_M
     bh = tl.program_id(0) // n_tiles
@@ -225,6 +225,7 @@ def forward_kernel(
     q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
     const: tl.constexpr,
 ):  # fmt: skip
+    """Compute out and lse of one tile of queries."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
@@ -235,8 +236,8 @@ def forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     keys = Keys(k, v, S, tile.b, tile.h // const.GROUP, tile.low, tile.high)
 
-    # The keys from begin to left, for which only a window or a document needs a mask; those that all queries
-    # see; and the last ones.
+    # First the keys before those that all queries see, which there are only with a window or documents; then
+    # those that all queries see; then the keys after them.
     if const.WINDOWED or doc_start is not None:
         acc, m, l = attend(acc, m, l, q_tile, keys, tile.begin, tile.left, scale, True, const)
     acc, m, l = attend(acc, m, l, q_tile, keys, tile.left, tile.right, scale, False, const)

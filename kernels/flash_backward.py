@@ -83,6 +83,7 @@ def queries_seeing(j, offset, masks, const: tl.constexpr):
 
 @triton.jit
 def delta_kernel(out, dout, delta, T, H, const: tl.constexpr):
+    """Compute delta of one tile of queries."""
     n_tiles = tl.cdiv(T, const.BLOCK_M)
     i0, bh = tl.program_id(0) % n_tiles * const.BLOCK_M, tl.program_id(0) // n_tiles
     o = load_rows(out, bh // H, i0, bh % H, T, const.BLOCK_M, False, const).to(tl.float32)
@@ -137,10 +138,12 @@ def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
     const: tl.constexpr,
 ):  # fmt: skip
+    """Compute dk and dv of one tile of keys."""
     BLOCK_N: tl.constexpr = const.BLOCK_N
     BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
-    # The first keys of a causal model are seen by most queries, and start first.
+
+    # Most queries see the first keys of a causal model, so the programs of these keys start first.
     n_tiles = tl.cdiv(S, BLOCK_N)
     j0 = tl.program_id(0) % n_tiles * BLOCK_N
     bg = tl.program_id(0) // n_tiles
@@ -155,6 +158,7 @@ def dkdv_kernel(
     end, full_end = tl.where(j0 < n_keys, end, 0), tl.where(j0 < n_keys, full_end, 0)
     left, right = middle(full_begin, full_end, end, const.BLOCK_M)
 
+    # The tile of keys stays loaded, and the queries pass: with a mask, without, and with a mask again.
     k_tile = load_rows(k, b, j0, g, S, BLOCK_N, False, const)
     v_tile = load_rows(v, b, j0, g, S, BLOCK_N, False, const)
     keys, queries = KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys), Queries(q, dout, lse, delta, H)
@@ -204,6 +208,7 @@ def dq_kernel(
     q, k, v, dout, lse, delta, dq, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
     const: tl.constexpr,
 ):  # fmt: skip
+    """Compute dq of one tile of queries."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)

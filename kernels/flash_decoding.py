@@ -37,6 +37,7 @@ def split_kernel(
     q, k, v, part, part_lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, keys_per_split,
     const: tl.constexpr,
 ):  # fmt: skip
+    """Attend to one split of the keys, for the queries of all heads that share them."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
@@ -54,6 +55,7 @@ def split_kernel(
     begin = tl.maximum(split * keys_per_split, tl.min(low) // const.BLOCK_N * const.BLOCK_N)
     end = tl.minimum((split + 1) * keys_per_split, tl.max(high))
 
+    # Load the queries, and continue as in flash_attention.py.
     column = tl.arange(0, BLOCK_K)[None, :]
     mask = exists[:, None] & (column < const.K)
     at = b.to(tl.int64) * q.stride_b + i[:, None] * q.stride_t + h[:, None] * q.stride_h + column
@@ -77,7 +79,7 @@ def merge_kernel(
     part, part_lse, out, lse, n_splits, T, H,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    # A program adds the parts of one row of (B, T, H).
+    """Add the parts of one row of (B, T, H)."""
     row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_K)[None, :]
     exists = split < n_splits

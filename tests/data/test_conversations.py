@@ -83,6 +83,9 @@ def test_what_is_no_conversation_is_named(tmp_path, record, expected):
         read_conversations(path)
 
 
+CUT = gzip.compress(b'{"question": "q", "answer": "a"}' * 99, mtime=0)[:-20]
+
+
 @pytest.mark.parametrize(
     ("name", "raw", "expected"),
     [
@@ -92,7 +95,7 @@ def test_what_is_no_conversation_is_named(tmp_path, record, expected):
         ("x.jsonl", b"\n\n", "has no conversations"),
         ("x.json", b"[]", "has no conversations"),
         ("x.jsonl", b"\xff\xfe", "expected UTF-8"),
-        ("x.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "a"}' * 99, mtime=0)[:-20], "cannot be read"),
+        ("x.jsonl.gz", CUT, "cannot be read"),
         ("x.jsonl.gz", b"no gz", "cannot be read"),
         ("x.csv", b"q,a", "expected a .jsonl or .json"),
         ("x.jsonl", None, "cannot be read"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from chinchilla import LAWS, Law
-from engine import benchmark
+from engine import device
 from scaling import plan
 from scaling.plan import DEVICES, REPEATED
 from scaling.shapes import Shape, count_parameters, training_flops
@@ -135,7 +135,7 @@ def test_devices_have_the_peaks_that_train_has():
         "mi300x": "AMD Instinct MI300X",
     }  # fmt: skip
     for name, in_train in names.items():
-        assert DEVICES[name].peak == benchmark.PEAK_FLOPS[in_train]
+        assert DEVICES[name].peak == device.PEAK_FLOPS[in_train]
     assert DEVICES.keys() - names.keys() == {"v100"}  # which has no bf16
 
 

@@ -173,6 +173,7 @@ def prepare(args: argparse.Namespace) -> Run:
     """
     flags = {flag: str(value) for flag, value in vars(args).items()}  # before defaults are filled in
     concept = check(args)
+    flags["size"] = str(args.size)  # the default size is recorded by its name
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
     saved = find_checkpoint(args, flags)

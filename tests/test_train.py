@@ -585,7 +585,7 @@ def refused(capsys, argv):
         ({"lr": "nan"}, ["--lr nan"]),
         ({"seed": -1}, ["--seed -1"]),
         ({"resume": True}, ["no checkpoint to resume from"]),
-        ({"device": "cuda"}, ["--device cuda", "none here"]),
+        ({"device": "cuda"}, ["--device cuda", "has none"]),
         ({"kernels": "triton", "device": "cpu"}, ["--kernels triton", "needs a GPU"]),
         ({"optimizer": "sgd"}, ["sgd", "adamw", "muon"]),
         ({"init_from": "no/such/model", "tokenizer": None}, ["no/such/model"]),

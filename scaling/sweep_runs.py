@@ -151,8 +151,8 @@ def measure_speed(flags: list[str]) -> dict:
         "seconds": min(seconds),
         "evaluation": time.perf_counter() - began,
         "flops_per_token": run.model.flops_per_token(run.args.seq_len),
-        "n_params": config.n_params,
-        "n_without_head": config.n_params - config.vocab_size * config.d_model,
+        "n_params": run.sizes.n_params,
+        "n_without_head": run.sizes.n_params - config.vocab_size * config.d_model,
     }
 
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from formats import decoders, encoders
+from formats import encoders, safetensors_dir
 from gpt import rotate
 from kernels import attention
 
@@ -385,7 +385,7 @@ class BERT(nn.Module):
         fields, weights = encoders.read(directory)
         with torch.device("meta"):
             model = cls(Config(**fields, kernels=kernels))
-        decoders.assign(model, weights, directory)
+        safetensors_dir.assign(model, weights, directory)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:

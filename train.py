@@ -152,16 +152,16 @@ def train_and_save(run: Run, log: Log) -> int:
         train(run, log)
     except Interrupted as interruption:
         save(run)
-        log.close()
+        log.progress.close()
         if run.is_first:
             print(f"interrupted at step {run.step} and saved; go on with --resume", file=sys.stderr)
         return 130 if interruption.number == signal.SIGINT else 0
     except Diverged as error:
-        log.close()  # so that the error is the last line
+        log.progress.close()  # so that the error is the last line
         parallel.print_error(f"{error}; {last_saved(run.args.out)}")
         return 1
     save(run)
-    log.close()
+    log.progress.close()
     if run.is_first:
         out = run.args.out
         print((out / "samples.txt").read_text().rpartition("\n=== step ")[2])

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from data.rows import Dataset, Row
 from engine import activations, optim, parallel
-from formats.json_file import read_json
 
 ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
@@ -241,37 +240,46 @@ def resolve(args: Namespace) -> Concept:
 
     `--model lora --base DIR` is short for the model in DIR with --adapter lora.
     """
-    from formats.open_model import concept_of  # which imports every format
-
-    file = find(args.model)
-    if "SIZES" not in vars(file) and "ADAPTERS" not in vars(file):  # a task brings its model along
+    file, base, task = find(args.model), args.init_from, args.task
+    if not {"SIZES", "ADAPTERS"} & vars(file).keys():  # a task brings its model along
         if "MODEL" not in vars(file):
             raise ValueError(
                 f"--model {args.model}: a task; name the model too, as --model gpt --task {args.model}"
             )
-        return Concept(read(ModelFile, find(file.MODEL)), read_task(find(file.MODEL), args.model), None, None)
+        file, task = find(file.MODEL), args.model
+        return Concept(read(ModelFile, file), read_task(file, task), None, None)
 
-    if "ADAPTERS" not in vars(file):
-        adapter_file = find_adapter(args.adapter) if args.adapter else None
-        if args.base:
-            raise ValueError(f"--base {args.base}: for --model lora; did you mean --init-from?")
-        base, task = args.init_from, args.task
-    else:
-        adapter_file, base = (
-            (find_adapter(args.adapter) if args.adapter else file),
-            args.base or args.init_from,
-        )
+    # The adapter, and the model in its base if --model is the short form.
+    adapter_file = find_adapter(args.adapter) if args.adapter else None
+    if "ADAPTERS" in vars(file):
         check_short_form(args, file)
-        base = adapted_by(base) or base
-        file = importlib.import_module(concept_of(base))
-        default = read_task(file, None).name.rpartition(".")[2]
-        task = args.task or adapter_file.TASK_FOR.get(default)
-    adapter = read(Adapter, adapter_file) if adapter_file else None
-    if adapter and args.train != "all":
+        adapter_file = adapter_file or file
+        base = base_in(args.base or args.init_from)
+        file = importlib.import_module(open_model().concept_of(base))
+        task = task or adapter_file.TASK_FOR.get(read_task(file, None).name.rpartition(".")[2])
+    elif args.base:
+        raise ValueError(f"--base {args.base}: for --model lora; did you mean --init-from?")
+    elif adapter_file and base:
+        base = base_in(base)
+    if adapter_file is None:
+        return Concept(read(ModelFile, file), read_task(file, task), None, None)
+
+    if args.train != "all":
         raise ValueError(f"--train {args.train}: an adapter alone is trained, and the model stays as it is")
-    if adapter and not base:
+    if not base:
         raise ValueError(f"--adapter {args.adapter}: needs --init-from DIR, the model to adapt")
-    return Concept(read(ModelFile, file), read_task(file, task), adapter, base if adapter else None)
+    return Concept(read(ModelFile, file), read_task(file, task), read(Adapter, adapter_file), base)
+
+
+def base_in(directory: str) -> str:
+    """Return the directory of the model to adapt: this one, or the base of the adapter in it."""
+    formats = open_model()
+    return str(formats.base_of(directory, None)) if formats.is_adapter(directory) else directory
+
+
+def open_model() -> ModuleType:
+    """Return formats.open_model, which imports every format, so that only runs with an adapter do."""
+    return importlib.import_module("formats.open_model")
 
 
 def check_short_form(args: Namespace, file: ModuleType) -> None:
@@ -289,12 +297,6 @@ def check_short_form(args: Namespace, file: ModuleType) -> None:
         raise ValueError(f"--size {args.size}: the model in --base has its size; leave out --size")
     if not (args.base or args.init_from):
         raise ValueError(f"{short} needs --base DIR, the model to adapt, such as runs/gpt/model")
-
-
-def adapted_by(directory: str) -> str | None:
-    """Return the base that the adapter in a directory names, or None if the directory has no adapter."""
-    path = Path(directory) / "adapter_config.json"
-    return read_json(path).get("base_model_name_or_path") if path.exists() else None
 
 
 def read(kind: type, *files: ModuleType) -> Any:

@@ -349,7 +349,7 @@ def choose_weights(
         return None, None
     config = with_fields(adapter.ADAPTERS[args.adapter or next(iter(adapter.ADAPTERS))], args.set)
     fingerprint = adapter.prepare_base(model, config)
-    if not args.init_from or contract.adapted_by(args.init_from) is None:
+    if not args.init_from or not contract.open_model().is_adapter(args.init_from):
         adapter.apply(model, config)
         return config, fingerprint
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from formats.json_file import read_json
 from formats.safetensors_dir import (
     assign,
-    check_weights,  # noqa: F401
     inverse,
     read_fields,
     read_weights,

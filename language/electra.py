@@ -35,7 +35,7 @@ from bert import BERT
 from data.rows import Dataset, Row
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
-from formats import decoders, encoders
+from formats import encoders, safetensors_dir
 from language import masking
 from language.encoder_inference import sequence
 
@@ -243,7 +243,7 @@ class Electra(nn.Module):
         # The weights. Both files hold the embeddings, which must be the same.
         with torch.device("meta"):
             model = cls(config)
-        decoders.assign(model.discriminator, weights, directory)
+        safetensors_dir.assign(model.discriminator, weights, directory)
         if model.generator is None:
             return model
         for name in weights:
@@ -253,7 +253,7 @@ class Electra(nn.Module):
                 raise ValueError(
                     f"{beside}: {name} is not that of {directory}; they were not trained together"
                 )
-        decoders.assign(model.generator, generator_weights, beside)
+        safetensors_dir.assign(model.generator, generator_weights, beside)
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:

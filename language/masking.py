@@ -358,14 +358,13 @@ def load_data(args: Namespace, model_config: ModelConfig) -> Dataset:
         raise ValueError(
             f"--document-mask separates what the pair objective {pair} joins; leave out one of them"
         )
-    dataset = contract.load_text(args, model_config)
+    dataset = data.text.as_rows(contract.load_corpus(args), args.seq_len, only_whole=True)
     tokens = dataset.val.tokens
     if len(tokens) <= args.seq_len:
         raise ValueError(
             f"--seq-len {args.seq_len}: the held-out text has only {len(tokens)} tokens; give more text"
         )
-    val = data.text.HeldOut(tokens, args.seq_len, dataset.val.n_bytes, only_whole=True)
-    return replace(dataset, tokenizer=dataset.tokenizer.with_special_tokens(SPECIAL_TOKENS), val=val)
+    return replace(dataset, tokenizer=dataset.tokenizer.with_special_tokens(SPECIAL_TOKENS))
 
 
 def show(model: BERT, dataset: Dataset, out: Path) -> str:

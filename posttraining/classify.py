@@ -38,7 +38,7 @@ from bert import BERT, Config, dense_and_norm, initialize
 from data.labelled import read_examples
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
-from formats import decoders, encoders
+from formats import encoders, json_file, safetensors_dir
 from formats.atomic import replace_directory, replace_file
 from formats.progress import progress_bar
 from language.encoder_inference import pack
@@ -56,7 +56,7 @@ def read_labels(directory: str | Path, weights: dict[str, Tensor]) -> list[str] 
     """
     # Classifiers of tokens have tensors of the same names, but another architecture.
     path = Path(directory) / "config.json"
-    hf = decoders.read_json(path)
+    hf = json_file.read_json(path)
     architecture = (hf.get("architectures") or ["none"])[0]
     if not architecture.endswith("ForSequenceClassification") or "classifier.bias" not in weights:
         return None
@@ -137,7 +137,7 @@ class Classifier(BERT):
         if found is None:
             kept = {name: w for name, w in kept.items() if not name.startswith("classifier.")}
             kept = {name: w for name, w in places.items() if is_head(name)} | kept
-        decoders.assign(model, kept, directory)
+        safetensors_dir.assign(model, kept, directory)
         return model.float()
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -4,13 +4,16 @@
         gradient of the mean loss over batch_size x grad_accum sequences, clipped to norm grad_clip
         optimizer step at learning_rate(step)
 
-`train` is the loop; `update` is one step of it, made of `gradient` and `descend`; `evaluate` is the loss on
-held-out data. Behind it stand
+`train` is the loop, `update` one step of it, `evaluate` the loss on held-out data. One update of
+`--model gpt` runs through four files, in this order:
 
-    engine/contract.py    what a file such as gpt.py must offer to be trained, and what it may leave out
-    engine/run.py         everything that is settled before the first step
-    engine/batches.py     from rows of data to the batches of a step
-    engine/optim.py       AdamW, Muon, the learning rate's schedule
+    train.py             update: set the learning rate, take the batches, `gradient`, `descend`
+    engine/batches.py    rows of the data -> the concept's `make_batch` -> the part of this rank
+    gpt.py               `make_batch`, and `GPT.loss`: the forward pass. PyTorch does the backward pass
+    engine/optim.py      the learning rate of a step; a step of AdamW or Muon
+
+What is settled before the first step, from the flags to the model, is in engine/run.py, and what a file such
+as gpt.py must offer to be trained in engine/contract.py.
 
 Everything random is a function of (seed, step, rank): a run that is killed and resumed computes, on a CPU to
 the bit, what it would have computed in one go. It leaves behind, in --out:
@@ -57,33 +60,36 @@ def train(run: Run, log: Log) -> None:
 
 
 def update(run: Run) -> UpdateResult:
-    """Make one update of the weights.
+    """Make one update of the weights. Return what is logged of it: this rank's term of the mean loss, the
+    norm of the gradient, the learning rate, the task's metrics and the number of targets they are means of.
 
     Nothing here waits for a GPU, so that the next update is queued while it computes this one.
     """
     lr = set_learning_rate(run.optimizers, run.step, run.args)
-    parts = run.batches.next()
+    parts = run.batches.next()  # --grad-accum of them
     loss, metrics = gradient(run, parts)
     norm = descend(run)
     return UpdateResult(loss, norm, lr, metrics, parts[-1].n_targets)
 
 
 def gradient(run: Run, parts: list[Part]) -> tuple[torch.Tensor, dict]:
-    """Add up the gradients of the --grad-accum batches of one update, of each of which this rank has a part.
+    """Add up the gradients of this rank's parts of the --grad-accum batches of one update.
 
-    run.loss(batch) is the loss of the task, for gpt.py `GPT.loss`, as DDP, FSDP or torch.compile wrap it.
-    Returns this rank's term in the sum that is the mean loss over all targets, and the last part's metrics.
+    The mean loss over all targets of the update, on all ranks, is the sum over parts of weight * loss, where
+    the weight of a part is its share of the targets. run.loss(batch) is the loss of the task, for gpt.py
+    `GPT.loss`, as torch.compile, DDP or FSDP wrap it. Returns this rank's term of that sum, and the metrics
+    of the last part.
     """
     n, args = parallel.world_size(), run.args
     # Dropout draws the same numbers whenever this step is computed, and other numbers on every rank.
     torch.manual_seed((((args.seed << 32) + run.step) * n + parallel.rank()) % (1 << 64))
     total, metrics = torch.zeros((), device=args.device), {}
     for i, part in enumerate(parts):
-        # The ranks exchange gradients once, with the last part.
+        # The ranks average their gradients once, during the backward pass of the last part.
         parallel.sync_gradients(run.synced_module, i + 1 == len(parts))
         with run.autocast():
             loss, metrics = run.loss(to_device(part.batch, args.device))
-        # Gradients of n ranks are averaged, and the weights of all parts add up to 1: hence the factor n.
+        # The factor n turns the average over n ranks into a sum.
         (loss * (part.weight * n)).backward()
         total += loss.detach() * part.weight
     return total, metrics
@@ -92,14 +98,16 @@ def gradient(run: Run, parts: list[Part]) -> tuple[torch.Tensor, dict]:
 def descend(run: Run) -> torch.Tensor:
     """Clip the gradient, step the optimizers, clear the gradient and count the step.
 
-    Where the gradient is not finite the device leaves the update out, by itself. Returns the norm of the
-    gradient before clipping.
+    Where the gradient is not finite, the device leaves the update out, so that the host does not wait for the
+    answer. Returns the norm of the gradient before clipping.
     """
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip or math.inf)
-    norm = parallel.unshard(norm)
+    norm = parallel.unshard(norm)  # with FSDP each rank holds a part of it
     finite = norm.isfinite()
     step_optimizers(run.optimizers, finite)
-    run.finish_step(finite)
+    run.concept.model.after_step(run.model, finite)  # moe.py corrects the balance of its experts here
+    run.model.zero_grad(set_to_none=True)
+    run.count_step(finite)
     return norm
 
 

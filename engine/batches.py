@@ -69,12 +69,14 @@ class Batches:
         args, task = self.args, self.task
         parts, n_targets, n_own = [], 0, []
         for index in range(step * args.grad_accum, (step + 1) * args.grad_accum):
+            # Batch i has samples i * batch_size and on of an endless stream: the shuffled rows of each epoch.
             rows = self.loader.read(index * args.batch_size, args.batch_size)
             batch = self.make(rows, (args.seed << 32) + index)
             own = self.split(batch)
             n_targets += task.count(batch)
             n_own.append(task.count(own))
             parts.append(self.finish(own))
+        # The weights of all parts on all ranks add up to 1.
         weights = [own / max(1, n_targets) for own in n_own]
         return [Part(*found) for found in zip(parts, weights, n_own, strict=True)]
 
@@ -89,7 +91,7 @@ class Batches:
             yield HeldOutPart(self.finish(part), self.task.count(part), is_whole)
 
     def make(self, rows: list[Row], seed: int) -> dict[str, Tensor]:
-        """Return the whole batch of these rows."""
+        """Return the whole batch of these rows, by the task's make_batch: for gpt.py tokens and targets."""
         generator = torch.Generator().manual_seed(seed)
         return self.task.make_batch(rows, self.settings, generator, self.dataset.tokenizer)
 

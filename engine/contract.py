@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data.rows import Dataset, Row
-from engine import activations, optim, parallel
+from engine import optim, parallel
 
 ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
@@ -102,7 +102,7 @@ class ModelFile:
     n_active_params: Callable[[nn.Module], int] = n_active_params
     separate_head: Callable[[nn.Module], None] = separate_head
     width_factors: Callable[[str, float], tuple[float, float]] = optim.width_factors
-    mlp_bytes: Callable[..., tuple[int, int]] = activations.mlp_bytes  # for --dry-run
+    mlp_bytes: Callable[..., tuple[int, int]] | None = None  # for --dry-run; None: engine/activations.py's
 
 
 # --- the defaults of a task's file
@@ -196,7 +196,7 @@ class Task:
     save: Callable[[nn.Module, Dataset, Path], None] = save
     save_tokenizer: Callable[[Dataset, Path], None] = save_tokenizer
     flops_per_token: Callable[[nn.Module, Any, int], int] = flops_per_token
-    loss_bytes: Callable[..., dict[str, int]] = activations.loss_bytes  # for --dry-run
+    loss_bytes: Callable[..., dict[str, int]] | None = None  # for --dry-run; None: engine/activations.py's
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
     TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms too
@@ -218,7 +218,7 @@ class Adapter:
     lr_factor: Callable
     decays: Callable
     flops_per_token: Callable
-    adapter_bytes: Callable[..., int] = activations.adapter_bytes  # for --dry-run
+    adapter_bytes: Callable[..., int] | None = None  # for --dry-run; None: engine/activations.py's
     STEPS: int = 1000  # of the default run
 
 

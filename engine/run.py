@@ -117,10 +117,8 @@ class Run:
             if number():
                 raise Interrupted(number())
 
-    def finish_step(self, finite: Tensor) -> None:
-        """Count an update, or one left out where finite is False, and do what the model's file adds to it."""
-        self.concept.model.after_step(self.model, finite)
-        self.model.zero_grad(set_to_none=True)
+    def count_step(self, finite: Tensor) -> None:
+        """Count an update, as one left out where finite is False, without waiting for the device."""
         self.step += 1
         self.skipped += ~finite
         self.skipped[1] *= ~finite
@@ -432,6 +430,7 @@ def plan(args: argparse.Namespace) -> str:
     functions = {"mlp_bytes": concept.model.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
     if concept.adapter is not None:
         functions["adapter_bytes"] = concept.adapter.adapter_bytes
+    of_concept = {name: function for name, function in functions.items() if function is not None}
     from engine import memory
 
-    return memory.describe(model, args, args.dry_run, config=settings, **functions)
+    return memory.describe(model, args, args.dry_run, config=settings, **of_concept)

@@ -17,6 +17,7 @@ import importlib.util
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +90,11 @@ def separate_head(model: nn.Module) -> None:
     """Give the model a head of its own where it shares the embeddings' matrix: it shares nothing."""
 
 
+def recomputation(block: nn.Module) -> AbstractContextManager:
+    """Return the context in which --checkpoint-activations computes a block a second time: none."""
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class ModelFile:
     """The names in a model's file. A value here stands for a name that is left out."""
@@ -101,6 +107,7 @@ class ModelFile:
     after_step: Callable[[nn.Module, Tensor], None] = after_step
     n_active_params: Callable[[nn.Module], int] = n_active_params
     separate_head: Callable[[nn.Module], None] = separate_head
+    recomputation: Callable[[nn.Module], AbstractContextManager] = recomputation
     width_factors: Callable[[str, float], tuple[float, float]] = optim.width_factors
     mlp_bytes: Callable[..., tuple[int, int]] | None = None  # for --dry-run; None: engine/activations.py's
 
@@ -229,7 +236,7 @@ class Adapter:
 class Concept:
     """The answers to the three questions: what a run trains."""
 
-    model: ModelFile
+    model_file: ModelFile
     task: Task
     adapter: Adapter | None
     base: str | None  # the directory of the model that the adapter adapts

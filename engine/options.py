@@ -186,7 +186,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     """Fill in the flags whose defaults depend on what is trained."""
     if args.size is None and not (args.init_from or args.base):
-        args.size = next(iter(concept.model.SIZES))
+        args.size = next(iter(concept.model_file.SIZES))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
     args.eval_every = args.eval_every or math.ceil(args.steps / 8)
     args.save_every = args.save_every or args.eval_every

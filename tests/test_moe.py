@@ -5,7 +5,9 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 import train
+from engine import parallel
 from gpt import GPT, make_batch
 from language.routing import aux_loss, sequence_loss, softmax_top_k, z_loss
 from moe import SIZES, Config, MoE, MoEGPT, n_active_params
@@ -234,6 +237,22 @@ def test_the_loss_compiles_into_one_graph():
     expected, also = model.loss(batch)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(metrics, also)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_blocks_that_are_computed_twice_give_the_same_gradients(backend, monkeypatch):
+    model, batch = small(), batch_of()
+    model.loss(batch)[0].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    args = Namespace(parallel="none", checkpoint_activations=True, compile=True, device="cpu")
+    objective = parallel.Objective(model, lambda model, batch: model.loss(batch))
+    _, loss, _ = parallel.distribute(objective, args, moe.recomputation)
+    loss(batch)[0].backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+    assert all(layer.routing is None for layer in model.sparse_layers)
 
 
 # --- balance

@@ -27,7 +27,6 @@ import glob
 import hashlib
 import os
 import re
-import stat
 import sys
 import sysconfig
 import urllib.request
@@ -37,7 +36,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data.records import RECORDS, decode, open_utf8, read_records, suffix_of, text_in
+from data.records import RECORDS, check_is_file, decode, open_utf8, read_records, suffix_of, text_in
 from formats.atomic import replace_file, sha256
 from formats.progress import progress_bar
 
@@ -110,17 +109,6 @@ def find_files(
             f"{flag} {data}: no such file or folder, no match as a glob, not a corpus ({known}) or URL"
         )
     return each_once([(match.as_posix(), match) for match in matches], Path(), notify)
-
-
-def check_is_file(path: Path, what: str) -> None:
-    """Raise ValueError beginning with `what` unless path is a file that can be read several times."""
-    if not path.exists():
-        raise ValueError(f"{what}: no such file")
-    if path.is_dir():
-        raise ValueError(f"{what}: a folder; expected a file")
-    if not path.is_file():
-        kind = "a pipe" if stat.S_ISFIFO(path.stat().st_mode) else "a device"
-        raise ValueError(f"{what}: {kind}; expected a file, since text is read more than once")
 
 
 def files_in(root: Path, notify: Callable[[str], None], flag: str) -> Files:

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # suffixes of files of records
 WIDE = {  # byte order mark: encoding; those of UTF-32 first, since UTF-16's begins one of them
@@ -49,12 +49,20 @@ def suffix_of(path: Path) -> str:
     return Path(name).suffix
 
 
+def check_is_file(path: Path, what: str) -> None:
+    """Raise ValueError beginning with `what` for a pipe or a device, which cannot be read a second time."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        kind = "a pipe" if path.is_fifo() else "a device"
+        raise ValueError(f"{what}: {kind}; expected a file, since text is read more than once")
+
+
 @contextmanager
 def open_utf8(path: Path, name: str, on_bad: OnBad) -> Iterator[BinaryIO]:
     """Open a file of text or records for reading as bytes: unpacked by gzip, and UTF-16 turned into UTF-8.
 
     Raises ValueError if the file cannot be read, also while it is being read.
     """
+    check_is_file(path, str(path))
     try:
         with open(path, "rb") as file:
             is_packed = path.name.lower().endswith(".gz") or file.peek(2)[:2] == b"\x1f\x8b"
@@ -221,6 +229,11 @@ def parquet_rows(file: BinaryIO, name: str, fields: tuple[str, ...]) -> Iterator
                 yield f"{name}, row {number}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{name}: cannot be read as parquet ({error})") from None
+
+
+def refuse(problem: str) -> NoReturn:
+    """Raise ValueError: the on_bad of readers that stop at the first problem."""
+    raise ValueError(problem)
 
 
 def text_in(value: Any, field: str, place: str, on_bad: OnBad, flag: str = "--text-field") -> str | None:

@@ -71,7 +71,7 @@ def build_shards(
                         counts["documents"] += 1
                         bar.update(n_bytes)
             manifest[name] = counts
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         write_checksums(new)
 
 
@@ -93,14 +93,14 @@ def check_shards(home: Path, made_from: dict) -> str | None:
     problem = damage(home)
     if problem is not None:
         return problem
-    manifest = json.loads((home / "manifest.json").read_text())
+    manifest = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
     if any(manifest.get(key) != value for key, value in made_from.items()):
         return f"{home} was made from another corpus or tokenizer"
     return None
 
 
 def open_shards(home: Path, tokenizer: Tokenizer) -> Corpus:
-    manifest = json.loads((home / "manifest.json").read_text())
+    manifest = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
     train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
     return Corpus(home.name, tokenizer, train, val)
 

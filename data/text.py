@@ -264,7 +264,7 @@ def learned_tokenizer(
             tokenizer = Tokenizer.load(home)
         except ValueError:
             tokenizer = None
-        if tokenizer is not None and tokenizer.fingerprint == checksum.read_text():
+        if tokenizer is not None and tokenizer.fingerprint == checksum.read_text(encoding="utf-8"):
             return tokenizer
         notify(f"{home / 'tokenizer.json'}: missing or damaged: learned anew")
     every = math.ceil(n_bytes / BPE_BYTES)
@@ -272,7 +272,7 @@ def learned_tokenizer(
     tokenizer = train_bpe(sample, size, progress=True)
     with replace_directory(home) as new:
         tokenizer.save(new)
-        (new / checksum.name).write_text(tokenizer.fingerprint)
+        (new / checksum.name).write_text(tokenizer.fingerprint, encoding="utf-8")
     return tokenizer
 
 

@@ -29,6 +29,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "train.py --compare runs/a runs/b",
     )
     add_what(parser.add_argument_group("what is trained"))
+    add_data(parser.add_argument_group("on what"))
     add_how(parser.add_argument_group("how it is trained"))
     add_where(parser.add_argument_group("where and how fast"))
     add_output(parser.add_argument_group("what comes out"))
@@ -41,8 +42,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_what(group) -> None:
-    from data.corpus import PUBLIC
-
     add = group.add_argument
     add(
         "--model",
@@ -76,6 +75,13 @@ def add_what(group) -> None:
         metavar="DIR",
         help="--model lora --base DIR is short for the model in DIR with an adapter",
     )
+    add("--document-mask", action="store_true", help="keep attention inside each document")
+
+
+def add_data(group) -> None:
+    from data.corpus import PUBLIC
+
+    add = group.add_argument
     add(
         "--data",
         type=command.filled,
@@ -106,7 +112,6 @@ def add_what(group) -> None:
         "with tokenizer.json (default bpe:4096, or the tokenizer in --init-from or --base)",
     )
     add("--bad-text", choices=("refuse", "skip"), default="refuse", help="what is no text (default refuse)")
-    add("--document-mask", action="store_true", help="keep attention inside each document")
 
 
 def add_how(group) -> None:

@@ -224,7 +224,7 @@ def prepare(args: argparse.Namespace) -> Run:
     batches.start(run.step)
     if saved is None and run.is_first:
         for log in checkpoint.LOGS:
-            (args.out / log).write_text("")
+            (args.out / log).write_text("", encoding="utf-8")
     return run
 
 

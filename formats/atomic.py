@@ -96,13 +96,13 @@ def sha256(path: Path) -> str:
 def write_checksums(directory: Path) -> None:
     """Write the SHA-256 of all files in directory to checksums.json."""
     checksums = {path.name: sha256(path) for path in sorted(directory.iterdir())}
-    (directory / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
+    (directory / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
 
 
 def damage(directory: Path) -> str | None:
     """Return which file in a directory is missing or damaged by checksums.json, or None if all are intact."""
     try:
-        checksums = json.loads((directory / "checksums.json").read_text())
+        checksums = json.loads((directory / "checksums.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{directory / 'checksums.json'} is missing or damaged ({type(error).__name__})"
     for name, expected in checksums.items():

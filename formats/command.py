@@ -36,29 +36,29 @@ def path(text: str) -> Path:
     return Path(filled(text))
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call main and exit with the code that it returns (None for 0), or as the header of this file says."""
+def run(main: Callable[[], int | None]) -> None:
+    """Call main, and exit with its code as `exit_code` finds it, unless that is 0."""
     use_streams()
-    code: int | str | None = 0
+    code = exit_code(main)
+    # What main printed is written at the latest now, so that errors do not show when the interpreter ends.
+    code = exit_code(sys.stdout.flush) or code
+    if code:
+        sys.exit(code)
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Return what main returns (None is 0). An error that it raises is printed, and gives its exit code."""
     try:
-        code = main()
-    except SystemExit as end:  # of argparse, after --help
-        code = end.code
+        return main() or 0
+    except SystemExit as end:  # of argparse
+        return int(end.code or 0)
     except BrokenPipeError:
-        code = 0
+        return 0
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
-    try:
-        sys.stdout.flush()  # an error shows here, and not when the interpreter ends
-    except BrokenPipeError:
-        pass
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    sys.exit(code)
+        return 2
 
 
 def use_streams(outlive_reader: bool = False) -> None:
@@ -78,10 +78,12 @@ def use_streams(outlive_reader: bool = False) -> None:
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is original and stream.isatty():
+            stream.reconfigure(errors="replace")
         elif stream is original:
             stream.flush()
             raw = io.BufferedWriter(Output(number, title, quiet=outlive_reader or number == 2))
-            settings = {"encoding": stream.encoding, "line_buffering": stream.isatty() or name == "stderr"}
+            settings = {"encoding": stream.encoding, "line_buffering": stream.line_buffering}
             setattr(sys, name, io.TextIOWrapper(raw, errors="replace", **settings))
 
 

@@ -267,7 +267,7 @@ def train(model: Classifier, examples: list, held_out: list, args: argparse.Name
             row |= {"val_accuracy": accuracy, "val_f1": f1, "seconds": time.perf_counter() - began}
             log += json.dumps(row) + "\n"
             with replace_file(args.out / "metrics.jsonl") as new:
-                new.write_text(log)
+                new.write_text(log, encoding="utf-8")
             summary = f"loss {row['loss']:.3f}, held out: accuracy {accuracy:.1%}, F1 {f1:.3f}"
             bar.write(f"epoch {epoch + 1}: {summary}")
 
@@ -313,7 +313,7 @@ def prepare(args: argparse.Namespace) -> tuple[Classifier, Tokenizer | WordPiece
     # Fail now, not after an epoch, if the directory is not writable.
     args.out.mkdir(parents=True, exist_ok=True)
     with replace_file(args.out / "metrics.jsonl") as new:
-        new.write_text("")
+        new.write_text("", encoding="utf-8")
     return model, tokenizer, examples, held_out
 
 

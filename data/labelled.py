@@ -5,9 +5,12 @@
 or the same two fields in any other file of records (data/records.py), such as the columns of a .csv.
 """
 
+import math
+from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
-from data.records import RECORDS, read_records, refuse, suffix_of, text_in
+from data.records import RECORDS, read_records, suffix_of, text_in
 
 
 def read_examples(path: Path, text_field: str = "text", label_field: str = "label") -> list[tuple[str, str]]:
@@ -16,15 +19,36 @@ def read_examples(path: Path, text_field: str = "text", label_field: str = "labe
     A label may be a string or a whole number. Raises ValueError naming the file and the record that is
     something else, or a file with fewer than two.
     """
-    expected = f'expected records {{"{text_field}": ..., "{label_field}": ...}}'
+    expected = f'expected {{"{text_field}": ..., "{label_field}": ...}}, both of them strings'
+
+    def on_bad(problem: str) -> NoReturn:
+        raise ValueError(f"{problem}; {expected}")
+
     if suffix_of(path) not in RECORDS:
         raise ValueError(f"{path}: expected a file of records: {', '.join(RECORDS)}, also .gz")
     examples = []
-    for place, record in read_records(path, str(path), refuse, (text_field, label_field)):
-        text = text_in(record, text_field, place, refuse)
+    for place, record in read_records(path, str(path), on_bad, (text_field, label_field)):
+        text = text_in(record, text_field, place, on_bad)
         if isinstance(record.get(label_field), int):
             record[label_field] = str(record[label_field])
-        examples.append((text, text_in(record, label_field, place, refuse, "--label-field")))
+        examples.append((text, text_in(record, label_field, place, on_bad, "--label-field")))
     if len(examples) < 2:
         raise ValueError(f"{path}: {len(examples)} examples; {expected}, at least two")
     return examples
+
+
+def hold_out(
+    shuffled: list[tuple[str, str]],
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return (the examples to train on, a tenth to hold out): the first ones, but no label's only one.
+
+    Raises ValueError if no example can be held out.
+    """
+    left, held_out, examples = Counter(label for _, label in shuffled), [], []
+    for text, label in shuffled:
+        is_held_out = len(held_out) < math.ceil(len(shuffled) / 10) and left[label] > 1
+        left[label] -= is_held_out
+        (held_out if is_held_out else examples).append((text, label))
+    if not held_out:
+        raise ValueError(f"{len(shuffled)} texts, each of another label; expected several texts of a label")
+    return examples, held_out

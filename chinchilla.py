@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
+from formats import command
 from formats.quantities import short
 from scaling.huber_fit import BORDER, centre, on_border, search, search_near, uncentre
 from scaling.points import (
@@ -303,14 +304,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="chinchilla.py", description="Scaling laws. Without arguments: the published ones.")
     commands = parser.add_subparsers(dest="command")
     for name, (file, help) in COMMANDS.items():
-        command = commands.add_parser(name, help=help)
+        subparser = commands.add_parser(name, help=help)
         if argv[:1] == [name]:
             # Import by name, and only the command in use: these files import this one. (Started as a script,
             # this file is __main__, and they import it once more as chinchilla; nothing passes between.)
             module = importlib.import_module(file)
-            module.add_arguments(command)
-            command.set_defaults(run=module.main)
-    try:
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.main)
+
+    def run_command() -> int:
         for text in argv:
             if re.match(r"-[\d.]", text):  # argparse would take -1e22 for an unknown flag
                 raise ValueError(f"{text}: expected a positive number")
@@ -319,12 +321,9 @@ def main(argv: list[str] | None = None) -> int:
             print_laws()
             return 0
         return args.run(args)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return command.exit_code(run_command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -16,11 +16,12 @@ Shapes: B rows, T tokens, S slots of the cache, G key/value heads, K head width,
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from formats import command
 
 
 def sample(
@@ -283,7 +284,12 @@ def generate(
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="directory in Hugging Face layout; without it, the sizes")
+    add(
+        "checkpoint",
+        nargs="?",
+        type=command.filled,
+        help="directory in Hugging Face layout; without it, the sizes",
+    )
     add("--prompt", default="", help="text to continue (default: start a new document)")
     add("--max-new-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
@@ -330,23 +336,24 @@ def run(kind: type[nn.Module] | None = None, sizes: dict | None = None) -> None:
     kind: the model class; None opens any checkpoint. sizes: its Configs by name. Exits with code 2 and one
     line for a mistake.
     """
-    parser = argparse.ArgumentParser(description="Continue a text with a trained model, or print the sizes.")
+    command.run(lambda: main(kind, sizes))
+
+
+def main(kind: type[nn.Module] | None, sizes: dict | None) -> None:
+    """Continue a text, or print the sizes; see `run`."""
+    parser = command.Parser(description="Continue a text with a trained model, or print the sizes.")
     add_sampling_flags(parser)
     args = parser.parse_args()
-    try:
-        if args.checkpoint is None:
-            if kind is None or sizes is None:
-                raise ValueError("no checkpoint: name its directory, such as runs/gpt/model")
-            print_sizes(kind, sizes)
-        elif kind is not None:
-            continue_text(kind.from_pretrained(args.checkpoint), args)
-        else:
-            from formats.open_model import open_model
+    if args.checkpoint is None:
+        if kind is None or sizes is None:
+            raise ValueError("no checkpoint: name its directory, such as runs/gpt/model")
+        print_sizes(kind, sizes)
+    elif kind is not None:
+        continue_text(kind.from_pretrained(args.checkpoint), args)
+    else:
+        from formats.open_model import open_model
 
-            continue_text(open_model(args.checkpoint), args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        continue_text(open_model(args.checkpoint), args)
 
 
 def print_sizes(kind: type[nn.Module], sizes: dict) -> None:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import gpt
-from formats import peft
+from formats import command, peft
 from posttraining import nf4
 from posttraining.adapter_costs import adapter_bytes, flops_per_token  # noqa: F401, the engine calls them
 from posttraining.adapters import (
@@ -373,4 +373,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

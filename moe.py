@@ -23,7 +23,6 @@ an expert, M = N k pairs of a token and an expert, L sparse layers.
 """
 
 import argparse
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpt
-from formats import mixtures
+from formats import command, mixtures
 from generate import KVCache, add_sampling_flags, continue_text
 from gpt import GPT, MLP
 from kernels import grouped_matmul
@@ -398,16 +397,14 @@ def mlp_bytes(block: Block, config: Config, precision: tuple[int, int, bool]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Continue a text with a mixture of experts, or list the sizes."
-    )
+    parser = command.Parser(description="Continue a text with a mixture of experts, or list the sizes.")
     add_sampling_flags(parser)
     for flag in ("--upcycle", "--out"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.upcycle or args.out:
-        command = f"python -m language.upcycle {args.checkpoint or 'DIR'} --experts {args.upcycle or 8}"
-        raise ValueError(f"--upcycle, --out: upcycling is a command of its own: {command} --out DIR")
+        now = f"python -m language.upcycle {args.checkpoint or 'DIR'} --experts {args.upcycle or 8}"
+        raise ValueError(f"--upcycle, --out: upcycling is a command of its own: {now} --out DIR")
     if args.checkpoint is not None:
         continue_text(MoEGPT.from_pretrained(args.checkpoint), args)
         return
@@ -423,8 +420,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -44,6 +44,7 @@ from engine.log import Diverged, Log, UpdateResult, time_and_announce
 from engine.optim import set_learning_rate, step_optimizers
 from engine.options import parse_arguments
 from engine.run import Interrupted, Run, plan, prepare, signals
+from formats import command
 
 
 def train(run: Run, log: Log) -> None:
@@ -181,7 +182,7 @@ def train_and_save(run: Run, log: Log) -> int:
     log.progress.close()
     if run.is_first:
         out = run.args.out
-        print((out / "samples.txt").read_text().rpartition("\n=== step ")[2])
+        print((out / "samples.txt").read_text(encoding="utf-8").rpartition("\n=== step ")[2])
         print(f"model: {out / 'model'}    report: {out / 'report.html'}")
     return 0
 
@@ -238,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    command.use_streams(outlive_reader=True)
     code = main()
     if code == 0:
         parallel.shut_down()

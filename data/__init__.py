@@ -1,6 +1,7 @@
 """What goes into a run: text, tokenizers, conversations.
 
 Read first corpus (from files to documents), then tokenizer (byte-pair encoding) and text (from documents to
-rows of tokens). wordpiece is BERT's tokenizer, special_tokens and words are what both tokenizers share,
-conversations reads files of chats, and stdlib_questions makes such chats from Python's own documentation.
+rows of tokens). records reads the formats of files, and shards keeps tokens on disk. wordpiece is BERT's
+tokenizer, special_tokens and words are what both tokenizers share, conversations and labelled read files of
+chats and of labelled texts, and stdlib_questions makes such chats from Python's own documentation.
 """

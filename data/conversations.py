@@ -5,13 +5,12 @@ and assistant alternate and the assistant is last; a system message may come fir
 the formats that it reads. formats/chat_template.py writes a conversation as tokens.
 """
 
-import gzip
-import json
 import re
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.records import RECORDS, read_records, refuse, suffix_of
 from formats.chat_template import Conversation
 
 # Fields of records that hold one question and one answer.
@@ -32,7 +31,7 @@ def check(messages: Conversation) -> None:
         raise ValueError(f"roles {', '.join(map(str, roles))}: expected {order}")
     for message in messages:
         content = message["content"]
-        if not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
+        if not isinstance(content, str) or re.search("[\0\ud800-\udfff]", content):
             raise ValueError(f"{message['role']}: {content!r:.60}: expected a string of valid characters")
         if message["role"] == "assistant" and not content.strip():
             raise ValueError("the assistant's answer is empty: expected text")
@@ -58,47 +57,27 @@ def to_messages(record: Any) -> Conversation:
     return messages
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """Return the conversations in a .jsonl file, one per line, or a .json file, one list; also with .gz.
+def read_conversations(path: Path, on_bad: Callable[[str], None] = refuse) -> list[Conversation]:
+    """Return the conversations in a file of records: .jsonl, .json, .csv ... (data/records.py).
 
-    Each record is {"messages": [{"role", "content"}, ...]}, {"conversations": [{"from": "human" | "gpt" |
-    "system", "value"}, ...]} (ShareGPT), {"instruction", "output"} with an "input" or without (Alpaca),
-    {"prompt", "completion"}, {"prompt", "response"} or {"question", "answer"}; other fields are ignored.
+    A record has one of these forms; other fields are ignored:
 
-    Raises ValueError naming the file, the line or item, and what was expected.
+        {"messages": [{"role": "user", "content": "..."}, ...]}            OpenAI, Tülu
+        {"conversations": [{"from": "human", "value": "..."}, ...]}        ShareGPT
+        {"instruction": "...", "input": "...", "output": "..."}            Alpaca; "input" may be missing
+        {"prompt": "...", "completion": "..."}, {"prompt", "response"}, {"question", "answer"}
+
+    on_bad is called with a message for a record that is no conversation, and may raise an error; otherwise
+    the record is left out. Raises ValueError for a file that cannot be read, or without conversations.
     """
-    name = path.name.removesuffix(".gz")
-    if not name.endswith((".jsonl", ".json")):
-        raise ValueError(f"{path}: expected a .jsonl or .json file of conversations, also .gz")
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); expected UTF-8 text") from None
-
-    # Parse the JSON: of the file, or of each line.
-    sources = [("", text)]
-    if name.endswith(".jsonl"):
-        sources = [(f", line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    records = []
-    for place, source in sources:
-        try:
-            records.append((place, json.loads(source)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}{place}: {source[:60]!r} is not JSON ({error}); {EXPECTED}") from None
-    if name.endswith(".json"):
-        content = records[0][1]
-        if not isinstance(content, list):
-            raise ValueError(f"{path}: expected one list of conversations, found {content!r:.60}")
-        records = [(f", item {i}", record) for i, record in enumerate(content, 1)]
-
-    # Translate the records.
+    if suffix_of(path) not in RECORDS:
+        raise ValueError(f"{path}: expected a file of conversations: {', '.join(RECORDS)}, also .gz")
     conversations = []
-    for place, record in records:
+    for place, record in read_records(path, str(path), on_bad):
         try:
             conversations.append(to_messages(record))
         except ValueError as error:
-            raise ValueError(f"{path}{place}: {error}") from None
+            on_bad(f"{place}: {error}")
     if not conversations:
         raise ValueError(f"{path}: has no conversations; {EXPECTED}")
     return conversations

@@ -5,37 +5,39 @@ text with a beginning and an end of its own: a module, a page, a book. Here a do
 character or more, and a corpus is one of
 
     stdlib              the Python standard library's own source, on every machine: one document per module
-    book.txt            a file: one document, or one per line if it is .jsonl ({"text": "..."} on each)
+    book.txt            a file: one document, or one per record if it is of records (data/records.py)
     texts/              a folder: its .txt, .md, .py and .jsonl files at any depth, except hidden ones
-    "texts/**/*.md"     a glob: the files that match
+    "texts/**/*.csv"    a glob: the files that match
     https://...         a URL: a file that is downloaded once and kept
     shakespeare         the name of a public corpus (PUBLIC), whose checksum is verified
 
-Any file may be compressed (.gz). Files are sorted by name, so the same text gives the same documents in the
-same order on every machine.
+Any file may be compressed (.gz). Links are followed, and a file that several names lead to counts once. Files
+are sorted by name, so the same text gives the same documents in the same order on every machine.
 
-Text is UTF-8 without NUL bytes. Anything else (another encoding, binary data, a line of .jsonl that is not an
-object with a "text") is reported to the caller with the file and the byte; the caller decides whether to stop
-or to leave it out. A file that cannot be read (missing, a cut .gz) is always an error.
+Text is UTF-8 without NUL bytes, or UTF-16 with a byte order mark. Anything else (another encoding, binary
+data, a record without the field that holds the text) is reported to the caller with the file and the place;
+the caller decides whether to stop or to leave it out. A file that cannot be read (missing, a cut .gz) is
+always an error.
 
     files = find_files("texts/", Path("cache"))
     for text in documents(files, on_bad_text=print): ...
 """
 
 import glob
-import gzip
 import hashlib
-import json
 import os
+import re
 import sys
 import sysconfig
 import urllib.request
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from formats.atomic import sha256
+from data.records import RECORDS, check_is_file, decode, open_utf8, read_records, suffix_of, text_in
+from formats.atomic import replace_file, sha256
 from formats.progress import progress_bar
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files of a folder that are read; each also with .gz
@@ -63,18 +65,26 @@ def stdlib_files() -> Files:
     return sorted(files)
 
 
-def find_files(data: str, cache: Path) -> Files:
+def find_files(
+    data: str,
+    cache: Path,
+    notify: Callable[[str], None] = lambda message: None,
+    flag: str = "--data",
+) -> Files:
     """Return the files of the corpus that --data names, in a fixed order.
 
-    Downloads are kept in cache. Raises ValueError naming `data` if there is no file or it cannot be
+    Downloads are kept in cache. notify is called with one line if files of a folder are left out. flag: of
+    the command line, for errors. Raises ValueError naming `data` if there is no file or it cannot be
     downloaded.
     """
     # Names and URLs.
+    if not data:
+        raise ValueError(f"{flag} '': expected a file, folder, glob or URL, found an empty value")
     if data == "stdlib":
         files = stdlib_files()
         if not files:
             raise ValueError(
-                "--data stdlib: this Python has no source files; name a file or folder of text instead"
+                f"{flag} stdlib: this Python has no source files; name a file or folder of text instead"
             )
         return files
     if data in PUBLIC:
@@ -86,26 +96,98 @@ def find_files(data: str, cache: Path) -> Files:
     # A folder, or one file.
     path = Path(data)
     if path.is_dir():
-        files = []
-        for found in path.rglob("*"):
-            name = found.relative_to(path)
-            is_hidden = any(part.startswith(".") for part in name.parts)
-            if not is_hidden and name.name.removesuffix(".gz").endswith(SUFFIXES) and found.is_file():
-                files.append((name.as_posix(), found))
-        if not files:
-            raise ValueError(f"--data {data}: no {', '.join(SUFFIXES)} file in this directory (nor with .gz)")
-        return sorted(files)
-    if path.is_file():
+        return files_in(path, notify, flag)
+    if path.exists():
+        check_is_file(path, f"{flag} {data}")
         return [(path.name, path)]
 
     # A glob.
-    matches = sorted(Path(name) for name in glob.glob(data, recursive=True) if Path(name).is_file())
+    matches = [Path(name) for name in expand(data) if os.path.isfile(name)]
     if not matches:
         known = ", ".join(["stdlib", *PUBLIC])
         raise ValueError(
-            f"--data {data}: no such file or folder, no match as a glob, not a corpus ({known}) or URL"
+            f"{flag} {data}: no such file or folder, no match as a glob, not a corpus ({known}) or URL"
         )
-    return [(match.as_posix(), match) for match in matches]
+    return each_once([(match.as_posix(), match) for match in matches], Path(), notify)
+
+
+def files_in(root: Path, notify: Callable[[str], None], flag: str) -> Files:
+    """Return the files of text in a folder by their names in it; those of other kinds are counted."""
+    found, others = [], Counter()
+    for folder in folders_below(root):
+        for name in os.listdir(folder):
+            path = Path(folder, name)
+            if name.startswith(".") or path.is_dir():
+                continue
+            if suffix_of(path) not in SUFFIXES:
+                others[suffix_of(path) or "no suffix"] += 1
+            elif not path.exists():
+                raise ValueError(f"{path}: a link to {os.readlink(path)}, which does not exist; remove it")
+            elif not path.is_file():
+                others["no file"] += 1
+            else:
+                found.append((path.relative_to(root).as_posix(), path))
+
+    # Name what is left out, and how it can be read.
+    kinds = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5)) + ", ..." * (len(others) > 5)
+    readable = next((kind for kind in others if kind in RECORDS), None)
+    advice = f"; a glob reads them: '{root.as_posix()}/**/*{readable}'" if readable else ""
+    known = ", ".join(SUFFIXES)
+    if not found:
+        there = f"; there are {kinds}{advice}" if kinds else ""
+        raise ValueError(f"{flag} {root}: no {known} file in this directory (nor with .gz){there}")
+    if others:
+        notify(f"left out: {others.total():,} files in {root} that are not {known} ({kinds}){advice}")
+    return each_once(found, root, notify)
+
+
+def folders_below(root: str | Path) -> Iterator[str]:
+    """Yield the path of a folder and of those in it at any depth, except hidden ones.
+
+    Links are followed, after all that is no link: each real folder comes once, if possible by its own name.
+    """
+    folders, links, seen = [str(root)], [], set()
+    while folders or links:
+        folder = (folders or links).pop()
+        if os.path.realpath(folder) in seen:
+            continue
+        seen.add(os.path.realpath(folder))
+        yield folder
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True):
+            if os.path.isdir(entry.path) and not entry.name.startswith("."):
+                (links if entry.is_symlink() else folders).append(entry.path)
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the paths that match a glob, in which ** stands for any folders, each real one once."""
+    head, *tail = re.split(r"(?<![^/\\])\*\*(?:[/\\]+|$)", pattern, maxsplit=1)
+    if not tail:
+        return glob.glob(pattern)
+    found = []
+    for start in glob.glob(head) if head else [""]:
+        for folder in folders_below(start or "."):
+            inside = os.path.relpath(folder, start or ".")
+            place = start if inside == "." else os.path.join(start, inside)
+            found += expand(os.path.join(glob.escape(place), tail[0] or "*"))
+    return found
+
+
+def each_once(files: Files, root: Path, notify: Callable[[str], None]) -> Files:
+    """Return the files sorted by name, of several names of one file only one: if possible no link.
+
+    root: the folder in which the names are. notify is called with one line if names are left out.
+    """
+    own = os.path.realpath(root)
+    real = {name: os.path.realpath(path) for name, path in files}
+
+    def is_link(name: str, path: Path) -> tuple[bool, bool]:
+        return path.is_symlink(), real[name] != os.path.join(own, name)  # the file; or a folder above it
+
+    links_last = sorted(files, key=lambda file: (is_link(*file), file))
+    first = {real[name]: (name, path) for name, path in reversed(links_last)}
+    if len(first) < len(files):
+        notify(f"left out: {len(files) - len(first):,} of {len(files):,} names, links to files that are read")
+    return sorted(first.values())
 
 
 def download(url: str, checksum: str | None, cache: Path) -> Path:
@@ -114,13 +196,16 @@ def download(url: str, checksum: str | None, cache: Path) -> Path:
     checksum: its SHA-256 in hexadecimal, or None to accept any file. Raises ValueError if the file cannot be
     downloaded, or if its checksum differs; then the file is removed.
     """
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rstrip('/').split('/')[-1]}"
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{urlsplit(url).path.rstrip('/').split('/')[-1]}"
     path = cache / "downloads" / name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(name + ".partial")
         try:
-            with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
+            with (
+                replace_file(path) as new,
+                urllib.request.urlopen(url, timeout=30) as response,
+                open(new, "wb") as file,
+            ):
                 size = int(response.headers.get("Content-Length", 0)) or None
                 with progress_bar(total=size, unit="B", unit_scale=True, desc="download") as bar:
                     while block := response.read(1 << 20):
@@ -130,66 +215,27 @@ def download(url: str, checksum: str | None, cache: Path) -> Path:
                     raise OSError(f"received {file.tell()} of {size} bytes")
         except (OSError, HTTPException) as error:
             raise ValueError(f"--data {url}: cannot be downloaded ({error})") from None
-        os.replace(partial, path)
     if checksum is not None and sha256(path) != checksum:
         path.unlink()
         raise ValueError(f"--data {url}: the download's SHA-256 is not {checksum}; it was removed, try again")
     return path
 
 
-def documents(files: Files, on_bad_text: Callable[[str], None]) -> Iterator[str]:
-    """Yield the documents of the files in order: one per file, or one per line of .jsonl.
+def documents(files: Files, on_bad_text: Callable[[str], None], text_field: str = "text") -> Iterator[str]:
+    """Yield the documents of the files in order: one per file, or one per record, from its text_field.
 
     Empty documents are left out. So is anything that is not text: on_bad_text is called with a message that
-    names its file and byte offset, and may raise an error instead. Raises ValueError for a file that cannot
-    be read.
+    names its file and place, and may raise an error instead. Raises ValueError for a file that cannot be
+    read.
     """
     for name, path in files:
-        open_bytes = gzip.open if path.suffix == ".gz" else open
-        try:
-            with open_bytes(path, "rb") as file:
-                if path.name.removesuffix(".gz").endswith(".jsonl"):
-                    offset = 0
-                    for line in file:
-                        text = decode_json(line, name, offset, on_bad_text) if line.strip() else None
-                        if text:
-                            yield text
-                        offset += len(line)
-                else:
-                    text = decode(file.read(), name, 0, on_bad_text)
-                    if text:
-                        yield text
-        except (OSError, EOFError, zlib.error) as error:  # the last two for a cut or damaged .gz
-            raise ValueError(f"{path}: cannot be read ({error})") from None
-
-
-def decode(raw: bytes, name: str, offset: int, on_bad_text: Callable[[str], None]) -> str | None:
-    """Return the text of raw without its byte order mark; if it is no text, call on_bad_text, return None.
-
-    name: the file's name. offset: the position of raw in the file, in bytes.
-    """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        on_bad_text(f"{name}: byte {offset + error.start} (0x{raw[error.start]:02x}) is not UTF-8")
-        return None
-    if "\0" in text:
-        on_bad_text(f"{name}: byte {offset + raw.index(0)} is NUL: binary data, not text")
-        return None
-    return text.removeprefix("\ufeff")
-
-
-def decode_json(line: bytes, name: str, offset: int, on_bad_text: Callable[[str], None]) -> str | None:
-    """Return the "text" of a line of .jsonl; if there is no such text, call on_bad_text and return None."""
-    decoded = decode(line, name, offset, on_bad_text)
-    if decoded is None:
-        return None
-    try:
-        text = json.loads(decoded)["text"]
-        text.encode()  # escapes can spell half a surrogate pair, which has no UTF-8
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        text = None
-    if text is None or "\0" in text:
-        on_bad_text(f'{name}: the line at byte {offset} is not an object with a "text" of valid characters')
-        return None
-    return text
+        if suffix_of(path) in RECORDS:
+            for place, value in read_records(path, name, on_bad_text, (text_field,)):
+                text = text_in(value, text_field, place, on_bad_text)
+                if text:
+                    yield text
+        else:
+            with open_utf8(path, name, on_bad_text) as file:
+                text = decode(file.read(), name, 0, on_bad_text)
+            if text:
+                yield text

@@ -1,37 +1,54 @@
 """Labelled texts: what a classifier learns from.
 
-{"text": "A waste of two hours.", "label": "bad"}          one line of a .jsonl or .jsonl.gz file
+{"text": "A waste of two hours.", "label": "bad"}          a line of a .jsonl file
+
+or the same two fields in any other file of records (data/records.py), such as the columns of a .csv.
 """
 
-import gzip
-import json
-import zlib
+import math
+from collections import Counter
 from pathlib import Path
+from typing import NoReturn
+
+from data.records import RECORDS, read_records, suffix_of, text_in
 
 
-def read_examples(path: Path) -> list[tuple[str, str]]:
-    """Return (text, label) of the lines of a .jsonl[.gz] file, each an object with these two fields.
+def read_examples(path: Path, text_field: str = "text", label_field: str = "label") -> list[tuple[str, str]]:
+    """Return (text, label) of the records of a file, each with these two fields.
 
-    Raises ValueError naming the file and the line that is something else, or a file with fewer than two.
+    A label may be a string or a whole number. Raises ValueError naming the file and the record that is
+    something else, or a file with fewer than two.
     """
-    expected = 'expected lines of {"text": ..., "label": ...}'
-    try:
-        raw = path.read_bytes()
-        content = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); {expected}") from None
+    expected = f'expected {{"{text_field}": ..., "{label_field}": ...}}, both of them strings'
+
+    def on_bad(problem: str) -> NoReturn:
+        raise ValueError(f"{problem}; {expected}")
+
+    if suffix_of(path) not in RECORDS:
+        raise ValueError(f"{path}: expected a file of records: {', '.join(RECORDS)}, also .gz")
     examples = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-            text, label = example["text"], example["label"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number}: {line[:60]!r}: {expected}") from None
-        if not isinstance(text, str) or not isinstance(label, str | int):
-            raise ValueError(f"{path}, line {number}: {line[:60]!r}: {expected}, both of them strings")
-        examples.append((text, str(label)))
+    for place, record in read_records(path, str(path), on_bad, (text_field, label_field)):
+        text = text_in(record, text_field, place, on_bad)
+        if isinstance(record.get(label_field), int):
+            record[label_field] = str(record[label_field])
+        examples.append((text, text_in(record, label_field, place, on_bad, "--label-field")))
     if len(examples) < 2:
         raise ValueError(f"{path}: {len(examples)} examples; {expected}, at least two")
     return examples
+
+
+def hold_out(
+    shuffled: list[tuple[str, str]],
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return (the examples to train on, a tenth to hold out): the first ones, but no label's only one.
+
+    Raises ValueError if no example can be held out.
+    """
+    left, held_out, examples = Counter(label for _, label in shuffled), [], []
+    for text, label in shuffled:
+        is_held_out = len(held_out) < math.ceil(len(shuffled) / 10) and left[label] > 1
+        left[label] -= is_held_out
+        (held_out if is_held_out else examples).append((text, label))
+    if not held_out:
+        raise ValueError(f"{len(shuffled)} texts, each of another label; expected several texts of a label")
+    return examples, held_out

@@ -2,61 +2,40 @@
 
     documents -> tokens, each document led by <|endoftext|> -> shards on disk -> windows of T + 1 tokens
 
-data/corpus.py finds the documents. The last of them, a twentieth of the text, are *held out*: neither the
-model nor a learned tokenizer sees them in training, so the loss on them is the loss on new text. The tokens
-of the two splits, train and val, are kept as memory-mapped *shards* with a manifest of what they were made
-from; a shard that is stale or damaged is named and built again.
+data/corpus.py finds the documents. The last of them, a twentieth of the text, are *held out* (or a corpus of
+its own is): neither the model nor a learned tokenizer sees them in training, so the loss on them is the loss
+on new text. The tokens of the two splits, train and val, are kept as memory-mapped *shards* (data/shards.py),
+of which each run reads its rows.
 
     python -m data.text [CORPUS] [--tokenizer bpe:4096]      build the shards, print what is in them
 
 Shapes: B batch, T tokens of a row, n tokens of the text.
 """
 
-import argparse
 import hashlib
-import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from data.corpus import documents, find_files
+from data.corpus import Files, documents, find_files
 from data.rows import Dataset, Row, Rows
+from data.shards import Corpus, build_shards, check_shards, open_shards
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
-from formats.atomic import damage, replace_directory, write_checksums
-from formats.progress import progress_bar
+from formats import command
+from formats.atomic import replace_directory
 
 HELD_OUT = 1 / 20  # share of the text that is held out for validation ...
 HELD_OUT_BYTES = 4 << 20  # and at most this much: more would cost time and hardly add precision
-MIN_BYTES = 100  # of text: with less there is nothing to hold out
+MIN_HELD_OUT = 20  # bytes of text: a loss on less says nothing
 BPE_BYTES = 64 << 20  # a tokenizer learns from about this much text: every k-th document of a larger corpus
-BATCH_CHARACTERS = 4 << 20  # of text tokenised at a time
-
-
-@dataclass
-class Split:
-    """One of the two parts of a corpus, train or val."""
-
-    tokens: np.ndarray  # memory-mapped uint16 or uint32 (n_tokens,)
-    n_bytes: int  # of the UTF-8 text they stand for
-    n_documents: int
-
-
-@dataclass
-class Corpus:
-    """A tokenised corpus in two parts."""
-
-    name: str  # of the shards' folder, made of the corpus's and the tokenizer's hashes
-    tokenizer: Tokenizer
-    train: Split
-    val: Split
+MOST_NAMED = 5  # texts that are skipped are named up to this number, and then counted
 
 
 def prepare(
@@ -64,36 +43,38 @@ def prepare(
     tokenizer: str,
     cache: Path,
     *,
+    val: str | None = None,
+    text_field: str = "text",
     bad_text: str = "refuse",
     notify: Callable[[str], None] = print,
 ) -> Corpus:
     """Find, check, tokenise and memory-map a corpus. Undamaged shards in the cache are used again.
 
-    data, tokenizer: as for --data and --tokenizer. bad_text: "refuse" raises ValueError at the first text
-    that is not UTF-8, "skip" leaves it out. notify is called with one line for each text left out and each
-    shard built anew. Raises ValueError for everything a user can mend.
+    data, tokenizer: as for --data and --tokenizer. val: the corpus to hold out, None for the last part of
+    data. text_field: the field that holds the text in files of records. bad_text: "refuse" raises ValueError
+    at the first text that is not UTF-8, "skip" leaves it out. notify is called with a line for what is left
+    out and for each shard built anew. Raises ValueError for everything a user can mend.
     """
     n_tokens = bpe_size(tokenizer)
     # A wrong name of a tokenizer is an error before any work begins.
     tok = get_tokenizer(tokenizer) if n_tokens is None else None
-
-    def on_bad_text(problem: str) -> None:
-        if bad_text == "refuse":
-            raise ValueError(
-                f"--data {data}: {problem}; mend it, or pass --bad-text skip to leave such text out"
-            )
-        notify(f"skipped: {problem}")
-
     with only_one_at(cache, notify):
         # The first pass finds the corpus's hash, the sizes of its documents, and text that is not UTF-8.
-        files = find_files(data, cache)
-        corpus_sha256, sizes = survey(documents(files, on_bad_text))
-        if sum(sizes) < MIN_BYTES:
-            raise ValueError(
-                f"--data {data}: {sum(sizes)} bytes of text; expected at least {MIN_BYTES} to learn from"
-            )
-        cut = held_out_from(sizes)
-        split = partial(documents_of, files, sizes, cut)
+        files = find_files(data, cache, notify)
+        with bad_texts(f"--data {data}", bad_text, notify) as on_bad_text:
+            corpus_sha256, sizes = survey(documents(files, on_bad_text, text_field))
+        if val is None:
+            cut = held_out_from(sizes)
+        else:
+            held_out = find_held_out(val, cache, files, notify)
+            with bad_texts(f"--val {val}", bad_text, notify) as on_bad_text:
+                val_sha256, val_sizes = survey(documents(held_out, on_bad_text, text_field))
+            if val_sha256 == corpus_sha256:
+                raise ValueError(f"--val {val}: the same text as --data {data}; expected text of its own")
+            files, sizes, cut = files + held_out, sizes + val_sizes, sum(sizes)
+            corpus_sha256 = hashlib.sha256(f"{corpus_sha256} {val_sha256}".encode()).hexdigest()
+        check_sizes(data, val, cut, sum(sizes))
+        split = partial(documents_of, files, sizes, cut, text_field)
 
         # Learn a byte-pair encoding from the training part, unless --tokenizer names one that exists.
         if n_tokens is not None:
@@ -107,12 +88,59 @@ def prepare(
             "tokenizer_sha256": tok.fingerprint,
             "held_out_from_byte": cut,
         }
+        if cut not in accumulate(sizes):  # a document is divided, by the rule of `divide`
+            made_from["nearest_line_break"] = near(sum(sizes) - cut)
         problem = check_shards(home, made_from)
         if problem is not None:
             if home.exists():
                 notify(f"{problem}: built anew")
             build_shards(home, made_from, tok, split, {"train": cut, "val": sum(sizes) - cut})
         return open_shards(home, tok)
+
+
+@contextmanager
+def bad_texts(what: str, bad_text: str, notify: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Yield the function to call with each text that is not UTF-8: it refuses the text, or counts it.
+
+    what: the flag and its value, for the error.
+    """
+    n_bad = 0
+
+    def on_bad_text(problem: str) -> None:
+        nonlocal n_bad
+        if bad_text == "refuse":
+            raise ValueError(f"{what}: {problem}; mend it, or pass --bad-text skip to leave such text out")
+        n_bad += 1
+        if n_bad <= MOST_NAMED:
+            notify(f"skipped: {problem}")
+
+    yield on_bad_text
+    if n_bad > MOST_NAMED:
+        notify(f"skipped: {n_bad:,} texts in all")
+
+
+def find_held_out(val: str, cache: Path, files: Files, notify: Callable[[str], None]) -> Files:
+    """Return the files of --val. Raises ValueError if one of them is also among those of --data."""
+    held_out = find_files(val, cache, notify, flag="--val")
+    trained_on = {os.path.realpath(path) for _, path in files}
+    for _, path in held_out:
+        if os.path.realpath(path) in trained_on:
+            raise ValueError(f"--val {val}: {path} is also part of --data; expected text of its own")
+    return held_out
+
+
+def check_sizes(data: str, val: str | None, n_train: int, total: int) -> None:
+    """Raise ValueError if there is too little text, in bytes, to learn from or to hold out."""
+    n_val = total - n_train
+    if n_val >= MIN_HELD_OUT and n_train >= MIN_HELD_OUT:
+        return
+    if val is not None and n_train >= MIN_HELD_OUT:
+        raise ValueError(f"--val {val}: {n_val} bytes of text; expected at least {MIN_HELD_OUT}")
+    found, least = (total, math.ceil(MIN_HELD_OUT / HELD_OUT)) if val is None else (n_train, MIN_HELD_OUT)
+    raise ValueError(
+        f"--data {data}: {found} bytes of text; expected at least {least}, of which a twentieth is held out; "
+        "give more text, or name held-out text by --val"
+    )
 
 
 def survey(texts: Iterable[str]) -> tuple[str, list[int]]:
@@ -125,15 +153,15 @@ def survey(texts: Iterable[str]) -> tuple[str, list[int]]:
     return digest.hexdigest(), sizes
 
 
-def documents_of(files: list[Path], sizes: list[int], cut: int, name: str) -> Iterator[str]:
+def documents_of(files: Files, sizes: list[int], cut: int, text_field: str, name: str) -> Iterator[str]:
     """Yield the documents of the part called name, "train" or "val", which meet at byte `cut`.
 
     sizes: of all documents, in bytes. The document at the cut is divided between the two.
     """
-    start = 0
+    start, tolerance = 0, near(sum(sizes) - cut)
     # Text that is not UTF-8 has been reported by the first pass.
-    for size, text in zip(sizes, documents(files, lambda problem: None), strict=True):
-        in_train, in_val = divide(text, start, size, cut)
+    for size, text in zip(sizes, documents(files, lambda problem: None, text_field), strict=True):
+        in_train, in_val = divide(text, start, size, cut, tolerance)
         start += size
         part = in_train if name == "train" else in_val
         if part:
@@ -194,19 +222,30 @@ def held_out_from(sizes: list[int]) -> int:
     return start
 
 
-def divide(text: str, start: int, size: int, cut: int) -> tuple[str, str]:
-    """Return the parts of a document before and after the cut, which moves on to the next line break.
+def near(n_held_out: int) -> int:
+    """Return how far, in bytes, the cut may move to a line break if n_held_out bytes are to be held out."""
+    return n_held_out // 4
 
+
+def divide(text: str, start: int, size: int, cut: int, tolerance: int) -> tuple[str, str]:
+    """Return the parts of a document before and after the cut.
+
+    The cut moves on to the next line break, or back to the last one, or else to the next whole character.
     start, size: of the document in the corpus, in bytes. cut: the byte of the corpus from `held_out_from`.
+    tolerance: how far it may move to a line break.
     """
     if start + size <= cut:
         return text, ""
     if start >= cut:
         return "", text
-    raw = text.encode()
-    at = raw.find(b"\n", cut - start) + 1
-    if at == 0 or at == size:  # no line break to use: the next whole character
-        at = cut - start
+    raw, wanted = text.encode(), cut - start
+    after, before = raw.find(b"\n", wanted) + 1, raw.rfind(b"\n", 0, wanted) + 1
+    if 0 < after < size and after - wanted <= tolerance:
+        at = after
+    elif before > 0 and wanted - before <= tolerance:
+        at = before
+    else:
+        at = wanted
         while at < size and raw[at] & 0xC0 == 0x80:  # 10xxxxxx: inside a character of UTF-8
             at += 1
     return raw[:at].decode(), raw[at:].decode()
@@ -225,7 +264,7 @@ def learned_tokenizer(
             tokenizer = Tokenizer.load(home)
         except ValueError:
             tokenizer = None
-        if tokenizer is not None and tokenizer.fingerprint == checksum.read_text():
+        if tokenizer is not None and tokenizer.fingerprint == checksum.read_text(encoding="utf-8"):
             return tokenizer
         notify(f"{home / 'tokenizer.json'}: missing or damaged: learned anew")
     every = math.ceil(n_bytes / BPE_BYTES)
@@ -233,77 +272,8 @@ def learned_tokenizer(
     tokenizer = train_bpe(sample, size, progress=True)
     with replace_directory(home) as new:
         tokenizer.save(new)
-        (new / checksum.name).write_text(tokenizer.fingerprint)
+        (new / checksum.name).write_text(tokenizer.fingerprint, encoding="utf-8")
     return tokenizer
-
-
-def build_shards(
-    home: Path,
-    made_from: dict,
-    tokenizer: Tokenizer,
-    split: Callable[[str], Iterator[str]],
-    sizes: dict[str, int],
-) -> None:
-    """Write home/train.bin, val.bin, manifest.json and their checksums, all or nothing.
-
-    made_from: the hashes that the manifest records. split(name): yields the documents of "train" or "val".
-    sizes: their bytes, for the progress bar.
-    """
-    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    manifest = {**made_from, "dtype": np.dtype(dtype).name}
-    with replace_directory(home) as new:
-        for name in ("train", "val"):
-            counts = {"tokens": 0, "bytes": 0, "documents": 0}
-            bar = progress_bar(desc=f"tokenise {name}", total=sizes[name], unit="B", unit_scale=True)
-            with open(new / f"{name}.bin", "wb") as shard, bar:
-                for batch in batches(split(name)):
-                    encoded = tokenizer.encode_batch(batch, os.cpu_count() or 1)
-                    for text, ids in zip(batch, encoded, strict=True):
-                        np.array([tokenizer.eot_id, *ids], dtype).tofile(shard)
-                        n_bytes = len(text.encode())
-                        counts["tokens"] += 1 + len(ids)
-                        counts["bytes"] += n_bytes
-                        counts["documents"] += 1
-                        bar.update(n_bytes)
-            manifest[name] = counts
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        write_checksums(new)
-
-
-def batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Yield the texts in order, in lists of about BATCH_CHARACTERS characters."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def check_shards(home: Path, made_from: dict) -> str | None:
-    """Return a description of the first fault of the shards in home, or None."""
-    problem = damage(home)
-    if problem is not None:
-        return problem
-    manifest = json.loads((home / "manifest.json").read_text())
-    if any(manifest.get(key) != value for key, value in made_from.items()):
-        return f"{home} was made from another corpus or tokenizer"
-    return None
-
-
-def open_shards(home: Path, tokenizer: Tokenizer) -> Corpus:
-    manifest = json.loads((home / "manifest.json").read_text())
-    train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
-    return Corpus(home.name, tokenizer, train, val)
-
-
-def open_shard(home: Path, manifest: dict, name: str) -> Split:
-    """Return a split with its tokens memory-mapped."""
-    tokens = np.memmap(home / f"{name}.bin", dtype=manifest["dtype"], mode="r")
-    return Split(tokens, manifest[name]["bytes"], manifest[name]["documents"])
 
 
 class Windows(Rows):
@@ -378,28 +348,23 @@ def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Datase
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokenise a corpus and print what is in it.")
-    parser.add_argument(
-        "data", nargs="?", default="stdlib", help="corpus, as for train.py --data (default stdlib)"
-    )
-    parser.add_argument("--tokenizer", default="bpe:4096")
-    parser.add_argument("--cache", type=Path, default=Path("cache"))
-    parser.add_argument("--bad-text", choices=("refuse", "skip"), default="refuse")
-    args = parser.parse_args()
-    dataset = prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Tokenise a corpus and print what is in it.")
+    add = parser.add_argument
+    add("data", nargs="?", default="stdlib", help="corpus, as for train.py --data (default stdlib)")
+    add("--val", metavar="WHAT", help="held-out text (default: the last twentieth of the corpus)")
+    add("--text-field", default="text", metavar="NAME", help="of .json, .csv ... (default %(default)s)")
+    add("--tokenizer", type=command.filled, default="bpe:4096", help="default %(default)s")
+    add("--cache", type=command.path, default=Path("cache"), help="default %(default)s")
+    add("--bad-text", choices=("refuse", "skip"), default="refuse")
+    args = parser.parse_args(argv)
+    options = {"val": args.val, "text_field": args.text_field, "bad_text": args.bad_text}
+    dataset = prepare(args.data, args.tokenizer, args.cache, **options)
     for name, split in (("train", dataset.train), ("val", dataset.val)):
         n_tokens = len(split.tokens)
-        print(
-            f"{name:5} {split.n_documents:,} documents, {split.n_bytes:,} bytes, {n_tokens:,} tokens, ",
-            end="",
-        )
-        print(f"{split.n_bytes / n_tokens:.2f} bytes per token")
+        sizes = f"{split.n_documents:,} documents, {split.n_bytes:,} bytes, {n_tokens:,} tokens"
+        print(f"{name:5} {sizes}, {split.n_bytes / n_tokens:.2f} bytes per token")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

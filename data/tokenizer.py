@@ -25,7 +25,6 @@ formats/tokenizer_json.py writes both to a file that `transformers.AutoTokenizer
     tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
 """
 
-import argparse
 import functools
 import hashlib
 import heapq
@@ -45,6 +44,8 @@ import numpy as np
 import regex
 import tiktoken
 
+from data.corpus import documents
+from data.records import refuse
 from data.special_tokens import SpecialTokens, split_at
 from data.wordpiece import WordPiece
 from data.words import (
@@ -56,7 +57,7 @@ from data.words import (
     continues,
     cut_long_space,
 )
-from formats import tokenizer_json
+from formats import command, tokenizer_json
 from formats.progress import progress_bar
 from formats.tokenizer_json import END_OF_TEXT
 from formats.wordpiece_json import is_wordpiece
@@ -360,17 +361,24 @@ def get_tokenizer(name: str) -> Tokenizer | WordPiece:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Learn a byte-pair encoding from text files and look at it.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text")
-    parser.add_argument(
-        "--vocab-size", type=int, default=4096, help="256 bytes, merges, end of text (default 4096)"
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Learn a byte-pair encoding from text files and look at it.")
+    add = parser.add_argument
+    add(
+        "files",
+        nargs="+",
+        type=command.path,
+        metavar="FILE",
+        help="of text, or of records with a field of text",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="save tokenizer.json here")
-    options = parser.parse_args()
+    add("--text-field", default="text", metavar="NAME", help="of .jsonl, .csv ... (default %(default)s)")
+    add("--vocab-size", type=int, default=4096, help="256 bytes, merges, end of text (default %(default)s)")
+    add("--out", type=command.path, metavar="DIR", help="save tokenizer.json here")
+    options = parser.parse_args(argv)
 
     # Learn the tokenizer.
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in options.files]
+    files = [(str(path), path) for path in options.files]
+    texts = list(documents(files, refuse, options.text_field))
     n_bytes = sum(len(text.encode()) for text in texts)
     if n_bytes == 0:
         raise ValueError(f"no text in {', '.join(map(str, options.files))}; give files that are not empty")
@@ -393,8 +401,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

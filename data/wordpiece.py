@@ -31,12 +31,10 @@ differ (119 with a cased vocabulary).
     tokenizer.decode(tokenizer.encode("Hello!")) == "hello !"
 """
 
-import argparse
 import functools
 import hashlib
 import json
 import string
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,7 +43,7 @@ from typing import Literal
 import numpy as np
 
 from data.special_tokens import SpecialTokens, split_at
-from formats import wordpiece_json
+from formats import command, wordpiece_json
 from formats.wordpiece_json import BERT_ROLES, LONGEST_WORD
 
 CACHED_WORDS = 1 << 18
@@ -249,8 +247,8 @@ class WordPiece(SpecialTokens):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show the pieces and ids of a text.")
-    parser.add_argument("directory", type=Path, help="a checkpoint with tokenizer.json or vocab.txt")
+    parser = command.Parser(description="Show the pieces and ids of a text.")
+    parser.add_argument("directory", type=command.path, help="a checkpoint with tokenizer.json or vocab.txt")
     parser.add_argument("text", help="it may spell special tokens, such as [MASK]")
     options = parser.parse_args()
 
@@ -261,8 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -80,9 +80,9 @@ def write(run: Path, tensors: dict[str, Tensor], state: dict) -> None:
         own = {path.name: sha256(path) for path in new.glob(f"shard-{parallel.rank() + 1:05}-*")}
         checksums = {name: digest for part in parallel.all_gather(own) for name, digest in part.items()}
         if parallel.rank() == 0:
-            (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            (new / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             checksums["state.json"] = sha256(new / "state.json")
-            (new / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
+            (new / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
 
 
 def read(directory: Path, tensors: dict[str, Tensor]) -> None:
@@ -121,7 +121,7 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
         if problem is not None:
             raise ValueError(f"{run}: no checkpoint is whole: {problem}; start again with another --out")
         previous.rename(current)
-    return current, json.loads((current / "state.json").read_text())
+    return current, json.loads((current / "state.json").read_text(encoding="utf-8"))
 
 
 # --- the state of a run

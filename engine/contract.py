@@ -138,7 +138,8 @@ def load_corpus(args: Namespace):
     corpus = None
     with parallel.one_per_machine_first() as is_first:
         if is_first:
-            corpus = text.prepare(args.data, args.tokenizer, args.cache, bad_text=args.bad_text)
+            options = {"val": args.val, "text_field": args.text_field, "bad_text": args.bad_text}
+            corpus = text.prepare(args.data, args.tokenizer, args.cache, **options)
     name = parallel.broadcast(corpus and corpus.name)
     return corpus or text.reopen(args.cache, name, args.tokenizer)
 

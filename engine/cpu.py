@@ -21,7 +21,7 @@ def name() -> str:
     EPYC"."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():  # Linux, where Python's platform has the architecture only
-        fields = dict(re.findall(r"(\w[^\t:]*)\s*: (.*)", cpuinfo.read_text()))
+        fields = dict(re.findall(r"(\w[^\t:]*)\s*: (.*)", cpuinfo.read_text(encoding="utf-8")))
         if fields.keys() >= {"model name", "cpu family", "model"}:
             return f"{fields['model name']}, family {fields['cpu family']}, model {fields['model']}"
     return platform.processor() or platform.machine()

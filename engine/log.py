@@ -130,7 +130,7 @@ class Log:
             return False
 
         def is_missing() -> bool:
-            rows = (run.args.out / "metrics.jsonl").read_text().splitlines()
+            rows = (run.args.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             last = json.loads(rows[-1]) if rows else {}
             return last.get("step") != run.step or "val_loss" not in last
 

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from engine import contract, parallel, trainable, watch
+from formats import command
 
 # These change no number that a run computes.
 NO_EFFECT = {"out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every"}
@@ -21,13 +22,14 @@ FREE_ON_RESUME = NO_EFFECT | {
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags of train.py; exit with code 2 and one line for a flag that does not exist."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         description="Train a model from scratch, or further.",
         epilog="Examples: train.py --model gpt | train.py --model gpt --data book.txt --out runs/book | "
         "train.py --model gpt --resume | torchrun --nproc_per_node=8 train.py --model gpt --parallel ddp | "
         "train.py --compare runs/a runs/b",
     )
     add_what(parser.add_argument_group("what is trained"))
+    add_data(parser.add_argument_group("on what"))
     add_how(parser.add_argument_group("how it is trained"))
     add_where(parser.add_argument_group("where and how fast"))
     add_output(parser.add_argument_group("what comes out"))
@@ -40,10 +42,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_what(group) -> None:
-    from data.corpus import PUBLIC
-
     add = group.add_argument
-    add("--model", help=f"the concept's file, always needed: {', '.join(contract.names())}")
+    add(
+        "--model",
+        type=command.filled,
+        help=f"the concept's file, always needed: {', '.join(contract.names())}",
+    )
     add("--size", help="a size that the model's file names, see `python gpt.py` (default: its first)")
     add("--task", help="what is asked, a file's name such as masking or instruct (default: the model's own)")
     add(
@@ -64,24 +68,50 @@ def add_what(group) -> None:
         metavar="FIELD=VALUE",
         help="other values for fields of the Config of model, task or adapter, as n_layers=6 mask_rate=0.3",
     )
-    add("--init-from", metavar="DIR", help="start from this checkpoint, or this adapter")
-    add("--base", metavar="DIR", help="--model lora --base DIR is short for the model in DIR with an adapter")
+    add("--init-from", type=command.filled, metavar="DIR", help="start from this checkpoint, or this adapter")
+    add(
+        "--base",
+        type=command.filled,
+        metavar="DIR",
+        help="--model lora --base DIR is short for the model in DIR with an adapter",
+    )
+    add("--document-mask", action="store_true", help="keep attention inside each document")
+
+
+def add_data(group) -> None:
+    from data.corpus import PUBLIC
+
+    add = group.add_argument
     add(
         "--data",
+        type=command.filled,
         default="stdlib",
         metavar="WHAT",
         help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py "
-        f".jsonl, also .gz, a URL, or one of: {', '.join(PUBLIC)}; for --task instruct conversations: "
-        "stdlib (questions about it), or a .jsonl or .json, see posttraining/instruct.py",
+        ".jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
+        f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
+        "records, see data/conversations.py",
+    )
+    add(
+        "--val",
+        type=command.filled,
+        metavar="WHAT",
+        help="held-out text or conversations, as for --data (default: a share of --data)",
+    )
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field that holds the text in .jsonl, .json, .csv, .tsv, .parquet (default %(default)s)",
     )
     add(
         "--tokenizer",
+        type=command.filled,
         metavar="WHAT",
         help="bpe:N learns N tokens from the corpus, bytes, a tiktoken encoding such as gpt2, or a directory "
         "with tokenizer.json (default bpe:4096, or the tokenizer in --init-from or --base)",
     )
-    add("--bad-text", choices=("refuse", "skip"), default="refuse", help="text that is not UTF-8")
-    add("--document-mask", action="store_true", help="keep attention inside each document")
+    add("--bad-text", choices=("refuse", "skip"), default="refuse", help="what is no text (default refuse)")
 
 
 def add_how(group) -> None:
@@ -132,12 +162,12 @@ def add_where(group) -> None:
 
 def add_output(group) -> None:
     add = group.add_argument
-    add("--out", type=Path, metavar="DIR", help="default runs/MODEL")
+    add("--out", type=command.path, metavar="DIR", help="default runs/MODEL")
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--eval-every", type=int, metavar="STEPS", help="default: eight times in a run")
     add("--save-every", type=int, metavar="STEPS", help="default: as often as evaluation")
     add("--log-every", type=int, metavar="STEPS", default=10, help="default %(default)s")
-    add("--cache", type=Path, metavar="DIR", default=Path("cache"), help="of tokens (default cache)")
+    add("--cache", type=command.path, metavar="DIR", default=Path("cache"), help="of tokens (default cache)")
     add("--watch", nargs="+", default=[], metavar="WHERE", help="curves also in: tensorboard, wandb")
 
 
@@ -153,7 +183,7 @@ def add_measurements(group) -> None:
     )
     add("--benchmark", action="store_true", help="50 steps: tokens per second, MFU, memory, time lost")
     add("--profile", action="store_true", help="some steps traced, and what costs the most in them")
-    add("--compare", type=Path, nargs="+", metavar="DIR", help="draw runs over each other, and stop")
+    add("--compare", type=command.path, nargs="+", metavar="DIR", help="draw runs over each other, and stop")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -105,21 +105,23 @@ def record_start(out: Path, start: dict, resumed: bool) -> None:
     """
     earlier = read_starts(out) if resumed else []
     with atomic.replace_file(out / "run.json") as new:
-        new.write_text(json.dumps({"starts": [*earlier, start]}, indent=2, default=str) + "\n")
+        new.write_text(
+            json.dumps({"starts": [*earlier, start]}, indent=2, default=str) + "\n", encoding="utf-8"
+        )
 
 
 def read_starts(out: Path) -> list[dict]:
     """Return the starts in run.json, the latest last. If the file is missing or damaged, return none: no run
     should end because of that."""
     try:
-        return json.loads((out / "run.json").read_text())["starts"]
+        return json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, LookupError, TypeError):
         return []
 
 
 def read_rows(out: Path) -> tuple[list[dict], list[dict]]:
     """Return (steps, evaluations) of metrics.jsonl: at most ROWS steps, every n-th up to the last one."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluations = [line for line in lines if '"val_loss"' in line]
     steps = [line for line in lines if '"val_loss"' not in line]
     stride = 1 + len(steps) // ROWS

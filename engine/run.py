@@ -222,7 +222,7 @@ def prepare(args: argparse.Namespace) -> Run:
     batches.start(run.step)
     if saved is None and run.is_first:
         for log in checkpoint.LOGS:
-            (args.out / log).write_text("")
+            (args.out / log).write_text("", encoding="utf-8")
     return run
 
 
@@ -284,7 +284,10 @@ def configure(concept: contract.Concept, args: argparse.Namespace) -> tuple[nn.M
 
     args.seq_len = args.seq_len or config.max_seq_len
     if args.seq_len > config.max_seq_len:
-        raise ValueError(f"--seq-len {args.seq_len}: this model reads at most {config.max_seq_len} tokens")
+        larger = [f"--size {name}" for name, c in file.SIZES.items() if c.max_seq_len >= args.seq_len]
+        other = larger[0] if larger and not directory else "a model that reads more"
+        limit = f"this model reads at most {config.max_seq_len} tokens"
+        raise ValueError(f"--seq-len {args.seq_len}: {limit}; give that or less, or choose {other}")
     return pretrained, config
 
 

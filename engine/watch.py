@@ -70,7 +70,7 @@ class WandB:
         # Continue the run whose id was saved, if this run was resumed.
         id_file = out / "wandb.id"
         resumed = resumed_at is not None and id_file.is_file()
-        known = id_file.read_text().strip() if resumed else None
+        known = id_file.read_text(encoding="utf-8").strip() if resumed else None
         try:
             self.run = wandb.init(
                 resume="allow",
@@ -83,7 +83,7 @@ class WandB:
         except wandb.Error as error:
             problem = str(error).rstrip(".")
             raise ValueError(f"--watch wandb: {problem}; or set WANDB_MODE=offline") from None
-        id_file.write_text(self.run.id + "\n")
+        id_file.write_text(self.run.id + "\n", encoding="utf-8")
 
     def log(self, step: int, row: dict) -> None:
         # After a crash some steps are computed again. wandb ignores those that it has; their rows are the

@@ -4,6 +4,7 @@ Whenever a process dies, either the old version or the new one is in place, and 
 files show later whether they are still intact.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,13 +13,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # no space on the disk; none of a user's share
+
+
+@contextmanager
+def names_full_disk(path: Path) -> Iterator[None]:
+    """Let errors about a full disk name this path, since those of writing to an open file name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"the disk is full ({error.strerror})", str(path)) from None
+
 
 @contextmanager
 def replace_directory(directory: str | Path, *, previous: Path | None = None) -> Iterator[Path]:
     """Yield an empty directory to fill; afterwards it is synced to disk and replaces `directory`.
 
     The old directory is moved to `previous` if that is given, else it is removed. If the filling fails, the
-    old directory stays in place.
+    old directory stays in place, and nothing of the new one.
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -26,9 +40,10 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        yield new
-        for path in [*new.iterdir(), new]:
-            sync(path)
+        with names_full_disk(directory):
+            yield new
+            for path in [*new.iterdir(), new]:
+                sync(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -54,9 +69,10 @@ def replace_file(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
         new.touch()
         mode = new.stat().st_mode
-        yield new
-        new.chmod(mode)
-        sync(new)
+        with names_full_disk(path):
+            yield new
+            new.chmod(mode)
+            sync(new)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
@@ -80,13 +96,13 @@ def sha256(path: Path) -> str:
 def write_checksums(directory: Path) -> None:
     """Write the SHA-256 of all files in directory to checksums.json."""
     checksums = {path.name: sha256(path) for path in sorted(directory.iterdir())}
-    (directory / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
+    (directory / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
 
 
 def damage(directory: Path) -> str | None:
     """Return which file in a directory is missing or damaged by checksums.json, or None if all are intact."""
     try:
-        checksums = json.loads((directory / "checksums.json").read_text())
+        checksums = json.loads((directory / "checksums.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{directory / 'checksums.json'} is missing or damaged ({type(error).__name__})"
     for name, expected in checksums.items():

@@ -21,8 +21,6 @@ This file is only what ELECTRA adds to bert.py and language/masking.py.
 Shapes: B batch, T tokens of a row, D model width, V vocabulary, n masked tokens of a row.
 """
 
-import argparse
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from bert import BERT
 from data.rows import Dataset, Row
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
-from formats import encoders, safetensors_dir
+from formats import command, encoders, safetensors_dir
 from language import masking
 from language.encoder_inference import sequence
 
@@ -357,9 +355,12 @@ def print_sizes() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Detect replaced tokens in a text, or print the sizes.")
+    parser = command.Parser(description="Detect replaced tokens in a text, or print the sizes.")
     parser.add_argument(
-        "checkpoint", nargs="?", help="directory in Hugging Face layout (default: print the sizes)"
+        "checkpoint",
+        nargs="?",
+        type=command.filled,
+        help="directory in Hugging Face layout (default: print the sizes)",
     )
     parser.add_argument("--text", help="the text to judge")
     args = parser.parse_args()
@@ -377,8 +378,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -19,7 +19,6 @@ Shapes: T tokens of a text, N tokens of n packed texts, D model width.
 import argparse
 import importlib
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ import bert
 from bert import BERT
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
+from formats import command
 
 
 def sequence(
@@ -194,17 +194,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the command `python bert.py`. A mistake in its arguments ends it with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Fill in masks with a trained model, or print the sizes.")
+    parser = command.Parser(description="Fill in masks with a trained model, or print the sizes.")
     parser.add_argument(
-        "checkpoint", nargs="?", help="directory in Hugging Face layout (default: print the sizes)"
+        "checkpoint",
+        nargs="?",
+        type=command.filled,
+        help="directory in Hugging Face layout (default: print the sizes)",
     )
     parser.add_argument("--text", help="a text with [MASK] in it, or with the tokenizer's own mask token")
     parser.add_argument("--k", type=int, default=5, help="number of guesses for each mask (default 5)")
-    try:
-        run(parser.parse_args())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(lambda: run(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from data.rows import Dataset, Row, stack
 from data.tokenizer import Tokenizer
 from data.wordpiece import WordPiece
 from engine import contract
+from formats import command
 from language.encoder_inference import fill_every_tenth
 from language.sentence_pairs import framed, in_two
 from language.span_boundary import SpanBoundary, span_boundaries
@@ -396,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -10,8 +10,6 @@ grow apart in training.
     python train.py --model moe --init-from runs/upcycled --out runs/further
 """
 
-import argparse
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 
 import gpt
 from data.tokenizer import get_tokenizer
+from formats import command
 from gpt import GPT
 from moe import Config, MoEGPT, n_active_params
 
@@ -63,11 +62,16 @@ def upcycle(directory: str, n_experts: int, out: Path) -> MoEGPT:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a mixture of experts of a trained dense model.")
-    parser.add_argument("checkpoint", metavar="DIR", help="the dense model, in Hugging Face layout")
+    parser = command.Parser(description="Make a mixture of experts of a trained dense model.")
+    parser.add_argument(
+        "checkpoint", type=command.filled, metavar="DIR", help="the dense model, in Hugging Face layout"
+    )
     parser.add_argument("--experts", type=int, default=8, metavar="N", help="experts of a layer (default 8)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/upcycled"), help="where to write it (default runs/upcycled)"
+        "--out",
+        type=command.path,
+        default=Path("runs/upcycled"),
+        help="where to write it (default runs/upcycled)",
     )
     args = parser.parse_args()
     sparse = upcycle(args.checkpoint, args.experts, args.out)
@@ -76,8 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -1,5 +1,6 @@
 """From a trained model to a useful one.
 
 Read instruct (a base model learns to answer) and chat; then adapters, the layers behind lora.py, with
-merging, adapter_costs and adapter_command; nf4 (a model in 4 bits); and classify, which has its own loop.
+merging, adapter_costs and adapter_command; nf4 (a model in 4 bits); and classify, which has its own loop,
+beside naive_bayes, which counts words.
 """

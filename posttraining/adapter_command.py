@@ -8,7 +8,6 @@ All of these also take a model that was trained without an adapter, or an adapte
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
-from formats import chat_template, open_model
+from formats import chat_template, command, open_model
 from posttraining import chat
 from posttraining.merging import merge
 
@@ -58,39 +57,41 @@ def merge_into(directory: Path, model: nn.Module, tokenizer: Tokenizer | WordPie
 
 def main(argv: list[str]) -> int:
     """Do what the flags say, and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="lora.py", description="Ask an adapted model, or merge it; without arguments, list the methods."
     )
     add = parser.add_argument
-    add("adapter", type=Path, help="a run such as runs/lora, or a directory with an adapter")
-    add("--base", metavar="DIR", help="the model that it adapts (default: the one that the adapter names)")
+    add("adapter", type=command.path, help="a run such as runs/lora, or a directory with an adapter")
+    add(
+        "--base",
+        type=command.filled,
+        metavar="DIR",
+        help="the model that it adapts (default: the one that the adapter names)",
+    )
     add("--chat", action="store_true", help="talk to it")
     add("--prompt", help="ask one question")
-    add("--merge", type=Path, metavar="DIR", help="write base and adapter as one ordinary model")
+    add("--merge", type=command.path, metavar="DIR", help="write base and adapter as one ordinary model")
     add("--system", help="a system message, which comes before all questions")
     add("--max-new-tokens", type=int, default=100, help="of an answer, at most (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default 0)")
     add("--top-p", type=float, default=0.95, help="only the likeliest tokens of this joint probability")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        if [args.chat, args.prompt is not None, args.merge is not None].count(True) != 1:
-            raise ValueError(f"what with {args.adapter}? give one of --chat, --prompt and --merge")
-        model, tokenizer = open_adapted(args.adapter, args.base)
-        if args.merge is not None:
-            merge_into(args.merge, model, tokenizer)
-            print(f"model: {args.merge}")
-        elif is_encoder(tokenizer):
-            raise ValueError(f"{args.adapter}: an encoder gives no answers; --merge it and use bert.py")
-        elif args.chat:
-            chat.talk(model, tokenizer, args)
-        else:
-            question = {"role": "user", "content": args.prompt}
-            chat.answer(model, tokenizer, [*chat.begin(args), question], args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return command.exit_code(lambda: do(args))
+
+
+def do(args: argparse.Namespace) -> None:
+    """Merge the adapter, chat, or answer one question."""
+    if [args.chat, args.prompt is not None, args.merge is not None].count(True) != 1:
+        raise ValueError(f"what with {args.adapter}? give one of --chat, --prompt and --merge")
+    model, tokenizer = open_adapted(args.adapter, args.base)
+    if args.merge is not None:
+        merge_into(args.merge, model, tokenizer)
+        print(f"model: {args.merge}")
+    elif is_encoder(tokenizer):
+        raise ValueError(f"{args.adapter}: an encoder gives no answers; --merge it and use bert.py")
+    elif args.chat:
+        chat.talk(model, tokenizer, args)
+    else:
+        question = {"role": "user", "content": args.prompt}
+        chat.answer(model, tokenizer, [*chat.begin(args), question], args)

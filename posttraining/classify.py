@@ -16,7 +16,8 @@ minutes, so it cannot be resumed.
     python -m posttraining.classify --data reviews.jsonl --init-from runs/bert/model       train
     python -m posttraining.classify runs/classify/model --text "a waste of two hours"      classify a text
 
-The run leaves, in --out, model/ (opens with AutoModelForSequenceClassification) and metrics.jsonl.
+The run leaves, in --out, model/ (opens with AutoModelForSequenceClassification), metrics.jsonl, and
+report.txt, which sets the accuracy on held-out texts beside that of simple guesses.
 
 Shapes: n texts of a batch, N their tokens in all, D model width, L layers.
 """
@@ -24,9 +25,7 @@ Shapes: n texts of a batch, N their tokens in all, D model width, L layers.
 import argparse
 import json
 import math
-import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,13 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert import BERT, Config, dense_and_norm, initialize
-from data.labelled import read_examples
+from data.labelled import hold_out, read_examples
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
-from formats import encoders, json_file, safetensors_dir
+from formats import command, encoders, json_file, safetensors_dir
 from formats.atomic import replace_directory, replace_file
 from formats.progress import progress_bar
 from language.encoder_inference import pack
+from posttraining import naive_bayes
 
 
 def is_head(name: str) -> bool:
@@ -197,6 +197,16 @@ def parameter_groups(model: Classifier, lr: float, layer_decay: float) -> list[d
     return groups
 
 
+def default_rate(model: Classifier) -> float:
+    """Return the peak learning rate 5e-5 (85e6 / N)^0.6 for N weights in the layers of a model.
+
+    BERT base, N = 85 million, is fine-tuned at 5e-5 (Devlin et al. 2018, appendix A.3). Smaller models need
+    more: the exponent is from a search with our own, see docs/bert.md.
+    """
+    n_weights = model.flops_per_token(1) / 6
+    return 5e-5 * (85e6 / n_weights) ** 0.6
+
+
 def slanted_triangle(step: int, n_steps: int) -> float:
     """Return the share of the peak rate at a step: up for the first tenth of the steps, then down to 0."""
     rise = max(1, n_steps // 10)
@@ -223,18 +233,18 @@ def predict(model: Classifier, examples: list[tuple[list[int], int]], batch_size
     return torch.cat([model(tokens, cu_seqlens).argmax(-1).cpu() for tokens, cu_seqlens, _ in batches])
 
 
-def train(model: Classifier, examples: list, held_out: list, args: argparse.Namespace) -> None:
+def train(model: Classifier, examples: list, held_out: list, args: argparse.Namespace) -> list[str]:
     """Train for args.epochs, each over all examples in another order, and score those held out after each.
 
-    Both lists are as for `batch`. Each epoch adds a row to metrics.jsonl. Raises ValueError for a gradient
-    that is not finite.
+    Both lists are as for `batch`. Each epoch adds a row to metrics.jsonl, and a line to those returned.
+    Raises ValueError for a gradient that is not finite.
     """
     device = model.embedding_weight.device
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.layer_decay))
     top = max(group["depth"] for group in optimizer.param_groups)
     n_steps = args.epochs * math.ceil(len(examples) / args.batch_size)
     generator = torch.Generator().manual_seed(args.seed)
-    log, step, began = "", 0, time.perf_counter()
+    log, lines, step, began = "", [], 0, time.perf_counter()
     with progress_bar(total=n_steps, unit="step") as bar:
         for epoch in range(args.epochs):
             # Freeze the layers that do not learn in this epoch.
@@ -267,18 +277,20 @@ def train(model: Classifier, examples: list, held_out: list, args: argparse.Name
             row |= {"val_accuracy": accuracy, "val_f1": f1, "seconds": time.perf_counter() - began}
             log += json.dumps(row) + "\n"
             with replace_file(args.out / "metrics.jsonl") as new:
-                new.write_text(log)
+                new.write_text(log, encoding="utf-8")
             summary = f"loss {row['loss']:.3f}, held out: accuracy {accuracy:.1%}, F1 {f1:.3f}"
-            bar.write(f"epoch {epoch + 1}: {summary}")
+            lines.append(f"epoch {epoch + 1}: {summary}")
+            bar.write(lines[-1])
+    return lines
 
 
-def prepare(args: argparse.Namespace) -> tuple[Classifier, Tokenizer | WordPiece, list, list]:
-    """Return the model, its tokenizer, the examples to train on and those held out.
+def prepare(args: argparse.Namespace) -> tuple[Classifier, Tokenizer | WordPiece, list, list, list[str]]:
+    """Return the model, its tokenizer, the examples to train on and those held out, and lines about them.
 
     Raises ValueError for flags, examples or a model that cannot be used.
     """
     for flag in ("epochs", "batch_size", "lr", "layer_decay"):
-        if not 0 < getattr(args, flag) < math.inf:
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected more than 0")
     if args.layer_decay > 1:
         raise ValueError(f"--layer-decay {args.layer_decay}: expected at most 1; ULMFiT's is {1 / 2.6:.2f}")
@@ -286,22 +298,22 @@ def prepare(args: argparse.Namespace) -> tuple[Classifier, Tokenizer | WordPiece
         raise ValueError(f"--out {args.out}: there is a model in it; name another directory")
 
     # Read the examples, and hold some out.
-    examples = read_examples(args.data)
+    fields = (args.text_field, args.label_field)
+    examples = read_examples(args.data, *fields)
     labels = sorted({label for _, label in examples})
     if len(labels) < 2:
         raise ValueError(f"{args.data}: every text has the label {labels[0]!r}; expected two or more labels")
     torch.manual_seed(args.seed)
     if args.val is not None:
-        held_out = read_examples(args.val)
+        held_out = read_examples(args.val, *fields)
     else:
-        examples = [examples[i] for i in torch.randperm(len(examples))]
-        n_held_out = math.ceil(len(examples) / 10)
-        held_out, examples = examples[:n_held_out], examples[n_held_out:]
+        examples, held_out = hold_out([examples[i] for i in torch.randperm(len(examples))])
     for _, label in held_out:
         if label not in labels:
             raise ValueError(f"{args.val}: label {label!r}; {args.data} has {', '.join(labels)}")
 
     # Load the encoder, and tokenise.
+    about = naive_bayes.simple_guesses(examples, held_out)
     model, tokenizer = load(args.init_from, labels)
     number = {label: i for i, label in enumerate(model.labels)}
 
@@ -313,8 +325,8 @@ def prepare(args: argparse.Namespace) -> tuple[Classifier, Tokenizer | WordPiece
     # Fail now, not after an epoch, if the directory is not writable.
     args.out.mkdir(parents=True, exist_ok=True)
     with replace_file(args.out / "metrics.jsonl") as new:
-        new.write_text("")
-    return model, tokenizer, examples, held_out
+        new.write_text("", encoding="utf-8")
+    return model, tokenizer, examples, held_out, about
 
 
 def load(directory: str, labels: list[str] | None = None) -> tuple[Classifier, Tokenizer | WordPiece]:
@@ -338,63 +350,48 @@ def classify(args: argparse.Namespace) -> None:
 
 def finetune(args: argparse.Namespace) -> None:
     """Train a classifier from the flags, and save it."""
-    model, tokenizer, examples, held_out = prepare(args)
-    most = Counter(label for _, label in held_out).most_common(1)[0][1] / len(held_out)
-    print(f"{len(examples):,} texts, {len(held_out):,} held out; labels {', '.join(model.labels)}")
-    print(f"always the most frequent label: {most:.1%} of the held out", flush=True)
-    train(model, examples, held_out, args)
+    model, tokenizer, examples, held_out, about = prepare(args)
+    args.lr = args.lr or default_rate(model)
+    about.append(f"peak learning rate {args.lr:.2g}")
+    print(*about, sep="\n", flush=True)
+    about += train(model, examples, held_out, args)
     with replace_directory(args.out / "model") as new:
         model.save_pretrained(new)
         tokenizer.save(new)
+    with replace_file(args.out / "report.txt") as new:
+        new.write_text("\n".join(about) + "\n", encoding="utf-8")
     print(f"model: {args.out / 'model'}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Fine-tune an encoder to classify texts, or use it.")
+    parser = command.Parser(description="Fine-tune an encoder to classify texts, or use it.")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="a trained classifier, for --text")
+    add("checkpoint", nargs="?", type=command.filled, help="a trained classifier, for --text")
     add("--text", help="the text to classify")
-    add("--data", type=Path, metavar="FILE", help='.jsonl[.gz], lines of {"text": ..., "label": ...}')
-    add("--val", type=Path, metavar="FILE", help="held-out examples (default: a tenth of --data)")
-    add("--init-from", metavar="DIR", help="the pretrained encoder, in Hugging Face layout")
-    add("--out", type=Path, metavar="DIR", default=Path("runs/classify"), help="default %(default)s")
+    add("--data", type=command.path, metavar="FILE", help='.jsonl of {"text": ..., "label": ...}, .csv ...')
+    add("--val", type=command.path, metavar="FILE", help="held-out examples (default: a tenth of --data)")
+    add("--text-field", default="text", metavar="NAME", help="default %(default)s")
+    add("--label-field", default="label", metavar="NAME", help="default %(default)s")
+    add("--init-from", type=command.filled, metavar="DIR", help="the encoder, in Hugging Face layout")
+    add("--out", type=command.path, metavar="DIR", default=Path("runs/classify"), help="default %(default)s")
     add("--epochs", type=int, default=3, metavar="N", help="default %(default)s")
     add("--batch-size", type=int, default=16, metavar="TEXTS", help="default %(default)s")
-    add(
-        "--lr",
-        type=float,
-        default=5e-5,
-        metavar="X",
-        help="peak learning rate of the heads (default %(default)s)",
-    )
-    add(
-        "--layer-decay",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="rate of a layer / rate of the one above it",
-    )
-    choices, layers = (
-        ("all", "gradual", "none"),
-        "layers that learn: all, one more each epoch, or only the heads",
-    )
-    add("--unfreeze", choices=choices, default="all", help=layers)
+    add("--lr", type=float, metavar="X", help="peak rate of the heads (default: by the model's size)")
+    add("--layer-decay", type=float, default=1.0, metavar="X", help="rate of a layer / of the one above it")
+    layers = "layers that learn: all, one more each epoch, or only the heads"
+    add("--unfreeze", choices=("all", "gradual", "none"), default="all", help=layers)
     add("--cut", action="store_true", help="cut texts that are longer than the model reads")
     add("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         given = [value is not None for value in (args.data, args.init_from, args.checkpoint, args.text)]
         if given not in ([True, True, False, False], [False, False, True, True]):
             raise ValueError("give --data and --init-from to train, or a classifier and --text to classify")
         (finetune if given[0] else classify)(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return command.exit_code(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -27,7 +27,7 @@ import argparse
 import bisect
 import hashlib
 import json
-import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import groupby
@@ -41,7 +41,9 @@ from torch import Tensor, nn
 from data.conversations import read_conversations
 from data.rows import Dataset, Row, Rows, stack
 from data.stdlib_questions import stdlib_conversations
+from data.text import bad_texts
 from data.tokenizer import Tokenizer, get_tokenizer
+from formats import command
 from formats.atomic import replace_file
 from formats.chat_template import Conversation, end_id, render, save_chat_template
 
@@ -62,34 +64,33 @@ def as_row(messages: Conversation, tokenizer: Tokenizer) -> Row:
     return {"tokens": np.array(tokens, np.int64), "in_response": np.array(in_response), "begins": begins}
 
 
-def pack(
-    conversations: list[Conversation],
-    tokenizer: Tokenizer,
-    seq_len: int,
-    seed: int = 0,
-    notify: Callable[[str], None] = print,
-) -> list[Row]:
-    """Return the conversations packed into rows of exactly seq_len tokens, with the arrays of `as_row`.
+def rows_within(
+    conversations: list[Conversation], tokenizer: Tokenizer, seq_len: int
+) -> tuple[list[Row], int]:
+    """Return the conversations of which some token of a response is in the first seq_len, cut to that many.
+
+    Returns (rows with the arrays of `as_row`, how many of them are cut).
+    """
+    rows = [as_row(messages, tokenizer) for messages in conversations]
+    kept = [row for row in rows if row["in_response"][:seq_len].any()]
+    if not kept:
+        shortest = min((len(row["tokens"]) for row in rows), default=0)
+        sizes = f"{len(rows)} conversations, the shortest of {shortest} tokens"
+        raise ValueError(f"--seq-len {seq_len}: too short for all of {sizes}; expected longer rows")
+    n_cut = sum(len(row["tokens"]) > seq_len for row in kept)
+    return [{name: array[:seq_len] for name, array in row.items()} for row in kept], n_cut
+
+
+def pack(rows: list[Row], tokenizer: Tokenizer, seq_len: int, seed: int = 0) -> list[Row]:
+    """Return conversations, from `rows_within`, packed into rows of exactly seq_len tokens.
 
     Each is put, the longest first, into the row where it leaves the least room (best fit, Ding et al. 2024).
-    The rest of a row is end-of-text tokens, which begin a segment of their own. A conversation longer than a
-    row is cut at its end, or left out if no token of a response would remain; notify is called with their
-    numbers. Rows come in an order drawn from the seed. Raises ValueError if no conversation is left.
+    The rest of a row is end-of-text tokens, which begin a segment of their own. Rows come in an order drawn
+    from the seed.
     """
-    found = [as_row(messages, tokenizer) for messages in conversations]
-    kept = [row for row in found if row["in_response"][:seq_len].any()]
-    n_cut, n_left_out = sum(len(row["tokens"]) > seq_len for row in kept), len(found) - len(kept)
-    if not kept:
-        shortest = min((len(row["tokens"]) for row in found), default=0)
-        sizes = f"{len(found)} conversations, the shortest of {shortest} tokens"
-        raise ValueError(f"--seq-len {seq_len}: too short for all of {sizes}; expected longer rows")
-    if n_cut or n_left_out:
-        shortened = f"{n_cut} cut to {seq_len} tokens, {n_left_out} left out as too long"
-        notify(f"{len(found)} conversations: {shortened}")
-
     # Choose a row for each, in random order among those of equal length.
     rng = np.random.default_rng(seed)
-    shuffled = [{name: a[:seq_len] for name, a in kept[i].items()} for i in rng.permutation(len(kept))]
+    shuffled = [rows[i] for i in rng.permutation(len(rows))]
     packed: list[list[Row]] = []
     free: list[tuple[int, int]] = []  # (tokens, row), ascending
     for conversation in sorted(shuffled, key=lambda row: len(row["tokens"]), reverse=True):
@@ -115,41 +116,120 @@ def join(conversations: list[Row], eot_id: int, seq_len: int) -> Row:
     return {name: np.concatenate([row[name] for row in [*conversations, padding]]) for name in padding}
 
 
-def prepare(
-    data: str, tokenizer: Tokenizer, seq_len: int, seed: int = 0, notify: Callable[[str], None] = print
-) -> Dataset:
-    """Return the conversations of data, "stdlib" or a file, packed: those to train on and those held out.
+def read(
+    data: str, val: str | None, bad_text: str, notify: Callable[[str], None]
+) -> tuple[list[Conversation], list[Conversation], Counter]:
+    """Return the conversations to train on, those held out, and how many records were read or left out.
 
-    A tenth of a file is held out, the same tenth for every seed; duplicates count once. The fingerprint is a
-    hash of all that decides the batches. Raises ValueError for a file that `read_conversations` refuses, for
-    less than two conversations, and for a seq_len too short for all of them.
+    The counts: "read", "no conversations", "duplicates". data: "stdlib" or a file; val: a file, None for a
+    tenth of data, the same tenth for every seed. Of duplicates the first is kept, of those in data and val
+    the one in val.
     """
+    counts = Counter()
+
+    def read_file(name: str, flag: str) -> dict[str, Conversation]:
+        with bad_texts(f"{flag} {name}", bad_text, notify) as on_bad_text:
+
+            def on_bad(problem: str) -> None:
+                on_bad_text(problem)
+                counts.update({"read": 1, "no conversations": 1})
+
+            found = read_conversations(Path(name), on_bad)
+        counts.update({"read": len(found)})
+        return {json.dumps(conversation): conversation for conversation in found}
+
+    # The conversations by their content, so that duplicates count once.
+    held_out = None if val is None else read_file(val, "--val")
     if data == "stdlib":
-        train, val = stdlib_conversations()
+        train, last = stdlib_conversations()
+        counts["read"] += len(train) + len(last)
+        if held_out is None:
+            return train, last, counts
+        found = {json.dumps(conversation): conversation for conversation in train + last}
     else:
-        conversations = list({json.dumps(c): c for c in read_conversations(Path(data))}.values())
+        found = read_file(data, "--data")
+    n_read = counts["read"] - counts["no conversations"]
+
+    # Hold some out.
+    if held_out is None:
+        conversations = list(found.values())
         if len(conversations) < 2:
             raise ValueError(f"{data}: one conversation; expected at least two, since one is held out")
         order = np.random.default_rng(0).permutation(len(conversations))
         n_val = max(1, int(len(conversations) * HELD_OUT))
-        val = [conversations[i] for i in sorted(order[:n_val])]
+        held = [conversations[i] for i in sorted(order[:n_val])]
         train = [conversations[i] for i in sorted(order[n_val:])]
+    else:
+        held = list(held_out.values())
+        train = [conversation for key, conversation in found.items() if key not in held_out]
+        if not train:
+            raise ValueError(f"--val {val}: it has all conversations of --data {data}; expected others")
+    counts["duplicates"] = n_read - len(train) - len(held)
+    return train, held, counts
 
-    summary = f"{len(train):,} conversations to train on, {len(val):,} held out"
-    train, val = (pack(side, tokenizer, seq_len, seed, notify) for side in (train, val))
+
+def prepare(
+    data: str,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    seed: int = 0,
+    notify: Callable[[str], None] = print,
+    *,
+    val: str | None = None,
+    bad_text: str = "refuse",
+    longest: int | None = None,
+) -> Dataset:
+    """Return the conversations of data, packed: those to train on and those held out. See `read`.
+
+    notify is called with one line of what became of every conversation. longest: the tokens that the model
+    reads, for that line. The fingerprint is a hash of all that decides the batches. Raises ValueError for a
+    file that `read_conversations` refuses, for less than two conversations, and for a seq_len too short for
+    all of them.
+    """
+    *sides, counts = read(data, val, bad_text, notify)
+    packed = []
+    for name, conversations in zip(("to train on", "held out"), sides, strict=True):
+        rows, n_cut = rows_within(conversations, tokenizer, seq_len)
+        counts.update({name: len(rows), "cut": n_cut, "without an answer": len(conversations) - len(rows)})
+        packed.append(pack(rows, tokenizer, seq_len, seed))
+    notify(account(counts, seq_len, longest))
+
     content = hashlib.sha256(f"{tokenizer.fingerprint} {seq_len} {seed} ".encode())
-    for row in (*train, *val):
-        for array in row.values():
-            content.update(array.tobytes())
+    for i, rows in enumerate(packed):
+        if i == 1 and val is not None:
+            content.update(b"held out")  # where the one part ends and the other begins
+        for row in rows:
+            for array in row.values():
+                content.update(array.tobytes())
     fingerprint = f"instruct-{content.hexdigest()[:16]}"
-    return Dataset(fingerprint, tokenizer, Rows(train), Rows(val), summary)
+    summary = f"{counts['to train on']:,} conversations to train on, {counts['held out']:,} held out"
+    return Dataset(fingerprint, tokenizer, Rows(packed[0]), Rows(packed[1]), summary)
+
+
+def account(counts: Counter, seq_len: int, longest: int | None) -> str:
+    """Return a line of what became of every conversation, from the counts by `read` and `prepare`.
+
+    The numbers up to the semicolon add up to those that were read; those that are cut are among the last two.
+    """
+    without = f"without an answer in their first {seq_len} tokens"
+    names = {"no conversations": "no conversations", "duplicates": "duplicates", "without an answer": without}
+    parts = [f"{counts[name]:,} {words}" for name, words in names.items() if counts[name]]
+    parts += [f"{counts[name]:,} {name}" for name in ("to train on", "held out")]
+    line = f"{counts['read']:,} conversations read: {', '.join(parts)}"
+    if counts["cut"] or counts["without an answer"]:
+        limit = "all that this model reads" if seq_len == longest else "as --seq-len says"
+        if longest is not None and seq_len < longest:
+            limit += f"; up to --seq-len {longest} is possible"
+        line += f"; {counts['cut']:,} of these are cut to {seq_len} tokens, {limit}"
+    return line
 
 
 def load_data(args: argparse.Namespace, config: Any) -> Dataset:
     """Return the conversations that --data names. Raises ValueError for a model that generates no text."""
     if "eos_token_id" not in [field.name for field in fields(config)]:
         raise ValueError("--task instruct: an encoder gives no answers; expected a decoder, as gpt")
-    return prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len)
+    options = {"val": args.val, "bad_text": args.bad_text, "longest": config.max_seq_len}
+    return prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len, **options)
 
 
 def make_batch(
@@ -232,8 +312,8 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     path = out / "before.json"
     if not path.exists():
         with replace_file(path) as new:
-            new.write_text(json.dumps(after))
-    before = json.loads(path.read_text())
+            new.write_text(json.dumps(after), encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8"))
 
     shown = []
     for (prompt, expected), *both in zip(questions, before, after, strict=True):
@@ -249,23 +329,27 @@ def save_tokenizer(dataset: Dataset, directory: Path) -> None:
     save_chat_template(dataset.tokenizer, directory)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Count conversations and show some of them as trained on.")
-    parser.add_argument("file", nargs="?", type=Path, help="of conversations (default: the built-in ones)")
-    parser.add_argument("--tokenizer", default="bytes", help="as for train.py (default bytes)")
-    parser.add_argument("-n", type=int, default=5, help="how many to show (default 5)")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Count conversations and show some of them as trained on.")
+    add = parser.add_argument
+    add("file", nargs="?", type=command.path, help="of conversations (default: the built-in ones)")
+    add("--tokenizer", type=command.filled, default="bytes", help="as for train.py (default %(default)s)")
+    add("-n", type=int, default=5, help="how many to show (default %(default)s)")
+    args = parser.parse_args(argv)
     tokenizer = get_tokenizer(args.tokenizer)
     if args.file is not None:
         conversations = read_conversations(args.file)
-        print(f"{len(conversations):,} conversations")
+        n_duplicates = len(conversations) - len({json.dumps(messages) for messages in conversations})
+        duplicates = f", {n_duplicates:,} of them duplicates" if n_duplicates else ""
+        print(f"{len(conversations):,} conversations{duplicates}")
     else:
         conversations, held_out = stdlib_conversations()
         print(f"{len(conversations):,} conversations to train on, {len(held_out):,} held out")
     lengths = [len(render(messages, tokenizer)[0]) for messages in conversations]
     print(f"{np.mean(lengths):.1f} tokens on average, at most {max(lengths):,}; responses are in »«")
-    for i in range(min(args.n, len(conversations))):
-        tokens, in_response = render(conversations[i * len(conversations) // args.n], tokenizer)
+    n = min(args.n, len(conversations))
+    for i in range(n):
+        tokens, in_response = render(conversations[i * len(conversations) // n], tokenizer)
         print()
         for is_response, group in groupby(zip(in_response, tokens, strict=True), key=lambda pair: pair[0]):
             text = tokenizer.decode(token for _, token in group)
@@ -274,8 +358,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

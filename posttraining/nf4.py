@@ -26,17 +26,16 @@ bits as well: in a small model they are a large part, and a look-up dequantises 
 Shapes: D inputs and N outputs of a layer, E experts, V vocabulary, M rows, n blocks of 64 weights.
 """
 
-import argparse
 import importlib
 import math
 import re
-import sys
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from formats import command
 from kernels import grouped_matmul
 from moe import ExpertLinear
 
@@ -362,11 +361,12 @@ def errors(model: nn.Module) -> dict[str, tuple[int, float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Measure a checkpoint in 4 bits, or print the values of NF4."
-    )
+    parser = command.Parser(description="Measure a checkpoint in 4 bits, or print the values of NF4.")
     parser.add_argument(
-        "checkpoint", nargs="?", help="directory in Hugging Face layout (default: print the values)"
+        "checkpoint",
+        nargs="?",
+        type=command.filled,
+        help="directory in Hugging Face layout (default: print the values)",
     )
     args = parser.parse_args()
     if args.checkpoint is None:
@@ -389,8 +389,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command.run(main)

@@ -115,7 +115,7 @@ def main() -> None:
         about |= {"cpu": cpu.name(), "torch": torch.__version__}
         about |= {"threads": torch.get_num_threads()}
         with replace_file(args.out) as new:
-            new.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+            new.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

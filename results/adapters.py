@@ -70,18 +70,23 @@ def run(name: str, base: str, steps: int, lr: float, seed: int) -> dict:
     """Return the losses before and after a training run, its answers, and the bytes that it has saved."""
     with (
         tempfile.TemporaryDirectory() as out,
-        open(os.devnull, "w") as nowhere,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
         code = train.main(flags(name, base, steps, lr, seed, out))
         if code not in (0, 1):
             raise RuntimeError(f"{name}, learning rate {lr}: train.py ended with {code}")
-        rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         losses = [row["val_loss"] for row in rows if "val_loss" in row]
         if code == 1:  # not finite
             return {"name": name, "lr": lr, "seed": seed, "before": losses[0], "after": math.inf}
-        samples = (Path(out) / "samples.txt").read_text().rpartition("=== ")[2].partition("\n")[2]
+        samples = (
+            (Path(out) / "samples.txt").read_text(encoding="utf-8").rpartition("=== ")[2].partition("\n")[2]
+        )
         model = Path(out) / "model"
         adapter = model / "adapter_model.safetensors"
         file = adapter if adapter.exists() else model / "model.safetensors"
@@ -119,7 +124,7 @@ def costs(base: str, rounds: int) -> list[dict]:
     """Return the trained parameters, the time of a step and the memory of each method, measured in turn."""
     torch.set_num_threads(1)
     runs, seconds, result = {}, {name: [] for name in METHODS}, []
-    with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere:
+    with tempfile.TemporaryDirectory() as out, open(os.devnull, "w", encoding="utf-8") as nowhere:
         for name in METHODS:
             with contextlib.redirect_stdout(nowhere):
                 argv = flags(name, base, 1, 1e-5, 0, str(Path(out) / name))
@@ -223,7 +228,7 @@ def main() -> None:
     about |= {"steps": args.steps, "search_steps": args.search_steps}
     results = about | {"search": [], "runs": [], "costs": []}
     if args.out and args.out.exists():
-        results = json.loads(args.out.read_text())
+        results = json.loads(args.out.read_text(encoding="utf-8"))
         if any(results[key] != value for key, value in about.items()):
             sys.exit(
                 f"error: {args.out} was made on another machine or with other steps than {about}; remove it"
@@ -232,7 +237,7 @@ def main() -> None:
     def keep() -> None:
         if args.out:
             with replace_file(args.out) as new:
-                new.write_text(json.dumps(results, indent=1) + "\n")
+                new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         found = [r["name"] for r in results["search"]]

@@ -84,7 +84,9 @@ def main() -> None:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         machine |= {"transformers": transformers.__version__}
         command = "python -m results.decode_speed --out results/decode_speed.json"
-        args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def main() -> None:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads()}
         machine |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
         command = "python -m results.encoder_speed --out results/encoder_speed.json"
-        args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def main() -> None:
     machine |= {"steps": args.steps, "balance_steps": args.balance_steps}
     results = []
     if args.out and args.out.exists():
-        saved = json.loads(args.out.read_text())
+        saved = json.loads(args.out.read_text(encoding="utf-8"))
         if any(saved[key] != value for key, value in machine.items()):
             sys.exit(
                 f"error: {args.out} is of another machine or other steps than {machine}; remove it first"
@@ -206,7 +206,7 @@ def main() -> None:
                 command = "python -m results.experts --out results/experts.json"
                 content = {"command": command, **machine, "results": results}
                 with replace_file(args.out) as new:
-                    new.write_text(json.dumps(content, indent=1) + "\n")
+                    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
                 plot(results, args.out.with_suffix(".png"))
 
     # A table of means and ranges.

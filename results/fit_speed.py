@@ -134,7 +134,7 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
     if args.out:
         with replace_file(args.out) as new:
-            new.write_text(json.dumps(figures, indent=1) + "\n")
+            new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if found.objective > best or min(ratios) < 1 - 1e-9:
         sys.exit("scipy found a lower objective")
 

@@ -280,7 +280,9 @@ def main() -> None:
     if args.out:
         machine = {"cpu": cpu.name(), "torch": torch.__version__}
         command = "python -m results.objectives --out results/objectives.json"
-        args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"command": command, **machine, "results": results}, indent=1) + "\n", encoding="utf-8"
+        )
         plot(results, args.out.with_suffix(".png"))
 
 

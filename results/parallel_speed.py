@@ -55,7 +55,9 @@ def main() -> None:
     if args.out:
         machine = {"flags": FLAGS, "cpu": cpu.name(), "torch": torch.__version__}
         command = "python -m results.parallel_speed --out results/parallel_speed.json"
-        args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

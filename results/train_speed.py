@@ -54,8 +54,8 @@ BASELINE = "nanoGPT float32"
 
 def write_texts(folder: Path, home: Path) -> None:
     """Write the same bytes for both sides: folder/text.txt, and nanoGPT's data set in `home`."""
-    text = "".join(path.read_text() for _, path in corpus.stdlib_files())[: 1 << 18]
-    (folder / "text.txt").write_text(text)
+    text = "".join(path.read_text(encoding="utf-8") for _, path in corpus.stdlib_files())[: 1 << 18]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
     home.mkdir(exist_ok=True)
     for split in ("train", "val"):
         np.frombuffer(text.encode(), np.uint8).astype(np.uint16).tofile(home / f"{split}.bin")
@@ -121,7 +121,9 @@ def main() -> None:
         machine = {key: environment()[key] for key in ("cpu", "threads", "torch")}
         machine |= {"capability": torch.backends.cpu.get_cpu_capability()}
         command = "python -m results.train_speed nanoGPT --out results/train_speed.json"
-        args.out.write_text(json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n")
+        args.out.write_text(
+            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def saved_results(out: Path | None, machine: dict) -> list[dict]:
     """Return the runs that `out` holds; end the script if they are of another machine or other steps."""
     if not out or not out.exists():
         return []
-    saved = json.loads(out.read_text())
+    saved = json.loads(out.read_text(encoding="utf-8"))
     if any(saved[key] != value for key, value in machine.items()):
         sys.exit(f"error: {out} is of another machine or other steps than {machine}; remove it first")
     return saved["results"]
@@ -160,7 +160,7 @@ def train_all(args: argparse.Namespace, machine: dict) -> list[dict]:
             if args.out:
                 with replace_file(args.out) as new:
                     content = {"command": COMMAND, **machine, "results": results}
-                    new.write_text(json.dumps(content, indent=1) + "\n")
+                    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return results
 
 

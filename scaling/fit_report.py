@@ -226,7 +226,7 @@ def main(args: argparse.Namespace) -> int:
     print_findings(found)
     with replace_file(args.out / "fit.json") as new:
         found = {"file": path.name, "dropped": drop} | found
-        new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with replace_file(args.out / "fit.png") as new, open(new, "wb") as file:
         plot_fit(fitted, valleys, file)
     print(f"\n{args.out}: fit.json and fit.png")

@@ -311,6 +311,6 @@ def main(args: Namespace) -> int:
     )  # fmt: skip
     if args.json:
         with replace_file(args.json) as new:
-            new.write_text(json.dumps(plan, indent=2, allow_nan=False) + "\n")
+            new.write_text(json.dumps(plan, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     print(format_plan(plan))
     return 0

@@ -200,7 +200,7 @@ def begin_or_resume(args: argparse.Namespace, design: Design, n_workers: int) ->
 def read_state(path: Path, settings: dict) -> dict:
     """Return the sweep in sweep.json. Raises ValueError if it is damaged, or has other settings."""
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
         before, command, _ = state["asked"], state["command"], state["runs"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(
@@ -218,7 +218,7 @@ def read_state(path: Path, settings: dict) -> dict:
 
 def write_json(state: dict, path: Path) -> None:
     with atomic.replace_file(path) as new:
-        new.write_text(json.dumps(state, indent=2) + "\n")
+        new.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 def make_runs(runs: list[dict], design: Design, args: argparse.Namespace, n_workers: int) -> None:
@@ -238,7 +238,7 @@ def read_rows(runs: list[dict], out: Path) -> list[dict]:
     for run in runs:
         path = out / f"width{run['width']}" / "metrics.jsonl"
         try:
-            for found in map(json.loads, path.read_text().splitlines()):
+            for found in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
                 N, D = run["flops_per_token"] / 6, found["tokens"]
                 row = {"N": N, "D": D, "C": 6 * N * D, "loss": found["val_loss"], "width": run["width"]}
                 row |= {"parameters": run["n_params"], "without_head": run["n_without_head"]}

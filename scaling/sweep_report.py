@@ -25,7 +25,7 @@ EXACT = tuple(f"exact_{k}" for k in SPANS)
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
-    with atomic.replace_file(path) as new, open(new, "w", newline="") as file:
+    with atomic.replace_file(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         for row in rows:

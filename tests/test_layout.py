@@ -5,6 +5,7 @@ top of a file; imports by name (importlib) do not count.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -179,6 +180,50 @@ def test_no_function_is_longer_than_a_screen():
                 n_lines = node.end_lineno - node.lineno + 1
                 if n_lines > MAX_FUNCTION_LINES:
                     offenders.append(f"{path}:{node.lineno} {node.name}: {n_lines} lines")
+    report(offenders)
+
+
+# Commands that end otherwise: a run outlives the reader of its output, and kernels import nothing of ours.
+OTHER_ENDS = {
+    "train": "command.use_streams(outlive_reader=True)",
+    "kernels.bench.__main__": "sys.exit(main())",
+    "gpt": "run(GPT, SIZES)",  # of generate.py
+    "bert": "importlib.import_module('language.encoder_inference').main()",
+}
+
+
+def test_every_command_ends_as_the_others_do():
+    offenders = []
+    for name, path in code().items():
+        for node in tree(path).body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+                ending = ast.unparse(node.body[0])
+                calls = ast.unparse(tree(path)) if ending in ("main()", "run()") else ending
+                expected = OTHER_ENDS.get(name, "command.run(")
+                if expected not in calls:
+                    offenders.append(f"{path}: {ending}; expected {expected}")
+    report(offenders)
+
+
+def test_text_files_are_read_and_written_as_utf8():
+    # Without an encoding it is that of the system, which on Windows is another one.
+    offenders = []
+    for name, path in modules().items():
+        for node in ast.walk(tree(path)) if top(name) != "tests" else ():
+            if not isinstance(node, ast.Call):
+                continue
+            function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            arguments = [ast.unparse(argument) for argument in node.args]
+            keywords = {keyword.arg for keyword in node.keywords}
+            n_before = {"read_text": 0, "write_text": 1}.get(function)
+            if n_before is not None:
+                missing = len(arguments) <= n_before and "encoding" not in keywords
+            else:
+                is_open = ast.unparse(node.func) in ("open", "gzip.open") or function == "fdopen"
+                is_binary = any(re.fullmatch(r"'[rwax]?[+]?b[+]?'", text) for text in arguments[1:])
+                missing = is_open and not is_binary and "encoding" not in keywords
+            if missing:
+                offenders.append(f"{path}:{node.lineno}: {ast.unparse(node)[:60]}")
     report(offenders)
 
 

@@ -250,7 +250,7 @@ def save(out: Path, command: list[str], limits: dict[str, float], measured: Meas
         "results": [row for _, rows in measured for row in rows],
     }
     new = out.with_name(out.name + ".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     new.replace(out)
 
 

@@ -239,4 +239,7 @@ def report(operation: str | None, out: Path | None) -> None:
         versions = {"triton": triton.__version__, "torch": torch.__version__}
         command = " ".join(["python -m kernels.bench", *filter(None, [operation]), "--compile-only"])
         results = [asdict(machine) for machine in machines]
-        out.write_text(json.dumps({"command": command, **versions, "results": results}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"command": command, **versions, "results": results}, indent=1) + "\n",
+            encoding="utf-8",
+        )

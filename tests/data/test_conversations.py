@@ -47,6 +47,17 @@ def test_every_shape_is_read(tmp_path, name):
     assert read_conversations(tmp_path / name) == [expected for _, expected in SHAPES]
 
 
+def test_columns_of_a_table_are_read(tmp_path):
+    (tmp_path / "x.csv").write_text('id,prompt,response\n1,q,a\n2,"q, too","a\nb"\n', encoding="utf-16")
+    assert read_conversations(tmp_path / "x.csv") == [PLAIN, talk("q, too", "a\nb")]
+
+
+def test_what_is_no_conversation_may_be_left_out(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "q", "response": "a"}\nbad\n{"prompt": "q"}\n')
+    said = []
+    assert read_conversations(tmp_path / "x.jsonl", said.append) == [PLAIN] and len(said) == 2
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
@@ -91,13 +102,15 @@ CUT = gzip.compress(b'{"question": "q", "answer": "a"}' * 99, mtime=0)[:-20]
     [
         ("x.jsonl", b'{"question": "q"', "x.jsonl, line 1: .* is not JSON"),
         ("x.json", b"[" * 200_000, "x.json: .* is not JSON"),
-        ("x.json", b'{"question": "q", "answer": "a"}', "expected one list"),
+        ("x.json", b'{"data": [{"question": "q", "answer": "a"}]}', "x.json, item 1: .* expected {"),
         ("x.jsonl", b"\n\n", "has no conversations"),
         ("x.json", b"[]", "has no conversations"),
-        ("x.jsonl", b"\xff\xfe", "expected UTF-8"),
+        ("x.jsonl", b"\xff\xfe", "has no conversations"),  # a byte order mark alone
+        ("x.jsonl", b'{"question": "\xe9"}', r"x.jsonl, line 1: byte 14 \(0xe9\) is not UTF-8"),
         ("x.jsonl.gz", CUT, "cannot be read"),
         ("x.jsonl.gz", b"no gz", "cannot be read"),
-        ("x.csv", b"q,a", "expected a .jsonl or .json"),
+        ("x.csv", b"question\nq\n", "x.csv, line 2: .* expected {"),
+        ("x.txt", b"q,a", "expected a file of conversations: .jsonl"),
         ("x.jsonl", None, "cannot be read"),
     ],
 )

@@ -1,6 +1,9 @@
 """Corpora: what is found, what is read from it, what is refused."""
 
+import glob
 import gzip
+import os
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +84,100 @@ def test_missing_and_damaged_input_is_named(name, content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         list(corpus.documents(corpus.find_files(str(path), tmp_path), pytest.fail))
     assert name in str(error.value)
+
+
+def names(what, cache, notify=pytest.fail):
+    return [name for name, _ in corpus.find_files(str(what), cache, notify)]
+
+
+def test_suffixes_in_capitals_are_text(tmp_path):
+    for name in ("A.TXT", "b.Md", "c.JSONL.GZ"):
+        (tmp_path / name).write_text("x")
+    assert names(tmp_path, tmp_path) == ["A.TXT", "b.Md", "c.JSONL.GZ"]
+
+
+def test_files_of_other_kinds_are_counted_and_a_way_to_read_them_is_named(tmp_path):
+    for name in ("a.txt", "b.PNG", "c.png", "d.json", "LICENSE"):
+        (tmp_path / name).write_text("x")
+    said = []
+    assert names(tmp_path, tmp_path, said.append) == ["a.txt"]
+    assert said == [
+        f"left out: 4 files in {tmp_path} that are not .txt, .md, .py, .jsonl "
+        f"(2 .png, 1 .json, 1 no suffix); a glob reads them: '{tmp_path.as_posix()}/**/*.json'"
+    ]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"no \.txt, .* there are 2 \.png, .*a glob reads them"):
+        names(tmp_path, tmp_path)
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with links: to a folder elsewhere, to itself, to a file of its own, and in a circle of two."""
+    (tmp_path / "mix" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("mix/b.txt", "mix/sub/c.txt", "elsewhere/z.txt"):
+        (tmp_path / name).write_text(name)
+    links = {"link": "../elsewhere", "loop": ".", "a.txt": "b.txt", "aaa": "sub", "sub/up": ".."}
+    for name, target in links.items():
+        (tmp_path / "mix" / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to("../mix")
+    return tmp_path / "mix"
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "**", "**/**/*.txt"])
+def test_links_are_followed_and_each_real_file_comes_once(pattern, linked, tmp_path):
+    found = corpus.find_files(str(linked / pattern), tmp_path)
+    inside = [path.relative_to(linked).as_posix() for _, path in found]
+    own = ["b.txt", "link/z.txt", "sub/c.txt"]  # not the names that are links
+    assert inside == (own if pattern in ("", "**") else inside) and len(inside) == 3
+    assert sorted(path.resolve().name for _, path in found) == ["b.txt", "c.txt", "z.txt"]
+
+
+def test_names_of_files_that_are_read_already_are_counted(linked, tmp_path):
+    said = []
+    names(linked, tmp_path, said.append)
+    assert said == ["left out: 1 of 4 names, links to files that are read"]
+
+
+def test_a_folder_of_links_only_is_read(linked, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "one").symlink_to(linked)
+    assert names(tmp_path / "links", tmp_path, print) == ["one/b.txt", "one/link/z.txt", "one/sub/c.txt"]
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "self.txt"])
+def test_a_link_to_nothing_is_named(name, tmp_path):
+    (tmp_path / name).symlink_to("nowhere" if name == "gone.txt" else name)
+    with pytest.raises(ValueError, match=rf"{name}: a link to \S+, which does not exist"):
+        names(tmp_path, tmp_path)
+
+
+def test_a_pattern_finds_what_glob_finds(tmp_path, monkeypatch):
+    for name in ("a.txt", "x/b.txt", "x/y/c.txt", "x/.hidden/d.txt", ".e.txt", "[z]/f.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("t")
+    monkeypatch.chdir(tmp_path)
+    patterns = ["*.txt", "**/*.txt", "**", "x/**", "x/**/c.txt", "*/**/*.txt", "x**/*.txt", "**/y/*", ".*"]
+    patterns += [str(tmp_path / pattern) for pattern in patterns]
+    for pattern in patterns:
+        expected = sorted(Path(p).as_posix() for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        assert expected
+        assert names(pattern, tmp_path) == expected, pattern
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("", "'': expected a file"),
+        ("pipe", "pipe: a pipe; expected a file"),
+        (os.devnull, "a device; expected"),
+    ],
+)
+def test_what_cannot_be_read_twice_is_refused(what, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(ValueError, match=f"--data {message}" if what != os.devnull else message):
+        corpus.find_files(what, tmp_path)
 
 
 def test_downloads_are_checked(tmp_path):

@@ -1,7 +1,10 @@
 """Data: what is refused, what is held out, what is kept on disk, and in which order it comes out."""
 
+import io
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import data.text
 from data.rows import Loader, in_order, stack
 from data.tokenizer import END_OF_TEXT
+from formats.atomic import write_checksums
 
 
 def write_corpus(folder, n_documents=40):
@@ -53,7 +57,11 @@ def test_bad_text_is_named_with_its_offset_and_refused_or_skipped(kind, tmp_path
 
 @pytest.mark.parametrize(
     "name, content, message",
-    [("empty.txt", b"", "0 bytes of text"), ("short.txt", b"hello", "5 bytes of text")],
+    [
+        ("empty.txt", b"", "0 bytes of text"),
+        ("short.txt", b"hello", "5 bytes of text"),
+        ("held.txt", b"a line\n" * 50, "350 bytes of text; expected at least 400"),
+    ],
 )
 def test_too_small_a_corpus_is_named(name, content, message, tmp_path):
     path = tmp_path / name
@@ -96,6 +104,109 @@ def test_one_document_is_divided_without_loss(text, tmp_path):
     assert parts[0] and len(parts[1].encode()) >= 0.04 * len(text.encode())
     if "line" in text:
         assert parts[1].startswith("line")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ("word " * 400 + "\n\n") * 5,  # long paragraphs, and an empty line at the end
+        "x" * 20_000 + "\nend",  # a line break close to the end only
+        "start\n" + "é" * 10_000,
+        ("word " * 97 + "\n") * 40,
+        "word " * 4_000,
+    ],
+)
+def test_about_a_twentieth_is_held_out_wherever_line_breaks_are(text, tmp_path):
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    dataset = prepare(tmp_path / "one.txt", tmp_path)
+    total = len(text.encode())
+    assert dataset.train.n_bytes + dataset.val.n_bytes == total
+    assert 0.75 / 20 <= dataset.val.n_bytes / total <= 1.25 / 20
+
+
+@pytest.mark.parametrize("at, expected", [(10, "after"), (30, "before"), (60, "inside")])
+def test_the_cut_moves_to_the_nearest_line_break_behind_or_before_it(at, expected):
+    line = "x" * 19 + "\n"
+    text = {"after": "x" * 9 + "\n" + "y" * 90, "before": line + "y" * 80, "inside": "y" * 100}[expected]
+    head, tail = data.text.divide(text, 1000, 100, 1000 + at - (expected == "after"), tolerance=12)
+    assert len(head) == {"after": 10, "before": 20, "inside": 60}[expected] and head + tail == text
+
+
+def test_shards_divided_by_an_older_rule_are_built_anew(tmp_path):
+    (tmp_path / "one.txt").write_text("word " * 4_000)
+    good = prepare(tmp_path / "one.txt", tmp_path)
+    manifest = tmp_path / "cache" / good.name / "manifest.json"
+    old = json.loads(manifest.read_text())
+    del old["nearest_line_break"]
+    manifest.write_text(json.dumps(old))
+    write_checksums(manifest.parent)
+    said = []
+    prepare(tmp_path / "one.txt", tmp_path, notify=said.append)
+    assert len(said) == 1 and "built anew" in said[0]
+
+
+# --- held-out text of one's own
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_held_out_text_may_be_named(tokenizer, tmp_path):
+    folder, own = write_corpus(tmp_path / "texts"), tmp_path / "own.txt"
+    own.write_text("text of its own\n" * 20)
+    shared, named = prepare(folder, tmp_path, tokenizer), prepare(folder, tmp_path, tokenizer, val=str(own))
+    assert named.tokenizer.decode(named.val.tokens) == END_OF_TEXT + own.read_text()
+    assert named.train.n_bytes == shared.train.n_bytes + shared.val.n_bytes
+    assert named.train.n_documents == 40 and named.name != shared.name
+    again = data.text.reopen(tmp_path / "cache", named.name, tokenizer)
+    assert np.array_equal(again.val.tokens, named.val.tokens)
+    own.write_text("other text of its own\n" * 20)
+    assert prepare(folder, tmp_path, tokenizer, val=str(own)).name != named.name
+
+
+def test_held_out_text_that_is_trained_on_or_too_short_is_refused(tmp_path):
+    folder = write_corpus(tmp_path / "texts")
+    with pytest.raises(ValueError, match=r"--val \S+00\.py: \S+ is also part of --data"):
+        prepare(folder, tmp_path, val=str(folder / "00.py"))
+    with pytest.raises(ValueError, match=r"--val \S+: the same text as --data"):
+        prepare(folder, tmp_path, val=str(write_corpus(tmp_path / "copy")))
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ValueError, match=r"--val \S+short.txt: 5 bytes of text; expected at least 20"):
+        prepare(folder, tmp_path, val=str(tmp_path / "short.txt"))
+    with pytest.raises(ValueError, match=r"--val \S+gone: no such file or folder"):
+        prepare(folder, tmp_path, val=str(tmp_path / "gone"))
+
+
+def test_many_bad_texts_are_counted_and_some_named(tmp_path):
+    lines = ['{"text": "' + "good text " * 90 + '"}', *["bad"] * 30]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    said = []
+    prepare(tmp_path / "x.jsonl", tmp_path, bad_text="skip", notify=said.append)
+    assert len(said) == 6 and said[0].startswith("skipped: x.jsonl, line 2") and "30 texts in all" in said[5]
+
+
+def test_text_is_read_from_a_named_field(tmp_path):
+    (tmp_path / "x.csv").write_text("id,body\n" + "".join(f'{i},"body {i}"\n' for i in range(100)))
+    dataset = prepare(tmp_path / "x.csv", tmp_path, text_field="body")
+    assert dataset.train.n_documents + dataset.val.n_documents == 100
+
+
+# --- a disk that is full
+
+
+@pytest.mark.parametrize("name", ["train.bin", "manifest.json"])
+def test_a_full_disk_is_named_with_the_file_and_leaves_nothing(name, tmp_path, monkeypatch):
+    folder, opened = write_corpus(tmp_path / "texts"), io.open
+
+    def open_full(path, *args, **options):
+        return opened("/dev/full" if Path(path).name == name else path, *args, **options)
+
+    monkeypatch.setattr(data.shards, "open", open_full, raising=False)
+    monkeypatch.setattr(io, "open", open_full)  # of pathlib
+    with pytest.raises(OSError) as full:
+        prepare(folder, tmp_path)
+    home = full.value.filename
+    assert "the disk is full" in str(full.value) and str(tmp_path / "cache") in home
+    assert home.endswith("train.bin") == (name == "train.bin")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
 def test_a_learned_tokenizer_has_not_seen_the_held_out_text(tmp_path):

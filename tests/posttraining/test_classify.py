@@ -289,7 +289,10 @@ def test_a_run_from_the_files_to_the_answer(labelled, encoder, tmp_path, capsys)
         f"model: {out / 'model'}",
     ):
         assert told in run.stdout
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model"]
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model", "report.txt"]
+    report = (out / "report.txt").read_text(encoding="utf-8").splitlines()
+    assert report[2].startswith("naive Bayes on word counts: ") and report[-1].startswith("epoch 4: ")
+    assert all(line in run.stdout for line in report[:4]) and "peak learning rate 0.003" in report
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 34), (2, 68), (3, 102), (4, 136)]
     assert rows[-1].keys() == {"epoch", "step", "loss", "val_accuracy", "val_f1", "seconds"}
@@ -465,15 +468,30 @@ def test_mistakes_in_flags_are_named(changes, words, labelled, encoder, tmp_path
     [
         ("", ["0 examples", "at least two"]),
         ('{"text": "good", "label": "a"}\n\n{"text": "bad"}\n', ["line 3", '{"text": ..., "label": ...}']),
-        ('{"text": "good", "label": "a"}\ngood\n', ["line 2", "'good'"]),
+        ('{"text": "good", "label": "a"}\ngood\n', ["line 2", "'good"]),
         ('["good", "a"]\n', ["line 1"]),
         ('{"text": "good", "label": 0.5}\n', ["line 1", "strings"]),
         ('{"text": ["good"], "label": "a"}\n', ["line 1", "strings"]),
         ('{"text": "good", "label": "a"}\n{"text": "bad", "label": "a"}\n', ["every text", "'a'"]),
-        (b'{"text": "\xff", "label": "a"}\n', ["cannot be read", "utf-8"]),
-        ('{"text": "good", "label": "a"}\n{"text": "%s", "label": "b"}\n' % ("good " * 60), ["--cut"]),
+        (b'{"text": "\xff", "label": "a"}\n', ["line 1", "byte 10 (0xff) is not UTF-8"]),
+        ('{"text": "good", "label": "a"}\n{"text": "bad", "label": "b"}\n', ["each of another label"]),
+        (
+            '{"text": "good", "label": "a"}\n' * 2 + '{"text": "%s", "label": "b"}\n' % ("good " * 60),
+            ["--cut"],
+        ),
     ],
-    ids=["empty", "no label", "no JSON", "no object", "number", "list", "one label", "no UTF-8", "too long"],
+    ids=[
+        "empty",
+        "no label",
+        "no JSON",
+        "no object",
+        "number",
+        "list",
+        "one label",
+        "no UTF-8",
+        "alone",
+        "long",
+    ],
 )
 def test_mistakes_in_data_are_named(lines, words, encoder, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
@@ -489,6 +507,38 @@ def test_a_file_that_is_not_gzip_is_named(labelled, encoder, tmp_path, capsys):
         (tmp_path / "data.jsonl.gz").write_bytes(raw)
         error = refused(capsys, flags(tmp_path / "data.jsonl.gz", encoder, tmp_path / "run"))
         assert "data.jsonl.gz: cannot be read" in error
+
+
+def test_columns_of_a_table_may_be_named(labelled, encoder, tmp_path):
+    rows = "".join(f"{i},{text},{label}\n" for i, (text, label) in enumerate(labelled[:40]))
+    (tmp_path / "data.csv").write_text("id,sentence,is\n" + rows)
+    argv = flags(tmp_path / "data.csv", encoder, tmp_path / "run", epochs=1)
+    assert classify.main([*argv, "--text-field", "sentence", "--label-field", "is"]) == 0
+    assert Classifier.from_pretrained(tmp_path / "run" / "model").labels == ["fine", "poor"]
+
+
+def test_columns_that_are_not_there_are_named(labelled, encoder, tmp_path, capsys):
+    (tmp_path / "data.csv").write_text("id,text,is\n1,good,fine\n")
+    error = refused(capsys, flags(tmp_path / "data.csv", encoder, tmp_path / "run"))
+    assert "no field 'label', it has 'text', 'is'" in error or "it has 'id', 'text', 'is'" in error
+    assert "--label-field" in error
+
+
+def test_the_default_rate_is_berts_at_berts_size_and_rises_for_smaller_models(labelled, encoder, tmp_path):
+    def rate(config):
+        with torch.device("meta"):
+            return classify.default_rate(Classifier(config, ["a", "b"], "bert"))
+
+    assert rate(bert.SIZES["bert-base"]) == pytest.approx(5e-5, rel=0.01)
+    assert rate(bert.SIZES["albert-base"]) == pytest.approx(5e-5, rel=0.01)  # its one layer runs twelve times
+    assert rate(bert.SIZES["bert-large"]) == pytest.approx(2.3e-5, rel=0.05)  # 2e-5 in the paper
+    assert 8e-4 < rate(bert.SIZES["tiny"]) < 1.2e-3
+    data = write_examples(tmp_path / "data.jsonl", labelled[:30])
+    assert classify.main(flags(data, encoder, tmp_path / "run", lr=None, epochs=1)) == 0
+    model = Classifier.from_pretrained(tmp_path / "run" / "model")
+    assert (
+        f"peak learning rate {classify.default_rate(model):.2g}" in (tmp_path / "run/report.txt").read_text()
+    )
 
 
 def test_a_held_out_label_that_training_lacks_is_named(labelled, encoder, tmp_path, capsys):

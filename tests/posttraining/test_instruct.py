@@ -15,7 +15,7 @@ from data.rows import Loader, in_order
 from data.tokenizer import GPT4_PATTERN, Tokenizer, train_bpe
 from formats.chat_template import end_id, prompt_tokens, render
 from posttraining import instruct
-from posttraining.instruct import make_batch, pack
+from posttraining.instruct import make_batch, rows_within
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["What is the answer? The answer is 42.\n\ndef user(assistant):\n    return system\n<|user|>\n"] * 3
@@ -57,6 +57,11 @@ def numbered(n, seed=0):
 ID, RESPONSE, BEGIN = (1 << 32) - 1, 1 << 32, 1 << 33
 
 
+def pack(conversations, tokenizer, seq_len, seed=0):
+    """The conversations in rows of seq_len tokens."""
+    return instruct.pack(rows_within(conversations, tokenizer, seq_len)[0], tokenizer, seq_len, seed)
+
+
 def marked(rows):
     """Tokens of rows (n, T), with the bits RESPONSE and BEGIN for what the other arrays of a row say."""
     return np.stack([r["tokens"] + RESPONSE * r["in_response"] + BEGIN * r["begins"] for r in rows])
@@ -69,7 +74,7 @@ def split_conversations(tokens):
 
 def test_each_conversation_is_whole_and_there_once():
     conversations, T = numbered(60), 128
-    rows = pack(conversations, TULU, T, notify=pytest.fail)
+    rows = pack(conversations, TULU, T)
     packed = marked(rows)
     expected = []
     for messages in conversations:
@@ -87,13 +92,12 @@ def test_each_conversation_is_whole_and_there_once():
 
 
 def test_what_is_too_long_is_cut_or_left_out():
-    said = []
     long = [talk("why?", "b" * 50), talk("b" * 50, "why?"), talk("b" * 50, "4")]
-    packed = pack(long[:2] + CONVERSATIONS[:1], TULU, 40, notify=said.append)
-    assert said == ["3 conversations: 1 cut to 40 tokens, 1 left out as too long"]
-    assert len(instruct.conversations_in(packed, 99)) == 2
+    rows, n_cut = rows_within(long[:2] + CONVERSATIONS[:1], TULU, 40)
+    assert (len(rows), n_cut) == (2, 1) and max(len(row["tokens"]) for row in rows) == 40
+    assert len(instruct.conversations_in(pack(long[:2] + CONVERSATIONS[:1], TULU, 40), 99)) == 2
     with pytest.raises(ValueError, match="--seq-len 40: too short for all of 2 conversations"):
-        pack(long[1:], TULU, 40)
+        rows_within(long[1:], TULU, 40)
 
 
 def write(path, conversations):
@@ -145,6 +149,47 @@ def test_prepare_holds_out_a_tenth_and_names_the_content(tmp_path):
     write(path, conversations[:1] * 3)
     with pytest.raises(ValueError, match="expected at least two"):
         instruct.prepare(str(path), TULU, 128)
+
+
+def test_what_became_of_every_conversation_is_printed_and_adds_up(tmp_path):
+    long = [talk(f"{i}", "b" * 80) for i in range(30)]
+    silent = [talk(f"{i} " + "b" * 80, "why?") for i in range(7)]
+    short = [talk(f"question {i}", f"answer {i}") for i in range(13)]
+    path = write(tmp_path / "x.jsonl", long + silent + short + short[:5])
+    path.write_text(path.read_text() + '{"question": "no answer"}\n' * 2)
+    said = []
+    options = {"bad_text": "skip", "longest": 64}
+    dataset = instruct.prepare(str(path), TULU, 40, notify=said.append, **options)
+    n_train, n_val = (len(instruct.conversations_in(side.rows, 99)) for side in (dataset.train, dataset.val))
+    assert n_train + n_val == 30 + 13
+    parts = "2 no conversations, 5 duplicates, 7 without an answer in their first 40 tokens"
+    cut = "30 of these are cut to 40 tokens, as --seq-len says; up to --seq-len 64 is possible"
+    assert said[2:] == [f"57 conversations read: {parts}, {n_train} to train on, {n_val} held out; {cut}"]
+    assert 2 + 5 + 7 + n_train + n_val == 57
+    assert dataset.summary == f"{n_train} conversations to train on, {n_val} held out"
+    said.clear()
+    instruct.prepare(str(path), TULU, 40, notify=said.append, bad_text="skip", longest=40)
+    assert said[2].endswith("cut to 40 tokens, all that this model reads")
+    with pytest.raises(ValueError, match=r"--data \S+x\.jsonl: \S+, line 56: .*--bad-text skip"):
+        instruct.prepare(str(path), TULU, 40)
+
+
+def test_held_out_conversations_may_be_named(tmp_path):
+    conversations = numbered(20)
+    data, val = (
+        write(tmp_path / "x.jsonl", conversations[:15]),
+        write(tmp_path / "v.jsonl", conversations[12:]),
+    )
+    said = []
+    dataset = instruct.prepare(str(data), TULU, 128, notify=said.append, val=str(val))
+    found = [len(instruct.conversations_in(side.rows, 99)) for side in (dataset.train, dataset.val)]
+    assert found == [12, 8]  # what is in both is held out
+    assert said == ["23 conversations read: 3 duplicates, 12 to train on, 8 held out"]
+    write(val, conversations[11:])
+    assert instruct.prepare(str(data), TULU, 128, val=str(val)).fingerprint != dataset.fingerprint
+    write(val, conversations)
+    with pytest.raises(ValueError, match="it has all conversations of --data"):
+        instruct.prepare(str(data), TULU, 128, val=str(val))
 
 
 def small_model(tokenizer):

@@ -191,9 +191,9 @@ def run_command(args: argparse.Namespace) -> int:
     """Do what the flags name: compare, estimate, measure or train. Returns the exit code."""
     try:
         if args.compare:
-            from engine import report
+            from engine import compare
 
-            print(report.compare(args.compare, Path()))
+            print(compare.compare(args.compare, Path()))
             return 0
         if args.dry_run:
             print(plan(args))

@@ -86,6 +86,11 @@ def n_active_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def references(config: Any) -> dict[str, str]:
+    """Return for metrics, by name, a value to compare them with, in words, such as that of chance: none."""
+    return {}
+
+
 def separate_head(model: nn.Module) -> None:
     """Give the model a head of its own where it shares the embeddings' matrix: it shares nothing."""
 
@@ -106,6 +111,7 @@ class ModelFile:
     fit: Callable[[Any, Dataset, int], Any] = fit
     after_step: Callable[[nn.Module, Tensor], None] = after_step
     n_active_params: Callable[[nn.Module], int] = n_active_params
+    references: Callable[[Any], dict[str, str]] = references
     separate_head: Callable[[nn.Module], None] = separate_head
     recomputation: Callable[[nn.Module], AbstractContextManager] = recomputation
     width_factors: Callable[[str, float], tuple[float, float]] = optim.width_factors

@@ -154,9 +154,18 @@ def start_logs(run: Run) -> list:
     args, config = run.args, asdict(run.model.config)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     start = {"step": run.step, "command": checkpoint.command(), "flags": flags, "config": config}
-    start |= {"n_params": run.sizes.n_params, "environment": report.environment()}
+    start |= {"n_params": run.sizes.n_params, "flops_per_token": run.flops_per_token}
+    start |= {"fingerprint": run.dataset.fingerprint, "text": run.dataset.text}
+    start |= {"data": data_of(run), "guess": run.dataset.guess, "task": run.concept.task.name}
+    start |= {"references": run.concept.model_file.references(run.model.config)}
+    start |= {"environment": report.environment()}
     report.record_start(args.out, start, args.resume)
     return watch.watchers(args.watch, args.out, flags | config, run.step if args.resume else None)
+
+
+def data_of(run: Run) -> str:
+    """Return what --data is and how large."""
+    return f"{run.args.data}, {run.dataset.summary}" if run.dataset.summary else str(run.args.data)
 
 
 def append(path: Path, text: str) -> None:
@@ -186,7 +195,7 @@ def time_and_announce(run: Run) -> None:
     where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device
     lines = report.describe_run(
         model=f"{args.model} {args.init_from or args.base or args.size}",
-        data=f"{args.data}, {run.dataset.summary}" if run.dataset.summary else str(args.data),
+        data=data_of(run),
         guess=run.dataset.guess,
         **run.sizes._asdict(),
         steps=args.steps,

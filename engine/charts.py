@@ -129,17 +129,8 @@ def chart(
 
     # Draw each curve in a system of 2000 x 1000; values far outside of the picture are clipped.
     for curve, points in zip(curves, thin, strict=True):
-        x = 2000 * points[0] / width
-        mean, least, largest = np.clip(1000 * (high - points[1:]) / (high - low), -1000, 2000)
-        drawn.append(f'<g style="--hue:{curve.hue}">')
-        if band and len(curve.x) > POINTS:
-            known = ~np.isnan(mean)
-            there_and_back = np.append(x[known], x[known][::-1])
-            drawn.append(path("band", there_and_back, np.append(least[known], largest[known][::-1])))
-        drawn.append(path("line", x, mean))
-        if curve.dots and len(x) <= DOTS:
-            drawn += [path("dot", x[i : i + 1], mean[i : i + 1]) for i in range(len(x))]
-        drawn.append("</g>")
+        ys = np.clip(1000 * (high - points[1:]) / (high - low), -1000, 2000)
+        drawn.append(curve_drawn(curve, 2000 * points[0] / width, *ys, band=band))
         last = text(curve.y[np.isfinite(curve.y)][-1])
         name = escape(curve.label)
         legend.append(f'<span><i style="--hue:{curve.hue}"></i>{name} <b>{last}</b></span>')
@@ -152,6 +143,21 @@ def chart(
         f'aria-label="{escape(title)} over {over}; at the end {", ".join(ends)}">{"".join(drawn)}</svg>'
         f'{"".join(labels)}<span class="name">{over}</span></div></figure>\n'
     )
+
+
+def curve_drawn(
+    curve: Curve, x: np.ndarray, mean: np.ndarray, least: np.ndarray, largest: np.ndarray, *, band: bool
+) -> str:
+    """Return the line of a thinned curve (n,) in SVG, with its dots and the band of its range."""
+    drawn = [f'<g style="--hue:{curve.hue}">']
+    if band and len(curve.x) > POINTS:
+        known = ~np.isnan(mean)
+        there_and_back = np.append(x[known], x[known][::-1])
+        drawn.append(path("band", there_and_back, np.append(least[known], largest[known][::-1])))
+    drawn.append(path("line", x, mean))
+    if curve.dots and len(x) <= DOTS:
+        drawn += [path("dot", x[i : i + 1], mean[i : i + 1]) for i in range(len(x))]
+    return "".join((*drawn, "</g>"))
 
 
 def page(title: str, *parts: str) -> str:

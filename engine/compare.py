@@ -7,6 +7,7 @@ same held-out tokens are compared in nats per token; where only the tokenizers d
 the same text; and where the texts or the tasks differ, their losses are shown and not ranked.
 """
 
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def compare(directories: list[Path], out: Path = Path()) -> str:
     unknown = [f"{name}: no run.json, so its flags are not known" for name in runs if name not in flags]
 
     # The page and the picture.
+    loss = partial(formatted, "loss")
     curves = comparison_curves(runs)
     html = "".join(
-        chart(f"{title} loss over {over}", lines, over=over, high=settled(lines), band=False)
+        chart(f"{title} loss over {over}", lines, over=over, high=settled(lines), band=False, text=loss)
         for (title, over), lines in curves.items()
     )
     parts = [f'<p class="lede">{verdict}</p>\n<div class="charts">\n{html}</div>\n<h2>Results</h2>\n']
@@ -98,7 +100,8 @@ def results_of(runs: dict, starts: dict, key: str | None) -> list[tuple[str, ...
         row = [name, f"{starts[name][-1]['n_params']:,}" if starts[name] else "-"]
         row.append(short(max(row["tokens"] for row in (*steps[-1:], *evaluations[-1:]))))
         row.append(duration(steps[-1]["seconds"]) if steps else "-")
-        row.append(short(steps[-1]["tokens"] / steps[-1]["seconds"], 4) if steps else "-")
+        rate = steps[-1]["tokens"] / steps[-1]["seconds"] if steps else None
+        row.append(formatted("tokens_per_second", rate) if steps else "-")
         for metric in ("val_loss", "bits_per_byte"):
             known = [found[metric] for found in evaluations if metric in found]
             row.append(formatted("loss", known[-1]) if known else "-")
@@ -114,7 +117,8 @@ def differing_flags(flags: dict[str, dict]) -> list[tuple[str, ...]]:
     else."""
     rows = [("flag", *flags)]
     for flag in sorted(set().union(*flags.values()) - NO_EFFECT):
-        values = [str(given.get(flag, "-")) for given in flags.values()]
+        values = [given.get(flag, "-") for given in flags.values()]
+        values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
         if len(set(values)) > 1:
             rows.append((f"--{flag.replace('_', '-')}", *values))
     return rows if len(rows) > 1 else [("no flag differs",)]

@@ -206,6 +206,8 @@ def formatted(name: str, value: float) -> str:
         return "not finite"
     if name.removeprefix("val_") in SHARES:
         return f"{value:.1%}"
+    if name == "tokens_per_second":
+        return f"{value:,.0f}"
     return f"{value:.4f}" if "loss" in name else short(value, 4)
 
 
@@ -231,7 +233,7 @@ def figures(steps: list[dict], evaluations: list[dict], references: dict[str, st
     if steps:
         last = steps[-1]
         found.append(("training loss", formatted("loss", last["loss"]), "of the last logged step"))
-        mean = short(last["tokens"] / last["seconds"], 4)
+        mean = formatted("tokens_per_second", last["tokens"] / last["seconds"])
         found.append(("tokens per second", mean, "mean of the run"))
         if last["mfu"] is not None:
             found.append(("MFU", formatted("mfu", last["mfu"]), "at the last logged step"))
@@ -284,14 +286,17 @@ def summary(steps: list[dict], evaluations: list[dict], starts: list[dict]) -> s
 
 def data_of(starts: list[dict]) -> str:
     """Return the data of a run and a trivial guess, in HTML; "" for a run that has not recorded them."""
-    lines = [starts[-1].get(key) for key in ("data", "guess")] if starts else []
-    return "".join(f"<p>{escape(line[:1].upper() + line[1:])}.</p>\n" for line in lines if line)
+    found = starts[-1] if starts else {}
+    lines = {"Data": found.get("data"), "A trivial guess": found.get("guess")}
+    text = "<br>\n".join(f"{name}: {escape(line)}." for name, line in lines.items() if line)
+    return f"<p>{text}</p>\n" if text else ""
 
 
 def charts(steps: list[dict], evaluations: list[dict], references: dict[str, str]) -> str:
     """Return the charts in HTML: the loss, the model's other metrics, and the course of the training."""
     curves = loss_curves(steps, evaluations)
-    html = chart(loss_title(evaluations).capitalize(), curves, high=settled(curves), kind="wide")
+    title, written_loss = loss_title(evaluations).capitalize(), partial(formatted, "loss")
+    html = chart(title, curves, high=settled(curves), kind="wide", text=written_loss)
     for key in steps[-1] if steps else ():
         if key not in ("loss", *CHARTS, *NO_CURVE):
             note = reference(key, references)

@@ -129,7 +129,8 @@ def test_a_figure_has_one_format_and_its_reference_beside_it(tmp_path):
     assert text.count("25.8%") >= 3 and "0.2579" not in text and "0.258" not in text
     assert "3.0250" in text and "3.025 " not in text
     assert "4k tokens, 4M FLOPs" in text
-    assert "A book, 900 tokens." in text and "The most frequent token is right for 9.1 %." in text
+    assert "Data: a book, 900 tokens." in text
+    assert "A trivial guess: the most frequent token is right for 9.1 %." in text
 
 
 def test_what_a_chart_cuts_off_is_noted(tmp_path):

@@ -39,7 +39,7 @@ from torch import nn
 
 from engine import cpu, parallel
 from engine.batches import Part, to_device
-from engine.checkpoint import last_saved, save
+from engine.checkpoint import last_saved, save, save_model
 from engine.log import Diverged, Log, UpdateResult, time_and_announce
 from engine.optim import set_learning_rate, step_optimizers
 from engine.options import parse_arguments
@@ -48,8 +48,8 @@ from formats import command
 
 
 def train(run: Run, log: Log) -> None:
-    """Train to the last step. Raises Interrupted after a signal, and Diverged if the gradient was not finite
-    in several steps in a row."""
+    """Train to the last step, or until --patience ends. Raises Interrupted after a signal, and Diverged if
+    the gradient was not finite in several steps in a row."""
     if log.evaluation_is_missing():
         log.evaluation(evaluate(run))
 
@@ -59,6 +59,10 @@ def train(run: Run, log: Log) -> None:
 
         if run.is_due(run.args.eval_every):
             log.evaluation(evaluate(run))
+            if run.args.keep_best and log.n_since_lowest == 0:
+                save_model(run, run.args.out / "best")
+            if log.patience_ends():
+                return
         # The caller saves the last step. While updates are skipped the last checkpoint is not overwritten.
         if run.is_due(run.args.save_every) and run.step < run.args.steps and not run.n_skipped_in_a_row:
             save(run)

@@ -10,6 +10,7 @@ Numbers are read from the device every --log-every steps only: reading waits for
 """
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +53,10 @@ class Log:
         # Since the last logged step: seconds of training, updates made, updates skipped.
         self.interval, self.logged_step, self.logged_skipped = 0.0, run.step, run.n_skipped
         self.began = time.perf_counter()
+        # The lowest validation loss, and the number of evaluations since.
+        self.lowest, self.n_since_lowest = math.inf, 0
+        for loss in parallel.on_rank_0(lambda: validation_losses(run.args.out)):
+            self.count_evaluation(loss)
 
     def close(self) -> None:
         self.progress.close()
@@ -95,6 +100,7 @@ class Log:
     def evaluation(self, result: dict[str, float]) -> None:
         """Write an evaluation, what the model has to show, and the report. Called by all ranks."""
         run, out = self.run, self.run.args.out
+        self.count_evaluation(result["val_loss"])
         parallel.update_unsharded(run.model, run.unsharded)
         self.write({"step": run.step, "tokens": run.step * run.tokens_per_step, **result})
         accuracy = result.get("val_accuracy")
@@ -114,6 +120,21 @@ class Log:
         run.model.train()
         self.progress.show(**self.shown)
         parallel.barrier()
+
+    def count_evaluation(self, loss: float) -> None:
+        """Count an evaluation since the lowest loss, or note a lower one."""
+        is_lower = loss < self.lowest
+        self.lowest = loss if is_lower else self.lowest
+        self.n_since_lowest = 0 if is_lower else self.n_since_lowest + 1
+
+    def patience_ends(self) -> bool:
+        """Return whether --patience evaluations in a row have found no lower loss; then print so."""
+        if self.n_since_lowest != self.run.args.patience:
+            return False
+        self.progress.note(
+            f"stopped at step {self.run.step}: {self.n_since_lowest} evaluations, no lower loss"
+        )
+        return True
 
     def write(self, row: dict) -> None:
         """Write a row to metrics.jsonl and to what --watch names."""
@@ -135,6 +156,13 @@ class Log:
             return last.get("step") != run.step or "val_loss" not in last
 
         return parallel.on_rank_0(is_missing)
+
+
+def validation_losses(out: Path) -> list[float]:
+    """Return the validation losses in the metrics.jsonl of a run, NaN where one was not finite."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return [math.nan if loss is None else loss for loss in losses]
 
 
 def row_of(run: Run, step: UpdateResult, steps_per_second: float) -> dict:

@@ -30,11 +30,13 @@ def learning_rate(step: int, args: Namespace) -> float:
     """Return the learning rate of a step: after a linear warm-up one of three schedules.
 
     cosine: to a tenth of args.lr (Hoffmann et al. 2022, appendix B). constant. wsd (warm-up, stable, decay):
-    constant until the last fifth, which falls linearly to zero (Hägele et al. 2024).
+    constant until the last fifth, which falls linearly to zero (Hägele et al. 2024). It begins at step
+    args.schedule_from, which is 0 but for --extend, and ends at args.steps.
     """
+    step, n_steps = step - args.schedule_from, args.steps - args.schedule_from
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    done = (step - args.warmup) / max(1, n_steps - args.warmup)
     if args.schedule == "cosine":
         return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
     if args.schedule == "wsd":

@@ -30,7 +30,7 @@ from data.rows import Dataset
 from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
-from engine.options import FREE_ON_RESUME, check_arguments, fill_defaults
+from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
 from engine.settings import check_set, field_names, with_fields
 
 
@@ -175,6 +175,7 @@ def prepare(args: argparse.Namespace) -> Run:
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
     saved = find_checkpoint(args, flags)
+    fill_intervals(args)
 
     # The data, the model, and which of its weights learn.
     torch.manual_seed(args.seed)
@@ -253,8 +254,14 @@ def open_directory(out: Path) -> FileLock:
 
 
 def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Path, dict] | None:
-    """Return the checkpoint to resume from, None for a new run; ValueError where --out does not fit."""
-    saved = checkpoint.find(args.out, flags, FREE_ON_RESUME) if args.resume else None
+    """Return the checkpoint to resume from, None for a new run, and set the end of its schedule in args.
+
+    Raises ValueError where --out or the flags do not fit.
+    """
+    saved = None
+    if args.resume or args.extend:
+        saved = checkpoint.find(args.out, flags, FREE_ON_EXTEND if args.extend else FREE_ON_RESUME)
+        checkpoint.continue_schedule(args, saved[1], given=flags["steps"] != "None")
     if not args.out.is_dir():
         raise ValueError(f"--out {args.out}: expected a directory that all machines share")
     if saved is None and any((args.out / name).exists() for name in ("checkpoint", "checkpoint.previous")):

@@ -158,7 +158,7 @@ def test_steps_n_makes_n_updates_at_the_scheduled_rates(text, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     train.main(flags(text, tmp_path / "run", steps=7, warmup=3, lr=0.001))
-    args = argparse.Namespace(steps=7, warmup=3, lr=0.001, schedule="cosine")
+    args = argparse.Namespace(steps=7, warmup=3, lr=0.001, schedule="cosine", schedule_from=0)
     assert rates == [{optim.learning_rate(i, args)} for i in range(7)]
 
 
@@ -171,7 +171,7 @@ def test_steps_n_makes_n_updates_at_the_scheduled_rates(text, tmp_path, monkeypa
     ],
 )
 def test_learning_rate_at_its_corners(schedule, expected):
-    args = argparse.Namespace(steps=102, warmup=2, lr=1.0, schedule=schedule)
+    args = argparse.Namespace(steps=102, warmup=2, lr=1.0, schedule=schedule, schedule_from=0)
     assert [optim.learning_rate(i, args) for i in (0, 1, 2, 52, 102)] == pytest.approx(expected)
     if schedule == "wsd":
         assert optim.learning_rate(92, args) == pytest.approx(0.5)

@@ -482,6 +482,7 @@ def test_a_run_in_two_parts_is_the_run_in_one_and_draws_its_experts(router, tmp_
 
 
 def test_commands_print_the_sizes():
+    """In a process of its own, where moe.py has not been imported under its own name before."""
     run = subprocess.run([sys.executable, "moe.py"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0
     assert "mixtral-8x7b        46,702,792,704  12,879,925,248     32      2/8" in run.stdout

@@ -84,6 +84,7 @@ def prepared(text, out, **changes):
 # --- what a run is
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_learns_and_leaves_everything_behind(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(flags(text, out, steps=60, eval_every=20, lr=0.003)) == 0

@@ -12,6 +12,8 @@ import pytest
 from engine import report
 from engine.charts import POINTS, Curve, chart, settled, thinned, ticks
 
+# These are the tests of the pictures.
+pytestmark = pytest.mark.usefixtures("rendered")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 START = {
     "step": 0,

@@ -140,6 +140,17 @@ def same_products():
 
 
 @pytest.fixture
+def text(tmp_path, monkeypatch):
+    """Return the path of a text to train on; the size "tiny" of gpt.py becomes that of small_gpt.py."""
+    import small_gpt  # imports much, which not all tests need
+
+    import gpt
+
+    monkeypatch.setitem(gpt.SIZES, "tiny", small_gpt.SMALL)
+    return small_gpt.write_text(tmp_path / "text.txt")
+
+
+@pytest.fixture
 def peak_memory():
     """Return a function that calls another one and returns the most bytes that were allocated at once."""
 

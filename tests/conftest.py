@@ -108,17 +108,18 @@ def copy_of(directory, to, **changes):
     return to
 
 
-@pytest.fixture(autouse=True, scope="session")
-def savefig():
-    """Leave pictures empty, and return matplotlib's own function that writes one.
+def leave_empty(figure, file, **options):
+    """Write an empty file in place of a picture. This is Figure.savefig in all tests but those of pictures.
 
     A run draws its loss at every evaluation: 0.2 seconds to render it, longer than most runs of tests train.
     """
+    if isinstance(file, str | Path):
+        Path(file).touch()
 
-    def leave_empty(self, file, **options):
-        if isinstance(file, str | Path):
-            Path(file).touch()
 
+@pytest.fixture(autouse=True, scope="session")
+def savefig():
+    """Leave pictures empty, and return matplotlib's own function that writes one."""
     original = matplotlib.figure.Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matplotlib.figure.Figure, "savefig", leave_empty)

@@ -1,17 +1,15 @@
 """A GPT small enough for a test, its runs in this process, and runs in processes that tests may kill."""
 
 import json
-import multiprocessing
 import os
 import signal
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import SHARD
+from forks import Forked
 from safetensors.torch import load_file
 
 import gpt
@@ -20,9 +18,6 @@ from formats import atomic
 
 TIMES = ("seconds", "tokens_per_second")
 SMALL = gpt.Config(2, 4, 32, 64, max_seq_len=64, n_kv_heads=2, qk_norm=True)
-# A new process takes four seconds to import torch. This one imports it once and is then forked.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "gpt", "matplotlib.pyplot", "pytest"])
 
 
 def write_text(path: Path) -> Path:
@@ -86,43 +81,16 @@ def refused(capsys, argv):
     return lines[0]
 
 
-class Forked:
-    """A run of train.py in a process of its own, beside the test. prepare(*arguments) runs in it before."""
-
-    def __init__(self, argv, config=SMALL, prepare=None, arguments=()):
-        self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
-        job = (self.log.name, argv, config, prepare, arguments)
-        self.process = SERVER.Process(target=train_in_a_fork, args=job, daemon=True)
-        self.process.start()
-
-    def said(self) -> str:
-        """Return what is on stderr so far."""
-        return Path(self.log.name).read_text()
-
-    def is_alive(self) -> bool:
-        return self.process.is_alive()
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def end(self, timeout=400) -> int:
-        """Wait for the end and return the exit code. After `timeout` seconds, kill the process and raise
-        TimeoutError."""
-        self.process.join(timeout)
-        if self.is_alive():
-            self.process.kill()
-            raise TimeoutError(self.said())
-        return self.process.exitcode
+def forked(argv, config=SMALL, prepare=None, arguments=()) -> Forked:
+    """Start a run in a process of its own, in which prepare(*arguments) is called first."""
+    return Forked(run_small, argv, config, prepare, arguments)
 
 
-def train_in_a_fork(log, argv, config, prepare, arguments):
-    """Train with stderr in a file, without stdout, and exit with the code of train.py."""
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def run_small(argv, config, prepare, arguments) -> int:
     gpt.SIZES["tiny"] = config
     if prepare:
         prepare(*arguments)
-    sys.exit(train.main(argv))
+    return train.main(argv)
 
 
 def slow_down(seconds: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARD
 from safetensors.torch import load_file
-from small_gpt import SMALL, Forked, flags, prepared, refused, rows, same_run
+from small_gpt import SMALL, flags, forked, prepared, refused, rows, same_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
@@ -186,7 +186,7 @@ def test_bfloat16_trains_as_float32_does(text, tmp_path):
 
 def test_compiled_training_is_the_same_and_saves_the_plain_module(text, tmp_path):
     train.main(flags(text, tmp_path / "plain", steps=2))
-    assert Forked(flags(text, tmp_path / "compiled", steps=2, compile=True)).end() == 0
+    assert forked(flags(text, tmp_path / "compiled", steps=2, compile=True)).end() == 0
     x, y = (load_file(tmp_path / run / SHARD) for run in ("plain", "compiled"))
     assert x.keys() == y.keys()
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):

@@ -18,9 +18,9 @@ from conftest import SHARD
 from safetensors.torch import load_file
 from small_gpt import (
     SMALL,
-    Forked,
     die_in,
     flags,
+    forked,
     prepared,
     refused,
     rows,
@@ -63,7 +63,7 @@ def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_
 
     def start(out, **changes):
         options = dict(steps=2000, batch_size=1, eval_every=500, save_every=190, log_every=5)
-        return Forked(flags(text, tmp_path / out, optimizer="muon", **options | changes), config)
+        return forked(flags(text, tmp_path / out, optimizer="muon", **options | changes), config)
 
     whole = start("whole")
     for kill_at in (320, 1210):
@@ -82,7 +82,7 @@ def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_
 def test_kill_while_saving(function, n, text, uninterrupted, tmp_path):
     """Half a file, between files, before and between the renames: the run resumes as if nothing was."""
     out, options = tmp_path / "killed", dict(steps=12, eval_every=12, save_every=3)
-    process = Forked(flags(text, out, **options), prepare=die_in, arguments=(function, n))
+    process = forked(flags(text, out, **options), prepare=die_in, arguments=(function, n))
     assert process.end() == -signal.SIGKILL, process.said()
     assert train.main(flags(text, out, resume=True, **options)) == 0
     assert same_run(uninterrupted(**options), out)
@@ -91,7 +91,7 @@ def test_kill_while_saving(function, n, text, uninterrupted, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, uninterrupted, tmp_path):
     out, options = tmp_path / "run", dict(steps=40, eval_every=40, save_every=40)
-    process = Forked(flags(text, out, **options), prepare=slow_down, arguments=(0.2,))
+    process = forked(flags(text, out, **options), prepare=slow_down, arguments=(0.2,))
     wait_for(out / "metrics.jsonl", process, '"step": 5')
     process.send_signal(number)
     assert process.end(60) == code
@@ -131,7 +131,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(text, uninterrupted
         pytest.skip("only root may mount a small disk")
     try:
         options = dict(steps=40, eval_every=40, save_every=20)
-        process = Forked(flags(text, disk / "run", **options), prepare=slow_down, arguments=(0.2,))
+        process = forked(flags(text, disk / "run", **options), prepare=slow_down, arguments=(0.2,))
         wait_for(disk / "run" / "metrics.jsonl", process, '"step": 22')
         with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while filler.write(bytes(4096)):

@@ -8,6 +8,9 @@ from written_runs import START, Page, append_row, make_run, n_points
 
 from engine import compare, report
 
+# These are the tests of the pictures.
+pytestmark = pytest.mark.usefixtures("rendered")
+
 
 def test_compare_returns_results_and_differing_flags(tmp_path):
     a = make_run(tmp_path / "a")

@@ -12,6 +12,9 @@ from written_runs import START, Page, append_row, make_run, n_points, step_row
 from engine import report
 from engine.charts import POINTS, Curve, chart, settled, thinned, ticks
 
+# These are the tests of the pictures.
+pytestmark = pytest.mark.usefixtures("rendered")
+
 
 def written(directory: Path) -> Page:
     report.write(directory)

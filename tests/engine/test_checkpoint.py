@@ -51,7 +51,7 @@ def uninterrupted(tmp_path_factory):
 
 def wait_for(path, process, text):
     """Wait until a process has written a text to a file."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (path.exists() and text in path.read_text()):
         assert process.is_alive(), process.said()
         assert time.monotonic() < deadline

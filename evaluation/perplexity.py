@@ -5,18 +5,28 @@
 A model reads at most max_seq_len tokens at a time. The window moves on by `stride` tokens, and each window
 predicts only the tokens that no window before it has. A smaller stride gives them more context and costs more
 passes (the sliding-window figures of GPT-2, Radford et al. 2019, section 3.1).
+
+Perplexity is per token, so models with different tokenizers are compared in bits per byte of the same text:
+
+    -sum_i log2 p(x_i | ...) / number of UTF-8 bytes
+
+    python -m evaluation.perplexity runs/gpt/model book.txt       any decoder, any text that --data reads
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from formats import command
+from formats.progress import progress_bar
+
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokens: Tensor, stride: int) -> float:
-    """Return exp(mean nats) of tokens (N,), all but the first. model(tokens (1, T)): logits (1, T, V).
+def nats(model: nn.Module, tokens: Tensor, stride: int) -> float:
+    """Return the sum of -log p of tokens (N,), all but the first. model(tokens (1, T)): logits (1, T, V).
 
     Raises ValueError for a stride outside 1 ... max_seq_len, and for fewer than two tokens.
     """
@@ -25,13 +35,58 @@ def perplexity(model: nn.Module, tokens: Tensor, stride: int) -> float:
         raise ValueError(
             f"perplexity: stride {stride}, {tokens.numel()} tokens: expected 1 to {context}, and 2 tokens"
         )
-    nats, scored = 0.0, 1  # the first token has no context to be predicted from
-    for start in range(0, tokens.numel() - 1, stride):
+    total, scored = 0.0, 1  # the first token has no context to be predicted from
+    for start in progress_bar(range(0, tokens.numel() - 1, stride), "windows", leave=False):
         targets = tokens[start + 1 : start + context + 1]
         n_new = start + 1 + targets.numel() - scored
         logits = model(tokens[None, start : start + targets.numel()])[0, -n_new:]  # (n_new, V)
-        nats += F.cross_entropy(logits.double(), targets[-n_new:], reduction="sum").item()
+        total += F.cross_entropy(logits.double(), targets[-n_new:], reduction="sum").item()
         scored += n_new
         if scored == tokens.numel():
             break
-    return math.exp(nats / (scored - 1))
+    return total
+
+
+def perplexity(model: nn.Module, tokens: Tensor, stride: int) -> float:
+    """Return exp(mean nats) of tokens (N,), all but the first. Arguments and errors as of `nats`."""
+    return math.exp(nats(model, tokens, stride) / max(1, tokens.numel() - 1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="How well a model predicts a text: perplexity, and bits per byte.")
+    add = parser.add_argument
+    add("model", type=command.path, help="directory of a decoder, or of an adapter")
+    add("text", type=command.filled, help="a file, folder, glob or URL, as for train.py --data")
+    add("--stride", type=int, metavar="N", help="tokens per window (default: half of what the model reads)")
+    add("--text-field", default="text", metavar="NAME", help="of .json, .csv ... (default %(default)s)")
+    add("--cache", type=command.path, default=Path("cache"), help="of downloads (default %(default)s)")
+    args = parser.parse_args(argv)
+
+    from data import corpus, text
+    from data.tokenizer import get_tokenizer
+    from formats.open_model import open_model
+
+    # As in training, each document is led by the token that separates documents.
+    tokenizer, files = get_tokenizer(str(args.model)), corpus.find_files(args.text, args.cache, print)
+    tokens, n_bytes = [], 0
+    with text.bad_texts(args.text, "refuse", print) as on_bad_text:
+        for document in corpus.documents(files, on_bad_text, args.text_field):
+            tokens += [tokenizer.eot_id, *tokenizer.encode(document)]
+            n_bytes += len(document.encode())
+    if len(tokens) < 2:
+        raise ValueError(f"{args.text}: no text in it; expected at least one token")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = open_model(args.model).to(device).eval()
+    if not hasattr(model, "new_cache"):
+        raise ValueError(f"{args.model}: expected a decoder, which predicts the next token")
+    stride = args.stride or max(1, model.config.max_seq_len // 2)
+    total, n = nats(model, torch.tensor(tokens, device=device), stride), len(tokens) - 1
+    print(f"text             {n_bytes:,} bytes, {n:,} tokens")
+    print(f"nats per token   {total / n:.4f}")
+    print(f"perplexity       {math.exp(min(total / n, 700)):.4g}")
+    print(f"bits per byte    {total / math.log(2) / n_bytes:.4f}")
+
+
+if __name__ == "__main__":
+    command.run(main)

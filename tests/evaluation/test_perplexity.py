@@ -1,0 +1,53 @@
+"""The command that measures a model on a text; the sliding window itself is tested in tests/test_gpt.py."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.tokenizer import get_tokenizer
+from evaluation import perplexity
+from gpt import GPT, Config
+
+TEXT = "One two three, four five: süß.\n" * 4
+
+
+@pytest.fixture
+def directory(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = get_tokenizer("bytes")
+    model = GPT(Config(1, 2, 16, 32, vocab_size=tokenizer.n_vocab, max_seq_len=16))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_figures_are_those_of_the_text_led_by_the_separating_token(directory, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    perplexity.main([str(directory), str(tmp_path / "text.txt"), "--stride", "1"])
+    printed = dict(
+        re.findall(r"^(text|nats per token|perplexity|bits per byte) +(.*)$", capsys.readouterr().out, re.M)
+    )
+    tokenizer = get_tokenizer(str(directory))
+    tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(TEXT)])
+    # With stride 1 every token is predicted from all that the window of 16 tokens can hold.
+    model, nats = GPT.from_pretrained(directory), 0.0
+    for i in range(1, len(tokens)):
+        logits = model(tokens[None, max(0, i - 16) : i])[0, -1]
+        nats += F.cross_entropy(logits.double(), tokens[i]).item()
+    n_bytes = len(TEXT.encode())
+    assert printed["text"] == f"{n_bytes} bytes, {len(tokens) - 1} tokens"
+    assert float(printed["nats per token"]) == pytest.approx(nats / (len(tokens) - 1), abs=1e-4)
+    assert float(printed["perplexity"]) == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-3)
+    assert float(printed["bits per byte"]) == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-4)
+
+
+def test_no_text_and_too_long_a_stride_are_refused(directory, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="empty"):
+        perplexity.main([str(directory), str(tmp_path / "empty.txt")])
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    with pytest.raises(ValueError, match="stride 17"):
+        perplexity.main([str(directory), str(tmp_path / "text.txt"), "--stride", "17"])

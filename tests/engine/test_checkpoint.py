@@ -94,7 +94,7 @@ def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, uninter
     process = forked(flags(text, out, **options), prepare=slow_down, arguments=(0.2,))
     wait_for(out / "metrics.jsonl", process, '"step": 5')
     process.send_signal(number)
-    assert process.end(60) == code
+    assert process.end() == code
     assert "saved; go on with --resume" in process.said()
     step = json.loads((out / "checkpoint" / "state.json").read_text())["step"]
     assert 5 <= step < 40 and (out / "model" / "model.safetensors").exists()
@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(text, uninterrupted
         with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while filler.write(bytes(4096)):
                 pass
-        assert process.end(60) == 1
+        assert process.end() == 1
         (error,) = re.findall("error: .*", process.said())
         assert "No space left" in error and "disk/run/checkpoint" in error
         (disk / "filler").unlink()

@@ -3,6 +3,7 @@
 Every flag is part of what a run computes, except those in FREE_ON_RESUME: --resume compares the others with
 those of the run that it continues. Of the free ones --steps is the end of the learning-rate schedule, and
 --batch-size with --grad-accum, whose product must stay, decides which rows one make_batch sees together.
+Those in BY_CONTENT name files, which may move: what is in them is compared instead.
 """
 
 import argparse
@@ -14,8 +15,10 @@ from formats import command
 
 # These change no number that a run computes.
 NO_EFFECT = {"out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every"}
+# A checkpoint has hashes of the text and its tokenizer, and the configuration of the model.
+BY_CONTENT = {"data", "val", "text_field", "bad_text", "tokenizer", "init_from", "base"}
 # A resumed run may change those, and these.
-FREE_ON_RESUME = NO_EFFECT | {
+FREE_ON_RESUME = NO_EFFECT | BY_CONTENT | {
     "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
 }  # fmt: skip
 

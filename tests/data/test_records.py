@@ -169,39 +169,9 @@ fuzz = settings(
 NAMES = st.sampled_from([*FORMS, "x.parquet", "x.txt", "x.jsonl.gz", "x.csv.gz", "x.json.gz"])
 STRINGS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=20)
 # What a file of records is made of, and what breaks it.
-PIECES = st.sampled_from(
-    [
-        "text",
-        "label",
-        '"',
-        '""',
-        ",",
-        "\t",
-        "\n",
-        "\r",
-        "\r\n",
-        "{",
-        "}",
-        "[",
-        "]",
-        ":",
-        "null",
-        "1e999",
-        "-0",
-    ]
-    + [
-        "\\",
-        "\\ud800",
-        "\0",
-        "\ufeff",
-        "é",
-        "NaN",
-        "9" * 5000,
-        '{"text": "a", "label": "b"}',
-        '"messages": [',
-    ]
-    + ['{"role": "user"}', '{"question": "q", "answer": "a"}']
-)
+SYNTAX = 'text label " "" , { } [ ] : null 1e999 -0 NaN é \\ \\ud800 "messages":[ {"role":"user"}'
+RECORD = '{"text": "a", "label": "b", "question": "q", "answer": "a"}'
+PIECES = st.sampled_from([*SYNTAX.split(), *"\t\n\r\0\ufeff", "\r\n", "9" * 5000, RECORD])
 FIELDS = "text label messages role content conversations from value instruction input output prompt question"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -41,8 +41,8 @@ class Config:
     d_ff: int  # inner width of the MLP
     vocab_size: int = 50257
     max_seq_len: int = 1024  # tokens
-    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads. See G
-    d_head: int | None = None  # None: d_model / n_heads. See K
+    n_kv_heads: int | None = None  # fewer than n_heads: grouped-query attention; None: n_heads. G reads it
+    d_head: int | None = None  # None: d_model / n_heads. K reads it
     norm: str = "rms"  # or "layer"
     norm_eps: float = 1e-6
     positions: str = "rope"  # or "learned"
@@ -134,7 +134,7 @@ class Norm(nn.Module):
 
     def __init__(self, width: int, config: Config, kind: str):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width))  # filled by GPT.initialize
         self.bias = nn.Parameter(torch.empty(width)) if kind == "layer" else None
         self.width, self.eps, self.kind, self.backend = width, config.norm_eps, kind, config.kernels
 
@@ -208,10 +208,10 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
 
         # In generation, keys and values of earlier tokens come from the cache, which holds visible ones only.
-        visible = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
+        mask = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
         if cache is not None:
-            k, v, visible = cache.store(self.layer, k, v, visible)
-        y = attention(q, k, v, **visible, backend=self.backend)  # (B, T, H, K)
+            k, v, mask = cache.store(self.layer, k, v, mask)
+        y = attention(q, k, v, **mask, backend=self.backend)  # (B, T, H, K)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -337,7 +337,8 @@ class GPT(nn.Module):
         computed in chunks: see kernels/cross_entropy.py."""
         hidden = self.hidden(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
         options = {"softcap": self.config.logit_softcap, "backend": self.config.kernels}
-        return linear_cross_entropy(hidden, self.head_weight, batch["targets"], **options)[0], {}
+        loss, _z_loss = linear_cross_entropy(hidden, self.head_weight, batch["targets"], **options)
+        return loss, {}
 
     def flops_per_token(self, seq_len: int) -> int:
         return self.config.flops_per_token(seq_len)
@@ -373,7 +374,7 @@ STEPS = 1300  # of the default run
 
 
 def make_batch(rows: list[dict], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
-    """Return inputs and the tokens that follow them, each (B, T), of B rows {"tokens": (T + 1,)}."""
+    """Return inputs and the tokens that follow them, each int64 (B, T), of B rows {"tokens": (T + 1,)}."""
     tokens = torch.stack([torch.from_numpy(row["tokens"]) for row in rows])  # (B, T + 1)
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
 

@@ -23,6 +23,7 @@ an expert, M = N k pairs of a token and an expert, L sparse layers.
 """
 
 import argparse
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from language.routing import (
     Router,
     Routing,
     aux_loss,
+    references,  # noqa: F401, the report looks it up
     sequence_loss,
     sum_over_ranks,
     switch_capacity,
@@ -350,6 +352,20 @@ def after_step(model: MoEGPT, finite: Tensor | bool = True) -> None:
         for layer in model.sparse_layers:
             if layer.gate.weight.requires_grad:
                 layer.gate.update_bias(finite)
+
+
+@contextmanager
+def recomputation(block: Block):
+    """Keep the block's routing while --checkpoint-activations computes the block a second time, and then drop
+    it: a compiled block saves the same tensors in both passes only if it returns the same ones."""
+    sparse = isinstance(block.mlp, MoE)
+    if sparse:
+        block.mlp.keep_routing = True
+    try:
+        yield
+    finally:
+        if sparse:
+            block.mlp.keep_routing, block.mlp.routing = False, None
 
 
 def n_active_params(model: MoEGPT) -> int:

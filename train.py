@@ -1,16 +1,23 @@
 """Train any of the models: `python train.py --model gpt`.
 
     for step in range(steps):
-        gradient of the mean loss over batch_size x grad_accum sequences, clipped to norm grad_clip
+        gradient of the mean loss over all targets of batch_size x grad_accum rows, clipped to norm grad_clip
         optimizer step at learning_rate(step)
 
-`train` is the loop; `update` is one step of it, made of `gradient` and `descend`; `evaluate` is the loss on
-held-out data. Behind it stand
+`train` is the loop, `update` one step of it, `evaluate` the loss on held-out data. One update of
+`--model gpt` runs through four files, in this order:
 
-    engine/contract.py    what a file such as gpt.py must offer to be trained, and what it may leave out
-    engine/run.py         everything that is settled before the first step
-    engine/batches.py     from rows of data to the batches of a step
-    engine/optim.py       AdamW, Muon, the learning rate's schedule
+    train.py             update: set the learning rate, take the batches, `gradient`, `descend`
+    engine/batches.py    rows of the data -> `make_batch` of gpt.py -> the part of this rank
+    gpt.py               `make_batch`, and `GPT.loss`: the forward pass. PyTorch does the backward pass
+    engine/optim.py      the learning rate of a step; a step of AdamW or Muon
+
+By default there is one process, which computes one batch per update, and the optimizer is AdamW.
+
+A file such as gpt.py offers a model, and a task: how a batch is made, and its loss. Both together, with an
+adapter if there is one, are called a concept. What a file leaves out, such as a function to call after each
+step, is a default of engine/contract.py. Everything that is settled before the first step, from the flags to
+the model, is in engine/run.py.
 
 Everything random is a function of (seed, step, rank): a run that is killed and resumed computes, on a CPU to
 the bit, what it would have computed in one go. It leaves behind, in --out:
@@ -32,7 +39,7 @@ from torch import nn
 
 from engine import cpu, parallel
 from engine.batches import Part, to_device
-from engine.checkpoint import last_saved, save
+from engine.checkpoint import last_saved, save, save_model
 from engine.log import Diverged, Log, UpdateResult, time_and_announce
 from engine.optim import set_learning_rate, step_optimizers
 from engine.options import parse_arguments
@@ -41,8 +48,8 @@ from formats import command
 
 
 def train(run: Run, log: Log) -> None:
-    """Train to the last step. Raises Interrupted after a signal, and Diverged if the gradient was not finite
-    in several steps in a row."""
+    """Train to the last step, or until --patience ends. Raises Interrupted after a signal, and Diverged if
+    the gradient was not finite in several steps in a row."""
     if log.evaluation_is_missing():
         log.evaluation(evaluate(run))
 
@@ -52,39 +59,48 @@ def train(run: Run, log: Log) -> None:
 
         if run.is_due(run.args.eval_every):
             log.evaluation(evaluate(run))
-        # The last step is saved by the caller. After skipped updates the weights are those of the last save.
+            if run.args.keep_best and log.n_since_lowest == 0:
+                save_model(run, run.args.out / "best")
+            if log.patience_ends():
+                return
+        # The caller saves the last step. While updates are skipped the last checkpoint is not overwritten.
         if run.is_due(run.args.save_every) and run.step < run.args.steps and not run.n_skipped_in_a_row:
             save(run)
 
 
 def update(run: Run) -> UpdateResult:
-    """Make one update of the weights.
+    """Make one update of the weights. Return what is logged of it: this rank's term of the mean loss, the
+    norm of the gradient, the learning rate, the task's metrics and the number of targets they are means of.
 
     Nothing here waits for a GPU, so that the next update is queued while it computes this one.
     """
     lr = set_learning_rate(run.optimizers, run.step, run.args)
-    parts = run.batches.next()
+    parts = run.batches.next()  # --grad-accum of them
     loss, metrics = gradient(run, parts)
     norm = descend(run)
     return UpdateResult(loss, norm, lr, metrics, parts[-1].n_targets)
 
 
 def gradient(run: Run, parts: list[Part]) -> tuple[torch.Tensor, dict]:
-    """Add up the gradients of the --grad-accum batches of one update, of each of which this rank has a part.
+    """Add up the gradients of this rank's parts of the --grad-accum batches of one update.
 
-    run.loss(batch) is the loss of the task, for gpt.py `GPT.loss`, as DDP, FSDP or torch.compile wrap it.
-    Returns this rank's term in the sum that is the mean loss over all targets, and the last part's metrics.
+    The weight of a part is its number of targets over that of the whole update: of all parts on all ranks.
+    So the mean loss over all targets is the sum of weight * loss over all parts on all ranks. In one process
+    and without --grad-accum, weight and n are 1. Returns this rank's share of the mean loss, and the metrics
+    of its last part.
     """
     n, args = parallel.world_size(), run.args
-    # Dropout draws the same numbers whenever this step is computed, and other numbers on every rank.
+    # One number for each (seed, step, rank): dropout draws the same whenever this step is computed.
     torch.manual_seed((((args.seed << 32) + run.step) * n + parallel.rank()) % (1 << 64))
     total, metrics = torch.zeros((), device=args.device), {}
     for i, part in enumerate(parts):
-        # The ranks exchange gradients once, with the last part.
+        # The ranks average their gradients once, during the backward pass of the last part.
         parallel.sync_gradients(run.synced_module, i + 1 == len(parts))
+        # For gpt.py this calls GPT.loss(batch): through torch.compile on a GPU, through DDP or FSDP with
+        # --parallel. Under autocast, with --dtype bfloat16, matrix products are in bfloat16.
         with run.autocast():
             loss, metrics = run.loss(to_device(part.batch, args.device))
-        # Gradients of n ranks are averaged, and the weights of all parts add up to 1: hence the factor n.
+        # The factor n turns the average of the n ranks' gradients into their sum.
         (loss * (part.weight * n)).backward()
         total += loss.detach() * part.weight
     return total, metrics
@@ -93,14 +109,17 @@ def gradient(run: Run, parts: list[Part]) -> tuple[torch.Tensor, dict]:
 def descend(run: Run) -> torch.Tensor:
     """Clip the gradient, step the optimizers, clear the gradient and count the step.
 
-    Where the gradient is not finite the device leaves the update out, by itself. Returns the norm of the
-    gradient before clipping.
+    If the norm is infinite or NaN the update is skipped. `finite` stays a tensor on the device, because an
+    `if` on it would make Python wait for the device. Returns the norm of the gradient before clipping.
     """
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip or math.inf)
-    norm = parallel.unshard(norm)
+    norm = parallel.unshard(norm)  # with FSDP each rank holds a part of it
     finite = norm.isfinite()
     step_optimizers(run.optimizers, finite)
-    run.finish_step(finite)
+    # Nothing for gpt.py; moe.py corrects the balance of its experts here.
+    run.concept.model_file.after_step(run.model, finite)
+    run.model.zero_grad(set_to_none=True)
+    run.count_step(finite)
     return norm
 
 
@@ -114,7 +133,8 @@ def evaluate(run: Run) -> dict[str, float]:
     sums, n_targets = Counter(), 0
     for part in run.batches.held_out():
         signal_number = parallel.max_over_ranks_async(run.signal)
-        # The last rows have another shape, for which neither the loss nor a block should be compiled again.
+        # run.objective is the same loss, neither compiled as a whole nor wrapped by DDP. The last rows have
+        # another shape, for which nothing should be compiled again.
         loss_of, stance = (run.loss, "default") if part.is_whole else (run.objective, "force_eager")
         with run.autocast(), torch.compiler.set_stance(stance):
             loss, metrics = loss_of(to_device(part.batch, run.args.device))
@@ -136,7 +156,8 @@ def evaluate(run: Run) -> dict[str, float]:
         totals.update(own)  # a Counter adds
     result = {f"val_{name}": total / n_all for name, total in totals.items()}
 
-    # Perplexity is of the tokens alone, without other terms of the loss.
+    # Perplexity is that of the prediction of tokens. Where the loss has further terms, as Electra's, the task
+    # names the metric that is without them.
     nats = result.get(f"val_{run.concept.task.TOKEN_LOSS}", result["val_loss"])
     result["perplexity"] = math.exp(min(nats, 700))  # exp(710) overflows
     val = run.dataset.val
@@ -174,9 +195,9 @@ def run_command(args: argparse.Namespace) -> int:
     """Do what the flags name: compare, estimate, measure or train. Returns the exit code."""
     try:
         if args.compare:
-            from engine import report
+            from engine import compare
 
-            print(report.compare(args.compare, Path()))
+            print(compare.compare(args.compare, Path()))
             return 0
         if args.dry_run:
             print(plan(args))

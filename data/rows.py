@@ -53,6 +53,7 @@ class Dataset:
     train: Rows
     val: Rows  # held out
     summary: str = ""  # one line that describes the data
+    text: str = ""  # a hash of the text alone, the same for every tokenizer; "" where there is no text
     guess: str = ""  # one line: how well a trivial guess does on the held-out part
 
 

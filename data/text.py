@@ -343,6 +343,7 @@ def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Datase
         corpus.tokenizer,
         Windows(train, seq_len),
         HeldOut(val, seq_len, corpus.val.n_bytes, only_whole),
+        text=corpus.name.partition("-")[0],
         summary=f"{len(train):,} tokens to train on, {len(val):,} held out",
         guess=f"the most frequent token is right for {np.mean(val == most_frequent):.2%} of the held out",
     )

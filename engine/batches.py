@@ -23,7 +23,7 @@ class Part(NamedTuple):
     """This rank's part of one batch."""
 
     batch: dict[str, Tensor]
-    weight: float  # of its mean loss: its targets over those of the whole update, on all ranks
+    weight: float  # its number of targets over that of the whole update: of all parts on all ranks
     n_targets: int
 
 
@@ -42,7 +42,7 @@ class Batches:
         self.args, self.task, self.settings, self.dataset = args, task, settings, dataset
         self.loader = Loader(dataset.train, args.seed)
         self.thread = ThreadPoolExecutor(1)
-        self.step, self.ahead = -1, Future()
+        self.step, self.ahead = -1, Future()  # the update whose parts are being prepared, and these parts
 
     def start(self, step: int) -> None:
         """Begin to prepare the batches of this update; ValueError if the task cannot use such rows."""
@@ -69,14 +69,15 @@ class Batches:
         args, task = self.args, self.task
         parts, n_targets, n_own = [], 0, []
         for index in range(step * args.grad_accum, (step + 1) * args.grad_accum):
+            # An endless stream, the shuffled rows of epoch after epoch, is cut into batches: this is batch
+            # number `index` of it.
             rows = self.loader.read(index * args.batch_size, args.batch_size)
             batch = self.make(rows, (args.seed << 32) + index)
             own = self.split(batch)
             n_targets += task.count(batch)
             n_own.append(task.count(own))
             parts.append(self.finish(own))
-        weights = [own / max(1, n_targets) for own in n_own]
-        return [Part(*found) for found in zip(parts, weights, n_own, strict=True)]
+        return [Part(batch, n / max(1, n_targets), n) for batch, n in zip(parts, n_own, strict=True)]
 
     def held_out(self) -> Iterator[HeldOutPart]:
         """Yield this rank's parts of all held-out rows, in order: the same batches at every evaluation."""
@@ -89,7 +90,7 @@ class Batches:
             yield HeldOutPart(self.finish(part), self.task.count(part), is_whole)
 
     def make(self, rows: list[Row], seed: int) -> dict[str, Tensor]:
-        """Return the whole batch of these rows."""
+        """Return the whole batch of these rows, by the task's make_batch: for gpt.py tokens and targets."""
         generator = torch.Generator().manual_seed(seed)
         return self.task.make_batch(rows, self.settings, generator, self.dataset.tokenizer)
 

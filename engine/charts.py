@@ -12,7 +12,9 @@ The style sheet is report.css.
 """
 
 import math
+from collections.abc import Callable
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +83,11 @@ def path(kind: str, x: np.ndarray, y: np.ndarray) -> str:
     return f'<path class="{kind}" d="{drawn}"/>'
 
 
+def four_digits(value: float) -> str:
+    """Return the value as a legend writes it, where a chart does not say how."""
+    return short(value, 4)
+
+
 def chart(
     title: str,
     curves: list[Curve],
@@ -90,11 +97,13 @@ def chart(
     high: float | None = None,
     band: bool = True,
     kind: str = "",
+    text: Callable[[float], str] = four_digits,
 ) -> str:
     """Return a figure of the curves that have a finite point, or "" if none has.
 
     The y axis begins at `low`, or at the smallest y if that is lower. It ends at `high`, or at the largest y
-    if that is lower. over: what x is. band: draw the range of thinned points. kind: a CSS class.
+    if that is lower; a value beyond is noted. over: what x is. band: draw the range of thinned points. kind:
+    a CSS class. text: how a value of y is written.
     """
     # Choose the ends of the axes.
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]
@@ -120,27 +129,35 @@ def chart(
 
     # Draw each curve in a system of 2000 x 1000; values far outside of the picture are clipped.
     for curve, points in zip(curves, thin, strict=True):
-        x = 2000 * points[0] / width
-        mean, least, largest = np.clip(1000 * (high - points[1:]) / (high - low), -1000, 2000)
-        drawn.append(f'<g style="--hue:{curve.hue}">')
-        if band and len(curve.x) > POINTS:
-            known = ~np.isnan(mean)
-            there_and_back = np.append(x[known], x[known][::-1])
-            drawn.append(path("band", there_and_back, np.append(least[known], largest[known][::-1])))
-        drawn.append(path("line", x, mean))
-        if curve.dots and len(x) <= DOTS:
-            drawn += [path("dot", x[i : i + 1], mean[i : i + 1]) for i in range(len(x))]
-        drawn.append("</g>")
-        last = short(curve.y[np.isfinite(curve.y)][-1], 4)
+        ys = np.clip(1000 * (high - points[1:]) / (high - low), -1000, 2000)
+        drawn.append(curve_drawn(curve, 2000 * points[0] / width, *ys, band=band))
+        last = text(curve.y[np.isfinite(curve.y)][-1])
         name = escape(curve.label)
         legend.append(f'<span><i style="--hue:{curve.hue}"></i>{name} <b>{last}</b></span>')
         ends.append(f"{name} {last}")
+    if most > high:
+        legend.append(f"<span>not shown: up to {text(most)}</span>")
     return (
         f'<figure class="{kind}"><figcaption><b>{escape(title)}</b> {" ".join(legend)}</figcaption>'
         '<div class="plot"><svg viewBox="0 0 2000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(title)} over {over}; at the end {", ".join(ends)}">{"".join(drawn)}</svg>'
         f'{"".join(labels)}<span class="name">{over}</span></div></figure>\n'
     )
+
+
+def curve_drawn(
+    curve: Curve, x: np.ndarray, mean: np.ndarray, least: np.ndarray, largest: np.ndarray, *, band: bool
+) -> str:
+    """Return the line of a thinned curve (n,) in SVG, with its dots and the band of its range."""
+    drawn = [f'<g style="--hue:{curve.hue}">']
+    if band and len(curve.x) > POINTS:
+        known = ~np.isnan(mean)
+        there_and_back = np.append(x[known], x[known][::-1])
+        drawn.append(path("band", there_and_back, np.append(least[known], largest[known][::-1])))
+    drawn.append(path("line", x, mean))
+    if curve.dots and len(x) <= DOTS:
+        drawn += [path("dot", x[i : i + 1], mean[i : i + 1]) for i in range(len(x))]
+    return "".join((*drawn, "</g>"))
 
 
 def page(title: str, *parts: str) -> str:
@@ -154,10 +171,16 @@ def page(title: str, *parts: str) -> str:
     )
 
 
-def table(rows: list[tuple]) -> str:
-    """Return rows of cells as an HTML table; the first cell of each row is its heading."""
-    lines = []
-    for heading, *cells in rows:
-        data = "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+def table(rows: list[tuple], headed: bool = False) -> str:
+    """Return rows of cells as an HTML table; the first cell of each row is its heading. headed: the first row
+    holds the headings of the columns; a narrow window shows each row as a block, with them before its cells.
+    """
+    lines, names = [], rows[0][1:] if headed else ()
+    for i, (heading, *cells) in enumerate(rows):
+        labels = [f' data-name="{escape(str(name))}"' for name in names] if i else []
+        data = "".join(
+            f"<td{label}>{escape(str(cell))}</td>" for cell, label in zip_longest(cells, labels, fillvalue="")
+        )
         lines.append(f"<tr><th>{escape(str(heading))}</th>{data}</tr>\n")
-    return f'<div class="scroll"><table>\n{"".join(lines)}</table></div>\n'
+    kind = "scroll headed" if headed else "scroll"
+    return f'<div class="{kind}"><table>\n{"".join(lines)}</table></div>\n'

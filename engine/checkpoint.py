@@ -14,6 +14,7 @@ The shards are torch.distributed.checkpoint's, in its safetensors format: each r
 it holds, so that every rank can read its own part from whatever files hold it.
 """
 
+import argparse
 import ast
 import json
 import os
@@ -187,6 +188,34 @@ def config_of(run) -> dict:
     return {name: value for name, value in config.items() if name != "kernels"}
 
 
+def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> None:
+    """Set args.steps and args.schedule_from, the ends of the schedule of the learning rate, of a resumed run.
+
+    They stay as they were. With --extend, a second schedule follows on the first. given: --steps was typed.
+    Raises ValueError for an --extend before the end, and for another --steps, under which the schedule would
+    jump, unless it is constant.
+    """
+    # Checkpoints of before have only the flags.
+    before = state["flags"]["steps"]
+    end = state.get("steps") or (int(before) if before != "None" else args.steps)
+    if args.extend:
+        if state["step"] < end:
+            raise ValueError(
+                f"--extend {args.extend}: the run in {args.out} is at step {state['step']} of {end}; finish "
+                "it first, with --resume"
+            )
+        args.schedule_from, args.steps = state["step"], state["step"] + args.extend
+        return
+    args.schedule_from = state.get("schedule_from", 0)
+    if not given:
+        args.steps = end
+    elif args.steps != end and args.schedule != "constant":
+        raise ValueError(
+            f"--resume: the learning rate of the run in {args.out} is scheduled to step {end}, not "
+            f"{args.steps}; leave out --steps to finish it, and add steps to a finished run by --extend"
+        )
+
+
 def resume(run, directory: Path, state: dict) -> None:
     """Bring an engine.run.Run to the step of a checkpoint.
 
@@ -247,6 +276,8 @@ def save(run) -> None:
         state = {
             "version": VERSION,
             "step": run.step,
+            "steps": run.args.steps,
+            "schedule_from": run.args.schedule_from,
             "seconds": run.seconds,
             "skipped": run.n_skipped,
             "dataset": run.dataset.fingerprint,
@@ -257,11 +288,27 @@ def save(run) -> None:
             "logs": {log: (out / log).stat().st_size for log in LOGS},
         }
     write(out, tensors_of(run), state)
+    save_model(run, out / "model")
+    if run.args.keep_models:
+        save_model(run, out / "models" / f"step-{run.step}")
+        for old in kept_models(out)[: -run.args.keep_models] if parallel.rank() == 0 else ():
+            shutil.rmtree(old)
+
+
+def save_model(run, directory: Path) -> None:
+    """Write the model of an engine.run.Run to a directory, completely or not at all. Called by all ranks."""
     parallel.update_unsharded(run.model, run.unsharded)
     if parallel.rank() == 0:
-        with replace_directory(out / "model") as new:
+        directory.parent.mkdir(exist_ok=True)
+        with replace_directory(directory) as new:
             run.save_model(new)
     parallel.barrier()
+
+
+def kept_models(out: Path) -> list[Path]:
+    """Return the directories that --keep-models has written, in the order of their steps."""
+    found = (out / "models").glob("step-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def last_saved(out: Path) -> str:

@@ -17,6 +17,7 @@ import importlib.util
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data.rows import Dataset, Row
-from engine import activations, optim, parallel
+from engine import optim, parallel
 
 ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
@@ -85,8 +86,18 @@ def n_active_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def references(config: Any) -> dict[str, str]:
+    """Return for metrics, by name, a value to compare them with, in words, such as that of chance: none."""
+    return {}
+
+
 def separate_head(model: nn.Module) -> None:
     """Give the model a head of its own where it shares the embeddings' matrix: it shares nothing."""
+
+
+def recomputation(block: nn.Module) -> AbstractContextManager:
+    """Return the context in which --checkpoint-activations computes a block a second time: none."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -100,9 +111,11 @@ class ModelFile:
     fit: Callable[[Any, Dataset, int], Any] = fit
     after_step: Callable[[nn.Module, Tensor], None] = after_step
     n_active_params: Callable[[nn.Module], int] = n_active_params
+    references: Callable[[Any], dict[str, str]] = references
     separate_head: Callable[[nn.Module], None] = separate_head
+    recomputation: Callable[[nn.Module], AbstractContextManager] = recomputation
     width_factors: Callable[[str, float], tuple[float, float]] = optim.width_factors
-    mlp_bytes: Callable[..., tuple[int, int]] = activations.mlp_bytes  # for --dry-run
+    mlp_bytes: Callable[..., tuple[int, int]] | None = None  # for --dry-run; None: engine/activations.py's
 
 
 # --- the defaults of a task's file
@@ -197,7 +210,7 @@ class Task:
     save: Callable[[nn.Module, Dataset, Path], None] = save
     save_tokenizer: Callable[[Dataset, Path], None] = save_tokenizer
     flops_per_token: Callable[[nn.Module, Any, int], int] = flops_per_token
-    loss_bytes: Callable[..., dict[str, int]] = activations.loss_bytes  # for --dry-run
+    loss_bytes: Callable[..., dict[str, int]] | None = None  # for --dry-run; None: engine/activations.py's
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
     TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms too
@@ -219,7 +232,7 @@ class Adapter:
     lr_factor: Callable
     decays: Callable
     flops_per_token: Callable
-    adapter_bytes: Callable[..., int] = activations.adapter_bytes  # for --dry-run
+    adapter_bytes: Callable[..., int] | None = None  # for --dry-run; None: engine/activations.py's
     STEPS: int = 1000  # of the default run
 
 
@@ -230,7 +243,7 @@ class Adapter:
 class Concept:
     """The answers to the three questions: what a run trains."""
 
-    model: ModelFile
+    model_file: ModelFile
     task: Task
     adapter: Adapter | None
     base: str | None  # the directory of the model that the adapter adapts

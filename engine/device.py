@@ -12,7 +12,6 @@ import platform
 import torch
 
 from engine import parallel
-from kernels.backend import choose as choose_backend
 
 # Dense bf16 matmul peak in FLOP/s, by the name that CUDA gives the device. An unknown device shows no MFU
 # rather than a guess.
@@ -65,7 +64,9 @@ def choose_device(args: argparse.Namespace) -> None:
         )
     if args.parallel != "none" and args.device == "mps":
         raise ValueError(f"--parallel {args.parallel}: not on mps; add --device cpu")
-    choose_backend(f"--kernels {args.kernels}", args.kernels, torch.empty(0, device=args.device))
+    from kernels import backend  # with Triton, which takes half a second to import
+
+    backend.choose(f"--kernels {args.kernels}", args.kernels, torch.empty(0, device=args.device))
     if args.compile is None:
         args.compile = args.device == "cuda"
 

@@ -10,6 +10,7 @@ Numbers are read from the device every --log-every steps only: reading waits for
 """
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +53,10 @@ class Log:
         # Since the last logged step: seconds of training, updates made, updates skipped.
         self.interval, self.logged_step, self.logged_skipped = 0.0, run.step, run.n_skipped
         self.began = time.perf_counter()
+        # The lowest validation loss, and the number of evaluations since.
+        self.lowest, self.n_since_lowest = math.inf, 0
+        for loss in parallel.on_rank_0(lambda: validation_losses(run.args.out)):
+            self.count_evaluation(loss)
 
     def close(self) -> None:
         self.progress.close()
@@ -95,6 +100,7 @@ class Log:
     def evaluation(self, result: dict[str, float]) -> None:
         """Write an evaluation, what the model has to show, and the report. Called by all ranks."""
         run, out = self.run, self.run.args.out
+        self.count_evaluation(result["val_loss"])
         parallel.update_unsharded(run.model, run.unsharded)
         self.write({"step": run.step, "tokens": run.step * run.tokens_per_step, **result})
         accuracy = result.get("val_accuracy")
@@ -114,6 +120,21 @@ class Log:
         run.model.train()
         self.progress.show(**self.shown)
         parallel.barrier()
+
+    def count_evaluation(self, loss: float) -> None:
+        """Count an evaluation since the lowest loss, or note a lower one."""
+        is_lower = loss < self.lowest
+        self.lowest = loss if is_lower else self.lowest
+        self.n_since_lowest = 0 if is_lower else self.n_since_lowest + 1
+
+    def patience_ends(self) -> bool:
+        """Return whether --patience evaluations in a row have found no lower loss; then print so."""
+        if self.n_since_lowest != self.run.args.patience:
+            return False
+        self.progress.note(
+            f"stopped at step {self.run.step}: {self.n_since_lowest} evaluations, no lower loss"
+        )
+        return True
 
     def write(self, row: dict) -> None:
         """Write a row to metrics.jsonl and to what --watch names."""
@@ -137,6 +158,13 @@ class Log:
         return parallel.on_rank_0(is_missing)
 
 
+def validation_losses(out: Path) -> list[float]:
+    """Return the validation losses in the metrics.jsonl of a run, NaN where one was not finite."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    return [math.nan if loss is None else loss for loss in losses]
+
+
 def row_of(run: Run, step: UpdateResult, steps_per_second: float) -> dict:
     """Return the row of metrics.jsonl for a step. Metrics of the ranks are averaged over their targets."""
     rate = steps_per_second * run.tokens_per_step
@@ -154,9 +182,18 @@ def start_logs(run: Run) -> list:
     args, config = run.args, asdict(run.model.config)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     start = {"step": run.step, "command": checkpoint.command(), "flags": flags, "config": config}
-    start |= {"n_params": run.sizes.n_params, "environment": report.environment()}
+    start |= {"n_params": run.sizes.n_params, "flops_per_token": run.flops_per_token}
+    start |= {"fingerprint": run.dataset.fingerprint, "text": run.dataset.text}
+    start |= {"data": data_of(run), "guess": run.dataset.guess, "task": run.concept.task.name}
+    start |= {"references": run.concept.model_file.references(run.model.config)}
+    start |= {"environment": report.environment()}
     report.record_start(args.out, start, args.resume)
     return watch.watchers(args.watch, args.out, flags | config, run.step if args.resume else None)
+
+
+def data_of(run: Run) -> str:
+    """Return what --data is and how large."""
+    return f"{run.args.data}, {run.dataset.summary}" if run.dataset.summary else str(run.args.data)
 
 
 def append(path: Path, text: str) -> None:
@@ -186,7 +223,7 @@ def time_and_announce(run: Run) -> None:
     where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device
     lines = report.describe_run(
         model=f"{args.model} {args.init_from or args.base or args.size}",
-        data=f"{args.data}, {run.dataset.summary}" if run.dataset.summary else str(args.data),
+        data=data_of(run),
         guess=run.dataset.guess,
         **run.sizes._asdict(),
         steps=args.steps,

@@ -1,6 +1,7 @@
 """Optimizers: which rule updates each parameter, and with which learning rate.
 
     AdamW    m, v = running means of g, g^2     w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
+             (both divided by 1 - beta^step, since they start at zero)
     Muon     M = running mean of the matrix G   W -= lr * (0.2 sqrt(max(shape)) ortho(M) + weight_decay * W)
 
 AdamW (Loshchilov and Hutter 2019) treats each number alone. Muon (Jordan et al. 2024) treats a matrix as one
@@ -23,6 +24,68 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+
+def learning_rate(step: int, args: Namespace) -> float:
+    """Return the learning rate of a step: after a linear warm-up one of three schedules.
+
+    cosine: to a tenth of args.lr (Hoffmann et al. 2022, appendix B). constant. wsd (warm-up, stable, decay):
+    constant until the last fifth, which falls linearly to zero (Hägele et al. 2024). It begins at step
+    args.schedule_from, which is 0 but for --extend, and ends at args.steps.
+    """
+    step, n_steps = step - args.schedule_from, args.steps - args.schedule_from
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, n_steps - args.warmup)
+    if args.schedule == "cosine":
+        return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+    if args.schedule == "wsd":
+        return args.lr * min(1.0, (1 - done) / 0.2)
+    return args.lr
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, args: Namespace) -> float:
+    """Set the learning rate of every group, with its factor, for a step. Return it without the factors."""
+    lr = learning_rate(step, args)
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group["lr_factor"]
+    return lr
+
+
+def step_optimizers(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> None:
+    """Make one step of each optimizer if finite, a bool () on their device, is True. If it is False, weights
+    and optimizer states keep every bit.
+
+    The device makes the decision, so the host does not wait for it. The exception is AdamW that is not fused:
+    it counts its steps on the host. Muon needs memory for a copy of its matrices and momenta.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Muon):
+            step_muon(optimizer, finite)
+        elif optimizer.param_groups[0]["fused"]:
+            # A fused step that finds 1 in found_inf changes nothing: torch.amp.GradScaler skips steps so.
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif finite:
+            optimizer.step()
+
+
+@torch.no_grad()
+def step_muon(optimizer: torch.optim.Muon, finite: Tensor) -> None:
+    """Make one step of Muon, and undo it if finite is False: torch's Muon itself cannot skip a step."""
+    # Copy the weights and momenta; before its first step Muon has no momenta, so make them as it would.
+    tensors = []
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        if "momentum_buffer" not in optimizer.state[p]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        tensors += [p, optimizer.state[p]["momentum_buffer"]]
+    before = [tensor.clone() for tensor in tensors]
+
+    optimizer.step()
+
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(torch.where(finite, tensor, old))
 
 
 def default_learning_rate(n_params: int) -> float:
@@ -60,12 +123,13 @@ def width_factors(name: str, ratio: float) -> tuple[float, float]:
 
 
 def lr_factor(name: str) -> float:
-    """Return 1: by default every parameter has the same learning rate."""
+    """Return 1: without an adapter, whose file may decide otherwise, all have the same learning rate."""
     return 1.0
 
 
 def decays(name: str, p: nn.Parameter) -> bool:
-    """Return True for matrices: by default norms and biases have no weight decay."""
+    """Return True for matrices: norms and biases have no weight decay, unless an adapter's file decides
+    otherwise."""
     return p.ndim >= 2
 
 
@@ -155,63 +219,3 @@ def make_adamw(
         for (decayed, factor, of_width), params in groups.items()
     ]
     return torch.optim.AdamW(described, lr=args.lr, betas=(0.9, 0.95), fused=args.device in ("cpu", "cuda"))
-
-
-def learning_rate(step: int, args: Namespace) -> float:
-    """Return the learning rate of a step: after a linear warm-up one of three schedules.
-
-    cosine: to a tenth of args.lr (Hoffmann et al. 2022, appendix B). constant. wsd (warm-up, stable, decay):
-    constant until the last fifth, which falls linearly to zero (Hägele et al. 2024).
-    """
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
-    if args.schedule == "cosine":
-        return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-    if args.schedule == "wsd":
-        return args.lr * min(1.0, (1 - done) / 0.2)
-    return args.lr
-
-
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], step: int, args: Namespace) -> float:
-    """Set the learning rate of every group, with its factor, for a step. Return it without the factors."""
-    lr = learning_rate(step, args)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * group["lr_factor"]
-    return lr
-
-
-def step_optimizers(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> None:
-    """Make one step of each optimizer if finite, a bool () on their device, is True. If it is False, weights
-    and optimizer states keep every bit.
-
-    The device makes the decision, so the host does not wait for it. The exception is AdamW that is not fused:
-    it counts its steps on the host. Muon needs memory for a copy of its matrices and momenta.
-    """
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.Muon):
-            step_muon(optimizer, finite)
-        elif optimizer.param_groups[0]["fused"]:
-            # torch.amp.GradScaler uses these attributes to skip a fused step.
-            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
-            optimizer.step()
-            del optimizer.grad_scale, optimizer.found_inf
-        elif finite:
-            optimizer.step()
-
-
-@torch.no_grad()
-def step_muon(optimizer: torch.optim.Muon, finite: Tensor) -> None:
-    """Make one step of Muon, and undo it if finite is False: torch's Muon itself cannot skip a step."""
-    # Copy the weights and momenta; before its first step Muon has no momenta, so make them as it would.
-    tensors = []
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        if "momentum_buffer" not in optimizer.state[p]:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        tensors += [p, optimizer.state[p]["momentum_buffer"]]
-    before = [tensor.clone() for tensor in tensors]
-
-    optimizer.step()
-
-    for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, old))

@@ -1,8 +1,9 @@
 """The flags of train.py: their defaults, and checks of values that make no sense together.
 
 Every flag is part of what a run computes, except those in FREE_ON_RESUME: --resume compares the others with
-those of the run that it continues. Of the free ones --steps is the end of the learning-rate schedule, and
---batch-size with --grad-accum, whose product must stay, decides which rows one make_batch sees together.
+those of the run that it continues. Of the free ones --steps is the end of the learning-rate schedule, which
+`checkpoint.continue_schedule` checks, and --batch-size with --grad-accum, whose product must stay, decides
+which rows one make_batch sees together.
 Those in BY_CONTENT name files, which may move: what is in them is compared instead.
 """
 
@@ -14,13 +15,19 @@ from engine import contract, parallel, trainable, watch
 from formats import command
 
 # These change no number that a run computes.
-NO_EFFECT = {"out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every"}
+NO_EFFECT = {
+    "out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every", "keep_best",
+    "keep_models",
+}  # fmt: skip
 # A checkpoint has hashes of the text and its tokenizer, and the configuration of the model.
 BY_CONTENT = {"data", "val", "text_field", "bad_text", "tokenizer", "init_from", "base"}
 # A resumed run may change those, and these.
 FREE_ON_RESUME = NO_EFFECT | BY_CONTENT | {
     "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
+    "extend", "patience",
 }  # fmt: skip
+# A second schedule, of --extend, may have these of its own too.
+FREE_ON_EXTEND = FREE_ON_RESUME | {"lr", "warmup", "schedule"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -166,7 +173,16 @@ def add_where(group) -> None:
 def add_output(group) -> None:
     add = group.add_argument
     add("--out", type=command.path, metavar="DIR", help="default runs/MODEL")
-    add("--resume", action="store_true", help="continue from the checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out, to the same last step")
+    add(
+        "--extend",
+        type=int,
+        metavar="STEPS",
+        help="continue the finished run in --out by so many steps, with a second warm-up and schedule",
+    )
+    add("--keep-best", action="store_true", help="keep the model of the lowest validation loss in best/ too")
+    add("--keep-models", type=int, metavar="N", help="keep the models of the last N saves in models/ too")
+    add("--patience", type=int, metavar="N", help="stop after N evaluations in a row without a lower loss")
     add("--eval-every", type=int, metavar="STEPS", help="default: eight times in a run")
     add("--save-every", type=int, metavar="STEPS", help="default: as often as evaluation")
     add("--log-every", type=int, metavar="STEPS", default=10, help="default %(default)s")
@@ -191,7 +207,8 @@ def add_measurements(group) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for a flag whose value makes no sense, alone or beside the others."""
-    positive = "steps batch_size grad_accum seq_len eval_every save_every log_every mup dry_run"
+    positive = "steps batch_size grad_accum seq_len eval_every save_every log_every mup dry_run "
+    positive += "extend keep_models patience"
     for flag in positive.split():
         value = getattr(args, flag)
         if value is not None and value < 1:
@@ -213,16 +230,24 @@ def check_arguments(args: argparse.Namespace) -> None:
     n = parallel.world_size()
     if args.batch_size % n:
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")
+    if args.extend and args.steps:
+        raise ValueError(f"--extend {args.extend} and --steps {args.steps}: expected one of them")
     watch.check(args.watch)
 
 
 def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     """Fill in the flags whose defaults depend on what is trained."""
     if args.size is None and not (args.init_from or args.base):
-        args.size = next(iter(concept.model.SIZES))
+        args.size = next(iter(concept.model_file.SIZES))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
-    args.eval_every = args.eval_every or math.ceil(args.steps / 8)
+    args.schedule_from = 0  # the step at which the schedule of the learning rate begins
+    args.tokenizer = args.tokenizer or concept.base or args.init_from or "bpe:4096"
+
+
+def fill_intervals(args: argparse.Namespace) -> None:
+    """Fill in the flags whose defaults depend on the number of steps."""
+    n = args.steps - args.schedule_from
+    args.eval_every = args.eval_every or math.ceil(n / 8)
     args.save_every = args.save_every or args.eval_every
     if args.warmup is None:
-        args.warmup = min(1000, args.steps // 20)
-    args.tokenizer = args.tokenizer or concept.base or args.init_from or "bpe:4096"
+        args.warmup = min(1000, n // 20)

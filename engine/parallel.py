@@ -26,7 +26,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 
@@ -178,16 +178,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def distribute(
-    objective: Objective, args: argparse.Namespace
+    objective: Objective,
+    args: argparse.Namespace,
+    recomputation: Callable[[nn.Module], AbstractContextManager] = nullcontext,
 ) -> tuple[nn.Module, Callable, nn.Module | None]:
     """Move an objective to its device and, with --parallel, onto the ranks.
 
     Returns the module that exchanges gradients (see `sync_gradients`), the loss to call in training, and
     the unsharded model to show and to save, which is None on all ranks but 0.
 
-    --checkpoint-activations keeps only the input of each block for the backward pass, which computes the rest
-    anew (Chen et al. 2016). --dtype bfloat16 with fsdp gathers weights in bfloat16, that of moe.py's router
-    too, and sums gradients in float32; the shards that the optimizer updates are float32 throughout.
+    --checkpoint-activations keeps only the input of each block for the backward pass, which computes the
+    rest anew (Chen et al. 2016), in the context recomputation(block). --dtype bfloat16 with fsdp gathers
+    weights in bfloat16, that of moe.py's router too, and sums gradients in float32; the shards that the
+    optimizer updates are float32 throughout.
     """
     model, unsharded = objective.model, None
     if args.parallel == "fsdp" and rank() == 0:
@@ -202,24 +205,26 @@ def distribute(
         if args.compile and by_block:
             block.forward = torch.compile(block.forward)
         if args.checkpoint_activations:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            contexts = partial(lambda block: (nullcontext(), recomputation(block)), block)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     if args.parallel == "fsdp":
         shard(objective, args)
         return objective, objective, unsharded
 
     objective.to(args.device)
-    engine, loss = objective, objective.forward
+    synced_module, loss = objective, objective.forward
     if args.parallel == "ddp":
         with warnings.catch_warnings():
             # Newer versions of PyTorch warn that broadcast_buffers has another name. Buffers are not
             # broadcast from rank 0, because moe.py sums its load counters over the ranks.
             warnings.simplefilter("ignore")
-            engine = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
-        loss = engine
+            synced_module = loss = DistributedDataParallel(
+                objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     # Compiling a module in place would give its parameters other names in what is saved.
     if args.compile and not by_block:
         loss = torch.compile(loss)
-    return engine, loss, model if rank() == 0 else None
+    return synced_module, loss, model if rank() == 0 else None
 
 
 def shard(objective: Objective, args: argparse.Namespace) -> None:
@@ -237,15 +242,16 @@ def shard(objective: Objective, args: argparse.Namespace) -> None:
     fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
-def sync_gradients(engine: nn.Module, enabled: bool) -> None:
+def sync_gradients(synced_module: nn.Module, enabled: bool) -> None:
     """Set, before a forward and backward pass, whether its gradients are exchanged between the ranks.
 
-    Those of several batches of one update are summed locally, and exchanged with the last batch only.
+    Those of several batches of one update are summed locally, and exchanged with the last batch only. In one
+    process this does nothing.
     """
-    if isinstance(engine, DistributedDataParallel):
-        engine.require_backward_grad_sync = enabled
-    elif hasattr(engine, "set_requires_gradient_sync"):  # FSDP's
-        engine.set_requires_gradient_sync(enabled)
+    if isinstance(synced_module, DistributedDataParallel):
+        synced_module.require_backward_grad_sync = enabled
+    elif hasattr(synced_module, "set_requires_gradient_sync"):  # FSDP's
+        synced_module.set_requires_gradient_sync(enabled)
 
 
 def unshard(x: Tensor) -> Tensor:

@@ -4,16 +4,15 @@
     report.html    everything on one page that loads nothing: no network, no other file
     run.json       for each start and resume of the run: step, command, flags, config, environment
 
-train.py makes them in the run's directory from its metrics.jsonl and samples.txt. Several runs in one
-picture:
-
-    python train.py --compare runs/a runs/b        a table; compare.html and compare.png
+train.py makes them in the run's directory from its metrics.jsonl and samples.txt. engine/compare.py draws
+several runs over each other.
 """
 
 import json
 import math
 import platform
 import re
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import torch
 
 from engine import cpu, parallel
 from engine.charts import HUES, Curve, chart, page, settled, table, usual
-from engine.options import NO_EFFECT
 from engine.progress import duration
 from formats import atomic
 from formats.quantities import short
@@ -36,6 +34,7 @@ CHARTS = {
     "mfu": "MFU, the share of the device's peak",
 }
 NO_CURVE = {"step", "tokens", "seconds", "skipped"}
+SHARES = {"accuracy", "dropped", "mfu"}  # metrics that are shown in percent
 
 
 def describe_run(
@@ -201,23 +200,49 @@ def save_figure(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def figures(steps: list[dict], evaluations: list[dict]) -> dict[str, str]:
-    """Return the figures of a run at its last row, by name."""
-    found = {}
+def formatted(name: str, value: float) -> str:
+    """Return a metric as it is written everywhere in a report: a share in percent, else four digits."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if name.removeprefix("val_") in SHARES:
+        return f"{value:.1%}"
+    if name == "tokens_per_second":
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if "loss" in name else short(value, 4)
+
+
+def title_of(name: str) -> str:
+    """Return a metric's name in words: "validation aux loss" for val_aux_loss."""
+    return name.replace("val_", "validation ").replace("_", " ")
+
+
+def figures(steps: list[dict], evaluations: list[dict], references: dict[str, str]) -> list[tuple[str, ...]]:
+    """Return (name, value, what to compare it with, perhaps "") of the figures of a run at its last row.
+
+    references: by a metric's name, a value that gives it a meaning, such as that of chance.
+    """
+    found = []
     if evaluations:
-        losses = column(evaluations, "val_loss")
-        found["validation loss"] = f"{losses[-1]:.4f}"
-        found["best so far"] = f"{np.fmin.reduce(losses):.4f}"
-        for key, value in evaluations[-1].items():
-            if key not in ("val_loss", *NO_CURVE):
-                found[key.replace("val_", "validation ").replace("_", " ")] = short(value, 4)
+        losses, last = column(evaluations, "val_loss"), evaluations[-1]
+        lowest = int(np.nanargmin(losses)) if np.isfinite(losses).any() else -1
+        note = f"lowest {formatted('loss', losses[lowest])} at step {evaluations[lowest]['step']:,}"
+        found.append(("validation loss", formatted("loss", losses[-1]), note if lowest >= 0 else ""))
+        for name in last.keys() - NO_CURVE - {"val_loss"}:
+            found.append((title_of(name), formatted(name, last[name]), reference(name, references)))
+        found[1:] = sorted(found[1:])
     if steps:
         last = steps[-1]
-        found["training loss"] = f"{last['loss']:.4f}"
-        found["tokens per second"] = f"{last['tokens'] / last['seconds']:,.0f}"  # mean of the whole run
+        found.append(("training loss", formatted("loss", last["loss"]), "of the last logged step"))
+        mean = formatted("tokens_per_second", last["tokens"] / last["seconds"])
+        found.append(("tokens per second", mean, "mean of the run"))
         if last["mfu"] is not None:
-            found["MFU"] = f"{last['mfu']:.1%}"
+            found.append(("MFU", formatted("mfu", last["mfu"]), "at the last logged step"))
     return found
+
+
+def reference(name: str, references: dict[str, str]) -> str:
+    """Return the reference of a metric in training or validation, "" if there is none."""
+    return references.get(name.removeprefix("val_"), "")
 
 
 def write(out: Path) -> None:
@@ -229,13 +254,14 @@ def write(out: Path) -> None:
     if starts:
         flags = starts[-1]["flags"]
         title = f"{flags['model']} {flags['size'] or flags['init_from']}"
+    references = starts[-1].get("references", {}) if starts else {}
     tiles = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{value}</dd></div>\n"
-        for label, value in figures(steps, evaluations).items()
+        f"<div><dt>{escape(label)}</dt><dd>{value}</dd><dd class=note>{escape(note)}</dd></div>\n"
+        for label, value, note in figures(steps, evaluations, references)
     )
     parts = [
-        f'<p class="lede">{summary(steps, evaluations, starts)}</p>\n<dl>\n{tiles}</dl>\n',
-        f'<div class="charts">\n{charts(steps, evaluations)}</div>\n',
+        f'<p class="lede">{summary(steps, evaluations, starts)}</p>\n{data_of(starts)}<dl>\n{tiles}</dl>\n',
+        f'<div class="charts">\n{charts(steps, evaluations, references)}</div>\n',
         samples(out),
         settings(starts),
     ]
@@ -250,22 +276,35 @@ def summary(steps: list[dict], evaluations: list[dict], starts: list[dict]) -> s
     parts = [f"{starts[-1]['n_params']:,} parameters"] if starts else []
     parts.append(f"step {last['step']:,}" + (f" of {int(starts[-1]['flags']['steps']):,}" if starts else ""))
     parts.append(f"{short(last['tokens'])} tokens")
+    if starts and "flops_per_token" in starts[-1]:
+        parts.append(f"{short(last['tokens'] * starts[-1]['flops_per_token'])} FLOPs")
     if steps:
         parts.append(f"{duration(steps[-1]['seconds'])} of training")
         parts.append(f"{steps[-1]['skipped']:,} updates skipped")
     return ", ".join(parts)
 
 
-def charts(steps: list[dict], evaluations: list[dict]) -> str:
+def data_of(starts: list[dict]) -> str:
+    """Return the data of a run and a trivial guess, in HTML; "" for a run that has not recorded them."""
+    found = starts[-1] if starts else {}
+    lines = {"Data": found.get("data"), "A trivial guess": found.get("guess")}
+    text = "<br>\n".join(f"{name}: {escape(line)}." for name, line in lines.items() if line)
+    return f"<p>{text}</p>\n" if text else ""
+
+
+def charts(steps: list[dict], evaluations: list[dict], references: dict[str, str]) -> str:
     """Return the charts in HTML: the loss, the model's other metrics, and the course of the training."""
     curves = loss_curves(steps, evaluations)
-    html = chart(loss_title(evaluations).capitalize(), curves, high=settled(curves), kind="wide")
+    title, written_loss = loss_title(evaluations).capitalize(), partial(formatted, "loss")
+    html = chart(title, curves, high=settled(curves), kind="wide", text=written_loss)
     for key in steps[-1] if steps else ():
         if key not in ("loss", *CHARTS, *NO_CURVE):
-            html += chart(key.replace("_", " ").capitalize(), loss_curves(steps, evaluations, key))
+            note = reference(key, references)
+            title = title_of(key).capitalize() + (f" ({note})" if note else "")
+            html += chart(title, loss_curves(steps, evaluations, key), text=partial(formatted, key))
     for key, title in CHARTS.items():
         curve = Curve("at the end", HUES[2], column(steps, "tokens"), column(steps, key))
-        html += chart(title, [curve], low=0.0, high=usual(curve.y))
+        html += chart(title, [curve], low=0.0, high=usual(curve.y), text=partial(formatted, key))
     return html
 
 
@@ -303,119 +342,3 @@ def settings(starts: list[dict]) -> str:
         opened = " open" if start is starts[-1] else ""
         html += f"<details{opened}><summary>from step {start['step']:,}</summary>\n{how}</details>\n"
     return html
-
-
-# --- comparison of runs
-
-
-def compare(directories: list[Path], out: Path = Path()) -> str:
-    """Draw the curves of runs over each other, as compare.html and compare.png in `out`. Return what is to be
-    printed: the results of each run, the flags in which they differ, and the paths of the pictures.
-
-    Raises ValueError for fewer than two different directories, and for one that holds no run.
-    """
-    runs = read_runs(directories)
-    starts = {name: read_starts(Path(name)) for name in runs}
-    results = results_of(runs, starts)
-    flags = {name: started[-1]["flags"] for name, started in starts.items() if started}
-    differing = differing_flags(flags)
-    unknown = [f"{name}: no run.json, so its flags are not known" for name in runs if name not in flags]
-
-    # The page and the picture.
-    curves = comparison_curves(runs)
-    html = "".join(
-        chart(f"{title} loss over {over}", lines, over=over, high=settled(lines), band=False)
-        for (title, over), lines in curves.items()
-    )
-    parts = [f'<div class="charts">\n{html}</div>\n<h2>Results</h2>\n', table(results)]
-    if flags:
-        parts.append(f"<h2>Flags in which they differ</h2>\n{table(differing)}")
-    parts += [f"<p>{escape(line)}</p>\n" for line in unknown]
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic.replace_file(out / "compare.html") as new:
-        new.write_text(page("Runs compared", *parts), encoding="utf-8")
-    draw_comparison(curves, out)
-
-    printed = [aligned(results), *([aligned(differing)] if flags else ()), *unknown]
-    return "\n\n".join([*printed, f"curves: {out / 'compare.html'}    {out / 'compare.png'}"])
-
-
-def read_runs(directories: list[Path]) -> dict[str, tuple[list[dict], list[dict]]]:
-    """Return (steps, evaluations) of each run by its directory. ValueError as from `compare`."""
-    names = list(dict.fromkeys(str(directory) for directory in directories))
-    if len(names) < 2:
-        raise ValueError(f"--compare {' '.join(names)}: expected two different runs or more")
-    runs = {}
-    for name in names:
-        logged = (Path(name) / "metrics.jsonl").is_file()
-        runs[name] = read_rows(Path(name)) if logged else ([], [])
-        if not any(runs[name]):
-            raise ValueError(f"--compare {name}: expected the --out of a run, with rows in its metrics.jsonl")
-    return runs
-
-
-def results_of(runs: dict, starts: dict) -> list[tuple[str, ...]]:
-    """Return a table of the runs' sizes and results, its first row the headings."""
-    rows = [("run", "parameters", "tokens", "time", "tokens/s", "validation loss", "best")]
-    for name, (steps, evaluations) in runs.items():
-        n_params = f"{starts[name][-1]['n_params']:,}" if starts[name] else "-"
-        tokens = short(max(row["tokens"] for row in (*steps[-1:], *evaluations[-1:])))
-        time = duration(steps[-1]["seconds"]) if steps else "-"
-        found = figures(steps, evaluations)
-        wanted = ("tokens per second", "validation loss", "best so far")
-        rows.append((name, n_params, tokens, time, *(found.get(key, "-") for key in wanted)))
-    return rows
-
-
-def differing_flags(flags: dict[str, dict]) -> list[tuple[str, ...]]:
-    """Return a table of the flags that are not the same in all runs, without those that compute nothing
-    else."""
-    rows = [("flag", *flags)]
-    for flag in sorted(set().union(*flags.values()) - NO_EFFECT):
-        values = [str(given.get(flag, "-")) for given in flags.values()]
-        if len(set(values)) > 1:
-            rows.append((f"--{flag.replace('_', '-')}", *values))
-    return rows if len(rows) > 1 else [("no flag differs",)]
-
-
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Return a table as lines of text, the first column flush left and the others flush right."""
-    widths = [max(len(cell) for cell in cells) for cells in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    return "\n".join(lines)
-
-
-def seconds_of(rows: list[dict], steps: list[dict]) -> np.ndarray:
-    """Return the seconds of training (n,) before each row. Rows of evaluations do not hold them: interpolate
-    between those of steps."""
-    known = [{"step": 0, "seconds": 0.0}, *steps]
-    return np.interp(column(rows, "step"), column(known, "step"), column(known, "seconds"))
-
-
-def comparison_curves(runs: dict) -> dict[tuple[str, str], list[Curve]]:
-    """Return the curves of each chart by (kind of loss, what it is over)."""
-    charts = {}
-    for title, key in (("Validation", "val_loss"), ("Training", "loss")):
-        for over in ("tokens", "seconds"):
-            charts[title, over] = []
-            for i, (name, (steps, evaluations)) in enumerate(runs.items()):
-                rows = evaluations if key == "val_loss" else steps
-                x = column(rows, "tokens") if over == "tokens" else seconds_of(rows, steps)
-                hue = HUES[i % len(HUES)]
-                charts[title, over].append(Curve(name, hue, x, column(rows, key), key == "val_loss"))
-    return charts
-
-
-def draw_comparison(curves: dict[tuple[str, str], list[Curve]], out: Path) -> None:
-    """Draw the charts of compare.html as compare.png."""
-    pyplot, ticks = plotting()
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for ((title, over), lines), axis in zip(curves.items(), axes.flat, strict=True):
-        draw(axis, lines, ticks, width=1)
-        axis.set(xlabel=over, ylabel=f"{title.lower()} loss")
-        axis.set_ylim(top=settled(lines))
-    axes[0, 0].legend(fontsize="small")
-    save_figure(figure, out / "compare.png")

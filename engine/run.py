@@ -30,7 +30,7 @@ from data.rows import Dataset
 from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
-from engine.options import FREE_ON_RESUME, check_arguments, fill_defaults
+from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
 from engine.settings import check_set, field_names, with_fields
 
 
@@ -117,10 +117,8 @@ class Run:
             if number():
                 raise Interrupted(number())
 
-    def finish_step(self, finite: Tensor) -> None:
-        """Count an update, or one left out where finite is False, and do what the model's file adds to it."""
-        self.concept.model.after_step(self.model, finite)
-        self.model.zero_grad(set_to_none=True)
+    def count_step(self, finite: Tensor) -> None:
+        """Count an update, as one left out where finite is False, without waiting for the device."""
         self.step += 1
         self.skipped += ~finite
         self.skipped[1] *= ~finite
@@ -177,13 +175,14 @@ def prepare(args: argparse.Namespace) -> Run:
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
     saved = find_checkpoint(args, flags)
+    fill_intervals(args)
 
     # The data, the model, and which of its weights learn.
     torch.manual_seed(args.seed)
     pretrained, config = configure(concept, args)
     dataset = load_data(concept, config, args)
     model = build(concept, config, pretrained, dataset, args)
-    n_base, n_active = count_parameters(model)[0], concept.model.n_active_params(model)
+    n_base, n_active = count_parameters(model)[0], concept.model_file.n_active_params(model)
     adapter_config, base_fingerprint = choose_weights(concept, model, args)
     set_rates(concept, model, n_active, pretrained is None, adapter_config, args)
 
@@ -197,7 +196,7 @@ def prepare(args: argparse.Namespace) -> Run:
     sizes = Sizes(n_params, n_active, n_trained)
 
     # This rank's shards of all that training changes.
-    synced_module, loss, unsharded = parallel.distribute(objective, args)
+    synced_module, loss, unsharded = parallel.distribute(objective, args, concept.model_file.recomputation)
     run = Run(
         args=args,
         concept=concept,
@@ -255,8 +254,14 @@ def open_directory(out: Path) -> FileLock:
 
 
 def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Path, dict] | None:
-    """Return the checkpoint to resume from, None for a new run; ValueError where --out does not fit."""
-    saved = checkpoint.find(args.out, flags, FREE_ON_RESUME) if args.resume else None
+    """Return the checkpoint to resume from, None for a new run, and set the end of its schedule in args.
+
+    Raises ValueError where --out or the flags do not fit.
+    """
+    saved = None
+    if args.resume or args.extend:
+        saved = checkpoint.find(args.out, flags, FREE_ON_EXTEND if args.extend else FREE_ON_RESUME)
+        checkpoint.continue_schedule(args, saved[1], given=flags["steps"] != "None")
     if not args.out.is_dir():
         raise ValueError(f"--out {args.out}: expected a directory that all machines share")
     if saved is None and any((args.out / name).exists() for name in ("checkpoint", "checkpoint.previous")):
@@ -268,7 +273,7 @@ def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Pa
 
 def configure(concept: contract.Concept, args: argparse.Namespace) -> tuple[nn.Module | None, Any]:
     """Return the pretrained model, None for a new one, and the model's Config with the values of --set."""
-    file = concept.model
+    file = concept.model_file
     directory = concept.base or args.init_from
     if directory:
         pretrained = file.Model.from_pretrained(directory, kernels=args.kernels)
@@ -309,7 +314,7 @@ def build(
     """Return a new model for this data, or the pretrained one, with the changes of --set."""
     n_vocab = dataset.tokenizer.n_vocab if dataset.tokenizer is not None else 0
     if pretrained is None:
-        return concept.model.Model(concept.model.fit(config, dataset, args.seq_len))
+        return concept.model_file.Model(concept.model_file.fit(config, dataset, args.seq_len))
     if n_vocab > config.vocab_size:
         raise ValueError(
             f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint has {config.vocab_size}; leave "
@@ -317,7 +322,7 @@ def build(
         )
     if config == pretrained.config:
         return pretrained
-    model = concept.model.Model(config)
+    model = concept.model_file.Model(config)
     start_from(model, pretrained.state_dict(), args.set)
     return model
 
@@ -347,7 +352,7 @@ def choose_weights(
     adapter = concept.adapter
     if adapter is None:
         if trainable.parse(args.train)[0] == "head":
-            concept.model.separate_head(model)
+            concept.model_file.separate_head(model)
         trainable.freeze(model, args.train)
         return None, None
     config = with_fields(adapter.ADAPTERS[args.adapter or next(iter(adapter.ADAPTERS))], args.set)
@@ -388,14 +393,14 @@ def set_rates(
             factor = concept.adapter.learning_rate(adapter_config)
         args.lr = factor * optim.default_learning_rate(n_active)
     if args.mup and is_new:
-        optim.transfer_width(model, args.mup, concept.model.width_factors)
+        optim.transfer_width(model, args.mup, concept.model_file.width_factors)
 
 
 def make_optimizers(
     concept: contract.Concept, model: nn.Module, adapter_config: Any, args: argparse.Namespace
 ) -> list[torch.optim.Optimizer]:
     """Return the optimizers, with the rates and decays of the adapter's file if there is one."""
-    rules = {"width_factors": concept.model.width_factors}
+    rules = {"width_factors": concept.model_file.width_factors}
     if concept.adapter is not None:
         rules["lr_factor"] = partial(concept.adapter.lr_factor, adapter_config)
         rules["decays"] = partial(concept.adapter.decays, adapter_config)
@@ -429,12 +434,13 @@ def plan(args: argparse.Namespace) -> str:
     model, config = configure(concept, args)
     if model is None:
         with torch.device("meta"):
-            model = concept.model.Model(config)
+            model = concept.model_file.Model(config)
     choose_weights(concept, model, args)
     settings = task_settings(concept, model.config, args.set)
-    functions = {"mlp_bytes": concept.model.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
+    functions = {"mlp_bytes": concept.model_file.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
     if concept.adapter is not None:
         functions["adapter_bytes"] = concept.adapter.adapter_bytes
+    of_concept = {name: function for name, function in functions.items() if function is not None}
     from engine import memory
 
-    return memory.describe(model, args, args.dry_run, config=settings, **functions)
+    return memory.describe(model, args, args.dry_run, config=settings, **of_concept)

@@ -135,6 +135,15 @@ def aux_loss(routing: Routing, load: Tensor) -> Tensor:
     return E * (k * load / load.sum() * routing.probs.mean(dim=0)).sum()
 
 
+def references(config: Any) -> dict[str, str]:
+    """Return what the balance metrics are where every expert gets the same load and the same scores."""
+    return {
+        "aux_loss": f"{config.top_k} at perfect balance",
+        "sequence_loss": "1 at perfect balance",
+        "max_load": "1 at perfect balance",
+    }
+
+
 def sequence_loss(routing: Routing, cu_seqlens: Tensor, k: int) -> Tensor:
     """Return the mean over the sequences of E / k sum_e f_e P_e (DeepSeek-V3, equations 17 to 20).
 

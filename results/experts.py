@@ -85,6 +85,7 @@ def run(job: tuple[str, str, int, int, Path]) -> dict:
         n_dense = sum(p.numel() for p in gpt.GPT(dense).parameters())
     lr = default_learning_rate(n_dense)
     args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
+    args["schedule_from"] = 0
     args = SimpleNamespace(**args, weight_decay=0.1)
     (optimizer,) = make_optimizers(model, args)
     loader = Loader(dataset.train, seed)

@@ -94,6 +94,7 @@ def run(job: tuple[str, int, int, Path]) -> dict:
     steps = round(steps * flops_of_bert(dataset) / cost)
     lr = task.LEARNING_RATE * default_learning_rate(sum(p.numel() for p in model.parameters()))
     args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
+    args["schedule_from"] = 0
     args = Namespace(**args, weight_decay=0.1)
     (optimizer,) = make_optimizers(model, args)
     loader = Loader(dataset.train, seed)

@@ -1,11 +1,17 @@
-"""Without a GPU, Triton's kernels run in its interpreter, and tests marked `gpu` are left out."""
+"""Settings and helpers of all tests. Without a GPU, Triton's kernels run in its interpreter, and tests marked
+`gpu` are left out."""
 
+import contextlib
 import gc
+import io
 import json
 import os
+import runpy
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 # Small tensors are computed faster by one thread than by several that wait for each other. Both variables are
 # read when torch and triton are imported, also by the processes that tests start.
@@ -13,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # The processes that tests start find the project from any directory.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
+import matplotlib.figure
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,23 +35,58 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+ROOT = Path(__file__).parents[1]
 SHARD = "checkpoint/shard-00001-model-00001-of-00001.safetensors"  # of a run in one process
 
 
+class Ended(NamedTuple):
+    """What a command leaves: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_command(*words) -> Ended:
+    """Run the command `python WORDS`, a file or -m and a module of ours, without input and in this process: a
+    new process takes four seconds to import torch."""
+    is_module = words[0] == "-m"
+    name, *arguments = map(str, words[is_module:])
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # of modules imported before
+    ):
+        patch.setattr("sys.argv", [name, *arguments])
+        patch.setattr("sys.stdin", io.StringIO())
+        try:
+            if is_module:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
 class Beside(subprocess.Popen):
-    """A process that runs beside the test. What it says on stderr goes to a file: a pipe that nobody reads
-    fills up, and stops it."""
+    """A process that runs beside the test. Its stderr goes to a file: a process stops as soon as a pipe that
+    is not read is full."""
 
     def __init__(self, command, env):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         super().__init__(command, env=env, stdout=subprocess.DEVNULL, stderr=self.log)
 
     def said(self) -> str:
+        """Return what is on stderr so far."""
         self.log.seek(0)
         return self.log.read()
 
     def end(self, timeout=400) -> int:
-        """Its exit code; if it does not end, an error and its end."""
+        """Wait for the end and return the exit code. After `timeout` seconds, kill the process and raise
+        TimeoutExpired."""
         try:
             return self.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -53,12 +95,12 @@ class Beside(subprocess.Popen):
 
 
 def rows_of(tokens):
-    """Rows of text as a task's make_batch takes them, of tokens (B, T + 1)."""
+    """Return rows of text as a task's make_batch takes them, from tokens (B, T + 1)."""
     return [{"tokens": row.numpy()} for row in tokens]
 
 
 def copy_of(directory, to, **changes):
-    """A checkpoint with other values in its config.json."""
+    """Copy a checkpoint to the directory `to`, with other values in its config.json, and return `to`."""
     to.mkdir(exist_ok=True)
     hf = json.loads((directory / "config.json").read_text()) | changes
     (to / "config.json").write_text(json.dumps(hf))
@@ -66,17 +108,52 @@ def copy_of(directory, to, **changes):
     return to
 
 
+def leave_empty(figure, file, **options):
+    """Write an empty file in place of a picture. This is Figure.savefig in all tests but those of pictures.
+
+    A run draws its loss at every evaluation: 0.2 seconds to render it, longer than most runs of tests train.
+    """
+    if isinstance(file, str | Path):
+        Path(file).touch()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def savefig():
+    """Leave pictures empty, and return matplotlib's own function that writes one."""
+    original = matplotlib.figure.Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", leave_empty)
+        yield original
+
+
+@pytest.fixture
+def rendered(savefig, monkeypatch):
+    """Render pictures, for a test that looks at one."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+
+
 @pytest.fixture(autouse=True)
 def same_products():
-    """What a run asks of matrix products ends with its test."""
+    """Restore the precision of matrix products, which a run changes."""
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture
+def text(tmp_path, monkeypatch):
+    """Return the path of a text to train on; the size "tiny" of gpt.py becomes that of small_gpt.py."""
+    import small_gpt  # imports much, which not all tests need
+
+    import gpt
+
+    monkeypatch.setitem(gpt.SIZES, "tiny", small_gpt.SMALL)
+    return small_gpt.write_text(tmp_path / "text.txt")
+
+
+@pytest.fixture
 def peak_memory():
-    """A function that calls another and returns the bytes alive at once of what that allocated."""
+    """Return a function that calls another one and returns the most bytes that were allocated at once."""
 
     def peak(function) -> int:
         if torch.cuda.is_available():
@@ -84,7 +161,8 @@ def peak_memory():
             torch.cuda.reset_peak_memory_stats()
             function()
             return torch.cuda.max_memory_allocated() - before
-        gc.collect()  # what others leave behind must not be freed, and subtracted, in between
+        # Garbage of earlier tests must not be freed, and so subtracted, while the events are recorded.
+        gc.collect()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
             function()
         alive = most = 0

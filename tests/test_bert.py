@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run_command
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +19,6 @@ from language import masking
 from language.encoder_inference import pack
 from language.masking import SPECIAL_TOKENS
 
-ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = [
     "bert-model", "bert-mlm", "bert-pretraining", "roberta-mlm", "albert-pretraining", "modernbert-mlm",
@@ -346,13 +344,9 @@ def test_a_config_is_fitted_to_the_data(tokenizer):
 
 
 def test_the_command(tokenizer, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, ROOT / "bert.py", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    assert "109,482,240" in run().stdout
+    assert "109,482,240" in run_command("bert.py").out
     small().save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
-    assert run(tmp_path, "--text", "The [MASK] of it", "--k", "2").stdout.count("%") == 2
-    failed = run(tmp_path, "--text", "no mask")
-    assert failed.returncode == 2 and failed.stderr.startswith("error: no [MASK]")
+    assert run_command("bert.py", tmp_path, "--text", "The [MASK] of it", "--k", "2").out.count("%") == 2
+    failed = run_command("bert.py", tmp_path, "--text", "no mask")
+    assert failed.code == 2 and failed.err.startswith("error: no [MASK]")

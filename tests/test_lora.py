@@ -5,8 +5,6 @@ import copy
 import json
 import math
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARD
+from conftest import SHARD, run_command
 from safetensors.torch import load_file, save_file
 
 import bert
@@ -597,12 +595,11 @@ def test_a_tokenizer_of_more_tokens_than_the_base_is_refused(home, tmp_path, cap
     assert "261 tokens" in error and "257" in error and "leave" in error
 
 
-def test_a_base_is_needed(tmp_path):
-    run = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--model", "lora"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("error: --model lora needs --base DIR") and run.stderr.count("\n") == 1
+def test_a_base_is_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_command("train.py", "--model", "lora")
+    assert run.code == 2 and run.out == ""
+    assert run.err.startswith("error: --model lora needs --base DIR") and run.err.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 

@@ -3,27 +3,26 @@
 import copy
 import json
 import math
-import subprocess
-import sys
+from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SHARD, rows_of
+from conftest import SHARD, rows_of, run_command
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe
 import train
+from engine import parallel
 from gpt import GPT, make_batch
 from language.routing import aux_loss, sequence_loss, softmax_top_k, z_loss
 from moe import SIZES, Config, MoE, MoEGPT, n_active_params
 
-ROOT = Path(__file__).parent.parent
 SMALL = Config(2, 4, 32, 48, 61, 32, n_kv_heads=2, qk_norm=True, n_experts=6, top_k=2, d_expert=20)
 SWITCH = replace(SMALL, router="switch", top_k=1, renormalize=False, capacity_factor=0.75)
 GROUPS = replace(
@@ -47,7 +46,7 @@ ROUTERS = {
 
 
 def random_layer(config):
-    """A layer whose outputs depend visibly on every weight."""
+    """Return a layer whose outputs depend visibly on every weight."""
     torch.manual_seed(0)
     layer = MoE(config)
     with torch.no_grad():
@@ -76,7 +75,7 @@ def batch_of(config=SMALL, B=3, T=16):
 
 
 def chosen_one_by_one(config, logits, bias):
-    """{(token, expert): weight} of logits (N, E), straight from the papers."""
+    """Return {(token, expert): weight} for logits (N, E), straight from the papers."""
     N, E = logits.shape
     k, chosen = config.top_k, {}
     if config.router == "expert_choice":
@@ -227,13 +226,29 @@ def test_a_model_can_be_copied_after_a_pass():
 
 
 def test_the_loss_compiles_into_one_graph():
-    model = small(replace(GROUPS, bias_update_rate=0.001))
+    model = small(replace(GROUPS, n_layers=1, bias_update_rate=0.001))
     batch = batch_of(GROUPS)
     loss, metrics = torch.compile(model.loss, backend="aot_eager", fullgraph=True)(batch)
     model.zero_grad()
     expected, also = model.loss(batch)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(metrics, also)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_blocks_that_are_computed_twice_give_the_same_gradients(backend, monkeypatch):
+    model, batch = small(), batch_of()
+    model.loss(batch)[0].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    args = Namespace(parallel="none", checkpoint_activations=True, compile=True, device="cpu")
+    objective = parallel.Objective(model, lambda model, batch: model.loss(batch))
+    _, loss, _ = parallel.distribute(objective, args, moe.recomputation)
+    loss(batch)[0].backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+    assert all(layer.routing is None for layer in model.sparse_layers)
 
 
 # --- balance
@@ -461,7 +476,7 @@ def test_a_run_in_two_parts_is_the_run_in_one_and_draws_its_experts(router, tmp_
     config = replace(ROUTERS[router], bias_update_rate=0.01 if "sigmoid" in router else 0.0)
     monkeypatch.setitem(moe.SIZES, "tiny", config)
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {i} of the text, {i * i % 97} and so on\n" for i in range(400)))
+    text.write_text("".join(f"line {i} of the text, {i * i % 97} and so on\n" for i in range(160)))
     flags = f"--model moe --data {text} --tokenizer bytes --batch-size 2 --seq-len 16 --eval-every 3 "
     flags += "--grad-accum 2 --log-every 1 --warmup 0 --schedule constant --lr 0.01 "
     flags += f"--cache {tmp_path / 'cache'} --out {tmp_path}/"
@@ -482,7 +497,7 @@ def test_a_run_in_two_parts_is_the_run_in_one_and_draws_its_experts(router, tmp_
 
 
 def test_commands_print_the_sizes():
-    run = subprocess.run([sys.executable, "moe.py"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0
-    assert "mixtral-8x7b        46,702,792,704  12,879,925,248     32      2/8" in run.stdout
-    assert "deepseek-moe-16b    16,375,728,128   2,828,650,496     28   2+6/64" in run.stdout
+    run = run_command("moe.py")
+    assert run.code == 0
+    assert "mixtral-8x7b        46,702,792,704  12,879,925,248     32      2/8" in run.out
+    assert "deepseek-moe-16b    16,375,728,128   2,828,650,496     28   2+6/64" in run.out

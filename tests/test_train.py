@@ -1,23 +1,18 @@
-"""Training: what a run computes, what it leaves, and that neither a kill nor a mistake can spoil it."""
+"""Training: what a run computes, what it leaves, and which mistakes end it before its first step."""
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARD, Beside
+from conftest import ROOT, SHARD
 from safetensors.torch import load_file
+from small_gpt import SMALL, flags, forked, prepared, refused, rows, same_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
@@ -26,64 +21,10 @@ from data.tokenizer import Tokenizer
 from engine import device, optim
 from kernels import backend
 
-ROOT = Path(__file__).parent.parent
-TIMES = ("seconds", "tokens_per_second")
-SMALL = gpt.Config(2, 4, 32, 64, max_seq_len=64, n_kv_heads=2, qk_norm=True)
-
-
-@pytest.fixture
-def text(tmp_path, monkeypatch):
-    """A text to train on; beside it, "tiny" becomes small enough for a test."""
-    monkeypatch.setitem(gpt.SIZES, "tiny", SMALL)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"line {i} of the text, {i * i % 97} and so on\n" for i in range(400)))
-    return path
-
-
-def flags(text, out, **changes):
-    """A run small enough for a test: every flag can be changed, None leaves it out."""
-    small = dict(
-        model="gpt",
-        data=text,
-        tokenizer="bytes",
-        steps=6,
-        batch_size=2,
-        seq_len=16,
-        eval_every=3,
-        log_every=1,
-    )
-    small |= dict(out=out, cache=text.parent / "cache") | changes
-    argv = []
-    for name, value in small.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is not None and value is not False:
-            argv += [flag] if value is True else [flag, str(value)]
-    return argv
-
-
-def rows(out):
-    """metrics.jsonl without the times, which differ from run to run."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def same_run(a, b):
-    """Weights, metrics and samples are equal, to the bit."""
-    for part in ("model/model.safetensors", SHARD):
-        x, y = (load_file(out / part) for out in (a, b))
-        assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
-    assert rows(a) == rows(b)
-    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
-    return True
-
-
-def prepared(text, out, **changes):
-    return train.prepare(train.parse_arguments(flags(text, out, **changes)))
-
-
 # --- what a run is
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_learns_and_leaves_everything_behind(text, tmp_path, capsys):
     out = tmp_path / "run"
     assert train.main(flags(text, out, steps=60, eval_every=20, lr=0.003)) == 0
@@ -158,7 +99,7 @@ def test_steps_n_makes_n_updates_at_the_scheduled_rates(text, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     train.main(flags(text, tmp_path / "run", steps=7, warmup=3, lr=0.001))
-    args = argparse.Namespace(steps=7, warmup=3, lr=0.001, schedule="cosine")
+    args = argparse.Namespace(steps=7, warmup=3, lr=0.001, schedule="cosine", schedule_from=0)
     assert rates == [{optim.learning_rate(i, args)} for i in range(7)]
 
 
@@ -171,7 +112,7 @@ def test_steps_n_makes_n_updates_at_the_scheduled_rates(text, tmp_path, monkeypa
     ],
 )
 def test_learning_rate_at_its_corners(schedule, expected):
-    args = argparse.Namespace(steps=102, warmup=2, lr=1.0, schedule=schedule)
+    args = argparse.Namespace(steps=102, warmup=2, lr=1.0, schedule=schedule, schedule_from=0)
     assert [optim.learning_rate(i, args) for i in (0, 1, 2, 52, 102)] == pytest.approx(expected)
     if schedule == "wsd":
         assert optim.learning_rate(92, args) == pytest.approx(0.5)
@@ -245,7 +186,7 @@ def test_bfloat16_trains_as_float32_does(text, tmp_path):
 
 def test_compiled_training_is_the_same_and_saves_the_plain_module(text, tmp_path):
     train.main(flags(text, tmp_path / "plain", steps=2))
-    assert start(flags(text, tmp_path / "compiled", steps=2, compile=True)).end() == 0
+    assert forked(flags(text, tmp_path / "compiled", steps=2, compile=True)).end() == 0
     x, y = (load_file(tmp_path / run / SHARD) for run in ("plain", "compiled"))
     assert x.keys() == y.keys()
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
@@ -321,144 +262,7 @@ def test_triton_kernels_train_like_torchs_own(text, tmp_path, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-# --- kill and resume
-
-
-def start(argv, code="sys.exit(train.main(sys.argv[1:]))"):
-    code = f"import sys, gpt, train; from gpt import Config; gpt.SIZES['tiny'] = {SMALL!r}\n{code}"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return Beside([sys.executable, "-c", code, *argv], env)
-
-
-def wait_for(path, process, enough):
-    deadline = time.monotonic() + 120
-    while not (path.exists() and enough(path.read_text())):
-        assert process.poll() is None, process.said()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_path):
-    def run(out, **changes):
-        options = dict(steps=2000, batch_size=1, eval_every=500, save_every=90, log_every=5, optimizer="muon")
-        return flags(text, out, **options | changes)
-
-    whole = start(run(tmp_path / "whole"))
-    for kill_at in ("320", "1210"):
-        process = start(run(tmp_path / "killed", resume=kill_at == "1210"))
-        wait_for(
-            tmp_path / "killed" / "metrics.jsonl", process, lambda log, at=kill_at: f'"step": {at}' in log
-        )
-        process.kill()
-        process.wait()
-    process = start(run(tmp_path / "killed", resume=True))
-    assert process.end() == 0 and whole.end() == 0
-    assert same_run(tmp_path / "whole", tmp_path / "killed")
-
-
-KILLED_IN = """
-import os, signal
-from pathlib import Path
-import torch.distributed.checkpoint as dcp
-from formats import atomic
-
-point, n = sys.argv[1].split(":")
-owner = {"save": dcp, "rename": Path, "sync": atomic}[point]
-original, calls = getattr(owner, point), []
-
-def fatal(*args, **kwargs):
-    if point == "save" or "/checkpoint" in str(args[0]):
-        calls.append(1)
-    if len(calls) == int(n):
-        if point == "save":
-            original(*args, **kwargs)
-            for path in kwargs["storage_writer"].path.glob("shard-*"):
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(owner, point, fatal)
-sys.exit(train.main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.parametrize("point", ["save:2", "sync:7", "rename:2", "rename:3", "rename:5"])
-def test_kill_while_saving(point, text, tmp_path):
-    """Half a file, between files, before and between the renames: the run ends as if nothing was."""
-    out = tmp_path / "killed"
-    options = dict(steps=12, eval_every=12, save_every=3)
-    process = start([point, *flags(text, out, **options)], KILLED_IN)
-    assert process.end() == -signal.SIGKILL, process.said()
-    assert train.main(flags(text, tmp_path / "whole", **options)) == 0
-    assert train.main(flags(text, out, resume=True, **options)) == 0
-    assert same_run(tmp_path / "whole", out)
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_ctrl_c_and_sigterm_save_and_nothing_is_lost(number, code, text, tmp_path):
-    options = dict(steps=300, eval_every=300, save_every=300)
-    process = start(flags(text, tmp_path / "run", **options))
-    wait_for(tmp_path / "run" / "metrics.jsonl", process, lambda log: '"step": 5' in log)
-    process.send_signal(number)
-    assert process.end(60) == code
-    assert "saved; go on with --resume" in process.said()
-    step = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"]
-    assert 5 <= step < 300 and (tmp_path / "run" / "model" / "model.safetensors").exists()
-    assert train.main(flags(text, tmp_path / "run", resume=True, **options)) == 0
-    assert train.main(flags(text, tmp_path / "whole", **options)) == 0
-    assert same_run(tmp_path / "whole", tmp_path / "run")
-
-
-@pytest.mark.parametrize("step, log_every", [(0, 1), (3, 1), (3, 5), (6, 1)])
-def test_sigterm_does_not_wait_for_the_end_of_an_evaluation(step, log_every, text, tmp_path, monkeypatch):
-    out, original, passes = tmp_path / "run", gpt.GPT.loss, []
-
-    def loss(self, batch):
-        passes.append(self.training)
-        if not self.training and passes.count(True) == 3 + step and passes[-2]:  # three passes are timed
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
-
-    monkeypatch.setattr(gpt.GPT, "loss", loss)
-    assert train.main(flags(text, out, log_every=log_every)) == 0
-    assert passes[-3]  # the evaluation ended with its second batch
-    assert [row["step"] for row in rows(out) if "val_loss" in row] == list(range(0, step, 3))
-    monkeypatch.setattr(gpt.GPT, "loss", original)
-    assert train.main(flags(text, out, log_every=log_every, resume=True)) == 0
-    assert train.main(flags(text, tmp_path / "whole", log_every=log_every)) == 0
-    assert same_run(tmp_path / "whole", out)
-
-
-def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(text, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
-    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        options = dict(steps=300, eval_every=300, save_every=50)
-        process = start(flags(text, disk / "run", **options))
-        wait_for(disk / "run" / "metrics.jsonl", process, lambda log: '"step": 60' in log)
-        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
-            while filler.write(bytes(4096)):
-                pass
-        assert process.end(60) == 1
-        (error,) = re.findall("error: .*", process.said())
-        assert "No space left" in error and "disk/run/checkpoint" in error
-        (disk / "filler").unlink()
-        assert train.main(flags(text, disk / "run", resume=True, **options)) == 0
-        assert train.main(flags(text, tmp_path / "whole", **options)) == 0
-        assert same_run(tmp_path / "whole", disk / "run")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_two_runs_in_one_directory_are_refused(text, tmp_path, capsys):
-    first = prepared(text, tmp_path / "run")
-    assert "another run is writing to it" in refused(capsys, flags(text, tmp_path / "run"))
-    assert "another run is writing to it" in refused(capsys, flags(text, tmp_path / "run", resume=True))
-    first.close()
-    assert train.main(flags(text, tmp_path / "run")) == 0
+# --- what changes nothing
 
 
 def test_a_clock_that_jumps_changes_nothing(text, tmp_path, monkeypatch, capsys):
@@ -486,7 +290,7 @@ def test_activations_computed_again_are_the_same(model, text, tmp_path):
 
 
 class Asked(TorchDispatchMode):
-    """Counts how often the host wants to know a number that a device has."""
+    """Counts how often the host reads a number from the device, for which it would wait."""
 
     def __init__(self):
         super().__init__()
@@ -524,50 +328,7 @@ def test_the_loss_is_compiled_whole_and_once_for_training_once_for_evaluation(
     assert len(graphs) == 2
 
 
-def flip(path):
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
-
-
-@pytest.mark.parametrize("name", [Path(SHARD).name, "state.json", "checksums.json"])
-@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-5])])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, harm, text, tmp_path, capsys):
-    for run in ("whole", "harmed"):
-        assert train.main(flags(text, tmp_path / run, save_every=2)) == 0
-    harm(tmp_path / "harmed" / "checkpoint" / name)
-    assert train.main(flags(text, tmp_path / "harmed", save_every=2, resume=True)) == 0
-    warning = next(line for line in capsys.readouterr().err.splitlines() if "warning" in line)
-    assert str(tmp_path / "harmed" / "checkpoint") in warning
-    assert name in warning or name == "checksums.json"  # a flipped checksum accuses the file it is of
-    assert same_run(tmp_path / "whole", tmp_path / "harmed")
-    for run in ("checkpoint", "checkpoint.previous"):
-        harm(tmp_path / "harmed" / run / name)
-    assert train.main(flags(text, tmp_path / "harmed", save_every=2, resume=True)) == 2
-    assert "no checkpoint is whole" in capsys.readouterr().err
-
-
-def test_a_longer_run_can_follow_a_finished_one(text, tmp_path):
-    train.main(flags(text, tmp_path / "run", schedule="constant"))
-    assert train.main(flags(text, tmp_path / "run", schedule="constant", steps=9, resume=True)) == 0
-    train.main(flags(text, tmp_path / "whole", schedule="constant", steps=9))
-    x, y = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "whole"))
-    assert all(torch.equal(x[name], y[name]) for name in x)
-
-
 # --- mistakes
-
-
-def refused(capsys, argv):
-    """The one line a mistake gives; nothing else may be printed, and the exit code is 2."""
-    try:
-        code = train.main(argv)
-    except SystemExit as stop:  # argparse's own
-        code = stop.code
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if "error: " in line]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in error, error
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -640,51 +401,6 @@ def test_a_run_is_never_overwritten(text, tmp_path, capsys):
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "--resume" in refused(capsys, flags(text, tmp_path / "run"))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-
-
-def test_resuming_another_run_than_was_started_is_refused(text, tmp_path, capsys):
-    assert train.main(flags(text, tmp_path / "run")) == 0
-    for changes, word in (({"size": "10m"}, "--size tiny, not 10m"), ({"seq_len": 8}, "--seq-len 16, not 8")):
-        error = refused(capsys, flags(text, tmp_path / "run", resume=True, **changes))
-        assert word in error and "its command was" in error
-    text.write_text(text.read_text().replace("line", "LINE"))
-    assert "has changed" in refused(capsys, flags(text, tmp_path / "run", resume=True))
-
-
-def test_a_run_resumes_after_its_files_have_moved(text, tmp_path, monkeypatch, capsys):
-    """What is compared is the text, its tokenizer and the fields of --set, not how they are written."""
-    options = ["--set", "rope_theta=5000", "norm_eps=1e-5"]
-    assert train.main([*flags(text, tmp_path / "whole"), *options]) == 0
-    assert train.main([*flags(text, tmp_path / "run", steps=3, schedule="constant"), *options]) == 0
-    assert train.main([*flags(text, tmp_path / "same", schedule="constant"), *options]) == 0
-    (tmp_path / "moved").mkdir()
-    moved = text.rename(tmp_path / "moved" / "renamed.txt")
-    monkeypatch.chdir(tmp_path)
-    cache = tmp_path / "cache"
-    again = ["--set", "norm_eps=0.00001", "rope_theta=5000.0"]
-    argv = flags(moved, tmp_path / "run", schedule="constant", resume=True, cache=cache)
-    here = [*argv[:2], "--data", "moved", "--tokenizer", str(tmp_path / "whole" / "model"), *argv[6:], *again]
-    assert train.main(here) == 0
-    same_run(tmp_path / "same", tmp_path / "run")
-
-    other = [*argv, "--set", "norm_eps=1e-5", "rope_theta=6000"]
-    assert "was started with --set" in refused(capsys, other)
-    assert "has changed" in refused(capsys, [*argv, *again, "--tokenizer", "bpe:300"])
-    assert "has changed" in refused(capsys, [*argv, *again, "--val", str(tmp_path / "run" / "samples.txt")])
-
-
-def test_a_model_that_has_moved_may_be_named_anew_and_another_one_not(text, tmp_path, capsys):
-    assert train.main(flags(text, tmp_path / "base")) == 0
-    model = tmp_path / "base" / "model"
-    start = dict(init_from=model, tokenizer=None, schedule="constant")
-    assert train.main(flags(text, tmp_path / "run", steps=3, **start)) == 0
-    assert train.main(flags(text, tmp_path / "same", **start)) == 0
-    start |= dict(init_from=model.rename(tmp_path / "moved"), resume=True)
-    assert train.main(flags(text, tmp_path / "run", **start)) == 0
-    same_run(tmp_path / "same", tmp_path / "run")
-    config = tmp_path / "moved" / "config.json"
-    config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
-    assert "has rope_theta 20000.0, the run was" in refused(capsys, flags(text, tmp_path / "run", **start))
 
 
 def test_a_checkpoint_with_a_feature_we_lack_is_named(text, tmp_path, capsys):

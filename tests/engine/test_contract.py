@@ -1,17 +1,13 @@
 """A concept is one file: what a new task and a new model need, and what is refused."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import run_command
 
 from engine import contract
 from formats.open_model import open_model
-
-ROOT = Path(__file__).parents[2]
 
 # Read a text backwards: a task for any decoder.
 TASK = """
@@ -82,64 +78,55 @@ SIZES = {"tiny": Config(16)}
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A folder with the two files, and a text."""
+def folder(tmp_path, monkeypatch):
+    """Work in a folder on Python's path with the two files and a text."""
     (tmp_path / "backwards.py").write_text(TASK)
     (tmp_path / "recurrent.py").write_text(MODEL)
     (tmp_path / "text.txt").write_text("".join(f"line {i}, {i * i % 97} and so on\n" for i in range(200)))
-    return tmp_path
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("backwards", "recurrent"):
+        sys.modules.pop(name, None)
 
 
-def train(folder, *flags, code=0):
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--data", "text.txt", "--tokenizer", "bytes"]
-    command += ["--seq-len", "16", "--batch-size", "2", "--eval-every", "2", "--log-every", "1"]
-    env = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr[-3000:]
-    return done
+def train(*flags, code=0):
+    """Run train.py on the text in the working directory, and return what is on stderr."""
+    small = "--data text.txt --tokenizer bytes --seq-len 16 --batch-size 2 --eval-every 2 --log-every 1"
+    done = run_command("train.py", *flags, *small.split())
+    assert done.code == code, done.err[-3000:]
+    return done.err
 
 
 def rows(run):
+    """Return the step and the losses of each row of a run's metrics."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [[row.get(key) for key in ("step", "loss", "val_loss", "grad_norm")] for row in found]
 
 
 @pytest.mark.parametrize("name, size", [("backwards", "tiny"), ("recurrent", "tiny")])
-def test_a_file_on_the_path_is_trained_resumed_evaluated_saved_and_opened(name, size, folder, monkeypatch):
+def test_a_file_on_the_path_is_trained_resumed_evaluated_saved_and_opened(name, size, folder):
     small = ["--set", "n_layers=1", "d_model=32", "d_ff=32"] if name == "backwards" else []
-    flags = ["--model", name, "--size", size, *small]
-    train(folder, *flags, "--steps", "4", "--schedule", "constant", "--out", "whole")
-    train(folder, *flags, "--steps", "2", "--schedule", "constant", "--warmup", "0", "--out", "parts")
-    train(
-        folder,
-        *flags,
-        "--steps",
-        "4",
-        "--schedule",
-        "constant",
-        "--warmup",
-        "0",
-        "--out",
-        "parts",
-        "--resume",
-    )
+    flags = ["--model", name, "--size", size, *small, "--schedule", "constant"]
+    train(*flags, "--steps", "4", "--out", "whole")
+    train(*flags, "--steps", "2", "--warmup", "0", "--out", "parts")
+    train(*flags, "--steps", "4", "--warmup", "0", "--out", "parts", "--resume")
     assert rows(folder / "whole") == rows(folder / "parts") and len(rows(folder / "whole")) == 4 + 3
     shown = {"backwards": "backwards: ", "recurrent": "nothing yet"}[name]
     assert (folder / "whole" / "samples.txt").read_text().count(shown) == 3
 
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.chdir(folder)
     model = open_model(folder / "whole" / "model")
     assert type(model).__name__ == {"backwards": "GPT", "recurrent": "Model"}[name]
 
 
 def test_a_task_takes_another_model_by_its_own_flag(folder):
     small = ["--set", "n_layers=1", "d_model=32", "d_ff=32"]
-    train(folder, "--model", "gpt", "--task", "backwards", *small, "--steps", "2", "--out", "a")
-    train(folder, "--model", "backwards", *small, "--steps", "2", "--out", "b")
+    train("--model", "gpt", "--task", "backwards", *small, "--steps", "2", "--out", "a")
+    train("--model", "backwards", *small, "--steps", "2", "--out", "b")
     assert rows(folder / "a") == rows(folder / "b")
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -161,8 +148,8 @@ def test_a_task_takes_another_model_by_its_own_flag(folder):
         (["--model", "bert", "--set", "mask_rate=0"], ["mask_rate 0"]),
     ],
 )
-def test_what_makes_no_sense_is_one_line_with_code_2(flags, words, folder):
-    error = train(folder, *flags, code=2).stderr
+def test_what_makes_no_sense_is_one_line_with_code_2(flags, words):
+    error = train(*flags, code=2)
     line = error.strip().splitlines()[-1]
     assert line.startswith(("error: ", "train.py: error: ")) and all(word in line for word in words), error
     assert "Traceback" not in error

@@ -1,97 +1,19 @@
-"""The page of a run and the comparison of runs, from files that the tests write: nothing is trained."""
+"""The page of a run, from files that the tests write: nothing is trained."""
 
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from written_runs import START, Page, append_row, make_run, n_points, step_row
 
 from engine import report
 from engine.charts import POINTS, Curve, chart, settled, thinned, ticks
 
-VOID = {"meta", "br", "hr", "img", "link", "input"}
-START = {
-    "step": 0,
-    "command": "python train.py --model gpt --data 'a<b>.txt'",
-    "flags": {"model": "gpt", "size": "tiny", "init_from": None, "steps": 1000, "lr": 0.001, "out": "runs/a"},
-    "config": {"n_layers": 4, "norm": "<rms>"},
-    "n_params": 3_420_160,
-    "environment": {"python": "3.11.7", "gpu": None},
-}
-
-
-class Page(HTMLParser):
-    """Checks that every tag is closed and that nothing is loaded. Keeps text, paths and tags."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.open, self.text, self.paths, self.tags = [], "", {}, []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append(tag)
-        assert tag not in ("script", "link", "img", "iframe", "object")
-        assert not {"src", "href", "srcset", "onload", "onclick"} & attributes.keys()
-        if tag == "path":
-            self.paths.setdefault(attributes["class"], []).append(attributes["d"])
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "style":
-            assert "url(" not in data and "@import" not in data
-        self.text += data
-
-
-def n_points(path: str) -> int:
-    return len(re.findall("[ML]", path))
-
-
-def step_row(step: int, loss: float, **more) -> dict:
-    row = {"step": step, "tokens": 100 * step, "loss": loss, "lr": 1e-3, "grad_norm": 0.5, "skipped": 0}
-    return row | {"tokens_per_second": 250.0, "mfu": None, "seconds": 0.4 * step} | more
-
-
-def make_run(
-    directory: Path, n_steps: int = 40, offset: float = 0.0, start: dict | None = START, **more
-) -> Path:
-    """Write the files of a run: a row for each step, and ten evaluations."""
-    directory.mkdir()
-    every = n_steps // 10
-    rows = [{"step": 0, "tokens": 0, "val_loss": 8.0, "perplexity": math.exp(8.0)}]
-    for step in range(1, n_steps + 1):
-        loss = offset + 3 + 5 * math.exp(-8 * step / n_steps)
-        rows.append(step_row(step, loss, **more))
-        if step % every == 0:
-            evaluation = {"val_loss": loss + 0.25, "perplexity": math.exp(loss + 0.25), "bits_per_byte": 1.5}
-            rows.append({"step": step, "tokens": 100 * step, **evaluation})
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = "".join(
-        f"=== step {step}, validation loss 3.5\nsample <b>&amp; no. {step} é\n\n=== not a heading\n\n"
-        for step in range(0, n_steps + 1, every)
-    )
-    (directory / "samples.txt").write_text(lines, encoding="utf-8")
-    if start is not None:
-        report.record_start(directory, start, start["step"] > 0)
-    return directory
-
-
-def append_row(directory: Path, row: dict) -> None:
-    with open(directory / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+# These are the tests of the pictures.
+pytestmark = pytest.mark.usefixtures("rendered")
 
 
 def written(directory: Path) -> Page:
@@ -176,7 +98,7 @@ def test_a_value_that_is_not_finite_only_interrupts_the_curve(tmp_path):
     append_row(directory, step_row(43, math.nan, grad_norm=math.nan, skipped=2))
     append_row(directory, {"step": 43, "tokens": 4300, "val_loss": math.nan, "perplexity": math.nan})
     page = written(directory)
-    assert "nan" in page.text and "3.2517" in page.text  # now, and the best
+    assert "not finite" in page.text and "lowest 3.2517 at step 40" in page.text
     report.draw_loss(directory)
 
 
@@ -197,6 +119,28 @@ def test_other_metrics_of_a_model_are_drawn_too(tmp_path):
     assert "Accuracy" in page.text and "MFU" in page.text and "40.0%" in page.text
     assert "validation accuracy" in page.text
     assert "nats" not in page.text  # a sum of two losses
+
+
+def test_a_figure_has_one_format_and_its_reference_beside_it(tmp_path):
+    start = START | {"references": {"aux_loss": "2 at perfect balance"}, "flops_per_token": 1000}
+    start |= {"data": "a book, 900 tokens", "guess": "the most frequent token is right for 9.1 %"}
+    directory = make_run(tmp_path / "a", start=start, aux_loss=3.025, accuracy=0.2579)
+    last = {"step": 40, "tokens": 4000, "val_loss": 3.3, "val_accuracy": 0.2579, "val_aux_loss": 3.025}
+    append_row(directory, last)
+    text = written(directory).text
+    assert "Aux loss (2 at perfect balance)" in text and text.count("2 at perfect balance") == 2
+    assert text.count("25.8%") >= 3 and "0.2579" not in text and "0.258" not in text
+    assert "3.0250" in text and "3.025 " not in text
+    assert "4k tokens, 4M FLOPs" in text
+    assert "Data: a book, 900 tokens." in text
+    assert "A trivial guess: the most frequent token is right for 9.1 %." in text
+
+
+def test_what_a_chart_cuts_off_is_noted(tmp_path):
+    page = written(make_run(tmp_path / "a"))
+    assert "not shown: up to 8" in page.text  # the loss at the start
+    append_row(tmp_path / "a", step_row(41, 3.0, grad_norm=600.0))
+    assert "not shown: up to 600" in written(tmp_path / "a").text
 
 
 def test_without_run_json_and_samples_those_parts_are_left_out(tmp_path):
@@ -265,57 +209,6 @@ def test_a_run_is_described_before_it_starts():
     assert model.endswith("2,000 parameters, 500 of them active")
     model, _, run, cost, _ = report.describe_run(**described | {"n_trained": 20, "guess": None})
     assert model.endswith(", 20 of them trained (1.00%)") and cost == "cost   1.50e+15 FLOPs"
-
-
-def test_compare_returns_results_and_differing_flags(tmp_path):
-    a = make_run(tmp_path / "a")
-    flags = START["flags"] | {"lr": 0.002, "out": "runs/b", "schedule": "wsd"}
-    b = make_run(tmp_path / "b", offset=0.5, start=START | {"flags": flags, "n_params": 7})
-    append_row(b, {"step": 41, "tokens": 4100, "val_loss": 4.0, "perplexity": 50.0})
-    printed = report.compare([a, b], tmp_path / "out")
-    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
-    assert lines[str(a)] == ["3,420,160", "4k", "16", "s", "250", "3.2517", "3.2517"]
-    assert lines[str(b)] == ["7", "4.1k", "16", "s", "250", "4.0000", "3.7517"]
-    assert lines["--lr"] == ["0.001", "0.002"] and lines["--schedule"] == ["-", "wsd"]
-    assert {line for line in lines if line.startswith("--")} == {"--lr", "--schedule"}
-    assert printed.splitlines()[-1].split()[1:] == [
-        str(tmp_path / "out" / f"compare.{x}") for x in ("html", "png")
-    ]
-
-    page = Page(tmp_path / "out" / "compare.html")
-    assert [n_points(path) for path in page.paths["line"]] == [11, 12, 11, 12, 40, 40, 40, 40]
-    for text in (str(a), str(b), "3.2517", "--schedule", "Validation loss over seconds"):
-        assert text in page.text
-    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_compare_without_run_json_says_that_flags_are_not_known(tmp_path):
-    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", start=None)
-    printed = report.compare([a, b], tmp_path)
-    assert f"{b}: no run.json, so its flags are not known" in printed and "no flag differs" in printed
-    assert "not known" in Page(tmp_path / "compare.html").text
-
-
-def test_seconds_of_evaluations_are_those_of_the_steps_before(tmp_path):
-    steps, evaluations = report.read_rows(make_run(tmp_path / "a"))
-    expected = [0.4 * row["step"] for row in evaluations]
-    np.testing.assert_allclose(report.seconds_of(evaluations, steps), expected)
-    np.testing.assert_array_equal(report.seconds_of(evaluations, []), np.zeros(11))
-
-
-def test_compare_refuses_directories_without_a_run(tmp_path):
-    a = make_run(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    for wrong in (tmp_path / "b", tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"--compare {wrong}: expected the --out of a run"):
-            report.compare([a, wrong], tmp_path)
-    (tmp_path / "b" / "metrics.jsonl").write_text('{"st')
-    with pytest.raises(ValueError, match="rows in its metrics"):
-        report.compare([a, tmp_path / "b"], tmp_path)
-    for few in ([a], [a, a], [a, f"{a}/."]):
-        with pytest.raises(ValueError, match="expected two different runs or more"):
-            report.compare([Path(one) for one in few], tmp_path)
-    assert not (tmp_path / "compare.html").exists()
 
 
 def test_thinned_keeps_mean_least_and_largest():

@@ -223,6 +223,7 @@ def check_run(out, expected_failures):
 
 @pytest.mark.skipif(not NO_GPU, reason="stands in for a GPU")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("rendered")
 def test_a_whole_run(tiny, tmp_path, capsys):
     out = tmp_path / "kernels.json"
     assert bench.main(["--rounds", "1", "--out", str(out)]) == 0
@@ -260,6 +261,7 @@ def test_a_whole_run(tiny, tmp_path, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("rendered")
 def test_a_whole_run_on_a_gpu(tiny, tmp_path):
     out = tmp_path / "kernels.json"
     assert bench.main(["--rounds", "1", "--out", str(out)]) == 0

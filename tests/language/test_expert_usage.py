@@ -20,6 +20,7 @@ SWITCH = Config(
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("rendered")
 def test_usage_is_what_the_routing_was(tmp_path):
     tokenizer = get_tokenizer("bytes")
     config = replace(SWITCH, vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eot_id)

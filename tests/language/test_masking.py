@@ -557,7 +557,14 @@ def training_flags(tmp_path, out, **changes):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     text.write_text("".join(f"{word} " * 60 + "\n" for _ in range(8) for word in words))
     options = dict(
-        model="bert", data=text, tokenizer="bpe:296", steps=6, batch_size=2, seq_len=32, log_every=1
+        model="bert",
+        data=text,
+        tokenizer="bpe:296",
+        steps=6,
+        batch_size=2,
+        seq_len=32,
+        log_every=1,
+        schedule="constant",
     )
     options |= dict(eval_every=3, out=out, cache=tmp_path / "cache") | changes
     return [

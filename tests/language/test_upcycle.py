@@ -1,13 +1,10 @@
 """Upcycling: the mixture begins as the dense model, and its experts grow apart."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows_of
+from conftest import rows_of, run_command
 
 from data.tokenizer import get_tokenizer
 from gpt import GPT, make_batch
@@ -15,9 +12,7 @@ from gpt import Config as DenseConfig
 from language.upcycle import from_dense
 from moe import MoEGPT
 
-ROOT = Path(__file__).parents[2]
 DENSE = DenseConfig(2, 4, 32, 48, vocab_size=61, max_seq_len=32, n_kv_heads=2)
-UPCYCLE = "-m language.upcycle"
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "tie_embeddings": False}, {"window": 4}])
@@ -56,19 +51,16 @@ def test_upcycling_from_the_command_line(tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     tokenizer.save(tmp_path / "dense")
 
-    def run(file, *arguments):
-        command = [sys.executable, *file.split(), str(tmp_path / "dense"), *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
+    upcycle = "-m language.upcycle"
     for file, arguments, error in (
         ("moe.py", ("--upcycle", 4, "--out", tmp_path / "sparse"), "python -m language.upcycle"),
-        (UPCYCLE, ("--experts", 1, "--out", tmp_path / "sparse"), "--experts 1: expected at least 2 experts"),
-        (UPCYCLE, ("--experts", 4, "--out", tmp_path / "dense"), "there is a model in it"),
+        (upcycle, ("--experts", 1, "--out", tmp_path / "sparse"), "--experts 1: expected at least 2 experts"),
+        (upcycle, ("--experts", 4, "--out", tmp_path / "dense"), "there is a model in it"),
     ):
-        done = run(file, *arguments)
-        assert done.returncode == 2 and error in done.stderr and done.stderr.count("\n") == 1
-    done = run(UPCYCLE, "--experts", 4, "--out", tmp_path / "sparse")
-    assert done.returncode == 0 and "active" in done.stdout, done.stderr
+        done = run_command(*file.split(), tmp_path / "dense", *arguments)
+        assert done.code == 2 and error in done.err and done.err.count("\n") == 1
+    done = run_command(*upcycle.split(), tmp_path / "dense", "--experts", 4, "--out", tmp_path / "sparse")
+    assert done.code == 0 and "active" in done.out, done.err
     sparse = MoEGPT.from_pretrained(tmp_path / "sparse")
     tokens = torch.randint(200, (1, 16))
     torch.testing.assert_close(sparse(tokens), dense(tokens), atol=1e-6, rtol=1e-5)

@@ -5,14 +5,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_of
+from conftest import copy_of, run_command
 from safetensors.torch import load_file, save_file
 
 import bert
@@ -24,7 +22,6 @@ from language.masking import SPECIAL_TOKENS
 from posttraining import classify
 from posttraining.classify import Classifier, parameter_groups, scores, slanted_triangle
 
-ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ENCODERS = [
     "bert-model",
@@ -276,23 +273,22 @@ def moved(encoder, out):
     return {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
 
 
-def test_a_run_from_the_files_to_the_answer(labelled, encoder, tmp_path, capsys):
+def test_a_run_from_the_files_to_the_answer(labelled, encoder, tmp_path, capsys, monkeypatch):
     data, out = write_examples(tmp_path / "data.jsonl", labelled), tmp_path / "run"
     argv = flags(data, encoder, out, epochs=4, layer_decay=0.9)
-    run = subprocess.run(
-        [sys.executable, "-m", "posttraining.classify", *argv], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(tmp_path)
+    run = run_command("-m", "posttraining.classify", *argv)
+    assert run.code == 0, run.err
     for told in (
         "270 texts, 30 held out; labels fine, poor",
         "most frequent label",
         f"model: {out / 'model'}",
     ):
-        assert told in run.stdout
+        assert told in run.out
     assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model", "report.txt"]
     report = (out / "report.txt").read_text(encoding="utf-8").splitlines()
     assert report[2].startswith("naive Bayes on word counts: ") and report[-1].startswith("epoch 4: ")
-    assert all(line in run.stdout for line in report[:4]) and "peak learning rate 0.003" in report
+    assert all(line in run.out for line in report[:4]) and "peak learning rate 0.003" in report
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 34), (2, 68), (3, 102), (4, 136)]
     assert rows[-1].keys() == {"epoch", "step", "loss", "val_accuracy", "val_f1", "seconds"}

@@ -1,14 +1,13 @@
 """Packed rows as trained on, and answers."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_command
 
 import gpt
 from data.rows import Loader, in_order
@@ -17,7 +16,6 @@ from formats.chat_template import end_id, prompt_tokens, render
 from posttraining import instruct
 from posttraining.instruct import make_batch, rows_within
 
-ROOT = Path(__file__).parents[2]
 TEXTS = ["What is the answer? The answer is 42.\n\ndef user(assistant):\n    return system\n<|user|>\n"] * 3
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -266,7 +264,6 @@ def test_the_file_runs_by_itself(tmp_path, monkeypatch, capsys):
     assert shown.startswith("2 conversations\n")
     assert "<|endoftext|><|user|>\nWhy?\n<|assistant|>\n»So.<|endoftext|>«\n" in shown
 
-    command = [sys.executable, "-m", "posttraining.instruct", str(tmp_path / "none.jsonl")]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    failed = run_command("-m", "posttraining.instruct", tmp_path / "none.jsonl")
+    assert failed.code == 2 and failed.out == ""
+    assert failed.err.startswith("error: ") and failed.err.count("\n") == 1

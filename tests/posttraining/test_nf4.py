@@ -1,7 +1,6 @@
 """Weights in 4 bits against bitsandbytes, and layers of them against ordinary ones with the same weights."""
 
 import copy
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_command
 from safetensors.torch import load_file
 from torch import nn
 
@@ -352,7 +352,5 @@ def test_command(tmp_path, capsys, monkeypatch):
     nf4.main()
     table = capsys.readouterr().out.splitlines()
     assert [float(line.split()[-1]) for line in table[1:]] == pytest.approx(PUBLISHED, abs=1e-6)
-    wrong = subprocess.run(
-        [sys.executable, "-m", "posttraining.nf4", tmp_path], capture_output=True, text=True
-    )
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+    wrong = run_command("-m", "posttraining.nf4", tmp_path)
+    assert wrong.code == 2 and wrong.err.startswith("error: ") and wrong.err.count("\n") == 1

@@ -8,6 +8,7 @@ from test_chinchilla import grid
 from chinchilla import LAWS, main
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_fit_command(tmp_path, capsys):
     assert main(["fit", "--bootstrap", "200", "--at", "5.76e23", "--out", str(tmp_path / "a" / "b")]) == 0
     printed = capsys.readouterr().out

@@ -69,6 +69,7 @@ def test_points_are_sqrt_2_apart_and_their_windows_do_not_overlap():
     assert sweep.points_of(99, 100) == [] and sweep.points_of(2000, 1000) == [1000, 1414, 2000]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
     inline, text, tmp_path, monkeypatch, capsys
 ):

@@ -15,6 +15,7 @@ it holds, so that every rank can read its own part from whatever files hold it.
 """
 
 import argparse
+import ast
 import json
 import os
 import shlex
@@ -23,7 +24,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -147,9 +150,11 @@ def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
             f"which cannot be continued; start it anew as --model lora --base {before['base']} "
             f"--adapter {method}"
         )
-    for flag in flags.keys() - free:
+    # Checkpoints of before have no configuration, so that the path of the model is all there is to compare.
+    compared = flags.keys() - free | (set() if "config" in state else {"init_from", "base"})
+    for flag in sorted(compared):
         # Runs that were saved before a flag existed were computed with its default.
-        if flag in before and before[flag] != flags[flag]:
+        if flag in before and meaning(flag, before[flag]) != meaning(flag, flags[flag]):
             raise ValueError(
                 f"--resume: the run in {out} was started with --{flag.replace('_', '-')} {before[flag]}, not "
                 f"{flags[flag]}; its command was: {state['command']}"
@@ -161,6 +166,26 @@ def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
             f"{n_now}; --batch-size and --grad-accum may change, but not their product"
         )
     return directory, state
+
+
+def meaning(flag: str, text: str) -> Any:
+    """Return what a flag means, as it was recorded: of --set the fields and values, whatever their order."""
+    if flag != "set":
+        return text
+    values = {}
+    for change in ast.literal_eval(text):  # a list of strings
+        name, _, value = change.partition("=")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
+
+
+def config_of(run) -> dict:
+    """Return the configuration of a run's model as JSON holds it, but for --kernels, which may change."""
+    config = json.loads(json.dumps(asdict(run.model.config), default=str))
+    return {name: value for name, value in config.items() if name != "kernels"}
 
 
 def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> None:
@@ -192,15 +217,26 @@ def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> Non
 
 
 def resume(run, directory: Path, state: dict) -> None:
-    """Bring an engine.run.Run to the step of a checkpoint; ValueError if base or data have changed since."""
+    """Bring an engine.run.Run to the step of a checkpoint.
+
+    Raises ValueError if the base, the model's configuration or the data are others than when it was started.
+    """
     if state.get("base") != run.base_fingerprint:
         raise ValueError(
             f"--resume: the weights in {run.concept.base} have changed since the run was started"
         )
     if state["dataset"] != run.dataset.fingerprint:
         raise ValueError(
-            f"--resume: the content of --data {run.args.data} has changed since the run was started"
+            f"--resume: the content of --data {run.args.data}, or the tokenizer, has changed since the run "
+            f"was started; its command was: {state['command']}"
         )
+    now = config_of(run)
+    for name, value in state.get("config", {}).items():
+        if name in now and now[name] != value:
+            where = run.args.init_from or run.args.base
+            raise ValueError(
+                f"--resume: the model in {where} has {name} {now[name]}, the run was started with {value}"
+            )
     saved = names(directory)
     missing = [name for name in tensors_of(run) if name not in saved]
     if missing:
@@ -246,6 +282,7 @@ def save(run) -> None:
             "skipped": run.n_skipped,
             "dataset": run.dataset.fingerprint,
             "flags": run.flags,
+            "config": config_of(run),
             "command": command(),
             "base": run.base_fingerprint,
             "logs": {log: (out / log).stat().st_size for log in LOGS},

@@ -4,6 +4,7 @@ Every flag is part of what a run computes, except those in FREE_ON_RESUME: --res
 those of the run that it continues. Of the free ones --steps is the end of the learning-rate schedule, which
 `checkpoint.continue_schedule` checks, and --batch-size with --grad-accum, whose product must stay, decides
 which rows one make_batch sees together.
+Those in BY_CONTENT name files, which may move: what is in them is compared instead.
 """
 
 import argparse
@@ -18,8 +19,10 @@ NO_EFFECT = {
     "out", "resume", "watch", "compare", "cache", "log_every", "save_every", "eval_every", "keep_best",
     "keep_models",
 }  # fmt: skip
+# A checkpoint has hashes of the text and its tokenizer, and the configuration of the model.
+BY_CONTENT = {"data", "val", "text_field", "bad_text", "tokenizer", "init_from", "base"}
 # A resumed run may change those, and these.
-FREE_ON_RESUME = NO_EFFECT | {
+FREE_ON_RESUME = NO_EFFECT | BY_CONTENT | {
     "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
     "extend", "patience",
 }  # fmt: skip

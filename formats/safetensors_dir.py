@@ -10,6 +10,8 @@ weights, which model.safetensors.index.json lists. This file holds what all fami
 Weights are read from safetensors only: unlike a pickle, such a file cannot run code.
 """
 
+import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -39,10 +41,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, which replaces the old one only once it is complete."""
+    """Write tensors to a safetensors file, which replaces the old one only once it is complete.
+
+    Raises OSError if the file cannot be written, as on a full disk.
+    """
     tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
     with replace_file(path) as new:
-        save_file(tensors, new, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(tensors, new, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))  # the system's, which only the message holds
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:

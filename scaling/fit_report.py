@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from chinchilla import HOFFMANN, MANY_TOKENS, OUTLIERS, Fit, Law, fit
+from formats import command
 from formats.atomic import replace_file
 from formats.quantities import quantity, short
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
@@ -194,14 +195,25 @@ def plot_valleys(panel, valleys: IsoFLOP, colors) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("csv", nargs="?", type=Path, help="columns N, loss, and D or C (default: the 240 runs of the paper)")
+    add(
+        "csv",
+        nargs="?",
+        type=command.path,
+        help="columns N, loss, and D or C (default: the 240 runs of the paper)",
+    )
     add("--delta", type=quantity, default=1e-3, help="relative error above which f is linear (default 1e-3)")
     add("--drop", type=int, metavar="K", help="leave out the K highest losses (default 0; of the paper's, 5)")
     add("--bootstrap", type=int, default=4000, metavar="N", help="resamples for intervals (default 4000)")
     add("--by-size", action="store_true", help="resample whole sizes: the points of one may err together")
     add("--seed", type=int, default=0, help="seed of the resamples (default 0)")
     add("--at", type=quantity, nargs="+", metavar="C", help="budgets (default: the greatest, x10, x100)")
-    add("--out", type=Path, default=Path("runs/fit"), metavar="DIR", help="fit.json, fit.png (runs/fit)")
+    add(
+        "--out",
+        type=command.path,
+        default=Path("runs/fit"),
+        metavar="DIR",
+        help="fit.json, fit.png (runs/fit)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:

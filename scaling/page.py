@@ -14,6 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points
+from formats import command
 from formats.atomic import replace_file
 from scaling.plan import DEFAULT_MFU, DEVICES, PUE
 from scaling.points import read_points
@@ -122,9 +123,13 @@ def read_fit(path: Path) -> Published:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("chinchilla-page.html"), help="the file to write")
-    parser.add_argument("--points", type=Path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)")
-    parser.add_argument("--fit", type=Path, help="fit.json of `chinchilla.py fit`: show your law too")
+    parser.add_argument(
+        "--out", type=command.path, default=Path("chinchilla-page.html"), help="the file to write"
+    )
+    parser.add_argument(
+        "--points", type=command.path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)"
+    )
+    parser.add_argument("--fit", type=command.path, help="fit.json of `chinchilla.py fit`: show your law too")
 
 
 def main(args: Namespace) -> int:

@@ -13,9 +13,9 @@ Further parts of the plan: `--inference-tokens 2t --unique-tokens 25b --json pla
 import json
 import textwrap
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS
+from formats import command
 from formats.atomic import replace_file
 from formats.quantities import quantity, short
 from scaling.plan import (
@@ -297,7 +297,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--inference-tokens", type=quantity, help="tokens to be served in the model's life: 2t")
     add("--unique-tokens", type=quantity, help="how many different tokens there are: 25b")
     add("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
-    add("--json", type=Path, metavar="FILE", help="write all numbers to this file too")
+    add("--json", type=command.path, metavar="FILE", help="write all numbers to this file too")
 
 
 def main(args: Namespace) -> int:

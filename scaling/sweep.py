@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from chinchilla import Law
-from formats import atomic
+from formats import atomic, command
 from formats.quantities import quantity, short
 from scaling.points import interval
 from scaling.sweep_report import EXACT, find_law, plot_emergence, plot_sweep, print_law, write_csv
@@ -295,14 +295,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--minutes", type=float, default=20, help="time that it may take here (default %(default)s)")
     add("--budget", type=quantity, metavar="C", help="instead of --minutes: FLOPs of the largest fitted run")
-    add("--data", default="stdlib", metavar="WHAT", help="as for train.py (default stdlib)")
+    add(
+        "--data",
+        type=command.filled,
+        default="stdlib",
+        metavar="WHAT",
+        help="as for train.py (default stdlib)",
+    )
     add("--tokenizer", default="bytes", metavar="WHAT", help="as for train.py (default bytes)")
     add("--lr-factor", type=float, default=1.0, metavar="X", help="multiply the design's learning rates by X")
     add("--seed", type=int, default=0, help="seed of the runs and of the resamples (default 0)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
     add("--workers", type=int, metavar="N", help="runs in parallel (default: one per core; 1 on a GPU)")
-    add("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="results (default runs/sweep)")
-    add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="for tokenised text (default cache)")
+    add(
+        "--out",
+        type=command.path,
+        default=Path("runs/sweep"),
+        metavar="DIR",
+        help="results (default runs/sweep)",
+    )
+    add(
+        "--cache",
+        type=command.path,
+        default=Path("cache"),
+        metavar="DIR",
+        help="for tokenised text (default cache)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:

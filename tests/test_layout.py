@@ -205,6 +205,16 @@ def test_every_command_ends_as_the_others_do():
     report(offenders)
 
 
+def test_a_path_on_the_command_line_is_not_empty():
+    # Path("") is the working folder. `command.path` refuses it; kernels import nothing of ours.
+    offenders = []
+    for path in code().values():
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        found = [i for i, line in enumerate(lines, 1) if "type=Path" in line and path.parts[0] != "kernels"]
+        offenders += [f"{path}:{i}: type=Path; write type=command.path" for i in found]
+    report(offenders)
+
+
 def test_text_files_are_read_and_written_as_utf8():
     # Without an encoding it is that of the system, which on Windows is another one.
     offenders = []

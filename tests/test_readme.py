@@ -102,6 +102,7 @@ def is_installed(block: str) -> bool:
 def fill(folder: Path) -> None:
     """Write the texts that the pages name into a folder."""
     folder.mkdir(exist_ok=True)
+    (folder / "own.txt").write_text("Text to hold out, of one's own.\n" * 30)
     (folder / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
     reviews = [{"text": f"{word} {i}", "label": word} for word in ("good", "bad") for i in range(20)]
     (folder / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))

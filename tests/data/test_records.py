@@ -1,13 +1,23 @@
-"""Files of records and of text: what is read from each form, and how what is not text is named."""
+"""Files of records and of text: what is read from each form, and how what is not text is named.
 
+The last tests draw files at random, N_EXAMPLES of each kind; FUZZ=5000 python -m pytest ... draws more.
+"""
+
+import csv
 import gzip
 import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data import corpus, records
+from data.conversations import read_conversations
+from data.labelled import read_examples
 
 TEXTS = ["one, two", 'he said "no"', "line\nbreak", "é中"]
 
@@ -139,9 +149,111 @@ def test_empty_files_have_no_records(tmp_path):
 
 
 def test_records_know_their_suffix():
-    assert records.suffix_of(corpus.Path("a/B.JSON.GZ")) == ".json"
-    assert records.suffix_of(corpus.Path("a.b/readme.gz")) == ""
+    assert records.suffix_of(Path("a/B.JSON.GZ")) == ".json"
+    assert records.suffix_of(Path("a.b/readme.gz")) == ""
     assert list(records.json_lines(io.BytesIO(b"1\n\n2"), "x", pytest.fail)) == [
         ("x, line 1: byte 0", 1),
         ("x, line 3: byte 3", 2),
     ]
+
+
+# --- files at random
+
+N_EXAMPLES = int(os.environ.get("FUZZ", 60))
+fuzz = settings(
+    max_examples=N_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    database=None,
+)
+NAMES = st.sampled_from([*FORMS, "x.parquet", "x.txt", "x.jsonl.gz", "x.csv.gz", "x.json.gz"])
+STRINGS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=20)
+# What a file of records is made of, and what breaks it.
+SYNTAX = 'text label " "" , { } [ ] : null 1e999 -0 NaN é \\ \\ud800 "messages":[ {"role":"user"}'
+RECORD = '{"text": "a", "label": "b", "question": "q", "answer": "a"}'
+PIECES = st.sampled_from([*SYNTAX.split(), *"\t\n\r\0\ufeff", "\r\n", "9" * 5000, RECORD])
+FIELDS = "text label messages role content conversations from value instruction input output prompt question"
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*FIELDS.split(), "answer"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def check_all_readers(path):
+    """Each reader gives texts, or one ValueError that names the file: nothing else may happen."""
+    problems = []
+    for reader in (
+        lambda: [*corpus.documents([(path.name, path)], problems.append)],
+        lambda: [text for example in read_examples(path) for text in example],
+        lambda: [message["content"] for talk in read_conversations(path) for message in talk],
+        lambda: [
+            message["content"] for talk in read_conversations(path, problems.append) for message in talk
+        ],
+    ):
+        try:
+            texts = reader()
+        except ValueError as error:
+            assert path.name in str(error) and "\n" not in path.name
+        else:
+            assert all("\0" not in text and text.encode() is not None for text in texts)
+    assert all(problem.startswith((path.name, str(path))) for problem in problems)
+
+
+@fuzz
+@given(name=NAMES, raw=st.binary(max_size=60), packed=st.booleans())
+def test_any_bytes_are_read_or_refused_by_name(name, raw, packed, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    check_all_readers(path)
+
+
+@fuzz
+@given(
+    name=NAMES, pieces=st.lists(PIECES, max_size=25), encoding=st.sampled_from(["utf-8", "utf-16", "utf-32"])
+)
+def test_any_syntax_is_read_or_refused_by_name(name, pieces, encoding, tmp_path):
+    path = tmp_path / name
+    path.write_bytes("".join(pieces).encode(encoding))
+    check_all_readers(path)
+
+
+@fuzz
+@given(values=st.lists(JSON, max_size=3), as_lines=st.booleans())
+def test_any_json_is_read_or_refused_by_name(values, as_lines, tmp_path):
+    path = tmp_path / ("x.jsonl" if as_lines else "x.json")
+    path.write_text("\n".join(map(json.dumps, values)) if as_lines else json.dumps(values))
+    check_all_readers(path)
+
+
+@fuzz
+@given(
+    texts=st.lists(STRINGS.filter(bool), max_size=6),
+    form=st.sampled_from(["x.csv", "x.tsv", "x.json", "x.jsonl"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
+    packed=st.booleans(),
+)
+def test_what_was_written_is_what_is_read(texts, form, encoding, packed, tmp_path):
+    if form.endswith("sv"):
+        file = io.StringIO(newline="")
+        writer = csv.writer(file, "excel-tab" if form == "x.tsv" else "excel", quoting=csv.QUOTE_ALL)
+        writer.writerows([("id", "text"), *enumerate(texts)])
+        content = file.getvalue()
+    else:
+        objects = [{"id": i, "text": text} for i, text in enumerate(texts)]
+        lines = "\n".join(json.dumps(value, ensure_ascii=i % 2 == 0) for i, value in enumerate(objects))
+        content = json.dumps(objects, ensure_ascii=False) if form == "x.json" else lines
+    raw = content.encode(encoding)
+    path = tmp_path / (form + ".gz" * packed)
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    assert read(path) == texts
+
+
+@fuzz
+@given(text=STRINGS.filter(bool), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))
+def test_a_text_in_any_encoding_with_its_mark_is_read(text, encoding, tmp_path):
+    (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+    assert read(tmp_path / "x.txt") == [text]

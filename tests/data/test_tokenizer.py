@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data import tokenizer as module
 from data.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe
 from data.words import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, continues
 from formats.tokenizer_json import recover_merges
@@ -333,3 +334,18 @@ def test_command_line_mistakes(tmp_path):
         result = run(*arguments)
         assert result.returncode == 2 and result.stdout == ""
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_learns_from_the_files_that_a_run_reads_and_refuses_the_others(tmp_path, capsys):
+    texts = ["one two two", "two one one"] * 30
+    (tmp_path / "x.csv").write_text("id,body\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)))
+    module.main(
+        [str(tmp_path / "x.csv"), "--text-field", "body", "--vocab-size", "262", "--out", str(tmp_path)]
+    )
+    assert "vocabulary size  262" in capsys.readouterr().out
+    assert Tokenizer.load(tmp_path).fingerprint == train_bpe(texts, 262).fingerprint
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 99)
+    with pytest.raises(ValueError, match=r"latin\.txt: byte 3 \(0xe9\) is not UTF-8"):
+        module.main([str(tmp_path / "latin.txt")])
+    with pytest.raises(ValueError, match="no field 'text', it has 'id', 'body'"):
+        module.main([str(tmp_path / "x.csv")])

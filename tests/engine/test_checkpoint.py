@@ -197,3 +197,39 @@ def test_resuming_another_run_than_was_started_is_refused(text, tmp_path, capsys
         assert word in error and "its command was" in error
     text.write_text(text.read_text().replace("line", "LINE"))
     assert "has changed" in refused(capsys, flags(text, tmp_path / "run", resume=True))
+
+
+def test_a_run_resumes_after_its_files_have_moved(text, tmp_path, monkeypatch, capsys):
+    """What is compared is the text, its tokenizer and the fields of --set, not how they are written."""
+    options = ["--set", "rope_theta=5000", "norm_eps=1e-5"]
+    assert train.main([*flags(text, tmp_path / "whole"), *options]) == 0
+    assert train.main([*flags(text, tmp_path / "run", steps=3, schedule="constant"), *options]) == 0
+    assert train.main([*flags(text, tmp_path / "same", schedule="constant"), *options]) == 0
+    (tmp_path / "moved").mkdir()
+    moved = text.rename(tmp_path / "moved" / "renamed.txt")
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    again = ["--set", "norm_eps=0.00001", "rope_theta=5000.0"]
+    argv = flags(moved, tmp_path / "run", schedule="constant", resume=True, cache=cache)
+    here = [*argv[:2], "--data", "moved", "--tokenizer", str(tmp_path / "whole" / "model"), *argv[6:], *again]
+    assert train.main(here) == 0
+    same_run(tmp_path / "same", tmp_path / "run")
+
+    other = [*argv, "--set", "norm_eps=1e-5", "rope_theta=6000"]
+    assert "was started with --set" in refused(capsys, other)
+    assert "has changed" in refused(capsys, [*argv, *again, "--tokenizer", "bpe:300"])
+    assert "has changed" in refused(capsys, [*argv, *again, "--val", str(tmp_path / "run" / "samples.txt")])
+
+
+def test_a_model_that_has_moved_may_be_named_anew_and_another_one_not(text, tmp_path, capsys):
+    assert train.main(flags(text, tmp_path / "base")) == 0
+    model = tmp_path / "base" / "model"
+    start = dict(init_from=model, tokenizer=None, schedule="constant")
+    assert train.main(flags(text, tmp_path / "run", steps=3, **start)) == 0
+    assert train.main(flags(text, tmp_path / "same", **start)) == 0
+    start |= dict(init_from=model.rename(tmp_path / "moved"), resume=True)
+    assert train.main(flags(text, tmp_path / "run", **start)) == 0
+    same_run(tmp_path / "same", tmp_path / "run")
+    config = tmp_path / "moved" / "config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
+    assert "has rope_theta 20000.0, the run was" in refused(capsys, flags(text, tmp_path / "run", **start))

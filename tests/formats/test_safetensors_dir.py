@@ -1,10 +1,13 @@
 """The helpers that all families of models share: names, fields of a config, files."""
 
+import errno
 import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from formats import safetensors_dir
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import (
     inverse,
@@ -77,3 +80,19 @@ def test_an_index_names_files_of_its_own_directory_only(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="expected a file in the same directory"):
         read_weights(tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"a": torch.ones(3)})
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors_dir, "save_file", full)
+    with pytest.raises(OSError, match="the disk is full") as error:
+        write_tensors(path, {"a": torch.zeros(3)})
+    assert error.value.filename == str(path) and error.value.errno == errno.ENOSPC
+    assert read_tensors(path)[0]["a"].tolist() == [1, 1, 1]
+    assert list(tmp_path.iterdir()) == [path]

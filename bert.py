@@ -231,7 +231,7 @@ class Block(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """softmax(E transform(h) + b): which token stands at a place. E: the embeddings, or `decoder`'s matrix."""
+    """softmax(E transform(h) + b): which token stands at a place. E: the embeddings, or decoder's matrix."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -384,9 +384,8 @@ class BERT(nn.Module):
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "BERT":
         """Return the model in a Hugging Face directory, in its precision; ValueError names what is wrong."""
         fields, weights = encoders.read(directory)
-        model = safetensors_dir.build(
-            lambda: cls(Config(**fields, kernels=kernels)), fields, weights, directory
-        )
+        fields["kernels"] = kernels
+        model = safetensors_dir.build(lambda: cls(Config(**fields)), fields, weights, directory)
         safetensors_dir.assign(model, weights, directory)
         return model
 

@@ -135,7 +135,7 @@ def whole_number(path: Path, hf: dict, key: str, default: int | None, field: str
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Raise ValueError, with the file at path in front, for what values in it, or their Config, bring about."""
+    """Raise ValueError, with the file at path in front, for what its values cause, also in a Config."""
     try:
         yield
     except ValueError as error:

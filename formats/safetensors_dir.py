@@ -76,11 +76,12 @@ def weight_files(directory: Path) -> list[Path]:
             raise ValueError(f"{index}: names {outside[0]}; expected a file in the same directory")
         return paths
     if pickled := sorted(directory.glob("pytorch_model*.bin")):
+        convert = (
+            "from transformers import AutoModelForCausalLM as M; M.from_pretrained('DIR').save_pretrained"
+        )
         raise ValueError(
             f"{pickled[0]}: not read, because it is a pickle, which could run any code; expected "
-            'model.safetensors; where you trust it, convert it: python -c "from transformers import AutoModel'
-            "ForCausalLM as A; A.from_pretrained('DIR').save_pretrained('NEW')\" (AutoModelForMaskedLM for an "
-            "encoder)"
+            f"model.safetensors; if you trust its author, convert it: python -c \"{convert}('NEW')\""
         )
     return [single]
 
@@ -127,8 +128,8 @@ def write_decoder(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -
 def tie(fields: dict, weights: dict[str, Tensor], embedding: str, head: str) -> None:
     """Make fields["tie_embeddings"] and the weights agree, in place, on whether the head is the embedding.
 
-    Stored heads decide: config.json often says "tied" of files in which the two matrices differ, such as those
-    of a model with a merged adapter or an enlarged vocabulary. Then both are used, as transformers 5 does.
+    The stored head decides: config.json often says "tied" where the two matrices differ, as in a model with a
+    merged adapter or an enlarged vocabulary. Then both are used, as transformers 5 does.
     Where only the head of a tied pair is stored, it is the embedding too. embedding, head: names in weights.
     """
     if not fields.get("tie_embeddings", True):
@@ -163,7 +164,7 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], direc
 def build(
     make: Callable[[], nn.Module], fields: dict, weights: dict[str, Tensor], directory: str | Path
 ) -> nn.Module:
-    """Return make(), built on the meta device, where parameters take no memory until `assign` gives them some.
+    """Return make(), built on the meta device, where parameters take no memory before `assign`.
 
     fields: of its Config; weights: that it will get, read from directory. Raises ValueError, which names
     config.json, for fields that the Config refuses and for sizes far beyond those of the weights.

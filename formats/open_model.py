@@ -63,6 +63,15 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     )
 
 
+def check_concept(directory: str | Path, kind: type[nn.Module]) -> None:
+    """Raise ValueError, which names the right command, unless directory holds a model of the file of kind."""
+    own = native.module_name(kind)
+    concept = "lora" if is_adapter(directory) else concept_of(directory)
+    if concept != own:
+        command = f"-m {concept}" if "." in concept else f"{concept}.py"
+        raise ValueError(f"{directory}: no model of {own}.py; open it by python {command} {directory}")
+
+
 def is_adapter(directory: str | Path) -> bool:
     """Return whether directory holds an adapter in PEFT's layout."""
     return (Path(directory) / "adapter_config.json").is_file()

@@ -208,10 +208,11 @@ def figures(steps: list[dict], evaluations: list[dict]) -> dict[str, str]:
         found["best so far"] = f"{np.fmin.reduce(losses):.4f}"
         for key, value in evaluations[-1].items():
             if key not in ("val_loss", *NO_CURVE):
-                found[key.replace("val_", "validation ").replace("_", " ")] = short(value, 4)
+                name = key.replace("val_", "validation ").replace("_", " ")
+                found[name] = short(math.nan if value is None else value, 4)
     if steps:
         last = steps[-1]
-        found["training loss"] = f"{last['loss']:.4f}"
+        found["training loss"] = f"{column(steps, 'loss')[-1]:.4f}"
         found["tokens per second"] = f"{last['tokens'] / last['seconds']:,.0f}"  # mean of the whole run
         if last["mfu"] is not None:
             found["MFU"] = f"{last['mfu']:.1%}"

@@ -22,7 +22,6 @@ Shapes: n texts of a batch, N their tokens in all, D model width, L layers.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -265,7 +264,7 @@ def train(model: Classifier, examples: list, held_out: list, args: argparse.Name
             accuracy, f1 = scores(predicted, torch.tensor([label for _, label in held_out]))
             row = {"epoch": epoch + 1, "step": step, "loss": total / len(examples)}
             row |= {"val_accuracy": accuracy, "val_f1": f1, "seconds": time.perf_counter() - began}
-            log += json.dumps(row) + "\n"
+            log += json_file.json_line(row)
             with replace_file(args.out / "metrics.jsonl") as new:
                 new.write_text(log)
             summary = f"loss {row['loss']:.3f}, held out: accuracy {accuracy:.1%}, F1 {f1:.3f}"

@@ -61,9 +61,9 @@ class Config(bert.Config):
     MAY_BE_ZERO = (*bert.Config.MAY_BE_ZERO, "generator_size", "rtd_weight")
 
     def __post_init__(self):
-        if not 0 <= self.generator_size <= 1:
-            raise ValueError(f"generator_size {self.generator_size}: expected 0 to 1")
         super().__post_init__()
+        if self.generator_size > 1:
+            raise ValueError(f"generator_size {self.generator_size}: expected 0 to 1")
         masks(self)  # raises ValueError for impossible settings
 
     def generator(self) -> bert.Config | None:

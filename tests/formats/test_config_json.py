@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 from formats.config_json import read_fields
@@ -196,3 +196,45 @@ def test_fields_of_a_config_are_translated_or_refused():
         with pytest.raises(ValueError) as raised:
             read_fields("config.json", hf | changes, **arguments)
         assert str(raised.value) == message
+
+
+def differing(model, tokens, directory):
+    """Return by how much logits differ from those of transformers' own from_pretrained."""
+    reference = type(model).from_pretrained(directory).eval()
+    return (open_model(directory).eval()(tokens) - reference(tokens).logits).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "qwen3-moe", "mixtral", "bert", "roberta", "albert", "electra", "modernbert"]
+)
+@torch.no_grad()
+def test_a_head_that_is_stored_beside_a_tied_config_is_used(family, tmp_path):
+    """As in transformers 5, also where a file holds the head alone, and again in what we save."""
+    name, settings = FAMILIES[family]
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**settings, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    names = {id(p): name for name, p in model.named_parameters()}
+    embedding = names[id(model.get_input_embeddings().weight)]
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    tokens = torch.randint(6, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+
+    # A head of its own, and a bias under its second name that differs from the first.
+    own = {f"{head}.weight": stored[embedding] + torch.randn(64, stored[embedding].shape[1])}
+    if family in ("bert", "roberta", "albert"):
+        own[f"{head}.bias"] = torch.randn(64)
+    save_file(stored | own, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours = open_model(tmp_path)
+    assert not ours.config.tie_embeddings and differing(model, tokens, tmp_path) < 1e-5
+    ours.save_pretrained(tmp_path / "again")
+    assert open_model(tmp_path / "again").config == ours.config
+    assert differing(model, tokens, tmp_path / "again") < 1e-5
+
+    # The same matrix under the head's name alone, and under both names.
+    head_alone = {name: w for name, w in stored.items() if name != embedding}
+    head_alone[f"{head}.weight"] = stored[embedding]
+    for weights in (head_alone, head_alone | {embedding: stored[embedding].clone()}):
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        assert open_model(tmp_path).config.tie_embeddings and differing(model, tokens, tmp_path) < 1e-5

@@ -16,13 +16,14 @@ from formats.json_file import read_json
 
 # The fields without which no Config of a transformer can be made.
 REQUIRED = {"n_layers", "n_heads", "d_model", "d_ff", "vocab_size", "max_seq_len"}
-# Fields that are no whole numbers, with the types of their values; and those that null does not make wrong,
-# with its meaning.
+# Fields that are no whole numbers, with the types of their values; whole numbers that may be 0; and fields
+# that may be null, with its meaning.
 KINDS = {
     "norm_eps": (float, int), "rope_theta": (float, int), "rope_scaling": (dict,), "tie_embeddings": (bool,),
     "eos_token_id": (int, list), "aux_loss_coef": (float, int), "renormalize": (bool,),
     "routed_scale": (float, int),
 }  # fmt: skip
+MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", ""}
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
     "n_shared_experts": 0, "renormalize": False, "window": None,
@@ -119,6 +120,8 @@ def checked(path: Path, key: str, field: str, value: Any) -> Any:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = {int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
         raise ValueError(f"{path}: {key} {value!r:.100}: expected {names[kinds[0]]}")
+    if kinds == (int,) and value < 1 and (value < 0 or field not in MAY_BE_ZERO):
+        raise ValueError(f"{path}: {key} {value}: expected at least {int(field not in MAY_BE_ZERO)}")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -144,21 +144,27 @@ def tie(fields: dict, weights: dict[str, Tensor], embedding: str, head: str) -> 
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
-    """Raise ValueError unless weights, read from directory, have the names and shapes of expected, and are
-    numbers of 16 bits or more."""
+    """Raise ValueError unless weights, read from directory, have the names and shapes of expected."""
     for problem, names in (
         ("is missing", expected.keys() - weights.keys()),
         ("has no place in this architecture", weights.keys() - expected.keys()),
     ):
         if names:
             raise ValueError(f"{directory}: {min(names)} {problem} ({len(names)} such tensors)")
-    for name, w in weights.items():
-        if w.shape != expected[name].shape:
-            shapes = f"{tuple(w.shape)}, config.json says {tuple(expected[name].shape)}"
+    check_shapes(expected, weights, directory)
+
+
+def check_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
+    """Raise ValueError unless weights, read from directory, have the shapes of expected, where both have a
+    tensor of that name, and are numbers of 16 bits or more where those are."""
+    for name in weights.keys() & expected.keys():
+        w, place = weights[name], expected[name]
+        if w.shape != place.shape:
+            shapes = f"{tuple(w.shape)}, config.json says {tuple(place.shape)}"
             raise ValueError(f"{directory}: {name} has shape {shapes}")
-        if expected[name].is_floating_point() and w.dtype not in PRECISIONS:
-            expected_ones = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRECISIONS)
-            raise ValueError(f"{directory}: {name} is {w.dtype}; expected one of {expected_ones}")
+        if place.is_floating_point() and w.dtype not in PRECISIONS:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRECISIONS)
+            raise ValueError(f"{directory}: {name} is {w.dtype}; expected one of {names}")
 
 
 def build(
@@ -167,13 +173,15 @@ def build(
     """Return make(), built on the meta device, where parameters take no memory before `assign`.
 
     fields: of its Config; weights: that it will get, read from directory. Raises ValueError, which names
-    config.json, for fields that the Config refuses and for sizes far beyond those of the weights.
+    config.json, for fields that the Config refuses and for sizes beyond those of the weights.
     """
     path, n_layers = Path(directory) / "config.json", fields["n_layers"]
     if n_layers > len(weights) and not fields.get("share_layers"):
         raise ValueError(f"{path}: {n_layers} layers, but there are only {len(weights)} tensors of weights")
     with damage_named(path), torch.device("meta"):
-        return make()
+        model = make()
+    check_shapes(model.state_dict(), weights, directory)
+    return model
 
 
 def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:

@@ -99,13 +99,14 @@ def test_any_config_json_is_read_or_refused_by_name(name, tmp_path_factory, data
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     """Return {a kind of tokenizer: the directory that holds one}."""
-    directories = {"bytes": tmp_path_factory.mktemp("bytes"), "encoder": tmp_path_factory.mktemp("encoder")}
+    directories = {kind: tmp_path_factory.mktemp(kind) for kind in ("bytes", "encoder", "wordpiece")}
     tokenizer = get_tokenizer("bytes").with_special_tokens({"bos_token": "<|begin|>"})
     tokenizer.around = (("<|begin|>",), ())
     tokenizer.save(directories["bytes"])
     roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     train_bpe(["the cat sat on the mat " * 9], 262).with_special_tokens(roles).save(directories["encoder"])
-    return directories | {"wordpiece": FIXTURES / "wordpiece"}
+    get_tokenizer(str(FIXTURES / "wordpiece" / "vocab.txt")).save(directories["wordpiece"])
+    return directories
 
 
 @pytest.mark.parametrize("kind", ["bytes", "encoder", "wordpiece"])

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from data.rows import Dataset
 from formats import encoders, safetensors_dir
+from formats.config_values import check_values
 from gpt import rotate
 from kernels import attention
 
@@ -67,23 +68,15 @@ class Config:
     local_rope_theta: float = 10_000.0
     pooler: bool = True  # tanh(W h) of the first token, a summary of the text
     mlm_head: bool = True  # the masked-language-model head
-    pair: str = (
-        "none"  # head for pairs of segments: "nsp", next sentence (BERT), or "sop", their order (ALBERT)
-    )
+    pair: str = "none"  # or a head for pairs of segments: "nsp", next sentence, or "sop", order (ALBERT)
     pad_token_id: int = 0
+    tie_embeddings: bool = True  # the masked-language-model head multiplies by the embeddings
     kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
+    MAY_BE_ZERO = ("n_segments", "position_offset", "pad_token_id")
 
     def __post_init__(self):
-        choices = {"positions": ("learned", "rope"), "mlp": ("gelu", "gelu_tanh", "geglu")}
-        choices["pair"] = ("none", "nsp", "sop")
-        for field, options in choices.items():
-            if getattr(self, field) not in options:
-                raise ValueError(f"{field} {getattr(self, field)!r}: expected {' or '.join(options)}")
-        for field in ("n_layers", "n_heads", "d_model", "d_ff", "global_every"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} {getattr(self, field)}: expected at least 1")
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
-            raise ValueError(f"window {self.window!r}: expected at least 1, where a token attends to itself")
+        mlp, pair = ("gelu", "gelu_tanh", "geglu"), ("none", "nsp", "sop")
+        check_values(self, positions=("learned", "rope"), mlp=mlp, pair=pair)
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
         if self.positions == "rope" and self.K % 2:
@@ -237,13 +230,15 @@ class Block(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """softmax(E transform(h) + b): which token stands at a place, by the same matrix E that embeds tokens."""
+    """softmax(E transform(h) + b): which token stands at a place. E: the embeddings, or decoder's matrix."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.transform = dense_and_norm(config.d_model, config.E, config)
         self.activation = nn.GELU("tanh" if config.mlp == "gelu_tanh" else "none")
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
+        untied = not config.tie_embeddings
+        self.decoder = nn.Linear(config.E, config.vocab_size, bias=False) if untied else None
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D). embeddings: the matrix E (V, E)."""
@@ -289,6 +284,11 @@ class BERT(nn.Module):
     def embedding_weight(self) -> Tensor:
         """Return the embeddings of all tokens, (V, E)."""
         return self.embeddings.word_embeddings.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Return the matrix E (V, E) of the masked-language-model head."""
+        return self.embedding_weight if self.config.tie_embeddings else self.cls.predictions.decoder.weight
 
     def positions(self, tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Return the position (1, T) of each token in its text. Raises ValueError for a text that is too
@@ -350,7 +350,7 @@ class BERT(nn.Module):
         if not self.config.mlm_head:
             advice = "load a checkpoint that has one (BertForMaskedLM ...), or use embed"
             raise ValueError(f"this model has no masked-language-model head to fill masks with; {advice}")
-        return self.cls.predictions(hidden, self.embedding_weight)
+        return self.cls.predictions(hidden, self.head_weight)
 
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, *, cu_seqlens: Tensor | None = None
@@ -383,8 +383,8 @@ class BERT(nn.Module):
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "BERT":
         """Return the model in a Hugging Face directory, in its precision; ValueError names what is wrong."""
         fields, weights = encoders.read(directory)
-        with torch.device("meta"):
-            model = cls(Config(**fields, kernels=kernels))
+        fields["kernels"] = kernels
+        model = safetensors_dir.build(lambda: cls(Config(**fields)), fields, weights, directory)
         safetensors_dir.assign(model, weights, directory)
         return model
 

@@ -32,8 +32,14 @@ def sample(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p."""
-    if temperature == 0:
+    """Draw one token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p.
+
+    A temperature so small that logits would overflow takes the likeliest token, as 0 does. Raises ValueError
+    for logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("generate: the model's logits are not finite; its weights may be damaged")
+    if temperature < 1e-30:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -306,20 +312,26 @@ def continue_text(model: nn.Module, args: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = model.to(device).eval(), get_tokenizer(args.checkpoint)
-    tokens = tokenizer.encode(args.prompt) or [tokenizer.eot_id]
+    tokens = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)] or [tokenizer.eot_id]
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     options = {name: getattr(args, name) for name in names}
-    generator, stop = torch.Generator(device).manual_seed(args.seed), tokenizer.eot_id
+    generator, stop = torch.Generator(device).manual_seed(args.seed), end_tokens(model, tokenizer)
     print(args.prompt, end="", flush=True)
     steps = model.stream([tokens], args.max_new_tokens, stop=stop, generator=generator, **options)
     print_stream(steps, tokenizer, stop)
 
 
-def print_stream(steps: Iterator[list[int]], tokenizer, stop: int) -> str:
+def end_tokens(model: nn.Module, tokenizer) -> list[int]:
+    """Return the ids that end a text: those of the model's config, and the tokenizer's end of text."""
+    ids = model.config.eos_token_id
+    return [*(ids if isinstance(ids, tuple) else [] if ids is None else [ids]), tokenizer.eot_id]
+
+
+def print_stream(steps: Iterator[list[int]], tokenizer, stop: Sequence[int]) -> str:
     """Print the text of the one row that steps, from `stream`, continues, and return it."""
     new, printed = [], ""
     for (token,) in steps:
-        if token == stop:
+        if token in stop:
             break
         new.append(token)
         text = tokenizer.decode(new)
@@ -348,11 +360,11 @@ def main(kind: type[nn.Module] | None, sizes: dict | None) -> None:
         if kind is None or sizes is None:
             raise ValueError("no checkpoint: name its directory, such as runs/gpt/model")
         print_sizes(kind, sizes)
-    elif kind is not None:
-        continue_text(kind.from_pretrained(args.checkpoint), args)
     else:
-        from formats.open_model import open_model
+        from formats.open_model import check_concept, open_model
 
+        if kind is not None:
+            check_concept(args.checkpoint, kind)
         continue_text(open_model(args.checkpoint), args)
 
 

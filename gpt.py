@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from formats.config_values import check_values
 from generate import KVCache, StaticKVCache, generate, run, stream
 from kernels import attention, gelu, linear_cross_entropy, rms_norm
 
@@ -63,13 +64,10 @@ class Config:
 
     def __post_init__(self):
         choices = {"norm": ("rms", "layer"), "positions": ("rope", "learned"), "mlp": ("swiglu", "gelu")}
-        choices["qk_norm"] = (False, True, "all")
-        for field, options in choices.items():
-            if (value := getattr(self, field)) not in options:
-                raise ValueError(f"{field} {value!r}: expected {' or '.join(map(str, options))}")
+        check_values(self, **choices, qk_norm=(False, True, "all"))
         if self.n_heads % self.G:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.G}")
-        if self.positions == "rope" and self.K % 2:
+        if self.K < 1 or (self.positions == "rope" and self.K % 2):
             raise ValueError(f"d_head {self.K}: rotary positions turn pairs of features, so it must be even")
 
     @property

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 import gpt
 from formats import command, peft
+from formats.config_values import check_values
 from posttraining import nf4
 from posttraining.adapter_costs import adapter_bytes, flops_per_token  # noqa: F401, the engine calls them
 from posttraining.adapters import (
@@ -81,18 +82,14 @@ class Config:
     quantize: str | None = None  # "nf4": the base in 4 bits
     base_dtype: str = "float32"  # or "bfloat16", for training with --dtype bfloat16: half the memory
 
+    MAY_BE_ZERO = ("dropout",)
+
     def __post_init__(self):
         choices = {"method": tuple(UNUSED), "init": ("zero", "pissa"), "quantize": (None, "nf4")}
         choices["base_dtype"] = ("float32", "bfloat16")
-        for field, options in choices.items():
-            if (value := getattr(self, field)) not in options:
-                raise ValueError(f"{field} {value!r}: expected {' or '.join(map(str, options))}")
-        if self.r < 1:
-            raise ValueError(f"r {self.r}: expected a rank of at least 1")
-        if not 0 <= self.dropout < 1:
+        check_values(self, **choices)
+        if self.dropout >= 1:
             raise ValueError(f"dropout {self.dropout}: expected at least 0 and less than 1")
-        if not (0 < self.alpha < math.inf and 0 < self.lr_ratio < math.inf):
-            raise ValueError(f"alpha {self.alpha}, lr_ratio {self.lr_ratio}: expected more than 0")
         for field in UNUSED[self.method]:
             if (value := getattr(self, field)) != getattr(Config, field):
                 raise ValueError(f"{field} {value!r}: has no effect with method {self.method!r}")

@@ -193,12 +193,14 @@ class Tokenizer(SpecialTokens):
         eot: str = END_OF_TEXT,
         roles: dict[str, str] | None = None,
         mask_lstrip: bool = False,
+        around: tokenizer_json.Around = tokenizer_json.NOTHING,
     ) -> None:
         """Make the tokenizer.
 
         nfc: bring text to Unicode's composed form first. eot: the name of the token that ends a document.
         roles: the uses of special tokens, such as "mask_token" -> "[MASK]" (see `with_special_tokens`).
         mask_lstrip: the mask token includes the space before it, as RoBERTa's and ModernBERT's do.
+        around: the names of special tokens in front of a text and behind it (see `begin_ids`).
         Raises ValueError if the parts do not make a tokenizer that can encode any text.
         """
         check_parts(ranks, pattern, special_tokens, eot)
@@ -207,7 +209,7 @@ class Tokenizer(SpecialTokens):
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.nfc, self.eot = nfc, eot
         self.runs = {name for name in special_tokens if name.isspace()}
-        self.roles, self.mask_lstrip = dict(roles or {}), mask_lstrip
+        self.roles, self.mask_lstrip, self.around = dict(roles or {}), mask_lstrip, around
         self.check_roles()
         if mask_lstrip:
             self.role_id("mask_token")
@@ -244,11 +246,19 @@ class Tokenizer(SpecialTokens):
         special_tokens, roles = self.extended(roles, vocab={})
         mask_is_new = "mask_token" in roles and roles["mask_token"] not in self.special_tokens
         arguments = {"nfc": self.nfc, "eot": self.eot, "roles": roles}
-        arguments["mask_lstrip"] = self.mask_lstrip or mask_is_new
+        arguments |= {"mask_lstrip": self.mask_lstrip or mask_is_new, "around": self.around}
         return Tokenizer(self.ranks, self.pattern, special_tokens, **arguments)
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """Return the ids that stand in front of a prompt, such as Llama 3's <|begin_of_text|>; often none.
+
+        Tokens that the file puts behind a text are left out: a prompt goes on.
+        """
+        return [self.special_tokens[name] for name in self.around[0]]
+
     def encode(self, text: str, allowed_special: set[str] | Literal["all"] = frozenset()) -> list[int]:
-        """Return the token ids of a text, without any token added in front or behind.
+        """Return the token ids of a text, without any token added in front (see `begin_ids`) or behind.
 
         Text that spells a special token is encoded as text: a document that mentions "<|endoftext|>" must not
         end there. Only the names in allowed_special (or "all") become special tokens, as all of them do in
@@ -299,7 +309,7 @@ class Tokenizer(SpecialTokens):
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
         content = (self.ranks, self.pattern, self.special_tokens, self.nfc, self.eot)
-        tokenizer_json.write(directory, *content, self.roles, self.mask_lstrip)
+        tokenizer_json.write(directory, *content, self.roles, self.mask_lstrip, self.around)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":

@@ -24,6 +24,7 @@ from engine.batches import to_device
 from engine.device import mfu, wait_for
 from engine.progress import Progress
 from engine.run import Run
+from formats.json_file import json_line
 
 MAX_SKIPPED = 5  # updates in a row without a finite gradient after which a run gives up
 
@@ -139,7 +140,7 @@ class Log:
     def write(self, row: dict) -> None:
         """Write a row to metrics.jsonl and to what --watch names."""
         if self.run.is_first:
-            append(self.run.args.out / "metrics.jsonl", json.dumps(row) + "\n")
+            append(self.run.args.out / "metrics.jsonl", json_line(row))
         for watcher in self.watchers:
             watcher.log(row["step"], row)
 

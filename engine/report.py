@@ -232,7 +232,9 @@ def figures(steps: list[dict], evaluations: list[dict], references: dict[str, st
         found[1:] = sorted(found[1:])
     if steps:
         last = steps[-1]
-        found.append(("training loss", formatted("loss", last["loss"]), "of the last logged step"))
+        found.append(
+            ("training loss", formatted("loss", column(steps, "loss")[-1]), "of the last logged step")
+        )
         mean = formatted("tokens_per_second", last["tokens"] / last["seconds"])
         found.append(("tokens per second", mean, "mean of the run"))
         if last["mfu"] is not None:

@@ -6,6 +6,7 @@ such as Qwen's, and Tülu's for all others. Training and inference must write th
 is also saved beside the tokenizer, in Jinja, as Hugging Face's libraries read it.
 """
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Protocol
 
 from formats.atomic import replace_file
 from formats.json_file import read_json, write_json
-from formats.tokenizer_json import STYLE
+from formats.tokenizer_json import STYLE, Around
 
 Conversation = list[dict[str, str]]  # of {"role": ..., "content": ...}
 
@@ -27,6 +28,8 @@ class Tokenizer(Protocol):
     special_tokens: dict[str, int]
     eot: str
     eot_id: int
+    around: Around
+    begin_ids: list[int]
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -64,8 +67,11 @@ def pieces(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str |
 
     Tülu's template adds no token to the base model's. New tokens would be random rows of the embedding, to be
     learned from few conversations. Here the markers are ordinary text, and <|endoftext|> begins a document,
-    and ends an answer, as it did in pretraining.
+    and ends an answer, as it did in pretraining. Both templates begin with the tokens that the tokenizer puts
+    in front of a text, if there are any; Tülu's then has no <|endoftext|> there.
     """
+    begin = tokenizer.begin_ids or ([] if is_chatml(tokenizer) else [tokenizer.eot_id])
+    yield from ((i, False) for i in begin)
     if is_chatml(tokenizer):
         start, end = tokenizer.special_tokens[IM_START], tokenizer.special_tokens[IM_END]
         for message in messages:
@@ -74,7 +80,6 @@ def pieces(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str |
             yield from ((message["content"], answer), (end, answer), ("\n", False))
         return
 
-    yield tokenizer.eot_id, False
     for i, message in enumerate(messages):
         answer = message["role"] == "assistant"
         yield from ((f"<|{message['role']}|>\n", False), (as_text(message["content"]), answer))
@@ -132,14 +137,15 @@ def chat_template(tokenizer: Tokenizer) -> str:
     """Return the template in Jinja, for Hugging Face's tokenizers; see `render` for where ids may differ."""
     if is_chatml(tokenizer):
         turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
-        begin, header = "", f"{IM_START}assistant\\n"
+        first, header = "", f"{IM_START}assistant\\n"
     else:
         content = "message['content']"
         for role in ROLES:
             content += f" | replace('<|{role}|>', '<| {role}|>')"
         end = "(eos_token + ('' if loop.last else '\\n') if message['role'] == 'assistant' else '\\n')"
         turn = f"'<|' + message['role'] + '|>\\n' + ({content}) + {end}"
-        begin, header = "{{ eos_token }}", "<|assistant|>\\n"
+        first, header = "{{ eos_token }}", "<|assistant|>\\n"
+    begin = "".join(f"{{{{ {json.dumps(name)} }}}}" for name in tokenizer.around[0]) or first
     ask = f"{{% if add_generation_prompt %}}{{{{ '{header}' }}}}{{% endif %}}"
     return f"{begin}{{% for message in messages %}}{{{{ {turn} }}}}{{% endfor %}}{ask}"
 
@@ -150,7 +156,7 @@ def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
     With Tülu's template, tokenizer_config.json also gets the text before and after an answer. Without it, the
     server of transformers looks for ChatML's marks in all models of Qwen's layout; where there are none, it
     repeats the question before the answer. With ChatML, the generation_config.json of a model in the same
-    directory gets two tokens that end an answer: ChatML's own and the end of text.
+    directory gets two tokens that end an answer, ChatML's own and the end of text, besides those in it.
     """
     directory = Path(directory)
     with replace_file(directory / "chat_template.jinja") as new:
@@ -162,5 +168,7 @@ def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
         template["fields"] = {"content": {"close": tokenizer.eot, "content": "text"}}
         write_json(path, read_json(path) | {"response_template": template}, **STYLE)
     elif generation.exists():
-        ends = list(dict.fromkeys([end_id(tokenizer), tokenizer.eot_id]))  # without duplicates
-        write_json(generation, read_json(generation) | {"eos_token_id": ends})
+        content = read_json(generation)
+        given = content.get("eos_token_id")
+        ends = [end_id(tokenizer), tokenizer.eot_id, *(given if isinstance(given, list) else [])]
+        write_json(generation, content | {"eos_token_id": list(dict.fromkeys(ends))})  # without duplicates

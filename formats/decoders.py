@@ -8,25 +8,27 @@ The families differ less than their names suggest. In terms of `gpt.Config`:
     Qwen2ForCausalLM      Llama with biases on queries, keys and values
     Qwen3ForCausalLM      Llama with QK-norm
 
-The tables below translate config.json into Config's fields and back. A key that is in none of them might
-change what the model computes, so it is an error that names it: a checkpoint that is read only in part gives
-a wrong model that looks like a right one. formats/safetensors_dir.py reads and writes the files.
+The tables below translate config.json into Config's fields and back, see formats/config_json.py. The files
+are read and written by formats/safetensors_dir.py.
 """
 
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from formats.json_file import read_json
-from formats.safetensors_dir import (
-    assign,
-    inverse,
+from formats.config_json import (
+    INERT,
+    checked,
+    damage_named,
+    named_architecture,
+    read_config,
     read_fields,
-    read_weights,
-    rename,
-    write_decoder,
+    whole_number,
 )
+from formats.json_file import read_json
+from formats.safetensors_dir import assign, build, inverse, read_weights, rename, tie, write_decoder
 
 LLAMA_FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -59,9 +61,9 @@ GPT2_CONFIG = {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": T
 # Fields that make the family, and the values of absent keys where they differ from Config's own defaults.
 LLAMA_DEFAULTS = {"tie_embeddings": False, "norm_eps": 1e-6, "rope_theta": 10_000.0}
 DEFAULTS = {
-    "GPT2LMHeadModel": {**GPT2_CONFIG, "tie_embeddings": True},
-    "LlamaForCausalLM": LLAMA_DEFAULTS,
-    "MistralForCausalLM": {**LLAMA_DEFAULTS, "n_kv_heads": 8, "window": 4096},
+    "GPT2LMHeadModel": {**GPT2_CONFIG, "tie_embeddings": True, "eos_token_id": 50256},
+    "LlamaForCausalLM": {**LLAMA_DEFAULTS, "eos_token_id": 2},
+    "MistralForCausalLM": {**LLAMA_DEFAULTS, "n_kv_heads": 8, "eos_token_id": 2},
     "Qwen2ForCausalLM": {**LLAMA_DEFAULTS, "qkv_bias": True},
     "Qwen3ForCausalLM": {**LLAMA_DEFAULTS, "qk_norm": True, "d_head": 128},
 }
@@ -82,6 +84,7 @@ ONLY = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
+    "is_causal": (True,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "quantization_config": (None,),
@@ -89,17 +92,6 @@ ONLY = {
     "rope_interleaved": (False,),
     "use_mrope": (False,),
 }
-# Keys that do not change the logits: bookkeeping, initialisation, and dropout, which acts in training only.
-INERT = {
-    "architectures", "model_type", "_name_or_path", "name_or_path", "transformers_version", "torch_dtype",
-    "dtype", "use_cache", "bos_token_id", "pad_token_id", "initializer_range", "attention_dropout",
-    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "reorder_and_upcast_attn", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params", "output_attentions", "output_hidden_states", "return_dict", "id2label",
-    "label2id", "problem_type", "chunk_size_feed_forward", "max_length", "is_llama_config",
-    "transformers.js_config",
-}  # fmt: skip
-
 
 WINDOW_KEYS = {
     "sliding_window",
@@ -108,6 +100,7 @@ WINDOW_KEYS = {
     "layer_types",
 }  # see `read_window`
 
+EMBEDDING_AND_HEAD = ("model.embed_tokens.weight", "lm_head.weight")
 GPT2_NAMES = {  # GPT-2's names of weights: ours
     "wte.": "model.embed_tokens.",
     "wpe.": "model.embed_positions.",
@@ -126,18 +119,20 @@ def read_decoder_config(directory: str | Path) -> dict:
 
     Raises ValueError where no Config describes that decoder.
     """
-    path = Path(directory) / "config.json"
-    hf = read_json(path)
-    architecture = (hf.get("architectures") or ["none"])[0]
+    path, hf = read_config(directory)
+    architecture = named_architecture(path, hf)
     if architecture not in DEFAULTS:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(DEFAULTS)}")
     gpt2 = architecture == "GPT2LMHeadModel"
     table = GPT2_FIELDS if gpt2 else LLAMA_FIELDS
-    hf = flatten_rope(path, hf)
-    if gpt2 and hf.get("n_inner") is None:
-        hf["n_inner"] = 4 * (hf.get("n_embd") or 0)
-    fields = read_fields(path, hf, table, DEFAULTS[architecture], ONLY, INERT | WINDOW_KEYS)
-    return ordinary_widths(fields | read_window(path, hf, fields, architecture))
+    with damage_named(path):
+        hf = flatten_rope(path, hf)
+        if gpt2 and hf.get("n_inner") is None:
+            hf["n_inner"] = 4 * (hf.get("n_embd") or 0)
+        inert = INERT | WINDOW_KEYS
+        fields = read_fields(path, hf, table, DEFAULTS[architecture], ONLY, inert)
+        fields |= read_window(path, hf, fields["n_layers"], architecture)
+        return ordinary_widths(fields) | end_of_text(directory, fields)
 
 
 def ordinary_widths(fields: dict) -> dict:
@@ -146,33 +141,35 @@ def ordinary_widths(fields: dict) -> dict:
     return fields | {name: None for name, value in ordinary.items() if fields.get(name) == value}
 
 
-def read_window(path: Path, hf: dict, fields: dict, architecture: str) -> dict:
+def read_window(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
     """Return the fields `window` and `full_layers`, for which each family has its own keys."""
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    window = hf.get("sliding_window", fields.get("window"))
-    if window is None or (qwen and not hf.get("use_sliding_window", False)):
+    if (qwen and not hf.get("use_sliding_window")) or not (qwen or architecture == "MistralForCausalLM"):
         return {"window": None}
-    if not qwen and architecture != "MistralForCausalLM":
-        return {"window": None}
+    window = whole_number(path, hf, "sliding_window", 4096, "window", least=1)
     kinds = hf.get("layer_types")
     if kinds is None:  # in Qwen the first max_window_layers layers have no window
-        n_full = hf.get("max_window_layers", 0) if qwen else 0
-        kinds = ["full_attention"] * n_full + ["sliding_attention"] * (fields["n_layers"] - n_full)
-    return window_fields(path, window, kinds)
+        n_full = whole_number(path, hf, "max_window_layers", 28) if qwen else 0
+        kinds = ["full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
+    if window is None:
+        return {"window": None}
+    if not qwen and "full_attention" in kinds:
+        raise ValueError(f"{path}: layer_types {kinds}: all layers of a Mistral have its sliding_window")
+    return window_fields(path, window, kinds, n_layers)
 
 
-def window_fields(path: Path, window: int, kinds: list[str]) -> dict:
+def window_fields(path: Path, window: int, kinds: list[str], n_layers: int) -> dict:
     """Return the fields `window` and `full_layers` for layers of these kinds (config.json's layer_types)."""
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ValueError(
-            f"{path}: layer type {unknown.pop()!r} is not implemented; expected full_attention or "
+            f"{path}: layer_types {unknown.pop()!r} is not implemented; expected full_attention or "
             "sliding_attention"
         )
-    return {
-        "window": window,
-        "full_layers": tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
-    }
+    if len(kinds) != n_layers:
+        raise ValueError(f"{path}: layer_types has {len(kinds)} entries: expected {n_layers}, the layers")
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    return {"window": window, "full_layers": full} if len(full) < n_layers else {"window": None}
 
 
 def flatten_rope(path: Path, hf: dict) -> dict:
@@ -182,7 +179,8 @@ def flatten_rope(path: Path, hf: dict) -> dict:
     a kind of scaling that is not implemented.
     """
     hf = dict(hf)
-    rope = {**(hf.pop("rope_scaling", None) or {}), **(hf.pop("rope_parameters", None) or {})}
+    scaling, parameters = hf.pop("rope_scaling", None), hf.pop("rope_parameters", None)
+    rope = dict(scaling or parameters or {})
     if "rope_theta" in rope:
         hf["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type", rope.pop("type", "default"))
@@ -202,8 +200,23 @@ def flatten_rope(path: Path, hf: dict) -> dict:
             raise ValueError(
                 f"{path}: rope_type {kind!r} with {sorted(rope)}: expected {sorted(needed[kind])}"
             )
+        for key, value in rope.items():
+            if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < math.inf:
+                raise ValueError(f"{path}: {key} {value!r:.100}: expected a number above 0")
         hf["rope_scaling"] = {"rope_type": kind, **rope}
     return hf
+
+
+def end_of_text(directory: str | Path, fields: dict) -> dict:
+    """Return the field `eos_token_id`: of generation_config.json, which goes first, or as it is in fields."""
+    path = Path(directory) / "generation_config.json"
+    if path.is_file() and "eos_token_id" in (generation := read_json(path)):
+        fields = {"eos_token_id": checked(path, "eos_token_id", "eos_token_id", generation["eos_token_id"])}
+    ids = fields.get("eos_token_id")
+    for i in ids if isinstance(ids, tuple) else ():
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise ValueError(f"{path}: eos_token_id {ids!r:.100}: expected whole numbers")
+    return {"eos_token_id": ids}
 
 
 def architecture_of(config) -> str:
@@ -273,27 +286,19 @@ def decoder_config(config) -> dict:
 
 
 def load_decoder(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights in directory; config is of config_kind, a `gpt.Config`."""
-    config = config_kind(**read_decoder_config(directory), kernels=kernels)
-    with torch.device("meta"):
-        model = kind(config)
-    load_decoder_weights(model, directory)
-    return model
-
-
-def load_decoder_weights(model: nn.Module, directory: str | Path) -> None:
-    """Load the weights in directory into a model that was built on the meta device.
+    """Return kind(config) with the weights in directory; config is of config_kind, a `gpt.Config`.
 
     Raises ValueError unless the tensors are exactly those of the model.
     """
-    weights = read_weights(directory)
-    if model.config.positions == "learned":
+    fields, weights = read_decoder_config(directory), read_weights(directory)
+    if fields.get("positions") == "learned":
         weights = from_gpt2(weights)
-    if model.config.tie_embeddings:
-        weights.pop("lm_head.weight", None)
     # The frequencies of rotary positions follow from the config, but old files hold them too.
     weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    tie(fields, weights, *EMBEDDING_AND_HEAD)
+    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
     assign(model, weights, directory)
+    return model
 
 
 def save_decoder(model: nn.Module, directory: str | Path) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from formats.decoders import INERT as DECODERS_INERT
-from formats.json_file import read_json
-from formats.safetensors_dir import inverse, read_fields, read_weights, rename, write
+from formats import config_json
+from formats.config_json import checked, damage_named, read_fields, whole_number
+from formats.safetensors_dir import inverse, read_weights, rename, tie, write
 
 FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -30,6 +30,7 @@ FIELDS = {  # config.json: Config
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_seq_len",
     "pad_token_id": "pad_token_id",
+    "tie_word_embeddings": "tie_embeddings",
 }
 BERT_FIELDS = {**FIELDS, "type_vocab_size": "n_segments", "layer_norm_eps": "norm_eps"}
 NARROW_FIELDS = {**BERT_FIELDS, "embedding_size": "d_embedding"}
@@ -62,7 +63,6 @@ ONLY = {
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
-    "tie_word_embeddings": (True,),
     "quantization_config": (None,),
     "num_hidden_groups": (1,),
     "inner_group_num": (1,),
@@ -74,7 +74,7 @@ ONLY = {
     "decoder_bias": (True,),
 }
 # Keys that change neither hidden states nor logits.
-INERT = DECODERS_INERT | {
+INERT = config_json.INERT | {
     "attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout", "classifier_dropout_prob",
     "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor", "gradient_checkpointing", "eos_token_id",
     "cls_token_id", "sep_token_id", "classifier_pooling", "deterministic_flash_attn", "reference_compile",
@@ -97,6 +97,7 @@ NAMES = {
         "lm_head.dense.": "cls.predictions.transform.dense.",
         "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.",
         "lm_head.bias": "cls.predictions.bias",
+        "lm_head.decoder.": "cls.predictions.decoder.",
     },
     "albert": {
         "albert.encoder.embedding_hidden_mapping_in.": "bert.embeddings_project.",
@@ -113,6 +114,7 @@ NAMES = {
         ".0.full_layer_layer_norm.": ".0.output.LayerNorm.",
         "sop_classifier.classifier.": "cls.seq_relationship.",
         "predictions.bias": "cls.predictions.bias",
+        "predictions.decoder.": "cls.predictions.decoder.",
         "predictions.dense.": "cls.predictions.transform.dense.",
         "predictions.LayerNorm.": "cls.predictions.transform.LayerNorm.",
     },
@@ -121,6 +123,7 @@ NAMES = {
         "generator_predictions.dense.": "cls.predictions.transform.dense.",
         "generator_predictions.LayerNorm.": "cls.predictions.transform.LayerNorm.",
         "generator_lm_head.bias": "cls.predictions.bias",
+        "generator_lm_head.weight": "cls.predictions.decoder.weight",
     },
     "modernbert": {
         "model.embeddings.tok_embeddings.": "bert.embeddings.word_embeddings.",
@@ -135,6 +138,7 @@ NAMES = {
         "head.dense.": "cls.predictions.transform.dense.",
         "head.norm.": "cls.predictions.transform.LayerNorm.",
         "decoder.bias": "cls.predictions.bias",
+        "decoder.weight": "cls.predictions.decoder.weight",
     },
 }
 # What the names of a family's architectures begin with.
@@ -155,11 +159,9 @@ PREFIXES = {
 }
 # In classifiers of RoBERTa and ELECTRA, the pooler is part of the classifier.
 CLASSIFIER_NAMES = {"classifier.out_proj.": "classifier.", "classifier.dense.": "bert.pooler.dense."}
-# Ends of names: tensors that are copies of others or constants, which a file may hold or leave out.
-DERIVED = (
-    "position_ids", "token_type_ids", "decoder.weight", "predictions.decoder.bias", "lm_head.decoder.bias",
-    "generator_lm_head.weight",
-)  # fmt: skip
+# Ends of names: constants, which a file may hold or leave out.
+CONSTANTS = ("position_ids", "token_type_ids")
+EMBEDDING_AND_HEAD = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
 
 
 def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -181,7 +183,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     # Rename the tensors.
     weights = {}
     for name, w in stored.items():
-        if name.endswith(DERIVED):
+        if name.endswith(CONSTANTS):
             continue
         name = prefix + name if bare else name
         # In BERT's first files, from TensorFlow, the weight and bias of a norm are called gamma and beta.
@@ -193,9 +195,17 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         else:
             weights[name] = w
 
+    # Files that hold the head's bias under both of its names mean the second one, where the two differ.
+    if "cls.predictions.decoder.bias" in weights:
+        weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias")
+    tie(fields, weights, *EMBEDDING_AND_HEAD)
+
     # The heads are those whose tensors there are.
     fields["pooler"] = "bert.pooler.dense.weight" in weights
     fields["mlm_head"] = "cls.predictions.bias" in weights
+    if not fields["mlm_head"]:
+        weights.pop(EMBEDDING_AND_HEAD[1], None)
+        fields["tie_embeddings"] = True
     if "cls.seq_relationship.weight" in weights:
         fields["pair"] = "sop" if family == "albert" else "nsp"
     return fields, weights
@@ -206,27 +216,33 @@ def read_config(directory: str | Path) -> tuple[str, dict]:
 
     Raises ValueError for a family or a key of config.json that is not implemented.
     """
-    path = Path(directory) / "config.json"
-    hf = read_json(path)
+    path, hf = config_json.read_config(directory)
     family = hf.get("model_type")
-    if family not in TABLES:
-        raise ValueError(f"{path}: model_type {family!r}: expected one of {', '.join(TABLES)}")
-    modern = family == "modernbert"
+    if not isinstance(family, str) or family not in TABLES:
+        raise ValueError(f"{path}: model_type {family!r:.100}: expected one of {', '.join(TABLES)}")
+    with damage_named(path):
+        return family, read_keys(path, hf, family)
 
+
+def read_keys(path: Path, hf: dict, family: str) -> dict:
+    """Return the fields of `bert.Config` but those of heads. hf: the content of the config.json at path."""
     # ModernBERT's files have keys of the other families, without any effect.
+    modern = family == "modernbert"
     only = {key: values for key, values in ONLY.items() if not modern or key not in MODERN_KEYS}
     only |= {} if modern else {"hidden_act": tuple(ACTIVATIONS)}
     inert = INERT | (MODERN_KEYS if modern else set())
     fields = read_fields(path, hf, TABLES[family], DEFAULTS[family], only, inert)
 
-    if "hidden_act" in hf:
+    if "hidden_act" in hf and not modern:
         fields["mlp"] = ACTIVATIONS[hf["hidden_act"]]
     if family == "roberta":
+        if hf.get("pad_token_id", 1) is None:
+            raise ValueError(
+                f"{path}: pad_token_id null: expected a whole number, behind which positions begin"
+            )
         fields["position_offset"] = fields["pad_token_id"] + 1
         fields["max_seq_len"] -= fields["position_offset"]
-    if modern:
-        fields |= read_local(path, hf, fields["n_layers"])
-    return family, fields
+    return fields | (read_local(path, hf, fields["n_layers"]) if modern else {})
 
 
 def read_local(path: Path, hf: dict, n_layers: int) -> dict:
@@ -235,15 +251,17 @@ def read_local(path: Path, hf: dict, n_layers: int) -> dict:
     Raises ValueError where layers with and without a window do not alternate regularly.
     """
     # Every k-th layer, from the first, has no window.
-    every = hf.get("global_attn_every_n_layers", 3)
+    every = whole_number(path, hf, "global_attn_every_n_layers", 3, least=1)
     kinds = hf.get("layer_types") or [
         "sliding_attention" if i % every else "full_attention" for i in range(n_layers)
     ]
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     every = full[1] if len(full) > 1 else n_layers
-    if full != list(range(0, n_layers, every)) or set(kinds) - {"full_attention", "sliding_attention"}:
+    others = set(kinds) - {"full_attention", "sliding_attention"}
+    if others or len(kinds) != n_layers or full != list(range(0, n_layers, every)):
         raise ValueError(
-            f"{path}: layer_types {kinds}: expected full_attention in every k-th layer from the first"
+            f"{path}: layer_types {kinds}: expected full_attention in every k-th layer from the first, of "
+            f"{n_layers} layers"
         )
 
     # Layers with a window have a rotary base of their own.
@@ -255,13 +273,15 @@ def read_local(path: Path, hf: dict, n_layers: int) -> dict:
             raise ValueError(
                 f"{path}: rope_type {parameters['rope_type']!r} is not implemented; expected 'default'"
             )
-        thetas[key] = parameters.get("rope_theta", hf.get(f"{key}_rope_theta") or default)
+        key = f"{key}_rope_theta"
+        thetas[key] = checked(path, key, "rope_theta", parameters.get("rope_theta", hf.get(key, default)))
+    # A token attends to local_attention / 2 tokens on either side, and to itself.
+    local = whole_number(path, hf, "local_attention", 128)
     return {
-        # A token attends to local_attention / 2 tokens on either side, and to itself.
-        "window": hf.get("local_attention", 128) // 2 + 1 if len(full) < n_layers else None,
+        "window": local // 2 + 1 if len(full) < n_layers else None,
         "global_every": every if len(full) < n_layers else 3,
-        "rope_theta": thetas["global"],
-        "local_rope_theta": thetas["local"],
+        "rope_theta": thetas["global_rope_theta"],
+        "local_rope_theta": thetas["local_rope_theta"],
     }
 
 

@@ -1,6 +1,7 @@
 """JSON files: read with errors that name the file, written whole or not at all."""
 
 import json
+import math
 from pathlib import Path
 
 from formats.atomic import replace_file
@@ -21,6 +22,15 @@ def read_json(path: Path, expected: str = "a directory in Hugging Face layout") 
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+def json_line(row: dict) -> str:
+    """Return a row of numbers as a line of JSON, in which NaN and infinities, which JSON lacks, are null."""
+    numbers = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(numbers, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, content: dict, indent: int = 2, end: str = "\n") -> None:

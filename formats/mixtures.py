@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from formats import decoders, safetensors_dir
+from formats import config_json, decoders, safetensors_dir
+from formats.config_json import damage_named, named_architecture, read_fields, whole_number
 from formats.decoders import LLAMA_FIELDS
-from formats.json_file import read_json
-from formats.safetensors_dir import read_fields, rename
+from formats.safetensors_dir import rename
 
 FIELDS = {**LLAMA_FIELDS, "num_experts_per_tok": "top_k"}  # config.json: Config
 QWEN3_FIELDS = {
@@ -62,17 +62,18 @@ TABLES = {
 }
 # The number of experts; transformers accepts each of these keys for each architecture.
 EXPERTS_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
-REQUIRED = safetensors_dir.REQUIRED | {"n_experts", "top_k", "d_expert"}
+REQUIRED = config_json.REQUIRED | {"n_experts", "top_k", "d_expert"}
 
 # The fields that follow from the architecture, and the values of keys that config.json leaves out.
 SOFTMAX = {**decoders.LLAMA_DEFAULTS, "router": "softmax", "renormalize": False}
 DEFAULTS = {
     "MixtralForCausalLM": {
         **SOFTMAX, "renormalize": True, "n_experts": 8, "top_k": 2, "n_kv_heads": 8, "norm_eps": 1e-5,
-        "rope_theta": 1_000_000.0, "aux_loss_coef": 0.001,
+        "rope_theta": 1_000_000.0, "aux_loss_coef": 0.001, "eos_token_id": 2,
     },
     "OlmoeForCausalLM": {
         **SOFTMAX, "qk_norm": "all", "n_experts": 64, "top_k": 8, "norm_eps": 1e-5, "aux_loss_coef": 0.01,
+        "eos_token_id": 50279,
     },
     "Qwen3MoeForCausalLM": {
         **SOFTMAX, "qk_norm": True, "n_experts": 128, "top_k": 8, "d_expert": 768, "n_kv_heads": 4,
@@ -105,7 +106,7 @@ ONLY_HERE = {
     },
 }  # fmt: skip
 # Keys that do not change the logits; the jitter, like dropout, is off outside training.
-INERT = decoders.INERT | {"output_router_logits", "router_jitter_noise", "auto_map", "ep_size"}
+INERT = config_json.INERT | {"output_router_logits", "router_jitter_noise", "auto_map", "ep_size"}
 # Keys that `dense_layers`, `windows` and `balance` read, and use_sliding_window, which Dots1's code does not.
 READ_BELOW = {
     "MixtralForCausalLM": {"sliding_window"},
@@ -126,9 +127,8 @@ def read_config(directory: str | Path) -> dict:
 
     Raises ValueError for an architecture or a key that is not implemented, and for missing keys.
     """
-    path = Path(directory) / "config.json"
-    hf = read_json(path)
-    architecture = (hf.get("architectures") or ["none"])[0]
+    path, hf = config_json.read_config(directory)
+    architecture = named_architecture(path, hf)
     if architecture in LATENT:
         raise ValueError(
             f"{path}: architecture {architecture!r} is not implemented: its attention is multi-head latent "
@@ -142,14 +142,18 @@ def read_config(directory: str | Path) -> dict:
     if architecture not in TABLES:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(TABLES)}")
 
+    with damage_named(path):
+        fields = read_keys(path, hf, architecture)
+        return decoders.ordinary_widths(fields) | decoders.end_of_text(directory, fields)
+
+
+def read_keys(path: Path, hf: dict, architecture: str) -> dict:
+    """Return the fields of `moe.Config` from hf, the content of the config.json at path."""
     # Spell keys that transformers spells in several ways in one.
     table = TABLES[architecture]
     hf = decoders.flatten_rope(path, hf)
     experts_key = next(key for key, field in table.items() if field == "n_experts")
     hf = {experts_key if key in EXPERTS_KEYS else key: value for key, value in hf.items()}
-    # null is as many key/value heads as heads; without the key, the family's number holds.
-    if hf.get("num_key_value_heads", 0) is None:
-        hf["num_key_value_heads"] = hf.get("num_attention_heads")
 
     # Fields with a key of their own, then those that follow from several keys.
     only = ONLY | ONLY_HERE[architecture]
@@ -158,25 +162,26 @@ def read_config(directory: str | Path) -> dict:
     # DeepSeek's code renormalises only several weights.
     if architecture == "DeepseekForCausalLM" and fields["top_k"] == 1:
         fields["renormalize"] = False
-    fields["dense_layers"] = dense_layers(hf, fields["n_layers"])
+    fields["dense_layers"] = dense_layers(path, hf, fields["n_layers"])
     fields |= windows(path, hf, fields["n_layers"], architecture) | balance(hf, fields, architecture)
     if fields.get("d_expert") == fields["d_ff"]:
         fields["d_expert"] = None
-    return decoders.ordinary_widths(fields)
+    return fields
 
 
-def dense_layers(hf: dict, n_layers: int) -> tuple[int, ...]:
+def dense_layers(path: Path, hf: dict, n_layers: int) -> tuple[int, ...]:
     """Return the layers without experts: a list or every so many (Qwen3-MoE), or the first (DeepSeek)."""
-    only, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
-    first = hf.get("first_k_dense_replace") or 0
+    only = hf.get("mlp_only_layers") or ()
+    step = whole_number(path, hf, "decoder_sparse_step", 1, least=1)
+    first = whole_number(path, hf, "first_k_dense_replace", 0)
     return tuple(i for i in range(n_layers) if i in only or (i + 1) % step or i < first)
 
 
 def windows(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
     """Return the fields `window` and `full_layers`; the latter are the layers without a window."""
     if architecture == "MixtralForCausalLM":
-        return {"window": hf.get("sliding_window")}
-    window = hf.get("sliding_window", 4096)
+        return {"window": whole_number(path, hf, "sliding_window", None, "window", least=1)}
+    window = whole_number(path, hf, "sliding_window", 4096, "window", least=1)
     if architecture == "Qwen3MoeForCausalLM" and hf.get("use_sliding_window", False) and window is not None:
         # Versions of transformers differ in whether the first max_window_layers have a window.
         if hf.get("max_window_layers"):
@@ -188,10 +193,9 @@ def windows(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
     if architecture == "Dots1ForCausalLM" and window is not None:
         kinds = hf.get("layer_types")
         if kinds is None:
-            n_full = min(hf.get("max_window_layers", 62), n_layers)
-            kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layers - n_full)
-        if set(kinds) != {"full_attention"}:
-            return decoders.window_fields(path, window, kinds)
+            n_full = whole_number(path, hf, "max_window_layers", 62)
+            kinds = ["full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
+        return decoders.window_fields(path, window, kinds, n_layers)
     return {"window": None}
 
 
@@ -290,16 +294,18 @@ def moe_config(config) -> dict:
     return hf
 
 
-def load_weights(model: nn.Module, directory: str | Path) -> None:
-    """Load the weights in directory into a model that was built on the meta device.
+def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights in directory; config is of config_kind, a `moe.Config`.
 
     Raises ValueError for tensors that are missing, unknown, or of another shape.
     """
-    mixtral = read_json(Path(directory) / "config.json")["architectures"][0] == "MixtralForCausalLM"
+    fields = read_config(directory)
+    path, hf = config_json.read_config(directory)
+    mixtral = named_architecture(path, hf) == "MixtralForCausalLM"
     # transformers 5 can also write stacks; take these apart.
-    stored = split_experts(safetensors_dir.read_weights(directory), mixtral)
-    if model.config.tie_embeddings:
-        stored.pop("lm_head.weight", None)
+    with damage_named(Path(directory)):
+        stored = split_experts(safetensors_dir.read_weights(directory), mixtral)
+    safetensors_dir.tie(fields, stored, *decoders.EMBEDDING_AND_HEAD)
 
     # Leave out tensors that the model does not have.
     for name in list(stored):
@@ -307,9 +313,13 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
         if empty or name.endswith("rotary_emb.inv_freq"):
             del stored[name]
 
+    model = safetensors_dir.build(
+        lambda: kind(config_kind(**fields, kernels=kernels)), fields, stored, directory
+    )
     expected = model.state_dict()
     safetensors_dir.check_weights(split_experts(expected, mixtral), stored, directory)
     model.load_state_dict(stack_experts(stored, expected, mixtral), assign=True)
+    return model
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

@@ -25,7 +25,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from formats.json_file import read_json, write_json
+from formats.config_json import named_architecture, read_config
+from formats.json_file import write_json
 from formats.safetensors_dir import check_weights, read_weights, write_tensors
 
 PREFIX = "plinth."
@@ -74,9 +75,8 @@ def load(directory: str | Path, kernels: str = "auto") -> nn.Module:
     kernels: the value of the Config's field of that name, if it has one. Raises ValueError naming what is
     missing, damaged or unknown.
     """
-    path = Path(directory) / "config.json"
-    content = read_json(path)
-    module = find(path, (content.get("architectures") or ["none"])[0])
+    path, content = read_config(directory)
+    module = find(path, named_architecture(path, content))
     if not (getattr(module, "SIZES", None) and hasattr(module, "Model")):
         raise ValueError(f"{path}: {module.__name__} has no Model and SIZES; expected a model's concept file")
     config_class = type(next(iter(module.SIZES.values())))

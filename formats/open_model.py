@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from formats import decoders, encoders, mixtures, native
+from formats.config_json import named_architecture, read_config
 from formats.json_file import read_json
 
 
@@ -40,9 +41,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     if is_adapter(directory):
         return concept_of(base_of(directory, base))
 
-    path = Path(directory) / "config.json"
-    hf = read_json(path)
-    architecture = str((hf.get("architectures") or ["none"])[0])
+    path, hf = read_config(directory)
+    architecture = named_architecture(path, hf)
     if architecture in decoders.DEFAULTS:
         return "gpt"
     if architecture in mixtures.TABLES:
@@ -51,7 +51,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return native.find(path, architecture).__name__
 
     # The heads of an encoder follow from its tensors, but two kinds have concept files of their own.
-    if hf.get("model_type") in encoders.TABLES:
+    if str(hf.get("model_type")) in encoders.TABLES:
         if architecture.endswith("ForSequenceClassification"):
             return "posttraining.classify"
         return "language.electra" if architecture == "ElectraForPreTraining" else "bert"
@@ -61,6 +61,15 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "
         "and the name of a concept file"
     )
+
+
+def check_concept(directory: str | Path, kind: type[nn.Module]) -> None:
+    """Raise ValueError, which names the right command, unless directory holds a model of the file of kind."""
+    own = native.module_name(kind)
+    concept = "lora" if is_adapter(directory) else concept_of(directory)
+    if concept != own:
+        command = f"-m {concept}" if "." in concept else f"{concept}.py"
+        raise ValueError(f"{directory}: no model of {own}.py; open it by python {command} {directory}")
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -74,7 +83,7 @@ def base_of(directory: str | Path, base: str | Path | None) -> Path:
     Raises ValueError if there is no such directory.
     """
     named = base or read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path")
-    if not named or not Path(named).is_dir():
+    if not isinstance(named, str | Path) or not named or not Path(named).is_dir():
         raise ValueError(
             f"{directory}: an adapter of {str(named)!r}, which is no directory here; name that model's "
             "directory by --base"

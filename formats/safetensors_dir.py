@@ -5,24 +5,25 @@ weights, which model.safetensors.index.json lists. This file holds what all fami
 
     reading    read_weights -> rename (their names to ours) -> check_weights or assign
     writing    write, or write_decoder for models that generate text
-    config     read_fields translates config.json into the fields of a Config
 
 Weights are read from safetensors only: unlike a pickle, such a file cannot run code.
 """
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from formats.atomic import replace_file
+from formats.config_json import damage_named
 from formats.json_file import read_json, write_json
 
-# The fields without which no Config of a transformer can be made.
-REQUIRED = {"n_layers", "n_heads", "d_model", "d_ff", "vocab_size", "max_seq_len"}
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that are read
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -59,20 +60,50 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """Return all tensors of model.safetensors, or of the files that model.safetensors.index.json names.
 
-    Raises ValueError naming a file that is missing or damaged.
+    Raises ValueError naming a file that is missing or damaged, or a tensor that is not finite.
     """
     directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file() and not (directory / files[0]).is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
     weights = {}
-    for file in files:
-        path = directory / file
-        if path.parent != directory:
-            raise ValueError(f"{index}: names {file!r}; expected a file in the same directory")
-        weights |= read_tensors(path)[0]
+    for path in weight_files(directory):
+        tensors = read_tensors(path)[0]
+        check_finite(path, tensors)
+        weights |= tensors
     return weights
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files of weights in directory. Raises ValueError naming what is missing or damaged."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        found = read_json(index).get("weight_map")
+        if not isinstance(found, dict) or not found or not all(isinstance(f, str) for f in found.values()):
+            raise ValueError(
+                f"{index}: weight_map {found!r:.100}: expected the file of each tensor; download it again"
+            )
+        paths = [directory / file for file in sorted(set(found.values()))]
+        if outside := [path for path in paths if path.parent != directory]:
+            raise ValueError(f"{index}: names {outside[0]}; expected a file in the same directory")
+        return paths
+    if pickled := sorted(directory.glob("pytorch_model*.bin")):
+        convert = (
+            "from transformers import AutoModelForCausalLM as M; M.from_pretrained('DIR').save_pretrained"
+        )
+        raise ValueError(
+            f"{pickled[0]}: not read, because it is a pickle, which could run any code; expected "
+            f"model.safetensors; if you trust its author, convert it: python -c \"{convert}('NEW')\""
+        )
+    return [single]
+
+
+def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for a tensor, read from path, with a value that is NaN or infinite."""
+    for name, w in tensors.items():
+        if w.dtype in PRECISIONS and w.numel():
+            least, most = w.aminmax()  # NaN if there is one; 30 times as fast as looking at w.isfinite()
+            if not (least.isfinite() and most.isfinite()):
+                raise ValueError(f"{path}: {name} is not finite; the training that wrote it has diverged")
 
 
 def write(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -> None:
@@ -105,6 +136,24 @@ def write_decoder(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -
     write_json(Path(directory) / "generation_config.json", generation)
 
 
+def tie(fields: dict, weights: dict[str, Tensor], embedding: str, head: str) -> None:
+    """Make fields["tie_embeddings"] and the weights agree, in place, on whether the head is the embedding.
+
+    The stored head decides: config.json often says "tied" where the two matrices differ, as in a model with a
+    merged adapter or an enlarged vocabulary. Then both are used, as transformers 5 does.
+    Where only the head of a tied pair is stored, it is the embedding too. embedding, head: names in weights.
+    """
+    if not fields.get("tie_embeddings", True):
+        return
+    if embedding not in weights and head in weights:
+        weights[embedding] = weights[head]
+    if head in weights:
+        one, other = weights[embedding], weights[head]
+        if (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(one, other):
+            del weights[head]
+    fields["tie_embeddings"] = head not in weights
+
+
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
     """Raise ValueError unless weights, read from directory, have the names and shapes of expected."""
     for problem, names in (
@@ -113,10 +162,37 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], direc
     ):
         if names:
             raise ValueError(f"{directory}: {min(names)} {problem} ({len(names)} such tensors)")
-    for name, w in weights.items():
-        if w.shape != expected[name].shape:
-            shapes = f"{tuple(w.shape)}, config.json says {tuple(expected[name].shape)}"
+    check_shapes(expected, weights, directory)
+
+
+def check_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
+    """Raise ValueError unless weights, read from directory, have the shapes of expected, where both have a
+    tensor of that name, and are numbers of 16 bits or more where those are."""
+    for name in weights.keys() & expected.keys():
+        w, place = weights[name], expected[name]
+        if w.shape != place.shape:
+            shapes = f"{tuple(w.shape)}, config.json says {tuple(place.shape)}"
             raise ValueError(f"{directory}: {name} has shape {shapes}")
+        if place.is_floating_point() and w.dtype not in PRECISIONS:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRECISIONS)
+            raise ValueError(f"{directory}: {name} is {w.dtype}; expected one of {names}")
+
+
+def build(
+    make: Callable[[], nn.Module], fields: dict, weights: dict[str, Tensor], directory: str | Path
+) -> nn.Module:
+    """Return make(), built on the meta device, where parameters take no memory before `assign`.
+
+    fields: of its Config; weights: that it will get, read from directory. Raises ValueError, which names
+    config.json, for fields that the Config refuses and for sizes beyond those of the weights.
+    """
+    path, n_layers = Path(directory) / "config.json", fields["n_layers"]
+    if n_layers > len(weights) and not fields.get("share_layers"):
+        raise ValueError(f"{path}: {n_layers} layers, but there are only {len(weights)} tensors of weights")
+    with damage_named(path), torch.device("meta"):
+        model = make()
+    check_shapes(model.state_dict(), weights, directory)
+    return model
 
 
 def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:
@@ -143,41 +219,3 @@ def rename(name: str, table: dict[str, str]) -> str:
 def inverse(table: dict[str, str]) -> dict[str, str]:
     """Return the table that undoes the renaming of a table."""
     return {new: old for old, new in table.items()}
-
-
-def read_fields(
-    path: Path,
-    hf: dict,
-    table: dict[str, str],
-    defaults: dict,
-    only: dict[str, tuple],
-    inert: set[str],
-    required: set[str] = REQUIRED,
-) -> dict:
-    """Return the fields of a Config that hf, the content of the config.json at path, describes.
-
-    table:    {key of config.json: field of the Config}
-    defaults: the fields that hold where config.json says nothing
-    only:     {key: the values that are implemented}, of keys that are no field
-    inert:    keys that do not change what the model computes
-
-    Raises ValueError for any other key, because a model read without it would silently compute something
-    else, and for a required field that has no value.
-    """
-    fields = dict(defaults)
-    for key, value in hf.items():
-        if key in table:
-            if value is not None:
-                fields[table[key]] = tuple(value) if isinstance(value, list) else value
-        elif key in only:
-            if value not in only[key]:
-                expected = " or ".join(map(repr, only[key]))
-                raise ValueError(f"{path}: {key} {value!r} is not implemented; expected {expected}")
-        elif key not in inert:
-            raise ValueError(
-                f"{path}: {key} {value!r} is not implemented; remove the key only if it has no effect"
-            )
-    missing = [key for key, field in table.items() if field in required - fields.keys()]
-    if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing")
-    return fields

@@ -22,9 +22,13 @@ the merges from the ranks, and reading checks that the merges in the file are th
 *Roles.* tokenizer_config.json, beside the file, names the token that ends a document (`eos_token`) and those
 that an encoder such as BERT needs (`cls_token`, `sep_token`, `mask_token`, `pad_token`).
 
-A decoder needs only the first of them. But programs that convert models also look for a begin-of-text and an
-unknown token; without them they fail, or take an arbitrary id. So both are written as the `eos_token`, as in
-GPT-2's file, and ignored when they are read.
+*Around a text.* The post_processor puts special tokens in front of a text, such as Llama 3's
+<|begin_of_text|>, or behind it. transformers 5 goes by it alone; `add_bos_token` in tokenizer_config.json has
+no effect beside a tokenizer.json.
+
+A decoder needs only the first of the roles. But programs that convert models also look for a begin-of-text
+and an unknown token; without them they fail, or take an arbitrary id. So both are written as the `eos_token`,
+as in GPT-2's file, and ignored when they are read.
 """
 
 from itertools import pairwise
@@ -46,6 +50,10 @@ EXPECTED = "a directory that holds tokenizer.json"
 STYLE = {"indent": 1, "end": ""}  # of the JSON files of tokenizers, arguments of `write_json`
 # Roles that a decoder lacks: they are written as its eos_token.
 FILLED_ROLES = ("bos_token", "unk_token")
+
+# The names of the special tokens in front of a text and behind it.
+Around = tuple[tuple[str, ...], tuple[str, ...]]
+NOTHING: Around = ((), ())
 
 # GPT-2's split pattern. ByteLevel cuts by it where the file has no Split before it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -117,23 +125,28 @@ def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> l
     return entries
 
 
-def template(special_tokens: dict[str, int], roles: dict[str, str]) -> dict | None:
-    """Return a post-processor that puts [CLS] before a text and [SEP] behind; None without these roles."""
-    if "cls_token" not in roles or "sep_token" not in roles:
+def template(special_tokens: dict[str, int], roles: dict[str, str], around: Around = NOTHING) -> dict | None:
+    """Return the post-processor that puts special tokens around a text, None if there are none.
+
+    They are [CLS] and [SEP], if there are such roles, with another [SEP] behind a second text; else `around`.
+    """
+    is_encoder = "cls_token" in roles and "sep_token" in roles
+    front, behind = ((roles["cls_token"],), (roles["sep_token"],)) if is_encoder else around
+    if not (front or behind):
         return None
-    cls, sep = roles["cls_token"], roles["sep_token"]
 
-    def special(name: str, segment: int) -> dict:
-        return {"SpecialToken": {"id": name, "type_id": segment}}
+    def pieces(front: tuple[str, ...], text: str, behind: tuple[str, ...], segment: int) -> list[dict]:
+        parts = [("SpecialToken", name) for name in front]
+        parts += [("Sequence", text), *(("SpecialToken", name) for name in behind)]
+        return [{kind: {"id": name, "type_id": segment}} for kind, name in parts]
 
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    single = [special(cls, 0), first, special(sep, 0)]
-    ids = {name: {"id": name, "ids": [special_tokens[name]], "tokens": [name]} for name in (cls, sep)}
+    single = pieces(front, "A", behind, 0)
+    names = dict.fromkeys((*front, *behind))
     return {
         "type": "TemplateProcessing",
         "single": single,
-        "pair": [*single, second, special(sep, 1)],
-        "special_tokens": ids,
+        "pair": [*single, *pieces(() if is_encoder else front, "B", behind, 1)],
+        "special_tokens": {n: {"id": n, "ids": [special_tokens[n]], "tokens": [n]} for n in names},
     }
 
 
@@ -146,6 +159,7 @@ def write(
     eot: str,
     roles: dict[str, str] | None = None,
     mask_lstrip: bool = False,
+    around: Around = NOTHING,
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
     roles = roles or {}
@@ -169,7 +183,7 @@ def write(
         "added_tokens": special,
         "normalizer": {"type": "NFC"} if nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytewise]},
-        "post_processor": template(special_tokens, roles),
+        "post_processor": template(special_tokens, roles, around),
         "decoder": bytewise,
         "model": model,
     }
@@ -182,9 +196,10 @@ def write(
         "eos_token": eot,
         "clean_up_tokenization_spaces": False,
     }
-    if tokenizer["post_processor"] is None:  # a decoder's
+    if not {"cls_token", "sep_token"} <= roles.keys():  # a decoder's
         config |= dict.fromkeys(FILLED_ROLES, eot)
-        config["add_bos_token"] = False  # llama.cpp adds one by default
+        config["bos_token"] = around[0][0] if around[0] else eot
+        config["add_bos_token"] = bool(around[0])  # llama.cpp adds one by default
         # By default transformers 4 adds token_type_ids, which no decoder's `generate` accepts.
         config["model_input_names"] = ["input_ids", "attention_mask"]
     config |= roles
@@ -247,6 +262,37 @@ def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
     return lstrip
 
 
+def read_around(processor: dict | None, special_tokens: dict[str, int]) -> Around:
+    """Return the names of the tokens that a post-processor puts around a text.
+
+    Raises ValueError for a token that is no special token, and for a post-processor that is not implemented.
+    """
+    kind = processor["type"] if processor else "ByteLevel"
+    if kind == "ByteLevel":  # it corrects the offsets of tokens, and adds none
+        return NOTHING
+    if kind == "Sequence":
+        front, behind = NOTHING
+        for part in processor["processors"]:
+            outer = read_around(part, special_tokens)
+            front, behind = outer[0] + front, behind + outer[1]
+        return front, behind
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        sides = [[processor["cls"][1]], [processor["sep"][1]]]
+    elif kind == "TemplateProcessing":
+        sides, known = [[], []], processor["special_tokens"]
+        place = next(i for i, piece in enumerate(processor["single"]) if "Sequence" in piece)
+        for i, piece in enumerate(processor["single"]):
+            if i != place:
+                sides[i > place] += known[piece["SpecialToken"]["id"]]["ids"]
+    else:
+        raise ValueError(f"post-processor {str(kind)[:200]} is not supported; expected TemplateProcessing")
+    names = {i: name for name, i in special_tokens.items()}
+    for i in (*sides[0], *sides[1]):
+        if i not in names:
+            raise ValueError(f"the post-processor adds token {i!r}, which is no special token")
+    return tuple(names[i] for i in sides[0]), tuple(names[i] for i in sides[1])
+
+
 def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
     """Return the ranks in the model of a tokenizer.json, after checking that its merges agree with them.
 
@@ -286,10 +332,10 @@ def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
 def read(directory: Path) -> dict:
     """Return the arguments of `write`, from a file written here or that of GPT-2, Llama 3, Qwen and others.
 
-    directory may also be the file itself. `eot`, `roles` and `mask_lstrip` are left out where the files do
-    not contain them. Documents end with tokenizer_config.json's `eos_token`, else <|endoftext|>, else the
-    `sep_token`. Raises ValueError naming anything that tiktoken would do differently (another algorithm,
-    normalizer or splitter).
+    directory may also be the file itself. `eot`, `roles`, `mask_lstrip` and `around` are left out where the
+    files do not contain them, `around` also where it follows from the roles. Documents end with
+    tokenizer_config.json's `eos_token`, else <|endoftext|>, else the `sep_token`. Raises ValueError naming
+    anything that tiktoken would do differently (another algorithm, normalizer or splitter).
     """
     path = Path(directory)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -303,6 +349,9 @@ def read(directory: Path) -> dict:
         roles = read_roles(config, special_tokens)
         mask_lstrip = read_mask_lstrip(file["added_tokens"], roles.get("mask_token"))
         ranks = read_ranks(file["model"], special_tokens)
+        around = read_around(file.get("post_processor"), special_tokens)
+        if around == ((roles.get("cls_token"),), (roles.get("sep_token"),)):
+            around = NOTHING
 
         # The token that ends a document.
         eos = config.get("eos_token")
@@ -320,11 +369,12 @@ def read(directory: Path) -> dict:
                 raise TypeError(f"id {i!r} is not an integer")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, StopIteration, TypeError) as error:
         kind = type(error).__name__
         raise ValueError(
             f"{path} is not a complete tokenizer.json ({kind}: {error}); download it again"
         ) from None
     arguments = {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc}
     optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip}
+    optional |= {} if around == NOTHING else {"around": around}
     return arguments | {name: value for name, value in optional.items() if value}

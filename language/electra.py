@@ -34,6 +34,7 @@ from data.rows import Dataset, Row
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
 from formats import command, encoders, safetensors_dir
+from formats.config_json import damage_named
 from language import masking
 from language.encoder_inference import sequence
 
@@ -55,10 +56,12 @@ class Config(bert.Config):
     masking: str = "token"  # as in language/masking.py
     mask_rate: float = 0.15
 
+    MAY_BE_ZERO = (*bert.Config.MAY_BE_ZERO, "generator_size", "rtd_weight")
+
     def __post_init__(self):
-        if not 0 <= self.generator_size <= 1:
-            raise ValueError(f"generator_size {self.generator_size}: expected 0 to 1")
         super().__post_init__()
+        if self.generator_size > 1:
+            raise ValueError(f"generator_size {self.generator_size}: expected 0 to 1")
         masks(self)  # raises ValueError for impossible settings
 
     def generator(self) -> bert.Config | None:
@@ -223,8 +226,9 @@ class Electra(nn.Module):
                 f"{directory}: has no discriminator_predictions; expected an ElectraForPreTraining, with its "
                 "ElectraForMaskedLM in generator/ (python bert.py reads that one, and other encoders)"
             )
-        config = Config(**described, kernels=kernels, generator_size=0.0)
-        encoders.check_electra(config)
+        with damage_named(Path(directory) / "config.json"):
+            config = Config(**described, kernels=kernels, generator_size=0.0)
+            encoders.check_electra(config)
 
         # The generator's config, which follows from the discriminator's and its size.
         beside = Path(directory) / "generator"
@@ -239,8 +243,7 @@ class Electra(nn.Module):
                     )
 
         # The weights. Both files hold the embeddings, which must be the same.
-        with torch.device("meta"):
-            model = cls(config)
+        model = safetensors_dir.build(lambda: cls(config), described, weights, directory)
         safetensors_dir.assign(model.discriminator, weights, directory)
         if model.generator is None:
             return model

@@ -44,6 +44,7 @@ from data.tokenizer import Tokenizer
 from data.wordpiece import WordPiece
 from engine import contract
 from formats import command
+from formats.config_values import check_values
 from language.encoder_inference import fill_every_tenth
 from language.sentence_pairs import framed, in_two
 from language.span_boundary import SpanBoundary, span_boundaries
@@ -67,8 +68,7 @@ class Config:
     pair: str = "none"  # the objective on pairs of segments, which is the one that the model has a head for
 
     def __post_init__(self):
-        if self.masking not in ("token", "word", "span"):
-            raise ValueError(f"masking {self.masking!r}: expected token or word or span")
+        check_values(self, masking=("token", "word", "span"))
         if not 0 < self.mask_rate < 1:
             raise ValueError(f"mask_rate {self.mask_rate}: expected between 0 and 1")
 
@@ -305,7 +305,7 @@ def loss(model: BERT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tenso
     # The same tokens from the boundaries of their spans, by the same output matrix.
     if "left" in batch:
         x = model.cls.span_boundary(flat[batch["left"]], flat[batch["right"]], batch["place"])  # (B, n, E)
-        logits = F.linear(x, model.embedding_weight, model.cls.predictions.bias).float()
+        logits = F.linear(x, model.head_weight, model.cls.predictions.bias).float()
         total = total + F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     # The pair of segments, from the first token of each row.

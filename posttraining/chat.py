@@ -7,7 +7,7 @@ from torch import nn
 
 from data.tokenizer import Tokenizer
 from formats.chat_template import end_id, prompt_tokens
-from generate import print_stream
+from generate import end_tokens, print_stream
 
 
 def answer(model: nn.Module, tokenizer: Tokenizer, messages: list[dict], args: Namespace) -> str:
@@ -16,7 +16,7 @@ def answer(model: nn.Module, tokenizer: Tokenizer, messages: list[dict], args: N
     messages: as in formats/chat_template.py. args: max_new_tokens, temperature, top_p and seed, flags of
     lora.py.
     """
-    prompt, stop = prompt_tokens(messages, tokenizer), end_id(tokenizer)
+    prompt, stop = prompt_tokens(messages, tokenizer), [end_id(tokenizer), *end_tokens(model, tokenizer)]
     options = {"temperature": args.temperature, "top_p": args.top_p, "stop": stop}
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(args.seed)
     steps = model.stream([prompt], args.max_new_tokens, generator=generator, **options)

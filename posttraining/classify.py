@@ -23,7 +23,6 @@ Shapes: n texts of a batch, N their tokens in all, D model width, L layers.
 """
 
 import argparse
-import json
 import math
 import time
 from dataclasses import replace
@@ -118,8 +117,7 @@ class Classifier(BERT):
         """Return the classifier in directory, in float32; or, given labels, a new one on the encoder there.
 
         A new one drops the encoder's heads that it has no use for, and initialises what the checkpoint lacks.
-        Raises ValueError as `BERT.from_pretrained` does, and for a classifier of other labels or another
-        kind.
+        Raises ValueError as `BERT.from_pretrained` does, and for a classifier of other labels or kind.
         """
         # Read the checkpoint, and tell whether it is a classifier.
         family, _ = encoders.read_config(directory)
@@ -131,7 +129,9 @@ class Classifier(BERT):
             raise ValueError(f"{directory}: has the labels {found}, not {labels}; start from an encoder")
 
         # Take its weights, but for heads that are not used here; from an encoder, no classifier's.
-        model = cls(Config(**fields, kernels=kernels), found or labels, family)
+        fields["kernels"] = kernels
+        encoder = safetensors_dir.build(lambda: BERT(Config(**fields)), fields, weights, directory)
+        model = cls(encoder.config, found or labels, family)
         places = model.state_dict()
         kept = {name: w for name, w in weights.items() if name in places or not is_head(name)}
         if found is None:
@@ -275,7 +275,7 @@ def train(model: Classifier, examples: list, held_out: list, args: argparse.Name
             accuracy, f1 = scores(predicted, torch.tensor([label for _, label in held_out]))
             row = {"epoch": epoch + 1, "step": step, "loss": total / len(examples)}
             row |= {"val_accuracy": accuracy, "val_f1": f1, "seconds": time.perf_counter() - began}
-            log += json.dumps(row) + "\n"
+            log += json_file.json_line(row)
             with replace_file(args.out / "metrics.jsonl") as new:
                 new.write_text(log, encoding="utf-8")
             summary = f"loss {row['loss']:.3f}, held out: accuracy {accuracy:.1%}, F1 {f1:.3f}"

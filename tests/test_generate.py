@@ -1,10 +1,16 @@
 """Generation: the cache changes nothing, rows do not touch, and each option does what its paper says."""
 
+import json
+import sys
+
 import pytest
 import torch
-from test_gpt import small
+from test_gpt import FIXTURES, small
 
-from generate import sample
+import generate
+import gpt
+from data.tokenizer import get_tokenizer
+from generate import end_tokens, sample
 
 CONFIGS = {
     "modern": {"qk_norm": True},
@@ -139,3 +145,92 @@ def test_bad_arguments_say_why(prompts, options, message):
 def test_learned_positions_end():
     with pytest.raises(ValueError, match="32 positions"):
         small(positions="learned").generate([[1] * 30], 3)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-31])
+def test_a_temperature_that_overflows_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[1.0, 30.0, -2e4], [0.5, -1.0, 0.25]])
+    for options in ({}, {"top_p": 0.9}, {"min_p": 0.1, "top_k": 2}):
+        assert sample(logits, temperature, **options).flatten().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(temperature):
+    model = small()
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        model.generate([[1, 2]], 3, temperature=temperature)
+
+
+# --- the command line
+
+
+BEGIN = "<|begin_of_text|>"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A random Llama of several ends of text, with a tokenizer that puts a token in front of a text."""
+    directory = tmp_path_factory.mktemp("begun")
+    tokenizer = get_tokenizer("bytes").with_special_tokens({"bos_token": BEGIN})
+    tokenizer.around = ((BEGIN,), ())
+    model = small(vocab_size=tokenizer.n_vocab, eos_token_id=(0, 256), n_layers=1)
+    model.save_pretrained(directory)
+    tokenizer.save(directory)
+    return directory
+
+
+def printed(capsys, monkeypatch, *arguments, main=lambda: generate.run(gpt.GPT, gpt.SIZES)):
+    """What the command prints: (stdout, stderr, exit code)."""
+    monkeypatch.setattr(sys, "argv", ["gpt.py", *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code
+    return (*capsys.readouterr(), code)
+
+
+@pytest.mark.parametrize("prompt", ["hello", ""])
+def test_a_prompt_is_continued_as_transformers_continues_it(begun, prompt, capsys, monkeypatch):
+    """Greedily, from the token that the tokenizer puts in front, which decides the rest."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(begun)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(begun)
+    ids = tokenizer(prompt, return_tensors="pt")
+    assert ids["input_ids"][0, 0] == tokenizer.convert_tokens_to_ids(BEGIN)
+    new = theirs.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    tokens = []
+    monkeypatch.setattr(generate, "print_stream", lambda given, *_: tokens.extend(t for (t,) in given))
+    flags = ("--prompt", prompt, "--temperature", "0", "--max-new-tokens", "12")
+    out, _, code = printed(capsys, monkeypatch, begun, *flags)
+    assert (out, code) == (prompt, 0) and tokens == new
+
+
+def test_several_ends_of_text_are_read_and_saved_unchanged_and_stop_a_text(begun, tmp_path):
+    """generation_config.json goes before config.json, as in transformers."""
+    for ids, saved in (([5, 9], [5, 9]), (7, 7), (None, None)):
+        (begun / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        model = gpt.GPT.from_pretrained(begun)
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == saved
+        assert gpt.GPT.from_pretrained(tmp_path).config == model.config
+        expected = {ids} if isinstance(ids, int) else set(ids or ())
+        assert set(end_tokens(model, get_tokenizer(str(begun)))) == {*expected, 256}
+    (begun / "generation_config.json").unlink()
+    assert gpt.GPT.from_pretrained(begun).config.eos_token_id == (0, 256)
+
+
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("mixtral", "python moe.py"),
+        ("bert-mlm", "python bert.py"),
+        ("bert-classifier", "python -m posttraining.classify"),
+        ("adapters/llama-lora", "python lora.py"),
+    ],
+)
+def test_a_model_of_another_file_is_opened_by_its_command(name, command, capsys, monkeypatch):
+    out, err, code = printed(capsys, monkeypatch, FIXTURES / name)
+    assert (out, code) == ("", 2) and err.count("\n") == 1
+    assert f"no model of gpt.py; open it by {command} {FIXTURES / name}" in err

@@ -462,7 +462,7 @@ def test_broken_adapters_are_named(home, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"r": 0}, "r 0: expected a rank of at least 1"),
+        ({"r": 0}, "r 0: expected at least 1"),
         ({"method": "lorra"}, "method 'lorra': expected lora or dora or ia3"),
         ({"init": "svd"}, "init 'svd': expected zero or pissa"),
         ({"quantize": "int8"}, "quantize 'int8': expected None or nf4"),
@@ -470,9 +470,9 @@ def test_broken_adapters_are_named(home, tmp_path):
         ({"init": "pissa", "method": "dora"}, "init 'pissa': has no effect with method 'dora'"),
         ({"base_dtype": "float16"}, "base_dtype 'float16': expected float32 or bfloat16"),
         ({"dropout": 1.0}, r"dropout 1\.0: expected at least 0 and less than 1"),
-        ({"alpha": 0.0}, r"alpha 0\.0.*: expected more than 0"),
-        ({"alpha": math.nan}, "alpha nan.*: expected more than 0"),
-        ({"lr_ratio": -1.0}, r"lr_ratio -1\.0.*: expected more than 0"),
+        ({"alpha": 0.0}, r"alpha 0\.0: expected a number above 0"),
+        ({"alpha": math.nan}, "alpha nan: expected a number above 0"),
+        ({"lr_ratio": -1.0}, r"lr_ratio -1\.0: expected a number above 0"),
     ],
 )
 def test_mistakes_in_the_config(fields, message):

@@ -18,13 +18,12 @@ def talk(*contents):
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def tokenizer_of(kind, pattern=GPT4_PATTERN):
+def tokenizer_of(kind, pattern=GPT4_PATTERN, begin=()):
+    """A tokenizer that puts the special tokens in begin in front of a text."""
     learned = train_bpe(TEXTS, 300, pattern=pattern)
-    if kind == "tulu":
-        return learned
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    ids = {name: len(learned.ranks) + i for i, name in enumerate(special)}
-    return Tokenizer(learned.ranks, pattern, ids)
+    special = ["<|endoftext|>", *(["<|im_start|>", "<|im_end|>"] if kind == "chatml" else []), *begin]
+    ids = {name: len(learned.ranks) + i for i, name in enumerate(dict.fromkeys(special))}
+    return Tokenizer(learned.ranks, pattern, ids, around=(begin, ()))
 
 
 TULU, CHATML = tokenizer_of("tulu"), tokenizer_of("chatml")
@@ -38,9 +37,11 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("pattern", [GPT4_PATTERN, GPT2_PATTERN], ids=["gpt4", "gpt2"])
+@pytest.mark.parametrize("begin", [(), ("<|begin|>",), ("<|endoftext|>",)], ids=["", "begin", "end"])
 @pytest.mark.parametrize("kind", ["tulu", "chatml"])
-def test_ids_equal_those_of_transformers(tmp_path, kind, pattern):
-    tokenizer = tokenizer_of(kind, pattern)
+def test_ids_equal_those_of_transformers(tmp_path, kind, begin, pattern):
+    """With a token in front of every text, too: a conversation has it once, in both templates."""
+    tokenizer = tokenizer_of(kind, pattern, begin)
     tokenizer.save(tmp_path)
     save_chat_template(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -48,7 +49,9 @@ def test_ids_equal_those_of_transformers(tmp_path, kind, pattern):
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if pattern == GPT2_PATTERN and any(answer.startswith("  ") for answer in answers):
             continue  # a difference that `render` names
-        assert render(messages, tokenizer)[0] == theirs.apply_chat_template(messages, return_dict=False)
+        ids = render(messages, tokenizer)[0]
+        assert ids == theirs.apply_chat_template(messages, return_dict=False)
+        assert ids[: len(begin)] == tokenizer.begin_ids != ids[len(begin) : 2 * len(begin)] or not begin
         for n in range(1, len(messages)):
             if messages[n]["role"] == "assistant":
                 prompt = theirs.apply_chat_template(

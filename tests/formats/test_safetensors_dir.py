@@ -1,4 +1,4 @@
-"""The helpers that all families of models share: names, fields of a config, files."""
+"""The helpers that all families of models share: names, files."""
 
 import errno
 import json
@@ -11,7 +11,6 @@ from formats import safetensors_dir
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import (
     inverse,
-    read_fields,
     read_tensors,
     read_weights,
     rename,
@@ -19,30 +18,12 @@ from formats.safetensors_dir import (
     write_tensors,
 )
 
-PATH_OF_CONFIG = "config.json"
-
 
 def test_names_are_replaced_at_their_beginning_or_after_a_dot():
     table = {"h.": "layers.", ".ln.": ".norm.", "layers.0.": "first."}
     assert rename("h.0.ln.h.ln.weight", table) == "first.norm.h.ln.weight"
     assert rename("graph.h.weight", table) == "graph.h.weight"
     assert rename(rename("h.1.ln.bias", table), inverse(table)) == "h.1.ln.bias"
-
-
-def test_fields_of_a_config_are_translated_or_refused():
-    arguments = {"table": {"depth": "n_layers", "sizes": "widths"}, "defaults": {"bias": True, "n_layers": 1}}
-    arguments |= {"only": {"act": ("gelu", "silu")}, "inert": {"dropout"}, "required": {"widths"}}
-    hf = {"depth": None, "sizes": [1, 2], "act": "silu", "dropout": 0.1}
-    expected = {"bias": True, "n_layers": 1, "widths": (1, 2)}
-    assert read_fields(PATH_OF_CONFIG, hf, **arguments) == expected
-    for changes, message in (
-        ({"act": "relu"}, "config.json: act 'relu' is not implemented; expected 'gelu' or 'silu'"),
-        ({"new": 3}, "config.json: new 3 is not implemented; remove the key only if it has no effect"),
-        ({"sizes": None}, "config.json: sizes missing"),
-    ):
-        with pytest.raises(ValueError) as raised:
-            read_fields(PATH_OF_CONFIG, hf | changes, **arguments)
-        assert str(raised.value) == message
 
 
 def test_json_is_written_whole_and_read_with_clear_errors(tmp_path):

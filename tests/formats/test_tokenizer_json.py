@@ -453,3 +453,78 @@ def test_load_refuses_damaged_files(variants, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"tokenizer\.json"):
             Tokenizer.load(tmp_path)
+
+
+BEGIN = "<|begin_of_text|>"
+OFFSETS = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+def processor(tokenizer, kind):
+    """Return a post_processor as files have it: with a template that begins with BEGIN, or without."""
+    pieces = [{"SpecialToken": {"id": BEGIN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    if kind.endswith("behind"):
+        pieces.append({"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}})
+    ids = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in tokenizer.special_tokens.items()}
+    begins = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": ids}
+    begins["pair"] = [*pieces, {"Sequence": {"id": "B", "type_id": 1}}]
+    sequence = {"type": "Sequence", "processors": [OFFSETS, begins]}
+    return {
+        "none": None,
+        "offsets": OFFSETS,
+        "sequence": sequence,
+        "sequence in sequence": {"type": "Sequence", "processors": [sequence]},
+    }.get(kind, begins)
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize(
+    "kind", ["none", "offsets", "template", "sequence", "sequence in sequence", "template and behind"]
+)
+def test_a_prompt_begins_as_transformers_begins_it(learned, tmp_path, kind, add_bos):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = learned.with_special_tokens({"bos_token": BEGIN})
+    tokenizer.save(tmp_path)
+    for name, changes in (
+        ("tokenizer.json", {"post_processor": processor(tokenizer, kind)}),
+        ("tokenizer_config.json", {"add_bos_token": add_bos, "bos_token": BEGIN}),
+    ):
+        content = json.loads((tmp_path / name).read_text()) | changes
+        content = {
+            key: value for key, value in content.items() if key != "add_bos_token" or value is not None
+        }
+        (tmp_path / name).write_text(json.dumps(content))
+
+    # What is saved again begins as the original does, also in a tokenizer with more special tokens.
+    ours = Tokenizer.load(tmp_path)
+    again = ours.with_special_tokens({"pad_token": "[PAD]"})
+    again.save(tmp_path / "again")
+    for read_by_us, directory in ((ours, tmp_path), (Tokenizer.load(tmp_path / "again"), tmp_path / "again")):
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+        end = [tokenizer.eot_id] if kind.endswith("behind") else []
+        for text in ("", "hello", " a\n"):
+            assert [*read_by_us.begin_ids, *read_by_us.encode(text), *end] == theirs(text)["input_ids"]
+    assert bool(ours.begin_ids) == (kind not in ("none", "offsets"))
+    written = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert written["add_bos_token"] == bool(ours.begin_ids) and ours.fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"type": "Other"}, "post-processor Other is not supported"),
+        (
+            {"special_tokens": {BEGIN: {"id": BEGIN, "ids": [3], "tokens": ["a"]}}},
+            "adds token 3, which is no",
+        ),
+        ({"single": []}, "not a complete tokenizer.json"),
+        ({"special_tokens": {}}, "not a complete tokenizer.json"),
+    ],
+)
+def test_a_post_processor_that_makes_no_sense_is_refused(learned, tmp_path, changed, message):
+    tokenizer = learned.with_special_tokens({"bos_token": BEGIN})
+    tokenizer.save(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["post_processor"] = processor(tokenizer, "template") | changed
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(tmp_path)

@@ -92,7 +92,5 @@ def print_reasons(reasons: list[str]) -> None:
     print("No law and no optimum: these points do not determine them.")
     for reason in reasons:
         print(f"  - {reason}")
-    print(
-        "What determines a law: 4 sizes or more, the largest 10 times the smallest, each on several numbers of"
-    )
-    print("tokens. For comparison, Besiroglu et al. 2024: a 0.51, about 20 tokens per parameter.")
+    print("What determines a law: 4 sizes or more, the largest 10 times the smallest, each on several")
+    print("numbers of tokens. For comparison, Besiroglu et al. 2024: a 0.51, about 20 tokens per parameter.")

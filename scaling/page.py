@@ -15,7 +15,7 @@ from pathlib import Path
 
 from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points
 from formats.atomic import replace_file
-from scaling.plan import DEFAULT_MFU, DEVICES, PUE
+from scaling.hardware import DEFAULT_MFU, DEVICES, PUE
 from scaling.points import read_points
 from scaling.shapes import SEQ_LEN, Shape
 
@@ -43,7 +43,7 @@ SOURCES = (
     "GPU-hours = C / (peak × MFU × 3600), where MFU is the share of the peak that goes into 6 N D; "
     f"kWh = GPU-hours × kW × {PUE:g}, as in section 6 of Touvron et al. 2023 (LLaMA, arXiv 2302.13971). "
     "Peaks (dense bf16) and watts from the makers' data sheets, prices on demand, May 2026 (B200: March); "
-    "scaling/plan.py cites them.",
+    "scaling/hardware.py cites them.",
     "Many tokens per parameter: Sardana and Frankle 2024, arXiv 2401.00448.",
 )
 

@@ -38,7 +38,9 @@ def label_logarithmic(axis) -> None:
 
     ticks = choose_ticks(*axis.get_view_interval())
     axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FixedFormatter([f"{tick:.3g}".replace("e+", "e") for tick in ticks]))
+    axis.set_major_formatter(
+        FixedFormatter([f"{tick:.3g}".replace("e+0", "e").replace("e+", "e") for tick in ticks])
+    )
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -22,7 +22,7 @@ from formats.quantities import quantity, short
 from scaling import identified
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
 from scaling.outliers import Chosen, describe, leave_out_highest, leave_out_outliers, print_outliers
-from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure
+from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, say_no_frontier
 from scaling.points import Table, group_equal, interval, read_table
 
 OUT = Path("runs/fit")
@@ -196,8 +196,7 @@ def plot_fit(fitted: Fit, found: dict, left_out: tuple, valleys: IsoFLOP | None,
     if len(left_out[0]):
         axes[0].plot(*left_out, "x", color="tab:red", label="left out of the fit")
     if found["undetermined"]:
-        text = "No frontier: these points\ndo not determine the law."
-        axes[0].text(0.97, 0.95, text, transform=axes[0].transAxes, ha="right", va="top", color="tab:red")
+        say_no_frontier(axes[0])
     else:
         shown = [row["C"] for row in found["budgets"] if "no_optimum" not in row]
         low, high = (end([*found["C"], *shown]) for end in (min, max))

@@ -13,7 +13,7 @@ An optimum (N*, D*, loss) at a budget C is shown if the law is determined and
 
 import numpy as np
 
-from chinchilla import MANY_TOKENS, Fit, Law
+from chinchilla import MANY_TOKENS, Fit, Law, fit
 from formats.quantities import short
 from scaling.huber_fit import BORDER, on_border
 from scaling.points import beyond, group_equal, interval, on_one_line
@@ -32,7 +32,7 @@ def reasons_against_law(fitted: Fit, laws: Law) -> list[str]:
             reasons.append(f"a {name} takes only {count} values: a power law and its limit take 3 or more")
     if on_one_line(np.log([fitted.N, fitted.D])):
         reasons.append("D follows from N: what is due to size cannot be told from what is due to data")
-    names = [name for name, out in zip(NAMES, on_border(fitted.theta)[0], strict=True) if out]
+    names = on_the_border(fitted)
     if names:
         verb = "is" if len(names) == 1 else "are"
         reasons.append(f"{' and '.join(names)} {verb} on the border of the search ({BORDER})")
@@ -40,6 +40,21 @@ def reasons_against_law(fitted: Fit, laws: Law) -> list[str]:
     if high - low > WIDE_A:
         reasons.append(f"the 95 % interval of a, the exponent of N* over compute, is {low:.2f} to {high:.2f}")
     return reasons
+
+
+def determined_law(N, D, L) -> Law:
+    """Return the law of the points. Raises ValueError where a parameter is on the border of the search."""
+    fitted = fit(N, D, L)
+    names = on_the_border(fitted)
+    if names:
+        raise ValueError(
+            f"the points do not decide it: {' and '.join(names)} would be on the border of the search"
+        )
+    return fitted.law
+
+
+def on_the_border(fitted: Fit) -> list[str]:
+    return [name for name, out in zip(NAMES, on_border(fitted.theta)[0], strict=True) if out]
 
 
 def reason_against_optimum(row: dict, found: dict) -> str | None:

@@ -56,6 +56,12 @@ def plot_frontier(axes, law, compute: tuple[float, float], low: float, high: flo
         axes.axvspan(outside[0], outside[-1], color="grey", alpha=0.12, linewidth=0)
 
 
+def say_no_frontier(axes) -> None:
+    """Write into the picture, in the place of the frontier, why there is none."""
+    text = "No frontier: these points\ndo not determine the law."
+    axes.text(0.03, 0.04, text, transform=axes.transAxes, color="tab:red")
+
+
 def save_figure(figure, path: Path, dpi: int = 110) -> None:
     """Write a figure to a PNG file and forget it."""
     from matplotlib import pyplot

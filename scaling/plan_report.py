@@ -293,8 +293,8 @@ def repeated_in_short(plan: dict) -> str:
     return (
         f"{text}With {unique} different tokens, by Muennighoff et al. 2023{extrapolated(part['beyond'])}, "
         f"{cell(plan['compute'])} FLOPs are best spent on {model_in_words(limited)}, in "
-        f"{cell(limited['epochs'])} epochs{spent}. The loss is {loss_cell(limited)}; with enough tokens it is "
-        f"{loss_cell(unlimited)} ({model_in_words(unlimited)})."
+        f"{cell(limited['epochs'])} epochs{spent}. The loss is {loss_cell(limited)}; with enough tokens it "
+        f"is {loss_cell(unlimited)} ({model_in_words(unlimited)})."
     )
 
 

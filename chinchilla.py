@@ -272,6 +272,7 @@ def fit(N, D, L, delta: float = 1e-3, *, clusters=None) -> Fit:
 def print_laws() -> None:
     """Print N*, D* and the least loss by each published law, for budgets of 1e19 to 1e25 FLOPs."""
     print("compute  law                                     N*       D*  D*/N*   loss  extrapolated by")
+    print("FLOPs                                       params   tokens  (1)     (2)")
     for C in 10.0 ** np.arange(19, 26):
         for i, published in enumerate(LAWS.values()):
             N, D = published.law.optimal(C)
@@ -280,7 +281,8 @@ def print_laws() -> None:
             far = f"{orders:.1f} orders of magnitude" if orders else ""
             print(f"{'' if i else f'{C:.0e}':8} {published.title:34} {short(N):>7}  {short(D):>7}", end="")
             print(f"  {D / N:5.3g} {loss}  {far}".rstrip())
-    print("\nN* parameters and D* tokens have the least loss of all that take this compute, C = 6 N D.")
+    print("\n(1) tokens per parameter; the rule of thumb is 20, of Hoffmann et al. 2022.  (2) nats per token")
+    print("N* parameters and D* tokens have the least loss of all that take this compute, C = 6 N D.")
     print("N counts the head, not the embedding (Kaplan: neither). Losses are nats per token of each paper's")
     print("own text and tokenizer: compare them within a law, not between laws.")
 

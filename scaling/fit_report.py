@@ -3,9 +3,10 @@
     python chinchilla.py fit                        the 240 runs of Hoffmann et al. 2022
     python chinchilla.py fit points.csv --by-size   your own: columns N, loss, and D or C
 
-It prints, and writes to --out: the law with bootstrap intervals; N*, D* and loss at larger budgets; the
-exponents by approaches 1 and 2 for comparison; and how well a law fitted without the runs of most compute
-predicts them.
+It prints, and writes to --out: the rows that are left out, and why (scaling/outliers.py); the law with
+bootstrap intervals; N*, D* and loss at larger budgets; the exponents by approaches 1 and 2 for comparison;
+and how well a law fitted without the runs of most compute predicts them. Where the points leave the law or an
+optimum open, the reason is printed in its place (scaling/identified.py).
 """
 
 import argparse
@@ -15,13 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from chinchilla import HOFFMANN, MANY_TOKENS, OUTLIERS, Fit, Law, fit
+from chinchilla import DEFAULT_LAW, HOFFMANN, LAWS, OUTLIERS, Fit, Law, fit
 from formats import command
 from formats.atomic import replace_file
 from formats.quantities import quantity, short
+from scaling import identified
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
-from scaling.points import beyond, group_equal, interval, read_points, without_highest
+from scaling.outliers import Chosen, describe, leave_out_highest, leave_out_outliers, print_outliers
+from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, say_no_frontier
+from scaling.points import Table, group_equal, interval, read_table
 
+OUT = Path("runs/fit")
+# a of the allocation by each approach: Hoffmann et al. 2022, table 2.
+PUBLISHED_A = {"approach1": "0.50", "approach2": "0.49", "approach3": "0.46; 0.51 by Besiroglu et al. 2024"}
 LEAST_RESAMPLES = 20  # fewer do not give a 95 % interval
 
 
@@ -51,133 +58,164 @@ def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | Non
 
     # The points, the fit, and the law with intervals.
     found = {"points": len(C), "sizes": int(group_equal(fitted.N).max()) + 1}
-    for name, values in (("N", fitted.N), ("D", fitted.D), ("C", C)):
+    ranges = {"N": fitted.N, "D": fitted.D, "C": C, "D/N": fitted.D / fitted.N, "loss": fitted.L}
+    for name, values in ranges.items():
         found[name] = [float(values.min()), float(values.max())]
     found |= {"delta": fitted.delta, "objective": fitted.objective}
     found |= {"residual_rms": fitted.residual_rms}
     found["bootstrap"] = {"resamples": args.bootstrap, "seed": args.seed, "by_size": args.by_size}
     names = ("E", "A", "B", "alpha", "beta", "a", "b")
     found["law"] = {name: [getattr(law, name), *interval(getattr(laws, name))] for name in names}
+    found["undetermined"] = identified.reasons_against_law(fitted, laws)
 
-    # The best model at some budgets.
+    # The best model at some budgets, or the reason why none is shown.
     budgets = [float(budget) for budget in args.at or C.max() * np.array([1, 10, 100])]
-    found["budgets"] = [{"C": budget} | optimum_at(law, laws, budget) for budget in budgets]
+    found["budgets"] = []
+    for budget in budgets:
+        row = {"C": budget} | optimum_at(law, laws, budget)
+        reason = identified.reason_against_optimum(row, found)
+        found["budgets"].append({"C": budget, "no_optimum": reason} if reason else row)
     found["approach3"] = {"k": float(law.optimal(1.0)[0]), "a": law.a}
-    if found["law"]["B"][2] > 3 * found["law"]["B"][1]:
-        fitted.warnings.append("B and E are hardly determined: compare laws by a, D*/N* and loss, not by B")
-    if any(row["D/N"][0] > MANY_TOKENS for row in found["budgets"]):
-        fitted.warnings.append(
-            f"above {MANY_TOKENS} tokens per parameter laws overstate what more of them are worth"
-        )
 
-    compared, valleys = other_approaches(fitted, max(budgets))
+    shown = [row["C"] for row in found["budgets"] if "no_optimum" not in row]
+    compared, valleys = other_approaches(fitted, max(shown, default=float(C.max())))
     found |= compared | {"warnings": fitted.warnings, "residuals": fitted.residuals.tolist()}
     return found, valleys
 
 
 def other_approaches(fitted: Fit, largest_budget: float) -> tuple[dict, IsoFLOP | None]:
-    """Return approaches 1 and 2 and the prediction of the largest runs, and approach 2's valleys. Those that
-    the points do not allow are left out, and added to the warnings."""
+    """Return approaches 1 and 2 and the prediction of the largest runs, and approach 2's valleys. Of what the
+    points do not allow, the reason is returned, under "none"."""
     found, valleys = {}, None
     try:
         found["approach1"] = vars(envelope(fitted.N, fitted.D, fitted.L))
     except ValueError as error:
-        fitted.warnings.append(f"no approach 1: {error}")
+        found["approach1"] = {"none": str(error)}
     try:
         valleys = isoflop(fitted.N, fitted.D, fitted.L)
         bias = parabola_bias(fitted.law, valleys.factor, valleys.budgets, largest_budget)
         found["approach2"] = vars(valleys.law) | {"budgets": valleys.budgets.tolist()}
         found["approach2"]["bias"] = {"D": bias, "C": largest_budget, "factor": valleys.factor}
     except ValueError as error:
-        fitted.warnings.append(f"no approach 2: {error}")
+        found["approach2"] = {"none": str(error)}
     try:
         found["held_out"] = predict_largest(fitted)
     except ValueError as error:
-        fitted.warnings.append(f"no prediction of the points of most compute: {error}")
+        found["held_out"] = {"none": str(error)}
     return found, valleys
 
 
 def print_findings(found: dict) -> None:
-    ends = [f"{name} {short(found[name][0])} to {short(found[name][1])}" for name in "NDC"]
+    print(found["described_columns"])
+    print_outliers(found)
+    ends = [f"{name} {short(found[name][0])} to {short(found[name][1])}" for name in ("N", "D", "C", "D/N")]
     print(f"{found['points']} points: {found['sizes']} sizes, {', '.join(ends)}")
-    print("N as in the file, C = 6 N D, loss in nats per token of the tokenizer that these runs had")
+    print("N in parameters as in the file, D in tokens, C = 6 N D in FLOPs, loss in nats per token")
     print(f"Huber delta {found['delta']:g}: objective {found['objective']:.7g}, ", end="")
     print(f"residuals {found['residual_rms']:.2%} rms\n")
 
-    drawn = "sizes" if found["bootstrap"]["by_size"] else "points"
-    print(f"{'':14}value  95 % interval, {found['bootstrap']['resamples']} resamples of {drawn}")
-    for name, (value, low, high) in found["law"].items():
-        print(f"{name:8}{value:11.5g}  {low:.5g} to {high:.5g}")
-    print_budgets(found)
+    if found["undetermined"]:
+        identified.print_reasons(found["undetermined"])
+    else:
+        print_law(found)
+        print_budgets(found)
     print_other_approaches(found)
     for warning in found["warnings"]:
         print(f"warning: {warning}")
 
 
+def print_law(found: dict) -> None:
+    """Print each parameter with its interval, beside that of the published law."""
+    drawn = "sizes" if found["bootstrap"]["by_size"] else "points"
+    title = f"95 % interval, {found['bootstrap']['resamples']} resamples of {drawn}"
+    print(f"{'':14}value  {title:42}{LAWS[DEFAULT_LAW].title}")
+    for name, (value, low, high) in found["law"].items():
+        published = f"{getattr(LAWS[DEFAULT_LAW].law, name):.5g}"
+        doubt = identified.doubt_of_parameter(name, low, high)
+        print(f"{name:8}{value:11.5g}  {f'{low:.5g} to {high:.5g}':42}{published:12}{doubt}".rstrip())
+    print("E is in nats per token; alpha, beta, a and b have no unit. E, A and B depend on the text and its")
+    print("tokenizer: compare alpha, beta, a and b alone with the published law.")
+
+
 def print_budgets(found: dict) -> None:
     """Print the best model at each budget, and how far the budget lies outside of the points."""
-    print(f"\ncompute  {'N*':28}{'D*':28}{'D*/N*':28}loss")
+    print(f"\n{'compute':9}{'N*':28}{'D*':28}{'D*/N*':28}loss")
+    print(f"{'FLOPs':9}{'parameters':28}{'tokens':28}{'tokens per parameter':28}nats per token")
     for row in found["budgets"]:
+        if "no_optimum" in row:
+            print(f"{row['C']:7.2g}  no optimum: {row['no_optimum']}")
+            continue
         cells = [f"{row['C']:7.2g}"]
         for name in ("N", "D", "D/N", "loss"):
             value, low, high = (short(x, 4 if name == "loss" else 3) for x in row[name])
             cells.append(f"{f'{value} ({low} to {high})':26}")
-        orders = beyond(row["C"], found["C"])
-        side = "above" if row["C"] > found["C"][1] else "below"
-        cells.append(f"{orders:.1f} orders of magnitude {side} the points" if orders else "")
-        print("  ".join(cells).rstrip())
+        print("  ".join([*cells, identified.doubts_of_optimum(row, found)]).rstrip())
+    print("published: about 20 tokens per parameter (Hoffmann et al. 2022; Besiroglu et al. 2024)")
 
 
 def print_other_approaches(found: dict) -> None:
     """Print the exponents by all three approaches, and the prediction of the largest runs."""
-    print("\nN* = k C^a by                        a          k")
+    print(
+        "\nN* = k C^a by                        a          k    published a (Hoffmann et al. 2022, table 2)"
+    )
     ways = {"approach3": "the law above", "approach1": "envelope", "approach2": "IsoFLOP parabolas"}
     for way, title in ways.items():
-        if way in found:
-            print(f"approach {way[-1]}, {title:22}{found[way]['a']:7.4f}{found[way]['k']:11.4g}")
-    if "approach2" in found:
+        none = found[way].get("none")
+        if way == "approach3" and found["undetermined"]:
+            none = "the points do not determine the law"
+        cells = (
+            f"{found[way]['a']:7.4f}{found[way]['k']:11.4g}    {PUBLISHED_A[way]}"
+            if not none
+            else f"none: {none}"
+        )
+        print(f"approach {way[-1]}, {title:22}{cells}")
+    if "bias" in found["approach2"] and not found["undetermined"]:
         bias = found["approach2"]["bias"]
         print(f"Were the law true, parabolas would put D* off by {bias['D']:+.1%} at {bias['C']:.2g} FLOPs.")
-    if "held_out" in found:
-        last = found["held_out"]
-        compute = f"{last['fitted_up_to']:.2g} FLOPs"
-        print(f"\nFitted up to {compute}, the law predicts the {last['points']} points")
-        print(
-            f"up to {last['up_to']:.2g} with an error of {last['error']:+.2%}, rms {last['error_rms']:.2%}."
-        )
+    last = found["held_out"]
+    if "none" in last:
+        print(f"\nNo prediction of the points of most compute: {last['none']}")
+        return
+    print(f"\nFitted up to {last['fitted_up_to']:.2g} FLOPs, the law predicts the loss of the points of most")
+    error = f"an error of {last['error']:+.2%}, rms {last['error_rms']:.2%}"
+    print(f"compute ({last['points']}, up to {last['up_to']:.2g} FLOPs) with {error}.")
 
 
-def plot_fit(fitted: Fit, valleys: IsoFLOP | None, file) -> None:
-    """Plot the loss over compute with the frontier, the residuals, and the valleys if there are any."""
-    import matplotlib  # here, since --help does without it
+def plot_fit(fitted: Fit, found: dict, left_out: tuple, valleys: IsoFLOP | None, path: Path) -> None:
+    """Plot the loss over compute with the frontier, the residuals, and the valleys if there are any.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # Left the points and the law's least loss, in the middle the residuals.
+    left_out: C and loss, (m,) each, of the points that are left out."""
+    pyplot = load_pyplot()
     panels = 3 if valleys else 2
     figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 4.4), layout="constrained")
     C = 6 * fitted.N * fitted.D
-    along = np.geomspace(C.min(), C.max(), 200)
+
+    # Left the points and the law's least loss, in the middle the residuals.
     for panel, height in zip(axes, (fitted.L, 100 * fitted.residuals), strict=False):
         dots = panel.scatter(C, height, c=np.log10(fitted.N), s=14)
-        panel.set(xscale="log", xlabel="compute 6 N D (FLOPs)")
-    axes[0].plot(
-        along, fitted.law.loss(*fitted.law.optimal(along)), color="black", label="least loss, by the law"
-    )
-    axes[0].axhline(fitted.law.E, color="grey", linestyle=":", label="E")
-    axes[0].set(ylabel="loss (nats per token)")
-    axes[0].legend()
+        panel.set(xscale="log", xlabel="compute C = 6 N D (FLOPs)")
+    if len(left_out[0]):
+        axes[0].plot(*left_out, "x", color="tab:red", label="left out of the fit")
+    if found["undetermined"]:
+        say_no_frontier(axes[0])
+    else:
+        shown = [row["C"] for row in found["budgets"] if "no_optimum" not in row]
+        low, high = (end([*found["C"], *shown]) for end in (min, max))
+        plot_frontier(axes[0], fitted.law, found["C"], low, high, "least loss, by the law")
+        axes[0].axhline(fitted.law.E, color="grey", linestyle=":", label="E: the law's limit for N, D → ∞")
+    axes[0].set(ylabel="loss (nats per token)", title="Loss of the runs")
     axes[1].axhline(0, color="black", linewidth=1)
-    axes[1].set(ylabel="ln predicted - ln measured loss (%)")
+    axes[1].set(ylabel="ln predicted - ln measured loss (%)", title="Residuals of the fit")
 
     if valleys:
         plot_valleys(axes[2], valleys, pyplot.get_cmap("plasma"))
     for panel in axes:
         panel.grid(alpha=0.3)
-    figure.colorbar(dots, ax=axes, label="log10 N")
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+        label_logarithmic(panel.xaxis)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize=8)
+    figure.colorbar(dots, ax=axes, label="log10 of parameters N")
+    save_figure(figure, path, dpi=120)
 
 
 def plot_valleys(panel, valleys: IsoFLOP, colors) -> None:
@@ -189,7 +227,9 @@ def plot_valleys(panel, valleys: IsoFLOP, colors) -> None:
         panel.plot(np.exp(fine), np.polyval(valleys.parabolas[i], fine), color=color)
     lowest = [np.polyval(c, math.log(N)) for c, N in zip(valleys.parabolas, valleys.N, strict=True)]
     panel.plot(valleys.N, lowest, "kx", label="minimum")
-    panel.set(xscale="log", xlabel="parameters N", ylabel="loss at equal compute")
+    panel.set(
+        xscale="log", xlabel="parameters N", ylabel="loss (nats per token)", title="Loss at equal compute"
+    )
     panel.legend(fontsize=8)
 
 
@@ -202,7 +242,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="columns N, loss, and D or C (default: the 240 runs of the paper)",
     )
     add("--delta", type=quantity, default=1e-3, help="relative error above which f is linear (default 1e-3)")
-    add("--drop", type=int, metavar="K", help="leave out the K highest losses (default 0; of the paper's, 5)")
+    add("--drop", type=int, metavar="K", help="leave out the K highest losses (default: what is an outlier)")
     add("--bootstrap", type=int, default=4000, metavar="N", help="resamples for intervals (default 4000)")
     add("--by-size", action="store_true", help="resample whole sizes: the points of one may err together")
     add("--seed", type=int, default=0, help="seed of the resamples (default 0)")
@@ -210,36 +250,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--out",
         type=command.path,
-        default=Path("runs/fit"),
         metavar="DIR",
-        help="fit.json, fit.png (runs/fit)",
+        help=f"for fit.json and fit.png (default {OUT}, if it is new)",
     )
+
+
+def choose_points(table: Table, args: argparse.Namespace) -> Chosen:
+    """Return which points are fitted. Raises ValueError for a --drop that is out of range."""
+    if args.drop is None and args.csv:
+        return leave_out_outliers(table, args.delta)
+    n = OUTLIERS if args.drop is None else args.drop
+    if not 0 <= n < len(table.L):
+        limit = len(table.L) - 1
+        raise ValueError(
+            f"--drop {n}: expected 0 to {limit}, as {args.csv or HOFFMANN} has {limit + 1} points"
+        )
+    reason = f"the {n} highest losses, by --drop {n}"
+    if args.drop is None:
+        reason = "those of highest loss and fewest tokens, as in Besiroglu et al. 2024"
+    return leave_out_highest(table, n, reason if n else "by --drop 0")
+
+
+def make_out(given: Path | None) -> Path:
+    """Return the directory of the results, and make it. Raises ValueError where that is not possible, and for
+    an earlier fit in the default directory."""
+    out = given or OUT
+    if given is None and (out / "fit.json").exists():
+        raise ValueError(
+            f"{out} holds an earlier fit: name another directory by --out, or replace it by --out {out}"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be made a directory ({error.strerror})") from None
+    return out
 
 
 def main(args: argparse.Namespace) -> int:
     """Fit, print and write; return the exit code. Raises ValueError for arguments that are out of range."""
     # Everything that can be wrong is found before the fit.
     path = args.csv or HOFFMANN
-    N, D, L = read_points(path)
-    drop = args.drop if args.drop is not None else 0 if args.csv else OUTLIERS
-    if not 0 <= drop < len(N):
-        raise ValueError(f"--drop {drop}: expected 0 to {len(N) - 1}, as {path} has {len(N)} points")
+    table = read_table(path)
     if args.bootstrap < LEAST_RESAMPLES:
         raise ValueError(f"--bootstrap {args.bootstrap}: expected at least {LEAST_RESAMPLES}")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected at least 0")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {args.out}: cannot be made a directory ({error.strerror})") from None
+    chosen = choose_points(table, args)
+    out = make_out(args.out)
 
-    fitted = fit(*without_highest(N, D, L, drop), args.delta)
+    kept, n_out = chosen.kept, int((~chosen.kept).sum())
+    fitted = fit(table.N[kept], table.D[kept], table.L[kept], args.delta)
     found, valleys = findings(fitted, args)
+    rows = {
+        "file": path.name,
+        "described_columns": table.described_columns,
+        "rows": len(kept),
+        "dropped": n_out,
+    }
+    rows |= {"left_out_because": chosen.reason, "outliers": describe(fitted, table, chosen)}
+    if n_out:
+        rows["a_with_all_rows"] = fit(table.N, table.D, table.L, args.delta).law.a
+    found = rows | found
     print_findings(found)
-    with replace_file(args.out / "fit.json") as new:
-        found = {"file": path.name, "dropped": drop} | found
+    with replace_file(out / "fit.json") as new:
         new.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with replace_file(args.out / "fit.png") as new, open(new, "wb") as file:
-        plot_fit(fitted, valleys, file)
-    print(f"\n{args.out}: fit.json and fit.png")
+    left_out = (6 * table.N[~kept] * table.D[~kept], table.L[~kept])
+    plot_fit(fitted, found, left_out, valleys, out / "fit.png")
+    print(f"\n{out}: fit.json and fit.png")
     return 0

@@ -42,8 +42,15 @@ def loss_at(log_C: float, curve_log_C: np.ndarray, loss: np.ndarray) -> float | 
 
 
 def power_law(log_C, log_N) -> PowerLaw:
-    """Return the least-squares line through (ln C, ln N) as N* = k C^a."""
+    """Return the least-squares line through (ln C, ln N) as N* = k C^a.
+
+    Raises ValueError unless a is between 0 and 1: otherwise N* or D* would fall with compute."""
     a, log_k = np.polyfit(log_C, log_N, 1)
+    if not 0 < a < 1:
+        raise ValueError(
+            f"the points do not decide it: a line through {len(log_N)} minima would let "
+            f"{'D*' if a > 0 else 'N*'} fall as compute grows"
+        )
     return PowerLaw(float(np.exp(log_k)), float(a))
 
 
@@ -55,7 +62,8 @@ def envelope(N, D, L) -> PowerLaw:
     sizes ends: with 10 sizes of a known law it errs in a by 0.005 instead of 0.0002.) The first and the last
     interval are left out, because smaller or larger sizes would have cut them short.
 
-    Raises ValueError unless 4 sizes or more are the best somewhere, each with losses at two D or more."""
+    Raises ValueError unless 4 sizes or more are the best somewhere, each with losses at two D or more, and as
+    `power_law` does."""
     found = [curve for curve in curves(N, D, L) if len(curve[1]) > 1]
     if len(found) < 4:
         raise ValueError(f"envelope: {len(found)} sizes with several D: expected at least 4 training curves")
@@ -127,7 +135,7 @@ def isoflop(N, D, L, budgets=None, within: float = 8.0) -> IsoFLOP:
     sizes within a factor `within` of the best are used, because the valley is no parabola further out.
     Budgets without a clear minimum are left out (`fit_valley`).
 
-    Raises ValueError where less than 2 budgets remain."""
+    Raises ValueError where less than 2 budgets remain, and as `power_law` does."""
     found = curves(N, D, L)
     if budgets is None:
         budgets = common_budgets(found)

@@ -1,6 +1,6 @@
 """The law to explore: one HTML file that computes in the browser and needs no other file.
 
-    python chinchilla.py page                                   chinchilla-page.html
+    python chinchilla.py page                                   runs/chinchilla-page.html
     python chinchilla.py page --points mine.csv --fit fit.json  with your own runs, and the law fitted to them
 
 scaling/page.html is the template. Laws, devices and points are written into it as JSON, so that every figure
@@ -16,11 +16,12 @@ from pathlib import Path
 from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, Published, points
 from formats import command
 from formats.atomic import replace_file
-from scaling.plan import DEFAULT_MFU, DEVICES, PUE
+from scaling.hardware import DEFAULT_MFU, DEVICES, PUE
 from scaling.points import read_points
 from scaling.shapes import SEQ_LEN, Shape
 
 TEMPLATE = Path(__file__).with_name("page.html")
+OUT = Path("runs/chinchilla-page.html")
 MARK = "__DATA__"  # where the template takes the data
 GOPHER = 5.76e23  # FLOPs: the budget at which Chinchilla was trained
 
@@ -43,7 +44,7 @@ SOURCES = (
     "GPU-hours = C / (peak × MFU × 3600), where MFU is the share of the peak that goes into 6 N D; "
     f"kWh = GPU-hours × kW × {PUE:g}, as in section 6 of Touvron et al. 2023 (LLaMA, arXiv 2302.13971). "
     "Peaks (dense bf16) and watts from the makers' data sheets, prices on demand, May 2026 (B200: March); "
-    "scaling/plan.py cites them.",
+    "scaling/hardware.py cites them.",
     "Many tokens per parameter: Sardana and Frankle 2024, arXiv 2401.00448.",
 )
 
@@ -104,8 +105,8 @@ def html(data: dict) -> str:
 
 
 def read_fit(path: Path) -> Published:
-    """Return the law in a fit.json that `chinchilla.py fit` wrote. Raises ValueError for any other file, and
-    for numbers out of range."""
+    """Return the law in a fit.json that `chinchilla.py fit` wrote. Raises ValueError for any other file, for
+    numbers out of range, and for a law that its points do not determine."""
     names = {field.name for field in fields(Law)}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -119,13 +120,13 @@ def read_fit(path: Path) -> Published:
                 raise ValueError(f"{x:g} is not positive and finite")
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path}: expected the fit.json that `chinchilla.py fit` writes ({error})") from None
+    if reasons := found.get("undetermined"):
+        raise ValueError(f"{path}: its points do not determine a law, so there is none to show: {reasons[0]}")
     return Published(law, title, source, (least, most))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=command.path, default=Path("chinchilla-page.html"), help="the file to write"
-    )
+    parser.add_argument("--out", type=command.path, metavar="FILE", help=f"default {OUT}, if it is new")
     parser.add_argument(
         "--points", type=command.path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)"
     )
@@ -134,8 +135,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(args: Namespace) -> int:
     """Write the page and return the exit code."""
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: expected a file name in a directory that exists")
+    out = args.out or OUT
+    if args.out is None and out.exists():
+        raise ValueError(f"{out} is there already: name another file by --out, or replace it by --out {out}")
+    if args.out and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"--out {out}: expected a file name in a directory that exists")
     laws = dict(LAWS)
     if args.fit and args.points is None:
         raise ValueError(f"--fit {args.fit}: --fit needs --points, the runs it was fitted to")
@@ -143,7 +147,8 @@ def main(args: Namespace) -> int:
         laws = {"fit": read_fit(args.fit), **laws}
     runs = read_points(args.points) if args.points else points()
     text = html(page_data(*runs, laws, next(iter(laws))))
-    with replace_file(args.out) as new:
+    out.parent.mkdir(exist_ok=True)
+    with replace_file(out) as new:
         new.write_text(text, encoding="utf-8")
-    print(f"{args.out}: {len(text) // 1000} kB; open it in a browser")
+    print(f"{out}: {len(text) // 1000} kB; open it in a browser")
     return 0

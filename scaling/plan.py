@@ -5,12 +5,11 @@
     to be served        least 6 N D + 2 N D_served with L(N, D) = L(N*, D*)         Sardana and Frankle 2024
     repeated data       least E + A / N'^alpha + B / D'^beta with 6 N D = C          Muennighoff et al. 2023
                         D' = U + U R (1 - exp(-(D/U - 1) / R)),  U unique tokens seen D/U times,  R = 15.4
-    on hardware         GPU-hours = C / (peak FLOP/s x MFU x 3600),  kWh = GPU-hours x kW x PUE
 
-L and the laws are those of chinchilla.py. This file is the arithmetic; the command, which prints it, is
-scaling/plan_report.py: `python chinchilla.py plan 1e22`.
+L and the laws are those of chinchilla.py; what FLOPs cost on GPUs is in scaling/hardware.py. This file is the
+arithmetic; the command, which prints it, is scaling/plan_report.py: `python chinchilla.py plan 1e22`.
 
-Units: N parameters, D tokens, C FLOPs, losses nats per token, power in watts, prices US dollars.
+Units: N parameters, D tokens, C FLOPs, losses nats per token.
 """
 
 import math
@@ -21,6 +20,7 @@ import numpy as np
 
 from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS, Law, PowerLaw, fit, points
 from formats.quantities import short
+from scaling.hardware import CO2, DEFAULT_MFU, DEVICES, PUE, check_mfu, hardware_cost
 from scaling.points import beyond, interval
 from scaling.shapes import SEQ_LEN, count_parameters, shape_for, training_flops
 
@@ -113,6 +113,26 @@ def effective(total, unique, R: float):
     return unique * (1 + R * (1 - np.exp(-(total / unique - 1) / R)))
 
 
+def inference_optimal_within(law: Law, C: float, served: float) -> tuple[float, float]:
+    """Return (N, D) with 6 N D = C of the model that is cheapest to train and serve, among all of its loss.
+
+    It is the `inference_optimal` model of a smaller budget, the one for which that model's training takes C.
+    So it is smaller than the compute-optimal model of C, and its loss is higher."""
+
+    def training(budget):
+        N, D, _ = inference_optimal(law, budget, served)
+        return 6 * N * D
+
+    low, high = C, C
+    while training(low) > C:
+        low /= 1000
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if training(middle) < C else (low, middle)
+    N, D, _ = inference_optimal(law, low, served)
+    return N, D
+
+
 @dataclass(frozen=True)
 class RepeatedData:
     """The law for tokens that are seen more than once (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -146,64 +166,6 @@ REPEATED = RepeatedData(
 )
 
 
-@dataclass(frozen=True)
-class Device:
-    """A GPU, with what a plan needs to know of it."""
-
-    name: str
-    peak: float  # FLOP/s of dense bf16 matrix products, float32 accumulation
-    watts: float  # thermal design power, the board's limit
-    price: float | None = None  # dollars an hour
-
-
-# Peaks and watts are from each maker's data sheet. Prices are on demand, of May 2026: the middle of the range
-# that mercatus-ai.com/blog/cloud-gpu-pricing gives for specialised clouds (A100 1.10-1.50, H100 2.50-3.50,
-# H200 3.50-4.50 dollars; over all clouds 0.80-3.00, 1.99-5.00, 2.50-7.00); B200: Spheron, 17 March 2026. No
-# price was found for the others, and none is guessed.
-DEVICES = {
-    "v100": Device("NVIDIA V100 SXM2", 125e12, 300),  # fp16: it has no bf16
-    "a100": Device("NVIDIA A100 SXM 80GB", 312e12, 400, 1.30),
-    "l40s": Device("NVIDIA L40S", 362e12, 350),
-    "rtx4090": Device("NVIDIA RTX 4090", 165.2e12, 450),  # Ada whitepaper, appendix A
-    "h100": Device("NVIDIA H100 SXM", 989e12, 700, 3.00),
-    "h200": Device("NVIDIA H200 SXM", 989e12, 700, 4.00),
-    "b200": Device("NVIDIA B200", 2250e12, 1000, 6.03),
-    "mi300x": Device("AMD Instinct MI300X", 1307e12, 750),
-}
-DEFAULT_MFU = 0.4  # the GPU-hours of Llama 2 (Touvron et al. 2023, table 2) imply 0.38 to 0.43
-# Touvron et al. 2023 (LLaMA, arXiv 2302.13971), section 6; the model card of Llama 2 counts in the same way.
-PUE = 1.1  # power of the whole data centre over that of its computers
-CO2 = 0.385  # kg per kWh, the average of the USA
-
-
-def gpu_hours(C: float, device: Device, mfu: float = DEFAULT_MFU) -> float:
-    """Return the hours of one device for C = 6 N D FLOPs.
-
-    mfu: the share of the peak FLOP/s that goes into 6 N D. The MFU of Chowdhery et al. 2022, appendix B,
-    counts attention as well."""
-    return C / (device.peak * mfu * 3600)
-
-
-def energy(hours: float, watts: float, pue: float = PUE) -> float:
-    """Return the kWh of so many GPU-hours at full power, without the hosts' CPUs and network."""
-    return hours * watts / 1000 * pue
-
-
-def hardware_cost(C: float, device: Device, gpus: int, mfu: float, price: float | None) -> dict:
-    """Return time, rent, energy and CO2 of C FLOPs on that many devices. price: dollars an hour of one."""
-    hours = gpu_hours(C, device, mfu)
-    kwh = energy(hours, device.watts)
-    return {
-        "name": device.name,
-        "gpu_hours": hours,
-        "days": hours / gpus / 24,
-        "price": price,
-        "dollars": None if price is None else price * hours,
-        "kwh": kwh,
-        "co2_kg": kwh * CO2,
-    }
-
-
 def look_up(table: dict, name: str, kind: str):
     """Return table[name]. Raises ValueError, with all names, if there is no such name."""
     if name not in table:
@@ -217,11 +179,6 @@ def check_positive(**values: float | None) -> None:
         if value is not None and not LEAST <= value <= MOST:
             given = f"{name.replace('_', ' ')} {min(value, 1e308):g}"  # an int may be larger than any float
             raise ValueError(f"{given}: expected a number above 0, from {LEAST:g} to {MOST:g}")
-
-
-def check_mfu(mfu: float) -> None:
-    if not 1e-4 <= mfu <= 1:
-        raise ValueError(f"mfu {mfu:g}: expected a share of the peak, from 0.0001 to 1, such as 0.4")
 
 
 def allocation(N: float, D: float | None) -> dict:
@@ -261,20 +218,33 @@ def plan_own_run(law: Law | PowerLaw, run: tuple[float, float]) -> dict:
     return allocation(*run) | {"loss": loss, "optimal_compute": float(compute_for(law, loss))}
 
 
-def plan_repeated_data(C: float, unique_tokens: float) -> dict:
-    """Return the best run at C with so many different tokens, and the best with enough of them."""
-    N, D = REPEATED.optimal(C, unique_tokens)
-    worth = float(effective(D, min(unique_tokens, D), REPEATED.R_D))
-    loss = float(REPEATED.loss(N, D, unique_tokens))
-    limited = allocation(N, D) | {"epochs": D / unique_tokens, "worth": worth, "loss": loss}
+def plan_inference(law: Law, C: float, served: float) -> dict:
+    """Return the model of the compute-optimal loss that is cheapest to train and serve, what its training
+    takes, and the model to be served whose training takes C."""
+    N, D, saving = inference_optimal(law, C, served)
+    part = allocation(N, D) | {"served": served, "saving": saving, "training": 6 * N * D}
+    N, D = inference_optimal_within(law, C, served)
+    return part | {"within": allocation(N, D) | {"loss": float(law.loss(N, D))}}
+
+
+def repeated_run(N: float, D: float, unique: float) -> dict:
+    """Return a run (N, D) on so many different tokens: epochs, what its tokens are worth, and its loss."""
+    worth = float(effective(D, min(unique, D), REPEATED.R_D))
+    more = {"epochs": D / unique, "worth": worth, "loss": float(REPEATED.loss(N, D, unique))}
+    return allocation(N, D) | more
+
+
+def plan_repeated_data(C: float, unique_tokens: float, run: tuple[float, float] | None) -> dict:
+    """Return the best run at C with so many different tokens, the best with enough of them, and the run that
+    was given, if one was."""
     N, D = (float(x) for x in REPEATED.law.optimal(C))
-    unlimited = allocation(N, D) | {"epochs": 1.0, "worth": D, "loss": float(REPEATED.law.loss(N, D))}
-    return {
+    part = {
         "unique": unique_tokens,
-        "limited": limited,
-        "unlimited": unlimited,
+        "limited": repeated_run(*REPEATED.optimal(C, unique_tokens), unique_tokens),
+        "unlimited": allocation(N, D) | {"epochs": 1.0, "worth": D, "loss": float(REPEATED.law.loss(N, D))},
         "beyond": beyond(C, (1.0, REPEATED.largest)),  # no budget is less than 1
     }
+    return part | ({"run": repeated_run(*run, unique_tokens)} if run else {})
 
 
 def plan_flops(N: float, D: float) -> dict | None:
@@ -382,10 +352,9 @@ def make_plan(
     if run:
         plan["run"] = plan_own_run(law, run)
     if inference_tokens:
-        N, D, saving = inference_optimal(law, C, inference_tokens)
-        plan["inference"] = allocation(N, D) | {"served": inference_tokens, "saving": saving}
+        plan["inference"] = plan_inference(law, C, inference_tokens)
     if unique_tokens:
-        plan["repeated"] = plan_repeated_data(C, unique_tokens)
+        plan["repeated"] = plan_repeated_data(C, unique_tokens, run)
     plan["hardware"] = {"gpu": gpu, "gpus": gpus, "mfu": mfu, "pue": PUE, "co2_kg_per_kwh": CO2}
     plan["hardware"]["devices"] = {
         name: hardware_cost(C, device, gpus, mfu, price if price and name == gpu else device.price)

@@ -18,19 +18,8 @@ from chinchilla import DEFAULT_LAW, LAWS, MANY_TOKENS
 from formats import command
 from formats.atomic import replace_file
 from formats.quantities import quantity, short
-from scaling.plan import (
-    CO2,
-    DEFAULT_MFU,
-    DEVICES,
-    PUE,
-    RESAMPLES,
-    TOO_HOPEFUL,
-    budget_for,
-    check_mfu,
-    check_positive,
-    look_up,
-    make_plan,
-)
+from scaling.hardware import CO2, DEFAULT_MFU, DEVICES, PUE, check_mfu, hardware_cost
+from scaling.plan import RESAMPLES, TOO_HOPEFUL, budget_for, check_positive, look_up, make_plan
 from scaling.shapes import SEQ_LEN
 
 WIDTH = 100  # characters of a line of prose
@@ -97,7 +86,8 @@ def model_in_words(row: dict) -> str:
 
 def laws_section(plan: dict) -> list[str]:
     """Return a table of the optimum by every published law, its interval, and the sources."""
-    rows = [("law", "", "N", "D", "D/N", "loss", "beyond its data")]
+    rows = [("law", "", "N", "D", "D/N", "loss", "C beyond its data")]
+    rows.append(("", "", "parameters", "tokens", "tokens/param.", "nats/token", "orders of 10"))
     sources = []
     for name, row in plan["laws"].items():
         side = "above" if plan["compute"] > row["compute"][1] else "below"
@@ -119,13 +109,16 @@ def laws_section(plan: dict) -> list[str]:
         "N counts the head and not the embedding table (kaplan: neither), C = 6 N D. Losses are nats per "
         "token of each paper's own text and tokenizer: compare them within a law, not between laws"
     )
-    title = "How large, on how many tokens (* is the law used below)"
+    title = "How large, on how many tokens (* is the law used below; the rule of thumb is D/N = 20)"
     return [title, *table(rows, left=2), *paragraph(counts), *paragraph(interval, indent="    "), *sources]
 
 
 def other_sizes_section(plan: dict) -> list[str]:
     """Return a table of smaller and larger models with the optimum's loss."""
-    rows = [("N", "of N*", "D", "D/N", "more compute")]
+    rows = [
+        ("N", "of N*", "D", "D/N", "more compute"),
+        ("parameters", "", "tokens", "tokens/param.", "than C"),
+    ]
     for row in plan["same_loss"]:
         N, D, ratio = size_cells(row)
         rows.append((N, cell(row["size"]), "never" if D == "-" else D, ratio, percent(row["extra"])))
@@ -137,20 +130,32 @@ def other_sizes_section(plan: dict) -> list[str]:
 
 
 def inference_section(plan: dict) -> list[str]:
+    """Return the model to be served: of the optimum's loss, and of the budget alone."""
     part, best = plan["inference"], plan["laws"][plan["law"]]
+    within = part["within"]
     text = (
-        f"{model_in_words(part)}: as good as {cell(best['N'])} on {cell(best['D'])}, for "
-        f"{100 * part['saving']:z.1f} % fewer FLOPs of training and serving (Sardana and Frankle 2024)"
+        f"{model_in_words(part)}: as good as {cell(best['N'])} on {cell(best['D'])}, loss {loss_cell(best)}, "
+        f"for {100 * part['saving']:z.1f} % fewer FLOPs of training and serving (Sardana and Frankle 2024). "
+        f"Its training takes {cell(part['training'])} FLOPs, {over_budget(plan)}."
     )
-    return [f"To be served {cell(part['served'])} tokens, by {plan['law']}", *paragraph(text)]
+    fits = f"Within the budget: {model_in_words(within)}, loss {loss_cell(within)}."
+    return [f"To serve {cell(part['served'])} tokens, by {plan['law']}", *paragraph(text), *paragraph(fits)]
+
+
+def over_budget(plan: dict) -> str:
+    over = plan["inference"]["training"] / plan["compute"] - 1
+    return f"{100 * over:.0f} % more than the budget"
 
 
 def repeated_section(plan: dict) -> list[str]:
     """Return the best run with few different tokens, above the best run with enough of them."""
-    rows = [("unique tokens", "N", "D", "epochs", "worth new tokens", "loss")]
-    for unique, part in ((cell(plan["repeated"]["unique"]), "limited"), ("enough", "unlimited")):
-        row = plan["repeated"][part]
-        rows.append((unique, *(cell(row[key]) for key in ("N", "D", "epochs", "worth")), loss_cell(row)))
+    rows = [("different tokens", "N", "D", "epochs", "worth new tokens", "loss")]
+    rows.append(("", "parameters", "tokens", "", "tokens", "nats/token"))
+    unique = cell(plan["repeated"]["unique"])
+    parts = {"limited": unique, "run": f"{unique}, your run", "unlimited": "enough"}
+    for part, title in parts.items():
+        if row := plan["repeated"].get(part):
+            rows.append((title, *(cell(row[key]) for key in ("N", "D", "epochs", "worth")), loss_cell(row)))
     return ["Data seen again, by Muennighoff et al. 2023 (arXiv 2305.16264)", *table(rows)]
 
 
@@ -166,7 +171,7 @@ def hardware_section(plan: dict) -> list[str]:
         rows.append((marked, hours, in_units(row["days"], TIME, least=2), price, *cells))
     note = (
         f"PUE {PUE}, {CO2} kg CO2 per kWh, the average of the USA (LLaMA, arXiv 2302.13971, section 6). "
-        "Prices on demand, May 2026 (B200: March; scaling/plan.py has the sources); they move: give your own "
+        "Prices on demand, May 2026 (B200: March; sources in scaling/hardware.py); they move: give your own "
         "with --price"
     )
     title = f"On hardware, at {100 * hardware['mfu']:g} % of its peak (MFU)"
@@ -208,17 +213,41 @@ def run_in_words(plan: dict) -> str:
     )
 
 
-def in_short(plan: dict) -> str:
-    """Return the plan in a sentence or two."""
-    law, hardware = plan["law"], plan["hardware"]
-    best, row = plan["laws"][law], hardware["devices"][hardware["gpu"]]
+def spent_in_words(plan: dict, C: float) -> str:
+    """Return how long C FLOPs take on the chosen GPUs, and their rent."""
+    hardware = plan["hardware"]
+    chosen = hardware["devices"][hardware["gpu"]]
+    device = DEVICES[hardware["gpu"]]
+    row = hardware_cost(C, device, hardware["gpus"], hardware["mfu"], chosen["price"])
     price = "" if row["dollars"] is None else f" and {dollars(row['dollars'])}"
-    spent = f"{in_units(row['days'], TIME, least=2)} on {hardware['gpus']} {hardware['gpu']}{price}."
+    return f"{in_units(row['days'], TIME, least=2)} on {hardware['gpus']} {hardware['gpu']}{price}"
+
+
+def in_short(plan: dict) -> str:
+    """Return the answer to what was requested, in a few sentences."""
+    sentences = []
     if "run" in plan:
-        return f"In short: {model_in_words(plan['run'])}, take {cell(plan['compute'])} FLOPs: {spent}"
+        spent = spent_in_words(plan, plan["compute"])
+        sentences.append(f"{model_in_words(plan['run'])}, take {cell(plan['compute'])} FLOPs: {spent}.")
+    if "inference" in plan:
+        sentences.append(serving_in_short(plan))
+    if "repeated" in plan:
+        sentences.append(repeated_in_short(plan))
+    if "inference" in plan and "repeated" in plan:
+        sentences.append("The two answers are separate: no law here joins serving and repeated data.")
+    return "In short: " + " ".join(sentences or [optimum_in_short(plan)])
+
+
+def extrapolated(orders: float) -> str:
+    return f" (extrapolated by {orders:.1f} orders of magnitude)" if orders else ""
+
+
+def optimum_in_short(plan: dict) -> str:
+    """Return the best model of the budget, and what half its size would cost."""
+    best = plan["laws"][plan["law"]]
     text = (
-        f"In short: by {law}, {cell(plan['compute'])} FLOPs are best spent on {cell(best['N'])} parameters "
-        f"and {cell(best['D'])} tokens: {spent}"
+        f"by {plan['law']}{extrapolated(best['beyond'])}, {cell(plan['compute'])} FLOPs are best spent on "
+        f"{cell(best['N'])} parameters and {cell(best['D'])} tokens: {spent_in_words(plan, plan['compute'])}."
     )
     for other in plan.get("same_loss", ()):
         if other["size"] == 0.5 and other["extra"] is not None:
@@ -227,6 +256,46 @@ def in_short(plan: dict) -> str:
                 "costs half as much to run."
             )
     return text
+
+
+def serving_in_short(plan: dict) -> str:
+    """Return the model to be served, what it takes beside the budget, and what fits in the budget."""
+    part, best = plan["inference"], plan["laws"][plan["law"]]
+    text = (
+        f"to serve {cell(part['served'])} tokens, by {plan['law']}{extrapolated(best['beyond'])}, "
+        f"{model_in_words(part)}, are as good as {cell(best['N'])} on {cell(best['D'])}, and "
+        f"{100 * part['saving']:z.1f} % cheaper to train and serve."
+    )
+    spent = spent_in_words(plan, part["training"])
+    if part["training"] / plan["compute"] < 1.005:
+        return f"{text} Their training takes the budget: {spent}."
+    within = part["within"]
+    return (
+        f"{text} Their training takes {cell(part['training'])} FLOPs, {over_budget(plan)} of "
+        f"{cell(plan['compute'])}: {spent}. The budget is enough for {model_in_words(within)}, at a loss of "
+        f"{loss_cell(within)} instead of {loss_cell(best)}: {spent_in_words(plan, plan['compute'])}."
+    )
+
+
+def repeated_in_short(plan: dict) -> str:
+    """Return the best run on the different tokens that there are, beside the best with enough of them."""
+    part = plan["repeated"]
+    limited, unlimited, unique = part["limited"], part["unlimited"], cell(part["unique"])
+    run, text, spent = part.get("run"), "", f": {spent_in_words(plan, plan['compute'])}"
+    if run:
+        spent = ""
+        if run["epochs"] > 1:
+            text = f"Your run sees {unique} different tokens {cell(run['epochs'])} times, which are worth "
+            text += f"{cell(run['worth'])} new tokens. "
+    if limited["epochs"] <= 1:
+        enough = f"{unique} different tokens are enough for the best model of {cell(plan['compute'])} FLOPs"
+        return f"{text}{enough}, {model_in_words(limited)}, without a second epoch{spent}."
+    return (
+        f"{text}With {unique} different tokens, by Muennighoff et al. 2023{extrapolated(part['beyond'])}, "
+        f"{cell(plan['compute'])} FLOPs are best spent on {model_in_words(limited)}, in "
+        f"{cell(limited['epochs'])} epochs{spent}. The loss is {loss_cell(limited)}; with enough tokens it "
+        f"is {loss_cell(unlimited)} ({model_in_words(unlimited)})."
+    )
 
 
 def format_plan(plan: dict) -> str:

@@ -7,6 +7,7 @@ Points are held as three arrays of shape (n,), float64.
 import csv
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,34 @@ COLUMNS = {  # column names in the files of several papers, in lower case
 }
 
 
-def read_points(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return N, D and loss, float64 (n,) each, of a CSV file with a header.
+@dataclass(frozen=True)
+class Table:
+    """The points of a CSV file. N, D and L: float64 (n,) each."""
 
-    The file has columns for N, for the loss, and for D or C; from C follows D = C / (6 N).
+    N: np.ndarray
+    D: np.ndarray
+    L: np.ndarray
+    lines: np.ndarray  # (n,) int: the line of the file that each point is in
+    columns: tuple[str, str, str]  # the file's own names of N, of D or C, and of the loss
+    has_D: bool  # False where D is computed from C
+
+    @property
+    def described_columns(self) -> str:
+        """Return which column is which, in words."""
+        N, second, loss = self.columns
+        D_or_C = f"D from {second!r}" if self.has_D else f"D = C / (6 N) with C from {second!r}"
+        return f"N from column {N!r}, {D_or_C}, loss from {loss!r}"
+
+
+def read_table(path: str | Path) -> Table:
+    """Return the points of a CSV file with a header.
+
+    The file has columns for N, for the loss, and for D or C; from C follows D = C / (6 N). Other columns are
+    not read.
 
     Raises ValueError, with file and line, for missing columns and for cells that are not positive numbers.
     """
-    rows = []
+    rows, lines = [], []
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         try:
@@ -35,13 +56,21 @@ def read_points(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 where = f"{path}, line {reader.line_num}"
                 if None in row:
                     raise ValueError(f"{where}: more cells than columns; a decimal comma?")
-                rows.append([positive_number(row[name], f"{where}: {name}") for name in names])
+                rows.append([positive_number(row[name], f"{where}: {name.strip()}") for name in names])
+                lines.append(reader.line_num)
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     if not rows:
         raise ValueError(f"{path}: no points below the header")
     N, D_or_C, L = np.array(rows).T
-    return N, D_or_C if has_D else D_or_C / (6 * N), L
+    columns = tuple(name.strip() for name in names)
+    return Table(N, D_or_C if has_D else D_or_C / (6 * N), L, np.array(lines), columns, has_D)
+
+
+def read_points(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return N, D and loss, float64 (n,) each, of a CSV file. Raises ValueError as `read_table` does."""
+    table = read_table(path)
+    return table.N, table.D, table.L
 
 
 def choose_columns(header: Sequence[str], path: str | Path) -> tuple[list[str], bool]:
@@ -49,13 +78,21 @@ def choose_columns(header: Sequence[str], path: str | Path) -> tuple[list[str], 
     by_name = {(name or "").strip().lower(): name for name in header}
     found = {key: [by_name[n] for n in names if n in by_name] for key, names in COLUMNS.items()}
     second = "D" if found["D"] else "C"
-    if not (found["N"] and found[second] and found["loss"]):
-        present = ", ".join(by_name) or "nothing"
-        raise ValueError(f"{path}, line 1: expected columns N, loss, and D or C; it has {present}")
+    missing = [key for key in ("N", second, "loss") if not found[key]]
+    if missing:
+        # Name the file's own columns, and what each missing one may be called.
+        present = ", ".join((name or "").strip() for name in header) or "nothing"
+        accepted = {key: " or ".join(names) for key, names in COLUMNS.items()}
+        accepted["C"] = f"{accepted['D']} (D), or {accepted['C']} (C)"
+        called = "; ".join(
+            f"{'D or C' if key == 'C' else key} may be called {accepted[key]}" for key in missing
+        )
+        expected = "expected columns N, loss, and D or C"
+        raise ValueError(f"{path}, line 1: {expected}; it has {present}. Rename a column: {called}")
     chosen = [found[key][0] for key in ("N", second, "loss")]
     for name in chosen:
         if [n.strip().lower() for n in header].count(name.strip().lower()) > 1:
-            raise ValueError(f"{path}, line 1: there is more than one column {name}")
+            raise ValueError(f"{path}, line 1: there is more than one column {name.strip()}")
     return chosen, second == "D"
 
 
@@ -125,9 +162,15 @@ def describe_weak_design(N: np.ndarray, logs: np.ndarray) -> list[str]:
         warnings.append(f"only {n_sizes} sizes: E, A and alpha cannot be told apart; use 4 or more")
     if N.max() < 3 * N.min():
         warnings.append(f"N varies by a factor of {N.max() / N.min():.3g} only: alpha wants 10 or more")
-    if abs(np.corrcoef(logs[:2])[0, 1]) > 0.999:
+    if on_one_line(logs):
         warnings.append("one D for each N: A and alpha cannot be told from B and beta; vary D at equal N")
     return warnings
+
+
+def on_one_line(logs: np.ndarray) -> bool:
+    """Return True where D follows from N, as with 20 tokens per parameter throughout: logs (3, n) hold the
+    logarithms of N, D and L."""
+    return bool(abs(np.corrcoef(logs[:2])[0, 1]) > 0.999)
 
 
 def draw_resamples(

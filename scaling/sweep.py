@@ -30,6 +30,7 @@ import json
 import math
 import shlex
 import sys
+import tempfile
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ from scaling.sweep_report import EXACT, find_law, plot_emergence, plot_sweep, pr
 
 # Functions import scaling.sweep_runs where they use it: it loads torch, which takes seconds, also of --help.
 
+LEAST_MINUTES = 1  # no machine is known that needs less
 BEYOND = 3  # FLOPs of the predicted run over those of the largest that the law is fitted to
 MIN_SIZES = 4  # the fewest that a law is fitted to
 LR_EXPONENT = 0.75  # how the best learning rate falls with width; by trial at widths 16, 48 and 128
@@ -171,17 +173,16 @@ def choose_runs(
 
 
 def begin_or_resume(args: argparse.Namespace, design: Design, n_workers: int) -> dict:
-    """Return the content of sweep.json: of the sweep that is in --out, or of a new one.
+    """Return the content of sweep.json: of the sweep that is in --out, or of a new one, which is not written.
 
-    A new sweep begins with a trial of every width, which measures its speed. Raises ValueError for too little
-    text, a damaged file, or a sweep of other settings in --out."""
+    A new sweep begins with a trial of every width, which measures its speed, in a temporary directory. Raises
+    ValueError for too little text or time, a damaged file, or a sweep of other settings in --out."""
     from scaling import sweep_runs
 
     text, n_tokens = sweep_runs.prepare_text(args)
-    path = args.out / "sweep.json"
     settings = {"dataset": text, "seed": args.seed, "lr_factor": args.lr_factor} | asdict(design)
-    if path.exists():
-        return read_state(path, settings)
+    if (args.out / "sweep.json").exists():
+        return read_state(args.out / "sweep.json", settings)
     needed = 2 * design.first_point * design.batch_size * design.seq_len
     if n_tokens < needed:
         raise ValueError(
@@ -189,12 +190,12 @@ def begin_or_resume(args: argparse.Namespace, design: Design, n_workers: int) ->
             "text"
         )
     print(f"trying widths {design.widths[0]} to {design.widths[-1]} for their speed", file=sys.stderr)
-    all_flags = [train_flags(design, width, args) for width in design.widths]
-    speeds = sweep_runs.measure_speeds(all_flags, n_workers)
+    with tempfile.TemporaryDirectory() as trials:
+        elsewhere = argparse.Namespace(**vars(args) | {"out": Path(trials)})
+        all_flags = [train_flags(design, width, elsewhere) for width in design.widths]
+        speeds = sweep_runs.measure_speeds(all_flags, n_workers)
     runs = choose_runs(args, design, speeds, n_tokens, n_workers)
-    state = {"command": shlex.join(["python", *sys.argv]), "asked": settings, "runs": runs}
-    write_json(state, path)
-    return state
+    return {"command": shlex.join(["python", *sys.argv]), "asked": settings, "runs": runs}
 
 
 def read_state(path: Path, settings: dict) -> dict:
@@ -212,7 +213,6 @@ def read_state(path: Path, settings: dict) -> dict:
                 f"--out {path.parent}: the sweep in it has {name} {before.get(name)}, not {value}; its "
                 f"command was {command}; name another directory"
             )
-    print(f"going on with: {command}", flush=True)
     return state
 
 
@@ -250,16 +250,20 @@ def read_rows(runs: list[dict], out: Path) -> list[dict]:
 
 def print_runs(runs: list[dict], tokens_per_update: int, n_workers: int) -> None:
     """Print the design of the sweep and how long it takes."""
-    print("width  parameters  FLOPs per token  tokens")
+    print("width  parameters  FLOPs per token         N  tokens D   D/N")
     for run in runs:
-        tokens = short(run["points"][-1] * tokens_per_update)
-        print(f"{run['width']:5} {run['n_params']:11,} {run['flops_per_token']:16,}  {tokens}")
+        N, D = run["flops_per_token"] / 6, run["points"][-1] * tokens_per_update
+        cells = f"{run['flops_per_token']:16,}  {short(N):>8}  {short(D):>8}  {D / N:4.3g}"
+        print(f"{run['width']:5} {run['n_params']:11,} {cells}")
+    print(
+        "parameters: all, with the embedding, which is the head too. N: FLOPs per token / 6, the size in the law"
+    )
+    print("and in the pictures. D/N: tokens per parameter at the end of the run (rule of thumb: 20)")
     print(f"about {minutes(runs, n_workers):.0f} minutes in all; the last is to be predicted", flush=True)
 
 
-def run_sweep(args: argparse.Namespace, design: Design, n_workers: int) -> None:
-    """Design the sweep, train, fit the law, predict the largest run, train it, compare, and plot."""
-    state = begin_or_resume(args, design, n_workers)
+def run_sweep(state: dict, args: argparse.Namespace, design: Design, n_workers: int) -> None:
+    """Train, fit the law, predict the largest run, train it, compare, and plot. state: of sweep.json."""
     *narrower, widest = state["runs"]
     tokens_per_update = design.batch_size * design.seq_len
     print_runs(state["runs"], tokens_per_update, n_workers)
@@ -285,15 +289,22 @@ def run_sweep(args: argparse.Namespace, design: Design, n_workers: int) -> None:
     make_runs([widest], design, args, 1)
     *_, largest = read_rows([widest], args.out)
     prediction |= {"measured": largest["loss"], "error": prediction["loss"] / largest["loss"] - 1}
+    state["largest"] = largest  # all its measures, so that the pictures can be drawn again
     write_json(state, args.out / "sweep.json")
     print(f"measured:  {largest['loss']:.4f}: the prediction is off by {prediction['error']:+.2%}")
-    plot_sweep(law, rows, largest, prediction, args.out / "sweep.png")
+    plot_sweep(found, law, rows, largest, prediction, args.out / "sweep.png")
     plot_emergence([*rows, largest], args.out / "emergence.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--minutes", type=float, default=20, help="time that it may take here (default %(default)s)")
+    add(
+        "--minutes",
+        type=float,
+        default=20,
+        help=f"time that it may take here (default %(default)s; at least {LEAST_MINUTES}, on two CPU cores about "
+        "4: a short trial measures how much this machine needs, before anything is written to --out)",
+    )
     add("--budget", type=quantity, metavar="C", help="instead of --minutes: FLOPs of the largest fitted run")
     add(
         "--data",
@@ -331,13 +342,26 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected a number above 0")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected at least 0")
+    if args.budget is None and args.minutes < LEAST_MINUTES:
+        raise ValueError(
+            f"--minutes {args.minutes:g}: expected at least {LEAST_MINUTES}, and about 4 on two CPU cores"
+        )
     from scaling import sweep_runs
 
     args.device = args.device or sweep_runs.default_device()
     n_workers = args.workers or sweep_runs.default_workers(args.device)
-    lock = sweep_runs.lock_directory(args.out)
+    design, lock = DESIGNS[args.device], None
     try:
-        run_sweep(args, DESIGNS[args.device], n_workers)
+        # Nothing is written to --out until the design is known to fit into the time.
+        state = begin_or_resume(args, design, n_workers)
+        lock = sweep_runs.lock_directory(args.out)
+        path = args.out / "sweep.json"
+        if path.exists():
+            state = read_state(path, state["asked"])  # also one that another process began meanwhile
+            print(f"going on with: {state['command']}", flush=True)
+        else:
+            write_json(state, path)
+        run_sweep(state, args, design, n_workers)
     except BrokenProcessPool:
         raise ValueError(
             "a run was killed, perhaps for lack of memory (--workers 1 needs less); the same command goes "
@@ -347,5 +371,6 @@ def main(args: argparse.Namespace) -> int:
         print(f"interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
         return 130
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
     return 0

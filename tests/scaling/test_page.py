@@ -13,7 +13,7 @@ import pytest
 import chinchilla
 from chinchilla import LAWS, Law
 from scaling import page
-from scaling.plan import DEVICES, PUE, gpu_hours
+from scaling.hardware import DEVICES, PUE, gpu_hours
 from scaling.shapes import SEQ_LEN, count_parameters, shape_for, training_flops
 
 STATES = [

@@ -8,8 +8,9 @@ import pytest
 
 from chinchilla import LAWS, Law
 from engine import device
-from scaling import plan
-from scaling.plan import DEVICES, REPEATED
+from scaling import hardware, plan
+from scaling.hardware import DEVICES
+from scaling.plan import REPEATED
 from scaling.shapes import Shape, count_parameters, training_flops
 
 ROOT = Path(__file__).parents[2]
@@ -115,17 +116,17 @@ def test_more_unique_tokens_than_are_seen_change_nothing():
 @pytest.mark.parametrize("hours, tonnes", [(184_320, 31.22), (368_640, 62.44), (1_720_320, 291.42)])
 def test_emissions_of_llama_2(hours, tonnes):
     """Touvron et al. 2023, table 2, and its 400 W. Twice the 7B model's is 62.448: the table truncates it."""
-    assert plan.energy(hours, 400) * plan.CO2 / 1000 == pytest.approx(tonnes, abs=0.01)
+    assert hardware.energy(hours, 400) * hardware.CO2 / 1000 == pytest.approx(tonnes, abs=0.01)
 
 
 def test_a_day_of_a_v100_is_7_2_kwh():
-    assert plan.energy(24, DEVICES["v100"].watts, pue=1) == pytest.approx(7.2)
+    assert hardware.energy(24, DEVICES["v100"].watts, pue=1) == pytest.approx(7.2)
 
 
 def test_the_default_mfu_is_that_of_llama_2():
     for N, hours in ((6.738e9, 184_320), (13.016e9, 368_640), (68.977e9, 1_720_320)):
-        at_peak = plan.gpu_hours(6 * N * 2e12, DEVICES["a100"], mfu=1)
-        assert at_peak / hours == pytest.approx(plan.DEFAULT_MFU, abs=0.03)
+        at_peak = hardware.gpu_hours(6 * N * 2e12, DEVICES["a100"], mfu=1)
+        assert at_peak / hours == pytest.approx(hardware.DEFAULT_MFU, abs=0.03)
 
 
 def test_devices_have_the_peaks_that_train_has():
@@ -140,13 +141,13 @@ def test_devices_have_the_peaks_that_train_has():
 
 
 def test_cost_is_the_sum_of_what_was_asked():
-    row = plan.hardware_cost(1e22, DEVICES["h100"], gpus=8, mfu=0.5, price=2.0)
+    row = hardware.hardware_cost(1e22, DEVICES["h100"], gpus=8, mfu=0.5, price=2.0)
     hours = 1e22 / (989e12 * 0.5 * 3600)
     assert row["gpu_hours"] == pytest.approx(hours)
     assert row["days"] == pytest.approx(hours / 8 / 24)
     assert row["dollars"] == pytest.approx(2 * hours)
     assert row["kwh"] == pytest.approx(hours * 0.7 * 1.1)
-    assert plan.hardware_cost(1e22, DEVICES["v100"], 8, 0.5, None)["dollars"] is None
+    assert hardware.hardware_cost(1e22, DEVICES["v100"], 8, 0.5, None)["dollars"] is None
 
 
 def test_the_interval_holds_the_law_and_grows_with_extrapolation():

@@ -11,7 +11,8 @@ import pytest
 import chinchilla
 from chinchilla import LAWS, Law
 from scaling import plan_report
-from scaling.plan import DEVICES, make_plan
+from scaling.hardware import DEVICES
+from scaling.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 BESIROGLU = LAWS["besiroglu"].law

@@ -58,6 +58,7 @@ class Constants(NamedTuple):
     WINDOWED: bool = False
     SOFTCAP: float | None = None
     PRECISION: str = "ieee"  # of products of float32 tiles
+    LENGTHS: bool = False  # rows have fewer keys than S
     TMA: bool = False  # tiles are loaded through tensor descriptors
     BLOCK_M: int = 0  # queries per tile
     BLOCK_N: int = 0  # keys per tile
@@ -80,6 +81,7 @@ class QueryTile(NamedTuple):
     i0: Any  # its first query
     b: Any  # its row
     h: Any  # its head
+    n_keys: Any  # keys in the row
     low: Any  # (BLOCK_M,), the first key that each query sees
     high: Any  # (BLOCK_M,), the key after the last that it sees
     begin: Any  # keys from begin to left, and from right to end, need a mask; those from left to right do not
@@ -93,7 +95,7 @@ class Keys(NamedTuple):
 
     k: Any
     v: Any
-    S: Any
+    n_keys: Any  # keys in the row
     b: Any
     g: Any
     low: Any  # as in QueryTile
@@ -108,6 +110,9 @@ def load_rows(x, b, start, h, T, ROWS: tl.constexpr, INSIDE: tl.constexpr, const
     """
     if const.TMA:
         tile = x.load([b, h, start, 0]).reshape(ROWS, const.BLOCK_K)
+        # TMA writes zeros after row S, but not after the last key of a row with fewer keys.
+        if const.LENGTHS and not INSIDE:
+            tile = tl.where(start + tl.arange(0, ROWS)[:, None] < T, tile, 0.0)
     else:
         t, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
         row = x.pointer + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h
@@ -133,7 +138,8 @@ def keys_of_row(b, masks):
     """Return how many keys row b has, and the position of its first query."""
     n_keys = masks.n_keys
     if masks.seqlens_k is not None:
-        n_keys = tl.load(masks.seqlens_k + b).to(tl.int32)
+        # Limited to S: a wrong length gives wrong numbers, but no wrong addresses.
+        n_keys = tl.minimum(tl.load(masks.seqlens_k + b).to(tl.int32), n_keys)
     return n_keys, n_keys - masks.n_queries
 
 
@@ -181,7 +187,7 @@ def query_tile(H, masks, const: tl.constexpr):
     begin, full_end = keys_seen(i0, offset, n_keys, masks, const)
     full_begin, end = keys_seen(i_last, offset, n_keys, masks, const)
     left, right = middle(full_begin, full_end, end, const.BLOCK_N)
-    return QueryTile(i0, b, h, low, high, begin // const.BLOCK_N * const.BLOCK_N, left, right, end)
+    return QueryTile(i0, b, h, n_keys, low, high, begin // const.BLOCK_N * const.BLOCK_N, left, right, end)
 
 
 @triton.jit
@@ -201,7 +207,7 @@ def scores(qk, scale, SOFTCAP: tl.constexpr):
 def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: tl.constexpr):
     """Return acc, m and l of the online softmax, continued over the keys from `first` up to `last`."""
     for start in range(first, last, const.BLOCK_N):
-        k_tile = load_rows(keys.k, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
+        k_tile = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
         qk = tl.dot(q, k_tile.T, input_precision=const.PRECISION)  # (BLOCK_M, BLOCK_N)
         s, c = scores(qk, scale, const.SOFTCAP)
         if MASKED:
@@ -214,7 +220,7 @@ def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: 
         p = tl.math.exp2(s * c - base[:, None])
         correction = tl.math.exp2(m - base)
         l = l * correction + tl.sum(p, 1)
-        v_tile = load_rows(keys.v, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
+        v_tile = load_rows(keys.v, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None], input_precision=const.PRECISION)
         m = m_new
     return acc, m, l
@@ -234,7 +240,7 @@ def forward_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, S, tile.b, tile.h // const.GROUP, tile.low, tile.high)
+    keys = Keys(k, v, tile.n_keys, tile.b, tile.h // const.GROUP, tile.low, tile.high)
 
     # First the keys before those that all queries see, which there are only with a window or documents; then
     # those that all queries see; then the keys after them.
@@ -320,12 +326,14 @@ def arguments(q, k, causal, window, softcap, scale, cu_seqlens, seqlens_k) -> tu
     (T, H, K), (S, G) = q.shape[1:], k.shape[1:3]
     doc_start = doc_end = None
     if cu_seqlens is not None:
-        document = torch.bucketize(torch.arange(T, device=q.device), cu_seqlens, right=True)
-        doc_start, doc_end = cu_seqlens[document - 1], cu_seqlens[document]  # of each position, (T,)
+        document = torch.bucketize(torch.arange(T, device=q.device), cu_seqlens[1:-1], right=True)
+        doc_start, doc_end = cu_seqlens[document], cu_seqlens[document + 1]  # of each position, (T,)
     windowed = window is not None and window < max(T, S)
     shared = dict(seqlens_k=seqlens_k, doc_start=doc_start, doc_end=doc_end, T=T, S=S, H=H, scale=scale)
     shared |= dict(window=window if windowed else 0, enable_fp_fusion=True)
-    const = Constants(K, block_width(K), H // G, causal, windowed, softcap, precision(q), uses_tma(q))
+    const = Constants(
+        K, block_width(K), H // G, causal, windowed, softcap, precision(q), seqlens_k is not None, uses_tma(q)
+    )
     return shared, const
 
 

@@ -159,8 +159,8 @@ def dkdv_kernel(
     left, right = middle(full_begin, full_end, end, const.BLOCK_M)
 
     # The tile of keys stays loaded, and the queries pass: with a mask, without, and with a mask again.
-    k_tile = load_rows(k, b, j0, g, S, BLOCK_N, False, const)
-    v_tile = load_rows(v, b, j0, g, S, BLOCK_N, False, const)
+    k_tile = load_rows(k, b, j0, g, n_keys, BLOCK_N, False, const)
+    v_tile = load_rows(v, b, j0, g, n_keys, BLOCK_N, False, const)
     keys, queries = KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys), Queries(q, dout, lse, delta, H)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -188,8 +188,8 @@ def dkdv_kernel(
 def dq_over_keys(dq, q, do, lse, delta, keys, first, last, scale, MASKED: tl.constexpr, const: tl.constexpr):
     """Return dq plus the terms of the keys from `first` up to `last`."""
     for start in range(first, last, const.BLOCK_N):
-        k = load_rows(keys.k, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
-        v = load_rows(keys.v, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
+        k = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
+        v = load_rows(keys.v, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
         s, c = scores(tl.dot(q, k.T, input_precision=const.PRECISION), scale, const.SOFTCAP)
         p = tl.math.exp2(s * c - lse[:, None])
         if MASKED:
@@ -219,7 +219,7 @@ def dq_kernel(
     row = (b * H + h).to(tl.int64) * T + tl.minimum(tile.i0 + tl.arange(0, BLOCK_M), T - 1)
     lse_i, delta_i = tl.load(lse + row), tl.load(delta + row)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, S, b, h // const.GROUP, tile.low, tile.high)
+    keys = Keys(k, v, tile.n_keys, b, h // const.GROUP, tile.low, tile.high)
 
     # As in the forward pass: keys with a mask, without, and with a mask again.
     if const.WINDOWED or doc_start is not None:

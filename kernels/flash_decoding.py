@@ -63,7 +63,7 @@ def split_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, S, b, g, low, high)
+    keys = Keys(k, v, n_keys, b, g, low, high)
     acc, m, l = attend(acc, m, l, q_tile, keys, begin, end, scale, True, const)
 
     # A row that sees no key of this split gets weight 2^-inf = 0 in the sum.

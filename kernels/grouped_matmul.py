@@ -36,7 +36,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from kernels.backend import architecture, block_width, choose, family, on_device, precision, tl, triton
+from kernels.backend import (
+    architecture,
+    block_width,
+    choose,
+    family,
+    multiplies,
+    on_device,
+    precision,
+    readable,
+    refuse_second_derivative,
+    refuse_transforms,
+    tl,
+    triton,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels and of F.grouped_mm
 
@@ -77,6 +90,9 @@ def grouped_matmul(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str = "aut
         raise ValueError(f"grouped_matmul: backend {backend!r} {obstacle}; use 'auto' or 'reference'")
     if backend == "reference":
         return _reference(x, w, offsets)
+    refuse_transforms("grouped_matmul", backend)
+    if backend == "triton" and readable(offsets):
+        _groups(offsets, len(x))  # the kernels do not check
     return _operation(x, w, offsets.contiguous(), backend == "triton")
 
 
@@ -88,6 +104,8 @@ def _obstacle(backend: str, x: Tensor, N: int) -> str:
         return f"takes float16, bfloat16 and float32 on a GPU, not {x.dtype}"
     if backend == "torch" and (x.shape[1] * x.element_size() % 16 or N * x.element_size() % 16):
         return f"takes multiples of 16 bytes for D and N on a GPU, not {x.shape[1]} and {N} of {x.dtype}"
+    if backend == "triton" and not multiplies(x):
+        return "takes no bfloat16 in Triton's interpreter, which multiplies it wrongly"
     return ""
 
 
@@ -332,3 +350,4 @@ def _backward(ctx, dy):
 
 
 _operation.register_autograd(_backward, setup_context=_save)
+refuse_second_derivative("grouped_matmul", _operation_backward)

@@ -31,7 +31,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, library
 
-from kernels.backend import choose, n_multiprocessors, on_device, tl, triton
+from kernels.backend import choose, n_multiprocessors, on_device, refuse_second_derivative, tl, triton
 
 MAX_WIDTH = 16384  # a wider row does not fit the registers of one program
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -265,6 +265,7 @@ _operation = library.custom_op("plinth::rms_norm", launch_forward, mutates_args=
 _operation_backward = library.custom_op("plinth::rms_norm_backward", launch_backward, mutates_args=())
 _operation.register_fake(_forward_outputs)
 _operation.register_autograd(partial(_gradients, _operation_backward), setup_context=_save)
+refuse_second_derivative("rms_norm", _operation_backward)
 
 
 @_operation_backward.register_fake

@@ -6,6 +6,8 @@ value of order one, because the largest of a few small errors varies.
 """
 
 import math
+from functools import partial
+from importlib import import_module
 from itertools import combinations
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
+from torch._subclasses import FakeTensorMode
 
 from kernels import attention, flash_attention, flash_backward, flash_decoding
 
@@ -254,6 +257,42 @@ def test_what_is_masked_is_not_read():
         torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
 
+POISON = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", "torch", "triton", "tensor descriptors", "decoding", "compiled"]
+)
+@pytest.mark.parametrize("mask", [{}, {"causal": True, "window": 9}], ids=["all", "causal window"])
+def test_keys_that_do_not_exist_count_for_nothing(mask, backend, monkeypatch):
+    """Whatever a cache holds after the keys of a row, results and gradients are those of a shorter row."""
+    monkeypatch.setattr(flash_attention, "uses_tma", lambda q: backend == "tensor descriptors")
+    if backend == "decoding":
+        monkeypatch.setattr(flash_decoding, "MIN_KEYS", 16)
+    T, S, lengths = 1 if backend == "decoding" else 20, 40, (0, 21, 40)
+    q, k, v, options = inputs({"seqlens_k": lengths} | mask, T, S, B=3)
+    assert flash_decoding.applies(q, k) == (backend == "decoding")
+    for b, n in enumerate(lengths):
+        for i, x in enumerate((k, v)):
+            x[b, n:] = torch.tensor([POISON[(i + j) % 3] for j in range(S - n)], device=DEVICE)[:, None, None]
+    run, name = attention, backend if backend in ("reference", "torch") else "triton"
+    if backend == "compiled":
+        run, name = torch.compile(attention, fullgraph=True, backend="aot_eager"), "torch"
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = run(*leaves, **options, backend=name)
+    out.square().sum().backward()
+    for b, n in enumerate(lengths):
+        exact = [x[b : b + 1].double().requires_grad_() for x in (q, k[:, :n], v[:, :n])]
+        expected = attention(*exact, **mask, backend="reference")
+        expected.square().sum().backward()
+        torch.testing.assert_close(out[b : b + 1].double(), expected, atol=4e-6, rtol=0)
+        for leaf, x in zip(leaves, exact, strict=True):
+            ours = leaf.grad[b : b + 1].double()
+            torch.testing.assert_close(ours[:, : x.shape[1]], x.grad, atol=2e-5, rtol=0)
+            assert (ours[:, x.shape[1] :] == 0).all()
+
+
 def test_large_magnitudes():
     q, k, v, _ = inputs({}, 20, 20)
     out = attention(300 * q, 300 * k, v, causal=True, backend="triton")  # scores of order 1e5
@@ -348,6 +387,54 @@ def test_impossible_choices_say_why(change, message):
     q, k, v, _ = inputs({})
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, **change)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    "values", [[0, 5, 8], [3, 5, 11], [0, 10, 5, 11], [0, 12], [-1, 11], [0], [], [[0, 11]], [0.0, 11.0]]
+)
+def test_documents_that_do_not_fill_the_row_are_refused(values, backend):
+    q, k, v, _ = (x.cpu() if x is not None else x for x in (*inputs({}, B=1)[:3], None))
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens .*: expected (ascending|integers)"):
+        attention(q, k, v, cu_seqlens=torch.tensor(values), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("values", [[3, 12], [-1, 3], [3], [3, 4, 5], [[3], [4]], [3.0, 4.0]])
+def test_lengths_that_do_not_fit_the_cache_are_refused(values, backend):
+    q, k, v = (x.cpu() for x in inputs({})[:3])
+    with pytest.raises(
+        ValueError, match=r"attention: seqlens_k .*: expected (numbers from 0 to S = 11|integers \(2,\))"
+    ):
+        attention(q, k, v, seqlens_k=torch.tensor(values), backend=backend)
+
+
+@pytest.mark.parametrize(
+    "name, values", [("cu_seqlens", [[3, 5], [0, 90], [9, 2, 11]]), ("seqlens_k", [[-5], [99]])]
+)
+def test_the_kernels_read_nothing_else_whatever_the_lengths(name, values):
+    """On a GPU they are not checked. Around q, k and v there are NaN, and every result is finite."""
+    T, options = 11, {"cu_seqlens": None, "seqlens_k": None}
+    memory = torch.full((3 * T, 6, 16), math.nan, device=DEVICE)
+    q, k, v = (memory[None, T : 2 * T, 2 * i : 2 * i + 2] for i in range(3))
+    memory[T : 2 * T] = torch.randn(T, 6, 16, generator=torch.Generator().manual_seed(0))
+    for wrong in values:
+        masks = options | {name: torch.tensor(wrong, device=DEVICE)}
+        options_in_order = True, None, None, 0.25, masks["cu_seqlens"], masks["seqlens_k"]
+        out, lse = flash_attention.forward(q, k, v, *options_in_order)
+        grads = flash_backward.backward(q, q, k, v, out, lse, *options_in_order)
+        assert all(x.isfinite().all() for x in (out, lse, *grads)), wrong
+
+
+def test_no_lengths_are_read_on_a_gpu():
+    """Tensors without contents stand for those of a GPU, for whose values a check would wait."""
+    with FakeTensorMode():
+        q, ends = torch.empty(1, 11, 2, 16, device="cuda"), torch.empty(3, dtype=torch.int32, device="cuda")
+        check = partial(import_module("kernels.attention")._check, q, q, q, None, None)
+        check(ends, None)
+        check(None, ends[:1])
+        with pytest.raises(ValueError, match=r"on cpu: expected integers .* on cuda"):
+            check(None, torch.tensor([3]))
 
 
 def test_shapes_that_do_not_fit_say_so():

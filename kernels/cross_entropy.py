@@ -34,8 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from kernels import configs
 from kernels.backend import (
     HAS_TRITON,
+    architecture,
     choose,
     on_device,
     readable,
@@ -211,6 +213,8 @@ def _in_chunks(
     nll, lse = hidden.new_empty((2, N), dtype=wide)
 
     rows = rows_per_chunk(N, D, V, hidden.device.type)
+    if kernel:
+        rows = min(max(rows, config_of(hidden, V).rows), max(N, 1))
     # A GPU reads 16 bytes at once if rows begin at multiples of 16 bytes: V is rounded up.
     stride = triton.cdiv(V, 64) * 64 if kernel else V
     logits = hidden.new_empty(rows, stride)
@@ -242,17 +246,25 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
+def config_of(x: Tensor, V: int) -> configs.CrossEntropy:
+    """Return the configuration of the kernel for inputs like x and a vocabulary of V tokens."""
+    config = configs.chosen("linear_cross_entropy", architecture(x), V, x.element_size())
+    return config or configs.CrossEntropy()
+
+
 def to_gradient_triton(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
     """Write the losses of logits (rows, V), without z, to nll (rows,), and lse (rows,); both 0 if ignored.
 
     If need_gradient, the gradient of the losses with z replaces the logits.
     """
     rows, V = logits.shape
-    block = min(triton.next_power_of_2(V), 4096)
+    config = config_of(logits, V)
+    block = min(triton.next_power_of_2(V), config.block)
     with on_device(logits):
         _to_gradient_kernel[(rows,)](
             logits, targets, nll, lse, logits.stride(0), V, ignore_index, softcap or 1.0, z_loss,
-            SOFTCAP=softcap is not None, GRADIENT=need_gradient, BLOCK=block, num_warps=max(1, block // 512),
+            SOFTCAP=softcap is not None, GRADIENT=need_gradient, BLOCK=block,
+            num_warps=max(1, block // config.per_warp),
         )  # fmt: skip
 
 

@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import configs
 from kernels.backend import (
     TensorDescriptor,
     architecture,
     block_width,
-    family,
+    n_multiprocessors,
     on_device,
     precision,
     tl,
@@ -62,6 +63,9 @@ class Constants(NamedTuple):
     TMA: bool = False  # tiles are loaded through tensor descriptors
     BLOCK_M: int = 0  # queries per tile
     BLOCK_N: int = 0  # keys per tile
+    PERSISTENT: bool = False  # these three are explained in configs.py
+    INTERLEAVED: bool = False
+    SPECIALIZED: bool = False
 
 
 class Masks(NamedTuple):
@@ -170,13 +174,13 @@ def middle(low_last, high_first, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_tile(H, masks, const: tl.constexpr):
-    """Return the QueryTile of this program."""
+def query_tile(number, H, masks, const: tl.constexpr):
+    """Return the QueryTile of this number."""
     # The last queries of a causal model see the most keys. Their programs start first, so that short ones are
     # left for the multiprocessors that become free near the end.
     n_tiles = tl.cdiv(masks.n_queries, const.BLOCK_M)
-    i0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * const.BLOCK_M
-    bh = tl.program_id(0) // n_tiles
+    i0 = (n_tiles - 1 - number % n_tiles) * const.BLOCK_M
+    bh = number // n_tiles
     b, h = bh // H, bh % H
     n_keys, offset = keys_of_row(b, masks)
 
@@ -204,11 +208,23 @@ def scores(qk, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def products(q, keys, start, INSIDE: tl.constexpr, const: tl.constexpr):
+    """Return the products (BLOCK_M, BLOCK_N) of a tile of queries and the keys from `start` on."""
+    k_tile = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, INSIDE, const)
+    return tl.dot(q, k_tile.T, input_precision=const.PRECISION)
+
+
+@triton.jit
 def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: tl.constexpr):
     """Return acc, m and l of the online softmax, continued over the keys from `first` up to `last`."""
-    for start in range(first, last, const.BLOCK_N):
-        k_tile = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
-        qk = tl.dot(q, k_tile.T, input_precision=const.PRECISION)  # (BLOCK_M, BLOCK_N)
+    if const.INTERLEAVED:
+        ahead = products(q, keys, first, False, const)
+    for start in tl.range(first, last, const.BLOCK_N, warp_specialize=const.SPECIALIZED):
+        if const.INTERLEAVED:  # the product of the next tile does not wait for the exponentials of this one
+            qk = ahead
+            ahead = products(q, keys, start + const.BLOCK_N, False, const)
+        else:
+            qk = products(q, keys, start, not MASKED, const)
         s, c = scores(qk, scale, const.SOFTCAP)
         if MASKED:
             j = start + tl.arange(0, const.BLOCK_N)[None, :]
@@ -228,14 +244,25 @@ def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
+    q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, n_tiles,
     const: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse of one tile of queries."""
+    """Compute out and lse of one tile of queries or, in a persistent program, of one after the other."""
+    masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
+    if const.PERSISTENT:
+        for number in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+            forward_tile(number, q, k, v, out, lse, masks, H, scale, const)
+    else:
+        forward_tile(tl.program_id(0), q, k, v, out, lse, masks, H, scale, const)
+
+
+@triton.jit
+def forward_tile(number, q, k, v, out, lse, masks, H, scale, const: tl.constexpr):
+    """Compute out and lse of the tile of queries of this number."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
-    masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
-    tile = query_tile(H, masks, const)
+    T = masks.n_queries
+    tile = query_tile(number, H, masks, const)
     q_tile = load_rows(q, tile.b, tile.i0, tile.h, T, BLOCK_M, False, const)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
@@ -244,7 +271,7 @@ def forward_kernel(
 
     # First the keys before those that all queries see, which there are only with a window or documents; then
     # those that all queries see; then the keys after them.
-    if const.WINDOWED or doc_start is not None:
+    if const.WINDOWED or masks.doc_start is not None:
         acc, m, l = attend(acc, m, l, q_tile, keys, tile.begin, tile.left, scale, True, const)
     acc, m, l = attend(acc, m, l, q_tile, keys, tile.left, tile.right, scale, False, const)
     acc, m, l = attend(acc, m, l, q_tile, keys, tile.right, tile.end, scale, True, const)
@@ -257,38 +284,18 @@ def forward_kernel(
     tl.store(lse + (tile.b * H + tile.h).to(tl.int64) * T + row, value, mask=row < T)
 
 
-# By largest head width: queries and keys per tile, warps and stages, of the forward pass, of dk and dv, and
-# of dq. These are the largest tiles found that keep 16-bit inputs in registers; a few instructions still
-# spill at width 256 and on Blackwell, see results/machine_code.json. Float32 uses the row of twice its width,
-# which fits the registers in TF32 only. Nothing here is tuned on a device yet.
-TILES = {
-    "Hopper": {  # and data-centre Blackwell: over 200 kB of shared memory
-        64: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        256: ((128, 32, 8, 2), (16, 64, 8, 2), (64, 32, 4, 2)),
-        512: ((64, 16, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1)),
-    },
-    "NVIDIA": {  # every other: at most 99 kB, which the smallest chips have
-        64: ((128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2)),
-        128: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
-        256: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 4, 1)),
-        512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    },
-    "AMD": {  # 64 kB, and 512 registers
-        64: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1)),
-        128: ((128, 32, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1)),
-        256: ((64, 32, 4, 1), (16, 64, 8, 1), (32, 32, 4, 1)),
-        512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    },
-    "interpreter": {512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
-}
+def tiles(q: Tensor) -> tuple[configs.Attention, configs.Attention, configs.Attention]:
+    """Return the configurations of the forward pass, of dk and dv, and of dq, for inputs like q."""
+    return configs.attention(architecture(q), q.shape[3], q.element_size())
 
 
-def tiles(q: Tensor) -> tuple:
-    """Return the row of TILES for inputs like q."""
-    table = TILES[family(architecture(q))]
-    width = q.shape[3] * max(1, q.element_size() // 2)
-    return table[min(limit for limit in table if width <= limit)]
+def configured(const: Constants, config: configs.Attention) -> tuple[Constants, dict]:
+    """Return the constants with those of a configuration, and the options of the launch."""
+    const = const._replace(
+        BLOCK_M=config.queries, BLOCK_N=config.keys, TMA=const.TMA and config.tma,
+        PERSISTENT=config.persistent, INTERLEAVED=config.interleaved, SPECIALIZED=config.specialized,
+    )  # fmt: skip
+    return const, dict(num_warps=config.warps, num_stages=config.stages)
 
 
 def uses_tma(q: Tensor) -> bool:
@@ -348,11 +355,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.zero_()
     q, k, v = packed(q), packed(k), packed(v)
     shared, const = arguments(q, k, *options)
-    M, N, warps, stages = tiles(q)[0]
-    tma = const.TMA
+    config = tiles(q)[0]
+    const, options = configured(const, config)
+    M, N, tma = const.BLOCK_M, const.BLOCK_N, const.TMA
+    n_tiles = triton.cdiv(T, M) * B * H
+    programs = min(n_tiles, n_multiprocessors(q.device)) if config.persistent else n_tiles
     with on_device(q):
-        forward_kernel[(triton.cdiv(T, M) * B * H,)](
+        forward_kernel[(programs,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(out, M, False), lse,
-            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
+            n_tiles=n_tiles, const=const, **options, **shared,
         )  # fmt: skip
     return out, lse

@@ -28,6 +28,7 @@ from kernels.flash_attention import (
     Masks,
     arguments,
     as_rows,
+    configured,
     keys_of_row,
     keys_seen,
     load_rows,
@@ -212,7 +213,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
-    tile = query_tile(H, masks, const)
+    tile = query_tile(tl.program_id(0), H, masks, const)
     b, h = tile.b, tile.h
     q_tile = load_rows(q, b, tile.i0, h, T, BLOCK_M, False, const)
     do = load_rows(dout, b, tile.i0, h, T, BLOCK_M, False, const)
@@ -249,24 +250,26 @@ def backward(
 
     # delta first, which both other kernels read; then dk and dv; then dq.
     q, k, v, out, dout = packed(q), packed(k), packed(v), packed(out), packed(dout)
-    shared, const = arguments(q, k, *options)
-    tma = const.TMA
+    shared, common = arguments(q, k, *options)
+    _, for_dkdv, for_dq = tiles(q)
     delta = torch.empty_like(lse)
     with on_device(q):
         delta_kernel[(triton.cdiv(T, 64) * B * H,)](
             as_rows(out, 64, False), as_rows(dout, 64, False), delta, T, H,
-            const=Constants(K, const.BLOCK_K, BLOCK_M=64),
+            const=Constants(K, common.BLOCK_K, BLOCK_M=64),
         )  # fmt: skip
-        M, N, warps, stages = tiles(q)[1]
+        const, launch = configured(common, for_dkdv)
+        M, N, tma = const.BLOCK_M, const.BLOCK_N, const.TMA
         dkdv_kernel[(triton.cdiv(S, N) * B * G,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(dout, M, tma), lse, delta,
             as_rows(dk, N, False), as_rows(dv, N, False),
-            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
+            const=const, **launch, **shared,
         )  # fmt: skip
-        M, N, warps, stages = tiles(q)[2]
+        const, launch = configured(common, for_dq)
+        M, N, tma = const.BLOCK_M, const.BLOCK_N, const.TMA
         dq_kernel[(triton.cdiv(T, M) * B * H,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(dout, M, tma), lse, delta,
             as_rows(dq, M, False),
-            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
+            const=const, **launch, **shared,
         )  # fmt: skip
     return dq, dk, dv

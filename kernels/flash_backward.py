@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from kernels.backend import on_device, tl, triton
-from kernels.flash_attention import (
+from kernels.flash_attention import Keys, middle, query_tile, scores
+from kernels.flash_tiles import (
     Constants,
-    Keys,
     Masks,
     arguments,
     as_rows,
@@ -32,10 +32,7 @@ from kernels.flash_attention import (
     keys_of_row,
     keys_seen,
     load_rows,
-    middle,
     packed,
-    query_tile,
-    scores,
     store_rows,
     tiles,
 )

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels.backend import n_multiprocessors, on_device, tl, triton
-from kernels.flash_attention import (
-    Keys,
-    Masks,
-    arguments,
-    as_rows,
-    attend,
-    keys_of_row,
-    keys_seen,
-    packed,
-)
+from kernels.flash_attention import Keys, attend
+from kernels.flash_tiles import Masks, arguments, as_rows, keys_of_row, keys_seen, packed
 
 MIN_KEYS = 256  # per split: to read fewer takes less time than to start a program
 MAX_ROWS = 64  # the most rows of a tile: queries times heads per key/value head

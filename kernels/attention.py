@@ -30,7 +30,7 @@ from torch import Tensor, library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import attention_cpu, flash_attention, flash_backward, flash_decoding
-from kernels.backend import choose
+from kernels.backend import choose, multiplies, readable, refuse_second_derivative
 
 
 def attention(
@@ -50,12 +50,16 @@ def attention(
 
     causal: a query sees no later key. window: a query sees only the keys nearer than this many positions.
     softcap: scores become softcap * tanh(score / softcap) (Gemma 2, section 2). scale: 1 / sqrt(K) if None.
-    cu_seqlens: int32 (n + 1,), 0 = first < ... < last = T. Document d is the positions from cu_seqlens[d] up
-    to cu_seqlens[d + 1] of the one row (B = 1, T = S). seqlens_k: integers (B,). Row b has only its first
-    seqlens_k[b] keys, and its queries are the last T of these. A query that sees no key gives zeros.
+    cu_seqlens: int32 (n + 1,), 0 = first <= ... <= last = T. Document d is the positions from cu_seqlens[d]
+    up to cu_seqlens[d + 1] of the one row (B = 1, T = S). seqlens_k: integers (B,), 0 to S. Row b has only
+    its first seqlens_k[b] keys, whatever k and v hold after them, and its queries are the last T of these. A
+    query that sees no key gives zeros.
 
-    backend: see kernels/backend.py; "triton" takes head widths K up to 256 that are multiples of 8.
-    Raises ValueError if shapes, dtypes or options contradict each other or the backend cannot compute them.
+    backend: see kernels/backend.py; "triton" takes head widths K up to 256 that are multiples of 8. Only
+    "reference" has a second derivative.
+    Raises ValueError if shapes, dtypes or options contradict each other or the backend cannot compute them;
+    on a CPU also if the values of cu_seqlens or seqlens_k do not fit. On a GPU, where a check would wait for
+    the GPU, such values give wrong numbers.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -88,11 +92,32 @@ def _check(q, k, v, window, scale, cu_seqlens, seqlens_k) -> None:
         raise ValueError(
             f"attention: cu_seqlens needs one packed row (B 1, T = S, no seqlens_k), not B {B}, T {T}, S {S}"
         )
+    if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens, max(1, cu_seqlens.numel()), q.device)
+        if readable(cu_seqlens):
+            ends = cu_seqlens.tolist()
+            if ends != sorted(ends) or [ends[0], ends[-1]] != [0, T]:
+                raise ValueError(
+                    f"attention: cu_seqlens {ends}: expected ascending numbers from 0 to T = {T}"
+                )
+    if seqlens_k is not None:
+        _check_integers("seqlens_k", seqlens_k, B, q.device)
+        if readable(seqlens_k) and not all(0 <= n <= S for n in seqlens_k.tolist()):
+            raise ValueError(f"attention: seqlens_k {seqlens_k.tolist()}: expected numbers from 0 to S = {S}")
+
+
+def _check_integers(name: str, x: Tensor, n: int, device: torch.device) -> None:
+    """Raise ValueError unless x is n integers on the device."""
+    shape = tuple(x.shape)
+    if shape != (n,) or x.is_floating_point() or x.device != device:
+        raise ValueError(
+            f"attention: {name} {shape} {x.dtype} on {x.device}: expected integers ({n},) on {device}"
+        )
 
 
 def _choose(backend: str, q: Tensor, softcap: float | None) -> str:
     """Return the backend that runs. Raise ValueError if it does not exist or cannot compute this."""
-    fits_triton = q.shape[3] <= 256 and q.shape[3] % 8 == 0 and q.dtype != torch.float64
+    fits_triton = q.shape[3] <= 256 and q.shape[3] % 8 == 0 and q.dtype != torch.float64 and multiplies(q)
     chosen = choose("attention", backend, q)
     if backend == "auto":
         # In float32 a tile takes more registers than a program has, so PyTorch's own operation is faster.
@@ -101,6 +126,11 @@ def _choose(backend: str, q: Tensor, softcap: float | None) -> str:
         return "reference" if chosen == "torch" and softcap is not None else chosen
     if chosen == "torch" and softcap is not None:
         raise ValueError("attention: backend 'torch' has no softcap; use 'auto' or 'reference'")
+    if chosen == "triton" and not multiplies(q):
+        raise ValueError(
+            "attention: backend 'triton' takes no bfloat16 in Triton's interpreter, which multiplies it "
+            "wrongly; use float32, 'torch' or 'reference'"
+        )
     if chosen == "triton" and not fits_triton:
         raise ValueError(
             f"attention: head width {q.shape[3]} in {q.dtype}: backend 'triton' takes multiples of 8 up to "
@@ -134,9 +164,17 @@ def visible(
     return mask
 
 
+def _without_missing(k: Tensor, v: Tensor, seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return k and v with zeros for the keys that do not exist, as 0 times NaN there would be NaN."""
+    missing = torch.arange(k.shape[1], device=k.device) >= seqlens_k[:, None]  # (B, S)
+    return tuple(x.masked_fill(missing[:, :, None, None], 0) for x in (k, v))
+
+
 def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
+    if seqlens_k is not None:
+        k, v = _without_missing(k, v, seqlens_k)
     k = k.repeat_interleave(H // G, dim=2)  # (B, S, H, K): H / G query heads share a key head
     v = v.repeat_interleave(H // G, dim=2)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * (scale or 1 / math.sqrt(K))
@@ -160,6 +198,15 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
             for a, b in pairwise(cu_seqlens.tolist())
         ]
         return torch.cat(documents, dim=1)
+    # One call per row that has fewer keys: the keys that do not exist are never read.
+    if seqlens_k is not None and readable(seqlens_k):
+        rows = [
+            _torch(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal, window, scale, None, None)
+            for b, n in enumerate(seqlens_k.tolist())
+        ]
+        return torch.cat(rows) if rows else torch.empty_like(q)
+    if seqlens_k is not None:
+        k, v = _without_missing(k, v, seqlens_k)
 
     # Make a mask only where one is needed, as PyTorch is faster without. Its own causal flag is aligned to
     # the top left corner, so it is right only if T = S. A single query is the last: it sees every key.
@@ -256,3 +303,4 @@ def _backward(ctx, dout, _):
 
 
 _triton.register_autograd(_backward, setup_context=_save)
+refuse_second_derivative("attention", _triton_backward)

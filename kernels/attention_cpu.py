@@ -23,6 +23,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, library
 
+from kernels.backend import refuse_second_derivative, transformed
+
 SHORT = 768  # the largest number of keys for which the weights are kept
 BLOCK = 128  # queries per block
 
@@ -44,7 +46,7 @@ onednn_multiplies._dynamo_marked_constant = True
 
 def applies(q: Tensor, k: Tensor) -> bool:
     """Return True if `attend` is the faster way for q (B, T, H, K) and k (B, S, G, K), and gives the same."""
-    short = q.shape[1] > 1 and k.shape[1] <= SHORT
+    short = q.shape[1] > 1 and k.shape[1] <= SHORT and not transformed()
     return short and q.device.type == "cpu" and q.dtype != torch.float64 and onednn_multiplies()
 
 
@@ -86,9 +88,8 @@ def _all_heads(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> t
     q, later = q * scale, torch.full((BLOCK, BLOCK), -math.inf).triu(1)
     for rows, seen, p in _blocks(weights, q, k, causal):
         torch.bmm(q[:, rows], k[:, seen].mT, out=p)
-        if (
-            causal
-        ):  # the last keys of a block are its own queries: a square with later keys above the diagonal
+        if causal:
+            # The last keys of a block are its own queries: a square with later keys above the diagonal.
             n = p.shape[1]
             p[:, :, rows] += later[:n, :n]
         torch.softmax(p, dim=-1, out=p)
@@ -132,3 +133,4 @@ def _backward(ctx, dout, _):
 
 
 _all_heads.register_autograd(_backward, setup_context=_save)
+refuse_second_derivative("attention", _all_heads_backward)

@@ -6,7 +6,8 @@ The names that a caller may give as `backend`:
     torch        PyTorch's own fused operation
     triton       the kernels of this package: on a GPU, or, with TRITON_INTERPRET=1, on a CPU in Triton's
                  interpreter, which runs one program after the other (very slow, for tests)
-    auto         the fastest of them for the operation, the device and the dtype
+    auto         the fastest of them for the operation, the device and the dtype; under the transforms of
+                 torch.func (grad, vmap, jvp ...) the reference, which alone supports them all
 """
 
 import os
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -35,16 +37,51 @@ FAMILIES = {"sm_90": "Hopper", "sm_100": "Hopper", "sm_103": "Hopper", "interpre
 def choose(operation: str, backend: str, x: Tensor) -> str:
     """Return the backend for an operation on tensors like x; "auto" is Triton on a GPU, else PyTorch's own.
 
-    Raises ValueError for an unknown backend, and for "triton" where Triton cannot run.
+    Under a transform of torch.func, "auto" is the reference. Raises ValueError for an unknown backend, and
+    for "triton" where Triton cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{operation}: backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    if backend == "auto" and transformed():
+        return "reference"
     if backend == "auto":
         return "triton" if x.is_cuda and HAS_TRITON else "torch"
     if backend == "triton" and not (HAS_TRITON and (x.is_cuda or INTERPRETED)):
         missing = "a GPU" if HAS_TRITON else "the package triton"
         raise ValueError(f"{operation}: backend 'triton' needs {missing}; use 'auto', 'torch' or 'reference'")
+    if backend == "triton":
+        refuse_transforms(operation, backend)
     return backend
+
+
+def transformed() -> bool:
+    """Return True under a transform of torch.func (grad, vmap ...) or in forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(operation: str, backend: str) -> None:
+    """Raise ValueError under a transform of torch.func, of which our registered operations have no rules."""
+    if transformed():
+        raise ValueError(
+            f"{operation}: backend {backend!r} does not run under torch.func or in forward-mode "
+            'differentiation; use backend="reference"'
+        )
+
+
+def refuse_second_derivative(operation: str, backward) -> None:
+    """Make the derivative of `backward`, the registered gradient of an operation, an error that says so."""
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(
+            f'{operation}: this backend has no second derivative; use backend="reference", which has all'
+        )
+
+    backward.register_autograd(refuse)
+
+
+def readable(x: Tensor) -> bool:
+    """Return True if the values of x can be checked: on a CPU, without waiting, and not while tracing."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def architecture(x: Tensor) -> str:
@@ -85,6 +122,11 @@ def block_width(K: int) -> int:
 def n_multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors the device has; without a GPU, how many an H200 has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def multiplies(x: Tensor) -> bool:
+    """Return True if tl.dot multiplies the dtype of x: Triton's interpreter computes garbage in bfloat16."""
+    return not (INTERPRETED and x.dtype == torch.bfloat16)
 
 
 def on_device(x: Tensor):

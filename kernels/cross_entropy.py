@@ -34,7 +34,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from kernels.backend import HAS_TRITON, choose, on_device, tl, triton
+from kernels import configs
+from kernels.backend import (
+    HAS_TRITON,
+    architecture,
+    choose,
+    on_device,
+    readable,
+    refuse_second_derivative,
+    refuse_transforms,
+    tl,
+    transformed,
+    triton,
+)
 
 HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")  # from PyTorch 2.13 on
 IN_CACHE = 2**20  # logits, 4 MB in float32: about one core's share of a CPU's caches
@@ -54,8 +66,9 @@ def linear_cross_entropy(
 
     hidden (..., D) and weight (V, D) have one float dtype; targets (...) are int64, in [0, V) or equal to
     ignore_index. The results are two scalars in float32 (in float64 for float64): the loss, which includes z,
-    and z, which has no gradient. If all targets are ignored, both are 0, with zero gradients. Under autocast
-    the products run in its dtype, like those of F.linear.
+    and z, which has no gradient. A token whose target is ignored counts for nothing, whatever its logits; on
+    a GPU its row of hidden must be finite. If all targets are ignored, both results are 0, with zero
+    gradients. Under autocast the products run in its dtype, like those of F.linear.
 
     backend: see the top of this file. Only "reference" has a second derivative.
     Raises ValueError if shapes or dtypes do not fit each other or the backend cannot compute this; on a CPU
@@ -85,9 +98,9 @@ def linear_cross_entropy(
 
     backend = _choose(backend, hidden, V, softcap, z_loss)
     if backend == "reference":
-        total, z = _reference(hidden, weight, targets, valid, softcap, z_loss)
+        total, z = _reference(without_ignored(hidden, valid), weight, targets, valid, softcap, z_loss)
     elif backend == "torch":
-        total = _torch(hidden, weight, targets, ignore_index)
+        total = _torch(without_ignored(hidden, valid), weight, targets, ignore_index)
         z = torch.zeros_like(total)
     else:
         needs = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
@@ -102,7 +115,7 @@ def linear_cross_entropy(
 
 def check_range(targets: Tensor, valid: Tensor, V: int, ignore_index: int) -> None:
     """Raise ValueError for a valid target outside 0 ... V - 1, where the check does not wait for a device."""
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(targets):
         outside = valid & ((targets < 0) | (targets >= V))
         if outside.any():
             raise ValueError(
@@ -110,15 +123,23 @@ def check_range(targets: Tensor, valid: Tensor, V: int, ignore_index: int) -> No
             )
 
 
+def without_ignored(hidden: Tensor, valid: Tensor) -> Tensor:
+    """Return hidden with zeros in the rows of ignored tokens, as 0 times NaN there would be NaN."""
+    return hidden if readable(valid) and valid.all() else hidden.masked_fill(~valid[:, None], 0)
+
+
 def _choose(backend: str, hidden: Tensor, V: int, softcap: float | None, z_loss: float) -> str:
     """Return the backend that runs. Raise ValueError if it does not exist or cannot compute this."""
     fits_cache = hidden.shape[0] * V <= IN_CACHE
     plain = softcap is None and not z_loss
+    if backend == "auto" and transformed():
+        return "reference"
     if backend == "auto" and hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64:
         return "triton"
     if backend == "auto":
         return "torch" if fits_cache and plain else "chunked"
     if backend == "chunked":
+        refuse_transforms("linear_cross_entropy", backend)
         return backend
     why = None
     if backend == "triton" and hidden.dtype == torch.float64:
@@ -192,6 +213,8 @@ def _in_chunks(
     nll, lse = hidden.new_empty((2, N), dtype=wide)
 
     rows = rows_per_chunk(N, D, V, hidden.device.type)
+    if kernel:
+        rows = min(max(rows, config_of(hidden, V).rows), max(N, 1))
     # A GPU reads 16 bytes at once if rows begin at multiples of 16 bytes: V is rounded up.
     stride = triton.cdiv(V, 64) * 64 if kernel else V
     logits = hidden.new_empty(rows, stride)
@@ -200,6 +223,8 @@ def _in_chunks(
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         h = hidden[part]
+        if need_dweight and not hidden.is_cuda and not h.sum(dtype=wide).isfinite():
+            h = without_ignored(h, targets[part] != ignore_index)
         x = logits[: len(h), :V]
         torch.mm(h, weight.T, out=x)
         to_gradient(x, targets[part], nll[part], lse[part], *rest)
@@ -221,28 +246,38 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(a @ b)
 
 
+def config_of(x: Tensor, V: int) -> configs.CrossEntropy:
+    """Return the configuration of the kernel for inputs like x and a vocabulary of V tokens."""
+    config = configs.chosen("linear_cross_entropy", architecture(x), V, x.element_size())
+    return config or configs.CrossEntropy()
+
+
 def to_gradient_triton(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
     """Write the losses of logits (rows, V), without z, to nll (rows,), and lse (rows,); both 0 if ignored.
 
     If need_gradient, the gradient of the losses with z replaces the logits.
     """
     rows, V = logits.shape
-    block = min(triton.next_power_of_2(V), 4096)
+    config = config_of(logits, V)
+    block = min(triton.next_power_of_2(V), config.block)
     with on_device(logits):
         _to_gradient_kernel[(rows,)](
             logits, targets, nll, lse, logits.stride(0), V, ignore_index, softcap or 1.0, z_loss,
-            SOFTCAP=softcap is not None, GRADIENT=need_gradient, BLOCK=block, num_warps=max(1, block // 512),
+            SOFTCAP=softcap is not None, GRADIENT=need_gradient, BLOCK=block,
+            num_warps=max(1, block // config.per_warp),
         )  # fmt: skip
 
 
 def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
     """Do the same in PyTorch operations; the logits are overwritten in any case."""
     x = logits.to(nll.dtype)  # a copy only if logits have 16 bits
+    valid = (targets != ignore_index)[:, None]
+    if not (readable(valid) and valid.all()):
+        x.masked_fill_(~valid, 0)  # the logits of ignored tokens may be infinite, or NaN
     if softcap is not None:
         x.div_(softcap).tanh_()
         slope = 1 - x * x if need_gradient else None
         x.mul_(softcap)
-    valid = (targets != ignore_index)[:, None]
     at_target = targets[:, None].where(valid, 0)
     x_target = x.gather(1, at_target)
 
@@ -277,12 +312,12 @@ def _capped(x, softcap):
 
 
 @triton.jit
-def _load_logits(row, start, stride, V, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Return a block of columns and their logits, with the soft-cap, from V on 0."""
+def _load_logits(row, start, stride, V, valid, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a block of columns and their logits, with the soft-cap: 0 from V on, and in an ignored row."""
     columns = start + tl.arange(0, BLOCK)
     # The bound is the stride, a multiple of 16; with the bound V, each number would be loaded by itself.
     x = tl.load(row + columns, mask=columns < stride, other=0.0).to(tl.float32)
-    x = tl.where(columns < V, x, 0.0)
+    x = tl.where(valid & (columns < V), x, 0.0)
     return columns, _capped(x, softcap) if SOFTCAP else x
 
 
@@ -303,7 +338,7 @@ def _to_gradient_kernel(
     # Online softmax: the largest logit so far, and a sum that is corrected whenever a larger one appears.
     largest, total = float("-inf"), 0.0
     for start in range(0, V, BLOCK):
-        columns, x = _load_logits(row, start, stride, V, softcap, SOFTCAP, BLOCK)
+        columns, x = _load_logits(row, start, stride, V, valid, softcap, SOFTCAP, BLOCK)
         x = tl.where(columns < V, x, float("-inf"))
         larger = tl.maximum(largest, tl.max(x, axis=0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), axis=0)
@@ -317,7 +352,7 @@ def _to_gradient_kernel(
         scale = tl.where(valid, 1 + 2 * z_loss * lse, 0.0)
         one = tl.where(valid, 1.0, 0.0)
         for start in range(0, V, BLOCK):
-            columns, x = _load_logits(row, start, stride, V, softcap, SOFTCAP, BLOCK)
+            columns, x = _load_logits(row, start, stride, V, valid, softcap, SOFTCAP, BLOCK)
             dx = scale * tl.exp(x - lse) - tl.where(columns == target, one, 0.0)
             if SOFTCAP:
                 dx *= 1 - (x / softcap) * (x / softcap)
@@ -338,14 +373,26 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dtotal, *_):
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient * factor in dtype."""
     # A (1, 1) matrix, because PyTorch would first round a scalar to the dtype of a 16-bit gradient.
-    factor = dtotal[None, None]
-    grads = [
-        torch.mul(g, factor, out=g.new_empty(g.shape, dtype=ctx.dtype)) if g.dim() == 2 else None
-        for g in ctx.saved_tensors
-    ]
+    return torch.mul(gradient, factor[None, None], out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+_scaled_operation = library.custom_op("plinth::linear_cross_entropy_backward", _scaled, mutates_args=())
+
+
+@_scaled_operation.register_fake
+def _(gradient, factor, dtype):
+    return gradient.new_empty(gradient.shape, dtype=dtype)
+
+
+def _backward(ctx, dtotal, *_):
+    # With create_graph=True use the registered operation: a second derivative then is an error.
+    scaled = _scaled_operation if torch.is_grad_enabled() else _scaled
+    grads = [scaled(g, dtotal, ctx.dtype) if g.dim() == 2 else None for g in ctx.saved_tensors]
     return *grads, *[None] * 7
 
 
 _in_chunks.register_autograd(_backward, setup_context=_save)
+refuse_second_derivative("linear_cross_entropy", _scaled_operation)

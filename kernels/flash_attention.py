@@ -10,16 +10,11 @@ with s_ij = scale log2(e) q_i . k_j:
 
 At the end out_i = acc / l, and lse_i = m + log2(l) is kept for the backward pass.
 
-With every mask of kernels/attention.py query i sees one interval of keys, [low_i, high_i), and both ends grow
-with i. So a tile of queries sees the keys from low of its first query to high of its last: keys outside are
-never read. Between low of its last query and high of its first, every query sees every key: these tiles of
-keys need no mask.
+Every query sees an interval of keys, of which some tiles need no mask; flash_tiles.py has this, and what all
+kernels of attention share.
 
 FlashAttention-2 (Dao 2023, algorithm 1); online softmax (Milakov and Gimelshein 2018). Memory: q is read
 once, k and v once per tile of queries, mostly from the L2 cache; only out and lse are written, O(T).
-
-Kernels take their run-time arguments one by one; the functions that they call, which Triton inlines, take
-them in the groups below. Names in capitals are constants of the compiled kernel, or letters of shapes.
 """
 
 from typing import Any, NamedTuple
@@ -27,51 +22,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import (
-    TensorDescriptor,
-    architecture,
-    block_width,
-    family,
-    on_device,
-    precision,
-    tl,
-    triton,
+from kernels.backend import n_multiprocessors, on_device, tl, triton
+from kernels.flash_tiles import (
+    Masks,
+    arguments,
+    as_rows,
+    configured,
+    keys_of_row,
+    keys_seen,
+    load_rows,
+    packed,
+    store_rows,
+    tiles,
 )
-
-
-class Rows(NamedTuple):
-    """A tensor (B, T, H, K) in a kernel that uses pointers instead of tensor descriptors."""
-
-    pointer: Any
-    stride_b: Any
-    stride_t: Any
-    stride_h: Any
-
-
-class Constants(NamedTuple):
-    """The constants that are fixed when a kernel is compiled: one argument, of type tl.constexpr."""
-
-    K: int  # head width
-    BLOCK_K: int  # the same, rounded up to a power of two
-    GROUP: int = 1  # query heads per key/value head
-    CAUSAL: bool = False
-    WINDOWED: bool = False
-    SOFTCAP: float | None = None
-    PRECISION: str = "ieee"  # of products of float32 tiles
-    TMA: bool = False  # tiles are loaded through tensor descriptors
-    BLOCK_M: int = 0  # queries per tile
-    BLOCK_N: int = 0  # keys per tile
-
-
-class Masks(NamedTuple):
-    """The keys that the queries see; the tensors are None where their mask is not used."""
-
-    seqlens_k: Any  # (B,), how many keys of each row exist
-    doc_start: Any  # (T,), where the document of each position begins
-    doc_end: Any  # (T,), where it ends
-    n_queries: Any  # T
-    n_keys: Any  # S
-    window: Any
 
 
 class QueryTile(NamedTuple):
@@ -80,6 +43,7 @@ class QueryTile(NamedTuple):
     i0: Any  # its first query
     b: Any  # its row
     h: Any  # its head
+    n_keys: Any  # keys in the row
     low: Any  # (BLOCK_M,), the first key that each query sees
     high: Any  # (BLOCK_M,), the key after the last that it sees
     begin: Any  # keys from begin to left, and from right to end, need a mask; those from left to right do not
@@ -93,67 +57,11 @@ class Keys(NamedTuple):
 
     k: Any
     v: Any
-    S: Any
+    n_keys: Any  # keys in the row
     b: Any
     g: Any
     low: Any  # as in QueryTile
     high: Any
-
-
-@triton.jit
-def load_rows(x, b, start, h, T, ROWS: tl.constexpr, INSIDE: tl.constexpr, const: tl.constexpr):
-    """Return x[b, start : start + ROWS, h] as (ROWS, BLOCK_K), with zeros after row T and column K.
-
-    INSIDE: no row of the tile comes after row T.
-    """
-    if const.TMA:
-        tile = x.load([b, h, start, 0]).reshape(ROWS, const.BLOCK_K)
-    else:
-        t, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
-        row = x.pointer + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h
-        pointers = row + t.to(tl.int64) * x.stride_t + column
-        if INSIDE and const.K == const.BLOCK_K:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(t < T) & (column < const.K), other=0.0)
-    return tile
-
-
-@triton.jit
-def store_rows(x, tile, b, start, h, T, ROWS: tl.constexpr, const: tl.constexpr):
-    """Store a tile (ROWS, BLOCK_K) to x[b, start : start + ROWS, h], except after row T and column K."""
-    t, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
-    row = x.pointer + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h
-    pointers = row + t.to(tl.int64) * x.stride_t + column
-    tl.store(pointers, tile.to(x.pointer.dtype.element_ty), mask=(t < T) & (column < const.K))
-
-
-@triton.jit
-def keys_of_row(b, masks):
-    """Return how many keys row b has, and the position of its first query."""
-    n_keys = masks.n_keys
-    if masks.seqlens_k is not None:
-        n_keys = tl.load(masks.seqlens_k + b).to(tl.int32)
-    return n_keys, n_keys - masks.n_queries
-
-
-@triton.jit
-def keys_seen(i, offset, n_keys, masks, const: tl.constexpr):
-    """Return the interval [low, high) of keys that query i sees, in a row of n_keys keys."""
-    p = i + offset  # its position
-    low, high = p * 0, p * 0 + n_keys
-    if const.WINDOWED:
-        low = tl.maximum(p - masks.window + 1, 0)
-    if const.CAUSAL:
-        high = tl.minimum(p + 1, n_keys)
-    elif const.WINDOWED:
-        high = tl.minimum(p + masks.window, n_keys)
-    if masks.doc_start is not None:
-        low, high = (
-            tl.maximum(low, tl.load(masks.doc_start + i)),
-            tl.minimum(high, tl.load(masks.doc_end + i)),
-        )
-    return low, tl.maximum(high, 0)
 
 
 @triton.jit
@@ -164,13 +72,13 @@ def middle(low_last, high_first, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def query_tile(H, masks, const: tl.constexpr):
-    """Return the QueryTile of this program."""
+def query_tile(number, H, masks, const: tl.constexpr):
+    """Return the QueryTile of this number."""
     # The last queries of a causal model see the most keys. Their programs start first, so that short ones are
     # left for the multiprocessors that become free near the end.
     n_tiles = tl.cdiv(masks.n_queries, const.BLOCK_M)
-    i0 = (n_tiles - 1 - tl.program_id(0) % n_tiles) * const.BLOCK_M
-    bh = tl.program_id(0) // n_tiles
+    i0 = (n_tiles - 1 - number % n_tiles) * const.BLOCK_M
+    bh = number // n_tiles
     b, h = bh // H, bh % H
     n_keys, offset = keys_of_row(b, masks)
 
@@ -181,7 +89,7 @@ def query_tile(H, masks, const: tl.constexpr):
     begin, full_end = keys_seen(i0, offset, n_keys, masks, const)
     full_begin, end = keys_seen(i_last, offset, n_keys, masks, const)
     left, right = middle(full_begin, full_end, end, const.BLOCK_N)
-    return QueryTile(i0, b, h, low, high, begin // const.BLOCK_N * const.BLOCK_N, left, right, end)
+    return QueryTile(i0, b, h, n_keys, low, high, begin // const.BLOCK_N * const.BLOCK_N, left, right, end)
 
 
 @triton.jit
@@ -198,11 +106,23 @@ def scores(qk, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def products(q, keys, start, INSIDE: tl.constexpr, const: tl.constexpr):
+    """Return the products (BLOCK_M, BLOCK_N) of a tile of queries and the keys from `start` on."""
+    k_tile = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, INSIDE, const)
+    return tl.dot(q, k_tile.T, input_precision=const.PRECISION)
+
+
+@triton.jit
 def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: tl.constexpr):
     """Return acc, m and l of the online softmax, continued over the keys from `first` up to `last`."""
-    for start in range(first, last, const.BLOCK_N):
-        k_tile = load_rows(keys.k, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
-        qk = tl.dot(q, k_tile.T, input_precision=const.PRECISION)  # (BLOCK_M, BLOCK_N)
+    if const.INTERLEAVED:
+        ahead = products(q, keys, first, False, const)
+    for start in tl.range(first, last, const.BLOCK_N, warp_specialize=const.SPECIALIZED):
+        if const.INTERLEAVED:  # the product of the next tile does not wait for the exponentials of this one
+            qk = ahead
+            ahead = products(q, keys, start + const.BLOCK_N, False, const)
+        else:
+            qk = products(q, keys, start, not MASKED, const)
         s, c = scores(qk, scale, const.SOFTCAP)
         if MASKED:
             j = start + tl.arange(0, const.BLOCK_N)[None, :]
@@ -214,7 +134,7 @@ def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: 
         p = tl.math.exp2(s * c - base[:, None])
         correction = tl.math.exp2(m - base)
         l = l * correction + tl.sum(p, 1)
-        v_tile = load_rows(keys.v, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
+        v_tile = load_rows(keys.v, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None], input_precision=const.PRECISION)
         m = m_new
     return acc, m, l
@@ -222,23 +142,34 @@ def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
+    q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, n_tiles,
     const: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse of one tile of queries."""
+    """Compute out and lse of one tile of queries or, in a persistent program, of one after the other."""
+    masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
+    if const.PERSISTENT:
+        for number in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+            forward_tile(number, q, k, v, out, lse, masks, H, scale, const)
+    else:
+        forward_tile(tl.program_id(0), q, k, v, out, lse, masks, H, scale, const)
+
+
+@triton.jit
+def forward_tile(number, q, k, v, out, lse, masks, H, scale, const: tl.constexpr):
+    """Compute out and lse of the tile of queries of this number."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
-    masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
-    tile = query_tile(H, masks, const)
+    T = masks.n_queries
+    tile = query_tile(number, H, masks, const)
     q_tile = load_rows(q, tile.b, tile.i0, tile.h, T, BLOCK_M, False, const)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, S, tile.b, tile.h // const.GROUP, tile.low, tile.high)
+    keys = Keys(k, v, tile.n_keys, tile.b, tile.h // const.GROUP, tile.low, tile.high)
 
     # First the keys before those that all queries see, which there are only with a window or documents; then
     # those that all queries see; then the keys after them.
-    if const.WINDOWED or doc_start is not None:
+    if const.WINDOWED or masks.doc_start is not None:
         acc, m, l = attend(acc, m, l, q_tile, keys, tile.begin, tile.left, scale, True, const)
     acc, m, l = attend(acc, m, l, q_tile, keys, tile.left, tile.right, scale, False, const)
     acc, m, l = attend(acc, m, l, q_tile, keys, tile.right, tile.end, scale, True, const)
@@ -249,84 +180,6 @@ def forward_kernel(
     row = tile.i0 + tl.arange(0, BLOCK_M)
     value = tl.where(seen, m + tl.math.log2(tl.where(seen, l, 1.0)), 0.0)
     tl.store(lse + (tile.b * H + tile.h).to(tl.int64) * T + row, value, mask=row < T)
-
-
-# By largest head width: queries and keys per tile, warps and stages, of the forward pass, of dk and dv, and
-# of dq. These are the largest tiles found that keep 16-bit inputs in registers; a few instructions still
-# spill at width 256 and on Blackwell, see results/machine_code.json. Float32 uses the row of twice its width,
-# which fits the registers in TF32 only. Nothing here is tuned on a device yet.
-TILES = {
-    "Hopper": {  # and data-centre Blackwell: over 200 kB of shared memory
-        64: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        256: ((128, 32, 8, 2), (16, 64, 8, 2), (64, 32, 4, 2)),
-        512: ((64, 16, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1)),
-    },
-    "NVIDIA": {  # every other: at most 99 kB, which the smallest chips have
-        64: ((128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2)),
-        128: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
-        256: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 4, 1)),
-        512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    },
-    "AMD": {  # 64 kB, and 512 registers
-        64: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1)),
-        128: ((128, 32, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1)),
-        256: ((64, 32, 4, 1), (16, 64, 8, 1), (32, 32, 4, 1)),
-        512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
-    },
-    "interpreter": {512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
-}
-
-
-def tiles(q: Tensor) -> tuple:
-    """Return the row of TILES for inputs like q."""
-    table = TILES[family(architecture(q))]
-    width = q.shape[3] * max(1, q.element_size() // 2)
-    return table[min(limit for limit in table if width <= limit)]
-
-
-def uses_tma(q: Tensor) -> bool:
-    """Return True if tiles are loaded by the tensor memory accelerator (TMA) of Hopper and later GPUs.
-
-    It copies whole tiles and saves the registers that hold addresses.
-    """
-    arch = architecture(q)
-    return arch.startswith("sm_") and int(arch[3:]) >= 90
-
-
-def packed(x: Tensor) -> Tensor:
-    """Return x, or a copy if its layout does not fit the kernels.
-
-    They need rows without gaps, and, for TMA, every other stride a positive multiple of 16 bytes.
-    """
-    steps = [step * x.element_size() for step, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
-    return x if fits else x.contiguous()
-
-
-def as_rows(x: Tensor, n_rows: int, tma: bool) -> "Rows | TensorDescriptor":
-    """Return x (B, T, H, K), packed, as `load_rows` needs it to load tiles of n_rows."""
-    B, T, H, K = x.shape
-    strides = [step if n > 1 else K for step, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    if not tma:
-        return Rows(x, *strides)
-    # Heads come before rows: a tile then is the last two dimensions, which TMA copies in one piece.
-    strides = [strides[0], strides[2], strides[1], 1]
-    return TensorDescriptor(x, [B, H, T, K], strides, [1, 1, n_rows, block_width(K)])
-
-
-def arguments(q, k, causal, window, softcap, scale, cu_seqlens, seqlens_k) -> tuple[dict, Constants]:
-    """Return the arguments that all kernels of a call share, and their constants, still without tiles."""
-    (T, H, K), (S, G) = q.shape[1:], k.shape[1:3]
-    doc_start = doc_end = None
-    if cu_seqlens is not None:
-        document = torch.bucketize(torch.arange(T, device=q.device), cu_seqlens, right=True)
-        doc_start, doc_end = cu_seqlens[document - 1], cu_seqlens[document]  # of each position, (T,)
-    windowed = window is not None and window < max(T, S)
-    shared = dict(seqlens_k=seqlens_k, doc_start=doc_start, doc_end=doc_end, T=T, S=S, H=H, scale=scale)
-    shared |= dict(window=window if windowed else 0, enable_fp_fusion=True)
-    const = Constants(K, block_width(K), H // G, causal, windowed, softcap, precision(q), uses_tma(q))
-    return shared, const
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
@@ -340,11 +193,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
         return out.zero_(), lse.zero_()
     q, k, v = packed(q), packed(k), packed(v)
     shared, const = arguments(q, k, *options)
-    M, N, warps, stages = tiles(q)[0]
-    tma = const.TMA
+    config = tiles(q)[0]
+    const, launch = configured(const, config)
+    M, N, tma = const.BLOCK_M, const.BLOCK_N, const.TMA
+    n_tiles = triton.cdiv(T, M) * B * H
+    programs = min(n_tiles, n_multiprocessors(q.device)) if config.persistent else n_tiles
     with on_device(q):
-        forward_kernel[(triton.cdiv(T, M) * B * H,)](
+        forward_kernel[(programs,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(out, M, False), lse,
-            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
+            n_tiles=n_tiles, const=const, **launch, **shared,
         )  # fmt: skip
     return out, lse

@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 
 from kernels.backend import on_device, tl, triton
-from kernels.flash_attention import (
+from kernels.flash_attention import Keys, middle, query_tile, scores
+from kernels.flash_tiles import (
     Constants,
-    Keys,
     Masks,
     arguments,
     as_rows,
+    configured,
     keys_of_row,
     keys_seen,
     load_rows,
-    middle,
     packed,
-    query_tile,
-    scores,
     store_rows,
     tiles,
 )
@@ -159,8 +157,8 @@ def dkdv_kernel(
     left, right = middle(full_begin, full_end, end, const.BLOCK_M)
 
     # The tile of keys stays loaded, and the queries pass: with a mask, without, and with a mask again.
-    k_tile = load_rows(k, b, j0, g, S, BLOCK_N, False, const)
-    v_tile = load_rows(v, b, j0, g, S, BLOCK_N, False, const)
+    k_tile = load_rows(k, b, j0, g, n_keys, BLOCK_N, False, const)
+    v_tile = load_rows(v, b, j0, g, n_keys, BLOCK_N, False, const)
     keys, queries = KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys), Queries(q, dout, lse, delta, H)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -188,8 +186,8 @@ def dkdv_kernel(
 def dq_over_keys(dq, q, do, lse, delta, keys, first, last, scale, MASKED: tl.constexpr, const: tl.constexpr):
     """Return dq plus the terms of the keys from `first` up to `last`."""
     for start in range(first, last, const.BLOCK_N):
-        k = load_rows(keys.k, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
-        v = load_rows(keys.v, keys.b, start, keys.g, keys.S, const.BLOCK_N, not MASKED, const)
+        k = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
+        v = load_rows(keys.v, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
         s, c = scores(tl.dot(q, k.T, input_precision=const.PRECISION), scale, const.SOFTCAP)
         p = tl.math.exp2(s * c - lse[:, None])
         if MASKED:
@@ -212,14 +210,14 @@ def dq_kernel(
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
-    tile = query_tile(H, masks, const)
+    tile = query_tile(tl.program_id(0), H, masks, const)
     b, h = tile.b, tile.h
     q_tile = load_rows(q, b, tile.i0, h, T, BLOCK_M, False, const)
     do = load_rows(dout, b, tile.i0, h, T, BLOCK_M, False, const)
     row = (b * H + h).to(tl.int64) * T + tl.minimum(tile.i0 + tl.arange(0, BLOCK_M), T - 1)
     lse_i, delta_i = tl.load(lse + row), tl.load(delta + row)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, S, b, h // const.GROUP, tile.low, tile.high)
+    keys = Keys(k, v, tile.n_keys, b, h // const.GROUP, tile.low, tile.high)
 
     # As in the forward pass: keys with a mask, without, and with a mask again.
     if const.WINDOWED or doc_start is not None:
@@ -249,24 +247,26 @@ def backward(
 
     # delta first, which both other kernels read; then dk and dv; then dq.
     q, k, v, out, dout = packed(q), packed(k), packed(v), packed(out), packed(dout)
-    shared, const = arguments(q, k, *options)
-    tma = const.TMA
+    shared, common = arguments(q, k, *options)
+    _, for_dkdv, for_dq = tiles(q)
     delta = torch.empty_like(lse)
     with on_device(q):
         delta_kernel[(triton.cdiv(T, 64) * B * H,)](
             as_rows(out, 64, False), as_rows(dout, 64, False), delta, T, H,
-            const=Constants(K, const.BLOCK_K, BLOCK_M=64),
+            const=Constants(K, common.BLOCK_K, BLOCK_M=64),
         )  # fmt: skip
-        M, N, warps, stages = tiles(q)[1]
+        const, launch = configured(common, for_dkdv)
+        M, N, tma = const.BLOCK_M, const.BLOCK_N, const.TMA
         dkdv_kernel[(triton.cdiv(S, N) * B * G,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(dout, M, tma), lse, delta,
             as_rows(dk, N, False), as_rows(dv, N, False),
-            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
+            const=const, **launch, **shared,
         )  # fmt: skip
-        M, N, warps, stages = tiles(q)[2]
+        const, launch = configured(common, for_dq)
+        M, N, tma = const.BLOCK_M, const.BLOCK_N, const.TMA
         dq_kernel[(triton.cdiv(T, M) * B * H,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(dout, M, tma), lse, delta,
             as_rows(dq, M, False),
-            const=const._replace(BLOCK_M=M, BLOCK_N=N), num_warps=warps, num_stages=stages, **shared,
+            const=const, **launch, **shared,
         )  # fmt: skip
     return dq, dk, dv

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels.backend import n_multiprocessors, on_device, tl, triton
-from kernels.flash_attention import (
-    Keys,
-    Masks,
-    arguments,
-    as_rows,
-    attend,
-    keys_of_row,
-    keys_seen,
-    packed,
-)
+from kernels.flash_attention import Keys, attend
+from kernels.flash_tiles import Masks, arguments, as_rows, keys_of_row, keys_seen, packed
 
 MIN_KEYS = 256  # per split: to read fewer takes less time than to start a program
 MAX_ROWS = 64  # the most rows of a tile: queries times heads per key/value head
@@ -63,7 +55,7 @@ def split_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, S, b, g, low, high)
+    keys = Keys(k, v, n_keys, b, g, low, high)
     acc, m, l = attend(acc, m, l, q_tile, keys, begin, end, scale, True, const)
 
     # A row that sees no key of this split gets weight 2^-inf = 0 in the sum.

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import transformed
+
 A = 2 * math.sqrt(2 / math.pi)
 B = 0.044715 * A
 
@@ -26,10 +28,10 @@ def gelu(x: Tensor) -> Tensor:
     """Return the GELU of x, of any shape and float dtype.
 
     Training in float32 on a CPU uses the equations above, which keep one more tensor than PyTorch's own
-    operation does. Everything else uses PyTorch's.
+    operation does. Everything else, second derivatives and torch.func too, uses PyTorch's.
     """
     by_hand = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
-    if by_hand and not torch.compiler.is_compiling():
+    if by_hand and not torch.compiler.is_compiling() and not transformed():
         return _GELU.apply(x)
     return F.gelu(x, approximate="tanh")
 
@@ -44,5 +46,7 @@ class _GELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> Tensor:
         x, s = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph=True: a gradient that has derivatives itself
+            return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
         slope = torch.addcmul(x.new_tensor(A), x, x, value=3 * B).mul_(x)
         return torch.addcmul(s, s, s, value=-1).mul_(slope).add_(s).mul_(dy)

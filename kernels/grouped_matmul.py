@@ -36,7 +36,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from kernels.backend import architecture, block_width, choose, family, on_device, precision, tl, triton
+from kernels import configs
+from kernels.backend import (
+    architecture,
+    block_width,
+    choose,
+    multiplies,
+    on_device,
+    precision,
+    readable,
+    refuse_second_derivative,
+    refuse_transforms,
+    tl,
+    triton,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels and of F.grouped_mm
 
@@ -77,6 +90,9 @@ def grouped_matmul(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str = "aut
         raise ValueError(f"grouped_matmul: backend {backend!r} {obstacle}; use 'auto' or 'reference'")
     if backend == "reference":
         return _reference(x, w, offsets)
+    refuse_transforms("grouped_matmul", backend)
+    if backend == "triton" and readable(offsets):
+        _groups(offsets, len(x))  # the kernels do not check
     return _operation(x, w, offsets.contiguous(), backend == "triton")
 
 
@@ -88,6 +104,8 @@ def _obstacle(backend: str, x: Tensor, N: int) -> str:
         return f"takes float16, bfloat16 and float32 on a GPU, not {x.dtype}"
     if backend == "torch" and (x.shape[1] * x.element_size() % 16 or N * x.element_size() % 16):
         return f"takes multiples of 16 bytes for D and N on a GPU, not {x.shape[1]} and {N} of {x.dtype}"
+    if backend == "triton" and not multiplies(x):
+        return "takes no bfloat16 in Triton's interpreter, which multiplies it wrongly"
     return ""
 
 
@@ -160,10 +178,10 @@ def _place(number, n_rows, n_columns, TOGETHER: tl.constexpr):
 def product_kernel(
     x, w, y, offsets, x_stride_m, x_stride_k, w_stride_e, w_stride_k, w_stride_n, M, N, K, E, n_tiles,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     # The group e of this tile, from the number of tiles of every group.
-    tile, column = _place(tl.program_id(0), n_tiles, tl.cdiv(N, BLOCK_N), TOGETHER=8)
+    tile, column = _place(tl.program_id(0), n_tiles, tl.cdiv(N, BLOCK_N), TOGETHER)
     groups = tl.arange(0, BLOCK_E)
     ends = tl.load(offsets + groups, mask=groups < E, other=0)
     starts = tl.load(offsets + groups - 1, mask=(groups > 0) & (groups < E), other=0)
@@ -200,10 +218,11 @@ def product_kernel(
 def weight_kernel(
     dy, x, dw, offsets, dy_stride_m, dy_stride_n, x_stride_m, x_stride_d, M, N, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     n_rows, n_columns = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D)
     e = tl.program_id(0) // (n_rows * n_columns)
-    row, column = _place(tl.program_id(0) % (n_rows * n_columns), n_rows, n_columns, TOGETHER=8)
+    row, column = _place(tl.program_id(0) % (n_rows * n_columns), n_rows, n_columns, TOGETHER)
     start = tl.maximum(tl.load(offsets + e - 1, mask=e > 0, other=0), 0)
     end = tl.minimum(tl.load(offsets + e), M)
 
@@ -225,35 +244,9 @@ def weight_kernel(
     tl.store(at, acc.to(dw.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
 
 
-# Rows and columns of a tile of y, warps and stages, by the smallest average number of rows per group; then
-# the same of a tile of dw. Per operation, a tile of 128 x 256 reads a quarter less from the L2 cache, whose
-# speed limits Hopper, than a tile of 128 x 128. None of them spills. Nothing here is tuned on a device yet.
-TILES = {
-    "Hopper": (  # and data-centre Blackwell: over 200 kB of shared memory
-        {128: (128, 256, 8, 3), 32: (64, 128, 4, 4), 0: (16, 64, 4, 4)},
-        (128, 256, 8, 3),
-    ),
-    "NVIDIA": (  # every other: at most 99 kB, which the smallest chips have
-        {128: (128, 128, 8, 3), 32: (64, 128, 4, 3), 0: (16, 64, 4, 4)},
-        (128, 128, 8, 3),
-    ),
-    "narrow": ({128: (128, 64, 8, 3), 32: (64, 64, 4, 3), 0: (16, 64, 4, 4)}, (128, 64, 8, 3)),
-    "AMD": ({128: (128, 128, 8, 2), 32: (64, 128, 4, 2), 0: (16, 64, 4, 2)}, (128, 128, 8, 2)),  # 64 kB
-    "interpreter": ({0: (16, 16, 4, 1)}, (16, 16, 4, 1)),
-}
-# Float32, which may need three products in TF32, takes more registers and so uses smaller tiles.
-FLOAT32 = {"Hopper": "NVIDIA", "NVIDIA": "narrow"}
-
-
-def tiles(x: Tensor) -> tuple[dict, tuple]:
-    """Return the row of TILES for inputs like x."""
-    name = family(architecture(x))
-    return TILES[FLOAT32.get(name, name) if x.dtype == torch.float32 else name]
-
-
-def depth(x: Tensor) -> int:
-    """Return how many terms of a sum a program reads at a time: 128 bytes of a row, one cache line."""
-    return 16 if architecture(x) == "interpreter" else 128 // x.element_size()
+def depth(tile: configs.Product, x: Tensor) -> int:
+    """Return how many terms of a sum a program reads at a time."""
+    return max(16, tile.line // x.element_size())
 
 
 def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -262,15 +255,14 @@ def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
-    table = tiles(x)[0]
-    BLOCK_M, BLOCK_N, warps, stages = table[max(least for least in table if least <= M / E)]
-    BLOCK_N = min(BLOCK_N, block_width(N))
+    tile = configs.grouped(architecture(x), E, M / E, x.element_size()).product
+    BLOCK_M, BLOCK_N = tile.rows, min(tile.columns, block_width(N))
     n_tiles = (M + min(E, M) * (BLOCK_M - 1)) // BLOCK_M  # the most there can be; at most M groups have rows
     with on_device(x):
         product_kernel[(n_tiles * triton.cdiv(N, BLOCK_N),)](
             x, w, y, offsets, *x.stride(), *w.stride(), M, N, K, E, n_tiles,
-            BLOCK_E=triton.next_power_of_2(E), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=depth(x),
-            PRECISION=precision(x), num_warps=warps, num_stages=stages,
+            BLOCK_E=triton.next_power_of_2(E), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=depth(tile, x),
+            PRECISION=precision(x), TOGETHER=tile.together, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
 
@@ -281,13 +273,13 @@ def weight_gradient_triton(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     dw = x.new_empty(E, N, D)
     if dw.numel() == 0:
         return dw
-    BLOCK_N, BLOCK_D, warps, stages = tiles(x)[1]
-    BLOCK_N, BLOCK_D = min(BLOCK_N, block_width(N)), min(BLOCK_D, block_width(D))
+    tile = configs.grouped(architecture(x), E, M / E, x.element_size()).weight
+    BLOCK_N, BLOCK_D = min(tile.rows, block_width(N)), min(tile.columns, block_width(D))
     with on_device(x):
         weight_kernel[(E * triton.cdiv(N, BLOCK_N) * triton.cdiv(D, BLOCK_D),)](
             dy, x, dw, offsets, *dy.stride(), *x.stride(), M, N, D,
-            BLOCK_M=depth(x), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
-            PRECISION=precision(x), num_warps=warps, num_stages=stages,
+            BLOCK_M=depth(tile, x), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+            PRECISION=precision(x), TOGETHER=tile.together, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dw
 
@@ -332,3 +324,4 @@ def _backward(ctx, dy):
 
 
 _operation.register_autograd(_backward, setup_context=_save)
+refuse_second_derivative("grouped_matmul", _operation_backward)

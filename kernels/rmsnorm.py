@@ -31,7 +31,16 @@ from functools import cache, partial
 import torch
 from torch import Tensor, library
 
-from kernels.backend import choose, n_multiprocessors, on_device, tl, triton
+from kernels import configs
+from kernels.backend import (
+    architecture,
+    choose,
+    n_multiprocessors,
+    on_device,
+    refuse_second_derivative,
+    tl,
+    triton,
+)
 
 MAX_WIDTH = 16384  # a wider row does not fit the registers of one program
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -155,7 +164,7 @@ def _backward_kernel(
 
 
 @cache
-def _tiling(D: int, element_size: int) -> tuple[int, int, int, int]:
+def _tiling(D: int, element_size: int, norm: configs.Norm) -> tuple[int, int, int, int]:
     """Return ROWS, BLOCK_D, warps and stages, by a fixed rule: there is no tuning at run time.
 
     2048 elements for 4 warps, and more warps for wider rows, are 16 elements per thread. It loads 16 bytes at
@@ -165,9 +174,9 @@ def _tiling(D: int, element_size: int) -> tuple[int, int, int, int]:
     every GPU has.
     """
     BLOCK_D = 1 << (D - 1).bit_length()
-    ROWS = max(1, 2048 // BLOCK_D)
-    stages = min(3, 1 + 16384 // (ROWS * BLOCK_D * element_size))
-    return ROWS, BLOCK_D, min(max(4, BLOCK_D // 512), 16), stages
+    ROWS = max(1, norm.elements // BLOCK_D)
+    stages = min(norm.stages, 1 + 16384 // (ROWS * BLOCK_D * element_size))
+    return ROWS, BLOCK_D, min(max(4, ROWS * BLOCK_D // norm.per_warp), 16), stages
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -188,7 +197,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y and h like x, h empty without a residual, and 1 / sqrt(mean(h^2) + eps) per row in float32."""
     D = x.shape[-1]
-    ROWS, BLOCK_D, num_warps, _ = _tiling(D, x.element_size())
+    ROWS, BLOCK_D, num_warps, _ = _tiling(D, x.element_size(), configs.Norm())
     y, h, rstd = _forward_outputs(x, weight, residual, eps)
     n_rows = rstd.shape[0]
     x, x_stride = _rows(x)
@@ -212,9 +221,10 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dx, like h, also the gradient of the residual, and dweight, like weight, empty if not needed."""
     D, n_rows = h.shape[-1], rstd.shape[0]
-    ROWS, BLOCK_D, num_warps, stages = _tiling(D, h.element_size())
-    # 16 warps on each multiprocessor: their registers fit, and the partial sums stay few.
-    n_programs = min(math.ceil(n_rows / ROWS), 16 // num_warps * n_multiprocessors(h.device))
+    norm = configs.chosen("rms_norm_backward", architecture(h), D, h.element_size()) or configs.Norm()
+    ROWS, BLOCK_D, num_warps, stages = _tiling(D, h.element_size(), norm)
+    # By default 16 warps on each multiprocessor: their registers fit, and the partial sums stay few.
+    n_programs = min(math.ceil(n_rows / ROWS), norm.resident // num_warps * n_multiprocessors(h.device))
     partial_sums = h.new_empty((n_programs, D), dtype=torch.float32) if need_dweight else None
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     h, h_stride = _rows(h)
@@ -265,6 +275,7 @@ _operation = library.custom_op("plinth::rms_norm", launch_forward, mutates_args=
 _operation_backward = library.custom_op("plinth::rms_norm_backward", launch_backward, mutates_args=())
 _operation.register_fake(_forward_outputs)
 _operation.register_autograd(partial(_gradients, _operation_backward), setup_context=_save)
+refuse_second_derivative("rms_norm", _operation_backward)
 
 
 @_operation_backward.register_fake

@@ -199,7 +199,7 @@ def test_the_layer_never_asks_its_device_for_a_value(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_gpu_computes_the_same_and_is_never_waited_for(name):
+def test_a_gpu_computes_the_same_and_is_never_waited_for(name, a_gpu_itself):
     config = replace(ROUTERS[name], kernels="triton")
     layer, x = random_layer(replace(config, kernels="reference")), torch.randn(2, 9, 32)
     y, dx = layer(x.requires_grad_()), torch.randn_like(x)

@@ -9,6 +9,7 @@ machine code shows much of what decides a kernel's speed:
     registers   per thread, at most 255 (AMD: 512); with more of them, fewer threads share a multiprocessor
     spills      instructions that move values to memory and back because the registers are full
     shared      kB of on-chip memory per program
+    programs    that fit a multiprocessor at a time, by registers, shared memory and threads
     matrix      instructions that multiply tiles: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell), v_mfma
     TMA         loads of whole tiles by the copy engine of Hopper and later GPUs
 """
@@ -30,11 +31,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kernels import backend, cross_entropy, flash_attention, flash_backward, flash_decoding, rmsnorm
+from kernels import backend, configs, cross_entropy, flash_attention, flash_backward, flash_decoding, rmsnorm
 from kernels.backend import triton
 from kernels.grouped_matmul import product_triton, weight_gradient_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Of a multiprocessor: bytes of shared memory, of which a program can have 1 kB less, and threads.
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "gfx942": 64 * 1024}
+REGISTERS, THREADS = 65536, 2048
 MATRIX = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma"
 
 
@@ -51,6 +55,16 @@ class Machine:
     shared: int  # bytes
     matrix: str  # as in "16 HGMMA"
     tma: int
+    warps: int
+    programs: int  # on a multiprocessor at a time; 0 if one alone exceeds the shared memory
+
+
+def programs(target: str, registers: int, shared: int, warps: int) -> int:
+    """Return how many programs fit a multiprocessor of an NVIDIA GPU at a time."""
+    if target.startswith("gfx"):
+        return 0
+    per_warp = 32 * (registers + -registers % 8)  # they are given out in units of 256
+    return min(REGISTERS // (per_warp * warps), SHARED[target] // (shared + 1024), THREADS // (32 * warps))
 
 
 class NamedTarget:
@@ -116,8 +130,10 @@ def inspect(target: str, operation: str, case: str, name: str, kernel) -> Machin
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     matrix = ", ".join(f"{n} {name}" for name, n in Counter(re.findall(MATRIX, code)).most_common())
     tma = len(re.findall("UTMALDG", code))
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    fit = programs(target, registers, shared, warps)
     return Machine(
-        target, operation, case, name.strip("_"), registers, spills, kernel.metadata.shared, matrix, tma
+        target, operation, case, name.strip("_"), registers, spills, shared, matrix, tma, warps, fit
     )
 
 
@@ -205,6 +221,59 @@ CASES = {
             f"float32, {result}": partial(grouped, result, 1024, FP32, "highest")
             for result in ("y", "dx", "dw")
         },
+    },
+}
+SHIPPED = tuple(CASES)  # what runs where nothing was measured; below, what may be measured
+
+
+def attention_configured(operation: str, name: str, K: int) -> None:
+    """Launch the forward pass or the gradient of causal attention under a configuration."""
+    q, lse = torch.zeros(2, 1024, 8, K, dtype=BF16), torch.zeros(2, 8, 1024)
+    options = (True, None, None, 0.1, None, None)
+    with configs.timed(operation, configs.CONFIGS[operation][name]):
+        if operation == "attention_forward":
+            flash_attention.forward(q, q, q, *options)
+        else:
+            flash_backward.backward(q, q, q, q, q, lse, *options)
+
+
+def norm_configured(name: str, D: int) -> None:
+    h, weight, rstd = torch.zeros(8192, D, dtype=BF16), torch.ones(D), torch.ones(8192)
+    with configs.timed("rms_norm_backward", configs.CONFIGS["rms_norm_backward"][name]):
+        rmsnorm.launch_backward(h, h, h, weight, rstd, True)
+
+
+def cross_entropy_configured(name: str) -> None:
+    with configs.timed("linear_cross_entropy", configs.CONFIGS["linear_cross_entropy"][name]):
+        cross_entropy_rows(BF16, None)
+
+
+def grouped_configured(name: str, result: str) -> None:
+    with configs.timed("grouped_matmul", configs.CONFIGS["grouped_matmul"][name]):
+        grouped(result, 1024, BF16)
+
+
+CASES |= {
+    **{
+        operation: {
+            f"width {K}: {name}": partial(attention_configured, operation, name, K)
+            for K in (64, 128)
+            for name in configs.CONFIGS[operation]
+        }
+        for operation in ("attention_forward", "attention_backward")
+    },
+    "rms_norm_backward": {
+        f"width {D}: {name}": partial(norm_configured, name, D)
+        for D in (768, 4096)
+        for name in configs.CONFIGS["rms_norm_backward"]
+    },
+    "linear_cross_entropy": {
+        name: partial(cross_entropy_configured, name) for name in configs.CONFIGS["linear_cross_entropy"]
+    },
+    "grouped_matmul, configured": {
+        f"{result}: {name}": partial(grouped_configured, name, result)
+        for result in ("y", "dx", "dw")
+        for name in configs.CONFIGS["grouped_matmul"]
     },
 }
 

@@ -8,17 +8,10 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_gpt import SMALL, die_in, flags, forked, rows, same_run, write_text
+from small_gpt import die_in, flags, forked, rows, same_run
 
-import gpt
 import train
 from engine import checkpoint, optim
-
-
-@pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.setitem(gpt.SIZES, "tiny", SMALL)
-    return write_text(tmp_path / "text.txt")
 
 
 def test_a_crashed_run_ends_where_it_would_have_ended(text, tmp_path):

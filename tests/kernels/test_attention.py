@@ -6,6 +6,8 @@ value of order one, because the largest of a few small errors varies.
 """
 
 import math
+from functools import partial
+from importlib import import_module
 from itertools import combinations
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library
+from torch._subclasses import FakeTensorMode
 
-from kernels import attention, flash_attention, flash_backward, flash_decoding
+from kernels import attention, flash_attention, flash_backward, flash_decoding, flash_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
@@ -180,7 +183,7 @@ def test_any_shape(data):
 @pytest.mark.parametrize("name", ["plain", "causal window", "softcap", "documents", "lengths"])
 def test_tiles_through_tensor_descriptors(name, monkeypatch):
     """Tiles are loaded as on Hopper, which the interpreter can do too."""
-    monkeypatch.setattr(flash_attention, "uses_tma", lambda q: True)
+    monkeypatch.setattr(flash_tiles, "uses_tma", lambda q: True)
     long = {"cu_seqlens": [0, 3, 3, 20, 35], "seqlens_k": [18, 35], "window": 9}
     options = {key: long.get(key, value) for key, value in CASES[name].items()}
     q, k, v, options = inputs(options, 35, 35, 24)
@@ -213,7 +216,7 @@ def test_any_strides():
     B, T, H, K = 2, 20, 2, 16
     fused = torch.randn(B, T, 3 * H * K, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     q, k, v = fused.view(B, T, 3 * H, K).split(H, dim=2)
-    assert all(flash_attention.packed(x) is x for x in (q, k, v))
+    assert all(flash_tiles.packed(x) is x for x in (q, k, v))
     heads_first = torch.randn(B, H, T, K, device=DEVICE).transpose(1, 2)
     expanded = torch.randn(B, T, 1, K, device=DEVICE).expand(B, T, H, K)
     every_other = torch.randn(B, T, H, 2 * K, device=DEVICE)[..., ::2]
@@ -252,6 +255,42 @@ def test_what_is_masked_is_not_read():
         out = attention(q[:, late], k, v, causal=True, window=20, backend="triton")
         expected = by_hand(q[:, late], k.nan_to_num(), v.nan_to_num(), causal=True, window=20)
         torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
+
+
+POISON = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", "torch", "triton", "tensor descriptors", "decoding", "compiled"]
+)
+@pytest.mark.parametrize("mask", [{}, {"causal": True, "window": 9}], ids=["all", "causal window"])
+def test_keys_that_do_not_exist_count_for_nothing(mask, backend, monkeypatch):
+    """Whatever a cache holds after the keys of a row, results and gradients are those of a shorter row."""
+    monkeypatch.setattr(flash_tiles, "uses_tma", lambda q: backend == "tensor descriptors")
+    if backend == "decoding":
+        monkeypatch.setattr(flash_decoding, "MIN_KEYS", 16)
+    T, S, lengths = 1 if backend == "decoding" else 20, 40, (0, 21, 40)
+    q, k, v, options = inputs({"seqlens_k": lengths} | mask, T, S, B=3)
+    assert flash_decoding.applies(q, k) == (backend == "decoding")
+    for b, n in enumerate(lengths):
+        for i, x in enumerate((k, v)):
+            x[b, n:] = torch.tensor([POISON[(i + j) % 3] for j in range(S - n)], device=DEVICE)[:, None, None]
+    run, name = attention, backend if backend in ("reference", "torch") else "triton"
+    if backend == "compiled":
+        run, name = torch.compile(attention, fullgraph=True, backend="aot_eager"), "torch"
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = run(*leaves, **options, backend=name)
+    out.square().sum().backward()
+    for b, n in enumerate(lengths):
+        exact = [x[b : b + 1].double().requires_grad_() for x in (q, k[:, :n], v[:, :n])]
+        expected = attention(*exact, **mask, backend="reference")
+        expected.square().sum().backward()
+        torch.testing.assert_close(out[b : b + 1].double(), expected, atol=4e-6, rtol=0)
+        for leaf, x in zip(leaves, exact, strict=True):
+            ours = leaf.grad[b : b + 1].double()
+            torch.testing.assert_close(ours[:, : x.shape[1]], x.grad, atol=2e-5, rtol=0)
+            assert (ours[:, x.shape[1] :] == 0).all()
 
 
 def test_large_magnitudes():
@@ -350,6 +389,54 @@ def test_impossible_choices_say_why(change, message):
         attention(q, k, v, **change)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(
+    "values", [[0, 5, 8], [3, 5, 11], [0, 10, 5, 11], [0, 12], [-1, 11], [0], [], [[0, 11]], [0.0, 11.0]]
+)
+def test_documents_that_do_not_fill_the_row_are_refused(values, backend):
+    q, k, v, _ = (x.cpu() if x is not None else x for x in (*inputs({}, B=1)[:3], None))
+    with pytest.raises(ValueError, match=r"attention: cu_seqlens .*: expected (ascending|integers)"):
+        attention(q, k, v, cu_seqlens=torch.tensor(values), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("values", [[3, 12], [-1, 3], [3], [3, 4, 5], [[3], [4]], [3.0, 4.0]])
+def test_lengths_that_do_not_fit_the_cache_are_refused(values, backend):
+    q, k, v = (x.cpu() for x in inputs({})[:3])
+    with pytest.raises(
+        ValueError, match=r"attention: seqlens_k .*: expected (numbers from 0 to S = 11|integers \(2,\))"
+    ):
+        attention(q, k, v, seqlens_k=torch.tensor(values), backend=backend)
+
+
+@pytest.mark.parametrize(
+    "name, values", [("cu_seqlens", [[3, 5], [0, 90], [9, 2, 11]]), ("seqlens_k", [[-5], [99]])]
+)
+def test_the_kernels_read_nothing_else_whatever_the_lengths(name, values):
+    """On a GPU they are not checked. Around q, k and v there are NaN, and every result is finite."""
+    T, options = 11, {"cu_seqlens": None, "seqlens_k": None}
+    memory = torch.full((3 * T, 6, 16), math.nan, device=DEVICE)
+    q, k, v = (memory[None, T : 2 * T, 2 * i : 2 * i + 2] for i in range(3))
+    memory[T : 2 * T] = torch.randn(T, 6, 16, generator=torch.Generator().manual_seed(0))
+    for wrong in values:
+        masks = options | {name: torch.tensor(wrong, device=DEVICE)}
+        options_in_order = True, None, None, 0.25, masks["cu_seqlens"], masks["seqlens_k"]
+        out, lse = flash_attention.forward(q, k, v, *options_in_order)
+        grads = flash_backward.backward(q, q, k, v, out, lse, *options_in_order)
+        assert all(x.isfinite().all() for x in (out, lse, *grads)), wrong
+
+
+def test_no_lengths_are_read_on_a_gpu():
+    """Tensors without contents stand for those of a GPU, for whose values a check would wait."""
+    with FakeTensorMode():
+        q, ends = torch.empty(1, 11, 2, 16, device="cuda"), torch.empty(3, dtype=torch.int32, device="cuda")
+        check = partial(import_module("kernels.attention")._check, q, q, q, None, None)
+        check(ends, None)
+        check(None, ends[:1])
+        with pytest.raises(ValueError, match=r"on cpu: expected integers .* on cuda"):
+            check(None, torch.tensor([3]))
+
+
 def test_shapes_that_do_not_fit_say_so():
     q, k, v, _ = inputs({})
     with pytest.raises(ValueError, match="multiple of G"):
@@ -372,12 +459,13 @@ def test_shapes_that_do_not_fit_say_so():
 )
 def test_on_a_gpu(names, K, dtype):
     """Large tiles, lengths that are no multiple of them, every dtype."""
-    wanted = {"T": 1111, "S": 1111, "H": 8, "G": 2, "K": K, "dtype": dtype}
+    S = 1111 if DEVICE == "cuda" else 37
+    wanted = {"T": S, "S": S, "H": 8 if DEVICE == "cuda" else 2, "G": 2, "K": K, "dtype": dtype}
     for name in names:
         wanted |= FEATURES[name]
-    wanted["T"] = 700 if "T not S" in names else wanted["T"]
+    wanted["T"] = S * 2 // 3 if "T not S" in names else S
     options = {key: wanted.pop(key) for key in list(wanted) if key not in SHAPE}
-    long = {"window": 300, "cu_seqlens": [0, 3, 3, 600, 1111], "seqlens_k": [518, 1111]}
+    long = {"window": S // 4, "cu_seqlens": [0, 3, 3, S // 2, S], "seqlens_k": [S // 2, S]}
     options = {key: long.get(key, value) for key, value in options.items()}
     q, k, v, options = inputs(options, **wanted)
     assert_as_exact_as_plain(q, k, v, options)
@@ -386,9 +474,11 @@ def test_on_a_gpu(names, K, dtype):
 @pytest.mark.gpu
 def test_long_on_a_gpu():
     """The last rows of a long sequence equal attention of these rows alone, in float64 and in decoding."""
-    q, k, v, _ = inputs({}, 8192, 8192, 64, 64, 64, torch.bfloat16)
+    T, H, dtype = (8192, 64, torch.bfloat16) if DEVICE == "cuda" else (300, 2, torch.float16)
+    q, k, v, _ = inputs({}, T, T, 64, H, H, dtype)
     out = attention(q, k, v, causal=True, backend="triton")
     last = attention(q[:, -100:].double(), k.double(), v.double(), causal=True, backend="reference")
-    assert (out[:, -100:].double() - last).norm() / last.norm() < 4 * torch.finfo(torch.bfloat16).eps
-    tokens = attention(q[:, -1:], k, v, causal=True, backend="triton")  # flash_decoding
-    assert (tokens.double() - last[:, -1:]).norm() / last.norm() < 4 * torch.finfo(torch.bfloat16).eps
+    assert (out[:, -100:].double() - last).norm() / last.norm() < 4 * torch.finfo(dtype).eps
+    assert flash_decoding.applies(q[:, -1:], k)
+    tokens = attention(q[:, -1:], k, v, causal=True, backend="triton")
+    assert (tokens.double() - last[:, -1:]).norm() / last[:, -1:].norm() < 4 * torch.finfo(dtype).eps

@@ -262,7 +262,7 @@ def test_a_whole_run(tiny, tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("rendered")
-def test_a_whole_run_on_a_gpu(tiny, tmp_path):
+def test_a_whole_run_on_a_gpu(tiny, tmp_path, a_gpu_itself):
     out = tmp_path / "kernels.json"
     assert bench.main(["--rounds", "1", "--out", str(out)]) == 0
     check_run(out, {"SDPA flash", "SDPA cuDNN", "FlexAttention"})

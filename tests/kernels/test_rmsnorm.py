@@ -275,7 +275,7 @@ def test_no_second_derivative():
     x, _, weight, _ = inputs()
     x.requires_grad_()
     (dx,) = torch.autograd.grad(rms_norm(x, weight, backend="triton").sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(NotImplementedError, match=r"rms_norm: .* no second derivative"):
         (dx.square().sum() + x.sum()).backward()
 
 
@@ -345,4 +345,5 @@ def test_auto_is_fusible_when_compiled():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(8, 1024, 768), (16384, 2048), (4095, 5000), (2048, 16384), (100000, 64)])
 def test_large(shape, dtype):
+    shape = shape if DEVICE == "cuda" else (9, shape[-1])
     assert_as_good_as_reference(random_case(shape, dtype, residual=True, weight_dtype=dtype))

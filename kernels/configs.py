@@ -1,0 +1,255 @@
+"""Tiles, warps and stages of the kernels: the defaults, the alternatives to time, and the winners of a GPU.
+
+    queries, keys ...   the size of a tile: the larger, the fewer bytes per operation, and the more registers
+    warps               per program; on Hopper four warps multiply as one group, eight are two such groups
+    stages              of the software pipeline: stages - 1 tiles are on their way while one is computed
+    tma                 tiles come through tensor descriptors, by the copy engine, where the GPU has one
+    persistent          one program per multiprocessor computes tile after tile, so none waits for its start
+    interleaved         the product of the next tile runs while the exponentials of this one are computed
+    specialized         Triton gives loads and products to warps of their own (its compiler knows it for
+                        Blackwell; for Hopper, parts of it)
+
+The defaults are the largest tiles found that keep 16-bit inputs in registers, by what the compiler says:
+results/machine_code.json has registers, spills, shared memory and occupancy of every configuration here.
+CONFIGS are alternatives by name, the simplest first. `python -m results.gpu` times them on a GPU, and
+tuned.json beside this file, where it exists, names the winners:
+
+    {"sm_90": {"attention_forward": {"64": name, "128": name}, ...}}
+
+For an architecture without a measurement the kernels use the defaults.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from kernels.backend import family
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+class Attention(NamedTuple):
+    """One kernel of attention: the forward pass, dk and dv, or dq. The last three are of the forward pass."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool = True
+    persistent: bool = False
+    interleaved: bool = False
+    specialized: bool = False
+
+
+class Backward(NamedTuple):
+    """Both kernels of the gradient of attention."""
+
+    dkdv: Attention
+    dq: Attention
+
+
+class Norm(NamedTuple):
+    """RMSNorm's backward pass: at most `elements` per tile, unless a row is longer, and 4 to 16 warps."""
+
+    elements: int = 2048
+    per_warp: int = 512  # elements
+    stages: int = 3
+    resident: int = 16  # warps on each multiprocessor
+
+
+class CrossEntropy(NamedTuple):
+    """Linear cross entropy: logits that a program reads at a time, and the fewest rows of a chunk."""
+
+    block: int = 4096
+    per_warp: int = 512  # logits
+    rows: int = 0  # 0: those of rows_per_chunk
+
+
+class Product(NamedTuple):
+    """A tile of a grouped product, and how much of the sum it reads at a time: 64 numbers are 128 bytes."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    line: int = 128  # bytes
+    together: int = 8  # tiles of rows whose programs run side by side
+
+
+class Grouped(NamedTuple):
+    """The grouped product of long groups, and the gradient of its matrices."""
+
+    product: Product
+    weight: Product
+
+
+Config = Attention | Backward | Norm | CrossEntropy | Grouped
+
+# --- the defaults
+
+# Attention, by largest head width: the forward pass, dk and dv, and dq. Float32 uses the row of twice its
+# width, which fits the registers in TF32 only.
+ATTENTION = {
+    "Hopper": {  # and data-centre Blackwell: over 200 kB of shared memory
+        64: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+        256: ((128, 32, 8, 2), (16, 64, 8, 2), (64, 32, 4, 2)),
+        512: ((64, 16, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1)),
+    },
+    "NVIDIA": {  # every other: at most 99 kB, which the smallest chips have
+        64: ((128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2)),
+        128: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        256: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 4, 1)),
+        512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "AMD": {  # 64 kB, and 512 registers
+        64: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1)),
+        128: ((128, 32, 4, 1), (32, 64, 4, 1), (64, 32, 4, 1)),
+        256: ((64, 32, 4, 1), (16, 64, 8, 1), (32, 32, 4, 1)),
+        512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+    "interpreter": {512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
+}
+# Grouped products, by the smallest average number of rows per group; then the gradient of the matrices. Per
+# operation, a tile of 128 x 256 reads a quarter less from the L2 cache, whose speed limits Hopper, than a
+# tile of 128 x 128.
+GROUPED = {
+    "Hopper": ({128: (128, 256, 8, 3), 32: (64, 128, 4, 4), 0: (16, 64, 4, 4)}, (128, 256, 8, 3)),
+    "NVIDIA": ({128: (128, 128, 8, 3), 32: (64, 128, 4, 3), 0: (16, 64, 4, 4)}, (128, 128, 8, 3)),
+    "narrow": ({128: (128, 64, 8, 3), 32: (64, 64, 4, 3), 0: (16, 64, 4, 4)}, (128, 64, 8, 3)),
+    "AMD": ({128: (128, 128, 8, 2), 32: (64, 128, 4, 2), 0: (16, 64, 4, 2)}, (128, 128, 8, 2)),
+    "interpreter": ({0: (16, 16, 4, 1, 32)}, (16, 16, 4, 1, 32)),
+}
+# Float32, which may need three products in TF32, takes more registers and so uses smaller tiles.
+GROUPED_FLOAT32 = {"Hopper": "NVIDIA", "NVIDIA": "narrow"}
+LONG_GROUPS = 128  # rows: a tuned configuration applies to groups at least this long
+
+# --- the alternatives
+
+CONFIGS: dict[str, dict[str, Config]] = {
+    "attention_forward": {
+        "128x64": Attention(128, 64, 8, 3),
+        "128x64, 2 stages": Attention(128, 64, 8, 2),
+        "128x64, 4 stages": Attention(128, 64, 8, 4),
+        "128x128": Attention(128, 128, 8, 2),
+        "128x128, 3 stages": Attention(128, 128, 8, 3),
+        "64x64, 4 warps": Attention(64, 64, 4, 3),
+        "64x128, 4 warps": Attention(64, 128, 4, 2),
+        "128x64, pointers": Attention(128, 64, 8, 3, tma=False),
+        "128x64, persistent": Attention(128, 64, 8, 3, persistent=True),
+        "128x128, persistent": Attention(128, 128, 8, 2, persistent=True),
+        "128x64, interleaved": Attention(128, 64, 8, 3, interleaved=True),
+        "128x128, interleaved": Attention(128, 128, 8, 2, interleaved=True),
+        "128x64, persistent, interleaved": Attention(128, 64, 8, 3, persistent=True, interleaved=True),
+        "128x64, specialized": Attention(128, 64, 8, 3, specialized=True),
+    },
+    "attention_backward": {
+        "64x128 and 128x64": Backward(Attention(64, 128, 8, 2), Attention(128, 64, 8, 2)),
+        "32x128 and 128x64": Backward(Attention(32, 128, 8, 2), Attention(128, 64, 8, 2)),
+        "32x128, 3 stages": Backward(Attention(32, 128, 8, 3), Attention(128, 64, 8, 3)),
+        "64x64 and 64x64": Backward(Attention(64, 64, 4, 2), Attention(64, 64, 4, 2)),
+        "64x64, 8 warps": Backward(Attention(64, 64, 8, 3), Attention(64, 64, 4, 3)),
+        "64x128 and 128x128": Backward(Attention(64, 128, 8, 2), Attention(128, 128, 8, 1)),
+        "32x128, pointers": Backward(
+            Attention(32, 128, 8, 2, tma=False), Attention(128, 64, 8, 2, tma=False)
+        ),
+    },
+    "rms_norm_backward": {
+        "2048 elements": Norm(),
+        "4096 elements": Norm(elements=4096),
+        "1024 elements": Norm(elements=1024),
+        "32 warps resident": Norm(resident=32),
+        "256 a warp": Norm(per_warp=256),
+        "256 a warp, 32 resident": Norm(per_warp=256, resident=32),
+        "1024 a warp": Norm(per_warp=1024),
+        "not pipelined": Norm(stages=1),
+    },
+    "linear_cross_entropy": {
+        "4096 logits": CrossEntropy(),
+        "8192 logits": CrossEntropy(block=8192),
+        "2048 logits": CrossEntropy(block=2048),
+        "4096 logits, 256 a warp": CrossEntropy(per_warp=256),
+        "8192 logits, 1024 a warp": CrossEntropy(block=8192, per_warp=1024),
+        "chunks of 2048": CrossEntropy(rows=2048),
+        "chunks of 4096": CrossEntropy(rows=4096),
+    },
+    "grouped_matmul": {
+        "128x256": Grouped(Product(128, 256, 8, 3), Product(128, 256, 8, 3)),
+        "128x256, 4 stages": Grouped(Product(128, 256, 8, 4), Product(128, 256, 8, 4)),
+        "128x256, narrow": Grouped(Product(128, 256, 8, 4, line=64), Product(128, 256, 8, 4, line=64)),
+        "128x128": Grouped(Product(128, 128, 8, 3), Product(128, 128, 8, 3)),
+        "128x128, 4 stages": Grouped(Product(128, 128, 8, 4), Product(128, 128, 8, 4)),
+        "128x128, 4 warps": Grouped(Product(128, 128, 4, 4), Product(128, 128, 4, 4)),
+        "128x256, 16 together": Grouped(
+            Product(128, 256, 8, 3, together=16), Product(128, 256, 8, 3, together=16)
+        ),
+        "256x128": Grouped(Product(256, 128, 8, 3), Product(256, 128, 8, 3)),
+    },
+}
+# Head widths at which a configuration spills registers or exceeds the shared memory on Hopper.
+TOO_LARGE: dict[str, tuple[int, ...]] = {}
+
+# --- which one runs
+
+_timed: dict[str, Config] = {}
+
+
+@contextmanager
+def timed(operation: str, config: Config) -> Iterator[None]:
+    """Let the kernels of an operation run with this configuration, at any shape."""
+    _timed[operation] = config
+    try:
+        yield
+    finally:
+        del _timed[operation]
+
+
+def names(operation: str, key: int | str) -> list[str]:
+    """Return the names of the configurations to time for a key of tuned.json: a head width, D, V or E."""
+    return [name for name in CONFIGS[operation] if int(key) not in TOO_LARGE.get(f"{operation}: {name}", ())]
+
+
+@cache
+def _tuned() -> dict[str, dict[str, dict[str, str]]]:
+    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
+
+
+def chosen(operation: str, arch: str, key: int, element_size: int = 2) -> Config | None:
+    """Return the configuration being timed or, for 16-bit inputs, the measured one; None without either.
+
+    The measured one is that of the smallest measured key from `key` on: the tiles of a wider head fit too.
+    Raises ValueError if tuned.json has a name that is not in CONFIGS.
+    """
+    if operation in _timed:
+        return _timed[operation]
+    measured = _tuned().get(arch, {}).get(operation, {}) if element_size == 2 else {}
+    larger = [int(k) for k in measured if int(k) >= key]
+    if not larger:
+        return None
+    name = measured[str(min(larger))]
+    if name not in CONFIGS[operation]:
+        raise ValueError(f"{TUNED}: {operation}: {name!r} is not in kernels/configs.py; measure again")
+    return CONFIGS[operation][name]
+
+
+def attention(arch: str, K: int, element_size: int) -> tuple[Attention, Attention, Attention]:
+    """Return the configurations of the forward pass, of dk and dv, and of dq, at head width K."""
+    table, width = ATTENTION[family(arch)], K * max(1, element_size // 2)
+    forward, dkdv, dq = (Attention(*tile) for tile in table[min(limit for limit in table if width <= limit)])
+    forward = chosen("attention_forward", arch, width, element_size) or forward
+    backward = chosen("attention_backward", arch, width, element_size) or Backward(dkdv, dq)
+    return forward, *backward
+
+
+def grouped(arch: str, E: int, rows: float, element_size: int) -> Grouped:
+    """Return the configuration of grouped products of E groups of `rows` rows on average."""
+    name = family(arch)
+    products, weight = GROUPED[GROUPED_FLOAT32.get(name, name) if element_size == 4 else name]
+    product = products[max(least for least in products if least <= rows)]
+    default = Grouped(Product(*product), Product(*weight))
+    found = chosen("grouped_matmul", arch, E, element_size) or default
+    short = rows < LONG_GROUPS and "grouped_matmul" not in _timed
+    return found._replace(product=default.product) if short else found

@@ -127,8 +127,10 @@ class KVCache:
 
 
 def in_place(*tensors: Tensor) -> None:
-    """Mark tensors that a compiled step changes: a CUDA graph would otherwise copy its inputs before each step,
-    and cannot change them."""
+    """Mark tensors that a compiled step changes.
+
+    A CUDA graph copies all other inputs before each step, and could not change them.
+    """
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor, guard=False)
 

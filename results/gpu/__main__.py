@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from formats.atomic import replace_file
-from results.gpu import rows, table
+from results.gpu import measure, rows, table
 from results.gpu.steps import FULL, TOY, Measurement, steps
 
 STARTUP = 10  # seconds until a process has imported everything and has the GPU
@@ -80,9 +80,8 @@ def run_step(session: Session, step: str, measurements: list[Measurement]) -> No
         command += ["--until", str(session.until), *["--again"] * args.again]
         command += ["--commit", args.commit] if args.commit else []
         process = session.start(*command)
-        limit = min(
-            3 * STARTUP + 2 * sum(item.seconds for item in todo), session.until + RESERVE / 2 - time.time()
-        )
+        limit = 3 * STARTUP + sum(measure.limit(item.seconds) for item in todo)
+        limit = min(limit, session.until + RESERVE / 2 - time.time())
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:

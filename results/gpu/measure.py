@@ -3,7 +3,7 @@
     python -m results.gpu.measure STEP ...        __main__.py starts it, in a process for each step
 
 The functions return the figures of a row. A measurement that fails has a row with the end of its traceback;
-one that does not come back within twice its time ends the process, and __main__.py starts another for the rest.
+one that does not come back in time ends the process, and __main__.py starts another for the rest.
 """
 
 import argparse
@@ -261,7 +261,7 @@ def decoding(sizes, batch: int) -> dict:
 
 
 def counters(sizes) -> dict:
-    """Return Nsight Compute's metrics of attention's forward kernel. In the rehearsal the program runs alone."""
+    """Return Nsight Compute's metrics of attention's forward kernel. A rehearsal runs the program alone."""
     K, T = sizes.head_widths[-1], sizes.lengths[-1]
     call = f"attention_forward({sizes.device!r}, {K}, {T}, {sizes.width})"
     program = f"from results.gpu.measure import attention_forward; {call}"
@@ -312,11 +312,17 @@ def rehearse_on_cpu() -> None:
     bench.median_ms, bench.extra_mib = milliseconds, lambda run: 0.0
 
 
+def limit(seconds: float) -> float:
+    """Return how long a measurement that should take this long may take; the first of a process imports much,
+    and a rehearsal may share its processor with others."""
+    return 15 + 2 * seconds if torch.cuda.is_available() else 600
+
+
 def measure(step: str, item, args: argparse.Namespace) -> dict:
     """Make a measurement and return its row, which is saved before, in case the process ends, and after."""
     row = rows.new(step, item.name, args.commit)
     rows.add(args.out, row)
-    faulthandler.dump_traceback_later(min(2 * item.seconds, args.until - time.time()), exit=True)
+    faulthandler.dump_traceback_later(min(limit(item.seconds), args.until - time.time()), exit=True)
     began = time.perf_counter()
     try:
         row |= item.call() | {"failed": None}

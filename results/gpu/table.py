@@ -61,8 +61,9 @@ def aims(rows: Rows) -> str:
     lines = [f"{'aim':66} {'at least':>8} {'reached':>8}"]
     for what, least, reached, beside in AIMS:
         value = reached(rows)
-        shown = "" if value is None else f"{value:.2f}{' ' if value >= least else ' (missed)'}"
-        lines.append(f"{what:66} {least:8.2f} {shown:>8}" + (f"   {beside}" if beside else ""))
+        shown = "" if value is None else f"{value:.2f}"
+        verdict = "" if value is None else "yes" if value >= least else "no"
+        lines.append(f"{what:66} {least:8.2f} {shown:>8} {verdict:3}  {beside}".rstrip())
     return "\n".join(lines)
 
 

@@ -133,6 +133,15 @@ class KVCache:
         self.filled = True
 
 
+def in_place(*tensors: Tensor) -> None:
+    """Mark tensors that a compiled step changes.
+
+    A CUDA graph copies all other inputs before each step, and could not change them.
+    """
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+
+
 class StaticKVCache(KVCache):
     """The same cache in shapes that never change, so that one compiled graph serves every step.
 
@@ -142,9 +151,14 @@ class StaticKVCache(KVCache):
     def __init__(self, config, lengths: list[int], max_len: int, like: Tensor):
         super().__init__(config, lengths, max_len, like)
         self.seqlens = torch.tensor(lengths, device=like.device)
+        in_place(self.seqlens)
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         return self.seqlens[:, None] if self.filled else super().positions(T, device)
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        super().fill(layer, k, v)
+        in_place(self.keys[layer], self.values[layer])
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         S, keys, values = self.slots[layer], self.keys[layer], self.values[layer]
@@ -198,7 +212,7 @@ def stream(
     repetition_penalty: float = 1.0,
     stop: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
-    compile: bool = False,
+    compile: bool | str = False,
 ) -> Iterator[list[int | None]]:
     """Continue the prompts: yield one token per row and step, None for a row that has ended.
 
@@ -207,7 +221,8 @@ def stream(
     together. min_p: from those at least min_p times as likely as the likeliest. repetition_penalty: see
     `penalise`. stop: token id or ids that end a row. generator: source of the draws, on the model's device.
     compile: the step of one token is compiled at its first use, which takes a while and pays for itself over
-    many tokens.
+    many tokens; a string is the mode of torch.compile, and "reduce-overhead" launches a step on a GPU as one
+    CUDA graph.
 
     Raises ValueError for an empty prompt, a prompt that leaves no room for max_new_tokens, and options out
     of range.
@@ -215,8 +230,9 @@ def stream(
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
-    hidden, cache = read_prompts(model, prompts, max_new_tokens, static=compile)  # (B, D)
-    step_hidden = torch.compile(model.hidden) if compile else model.hidden
+    hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
+    mode = compile if isinstance(compile, str) else None
+    step_hidden = torch.compile(model.hidden, mode=mode) if compile else model.hidden
     seen = None if repetition_penalty == 1.0 else tokens_in(prompts, model.config.vocab_size, hidden.device)
 
     ended = [False] * len(prompts)

@@ -6,7 +6,7 @@ Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts what th
 not what is computed a second time: it compares machines and implementations alike.
 
     python train.py --model gpt --benchmark     50 steps: tokens per second, MFU, memory, and the share of
-                                                each part of a step
+                                                each part of a step; on a GPU also how long it has no kernel
     python train.py --model gpt --profile       the operations that take longest, and a trace for a viewer
 """
 
@@ -15,11 +15,13 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from engine import parallel
@@ -29,6 +31,7 @@ from engine.optim import set_learning_rate
 from engine.run import Run
 
 WARM_UP, STEPS = 5, 50
+PROFILED = 5  # updates of `kernel_times`
 
 
 class Clock:
@@ -58,16 +61,28 @@ def run(args: Namespace, prepare: Callable, gradient: Callable, descend: Callabl
     prepare: engine.run's. gradient, descend: train.py's two halves of an update.
     """
     trace_file = args.out / "trace.json"
+    with prepared(args, prepare) as ready:
+        if args.profile:
+            text = f"{trace(ready, gradient, descend, trace_file)}\ntrace: {trace_file}\n"
+        else:
+            figures = measure(ready, gradient, descend)
+            if args.device == "cuda":
+                figures |= kernel_times(ready, gradient, descend)
+            text = describe(figures)
+    return text if parallel.rank() == 0 else ""
+
+
+@contextmanager
+def prepared(args: Namespace, prepare: Callable) -> Iterator[Run]:
+    """Yield a run that is ready to be measured, and leaves no directory behind."""
     with tempfile.TemporaryDirectory() as aside:
         args.out = Path(aside)
-        prepared = prepare(args)
+        run = prepare(args)
         args.steps = max(args.steps, WARM_UP + STEPS)  # no schedule ends before
-        if args.profile:
-            text = f"{trace(prepared, gradient, descend, trace_file)}\ntrace: {trace_file}\n"
-        else:
-            text = describe(measure(prepared, gradient, descend))
-        prepared.close()
-    return text if parallel.rank() == 0 else ""
+        try:
+            yield run
+        finally:
+            run.close()
 
 
 def update(run: Run, gradient: Callable, descend: Callable, mark: Callable[[str], None]) -> tuple:
@@ -124,17 +139,56 @@ def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
     }
 
 
+def kernel_times(run: Run, gradient: Callable, descend: Callable) -> dict:
+    """Return figures of the kernels of PROFILED updates, without a GPU of PyTorch's operations.
+
+    idle: the share of the time from the first kernel to the end of the last in which none runs, while the
+    device waits for the host. kernels: each kernel's share of the sum of their times, the largest first.
+    """
+    on_gpu = run.args.device == "cuda"
+    kind, activity = (
+        (DeviceType.CUDA, ProfilerActivity.CUDA) if on_gpu else (DeviceType.CPU, ProfilerActivity.CPU)
+    )
+    with profile(activities=[activity]) as recorded:
+        for _ in range(PROFILED):
+            update(run, gradient, descend, lambda part: None)
+        wait_for(run.args.device)
+
+    # Annotations, such as that of an optimizer's step, are spans of time on the device but no kernels.
+    events = recorded.profiler.kineto_results.events()
+    kernels = [e for e in events if e.device_type() == kind and not e.is_user_annotation()]
+    seconds = Counter()
+    for event in kernels:
+        seconds[event.name()] += event.duration_ns() / 1e9
+    total = sum(seconds.values())
+    return {
+        "idle": idle_share([(e.start_ns(), e.start_ns() + e.duration_ns()) for e in kernels]),
+        "kernels": {name: part / total for name, part in seconds.most_common()},
+    }
+
+
+def idle_share(intervals: list[tuple[int, int]]) -> float:
+    """Return the share of the time from the first start to the last end that lies in no interval."""
+    intervals = sorted(intervals)
+    idle, end = 0, intervals[0][1]
+    for start, stop in intervals:
+        idle += max(0, start - end)
+        end = max(end, stop)
+    return idle / (end - intervals[0][0])
+
+
 def describe(figures: dict) -> str:
-    """Return the figures of `measure` as text."""
+    """Return the figures of `measure`, and those of `kernel_times` if they are there, as text."""
     of_peak = f"{figures['mfu']:.1%} MFU" if figures["mfu"] else "no MFU: peak unknown"
     shares = figures["shares"]
     outside = shares["batch"] + shares["rest"]
     rate, flops = figures["tokens_per_second"], figures["flops_per_second"]
+    gaps = f"gaps     {figures['idle']:.1%} of the time without a kernel\n" if "idle" in figures else ""
     return (
         f"speed    {rate:,.0f} tokens/s, {flops:.3g} FLOP/s, {of_peak}\n"
         f"memory   {figures['peak_memory'] / 1e9:.2f} GB at most\n"
         f"time     {shares['gradient']:.1%} forward and backward, {shares['update']:.1%} clipping and "
-        f"optimizer, {outside:.2%} outside ({shares['batch']:.2%} waiting for data)\n"
+        f"optimizer, {outside:.2%} outside ({shares['batch']:.2%} waiting for data)\n{gaps}"
     )
 
 

@@ -20,20 +20,20 @@ from engine import cpu
 from gpt import GPT, Config
 from results.in_turn import compared, measure_in_turn
 
-SHAPES = {  # layers, heads, key/value heads, width, inner width of the MLP
-    "4 layers, width 64": (4, 4, 2, 64, 176),
-    "4 layers, width 128": (4, 4, 2, 128, 352),
-    "4 layers, width 256": (4, 8, 4, 256, 688),
+SHAPES = {
+    "4 layers, width 64": Config(4, 4, 64, 176, 8192, 512, n_kv_heads=2),
+    "4 layers, width 128": Config(4, 4, 128, 352, 8192, 512, n_kv_heads=2),
+    "4 layers, width 256": Config(4, 8, 256, 688, 8192, 512, n_kv_heads=4),
 }
 PROMPT, NEW = 16, 128  # tokens
 
 
-def both_models(n_layers: int, n_heads: int, n_kv_heads: int, d_model: int, d_ff: int):
+def both_models(config: Config):
     """Return our model with random weights, and the same one as transformers opens it."""
     import transformers
 
     torch.manual_seed(0)
-    ours = GPT(Config(n_layers, n_heads, d_model, d_ff, 8192, 512, n_kv_heads=n_kv_heads)).eval()
+    ours = GPT(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
         return ours, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -69,7 +69,7 @@ def main() -> None:
 
     results = []
     for name, shape in SHAPES.items():
-        ours, theirs = both_models(*shape)
+        ours, theirs = both_models(shape)
         for batch in (1, 8):
             sides = generators(ours, theirs, batch)
             first, *others = [generate() for generate in sides.values()]

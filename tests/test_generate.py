@@ -49,6 +49,16 @@ def test_compiled_steps_give_the_same_tokens():
     assert model.generate(prompts, 12, temperature=0, compile=True) == expected
 
 
+def test_the_mode_of_compilation_can_be_named(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None: modes.append(mode) or f)
+    model = small()
+    expected = model.generate([[1, 2, 3]], 5, temperature=0)
+    for mode in (True, "reduce-overhead"):
+        assert model.generate([[1, 2, 3]], 5, temperature=0, compile=mode) == expected
+    assert modes == [None, "reduce-overhead"]
+
+
 def test_cache_takes_the_memory_of_the_window_only():
     model = small(window=5, full_layers=(1,))
     cache = model.new_cache([3, 7], 30)

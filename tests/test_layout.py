@@ -255,7 +255,7 @@ def test_every_folder_of_code_says_what_it_holds():
 
 def test_the_tests_mirror_the_tree():
     # tests/kernels/test_bench.py is of the package kernels/bench, test_machine_code.py of a file in it.
-    names = {(top(name), name.rpartition(".")[2]) for name in code()}
+    names = {(top(name), name.rpartition(".")[2]) for name in modules()}
     tests = [path for path in files() if path.match("tests/**/test_*.py") or path.match("tests/test_*.py")]
     offenders = []
     for path in tests:

@@ -11,6 +11,8 @@ import train
 from engine import benchmark
 from engine.batches import Batches
 
+GIVEN = {"tokens_per_second": 1.0, "flops_per_second": 1.0, "mfu": None, "peak_memory": 1}
+GIVEN |= {"shares": dict.fromkeys(("batch", "rest", "gradient", "update"), 0.25)}
 SMALL = gpt.Config(2, 4, 32, 64, max_seq_len=64, n_kv_heads=2)
 
 
@@ -53,6 +55,25 @@ def test_data_that_comes_late_is_seen(flags, capsys, monkeypatch):
     assert train.main([*flags, "--benchmark"]) == 0
     waiting = re.search(r"\(([\d.]+)% waiting for data\)", capsys.readouterr().out)
     assert float(waiting[1]) > 30
+
+
+def test_time_without_a_kernel_is_that_in_no_interval():
+    assert benchmark.idle_share([(10, 20)]) == 0
+    assert benchmark.idle_share([(30, 40), (10, 20), (15, 25), (16, 17)]) == 5 / 30  # only 25 to 30
+    assert benchmark.idle_share([(0, 100), (10, 20), (90, 100), (150, 200)]) == 50 / 200
+
+
+def test_kernel_times_are_shares_that_add_up(flags, monkeypatch):
+    monkeypatch.setattr(benchmark, "PROFILED", 2)
+    args = train.parse_arguments([*flags, "--benchmark"])
+    with benchmark.prepared(args, train.prepare) as run:
+        figures = benchmark.kernel_times(run, train.gradient, train.descend)
+    shares = list(figures["kernels"].values())
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert "aten::mm" in figures["kernels"] and 0 <= figures["idle"] < 1
+    text = benchmark.describe(GIVEN | figures)
+    assert f"gaps     {figures['idle']:.1%} of the time without a kernel" in text
+    assert "gaps" not in benchmark.describe(GIVEN)
 
 
 def test_the_profile_is_a_trace_and_a_table(flags, tmp_path, capsys):

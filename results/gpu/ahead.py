@@ -1,0 +1,109 @@
+"""Prepare on the processor, while the GPU already works, what later steps would wait for.
+
+    python -m results.gpu.ahead data       a tokenizer and a tokenised corpus, without a download
+    python -m results.gpu.ahead kernels    attention's kernels, compiled into Triton's cache in many processes
+
+Both are started by __main__.py. Compilation needs the name of a GPU, not the GPU: see
+kernels/bench/machine_code.py.
+"""
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from data.corpus import documents, find_files
+from data.text import prepare
+from data.tokenizer import Tokenizer, train_bpe
+from formats.atomic import replace_directory
+from formats.tokenizer_json import END_OF_TEXT
+from kernels import flash_attention, flash_backward
+from kernels.bench import machine_code
+from results.gpu import measure
+from results.gpu.steps import FULL, TOY, Sizes
+
+
+def prepare_data(sizes: Sizes, work: Path) -> None:
+    """Learn a tokenizer and tokenise the corpus.
+
+    The id of the token that ends a text is the last of the vocabulary, so that the model's head is as large
+    as GPT-2's. To learn all its tokens would take a minute; the ids between are not used.
+    """
+    texts = documents(find_files("stdlib" if sizes is FULL else sizes.data, work), on_bad_text=print)
+    learned = train_bpe(texts, sizes.n_learned)
+    with replace_directory(work / "tokenizer") as new:
+        Tokenizer(learned.ranks, learned.pattern, {END_OF_TEXT: sizes.vocab_size - 1}).save(new)
+    prepare(sizes.data, str(work / "tokenizer"), work / "cache", bad_text="skip")
+
+
+def attention(K: int, H: int, causal: bool, group: int, config: tuple[str, str] | None = None) -> None:
+    """Launch forward and backward, with an operation's configuration by name, as a measurement does.
+
+    The lengths differ, but not in whether they are multiples of 16, which is compiled in.
+    """
+    q, k = (
+        torch.zeros(1, 256, H, K, dtype=torch.bfloat16),
+        torch.zeros(1, 256, H // group, K, dtype=torch.bfloat16),
+    )
+    options = (causal, None, None, K**-0.5, None, None)
+    operation, name = config or (
+        "attention_forward",
+        next(iter(measure.configs.CONFIGS["attention_forward"])),
+    )
+    with measure.configs.timed(operation, measure.configs.CONFIGS[operation][name]):
+        out, lse = flash_attention.forward(q, k, k, *options)
+        flash_backward.backward(out, q, k, k, out, lse, *options)
+
+
+def attention_jobs(sizes: Sizes) -> list[partial]:
+    """Return the calls whose kernels are compiled ahead: those of the measurements, then those of tuning."""
+    shapes = [(K, sizes.width // K) for K in reversed(sizes.head_widths)]
+    jobs = [
+        partial(attention, K, H, causal, group)
+        for K, H in shapes
+        for causal, group in ((True, 1), (False, 1), (True, 4))
+    ]
+    for operation in ("attention_forward", "attention_backward"):
+        names = measure.configs.CONFIGS.get(operation, {})
+        jobs += [partial(attention, K, H, True, 1, (operation, name)) for name in names for K, H in shapes]
+    return jobs
+
+
+def compile_job(target: str, job: partial) -> None:
+    os.nice(10)  # the measurements come first
+    machine_code.compiled_for(target, job)
+
+
+def compile_kernels(sizes: Sizes, target: str) -> None:
+    """Compile all jobs for a GPU such as "sm_90" in processes beside each other.
+
+    A failure is only printed: where the kernel is measured, it fails again, in its row.
+    """
+    jobs = attention_jobs(sizes)[: 1 if sizes is TOY else None]
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), get_context("spawn")) as pool:
+        done = [pool.submit(compile_job, target, job) for job in jobs]
+        for job, future in zip(jobs, done, strict=True):
+            error = future.exception()
+            print(f"compiled ahead: {job.args}: {error or 'done'}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("data", "kernels"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    sizes = TOY if args.toy else FULL
+    if args.what == "data":
+        prepare_data(sizes, args.work)
+    else:
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        compile_kernels(sizes, "sm_{}{}".format(*capability))
+
+
+if __name__ == "__main__":
+    main()

@@ -175,7 +175,6 @@ def prepare(args: argparse.Namespace) -> Run:
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
     saved = find_checkpoint(args, flags)
-    fill_intervals(args)
 
     # The data, the model, and which of its weights learn.
     torch.manual_seed(args.seed)
@@ -254,7 +253,8 @@ def open_directory(out: Path) -> FileLock:
 
 
 def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Path, dict] | None:
-    """Return the checkpoint to resume from, None for a new run, and set the end of its schedule in args.
+    """Return the checkpoint to resume from, None for a new run. Fill in the number of steps, and the flags
+    that depend on it.
 
     Raises ValueError where --out or the flags do not fit.
     """
@@ -262,6 +262,7 @@ def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Pa
     if args.resume or args.extend:
         saved = checkpoint.find(args.out, flags, FREE_ON_EXTEND if args.extend else FREE_ON_RESUME)
         checkpoint.continue_schedule(args, saved[1], given=flags["steps"] != "None")
+    fill_intervals(args)
     if not args.out.is_dir():
         raise ValueError(f"--out {args.out}: expected a directory that all machines share")
     if saved is None and any((args.out / name).exists() for name in ("checkpoint", "checkpoint.previous")):

@@ -164,8 +164,7 @@ def write(
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
     roles = roles or {}
 
-    # tokenizer.json. Special tokens are in the vocabulary too: otherwise their ids would follow the largest
-    # one.
+    # Special tokens are in the vocabulary too: otherwise their ids would follow the largest one.
     vocab = {to_text(token): i for token, i in ranks.items()} | special_tokens
     special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -188,9 +187,20 @@ def write(
         "model": model,
     }
 
-    # tokenizer_config.json. The class is the general one, because the classes of model types (GPT2Tokenizer,
-    # Qwen2Tokenizer ...) replace the file's split pattern by their own. (For type qwen2, transformers 5
-    # always does.)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "tokenizer.json", tokenizer, **STYLE)
+    config = configuration(eot, roles, around)
+    if mask_lstrip:  # a plain name here would reset the flag of tokenizer.json
+        mask = next(token for token in special if token["content"] == roles["mask_token"])
+        config["mask_token"] = {"__type": "AddedToken"} | {k: v for k, v in mask.items() if k != "id"}
+    write_json(directory / "tokenizer_config.json", config, **STYLE)
+
+
+def configuration(eot: str, roles: dict[str, str], around: Around) -> dict:
+    """Return the content of tokenizer_config.json, without the options of a mask."""
+    # The class is the general one, because the classes of model types (GPT2Tokenizer, Qwen2Tokenizer ...)
+    # replace the file's split pattern by their own. (For type qwen2, transformers 5 always does.)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eot,
@@ -202,15 +212,7 @@ def write(
         config["add_bos_token"] = bool(around[0])  # llama.cpp adds one by default
         # By default transformers 4 adds token_type_ids, which no decoder's `generate` accepts.
         config["model_input_names"] = ["input_ids", "attention_mask"]
-    config |= roles
-    if mask_lstrip:  # a plain name here would reset the flag of tokenizer.json
-        mask = next(token for token in special if token["content"] == roles["mask_token"])
-        config["mask_token"] = {"__type": "AddedToken"} | {k: v for k, v in mask.items() if k != "id"}
-
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "tokenizer.json", tokenizer, **STYLE)
-    write_json(directory / "tokenizer_config.json", config, **STYLE)
+    return config | roles
 
 
 def read_splitting(file: dict) -> tuple[bool, str]:

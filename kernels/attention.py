@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import attention_cpu, flash_attention, flash_backward, flash_decoding
+from kernels import attention_cpu
 from kernels.backend import choose, multiplies, readable, refuse_second_derivative
 
 
@@ -256,6 +256,8 @@ def _triton(
     seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out of the kernels and, for the backward pass, lse: float32 (B, H, T), in base 2."""
+    from kernels import flash_attention, flash_decoding  # what runs without Triton imports no kernel
+
     kernels = flash_decoding if flash_decoding.applies(q, k) else flash_attention
     return kernels.forward(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)
 
@@ -281,6 +283,8 @@ def _triton_backward(
     cu_seqlens: Tensor | None,
     seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from kernels import flash_backward
+
     return flash_backward.backward(
         dout, q, k, v, out, lse, causal, window, softcap, scale, cu_seqlens, seqlens_k
     )

@@ -214,7 +214,7 @@ def names(operation: str, key: int | str) -> list[str]:
 
 @cache
 def _tuned() -> dict[str, dict[str, dict[str, str]]]:
-    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
+    return json.loads(TUNED.read_text(encoding="utf-8")) if TUNED.exists() else {}
 
 
 def chosen(operation: str, arch: str, key: int, element_size: int = 2) -> Config | None:

@@ -145,7 +145,7 @@ def report(out: Path, left: list[str]) -> int:
             else "interpreter"
         )
         with replace_file(out / "tuned.json") as new:
-            new.write_text(json.dumps({arch: chosen}, indent=1) + "\n")
+            new.write_text(json.dumps({arch: chosen}, indent=1) + "\n", encoding="utf-8")
     print("\n" + table.summary(measured, left))
     return 1 if any(row["failed"] for row in measured) else 0
 

@@ -140,7 +140,9 @@ def known_limits(sizes) -> dict:
 
 def tests(sizes, seconds: float = 110) -> dict:
     """Return how many of the tests that need a GPU pass, and the names of those that fail."""
-    files = sizes.tests or [str(p) for p in Path("tests").rglob("test_*.py") if "mark.gpu" in p.read_text()]
+    files = sizes.tests or [
+        str(p) for p in Path("tests").rglob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8")
+    ]
     # Compilation takes most of the time, so the tests share the processors where pytest-xdist is installed.
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--maxfail", "10", "-p", "no:cacheprovider"]
     command += ["-n", "12"] * rows.is_installed("xdist") * (not sizes.tests)
@@ -203,7 +205,7 @@ def learning(sizes, work: Path, optimizer: str) -> dict:
     torch.compiler.reset()
     with tempfile.TemporaryDirectory(dir=work) as out:
         code = train.main([*flags, "--out", out])
-        lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+        lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     if code != 0:
         raise RuntimeError(f"train.py ended with {code}")
     log = [json.loads(line) for line in lines]

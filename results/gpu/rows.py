@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 def read(folder: Path) -> list[dict]:
     """Return the rows in a folder, none if there is no file."""
     path = folder / "rows.json"
-    return json.loads(path.read_text()) if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def write(folder: Path, rows: list[dict]) -> None:
     with replace_file(folder / "rows.json") as new:
-        new.write_text(json.dumps(rows, indent=1) + "\n")
+        new.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def key(row: dict) -> tuple[str, str, str]:

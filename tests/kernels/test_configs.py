@@ -79,7 +79,7 @@ def results(operation, backend, dtype, exact=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("operation", "name"), EVERY)
 def test_every_configuration_computes_the_same(operation, name, dtype, monkeypatch):
-    """The error is at most twice that of plain PyTorch, plus a few roundings; a program owns several tiles."""
+    """The error is at most twice that of plain PyTorch, plus a few roundings; a program has several tiles."""
     if dtype == torch.float16 and operation in ("rms_norm_backward", "linear_cross_entropy"):
         pytest.skip("the tile does not depend on the dtype")
     monkeypatch.setattr(flash_tiles, "uses_tma", lambda q: True)

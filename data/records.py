@@ -121,10 +121,10 @@ def json_lines(file: BinaryIO, name: str, on_bad: OnBad) -> Iterator[tuple[str, 
     """Yield (place, value) of each line that is not empty."""
     offset = 0
     for number, line in enumerate(file, 1):
-        text = decode(line, f"{name}, line {number}", offset, on_bad) if line.strip() else None
+        text = decode(line, f"{name}, line {number}", offset, on_bad)
         place = f"{name}, line {number}: byte {offset}"
         offset += len(line)
-        if text is None:
+        if not text or not text.strip():
             continue
         try:
             value = json.loads(text)

@@ -144,8 +144,9 @@ def test_what_is_no_text_is_named_with_its_place(name, raw, problems, texts, tmp
 
 def test_empty_files_have_no_records(tmp_path):
     for name in FORMS:
-        (tmp_path / name).write_bytes(b"")
-        assert read(tmp_path / name) == []
+        for raw in (b"", b"\n\n", "\ufeff".encode(), "\ufeff\n".encode("utf-16")):
+            (tmp_path / name).write_bytes(raw)
+            assert read(tmp_path / name) == []
 
 
 def test_records_know_their_suffix():

@@ -1,6 +1,7 @@
 """Generation: the cache changes nothing, rows do not touch, and each option does what its paper says."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -213,8 +214,9 @@ def test_a_prompt_is_continued_as_transformers_continues_it(begun, prompt, capsy
     tokens = []
     monkeypatch.setattr(generate, "print_stream", lambda given, *_: tokens.extend(t for (t,) in given))
     flags = ("--prompt", prompt, "--temperature", "0", "--max-new-tokens", "12")
-    out, _, code = printed(capsys, monkeypatch, begun, *flags)
+    out, err, code = printed(capsys, monkeypatch, begun, *flags)
     assert (out, code) == (prompt, 0) and tokens == new
+    assert re.search(r"^12 tokens, \d+ tokens/s with the prompt$", err, re.MULTILINE)
 
 
 def test_several_ends_of_text_are_read_and_saved_unchanged_and_stop_a_text(begun, tmp_path):

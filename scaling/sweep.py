@@ -256,9 +256,9 @@ def print_runs(runs: list[dict], tokens_per_update: int, n_workers: int) -> None
         cells = f"{run['flops_per_token']:16,}  {short(N):>8}  {short(D):>8}  {D / N:4.3g}"
         print(f"{run['width']:5} {run['n_params']:11,} {cells}")
     print(
-        "parameters: all, with the embedding, which is the head too. N: FLOPs per token / 6, the size in the law"
+        "parameters: all, with the embedding, which is the head too. N: FLOPs per token / 6, the size in the"
     )
-    print("and in the pictures. D/N: tokens per parameter at the end of the run (rule of thumb: 20)")
+    print("law and in the pictures. D/N: tokens per parameter at the end of the run (rule of thumb: 20)")
     print(f"about {minutes(runs, n_workers):.0f} minutes in all; the last is to be predicted", flush=True)
 
 
@@ -302,8 +302,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         default=20,
-        help=f"time that it may take here (default %(default)s; at least {LEAST_MINUTES}, on two CPU cores about "
-        "4: a short trial measures how much this machine needs, before anything is written to --out)",
+        help=f"time that it may take here (default %(default)s; at least {LEAST_MINUTES}, on two CPU cores "
+        "about 4: a short trial measures what this machine needs, before anything is written to --out)",
     )
     add("--budget", type=quantity, metavar="C", help="instead of --minutes: FLOPs of the largest fitted run")
     add("--data", default="stdlib", metavar="WHAT", help="as for train.py (default stdlib)")

@@ -16,6 +16,8 @@ Shapes: B rows, T tokens, S slots of the cache, G key/value heads, K head width,
 
 import argparse
 import math
+import sys
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -306,12 +308,7 @@ def generate(
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "checkpoint",
-        nargs="?",
-        type=command.filled,
-        help="directory in Hugging Face layout; without it, the sizes",
-    )
+    add("checkpoint", nargs="?", type=command.filled, help="a model's directory; without it, the sizes")
     add("--prompt", default="", help="text to continue (default: start a new document)")
     add("--max-new-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
@@ -320,21 +317,26 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, help="only from tokens at least this fraction as likely as the best")
     add("--repetition-penalty", type=float, default=1.0)
     add("--seed", type=int, default=0)
+    add("--compile", action="store_true", help="compile the step of one token, which takes a while at first")
 
 
 def continue_text(model: nn.Module, args: argparse.Namespace) -> None:
-    """Print the prompt and its continuation by the model in args.checkpoint, as it is generated."""
+    """Print the prompt and its continuation by the model in args.checkpoint, as it is generated, and on
+    stderr the number of tokens per second."""
     from data.tokenizer import get_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = model.to(device).eval(), get_tokenizer(args.checkpoint)
     tokens = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)] or [tokenizer.eot_id]
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names} | {"compile": args.compile}
     generator, stop = torch.Generator(device).manual_seed(args.seed), end_tokens(model, tokenizer)
     print(args.prompt, end="", flush=True)
     steps = model.stream([tokens], args.max_new_tokens, stop=stop, generator=generator, **options)
-    print_stream(steps, tokenizer, stop)
+    began, taken = time.perf_counter(), []
+    print_stream((taken.append(step) or step for step in steps), tokenizer, stop)
+    rate = len(taken) / (time.perf_counter() - began)
+    print(f"{len(taken)} tokens, {rate:.0f} tokens/s with the prompt", file=sys.stderr)
 
 
 def end_tokens(model: nn.Module, tokenizer) -> list[int]:
@@ -354,7 +356,7 @@ def print_stream(steps: Iterator[list[int]], tokenizer, stop: Sequence[int]) -> 
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
             print(text[len(printed) :], end="", flush=True)
             printed = text
-    print()
+    print(flush=True)
     return printed
 
 

@@ -4,7 +4,7 @@
     warps               per program; on Hopper four warps multiply as one group, eight are two such groups
     stages              of the software pipeline: stages - 1 tiles are on their way while one is computed
     tma                 tiles come through tensor descriptors, by the copy engine, where the GPU has one
-    persistent          one program per multiprocessor computes tile after tile, so none waits for its start
+    persistent          so many programs per multiprocessor compute tile after tile: no tile waits for a start
     interleaved         the product of the next tile runs while the exponentials of this one are computed
     specialized         Triton gives loads and products to warps of their own (its compiler knows it for
                         Blackwell; for Hopper, parts of it)
@@ -39,7 +39,7 @@ class Attention(NamedTuple):
     warps: int
     stages: int
     tma: bool = True
-    persistent: bool = False
+    persistent: int = 0  # programs per multiprocessor; 0: one per tile
     interleaved: bool = False
     specialized: bool = False
 
@@ -139,11 +139,12 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "64x64, 4 warps": Attention(64, 64, 4, 3),
         "64x128, 4 warps": Attention(64, 128, 4, 2),
         "128x64, pointers": Attention(128, 64, 8, 3, tma=False),
-        "128x64, persistent": Attention(128, 64, 8, 3, persistent=True),
-        "128x128, persistent": Attention(128, 128, 8, 2, persistent=True),
+        "128x64, persistent": Attention(128, 64, 8, 3, persistent=1),
+        "128x64, two persistent": Attention(128, 64, 8, 3, persistent=2),
+        "128x128, persistent": Attention(128, 128, 8, 2, persistent=1),
         "128x64, interleaved": Attention(128, 64, 8, 3, interleaved=True),
         "128x128, interleaved": Attention(128, 128, 8, 2, interleaved=True),
-        "128x64, persistent, interleaved": Attention(128, 64, 8, 3, persistent=True, interleaved=True),
+        "128x64, persistent, interleaved": Attention(128, 64, 8, 3, persistent=1, interleaved=True),
         "128x64, specialized": Attention(128, 64, 8, 3, specialized=True),
     },
     "attention_backward": {
@@ -189,8 +190,11 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "256x128": Grouped(Product(256, 128, 8, 3), Product(256, 128, 8, 3)),
     },
 }
-# Head widths at which a configuration spills registers or exceeds the shared memory on Hopper.
-TOO_LARGE: dict[str, tuple[int, ...]] = {}
+# Head widths at which a configuration spills registers on Hopper, or programs do not fit side by side.
+TOO_LARGE = {
+    "attention_forward: 128x128, interleaved": (128,),
+    "attention_forward: 128x64, two persistent": (128,),
+}
 
 # --- which one runs
 

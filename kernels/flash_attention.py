@@ -197,7 +197,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
     const, launch = configured(const, config)
     M, N, tma = const.BLOCK_M, const.BLOCK_N, const.TMA
     n_tiles = triton.cdiv(T, M) * B * H
-    programs = min(n_tiles, n_multiprocessors(q.device)) if config.persistent else n_tiles
+    resident = config.persistent * n_multiprocessors(q.device)
+    programs = min(n_tiles, resident) if config.persistent else n_tiles
     with on_device(q):
         forward_kernel[(programs,)](
             as_rows(q, M, tma), as_rows(k, N, tma), as_rows(v, N, tma), as_rows(out, M, False), lse,

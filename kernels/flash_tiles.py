@@ -131,7 +131,7 @@ def configured(const: Constants, config: configs.Attention) -> tuple[Constants, 
     """Return the constants with those of a configuration, and the options of the launch."""
     const = const._replace(
         BLOCK_M=config.queries, BLOCK_N=config.keys, TMA=const.TMA and config.tma,
-        PERSISTENT=config.persistent, INTERLEAVED=config.interleaved, SPECIALIZED=config.specialized,
+        PERSISTENT=config.persistent > 0, INTERLEAVED=config.interleaved, SPECIALIZED=config.specialized,
     )  # fmt: skip
     return const, dict(num_warps=config.warps, num_stages=config.stages)
 

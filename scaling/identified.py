@@ -96,9 +96,9 @@ def doubts_of_optimum(row: dict, found: dict) -> str:
 def doubt_of_parameter(name: str, low: float, high: float) -> str:
     """Return what to know of a parameter of a law that is determined, from its 95 % interval."""
     if name in ("a", "b") and high - low > UNSURE_A:
-        return f"not determined to {UNSURE_A}"
+        return f"uncertain: the interval is wider than {UNSURE_A}"
     if name in ("E", "A", "B") and high > 3 * low:
-        return "hardly determined: compare laws by a, D*/N* and loss"
+        return "hardly determined"
     return ""
 
 

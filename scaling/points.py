@@ -91,8 +91,9 @@ def choose_columns(header: Sequence[str], path: str | Path) -> tuple[list[str], 
         raise ValueError(f"{path}, line 1: {expected}; it has {present}. Rename a column: {called}")
     chosen = [found[key][0] for key in ("N", second, "loss")]
     for name in chosen:
-        if [n.strip().lower() for n in header].count(name.strip().lower()) > 1:
-            raise ValueError(f"{path}, line 1: there is more than one column {name.strip()}")
+        alike = [n.strip() for n in header if n.strip().lower() == name.strip().lower()]
+        if len(alike) > 1:
+            raise ValueError(f"{path}, line 1: columns {' and '.join(alike)}: expected one of this name")
     return chosen, second == "D"
 
 

@@ -255,8 +255,10 @@ def print_runs(runs: list[dict], tokens_per_update: int, n_workers: int) -> None
         N, D = run["flops_per_token"] / 6, run["points"][-1] * tokens_per_update
         cells = f"{run['flops_per_token']:16,}  {short(N):>8}  {short(D):>8}  {D / N:4.3g}"
         print(f"{run['width']:5} {run['n_params']:11,} {cells}")
-    print("parameters: all, with the embedding, which is the head too. N: FLOPs per token / 6, as in the law")
-    print("and in the pictures. D/N: tokens per parameter at the end of the run (rule of thumb: 20)")
+    print(
+        "parameters: all, with the embedding, which is the head too. N: FLOPs per token / 6, the size in the"
+    )
+    print("law and in the pictures. D/N: tokens per parameter at the end of the run (rule of thumb: 20)")
     print(f"about {minutes(runs, n_workers):.0f} minutes in all; the last is to be predicted", flush=True)
 
 
@@ -301,7 +303,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20,
         help=f"time that it may take here (default %(default)s; at least {LEAST_MINUTES}, on two CPU cores "
-        "about 4: a short trial measures how much this machine needs, before anything is written to --out)",
+        "about 4: a short trial measures what this machine needs, before anything is written to --out)",
     )
     add("--budget", type=quantity, metavar="C", help="instead of --minutes: FLOPs of the largest fitted run")
     add(

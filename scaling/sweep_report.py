@@ -102,7 +102,7 @@ def plot_sweep(found: dict, law: Law, rows: list[dict], largest: dict, predictio
     pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     plot_curves(left, found, law, rows, largest, prediction, pyplot.cm.viridis)
-    plot_valleys(right, found, law, rows, largest, pyplot.cm.plasma)
+    plot_valleys(right, found, law, rows, pyplot.cm.plasma)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         label_logarithmic(axes.xaxis)
@@ -117,7 +117,7 @@ def plot_curves(axes, found: dict, law: Law, rows: list[dict], largest: dict, pr
     for width in widths:
         N, D, C, L = columns([row for row in rows if row["width"] == width], "N", "D", "C", "loss")
         axes.plot(C, L, "o", color=colors[width], markersize=4, label=label_of(width, N[0]))
-        tokens = np.geomspace(D[0] / 1.5, D[-1] * 1.5)
+        tokens = np.geomspace(D[0], D[-1])
         axes.plot(6 * N[0] * tokens, law.loss(N[0], tokens), color=colors[width], linewidth=0.8)
     if not found["undetermined"]:
         (C,) = columns(rows, "C")
@@ -141,10 +141,11 @@ def label_of(width: int, N: float) -> str:
     return f"{width}, N {short(N)}"
 
 
-def plot_valleys(axes, found: dict, law: Law, rows: list[dict], largest: dict, color_map) -> None:
-    """Plot the loss over N at five budgets: by the law, and between the points of each size's curve."""
+def plot_valleys(axes, found: dict, law: Law, rows: list[dict], color_map) -> None:
+    """Plot the loss over N at five budgets: by the law, within the sizes that it is fitted to, and by linear
+    interpolation between the points of each size."""
     budgets = np.geomspace(*np.quantile([row["C"] for row in rows], [0.1, 0.95]), 5)
-    sizes = np.geomspace(min(row["N"] for row in rows) / 1.5, largest["N"] * 1.2)
+    sizes = np.geomspace(min(row["N"] for row in rows), max(row["N"] for row in rows))
     for budget, color in zip(budgets, color_map(np.linspace(0, 0.85, len(budgets))), strict=True):
         axes.plot(sizes, law.loss(sizes, budget / (6 * sizes)), color=color, linewidth=0.8)
         for width in sorted({row["width"] for row in rows}):
@@ -185,8 +186,9 @@ def plot_emergence(rows: list[dict], path: Path) -> None:
         right.plot(C, share / share[-1], "o-", color=color, markersize=4, label=label)
         right.plot(C, (p / p[-1]) ** k, "--", color=color, linewidth=0.8)
     right.plot([], [], "k--", linewidth=0.8, label="$p^k$: if tokens were independent")
-    right.set(title="Share of k tokens in a row that are all predicted correctly", ylim=(0, 1.05))
+    right.set(title="Share of k tokens in a row that are all predicted correctly")
     right.set(ylabel="share, relative to that of the last model")
+    right.set_ylim(bottom=0)
     right.legend(title="share that the last model reaches", fontsize=8)
     for axes in (left, right):
         axes.set(xscale="log", xlabel="training FLOPs (each dot: the best model so far)")

@@ -1,14 +1,18 @@
 """Generation: the cache changes nothing, rows do not touch, and each option does what its paper says."""
 
 import json
+import re
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_gpt import FIXTURES, small
 
 import generate
 import gpt
+import train
 from data.tokenizer import get_tokenizer
 from generate import end_tokens, sample
 
@@ -213,8 +217,9 @@ def test_a_prompt_is_continued_as_transformers_continues_it(begun, prompt, capsy
     tokens = []
     monkeypatch.setattr(generate, "print_stream", lambda given, *_: tokens.extend(t for (t,) in given))
     flags = ("--prompt", prompt, "--temperature", "0", "--max-new-tokens", "12")
-    out, _, code = printed(capsys, monkeypatch, begun, *flags)
+    out, err, code = printed(capsys, monkeypatch, begun, *flags)
     assert (out, code) == (prompt, 0) and tokens == new
+    assert re.search(r"^12 tokens, \d+ tokens/s with the prompt$", err, re.MULTILINE)
 
 
 def test_several_ends_of_text_are_read_and_saved_unchanged_and_stop_a_text(begun, tmp_path):
@@ -244,3 +249,19 @@ def test_a_model_of_another_file_is_opened_by_its_command(name, command, capsys,
     out, err, code = printed(capsys, monkeypatch, FIXTURES / name)
     assert (out, code) == ("", 2) and err.count("\n") == 1
     assert f"no model of gpt.py; open it by {command} {FIXTURES / name}" in err
+
+
+def test_a_checkpoint_with_a_nan_ends_gpt_and_train_in_one_line(begun, tmp_path, capsys, monkeypatch):
+    directory = shutil.copytree(begun, tmp_path / "damaged")
+    weights = load_file(directory / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name][1, 2] = torch.nan
+    save_file(weights, directory / "model.safetensors")
+    line = f"error: {directory / 'model.safetensors'}: {name} is not finite"
+    out, err, code = printed(capsys, monkeypatch, directory, "--prompt", "x")
+    assert (out, code) == ("", 2) and err.startswith(line) and err.count("\n") == 1
+
+    flags = ("--model", "gpt", "--init-from", str(directory), "--out", str(tmp_path / "run"))
+    assert train.main([*flags, "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(line) and err.count("\n") == 1

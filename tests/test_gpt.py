@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import copy_of, rows_of
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -250,6 +251,48 @@ def test_initialisation_is_gpt2s():
     model.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="extra: no rule"):
         model.initialize()
+
+
+def test_the_loss_with_our_kernels_is_one_graph():
+    """The kernels run in Triton's interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = small(kernels="triton", qk_norm=True).to(device)
+    tokens = torch.randint(61, (2, 9), device=device)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    model.loss(batch)[0].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compiler.reset()
+    torch.compile(model.loss, backend="aot_eager", fullgraph=True)(batch)[0].backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs PyTorch built for GPUs, but no GPU")
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_on_a_gpu_the_loss_in_bfloat16_is_one_graph_with_our_kernels(kernels, monkeypatch):
+    """Tensors without memory on a GPU that need not be there are enough to make the graph."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    with torch.device("meta"):
+        model = GPT(replace(SIZES["124m"], n_layers=2, kernels=kernels))
+    graphs = []
+    torch.compiler.reset()
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
+        tokens = torch.zeros(2, 1024, dtype=torch.int64, device="cuda")
+        loss = torch.compile(
+            model.loss, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True
+        )
+        with torch.autocast("cuda", torch.bfloat16):
+            loss({"tokens": tokens, "targets": tokens})
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes]
+    assert called.count("plinth.attention.default") == 2
+    assert called.count("plinth.linear_cross_entropy.default") == 1
+    assert called.count("plinth.rms_norm.default") == (9 if kernels == "triton" else 0)  # auto: fused
 
 
 def test_loss_at_the_start_is_that_of_guessing():

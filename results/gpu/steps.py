@@ -89,7 +89,7 @@ FULL = Sizes(
 )
 TOY = Sizes(
     device="cpu",
-    data="scaling",
+    data="scaling/plan.py",
     n_learned=300,
     vocab_size=400,
     gpt=FP32,

@@ -222,6 +222,22 @@ def test_ddp_shares_only_the_tokens():
     assert of_four.parts["gradients"][1] == alone.parts["gradients"][-1]  # its buckets never go
 
 
+def test_the_state_of_the_124m_counted_by_hand():
+    V, L, D, F, K = 50257, 12, 768, 2048, 64
+    n = V * D + L * (4 * D * D + 3 * D * F + 2 * D + 2 * K) + D  # head and embedding are one; norms
+    parts = plan(gpt.SIZES["124m"], flags(batch_size=64, seq_len=1024, dtype="bfloat16")).parts
+    assert parts["weights"] == (4 * n,) * 5 and parts["optimizer states"] == (8 * n,) * 5
+    assert parts["gradients"][-1] == 4 * n
+
+    # Per token and layer, in float32 the stream before both norms and a number per head; in 16 bits the
+    # inputs of q, k, v, gate and up; q and k before and after their norms, v, and the result; four of the
+    # MLP's.
+    layer = 4 * (2 * D + D // K) + 2 * (5 * D + 6 * D + 4 * F)
+    matrices = 2 * L * (4 * D * D + 3 * D * F)  # in 16 bits
+    hidden = (4 + 2) * D  # of the final norm: what it read and the gradient of what it gave
+    assert parts["activations"][0] == 64 * 1024 * (L * layer + hidden) + matrices
+
+
 def whole_step(model, args, batch):
     """Two steps like those of train.py; the first makes the optimizers' states."""
     optimizers = make_optimizers(model, args)

@@ -5,7 +5,7 @@ import pytest
 from test_chinchilla import ROUNDED, grid
 
 from chinchilla import Law
-from scaling.isoflop import envelope, isoflop, parabola_bias
+from scaling.isoflop import envelope, isoflop, parabola_bias, power_law
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,10 @@ def test_minima_on_the_edge_are_left_out():
     assert isoflop(N, D, L, budgets=[1e19, 1e20, 1e22]).budgets == pytest.approx([1e19, 1e20])
     with pytest.raises(ValueError, match="0 budgets have a minimum"):
         isoflop(N, D, L, budgets=[1e22, 2e22])
+
+
+def test_a_line_by_which_the_best_size_or_its_tokens_fall_with_compute_is_refused():
+    assert power_law([1, 2, 3], [0.5, 1, 1.5]).a == pytest.approx(0.5)
+    for slope, falls in ((2.543, r"D\*"), (-0.2, r"N\*")):
+        with pytest.raises(ValueError, match=f"the points do not decide it: .* would let {falls} fall"):
+            power_law([1, 2], [slope, 2 * slope])

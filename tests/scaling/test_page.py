@@ -295,6 +295,19 @@ def test_your_own_points_and_fit(tmp_path):
     assert data["range"]["N"][0] == 1e4 and data["range"]["D"][0] == 1e6
 
 
+def test_without_out_the_page_is_a_new_file_in_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert chinchilla.main(["page"]) == 0
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.html")] == [
+        "runs/chinchilla-page.html"
+    ]
+    capsys.readouterr()
+    assert chinchilla.main(["page"]) == 2
+    error = capsys.readouterr().err
+    assert "is there already" in error and error.count("\n") == 1
+    assert chinchilla.main(["page", "--out", "runs/chinchilla-page.html"]) == 0
+
+
 def written_fit(path, **changed):
     """Write a file like that of the command fit, with the law of Besiroglu et al."""
     law = vars(LAWS["besiroglu"].law) | {name: changed[name] for name in changed if name != "C"}

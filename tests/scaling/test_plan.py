@@ -70,6 +70,17 @@ def test_examples_of_sardana_and_frankle(quality, served, N, times_D, saving):
     assert EARLIER.loss(got_N, got_D) == pytest.approx(EARLIER.loss(quality, D0), rel=1e-10)
 
 
+def test_the_model_to_be_served_that_fits_in_the_budget_is_the_cheapest_of_its_loss():
+    for C, served in ((1e22, 2e12), (1.0, 1e20), (1e24, 1.0)):
+        N, D = plan.inference_optimal_within(BESIROGLU, C, served)
+        product = N * D
+        assert product == pytest.approx(C / 6, rel=1e-5)
+        loss = BESIROGLU.loss(N, D)
+        for other in (0.9 * N, 1.1 * N):
+            tokens = BESIROGLU.tokens_for(other, loss)
+            assert other * (6 * tokens + 2 * served) > N * (6 * D + 2 * served)
+
+
 def test_what_is_hardly_served_is_trained_as_if_it_were_not():
     *best, saving = plan.inference_optimal(BESIROGLU, 1e22, 1.0)
     # The total is flat near its minimum, so half of float64's digits agree.

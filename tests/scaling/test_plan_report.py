@@ -142,6 +142,35 @@ def test_a_run_is_judged(capsys):
     assert in_short.startswith("7B on 2T tokens, 286 per parameter, take 8.4e22 FLOPs: 307 days on 8 h100")
 
 
+def in_short(*argv):
+    args = arguments(*argv)
+    C, run = plan_report.read_budget(args)
+    made = make_plan(
+        C, run=run, inference_tokens=args.inference_tokens, unique_tokens=args.unique_tokens
+    )  # fmt: skip
+    return " ".join(plan_report.format_plan(made).split()).split("In short: ")[1]
+
+
+def test_in_short_answers_what_was_requested():
+    served = in_short("1e22", "--inference-tokens", "2t")
+    assert served.startswith("to serve 2T tokens, by besiroglu, 3.9B on 616B tokens, 158 per parameter,")
+    assert "takes 1.44e22 FLOPs, 44 % more than the budget of 1e22: 52.8 days on 8 h100 and $30.4k." in served
+    assert "The budget is enough for 3B on 556B tokens, 185 per parameter, at a loss of 2.1664" in served
+    unique = in_short("1e22", "--unique-tokens", "25b")
+    assert unique.startswith("With 25B different tokens") and "in 9.49 epochs: 36.6 days on 8 h100" in unique
+    assert "The loss is 2.2221; with enough tokens it is 2.1880" in unique and "serve" not in unique
+    assert "25T different tokens are enough" in in_short("1e22", "--unique-tokens", "25t")
+    both = in_short("1e22", "--inference-tokens", "2t", "--unique-tokens", "25b")
+    assert "3.9B on 616B" in both and "9.49 epochs" in both and "The two answers are separate" in both
+    run = in_short("--params", "7b", "--tokens", "2t", "--unique-tokens", "100b")
+    assert "Your run sees 100B different tokens 20 times, which are worth 1.19T new tokens." in run
+
+
+def test_in_short_marks_what_is_extrapolated():
+    assert "by besiroglu (extrapolated by 1.9 orders of magnitude), 1e24 FLOPs" in in_short("1e24")
+    assert "extrapolated" not in in_short("1e22")
+
+
 def test_names_may_have_capitals(capsys):
     assert plan_report.main(arguments("1e22", "--gpu", "H100", "--law", "Kaplan")) == 0
     out = capsys.readouterr().out

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import chinchilla
+from formats.quantities import short
 from scaling import sweep, sweep_report, sweep_runs
 from scaling.points import read_points
 
@@ -98,7 +99,19 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
     assert law.loss(prediction["N"], prediction["D"]) == pytest.approx(prediction["loss"], rel=1e-3)
     last = json.loads((tmp_path / "out" / "width96" / "metrics.jsonl").read_text().splitlines()[-1])
     error = prediction["loss"] / last["val_loss"] - 1
-    assert prediction["error"] == pytest.approx(error) and f"{error:+.2%}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert prediction["error"] == pytest.approx(error) and f"{error:+.2%}" in printed
+    # The table has both counts of a size; the pictures name the second.
+    for run in runs:
+        N = short(run["flops_per_token"] / 6)
+        (row,) = (line.split() for line in printed.splitlines() if line.split()[:1] == [str(run["width"])])
+        assert row[1] == f"{run['n_params']:,}" and row[3] == N
+        assert sweep_report.label_of(run["width"], run["flops_per_token"] / 6) == f"{run['width']}, N {N}"
+    # Every other exponent is a number from 0 to 1, or a reason.
+    ways = state["law"]["other a"] | state["law"]["no other a"]
+    assert len(ways) == 4 and all(0 < a < 1 for a in state["law"]["other a"].values())
+    for name, reason in state["law"]["no other a"].items():
+        assert f"{name}: none: {reason}" in printed
     for picture in ("sweep.png", "emergence.png"):
         assert (tmp_path / "out" / picture).stat().st_size > 10_000
 
@@ -215,11 +228,19 @@ def test_the_standard_library_is_text_enough_for_a_law(device):
         assert width % heads == 0 and width // heads % 2 == 0  # rotary positions need an even head width
 
 
-def test_too_little_time_or_compute_is_an_error(inline, text, tmp_path):
+def test_too_little_time_or_compute_is_an_error(inline, text, tmp_path, monkeypatch):
+    # Minutes that no machine can do with are refused before anything is read or written.
+    with pytest.raises(
+        ValueError, match=r"--minutes 0\.5: expected at least 1, and about 4 on two CPU cores"
+    ):
+        sweep.main(arguments(text, tmp_path, "--minutes", "0.5"))
+    assert not (tmp_path / "cache").exists()
+    # What this machine needs is measured, in another directory.
+    monkeypatch.setattr(sweep, "LEAST_MINUTES", 0)
     for flag, value, message in (("--budget", "1e6", "give more"), ("--minutes", "0.00001", "at least 1")):
         with pytest.raises(ValueError, match=f"{flag} .*{message}"):
             sweep.main(arguments(text, tmp_path, flag, value))
-    assert not (tmp_path / "out" / "sweep.json").exists()
+    assert not (tmp_path / "out").exists()
     for flag, value in (("--workers", "0"), ("--minutes", "nan"), ("--lr-factor", "0"), ("--seed", "-1")):
         with pytest.raises(ValueError, match=f"{flag} {value}"):
             sweep.main(arguments(text, tmp_path, flag, value))

@@ -40,37 +40,41 @@ def prepare_data(sizes: Sizes, work: Path) -> None:
     prepare(sizes.data, str(work / "tokenizer"), work / "cache", bad_text="skip")
 
 
-def attention(K: int, H: int, causal: bool, group: int, config: tuple[str, str] | None = None) -> None:
-    """Launch forward and backward, with an operation's configuration by name, as a measurement does.
+def attention(K: int, H: int, causal: bool, group: int, backward: bool) -> None:
+    """Launch the forward pass or the backward pass with the same constants as a measurement does.
 
     The lengths differ, but not in whether they are multiples of 16, which is compiled in.
     """
-    q, k = (
-        torch.zeros(1, 256, H, K, dtype=torch.bfloat16),
-        torch.zeros(1, 256, H // group, K, dtype=torch.bfloat16),
-    )
+    q = torch.zeros(1, 256, H, K, dtype=torch.bfloat16)
+    k, lse = torch.zeros(1, 256, H // group, K, dtype=torch.bfloat16), torch.zeros(1, H, 256)
     options = (causal, None, None, K**-0.5, None, None)
-    operation, name = config or (
-        "attention_forward",
-        next(iter(measure.configs.CONFIGS["attention_forward"])),
-    )
+    if backward:
+        flash_backward.backward(q, q, k, k, q, lse, *options)
+    else:
+        flash_attention.forward(q, k, k, *options)
+
+
+def configured(operation: str, name: str, K: int, H: int) -> None:
+    """Launch causal attention under a configuration, as in tuning."""
     with measure.configs.timed(operation, measure.configs.CONFIGS[operation][name]):
-        out, lse = flash_attention.forward(q, k, k, *options)
-        flash_backward.backward(out, q, k, k, out, lse, *options)
+        attention(K, H, True, 1, operation == "attention_backward")
 
 
 def attention_jobs(sizes: Sizes) -> list[partial]:
     """Return the calls whose kernels are compiled ahead: those of the measurements, then those of tuning."""
     shapes = [(K, sizes.width // K) for K in reversed(sizes.head_widths)]
     jobs = [
-        partial(attention, K, H, causal, group)
+        partial(attention, K, H, causal, group, backward)
         for K, H in shapes
         for causal, group in ((True, 1), (False, 1), (True, 4))
+        for backward in (False, True)
     ]
-    for operation in ("attention_forward", "attention_backward"):
-        names = measure.configs.CONFIGS.get(operation, {})
-        jobs += [partial(attention, K, H, True, 1, (operation, name)) for name in names for K, H in shapes]
-    return jobs
+    return jobs + [
+        partial(configured, operation, name, K, H)
+        for operation in ("attention_forward", "attention_backward")
+        for K, H in shapes
+        for name in measure.configs.names(operation, K)
+    ]
 
 
 def compile_job(target: str, job: partial) -> None:

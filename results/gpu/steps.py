@@ -49,6 +49,7 @@ class Sizes:
     decoder: str  # size of gpt.py
     new_tokens: int
     batches: tuple[int, int]  # in decoding
+    configurations: int | None  # of an operation, in tuning; None: all
     rounds: int  # how often the sides of a comparison take turns
     tests: tuple[str, ...]  # files with tests for a GPU; (): all of them
 
@@ -84,6 +85,7 @@ FULL = Sizes(
     decoder="124m",
     new_tokens=256,
     batches=(1, 32),
+    configurations=None,
     rounds=2,
     tests=(),
 )
@@ -110,6 +112,7 @@ TOY = Sizes(
     decoder="tiny",
     new_tokens=4,
     batches=(1, 2),
+    configurations=2,
     rounds=1,
     tests=("tests/kernels/test_rmsnorm.py",),
 )
@@ -215,29 +218,31 @@ def other_cases(sizes: Sizes) -> dict[str, Callable]:
     return found
 
 
-def tuned_cases(sizes: Sizes) -> dict[tuple[str, str], tuple[str, Callable]]:
-    """Return the pass and the case by which configurations of an operation are chosen, for each key of the
-    table that the kernels read."""
+def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
+    """Return the pass and the case by which the configuration of an operation is chosen, for each key of
+    kernels/tuned.json: head width, D, V or E."""
     found = {}
-    for K in sizes.head_widths:
+    for K in reversed(sizes.head_widths):
         case = attention_case(sizes, K, sizes.lengths[-1])
-        found["attention_forward", str(K)] = "forward", case
-        found["attention_backward", str(K)] = "backward", case
+        found["attention_forward", K] = "forward", case
+        found["attention_backward", K] = "backward", case
     for n, D in sizes.norms:
-        found["rms_norm_backward", str(D)] = "backward", partial(cases.rms_norm_case, n, D, True)
+        found["rms_norm_backward", D] = "backward", partial(cases.rms_norm_case, n, D, True)
     for N, D, V in sizes.vocabularies:
-        found["linear_cross_entropy", str(V)] = "both", partial(cases.cross_entropy_case, N, D, V)
+        found["linear_cross_entropy", V] = "both", partial(cases.cross_entropy_case, N, D, V)
     for E, M, D, N in sizes.experts:
-        found["grouped_matmul", str(E)] = "both", partial(cases.grouped_matmul_case, E, M, D, N)
+        found["grouped_matmul", E] = "both", partial(cases.grouped_matmul_case, E, M, D, N)
     return found
 
 
 def tuning(sizes: Sizes) -> list[Measurement]:
-    """Return a measurement for every named configuration of every tuned case."""
+    """Return a measurement for every named configuration of every case."""
     return [
         Measurement(
-            f"{operation} {key}: {name}", 6, partial(measure.configuration, operation, key, name, which, case)
+            f"{operation} {key}: {name}",
+            3,
+            partial(measure.configuration, operation, str(key), name, which, case),
         )
         for (operation, key), (which, case) in tuned_cases(sizes).items()
-        for name in measure.configs.CONFIGS.get(operation, {})
+        for name in measure.configs.names(operation, key)[: sizes.configurations]
     ]

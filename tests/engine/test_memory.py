@@ -229,9 +229,8 @@ def test_the_state_of_the_124m_counted_by_hand():
     assert parts["weights"] == (4 * n,) * 5 and parts["optimizer states"] == (8 * n,) * 5
     assert parts["gradients"][-1] == 4 * n
 
-    # Per token and layer, in float32 the stream before both norms and a number per head; in 16 bits the
-    # inputs of q, k, v, gate and up; q and k before and after their norms, v, and the result; four of the
-    # MLP's.
+    # Per token and layer, in float32 the stream before norms and a number per head; in 16 bits the inputs
+    # of q, k, v, gate and up; q and k before and after norms, v, and the result; four of the MLP's.
     layer = 4 * (2 * D + D // K) + 2 * (5 * D + 6 * D + 4 * F)
     matrices = 2 * L * (4 * D * D + 3 * D * F)  # in 16 bits
     hidden = (4 + 2) * D  # of the final norm: what it read and the gradient of what it gave

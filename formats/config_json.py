@@ -16,13 +16,13 @@ from formats.json_file import read_json
 
 # The fields without which no Config of a transformer can be made.
 REQUIRED = {"n_layers", "n_heads", "d_model", "d_ff", "vocab_size", "max_seq_len"}
-# Fields that are no whole numbers, with the types of their values; whole numbers that may be 0; and fields
-# that may be null, with its meaning.
+# Fields that are no whole numbers, with the types of their values. "flag": see `flag`.
 KINDS = {
     "norm_eps": (float, int), "rope_theta": (float, int), "rope_scaling": (dict,), "tie_embeddings": (bool,),
     "eos_token_id": (int, list), "aux_loss_coef": (float, int), "renormalize": (bool,),
-    "routed_scale": (float, int),
+    "routed_scale": (float, int), "flag": (bool,),
 }  # fmt: skip
+# Whole numbers that may be 0, and fields that may be null, with its meaning.
 MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", ""}
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
@@ -134,6 +134,11 @@ def whole_number(path: Path, hf: dict, key: str, default: int | None, field: str
     if value is not None and value < least:
         raise ValueError(f"{path}: {key} {value}: expected at least {least}")
     return value
+
+
+def flag(path: Path, hf: dict, key: str) -> bool:
+    """Return the value of a key that no table has, by default False. Raises ValueError for other values."""
+    return checked(path, key, "flag", hf.get(key, False))
 
 
 @contextmanager

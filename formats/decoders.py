@@ -22,6 +22,7 @@ from formats.config_json import (
     INERT,
     checked,
     damage_named,
+    flag,
     named_architecture,
     read_config,
     read_fields,
@@ -144,7 +145,8 @@ def ordinary_widths(fields: dict) -> dict:
 def read_window(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
     """Return the fields `window` and `full_layers`, for which each family has its own keys."""
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    if (qwen and not hf.get("use_sliding_window")) or not (qwen or architecture == "MistralForCausalLM"):
+    mistral = architecture == "MistralForCausalLM"
+    if not mistral and not (qwen and flag(path, hf, "use_sliding_window")):
         return {"window": None}
     window = whole_number(path, hf, "sliding_window", 4096, "window", least=1)
     kinds = hf.get("layer_types")
@@ -153,7 +155,7 @@ def read_window(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
         kinds = ["full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
     if window is None:
         return {"window": None}
-    if not qwen and "full_attention" in kinds:
+    if mistral and "full_attention" in kinds:
         raise ValueError(f"{path}: layer_types {kinds}: all layers of a Mistral have its sliding_window")
     return window_fields(path, window, kinds, n_layers)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from formats import config_json, decoders, safetensors_dir
-from formats.config_json import damage_named, named_architecture, read_fields, whole_number
+from formats.config_json import damage_named, flag, named_architecture, read_fields, whole_number
 from formats.decoders import LLAMA_FIELDS
 from formats.safetensors_dir import rename
 
@@ -182,7 +182,7 @@ def windows(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
     if architecture == "MixtralForCausalLM":
         return {"window": whole_number(path, hf, "sliding_window", None, "window", least=1)}
     window = whole_number(path, hf, "sliding_window", 4096, "window", least=1)
-    if architecture == "Qwen3MoeForCausalLM" and hf.get("use_sliding_window", False) and window is not None:
+    if architecture == "Qwen3MoeForCausalLM" and flag(path, hf, "use_sliding_window") and window is not None:
         # Versions of transformers differ in whether the first max_window_layers have a window.
         if hf.get("max_window_layers"):
             raise ValueError(

@@ -11,6 +11,7 @@ import csv
 import faulthandler
 import gc
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,10 +20,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -31,18 +30,10 @@ import train
 from engine import benchmark, parallel
 from engine.options import parse_arguments
 from engine.run import prepare
+from kernels import configs
 from kernels.bench import __main__ as bench
 from kernels.bench import cases
 from results.gpu import rows
-
-try:
-    from kernels import configs
-except ImportError:  # no list of configurations to choose from: the kernels are timed as they are
-    configs = SimpleNamespace(
-        CONFIGS={"attention_forward": {"as it is": None}},
-        names=lambda operation, key: list(configs.CONFIGS.get(operation, [])),
-        timed=lambda operation, config: nullcontext(),
-    )
 
 MAX_ERROR = 2e-2  # norm(x - exact) / norm(exact) in bfloat16 that passes; rounding is 2e-3 to 1e-2
 OURS = "plinth"
@@ -141,13 +132,13 @@ def known_limits(sizes) -> dict:
 
 
 def tests(sizes, seconds: float = 110) -> dict:
-    """Return how many of the tests that need a GPU pass, and the names of those that fail."""
+    """Return how many of the tests for a GPU pass within this time, and the names of those that fail."""
     files = sizes.tests or [
         str(p) for p in Path("tests").rglob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8")
     ]
     # Compilation takes most of the time, so the tests share the processors where pytest-xdist is installed.
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--maxfail", "10", "-p", "no:cacheprovider"]
-    command += ["-n", "12"] * rows.is_installed("xdist") * (not sizes.tests)
+    command += ["-n", "12"] * (rows.is_installed("xdist") and not sizes.tests)
     command += ["--timeout", "60"] * rows.is_installed("pytest_timeout")
     with tempfile.TemporaryFile("w+") as said:
         pytest = subprocess.Popen([*command, *files], stdout=said, stderr=subprocess.STDOUT)
@@ -159,15 +150,24 @@ def tests(sizes, seconds: float = 110) -> dict:
         said.seek(0)
         text = said.read()
     print(text)
-    lines = [line for line in text.splitlines() if "::" in line]
-    counts = {
-        word: sum(f"{word.upper()}" in line for line in lines) for word in ("passed", "failed", "skipped")
-    }
-    failed = sorted({line for line in lines if line.startswith(("FAILED ", "ERROR "))})
-    figures = counts | {"ended": code is not None, "tests_that_failed": failed}
-    if code not in (0, None, 5):
-        raise RuntimeError(f"pytest ended with {code}: {json.dumps(figures)}\n" + text[-1500:])
+    figures = outcomes(text) | {"ended": code is not None}
+    if code not in (0, None):
+        raise RuntimeError(f"pytest ended with {code}: {json.dumps(figures)}")
     return figures
+
+
+def outcomes(text: str) -> dict:
+    """Return how many tests passed, failed and were skipped, and the names of those that failed, from what
+    pytest -v prints, also where it was ended before its summary."""
+    found = {}
+    for line in text.splitlines():
+        outcome = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
+        name = re.search(r"\S+\.py::.*?(?=$| PASSED| FAILED| ERROR| SKIPPED| - )", line)
+        if outcome and name:
+            found.setdefault(name[0], outcome[0])
+    counts = {word: list(found.values()).count(word.upper()) for word in ("passed", "skipped")}
+    failed = [name for name, outcome in found.items() if outcome in ("FAILED", "ERROR")]
+    return counts | {"n_failed": len(failed), "tests_that_failed": failed}
 
 
 # --- 6. configurations of kernels

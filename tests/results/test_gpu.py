@@ -237,3 +237,16 @@ def test_metrics_of_a_profiler_are_read_from_its_csv():
     text = '==PROF== Connected\n"ID","Section Name","Metric Name","Metric Unit","Metric Value"\n'
     text += '"0","Speed Of Light","Duration","us","812.5"\n"0","Occupancy","","",""\n==PROF== Disconnected\n'
     assert measure.metrics_of(text) == {"Duration (us)": "812.5"}
+
+
+def test_outcomes_of_tests_are_read_also_where_pytest_was_ended():
+    alone = "tests/a.py::test_one[64-x y] PASSED   [ 5%]\ntests/a.py::test_two FAILED [ 9%]\n"
+    shared = "[gw3] [ 12%] PASSED tests/b.py::test_three \n[gw1] [ 13%] SKIPPED tests/b.py::test_four[a b]\n"
+    summary = "FAILED tests/a.py::test_two - AssertionError: 1\nFAILED tests/c.py::test_five - boom\n"
+    assert measure.outcomes(alone + shared) == {
+        "passed": 2, "skipped": 1, "n_failed": 1, "tests_that_failed": ["tests/a.py::test_two"]
+    }  # fmt: skip
+    assert measure.outcomes(alone + summary)["tests_that_failed"] == [
+        "tests/a.py::test_two",
+        "tests/c.py::test_five",
+    ]

@@ -10,6 +10,8 @@ import io
 import json
 import os
 import runpy
+import subprocess
+import tempfile
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +77,29 @@ def run_command(*words) -> Ended:
         except SystemExit as end:
             code = end.code or 0
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+class Beside(subprocess.Popen):
+    """A process that runs beside the test. Its stderr goes to a file: a process stops as soon as a pipe that
+    is not read is full."""
+
+    def __init__(self, command, env):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        super().__init__(command, env=env, stdout=subprocess.DEVNULL, stderr=self.log)
+
+    def said(self) -> str:
+        """Return what is on stderr so far."""
+        self.log.seek(0)
+        return self.log.read()
+
+    def end(self, timeout=400) -> int:
+        """Wait for the end and return the exit code. After `timeout` seconds, kill the process and raise
+        TimeoutExpired."""
+        try:
+            return self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
 
 
 def rows_of(tokens):

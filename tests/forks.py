@@ -11,7 +11,7 @@ from conftest import leave_empty
 
 # This process imports torch once, and is then forked.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "gpt", "torch.distributed.run", "matplotlib.pyplot", "pytest"])
+SERVER.set_forkserver_preload(["train", "gpt", "matplotlib.pyplot", "pytest"])
 
 
 class Forked:
@@ -27,15 +27,11 @@ class Forked:
         """Return what is on stderr so far."""
         return Path(self.log.name).read_text()
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
     def is_alive(self) -> bool:
         return self.process.is_alive()
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        os.kill(self.process.pid, number)
 
     def end(self, timeout=400) -> int:
         """Wait for the end and return the exit code. After `timeout` seconds, kill the process and raise

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed.run
-from conftest import ROOT
+from conftest import ROOT, Beside
 from forks import Forked
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -119,11 +118,11 @@ def fork(n: int, runs) -> list[Forked]:
     return [Forked(run_all, runs, environment=place) for place in places]
 
 
-def torchrun(n: int, argv, spoilt=None) -> Forked:
-    """Start torchrun with n ranks that make one run. Its own process is forked, the ranks are new ones."""
-    words = ["--standalone", f"--nproc_per_node={n}", __file__, json.dumps([[argv, spoilt, 0]])]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return Forked(torch.distributed.run.main, words, environment={"PYTHONPATH": path})
+def torchrun(n: int, argv, spoilt=None) -> Beside:
+    """Start torchrun with n ranks that make one run. What they print on stdout is dropped."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    return Beside([*command, __file__, json.dumps([[argv, spoilt, 0]])], env)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def until(process, path, text):
     """Wait until a process has written a text to a file."""
     deadline = time.monotonic() + 400
     while not (path.exists() and text in path.read_text()):
-        assert process.is_alive(), process.said()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -71,17 +71,10 @@ def test_examples_of_sardana_and_frankle(quality, served, N, times_D, saving):
 
 
 def test_the_model_to_be_served_that_fits_in_the_budget_is_the_cheapest_of_its_loss():
-<<<<<<< HEAD
-    for C, served in ((1e22, 2e12), (1.0, 1e20), (1e24, 1.0)):
-        N, D = plan.inference_optimal_within(BESIROGLU, C, served)
-        product = N * D
-        assert product == pytest.approx(C / 6, rel=1e-5)
-=======
     for budget, served in ((1e22, 2e12), (1.0, 1e20), (1e24, 1.0)):
         N, D = plan.inference_optimal_within(BESIROGLU, budget, served)
         compute = 6 * N * D
         assert compute == pytest.approx(budget, rel=1e-5)
->>>>>>> s3-scal
         loss = BESIROGLU.loss(N, D)
         for other in (0.9 * N, 1.1 * N):
             tokens = BESIROGLU.tokens_for(other, loss)

@@ -5,24 +5,22 @@
         optimizer step at learning_rate(step)
 
 `train` is the loop, `update` one step of it, `evaluate` the loss on held-out data. One update of
-`--model gpt` runs through four files, in this order:
+`--model gpt` uses four files:
 
     train.py             update: set the learning rate, take the batches, `gradient`, `descend`
-    engine/batches.py    rows of the data -> `make_batch` of gpt.py -> the part of this rank
-    gpt.py               `make_batch`, and `GPT.loss`: the forward pass. PyTorch does the backward pass
-    engine/optim.py      the learning rate of a step; a step of AdamW or Muon
-
-By default there is one process, which computes one batch per update, and the optimizer is AdamW.
+    engine/batches.py    rows of the data -> `make_batch` of gpt.py -> the part of this rank, one update ahead
+    gpt.py               `make_batch`, and `GPT.loss`: the forward pass. Autograd does the backward pass, with
+                         gradients of their own for the operations in kernels/
+    engine/optim.py      the learning rate of a step; a step of AdamW (the default) or Muon
 
 A file such as gpt.py offers a model, and a task: how a batch is made, and its loss. Both together, with an
-adapter if there is one, are called a concept. What a file leaves out, such as a function to call after each
-step, is a default of engine/contract.py. Everything that is settled before the first step, from the flags to
-the model, is in engine/run.py.
+adapter if there is one, are called a concept. engine/contract.py has defaults for what a file leaves out, and
+engine/run.py everything that is settled before the first step.
 
 Everything random is a function of (seed, step, rank): a run that is killed and resumed computes, on a CPU to
 the bit, what it would have computed in one go. It leaves behind, in --out:
 
-    model/           opens with formats.open_model; also with AutoModelForCausalLM and the like, or with PEFT
+    model/           opens with formats.open_model, AutoModelForCausalLM and the like, or PEFT
     checkpoint/      what --resume needs; checkpoint.previous/ is the one before
     metrics.jsonl, samples.txt, loss.png, report.html, run.json     see engine/log.py
 """
@@ -69,13 +67,14 @@ def train(run: Run, log: Log) -> None:
 
 
 def update(run: Run) -> UpdateResult:
-    """Make one update of the weights. Return what is logged of it: this rank's term of the mean loss, the
-    norm of the gradient, the learning rate, the task's metrics and the number of targets they are means of.
+    """Make one update of the weights. Return what is logged of it: this rank's term of the mean loss (in one
+    process all of it), the norm of the gradient, the learning rate, and of the last batch the task's metrics
+    and the number of targets that they are means of.
 
     Nothing here waits for a GPU, so that the next update is queued while it computes this one.
     """
     lr = set_learning_rate(run.optimizers, run.step, run.args)
-    parts = run.batches.next()  # --grad-accum of them
+    parts = run.batches.next()  # this rank's part of each batch, prepared by a thread; by default one
     loss, metrics = gradient(run, parts)
     norm = descend(run)
     return UpdateResult(loss, norm, lr, metrics, parts[-1].n_targets)
@@ -86,22 +85,22 @@ def gradient(run: Run, parts: list[Part]) -> tuple[torch.Tensor, dict]:
 
     The weight of a part is its number of targets over that of the whole update: of all parts on all ranks.
     So the mean loss over all targets is the sum of weight * loss over all parts on all ranks. In one process
-    and without --grad-accum, weight and n are 1. Returns this rank's share of the mean loss, and the metrics
-    of its last part.
+    and without --grad-accum there is one part, of weight 1. Returns this rank's term of that sum, and the
+    metrics of its last part.
     """
-    n, args = parallel.world_size(), run.args
+    n_ranks, args = parallel.world_size(), run.args
     # One number for each (seed, step, rank): dropout draws the same whenever this step is computed.
-    torch.manual_seed((((args.seed << 32) + run.step) * n + parallel.rank()) % (1 << 64))
+    torch.manual_seed((((args.seed << 32) + run.step) * n_ranks + parallel.rank()) % (1 << 64))
     total, metrics = torch.zeros((), device=args.device), {}
     for i, part in enumerate(parts):
         # The ranks average their gradients once, during the backward pass of the last part.
         parallel.sync_gradients(run.synced_module, i + 1 == len(parts))
-        # For gpt.py this calls GPT.loss(batch): through torch.compile on a GPU, through DDP or FSDP with
-        # --parallel. Under autocast, with --dtype bfloat16, matrix products are in bfloat16.
+        # run.loss is parallel.Objective, perhaps compiled, perhaps wrapped by DDP or FSDP. It calls the
+        # task's `loss`, by default contract.loss, and that GPT.loss. Autocast acts with --dtype bfloat16.
         with run.autocast():
             loss, metrics = run.loss(to_device(part.batch, args.device))
-        # The factor n turns the average of the n ranks' gradients into their sum.
-        (loss * (part.weight * n)).backward()
+        # The factor turns the average of the ranks' gradients into their sum.
+        (loss * (part.weight * n_ranks)).backward()
         total += loss.detach() * part.weight
     return total, metrics
 
@@ -109,9 +108,10 @@ def gradient(run: Run, parts: list[Part]) -> tuple[torch.Tensor, dict]:
 def descend(run: Run) -> torch.Tensor:
     """Clip the gradient, step the optimizers, clear the gradient and count the step.
 
-    If the norm is infinite or NaN the update is skipped. `finite` stays a tensor on the device, because an
-    `if` on it would make Python wait for the device. Returns the norm of the gradient before clipping.
+    If the norm is infinite or NaN the optimizers skip the step. `finite` stays a tensor, which they read on
+    the device, because an `if` would make Python wait. Returns the norm of the gradient before clipping.
     """
+    # --grad-clip 0 measures the norm and clips nothing.
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip or math.inf)
     norm = parallel.unshard(norm)  # with FSDP each rank holds a part of it
     finite = norm.isfinite()
@@ -132,13 +132,13 @@ def evaluate(run: Run) -> dict[str, float]:
     run.model.eval()
     sums, n_targets = Counter(), 0
     for part in run.batches.held_out():
-        signal_number = parallel.max_over_ranks_async(run.signal)
+        wait_for_signal = parallel.max_over_ranks_async(run.signal)  # exchanged while the batch is computed
         # run.objective is the same loss, neither compiled as a whole nor wrapped by DDP. The last rows have
         # another shape, for which nothing should be compiled again.
         loss_of, stance = (run.loss, "default") if part.is_whole else (run.objective, "force_eager")
         with run.autocast(), torch.compiler.set_stance(stance):
             loss, metrics = loss_of(to_device(part.batch, run.args.device))
-        if number := signal_number():
+        if number := wait_for_signal():
             raise Interrupted(number)
         # Every rank gets the last rows, which may not divide evenly, and rank 0 counts them. A part without
         # targets counts for nothing; its mean may be NaN.
@@ -161,7 +161,7 @@ def evaluate(run: Run) -> dict[str, float]:
     nats = result.get(f"val_{run.concept.task.TOKEN_LOSS}", result["val_loss"])
     result["perplexity"] = math.exp(min(nats, 700))  # exp(710) overflows
     val = run.dataset.val
-    if n_all == val.n_targets:  # every token of a text was predicted: the sum is a code length for it
+    if n_all == val.n_targets:  # every token was predicted, by next-token tasks alone: a code length
         result["bits_per_byte"] = totals["loss"] / math.log(2) / val.n_bytes
     return result
 

@@ -192,8 +192,8 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "256x128": Grouped(Product(256, 128, 8, 3), Product(256, 128, 8, 3)),
     },
 }
-# Head widths at which a configuration spills registers on Hopper, its programs do not fit side by side, or the
-# machine code is the same as without.
+# Head widths at which a configuration spills registers on Hopper, its programs do not fit side by side, or
+# the machine code is the same as without.
 NOT_ON_HOPPER = {
     "attention_forward: 128x128, interleaved": (128,),
     "attention_forward: 128x64, two persistent": (128,),

@@ -96,7 +96,7 @@ class Config(gpt.Config):
             (router == "expert_choice" and self.renormalize,
              "renormalize True: with expert_choice a token may have no expert; use False"),
             (not divides,
-             f"n_groups {groups}, top_groups {top}: expected a divisor of {E}, and at most n_groups"),
+             f"n_groups {groups}, top_groups {top}: expected a divisor of n_experts {E}, at most n_groups"),
             (groups > 1 and router != "sigmoid",
              f"n_groups {groups}: router {router!r} has no groups; use sigmoid"),
             (divides and groups > 1 and (groups == E or k > top * (E // groups)),

@@ -146,15 +146,17 @@ def read_window(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
     """Return the fields `window` and `full_layers`, for which each family has its own keys."""
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
     mistral = architecture == "MistralForCausalLM"
-    if not mistral and not (qwen and flag(path, hf, "use_sliding_window")):
+    kinds, window = hf.get("layer_types"), None
+    if mistral or (qwen and flag(path, hf, "use_sliding_window")):
+        window = whole_number(path, hf, "sliding_window", 4096, "window", least=1)
+    if window is None:
+        if (qwen or mistral) and "sliding_attention" in (kinds or ()):
+            needed = "sliding_window, and in Qwen use_sliding_window true"
+            raise ValueError(f"{path}: layer_types {kinds}: sliding_attention needs {needed}")
         return {"window": None}
-    window = whole_number(path, hf, "sliding_window", 4096, "window", least=1)
-    kinds = hf.get("layer_types")
     if kinds is None:  # in Qwen the first max_window_layers layers have no window
         n_full = whole_number(path, hf, "max_window_layers", 28) if qwen else 0
         kinds = ["full_attention" if i < n_full else "sliding_attention" for i in range(n_layers)]
-    if window is None:
-        return {"window": None}
     if mistral and "full_attention" in kinds:
         raise ValueError(f"{path}: layer_types {kinds}: all layers of a Mistral have its sliding_window")
     return window_fields(path, window, kinds, n_layers)

@@ -206,6 +206,11 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not fields["mlm_head"]:
         weights.pop(EMBEDDING_AND_HEAD[1], None)
         fields["tie_embeddings"] = True
+    elif family in ("roberta", "electra") and fields.get("mlp") == "gelu_tanh":
+        raise ValueError(
+            f"{directory}: hidden_act gelu_new: not implemented beside the masked-language-model head, "
+            f"which has the exact GELU in {CLASSES[family]}"
+        )
     if "cls.seq_relationship.weight" in weights:
         fields["pair"] = "sop" if family == "albert" else "nsp"
     return fields, weights
@@ -397,4 +402,9 @@ def to_hf(weights: dict[str, Tensor], family: str, head: str) -> dict[str, Tenso
         if head == "Model":
             name = name.removeprefix(PREFIXES[family])
         theirs[name] = w
+    # An untied head of these has a bias of its own, beside the one that has its old name.
+    untied = head != "Model" and "cls.predictions.decoder.weight" in weights
+    if untied and family in ("bert", "roberta", "albert"):
+        name = rename("cls.predictions.decoder.bias", inverse(names))
+        theirs[name] = weights["cls.predictions.bias"].clone()
     return theirs

@@ -428,7 +428,7 @@ def test_initialisation_follows_gpt():
         ({"top_k": 7}, "top_k 7: expected 1 to n_experts 6"),
         ({"router": "switch"}, "top_k 2, renormalize True: a switch needs top_k 1"),
         ({"capacity_factor": 0.0}, "capacity_factor 0.0"),
-        ({"n_groups": 4}, "n_groups 4, top_groups 1: expected a divisor of 6"),
+        ({"n_groups": 4}, "n_groups 4, top_groups 1: expected a divisor of n_experts 6"),
         ({"n_groups": 3, "top_groups": 2}, "router 'softmax' has no groups"),
         ({"n_groups": 3, "router": "sigmoid", "top_k": 3}, "top_k 3: expected at least 2 experts"),
         ({"bias_update_rate": 0.001}, "router 'softmax' has no bias"),

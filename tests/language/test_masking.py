@@ -602,11 +602,10 @@ def test_training_learns_and_transformers_opens_the_result(tmp_path, monkeypatch
 def test_every_objective_trains_and_resumes_exactly(fields, tmp_path, monkeypatch):
     monkeypatch.setitem(bert.SIZES, "tiny", SMALL)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train.main(training_flags(tmp_path, whole, set=fields)) == 0
+    assert train.main(training_flags(tmp_path, whole, set=fields, steps=9)) == 0
     assert train.main([*training_flags(tmp_path, parts, set=fields, steps=6), "--save-every", "3"]) == 0
     again = [*training_flags(tmp_path, parts, set=fields, steps=9), "--save-every", "3", "--resume"]
     assert train.main(again) == 0
-    assert train.main([*training_flags(tmp_path, whole, set=fields, steps=9), "--resume"]) == 0
     a, b = (load_file(out / SHARD) for out in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

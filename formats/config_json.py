@@ -22,11 +22,12 @@ KINDS = {
     "eos_token_id": (int, list), "aux_loss_coef": (float, int), "renormalize": (bool,),
     "routed_scale": (float, int), "flag": (bool,),
 }  # fmt: skip
+MOST_LAYERS = 100_000  # more would take minutes to build, before the weights show that there are fewer
 # Whole numbers that may be 0, and fields that may be null, with its meaning.
 MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", ""}
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
-    "n_shared_experts": 0, "window": None, "pad_token_id": 0,
+    "n_shared_experts": 0, "window": None, "pad_token_id": 0, "n_groups": 1, "top_groups": 1,
 }  # fmt: skip
 # Keys that do not change the logits: bookkeeping, initialisation, dropout, which acts in training only, what
 # is returned beside the logits, how `generate` draws, and marks that training programs leave behind.
@@ -121,6 +122,8 @@ def checked(path: Path, key: str, field: str, value: Any) -> Any:
         raise ValueError(f"{path}: {key} {value!r:.100}: expected {names[kinds[0]]}")
     if kinds == (int,) and value < 1 and (value < 0 or field not in MAY_BE_ZERO):
         raise ValueError(f"{path}: {key} {value}: expected at least {int(field not in MAY_BE_ZERO)}")
+    if field == "n_layers" and value > MOST_LAYERS:
+        raise ValueError(f"{path}: {key} {value}: expected at most {MOST_LAYERS}")
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -211,7 +211,7 @@ def read_fields(path: Path, hf: dict) -> dict:
             )
         if key in ONLY and value not in ONLY[key]:
             raise ValueError(f"{path}: {key} {value!r} is not implemented; expected {ONLY[key][0]!r}")
-        if key in READ and value is not None and not isinstance(value, READ[key]):
+        if key in READ and value is not None and type(value) not in READ[key]:  # a bool is no int here
             expected = " or ".join(kind.__name__ for kind in READ[key])
             raise ValueError(f"{path}: {key} {value!r}: expected {expected}")
         if key not in READ.keys() | INERT | ONLY.keys() and value not in (None, False, {}, []):

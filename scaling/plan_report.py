@@ -87,7 +87,7 @@ def model_in_words(row: dict) -> str:
 def laws_section(plan: dict) -> list[str]:
     """Return a table of the optimum by every published law, its interval, and the sources."""
     rows = [("law", "", "N", "D", "D/N", "loss", "C beyond its data")]
-    rows.append(("", "", "parameters", "tokens", "tokens/param.", "nats/token", "orders of 10"))
+    rows.append(("", "", "parameters", "tokens", "tokens/N", "nats/token", "orders of 10"))
     sources = []
     for name, row in plan["laws"].items():
         side = "above" if plan["compute"] > row["compute"][1] else "below"

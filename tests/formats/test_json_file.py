@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -14,8 +15,13 @@ from data.tokenizer import get_tokenizer, train_bpe
 from formats.open_model import open_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+# The same examples at every run; FUZZ=1000 draws so many new ones.
 FUZZ = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ", 25)),
+    derandomize="FUZZ" not in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
 )
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 300), st.integers(), st.floats(), st.text(max_size=5)

@@ -168,7 +168,7 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], direc
 def check_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
     """Raise ValueError unless weights, read from directory, have the shapes of expected, where both have a
     tensor of that name, and are numbers of 16 bits or more where those are."""
-    for name in weights.keys() & expected.keys():
+    for name in sorted(weights.keys() & expected.keys()):
         w, place = weights[name], expected[name]
         if w.shape != place.shape:
             shapes = f"{tuple(w.shape)}, config.json says {tuple(place.shape)}"

@@ -6,7 +6,7 @@ import pytest
 from test_chinchilla import grid
 
 from chinchilla import HOFFMANN, LAWS, main
-from scaling import fit_report
+from scaling import fit_report, identified
 
 
 @pytest.mark.usefixtures("rendered")
@@ -47,7 +47,8 @@ def test_budgets_below_the_points_and_of_many_tokens_are_said_to_be(tmp_path, ca
     assert main(["fit", str(tmp_path / "long.csv"), *flags]) == 0
     printed = capsys.readouterr().out
     assert "  1e+16  no optimum" not in printed and "2.7 orders of magnitude below the points" in printed
-    assert "above 300 tokens per parameter laws overstate" in printed
+    many = identified.doubts_of_optimum({"C": 1e20, "D/N": (400, 350, 450)}, {"C": (1e19, 1e21)})
+    assert many == "above 300 tokens per parameter laws overstate what more are worth"
     assert "  1e+06  no optimum: 12.7 orders of magnitude below the points, more than 1,000 times" in printed
     few = main(["fit", str(tmp_path / "long.csv"), "--bootstrap", "19", "--out", str(tmp_path / "out")])
     assert few == 2 and "--bootstrap 19: expected at least 20" in capsys.readouterr().err

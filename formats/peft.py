@@ -223,12 +223,15 @@ def read_fields(path: Path, hf: dict) -> dict:
     if kind == "IA3":
         return fields | {"method": "ia3"}
     rank_and_scale(path, hf | {"rank_pattern": {}, "alpha_pattern": {}}, "")  # raises for wrong defaults
+    dropout = float(hf.get("lora_dropout") or 0)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout {dropout}: expected at least 0 and less than 1")
     return fields | {
         "method": "dora" if hf.get("use_dora") else "lora",
         "r": hf.get("r", 8),
         "alpha": float(hf.get("lora_alpha", 8)),
         "rank_stabilized": bool(hf.get("use_rslora")),
-        "dropout": float(hf.get("lora_dropout") or 0),
+        "dropout": dropout,
     }
 
 

@@ -106,9 +106,20 @@ def scores(qk, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def load_keys(x, keys, start, INSIDE: tl.constexpr, const: tl.constexpr):
+    """Return the keys or values from `start` on, (BLOCK_N, BLOCK_K), with zeros after the last key of the
+    row: what stands behind it may be NaN, which a product with zero does not remove."""
+    tile = load_rows(x, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, INSIDE, const)
+    # TMA writes zeros after row S alone.
+    if const.TMA and const.LENGTHS and not INSIDE:
+        tile = tl.where(start + tl.arange(0, const.BLOCK_N)[:, None] < keys.n_keys, tile, 0.0)
+    return tile
+
+
+@triton.jit
 def products(q, keys, start, INSIDE: tl.constexpr, const: tl.constexpr):
     """Return the products (BLOCK_M, BLOCK_N) of a tile of queries and the keys from `start` on."""
-    k_tile = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, INSIDE, const)
+    k_tile = load_keys(keys.k, keys, start, INSIDE, const)
     return tl.dot(q, k_tile.T, input_precision=const.PRECISION)
 
 
@@ -134,7 +145,7 @@ def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: 
         p = tl.math.exp2(s * c - base[:, None])
         correction = tl.math.exp2(m - base)
         l = l * correction + tl.sum(p, 1)
-        v_tile = load_rows(keys.v, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
+        v_tile = load_keys(keys.v, keys, start, not MASKED, const)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * correction[:, None], input_precision=const.PRECISION)
         m = m_new
     return acc, m, l

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import on_device, tl, triton
-from kernels.flash_attention import Keys, middle, query_tile, scores
+from kernels.flash_attention import Keys, load_keys, middle, query_tile, scores
 from kernels.flash_tiles import (
     Constants,
     Masks,
@@ -156,9 +156,10 @@ def dkdv_kernel(
     end, full_end = tl.where(j0 < n_keys, end, 0), tl.where(j0 < n_keys, full_end, 0)
     left, right = middle(full_begin, full_end, end, const.BLOCK_M)
 
-    # The tile of keys stays loaded, and the queries pass: with a mask, without, and with a mask again.
-    k_tile = load_rows(k, b, j0, g, n_keys, BLOCK_N, False, const)
-    v_tile = load_rows(v, b, j0, g, n_keys, BLOCK_N, False, const)
+    # The tile of keys stays loaded, and the queries pass: with a mask, without, and with a mask again. What
+    # stands behind the last key, even NaN, reaches its own rows of dk and dv alone.
+    k_tile = load_rows(k, b, j0, g, S, BLOCK_N, False, const)
+    v_tile = load_rows(v, b, j0, g, S, BLOCK_N, False, const)
     keys, queries = KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys), Queries(q, dout, lse, delta, H)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -186,8 +187,8 @@ def dkdv_kernel(
 def dq_over_keys(dq, q, do, lse, delta, keys, first, last, scale, MASKED: tl.constexpr, const: tl.constexpr):
     """Return dq plus the terms of the keys from `first` up to `last`."""
     for start in range(first, last, const.BLOCK_N):
-        k = load_rows(keys.k, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
-        v = load_rows(keys.v, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, not MASKED, const)
+        k = load_keys(keys.k, keys, start, not MASKED, const)
+        v = load_keys(keys.v, keys, start, not MASKED, const)
         s, c = scores(tl.dot(q, k.T, input_precision=const.PRECISION), scale, const.SOFTCAP)
         p = tl.math.exp2(s * c - lse[:, None])
         if MASKED:

@@ -67,9 +67,6 @@ def load_rows(x, b, start, h, T, ROWS: tl.constexpr, INSIDE: tl.constexpr, const
     """
     if const.TMA:
         tile = x.load([b, h, start, 0]).reshape(ROWS, const.BLOCK_K)
-        # TMA writes zeros after row S, but not after the last key of a row with fewer keys.
-        if const.LENGTHS and not INSIDE:
-            tile = tl.where(start + tl.arange(0, ROWS)[:, None] < T, tile, 0.0)
     else:
         t, column = start + tl.arange(0, ROWS)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
         row = x.pointer + b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h

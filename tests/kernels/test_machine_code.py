@@ -52,12 +52,11 @@ def test_grouped_products_run_on_hoppers_matrix_units(hopper):
 
 
 def test_nothing_spills(hopper):
-    """Except attention with a window, soft-cap and lengths or documents (a fault to be mended: clearing what
-    lies behind the lengths costs registers), and a few instructions elsewhere."""
+    """Except dk and dv at head width 256 with every feature, and a few instructions elsewhere."""
     for m in hopper:
         allowed = 0
-        if m["operation"] == "attention" and "window, soft-cap" in m["case"]:
-            allowed = 2000
+        if m["kernel"] == "dkdv_kernel" and "width 256, window" in m["case"]:
+            allowed = 40
         elif m["kernel"] in ("delta_kernel", "split_kernel") or "width 16384" in m["case"]:
             allowed = 8
         assert m["spills"] <= allowed, m

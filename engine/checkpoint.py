@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import parallel
+from engine.settings import value_of
 from formats.atomic import damage, replace_directory, sha256, sync
 
 LOGS = ("metrics.jsonl", "samples.txt")
@@ -175,10 +176,7 @@ def meaning(flag: str, text: str) -> Any:
     values = {}
     for change in ast.literal_eval(text):  # a list of strings
         name, _, value = change.partition("=")
-        try:
-            values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            values[name] = value
+        values[name] = value_of(value)
     return values
 
 
@@ -288,20 +286,22 @@ def save(run) -> None:
             "logs": {log: (out / log).stat().st_size for log in LOGS},
         }
     write(out, tensors_of(run), state)
-    save_model(run, out / "model")
-    if run.args.keep_models:
-        save_model(run, out / "models" / f"step-{run.step}")
-        for old in kept_models(out)[: -run.args.keep_models] if parallel.rank() == 0 else ():
+    kept = [out / "models" / f"step-{run.step}"] if run.args.keep_models else []
+    save_model(run, out / "model", *kept)
+    if kept and parallel.rank() == 0:
+        for old in kept_models(out)[: -run.args.keep_models]:
             shutil.rmtree(old)
 
 
-def save_model(run, directory: Path) -> None:
-    """Write the model of an engine.run.Run to a directory, completely or not at all. Called by all ranks."""
+def save_model(run, *directories: Path) -> None:
+    """Write the model of an engine.run.Run to directories, each completely or not at all. Called by all
+    ranks."""
     parallel.update_unsharded(run.model, run.unsharded)
     if parallel.rank() == 0:
-        directory.parent.mkdir(exist_ok=True)
-        with replace_directory(directory) as new:
-            run.save_model(new)
+        for directory in directories:
+            directory.parent.mkdir(exist_ok=True)
+            with replace_directory(directory) as new:
+                run.save_model(new)
     parallel.barrier()
 
 

@@ -161,8 +161,8 @@ class Log:
 
 def validation_losses(out: Path) -> list[float]:
     """Return the validation losses in the metrics.jsonl of a run, NaN where one was not finite."""
-    rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["val_loss"] for line in lines if '"val_loss"' in line]
     return [math.nan if loss is None else loss for loss in losses]
 
 

@@ -14,6 +14,14 @@ def field_names(config: Any) -> list[str]:
     return [field.name for field in fields(config)]
 
 
+def value_of(text: str) -> Any:
+    """Return the value of FIELD=VALUE: a number, None, True or a tuple, and otherwise the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def check_set(concept: Concept, config: Any, changes: list[str]) -> None:
     """Raise ValueError for a FIELD of --set that neither model nor task nor adapter has."""
     settings = concept.task.settings(config)
@@ -38,10 +46,7 @@ def with_fields(config: Any, changes: list[str], known: set[str] | None = None) 
         name, _, text = change.partition("=")
         if name not in (field_names(config) if known is None else known):
             continue
-        try:
-            value = ast.literal_eval(text)  # a number, None, True, a tuple
-        except (ValueError, SyntaxError):
-            value = text
+        value = value_of(text)
         now = getattr(config, name)
         expected = float | int if isinstance(now, float) else type(now)
         if now is not None and value is not None and not isinstance(value, expected):

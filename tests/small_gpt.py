@@ -69,10 +69,10 @@ def same_run(a, b):
     return True
 
 
-def refused(capsys, argv):
+def refused(capsys, argv, main=train.main):
     """Return the one line that a mistake ends in. Nothing else may be printed, and the exit code is 2."""
     try:
-        code = train.main(argv)
+        code = main(argv)
     except SystemExit as stop:  # argparse's own
         code = stop.code
     error = capsys.readouterr().err

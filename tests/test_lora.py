@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import SHARD, run_command
 from safetensors.torch import load_file, save_file
+from small_gpt import refused
 
 import bert
 import data.text
@@ -546,18 +547,6 @@ def test_adapters_come_and_go_by_name(home, tmp_path):
 
 
 # --- runs
-
-
-def refused(capsys, argv, main=train.main):
-    """The one line a mistake gives; nothing else may be printed, and the exit code is 2."""
-    try:
-        code = main(argv)
-    except SystemExit as stop:  # argparse's own
-        code = stop.code
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if "error: " in line]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in error, error
-    return lines[0]
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import importlib.util
 import io
 import json
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "kernels/README.md"]
@@ -62,26 +62,16 @@ def small(command: list[str], n_steps: int) -> list[str]:
     return [*command, *shlex.split(SMALL), "--data", data, *steps, *size]
 
 
-def run(command: str, n_steps: int, patch: pytest.MonkeyPatch) -> str:
+def run(command: str, n_steps: int) -> str:
     """Run a line `python FILE ...` or `python -m MODULE ...` in this process, and return what it prints."""
     _, *words = shlex.split(command.replace("bpe:4096", "bytes"), comments=True)
     as_module = words[0] == "-m"
     name, *arguments = words[as_module:]
     if name == "train.py":
         arguments = small(arguments, n_steps)
-    patch.setattr("sys.argv", [name, *arguments])
-    patch.setattr("sys.stdin", io.StringIO(""))
-    code, out, err = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            if as_module:
-                runpy.run_module(name, run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-    assert code == 0, f"{command}: exit code {code}\n{out.getvalue()[-1000:]}{err.getvalue()[-2000:]}"
-    return out.getvalue()
+    ended = run_command(*["-m"] * as_module, name, *arguments)
+    assert ended.code == 0, f"{command}: exit code {ended.code}\n{ended.out[-1000:]}{ended.err[-2000:]}"
+    return ended.out
 
 
 def run_python(block: str) -> str:
@@ -118,7 +108,7 @@ def given(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in GIVEN:
-            run(command, 3, patch)
+            run(command, 3)
     return folder
 
 
@@ -137,7 +127,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
             for line in (line for line in lines if re.match(r"python (-m )?\w", line)):
                 if LONG.search(line) or "-m pytest" in line:
                     continue
-                printed = run(line, 4, monkeypatch)
+                printed = run(line, 4)
                 assert printed.strip() or re.search("--prompt|--chat", line), line
         elif language == "python" and content.startswith('"""'):
             name = re.match(r'"""(\w+)', content)[1].lower()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from formats import command
 from formats.atomic import replace_file
 from results.gpu import measure, rows, table
 from results.gpu.steps import FULL, TOY, Measurement, steps
@@ -200,11 +201,12 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        check(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.exit_code(lambda: do(args))
+
+
+def do(args: argparse.Namespace) -> int:
+    """Do what the flags name, and return the exit code. Raises ValueError for flags that make no sense."""
+    check(args)
     if args.plan:
         print(plan_text(args.steps))
         return 0
@@ -218,4 +220,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -45,7 +45,7 @@ AIMS: list[tuple[str, float, Callable[[Rows], float | None], str]] = [
      "TFLOP/s on an H100 by the FA3 paper: FA2 335, cuDNN 539, FA3 616"),
     (f"attention forward, {LONGEST}, over SDPA cuDNN", 0.85,
      lambda rows: ratio(rows, LONGEST, "forward", "SDPA cuDNN"), ""),
-    (f"attention forward and backward, {LONGEST}, over SDPA flash", 1.1,
+    (f"attention both passes, {LONGEST}, over SDPA flash", 1.1,
      lambda rows: ratio(rows, LONGEST, "both", "SDPA flash"), ""),
     ("RMSNorm forward, share of copy bandwidth", 0.88, lambda rows: norm_share(rows, "forward"), ""),
     ("RMSNorm backward, share of copy bandwidth", 0.88, lambda rows: norm_share(rows, "backward"), ""),

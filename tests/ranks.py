@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from conftest import ROOT, Beside
 from forks import Forked
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import gpt
@@ -110,12 +110,15 @@ def run_all(runs) -> int:
 
 
 def fork(n: int, runs) -> list[Forked]:
-    """Start n ranks that make runs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(n)}
+    """Start n ranks that make runs. This process holds the store of their group, as torchrun's agent does:
+    were it in rank 0, the other ranks would lose it with the end of rank 0."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(n)}
+    group["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     places = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
-    return [Forked(run_all, runs, environment=place) for place in places]
+    ranks = [Forked(run_all, runs, environment=place) for place in places]
+    ranks[0].store = store  # It lives as long as the ranks.
+    return ranks
 
 
 def torchrun(n: int, argv, spoilt=None) -> Beside:

@@ -449,12 +449,12 @@ def test_shapes_that_do_not_fit_say_so():
             attention(x, x, x, backend="triton")
 
 
-# --- on a GPU
+# --- on a GPU; a rehearsal has one head width
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("K", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("K", [16, 64, 80, 128, 256] if DEVICE == "cuda" else [16])
 @pytest.mark.parametrize(
     "names", [(), *((name,) for name in FEATURES if name not in ("width 24", "float16"))]
 )

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # Small tensors are computed faster by one thread than by several that wait for each other. Both variables are
@@ -29,6 +30,27 @@ from torch.profiler import ProfilerActivity, profile
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def prepare_interpreter():
+    """Let Triton's interpreter replace the functions of triton.language once. At every launch, and at every call
+    of a function in a kernel, it lists and replaces them anew: half the time of a kernel on small tensors."""
+    with contextlib.suppress(ImportError):  # There is no Triton on every platform.
+        from triton.runtime import interpreter
+
+        replace, replaced = interpreter._patch_lang, set()
+
+        def replace_once(fn):
+            if id(fn.__globals__) not in replaced:
+                replace(fn)
+                replaced.add(id(fn.__globals__))
+            return SimpleNamespace(restore=lambda: None)
+
+        interpreter._patch_lang = replace_once
+
+
+if not torch.cuda.is_available():
+    prepare_interpreter()
 
 
 def pytest_collection_modifyitems(items):

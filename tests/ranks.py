@@ -1,5 +1,5 @@
-"""What the ranks of a test compute, and three ways to start them: forked, which is fast, by a torchrun that forks
-them, or by torchrun as a user does."""
+"""What the ranks of a test compute, and three ways to start them: forked, which is fast; by a torchrun that
+forks them; or by torchrun as users start it."""
 
 import json
 import multiprocessing

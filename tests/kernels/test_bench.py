@@ -23,8 +23,8 @@ NO_GPU = not torch.cuda.is_available()
 TINY = {
     "HEAD_WIDTHS": (16,),
     "WIDTH": 64,
-    "TOKENS": 16,
-    "LENGTHS": (8, 16),
+    "TOKENS": 12,
+    "LENGTHS": (8, 12),
     "SCORES_FIT": 8,
     "CACHE_LENGTHS": (16, 48),
     "NORM_WIDTHS": (24, 64),
@@ -249,7 +249,7 @@ def test_a_whole_run(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert (
         said.startswith("A GPU, torch ")
-        and "attention, float32: T 8, S 8, B 2, H 4, G 4, K 16, causal\n" in said
+        and "attention, float32: T 8, S 8, B 1, H 4, G 4, K 16, causal\n" in said
     )
     tables = [line for line in said.splitlines() if line.startswith("  ")]
     failed = [row for row in rows if row["failed"]]

@@ -55,8 +55,8 @@ class Step:
     """A step in a forked process, with those parts of subprocess.Popen that the command uses."""
 
     def __init__(self, log, argv):
-        self.process = Forked(measure_into, log, argv).process
-        self.pid = self.process.pid
+        self.forked = Forked(measure_into, log, argv)
+        self.process, self.pid = self.forked.process, self.forked.process.pid
 
     def wait(self, timeout=None):
         self.process.join(timeout)
@@ -66,7 +66,7 @@ class Step:
 
 
 def measure_into(log, argv):
-    """Run results/gpu/measure.py as a process of its own does in a rehearsal, and write all output to a file."""
+    """Run results/gpu/measure.py as a process of its own in a rehearsal. All output goes to a file."""
     os.setsid()
     torch._dynamo.config.disable = True  # by TORCHDYNAMO_DISABLE, which is read before a fork
     for output in (1, 2):

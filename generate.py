@@ -310,13 +310,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", type=command.filled, help="a model's directory; without it, the sizes")
     add("--prompt", default="", help="text to continue (default: start a new document)")
-    add("--max-new-tokens", type=int, default=200)
+    add("--max-new-tokens", type=int, default=200, help="new tokens at most (default 200)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    add("--top-k", type=int, help="draw only from the k likeliest tokens")
-    add("--top-p", type=float, default=0.95, help="only from the likeliest of this joint probability")
-    add("--min-p", type=float, help="only from tokens at least this fraction as likely as the best")
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, default=0)
+    add("--top-k", type=int, help="draw only from the k likeliest tokens (default: all)")
+    add("--top-p", type=float, default=0.95, help="only from the likeliest that hold this (default 0.95)")
+    add("--min-p", type=float, help="only from tokens at least this times as likely as the best")
+    add("--repetition-penalty", type=float, default=1.0, help="divides logits of seen tokens (default 1)")
+    add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     add("--compile", action="store_true", help="compile the step of one token, which takes a while at first")
 
 

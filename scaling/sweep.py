@@ -316,9 +316,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as for train.py (default stdlib)",
     )
     add("--tokenizer", default="bytes", metavar="WHAT", help="as for train.py (default bytes)")
-    add("--lr-factor", type=float, default=1.0, metavar="X", help="multiply the design's learning rates by X")
+    add(
+        "--lr-factor",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="multiply the design's learning rates by X (default 1)",
+    )
     add("--seed", type=int, default=0, help="seed of the runs and of the resamples (default 0)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where the runs compute (default: cuda if there is a GPU, else cpu)",
+    )
     add("--workers", type=int, metavar="N", help="runs in parallel (default: one per core; 1 on a GPU)")
     add(
         "--out",

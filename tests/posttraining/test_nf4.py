@@ -3,6 +3,7 @@
 import copy
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,9 @@ def layers():
     offsets = torch.tensor([4, 4, 9], dtype=torch.int32)
 
     def plain_experts(x):
-        gate, up = grouped_matmul(x, experts.gate_up_proj.weight, offsets).chunk(2, dim=-1)
-        return grouped_matmul(F.silu(gate) * up, experts.down_proj.weight, offsets)
+        product = partial(grouped_matmul, backend="reference")  # it alone has second derivatives
+        gate, up = product(x, experts.gate_up_proj.weight, offsets).chunk(2, dim=-1)
+        return product(F.silu(gate) * up, experts.down_proj.weight, offsets)
 
     return {
         "linear": (linear, lambda x: F.linear(x, linear.weight, linear.bias), (2, 3, 100)),
@@ -215,7 +217,7 @@ def test_gradients(case, autocast):
     torch.testing.assert_close(dx, expected_dx)
 
 
-@pytest.mark.parametrize("case", ["linear", "vector"])
+@pytest.mark.parametrize("case", ["linear", "vector", "experts"])
 def test_second_derivatives(case):
     """Those of sum(tanh(y)^2), whose gradient depends on x, beside those with the weight dequantised."""
     quantized, plain, shape = layers()[case]
@@ -228,12 +230,51 @@ def test_second_derivatives(case):
     torch.testing.assert_close(*results)
 
 
-def test_experts_refuse_a_second_derivative_as_their_product_does():
-    experts, _, shape = layers()["experts"]
-    x = normal(*shape).requires_grad_()
-    (dx,) = torch.autograd.grad(experts(x).square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="grouped_matmul: this backend has no second derivative"):
-        dx.sum().backward()
+def test_only_a_bias_learns():
+    layer = QuantizedLinear(nn.Linear(10, 6))
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    x = normal(3, 4, 10)
+    layer(x).sum().backward()  # of an x without gradient
+    assert torch.equal(layer.bias.grad, torch.full((6,), 12.0))
+    assert not layer.weight.requires_grad
+    assert not layer.requires_grad_(False)(x).requires_grad
+
+
+def test_compiles_in_one_graph():
+    layer = QuantizedLinear(nn.Linear(64, 32))
+    x = normal(5, 64).requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    (dx,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    torch.testing.assert_close(dx, expected)
+
+
+def test_memory_of_one_weight_at_a_time(peak_memory):
+    """Forward and backward through 8 layers, each of whose weights is far larger than what passes by it."""
+    n, width = 8, 256
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(n)))
+    quantize(model)
+    x = normal(1, width).requires_grad_()
+
+    def naive():
+        y = x
+        for layer in model:
+            y = F.linear(y, layer.weight)
+        y.sum().backward()
+
+    model(x).sum().backward()
+    one = 4 * width * width
+    # One weight and, while it is made, the bytes of the codes as int32 (half of it).
+    assert peak_memory(lambda: model(x).sum().backward()) <= 2 * one
+    assert peak_memory(naive) >= n * one
+
+
+MODELS = {"gpt": gpt.GPT, "moe": moe.MoEGPT}
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    return MODELS[name]({"gpt": gpt, "moe": moe}[name].SIZES["tiny"]).eval()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -268,9 +268,9 @@ def add_measurements(group) -> None:
         nargs="?",
         const=1,
         metavar="N",
-        help="how much memory each of N processes (default 1) needs, part by part (see engine/memory.py)",
+        help="how much memory each of N GPUs (default 1) needs; none has to be here (see engine/memory.py)",
     )
-    add("--benchmark", action="store_true", help="50 steps: tokens per second, MFU, memory, time lost")
+    add("--benchmark", action="store_true", help="time 50 steps: tokens per second, MFU, memory, time lost")
     add("--profile", action="store_true", help="some steps traced, and what costs the most in them")
     add("--compare", type=command.path, nargs="+", metavar="DIR", help="draw runs over each other, and stop")
 

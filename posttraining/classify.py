@@ -378,8 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--epochs", type=int, default=3, metavar="N", help="passes over the examples (default %(default)s)")
     add("--batch-size", type=int, default=16, metavar="TEXTS", help="texts per update (default %(default)s)")
     add("--lr", type=float, metavar="X", help="peak rate of the heads (default: by the model's size)")
-    decay = "learning rate of a layer over that of the one above it (default 1)"
-    add("--layer-decay", type=float, default=1.0, metavar="X", help=decay)
+    rates = "learning rate of a layer over that of the one above it (default 1)"
+    add("--layer-decay", type=float, default=1.0, metavar="X", help=rates)
     layers = "layers that learn: all (default), one more each epoch, or only the heads"
     add("--unfreeze", choices=("all", "gradual", "none"), default="all", help=layers)
     add("--cut", action="store_true", help="cut texts that are longer than the model reads")

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpt
 import train
 from data.tokenizer import Tokenizer
-from engine import device, optim
+from engine import cpu, device, optim
 from kernels import backend
 
 # --- what a run is
@@ -212,6 +212,17 @@ def test_mfu_is_shown_for_known_devices_only(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert device.peak_flops("cuda") == peak
     assert device.peak_flops("cpu") is None
+
+
+ADVICE = "slow: other processes use the cores"
+
+
+def test_advice_about_crowded_cores_is_one_line_once(text, tmp_path, monkeypatch, capsys):
+    times = []
+    monkeypatch.setattr(cpu, "crowded", lambda *given: times.append(given) or ADVICE)
+    assert train.main(flags(text, tmp_path / "run", steps=4, log_every=1, device="cpu")) == 0
+    assert len(times) == 1 and all(seconds > 0 for seconds in times[0])
+    assert capsys.readouterr().out.count(ADVICE) == 1
 
 
 # --- a loss that does not stay finite

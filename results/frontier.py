@@ -3,10 +3,10 @@
     python -m results.frontier --out results/frontier.json        half an hour on two cores
 
 The task is the Markov chain of posttraining/frontier.py, whose optimum is known at every KL. Each run is one
-`train.py` with its defaults: on-policy methods 60 steps of 256 completions. Reward and KL of what it leaves are
-exact, summed over all 65,536 sequences. The share is of the gain over the reference (reward 2) that is
-possible at the run's own KL. Runs that are in the file already are kept, so that methods can be added by
---only. Writes the figure beside the file.
+`train.py` with its defaults, for the on-policy methods 60 steps of 256 completions. Reward and KL of what it
+leaves are exact, summed over all 65,536 sequences. The share is of the gain over the reference (reward 2)
+that is possible at the run's own KL. Runs that are in the file already are kept, so that methods can be added
+by --only. Writes the figure beside the file.
 """
 
 import argparse
@@ -71,7 +71,9 @@ def main() -> None:
 
     rows = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
     known = {(row["method"], row["beta"], row["seed"]) for row in rows}
-    jobs = [(name, beta, seed, args.cache) for name in args.only for beta in METHODS[name][2] for seed in SEEDS]
+    jobs = [
+        (name, beta, seed, args.cache) for name in args.only for beta in METHODS[name][2] for seed in SEEDS
+    ]
     about = {"command": "python -m results.frontier", "cpu": cpu.name(), "torch": torch.__version__}
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for row in pool.imap(run, [job for job in jobs if job[:3] not in known]):

@@ -12,34 +12,47 @@ log-probabilities are computed once, see posttraining/reference.py.
     --set method=   loss, with h as above and l the log-probability of an answer, n its tokens
     dpo             -log sigmoid(beta h)
     conservative    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)    labels flipped with probability e
-    robust          (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1-2e)     (Chowdhury et al. 2024)
-    hinge           max(0, 1 - beta h)                                                 (SLiC, Zhao et al. 2023)
-    ipo             (h - 1/(2 tau))^2, tau = beta; of sums over tokens                 (Azar et al. 2023, (17))
+    robust          (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1-2e)    (Chowdhury et al. 2024)
+    hinge           max(0, 1 - beta h)                                                (SLiC, Zhao et al. 2023)
+    ipo             (h - 1/(2 tau))^2, tau = beta; of sums over tokens                (Azar et al. 2023, (17))
     ipo_mean        the same with every log-probability divided by its n: another tau, not comparable
     kto             1 - sigmoid(+-(beta (R - z))), R = log pi - log ref of single answers that are labelled
-                    good (+) or bad (-); z estimates KL(pi || ref)             (Ethayarajh et al. 2024, (8))
-    simpo           -log sigmoid(beta (l_c/n_c - l_r/n_r) - gamma); no reference        (Meng et al. 2024, (6))
-    orpo            -l_c/n_c - lam log sigmoid(log-odds ratio); no reference            (Hong et al. 2024, (6))
+                    good (+) or bad (-); z estimates KL(pi || ref)            (Ethayarajh et al. 2024, (8))
+    simpo           -log sigmoid(beta (l_c/n_c - l_r/n_r) - gamma); no reference       (Meng et al. 2024, (6))
+    orpo            -l_c/n_c - lam log sigmoid(log-odds ratio); no reference           (Hong et al. 2024, (6))
 
 All sums are over the tokens of the answer and its end token. The prompt is no part of them: in h it would
-cancel, but not in a mean. Both log-probabilities may fall while h rises, since only their difference counts.
+cancel, but not in a mean. Both log-probabilities may fall while h rises: only their difference counts.
 
-    python train.py --model dpo                                             a Markov chain with a known optimum
-    python train.py --model dpo --init-from runs/sft/model --data pairs.jsonl             see data/preferences.py
-    python train.py --model gpt --task dpo --adapter lora --init-from runs/sft/model --data pairs.jsonl
+    python train.py --model dpo                                            a Markov chain with a known optimum
+    python train.py --model dpo --init-from runs/sft/model --data pairs.jsonl        see data/preferences.py
+    python train.py --model dpo --init-from runs/sft/model --data pairs.jsonl --adapter lora
 
 Shapes: B pairs, C = 2 answers of each, T tokens of a prompt and an answer, V vocabulary.
 """
 
+import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from data import preferences
+from data.rows import Dataset, Row, stack
+from engine import parallel
+from engine.settings import with_fields
 from formats.config_values import check_values
+from posttraining.preference_runs import load_preferences, save_tokenizer, show, start_model  # noqa: F401
+from posttraining.reference import add_reference, n_predicted, sequence_logps, trimmed
 
 MODEL = "gpt"
+DATA = "chain"  # the task whose optimum is known, see posttraining/frontier.py
+REFERENCE = True  # --resume compares the model of the start, too
+STEPS = 1500
+LEARNING_RATE = 0.25
+TOKEN_LOSS = "chosen_nats"
 METHODS = ("dpo", "conservative", "robust", "hinge", "ipo", "ipo_mean", "kto", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
@@ -53,7 +66,9 @@ class Config:
     smoothing: float = 0.1  # e of conservative and robust: the probability that a label is wrong
     gamma: float = 1.0  # SimPO's margin
     lam: float = 0.1  # ORPO's weight of the log-odds ratio
-    desirable_weight: float = 1.0  # KTO's lam_D and lam_U; with unequally many labels, lam_D n_D / (lam_U n_U)
+    desirable_weight: float = (
+        1.0  # KTO's lam_D and lam_U; with unequally many labels, lam_D n_D / (lam_U n_U)
+    )
     undesirable_weight: float = 1.0  # should be between 1 and 4/3 (section 4.2)
     reference: str | None = None  # the directory of another reference than the model in --init-from
 
@@ -62,28 +77,9 @@ class Config:
     def __post_init__(self):
         check_values(self, method=METHODS)
         if self.smoothing >= 0.5:
-            raise ValueError(f"smoothing {self.smoothing}: expected less than 0.5, more right labels than wrong")
-
-
-# --- log-probabilities
-
-
-def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return log p of the masked tokens of each row, summed, in float32 or better: (B,).
-
-    logits (B, T, V): the output of a model for tokens (B, T), int64; those at position t are of token t + 1.
-    mask (B, T): true for the tokens that are summed, which are found by it alone and never by their value.
-    The first token has no prediction and never counts.
-    """
-    targets = tokens[:, 1:].masked_fill(~mask[:, 1:].bool(), -100)  # (B, T - 1)
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-    nats = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")  # (B, T - 1)
-    return -nats.sum(-1)
-
-
-def n_predicted(mask: Tensor) -> Tensor:
-    """Return how many tokens `sequence_logps` sums in each row (...,) of a mask (..., T)."""
-    return mask[..., 1:].sum(-1)
+            raise ValueError(
+                f"smoothing {self.smoothing}: expected less than 0.5, more right labels than wrong"
+            )
 
 
 # --- losses of pairs: each takes and returns (B,)
@@ -157,7 +153,12 @@ def ipo_mean_loss(
 
 
 def simpo_loss(
-    chosen: Tensor, rejected: Tensor, n_chosen: Tensor, n_rejected: Tensor, beta: float = 2.0, gamma: float = 1.0
+    chosen: Tensor,
+    rejected: Tensor,
+    n_chosen: Tensor,
+    n_rejected: Tensor,
+    beta: float = 2.0,
+    gamma: float = 1.0,
 ) -> Tensor:
     """Return -log sigmoid(beta (mean log-probability of the chosen - of the rejected) - gamma), (B,)."""
     return -F.logsigmoid(beta * (chosen / n_chosen - rejected / n_rejected) - gamma)
@@ -212,7 +213,7 @@ def kto_loss(
 def pair_losses(policy: Tensor, reference: Tensor, n: Tensor, config: Config) -> Tensor:
     """Return the loss of each pair, (B,), by config.method.
 
-    policy, reference, n (B, 2): log-probabilities and numbers of tokens of the chosen and the rejected answer.
+    policy, reference, n (B, 2): log-probabilities and numbers of tokens of chosen and rejected answers.
     """
     own, both = policy.unbind(1), (*policy.unbind(1), *reference.unbind(1))
     match config.method:
@@ -233,3 +234,105 @@ def pair_losses(policy: Tensor, reference: Tensor, n: Tensor, config: Config) ->
         case "orpo":
             return orpo_loss(*own, *n.unbind(1), config.lam)
     raise ValueError(f"method {config.method}: not for pairs; expected one of {', '.join(METHODS)}")
+
+
+# --- what train.py looks up by name, see engine/contract.py
+
+
+def settings(config: Any) -> Config:
+    """Return the task's Config; --set changes its fields."""
+    return Config()
+
+
+def load_data(args: argparse.Namespace, config: Any) -> Dataset:
+    """Return the preferences that --data names, with the log-probabilities of the reference.
+
+    With method kto the rows are single answers, each beside a second one that belongs to another prompt.
+    """
+    own = with_fields(Config(), args.set)
+    dataset = load_preferences(args, config, "dpo")
+    sides = (dataset.train, dataset.val)
+    if own.method == "kto":
+        for side in sides:
+            single = preferences.single_answers(side.rows)
+            side.__init__(preferences.mismatched(single, args.seq_len))
+        dataset.fingerprint += "-single"
+    elif sides[0].rows[0].label is not None:
+        raise ValueError(f"--data {args.data}: labels of single answers; expected pairs, or --set method=kto")
+    if own.method in WITHOUT_REFERENCE:
+        return dataset
+    return add_reference(dataset, args, config, own.reference)
+
+
+def make_batch(rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Any = None) -> dict:
+    """Return B rows of `PreferenceRows` as tensors, without columns that are padding in all of them.
+
+    "tokens" and "mask" (B, 2, T); "reference" (B, 2), but for methods without one; for KTO "label" (B,).
+    """
+    return trimmed(stack(rows))
+
+
+def wrap(model: nn.Module, config: Config) -> nn.Module:
+    """Return the model itself, with the task's Config as its attribute `objective`, which `loss` reads."""
+    model.objective = config
+    return model
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean loss of B preferences from `make_batch`, and metrics.
+
+    Of pairs: "accuracy", the share whose implicit reward beta log(pi / ref) is larger for the chosen answer
+    (equal ones count half); "margin", the mean difference of the two; both rewards; both log-probabilities;
+    and the nats per token of chosen answers. Methods without a reference have beta log pi / n as rewards.
+    """
+    config = model.objective
+    if config.method == "kto":
+        return kto(model, batch, config)
+    tokens, mask = batch["tokens"], batch["mask"]
+    logps = sequence_logps(model(tokens.flatten(0, 1)), tokens.flatten(0, 1), mask.flatten(0, 1))
+    policy, n = logps.view(-1, 2), n_predicted(mask)  # (B, 2)
+    reference = batch.get("reference", torch.zeros_like(policy))
+    losses = pair_losses(policy, reference, n, config)
+    with torch.no_grad():
+        rewards = config.beta * (policy - reference)
+        if config.method in (*WITHOUT_REFERENCE, "ipo_mean"):
+            rewards = rewards / n
+        margin = rewards[:, 0] - rewards[:, 1]
+        metrics = {
+            "accuracy": ((margin.sign() + 1) / 2).mean(),
+            "margin": margin.mean(),
+            "chosen_reward": rewards[:, 0].mean(),
+            "rejected_reward": rewards[:, 1].mean(),
+            "chosen_logp": policy[:, 0].mean(),
+            "rejected_logp": policy[:, 1].mean(),
+            "chosen_nats": (-policy[:, 0] / n[:, 0]).mean(),
+        }
+    return losses.mean(), metrics
+
+
+def kto(model: nn.Module, batch: dict[str, Tensor], config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean KTO loss of B answers, and metrics.
+
+    "z" in nats; "margin", the mean of beta (R - z) with the sign of its label; "accuracy", the share of
+    answers for which this is above 0; and the nats per token of all answers.
+    """
+    # The second answers, to other prompts, only estimate z: over the whole batch, on all ranks.
+    (own, other), (mask, other_mask) = batch["tokens"].unbind(1), batch["mask"].unbind(1)
+    reference, other_reference = batch["reference"].unbind(1)
+    with torch.no_grad():
+        z = (sequence_logps(model(other), other, other_mask) - other_reference).mean()
+        z = kto_z(parallel.all_reduce_sum(z), torch.zeros_like(z)) / parallel.world_size()
+
+    policy, label = sequence_logps(model(own), own, mask), batch["label"]
+    weights = (config.desirable_weight, config.undesirable_weight)
+    losses = kto_loss(policy, reference, label, z, config.beta, *weights)
+    with torch.no_grad():
+        margin = config.beta * (policy - reference - z) * (2 * label.float() - 1)
+        nats = -policy / n_predicted(mask)
+        metrics = {"accuracy": ((margin.sign() + 1) / 2).mean(), "margin": margin.mean(), "z": z}
+    return losses.mean(), metrics | {"chosen_nats": nats.mean()}
+
+
+def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
+    """Return the FLOPs of training on one token of --seq-len: a row has two sequences."""
+    return 2 * model.flops_per_token(seq_len)

@@ -34,7 +34,7 @@ class Diverged(Exception):
 
 
 class Failed(Exception):
-    """What a user has supplied, such as a reward function, failed in the loop of a task."""
+    """Raised by the loop of a task where what a user has supplied, such as a reward function, fails."""
 
 
 class UpdateResult(NamedTuple):

@@ -148,6 +148,8 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 def loss_title(evaluations: list[dict]) -> str:
     """Return "loss" with its unit, or without one where it is a sum of losses of different kinds."""
+    if any("val_reward" in row for row in evaluations):
+        return "beta KL - reward"
     several = any("val_mlm_loss" in row for row in evaluations)
     return "loss" if several else "loss (nats per token)"
 

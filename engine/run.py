@@ -31,7 +31,7 @@ from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
-from engine.settings import check_set, field_names, with_fields
+from engine.settings import adapter_fields, check_set, field_names, with_fields
 from formats import peft
 
 
@@ -359,7 +359,7 @@ def choose_weights(
             concept.model_file.separate_head(model)
         trainable.freeze(model, args.train)
         return None, peft.fingerprint(model) if concept.task.REFERENCE else None
-    config = with_fields(adapter.ADAPTERS[args.adapter or next(iter(adapter.ADAPTERS))], args.set)
+    config = adapter_fields(concept, model.config, args)
     fingerprint = adapter.prepare_base(model, config)
     if not args.init_from or not contract.open_model().is_adapter(args.init_from):
         adapter.apply(model, config)
@@ -369,7 +369,7 @@ def choose_weights(
     trained = copy.deepcopy(model) if args.set else model
     config = adapter.load_adapter(trained, args.init_from, base_fingerprint=fingerprint)
     if args.set:
-        config = with_fields(config, args.set)
+        config = adapter_fields(concept, model.config, args, config)
         adapter.apply(model, config)
         start_from(model, adapter.state(trained), args.set)
     return config, fingerprint

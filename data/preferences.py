@@ -21,6 +21,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,17 +236,18 @@ def single_answers(examples: list[Example]) -> list[Example]:
     ]
 
 
-def mismatched(examples: list[Example], seq_len: int) -> list[Example]:
+def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) -> list[Example]:
     """Return single answers with a second answer each: that of the next example with another prompt.
 
     KTO estimates a KL divergence from the second ones. Shifting by one, unlike reversing, never matches an
-    answer with itself. Where all prompts are one, the answer of the next example is taken. Raises ValueError
-    where an example has no such answer that fits behind its prompt.
+    answer with itself. Where all prompts are one, the answer of the next example is taken. `more` are examples
+    to choose from where none of these serves. Raises ValueError where an example has no such answer that fits
+    behind its prompt.
     """
     found, n = [], len(examples)
-    one_prompt = len({example.prompt.tobytes() for example in examples}) == 1
+    one_prompt = len({example.prompt.tobytes() for example in (*examples, *more)}) == 1
     for i, (prompt, answers, label) in enumerate(examples):
-        others = (examples[(i + shift) % n] for shift in range(1, n))
+        others = chain((examples[(i + shift) % n] for shift in range(1, n)), more)
         fitting = (other for other in others if len(prompt) + len(other.answers[0]) <= seq_len)
         other = next((o for o in fitting if one_prompt or not np.array_equal(o.prompt, prompt)), None)
         if other is None:

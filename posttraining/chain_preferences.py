@@ -24,17 +24,14 @@ N_TRAIN, N_HELD_OUT = 4000, 1000
 def dataset(chain: Chain, n: int = N_TRAIN, n_held_out: int = N_HELD_OUT) -> Dataset:
     """Return pairs of sequences of the chain, labelled once, as a Dataset; the same ones at every call."""
     generator = torch.Generator().manual_seed(0)
-    prompt, examples, rights = np.array([chain.begin], np.int64), [], []
-    while len(examples) < n + n_held_out:
-        a, b = chain.sample(2, generator)
-        if torch.equal(a, b):
-            continue
-        p = torch.sigmoid(chain.reward(a) - chain.reward(b)).item()
-        if torch.rand((), generator=generator) >= p:
-            a, b = b, a
-        examples.append(Example(prompt, (a.numpy(), b.numpy())))
-        rights.append(max(p, 1 - p))
-    best = np.mean(rights[n:])
+    pairs = chain.sample(4 * (n + n_held_out), generator).view(-1, 2, chain.T)
+    pairs = pairs[(pairs[:, 0] != pairs[:, 1]).any(1)][: n + n_held_out]  # (n + n_held_out, 2, T)
+    p = torch.sigmoid(chain.reward(pairs[:, 0]) - chain.reward(pairs[:, 1]))
+    flipped = torch.rand(len(p), generator=generator) >= p
+    pairs[flipped] = pairs[flipped].flip(1)
+    prompt = np.array([chain.begin], np.int64)
+    examples = [Example(prompt, (a, b)) for a, b in pairs.numpy()]
+    best = torch.maximum(p, 1 - p)[n:].mean().item()
     summary = f"{n:,} pairs of sequences of a Markov chain, {n_held_out:,} held out"
     data = as_dataset(examples[:n], examples[n:], None, summary)
     data.guess = f"chance ranks 50.0% of the pairs as labelled, the exact reward {best:.1%} of them"

@@ -253,9 +253,9 @@ def load_data(args: argparse.Namespace, config: Any) -> Dataset:
     dataset = load_preferences(args, config, "dpo")
     sides = (dataset.train, dataset.val)
     if own.method == "kto":
-        for side in sides:
-            single = preferences.single_answers(side.rows)
-            side.__init__(preferences.mismatched(single, args.seq_len))
+        train, held_out = (preferences.single_answers(side.rows) for side in sides)
+        dataset.train.__init__(preferences.mismatched(train, args.seq_len))
+        dataset.val.__init__(preferences.mismatched(held_out, args.seq_len, train))
         dataset.fingerprint += "-single"
     elif sides[0].rows[0].label is not None:
         raise ValueError(f"--data {args.data}: labels of single answers; expected pairs, or --set method=kto")

@@ -1,11 +1,20 @@
 """Tests of posttraining/dpo.py: unit values, identities, converged losses, which tokens count, and runs."""
 
+import json
 import math
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import small_gpt
 import torch
+from safetensors.torch import load_file
 
-from posttraining import dpo
+import gpt
+import train
+from data.tokenizer import get_tokenizer
+from posttraining import dpo, frontier
 
 # One pair: log-probabilities of policy and reference, lengths 4 and 5; h = 1.5.
 PAIR = [torch.tensor([x], dtype=torch.float64) for x in (-10.0, -12.0, -11.0, -11.5)]
@@ -96,7 +105,7 @@ def test_dpo_on_all_pairs_finds_the_optimum_under_a_kl_penalty(beta, expected):
     ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     reward = torch.arange(3.0, dtype=torch.float64)
     logits = ref.log().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=60, tolerance_grad=1e-10)
+    optimizer = torch.optim.LBFGS([logits], max_iter=80, tolerance_grad=1e-11, tolerance_change=0)
     a, b = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T
 
     def closure():
@@ -192,3 +201,196 @@ def test_a_certain_answer_has_finite_log_odds():
 def test_settings_that_make_no_sense_are_refused(values, expected):
     with pytest.raises(ValueError, match=expected):
         dpo.Config(**values)
+
+
+# --- TRL 1.16, see tests/fixtures/make_preference_fixtures.py
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+TRL = load_file(FIXTURES / "preferences/expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Return the policy and the reference of the fixtures, as decoders of gpt.py."""
+    policy, reference = (gpt.GPT.from_pretrained(FIXTURES / "llama").float() for _ in range(2))
+    with torch.no_grad():
+        for p in reference.parameters():
+            p *= 0.9
+    return policy, reference.requires_grad_(False)
+
+
+def logps(model, rows):
+    tokens = TRL[f"{rows}.input_ids"]
+    return dpo.sequence_logps(model(tokens), tokens, TRL[f"{rows}.completion_mask"])
+
+
+def agrees(name, loss, model):
+    """Compare a loss and its gradient by one matrix with TRL's."""
+    model.zero_grad()
+    loss.backward()
+    gradient = model.get_parameter("model.layers.0.self_attn.q_proj.weight").grad
+    expected = TRL[f"{name}.gradient"]
+    assert loss.item() == pytest.approx(TRL[name].item(), abs=1e-5, rel=1e-5)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+THEIRS = {  # TRL's loss_type: our method. Its `ipo` is of means, its `sigmoid` ignores label_smoothing
+    "sigmoid": {"method": "dpo"},
+    "hinge": {"method": "hinge"},
+    "robust": {"method": "robust"},
+    "ipo": {"method": "ipo_mean"},
+    "simpo": {"method": "simpo", "beta": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_loss_of_pairs_agrees_with_trl(name, models):
+    policy, reference = (logps(model, "pairs").view(2, -1).T for model in models)  # (3, 2)
+    n = dpo.n_predicted(TRL["pairs.completion_mask"]).view(2, -1).T
+    agrees(name, dpo.pair_losses(policy, reference, n, dpo.Config(**THEIRS[name])).mean(), models[0])
+
+
+def test_the_odds_ratio_of_orpo_agrees_with_trl(models):
+    # TRL's NLL term is of prompt and answer, the paper's (6) of the answer: only the other term is the same.
+    policy, n = (
+        logps(models[0], "pairs").view(2, -1),
+        dpo.n_predicted(TRL["pairs.completion_mask"]).view(2, -1),
+    )
+    losses = dpo.orpo_loss(*policy, *n, 0.1)
+    agrees("orpo", (losses + policy[0] / n[0]).mean(), models[0])
+
+
+def test_kto_and_its_z_agree_with_trl(models):
+    (policy, other), (reference, ref_other) = (
+        (logps(model, "single"), logps(model, "other")) for model in models
+    )
+    z = dpo.kto_z(other, ref_other)
+    assert z.item() == pytest.approx(TRL["kto.z"].item(), rel=1e-5) and z > 0
+    agrees("kto", dpo.kto_loss(policy, reference, TRL["single.label"], z, 0.1, 1.5).mean(), models[0])
+
+
+# --- runs
+
+
+def pairs_file(folder, n=12):
+    records = [{"prompt": f"{i}?", "chosen": f"{i} is it.", "rejected": "no"} for i in range(n)]
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def flags(out, *more, steps=4):
+    common = (
+        f"--model dpo --out {out} --steps {steps} --eval-every 2 --log-every 1 --cache {out.parent}/cache"
+    )
+    return [*common.split(), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Return the directory of a random model that reads bytes."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = get_tokenizer("bytes")
+    config = replace(small_gpt.SMALL, vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eot_id)
+    torch.manual_seed(0)
+    gpt.GPT(config).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo_mean", "kto"])
+def test_a_run_begins_where_policy_and_reference_are_equal(method, small, tmp_path, capsys):
+    data = pairs_file(tmp_path)
+    argv = flags(tmp_path / "run", "--init-from", small, "--data", data, "--set", f"method={method}")
+    assert train.main([*argv, "--batch-size", "4"]) == 0
+    first = next(row for row in small_gpt.rows(tmp_path / "run") if "val_loss" in row)
+    expected = {"dpo": math.log(2), "ipo_mean": 25.0, "kto": 0.5}[method]
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(expected, abs=2e-4)
+    assert first["val_margin"] == pytest.approx(0, abs=2e-6)
+    assert "expected" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_computes_what_one_in_one_go_does(small, tmp_path):
+    data, more = pairs_file(tmp_path), ("--init-from", small, "--batch-size", "4", "--save-every", "2")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train.main(flags(whole, *more, "--data", data)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_model", lambda *args: None)
+        update, calls = train.update, []
+
+        def interrupted(run):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return update(run)
+
+        patch.setattr(train, "update", interrupted)
+        train.main(flags(halves, *more, "--data", data))
+    # The reference is read from the cache, and is still the model of the start.
+    assert train.main(flags(halves, *more, "--data", data, "--resume")) == 0
+    assert small_gpt.same_run(whole, halves)
+    assert len(list((tmp_path / "cache").glob("reference-*"))) == 1
+
+
+def test_the_reference_is_computed_in_eval_mode_from_the_model_of_the_start(small, tmp_path):
+    argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), "--batch-size", "4")
+    run = train.prepare(train.parse_arguments(argv))
+    row = run.dataset.train[0]
+    model = gpt.GPT.from_pretrained(small).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(row["tokens"])).double().log_softmax(-1)
+    expected = [
+        sum(logits[c, t - 1, row["tokens"][c, t]].item() for t in row["mask"][c].nonzero()[0])
+        for c in range(2)
+    ]
+    assert row["reference"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert not any("reference" in name for name in run.state_dict())
+    run.close()
+
+
+def test_with_an_adapter_the_reference_is_the_base_without_it(small, tmp_path):
+    argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), "--adapter", "lora")
+    assert train.main([*argv, "--batch-size", "4"]) == 0
+    first = next(row for row in small_gpt.rows(tmp_path / "run") if "val_loss" in row)
+    assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (tmp_path / "run/model/adapter_config.json").is_file()
+
+
+def test_on_the_chain_dpo_comes_near_the_exact_optimum(tmp_path, capsys):
+    argv = flags(tmp_path / "run", "--batch-size", "64", steps=30)
+    argv[argv.index("--eval-every") + 1] = "30"
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "the optimum for beta 0.1 is 7.9998 at KL 6.5219" in out
+    rewards = re.findall(r"^reward ([\d.]+) at KL", out, re.M)
+    assert float(rewards[-1]) > 7
+
+
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        (["--set", "beta=0"], "beta 0: expected a number above 0"),
+        (["--set", "reference={chain}"], "a vocabulary of 5 tokens, the trained model has 257"),
+        (["--document-mask"], "--document-mask"),
+        (["--set", "method=kto", "beta=x"], "beta=x: expected a value such as 0.1"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(more, problem, small, tmp_path, capsys):
+    chain = frontier.reference_model(tmp_path / "cache")
+    more = [word.format(chain=chain) for word in more]
+    argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), *more)
+    assert problem in small_gpt.refused(capsys, argv)
+
+
+def test_a_run_without_a_trained_model_is_refused(tmp_path, capsys):
+    error = small_gpt.refused(capsys, flags(tmp_path / "run", "--data", pairs_file(tmp_path)))
+    assert "--task dpo: needs --init-from DIR" in error
+
+
+def test_labels_need_kto(small, tmp_path, capsys):
+    path = tmp_path / "labels.jsonl"
+    records = [{"prompt": f"{i}?", "completion": f"{i}.", "label": i % 2 == 0} for i in range(12)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    argv = flags(tmp_path / "run", "--init-from", small, "--data", path, "--batch-size", "4")
+    assert "expected pairs, or --set method=kto" in small_gpt.refused(capsys, argv)
+    assert train.main([*argv, "--set", "method=kto"]) == 0

@@ -38,7 +38,7 @@ def check_set(concept: Concept, config: Any, changes: list[str]) -> None:
 
 
 def adapter_fields(concept: Concept, config: Any, args: Namespace, start: Any = None) -> Any:
-    """Return the adapter's Config with the values of --set, but for fields that the task's own Config has too.
+    """Return the adapter's Config with the values of --set, but for fields that the task has too.
 
     config: of the model. start: the values where --set names none, by default those of --adapter.
     """

@@ -215,7 +215,7 @@ def policy_loss(
     advantages: (B, T), or (B, 1) for one per completion. clip_high: the upper clip, by default the lower one.
     weights: from `token_weights`, by default a mean over all tokens.
     """
-    r = ratios(logps, old_logps, mask, ratio)
+    r, advantages = ratios(logps, old_logps, mask, ratio), torch.where(mask, advantages, 0.0)
     clipped = r.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     terms = torch.maximum(-advantages * r, -advantages * clipped)
     return masked_sum(terms * (token_weights(mask, "dapo") if weights is None else weights), mask)
@@ -234,6 +234,7 @@ def value_loss(
     All are (B, T); old_values and returns G are those of the rollout, not of the last epoch. weights: from
     `token_weights`, by default a mean over all tokens.
     """
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     near = torch.clamp(values, old_values - clip, old_values + clip)
     terms = 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
     return masked_sum(terms * (token_weights(mask, "dapo") if weights is None else weights), mask)

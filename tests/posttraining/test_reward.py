@@ -33,8 +33,7 @@ def test_the_loss_has_its_unit_values():
 
 @pytest.mark.parametrize("p", [0.6, 0.75, 0.9])
 def test_converged_the_difference_of_scores_is_the_log_odds_of_the_preference(p):
-    # The derivative of p loss(d) + (1 - p) loss(-d) is 0 at d = log(p / (1 - p)), whatever both scores have in
-    # common.
+    # The derivative of p loss(d) + (1 - p) loss(-d) is 0 there, whatever both scores have in common.
     d = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
     for constant in (0.0, 5.0):
         loss = p * reward.bradley_terry_loss(constant + d, torch.tensor(constant))
@@ -65,7 +64,7 @@ def model():
 
 def test_scores_agree_with_transformers_whatever_the_padding(model):
     tokens, mask = TRL["tokens"], TRL["mask"]
-    assert (tokens[mask.bool()] == 0).any()  # the id that pads is also inside the texts
+    assert (tokens[mask.bool()] == 0).any()  # inside the texts is the id that pads, too
     with torch.no_grad():
         for found in (
             model(tokens, mask.sum(1)),
@@ -176,7 +175,7 @@ def test_a_reward_model_on_gpt2_is_read_again(tmp_path):
 def test_another_model_is_refused(change, problem, tmp_path):
     hf = json.loads((FIXTURE / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(hf | change))
-    with pytest.raises(ValueError, match="config.json") as error:
+    with pytest.raises(ValueError, match=r"config\.json") as error:
         RewardModel.from_pretrained(tmp_path)
     assert problem in str(error.value)
 

@@ -240,9 +240,8 @@ def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) 
     """Return single answers with a second answer each: that of the next example with another prompt.
 
     KTO estimates a KL divergence from the second ones. Shifting by one, unlike reversing, never matches an
-    answer with itself. Where all prompts are one, the answer of the next example is taken. `more` are examples
-    to choose from where none of these serves. Raises ValueError where an example has no such answer that fits
-    behind its prompt.
+    answer with itself. Where all prompts are one, the answer of the next example is taken; `more` are further
+    examples to choose from. Raises ValueError where no such answer fits behind a prompt.
     """
     found, n = [], len(examples)
     one_prompt = len({example.prompt.tobytes() for example in (*examples, *more)}) == 1

@@ -3,7 +3,7 @@
     y_1, y_2 ~ pi(. | x);   y_c the one with the higher reward, y_r the other
     loss = -log sigmoid(beta h), or (h - 1/(2 beta))^2 with method=ipo; h as in posttraining/dpo.py
 
-The pairs of offline DPO come from the model of the start, so that a policy far from it learns from answers that
+The pairs of offline DPO come from the model of the start, so a policy far from it learns from answers that
 it does not give any more. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are as for PPO,
 see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and counted, and
 likewise those with an answer that has no score.
@@ -11,8 +11,8 @@ likewise those with an answer that has no score.
     python train.py --model online_dpo                                     a Markov chain with a known optimum
     python train.py --model online_dpo --init-from runs/sft/model --data stdlib --set reward=runs/reward/model
 
-The loss of one sample of a Bradley-Terry preference would be DPO's; a reward that always decides is the limit
-of sharp preferences. So the optimum of the chain is passed if this trains for long: beta then only bounds h.
+DPO assumes preferences that are drawn, with probability sigmoid of the difference of rewards. Here the higher
+reward always wins, so that h has no finite optimum: a long training passes the optimum for its beta.
 
 Shapes: B prompts, T tokens of a prompt and an answer.
 """

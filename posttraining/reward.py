@@ -13,7 +13,7 @@ saved model is calibrated: scores of the held-out answers have mean 0 and standa
 
     python train.py --model reward                                         a Markov chain with an exact reward
     python train.py --model reward --init-from runs/sft/model --data pairs.jsonl      see data/preferences.py
-    python -m posttraining.reward runs/reward/model --prompt "2 + 2?" 4 5                score two answers
+    python -m posttraining.reward runs/reward/model --prompt "2+2?" 4 5                score two answers
 
 Shapes: B prompts, K answers of each, T tokens of a prompt and an answer, D model width.
 """

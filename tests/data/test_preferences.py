@@ -77,7 +77,7 @@ def test_the_shared_turns_of_two_transcripts_are_the_prompt():
         ({"chosen": "4", "rejected": "5"}, "expected a transcript"),
         ({"chosen": said("a", "4"), "rejected": said("b", "5")}, "differ before their last message"),
         ({"prompt": "2+2?", "chosen": 4, "rejected": "5"}, "expected {\"prompt\", \"chosen\""),
-        ({"prompt": "2", "chosen": {"role": "assistant", "content": 4}, "rejected": "5"}, "4: expected a str"),
+        ({"chosen": said("a", 4), "rejected": said("a", "5")}, "assistant: 4: expected a string"),
         ([1], "expected {\"prompt\", \"chosen\""),
     ],
 )  # fmt: skip

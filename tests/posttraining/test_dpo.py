@@ -332,7 +332,7 @@ def test_a_resumed_run_computes_what_one_in_one_go_does(small, tmp_path):
     assert len(list((tmp_path / "cache").glob("reference-*"))) == 1
 
 
-def test_the_reference_is_computed_in_eval_mode_from_the_model_of_the_start(small, tmp_path):
+def test_the_reference_is_the_model_of_the_start_and_in_no_checkpoint(small, tmp_path):
     argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), "--batch-size", "4")
     run = train.prepare(train.parse_arguments(argv))
     row = run.dataset.train[0]
@@ -354,6 +354,23 @@ def test_with_an_adapter_the_reference_is_the_base_without_it(small, tmp_path):
     first = next(row for row in small_gpt.rows(tmp_path / "run") if "val_loss" in row)
     assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert (tmp_path / "run/model/adapter_config.json").is_file()
+
+
+def test_another_reference_is_used_where_it_is_named(small, tmp_path):
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    gpt.GPT(gpt.GPT.from_pretrained(small).config).save_pretrained(other)
+    get_tokenizer("bytes").save(other)
+    data = pairs_file(tmp_path)
+    for argv in (["--set", f"reference={other}"], []):
+        run = train.prepare(
+            train.parse_arguments(
+                flags(tmp_path / f"run{len(argv)}", "--init-from", small, "--data", data, *argv)
+            )
+        )
+        _, metrics = dpo.loss(run.model, run.batches.peek()[0].batch)
+        assert (abs(metrics["margin"]) > 1e-4) == bool(argv)
+        run.close()
 
 
 def test_on_the_chain_dpo_comes_near_the_exact_optimum(tmp_path, capsys):

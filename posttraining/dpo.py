@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import preferences
+from data.preferences import PreferenceRows
 from data.rows import Dataset, Row, stack
 from engine import parallel
 from engine.settings import with_fields
@@ -50,7 +51,7 @@ from posttraining.reference import add_reference, n_predicted, sequence_logps, t
 MODEL = "gpt"
 DATA = "chain"  # the task whose optimum is known, see posttraining/frontier.py
 REFERENCE = True  # --resume compares the model of the start, too
-STEPS = 1500
+STEPS = 300
 LEARNING_RATE = 0.25
 TOKEN_LOSS = "chosen_nats"
 METHODS = ("dpo", "conservative", "robust", "hinge", "ipo", "ipo_mean", "kto", "simpo", "orpo")
@@ -254,8 +255,8 @@ def load_data(args: argparse.Namespace, config: Any) -> Dataset:
     sides = (dataset.train, dataset.val)
     if own.method == "kto":
         train, held_out = (preferences.single_answers(side.rows) for side in sides)
-        dataset.train.__init__(preferences.mismatched(train, args.seq_len))
-        dataset.val.__init__(preferences.mismatched(held_out, args.seq_len, train))
+        dataset.train = PreferenceRows(preferences.mismatched(train, args.seq_len))
+        dataset.val = PreferenceRows(preferences.mismatched(held_out, args.seq_len, train))
         dataset.fingerprint += "-single"
     elif sides[0].rows[0].label is not None:
         raise ValueError(f"--data {args.data}: labels of single answers; expected pairs, or --set method=kto")

@@ -3,10 +3,10 @@
     y_1, y_2 ~ pi(. | x);   y_c the one with the higher reward, y_r the other
     loss = -log sigmoid(beta h), or (h - 1/(2 beta))^2 with method=ipo; h as in posttraining/dpo.py
 
-The pairs of offline DPO come from the model of the start, so a policy far from it learns from answers that
-it does not give any more. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are as for PPO,
-see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and counted, and
-likewise those with an answer that has no score.
+The pairs of offline DPO come from the model of the start, so that a policy far from it learns from answers
+that it does not give any more. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are as
+for PPO, see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and
+counted, and likewise those with an answer that has no score.
 
     python train.py --model online_dpo                                     a Markov chain with a known optimum
     python train.py --model online_dpo --init-from runs/sft/model --data stdlib --set reward=runs/reward/model

@@ -37,6 +37,10 @@ def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Datase
     if not (args.init_from or args.base):
         raise ValueError(f"--task {task}: needs --init-from DIR, a model that is trained to answer already")
     if args.data == "chain":
+        n = frontier.Chain().begin + 1
+        if config.vocab_size != n:
+            found = f"the model in {args.init_from or args.base} has {config.vocab_size}"
+            raise ValueError(f"--data chain: needs a model of {n} tokens, {found}; name a file by --data")
         return chain_preferences.dataset(frontier.Chain())
     options = {"val": args.val, "bad_text": args.bad_text}
     return preferences.prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len, **options)

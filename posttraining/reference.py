@@ -111,8 +111,8 @@ def add_reference(dataset: Dataset, args: Namespace, config: Any, directory: str
     Raises ValueError as `open_reference` does.
     """
     model = open_reference(args, config, directory)
-    key = f"{content_hash(model)} {dataset.fingerprint} {args.dtype}"
-    key = hashlib.sha256(key.encode()).hexdigest()[:16]
+    dataset.fingerprint += f"-{content_hash(model)[:16]}"
+    key = hashlib.sha256(f"{dataset.fingerprint} {args.dtype}".encode()).hexdigest()[:16]
     path = Path(args.cache) / f"reference-{key}.safetensors"
     sides = {"train": dataset.train, "val": dataset.val}
     with parallel.one_per_machine_first() as is_first:
@@ -121,5 +121,4 @@ def add_reference(dataset: Dataset, args: Namespace, config: Any, directory: str
             write_tensors(path, {name: logps_of(model, rows, args) for name, rows in sides.items()})
     for name, values in read_tensors(path)[0].items():
         sides[name].reference = np.asarray(values)
-    dataset.fingerprint += f"-{key}"
     return dataset

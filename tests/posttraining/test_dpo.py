@@ -404,6 +404,11 @@ def test_a_run_without_a_trained_model_is_refused(tmp_path, capsys):
     assert "--task dpo: needs --init-from DIR" in error
 
 
+def test_the_chain_needs_a_model_of_its_tokens(small, tmp_path, capsys):
+    error = small_gpt.refused(capsys, flags(tmp_path / "run", "--init-from", small))
+    assert "--data chain: needs a model of 5 tokens" in error and "name a file by --data" in error
+
+
 def test_labels_need_kto(small, tmp_path, capsys):
     path = tmp_path / "labels.jsonl"
     records = [{"prompt": f"{i}?", "completion": f"{i}.", "label": i % 2 == 0} for i in range(12)]

@@ -35,6 +35,7 @@ from engine.settings import with_fields
 from formats.config_values import check_values
 from posttraining import chain_preferences, frontier, instruct, ppo, prompts, scores
 from posttraining.dpo import dpo_loss, ipo_loss
+from posttraining.ppo import save_tokenizer, start_model  # noqa: F401
 from posttraining.reference import sequence_logps
 from posttraining.rollout import Reference, laid_out
 
@@ -167,8 +168,6 @@ def evaluate(run: Run) -> dict[str, float]:
 
 # --- what train.py looks up by name, see engine/contract.py
 
-start_model, make_batch, save_tokenizer = ppo.start_model, ppo.make_batch, ppo.save_tokenizer
-
 
 def settings(config: Any) -> Config:
     """Return the default settings, whatever the model."""
@@ -185,6 +184,11 @@ def load_data(args: argparse.Namespace, config: Any) -> prompts.Prompts:
     dataset = prompts.of_chain(own.beta) if chain else prompts.of_conversations(args, own.max_new_tokens)
     dataset.scorer = scores.find(own.reward, dataset.tokenizer, dataset.stop)
     return dataset
+
+
+def make_batch(rows: list[Row], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
+    """Return rows of prompts as one batch."""
+    return stack(rows)
 
 
 def wrap(model: nn.Module, config: Config) -> nn.Module:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.rows import stack
+from data.rows import Row, stack
 from engine.checkpoint import save as save_run
 from engine.checkpoint import save_model
 from engine.log import Log, UpdateResult

@@ -17,7 +17,8 @@ METHODS is this table:
 
 A KL penalty in the reward and one in the loss are different things. With d = log pi - log ref, the gradient
 of the value k1 = d has expectation 0: as a loss it regularises nothing. In the reward it is multiplied by
-grad log pi, and that gives grad KL(pi || ref). The gradient of k3 as a loss is that of KL(ref || pi).
+grad log pi, and that gives grad KL(pi || ref). The gradient of k3 as a loss is that of KL(ref || pi), and of
+ratio_t k3 that of KL(pi || ref) (DeepSeek-V3.2, 2025).
 
 PPO: Schulman et al. 2017; GAE: Schulman et al. 2015; for language: Ziegler et al. 2019, InstructGPT (Ouyang
 et al. 2022), and the details that Huang et al. 2024 found (arXiv:2403.17031). GRPO: Shao et al. 2024. Dr.
@@ -238,3 +239,16 @@ def value_loss(
     near = torch.clamp(values, old_values - clip, old_values + clip)
     terms = 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
     return masked_sum(terms * (token_weights(mask, "dapo") if weights is None else weights), mask)
+
+
+def kl_loss(
+    logps: Tensor, ref_logps: Tensor, mask: Tensor, weights: Tensor, old_logps: Tensor | None = None
+) -> Tensor:
+    """Return the KL penalty of GRPO's loss, a number (): k3 of log-probabilities (B, T), summed with weights.
+
+    With old_logps each term is multiplied by its ratio, which corrects the gradient to that of KL(pi || ref).
+    """
+    terms = kl(torch.where(mask, logps - ref_logps, 0.0), "k3")
+    if old_logps is not None:
+        terms = terms * ratios(logps, old_logps, mask)
+    return masked_sum(terms * weights, mask)

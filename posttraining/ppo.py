@@ -48,8 +48,7 @@ from posttraining.policy_gradient import (
     adapted_coefficient,
     gae,
     group_advantages,
-    kl,
-    masked_sum,
+    kl_loss,
     policy_loss,
     ratios,
     token_rewards,
@@ -91,6 +90,7 @@ class Config:
     lam: float = 0.95  # GAE
     whiten_rewards: bool = False  # without their mean, as OpenAI's code does
     target_kl: float | None = None  # nats: adapts beta from step to step
+    corrected_kl: bool = False  # a KL penalty in the loss is multiplied by the ratio, see policy_gradient.py
     missing_end: float | None = None  # a completion without end token scores minus this, whatever it is
 
     MAY_BE_ZERO = ("lam", "value_weight")
@@ -140,9 +140,9 @@ def loss_of(
         of_values = (values, rollout.values[rows], returns[rows], mask, settings.value_clip)
         loss = loss + settings.value_weight * value_loss(*of_values)
     if row.penalty == "loss":
-        # GRPO's penalty. Its gradient is the one of KL(ref || pi), and that is meant.
-        d = torch.where(mask, logps - rollout.ref_logps[rows], 0.0)
-        loss = loss + policy.beta.float() * masked_sum(weights * kl(d, "k3"), mask)
+        sampled_by = old if settings.corrected_kl else None
+        of_kl = kl_loss(logps, rollout.ref_logps[rows], mask, weights, sampled_by)
+        loss = loss + policy.beta.float() * of_kl
     return loss, ratios(logps.detach(), old, mask, row.ratio)
 
 

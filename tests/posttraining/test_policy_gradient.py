@@ -15,7 +15,7 @@ from posttraining.policy_gradient import (
     group_advantages,
     is_equal,
     kl,
-    masked_sum,
+    kl_loss,
     policy_loss,
     ratios,
     token_rewards,
@@ -68,6 +68,10 @@ def test_as_a_loss_k1_regularises_nothing_and_k2_and_k3_have_the_gradients_of_th
     assert expected["k1"].abs().max() < 1e-12
     assert torch.allclose(expected["k2"], gradient((pi * d).sum()), atol=1e-12)
     assert torch.allclose(expected["k3"], gradient((log_ref.exp() * -d).sum()), atol=1e-12)
+    # With the ratio pi / pi_old, whose value is 1, the loss of k3 has the gradient of KL(pi || ref).
+    ratio = (log_pi - log_pi.detach()).exp()
+    corrected = gradient((pi.detach() * ratio * kl(d, "k3")).sum())
+    assert torch.allclose(corrected, gradient((pi * d).sum()), atol=1e-12)
     # In the reward, k1 times grad log pi is grad KL(pi || ref).
     score_function = gradient((pi.detach() * kl(d, "k1").detach() * log_pi).sum())
     assert torch.allclose(score_function, gradient((pi * d).sum()), atol=1e-12)
@@ -224,9 +228,7 @@ def test_nothing_outside_of_the_mask_and_no_other_order_of_rows_changes_a_loss_o
         weights = token_weights(mask[order], row.average, 6)
         options = {"clip_high": row.clip_high, "ratio": row.ratio, "weights": weights}
         loss = policy_loss(new, *parts, **options)
-        loss = loss + masked_sum(
-            weights * kl(torch.where(mask[order], new - old[order], 0.0), "k3"), mask[order]
-        )
+        loss = loss + kl_loss(new, parts[0], mask[order], weights)
         loss.backward()
         return loss, new.grad[torch.tensor(order).argsort()]
 
@@ -272,7 +274,7 @@ def spread(values, mask, lengths):
     return found
 
 
-@pytest.mark.parametrize("name", ["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "corrected", "bnpo", "dapo", "dr_grpo", "gspo", "rloo"])
 def test_losses_and_gradients_are_those_of_trl(name, expected, batch):
     tokens, mask = batch
     lengths = expected["completion_lengths"]
@@ -283,12 +285,12 @@ def test_losses_and_gradients_are_those_of_trl(name, expected, batch):
 
     old = at + spread(expected["old_noise"], mask, lengths)
     ref = at + spread(expected["ref_noise"], mask, lengths)
-    row = METHODS.get(name, METHODS["dapo"])
+    row = METHODS.get(name, METHODS["grpo"])
     weights = token_weights(mask, "bnpo" if name == "bnpo" else row.average, 7)
-    options = {"ratio": row.ratio, "weights": weights, "clip_high": None if name == "bnpo" else row.clip_high}
+    options = {"ratio": row.ratio, "weights": weights, "clip_high": row.clip_high}
     loss = policy_loss(logps, old, expected["advantages"][:, None], mask, 0.2, **options)
     if row.penalty == "loss":
-        loss = loss + 0.1 * masked_sum(weights * kl(torch.where(mask, logps - ref, 0.0), "k3"), mask)
+        loss = loss + 0.1 * kl_loss(logps, ref, mask, weights, old if name == "corrected" else None)
     loss.backward()
     assert loss.item() == pytest.approx(expected[f"loss.{name}"].item(), abs=1e-5)
     gradient = model.model.layers[0].self_attn.q_proj.weight.grad

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import generate as decoding
 from formats import command
+from language.span_corruption import SENTINELS, restore
 
 
 class Decoder:
@@ -192,7 +193,11 @@ def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> N
         generator = torch.Generator(device).manual_seed(args.seed)
         options = {"temperature": args.temperature, "generator": generator}
         (output,) = model.generate(row, args.max_new_tokens, **options)
-    print(tokenizer.decode([token for token in output if token != model.config.eos_token_id]))
+    output = [token for token in output if token != model.config.eos_token_id]
+    # A text with gaps is printed with what the model wrote for them; for any other input, what it wrote.
+    known = {tokenizer.special_tokens[name] for name in SENTINELS if name in tokenizer.special_tokens}
+    has_gaps = not known.isdisjoint(row[0])
+    print(tokenizer.decode(restore(row[0][:-1], output, known) if has_gaps else output))
 
 
 def print_sizes(kind: type[nn.Module], sizes: dict) -> None:

@@ -31,7 +31,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kernels import backend, configs, cross_entropy, flash_attention, flash_backward, flash_decoding, rmsnorm
+from kernels import (
+    backend,
+    configs,
+    cross_entropy,
+    flash_attention,
+    flash_backward,
+    flash_bias,
+    flash_decoding,
+    rmsnorm,
+)
 from kernels.backend import triton
 from kernels.grouped_matmul import product_triton, weight_gradient_triton
 
@@ -154,9 +163,12 @@ def attention(K: int, dtype: torch.dtype, *, group: int = 4, documents: bool = F
         0.1,
         cu_seqlens,
         seqlens_k,
+        torch.zeros(8, 257) if masks.get("bias") else None,
     )
     out, lse = flash_attention.forward(q, k, k, *options)
     flash_backward.backward(out, q, k, k, out, lse, *options)
+    if masks.get("bias"):
+        flash_bias.gradient(out, q, k, k, out, lse, *options)
     if not documents:
         flash_decoding.forward(q[:, :1], k, k, *options)
 
@@ -195,6 +207,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 ATTENTION = {
     "causal, 4 heads a group": {},
     "bidirectional, no groups": {"causal": False, "group": 1},
+    "bidirectional, no groups, bias": {"causal": False, "group": 1, "bias": True},
     "window, soft-cap, lengths": {"window": 256, "softcap": 30.0, "lengths": True},
     "window, soft-cap, documents": {"window": 256, "softcap": 30.0, "documents": True},
 }

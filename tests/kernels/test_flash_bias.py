@@ -16,7 +16,7 @@ MASKS = {
     "all": {},
     "causal": {"causal": True},
     "window": {"window": 9},
-    "causal window, scale": {"causal": True, "window": 20, "scale": 1.0},
+    "causal window, scale": {"causal": True, "window": 20, "scale": 0.5},
     "documents": {"cu_seqlens": [0, 3, 3, 20, 35]},
     "causal documents": {"causal": True, "cu_seqlens": [0, 17, 35]},
     "lengths": {"seqlens_k": [18, 35]},
@@ -164,14 +164,15 @@ def test_memory_is_linear_in_the_length(peak_memory):
             lambda: attention(*leaves[:3], bias=leaves[3], causal=True, backend="triton").sum().backward()
         )
 
-    assert peak(128) < 2.1 * peak(64)
+    assert peak(64) < 2.1 * peak(32)
 
 
 def test_the_operations_keep_their_contracts():
     (q, k, v, bias), _ = inputs("causal", T=9, S=9)
     leaves = [x.requires_grad_() for x in (q, k, v, bias)]
     options = (True, None, None, 0.25, None, None)
-    library.opcheck(torch.ops.plinth.attention.default, (*leaves[:3], *options, bias))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    library.opcheck(torch.ops.plinth.attention.default, (*leaves[:3], *options, bias), test_utils=checks)
     heads = [
         x.detach().transpose(1, 2).flatten(0, 1) for x in (q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1))
     ]

@@ -63,7 +63,7 @@ class Masks(NamedTuple):
 class Bias(NamedTuple):
     """The bias of the scores: see `with_bias`. Both are None where there is none."""
 
-    values: Any  # (H, 2 R + 1), float32
+    table: Any  # (H, 2 R + 1), float32
     reach: Any  # R
 
 
@@ -132,7 +132,7 @@ def with_bias(qk, distance, h, bias, scale):
     A tile reads its biases by their distances, from the cache: the T x S biases are nowhere in memory.
     """
     r = tl.minimum(tl.maximum(distance, -bias.reach), bias.reach)
-    value = tl.load(bias.values + (h * (2 * bias.reach + 1) + bias.reach + r))
+    value = tl.load(bias.table + (h * (2 * bias.reach + 1) + bias.reach + r))
     return (qk * scale + value) * 1.4426950408889634, 1.0
 
 

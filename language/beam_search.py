@@ -91,6 +91,32 @@ def generate(
     return decoding.generate(Decoder(model, rows), start, max_new_tokens, **options)
 
 
+class Search:
+    """The search for the output of one input: n beginnings, and at most n outputs that have ended."""
+
+    def __init__(self, n_beams: int, length_penalty: float, eos: int):
+        self.n, self.length_penalty, self.eos = n_beams, length_penalty, eos
+        self.beams: list[list[int]] = [[] for _ in range(n_beams)]
+        self.ended: list[tuple[float, list[int]]] = []  # (score, output), the best first
+        self.done = False
+
+    def step(self, log_p: list[float], origin: list[int], tokens: list[int], is_last: bool) -> list[int]:
+        """Take the 2 n best continuations, the best first, and return the places of the n that go on.
+
+        Number c continues beam origin[c] by tokens[c], and has log_p[c] in all. Of the n best, those with an
+        end token end, and in the last step all.
+        """
+        outputs = [[*self.beams[i], token] for i, token in zip(origin, tokens, strict=True)]
+        scores = [p / len(outputs[0]) ** self.length_penalty for p in log_p]
+        if not self.done:
+            new = [(scores[c], outputs[c]) for c in range(self.n) if is_last or tokens[c] == self.eos]
+            self.ended = sorted(self.ended + new, key=lambda pair: -pair[0])[: self.n]
+        going = [c for c in range(2 * self.n) if tokens[c] != self.eos][: self.n]
+        self.beams = [outputs[c] for c in going]
+        self.done |= len(self.ended) == self.n and self.ended[-1][0] >= scores[going[0]]
+        return going
+
+
 @torch.inference_mode()
 def beam_search(
     model: nn.Module,
@@ -105,62 +131,41 @@ def beam_search(
     length_penalty: the exponent a. An output of max_new_tokens counts as ended.
     Raises ValueError for an input or an option that is out of range.
     """
-    rows, vocab_size = as_lists(inputs), model.config.vocab_size
+    rows, config, device = as_lists(inputs), model.config, model.shared.weight.device
     for name, value in (("n_beams", n_beams), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"beam_search: {name} {value}: expected at least 1")
-    decoder, B, eos = Decoder(model, rows, times=n_beams), len(rows), model.config.eos_token_id
-    device = model.shared.weight.device
-    cache = decoder.new_cache([1] * (B * n_beams), max_new_tokens)
-    token = torch.full((B * n_beams, 1), model.config.start_token_id, device=device)
-    # All beams of a row begin alike, so only the first has a chance in the first step.
-    log_p = torch.full((B, n_beams), -1e9, device=device)
-    log_p[:, 0] = 0.0
-    beams = [[[] for _ in range(n_beams)] for _ in rows]
-    ended: list[list[tuple[float, list[int]]]] = [[] for _ in rows]  # (score, output), the best first
-    searching = set(range(B))
 
-    for step in range(1, max_new_tokens + 1):
+    # The beams of a row are rows of the decoder. All begin alike, so only the first has a chance at first.
+    B, n, V = len(rows), n_beams, config.vocab_size
+    decoder = Decoder(model, rows, times=n)
+    cache = decoder.new_cache([1] * (B * n), max_new_tokens)
+    searches = [Search(n, length_penalty, config.eos_token_id) for _ in rows]
+    token = torch.full((B * n, 1), config.start_token_id, device=device)
+    log_p = torch.full((B, n), -1e9, device=device)
+    log_p[:, 0] = 0.0
+
+    for step in range(max_new_tokens):
         # The 2 n best continuations: at most n of them end, so that n go on.
         logits = decoder.logits(decoder.hidden(token, cache=cache)[:, -1]).float()
-        total = log_p[:, :, None] + logits.log_softmax(-1).view(B, n_beams, -1)  # (B, n, V)
-        best, index = total.flatten(1).topk(2 * n_beams)  # (B, 2 n)
-        origin, tokens = (index // vocab_size).tolist(), (index % vocab_size).tolist()
-
-        # Sort them by whether they end; only the n best may end.
-        chosen = []
-        for b in range(B):
-            outputs = [[*beams[b][i], t] for i, t in zip(origin[b], tokens[b], strict=True)]
-            ends = [t == eos or step == max_new_tokens for t in tokens[b]]
-            if b in searching:
-                new = [
-                    (float(best[b, c]) / step**length_penalty, outputs[c]) for c in range(n_beams) if ends[c]
-                ]
-                ended[b] = sorted(ended[b] + new, key=lambda pair: -pair[0])[:n_beams]
-            going = [c for c in range(2 * n_beams) if tokens[b][c] != eos][:n_beams]
-            chosen.append(going)
-            beams[b] = [outputs[c] for c in going]
-            ahead = float(best[b, going[0]]) / step**length_penalty
-            if len(ended[b]) == n_beams and ended[b][-1][0] >= ahead:
-                searching.discard(b)
-        if not searching or step == max_new_tokens:
+        total = log_p[:, :, None] + logits.log_softmax(-1).view(B, n, V)
+        log_p, index = total.flatten(1).topk(2 * n)  # (B, 2 n)
+        columns = (log_p.tolist(), (index // V).tolist(), (index % V).tolist())
+        is_last = step == max_new_tokens - 1
+        going = [search.step(*row, is_last) for search, *row in zip(searches, *columns, strict=True)]
+        if is_last or all(search.done for search in searches):
             break
 
         # Go on with the chosen ones; the cache follows them.
-        picked = torch.tensor(chosen, device=device)  # (B, n)
-        log_p, index = best.gather(1, picked), index.gather(1, picked)
-        token = (index % vocab_size).view(-1, 1)
-        at = (index // vocab_size + n_beams * torch.arange(B, device=device)[:, None]).flatten()
-        cache.keys, cache.values = ([x[at] for x in side] for side in (cache.keys, cache.values))
-    return [outputs[0][1] for outputs in ended]
+        picked = torch.tensor(going, device=device)  # (B, n)
+        log_p, index = log_p.gather(1, picked), index.gather(1, picked)
+        token = (index % V).view(-1, 1)
+        origin = (index // V + n * torch.arange(B, device=device)[:, None]).flatten()
+        cache.keys, cache.values = ([x[origin] for x in side] for side in (cache.keys, cache.values))
+    return [search.ended[0][1] for search in searches]
 
 
 # --- the command line
-
-
-def run(kind: type[nn.Module], sizes: dict) -> None:
-    """Run the command line of an encoder-decoder's file. Exits with code 2 and one line for a mistake."""
-    command.run(lambda: main(kind, sizes))
 
 
 def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> None:

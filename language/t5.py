@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from formats import encoder_decoders
+from formats import command, encoder_decoders
 from formats.config_values import check_values
 from generate import KVCache
 from gpt import Norm
@@ -396,4 +396,4 @@ class T5(nn.Module):
 Model = T5
 
 if __name__ == "__main__":
-    beam_search.run(T5, SIZES)  # print the sizes, or write the output for a text
+    command.run(lambda: beam_search.main(T5, SIZES))  # print the sizes, or write the output for a text

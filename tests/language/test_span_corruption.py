@@ -1,14 +1,20 @@
 """Span corruption: lengths as published, nothing lost, and every objective of T5's table."""
 
+import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import rows_of
+from conftest import SHARD, rows_of
+from safetensors.torch import load_file
+from small_t5 import SMALL
 
+import train
 from data.tokenizer import Tokenizer
 from formats.tokenizer_json import END_OF_TEXT, GPT2_PATTERN
+from language import beam_search, t5
 from language import span_corruption as sc
 from language.span_corruption import OBJECTIVES, SENTINELS, Config
 
@@ -138,3 +144,60 @@ def test_what_makes_no_sense_is_refused(call, message):
 def test_the_demonstration_shows_every_objective(capsys):
     sc.main()
     assert all(name in capsys.readouterr().out for name in ("replace_spans",))
+
+
+# --- training
+
+
+def flags(tmp_path, out, **changes):
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    (tmp_path / "text.txt").write_text("".join(f"{word} " * 60 + "\n" for _ in range(8) for word in words))
+    options = {"model": "t5", "data": tmp_path / "text.txt", "tokenizer": "bytes", "seq-len": 24, "steps": 6}
+    options |= {"batch-size": 8, "log-every": 1, "schedule": "constant", "cache": tmp_path / "cache"}
+    options |= {"eval-every": 50, "out": out} | changes
+    return [part for key, value in options.items() for part in (f"--{key}", *str(value).split())]
+
+
+def test_training_fills_gaps_and_transformers_opens_the_result(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setitem(t5.SIZES, "tiny", replace(SMALL, n_layers=1, n_decoder_layers=1, mlp="geglu"))
+    out = tmp_path / "run"
+    assert train.main(flags(tmp_path, out, steps=150, lr=0.01)) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    assert losses[-1] < 1.5 < 4 < losses[0]
+    samples = (out / "samples.txt").read_text()
+    assert "gaps are right; with" in samples and "<extra_id_0>" in samples
+
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(out / "model").eval()
+    model, words = t5.T5.from_pretrained(out / "model").eval(), Tokenizer.load(out / "model")
+    assert model.config.start_token_id == model.config.pad_token_id == words.pad_id
+    inputs = torch.tensor([words.encode("one on<extra_id_0> one", "all") + [words.eot_id]])
+    targets = torch.tensor([words.encode("<extra_id_0>e", "all")])
+    assert words.n_vocab - 1 in inputs
+    with torch.no_grad():
+        difference = (model(inputs, targets) - theirs(input_ids=inputs, labels=targets).logits).abs().max()
+    assert difference < 1e-5
+
+    capsys.readouterr()
+    beam_search.main(
+        t5.T5, t5.SIZES, [str(out / "model"), "--text", "one on<extra_id_0> one", "--beams", "2"]
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith("one on") and "extra_id" not in printed
+
+
+@pytest.mark.parametrize("objective", ["replace_spans", "prefix_lm"])
+def test_training_resumes_exactly(objective, tmp_path, monkeypatch):
+    monkeypatch.setitem(t5.SIZES, "tiny", replace(SMALL, n_layers=1, n_decoder_layers=1))
+    whole, parts, options = tmp_path / "whole", tmp_path / "parts", {"set": f"objective={objective}"}
+    assert train.main(flags(tmp_path, whole, **options)) == 0
+    assert train.main([*flags(tmp_path, parts, steps=3, **options), "--save-every", "3"]) == 0
+    assert train.main([*flags(tmp_path, parts, **options), "--save-every", "3", "--resume"]) == 0
+    a, b = (load_file(out / SHARD) for out in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_documents_that_are_kept_apart_are_refused_in_one_line(tmp_path, capsys):
+    assert train.main([*flags(tmp_path, tmp_path / "run"), "--document-mask"]) == 2
+    assert "error: --document-mask: an input and its target are one text" in capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_training_fills_gaps_and_transformers_opens_the_result(tmp_path, monkeyp
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(out / "model").eval()
     model, words = t5.T5.from_pretrained(out / "model").eval(), Tokenizer.load(out / "model")
     assert model.config.start_token_id == model.config.pad_token_id == words.pad_id
-    inputs = torch.tensor([words.encode("one on<extra_id_0> one", "all") + [words.eot_id]])
+    inputs = torch.tensor([[*words.encode("one on<extra_id_0> one", "all"), words.eot_id]])
     targets = torch.tensor([words.encode("<extra_id_0>e", "all")])
     assert words.n_vocab - 1 in inputs
     with torch.no_grad():

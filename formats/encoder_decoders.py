@@ -45,9 +45,8 @@ MLPS = {"relu": "relu", "gated-gelu": "geglu"}  # feed_forward_proj: mlp
 ONLY = {
     "is_encoder_decoder": (True,),
     "is_decoder": (False,),
+    "is_causal": (True,),
     "quantization_config": (None,),
-    "dense_act_fn": ("relu", "gelu_new"),  # this and the next follow from feed_forward_proj
-    "is_gated_act": (False, True),
 }
 INERT_KEYS = INERT | {
     "dropout_rate", "classifier_dropout", "initializer_factor", "scale_decoder_outputs",
@@ -92,11 +91,13 @@ def read_keys(path: Path, hf: dict) -> dict:
         raise ValueError(
             f"{path}: feed_forward_proj {mlp!r:.100} is not implemented; expected {' or '.join(MLPS)}"
         )
+    gated = mlp == "gated-gelu"
+    only = ONLY | {"dense_act_fn": ("gelu_new" if gated else "relu",), "is_gated_act": (gated,)}
     if hf.get("num_decoder_layers") is None:
         hf.pop("num_decoder_layers", None)
     defaults = {"max_seq_len": 512, "d_head": 64, "n_buckets": 32, "max_distance": 128, "norm_eps": 1e-6}
     defaults |= {"pad_token_id": 0, "eos_token_id": 1, "start_token_id": 0}
-    fields = read_fields(path, hf, FIELDS, defaults, ONLY, INERT_KEYS - set(FIELDS), REQUIRED)
+    fields = read_fields(path, hf, FIELDS, defaults, only, INERT_KEYS - set(FIELDS), REQUIRED)
     scaled = "scale_decoder_outputs" if "scale_decoder_outputs" in hf else "tie_word_embeddings"
     fields["scale_head"] = flag(path, {scaled: True} | hf, scaled)
     if fields.get("n_decoder_layers") == fields["n_layers"]:

@@ -84,7 +84,7 @@ def of_tokens(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Rollout(NamedTuple):
-    """What a step learns from. B completions, in groups of the same prompt."""
+    """The B completions that a step learns from, in groups of the same prompt."""
 
     tokens: Tensor  # int64 (B, T + 1): prompt, completion, padding
     mask: Tensor  # bool (B, T): tokens of completions that have a score, by their positions

@@ -33,6 +33,10 @@ class Diverged(Exception):
     """The gradient was not finite in MAX_SKIPPED steps in a row."""
 
 
+class Failed(Exception):
+    """Raised by the loop of a task where what a user has supplied, such as a reward function, fails."""
+
+
 class UpdateResult(NamedTuple):
     """The results of one update that are logged, still on the device."""
 
@@ -210,10 +214,13 @@ def append(path: Path, text: str) -> None:
 
 
 def time_and_announce(run: Run) -> None:
-    """Print what will be trained and how long it will take, by timing a forward and backward pass."""
+    """Print what will be trained and how long it will take, by timing a forward and backward pass.
+
+    The time is left out for a task with a loop of its own, which does more in a step.
+    """
     args, passes = run.args, []
     part = run.batches.peek()[0]
-    for _ in range(3):  # the first ones warm up, or compile
+    for _ in range(3 if run.concept.task.train is None else 0):  # the first ones warm up, or compile
         began = time.perf_counter()
         with run.autocast():
             loss, _ = run.loss(to_device(part.batch, args.device))
@@ -226,7 +233,8 @@ def time_and_announce(run: Run) -> None:
 
     left, n_rows = args.steps - run.step, len(run.dataset.val)
     evaluations = (left // args.eval_every + 1) * n_rows / args.batch_size
-    minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
+    n_passes = left * args.grad_accum + evaluations / 3  # forward alone: a third
+    minutes = min(passes) * n_passes / 60 if passes else None
     n = parallel.world_size()
     where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device
     lines = report.describe_run(

@@ -95,12 +95,11 @@ def add_data(group) -> None:
     add(
         "--data",
         type=command.filled,
-        default="stdlib",
         metavar="WHAT",
-        help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py "
-        ".jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
+        help="stdlib (this Python's own source text, the default of most tasks), a file, folder or glob of "
+        ".txt .md .py .jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
         f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
-        "records, see data/conversations.py",
+        "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py",
     )
     add(
         "--val",
@@ -306,7 +305,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
-    """Fill in the flags whose defaults depend on what is trained."""
+    """Fill in the flags whose defaults depend on what is trained. ValueError for one that does not fit."""
+    if concept.task.train is not None and (args.benchmark or args.profile):
+        flag = "--benchmark" if args.benchmark else "--profile"
+        raise ValueError(f"{flag}: {concept.task.name} has a loop of its own, which it does not time")
     if args.size is None and not (args.init_from or args.base):
         args.size = next(iter(concept.model_file.SIZES))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS

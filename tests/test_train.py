@@ -261,12 +261,13 @@ def test_several_in_a_row_end_the_run_and_name_the_last_good_checkpoint(text, tm
 
 
 def test_triton_kernels_train_like_torchs_own(text, tmp_path, monkeypatch):
-    small = gpt.Config(2, 4, 64, 128, max_seq_len=16, n_kv_heads=2, qk_norm=True)
+    small = gpt.Config(2, 2, 32, 64, max_seq_len=8, n_kv_heads=1, qk_norm=True)
     monkeypatch.setitem(gpt.SIZES, "tiny", small)
-    text.write_text(text.read_text()[:3000])  # the interpreter is slow, and evaluation reads all of it
+    # The interpreter is slow: an evaluation reads all held-out text, and a sample is as long as a row.
+    text.write_text(text.read_text()[:1000])
     losses = []
     for kernels in ("triton", "torch"):
-        options = dict(steps=2, eval_every=2, kernels=kernels)
+        options = dict(steps=2, eval_every=2, seq_len=8, kernels=kernels)
         assert train.main(flags(text, tmp_path / kernels, **options)) == 0
         losses.append([row.get("loss", row.get("val_loss")) for row in rows(tmp_path / kernels)])
     assert len(losses[0]) == 4  # before, two steps, after

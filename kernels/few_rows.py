@@ -8,8 +8,9 @@ a large W of more rows than columns, depends on how the product is written:
     B = 1     F.linear(x, W) where the memory of W is laid out by columns: up to twice as fast as by rows
     B > 1     (W x^T)^T: up to 1.9 times as fast as F.linear(x, W)
 
-(one thread of an AMD EPYC of family 25, N = 4096 and D = 384). A step of `gpt.SIZES["10m"]` is 1.24
-times as fast at B = 1 and 1.07 times as fast at B = 8, on a busy machine. Narrow matrices gain nothing, and small ones stay in the caches.
+(one thread of an AMD EPYC of family 25, N = 4096 and D = 384). A step of `gpt.SIZES["10m"]` is 1.24 times as
+fast at B = 1 and 1.07 times as fast at B = 8, on a busy machine. Narrow matrices gain nothing, and small ones
+stay in the caches.
 """
 
 import copy

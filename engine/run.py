@@ -432,14 +432,9 @@ def plan(args: argparse.Namespace) -> str:
     """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
 
     It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
-    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU. Raises
-    ValueError for another --device, whose kernels keep other tensors.
+    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU.
     """
     check_arguments(args)
-    if args.device in ("cpu", "mps"):
-        raise ValueError(
-            f"--device {args.device}: --dry-run plans the memory of GPUs and needs none here; leave it out"
-        )
     concept = contract.resolve(args)
     fill_defaults(args, concept)
     args.dtype = args.dtype or "bfloat16"

@@ -66,7 +66,7 @@ class Policy(nn.Module):
         self.register_buffer("beta", torch.tensor(settings.beta, dtype=torch.float64))
 
     def evaluate(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p (N, V) of what could stand at the N places of the mask, at the temperature of sampling,
+        """Return log p (N, V) of all tokens at the N places of the mask, at the temperature of sampling,
         and the values (B, T) of the states before all tokens, 0 without a value head.
 
         tokens (B, T + 1); the mask (B, T) is of all but the first.

@@ -99,7 +99,7 @@ def add_data(group) -> None:
         help="stdlib (this Python's own source text, the default of most tasks), a file, folder or glob of "
         ".txt .md .py .jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
         f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
-        "records, see data/conversations.py",
+        "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py",
     )
     add(
         "--val",

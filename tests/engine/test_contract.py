@@ -134,11 +134,9 @@ import torch
 from torch import nn
 
 import gpt
-from engine import checkpoint
-from engine.contract import load_text
 from engine.log import Failed
-from gpt import make_batch
 
+make_batch = gpt.make_batch
 MODEL, DATA, REFERENCE, STEPS = "gpt", "text.txt", True, 2
 
 

@@ -61,7 +61,7 @@ def test_before_the_first_update_every_ratio_is_1_and_the_kl_is_0_to_the_bit(met
 def test_an_adapter_learns_with_its_base_as_the_reference_and_resumes_to_the_bit(cache, tmp_path):
     # The value head and the coefficient of the KL are in the checkpoint, beside the adapter alone.
     argv = ["--adapter", "lora", "--schedule", "constant", "--warmup", "0"]
-    settings = ("temperature=1.5", "target_kl=0.01", "r=4")
+    settings = ("temperature=1.5", "target_kl=0.01", "r=4", "dropout=0.1")
     assert train.main([*flags(cache, tmp_path / "a", *settings), *argv]) == 0
     assert train.main([*flags(cache, tmp_path / "b", *settings, steps=2), *argv]) == 0
     assert train.main([*flags(cache, tmp_path / "b", *settings, resume=True), *argv]) == 0

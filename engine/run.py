@@ -32,7 +32,6 @@ from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
 from engine.settings import adapter_fields, check_set, field_names, with_fields
-from formats import peft
 
 
 class Interrupted(Exception):
@@ -358,7 +357,7 @@ def choose_weights(
         if trainable.parse(args.train)[0] == "head":
             concept.model_file.separate_head(model)
         trainable.freeze(model, args.train)
-        return None, peft.fingerprint(model) if concept.task.REFERENCE else None
+        return None, trainable.fingerprint(model) if concept.task.REFERENCE else None
     config = adapter_fields(concept, model.config, args)
     fingerprint = adapter.prepare_base(model, config)
     if not args.init_from or not contract.open_model().is_adapter(args.init_from):

@@ -95,7 +95,7 @@ def of_tokens(log_p: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 class Rollout(NamedTuple):
-    """What a step learns from. B completions, in groups of the same prompt."""
+    """The completions that a step learns from, B of them, in groups of the same prompt."""
 
     tokens: Tensor  # int64 (B, T + 1): prompt, completion, padding
     mask: Tensor  # bool (B, T): tokens of completions that have a score, by their positions

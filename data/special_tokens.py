@@ -8,6 +8,7 @@ tokenizers of data/tokenizer.py and data/wordpiece.py share this class.
 import functools
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -61,14 +62,16 @@ class SpecialTokens:
                 known = f"{len(self.special_tokens)}, such as {list(self.special_tokens)[:6]}"
                 raise ValueError(f"{role} {name!r} is no special token; there are {known}")
 
-    def extended(self, roles: dict[str, str], vocab: dict[str, int]) -> tuple[dict[str, int], dict[str, str]]:
-        """Return (special tokens, roles) with these roles added, where they are not taken.
+    def extended(
+        self, roles: dict[str, str], names: Iterable[str], vocab: dict[str, int]
+    ) -> tuple[dict[str, int], dict[str, str]]:
+        """Return (special tokens, roles) with these roles added, where they are not taken, then these names.
 
         A name that is not in vocab gets the next free id.
         """
         roles, special_tokens = roles | self.roles, dict(self.special_tokens)
         new_ids = itertools.count(self.n_vocab)
-        for name in roles.values():
+        for name in (*roles.values(), *names):
             if name not in special_tokens:
                 special_tokens[name] = vocab[name] if name in vocab else next(new_ids)
         return special_tokens, roles

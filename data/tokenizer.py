@@ -234,8 +234,8 @@ class Tokenizer(SpecialTokens):
         content += [self.roles["mask_token"]] if mask_lstrip else []
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def with_special_tokens(self, roles: dict[str, str]) -> "Tokenizer":
-        """Return this tokenizer with a special token for each of these roles.
+    def with_special_tokens(self, roles: dict[str, str], names: Iterable[str] = ()) -> "Tokenizer":
+        """Return this tokenizer with a special token for each of these roles, and for names without a role.
 
         An encoder needs {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token":
         "[PAD]"}. A role that already has a token keeps it; new names get the ids n_vocab, n_vocab + 1, ...
@@ -243,7 +243,7 @@ class Tokenizer(SpecialTokens):
         "import [MASK] as np" the masked token is " numpy". Raises ValueError for an unknown role, or a name
         that is an ordinary token.
         """
-        special_tokens, roles = self.extended(roles, vocab={})
+        special_tokens, roles = self.extended(roles, names, vocab={})
         mask_is_new = "mask_token" in roles and roles["mask_token"] not in self.special_tokens
         arguments = {"nfc": self.nfc, "eot": self.eot, "roles": roles}
         arguments |= {"mask_lstrip": self.mask_lstrip or mask_is_new, "around": self.around}
@@ -379,9 +379,14 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         type=command.path,
         metavar="FILE",
-        help="of text, or of records with a field of text",
+        help="files of text, or of records with a field of text",
     )
-    add("--text-field", default="text", metavar="NAME", help="of .jsonl, .csv ... (default %(default)s)")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field of .jsonl, .csv ... that holds the text (default %(default)s)",
+    )
     add("--vocab-size", type=int, default=4096, help="256 bytes, merges, end of text (default %(default)s)")
     add("--out", type=command.path, metavar="DIR", help="save tokenizer.json here")
     options = parser.parse_args(argv)

@@ -157,13 +157,13 @@ class WordPiece(SpecialTokens):
         content = ["WordPiece", sorted(vocab.items()), lowercase, self.strips, chinese_chars, *special]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def with_special_tokens(self, roles: dict[str, str]) -> "WordPiece":
-        """Return this tokenizer with a special token for each of these roles.
+    def with_special_tokens(self, roles: dict[str, str], names: Iterable[str] = ()) -> "WordPiece":
+        """Return this tokenizer with a special token for each of these roles, and for names without a role.
 
         A role that already has a token keeps it; names that the vocabulary lacks get the ids n_vocab,
         n_vocab + 1, ... Raises ValueError for an unknown role.
         """
-        special_tokens, roles = self.extended(roles, self.vocab)
+        special_tokens, roles = self.extended(roles, names, self.vocab)
         arguments = {"lowercase": self.lowercase, "strip_accents": self.strip_accents}
         arguments |= {"chinese_chars": self.chinese_chars, "special_tokens": special_tokens, "roles": roles}
         return WordPiece(self.vocab, **arguments)

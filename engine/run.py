@@ -357,7 +357,11 @@ def choose_weights(
         if trainable.parse(args.train)[0] == "head":
             concept.model_file.separate_head(model)
         trainable.freeze(model, args.train)
-        return None, trainable.fingerprint(model) if concept.task.REFERENCE else None
+        if not concept.task.REFERENCE:
+            return None, None
+        from formats import safetensors_dir
+
+        return None, safetensors_dir.fingerprint(model)
     config = adapter_fields(concept, model.config, args)
     fingerprint = adapter.prepare_base(model, config)
     if not args.init_from or not contract.open_model().is_adapter(args.init_from):
@@ -427,10 +431,15 @@ def check_saving(run: Run, is_new: bool) -> None:
 def plan(args: argparse.Namespace) -> str:
     """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
 
-    The base of an adapter is read from disk. The vocabulary is that of --size, whatever --tokenizer is, and
-    --dtype is by default that of a GPU.
+    It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
+    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU. Raises
+    ValueError for another --device, whose kernels keep other tensors.
     """
     check_arguments(args)
+    if args.device in ("cpu", "mps"):
+        raise ValueError(
+            f"--device {args.device}: --dry-run plans the memory of GPUs and needs none here; leave it out"
+        )
     concept = contract.resolve(args)
     fill_defaults(args, concept)
     args.dtype = args.dtype or "bfloat16"

@@ -43,13 +43,6 @@ def freeze(model: nn.Module, train: str) -> None:
         raise ValueError(f"--train {train}: this model has nothing above its blocks that could learn")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return the hash of a model's weights by which an adapter finds its base again."""
-    from formats import peft  # imports many files
-
-    return peft.fingerprint(model)
-
-
 def beside(module: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     """Return the state of a module without that of the model in it, such as a value head's."""
     inner = {tensor.data_ptr() for tensor in model.state_dict().values()}

@@ -24,7 +24,7 @@ KINDS = {
 }  # fmt: skip
 MOST_LAYERS = 100_000  # more would take minutes to build, before the weights show that there are fewer
 # Whole numbers that may be 0, and fields that may be null, with its meaning.
-MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", ""}
+MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", "start_token_id", ""}
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
     "n_shared_experts": 0, "window": None, "pad_token_id": 0, "n_groups": 1, "top_groups": 1,

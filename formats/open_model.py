@@ -11,13 +11,14 @@ from pathlib import Path
 
 from torch import nn
 
-from formats import decoders, encoders, mixtures, native, reward_models
+from formats import decoders, encoder_decoders, encoders, mixtures, native, reward_models
 from formats.config_json import named_architecture, read_config
 from formats.json_file import read_json
 
 
 def open_model(directory: str | Path, *, base: str | Path | None = None, kernels: str = "auto") -> nn.Module:
-    """Return the model in directory: decoder, mixture, encoder, classifier, reward model, native, or adapted.
+    """Return the model in directory: decoder, mixture, encoder, ELECTRA, classifier, reward model,
+    encoder-decoder, native, or adapted.
 
     base: the directory of the model that an adapter is for, if not the one that adapter_config.json names.
     kernels: the backend of kernels/.
@@ -49,6 +50,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
+    if architecture in encoder_decoders.ARCHITECTURES:
+        return encoder_decoders.CONCEPT
     if architecture.startswith(native.PREFIX):
         return native.find(path, architecture).__name__
 
@@ -58,7 +61,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
             return "posttraining.classify"
         return "language.electra" if architecture == "ElectraForPreTraining" else "bert"
 
-    known = [*decoders.DEFAULTS, *mixtures.TABLES, *(f"{name}..." for name in encoders.CLASSES.values())]
+    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES]
+    known += [f"{name}..." for name in encoders.CLASSES.values()]
     raise ValueError(
         f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "
         "and the name of a concept file"

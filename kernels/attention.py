@@ -1,6 +1,6 @@
 """Scaled dot-product attention: every query averages the values of the keys that it may see.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j) v_j        over the keys j that query i may see
+    out_i = sum_j softmax_j(scale * q_i . k_j + bias_(j - p_i)) v_j    over the keys j that query i may see
 
 Attention Is All You Need (Vaswani et al. 2017, section 3.2.1). `_reference` below is this equation in plain
 PyTorch and defines what every other backend must compute. `torch` runs PyTorch's fused operation, or, for
@@ -14,6 +14,10 @@ query (T = 1) has the position of the last key: the causal mask is aligned to th
     window        |p - j| < window                        (sliding window; Mistral, Jiang et al. 2023)
     cu_seqlens    i and j lie in the same document        (several documents packed into one row)
     seqlens_k     j < seqlens_k[row], and p = seqlens_k[row] - T + i    (a cache with rows of several lengths)
+
+The bias is one number per head and distance r = j - p of key and query: a vector of 2 R + 1 numbers per head,
+whose ends also stand for all distances beyond -R and R. So T5 encodes positions (Raffel et al. 2019, section
+2.1). Its gradient is the sum of the gradients of the scores along their diagonals.
 
 Grouped-query attention (Ainslie et al. 2023): H query heads share G key/value heads, H / G queries each.
 
@@ -44,6 +48,7 @@ def attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     seqlens_k: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q; H is a multiple of G.
@@ -53,7 +58,8 @@ def attention(
     cu_seqlens: int32 (n + 1,), 0 = first <= ... <= last = T. Document d is the positions from cu_seqlens[d]
     up to cu_seqlens[d + 1] of the one row (B = 1, T = S). seqlens_k: integers (B,), 0 to S. Row b has only
     its first seqlens_k[b] keys, whatever k and v hold after them, and its queries are the last T of these. A
-    query that sees no key gives zeros.
+    query that sees no key gives zeros. bias: (H, 2 R + 1), finite; bias[h, R + r] is added to the scores of
+    head h at distance r, limited to -R and R.
 
     backend: see kernels/backend.py; "triton" takes head widths K up to 256 that are multiples of 8. Only
     "reference" has a second derivative.
@@ -64,13 +70,15 @@ def attention(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, window, scale, cu_seqlens, seqlens_k)
+    if bias is not None:
+        _check_bias(bias, q, softcap)
     backend = _choose(backend, q, softcap)
     if backend == "reference":
-        return _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)
+        return _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias)
     if backend == "torch":
-        return _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k)
+        return _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias)
     scale = scale or 1 / math.sqrt(q.shape[3])
-    return _triton(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)[0]
+    return _triton(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias)[0]
 
 
 def _check(q, k, v, window, scale, cu_seqlens, seqlens_k) -> None:
@@ -104,6 +112,19 @@ def _check(q, k, v, window, scale, cu_seqlens, seqlens_k) -> None:
         _check_integers("seqlens_k", seqlens_k, B, q.device)
         if readable(seqlens_k) and not all(0 <= n <= S for n in seqlens_k.tolist()):
             raise ValueError(f"attention: seqlens_k {seqlens_k.tolist()}: expected numbers from 0 to S = {S}")
+
+
+def _check_bias(bias: Tensor, q: Tensor, softcap: float | None) -> None:
+    """Raise ValueError unless bias has one number per head and distance, fits q, and there is no softcap."""
+    shape, H = tuple(bias.shape), q.shape[2]
+    if len(shape) != 2 or shape[0] != H or shape[1] < 3 or shape[1] % 2 == 0:
+        raise ValueError(f"attention: bias {shape}: expected ({H}, 2 R + 1), with R at least 1")
+    if not bias.is_floating_point() or bias.device != q.device:
+        raise ValueError(
+            f"attention: bias {bias.dtype} on {bias.device}: expected floating-point numbers on {q.device}"
+        )
+    if softcap is not None:
+        raise ValueError("attention: a bias and a softcap do not go together; leave out one of them")
 
 
 def _check_integers(name: str, x: Tensor, n: int, device: torch.device) -> None:
@@ -164,13 +185,33 @@ def visible(
     return mask
 
 
+def bias_by_distance(bias: Tensor, T: int, S: int) -> Tensor:
+    """Return (H, T + S - 1) of bias (H, 2 R + 1): the numbers at the distances -(S - 1) to T - 1, which are
+    those of T queries at the last of S keys."""
+    reach = bias.shape[1] // 2
+    distance = torch.arange(1 - S, T, device=bias.device)
+    return bias[:, distance.clamp(-reach, reach) + reach]
+
+
+def bias_of_scores(bias: Tensor, T: int, S: int, seqlens_k: Tensor | None = None) -> Tensor:
+    """Return the bias of all scores: (H, T, S), or (B, H, T, S) with seqlens_k."""
+    if T * S == 0:
+        return bias.new_zeros(len(bias), T, S)
+    if seqlens_k is None:
+        return attention_cpu.toeplitz(bias_by_distance(bias, T, S), T, S)
+    reach = bias.shape[1] // 2
+    p = seqlens_k.view(-1, 1, 1) - T + torch.arange(T, device=bias.device)[:, None]  # (B, T, 1)
+    distance = torch.arange(S, device=bias.device) - p  # (B, T, S)
+    return bias[:, distance.clamp(-reach, reach) + reach].transpose(0, 1)
+
+
 def _without_missing(k: Tensor, v: Tensor, seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
     """Return k and v with zeros for the keys that do not exist, as 0 times NaN there would be NaN."""
     missing = torch.arange(k.shape[1], device=k.device) >= seqlens_k[:, None]  # (B, S)
     return tuple(x.masked_fill(missing[:, :, None, None], 0) for x in (k, v))
 
 
-def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
+def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias):
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
     if seqlens_k is not None:
@@ -180,6 +221,8 @@ def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
     scores = torch.einsum("bthk,bshk->bhts", q, k) * (scale or 1 / math.sqrt(K))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias_of_scores(bias, T, S, seqlens_k)
     mask = visible(T, S, q.device, causal=causal, window=window, cu_seqlens=cu_seqlens, seqlens_k=seqlens_k)
     # The softmax is in float32 at least, as in every backend.
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -189,19 +232,19 @@ def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
     return torch.einsum("bhts,bshk->bthk", weights, v)
 
 
-def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
+def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
     T, K, S = q.shape[1], q.shape[3], k.shape[1]
     # One call per document: the scores between different documents are never computed.
     if cu_seqlens is not None:
         documents = [
-            _torch(q[:, a:b], k[:, a:b], v[:, a:b], causal, window, scale, None, None)
+            _torch(q[:, a:b], k[:, a:b], v[:, a:b], causal, window, scale, None, None, bias)
             for a, b in pairwise(cu_seqlens.tolist())
         ]
         return torch.cat(documents, dim=1)
     # One call per row that has fewer keys: the keys that do not exist are never read.
     if seqlens_k is not None and readable(seqlens_k):
         rows = [
-            _torch(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal, window, scale, None, None)
+            _torch(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal, window, scale, None, None, bias)
             for b, n in enumerate(seqlens_k.tolist())
         ]
         return torch.cat(rows) if rows else torch.empty_like(q)
@@ -219,7 +262,13 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k):
         mask = visible(T, S, q.device, causal=causal, window=window, seqlens_k=seqlens_k)
 
     if mask is None and attention_cpu.applies(q, k):
-        return attention_cpu.attend(q, k, v, square_causal, scale or 1 / math.sqrt(K))
+        by_distance = None if bias is None else bias_by_distance(bias, T, S)
+        return attention_cpu.attend(q, k, v, square_causal, scale or 1 / math.sqrt(K), by_distance)
+    if bias is not None:  # PyTorch's operation takes a bias of every score, (H, T, S), with the mask in it
+        if square_causal:
+            mask, square_causal = visible(T, S, q.device, causal=True, window=None), False
+        scores_bias = bias_of_scores(bias, T, S, seqlens_k).to(q.dtype)
+        mask = scores_bias if mask is None else scores_bias.masked_fill(~mask, -math.inf)
     with _fastest_first(q):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, K)
@@ -254,16 +303,17 @@ def _triton(
     scale: float,
     cu_seqlens: Tensor | None,
     seqlens_k: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out of the kernels and, for the backward pass, lse: float32 (B, H, T), in base 2."""
     from kernels import flash_attention, flash_decoding  # what runs without Triton imports no kernel
 
     kernels = flash_decoding if flash_decoding.applies(q, k) else flash_attention
-    return kernels.forward(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k)
+    return kernels.forward(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias)
 
 
 @_triton.register_fake
-def _(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k):
+def _(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias=None):
     B, T, H, K = q.shape
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
 
@@ -282,11 +332,12 @@ def _triton_backward(
     scale: float,
     cu_seqlens: Tensor | None,
     seqlens_k: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kernels import flash_backward
 
     return flash_backward.backward(
-        dout, q, k, v, out, lse, causal, window, softcap, scale, cu_seqlens, seqlens_k
+        dout, q, k, v, out, lse, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias
     )
 
 
@@ -295,16 +346,48 @@ def _(dout, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+@library.custom_op("plinth::attention_bias_gradient", mutates_args=())
+def _bias_gradient(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    seqlens_k: Tensor | None,
+    bias: Tensor,
+) -> Tensor:
+    """Return the gradient of the bias, in its own dtype."""
+    from kernels import flash_bias
+
+    return flash_bias.gradient(
+        dout, q, k, v, out, lse, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias
+    ).to(bias.dtype)
+
+
+@_bias_gradient.register_fake
+def _(*arguments):
+    return torch.empty_like(arguments[-1])
+
+
 def _save(ctx, inputs, output):
-    q, k, v, *ctx.options, cu_seqlens, seqlens_k = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, seqlens_k)
+    q, k, v, *ctx.options, cu_seqlens, seqlens_k, bias = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, seqlens_k, bias)
     ctx.set_materialize_grads(False)  # lse gets no gradient: pass None, not a tensor of zeros
 
 
 def _backward(ctx, dout, _):
-    *saved, cu_seqlens, seqlens_k = ctx.saved_tensors
-    return *_triton_backward(dout, *saved, *ctx.options, cu_seqlens, seqlens_k), *[None] * 6
+    *saved, cu_seqlens, seqlens_k, bias = ctx.saved_tensors
+    arguments = (dout, *saved, *ctx.options, cu_seqlens, seqlens_k, bias)
+    dbias = _bias_gradient(*arguments) if bias is not None and ctx.needs_input_grad[-1] else None
+    return *_triton_backward(*arguments), *[None] * 6, dbias
 
 
 _triton.register_autograd(_backward, setup_context=_save)
 refuse_second_derivative("attention", _triton_backward)
+refuse_second_derivative("attention", _bias_gradient)

@@ -4,9 +4,9 @@ PyTorch's own attention multiplies small matrices, of one head at a time. oneDNN
 because it is faster at the large products of a model, is several times slower at these. So here each block of
 queries takes one batched product for all N = B H heads of the batch:
 
-    p   = softmax(scale q k^T)                out = p v
+    p   = softmax(scale q k^T + bias)         out = p v
     dv  = p^T dout                            ds  = p (dp - sum_j p_j dp_j),  dp = dout v^T
-    dq  = scale ds k                          dk  = scale ds^T q
+    dq  = scale ds k                          dk  = scale ds^T q              dbias = sums of ds's diagonals
 
 The weights p are kept for the backward pass. They take O(T S) memory, so rows longer than SHORT go to
 PyTorch's own operation. A causal block of queries leaves out the keys after its last query, so that about
@@ -50,13 +50,14 @@ def applies(q: Tensor, k: Tensor) -> bool:
     return short and q.device.type == "cpu" and q.dtype != torch.float64 and onednn_multiplies()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q. causal: T = S."""
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q. causal: T = S. bias: None, or
+    (H, T + S - 1), the numbers of `attention.bias_by_distance`."""
     B, H, dtype, n_shared = q.shape[0], q.shape[2], q.dtype, q.shape[2] // k.shape[2]
     if n_shared > 1:
         k, v = (x.repeat_interleave(n_shared, dim=2) for x in (k, v))  # (B, S, H, K)
     heads = (x.transpose(1, 2).flatten(0, 1).float() for x in (q, k, v))  # (B H, T or S, K)
-    out, _ = _all_heads(*heads, causal, scale)
+    out, _ = _all_heads(*heads, causal, scale, None if bias is None else bias.float())
     return out.to(dtype).unflatten(0, (B, H)).transpose(1, 2)  # (B, T, H, K)
 
 
@@ -79,15 +80,35 @@ def _blocks(weights: Tensor, q: Tensor, k: Tensor, causal: bool) -> Iterator[tup
         yield slice(start, stop), slice(0, shape[2]), weights[begin:end].view(shape)
 
 
+def toeplitz(by_distance: Tensor, T: int, S: int) -> Tensor:
+    """Return the matrices (H, T, S) whose row i holds by_distance[:, T - 1 - i :] of (H, T + S - 1)."""
+    return by_distance.unfold(1, S, 1).flip(1)
+
+
+def _diagonal_sums(matrices: Tensor) -> Tensor:
+    """Return (H, T + S - 1), sums along the diagonals of matrices (H, T, S): the gradient of `toeplitz`."""
+    H, T, S = matrices.shape
+    return torch.ops.aten.unfold_backward(matrices.flip(1), [H, T + S - 1], 1, S, 1)
+
+
+def _distances(rows: slice, seen: slice, T: int) -> slice:
+    """Return the part of the T + S - 1 distances that a block of queries and its keys have."""
+    return slice(T - rows.stop, T - rows.start + seen.stop - 1)
+
+
 @library.custom_op("plinth::attention_all_heads", mutates_args=())
 @torch.autocast("cpu", enabled=False)
-def _all_heads(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _all_heads(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the attention of q (N, T, K) over k and v (N, S, K) in float32, and the weights, flat."""
     N, T, _ = q.shape
     out, weights = torch.empty_like(q), q.new_empty(N * _n_weights(T, k.shape[1], causal))
     q, later = q * scale, torch.full((BLOCK, BLOCK), -math.inf).triu(1)
     for rows, seen, p in _blocks(weights, q, k, causal):
         torch.bmm(q[:, rows], k[:, seen].mT, out=p)
+        if bias is not None:
+            p.unflatten(0, (-1, len(bias))).add_(toeplitz(bias[:, _distances(rows, seen, T)], *p.shape[1:]))
         if causal:
             # The last keys of a block are its own queries: a square with later keys above the diagonal.
             n = p.shape[1]
@@ -98,38 +119,53 @@ def _all_heads(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> t
 
 
 @_all_heads.register_fake
-def _(q, k, v, causal, scale):
+def _(q, k, v, causal, scale, bias=None):
     return torch.empty_like(q), q.new_empty(q.shape[0] * _n_weights(q.shape[1], k.shape[1], causal))
 
 
 @library.custom_op("plinth::attention_all_heads_backward", mutates_args=())
 def _all_heads_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv), like q, k and v, from the gradient of out and the weights of `_all_heads`."""
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv, dbias), like q, k, v and bias, from the gradient of out and the weights of
+    `_all_heads`. Without a bias, dbias is empty."""
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dbias = q.new_zeros(0) if bias is None else torch.zeros_like(bias)
     for rows, seen, p in _blocks(weights, q, k, causal):
         dv[:, seen].baddbmm_(p.mT, dout[:, rows])
         dp = dout[:, rows] @ v[:, seen].mT
         dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp))
         torch.bmm(dscores, k[:, seen], out=dq[:, rows])
         dk[:, seen].baddbmm_(dscores.mT, q[:, rows])
-    return dq.mul_(scale), dk.mul_(scale), dv
+        if bias is not None:
+            all_rows = dscores.unflatten(0, (-1, len(bias))).sum(0)  # (H, queries, keys)
+            dbias[:, _distances(rows, seen, q.shape[1])] += _diagonal_sums(all_rows)
+    return dq.mul_(scale), dk.mul_(scale), dv, dbias
 
 
 @_all_heads_backward.register_fake
-def _(dout, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _(dout, q, k, v, weights, causal, scale, bias=None):
+    dbias = q.new_empty(0) if bias is None else torch.empty_like(bias)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
 def _save(ctx, inputs, output):
-    *qkv, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(*qkv, output[1])
+    *qkv, ctx.causal, ctx.scale, bias = inputs
+    ctx.save_for_backward(*qkv, output[1], bias)
     ctx.set_materialize_grads(False)  # the weights get no gradient: pass None, not a tensor of zeros
 
 
 def _backward(ctx, dout, _):
-    return *_all_heads_backward(dout, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+    *saved, bias = ctx.saved_tensors
+    dq, dk, dv, dbias = _all_heads_backward(dout, *saved, ctx.causal, ctx.scale, bias)
+    return dq, dk, dv, None, None, None if bias is None else dbias
 
 
 _all_heads.register_autograd(_backward, setup_context=_save)

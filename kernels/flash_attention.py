@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.backend import n_multiprocessors, on_device, tl, triton
 from kernels.flash_tiles import (
+    Bias,
     Masks,
     arguments,
     as_rows,
@@ -34,6 +35,7 @@ from kernels.flash_tiles import (
     packed,
     store_rows,
     tiles,
+    with_bias,
 )
 
 
@@ -44,6 +46,7 @@ class QueryTile(NamedTuple):
     b: Any  # its row
     h: Any  # its head
     n_keys: Any  # keys in the row
+    p: Any  # (BLOCK_M,), the position of each query
     low: Any  # (BLOCK_M,), the first key that each query sees
     high: Any  # (BLOCK_M,), the key after the last that it sees
     begin: Any  # keys from begin to left, and from right to end, need a mask; those from left to right do not
@@ -62,6 +65,9 @@ class Keys(NamedTuple):
     g: Any
     low: Any  # as in QueryTile
     high: Any
+    p: Any
+    h: Any  # the head of the queries, or that of each of them
+    bias: Any  # a Bias
 
 
 @triton.jit
@@ -89,7 +95,8 @@ def query_tile(number, H, masks, const: tl.constexpr):
     begin, full_end = keys_seen(i0, offset, n_keys, masks, const)
     full_begin, end = keys_seen(i_last, offset, n_keys, masks, const)
     left, right = middle(full_begin, full_end, end, const.BLOCK_N)
-    return QueryTile(i0, b, h, n_keys, low, high, begin // const.BLOCK_N * const.BLOCK_N, left, right, end)
+    begin = begin // const.BLOCK_N * const.BLOCK_N
+    return QueryTile(i0, b, h, n_keys, i + offset, low, high, begin, left, right, end)
 
 
 @triton.jit
@@ -134,7 +141,11 @@ def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: 
             ahead = products(q, keys, start + const.BLOCK_N, False, const)
         else:
             qk = products(q, keys, start, not MASKED, const)
-        s, c = scores(qk, scale, const.SOFTCAP)
+        if const.BIASED:
+            distance = start + tl.arange(0, const.BLOCK_N)[None, :] - keys.p[:, None]
+            s, c = with_bias(qk, distance, keys.h, keys.bias, scale)
+        else:
+            s, c = scores(qk, scale, const.SOFTCAP)
         if MASKED:
             j = start + tl.arange(0, const.BLOCK_N)[None, :]
             s = tl.where((j >= keys.low[:, None]) & (j < keys.high[:, None]), s, -float("inf"))
@@ -153,20 +164,20 @@ def attend(acc, m, l, q, keys, first, last, scale, MASKED: tl.constexpr, const: 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, n_tiles,
+    q, k, v, out, lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, bias, reach, n_tiles,
     const: tl.constexpr,
 ):  # fmt: skip
     """Compute out and lse of one tile of queries or, in a persistent program, of one after the other."""
-    masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
+    masks, bias = Masks(seqlens_k, doc_start, doc_end, T, S, window), Bias(bias, reach)
     if const.PERSISTENT:
         for number in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-            forward_tile(number, q, k, v, out, lse, masks, H, scale, const)
+            forward_tile(number, q, k, v, out, lse, masks, H, scale, bias, const)
     else:
-        forward_tile(tl.program_id(0), q, k, v, out, lse, masks, H, scale, const)
+        forward_tile(tl.program_id(0), q, k, v, out, lse, masks, H, scale, bias, const)
 
 
 @triton.jit
-def forward_tile(number, q, k, v, out, lse, masks, H, scale, const: tl.constexpr):
+def forward_tile(number, q, k, v, out, lse, masks, H, scale, bias, const: tl.constexpr):
     """Compute out and lse of the tile of queries of this number."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
@@ -176,7 +187,8 @@ def forward_tile(number, q, k, v, out, lse, masks, H, scale, const: tl.constexpr
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, tile.n_keys, tile.b, tile.h // const.GROUP, tile.low, tile.high)
+    g = tile.h // const.GROUP
+    keys = Keys(k, v, tile.n_keys, tile.b, g, tile.low, tile.high, tile.p, tile.h, bias)
 
     # First the keys before those that all queries see, which there are only with a window or documents; then
     # those that all queries see; then the keys after them.
@@ -196,7 +208,7 @@ def forward_tile(number, q, k, v, out, lse, masks, H, scale, const: tl.constexpr
 def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
     """Return (out, lse) of `kernels.attention`: out (B, T, H, K) like q, lse float32 (B, H, T) in base 2.
 
-    options: causal, window, softcap, scale, cu_seqlens, seqlens_k, as in `kernels.attention`.
+    options: causal, window, softcap, scale, cu_seqlens, seqlens_k, bias, as in `kernels.attention`.
     """
     B, T, H, K = q.shape
     out, lse = q.new_empty(B, T, H, K), q.new_empty(B, H, T, dtype=torch.float32)

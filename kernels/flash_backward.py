@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels.backend import on_device, tl, triton
 from kernels.flash_attention import Keys, load_keys, middle, query_tile, scores
 from kernels.flash_tiles import (
+    Bias,
     Constants,
     Masks,
     arguments,
@@ -35,6 +36,7 @@ from kernels.flash_tiles import (
     packed,
     store_rows,
     tiles,
+    with_bias,
 )
 
 
@@ -58,6 +60,7 @@ class Queries(NamedTuple):
     lse: Any  # (B, H, T), from the forward pass
     delta: Any  # (B, H, T)
     H: Any
+    bias: Any  # a Bias
 
 
 @triton.jit
@@ -111,9 +114,16 @@ def dkdv_over_queries(
         row = (keys.b * queries.H + h).to(tl.int64) * masks.n_queries + i
         q = load_rows(queries.q, keys.b, start, h, masks.n_queries, const.BLOCK_M, not MASKED, const)
         do = load_rows(queries.dout, keys.b, start, h, masks.n_queries, const.BLOCK_M, not MASKED, const)
-        lse = tl.load(queries.lse + row, mask=i < masks.n_queries, other=0.0)
+        # Rows after the last query have scores of 0, and the bias of 0 may be large: p is 0 with lse = inf.
+        missing: tl.constexpr = float("inf") if const.BIASED else 0.0
+        lse = tl.load(queries.lse + row, mask=i < masks.n_queries, other=missing)
         delta = tl.load(queries.delta + row, mask=i < masks.n_queries, other=0.0)
-        s, c = scores(tl.dot(keys.k, q.T, input_precision=const.PRECISION), scale, const.SOFTCAP)  # (N, M)
+        qk = tl.dot(keys.k, q.T, input_precision=const.PRECISION)  # (BLOCK_N, BLOCK_M)
+        if const.BIASED:
+            distance = keys.j0 + tl.arange(0, const.BLOCK_N)[:, None] - (i + keys.offset)[None, :]
+            s, c = with_bias(qk, distance, h, queries.bias, scale)
+        else:
+            s, c = scores(qk, scale, const.SOFTCAP)
         p = tl.math.exp2(s * c - lse[None, :])
         if MASKED:
             i = tl.minimum(i, masks.n_queries - 1)
@@ -133,7 +143,7 @@ def dkdv_over_queries(
 
 @triton.jit
 def dkdv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
+    q, k, v, dout, lse, delta, dk, dv, seqlens_k, doc_start, doc_end, T, S, H, window, scale, bias, reach,
     const: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv of one tile of keys."""
@@ -160,7 +170,10 @@ def dkdv_kernel(
     # stands behind the last key, even NaN, reaches its own rows of dk and dv alone.
     k_tile = load_rows(k, b, j0, g, S, BLOCK_N, False, const)
     v_tile = load_rows(v, b, j0, g, S, BLOCK_N, False, const)
-    keys, queries = KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys), Queries(q, dout, lse, delta, H)
+    keys, queries = (
+        KeyTile(k_tile, v_tile, j0, b, g, offset, n_keys),
+        Queries(q, dout, lse, delta, H, Bias(bias, reach)),
+    )
     dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if const.CAUSAL or const.WINDOWED or doc_start is not None:
@@ -189,7 +202,12 @@ def dq_over_keys(dq, q, do, lse, delta, keys, first, last, scale, MASKED: tl.con
     for start in range(first, last, const.BLOCK_N):
         k = load_keys(keys.k, keys, start, not MASKED, const)
         v = load_keys(keys.v, keys, start, not MASKED, const)
-        s, c = scores(tl.dot(q, k.T, input_precision=const.PRECISION), scale, const.SOFTCAP)
+        qk = tl.dot(q, k.T, input_precision=const.PRECISION)
+        if const.BIASED:
+            distance = start + tl.arange(0, const.BLOCK_N)[None, :] - keys.p[:, None]
+            s, c = with_bias(qk, distance, keys.h, keys.bias, scale)
+        else:
+            s, c = scores(qk, scale, const.SOFTCAP)
         p = tl.math.exp2(s * c - lse[:, None])
         if MASKED:
             j = start + tl.arange(0, const.BLOCK_N)[None, :]
@@ -204,7 +222,7 @@ def dq_over_keys(dq, q, do, lse, delta, keys, first, last, scale, MASKED: tl.con
 
 @triton.jit
 def dq_kernel(
-    q, k, v, dout, lse, delta, dq, seqlens_k, doc_start, doc_end, T, S, H, window, scale,
+    q, k, v, dout, lse, delta, dq, seqlens_k, doc_start, doc_end, T, S, H, window, scale, bias, reach,
     const: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one tile of queries."""
@@ -218,7 +236,8 @@ def dq_kernel(
     row = (b * H + h).to(tl.int64) * T + tl.minimum(tile.i0 + tl.arange(0, BLOCK_M), T - 1)
     lse_i, delta_i = tl.load(lse + row), tl.load(delta + row)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, tile.n_keys, b, h // const.GROUP, tile.low, tile.high)
+    g = h // const.GROUP
+    keys = Keys(k, v, tile.n_keys, b, g, tile.low, tile.high, tile.p, h, Bias(bias, reach))
 
     # As in the forward pass: keys with a mask, without, and with a mask again.
     if const.WINDOWED or doc_start is not None:

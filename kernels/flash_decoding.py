@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.backend import n_multiprocessors, on_device, tl, triton
 from kernels.flash_attention import Keys, attend
-from kernels.flash_tiles import Masks, arguments, as_rows, keys_of_row, keys_seen, packed
+from kernels.flash_tiles import Bias, Masks, arguments, as_rows, keys_of_row, keys_seen, packed
 
 MIN_KEYS = 256  # per split: to read fewer takes less time than to start a program
 MAX_ROWS = 64  # the most rows of a tile: queries times heads per key/value head
@@ -26,8 +26,8 @@ LOADED = 16384  # bytes of keys read at a time; four of these (values too, and t
 
 @triton.jit
 def split_kernel(
-    q, k, v, part, part_lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, keys_per_split,
-    const: tl.constexpr,
+    q, k, v, part, part_lse, seqlens_k, doc_start, doc_end, T, S, H, window, scale, bias, reach,
+    keys_per_split, const: tl.constexpr,
 ):  # fmt: skip
     """Attend to one split of the keys, for the queries of all heads that share them."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
@@ -55,7 +55,7 @@ def split_kernel(
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    keys = Keys(k, v, n_keys, b, g, low, high)
+    keys = Keys(k, v, n_keys, b, g, low, high, i + offset, h[:, None], Bias(bias, reach))
     acc, m, l = attend(acc, m, l, q_tile, keys, begin, end, scale, True, const)
 
     # A row that sees no key of this split gets weight 2^-inf = 0 in the sum.

@@ -46,6 +46,7 @@ class Constants(NamedTuple):
     PERSISTENT: bool = False  # these three are explained in configs.py
     INTERLEAVED: bool = False
     SPECIALIZED: bool = False
+    BIASED: bool = False  # the scores have a bias
 
 
 class Masks(NamedTuple):
@@ -57,6 +58,13 @@ class Masks(NamedTuple):
     n_queries: Any  # T
     n_keys: Any  # S
     window: Any
+
+
+class Bias(NamedTuple):
+    """The bias of the scores: see `with_bias`. Both are None where there is none."""
+
+    table: Any  # (H, 2 R + 1), float32
+    reach: Any  # R
 
 
 @triton.jit
@@ -116,6 +124,18 @@ def keys_seen(i, offset, n_keys, masks, const: tl.constexpr):
     return low, tl.maximum(high, 0)
 
 
+@triton.jit
+def with_bias(qk, distance, h, bias, scale):
+    """Return (s, c): s * c is log2(e) (scale qk + bias[h, R + r]), the score in base 2, with r the distance
+    j - p of key and query, limited to -R and R. h: a head, or the head of each row.
+
+    A tile reads its biases by their distances, from the cache: the T x S biases are nowhere in memory.
+    """
+    r = tl.minimum(tl.maximum(distance, -bias.reach), bias.reach)
+    value = tl.load(bias.table + (h * (2 * bias.reach + 1) + bias.reach + r))
+    return (qk * scale + value) * 1.4426950408889634, 1.0
+
+
 # --- on the host
 
 
@@ -163,7 +183,9 @@ def as_rows(x: Tensor, n_rows: int, tma: bool) -> "Rows | TensorDescriptor":
     return TensorDescriptor(x, [B, H, T, K], strides, [1, 1, n_rows, block_width(K)])
 
 
-def arguments(q, k, causal, window, softcap, scale, cu_seqlens, seqlens_k) -> tuple[dict, Constants]:
+def arguments(
+    q, k, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias=None
+) -> tuple[dict, Constants]:
     """Return the arguments that all kernels of a call share, and their constants, still without tiles."""
     (T, H, K), (S, G) = q.shape[1:], k.shape[1:3]
     doc_start = doc_end = None
@@ -172,8 +194,11 @@ def arguments(q, k, causal, window, softcap, scale, cu_seqlens, seqlens_k) -> tu
         doc_start, doc_end = cu_seqlens[document], cu_seqlens[document + 1]  # of each position, (T,)
     windowed = window is not None and window < max(T, S)
     shared = dict(seqlens_k=seqlens_k, doc_start=doc_start, doc_end=doc_end, T=T, S=S, H=H, scale=scale)
-    shared |= dict(window=window if windowed else 0, enable_fp_fusion=True)
+    shared |= dict(window=window if windowed else 0, enable_fp_fusion=True, bias=None, reach=None)
     const = Constants(
         K, block_width(K), H // G, causal, windowed, softcap, precision(q), seqlens_k is not None, uses_tma(q)
     )
+    if bias is not None:
+        shared |= dict(bias=bias.float().contiguous(), reach=bias.shape[1] // 2)
+        const = const._replace(BIASED=True)
     return shared, const

@@ -38,7 +38,7 @@ def attention(machines, *names):
 
 
 def test_attention_runs_on_hoppers_matrix_units_and_copy_engine(hopper):
-    for m in attention(hopper, "forward_kernel", "dkdv_kernel", "dq_kernel"):
+    for m in attention(hopper, "forward_kernel", "dkdv_kernel", "dq_kernel", "dbias_kernel"):
         assert m["matrix"].endswith("HGMMA") and m["tma"] > 0, m
     for m in attention(hopper, "split_kernel"):
         assert m["matrix"].endswith("HMMA"), m  # a tile of 16 rows is too small for HGMMA

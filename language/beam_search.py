@@ -1,0 +1,220 @@
+"""Writing with an encoder-decoder: one token after another, greedy, sampled, or by beam search.
+
+The encoder reads the input once, and the keys and values of cross attention are computed once, for all
+layers of the decoder. What is left is a decoder with a cache, so the sampling of generate.py works as it is:
+its prompt is the start token.
+
+Beam search keeps the n most probable beginnings of an output instead of one. The score of an output that has
+ended, of length T with the end token, is
+
+    score(y) = log p(y | x) / T^a           a = 0 prefers short outputs, a = 1 compares means per token
+
+which is Hugging Face's length penalty; Wu et al. (2016, section 7) divide by ((5 + T) / 6)^a instead. The
+search of a row ends once n outputs have ended and the best beginning has no better score than the last of
+them.
+
+    python -m language.t5 runs/t5/model --text "def <extra_id_0>(self):" --beams 4
+
+Shapes: B rows, n beams, S input tokens, T output tokens, D model width, V vocabulary.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import generate as decoding
+from formats import command
+from language.span_corruption import SENTINELS, restore
+
+
+class Decoder:
+    """The decoder of a model beside encoded inputs: a model as generate.py needs it."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Sequence[int]], times: int = 1):
+        """Encode inputs, lists of tokens, and keep each `times` times.
+
+        Raises ValueError for an empty input or an unknown token.
+        """
+        self.model, self.config = model, model.config.decoder
+        self.parameters, self.logits = model.parameters, model.logits
+        check_inputs(inputs, self.config.vocab_size)
+        lengths, S = [len(row) for row in inputs], max(map(len, inputs))
+        device, padding = model.shared.weight.device, [self.config.pad_token_id]
+        tokens = torch.tensor([[*row, *padding * (S - len(row))] for row in inputs], device=device)  # (B, S)
+        self.lengths = torch.tensor(lengths, device=device) if min(lengths) < S else None
+        cross = model.cross(model.encode(tokens, self.lengths))
+        self.cross = [tuple(x.repeat_interleave(times, 0) for x in pair) for pair in cross]
+        if self.lengths is not None:
+            self.lengths = self.lengths.repeat_interleave(times, 0)
+
+    def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> decoding.KVCache:
+        """Return an empty cache for beginnings of these lengths, of max_len tokens in all."""
+        kind = decoding.StaticKVCache if static else decoding.KVCache
+        return kind(self.config, lengths, max_len, like=self.model.shared.weight)
+
+    def hidden(self, tokens: Tensor, *, cache: decoding.KVCache) -> Tensor:
+        """Return the hidden states (B, T, D) of the next tokens (B, T), and add them to the cache."""
+        hidden = self.model.decode(tokens, self.cross, self.lengths, cache)
+        cache.advance()
+        return hidden
+
+
+def check_inputs(inputs: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise ValueError unless every input has tokens, and only those of the vocabulary."""
+    if not len(inputs) or not all(len(row) for row in inputs):
+        raise ValueError(
+            "generate: an empty input; an encoder reads at least one token, such as the end token"
+        )
+    unknown = [int(token) for row in inputs for token in row if not 0 <= token < vocab_size]
+    if unknown:
+        raise ValueError(f"generate: token {unknown[0]} in an input: expected 0 to {vocab_size - 1}")
+
+
+def as_lists(inputs: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
+    return inputs.tolist() if isinstance(inputs, Tensor) else [list(row) for row in inputs]
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module, inputs: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
+) -> list[list[int]]:
+    """Return the output of each input, (B, S) or B lists of tokens, with the end token if one was drawn.
+
+    options: as for `generate.stream`: temperature (0 takes the likeliest token), top_k, generator ...
+    Raises ValueError for an input or an option that is out of range.
+    """
+    rows = as_lists(inputs)
+    options = {"stop": model.config.eos_token_id} | options
+    start = [[model.config.start_token_id] for _ in rows]
+    return decoding.generate(Decoder(model, rows), start, max_new_tokens, **options)
+
+
+class Search:
+    """The search for the output of one input: n beginnings, and at most n outputs that have ended."""
+
+    def __init__(self, n_beams: int, length_penalty: float, eos: int):
+        self.n, self.length_penalty, self.eos = n_beams, length_penalty, eos
+        self.beams: list[list[int]] = [[] for _ in range(n_beams)]
+        self.ended: list[tuple[float, list[int]]] = []  # (score, output), the best first
+        self.done = False
+
+    def step(self, log_p: list[float], origin: list[int], tokens: list[int], is_last: bool) -> list[int]:
+        """Take the 2 n best continuations, the best first, and return the places of the n that go on.
+
+        Number c continues beam origin[c] by tokens[c], and has log_p[c] in all. Of the n best, those with an
+        end token end, and in the last step all.
+        """
+        outputs = [[*self.beams[i], token] for i, token in zip(origin, tokens, strict=True)]
+        scores = [p / len(outputs[0]) ** self.length_penalty for p in log_p]
+        if not self.done:
+            new = [(scores[c], outputs[c]) for c in range(self.n) if is_last or tokens[c] == self.eos]
+            self.ended = sorted(self.ended + new, key=lambda pair: -pair[0])[: self.n]
+        going = [c for c in range(2 * self.n) if tokens[c] != self.eos][: self.n]
+        self.beams = [outputs[c] for c in going]
+        self.done |= len(self.ended) == self.n and self.ended[-1][0] >= scores[going[0]]
+        return going
+
+
+@torch.inference_mode()
+def beam_search(
+    model: nn.Module,
+    inputs: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    n_beams: int = 4,
+    length_penalty: float = 1.0,
+) -> list[list[int]]:
+    """Return the best output found for each input, (B, S) or B lists of tokens; see the header.
+
+    length_penalty: the exponent a. An output of max_new_tokens counts as ended.
+    Raises ValueError for an input or an option that is out of range.
+    """
+    rows, config, device = as_lists(inputs), model.config, model.shared.weight.device
+    for name, value in (("n_beams", n_beams), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"beam_search: {name} {value}: expected at least 1")
+
+    # The beams of a row are rows of the decoder. All begin alike, so only the first has a chance at first.
+    B, n, V = len(rows), n_beams, config.vocab_size
+    decoder = Decoder(model, rows, times=n)
+    cache = decoder.new_cache([1] * (B * n), max_new_tokens)
+    searches = [Search(n, length_penalty, config.eos_token_id) for _ in rows]
+    token = torch.full((B * n, 1), config.start_token_id, device=device)
+    log_p = torch.full((B, n), -1e9, device=device)
+    log_p[:, 0] = 0.0
+
+    for step in range(max_new_tokens):
+        # The 2 n best continuations: at most n of them end, so that n go on.
+        logits = decoder.logits(decoder.hidden(token, cache=cache)[:, -1]).float()
+        total = log_p[:, :, None] + logits.log_softmax(-1).view(B, n, V)
+        log_p, index = total.flatten(1).topk(2 * n)  # (B, 2 n)
+        columns = (log_p.tolist(), (index // V).tolist(), (index % V).tolist())
+        is_last = step == max_new_tokens - 1
+        going = [search.step(*row, is_last) for search, *row in zip(searches, *columns, strict=True)]
+        if is_last or all(search.done for search in searches):
+            break
+
+        # Go on with the chosen ones; the cache follows them.
+        picked = torch.tensor(going, device=device)  # (B, n)
+        log_p, index = log_p.gather(1, picked), index.gather(1, picked)
+        token = (index % V).view(-1, 1)
+        origin = (index // V + n * torch.arange(B, device=device)[:, None]).flatten()
+        cache.keys, cache.values = ([x[origin] for x in side] for side in (cache.keys, cache.values))
+    return [search.ended[0][1] for search in searches]
+
+
+# --- the command line
+
+
+def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> None:
+    """Print the output for a text by the model in a directory, or the sizes."""
+    parser = argparse.ArgumentParser(description="Write the output for a text, or print the sizes.")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=command.filled, help="a model's directory; without it, the sizes")
+    add("--text", default="", help="the input; <extra_id_0> is a gap to fill")
+    add("--max-new-tokens", type=int, default=100, help="tokens to write at most (default %(default)s)")
+    add("--beams", type=int, default=1, help="beam search with so many beams (default 1: none)")
+    add(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        help="beams: divide by length^this (default %(default)s)",
+    )
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    add("--seed", type=int, default=0, help="seed of the sampling (default %(default)s)")
+    args = parser.parse_args(argv)
+    if args.checkpoint is None:
+        print_sizes(kind, sizes)
+        return
+
+    from data.tokenizer import get_tokenizer
+    from formats.open_model import check_concept
+
+    check_concept(args.checkpoint, kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = kind.from_pretrained(args.checkpoint).to(device).eval(), get_tokenizer(args.checkpoint)
+    row = [[*tokenizer.encode(args.text, allowed_special="all"), model.config.eos_token_id]]
+    if args.beams > 1:
+        options = {"n_beams": args.beams, "length_penalty": args.length_penalty}
+        (output,) = model.beam_search(row, args.max_new_tokens, **options)
+    else:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        options = {"temperature": args.temperature, "generator": generator}
+        (output,) = model.generate(row, args.max_new_tokens, **options)
+    output = [token for token in output if token != model.config.eos_token_id]
+    # A text with gaps is printed with what the model wrote for them; for any other input, what it wrote.
+    known = {tokenizer.special_tokens[name] for name in SENTINELS if name in tokenizer.special_tokens}
+    has_gaps = not known.isdisjoint(row[0])
+    print(tokenizer.decode(restore(row[0][:-1], output, known) if has_gaps else output))
+
+
+def print_sizes(kind: type[nn.Module], sizes: dict) -> None:
+    """Print parameters, layers of both stacks, width, and the forward FLOPs of an example, of each size."""
+    print(f"{'size':17} {'parameters':>15} {'layers':>8} {'width':>6} {'FLOPs of 512 + 114 tokens':>26}")
+    for name, c in sizes.items():
+        with torch.device("meta"):
+            n_params = sum(p.numel() for p in kind(c).parameters())
+        layers = f"{c.n_layers}+{c.decoder.n_layers}"
+        print(f"{name:17} {n_params:15,} {layers:>8} {c.d_model:6} {c.flops(512, 114):26.3e}")

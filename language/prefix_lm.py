@@ -1,0 +1,124 @@
+"""Prefix language modelling: a decoder reads the beginning of a text from both sides, and writes the rest.
+
+    x_1 ... x_P | x_{P+1} ... x_N           loss = -mean_{i > P} log p(x_i | x_1 ... x_{i-1})
+
+A decoder sees only what stands before a token, an encoder everything. Here a token of the prefix sees the
+whole prefix, and a later one all that stands before it, prefix included: the mask is j <= i or j < P (Raffel
+et al. 2019, section 3.2.1; Dong et al. 2019). One stack does the work of two; language/t5.py has two.
+
+No new attention is needed. The prefix passes through the decoder first, without a causal mask, and its keys
+and values are kept. The rest passes second, with a causal mask, behind these keys: it is aligned to the last
+key, so each token sees the whole prefix. Gradients flow through both passes. With an empty prefix this is a
+decoder, and with nothing behind it an encoder.
+
+    python train.py --model prefix_lm                                 a GPT that learns so
+    python train.py --model moe --task prefix_lm --out runs/prefix-moe
+
+Shapes: B rows, N tokens of a row, P of its prefix, D model width.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+
+import generate as decoding
+from data.rows import Row, stack
+from kernels import linear_cross_entropy
+
+MODEL = "gpt"
+
+
+class Prefix:
+    """The keys and values of a prefix, for the two passes of a decoder in training: see the header."""
+
+    def __init__(self):
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
+        self.n = 0  # tokens of the prefix, after its pass
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """Return the positions (1, T) of the next T tokens."""
+        return torch.arange(self.n, self.n + T, device=device)[None]
+
+    def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
+        """Return the keys and values to attend to, and the mask, for k and v (B, T, G, K) of a pass."""
+        if not self.n:
+            self.kept[layer] = k, v
+            return k, v, mask | {"causal": False}
+        before_k, before_v = self.kept[layer]
+        return torch.cat((before_k, k), 1), torch.cat((before_v, v), 1), mask
+
+    def advance(self) -> None:
+        """End a pass."""
+        self.n = next(iter(self.kept.values()))[0].shape[1]
+
+
+class PrefixCache(decoding.KVCache):
+    """The cache of generation in which the prompts see themselves from both sides."""
+
+    def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
+        if self.filled:
+            return super().store(layer, k, v, mask)
+        self.fill(layer, k, v)
+        lengths = None if self.uniform else torch.tensor(self.lengths, device=k.device)
+        return k, v, mask | {"causal": False, "seqlens_k": lengths}
+
+
+class PrefixModel:
+    """A decoder as generate.py needs it, whose prompts are prefixes. Raises ValueError for one with windows,
+    which would hide a part of a prefix from another."""
+
+    def __init__(self, model: nn.Module):
+        check(model)
+        self.config, self.hidden, self.logits = model.config, model.hidden, model.logits
+        self.parameters = model.parameters
+
+    def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> PrefixCache:
+        """Return an empty cache. Raises ValueError for a static one, which has no prefixes."""
+        if static:
+            raise ValueError("generate: a prefix language model does not run compiled; leave out compile")
+        return PrefixCache(self.config, lengths, max_len, like=next(self.parameters()))
+
+
+def check(model: nn.Module) -> None:
+    """Raise ValueError for a model with a sliding window."""
+    if model.config.window is not None:
+        raise ValueError(f"window {model.config.window}: a prefix is seen as a whole; expected None")
+
+
+def make_batch(rows: list[Row], config, generator: Generator, tokenizer) -> dict[str, Tensor]:
+    """Return a batch of B rows {"tokens": (N + 1,)}: "prefix" (B, P), "tokens" (B, N - P) behind it, and
+    "targets" (B, N - P + 1), the tokens that follow the last of the prefix and those behind it.
+
+    P is the same for all rows of a batch, and each number from 1 to N - 1 is equally likely.
+    """
+    tokens = stack(rows)["tokens"].long()
+    N = tokens.shape[1] - 1
+    P = int(torch.randint(1, N, (), generator=generator)) if N > 1 else 1
+    return {"prefix": tokens[:, :P], "tokens": tokens[:, P:N], "targets": tokens[:, P:]}
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean nats per token behind the prefix, and no metrics. Raises ValueError as `check`."""
+    check(model)
+    hidden = hidden_behind(model, batch["prefix"], batch["tokens"])  # (B, N - P + 1, D)
+    options = {"softcap": model.config.logit_softcap, "backend": model.config.kernels}
+    return linear_cross_entropy(hidden, model.head_weight, batch["targets"].contiguous(), **options)[0], {}
+
+
+def hidden_behind(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
+    """Return the hidden states (B, T + 1, D) of the last token of a prefix (B, P), and of tokens (B, T)."""
+    cache = Prefix()
+    last = model.hidden(prefix, cache=cache)[:, -1:]
+    return torch.cat((last, model.hidden(tokens, cache=cache)), dim=1) if tokens.shape[1] else last
+
+
+def show(model: nn.Module, dataset, out: Path) -> str:
+    """Return the beginning of the held-out text, and what the model writes behind it."""
+    tokenizer, limit = dataset.tokenizer, model.config.max_seq_len
+    prefix = dataset.val[0]["tokens"][: min(60, limit // 2)].tolist()
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    options = {"temperature": 0.8, "top_p": 0.95, "generator": generator}
+    n_new = min(120, limit - len(prefix) - 1)
+    (new,) = decoding.generate(PrefixModel(model), [prefix], n_new, **options)
+    return f"{tokenizer.decode(prefix)}|{tokenizer.decode(new)}"

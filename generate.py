@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from formats import command
+from kernels import few_rows
 
 
 def sample(
@@ -178,9 +179,7 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, rep
     """Raise ValueError for a prompt or an option of `stream` that is out of range."""
     vocab_size = model.config.vocab_size
     if not prompts or not all(prompts):
-        raise ValueError(
-            "generate: an empty prompt; start from at least one token, such as the end-of-text token"
-        )
+        raise ValueError("generate: an empty prompt; start from one token at least, such as end of text")
     unknown = [token for row in prompts for token in row if not 0 <= token < vocab_size]
     if unknown:
         raise ValueError(f"generate: token {unknown[0]} in a prompt: expected 0 to {vocab_size - 1}")
@@ -224,7 +223,7 @@ def stream(
     `penalise`. stop: token id or ids that end a row. generator: source of the draws, on the model's device.
     compile: the step of one token is compiled at its first use, which takes a while and pays for itself over
     many tokens; a string is the mode of torch.compile, and "reduce-overhead" launches a step on a GPU as one
-    CUDA graph.
+    CUDA graph. On a CPU large matrices are copied meanwhile, each at most once: see kernels/few_rows.py.
 
     Raises ValueError for an empty prompt, a prompt that leaves no room for max_new_tokens, and options out
     of range.
@@ -234,13 +233,14 @@ def stream(
     stops = {stop} if isinstance(stop, int) else set(stop or ())
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
-    step_hidden = torch.compile(model.hidden, mode=mode) if compile else model.hidden
+    faster = few_rows.arrange(model, len(prompts))  # on a CPU perhaps a copy
+    step_hidden = torch.compile(model.hidden, mode=mode) if compile else faster.hidden
     seen = None if repetition_penalty == 1.0 else tokens_in(prompts, model.config.vocab_size, hidden.device)
 
     ended = [False] * len(prompts)
     for step in range(max_new_tokens):
         # Draw a token for each row.
-        logits = model.logits(hidden).float()  # (B, V)
+        logits = faster.logits(hidden).float()  # (B, V)
         if seen is not None:
             logits = penalise(logits, seen, repetition_penalty)
         token = sample(logits, temperature, top_k, top_p, min_p, generator)  # (B, 1)
@@ -310,13 +310,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", type=command.filled, help="a model's directory; without it, the sizes")
     add("--prompt", default="", help="text to continue (default: start a new document)")
-    add("--max-new-tokens", type=int, default=200)
+    add("--max-new-tokens", type=int, default=200, help="new tokens at most (default 200)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    add("--top-k", type=int, help="draw only from the k likeliest tokens")
-    add("--top-p", type=float, default=0.95, help="only from the likeliest of this joint probability")
+    add("--top-k", type=int, help="draw only from the k likeliest tokens (default: all)")
+    add("--top-p", type=float, default=0.95, help="the likeliest that hold this probability (default 0.95)")
     add("--min-p", type=float, help="only from tokens at least this fraction as likely as the best")
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, default=0)
+    add("--repetition-penalty", type=float, default=1.0, help="divides logits of seen tokens (default 1)")
+    add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     add("--compile", action="store_true", help="compile the step of one token, which takes a while at first")
 
 

@@ -38,7 +38,7 @@ from torch import nn
 from engine import cpu, parallel
 from engine.batches import Part, to_device
 from engine.checkpoint import last_saved, save, save_model
-from engine.log import Diverged, Log, UpdateResult, time_and_announce
+from engine.log import Diverged, Failed, Log, UpdateResult, time_and_announce
 from engine.optim import set_learning_rate, step_optimizers
 from engine.options import parse_arguments
 from engine.run import Interrupted, Run, plan, prepare, signals
@@ -167,21 +167,21 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def train_and_save(run: Run, log: Log) -> int:
-    """Train, save, and print the last sample. Returns the exit code: 0 at the end and after SIGTERM, with
-    which a cluster takes its machine back, 130 after Ctrl-C, 1 if the gradient stays non-finite."""
+    """Train, save, and print the last sample. Returns the exit code: 0 at the end and after SIGTERM, by which
+    clusters take machines back; 130 after Ctrl-C; 1 if the gradient stays non-finite; 2 after Failed."""
     try:
         time_and_announce(run)
-        train(run, log)
+        (run.concept.task.train or train)(run, log)
     except Interrupted as interruption:
         save(run)
         log.progress.close()
         if run.is_first:
             print(f"interrupted at step {run.step} and saved; go on with --resume", file=sys.stderr)
         return 130 if interruption.number == signal.SIGINT else 0
-    except Diverged as error:
+    except (Diverged, Failed) as error:
         log.progress.close()  # so that the error is the last line
         parallel.print_error(f"{error}; {last_saved(run.args.out)}")
-        return 1
+        return 2 if isinstance(error, Failed) else 1
     save(run)
     log.progress.close()
     if run.is_first:

@@ -354,10 +354,25 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("data", nargs="?", default="stdlib", help="corpus, as for train.py --data (default stdlib)")
     add("--val", metavar="WHAT", help="held-out text (default: the last twentieth of the corpus)")
-    add("--text-field", default="text", metavar="NAME", help="of .json, .csv ... (default %(default)s)")
-    add("--tokenizer", type=command.filled, default="bpe:4096", help="default %(default)s")
-    add("--cache", type=command.path, default=Path("cache"), help="default %(default)s")
-    add("--bad-text", choices=("refuse", "skip"), default="refuse")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field of .json, .csv ... that holds the text (default %(default)s)",
+    )
+    add("--tokenizer", type=command.filled, default="bpe:4096", help="as for train.py (default %(default)s)")
+    add(
+        "--cache",
+        type=command.path,
+        default=Path("cache"),
+        help="folder for the tokens (default %(default)s)",
+    )
+    add(
+        "--bad-text",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do with a file or record that is no text (default refuse)",
+    )
     args = parser.parse_args(argv)
     options = {"val": args.val, "text_field": args.text_field, "bad_text": args.bad_text}
     dataset = prepare(args.data, args.tokenizer, args.cache, **options)

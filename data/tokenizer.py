@@ -379,9 +379,14 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         type=command.path,
         metavar="FILE",
-        help="of text, or of records with a field of text",
+        help="files of text, or of records with a field of text",
     )
-    add("--text-field", default="text", metavar="NAME", help="of .jsonl, .csv ... (default %(default)s)")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field of .jsonl, .csv ... that holds the text (default %(default)s)",
+    )
     add("--vocab-size", type=int, default=4096, help="256 bytes, merges, end of text (default %(default)s)")
     add("--out", type=command.path, metavar="DIR", help="save tokenizer.json here")
     options = parser.parse_args(argv)

@@ -3,7 +3,8 @@
     MFU = tokens per second * FLOPs per token / dense bf16 peak of the device
 
 Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts what the model's equations ask for,
-not what is computed a second time: it compares machines and implementations alike.
+not what is computed a second time: it compares machines and implementations alike. For a CPU no peak is
+published: there the FLOP/s are divided by those of a product of two matrices, measured in the same process.
 
     python train.py --model gpt --benchmark     50 steps: tokens per second, MFU, memory, and the share of
                                                 each part of a step; on a GPU also how long it has no kernel
@@ -31,6 +32,7 @@ from engine.optim import set_learning_rate
 from engine.run import Run
 
 WARM_UP, STEPS = 5, 50
+SIDE = 1024  # of the matrices of `product_flops`
 PROFILED = 5  # updates of `kernel_times`
 
 
@@ -101,7 +103,8 @@ def update(run: Run, gradient: Callable, descend: Callable, mark: Callable[[str]
 def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
     """Return figures of STEPS updates, logging included, evaluation and saving not.
 
-    tokens_per_second, mfu, flops_per_second; peak_memory in bytes (with CUDA that of these steps, else of the
+    tokens_per_second, mfu, flops_per_second; product_flops, see there, of all processes, on a CPU, else None;
+    peak_memory in bytes (with CUDA that of these steps, else of the
     process until now); shares of the time: "batch" until the data is there, "gradient" forward and backward,
     "update" clipping and optimizer, "rest" all else.
     """
@@ -134,9 +137,21 @@ def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
         "tokens_per_second": rate,
         "mfu": mfu(run, rate),
         "flops_per_second": rate * run.flops_per_token,
+        "product_flops": product_flops(args.dtype) * parallel.world_size() if args.device == "cpu" else None,
         "peak_memory": memory,
         "shares": {name: part / sum(parts.values()) for name, part in parts.items()},
     }
+
+
+def product_flops(dtype: str) -> float:
+    """Return the FLOP/s of this process in a product of two square matrices on the CPU, the best of ten."""
+    a, b = torch.randn(2, SIDE, SIDE).to(getattr(torch, dtype))
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    return 2 * SIDE**3 / min(seconds)
 
 
 def kernel_times(run: Run, gradient: Callable, descend: Callable) -> dict:
@@ -179,10 +194,14 @@ def idle_share(intervals: list[tuple[int, int]]) -> float:
 
 def describe(figures: dict) -> str:
     """Return the figures of `measure`, and those of `kernel_times` if they are there, as text."""
-    of_peak = f"{figures['mfu']:.1%} MFU" if figures["mfu"] else "no MFU: peak unknown"
     shares = figures["shares"]
     outside = shares["batch"] + shares["rest"]
-    rate, flops = figures["tokens_per_second"], figures["flops_per_second"]
+    rate, flops, product = (
+        figures[name] for name in ("tokens_per_second", "flops_per_second", "product_flops")
+    )
+    of_peak = f"{figures['mfu']:.1%} MFU" if figures["mfu"] else "no MFU: peak unknown"
+    if product:
+        of_peak = f"{flops / product:.1%} of the {product:.3g} FLOP/s of a matrix product here"
     gaps = f"gaps     {figures['idle']:.1%} of the time without a kernel\n" if "idle" in figures else ""
     return (
         f"speed    {rate:,.0f} tokens/s, {flops:.3g} FLOP/s, {of_peak}\n"

@@ -221,7 +221,8 @@ def resume(run, directory: Path, state: dict) -> None:
     """
     if state.get("base") != run.base_fingerprint:
         raise ValueError(
-            f"--resume: the weights in {run.concept.base} have changed since the run was started"
+            f"--resume: the weights in {run.concept.base or run.args.init_from} have changed since the run "
+            "was started"
         )
     if state["dataset"] != run.dataset.fingerprint:
         raise ValueError(

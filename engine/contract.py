@@ -150,9 +150,19 @@ def load_corpus(args: Namespace):
     return corpus or text.reopen(args.cache, name, args.tokenizer)
 
 
+def start_model(args: Namespace) -> str | None:
+    """Return the directory of the model to start from where --init-from is left out: none, a new model."""
+    return None
+
+
 def wrap(model: nn.Module, config: Any) -> nn.Module:
     """Return the module that is trained: the model itself."""
     return model
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the model in the module that is trained: the module itself."""
+    return module
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -202,7 +212,9 @@ class Task:
     make_batch: Callable[[list[Row], Any, Any, Any], dict[str, Tensor]]
     settings: Callable[[Any], Any] = settings
     load_data: Callable[[Namespace, Any], Dataset] = load_text
+    start_model: Callable[[Namespace], str | None] = start_model
     wrap: Callable[[nn.Module, Any], nn.Module] = wrap
+    unwrap: Callable[[nn.Module], nn.Module] = unwrap
     loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]] = loss
     count: Callable[[dict[str, Tensor]], int] = count
     split: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]] = split
@@ -211,6 +223,10 @@ class Task:
     save_tokenizer: Callable[[Dataset, Path], None] = save_tokenizer
     flops_per_token: Callable[[nn.Module, Any, int], int] = flops_per_token
     loss_bytes: Callable[..., dict[str, int]] | None = None  # for --dry-run; None: engine/activations.py's
+    # train(run, log), a loop of the task's own, with the contract of train.py's `train`; None: that one
+    train: Callable[[Any, Any], None] | None = None
+    DATA: str = "stdlib"  # the default of --data
+    REFERENCE: bool = False  # the model of the start is kept beside the trained one: --resume compares it
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
     TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms too
@@ -252,6 +268,7 @@ class Concept:
 def resolve(args: Namespace) -> Concept:
     """Return the files that --model, --task, --adapter and --base name; ValueError where they make no sense.
 
+    Fills in --data and --init-from where they are left out and the task names a default of its own.
     `--model lora --base DIR` is short for the model in DIR with --adapter lora.
     """
     file, base, task = find(args.model), args.init_from, args.task
@@ -261,7 +278,6 @@ def resolve(args: Namespace) -> Concept:
                 f"--model {args.model}: a task; name the model too, as --model gpt --task {args.model}"
             )
         file, task = find(file.MODEL), args.model
-        return Concept(read(ModelFile, file), read_task(file, task), None, None)
 
     # The adapter, and the model in its base if --model is the short form.
     adapter_file = find_adapter(args.adapter) if args.adapter else None
@@ -273,16 +289,22 @@ def resolve(args: Namespace) -> Concept:
         task = task or adapter_file.TASK_FOR.get(read_task(file, None).name.rpartition(".")[2])
     elif args.base:
         raise ValueError(f"--base {args.base}: for --model lora; did you mean --init-from?")
-    elif adapter_file and base:
-        base = base_in(base)
+
+    # What the task decides where flags are left out.
+    task = read_task(file, task)
+    args.data = args.data or task.DATA
+    if not base:
+        base = args.init_from = task.start_model(args)
+    if args.size and args.init_from:
+        raise ValueError(f"--size {args.size}: this task starts from a trained model; leave out --size")
     if adapter_file is None:
-        return Concept(read(ModelFile, file), read_task(file, task), None, None)
+        return Concept(read(ModelFile, file), task, None, None)
 
     if args.train != "all":
         raise ValueError(f"--train {args.train}: an adapter alone is trained, and the model stays as it is")
     if not base:
         raise ValueError(f"--adapter {args.adapter}: needs --init-from DIR, the model to adapt")
-    return Concept(read(ModelFile, file), read_task(file, task), read(Adapter, adapter_file), base)
+    return Concept(read(ModelFile, file), task, read(Adapter, adapter_file), base_in(base))
 
 
 def base_in(directory: str) -> str:

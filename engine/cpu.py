@@ -4,7 +4,8 @@
                 the system, and use pages of 2 MB instead of 4 kB where the system has them.
     products    Multiply float32 matrices by oneDNN, which is faster than MKL on CPUs of AMD.
 
-train.py makes both; results/train_speed.py measures their effect.
+train.py makes both; results/train_speed.py measures their effect. `crowded` finds out whether other processes
+take the cores.
 """
 
 import ctypes
@@ -14,6 +15,10 @@ import re
 from pathlib import Path
 
 import torch
+
+# `crowded` is true from this load average per core on, if each thread gets at most this share of a core. On a
+# quiet machine the load average is that of the run itself, at most 1 per core and a little for the data.
+CROWDED, ENOUGH = 1.5, 0.6
 
 
 def name() -> str:
@@ -54,3 +59,21 @@ def multiply_by_onednn() -> None:
     torch.set_float32_matmul_precision("medium")
     if (a @ b - exact).norm() > 1e-5 * exact.norm():  # rounding makes an error of 3e-3
         torch.set_float32_matmul_precision(before)
+
+
+def crowded(seconds: float, cpu_seconds: float) -> str | None:
+    """Return advice if other processes take the cores that this one computes on, else None.
+
+    seconds, cpu_seconds: the time that passed, and the CPU time that this process got in it. OpenMP's threads
+    wait for one another at the end of every operation, so one thread without a core delays all.
+    """
+    n_cores, n_threads = os.cpu_count() or 1, torch.get_num_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+    n_used = cpu_seconds / seconds
+    if load < CROWDED * n_cores or n_used > ENOUGH * min(n_threads, n_cores):
+        return None
+    return (
+        f"slow: other processes use the cores (load average {load:.1f} on {n_cores} cores; the {n_threads} "
+        f"threads of this run got {n_used:.1f} of them). Faster meanwhile: OMP_NUM_THREADS=1 or "
+        "OMP_WAIT_POLICY=passive before the command, and --resume"
+    )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine import checkpoint, parallel, report, watch
+from engine import checkpoint, cpu, parallel, report, watch
 from engine.batches import to_device
 from engine.device import mfu, wait_for
 from engine.progress import Progress
@@ -31,6 +31,10 @@ MAX_SKIPPED = 5  # updates in a row without a finite gradient after which a run 
 
 class Diverged(Exception):
     """The gradient was not finite in MAX_SKIPPED steps in a row."""
+
+
+class Failed(Exception):
+    """Raised by the loop of a task where what a user has supplied, such as a reward function, fails."""
 
 
 class UpdateResult(NamedTuple):
@@ -51,9 +55,11 @@ class Log:
         self.watchers = start_logs(run) if run.is_first else []
         self.progress = Progress(run.args.steps, run.step, enabled=run.is_first)
         self.shown: dict[str, str] = {}
-        # Since the last logged step: seconds of training, updates made, updates skipped.
-        self.interval, self.logged_step, self.logged_skipped = 0.0, run.step, run.n_skipped
-        self.began = time.perf_counter()
+        # Since the last logged step: seconds of training, CPU seconds, updates made, updates skipped.
+        self.interval, self.cpu_interval = 0.0, 0.0
+        self.logged_step, self.logged_skipped = run.step, run.n_skipped
+        self.advised = run.args.device != "cpu"  # of crowded cores, once
+        self.begin_step()
         # The lowest validation loss, and the number of evaluations since.
         self.lowest, self.n_since_lowest = math.inf, 0
         for loss in parallel.on_rank_0(lambda: validation_losses(run.args.out)):
@@ -66,7 +72,7 @@ class Log:
 
     def begin_step(self) -> None:
         """Start the clock of a step; what happens between steps, evaluation and saving, is not counted."""
-        self.began = time.perf_counter()
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def step(self, step: UpdateResult) -> None:
         """Note an update. Raises Diverged where a run should give up."""
@@ -78,6 +84,7 @@ class Log:
             wait_for(args.device)
         passed = time.perf_counter() - self.began
         self.interval, run.seconds = self.interval + passed, run.seconds + passed
+        self.cpu_interval += time.process_time() - self.cpu_began
         if log:
             self.write_step(step)
         if pause and run.n_skipped_in_a_row >= MAX_SKIPPED:
@@ -92,7 +99,11 @@ class Log:
         if n_skipped:
             figures = f"step {run.step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
             self.progress.note(f"{figures}: {n_skipped} of {n_steps} updates skipped")
-        self.logged_step, self.logged_skipped, self.interval = run.step, run.n_skipped, 0.0
+        if not self.advised and (advice := cpu.crowded(self.interval, self.cpu_interval)):
+            self.progress.note(advice)
+            self.advised = True
+        self.logged_step, self.logged_skipped = run.step, run.n_skipped
+        self.interval, self.cpu_interval = 0.0, 0.0
         self.shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
         if row["mfu"]:
             self.shown["mfu"] = f"{row['mfu']:.1%}"
@@ -203,10 +214,13 @@ def append(path: Path, text: str) -> None:
 
 
 def time_and_announce(run: Run) -> None:
-    """Print what will be trained and how long it will take, by timing a forward and backward pass."""
+    """Print what will be trained and how long it will take, by timing a forward and backward pass.
+
+    The time is left out for a task with a loop of its own, which does more in a step.
+    """
     args, passes = run.args, []
     part = run.batches.peek()[0]
-    for _ in range(3):  # the first ones warm up, or compile
+    for _ in range(3 if run.concept.task.train is None else 0):  # the first ones warm up, or compile
         began = time.perf_counter()
         with run.autocast():
             loss, _ = run.loss(to_device(part.batch, args.device))
@@ -219,7 +233,8 @@ def time_and_announce(run: Run) -> None:
 
     left, n_rows = args.steps - run.step, len(run.dataset.val)
     evaluations = (left // args.eval_every + 1) * n_rows / args.batch_size
-    minutes = min(passes) * (left * args.grad_accum + evaluations / 3) / 60  # forward alone: a third
+    n_passes = left * args.grad_accum + evaluations / 3  # forward alone: a third
+    minutes = min(passes) * n_passes / 60 if passes else None
     n = parallel.world_size()
     where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device
     lines = report.describe_run(

@@ -195,7 +195,8 @@ def describe(model: nn.Module, args: Namespace, n_processes: int = 1, **function
     flags = f"--parallel {args.parallel} --dtype {args.dtype} --optimizer {args.optimizer}"
 
     # The table: a row for each part, a column for each moment.
-    lines = [f"GPU 1 of {n_processes}, {at_once}, {flags}", ""]
+    lines = ["planned for GPUs (CUDA or ROCm); this machine needs none"]
+    lines += [f"GPU 1 of {n_processes}, {at_once}, {flags}", ""]
     lines.append(f"{'GB':18}" + "".join(f"{moment:>13}" for moment in MOMENTS))
     for name, sizes in (*estimated.parts.items(), ("together", estimated.totals)):
         lines.append(f"{name:18}" + "".join(f"{size / 1e9:13.2f}" for size in sizes))

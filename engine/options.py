@@ -95,12 +95,11 @@ def add_data(group) -> None:
     add(
         "--data",
         type=command.filled,
-        default="stdlib",
         metavar="WHAT",
-        help="stdlib (this Python's own source text, the default), a file, folder or glob of .txt .md .py "
-        ".jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
+        help="stdlib (this Python's own source text, the default of most tasks), a file, folder or glob of "
+        ".txt .md .py .jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
         f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
-        "records, see data/conversations.py",
+        "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py",
     )
     add(
         "--val",
@@ -121,7 +120,12 @@ def add_data(group) -> None:
         help="bpe:N learns N tokens from the corpus, bytes, a tiktoken encoding such as gpt2, or a directory "
         "with tokenizer.json (default bpe:4096, or the tokenizer in --init-from or --base)",
     )
-    add("--bad-text", choices=("refuse", "skip"), default="refuse", help="what is no text (default refuse)")
+    add(
+        "--bad-text",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do with a file or record that is no text (default refuse)",
+    )
 
 
 def add_how(group) -> None:
@@ -132,11 +136,21 @@ def add_how(group) -> None:
         type=int,
         default=8,
         metavar="SEQUENCES",
-        help="of all processes together (default %(default)s)",
+        help="sequences per batch, of all processes together (default %(default)s)",
     )
-    add("--grad-accum", type=int, default=1, metavar="N", help="batches per update (default 1)")
-    add("--seq-len", type=int, metavar="T", help="tokens (default: the longest that the model reads)")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for matrices only")
+    add("--grad-accum", type=int, default=1, metavar="N", help="batches that one update adds up (default 1)")
+    add(
+        "--seq-len",
+        type=int,
+        metavar="T",
+        help="tokens of a sequence (default: the longest that the model reads)",
+    )
+    add(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="AdamW, or Muon for the matrices and AdamW for the rest (default adamw)",
+    )
     add("--lr", type=float, help="peak learning rate (default: by the model's size)")
     add(
         "--mup",
@@ -144,24 +158,57 @@ def add_how(group) -> None:
         metavar="WIDTH",
         help="--lr was found for this d_model, all else in proportion: transfer it (muP, engine/optim.py)",
     )
-    add("--warmup", type=int, metavar="STEPS", help="default: a twentieth of --steps, at most 1000")
-    add("--schedule", choices=("cosine", "wsd", "constant"), default="cosine")
-    add("--weight-decay", type=float, default=0.1, help="of matrices (default %(default)s)")
+    add(
+        "--warmup",
+        type=int,
+        metavar="STEPS",
+        help="updates up to the peak learning rate (default: a twentieth of --steps, at most 1000)",
+    )
+    add(
+        "--schedule",
+        choices=("cosine", "wsd", "constant"),
+        default="cosine",
+        help="the learning rate after warm-up: a cosine, first constant (wsd), or constant (default cosine)",
+    )
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.1,
+        help="share of a matrix that one update subtracts, times the learning rate (default %(default)s)",
+    )
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 for none (default 1)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="start of all random numbers (default 0)")
 
 
 def add_where(group) -> None:
     add = group.add_argument
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: a GPU if there is one")
-    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
-    add("--kernels", choices=("auto", "triton", "torch", "reference"), default="auto")
+    add(
+        "--device",
+        choices=("cpu", "cuda", "mps"),
+        help="where the run computes (default: a GPU if there is one)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of products; weights stay in float32 (default: bfloat16 on a GPU, else float32)",
+    )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the model by torch.compile (default: on a GPU only)",
+    )
+    add(
+        "--kernels",
+        choices=("auto", "triton", "torch", "reference"),
+        default="auto",
+        help="which code of kernels/ runs, see kernels/backend.py (default auto: the fastest)",
+    )
     add(
         "--parallel",
         choices=("none", "ddp", "fsdp"),
         default="none",
-        help="how torchrun's processes share the model: each has all of it, or a shard (engine/parallel.py)",
+        help="how the processes of torchrun share the model: each has all of it (ddp), or a shard "
+        "(fsdp); see engine/parallel.py (default none)",
     )
     add(
         "--checkpoint-activations",
@@ -172,7 +219,7 @@ def add_where(group) -> None:
 
 def add_output(group) -> None:
     add = group.add_argument
-    add("--out", type=command.path, metavar="DIR", help="default runs/MODEL")
+    add("--out", type=command.path, metavar="DIR", help="folder of the run (default runs/MODEL)")
     add("--resume", action="store_true", help="continue from the checkpoint in --out, to the same last step")
     add(
         "--extend",
@@ -183,10 +230,32 @@ def add_output(group) -> None:
     add("--keep-best", action="store_true", help="keep the model of the lowest validation loss in best/ too")
     add("--keep-models", type=int, metavar="N", help="keep the models of the last N saves in models/ too")
     add("--patience", type=int, metavar="N", help="stop after N evaluations in a row without a lower loss")
-    add("--eval-every", type=int, metavar="STEPS", help="default: eight times in a run")
-    add("--save-every", type=int, metavar="STEPS", help="default: as often as evaluation")
-    add("--log-every", type=int, metavar="STEPS", default=10, help="default %(default)s")
-    add("--cache", type=command.path, metavar="DIR", default=Path("cache"), help="of tokens (default cache)")
+    add(
+        "--eval-every",
+        type=int,
+        metavar="STEPS",
+        help="updates from one evaluation to the next (default: an eighth of the run)",
+    )
+    add(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="updates from one checkpoint to the next (default: as --eval-every)",
+    )
+    add(
+        "--log-every",
+        type=int,
+        metavar="STEPS",
+        default=10,
+        help="updates from one logged row to the next (default %(default)s)",
+    )
+    add(
+        "--cache",
+        type=command.path,
+        metavar="DIR",
+        default=Path("cache"),
+        help="folder for tokenised text (default cache)",
+    )
     add("--watch", nargs="+", default=[], metavar="WHERE", help="curves also in: tensorboard, wandb")
 
 
@@ -198,9 +267,9 @@ def add_measurements(group) -> None:
         nargs="?",
         const=1,
         metavar="N",
-        help="how much memory each of N processes (default 1) needs, part by part (see engine/memory.py)",
+        help="how much memory each of N GPUs (default 1) needs; none has to be here (see engine/memory.py)",
     )
-    add("--benchmark", action="store_true", help="50 steps: tokens per second, MFU, memory, time lost")
+    add("--benchmark", action="store_true", help="time 50 steps: tokens per second, MFU, memory, time lost")
     add("--profile", action="store_true", help="some steps traced, and what costs the most in them")
     add("--compare", type=command.path, nargs="+", metavar="DIR", help="draw runs over each other, and stop")
 
@@ -236,7 +305,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
-    """Fill in the flags whose defaults depend on what is trained."""
+    """Fill in the flags whose defaults depend on what is trained. ValueError for one that does not fit."""
+    if concept.task.train is not None and (args.benchmark or args.profile):
+        flag = "--benchmark" if args.benchmark else "--profile"
+        raise ValueError(f"{flag}: {concept.task.name} has a loop of its own, which it does not time")
     if args.size is None and not (args.init_from or args.base):
         args.size = next(iter(concept.model_file.SIZES))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS

@@ -50,14 +50,14 @@ def describe_run(
     epochs: float,
     flops: float,
     device: str,
-    minutes: float,
+    minutes: float | None,
     step: int,
 ) -> list[str]:
     """Return what is printed before a run: what is trained on what, and how long it takes.
 
     data: the data set and its size. guess: how good a trivial guess is, None if there is none. n_active:
     parameters that one token uses; n_trained: those that learn. flops: of the whole run. minutes: from `step`
-    to the end on `device`.
+    to the end on `device`, None where nothing was timed.
     """
     part = ""
     if n_trained < n_params:
@@ -72,7 +72,7 @@ def describe_run(
         *([f"guess  {guess}"] if guess else []),
         f"run    {steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs",
         f"cost   {flops:.2e} FLOPs{per_parameter if n_trained == n_params else ''}",
-        f"here   {device}, about {minutes:.1f} min from step {step}",
+        f"here   {device}, {f'about {minutes:.1f} min ' if minutes is not None else ''}from step {step}",
     ]
 
 
@@ -148,6 +148,8 @@ def column(rows: list[dict], key: str) -> np.ndarray:
 
 def loss_title(evaluations: list[dict]) -> str:
     """Return "loss" with its unit, or without one where it is a sum of losses of different kinds."""
+    if any("val_reward" in row for row in evaluations):
+        return "beta KL - reward"
     several = any("val_mlm_loss" in row for row in evaluations)
     return "loss" if several else "loss (nats per token)"
 

@@ -31,7 +31,8 @@ from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
-from engine.settings import check_set, field_names, with_fields
+from engine.settings import adapter_fields, check_set, field_names, with_fields
+from formats import peft
 
 
 class Interrupted(Exception):
@@ -57,7 +58,7 @@ class Run:
     concept: contract.Concept
     settings: Any  # the task's Config
     adapter_config: Any  # the adapter's Config, None without one
-    base_fingerprint: str | None  # of the frozen model that an adapter's checkpoint leaves out
+    base_fingerprint: str | None  # of the frozen model that the checkpoint leaves out, if there is one
     sizes: Sizes
     dataset: Dataset
     batches: Batches
@@ -127,9 +128,11 @@ class Run:
         return self.step % every == 0 or self.step == self.args.steps
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights that a checkpoint holds: all of the model's, or its adapter's alone."""
-        adapter = self.concept.adapter
-        return adapter.state(self.model) if adapter is not None else self.model.state_dict()
+        """Return the weights that a checkpoint holds: all, or without those that an adapter's base has."""
+        task, adapter = self.concept.task, self.concept.adapter
+        if adapter is None:
+            return self.model.state_dict()
+        return adapter.state(self.model) | trainable.beside(self.model, task.unwrap(self.model))
 
     def save_model(self, directory: Path) -> None:
         """Write the unsharded model, or its adapter in PEFT's layout, and the tokenizer."""
@@ -137,8 +140,8 @@ class Run:
         if adapter is None:
             task.save(self.unsharded, self.dataset, directory)
         else:
-            config, base = self.adapter_config, self.concept.base
-            adapter.save_pretrained(self.unsharded, directory, config, base, self.base_fingerprint)
+            of_base = (self.adapter_config, self.concept.base, self.base_fingerprint)
+            adapter.save_pretrained(task.unwrap(self.unsharded), directory, *of_base)
         task.save_tokenizer(self.dataset, directory)
 
     def close(self) -> None:
@@ -348,15 +351,15 @@ def choose_weights(
 ) -> tuple[Any, str | None]:
     """Let only the parameters learn that --adapter or --train names; an adapter is put in, in place.
 
-    Returns the adapter's Config and the fingerprint of its base, or None and None.
+    Returns the adapter's Config or None, and the fingerprint of the model of the start if that one stays too.
     """
     adapter = concept.adapter
     if adapter is None:
         if trainable.parse(args.train)[0] == "head":
             concept.model_file.separate_head(model)
         trainable.freeze(model, args.train)
-        return None, None
-    config = with_fields(adapter.ADAPTERS[args.adapter or next(iter(adapter.ADAPTERS))], args.set)
+        return None, peft.fingerprint(model) if concept.task.REFERENCE else None
+    config = adapter_fields(concept, model.config, args)
     fingerprint = adapter.prepare_base(model, config)
     if not args.init_from or not contract.open_model().is_adapter(args.init_from):
         adapter.apply(model, config)
@@ -366,7 +369,7 @@ def choose_weights(
     trained = copy.deepcopy(model) if args.set else model
     config = adapter.load_adapter(trained, args.init_from, base_fingerprint=fingerprint)
     if args.set:
-        config = with_fields(config, args.set)
+        config = adapter_fields(concept, model.config, args, config)
         adapter.apply(model, config)
         start_from(model, adapter.state(trained), args.set)
     return config, fingerprint
@@ -425,10 +428,15 @@ def check_saving(run: Run, is_new: bool) -> None:
 def plan(args: argparse.Namespace) -> str:
     """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
 
-    The base of an adapter is read from disk. The vocabulary is that of --size, whatever --tokenizer is, and
-    --dtype is by default that of a GPU.
+    It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
+    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU. Raises
+    ValueError for another --device, whose kernels keep other tensors.
     """
     check_arguments(args)
+    if args.device in ("cpu", "mps"):
+        raise ValueError(
+            f"--device {args.device}: --dry-run plans the memory of GPUs and needs none here; leave it out"
+        )
     concept = contract.resolve(args)
     fill_defaults(args, concept)
     args.dtype = args.dtype or "bfloat16"

@@ -1,6 +1,7 @@
 """`--set FIELD=VALUE`: other values for fields of the Config of model, task or adapter."""
 
 import ast
+from argparse import Namespace
 from dataclasses import fields, replace
 from typing import Any
 
@@ -34,6 +35,17 @@ def check_set(concept: Concept, config: Any, changes: list[str]) -> None:
             raise ValueError(f"--set {change}: --tokenizer, --seq-len and --kernels decide this")
         if not equals or name not in known:
             raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {', '.join(known)}")
+
+
+def adapter_fields(concept: Concept, config: Any, args: Namespace, start: Any = None) -> Any:
+    """Return the adapter's Config with the values of --set, but for fields that the task has too.
+
+    config: of the model. start: the values where --set names none, by default those of --adapter.
+    """
+    adapters, settings = concept.adapter.ADAPTERS, concept.task.settings(config)
+    start = start or adapters[args.adapter or next(iter(adapters))]
+    of_task = set() if settings is config else set(field_names(settings))
+    return with_fields(start, args.set, set(field_names(start)) - of_task)
 
 
 def with_fields(config: Any, changes: list[str], known: set[str] | None = None) -> Any:

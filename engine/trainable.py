@@ -9,7 +9,7 @@ A head that is the embedding matrix becomes a copy of it first, so that it can m
 
 import re
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.parallel import blocks
 
@@ -41,6 +41,12 @@ def freeze(model: nn.Module, train: str) -> None:
         p.requires_grad_(above or id(p) in in_last)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--train {train}: this model has nothing above its blocks that could learn")
+
+
+def beside(module: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a module without that of the model in it, such as a value head's."""
+    inner = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    return {name: tensor for name, tensor in module.state_dict().items() if tensor.data_ptr() not in inner}
 
 
 def frozen_flops(model: nn.Module) -> int:

@@ -58,8 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     add("model", type=command.path, help="directory of a decoder, or of an adapter")
     add("text", type=command.filled, help="a file, folder, glob or URL, as for train.py --data")
     add("--stride", type=int, metavar="N", help="tokens per window (default: half of what the model reads)")
-    add("--text-field", default="text", metavar="NAME", help="of .json, .csv ... (default %(default)s)")
-    add("--cache", type=command.path, default=Path("cache"), help="of downloads (default %(default)s)")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field of .json, .csv ... that holds the text (default %(default)s)",
+    )
+    add(
+        "--cache", type=command.path, default=Path("cache"), help="folder for downloads (default %(default)s)"
+    )
     args = parser.parse_args(argv)
 
     from data import corpus, text

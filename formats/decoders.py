@@ -124,6 +124,11 @@ def read_decoder_config(directory: str | Path) -> dict:
     architecture = named_architecture(path, hf)
     if architecture not in DEFAULTS:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(DEFAULTS)}")
+    return decoder_fields(directory, path, hf, architecture)
+
+
+def decoder_fields(directory: str | Path, path: Path, hf: dict, architecture: str) -> dict:
+    """Return the fields of `gpt.Config` for hf, the content of config.json at path, of this architecture."""
     gpt2 = architecture == "GPT2LMHeadModel"
     table = GPT2_FIELDS if gpt2 else LLAMA_FIELDS
     with damage_named(path):
@@ -295,14 +300,19 @@ def load_decoder(kind: type[nn.Module], config_kind: type, directory: str | Path
     Raises ValueError unless the tensors are exactly those of the model.
     """
     fields, weights = read_decoder_config(directory), read_weights(directory)
-    if fields.get("positions") == "learned":
-        weights = from_gpt2(weights)
-    # The frequencies of rotary positions follow from the config, but old files hold them too.
-    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    weights = our_names(fields, weights)
     tie(fields, weights, *EMBEDDING_AND_HEAD)
     model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
     assign(model, weights, directory)
     return model
+
+
+def our_names(fields: dict, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a decoder with these fields of `gpt.Config` under our names."""
+    if fields.get("positions") == "learned":
+        weights = from_gpt2(weights)
+    # The frequencies of rotary positions follow from the config, but old files hold them too.
+    return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def save_decoder(model: nn.Module, directory: str | Path) -> None:

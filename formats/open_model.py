@@ -11,14 +11,14 @@ from pathlib import Path
 
 from torch import nn
 
-from formats import decoders, encoder_decoders, encoders, mixtures, native
+from formats import decoders, encoder_decoders, encoders, mixtures, native, reward_models
 from formats.config_json import named_architecture, read_config
 from formats.json_file import read_json
 
 
 def open_model(directory: str | Path, *, base: str | Path | None = None, kernels: str = "auto") -> nn.Module:
-    """Return the model in directory: decoder, mixture, encoder, ELECTRA, classifier, encoder-decoder, native,
-    or adapted.
+    """Return the model in directory: decoder, mixture, encoder, encoder-decoder, classifier, reward model,
+    native, or adapted.
 
     base: the directory of the model that an adapter is for, if not the one that adapter_config.json names.
     kernels: the backend of kernels/.
@@ -50,6 +50,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
+    if architecture in reward_models.CLASSES:
+        return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
         return native.find(path, architecture).__name__
 

@@ -3,4 +3,7 @@
 Read instruct (a base model learns to answer) and chat; then adapters, the layers behind lora.py, with
 merging, adapter_costs and adapter_command; nf4 (a model in 4 bits); and classify, which has its own loop,
 beside naive_bayes, which counts words.
+
+Then what people prefer: frontier (how good a policy can be), dpo with reference and online_dpo, and reward;
+chain_preferences and preference_runs hold what these have in common.
 """

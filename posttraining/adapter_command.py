@@ -72,10 +72,15 @@ def main(argv: list[str]) -> int:
     add("--prompt", help="ask one question")
     add("--merge", type=command.path, metavar="DIR", help="write base and adapter as one ordinary model")
     add("--system", help="a system message, which comes before all questions")
-    add("--max-new-tokens", type=int, default=100, help="of an answer, at most (default %(default)s)")
+    add("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default 0)")
-    add("--top-p", type=float, default=0.95, help="only the likeliest tokens of this joint probability")
-    add("--seed", type=int, default=0)
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="draw only from the likeliest tokens of this joint probability (default %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     args = parser.parse_args(argv)
     return command.exit_code(lambda: do(args))
 

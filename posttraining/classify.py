@@ -370,18 +370,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--text", help="the text to classify")
     add("--data", type=command.path, metavar="FILE", help='.jsonl of {"text": ..., "label": ...}, .csv ...')
     add("--val", type=command.path, metavar="FILE", help="held-out examples (default: a tenth of --data)")
-    add("--text-field", default="text", metavar="NAME", help="default %(default)s")
-    add("--label-field", default="label", metavar="NAME", help="default %(default)s")
+    add("--text-field", default="text", metavar="NAME", help="field of the text (default %(default)s)")
+    add("--label-field", default="label", metavar="NAME", help="field of the label (default %(default)s)")
     add("--init-from", type=command.filled, metavar="DIR", help="the encoder, in Hugging Face layout")
-    add("--out", type=command.path, metavar="DIR", default=Path("runs/classify"), help="default %(default)s")
-    add("--epochs", type=int, default=3, metavar="N", help="default %(default)s")
-    add("--batch-size", type=int, default=16, metavar="TEXTS", help="default %(default)s")
+    out = "folder of the classifier (default %(default)s)"
+    add("--out", type=command.path, metavar="DIR", default=Path("runs/classify"), help=out)
+    add("--epochs", type=int, default=3, metavar="N", help="passes over the examples (default %(default)s)")
+    add("--batch-size", type=int, default=16, metavar="TEXTS", help="texts per update (default %(default)s)")
     add("--lr", type=float, metavar="X", help="peak rate of the heads (default: by the model's size)")
-    add("--layer-decay", type=float, default=1.0, metavar="X", help="rate of a layer / of the one above it")
-    layers = "layers that learn: all, one more each epoch, or only the heads"
+    rates = "learning rate of a layer over that of the one above it (default 1)"
+    add("--layer-decay", type=float, default=1.0, metavar="X", help=rates)
+    layers = "layers that learn: all (default), one more each epoch, or only the heads"
     add("--unfreeze", choices=("all", "gradual", "none"), default="all", help=layers)
     add("--cut", action="store_true", help="cut texts that are longer than the model reads")
-    add("--seed", type=int, default=0, metavar="N")
+    add("--seed", type=int, default=0, metavar="N", help="start of all random numbers (default 0)")
     args = parser.parse_args(argv)
 
     def run() -> None:

@@ -332,7 +332,7 @@ def save_tokenizer(dataset: Dataset, directory: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Count conversations and show some of them as trained on.")
     add = parser.add_argument
-    add("file", nargs="?", type=command.path, help="of conversations (default: the built-in ones)")
+    add("file", nargs="?", type=command.path, help="a file of conversations (default: the built-in ones)")
     add("--tokenizer", type=command.filled, default="bytes", help="as for train.py (default %(default)s)")
     add("-n", type=int, default=5, help="how many to show (default %(default)s)")
     args = parser.parse_args(argv)

@@ -92,10 +92,20 @@ def telling_words(model: NaiveBayes, n: int) -> dict[str, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Classify texts by counting words, and print the telling words.")
     add = parser.add_argument
-    add("file", type=command.path, help="of labelled texts, see data/labelled.py")
+    add("file", type=command.path, help="a file of labelled texts, see data/labelled.py")
     add("--val", type=command.path, metavar="FILE", help="held-out texts (default: a tenth of them)")
-    add("--text-field", default="text", metavar="NAME", help="default %(default)s")
-    add("--label-field", default="label", metavar="NAME", help="default %(default)s")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="the field that holds the text (default %(default)s)",
+    )
+    add(
+        "--label-field",
+        default="label",
+        metavar="NAME",
+        help="the field that holds the label (default %(default)s)",
+    )
     args = parser.parse_args(argv)
     fields = (args.text_field, args.label_field)
     examples = read_examples(args.file, *fields)

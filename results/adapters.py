@@ -216,11 +216,20 @@ def main() -> None:
     parser.add_argument(
         "--base", required=True, metavar="DIR", help="model/ of a run of train.py --model gpt"
     )
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--search-steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--steps", type=int, default=300, help="updates of a run (default %(default)s)")
+    parser.add_argument(
+        "--search-steps",
+        type=int,
+        default=150,
+        help="updates of a run that tries a learning rate (default %(default)s)",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=21, help="measurements of each side (default %(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
     about = {"command": "python -m results.adapters --base runs/base/model --out results/adapters.json"}

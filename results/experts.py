@@ -174,11 +174,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--balance-steps", type=int, default=250)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--cache", type=Path, default=Path("cache"))
+    parser.add_argument("--steps", type=int, default=800, help="updates of a run (default %(default)s)")
+    parser.add_argument(
+        "--balance-steps",
+        type=int,
+        default=250,
+        help="updates of a run that shows the balance (default %(default)s)",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("cache"), help="folder for tokenised text (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
     data.text.prepare("stdlib", "bpe:4096", args.cache)

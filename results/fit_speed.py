@@ -43,9 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--starts", type=int, default=500, help="of the grid's 4,500 (default 500)")
-    parser.add_argument("--resamples", type=int, default=40, help="of the 4,000 (default 40)")
-    parser.add_argument("--rounds", type=int, default=5, help="of our fit and bootstrap (default 5)")
+    parser.add_argument("--starts", type=int, default=500, help="starts of the grid's 4,500 (default 500)")
+    parser.add_argument("--resamples", type=int, default=40, help="resamples of the 4,000 (default 40)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="measurements of our fit and bootstrap (default 5)"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     return parser.parse_args()
 

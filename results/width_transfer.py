@@ -168,9 +168,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each")
-    parser.add_argument("--cache", type=Path, default=Path("cache"))
+    parser.add_argument("--steps", type=int, default=300, help="updates of a run (default %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each (default %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("cache"), help="folder for tokenised text (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args()
     data.text.prepare("stdlib", "bytes", args.cache)

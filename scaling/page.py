@@ -126,7 +126,12 @@ def read_fit(path: Path) -> Published:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=command.path, metavar="FILE", help=f"default {OUT}, if it is new")
+    parser.add_argument(
+        "--out",
+        type=command.path,
+        metavar="FILE",
+        help=f"where to write the page (default {OUT}, if it is new)",
+    )
     parser.add_argument(
         "--points", type=command.path, help="CSV of your runs: N, D or C, loss (default: Hoffmann's)"
     )

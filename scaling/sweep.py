@@ -40,7 +40,7 @@ import numpy as np
 from chinchilla import Law
 from formats import atomic, command
 from formats.quantities import quantity, short
-from scaling.points import interval
+from scaling.points import interval, positive_number
 from scaling.sweep_report import EXACT, find_law, plot_emergence, plot_sweep, print_law, write_csv
 
 # Functions import scaling.sweep_runs where they use it: it loads torch, which takes seconds, also of --help.
@@ -233,14 +233,16 @@ def make_runs(runs: list[dict], design: Design, args: argparse.Namespace, n_work
 
 
 def read_rows(runs: list[dict], out: Path) -> list[dict]:
-    """Return a row for each point of the runs. Raises ValueError for a metrics.jsonl that is damaged."""
+    """Return a row for each point of the runs. Raises ValueError for a metrics.jsonl that is damaged, or that
+    lacks a loss or holds one that is not finite, which would spoil the figures of the whole sweep."""
     rows = []
     for run in runs:
         path = out / f"width{run['width']}" / "metrics.jsonl"
         try:
             for found in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
                 N, D = run["flops_per_token"] / 6, found["tokens"]
-                row = {"N": N, "D": D, "C": 6 * N * D, "loss": found["val_loss"], "width": run["width"]}
+                loss = positive_number(found["val_loss"], "val_loss")
+                row = {"N": N, "D": D, "C": 6 * N * D, "loss": loss, "width": run["width"]}
                 row |= {"parameters": run["n_params"], "without_head": run["n_without_head"]}
                 rows.append(row | {name: found[name] for name in ("accuracy", *EXACT)})
         except (ValueError, LookupError, TypeError) as error:
@@ -314,9 +316,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as for train.py (default stdlib)",
     )
     add("--tokenizer", default="bytes", metavar="WHAT", help="as for train.py (default bytes)")
-    add("--lr-factor", type=float, default=1.0, metavar="X", help="multiply the design's learning rates by X")
+    add(
+        "--lr-factor",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="multiply the design's learning rates by X (default 1)",
+    )
     add("--seed", type=int, default=0, help="seed of the runs and of the resamples (default 0)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, else cpu")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="where the runs compute (default: cuda if there is a GPU, else cpu)",
+    )
     add("--workers", type=int, metavar="N", help="runs in parallel (default: one per core; 1 on a GPU)")
     add(
         "--out",

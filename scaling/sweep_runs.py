@@ -6,6 +6,7 @@ WINDOW of the updates is evaluated, and the run is saved, so that it can go on f
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -160,7 +161,8 @@ def train_one(flags: list[str], points: list[int]) -> None:
     """Train one size, from its last checkpoint if there is one, and write a row to its metrics.jsonl for each
     of the points that are left.
 
-    Raises ValueError when too many updates in a row have a gradient that is not finite."""
+    Raises ValueError when too many updates in a row have a gradient that is not finite, and when the loss of
+    a point is not finite."""
     run = build_run(flags, points[-1])
     args, rows, parent = run.args, held_out_rows(run), multiprocessing.parent_process()
     tokens_per_update = args.batch_size * args.seq_len
@@ -183,6 +185,8 @@ def train_one(flags: list[str], points: list[int]) -> None:
         # Evaluate the mean and save. Resuming removes rows that are newer than the checkpoint.
         row = {"step": point, "tokens": point * tokens_per_update, "skipped": run.n_skipped}
         row |= evaluate(run, average.module.eval(), rows)
+        if not math.isfinite(row["val_loss"]):
+            raise ValueError(f"{args.out}: loss {row['val_loss']} at step {point}; lower --lr-factor")
         with open(args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         save_run(run)

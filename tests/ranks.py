@@ -1,6 +1,8 @@
-"""What the ranks of a test compute, and the two ways to start them: forked, which is fast, or by torchrun."""
+"""What the ranks of a test compute, and three ways to start them: forked, which is fast; by a torchrun that
+forks them; or by torchrun as users start it."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed.run
 from conftest import ROOT, Beside
 from forks import Forked
 from safetensors.torch import save_file
@@ -121,11 +124,26 @@ def fork(n: int, runs) -> list[Forked]:
     return ranks
 
 
-def torchrun(n: int, argv, spoilt=None) -> Beside:
-    """Start torchrun with n ranks that make one run. What they print on stdout is dropped."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+TORCHRUN = ("--standalone", "--nproc_per_node=2")
+
+
+def torchrun(argv, spoilt=None) -> Beside:
+    """Start torchrun with two ranks that make one run. What they print on stdout is dropped."""
+    command = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     return Beside([*command, __file__, json.dumps([[argv, spoilt, 0]])], env)
+
+
+def forked_torchrun(argv) -> Forked:
+    """Start the same in a forked process, which forks the ranks: nothing has to be imported."""
+    return Forked(run_torchrun, [*TORCHRUN, "--start-method=fork", "--run-path"], [[argv, None, 0]])
+
+
+def run_torchrun(flags, runs) -> int:
+    # A daemon of multiprocessing, as forks.py starts it, may not have children.
+    multiprocessing.current_process()._config["daemon"] = False
+    torch.distributed.run.main([*flags, __file__, json.dumps(runs)])
+    return 0
 
 
 if __name__ == "__main__":

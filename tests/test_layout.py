@@ -215,6 +215,27 @@ def test_a_path_on_the_command_line_is_not_empty():
     report(offenders)
 
 
+def test_every_flag_has_a_help_that_names_its_default():
+    offenders = []
+    for path in code().values():
+        assigned = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Assign)]
+        named = {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in assigned}
+        for node in ast.walk(tree(path)):
+            function = node.func if isinstance(node, ast.Call) else None
+            is_flag = getattr(function, "attr", getattr(function, "id", "")) in ("add", "add_argument")
+            if not is_flag or not node.args or not isinstance(getattr(node.args[0], "value", None), str):
+                continue
+            # A help may be the name of a text, which is on a line before.
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            where, text = f"{path}:{node.lineno} {node.args[0].value}", given.get("help")
+            text = named.get(text, text)
+            if text is None or text.lstrip("f'\"").startswith(("default", "of ")):
+                offenders.append(f"{where}: help {text}; expected what the flag does, and its unit")
+            elif given.get("default", "None") not in ("None", "[]", "''", "False") and "default" not in text:
+                offenders.append(f"{where}: help {text}; expected (default ...) too")
+    report(offenders)
+
+
 def test_text_files_are_read_and_written_as_utf8():
     # Without an encoding it is that of the system, which on Windows is another one.
     offenders = []

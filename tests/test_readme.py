@@ -37,6 +37,7 @@ INSTEAD = {  # in blocks of Python
     '"stdlib"': '"book.txt"',
     '"bpe:4096"': '"bytes"',
 }
+ON_THE_CHAIN = {"dpo", "online_dpo", "reward"}
 EXPECTED = {
     "# Gopher's budget": "72.2B parameters, 1.33T tokens"
 }  # comment in a block: how its output begins
@@ -53,6 +54,10 @@ def small(command: list[str], n_steps: int) -> list[str]:
     if {"--help", "--compare", "--dry-run"} & set(command):
         return command
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
+    if ON_THE_CHAIN & set(command):
+        if "--init-from" not in command:  # by default they have data and a small model of their own
+            return [*command, "--batch-size", "64", "--steps", str(n_steps)]
+        data = "pairs.jsonl"
     size = [] if {"--init-from", "--base"} & set(command) else ["--size", "tiny"]
     steps = ["--steps", str(n_steps)]
     if "--extend" in command:
@@ -96,6 +101,8 @@ def fill(folder: Path) -> None:
     (folder / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
     reviews = [{"text": f"{word} {i}", "label": word} for word in ("good", "bad") for i in range(20)]
     (folder / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
+    pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     questions = [{"question": f"{i}?", "answer": f"{i}"} for i in range(40)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpt
 import train
 from data.tokenizer import Tokenizer
-from engine import device, optim
+from engine import cpu, device, optim
 from kernels import backend
 
 # --- what a run is
@@ -214,6 +214,17 @@ def test_mfu_is_shown_for_known_devices_only(name, peak, monkeypatch):
     assert device.peak_flops("cpu") is None
 
 
+ADVICE = "slow: other processes use the cores"
+
+
+def test_advice_about_crowded_cores_is_one_line_once(text, tmp_path, monkeypatch, capsys):
+    times = []
+    monkeypatch.setattr(cpu, "crowded", lambda *given: times.append(given) or ADVICE)
+    assert train.main(flags(text, tmp_path / "run", steps=4, log_every=1, device="cpu")) == 0
+    assert len(times) == 1 and all(seconds > 0 for seconds in times[0])
+    assert capsys.readouterr().out.count(ADVICE) == 1
+
+
 # --- a loss that does not stay finite
 
 
@@ -250,12 +261,13 @@ def test_several_in_a_row_end_the_run_and_name_the_last_good_checkpoint(text, tm
 
 
 def test_triton_kernels_train_like_torchs_own(text, tmp_path, monkeypatch):
-    small = gpt.Config(2, 4, 64, 128, max_seq_len=16, n_kv_heads=2, qk_norm=True)
+    small = gpt.Config(2, 2, 32, 64, max_seq_len=8, n_kv_heads=1, qk_norm=True)
     monkeypatch.setitem(gpt.SIZES, "tiny", small)
-    text.write_text(text.read_text()[:3000])  # the interpreter is slow, and evaluation reads all of it
+    # The interpreter is slow: an evaluation reads all held-out text, and a sample is as long as a row.
+    text.write_text(text.read_text()[:1000])
     losses = []
     for kernels in ("triton", "torch"):
-        options = dict(steps=2, eval_every=2, kernels=kernels)
+        options = dict(steps=2, eval_every=2, seq_len=8, kernels=kernels)
         assert train.main(flags(text, tmp_path / kernels, **options)) == 0
         losses.append([row.get("loss", row.get("val_loss")) for row in rows(tmp_path / kernels)])
     assert len(losses[0]) == 4  # before, two steps, after

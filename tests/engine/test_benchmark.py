@@ -11,7 +11,13 @@ import train
 from engine import benchmark
 from engine.batches import Batches
 
-GIVEN = {"tokens_per_second": 1.0, "flops_per_second": 1.0, "mfu": None, "peak_memory": 1}
+GIVEN = {
+    "tokens_per_second": 1.0,
+    "flops_per_second": 1.0,
+    "mfu": None,
+    "product_flops": None,
+    "peak_memory": 1,
+}
 GIVEN |= {"shares": dict.fromkeys(("batch", "rest", "gradient", "update"), 0.25)}
 SMALL = gpt.Config(2, 4, 32, 64, max_seq_len=64, n_kv_heads=2)
 
@@ -29,10 +35,21 @@ def test_the_benchmark_says_how_fast_and_where_the_time_goes(flags, tmp_path, ca
     assert train.main([*flags, "--benchmark"]) == 0
     speed, memory, shares = capsys.readouterr().out.strip().splitlines()
     assert float(re.search(r"([\d,]+) tokens/s", speed)[1].replace(",", "")) > 0
+    flops, share, of = re.search(
+        r"([\d.e+]+) FLOP/s, ([\d.]+)% of the ([\d.e+]+) FLOP/s of a", speed
+    ).groups()
+    assert float(share) == pytest.approx(100 * float(flops) / float(of), abs=0.06, rel=0.02)
     assert 0.05 < float(re.search(r"([\d.]+) GB", memory)[1]) < 100  # of the whole process
     percents = [float(x) for x in re.findall(r"([\d.]+)%", shares)]
     assert sum(percents[:3]) == pytest.approx(100, abs=0.2) and percents[3] <= percents[2]
     assert not (tmp_path / "run").exists()
+
+
+def test_no_peak_no_mfu():
+    assert "no MFU: peak unknown" in benchmark.describe(GIVEN)
+    assert "40.0% MFU" in benchmark.describe(GIVEN | {"mfu": 0.4})
+    in_product = benchmark.describe(GIVEN | {"flops_per_second": 2e9, "product_flops": 8e9})
+    assert "25.0% of the 8e+09 FLOP/s of a matrix product here" in in_product and "MFU" not in in_product
 
 
 def test_time_is_put_down_to_the_part_that_took_it(monkeypatch):

@@ -107,3 +107,26 @@ def test_compiled_it_takes_rows_of_any_length():
             out = compiled(q, q, q, causal=True)
         torch.testing.assert_close(out, attention(q, q, q, causal=True))
         out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "load, cpu_seconds, crowded",
+    [
+        (2.0, 2.0, False),  # a quiet machine: the run alone
+        (2.0, 0.5, False),  # threads that wait passively
+        (9.0, 2.0, False),  # others wait, and this run does not
+        (9.0, 0.8, True),
+    ],
+)
+def test_crowded_cores_are_found_where_others_want_them_and_this_run_lacks_them(
+    load, cpu_seconds, crowded, monkeypatch
+):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    advice = cpu.crowded(1.0, cpu_seconds)
+    assert (advice is not None) == crowded
+    if crowded:
+        assert "load average 9.0 on 2 cores; the 2 threads of this run got 0.8 of them" in advice
+        assert "OMP_NUM_THREADS=1" in advice and "OMP_WAIT_POLICY=passive" in advice
+        assert "\n" not in advice

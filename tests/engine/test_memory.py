@@ -19,6 +19,7 @@ import bert
 import gpt
 import lora
 import moe
+import train
 from engine import parallel, trainable
 from engine.activations import Precision, attention_bytes, mlp_bytes
 from engine.memory import MOMENTS, block_bytes, describe, estimate
@@ -397,6 +398,23 @@ def test_the_text_names_flags_that_help_where_no_gpu_fits():
     assert "--checkpoint-activations" in text
     assert "--dtype" not in text.splitlines()[-1]  # it is bfloat16 already
     assert "--grad-accum" not in text  # each process has one sequence
+
+
+@pytest.mark.parametrize("device", [None, "cuda", "cpu", "mps"])
+def test_a_dry_run_names_what_it_plans_for_and_needs_no_gpu(device, capsys):
+    given = ["--device", device] if device else []
+    code = train.main(
+        ["--model", "gpt", "--size", "llama3-8b", "--parallel", "fsdp", "--dry-run", "8", *given]
+    )
+    out, err = capsys.readouterr()
+    if device in (None, "cuda"):
+        assert code == 0 and out.startswith(
+            "planned for GPUs (CUDA or ROCm); this machine needs none\nGPU 1 of 8"
+        )
+        assert "a GPU of" in out and "80" in out
+    else:
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith(f"error: --device {device}: --dry-run plans the memory of GPUs")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARD
-from ranks import SMALL, fork, make_small, torchrun, watched
+from ranks import SMALL, fork, forked_torchrun, make_small, torchrun, watched
 from safetensors.torch import load_file
 
 import gpt
@@ -194,7 +194,7 @@ def test_a_nan_in_one_process_leaves_the_update_out_in_all(folder):
 
 def test_the_failure_of_one_process_ends_all_and_is_shown_once(folder):
     flags = argv(folder, "gpt", folder / "fails", "--parallel", "ddp", steps=400)
-    process = torchrun(2, flags, (1, 5, "raise"))
+    process = torchrun(flags, (1, 5, "raise"))
     assert process.end() != 0
     error = process.said()
     assert error.count("RuntimeError: this process has had enough") == 1 and "Connection closed" not in error
@@ -218,14 +218,14 @@ def until(process, path, text):
     """Wait until a process has written a text to a file."""
     deadline = time.monotonic() + 400
     while not (path.exists() and text in path.read_text()):
-        assert process.poll() is None, process.said()
+        assert process.is_alive(), process.said()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def workers(process):
-    """Return the ids of torchrun's ranks."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def workers(pid):
+    """Return the ids of the ranks of the torchrun with this id."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children]
 
 
@@ -236,13 +236,13 @@ def test_a_killed_process_and_then_sigterm_lose_nothing(folder):
 
     def start(*more):
         more = ["--parallel", "ddp", "--save-every", "20", "--eval-every", str(LONG), *more]
-        return torchrun(2, argv(folder, "gpt", folder / "killed", *more, steps=LONG))
+        return forked_torchrun(argv(folder, "gpt", folder / "killed", *more, steps=LONG))
 
     log = folder / "killed" / "metrics.jsonl"
     for step, victim, more in ((30, -1, []), (50, 0, ["--resume"])):
         process = start(*more)
         until(process, log, f'"step": {step},')
-        os.kill(workers(process)[victim], signal.SIGKILL)
+        os.kill(workers(process.process.pid)[victim], signal.SIGKILL)
         # Of the first to notice, and torchrun's own.
         assert process.end() != 0 and process.said().count("Traceback") <= 2
 

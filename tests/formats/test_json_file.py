@@ -41,13 +41,18 @@ def places(content, path=()):
             yield from places(content[key], (*path, key))
 
 
+def new_value(data):
+    """Return a value of JSON that is no part of what was drawn before: a list in itself is no JSON."""
+    return copy.deepcopy(data.draw(VALUES))
+
+
 def mutated(content, data, above=()):
     """Return JSON content with one to three of its values replaced, added or removed.
 
     above: keys of long lists and objects. Of what is in them, only the first ten can be changed.
     """
     if data.draw(st.integers(0, 19)) == 0:
-        return data.draw(VALUES)
+        return new_value(data)
     content = copy.deepcopy(content)
     for _ in range(data.draw(st.integers(1, 3))):
         paths = list(places(content))
@@ -60,9 +65,9 @@ def mutated(content, data, above=()):
         for step in path:
             parent = parent[step]
         if isinstance(parent, list) and key == len(parent):
-            parent.append(data.draw(VALUES))
+            parent.append(new_value(data))
         elif data.draw(st.booleans()) or key == "new key":
-            parent[key] = data.draw(VALUES)
+            parent[key] = new_value(data)
         else:
             del parent[key]
     return content

@@ -320,8 +320,8 @@ def test_memory_is_linear_in_the_length(peak_memory):
         leaves = [x.requires_grad_() for x in inputs({}, T, T, H=2, G=1)[:3]]
         return peak_memory(lambda: attention(*leaves, causal=True, backend=backend).sum().backward())
 
-    assert peak(160, "triton") < 2.1 * peak(80, "triton")
-    assert peak(160, "reference") > 3 * peak(80, "reference")
+    assert peak(96, "triton") < 2.1 * peak(48, "triton")
+    assert peak(96, "reference") > 3 * peak(48, "reference")
 
 
 def test_nothing_in_nothing_out():
@@ -449,12 +449,12 @@ def test_shapes_that_do_not_fit_say_so():
             attention(x, x, x, backend="triton")
 
 
-# --- on a GPU
+# --- on a GPU; a rehearsal has one head width
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("K", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("K", [16, 64, 80, 128, 256] if DEVICE == "cuda" else [16])
 @pytest.mark.parametrize(
     "names", [(), *((name,) for name in FEATURES if name not in ("width 24", "float16"))]
 )

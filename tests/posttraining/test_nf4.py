@@ -3,6 +3,7 @@
 import copy
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,9 @@ def layers():
     offsets = torch.tensor([4, 4, 9], dtype=torch.int32)
 
     def plain_experts(x):
-        gate, up = grouped_matmul(x, experts.gate_up_proj.weight, offsets).chunk(2, dim=-1)
-        return grouped_matmul(F.silu(gate) * up, experts.down_proj.weight, offsets)
+        product = partial(grouped_matmul, backend="reference")  # it alone has second derivatives
+        gate, up = product(x, experts.gate_up_proj.weight, offsets).chunk(2, dim=-1)
+        return product(F.silu(gate) * up, experts.down_proj.weight, offsets)
 
     return {
         "linear": (linear, lambda x: F.linear(x, linear.weight, linear.bias), (2, 3, 100)),
@@ -213,6 +215,19 @@ def test_gradients(case, autocast):
     assert y.dtype == expected.dtype == (torch.bfloat16 if autocast else torch.float32)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(dx, expected_dx)
+
+
+@pytest.mark.parametrize("case", ["linear", "vector", "experts"])
+def test_second_derivatives(case):
+    """Those of sum(tanh(y)^2), whose gradient depends on x, beside those with the weight dequantised."""
+    quantized, plain, shape = layers()[case]
+    results = []
+    for function in (quantized, plain):
+        x = normal(*shape).requires_grad_()
+        (dx,) = torch.autograd.grad(function(x).tanh().square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((dx * normal(*shape, seed=2)).sum(), x)[0])
+    assert results[0].abs().max() > 1e-3
+    torch.testing.assert_close(*results)
 
 
 def test_only_a_bias_learns():

@@ -5,12 +5,15 @@ real ones.
 """
 
 import json
+import os
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 
 from results.gpu import __main__ as command
 from results.gpu import measure, rows, table
@@ -48,8 +51,45 @@ def session(tmp_path, *flags):
 # --- the whole command
 
 
+class Step:
+    """A step in a forked process, with those parts of subprocess.Popen that the command uses."""
+
+    def __init__(self, log, argv):
+        self.forked = Forked(measure_into, log, argv)
+        self.process, self.pid = self.forked.process, self.forked.process.pid
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise subprocess.TimeoutExpired("a step", timeout)
+        return self.process.exitcode
+
+
+def measure_into(log, argv):
+    """Run results/gpu/measure.py as a process of its own in a rehearsal. All output goes to a file."""
+    os.setsid()
+    torch._dynamo.config.disable = True  # by TORCHDYNAMO_DISABLE, which is read before a fork
+    for output in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), output)
+    measure.main(argv)
+
+
+@pytest.fixture
+def forked_steps(monkeypatch):
+    """Fork all steps but the first one, which shows that a new Python process can run a step."""
+    start = command.Session.start
+
+    def fork_or_start(session, *words, **environment):
+        module, *argv = words
+        if module != "results.gpu.measure" or argv[0] == "limits":
+            return start(session, *words, **environment)
+        return Step(session.log.name, [*argv, *session.flags])
+
+    monkeypatch.setattr(command.Session, "start", fork_or_start)
+
+
 @pytest.mark.skipif(not NO_GPU, reason="stands in for a GPU")
-def test_the_rehearsal_runs_every_step(tmp_path, capsys):
+def test_the_rehearsal_runs_every_step(forked_steps, tmp_path, capsys):
     assert command.main(["--rehearse", "--minutes", "20", "--out", str(tmp_path)]) == 0, (
         tmp_path / "log.txt"
     ).read_text()[-5000:]

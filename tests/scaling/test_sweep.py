@@ -2,11 +2,13 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 import time
 from argparse import ArgumentParser
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,10 +126,14 @@ def test_a_sweep_ends_with_a_prediction_that_was_written_before_it_was_tested(
         sweep.main(arguments(text, tmp_path, "--budget", "4e8", "--seed", "1"))
 
     metrics = tmp_path / "out" / "width16" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text()[:-5])
+    whole, loss = metrics.read_text(), re.compile(r'"val_loss": [\d.]+')
     monkeypatch.setattr(sweep, "make_runs", lambda *_: None)
-    with pytest.raises(ValueError, match=r"width16/metrics.jsonl is damaged .* remove"):
-        sweep.main(arguments(text, tmp_path))
+    without_loss = loss.sub('"other": 1', whole, count=1)
+    not_finite = [loss.sub(f'"val_loss": {value}', whole, count=1) for value in ("NaN", "Infinity", "null")]
+    for damaged, found in [(whole[:-5], ""), *((rest, "val_loss") for rest in (without_loss, *not_finite))]:
+        metrics.write_text(damaged)
+        with pytest.raises(ValueError, match=rf"width16/metrics.jsonl is damaged .*{found}.* remove"):
+            sweep.main(arguments(text, tmp_path))
     (tmp_path / "out" / "sweep.json").write_text("[]")
     with pytest.raises(ValueError, match=r"sweep.json is damaged"):
         sweep.main(arguments(text, tmp_path))
@@ -286,6 +292,17 @@ def test_a_worker_whose_parent_is_dead_stops(inline, text, tmp_path, monkeypatch
     monkeypatch.setattr(sweep_runs.os, "_exit", leave)
     with sweep_runs.workers(1), pytest.raises(SystemExit):
         sweep_runs.train_one(sweep.train_flags(SMALL, 16, arguments(text, tmp_path)), [10])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_its_row_is_written(
+    inline, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep_runs, "predict", lambda run, model, tokens: model(tokens).float() * math.nan)
+    flags = sweep.train_flags(SMALL, 16, arguments(text, tmp_path))
+    with sweep_runs.workers(1), pytest.raises(ValueError, match="loss nan at step 2; lower --lr-factor"):
+        sweep_runs.train_one(flags, [2])
+    out = Path(flags[flags.index("--out") + 1])
+    assert "val_loss" not in (out / "metrics.jsonl").read_text() and not (out / "checkpoint").exists()
 
 
 def test_no_process_is_left_behind_by_an_error():

@@ -1,0 +1,82 @@
+"""Reward models of Hugging Face: decoders with one number as their output, `...ForSequenceClassification`.
+
+    LlamaForSequenceClassification      the decoder of LlamaForCausalLM without its head, and `score` (1, D)
+
+and likewise for GPT-2, Mistral, Qwen2 and Qwen3 (formats/decoders.py). The number is read at the last token
+of a text. transformers finds that token by pad_token_id, as the last one that is something else. So
+pad_token_id is written only if it was given, and must never end a text. Without it transformers takes texts
+one by one.
+
+`score` has no bias there. Ours is the key "reward_bias" of config.json, which transformers ignores. The
+differences of scores, which alone have a meaning in preferences, do not depend on it.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from formats import decoders
+from formats.config_json import damage_named, named_architecture, read_config, whole_number
+from formats.safetensors_dir import read_weights, write
+
+ENDING = "ForSequenceClassification"
+CLASSES = {  # of reward models: that of the decoder
+    name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + ENDING: name for name in decoders.DEFAULTS
+}
+SCORE = "score.weight"
+
+
+class Saved(NamedTuple):
+    """A reward model in a directory."""
+
+    fields: dict[str, Any]  # of gpt.Config
+    weights: dict[str, Tensor]  # of the decoder, under our names; and SCORE, (1, D)
+    pad_token_id: int | None
+    bias: float
+
+
+def read(directory: str | Path) -> Saved:
+    """Return the reward model in directory. Raises ValueError for another model, or one of several labels."""
+    path, hf = read_config(directory)
+    architecture = named_architecture(path, hf)
+    if architecture not in CLASSES:
+        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CLASSES)}")
+    labels = hf.get("id2label") or {"0": "", "1": ""}  # transformers' default is two
+    if len(labels) != 1:
+        raise ValueError(f"{path}: id2label has {len(labels)} labels; expected 1, the reward")
+    bias = hf.pop("reward_bias", 0.0)
+    if isinstance(bias, bool) or not isinstance(bias, float | int):
+        raise ValueError(f"{path}: reward_bias {bias!r:.100}: expected a number")
+    fields = decoders.decoder_fields(directory, path, hf, CLASSES[architecture])
+    with damage_named(path):
+        pad = whole_number(path, hf, "pad_token_id", None) if hf.get("pad_token_id") is not None else None
+
+    weights = read_weights(directory)
+    score = weights.pop(SCORE, None)
+    if score is None or score.shape != (1, fields["d_model"]):
+        found = "is missing" if score is None else f"has shape {tuple(score.shape)}"
+        raise ValueError(f"{directory}: {SCORE} {found}; expected (1, {fields['d_model']})")
+    weights = decoders.our_names(fields, weights)
+    fields["tie_embeddings"] = True  # there is no head
+    return Saved(fields, weights | {SCORE: score}, pad, float(bias))
+
+
+def save(
+    config: Any,
+    weights: dict[str, Tensor],
+    directory: str | Path,
+    pad_token_id: int | None = None,
+    bias: float = 0.0,
+) -> None:
+    """Write a reward model. weights: of the decoder under our names, and SCORE."""
+    hf = decoders.decoder_config(config)
+    classes = {decoder: name for name, decoder in CLASSES.items()}
+    hf["architectures"] = [classes[hf["architectures"][0]]]
+    hf |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "pad_token_id": pad_token_id}
+    hf["reward_bias"] = bias
+    score, rest = weights[SCORE], {name: w for name, w in weights.items() if name != SCORE}
+    if hf["model_type"] == "gpt2":
+        rest = decoders.to_gpt2(rest)
+    write(directory, hf, rest | {SCORE: score.to(torch.float32)})

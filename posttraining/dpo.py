@@ -1,0 +1,339 @@
+r"""Direct preference optimisation: a model learns from pairs of answers, without a reward model.
+
+    h    = (log pi(y_c | x) - log ref(y_c | x)) - (log pi(y_r | x) - log ref(y_r | x))
+    loss = -log sigmoid(beta h)            y_c the chosen answer to the prompt x, y_r the rejected one
+
+The policy that maximises E[reward] - beta KL(pi || ref) is ref exp(reward / beta) / Z. Solved for the reward,
+this gives reward = beta log(pi / ref) + beta log Z(x), and Z cancels in a pair. So the Bradley-Terry model of
+a reward, p(y_c preferred) = sigmoid(reward_c - reward_r), becomes a loss on the policy itself (DPO, Rafailov
+et al. 2023, section 4). The reference is the model that training starts from. It does not change, so its
+log-probabilities are computed once, see posttraining/reference.py.
+
+    --set method=   loss, with h as above and l the log-probability of an answer, n its tokens
+    dpo             -log sigmoid(beta h)
+    conservative    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)    labels flipped with probability e
+    robust          (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1-2e)    (Chowdhury et al. 2024)
+    hinge           max(0, 1 - beta h)                                                (SLiC, Zhao et al. 2023)
+    ipo             (h - 1/(2 tau))^2, tau = beta; of sums over tokens                (Azar et al. 2023, (17))
+    ipo_mean        the same with every log-probability divided by its n: another tau, not comparable
+    kto             1 - sigmoid(+-(beta (R - z))), R = log pi - log ref of single answers that are labelled
+                    good (+) or bad (-); z estimates KL(pi || ref)            (Ethayarajh et al. 2024, (8))
+    simpo           -log sigmoid(beta (l_c/n_c - l_r/n_r) - gamma); no reference       (Meng et al. 2024, (6))
+    orpo            -l_c/n_c - lam log sigmoid(log-odds ratio); no reference           (Hong et al. 2024, (6))
+
+All sums are over the tokens of the answer and its end token. The prompt is no part of them: in h it would
+cancel, but not in a mean. Both log-probabilities may fall while h rises: only their difference counts.
+
+    python train.py --model dpo                                            a Markov chain with a known optimum
+    python train.py --model dpo --init-from runs/sft/model --data pairs.jsonl        see data/preferences.py
+    python train.py --model dpo --init-from runs/sft/model --data pairs.jsonl --adapter lora
+
+Shapes: B pairs, C = 2 answers of each, T tokens of a prompt and an answer, V vocabulary.
+"""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import preferences
+from data.preferences import PreferenceRows
+from data.rows import Dataset, Row, stack
+from engine import parallel
+from engine.settings import with_fields
+from formats.config_values import check_values
+from posttraining.preference_runs import load_preferences, save_tokenizer, show, start_model  # noqa: F401
+from posttraining.reference import add_reference, n_predicted, sequence_logps, trimmed
+
+MODEL = "gpt"
+DATA = "chain"  # the task whose optimum is known, see posttraining/frontier.py
+REFERENCE = True  # --resume compares the model of the start, too
+STEPS = 300
+LEARNING_RATE = 0.25
+TOKEN_LOSS = "chosen_nats"
+METHODS = ("dpo", "conservative", "robust", "hinge", "ipo", "ipo_mean", "kto", "simpo", "orpo")
+WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of the objective."""
+
+    method: str = "dpo"
+    beta: float = 0.1  # per nat; tau of IPO. SimPO's is about 2
+    smoothing: float = 0.1  # e of conservative and robust: the probability that a label is wrong
+    gamma: float = 1.0  # SimPO's margin
+    lam: float = 0.1  # ORPO's weight of the log-odds ratio
+    desirable_weight: float = (
+        1.0  # KTO's lam_D and lam_U; with unequally many labels, lam_D n_D / (lam_U n_U)
+    )
+    undesirable_weight: float = 1.0  # should be between 1 and 4/3 (section 4.2)
+    reference: str | None = None  # the directory of another reference than the model in --init-from
+
+    MAY_BE_ZERO = ("smoothing", "gamma", "lam", "desirable_weight", "undesirable_weight")
+
+    def __post_init__(self):
+        check_values(self, method=METHODS)
+        if self.smoothing >= 0.5:
+            raise ValueError(
+                f"smoothing {self.smoothing}: expected less than 0.5, more right labels than wrong"
+            )
+
+
+# --- losses of pairs: each takes and returns (B,)
+
+
+def log_ratio(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+    """Return h, by how much more the policy prefers the chosen answer than the reference does: (B,)."""
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Return the loss of each pair, (B,): -log sigmoid(beta h); with smoothing conservative DPO.
+
+    The four tensors (B,) are log-probabilities of whole answers, of the policy and of the reference. The
+    gradient by `chosen` is -beta sigmoid(-beta h), and by `rejected` its opposite.
+    """
+    x = beta * log_ratio(chosen, rejected, ref_chosen, ref_rejected)
+    return -(1 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
+
+
+def robust_dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    smoothing: float = 0.1,
+) -> Tensor:
+    """Return an unbiased estimate (B,) of DPO's loss without noise from labels that are flipped with
+    probability `smoothing`. It may be negative."""
+    x = beta * log_ratio(chosen, rejected, ref_chosen, ref_rejected)
+    return (-(1 - smoothing) * F.logsigmoid(x) + smoothing * F.logsigmoid(-x)) / (1 - 2 * smoothing)
+
+
+def hinge_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
+) -> Tensor:
+    """Return max(0, 1 - beta h), (B,)."""
+    return (1 - beta * log_ratio(chosen, rejected, ref_chosen, ref_rejected)).relu()
+
+
+def ipo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, tau: float = 0.1
+) -> Tensor:
+    """Return (h - 1/(2 tau))^2, (B,), of log-probabilities summed over tokens, as in the paper.
+
+    Unlike DPO's it has a finite minimum where all labels agree: tau h = 1/2.
+    """
+    return (log_ratio(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * tau)).square()
+
+
+def ipo_mean_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    n_chosen: Tensor,
+    n_rejected: Tensor,
+    tau: float = 0.1,
+) -> Tensor:
+    """Return `ipo_loss` (B,) of means over the n tokens of each answer, the form of TRL and HALOs."""
+    chosen, ref_chosen = chosen / n_chosen, ref_chosen / n_chosen
+    return ipo_loss(chosen, rejected / n_rejected, ref_chosen, ref_rejected / n_rejected, tau)
+
+
+def simpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    n_chosen: Tensor,
+    n_rejected: Tensor,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+) -> Tensor:
+    """Return -log sigmoid(beta (mean log-probability of the chosen - of the rejected) - gamma), (B,)."""
+    return -F.logsigmoid(beta * (chosen / n_chosen - rejected / n_rejected) - gamma)
+
+
+def log_odds(logp: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of log p; p = 1 counts as the largest number below 1."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    return logp - torch.log(-torch.expm1(logp))
+
+
+def orpo_loss(
+    chosen: Tensor, rejected: Tensor, n_chosen: Tensor, n_rejected: Tensor, lam: float = 0.1
+) -> Tensor:
+    """Return the nats per token of the chosen answer, and lam times -log sigmoid of the log-odds ratio: (B,).
+
+    The odds are those of the geometric mean of an answer's token probabilities.
+    """
+    chosen, rejected = chosen / n_chosen, rejected / n_rejected
+    return -chosen - lam * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+# --- the loss of single answers
+
+
+def kto_z(policy: Tensor, reference: Tensor) -> Tensor:
+    """Return KTO's estimate of KL(pi || ref), a scalar without gradient.
+
+    policy, reference (B,): log-probabilities of answers to *other* prompts. Negative estimates become 0.
+    """
+    return (policy - reference).detach().mean().clamp(min=0)
+
+
+def kto_loss(
+    policy: Tensor,
+    reference: Tensor,
+    desirable: Tensor,
+    z: Tensor | float,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Return the loss of each answer, (B,): weight * (1 - sigmoid(+-beta (R - z))), R = policy - reference.
+
+    policy, reference (B,): log-probabilities of answers. desirable (B,): bool. z: see `kto_z`.
+    """
+    x = beta * (policy - reference - z)
+    good = desirable_weight * torch.sigmoid(-x)  # 1 - sigmoid(x)
+    return torch.where(desirable.bool(), good, undesirable_weight * torch.sigmoid(x))
+
+
+def pair_losses(policy: Tensor, reference: Tensor, n: Tensor, config: Config) -> Tensor:
+    """Return the loss of each pair, (B,), by config.method.
+
+    policy, reference, n (B, 2): log-probabilities and numbers of tokens of chosen and rejected answers.
+    """
+    own, both = policy.unbind(1), (*policy.unbind(1), *reference.unbind(1))
+    match config.method:
+        case "dpo":
+            return dpo_loss(*both, config.beta)
+        case "conservative":
+            return dpo_loss(*both, config.beta, config.smoothing)
+        case "robust":
+            return robust_dpo_loss(*both, config.beta, config.smoothing)
+        case "hinge":
+            return hinge_loss(*both, config.beta)
+        case "ipo":
+            return ipo_loss(*both, config.beta)
+        case "ipo_mean":
+            return ipo_mean_loss(*both, *n.unbind(1), config.beta)
+        case "simpo":
+            return simpo_loss(*own, *n.unbind(1), config.beta, config.gamma)
+        case "orpo":
+            return orpo_loss(*own, *n.unbind(1), config.lam)
+    raise ValueError(f"method {config.method}: not for pairs; expected one of {', '.join(METHODS)}")
+
+
+# --- what train.py looks up by name, see engine/contract.py
+
+
+def settings(config: Any) -> Config:
+    """Return the task's Config; --set changes its fields."""
+    return Config()
+
+
+def load_data(args: argparse.Namespace, config: Any) -> Dataset:
+    """Return the preferences that --data names, with the log-probabilities of the reference.
+
+    With method kto the rows are single answers, each beside a second one that belongs to another prompt.
+    """
+    own = with_fields(Config(), args.set)
+    dataset = load_preferences(args, config, "dpo")
+    sides = (dataset.train, dataset.val)
+    if own.method == "kto":
+        train, held_out = (preferences.single_answers(side.rows) for side in sides)
+        dataset.train = PreferenceRows(preferences.mismatched(train, args.seq_len))
+        dataset.val = PreferenceRows(preferences.mismatched(held_out, args.seq_len, train))
+        dataset.fingerprint += "-single"
+    elif sides[0].rows[0].label is not None:
+        raise ValueError(f"--data {args.data}: labels of single answers; expected pairs, or --set method=kto")
+    if own.method in WITHOUT_REFERENCE:
+        return dataset
+    return add_reference(dataset, args, config, own.reference)
+
+
+def make_batch(rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Any = None) -> dict:
+    """Return B rows of `PreferenceRows` as tensors, without columns that are padding in all of them.
+
+    "tokens" and "mask" (B, 2, T); "reference" (B, 2), but for methods without one; for KTO "label" (B,).
+    """
+    return trimmed(stack(rows))
+
+
+def wrap(model: nn.Module, config: Config) -> nn.Module:
+    """Return the model itself, with the task's Config as its attribute `objective`, which `loss` reads."""
+    model.objective = config
+    return model
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean loss of B preferences from `make_batch`, and metrics.
+
+    Of pairs: "accuracy", the share whose implicit reward beta log(pi / ref) is larger for the chosen answer
+    (equal ones count half); "margin", the mean difference of the two; both rewards; both log-probabilities;
+    and the nats per token of chosen answers. Methods without a reference have beta log pi / n as rewards.
+    """
+    config = model.objective
+    if config.method == "kto":
+        return kto(model, batch, config)
+    tokens, mask = batch["tokens"], batch["mask"]
+    logps = sequence_logps(model(tokens.flatten(0, 1)), tokens.flatten(0, 1), mask.flatten(0, 1))
+    policy, n = logps.view(-1, 2), n_predicted(mask)  # (B, 2)
+    reference = batch.get("reference", torch.zeros_like(policy))
+    losses = pair_losses(policy, reference, n, config)
+    with torch.no_grad():
+        rewards = config.beta * (policy - reference)
+        if config.method in (*WITHOUT_REFERENCE, "ipo_mean"):
+            rewards = rewards / n
+        margin = rewards[:, 0] - rewards[:, 1]
+        metrics = {
+            "accuracy": ((margin.sign() + 1) / 2).mean(),
+            "margin": margin.mean(),
+            "chosen_reward": rewards[:, 0].mean(),
+            "rejected_reward": rewards[:, 1].mean(),
+            "chosen_logp": policy[:, 0].mean(),
+            "rejected_logp": policy[:, 1].mean(),
+            "chosen_nats": (-policy[:, 0] / n[:, 0]).mean(),
+        }
+    return losses.mean(), metrics
+
+
+def kto(model: nn.Module, batch: dict[str, Tensor], config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean KTO loss of B answers, and metrics.
+
+    "z" in nats; "margin", the mean of beta (R - z) with the sign of its label; "accuracy", the share of
+    answers for which this is above 0; and the nats per token of all answers.
+    """
+    # The second answers, to other prompts, only estimate z: over the whole batch, on all ranks.
+    (own, other), (mask, other_mask) = batch["tokens"].unbind(1), batch["mask"].unbind(1)
+    reference, other_reference = batch["reference"].unbind(1)
+    with torch.no_grad():
+        z = (sequence_logps(model(other), other, other_mask) - other_reference).mean()
+        z = kto_z(parallel.all_reduce_sum(z), torch.zeros_like(z)) / parallel.world_size()
+
+    policy, label = sequence_logps(model(own), own, mask), batch["label"]
+    weights = (config.desirable_weight, config.undesirable_weight)
+    losses = kto_loss(policy, reference, label, z, config.beta, *weights)
+    with torch.no_grad():
+        margin = config.beta * (policy - reference - z) * (2 * label.float() - 1)
+        nats = -policy / n_predicted(mask)
+        metrics = {"accuracy": ((margin.sign() + 1) / 2).mean(), "margin": margin.mean(), "z": z}
+    return losses.mean(), metrics | {"chosen_nats": nats.mean()}
+
+
+def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
+    """Return the FLOPs of training on one token of --seq-len: a row has two sequences."""
+    return 2 * model.flops_per_token(seq_len)

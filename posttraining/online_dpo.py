@@ -1,0 +1,210 @@
+"""Online DPO: the pairs are drawn by the policy itself, and a reward decides which one is chosen.
+
+    y_1, y_2 ~ pi(. | x);   y_c the one with the higher reward, y_r the other
+    loss = -log sigmoid(beta h), or (h - 1/(2 beta))^2 with method=ipo; h as in posttraining/dpo.py
+
+The pairs of offline DPO come from the model of the start, so that a policy far from it learns from answers
+that it does not give any more. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are as
+for PPO, see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and
+counted, and likewise those with an answer that has no score.
+
+    python train.py --model online_dpo                                     a Markov chain with a known optimum
+    python train.py --model online_dpo --init-from runs/sft/model --data stdlib --set reward=runs/reward/model
+
+DPO assumes preferences that are drawn, with probability sigmoid of the difference of rewards. Here the higher
+reward always wins, so that h has no finite optimum: a long training passes the optimum for its beta.
+
+Shapes: B prompts, T tokens of a prompt and an answer.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.rows import Row, stack
+from engine.checkpoint import save as save_run
+from engine.checkpoint import save_model
+from engine.log import Log, UpdateResult
+from engine.optim import set_learning_rate, step_optimizers
+from engine.run import Run
+from engine.settings import with_fields
+from formats.config_values import check_values
+from posttraining import chain_preferences, frontier, instruct, ppo, prompts, scores
+from posttraining.dpo import dpo_loss, ipo_loss
+from posttraining.ppo import save_tokenizer, start_model  # noqa: F401
+from posttraining.reference import sequence_logps
+from posttraining.rollout import Reference, laid_out
+
+MODEL = "gpt"
+DATA = "chain"
+REFERENCE = True
+STEPS = 100
+LEARNING_RATE = 0.1
+HELD_OUT = 64  # prompts of an evaluation
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run."""
+
+    method: str = "dpo"  # or "ipo", of sums over tokens
+    beta: float = 0.1  # per nat; tau of IPO
+    reward: str = "chain"  # see posttraining/scores.py
+    pairs: int = 8  # of each prompt in a step
+    max_new_tokens: int = 64  # of an answer
+    temperature: float = 1.0  # of sampling
+
+    def __post_init__(self):
+        check_values(self, method=("dpo", "ipo"))
+
+
+# --- one step
+
+
+@torch.no_grad()
+def draw(model: nn.Module, dataset: prompts.Prompts, batch: dict, n: int, seed: int) -> tuple[Tensor, ...]:
+    """Return n answers to each prompt in a batch: tokens (N, T), mask (N, T) of the answers, scores (N,)."""
+    settings = model.objective
+    asked = [p for p in prompts.unpadded(batch, "prompt") for _ in range(n)]
+    given = [a for a in prompts.unpadded(batch, "answer") for _ in range(n)]
+    room = min(settings.max_new_tokens, model.config.max_seq_len - max(map(len, asked)))
+    device = next(model.parameters()).device
+    options = {"temperature": settings.temperature, "stop": dataset.stop}
+    drawn = model.generate(asked, room, **options, generator=torch.Generator(device).manual_seed(seed))
+    found = scores.score(dataset.scorer, scores.Completions(asked, drawn, given))
+    tokens, of_next = laid_out(asked, drawn)
+    mask = torch.cat([torch.zeros(len(tokens), 1, dtype=torch.bool), of_next], dim=1)
+    return tokens.to(device), mask.to(device), found.to(device)
+
+
+def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of two answers is chosen, (B, 2) int64 with its index first, and which pairs count, (B,).
+
+    scores (B, 2); NaN where there is none. Pairs without a preference do not count.
+    """
+    order = scores.argsort(dim=1, descending=True)
+    return order, scores.isfinite().all(1) & (scores[:, 0] != scores[:, 1])
+
+
+def loss_of(model: nn.Module, tokens: Tensor, mask: Tensor, scores: Tensor) -> tuple[Tensor, dict]:
+    """Return the mean loss of the pairs that count, 0 where none does, and metrics.
+
+    tokens, mask (2 B, T), scores (2 B,): the two answers to a prompt are rows 2 i and 2 i + 1.
+    """
+    settings, (order, counts) = model.objective, ranked(scores.view(-1, 2))
+    policy = sequence_logps(model(tokens), tokens, mask).view(-1, 2)
+    with torch.no_grad():
+        reference = sequence_logps(model.reference.logits(tokens), tokens, mask).view(-1, 2)
+    pair = [*policy.gather(1, order).unbind(1), *reference.gather(1, order).unbind(1)]
+    losses = (dpo_loss if settings.method == "dpo" else ipo_loss)(*pair, settings.beta)
+    n = counts.sum().clamp(min=1)
+    metrics = {
+        "reward": scores.nanmean(),
+        "kl": (policy - reference).mean().detach(),  # of samples: it may be negative
+        "margin": (settings.beta * ((pair[0] - pair[2]) - (pair[1] - pair[3])) * counts).sum().detach() / n,
+        "ties": (scores.view(-1, 2).isfinite().all(1) & ~counts).sum().float(),
+        "unscored": (~scores.isfinite()).sum().float(),
+    }
+    return torch.where(counts, losses, 0.0).sum() / n, metrics
+
+
+# --- the loop
+
+
+def train(run: Run, log: Log) -> None:
+    """Train to the last step; see train.py's `train`, which it takes the place of."""
+    model, args = run.model, run.args
+    if log.evaluation_is_missing():
+        log.evaluation(evaluate(run))
+    for step in run.steps():
+        # Draw and rank the pairs of this step.
+        log.begin_step()
+        model.eval()  # no dropout
+        lr = set_learning_rate(run.optimizers, step, args)
+        parts = [part.batch for part in run.batches.next()]
+        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        with run.autocast():
+            drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, ppo.seed_of(args.seed, step))
+            loss, metrics = loss_of(model, *drawn)
+
+        # Learn from them once. An update whose gradient is not finite is left out.
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or torch.inf)
+        step_optimizers(run.optimizers, norm.isfinite())
+        run.concept.model_file.after_step(model, norm.isfinite())
+        model.zero_grad(set_to_none=True)
+        run.count_step(norm.isfinite())
+
+        log.step(UpdateResult(loss.detach(), norm, lr, metrics, len(drawn[0])))
+        if run.is_due(args.eval_every):
+            log.evaluation(evaluate(run))
+            if args.keep_best and log.n_since_lowest == 0:
+                save_model(run, args.out / "best")
+            if log.patience_ends():
+                return
+        if run.is_due(args.save_every) and run.step < args.steps and not run.n_skipped_in_a_row:
+            save_run(run)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """Return the reward and the KL of the policy: exact ones on the chain, else of one answer to each of some
+    held-out prompts, drawn alike at every evaluation."""
+    model, dataset = run.model.eval(), run.dataset
+    if dataset.tokenizer is None:
+        reward, kl = frontier.value_of(model)
+    else:
+        batch = stack([dataset.val[i] for i in range(min(len(dataset.val), HELD_OUT))])
+        tokens, mask, found = draw(model, dataset, batch, 1, seed=0)
+        d = sequence_logps(model(tokens), tokens, mask)
+        d = d - sequence_logps(model.reference.logits(tokens), tokens, mask)
+        reward, kl = found.nanmean().item(), d.mean().item()
+    return {"val_loss": -reward, "val_reward": reward, "val_kl": kl}
+
+
+# --- what train.py looks up by name, see engine/contract.py
+
+
+def settings(config: Any) -> Config:
+    """Return the default settings, whatever the model."""
+    return Config()
+
+
+def load_data(args: argparse.Namespace, config: Any) -> prompts.Prompts:
+    """Return the prompts that --data names, with the reward that ranks their answers."""
+    own = with_fields(Config(), args.set)
+    if args.parallel != "none" or args.document_mask:
+        flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
+        raise ValueError(f"{flag}: this loop runs in one process, with one answer in a row; leave it out")
+    chain = args.data == "chain"
+    dataset = prompts.of_chain(own.beta) if chain else prompts.of_conversations(args, own.max_new_tokens)
+    dataset.scorer = scores.find(own.reward, dataset.tokenizer, dataset.stop)
+    return dataset
+
+
+def make_batch(rows: list[Row], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
+    """Return rows of prompts as one batch."""
+    return stack(rows)
+
+
+def wrap(model: nn.Module, config: Config) -> nn.Module:
+    """Return the model itself, with the settings and the reference, the model as it is now, as attributes.
+
+    The reference is no module, so it is in no checkpoint.
+    """
+    model.objective, model.reference = config, Reference(model)
+    return model
+
+
+@torch.no_grad()
+def show(model: nn.Module, dataset: prompts.Prompts, out: Path) -> str:
+    """Return where the model is under the exact frontier, or its likeliest answers to held-out prompts."""
+    if dataset.tokenizer is None:
+        return chain_preferences.placed(model, model.objective.beta)
+    asked = prompts.unpadded(stack([dataset.val[i] for i in range(min(len(dataset.val), 4))]), "prompt")
+    found = instruct.answers(model, dataset.tokenizer, asked, model.objective.max_new_tokens)
+    return "\n\n".join(f"{dataset.tokenizer.decode(p)}{a}" for p, a in zip(asked, found, strict=True))

@@ -1,0 +1,324 @@
+"""Learning from a reward: PPO, and in the same loop GRPO, Dr. GRPO, DAPO, GSPO and RLOO.
+
+    max over pi  E[R(x, y)] - beta KL(pi || ref)         x a prompt, y ~ pi(. | x) a completion
+
+    one step     roll_out     y ~ pi for each prompt, its score, log pi and log ref of its tokens, values
+                 advantages   A_t of each token, by the method
+                 update       epochs over minibatches of  clipped policy loss (+ value loss, + KL)
+
+The methods differ in a few lines, which posttraining/policy_gradient.py has in a table. The reference is the
+model that training starts from: a frozen copy, or with --adapter the base with the adapter off.
+
+    python train.py --model ppo                              a Markov chain, of which the optimum is known
+    python train.py --model ppo --set method=grpo beta=0.5
+    python train.py --model ppo --init-from runs/instruct/model --data stdlib --set reward=exact beta=0.05
+    python train.py --model ppo --init-from DIR --data questions.jsonl --set reward=my_rewards.py:polite
+
+posttraining/rollout.py samples and scores. Before the first update of a step every ratio is exactly 1, and
+before the first of a run the KL is exactly 0; both are logged, since most mistakes show there first.
+
+Everything random is a function of (seed, step): a run that is killed repeats the step in which it died.
+
+Shapes: B completions, T tokens of prompt and completion but the first, V vocabulary, D model width.
+"""
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.rows import Row, stack
+from engine import parallel
+from engine.checkpoint import save as save_run
+from engine.checkpoint import save_model
+from engine.log import Log, UpdateResult
+from engine.optim import set_learning_rate, step_optimizers
+from engine.run import Run
+from engine.settings import with_fields
+from formats.config_values import check_values
+from posttraining import frontier, instruct, scores
+from posttraining.policy_gradient import (
+    METHODS,
+    Method,
+    adapted_coefficient,
+    gae,
+    group_advantages,
+    kl_loss,
+    policy_loss,
+    ratios,
+    token_rewards,
+    token_weights,
+    value_loss,
+    whiten,
+)
+from posttraining.prompts import Prompts, of_chain, of_conversations, unpadded
+from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_out
+
+MODEL = "gpt"
+DATA = "chain"
+REFERENCE = True
+STEPS = 60  # of the default run: a minute on two CPU cores
+LEARNING_RATE = 0.2
+HELD_OUT = 64  # prompts of an evaluation
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run; beta suits the chain. For rewards of standard deviation 1, take 0.05 to 0.1."""
+
+    method: str = "ppo"  # a row of policy_gradient.METHODS
+    reward: str = (
+        "chain"  # or exact, FILE.py:FUNCTION, MODULE:FUNCTION, a directory: see posttraining/scores.py
+    )
+    beta: float = 1.0  # coefficient of the KL penalty
+    samples: int = 32  # completions of each prompt, a group
+    max_new_tokens: int = 64  # of a completion
+    temperature: float = 1.0  # of sampling, and so of every probability
+    epochs: int = 4  # over the completions of a step
+    minibatches: int = 1  # of an epoch, each with an update of its own
+    clip: float = 0.2  # of the ratio
+    clip_high: float | None = None  # above 1, where that is another clip
+    average: str | None = None  # another one than the method's: grpo, dapo, dr_grpo
+    value_clip: float = 0.2
+    value_weight: float = 0.1  # of the value loss beside the policy's
+    gamma: float = 1.0  # GAE
+    lam: float = 0.95  # GAE
+    whiten_rewards: bool = False  # without their mean, as OpenAI's code does
+    target_kl: float | None = None  # nats: adapts beta from step to step
+    corrected_kl: bool = False  # a KL penalty in the loss is multiplied by the ratio, see policy_gradient.py
+    missing_end: float | None = None  # a completion without end token scores minus this, whatever it is
+
+    MAY_BE_ZERO = ("lam", "value_weight")
+
+    def __post_init__(self):
+        check_values(self, method=tuple(METHODS), average=(None, "grpo", "dapo", "dr_grpo"))
+        if self.row.advantage != "gae" and self.samples < 2:
+            raise ValueError(
+                f"samples {self.samples}: {self.method} compares completions; expected at least 2"
+            )
+
+    @property
+    def row(self) -> Method:
+        """Return the method, with the changes of these settings."""
+        row = METHODS[self.method]
+        return replace(row, average=self.average or row.average, clip_high=self.clip_high or row.clip_high)
+
+
+# --- one step
+
+
+def advantages_of(rollout: Rollout, settings: Config, beta: float) -> tuple[Tensor, Tensor]:
+    """Return the advantages, (B, T) or (B, 1), and the returns (B, T) for the value head."""
+    row, mask, rewards = settings.row, rollout.mask, rollout.scores
+    d = rollout.logps - rollout.ref_logps
+    if row.advantage != "gae":
+        if row.penalty == "reward":
+            rewards = rewards - beta * torch.where(mask, d, 0.0).sum(dim=1)
+        return group_advantages(rewards, rollout.groups, row.advantage)[:, None], torch.zeros_like(d)
+    per_token = token_rewards(rewards, d, mask, beta)
+    if settings.whiten_rewards:
+        per_token = whiten(per_token, mask, shift_mean=False)
+    advantages, returns = gae(per_token, rollout.values, mask, settings.gamma, settings.lam)
+    return whiten(advantages, mask), returns
+
+
+def loss_of(
+    policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the loss () of some rows of a rollout, and the ratios (rows, T) that it is made of."""
+    settings, row, mask = policy.settings, policy.settings.row, rollout.mask[rows]
+    log_p, values = policy.evaluate(rollout.tokens[rows])
+    logps, old = of_tokens(log_p, rollout.tokens[rows]), rollout.logps[rows]
+    options = {"clip_high": row.clip_high, "ratio": row.ratio, "weights": weights}
+    loss = policy_loss(logps, old, advantages[rows], mask, settings.clip, **options)
+    if row.advantage == "gae":
+        of_values = (values, rollout.values[rows], returns[rows], mask, settings.value_clip)
+        loss = loss + settings.value_weight * value_loss(*of_values)
+    if row.penalty == "loss":
+        sampled_by = old if settings.corrected_kl else None
+        of_kl = kl_loss(logps, rollout.ref_logps[rows], mask, weights, sampled_by)
+        loss = loss + policy.beta.float() * of_kl
+    return loss, ratios(logps.detach(), old, mask, row.ratio)
+
+
+def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Make the updates of one step; the first epoch is in the order of the rollout, the others are shuffled.
+
+    Returns the largest norm of a gradient, and metrics.
+    """
+    policy, settings = run.model, run.model.settings
+    advantages, returns = advantages_of(rollout, settings, float(policy.beta))
+    n, longest = len(rollout.tokens), settings.max_new_tokens
+    norms, found = [], []
+    for epoch in range(settings.epochs):
+        order = torch.arange(n) if epoch == 0 else torch.randperm(n, generator=generator)
+        for rows in order.to(rollout.tokens.device).chunk(settings.minibatches):
+            weights = token_weights(rollout.mask[rows], settings.row.average, longest)
+            with run.autocast():
+                loss, ratio = loss_of(policy, rollout, rows, advantages, returns, weights)
+            loss.backward()
+            norms.append(descend(run))
+            found.append(torch.where(rollout.mask[rows], ratio, 1.0))
+    run.count_step(torch.stack(norms).isfinite().all())
+
+    high = settings.row.clip_high or settings.clip
+    n_clipped = sum(((r > 1 + high) | (r < 1 - settings.clip)).sum() for r in found)
+    first = found[0].flatten()
+    return torch.stack(norms).max(), {
+        "first_ratio": first[(first - 1).abs().argmax()],
+        "clipped": n_clipped / (rollout.mask.sum() * settings.epochs).clamp(min=1),
+    }
+
+
+def descend(run: Run) -> Tensor:
+    """Make one update of the weights from their gradients, clear these, and return their norm.
+
+    An update whose norm is not finite is left out.
+    """
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip or math.inf)
+    finite = norm.isfinite()
+    step_optimizers(run.optimizers, finite)
+    run.concept.model_file.after_step(run.model.model, finite)
+    run.model.zero_grad(set_to_none=True)
+    return norm
+
+
+# --- the loop
+
+
+def train(run: Run, log: Log) -> None:
+    """Train to the last step; see train.py's `train`, which it takes the place of."""
+    policy, args, settings = run.model, run.args, run.model.settings
+    if log.evaluation_is_missing():
+        log.evaluation(evaluate(run))
+
+    for step in run.steps():
+        log.begin_step()
+        policy.eval()  # no dropout, which would make ratios differ from 1
+        lr = set_learning_rate(run.optimizers, step, args)
+        parts = [part.batch for part in run.batches.next()]
+        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        seed = seed_of(args.seed, step)
+        with run.autocast():
+            rollout = roll_out(policy, batch, run.dataset, seed, settings.samples)
+        metrics = metrics_of(rollout) | {"beta": policy.beta.float()}
+        norm, of_update = update(run, rollout, torch.Generator().manual_seed(seed))
+        if settings.target_kl is not None:
+            of_step = (float(metrics["kl"]), settings.target_kl, len(rollout.tokens))
+            policy.beta.fill_(adapted_coefficient(float(policy.beta), *of_step))
+
+        # What is minimised is beta KL - reward. The loss whose gradient is taken is near 0 by construction.
+        loss = metrics["beta"] * metrics["kl"] - metrics["reward"]
+        log.step(UpdateResult(loss, norm, lr, metrics | of_update, int(rollout.mask.sum())))
+        if run.is_due(args.eval_every):
+            log.evaluation(evaluate(run))
+            if args.keep_best and log.n_since_lowest == 0:
+                save_model(run, args.out / "best")
+            if log.patience_ends():
+                return
+        if run.is_due(args.save_every) and run.step < args.steps and not run.n_skipped_in_a_row:
+            save_run(run)
+
+
+def seed_of(seed: int, step: int) -> int:
+    """Return the seed of a step, of 32 bits: of a larger one, torch's generator on a CPU ignores the rest."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Return the reward and the KL of the policy: exact ones on the chain, else of one completion of each of
+    some held-out prompts, drawn alike at every evaluation."""
+    policy, dataset = run.model.eval(), run.dataset
+    if dataset.tokenizer is None:
+        reward, kl = frontier.value_of(policy.model)
+        found = {"val_reward": reward, "val_kl": kl, "val_share_of_gain": frontier.share_of_gain(reward, kl)}
+    else:
+        batch = stack([dataset.val[i] for i in range(min(len(dataset.val), HELD_OUT))])
+        metrics = metrics_of(roll_out(policy, batch, dataset, seed=0, n=1))
+        names = ("reward", "kl", "completion_tokens", "ended", "unscored")
+        found = {f"val_{name}": metrics[name].item() for name in names}
+    return {"val_loss": float(policy.beta) * found["val_kl"] - found["val_reward"]} | found
+
+
+# --- what train.py looks up by name, see engine/contract.py
+
+
+def settings(config: Any) -> Config:
+    """Return the default settings, whatever the model."""
+    return Config()
+
+
+def start_model(args: Namespace) -> str | None:
+    """Return the directory of a model that computes the chain; ValueError where --data is anything else."""
+    if args.data != "chain":
+        raise ValueError(f"--data {args.data}: needs --init-from DIR, a model whose completions are improved")
+    return frontier.reference_model(args.cache)
+
+
+def load_data(args: Namespace, config: Any) -> Prompts:
+    """Return the prompts that --data names, with the reward that scores their completions."""
+    if parallel.world_size() > 1 or args.document_mask:
+        flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
+        raise ValueError(f"{flag}: this loop runs in one process, with one completion in a row; leave it out")
+    own = with_fields(Config(), args.set)
+    dataset = of_chain(own.beta) if args.data == "chain" else of_conversations(args, own.max_new_tokens)
+    dataset.scorer = scores.find(own.reward, dataset.tokenizer, dataset.stop)
+    return dataset
+
+
+def make_batch(rows: list[Row], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
+    """Return rows of prompts as one batch."""
+    return stack(rows)
+
+
+def wrap(model: nn.Module, settings: Config) -> Policy:
+    """Return the policy of a model. Its reference is the model as it is now."""
+    return Policy(model, settings)
+
+
+def unwrap(policy: Policy) -> nn.Module:
+    """Return the model in a policy: the value head is in the checkpoint alone."""
+    return policy.model
+
+
+def save(policy: Policy, dataset: Prompts, directory: Path) -> None:
+    """Write the model, which needs nothing else to write text."""
+    policy.model.save_pretrained(directory)
+
+
+def save_tokenizer(dataset: Prompts, directory: Path) -> None:
+    """Write the tokenizer and the template of conversations; the chain has neither."""
+    if dataset.tokenizer is not None:
+        instruct.save_tokenizer(dataset, directory)
+
+
+def flops_per_token(policy: Policy, settings: Config, seq_len: int) -> int:
+    """Return the FLOPs of one forward and backward pass over a token, without sampling and scoring."""
+    return policy.model.flops_per_token(seq_len)
+
+
+@torch.no_grad()
+def show(policy: Policy, dataset: Prompts, out: Path) -> str:
+    """Return where the policy is beside the exact optimum, or completions of some held-out prompts."""
+    if dataset.tokenizer is None:
+        reward, kl = frontier.value_of(policy.model)
+        best, at = frontier.optimum(float(policy.beta))
+        share = frontier.share_of_gain(reward, kl)
+        lines = [
+            f"reward {reward:.4f} at KL {kl:.4f} nats: {share:.1%} of the gain that is possible at this KL"
+        ]
+        return "\n".join(
+            [*lines, f"the exact optimum at beta {float(policy.beta):g}: {best:.4f} at KL {at:.4f}"]
+        )
+    some = stack([dataset.val[i] for i in range(min(len(dataset.val), 4))])
+    prompts, answers = unpadded(some, "prompt"), unpadded(some, "answer")
+    n_new = policy.settings.max_new_tokens
+    found = instruct.answers(policy.model, dataset.tokenizer, prompts, n_new)
+    decode = dataset.tokenizer.decode
+    shown = zip(prompts, answers, found, strict=True)
+    return "\n\n".join(f"{decode(p)}\nexpected: {decode(a)}\nlikeliest: {text}" for p, a, text in shown)

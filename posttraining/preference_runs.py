@@ -1,0 +1,77 @@
+"""What the tasks that learn from preferences have in common: dpo, online_dpo and reward.
+
+They start from a model that answers already, --init-from, and read the file of preferences in --data. By
+default both are of a Markov chain, on which the best possible result is known (posttraining/frontier.py).
+"""
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data import preferences
+from data.rows import Dataset
+from data.tokenizer import get_tokenizer
+from formats.atomic import replace_file
+from posttraining import chain_preferences, frontier, instruct
+
+
+def start_model(args: argparse.Namespace) -> str | None:
+    """Return the directory of a model that computes the chain, for --data chain without --init-from."""
+    return frontier.reference_model(args.cache) if args.data == "chain" else None
+
+
+def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Dataset:
+    """Return the preferences that --data names, for a task of that name.
+
+    Raises ValueError for a model that writes no text, for a new model, and for --document-mask.
+    """
+    if "eos_token_id" not in [field.name for field in fields(config)]:
+        raise ValueError(f"--task {task}: an encoder writes no answers; expected a decoder, as gpt")
+    if args.document_mask:
+        raise ValueError(f"--document-mask: --task {task} has one answer in a row; leave it out")
+    if not (args.init_from or args.base):
+        raise ValueError(f"--task {task}: needs --init-from DIR, a model that is trained to answer already")
+    if args.data == "chain":
+        n = frontier.Chain().begin + 1
+        if config.vocab_size != n:
+            found = f"the model in {args.init_from or args.base} has {config.vocab_size}"
+            raise ValueError(f"--data chain: needs a model of {n} tokens, {found}; name a file by --data")
+        return chain_preferences.dataset(frontier.Chain())
+    options = {"val": args.val, "bad_text": args.bad_text}
+    return preferences.prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len, **options)
+
+
+@torch.no_grad()
+def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
+    """Return where the model is under the exact frontier, or with text its answers to held-out prompts.
+
+    Beside them are the chosen answers, and those at the run's first evaluation (before.json).
+    """
+    if dataset.tokenizer is None:
+        return chain_preferences.placed(model, model.objective.beta)
+    tokenizer = dataset.tokenizer
+    examples = [dataset.val.rows[i] for i in range(min(3, len(dataset.val)))]
+    after = instruct.answers(model, tokenizer, [example.prompt.tolist() for example in examples], 60)
+    path = out / "before.json"
+    if not path.exists():
+        with replace_file(path) as new:
+            new.write_text(json.dumps(after), encoding="utf-8")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    shown = []
+    for (prompt, given, label), *both in zip(examples, before, after, strict=True):
+        first = "bad:      " if label is False else "chosen:   "
+        texts = [tokenizer.decode(prompt.tolist()), tokenizer.decode(given[0].tolist()), *both]
+        labels = ("", first, "before:   ", "after:    ")
+        shown.append("\n".join(label + text.strip() for label, text in zip(labels, texts, strict=True)))
+    return "\n\n".join(shown)
+
+
+def save_tokenizer(dataset: Dataset, directory: Path) -> None:
+    """Write the tokenizer and the template of conversations, if there is text."""
+    if dataset.tokenizer is not None:
+        instruct.save_tokenizer(dataset, directory)

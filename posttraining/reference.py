@@ -1,0 +1,124 @@
+"""The reference of preference optimisation: its log-probabilities, computed once and kept on disk.
+
+    log ref(y | x) = sum over the tokens y_t of the answer  log ref(y_t | x, y_<t)
+
+The reference is the model that training starts from, and it never changes. So one pass over the data before
+the first step takes the place of a second model in memory and of a second forward pass in every step. The
+results are kept under a hash of all that decides them: the weights of the reference, the rows, the precision.
+With an adapter the reference is the base without it, in the precision, perhaps 4 bits, that the base has.
+
+Shapes: C answers of a row, T tokens.
+"""
+
+import hashlib
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.rows import Dataset, Rows, in_order, stack
+from data.tokenizer import get_tokenizer
+from engine import contract, parallel
+from engine.settings import with_fields
+from formats.open_model import is_adapter, open_model
+from formats.progress import progress_bar
+from formats.safetensors_dir import read_tensors, write_tensors
+
+
+def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return log p of the masked tokens of each row, summed, in float32 or better: (B,).
+
+    logits (B, T, V): the output of a model for tokens (B, T), int64; those at position t are of token t + 1.
+    mask (B, T): true for the tokens that are summed, which are found by it alone and never by their value.
+    The first token has no prediction and never counts.
+    """
+    targets = tokens[:, 1:].masked_fill(~mask[:, 1:].bool(), -100)  # (B, T - 1)
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    nats = nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return -nats.sum(-1)
+
+
+def n_predicted(mask: Tensor) -> Tensor:
+    """Return how many tokens `sequence_logps` sums in each row (...,) of a mask (..., T)."""
+    return mask[..., 1:].sum(-1)
+
+
+def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch without the columns that are padding in all of its rows."""
+    length = int(batch["mask"].flatten(0, -2).any(0).nonzero().max()) + 1
+    return batch | {name: batch[name][..., :length] for name in ("tokens", "mask")}
+
+
+def open_reference(args: Namespace, config: Any, directory: str | None) -> nn.Module:
+    """Return the model in directory, None for the model that training starts from, frozen and in eval mode.
+
+    config: of the model that is trained. Raises ValueError for a reference with another vocabulary.
+    """
+    concept = contract.resolve(args)
+    start = args.init_from or args.base
+    model = open_model(directory or start, kernels=args.kernels)
+    if directory:
+        flag = f"--set reference={directory}"
+        if model.config.vocab_size != config.vocab_size:
+            sizes = f"{model.config.vocab_size} tokens, the trained model has {config.vocab_size}"
+            raise ValueError(f"{flag}: a vocabulary of {sizes}; expected the same one")
+        if (
+            args.data != "chain"
+            and get_tokenizer(directory).fingerprint != get_tokenizer(args.tokenizer).fingerprint
+        ):
+            raise ValueError(f"{flag}: another tokenizer than the trained model's; expected the same one")
+    if concept.adapter is not None and not directory and not is_adapter(start):
+        file = concept.adapter
+        file.prepare_base(
+            model, with_fields(file.ADAPTERS[args.adapter or next(iter(file.ADAPTERS))], args.set)
+        )
+    else:
+        model = model.float()
+    return model.to(args.device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def logps_of(model: nn.Module, rows: Rows, args: Namespace) -> Tensor:
+    """Return the log-probabilities (rows, C) of the answers in rows, float32, by a frozen model."""
+    found, autocast = [], {"dtype": torch.bfloat16, "enabled": args.dtype == "bfloat16"}
+    with progress_bar(total=len(rows), unit="row", desc="reference") as bar:
+        for some in in_order(rows, args.batch_size):
+            batch = trimmed(stack([{name: row[name] for name in ("tokens", "mask")} for row in some]))
+            tokens, mask = (batch[name].flatten(0, 1).to(args.device) for name in ("tokens", "mask"))
+            with torch.autocast(args.device, **autocast):
+                logits = model(tokens)
+            found.append(sequence_logps(logits, tokens, mask).view(len(some), -1).float().cpu())
+            bar.update(len(some))
+    return torch.cat(found)
+
+
+def content_hash(model: nn.Module) -> str:
+    """Return a SHA-256 hash of all weights of a model, their names and their precision."""
+    digest = hashlib.sha256()
+    for name, w in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
+        digest.update(w.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def add_reference(dataset: Dataset, args: Namespace, config: Any, directory: str | None = None) -> Dataset:
+    """Give all rows of dataset a "reference", the log-probabilities (C,) of the reference's, and return it.
+
+    They are read from --cache where they are known. Of several processes on a machine one computes them.
+    Raises ValueError as `open_reference` does.
+    """
+    model = open_reference(args, config, directory)
+    dataset.fingerprint += f"-{content_hash(model)[:16]}"
+    key = hashlib.sha256(f"{dataset.fingerprint} {args.dtype}".encode()).hexdigest()[:16]
+    path = Path(args.cache) / f"reference-{key}.safetensors"
+    sides = {"train": dataset.train, "val": dataset.val}
+    with parallel.one_per_machine_first() as is_first:
+        if is_first and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, {name: logps_of(model, rows, args) for name, rows in sides.items()})
+    for name, values in read_tensors(path)[0].items():
+        sides[name].reference = np.asarray(values)
+    return dataset

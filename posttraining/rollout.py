@@ -1,0 +1,161 @@
+"""Rollouts: a policy completes prompts, and everything is computed that learning from them takes.
+
+    y ~ pi(. | x)  ->  score R(x, y),  log pi(y_t | .), log ref(y_t | .), values V_t and a mask of the y_t
+
+Log-probabilities are computed by the forward pass of training, at the temperature of sampling, without
+dropout; those that the sampler computes on its way, token by token, differ in their last bits. So the ratio
+of the first update is exactly 1, and so is the KL 0 as long as the policy is the reference.
+
+Completions are laid out behind their prompts and padded on the right. The mask is made of their lengths: a
+token counts by its position, whatever its value. The last token sampled, an end token or not, carries the
+score (OpenAI's code puts it one place behind, where a smaller gamma or lambda weakens it).
+
+Shapes: B completions, T tokens of prompt and completion but the first, V vocabulary, D model width.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from posttraining import scores
+from posttraining.adapters import adapted_layers, use
+from posttraining.policy_gradient import is_equal, kl, masked_sum
+from posttraining.prompts import Prompts, unpadded
+
+# --- the policy and its reference
+
+
+class Reference:
+    """The model as it is now, frozen. It is no module, so it is in no checkpoint.
+
+    Of a model with adapters it is the base, computed with the adapters off: there is no second copy.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.is_base = bool(adapted_layers(model))
+        self.model = model if self.is_base else copy.deepcopy(model).requires_grad_(False).eval()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, T, V) of the token after each of tokens (B, T)."""
+        if not self.is_base:
+            return self.model.to(tokens.device)(tokens)
+        with use(self.model, None):
+            return self.model(tokens)
+
+
+class Policy(nn.Module):
+    """The model that is trained, and beside it a value head, the coefficient of the KL, and the reference.
+
+    settings: ppo.Config. The value head is 0 at the start, and shares the hidden states.
+    """
+
+    def __init__(self, model: nn.Module, settings: Any):
+        super().__init__()
+        self.model, self.settings, self.config = model, settings, model.config
+        self.reference = Reference(model)
+        self.value_head = None
+        if settings.row.advantage == "gae":
+            self.value_head = nn.Linear(model.config.d_model, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        self.register_buffer("beta", torch.tensor(settings.beta, dtype=torch.float64))
+
+    def evaluate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p (B, T, V) of all tokens after the first of (B, T + 1), at the temperature of sampling,
+        and the values (B, T) of the states before them, which are 0 without a value head."""
+        hidden = self.model.hidden(tokens[:, :-1])  # (B, T, D)
+        log_p = self.normalised(self.model.logits(hidden))
+        if self.value_head is None:
+            return log_p, torch.zeros_like(log_p[..., 0])
+        return log_p, self.value_head(hidden)[..., 0].float()
+
+    def normalised(self, logits: Tensor) -> Tensor:
+        return (logits.float() / self.settings.temperature).log_softmax(dim=-1)
+
+
+def of_tokens(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p (B, T) of the tokens after the first of (B, T + 1), from log_p (B, T, V)."""
+    return log_p.gather(2, tokens[:, 1:, None])[..., 0]
+
+
+# --- rollouts
+
+
+class Rollout(NamedTuple):
+    """What a step learns from. B completions, in groups of the same prompt."""
+
+    tokens: Tensor  # int64 (B, T + 1): prompt, completion, padding
+    mask: Tensor  # bool (B, T): tokens of completions that have a score, by their positions
+    scores: Tensor  # (B,), NaN where there is none
+    groups: Tensor  # int64 (B,)
+    ended: Tensor  # bool (B,): with an end token
+    logps: Tensor  # (B, T), by the policy that sampled
+    ref_logps: Tensor  # (B, T)
+    values: Tensor  # (B, T)
+    entropies: Tensor  # (B, T)
+
+
+def laid_out(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, T + 1) padded on the right, and the mask (B, T) of the completions' tokens.
+
+    Column t of the mask is for token t + 1, the one that is predicted there.
+    """
+    starts = torch.tensor([len(p) for p in prompts])[:, None]
+    ends = starts + torch.tensor([len(c) for c in completions])[:, None]
+    tokens = torch.zeros(len(prompts), int(ends.max()), dtype=torch.int64)
+    for row, p, c in zip(tokens, prompts, completions, strict=True):
+        row[: len(p) + len(c)] = torch.tensor(p + c)
+    positions = torch.arange(1, tokens.shape[1])  # of the predicted tokens
+    return tokens, (starts <= positions) & (positions < ends)
+
+
+@torch.no_grad()
+def roll_out(policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: int, n: int) -> Rollout:
+    """Return n completions of each prompt in a batch of dataset's rows, drawn by the seed, and more."""
+    settings, device = policy.settings, policy.beta.device
+    prompts = [p for p in unpadded(batch, "prompt") for _ in range(n)]
+    answers = [a for a in unpadded(batch, "answer") for _ in range(n)]
+    groups = torch.arange(len(prompts), device=device) // n
+
+    # Sample, token by token with a cache of keys and values.
+    room = min(settings.max_new_tokens, policy.config.max_seq_len - max(map(len, prompts)))
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"temperature": settings.temperature, "stop": dataset.stop, "generator": generator}
+    completions = policy.model.generate(prompts, room, **options)
+
+    # Score. What has no score is left out by the mask.
+    found = scores.score(dataset.scorer, scores.Completions(prompts, completions, answers)).to(device)
+    ended = torch.tensor([dataset.stop in (None, c[-1]) for c in completions], device=device)
+    if settings.missing_end is not None:
+        found = torch.where(ended, found, -settings.missing_end)
+    tokens, mask = (t.to(device) for t in laid_out(prompts, completions))
+    mask = mask & found.isfinite()[:, None]
+
+    # Log-probabilities by the forward pass of training, in the batches of training.
+    parts = []
+    for rows in tokens.chunk(settings.minibatches):
+        log_p, values = policy.evaluate(rows)
+        ref_logps = of_tokens(policy.normalised(policy.reference.logits(rows[:, :-1])), rows)
+        parts.append((of_tokens(log_p, rows), ref_logps, values, -(log_p.exp() * log_p).sum(dim=-1)))
+    columns = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Rollout(tokens, mask, found, groups, ended, *columns)
+
+
+def metrics_of(rollout: Rollout) -> dict[str, Tensor]:
+    """Return what is logged of a rollout: means over its completions that have a score, and counts."""
+    mask, scored = rollout.mask, rollout.scores.isfinite()
+    d = rollout.logps - rollout.ref_logps
+    n = scored.sum().clamp(min=1)
+    found = {
+        "reward": masked_sum(rollout.scores, scored) / n,
+        "kl": masked_sum(d, mask) / n,  # the one in the reward; its sample mean may be negative
+        "kl_k3": masked_sum(kl(torch.where(mask, d, 0.0), "k3"), mask) / n,
+        "entropy": masked_sum(rollout.entropies, mask) / mask.sum().clamp(min=1),
+        "completion_tokens": mask.sum() / n,
+        "ended": rollout.ended.float().mean(),
+        "unscored": (~scored).sum(),
+        "equal_groups": rollout.groups[is_equal(rollout.scores, rollout.groups)].unique().numel(),
+    }
+    return {name: torch.as_tensor(value).float() for name, value in found.items()}

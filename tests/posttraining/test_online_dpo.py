@@ -1,0 +1,93 @@
+"""Tests of posttraining/online_dpo.py: which pairs count, the loss, and runs."""
+
+import math
+import re
+
+import pytest
+import small_gpt
+import torch
+
+import train
+from posttraining import frontier, online_dpo
+from posttraining.dpo import sequence_logps
+from posttraining.online_dpo import Config
+from posttraining.rollout import Reference
+
+
+def test_a_tie_and_an_answer_without_a_score_do_not_count():
+    scores = torch.tensor([[1.0, 2.0], [3.0, 0.0], [1.0, 1.0], [math.nan, 1.0]])
+    order, counts = online_dpo.ranked(scores)
+    assert order[:2].tolist() == [[1, 0], [0, 1]]
+    assert counts.tolist() == [True, True, False, False]
+
+
+@pytest.fixture
+def model():
+    model = frontier.build_model()
+    model.objective, model.reference = Config(), Reference(model)
+    return model
+
+
+def answers(n):
+    tokens = torch.cat([torch.full((n, 1), 4), frontier.Chain().sample(n)], dim=1)
+    return tokens, torch.arange(9).expand(n, 9) > 0
+
+
+def test_the_loss_is_the_mean_over_the_pairs_that_count(model):
+    torch.manual_seed(0)
+    tokens, mask = answers(6)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn_like(p)
+    scores = torch.tensor([0.0, 1.0, 2.0, 2.0, 5.0, math.nan])
+    loss, metrics = online_dpo.loss_of(model, tokens, mask, scores)
+    policy = sequence_logps(model(tokens), tokens, mask)
+    reference = sequence_logps(model.reference.logits(tokens), tokens, mask)
+    h = (policy[1] - reference[1]) - (policy[0] - reference[0])  # of the one pair that counts
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-0.1 * h.item())), rel=1e-5)
+    assert (metrics["ties"], metrics["unscored"]) == (1, 1)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_where_no_pair_counts_the_loss_and_its_gradient_are_0(model):
+    tokens, mask = answers(4)
+    loss, metrics = online_dpo.loss_of(model, tokens, mask, torch.ones(4))
+    loss.backward()
+    assert loss.item() == 0 and metrics["ties"] == 2
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def flags(out, steps, *more):
+    words = f"--model online_dpo --steps {steps} --eval-every {steps} --log-every 1 --out {out}"
+    return [*words.split(), "--cache", str(out.parent / "cache"), *more]
+
+
+def test_on_the_chain_the_reward_rises_and_a_resumed_run_is_the_same(tmp_path, capsys):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert train.main(flags(whole, 12)) == 0
+    out = capsys.readouterr().out
+    assert float(re.findall(r"^reward ([\d.]+) at KL", out, re.M)[-1]) > 2.1
+    first = next(row for row in small_gpt.rows(whole) if "grad_norm" in row)
+    assert first["kl"] == 0 and first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+    # Stop after half of the steps, as at a signal, and go on.
+    with pytest.MonkeyPatch.context() as patch:
+        steps = train.Run.steps
+
+        def half(run):
+            for step in steps(run):
+                if step == 6:
+                    raise train.Interrupted(15)
+                yield step
+
+        patch.setattr(train.Run, "steps", half)
+        assert train.main(flags(halves, 12)) == 0
+    assert train.main(flags(halves, 12, "--resume")) == 0
+    assert small_gpt.same_run(whole, halves)
+    assert not any("reference" in name for name in small_gpt.load_file(whole / small_gpt.SHARD))
+
+
+def test_a_run_without_a_model_to_start_from_is_refused(tmp_path, capsys):
+    error = small_gpt.refused(capsys, flags(tmp_path / "run", 2, "--data", "stdlib"))
+    assert "--data stdlib: needs --init-from DIR" in error

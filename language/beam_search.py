@@ -29,7 +29,7 @@ from formats import command
 from language.span_corruption import SENTINELS, restore
 
 
-class Decoder:
+class Decoder(nn.Module):
     """The decoder of a model beside encoded inputs: a model as generate.py needs it."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Sequence[int]], times: int = 1):
@@ -37,17 +37,20 @@ class Decoder:
 
         Raises ValueError for an empty input or an unknown token.
         """
+        super().__init__()
         self.model, self.config = model, model.config.decoder
-        self.parameters, self.logits = model.parameters, model.logits
         check_inputs(inputs, self.config.vocab_size)
         lengths, S = [len(row) for row in inputs], max(map(len, inputs))
         device, padding = model.shared.weight.device, [self.config.pad_token_id]
         tokens = torch.tensor([[*row, *padding * (S - len(row))] for row in inputs], device=device)  # (B, S)
-        self.lengths = torch.tensor(lengths, device=device) if min(lengths) < S else None
-        cross = model.cross(model.encode(tokens, self.lengths))
-        self.cross = [tuple(x.repeat_interleave(times, 0) for x in pair) for pair in cross]
-        if self.lengths is not None:
-            self.lengths = self.lengths.repeat_interleave(times, 0)
+        ends = torch.tensor(lengths, device=device) if min(lengths) < S else None  # (B,)
+        cross = model.cross(model.encode(tokens, ends))
+
+        # They are buffers, so that a copy of this module shares them.
+        self.register_buffer("lengths", None if ends is None else ends.repeat_interleave(times, 0))
+        for i, (k, v) in enumerate(cross):
+            self.register_buffer(f"keys_{i}", k.repeat_interleave(times, 0))
+            self.register_buffer(f"values_{i}", v.repeat_interleave(times, 0))
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> decoding.KVCache:
         """Return an empty cache for beginnings of these lengths, of max_len tokens in all."""
@@ -56,9 +59,15 @@ class Decoder:
 
     def hidden(self, tokens: Tensor, *, cache: decoding.KVCache) -> Tensor:
         """Return the hidden states (B, T, D) of the next tokens (B, T), and add them to the cache."""
-        hidden = self.model.decode(tokens, self.cross, self.lengths, cache)
+        layers = range(self.config.n_layers)
+        cross = [(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in layers]
+        hidden = self.model.decode(tokens, cross, self.lengths, cache)
         cache.advance()
         return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., D)."""
+        return self.model.logits(hidden)
 
 
 def check_inputs(inputs: Sequence[Sequence[int]], vocab_size: int) -> None:

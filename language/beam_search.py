@@ -183,11 +183,11 @@ def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> N
     add = parser.add_argument
     add("checkpoint", nargs="?", type=command.filled, help="a model's directory; without it, the sizes")
     add("--text", default="", help="the input; <extra_id_0> is a gap to fill")
-    add("--max-new-tokens", type=int, default=100)
+    add("--max-new-tokens", type=int, default=100, help="tokens of the output at most (default 100)")
     add("--beams", type=int, default=1, help="beam search with so many beams (default 1: none)")
-    add("--length-penalty", type=float, default=1.0, help="of beam search: 0 prefers short outputs")
+    add("--length-penalty", type=float, default=1.0, help="0 prefers short outputs (default 1; with --beams)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     args = parser.parse_args(argv)
     if args.checkpoint is None:
         print_sizes(kind, sizes)

@@ -45,7 +45,7 @@ MLPS = {"relu": "relu", "gated-gelu": "geglu"}  # feed_forward_proj: mlp
 ONLY = {
     "is_encoder_decoder": (True,),
     "is_decoder": (False,),
-    "is_causal": (True,),
+    "is_causal": (None,),
     "quantization_config": (None,),
 }
 INERT_KEYS = INERT | {

@@ -17,8 +17,8 @@ from formats.json_file import read_json
 
 
 def open_model(directory: str | Path, *, base: str | Path | None = None, kernels: str = "auto") -> nn.Module:
-    """Return the model in directory: decoder, mixture, encoder, ELECTRA, classifier, reward model,
-    encoder-decoder, native, or adapted.
+    """Return the model in directory: decoder, mixture, encoder, encoder-decoder, classifier, reward model,
+    native, or adapted.
 
     base: the directory of the model that an adapter is for, if not the one that adapter_config.json names.
     kernels: the backend of kernels/.
@@ -48,10 +48,10 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "gpt"
     if architecture in mixtures.TABLES:
         return "moe"
-    if architecture in reward_models.CLASSES:
-        return "posttraining.reward"
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
+    if architecture in reward_models.CLASSES:
+        return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
         return native.find(path, architecture).__name__
 

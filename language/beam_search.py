@@ -29,7 +29,7 @@ from formats import command
 from language.span_corruption import SENTINELS, restore
 
 
-class Decoder:
+class Decoder(nn.Module):
     """The decoder of a model beside encoded inputs: a model as generate.py needs it."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Sequence[int]], times: int = 1):
@@ -37,17 +37,20 @@ class Decoder:
 
         Raises ValueError for an empty input or an unknown token.
         """
+        super().__init__()
         self.model, self.config = model, model.config.decoder
-        self.parameters, self.logits = model.parameters, model.logits
         check_inputs(inputs, self.config.vocab_size)
         lengths, S = [len(row) for row in inputs], max(map(len, inputs))
         device, padding = model.shared.weight.device, [self.config.pad_token_id]
         tokens = torch.tensor([[*row, *padding * (S - len(row))] for row in inputs], device=device)  # (B, S)
-        self.lengths = torch.tensor(lengths, device=device) if min(lengths) < S else None
-        cross = model.cross(model.encode(tokens, self.lengths))
-        self.cross = [tuple(x.repeat_interleave(times, 0) for x in pair) for pair in cross]
-        if self.lengths is not None:
-            self.lengths = self.lengths.repeat_interleave(times, 0)
+        ends = torch.tensor(lengths, device=device) if min(lengths) < S else None  # (B,)
+        cross = model.cross(model.encode(tokens, ends))
+
+        # They are buffers, so that a copy of this module shares them.
+        self.register_buffer("lengths", None if ends is None else ends.repeat_interleave(times, 0))
+        for i, (k, v) in enumerate(cross):
+            self.register_buffer(f"keys_{i}", k.repeat_interleave(times, 0))
+            self.register_buffer(f"values_{i}", v.repeat_interleave(times, 0))
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> decoding.KVCache:
         """Return an empty cache for beginnings of these lengths, of max_len tokens in all."""
@@ -56,9 +59,15 @@ class Decoder:
 
     def hidden(self, tokens: Tensor, *, cache: decoding.KVCache) -> Tensor:
         """Return the hidden states (B, T, D) of the next tokens (B, T), and add them to the cache."""
-        hidden = self.model.decode(tokens, self.cross, self.lengths, cache)
+        layers = range(self.config.n_layers)
+        cross = [(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in layers]
+        hidden = self.model.decode(tokens, cross, self.lengths, cache)
         cache.advance()
         return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., D)."""
+        return self.model.logits(hidden)
 
 
 def check_inputs(inputs: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -174,16 +183,11 @@ def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> N
     add = parser.add_argument
     add("checkpoint", nargs="?", type=command.filled, help="a model's directory; without it, the sizes")
     add("--text", default="", help="the input; <extra_id_0> is a gap to fill")
-    add("--max-new-tokens", type=int, default=100, help="tokens to write at most (default %(default)s)")
+    add("--max-new-tokens", type=int, default=100, help="tokens of the output at most (default 100)")
     add("--beams", type=int, default=1, help="beam search with so many beams (default 1: none)")
-    add(
-        "--length-penalty",
-        type=float,
-        default=1.0,
-        help="beams: divide by length^this (default %(default)s)",
-    )
+    add("--length-penalty", type=float, default=1.0, help="0 prefers short outputs (default 1; with --beams)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    add("--seed", type=int, default=0, help="seed of the sampling (default %(default)s)")
+    add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     args = parser.parse_args(argv)
     if args.checkpoint is None:
         print_sizes(kind, sizes)

@@ -64,14 +64,22 @@ class PrefixCache(decoding.KVCache):
         return k, v, mask | {"causal": False, "seqlens_k": lengths}
 
 
-class PrefixModel:
+class PrefixModel(nn.Module):
     """A decoder as generate.py needs it, whose prompts are prefixes. Raises ValueError for one with windows,
     which would hide a part of a prefix from another."""
 
     def __init__(self, model: nn.Module):
+        super().__init__()
         check(model)
-        self.config, self.hidden, self.logits = model.config, model.hidden, model.logits
-        self.parameters = model.parameters
+        self.model, self.config = model, model.config
+
+    def hidden(self, tokens: Tensor, *, cache: PrefixCache) -> Tensor:
+        """Return the hidden states (B, T, D) of the next tokens (B, T), and add them to the cache."""
+        return self.model.hidden(tokens, cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., D)."""
+        return self.model.logits(hidden)
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> PrefixCache:
         """Return an empty cache. Raises ValueError for a static one, which has no prefixes."""

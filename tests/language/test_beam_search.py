@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_t5 import FIXTURES, OLD, V11, recorded, small
 
+from kernels import few_rows
 from language import beam_search, t5
 
 
@@ -38,6 +39,16 @@ def test_a_cache_changes_nothing(changes):
     for prompt, output in zip(prompts, written, strict=True):
         logits = model(torch.tensor([prompt]), torch.tensor([output]))
         assert logits[0].argmax(-1).tolist() == output
+
+
+def test_wide_matrices_of_a_cpu_are_rearranged_and_give_the_same_tokens(monkeypatch):
+    model, prompts = small(**V11), [[5, 9, 3], [7, 7, 2, 30, 8]]
+    expected = [model.generate(rows, 12, temperature=0) for rows in (prompts, prompts[:1])]
+    monkeypatch.setattr(few_rows, "LARGE", 1)
+    decoder = beam_search.Decoder(model, prompts)
+    arranged = few_rows.arrange(decoder, 2)
+    assert arranged is not decoder and arranged.keys_0.data_ptr() == decoder.keys_0.data_ptr()
+    assert [model.generate(rows, 12, temperature=0) for rows in (prompts, prompts[:1])] == expected
 
 
 def test_one_beam_is_greedy():

@@ -31,7 +31,7 @@ from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
-from engine.settings import adapter_fields, check_set, field_names, with_fields
+from engine.settings import adapter_fields, check_set, task_settings, with_fields
 
 
 class Interrupted(Exception):
@@ -376,13 +376,6 @@ def choose_weights(
         adapter.apply(model, config)
         start_from(model, adapter.state(trained), args.set)
     return config, fingerprint
-
-
-def task_settings(concept: contract.Concept, config: Any, changes: list[str]) -> Any:
-    """Return the task's own Config with the values of --set, or the model's Config if the task has none."""
-    settings = concept.task.settings(config)
-    known = {name for name in field_names(settings) if name not in field_names(config)}
-    return settings if settings is config else with_fields(settings, changes, known)
 
 
 def set_rates(

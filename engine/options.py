@@ -296,6 +296,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     part, _ = trainable.parse(args.train)
     if part != "all" and args.adapter:
         raise ValueError(f"--train {args.train} and --adapter {args.adapter}: expected one of them")
+    if args.dry_run and args.device in ("cpu", "mps"):  # whose kernels keep other tensors
+        given = f"--device {args.device}"
+        raise ValueError(f"{given}: --dry-run plans the memory of GPUs and needs none here; leave it out")
     n = parallel.world_size()
     if args.batch_size % n:
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")

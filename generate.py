@@ -233,7 +233,7 @@ def stream(
     stops = {stop} if isinstance(stop, int) else set(stop or ())
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
-    faster = few_rows.arrange(model, len(prompts))  # on a CPU perhaps a copy
+    faster = few_rows.arrange(model, len(prompts), max_new_tokens)
     step_hidden = torch.compile(model.hidden, mode=mode) if compile else faster.hidden
     seen = None if repetition_penalty == 1.0 else tokens_in(prompts, model.config.vocab_size, hidden.device)
 

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import gpt
 from formats import command, peft
 from formats.config_values import check_values
+from formats.safetensors_dir import fingerprint
 from posttraining import nf4
 from posttraining.adapter_costs import adapter_bytes, flops_per_token  # noqa: F401, the engine calls them
 from posttraining.adapters import (
@@ -286,7 +287,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def prepare_base(model: nn.Module, config: Config) -> str:
     """Bring a base into the precision that config names, in place, and return the fingerprint that it had."""
     model.to(getattr(torch, config.base_dtype))
-    base_fingerprint = peft.fingerprint(model)
+    base_fingerprint = fingerprint(model)
     if config.quantize:
         nf4.quantize(model)
     return base_fingerprint
@@ -327,7 +328,7 @@ def load_adapter(
     saved, layers = peft.read(directory, model), adaptable_layers(model)
     shapes = {path: layers[path].base_weight().shape for path in saved.layers if path in layers}
     if base_fingerprint is None and not any(isinstance(m, Adapted | nf4.NF4) for m in model.modules()):
-        base_fingerprint = peft.fingerprint(model)
+        base_fingerprint = fingerprint(model)
     peft.check_base(directory, saved, shapes, base_fingerprint)
 
     # Make each adapter from its tensors, and put it beside its layer.

@@ -360,7 +360,7 @@ def as_dataset(train: list[Example], held: list[Example], tokenizer: Any, summar
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Count preferences, and show some of them as trained on.")
     add = parser.add_argument
-    add("file", type=command.path, help="of preferences")
+    add("file", type=command.path, help="the file of preferences")
     add("--tokenizer", type=command.filled, default="bytes", help="as for train.py (default %(default)s)")
     add("--seq-len", type=int, default=1024, help="the longest that a model reads (default %(default)s)")
     add("-n", type=int, default=3, help="how many to show (default %(default)s)")

@@ -127,6 +127,10 @@ def estimate(
 
 def check(args: Namespace, n_processes: int) -> None:
     """Raise ValueError for flags that cannot be estimated, see `estimate`."""
+    if (device := getattr(args, "device", None)) in ("cpu", "mps"):  # whose kernels keep other tensors
+        raise ValueError(
+            f"--device {device}: --dry-run plans the memory of GPUs and needs none; leave it out"
+        )
     if args.parallel == "none" and n_processes > 1:
         raise ValueError(f"{n_processes} processes: add --parallel ddp or --parallel fsdp")
     if args.batch_size % n_processes:

@@ -31,8 +31,7 @@ from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
-from engine.settings import adapter_fields, check_set, field_names, with_fields
-from formats import peft
+from engine.settings import adapter_fields, check_set, task_settings, with_fields
 
 
 class Interrupted(Exception):
@@ -358,7 +357,11 @@ def choose_weights(
         if trainable.parse(args.train)[0] == "head":
             concept.model_file.separate_head(model)
         trainable.freeze(model, args.train)
-        return None, peft.fingerprint(model) if concept.task.REFERENCE else None
+        if not concept.task.REFERENCE:
+            return None, None
+        from formats import safetensors_dir
+
+        return None, safetensors_dir.fingerprint(model)
     config = adapter_fields(concept, model.config, args)
     fingerprint = adapter.prepare_base(model, config)
     if not args.init_from or not contract.open_model().is_adapter(args.init_from):
@@ -373,13 +376,6 @@ def choose_weights(
         adapter.apply(model, config)
         start_from(model, adapter.state(trained), args.set)
     return config, fingerprint
-
-
-def task_settings(concept: contract.Concept, config: Any, changes: list[str]) -> Any:
-    """Return the task's own Config with the values of --set, or the model's Config if the task has none."""
-    settings = concept.task.settings(config)
-    known = {name for name in field_names(settings) if name not in field_names(config)}
-    return settings if settings is config else with_fields(settings, changes, known)
 
 
 def set_rates(
@@ -429,14 +425,9 @@ def plan(args: argparse.Namespace) -> str:
     """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
 
     It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
-    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU. Raises
-    ValueError for another --device, whose kernels keep other tensors.
+    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU.
     """
     check_arguments(args)
-    if args.device in ("cpu", "mps"):
-        raise ValueError(
-            f"--device {args.device}: --dry-run plans the memory of GPUs and needs none here; leave it out"
-        )
     concept = contract.resolve(args)
     fill_defaults(args, concept)
     args.dtype = args.dtype or "bfloat16"

@@ -68,3 +68,10 @@ def with_fields(config: Any, changes: list[str], known: set[str] | None = None) 
         return replace(config, **values) if values else config
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"--set {' '.join(changes)}: {error}") from None
+
+
+def task_settings(concept: Concept, config: Any, changes: list[str]) -> Any:
+    """Return the task's own Config with the values of --set, or the model's Config if the task has none."""
+    settings = concept.task.settings(config)
+    known = {name for name in field_names(settings) if name not in field_names(config)}
+    return settings if settings is config else with_fields(settings, changes, known)

@@ -16,7 +16,6 @@ A key of the config that would change what is computed, and that is not implemen
 it. Which modules are adapted is read from the tensors and not from target_modules.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -89,20 +88,6 @@ INERT = {
     "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules", "init_ia3_weights",
     "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "runtime_config",
 }  # fmt: skip
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 hash of a sample of the weights of a model without adapters.
-
-    It distinguishes one base from another, and is the same in float32 and in bfloat16.
-    """
-    digest = hashlib.sha256()
-    for name, w in sorted(model.state_dict().items()):
-        flat = w.detach().flatten()
-        picks = torch.linspace(0, len(flat) - 1, min(len(flat), 64), dtype=torch.float64).long()
-        sample = flat[picks.to(flat.device)].bfloat16().cpu()
-        digest.update(f"{name} {tuple(w.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def read(directory: str | Path, model: nn.Module) -> SavedAdapter:

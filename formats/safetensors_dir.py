@@ -9,6 +9,7 @@ weights, which model.safetensors.index.json lists. This file holds what all fami
 Weights are read from safetensors only: unlike a pickle, such a file cannot run code.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -219,3 +220,17 @@ def rename(name: str, table: dict[str, str]) -> str:
 def inverse(table: dict[str, str]) -> dict[str, str]:
     """Return the table that undoes the renaming of a table."""
     return {new: old for old, new in table.items()}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 hash of a sample of the weights of a model without adapters.
+
+    It distinguishes one base from another, and is the same in float32 and in bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, w in sorted(model.state_dict().items()):
+        flat = w.detach().flatten()
+        picks = torch.linspace(0, len(flat) - 1, min(len(flat), 64), dtype=torch.float64).long()
+        sample = flat[picks.to(flat.device)].bfloat16().cpu()
+        digest.update(f"{name} {tuple(w.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

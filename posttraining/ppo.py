@@ -132,8 +132,9 @@ def loss_of(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss () of some rows of a rollout, and the ratios (rows, T) that it is made of."""
     settings, row, mask = policy.settings, policy.settings.row, rollout.mask[rows]
-    log_p, values = policy.evaluate(rollout.tokens[rows])
-    logps, old = of_tokens(log_p, rollout.tokens[rows]), rollout.logps[rows]
+    tokens, old = rollout.tokens[rows], rollout.logps[rows]
+    log_p, values = policy.evaluate(tokens, mask)
+    logps = of_tokens(log_p, tokens, mask)
     options = {"clip_high": row.clip_high, "ratio": row.ratio, "weights": weights}
     loss = policy_loss(logps, old, advantages[rows], mask, settings.clip, **options)
     if row.advantage == "gae":

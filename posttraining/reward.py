@@ -270,7 +270,7 @@ def show(model: RewardModel, dataset: Dataset, out: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Score answers to a prompt by a reward model.")
-    parser.add_argument("directory", type=command.path, help="of the model, such as runs/reward/model")
+    parser.add_argument("directory", type=command.path, help="a model, such as runs/reward/model")
     parser.add_argument("--prompt", required=True, help="a question of the user")
     parser.add_argument("answers", nargs="+", help="answers to it")
     args = parser.parse_args(argv)

@@ -10,6 +10,8 @@ Completions are laid out behind their prompts and padded on the right. The mask 
 token counts by its position, whatever its value. The last token sampled, an end token or not, carries the
 score (OpenAI's code puts it one place behind, where a smaller gamma or lambda weakens it).
 
+Logits, the largest tensor of all, are computed only where a token was sampled: N places, of (B, T).
+
 Shapes: B completions, T tokens of prompt and completion but the first, V vocabulary, D model width.
 """
 
@@ -37,12 +39,13 @@ class Reference:
         self.is_base = bool(adapted_layers(model))
         self.model = model if self.is_base else copy.deepcopy(model).requires_grad_(False).eval()
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of the token after each of tokens (B, T)."""
+    def logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Return the logits (N, V) after those of tokens (B, T) whose mask (B, T) is True, N in all."""
+        self.model.to(tokens.device)
         if not self.is_base:
-            return self.model.to(tokens.device)(tokens)
+            return self.model.logits(self.model.hidden(tokens)[mask])
         with use(self.model, None):
-            return self.model(tokens)
+            return self.model.logits(self.model.hidden(tokens)[mask])
 
 
 class Policy(nn.Module):
@@ -62,29 +65,37 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.bias)
         self.register_buffer("beta", torch.tensor(settings.beta, dtype=torch.float64))
 
-    def evaluate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log p (B, T, V) of all tokens after the first of (B, T + 1), at the temperature of sampling,
-        and the values (B, T) of the states before them, which are 0 without a value head."""
+    def evaluate(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p (N, V) of all tokens at the N places of the mask, at the temperature of sampling,
+        and the values (B, T) of the states before all tokens, 0 without a value head.
+
+        tokens (B, T + 1); the mask (B, T) is of all but the first.
+        """
         hidden = self.model.hidden(tokens[:, :-1])  # (B, T, D)
-        log_p = self.normalised(self.model.logits(hidden))
+        log_p = self.normalised(self.model.logits(hidden[mask]))
         if self.value_head is None:
-            return log_p, torch.zeros_like(log_p[..., 0])
+            return log_p, hidden.new_zeros(mask.shape)
         return log_p, self.value_head(hidden)[..., 0].float()
 
     def normalised(self, logits: Tensor) -> Tensor:
         return (logits.float() / self.settings.temperature).log_softmax(dim=-1)
 
 
-def of_tokens(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """Return log p (B, T) of the tokens after the first of (B, T + 1), from log_p (B, T, V)."""
-    return log_p.gather(2, tokens[:, 1:, None])[..., 0]
+def at_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Return values (N,) at the N places of a mask (B, T) that are True, with 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def of_tokens(log_p: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return log p (B, T) of the tokens (B, T + 1) at the mask (B, T), from log_p (N, V); 0 elsewhere."""
+    return at_mask(log_p.gather(1, tokens[:, 1:][mask][:, None])[:, 0], mask)
 
 
 # --- rollouts
 
 
 class Rollout(NamedTuple):
-    """What a step learns from. B completions, in groups of the same prompt."""
+    """The completions that a step learns from, B of them, in groups of the same prompt."""
 
     tokens: Tensor  # int64 (B, T + 1): prompt, completion, padding
     mask: Tensor  # bool (B, T): tokens of completions that have a score, by their positions
@@ -111,6 +122,22 @@ def laid_out(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Te
     return tokens, (starts <= positions) & (positions < ends)
 
 
+def sample(model: nn.Module, prompts: list[list[int]], n_new: int, **options) -> list[list[int]]:
+    """Return up to n_new new tokens of each prompt. Options as for generate.stream.
+
+    On a CPU, rows of equal lengths are sampled together: attention there takes uneven ones one by one.
+    """
+    lengths = sorted({len(p) for p in prompts})
+    if next(model.parameters()).device.type != "cpu" or len(lengths) == 1:
+        return model.generate(prompts, n_new, **options)
+    found: list[list[int]] = [[] for _ in prompts]
+    for length in lengths:
+        rows = [i for i, p in enumerate(prompts) if len(p) == length]
+        for i, new in zip(rows, model.generate([prompts[i] for i in rows], n_new, **options), strict=True):
+            found[i] = new
+    return found
+
+
 @torch.no_grad()
 def roll_out(policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: int, n: int) -> Rollout:
     """Return n completions of each prompt in a batch of dataset's rows, drawn by the seed, and more."""
@@ -123,7 +150,7 @@ def roll_out(policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: i
     room = min(settings.max_new_tokens, policy.config.max_seq_len - max(map(len, prompts)))
     generator = torch.Generator(device).manual_seed(seed)
     options = {"temperature": settings.temperature, "stop": dataset.stop, "generator": generator}
-    completions = policy.model.generate(prompts, room, **options)
+    completions = sample(policy.model, prompts, room, **options)
 
     # Score. What has no score is left out by the mask.
     found = scores.score(dataset.scorer, scores.Completions(prompts, completions, answers)).to(device)
@@ -135,10 +162,11 @@ def roll_out(policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: i
 
     # Log-probabilities by the forward pass of training, in the batches of training.
     parts = []
-    for rows in tokens.chunk(settings.minibatches):
-        log_p, values = policy.evaluate(rows)
-        ref_logps = of_tokens(policy.normalised(policy.reference.logits(rows[:, :-1])), rows)
-        parts.append((of_tokens(log_p, rows), ref_logps, values, -(log_p.exp() * log_p).sum(dim=-1)))
+    for rows, own in zip(tokens.chunk(settings.minibatches), mask.chunk(settings.minibatches), strict=True):
+        log_p, values = policy.evaluate(rows, own)
+        log_ref = policy.normalised(policy.reference.logits(rows[:, :-1], own))
+        entropies = at_mask(-(log_p.exp() * log_p).sum(dim=-1), own)
+        parts.append((of_tokens(log_p, rows, own), of_tokens(log_ref, rows, own), values, entropies))
     columns = (torch.cat(column) for column in zip(*parts, strict=True))
     return Rollout(tokens, mask, found, groups, ended, *columns)
 

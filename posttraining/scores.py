@@ -24,7 +24,7 @@ from posttraining.frontier import Chain
 
 
 class Completions(NamedTuple):
-    """What is scored: token ids by rows. The texts of a tokenizer's rows are made from them."""
+    """The token ids of what is scored, row by row; functions of texts get them decoded."""
 
     prompts: list[list[int]]
     completions: list[list[int]]  # with the end token where one was drawn

@@ -1,4 +1,4 @@
-"""Cached greedy decoding on this machine, beside transformers' generate, of a small random Llama.
+"""Cached greedy decoding on this machine, beside transformers' generate, of small random models.
 
     python -m results.decode_speed --out results/decode_speed.json        (needs tests/requirements.txt)
 
@@ -8,6 +8,7 @@ turn (A B A B ...).
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,13 +18,14 @@ from pathlib import Path
 import torch
 
 from engine import cpu
-from gpt import GPT, Config
+from gpt import GPT, SIZES, Config
 from results.in_turn import compared, measure_in_turn
 
 SHAPES = {
     "4 layers, width 64": Config(4, 4, 64, 176, 8192, 512, n_kv_heads=2),
     "4 layers, width 128": Config(4, 4, 128, 352, 8192, 512, n_kv_heads=2),
     "4 layers, width 256": Config(4, 8, 256, 688, 8192, 512, n_kv_heads=4),
+    "10M parameters": SIZES["10m"],  # a Qwen3
 }
 PROMPT, NEW = 16, 128  # tokens
 
@@ -41,7 +43,7 @@ def both_models(config: Config):
 
 def generators(ours: GPT, theirs, batch: int) -> dict[str, Callable[[], list[list[int]]]]:
     """Return for each side a function that continues the same random prompts."""
-    prompts = torch.randint(8192, (batch, PROMPT))
+    prompts = torch.randint(ours.config.vocab_size, (batch, PROMPT))
     mask = torch.ones_like(prompts)
     options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
     return {
@@ -69,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     import transformers
 
-    results = []
+    results, load = [], os.getloadavg()[0]
     for name, shape in SHAPES.items():
         ours, theirs = both_models(shape)
         for batch in (1, 8):
@@ -84,7 +86,7 @@ def main() -> None:
 
     if args.out:
         machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"transformers": transformers.__version__}
+        machine |= {"transformers": transformers.__version__, "load_average": load}
         command = "python -m results.decode_speed --out results/decode_speed.json"
         args.out.write_text(
             json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"

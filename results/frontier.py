@@ -30,6 +30,10 @@ METHODS = {  # the task and its settings; betas
     "PPO": ("ppo", ["method=ppo"], (1.0, 0.5)),
     "GRPO": ("ppo", ["method=grpo"], (1.0, 0.5)),
     "RLOO": ("ppo", ["method=rloo"], (1.0, 0.5)),
+    "DPO": ("dpo", ["method=dpo"], (1.0, 0.5)),
+    "IPO": ("dpo", ["method=ipo"], (1.0, 0.5)),
+    "KTO": ("dpo", ["method=kto"], (1.0, 0.5)),
+    "online DPO": ("online_dpo", ["method=dpo"], (1.0, 0.5)),
 }
 SEEDS = (0, 1, 2)
 

@@ -26,8 +26,7 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from engine.optim import make_optimizers
 from formats.chat_template import prompt_tokens
 from formats.open_model import open_model
-from formats.peft import fingerprint
-from formats.safetensors_dir import check_weights
+from formats.safetensors_dir import check_weights, fingerprint
 from lora import Config, apply, load_adapter, save_pretrained
 from posttraining import chat, instruct
 from posttraining.adapter_command import open_adapted

@@ -37,7 +37,7 @@ INSTEAD = {  # in blocks of Python
     '"stdlib"': '"book.txt"',
     '"bpe:4096"': '"bytes"',
 }
-ON_THE_CHAIN = {"dpo", "online_dpo", "reward"}
+ON_THE_CHAIN = {"dpo", "online_dpo", "reward", "ppo"}
 EXPECTED = {
     "# Gopher's budget": "72.2B parameters, 1.33T tokens"
 }  # comment in a block: how its output begins

@@ -6,7 +6,9 @@ import sys
 import pytest
 from conftest import run_command
 
-from engine import contract
+import gpt
+import train as train_py
+from engine import checkpoint, contract
 from formats.open_model import open_model
 
 # Read a text backwards: a task for any decoder.
@@ -124,6 +126,78 @@ def test_a_task_takes_another_model_by_its_own_flag(folder):
     train("--model", "gpt", "--task", "backwards", *small, "--steps", "2", "--out", "a")
     train("--model", "backwards", *small, "--steps", "2", "--out", "b")
     assert rows(folder / "a") == rows(folder / "b")
+
+
+# A task with a loop of its own, data of its own, a model to start from, and a weight beside it.
+LOOP = """
+import torch
+from torch import nn
+
+import gpt
+from engine.log import Failed
+
+make_batch = gpt.make_batch
+MODEL, DATA, REFERENCE, STEPS = "gpt", "text.txt", True, 2
+
+
+class Beside(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.register_buffer("count", torch.zeros(()))
+
+
+def start_model(args):
+    return "start"
+
+
+def wrap(model, settings):
+    return Beside(model)
+
+
+def unwrap(module):
+    return module.model
+
+
+def save(module, dataset, directory):
+    module.model.save_pretrained(directory)
+
+
+def flops_per_token(module, settings, seq_len):
+    return 1
+
+
+def train(run, log):
+    for _ in run.steps():
+        run.model.count += 1
+        run.count_step(torch.tensor(True))
+        print(f"step {run.step}, count {run.model.count:g}, {run.args.data}, {run.args.init_from}")
+        if run.args.seed == 7:
+            raise Failed("the reward function failed: KeyError")
+    (run.args.out / "samples.txt").write_text("=== step 2\\nthe end")
+"""
+
+
+def test_a_task_may_bring_its_data_its_start_and_its_loop_and_state_beside_an_adapter(folder, capsys):
+    (folder / "loop.py").write_text(LOOP)
+    small = gpt.Config(1, 2, 16, 16, vocab_size=257, max_seq_len=16, eos_token_id=256)
+    gpt.GPT(small).save_pretrained(folder / "start")
+    argv = ["--model", "loop", "--tokenizer", "bytes", "--batch-size", "2", "--save-every", "1"]
+    assert train_py.main([*argv, "--out", "run", "--adapter", "lora"]) == 0
+    assert "step 2, count 2, text.txt, start" in capsys.readouterr().out
+    names = checkpoint.names(folder / "run" / "checkpoint")
+    assert "model.count" in names and all(".adapters." in name or name == "model.count" for name in names)
+    assert (folder / "run" / "model" / "adapter_model.safetensors").exists()
+
+    # The reference is compared on resuming, also without an adapter.
+    assert train_py.main([*argv, "--out", "all"]) == 0
+    gpt.GPT(small).save_pretrained(folder / "start")
+    assert train_py.main([*argv, "--out", "all", "--resume"]) == 2
+    assert "the weights in start have changed" in capsys.readouterr().err
+    assert train_py.main([*argv, "--out", "failed", "--seed", "7"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: the reward function failed: KeyError; nothing is saved yet")
+    sys.modules.pop("loop", None)
 
 
 @pytest.mark.usefixtures("folder")

@@ -17,6 +17,7 @@ CONFIGS = {
 @pytest.fixture(autouse=True)
 def small_matrices_are_large(monkeypatch):
     monkeypatch.setattr(few_rows, "LARGE", 1)
+    monkeypatch.setattr(few_rows, "STEPS", 12)
 
 
 def layout(model):
@@ -29,7 +30,7 @@ def layout(model):
 def test_an_arranged_model_has_the_same_logits_and_tokens(name, n_rows, monkeypatch):
     model = small(**CONFIGS[name])
     before, tokens = layout(model), torch.randint(61, (n_rows, 1), generator=torch.Generator().manual_seed(0))
-    arranged = arrange(model, n_rows)
+    arranged = arrange(model, n_rows, 64)
     wide = {name for name, layer in arranged.named_modules() if isinstance(layer, Wide)}
     assert "lm_head" in wide and "model.layers.0.mlp.up_proj" in wide
     torch.testing.assert_close(arranged(tokens), model(tokens), atol=1e-5, rtol=0)
@@ -37,7 +38,7 @@ def test_an_arranged_model_has_the_same_logits_and_tokens(name, n_rows, monkeypa
 
     # Through generate, beside the model as it is.
     found = model.generate(tokens, 12, temperature=0)
-    monkeypatch.setattr(few_rows, "arrange", lambda model, n_rows: model)
+    monkeypatch.setattr(few_rows, "arrange", lambda model, *_: model)
     assert found == model.generate(tokens, 12, temperature=0)
     for (*where, values), (*where_before, values_before) in zip(layout(model), before, strict=True):
         assert where == where_before and torch.equal(values, values_before)
@@ -46,7 +47,7 @@ def test_an_arranged_model_has_the_same_logits_and_tokens(name, n_rows, monkeypa
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_an_arranged_model_takes_at_most_one_more_copy_of_the_weights(n_rows):
     model = small()
-    arranged, own = arrange(model, n_rows), {p.data_ptr() for p in model.parameters()}
+    arranged, own = arrange(model, n_rows, 64), {p.data_ptr() for p in model.parameters()}
     copied = {p.data_ptr(): p for p in arranged.parameters() if p.data_ptr() not in own}
     if n_rows > 1:
         assert not copied
@@ -56,8 +57,10 @@ def test_an_arranged_model_takes_at_most_one_more_copy_of_the_weights(n_rows):
 
 
 def test_a_model_that_gains_nothing_stays_as_it_is(monkeypatch):
+    model = small()
+    assert arrange(model, 1, 11) is model  # too few tokens
     model = small().double()
-    assert arrange(model, 1) is model
+    assert arrange(model, 1, 64) is model
     monkeypatch.setattr(few_rows, "LARGE", 1 << 18)
     model = small()
-    assert arrange(model, 1) is model
+    assert arrange(model, 1, 64) is model

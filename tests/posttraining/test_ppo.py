@@ -14,9 +14,11 @@ from small_gpt import refused, rows, same_run
 
 import gpt
 import train
+from data.tokenizer import Tokenizer, get_tokenizer
 from formats.open_model import open_model
 from posttraining import frontier, ppo, rollout, scores
 from posttraining.prompts import of_chain
+from posttraining.reward import RewardModel
 
 METHODS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "rloo")
 
@@ -59,7 +61,7 @@ def test_before_the_first_update_every_ratio_is_1_and_the_kl_is_0_to_the_bit(met
 def test_an_adapter_learns_with_its_base_as_the_reference_and_resumes_to_the_bit(cache, tmp_path):
     # The value head and the coefficient of the KL are in the checkpoint, beside the adapter alone.
     argv = ["--adapter", "lora", "--schedule", "constant", "--warmup", "0"]
-    settings = ("temperature=1.5", "target_kl=0.01", "r=4")
+    settings = ("temperature=1.5", "target_kl=0.01", "r=4", "dropout=0.1")
     assert train.main([*flags(cache, tmp_path / "a", *settings), *argv]) == 0
     assert train.main([*flags(cache, tmp_path / "b", *settings, steps=2), *argv]) == 0
     assert train.main([*flags(cache, tmp_path / "b", *settings, resume=True), *argv]) == 0
@@ -244,8 +246,6 @@ def spoken(tmp_path_factory):
     torch.manual_seed(0)
     model = gpt.GPT(gpt.Config(1, 2, 16, 32, vocab_size=257, max_seq_len=64, eos_token_id=256))
     model.save_pretrained(folder / "model")
-    from data.tokenizer import get_tokenizer
-
     get_tokenizer("bytes").save(folder / "model")
     questions = [{"question": f"{i} + {i}?", "answer": f"{i + i}"} for i in range(12)]
     questions.append({"question": "?" * 80, "answer": "long"})
@@ -291,6 +291,19 @@ def test_words_learn_from_any_function_with_prompts_of_uneven_lengths(spoken, tm
 def test_a_reward_function_that_fails_ends_the_run_with_one_line(function, words, spoken, tmp_path, capsys):
     argv = of_words(spoken, tmp_path / "run", f"{spoken / 'rewards.py'}:{function}", "method=rloo")
     assert words in refused(capsys, argv)
+
+
+def test_a_reward_model_scores_prompt_and_completion_whatever_stands_behind_them(spoken, tmp_path):
+    torch.manual_seed(1)
+    model = RewardModel(gpt.GPT(gpt.Config(1, 2, 16, 32, vocab_size=257, max_seq_len=64)))
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer = Tokenizer.load(spoken / "model")
+    scorer = scores.find(str(tmp_path / "judge"), tokenizer, 256)
+    found = scores.score(scorer, scores.Completions([[5, 6], [7]], [[8, 9, 256], [0]], [[], []]))
+    alone = [
+        model(torch.tensor([row]), torch.tensor([len(row)])).item() for row in ([5, 6, 8, 9, 256], [7, 0])
+    ]
+    assert found.tolist() == pytest.approx(alone, abs=1e-6) and alone[0] != alone[1]
 
 
 def test_exact_scores_1_where_the_text_is_the_answer():

@@ -85,10 +85,9 @@ class Config:
         """Return the config whose n_layers are those of the decoder."""
         return replace(self, n_layers=self.n_decoder_layers or self.n_layers)
 
-    # What a cache of generate.py reads.
     G = property(lambda self: self.n_heads)
     K = property(lambda self: self.d_head)
-    positions = property(lambda self: "sinusoidal" if self.original else "relative")
+    positions = property(lambda self: "sinusoidal" if self.original else "relative")  # G, K: for a cache
 
     def layer_window(self, layer: int) -> None:
         """Return None: no layer has a window."""
@@ -110,7 +109,7 @@ class Config:
 V11 = dict(mlp="geglu", tie_embeddings=False, scale_head=False)
 
 SIZES = {
-    "tiny": Config(2, 4, 128, 256, 4224, 32, mlp="geglu", max_seq_len=256),
+    "tiny": Config(2, 4, 128, 256, 4224, 32, mlp="geglu", scale_head=False, max_seq_len=256),
     "small": Config(6, 8, 512, 2048),
     "base": Config(12, 12, 768, 3072),
     "large": Config(24, 16, 1024, 4096),
@@ -283,16 +282,18 @@ class T5(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw matrices from N(0, s^2) with s = 1 / sqrt(width of the input), and for queries of T5 another
-        1 / sqrt(K), which takes the place of the scale of the scores. Raises ValueError without a rule."""
+        1 / sqrt(K), which takes the place of the scale of the scores. Raises ValueError without a rule.
+
+        T5 draws embeddings from N(0, 1) for Adafactor, whose steps are in proportion to the weights. AdamW's
+        are not: embeddings so large would hardly move.
+        """
         D, K = self.config.d_model, self.config.d_head
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
             elif "layer_norm" in name:
                 p.fill_(1.0)
-            elif name.endswith(("shared.weight", "lm_head.weight")):
-                p.normal_(std=D**-0.5 if self.config.original else 1.0)
-            elif name.endswith("relative_attention_bias.weight"):
+            elif name.endswith(("shared.weight", "lm_head.weight", "relative_attention_bias.weight")):
                 p.normal_(std=D**-0.5)
             elif name.endswith(".q.weight") and not self.config.original:
                 p.normal_(std=(D * K) ** -0.5)

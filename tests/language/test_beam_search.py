@@ -45,8 +45,9 @@ def test_wide_matrices_of_a_cpu_are_rearranged_and_give_the_same_tokens(monkeypa
     model, prompts = small(**V11), [[5, 9, 3], [7, 7, 2, 30, 8]]
     expected = [model.generate(rows, 12, temperature=0) for rows in (prompts, prompts[:1])]
     monkeypatch.setattr(few_rows, "LARGE", 1)
+    monkeypatch.setattr(few_rows, "STEPS", 1)
     decoder = beam_search.Decoder(model, prompts)
-    arranged = few_rows.arrange(decoder, 2)
+    arranged = few_rows.arrange(decoder, n_rows=2, n_steps=12)
     assert arranged is not decoder and arranged.keys_0.data_ptr() == decoder.keys_0.data_ptr()
     assert [model.generate(rows, 12, temperature=0) for rows in (prompts, prompts[:1])] == expected
 

@@ -160,7 +160,8 @@ def flags(tmp_path, out, **changes):
 
 def test_training_fills_gaps_and_transformers_opens_the_result(tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setitem(t5.SIZES, "tiny", replace(SMALL, n_layers=1, n_decoder_layers=1, mlp="geglu"))
+    like_tiny = {"n_layers": 1, "n_decoder_layers": 1, "mlp": "geglu", "scale_head": False}
+    monkeypatch.setitem(t5.SIZES, "tiny", replace(SMALL, **like_tiny))
     out = tmp_path / "run"
     assert train.main(flags(tmp_path, out, steps=150, lr=0.01)) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -228,7 +228,7 @@ def test_the_scale_of_scores_is_in_the_initial_queries():
     own = model.requires_grad_(False).encoder.block[0].layer[0].SelfAttention
     assert own.q.weight.std() == pytest.approx((512 * 64) ** -0.5, rel=0.02)
     assert own.k.weight.std() == pytest.approx(512**-0.5, rel=0.02)
-    assert model.shared.weight.std() == pytest.approx(1, rel=0.02)
+    assert model.shared.weight.std() == pytest.approx(512**-0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,7 @@ def test_keys_that_do_not_exist_count_for_nothing(mask, backend, monkeypatch):
             x[b, n:] = torch.tensor([POISON[(i + j) % 3] for j in range(S - n)], device=DEVICE)[:, None, None]
     run, name = attention, backend if backend in ("reference", "torch") else "triton"
     if backend == "compiled":
+        torch._dynamo.reset()  # graphs of other tests count for the limit of graphs
         run, name = torch.compile(attention, fullgraph=True, backend="aot_eager"), "torch"
 
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -104,7 +104,7 @@ def optimum(beta: float, chain: Chain = Chain()) -> tuple[float, float]:
         reward += (joint * chain.rewards).sum().item()
         kl += (joint * (policy - log_p)).sum().item()
         at = torch.cat([joint.sum(dim=0), torch.zeros(1, dtype=torch.float64)])
-    return reward, kl
+    return reward, max(kl, 0.0)  # rounding of 0 may be below it
 
 
 def reward_at(kl: float, chain: Chain = Chain()) -> float:

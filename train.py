@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from engine import cpu, parallel
-from engine.batches import Part, to_device
+from engine.batches import Part, seed_of, to_device
 from engine.checkpoint import last_saved, save, save_model
 from engine.log import Diverged, Failed, Log, UpdateResult, time_and_announce
 from engine.optim import set_learning_rate, step_optimizers
@@ -90,7 +90,7 @@ def gradient(run: Run, parts: list[Part]) -> tuple[torch.Tensor, dict]:
     """
     n_ranks, args = parallel.world_size(), run.args
     # One number for each (seed, step, rank): dropout draws the same whenever this step is computed.
-    torch.manual_seed((((args.seed << 32) + run.step) * n_ranks + parallel.rank()) % (1 << 64))
+    torch.manual_seed(seed_of(args.seed, run.step * n_ranks + parallel.rank()))
     total, metrics = torch.zeros((), device=args.device), {}
     for i, part in enumerate(parts):
         # The ranks average their gradients once, during the backward pass of the last part.

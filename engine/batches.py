@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.rows import Dataset, Loader, Row, cu_seqlens, in_order, shapes
+from data.rows import Dataset, Loader, Row, cu_seqlens, in_order, seed_of, shapes
 from engine import parallel
 from engine.contract import Task
 
@@ -72,7 +72,7 @@ class Batches:
             # An endless stream, the shuffled rows of epoch after epoch, is cut into batches: this is batch
             # number `index` of it.
             rows = self.loader.read(index * args.batch_size, args.batch_size)
-            batch = self.make(rows, (args.seed << 32) + index)
+            batch = self.make(rows, seed_of(args.seed, index))
             own = self.split(batch)
             n_targets += task.count(batch)
             n_own.append(task.count(own))

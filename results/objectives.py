@@ -38,7 +38,7 @@ import bert
 import data.text
 import gpt
 from data import corpus
-from data.rows import Dataset, Loader, Row, stack
+from data.rows import Dataset, Loader, Row, seed_of, stack
 from engine import contract, cpu
 from engine.optim import default_learning_rate, learning_rate, make_optimizers
 from language import electra, masking
@@ -103,7 +103,7 @@ def run(job: tuple[str, int, int, Path]) -> dict:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        draws = torch.Generator().manual_seed((seed << 32) + step)
+        draws = torch.Generator().manual_seed(seed_of(seed, step))
         batch = task.make_batch(loader.read(step * BATCH, BATCH), settings, draws, dataset.tokenizer)
         loss, _ = task.loss(model, batch)
         loss.backward()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import data.text
-from data.rows import Loader, in_order, stack
+from data.rows import Loader, in_order, seed_of, stack
 from data.tokenizer import END_OF_TEXT
 from formats.atomic import write_checksums
 
@@ -346,3 +346,14 @@ def test_cu_seqlens_begin_documents_at_rows_and_boundaries():
     tokens = torch.tensor([[7, 7, 0, 5], [0, 5, 5, 0]])
     assert data.rows.cu_seqlens(tokens, 0).tolist() == [0, 2, 4, 7, 8]
     assert data.rows.cu_seqlens(tokens, 0).dtype == torch.int32
+
+
+def test_other_seeds_draw_other_numbers():
+    # On a CPU torch.Generator ignores all but the lower 32 bits of a seed.
+    drawn = {
+        torch.rand(1, generator=torch.Generator().manual_seed(seed_of(seed, index))).item()
+        for seed in range(20)
+        for index in range(20)
+    }
+    assert len(drawn) == 400
+    assert [seed_of(0, index) for index in (0, 1, 999)] == [0, 1, 999]

@@ -78,15 +78,17 @@ def shut_down() -> None:
 
 
 def first_to_fail() -> bool:
-    """Return True on the first rank that calls: used to print an error once. Where the store of the process
-    group is gone, because the process that held it has ended, return True: better twice than not at all."""
+    """Return True on exactly one rank, the first to call: used to print an error once.
+
+    Where the store of the process group is gone, the process that held it has ended before: return False.
+    """
     if not dist.is_initialized():
         return True
     store = dist.distributed_c10d._get_default_store()
     try:
         return store.add(f"failed {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     except dist.DistNetworkError:
-        return True
+        return False
 
 
 def print_error(problem: str) -> None:

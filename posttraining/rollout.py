@@ -16,6 +16,7 @@ Shapes: B completions, T tokens of prompt and completion but the first, V vocabu
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +40,12 @@ class Reference:
         self.is_base = bool(adapted_layers(model))
         self.model = model if self.is_base else copy.deepcopy(model).requires_grad_(False).eval()
 
-    def logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits (N, V) after those of tokens (B, T) whose mask (B, T) is True, N in all."""
+    def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the logits (B, T, V) after tokens (B, T), or (N, V) at the N places of a mask (B, T)."""
         self.model.to(tokens.device)
-        if not self.is_base:
-            return self.model.logits(self.model.hidden(tokens)[mask])
-        with use(self.model, None):
-            return self.model.logits(self.model.hidden(tokens)[mask])
+        with use(self.model, None) if self.is_base else nullcontext():
+            hidden = self.model.hidden(tokens)
+            return self.model.logits(hidden if mask is None else hidden[mask])
 
 
 class Policy(nn.Module):

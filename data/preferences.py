@@ -239,14 +239,17 @@ def single_answers(examples: list[Example]) -> list[Example]:
 def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) -> list[Example]:
     """Return single answers with a second answer each: that of the next example with another prompt.
 
-    KTO estimates a KL divergence from the second ones. Shifting by one, unlike reversing, never matches an
-    answer with itself. Where all prompts are one, the answer of the next example is taken; `more` are further
-    examples to choose from. Raises ValueError where no such answer fits behind a prompt.
+    KTO estimates a KL divergence from the second ones. The next one is that of a shuffled order, always the
+    same: in the order of the data, chosen and rejected in turn, it would always be a chosen one. Where all
+    prompts are one, any next answer is taken; `more` are further examples to choose from. Raises ValueError
+    where no such answer fits behind a prompt.
     """
     found, n = [], len(examples)
+    order = np.random.default_rng(0).permutation(n)
+    place = order.argsort()
     one_prompt = len({example.prompt.tobytes() for example in (*examples, *more)}) == 1
     for i, (prompt, answers, label) in enumerate(examples):
-        others = chain((examples[(i + shift) % n] for shift in range(1, n)), more)
+        others = chain((examples[order[(place[i] + shift) % n]] for shift in range(1, n)), more)
         fitting = (other for other in others if len(prompt) + len(other.answers[0]) <= seq_len)
         other = next((o for o in fitting if one_prompt or not np.array_equal(o.prompt, prompt)), None)
         if other is None:

@@ -6,15 +6,15 @@ r"""Direct preference optimisation: a model learns from pairs of answers, withou
 The policy that maximises E[reward] - beta KL(pi || ref) is ref exp(reward / beta) / Z. Solved for the reward,
 this gives reward = beta log(pi / ref) + beta log Z(x), and Z cancels in a pair. So the Bradley-Terry model of
 a reward, p(y_c preferred) = sigmoid(reward_c - reward_r), becomes a loss on the policy itself (DPO, Rafailov
-et al. 2023, section 4). The reference is the model that training starts from. It does not change, so its
-log-probabilities are computed once, see posttraining/reference.py.
+et al. 2023, section 4). The reference is the model that training starts from, or --set reference=DIR. It does
+not change, so its log-probabilities are computed once, see posttraining/reference.py.
 
     --set method=   loss, with h as above and l the log-probability of an answer, n its tokens
     dpo             -log sigmoid(beta h)
     conservative    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)    labels flipped with probability e
     robust          (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1-2e)    (Chowdhury et al. 2024)
     hinge           max(0, 1 - beta h)                                                (SLiC, Zhao et al. 2023)
-    ipo             (h - 1/(2 tau))^2, tau = beta; of sums over tokens                (Azar et al. 2023, (17))
+    ipo             (h - 1/(2 tau))^2 with tau = beta, of sums over tokens            (Azar et al. 2023, (17))
     ipo_mean        the same with every log-probability divided by its n: another tau, not comparable
     kto             1 - sigmoid(+-(beta (R - z))), R = log pi - log ref of single answers that are labelled
                     good (+) or bad (-); z estimates KL(pi || ref)            (Ethayarajh et al. 2024, (8))
@@ -53,7 +53,7 @@ DATA = "chain"  # the task whose optimum is known, see posttraining/frontier.py
 REFERENCE = True  # --resume compares the model of the start, too
 STEPS = 300
 LEARNING_RATE = 0.25
-TOKEN_LOSS = "chosen_nats"
+TOKEN_LOSS = "chosen_nats"  # the metric that perplexity is of
 METHODS = ("dpo", "conservative", "robust", "hinge", "ipo", "ipo_mean", "kto", "simpo", "orpo")
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
@@ -257,7 +257,7 @@ def load_data(args: argparse.Namespace, config: Any) -> Dataset:
         train, held_out = (preferences.single_answers(side.rows) for side in sides)
         dataset.train = PreferenceRows(preferences.mismatched(train, args.seq_len))
         dataset.val = PreferenceRows(preferences.mismatched(held_out, args.seq_len, train))
-        dataset.fingerprint += "-single"
+        dataset.fingerprint += f"-single-{args.seq_len}"  # which decides what second answers fit
     elif sides[0].rows[0].label is not None:
         raise ValueError(f"--data {args.data}: labels of single answers; expected pairs, or --set method=kto")
     if own.method in WITHOUT_REFERENCE:
@@ -292,7 +292,8 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
     tokens, mask = batch["tokens"], batch["mask"]
     logps = sequence_logps(model(tokens.flatten(0, 1)), tokens.flatten(0, 1), mask.flatten(0, 1))
     policy, n = logps.view(-1, 2), n_predicted(mask)  # (B, 2)
-    reference = batch.get("reference", torch.zeros_like(policy))
+    without = config.method in WITHOUT_REFERENCE
+    reference = torch.zeros_like(policy) if without else batch["reference"]
     losses = pair_losses(policy, reference, n, config)
     with torch.no_grad():
         rewards = config.beta * (policy - reference)

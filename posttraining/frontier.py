@@ -5,18 +5,18 @@ Every method that learns from a reward R trades two things, and the best trade i
     max over pi  E[R] - beta KL(pi || ref)        pi*(y) = ref(y) exp(R(y) / beta) / Z
 
 For a language model Z is a sum over all texts. Here the reference is a Markov chain and the reward is a sum
-over tokens, so that the sum becomes a recursion from the last token to the first, over the token s before:
+over tokens. So Z is summed token by token from the last one back, and V_t needs only the token s before:
 
     V_t(s) = beta log sum_a P(a | s) exp((r(a) + V_{t+1}(a)) / beta),       V_{T+1} = 0
     pi*_t(a | s) = P(a | s) exp((r(a) + V_{t+1}(a) - V_t(s)) / beta)
 
 For each beta this gives a point (KL, reward), and together these points are the frontier: no policy is above
-it. So one can say of a trained policy how many percent of the possible gain it has reached at its own KL.
+it. So a trained policy has a score: the percentage of the possible gain that it reaches at its own KL.
 
     python -m posttraining.frontier                              the table of the frontier
     python -m posttraining.frontier runs/ppo/model --out f.png   and where models are under it, as a picture
 
-The chain has four states and eight tokens; its models read a fifth token, BEGIN, before the first.
+A sequence has eight tokens, each one of four states; models have a fifth symbol, BEGIN, in front of them.
 `reference_model` is a small GPT that computes the chain. The recursion is that of control with a KL cost
 (Todorov 2006); best-of-n against KL is in Stiennon et al. 2020, appendix G.3.
 
@@ -45,7 +45,8 @@ WIDTH = Config(2, 4, 64, 128, qk_norm=True, tie_embeddings=False)  # of the mode
 
 @dataclass(frozen=True)
 class Chain:
-    """A Markov chain of S states and T steps: the first uniform, P(j | i) ~ 1 / (1 + ((j - i) mod S)).
+    """A Markov chain of S states and T steps. The first state is uniform, and then P(j | i) is proportional to
+    1 / (1 + ((j - i) mod S)).
 
     The reward is 1 for each token that is the last state.
     """
@@ -119,17 +120,17 @@ def reward_at(kl: float, chain: Chain = Chain()) -> float:
 
 
 def share_of_gain(reward: float, kl: float, chain: Chain = Chain()) -> float:
-    """Return what part of the gain over the reference that its KL allows a policy has reached."""
+    """Return the gain over the reference, divided by the largest gain that is possible at this KL."""
     start = optimum(math.inf, chain)[0]
     possible = reward_at(kl, chain) - start
-    return (reward - start) / possible if possible > 0 else math.nan
+    return (reward - start) / possible if possible > 1e-4 else math.nan  # below that it is rounding
 
 
 def best_of_n(n: int, chain: Chain = Chain()) -> tuple[float, float]:
     """Return (reward, KL) of drawing n sequences and keeping the one of the highest reward.
 
-    Among sequences of equal reward the choice is the reference's, so the KL is that of the two distributions
-    of the reward: F(r)^n - F(r - 1)^n against F(r) - F(r - 1).
+    Given its reward, the sequence that is kept is distributed as in the reference. So the KL is that of the
+    two distributions of the reward: F(r)^n - F(r - 1)^n against F(r) - F(r - 1).
     """
     # joint[i, r]: probability that the last token is i and r of the tokens so far have a reward.
     joint = torch.zeros(chain.S + 1, chain.T + 1, dtype=torch.float64)
@@ -189,9 +190,9 @@ def value_of(model: nn.Module, chain: Chain = Chain()) -> tuple[float, float]:
 def build_model(chain: Chain = Chain()) -> GPT:
     """Return a small GPT whose softmax is the chain, up to rounding: nothing has to be trained.
 
-    Its blocks add nothing at first, since their last matrices are 0 (and learn, since their gradients are
-    not). So the hidden state H is the normalised embedding of the last token, and the head W is the solution
-    of H W^T = log P of least length. BEGIN has the logit -30, so that it is never drawn.
+    Its blocks add nothing at first, since their last matrices are 0 (and learn, since their gradients
+    are not 0). So the hidden state H is the normalised embedding of the last token, and the head W is the
+    solution of H W^T = log P of least norm. BEGIN has the logit -30, so that it is never drawn.
     """
     config = {"vocab_size": chain.S + 1, "max_seq_len": chain.T + 1}
     with torch.random.fork_rng(devices=[]):

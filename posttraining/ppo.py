@@ -17,7 +17,8 @@ model that training starts from: a frozen copy, or with --adapter the base with 
 posttraining/rollout.py samples and scores. Before the first update of a step every ratio is exactly 1, and
 before the first of a run the KL is exactly 0; both are logged, since most mistakes show there first.
 
-Everything random is a function of (seed, step): a run that is killed repeats the step in which it died.
+Everything random is a function of (seed, step): a run that is killed goes on from its last checkpoint as if
+nothing had happened.
 
 Shapes: B completions, T tokens of prompt and completion but the first, V vocabulary, D model width.
 """
@@ -63,7 +64,7 @@ MODEL = "gpt"
 DATA = "chain"
 REFERENCE = True
 STEPS = 60  # of the default run: a minute on two CPU cores
-LEARNING_RATE = 0.2
+LEARNING_RATE = 0.2  # times the default rate
 HELD_OUT = 64  # prompts of an evaluation
 
 
@@ -82,13 +83,13 @@ class Config:
     epochs: int = 4  # over the completions of a step
     minibatches: int = 1  # of an epoch, each with an update of its own
     clip: float = 0.2  # of the ratio
-    clip_high: float | None = None  # above 1, where that is another clip
+    clip_high: float | None = None  # the upper clip, where it is another one
     average: str | None = None  # another one than the method's: grpo, dapo, dr_grpo
     value_clip: float = 0.2
     value_weight: float = 0.1  # of the value loss beside the policy's
     gamma: float = 1.0  # GAE
     lam: float = 0.95  # GAE
-    whiten_rewards: bool = False  # without their mean, as OpenAI's code does
+    whiten_rewards: bool = False  # scaled to variance 1 with their mean kept, as in OpenAI's code
     target_kl: float | None = None  # nats: adapts beta from step to step
     corrected_kl: bool = False  # a KL penalty in the loss is multiplied by the ratio, see policy_gradient.py
     missing_end: float | None = None  # a completion without end token scores minus this, whatever it is
@@ -154,7 +155,7 @@ def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tens
     """
     policy, settings = run.model, run.model.settings
     advantages, returns = advantages_of(rollout, settings, float(policy.beta))
-    n, longest = len(rollout.tokens), settings.max_new_tokens
+    n, longest = len(rollout.tokens), min(settings.max_new_tokens, policy.config.max_seq_len - 1)
     norms, found = [], []
     for epoch in range(settings.epochs):
         order = torch.arange(n) if epoch == 0 else torch.randperm(n, generator=generator)
@@ -209,13 +210,13 @@ def train(run: Run, log: Log) -> None:
             rollout = roll_out(policy, batch, run.dataset, seed, settings.samples)
         metrics = metrics_of(rollout) | {"beta": policy.beta.float()}
         norm, of_update = update(run, rollout, torch.Generator().manual_seed(seed))
-        if settings.target_kl is not None:
+        if settings.target_kl is not None and metrics["kl"].isfinite():
             of_step = (float(metrics["kl"]), settings.target_kl, len(rollout.tokens))
             policy.beta.fill_(adapted_coefficient(float(policy.beta), *of_step))
 
         # What is minimised is beta KL - reward. The loss whose gradient is taken is near 0 by construction.
         loss = metrics["beta"] * metrics["kl"] - metrics["reward"]
-        log.step(UpdateResult(loss, norm, lr, metrics | of_update, int(rollout.mask.sum())))
+        log.step(UpdateResult(loss, norm, lr, metrics | of_update, max(1, int(rollout.mask.sum()))))
         if run.is_due(args.eval_every):
             log.evaluation(evaluate(run))
             if args.keep_best and log.n_since_lowest == 0:
@@ -267,6 +268,10 @@ def load_data(args: Namespace, config: Any) -> Prompts:
         flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
         raise ValueError(f"{flag}: this loop runs in one process, with one completion in a row; leave it out")
     own = with_fields(Config(), args.set)
+    if args.data == "chain" and (own.max_new_tokens < frontier.Chain().T or own.temperature != 1):
+        short = own.max_new_tokens < frontier.Chain().T
+        change = f"max_new_tokens={own.max_new_tokens}" if short else f"temperature={own.temperature}"
+        raise ValueError(f"--set {change}: the chain has {frontier.Chain().T} tokens, at temperature 1")
     dataset = of_chain(own.beta) if args.data == "chain" else of_conversations(args, own.max_new_tokens)
     dataset.scorer = scores.find(own.reward, dataset.tokenizer, dataset.stop)
     return dataset
@@ -308,14 +313,12 @@ def show(policy: Policy, dataset: Prompts, out: Path) -> str:
     """Return where the policy is beside the exact optimum, or completions of some held-out prompts."""
     if dataset.tokenizer is None:
         reward, kl = frontier.value_of(policy.model)
-        best, at = frontier.optimum(float(policy.beta))
         share = frontier.share_of_gain(reward, kl)
-        lines = [
-            f"reward {reward:.4f} at KL {kl:.4f} nats: {share:.1%} of the gain that is possible at this KL"
-        ]
-        return "\n".join(
-            [*lines, f"the exact optimum at beta {float(policy.beta):g}: {best:.4f} at KL {at:.4f}"]
-        )
+        here = f"reward {reward:.4f} at KL {kl:.4f} nats: {share:.1%} of the gain that is possible at this KL"
+        if policy.settings.row.penalty == "loss":
+            return here  # its optimum is another one: advantages are scaled, and the KL is the reverse one
+        best, at = frontier.optimum(float(policy.beta))
+        return f"{here}\nthe exact optimum at beta {float(policy.beta):g}: {best:.4f} at KL {at:.4f}"
     some = stack([dataset.val[i] for i in range(min(len(dataset.val), 4))])
     prompts, answers = unpadded(some, "prompt"), unpadded(some, "answer")
     n_new = policy.settings.max_new_tokens

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data.rows import Dataset, Rows, in_order, stack
 from data.tokenizer import get_tokenizer
 from engine import contract, parallel
-from engine.settings import with_fields
+from engine.settings import adapter_fields
 from formats.open_model import is_adapter, open_model
 from formats.progress import progress_bar
 from formats.safetensors_dir import read_tensors, write_tensors
@@ -71,10 +71,7 @@ def open_reference(args: Namespace, config: Any, directory: str | None) -> nn.Mo
         ):
             raise ValueError(f"{flag}: another tokenizer than the trained model's; expected the same one")
     if concept.adapter is not None and not directory and not is_adapter(start):
-        file = concept.adapter
-        file.prepare_base(
-            model, with_fields(file.ADAPTERS[args.adapter or next(iter(file.ADAPTERS))], args.set)
-        )
+        concept.adapter.prepare_base(model, adapter_fields(concept, model.config, args))
     else:
         model = model.float()
     return model.to(args.device).eval().requires_grad_(False)
@@ -96,8 +93,8 @@ def logps_of(model: nn.Module, rows: Rows, args: Namespace) -> Tensor:
 
 
 def content_hash(model: nn.Module) -> str:
-    """Return a SHA-256 hash of all weights of a model, their names and their precision."""
-    digest = hashlib.sha256()
+    """Return a SHA-256 hash of a model: its config, and its weights with their names and precision."""
+    digest = hashlib.sha256(repr(model.config).encode())
     for name, w in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
         digest.update(w.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -105,10 +102,10 @@ def content_hash(model: nn.Module) -> str:
 
 
 def add_reference(dataset: Dataset, args: Namespace, config: Any, directory: str | None = None) -> Dataset:
-    """Give all rows of dataset a "reference", the log-probabilities (C,) of the reference's, and return it.
+    """Give all rows of dataset a "reference", the log-probabilities (C,) of their answers, and return it.
 
-    They are read from --cache where they are known. Of several processes on a machine one computes them.
-    Raises ValueError as `open_reference` does.
+    They are read from --cache where they are known. Of several processes on a machine one computes them,
+    and the others wait. Raises ValueError as `open_reference` does.
     """
     model = open_reference(args, config, directory)
     dataset.fingerprint += f"-{content_hash(model)[:16]}"

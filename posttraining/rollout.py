@@ -8,11 +8,11 @@ of the first update is exactly 1, and so is the KL 0 as long as the policy is th
 
 Completions are laid out behind their prompts and padded on the right. The mask is made of their lengths: a
 token counts by its position, whatever its value. The last token sampled, an end token or not, carries the
-score (OpenAI's code puts it one place behind, where a smaller gamma or lambda weakens it).
+score (some code puts it one place behind, where a smaller gamma or lambda weakens it).
 
-Logits, the largest tensor of all, are computed only where a token was sampled: N places, of (B, T).
+Logits, the largest tensor of all, are computed only at the N places of (B, T) where a token was sampled.
 
-Shapes: B completions, T tokens of prompt and completion but the first, V vocabulary, D model width.
+Shapes: B completions, T tokens of prompt and completion without the first, V vocabulary, D model width.
 """
 
 import copy
@@ -33,7 +33,8 @@ from posttraining.prompts import Prompts, unpadded
 class Reference:
     """The model as it is now, frozen. It is no module, so it is in no checkpoint.
 
-    Of a model with adapters it is the base, computed with the adapters off: there is no second copy.
+    Of a model with adapters, new ones or trained before, it is the base, computed with the adapters off:
+    there is no second copy.
     """
 
     def __init__(self, model: nn.Module):
@@ -175,7 +176,7 @@ def metrics_of(rollout: Rollout) -> dict[str, Tensor]:
     """Return what is logged of a rollout: means over its completions that have a score, and counts."""
     mask, scored = rollout.mask, rollout.scores.isfinite()
     d = rollout.logps - rollout.ref_logps
-    n = scored.sum().clamp(min=1)
+    n = scored.sum()  # where it is 0, means are NaN
     found = {
         "reward": masked_sum(rollout.scores, scored) / n,
         "kl": masked_sum(d, mask) / n,  # the one in the reward; its sample mean may be negative

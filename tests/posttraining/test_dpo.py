@@ -350,7 +350,8 @@ def test_the_reference_is_the_model_of_the_start_and_in_no_checkpoint(small, tmp
 
 def test_with_an_adapter_the_reference_is_the_base_without_it(small, tmp_path):
     argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), "--adapter", "lora")
-    assert train.main([*argv, "--batch-size", "4"]) == 0
+    # DPO and LoRA both have a field `method`: it is the one of the task.
+    assert train.main([*argv, "--batch-size", "4", "--set", "method=dpo"]) == 0
     first = next(row for row in small_gpt.rows(tmp_path / "run") if "val_loss" in row)
     assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert (tmp_path / "run/model/adapter_config.json").is_file()

@@ -5,14 +5,14 @@
     target    <X> for inviting <Y> last                        each sentinel, and what was there
 
 The loss is the ordinary one of t5.py, over the target. The target is short, so a step is cheap: of 568 tokens
-the encoder reads 512 and the decoder writes 114. Table 3 of the paper compares it with other ways to make an
-input and a target of a text; all are functions here:
+the encoder reads 512 and the decoder writes 114 (with end tokens). Tables 3 to 7 of the paper compare it with
+other ways to make an input and a target of a text; these are functions here:
 
-    replace_spans      spans of mean length 3, at 15 % of the tokens: T5's own
-    replace_tokens     the same with tokens chosen one by one ("i.i.d. noise"); neighbours share a sentinel
-    drop_tokens        tokens one by one, without sentinels in input and target
+    replace_spans      spans of mean length 3, at 15 % of the tokens: T5's own ("random spans")
+    replace_tokens     tokens chosen one by one ("i.i.d. noise, replace spans"); neighbours share a sentinel
+    drop_tokens        tokens one by one, without sentinels in input and target ("i.i.d. noise, drop tokens")
     bert_style         90 % of the chosen tokens become a mask, 10 % a random token; the target is the text
-    mass_style         all of them become a mask; the target is the text (Song et al. 2019)
+    mass_style         all of them become a mask; the target is the text (simpler than Song et al. 2019)
     deshuffle          the input is the text in random order, the target is the text (Liu et al. 2019)
     prefix_lm          the text is cut at a random place: the input is the first part, the target the second
 
@@ -34,6 +34,7 @@ from torch import Generator, Tensor, nn
 import data.text
 from data.rows import Dataset, Row, stack
 from engine import contract
+from engine.settings import with_fields
 from formats import command
 from formats.config_values import check_values
 
@@ -87,6 +88,29 @@ def text_length(S: int, rate: float = 0.15, mean_span: float = 3.0) -> int:
     while corrupted_lengths(n + 1, rate, mean_span)[0] <= S:
         n += 1
     return n
+
+
+def expected_lengths(n: int, config: Config) -> tuple[int, int]:
+    """Return the mean lengths (S, T) of input and target of a text of n tokens, with end tokens."""
+    noise, n_gaps = round(n * config.noise_rate), expected_gaps(n, config)
+    match config.objective:
+        case "replace_spans":
+            return corrupted_lengths(n, config.noise_rate, config.mean_span)
+        case "replace_tokens":
+            return n - noise + n_gaps + 1, noise + n_gaps + 1
+        case "drop_tokens":
+            return n - noise + 1, noise + 1
+        case "prefix_lm":
+            return n // 2 + 1, n - n // 2 + 1
+    return n + 1, n + 1
+
+
+def expected_gaps(n: int, config: Config) -> int:
+    """Return the mean number of gaps that sentinels stand for in a text of n tokens, 0 without sentinels."""
+    if config.objective == "replace_spans":
+        return n_noise(n, config.noise_rate, config.mean_span)[1]
+    independent = round(n * config.noise_rate * (1 - config.noise_rate))  # a gap after a token that stays
+    return max(1, independent) if config.objective == "replace_tokens" else 0
 
 
 def composition(total: int, n: int, generator: Generator) -> Tensor:
@@ -244,22 +268,31 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
 
 
 def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
-    """Return the FLOPs of training on one token of an input of seq_len, with its share of the target."""
-    n = text_length(seq_len, config.noise_rate, config.mean_span)
-    return model.flops_per_token(seq_len, corrupted_lengths(n, config.noise_rate, config.mean_span)[1])
+    """Return the FLOPs of training on a text, input and target, divided by seq_len."""
+    S, T = expected_lengths(text_length(seq_len), config)
+    return model.flops_per_token(S, T) * S // seq_len
 
 
 def load_data(args: Namespace, model_config) -> Dataset:
     """Return texts of --data whose inputs have --seq-len tokens by T5's own objective, and the tokenizer with
     a padding token and 100 sentinels, of which the first has the last id, as in T5.
 
-    Raises ValueError for --document-mask, and for --seq-len below 3.
+    A text is a window of the corpus, in which an end token separates documents. Raises ValueError for
+    --document-mask, for --seq-len below 3, and for more gaps than sentinels.
     """
     if args.document_mask:
         raise ValueError(
             "--document-mask: an input and its target are one text; leave it out with --model t5"
         )
-    n = text_length(args.seq_len)
+    n, config = text_length(args.seq_len), with_fields(Config(), args.set)
+    n_gaps = expected_gaps(n, config)
+    if config.objective == "replace_tokens":
+        n_gaps += round(6 * n_gaps**0.5)  # texts differ; this many are in less than one of a million
+    if n_gaps > N_SENTINELS:
+        raise ValueError(
+            f"--seq-len {args.seq_len}: up to {n_gaps} gaps in a text with objective={config.objective} and "
+            f"noise_rate={config.noise_rate}, and there are {N_SENTINELS} sentinels; lower one of them"
+        )
     dataset = data.text.as_rows(contract.load_corpus(args), n - 1, only_whole=True)
     tokenizer = dataset.tokenizer.with_special_tokens({"pad_token": "<pad>"}, reversed(SENTINELS))
     return replace(dataset, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""T5: an encoder that reads a text from both sides, and a decoder that writes another text about it.
+"""T5: an encoder in which every token of a text sees all others, and a decoder that writes another text.
 
     p(y_1 ... y_T | x) = prod_i p(y_i | y_1 ... y_{i-1}, x)         loss = -mean_i log p(y_i | y_<i, x)
 
@@ -11,14 +11,14 @@ the memory. One class is three models:
 
     the original    Attention Is All You Need (Vaswani et al. 2017): LayerNorm after the sums, sinusoids,
                     embeddings times sqrt(D), scores times 1 / sqrt(K), biases in MLP and norms
-    T5              Raffel et al. 2019: RMSNorm before the layers, relative positions, no biases, no scale of
-                    the scores (initialisation has it), tied head with hidden states times 1 / sqrt(D)
+    T5              Raffel et al. 2019: RMSNorm before layers and at the end, relative positions, no biases,
+                    scores not divided by sqrt(K) (small initial queries), tied head of states / sqrt(D)
     T5 1.1          the same with a gated MLP (GeGLU, Shazeer 2020) and a head of its own without that scale;
                     mT5 (Xue et al. 2020) is this in 101 languages
 
 Relative positions: the score of query i and key j gets a learned number that depends on the bucket of j - i.
-Near distances have a bucket each, far ones share: see `buckets`. All layers of a stack use one table. So a
-text may be longer than those of training. Names of parameters are those of Hugging Face's T5.
+Near distances have a bucket each, far ones share: see `buckets`. So a text may be longer than those of
+training. A stack has one table, and cross attention none. Parameters are named as in Hugging Face's T5.
 
     python -m language.t5                                          print the sizes
     python -m language.t5 runs/t5/model --text "import <extra_id_0>" --beams 4

@@ -45,7 +45,7 @@ WIDTH = Config(2, 4, 64, 128, qk_norm=True, tie_embeddings=False)  # of the mode
 
 @dataclass(frozen=True)
 class Chain:
-    """A Markov chain of S states and T steps. The first state is uniform, and then P(j | i) is proportional to
+    """A Markov chain of S states and T steps. The first state is uniform; then P(j | i) is proportional to
     1 / (1 + ((j - i) mod S)).
 
     The reward is 1 for each token that is the last state.

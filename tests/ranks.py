@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -146,5 +147,14 @@ def run_torchrun(flags, runs) -> int:
     return 0
 
 
+def main() -> int:
+    """Make the runs of the command line. A failure ends a forked rank, too, with its traceback and code 1."""
+    try:
+        return run_all(json.loads(sys.argv[1]))
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(run_all(json.loads(sys.argv[1])))
+    sys.exit(main())

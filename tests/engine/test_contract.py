@@ -78,6 +78,8 @@ def show(model, dataset, out):
 SIZES = {"tiny": Config(16)}
 """
 
+FILES = ("backwards", "recurrent")
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -87,8 +89,15 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("".join(f"line {i}, {i * i % 97} and so on\n" for i in range(200)))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    # Other tests, of the page about adding a concept, import files of the same names.
+    forget(*FILES)
     yield tmp_path
-    for name in ("backwards", "recurrent"):
+    forget(*FILES)
+
+
+def forget(*names):
+    """Let Python import these modules anew."""
+    for name in names:
         sys.modules.pop(name, None)
 
 

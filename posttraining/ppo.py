@@ -11,8 +11,8 @@ model that training starts from: a frozen copy, or with --adapter the base with 
 
     python train.py --model ppo                              a Markov chain, of which the optimum is known
     python train.py --model ppo --set method=grpo beta=0.5
-    python train.py --model ppo --init-from runs/instruct/model --data stdlib --set reward=exact beta=0.05
-    python train.py --model ppo --init-from DIR --data questions.jsonl --set reward=my_rewards.py:polite
+    python train.py --model ppo --init-from DIR --data stdlib --lr 1e-4 --set reward=exact beta=0.05
+    python train.py --model ppo --init-from DIR --data questions.jsonl --lr 1e-4 --set reward=my.py:polite
 
 posttraining/rollout.py samples and scores. Before the first update of a step every ratio is exactly 1, and
 before the first of a run the KL is exactly 0; both are logged, since most mistakes show there first.
@@ -64,7 +64,7 @@ MODEL = "gpt"
 DATA = "chain"
 REFERENCE = True
 STEPS = 60  # of the default run: a minute on two CPU cores
-LEARNING_RATE = 0.2  # times the default rate
+LEARNING_RATE = 0.2  # times the default rate: it suits the chain
 HELD_OUT = 64  # prompts of an evaluation
 
 

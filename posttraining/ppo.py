@@ -268,10 +268,8 @@ def load_data(args: Namespace, config: Any) -> Prompts:
         flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
         raise ValueError(f"{flag}: this loop runs in one process, with one completion in a row; leave it out")
     own = with_fields(Config(), args.set)
-    if args.data == "chain" and (own.max_new_tokens < frontier.Chain().T or own.temperature != 1):
-        short = own.max_new_tokens < frontier.Chain().T
-        change = f"max_new_tokens={own.max_new_tokens}" if short else f"temperature={own.temperature}"
-        raise ValueError(f"--set {change}: the chain has {frontier.Chain().T} tokens, at temperature 1")
+    if args.data == "chain" and own.max_new_tokens < (T := frontier.Chain().T):
+        raise ValueError(f"--set max_new_tokens={own.max_new_tokens}: the chain has {T} tokens")
     dataset = of_chain(own.beta) if args.data == "chain" else of_conversations(args, own.max_new_tokens)
     dataset.scorer = scores.find(own.reward, dataset.tokenizer, dataset.stop)
     return dataset

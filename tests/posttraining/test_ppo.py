@@ -124,7 +124,9 @@ def test_the_reward_rises_to_what_its_kl_allows(method, cache, tmp_path, capsys)
     reward, kl = frontier.value_of(open_model(tmp_path / "run" / "model").eval())
     assert (reward, kl) == pytest.approx((last["val_reward"], last["val_kl"]), abs=1e-5)
     shown = capsys.readouterr().out
-    assert "the exact optimum at beta 1: 5.3843 at KL 1.7520" in shown and f"reward {reward:.4f}" in shown
+    assert f"reward {reward:.4f}" in shown
+    # What GRPO minimises has another optimum.
+    assert ("the exact optimum at beta 1: 5.3843 at KL 1.7520" in shown) == (method != "grpo")
 
 
 @pytest.mark.usefixtures("exact_values_later")
@@ -334,6 +336,7 @@ def test_exact_scores_1_where_the_text_is_the_answer():
         ({"size": "tiny"}, [], ["--size tiny", "leave out --size"]),
         ({"benchmark": True}, [], ["--benchmark", "a loop of its own"]),
         ({"document_mask": True}, [], ["--document-mask"]),
+        ({}, ["max_new_tokens=4"], ["max_new_tokens=4", "8 tokens"]),
     ],
 )
 def test_what_makes_no_sense_on_the_chain_is_one_line(others, settings, words, cache, tmp_path, capsys):

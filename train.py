@@ -37,8 +37,8 @@ from torch import nn
 
 from engine import cpu, parallel
 from engine.batches import Part, seed_of, to_device
-from engine.checkpoint import last_saved, save, save_model
-from engine.log import Diverged, Failed, Log, UpdateResult, time_and_announce
+from engine.checkpoint import last_saved, save
+from engine.log import Diverged, Failed, Log, UpdateResult, evaluate_and_save, time_and_announce
 from engine.optim import set_learning_rate, step_optimizers
 from engine.options import parse_arguments
 from engine.run import Interrupted, Run, plan, prepare, signals
@@ -54,16 +54,9 @@ def train(run: Run, log: Log) -> None:
     for _ in run.steps():
         log.begin_step()
         log.step(update(run))
-
-        if run.is_due(run.args.eval_every):
-            log.evaluation(evaluate(run))
-            if run.args.keep_best and log.n_since_lowest == 0:
-                save_model(run, run.args.out / "best")
-            if log.patience_ends():
-                return
-        # The caller saves the last step. While updates are skipped the last checkpoint is not overwritten.
-        if run.is_due(run.args.save_every) and run.step < run.args.steps and not run.n_skipped_in_a_row:
-            save(run)
+        # After --eval-every and --save-every steps.
+        if evaluate_and_save(run, log, evaluate):
+            return  # --patience ends
 
 
 def update(run: Run) -> UpdateResult:

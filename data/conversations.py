@@ -6,11 +6,11 @@ the formats that it reads. formats/chat_template.py writes a conversation as tok
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from data.records import RECORDS, read_records, refuse, suffix_of
+from data.records import converted, refuse
 from formats.chat_template import Conversation
 
 # Fields of records that hold one question and one answer.
@@ -37,6 +37,11 @@ def check(messages: Conversation) -> None:
             raise ValueError("the assistant's answer is empty: expected text")
 
 
+def as_messages(turns: Iterable[tuple[Any, Any]]) -> Conversation:
+    """Return the messages of turns (role, content), with our names of the roles."""
+    return [{"role": OUR_ROLES.get(str(role), role), "content": content} for role, content in turns]
+
+
 def to_messages(record: Any) -> Conversation:
     """Return the conversation in a record. Raises ValueError for a record of an unknown format."""
     try:
@@ -52,7 +57,7 @@ def to_messages(record: Any) -> Conversation:
             turns = [("user", question), ("assistant", record[answer])]
     except (KeyError, TypeError, AttributeError, StopIteration):
         raise ValueError(f"{record!r:.60}: {EXPECTED}") from None
-    messages = [{"role": OUR_ROLES.get(str(role), role), "content": content} for role, content in turns]
+    messages = as_messages(turns)
     check(messages)
     return messages
 
@@ -70,14 +75,4 @@ def read_conversations(path: Path, on_bad: Callable[[str], None] = refuse) -> li
     on_bad is called with a message for a record that is no conversation, and may raise an error; otherwise
     the record is left out. Raises ValueError for a file that cannot be read, or without conversations.
     """
-    if suffix_of(path) not in RECORDS:
-        raise ValueError(f"{path}: expected a file of conversations: {', '.join(RECORDS)}, also .gz")
-    conversations = []
-    for place, record in read_records(path, str(path), on_bad):
-        try:
-            conversations.append(to_messages(record))
-        except ValueError as error:
-            on_bad(f"{place}: {error}")
-    if not conversations:
-        raise ValueError(f"{path}: has no conversations; {EXPECTED}")
-    return conversations
+    return converted(path, "conversations", EXPECTED, to_messages, on_bad)

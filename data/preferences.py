@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.conversations import OUR_ROLES, check
-from data.records import RECORDS, read_records, refuse, suffix_of
+from data.conversations import as_messages, check
+from data.records import converted, refuse
 from data.rows import Dataset, Row, Rows
 from data.text import bad_texts
 from data.tokenizer import Tokenizer, get_tokenizer
@@ -68,7 +68,7 @@ def messages_in(value: Any, role: str) -> Conversation:
         pairs = [(t["role"], t["content"]) if "role" in t else (t["from"], t["value"]) for t in turns]
     except (KeyError, TypeError):
         raise ValueError(f"{value!r:.60}: {EXPECTED}") from None
-    return [{"role": OUR_ROLES.get(str(role), role), "content": content} for role, content in pairs]
+    return as_messages(pairs)
 
 
 def transcript(text: str) -> Conversation:
@@ -147,16 +147,7 @@ def read_preferences(path: Path, on_bad: Callable[[str], None] = refuse) -> list
     record is left out. Raises ValueError for a file that cannot be read or has no preferences, or has both
     pairs and labels.
     """
-    if suffix_of(path) not in RECORDS:
-        raise ValueError(f"{path}: expected a file of preferences: {', '.join(RECORDS)}, also .gz")
-    found = []
-    for place, record in read_records(path, str(path), on_bad):
-        try:
-            found.append(to_preference(record))
-        except ValueError as error:
-            on_bad(f"{place}: {error}")
-    if not found:
-        raise ValueError(f"{path}: has no preferences; {EXPECTED}")
+    found = converted(path, "preferences", EXPECTED, to_preference, on_bad)
     if len({len(preference.answers) for preference in found}) > 1:
         raise ValueError(f"{path}: has pairs and labelled answers; expected a file for each")
     return found

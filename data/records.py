@@ -231,6 +231,26 @@ def parquet_rows(file: BinaryIO, name: str, fields: tuple[str, ...]) -> Iterator
         raise ValueError(f"{name}: cannot be read as parquet ({error})") from None
 
 
+def converted(path: Path, what: str, expected: str, convert: Callable[[Any], Any], on_bad: OnBad) -> list:
+    """Return the records of a file, each as `convert` makes it of its value, which may raise ValueError.
+
+    what, expected: what a file holds and the forms of a record, for messages. on_bad is called with a message
+    for a record that is none, and may raise an error; otherwise the record is left out. Raises ValueError for
+    a file that cannot be read, or without such records.
+    """
+    if suffix_of(path) not in RECORDS:
+        raise ValueError(f"{path}: expected a file of {what}: {', '.join(RECORDS)}, also .gz")
+    found = []
+    for place, record in read_records(path, str(path), on_bad):
+        try:
+            found.append(convert(record))
+        except ValueError as error:
+            on_bad(f"{place}: {error}")
+    if not found:
+        raise ValueError(f"{path}: has no {what}; {expected}")
+    return found
+
+
 def refuse(problem: str) -> NoReturn:
     """Raise ValueError: the on_bad of readers that stop at the first problem."""
     raise ValueError(problem)

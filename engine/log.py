@@ -12,6 +12,7 @@ Numbers are read from the device every --log-every steps only: reading waits for
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from engine import checkpoint, cpu, parallel, report, watch
 from engine.batches import to_device
+from engine.checkpoint import save_model
 from engine.device import mfu, wait_for
 from engine.progress import Progress
 from engine.run import Run
@@ -168,6 +170,23 @@ class Log:
             return last.get("step") != run.step or "val_loss" not in last
 
         return parallel.on_rank_0(is_missing)
+
+
+def evaluate_and_save(run: Run, log: Log, evaluate: Callable[[Run], dict[str, float]]) -> bool:
+    """Evaluate and save after a step, where the flags call for it. Return whether --patience ends the run.
+
+    The caller of a loop saves the last step. While updates are skipped the last checkpoint is not
+    overwritten.
+    """
+    if run.is_due(run.args.eval_every):
+        log.evaluation(evaluate(run))
+        if run.args.keep_best and log.n_since_lowest == 0:
+            save_model(run, run.args.out / "best")
+        if log.patience_ends():
+            return True
+    if run.is_due(run.args.save_every) and run.step < run.args.steps and not run.n_skipped_in_a_row:
+        checkpoint.save(run)
+    return False
 
 
 def validation_losses(out: Path) -> list[float]:

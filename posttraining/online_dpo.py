@@ -26,10 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from data.rows import Row, stack
-from engine.checkpoint import save as save_run
-from engine.checkpoint import save_model
-from engine.log import Log, UpdateResult
-from engine.optim import set_learning_rate, step_optimizers
+from engine.log import Log, UpdateResult, evaluate_and_save
+from engine.optim import set_learning_rate
 from engine.run import Run
 from engine.settings import with_fields
 from formats.config_values import check_values
@@ -125,29 +123,19 @@ def train(run: Run, log: Log) -> None:
         log.begin_step()
         model.eval()  # no dropout
         lr = set_learning_rate(run.optimizers, step, args)
-        parts = [part.batch for part in run.batches.next()]
-        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        batch = ppo.prompts_of_step(run)
         with run.autocast():
             drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, ppo.seed_of(args.seed, step))
             loss, metrics = loss_of(model, *drawn)
 
         # Learn from them once. An update whose gradient is not finite is left out.
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or torch.inf)
-        step_optimizers(run.optimizers, norm.isfinite())
-        run.concept.model_file.after_step(model, norm.isfinite())
-        model.zero_grad(set_to_none=True)
+        norm = ppo.descend(run)
         run.count_step(norm.isfinite())
 
         log.step(UpdateResult(loss.detach(), norm, lr, metrics, len(drawn[0])))
-        if run.is_due(args.eval_every):
-            log.evaluation(evaluate(run))
-            if args.keep_best and log.n_since_lowest == 0:
-                save_model(run, args.out / "best")
-            if log.patience_ends():
-                return
-        if run.is_due(args.save_every) and run.step < args.steps and not run.n_skipped_in_a_row:
-            save_run(run)
+        if evaluate_and_save(run, log, evaluate):
+            return  # --patience ends
 
 
 @torch.no_grad()
@@ -176,14 +164,7 @@ def settings(config: Any) -> Config:
 
 def load_data(args: argparse.Namespace, config: Any) -> prompts.Prompts:
     """Return the prompts that --data names, with the reward that ranks their answers."""
-    own = with_fields(Config(), args.set)
-    if args.parallel != "none" or args.document_mask:
-        flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
-        raise ValueError(f"{flag}: this loop runs in one process, with one answer in a row; leave it out")
-    chain = args.data == "chain"
-    dataset = prompts.of_chain(own.beta) if chain else prompts.of_conversations(args, own.max_new_tokens)
-    dataset.scorer = scores.find(own.reward, dataset.tokenizer, dataset.stop)
-    return dataset
+    return ppo.read_prompts(args, with_fields(Config(), args.set))
 
 
 def make_batch(rows: list[Row], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:

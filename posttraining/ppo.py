@@ -34,10 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from data.rows import Row, stack
-from engine import parallel
-from engine.checkpoint import save as save_run
-from engine.checkpoint import save_model
-from engine.log import Log, UpdateResult
+from engine.log import Log, UpdateResult, evaluate_and_save
 from engine.optim import set_learning_rate, step_optimizers
 from engine.run import Run
 from engine.settings import with_fields
@@ -185,7 +182,7 @@ def descend(run: Run) -> Tensor:
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.args.grad_clip or math.inf)
     finite = norm.isfinite()
     step_optimizers(run.optimizers, finite)
-    run.concept.model_file.after_step(run.model.model, finite)
+    run.concept.model_file.after_step(run.concept.task.unwrap(run.model), finite)
     run.model.zero_grad(set_to_none=True)
     return norm
 
@@ -203,8 +200,7 @@ def train(run: Run, log: Log) -> None:
         log.begin_step()
         policy.eval()  # no dropout, which would make ratios differ from 1
         lr = set_learning_rate(run.optimizers, step, args)
-        parts = [part.batch for part in run.batches.next()]
-        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        batch = prompts_of_step(run)
         seed = seed_of(args.seed, step)
         with run.autocast():
             rollout = roll_out(policy, batch, run.dataset, seed, settings.samples)
@@ -217,14 +213,14 @@ def train(run: Run, log: Log) -> None:
         # What is minimised is beta KL - reward. The loss whose gradient is taken is near 0 by construction.
         loss = metrics["beta"] * metrics["kl"] - metrics["reward"]
         log.step(UpdateResult(loss, norm, lr, metrics | of_update, max(1, int(rollout.mask.sum()))))
-        if run.is_due(args.eval_every):
-            log.evaluation(evaluate(run))
-            if args.keep_best and log.n_since_lowest == 0:
-                save_model(run, args.out / "best")
-            if log.patience_ends():
-                return
-        if run.is_due(args.save_every) and run.step < args.steps and not run.n_skipped_in_a_row:
-            save_run(run)
+        if evaluate_and_save(run, log, evaluate):
+            return  # --patience ends
+
+
+def prompts_of_step(run: Run) -> dict[str, Tensor]:
+    """Return the prompts of a step: those of its --grad-accum batches as one."""
+    parts = [part.batch for part in run.batches.next()]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def seed_of(seed: int, step: int) -> int:
@@ -264,10 +260,18 @@ def start_model(args: Namespace) -> str | None:
 
 def load_data(args: Namespace, config: Any) -> Prompts:
     """Return the prompts that --data names, with the reward that scores their completions."""
-    if parallel.world_size() > 1 or args.document_mask:
+    return read_prompts(args, with_fields(Config(), args.set))
+
+
+def read_prompts(args: Namespace, own: Any) -> Prompts:
+    """Return the prompts that --data names, with a reward.
+
+    own: the task's Config, with beta, max_new_tokens and reward. Raises ValueError for --parallel, for
+    --document-mask, and for fewer tokens than the chain has.
+    """
+    if args.parallel != "none" or args.document_mask:
         flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
         raise ValueError(f"{flag}: this loop runs in one process, with one completion in a row; leave it out")
-    own = with_fields(Config(), args.set)
     if args.data == "chain" and own.max_new_tokens < (T := frontier.Chain().T):
         raise ValueError(f"--set max_new_tokens={own.max_new_tokens}: the chain has {T} tokens")
     dataset = of_chain(own.beta) if args.data == "chain" else of_conversations(args, own.max_new_tokens)

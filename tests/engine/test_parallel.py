@@ -244,7 +244,7 @@ def test_a_killed_process_and_then_sigterm_lose_nothing(folder):
         until(process, log, f'"step": {step},')
         os.kill(workers(process.process.pid)[victim], signal.SIGKILL)
         # Of the first to notice, and torchrun's own. Its log has them a second time, behind the date.
-        assert process.end() != 0 and process.said().count("\nTraceback") <= 2
+        assert process.end() != 0 and process.said().count("\nTraceback") <= 2, process.said()
 
     process = start("--resume")
     until(process, log, '"step": 70,')

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_gpt import die_in, flags, forked, rows, same_run
 
 import train
-from engine import checkpoint, optim
+from engine import checkpoint, log, optim
 
 
 def test_a_crashed_run_ends_where_it_would_have_ended(text, tmp_path):
@@ -62,9 +62,9 @@ def test_the_best_model_and_the_last_ones_are_kept_beside_the_last(text, tmp_pat
     real = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda run: real(run) | {"val_loss": next(losses)})
     kept = {}
-    real_save = train.save_model
+    real_save = log.save_model
     monkeypatch.setattr(
-        train, "save_model", lambda run, path: (kept.update({run.step: path}), real_save(run, path))
+        log, "save_model", lambda run, path: (kept.update({run.step: path}), real_save(run, path))
     )
     out, every = tmp_path / "run", dict(eval_every=1, save_every=1, keep_best=True, keep_models=2)
     assert train.main(flags(text, out, steps=8, patience=2, **every)) == 0

@@ -70,14 +70,14 @@ def caption(glyph: Glyph) -> str:
 
 
 @cache
-def open_font(name: str):
-    """Return a font at FONT_SIZE pixels. Raises ValueError where this matplotlib does not ship it."""
+def open_font(name: str, size: int = FONT_SIZE):
+    """Return a font at a size in pixels. Raises ValueError where this matplotlib does not ship it."""
     import matplotlib
     from PIL import ImageFont
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     try:
-        return ImageFont.truetype(str(path), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+        return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); install matplotlib again") from None
 

@@ -25,6 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+HEADS = ("lm_head", "classifier", "decoder_pred")  # ends of the names of linear layers that are outputs
+
 
 def learning_rate(step: int, args: Namespace) -> float:
     """Return the learning rate of a step: after a linear warm-up one of three schedules.
@@ -172,11 +174,11 @@ def make_optimizers(
 
     Raises ValueError if args.optimizer is "muon" and no hidden matrix learns.
     """
-    # A head's outputs are logits, not hidden states.
+    # A head's outputs are logits or pixels, not hidden states.
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("lm_head")
+        if isinstance(module, nn.Linear) and not name.endswith(HEADS)
     }
     base_width = getattr(args, "mup", None)
     ratio = 1.0 if base_width is None else base_width / model.config.d_model

@@ -364,7 +364,7 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarra
             raise ValueError(f"{path}: damaged or cut off ({error})") from None
     if image.height < shape[1] or image.width < shape[2]:
         notes[f"smaller than {shape[1]} x {shape[2]} (enlarged)"] += 1
-    return as_array(scaled(image, shape[1:]))
+    return as_array(scaled(image, shape[1:])).copy()
 
 
 def converted(image, mode: str, notes: Counter):

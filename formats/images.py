@@ -35,11 +35,11 @@ FIELDS = {  # config.json: Config of vision/vit.py
     "layer_norm_eps": "norm_eps",
     "positions": "positions",
 }
-DECODER_FIELDS = {  # config.json: Decoder of vision/mae.py
-    "decoder_num_hidden_layers": "n_layers",
-    "decoder_num_attention_heads": "n_heads",
-    "decoder_hidden_size": "d_model",
-    "decoder_intermediate_size": "d_ff",
+DECODER_FIELDS = {  # config.json: Config of vision/mae.py
+    "decoder_num_hidden_layers": "decoder_layers",
+    "decoder_num_attention_heads": "decoder_heads",
+    "decoder_hidden_size": "decoder_width",
+    "decoder_intermediate_size": "decoder_ff",
     "mask_ratio": "mask_rate",
     "norm_pix_loss": "norm_pix",
 }
@@ -49,7 +49,8 @@ DEFAULTS = {
     "n_channels": 3, "qkv_bias": True, "norm_eps": 1e-12,
 }  # fmt: skip
 DECODER_DEFAULTS = {
-    "n_layers": 8, "n_heads": 16, "d_model": 512, "d_ff": 2048, "mask_rate": 0.75, "norm_pix": False,
+    "decoder_layers": 8, "decoder_heads": 16, "decoder_width": 512, "decoder_ff": 2048, "mask_rate": 0.75,
+    "norm_pix": False,
 }  # fmt: skip
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 ONLY = {
@@ -79,7 +80,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT | of_decoder, set())
         fields["mlp"] = ACTIVATIONS[hf.get("hidden_act", "gelu")]
     if architecture == MAE:
-        fields["positions"] = "sincos"
+        fields["positions"] = hf.get("positions", "sincos")
     fields |= read_preprocessor(Path(directory))
 
     weights = read_weights(directory)
@@ -114,7 +115,7 @@ def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
 
 
 def read_decoder(directory: str | Path) -> dict:
-    """Return the fields of `mae.Decoder` for a ViTMAEForPreTraining. ValueError for another directory."""
+    """Return the fields of `mae.Config` for a ViTMAEForPreTraining. ValueError for another directory."""
     path, hf = read_config(directory)
     if named_architecture(path, hf) != MAE:
         raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {MAE}")
@@ -178,6 +179,7 @@ def save_mae(config: Any, decoder: Any, weights: dict[str, Tensor], directory: s
     """Write a ViTMAEForPreTraining of an encoder's and a decoder's config, and its preprocessor."""
     hf = {"architectures": [MAE], "model_type": "vit_mae", **config_of(config)}
     hf |= {key: getattr(decoder, field) for key, field in DECODER_FIELDS.items()}
+    hf["positions"] = config.positions
     write(directory, hf, weights)
     write_preprocessor(config, directory)
 

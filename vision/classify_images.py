@@ -30,7 +30,7 @@ from data.rows import Dataset, Row, stack
 from engine import parallel, pictures
 
 MODEL, DATA = "vit", "glyphs:fonts"
-OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 1200
+OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 600
 LOSS, TOKEN_LOSS = "nats per image", ""
 RIGHT, WRONG = "#1c7a3f", "#c4320f"  # colours of labels in the picture
 SHOWN = (4, 12)  # rows and columns of it

@@ -250,6 +250,18 @@ class Block(nn.Module):
         return x + self.output.dense(inner)
 
 
+def n_macs(config: Config, n: int | None = None) -> int:
+    """Return the multiplications of one forward pass with n of the N patches in the layers (None: all).
+
+    They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes. Papers often call these FLOPs.
+    """
+    D, T = config.d_model, 1 + (config.n_patches if n is None else n)
+    layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
+    patches = config.n_patches * D * config.n_channels * config.patch_size**2
+    pooler = D * D * (config.readout == "pooler")
+    return config.n_layers * layer + patches + pooler + D * config.n_classes
+
+
 class ViT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -303,19 +315,7 @@ class ViT(nn.Module):
 
     def flops_per_token(self, seq_len: int = 1) -> int:
         """Return the FLOPs of matrix products, forward and backward, of one image: three times forward's."""
-        return 6 * self.n_macs()
-
-    def n_macs(self, n: int | None = None) -> int:
-        """Return the multiplications of one forward pass with n of the N patches in the layers (None: all).
-
-        They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes. Papers often call these FLOPs.
-        """
-        config, D = self.config, self.config.d_model
-        T = 1 + (config.n_patches if n is None else n)
-        layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
-        patches = config.n_patches * D * config.n_channels * config.patch_size**2
-        pooler = D * D * (config.readout == "pooler")
-        return config.n_layers * layer + patches + pooler + D * config.n_classes
+        return 6 * n_macs(self.config)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "ViT":

@@ -42,7 +42,7 @@ from vision.classify_images import load_images, loss_bytes  # noqa: F401  this t
 from vision.vit import ViT, patches_of, sin_cos
 
 MODEL, DATA = "vit", "glyphs:all"
-OPTIMIZER, BATCH_SIZE, STEPS = "muon", 256, 1500
+OPTIMIZER, BATCH_SIZE, STEPS = "muon", 256, 600
 LOSS, TOKEN_LOSS = "squared error", ""
 SHOWN = 12  # images of the picture
 

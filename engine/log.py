@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine import checkpoint, cpu, parallel, pictures, report, watch
+from engine import checkpoint, cpu, parallel, report, watch
 from engine.batches import to_device
 from engine.checkpoint import save_model
 from engine.device import mfu, wait_for
@@ -131,7 +131,7 @@ class Log:
             if accuracy is not None:
                 heading += f", accuracy {accuracy:.1%}"
             append(out / "samples.txt", f"{heading}\n{sample}\n\n")
-            pictures.keep(out, run.step)
+            report.keep_picture(out, run.step)
             report.draw_loss(out)
             report.write(out)
         run.model.train()

@@ -6,18 +6,15 @@ evaluation, pictures/N.png at step N, and report.html holds the pictures inside,
 Pixels are drawn as squares, without smoothing. Shapes: C channels, H x W pixels.
 """
 
-import base64
-import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from engine.report import PICTURE
 from formats import atomic
 
-NAME, FOLDER = "picture.png", "pictures"
 CELL = 64  # pixels of an image in the picture, at least
 GAP, LINE = 6, 18  # pixels between images, and of a line of text
 INK, PAPER = "#22252a", "#fdfdfb"
@@ -51,7 +48,7 @@ def save(
             if texts:
                 ink = colours[i][j] if colours else INK
                 draw.text((x + factor * W / 2, y + factor * H + LINE / 2), texts[i][j], ink, font, "mm")
-    with atomic.replace_file(out / NAME) as new:
+    with atomic.replace_file(out / PICTURE) as new:
         canvas.save(new, format="png")
 
 
@@ -62,26 +59,3 @@ def enlarged(image: Tensor, factor: int):
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     array = np.broadcast_to(pixels.permute(1, 2, 0).numpy(), (*image.shape[1:], 3))
     return Image.fromarray(array.repeat(factor, 0).repeat(factor, 1))
-
-
-def keep(out: Path, step: int) -> None:
-    """Copy picture.png, if a run has written one, to pictures/ under the number of its step."""
-    if (out / NAME).is_file():
-        (out / FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(out / NAME, out / FOLDER / f"{step}.png")
-
-
-def clear(out: Path) -> None:
-    """Remove the pictures that an earlier run has left in out."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
-    (out / NAME).unlink(missing_ok=True)
-
-
-def html(out: Path, heading: str) -> str:
-    """Return the picture of the step that a heading of samples.txt names, inside an HTML tag, or ""."""
-    step = re.match(r"step (\d+)", heading)
-    path = out / FOLDER / f"{step[1]}.png" if step else out
-    if not path.is_file():
-        return ""
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<img class="picture" alt="picture of step {step[1]}" src="data:image/png;base64,{content}">'

@@ -8,10 +8,12 @@ train.py makes them in the run's directory from its metrics.jsonl and samples.tx
 several runs over each other.
 """
 
+import base64
 import json
 import math
 import platform
 import re
+import shutil
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import cpu, parallel, pictures
+from engine import cpu, parallel
 from engine.charts import HUES, Curve, chart, page, settled, table, usual
 from engine.progress import duration
 from formats import atomic
@@ -27,6 +29,7 @@ from formats.quantities import short
 
 ROWS = 20_000  # most steps that are read from metrics.jsonl, evenly spaced
 SAMPLES = 20  # most earlier samples that are shown
+PICTURE, PICTURES = "picture.png", "pictures"  # the last picture, and the folder with one of each evaluation
 CHARTS = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -341,7 +344,7 @@ def samples(out: Path) -> str:
     text = (out / "samples.txt").read_text(encoding="utf-8", errors="replace")
     _, *parts = re.split(r"^=== (step \d+.*)\n", text, flags=re.MULTILINE)
     shown = [
-        (escape(heading), f"{pictures.html(out, heading)}<pre>{escape(sample.rstrip())}</pre>")
+        (escape(heading), f"{picture(out, heading)}<pre>{escape(sample.rstrip())}</pre>")
         for heading, sample in zip(parts[::2], parts[1::2], strict=True)
     ]
     if not shown:
@@ -354,6 +357,23 @@ def samples(out: Path) -> str:
     if len(shown) > SAMPLES:
         html += f"<p>These are {SAMPLES} of {len(shown):,} earlier ones; samples.txt has all.</p>\n"
     return html
+
+
+def keep_picture(out: Path, step: int) -> None:
+    """Copy the picture that a task has drawn, if there is one, to pictures/ under the number of its step."""
+    if (out / PICTURE).is_file():
+        (out / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(out / PICTURE, out / PICTURES / f"{step}.png")
+
+
+def picture(out: Path, heading: str) -> str:
+    """Return the picture of the step that a heading of samples.txt names, inside an HTML tag, or ""."""
+    step = re.match(r"step (\d+)", heading)
+    path = out / PICTURES / f"{step[1]}.png" if step else out
+    if not path.is_file():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="picture" alt="picture of step {step[1]}" src="data:image/png;base64,{content}">'
 
 
 def settings(starts: list[dict]) -> str:

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from engine import checkpoint, contract, cpu, optim, parallel, pictures, trainable
+from engine import checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
@@ -225,9 +225,7 @@ def prepare(args: argparse.Namespace) -> Run:
         checkpoint.resume(run, *saved)
     batches.start(run.step)
     if saved is None and run.is_first:
-        for log in checkpoint.LOGS:
-            (args.out / log).write_text("", encoding="utf-8")
-        pictures.clear(args.out)
+        checkpoint.clear_logs(args.out)
     return run
 
 

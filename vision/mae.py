@@ -35,6 +35,7 @@ from data.baselines import MOST, pixels
 from data.images import decode
 from data.rows import Dataset, Row, stack
 from engine import pictures
+from engine.report import PICTURE
 from formats import command, images, safetensors_dir
 from formats.config_values import check_values
 from vision import vit
@@ -298,7 +299,7 @@ def main() -> None:
     shape = (model.config.n_channels, *model.config.size)
     pixels = torch.stack([torch.from_numpy(decode(path, shape, Counter())) for path in args.images])
     triples(model, pixels.float() / 255, args.out)
-    print(f"{args.out / pictures.NAME}: original, masked, rebuilt")
+    print(f"{args.out / PICTURE}: original, masked, rebuilt")
 
 
 if __name__ == "__main__":

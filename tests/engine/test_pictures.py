@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from written_runs import START, Page, make_run
 
-from engine import pictures, report
+from engine import checkpoint, pictures, report
 
 
 def test_a_grid_shows_each_pixel_as_a_square_with_its_text_below(tmp_path):
@@ -34,7 +34,7 @@ def test_the_picture_of_each_evaluation_is_kept_and_inside_the_page(tmp_path):
     (out / "metrics.jsonl").write_text(text)
     for step in (0, 40):
         pictures.save(out, [[torch.full((1, 2, 2), step / 40)]])
-        pictures.keep(out, step)
+        report.keep_picture(out, step)
     report.write(out)
     page = Page(out / "report.html")
     assert page.tags.count("img") == 2
@@ -42,12 +42,13 @@ def test_the_picture_of_each_evaluation_is_kept_and_inside_the_page(tmp_path):
     assert "Loss (squared error)" in page.text and "tokens" not in page.text
 
     report.draw_loss(out)
-    pictures.clear(out)
+    checkpoint.clear_logs(out)
     assert not (out / "pictures").exists() and not (out / "picture.png").exists()
-    report.write(out)
-    assert "img" not in Page(out / "report.html").tags
+    make_run(tmp_path / "b")
+    report.write(tmp_path / "b")
+    assert "img" not in Page(tmp_path / "b" / "report.html").tags
 
 
 @pytest.mark.parametrize("heading", ["step 7, validation loss 1.0", "no step"])
 def test_a_step_without_a_picture_has_none(tmp_path, heading):
-    assert pictures.html(tmp_path, heading) == ""
+    assert report.picture(tmp_path, heading) == ""

@@ -93,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.k < 1:
         raise ValueError(f"-k {args.k}: expected at least 1")
+
+    # The model, and images as it reads them.
     encoder = encoder_in(args.checkpoint)
     config = encoder.config
     dataset = prepare(args.data, config.size, args.cache, channels=config.n_channels, val=args.val)
@@ -101,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.k > len(dataset.train):
         raise ValueError(f"-k {args.k}: there are only {len(dataset.train)} images to learn from")
 
+    # A line for each source of features.
     print(dataset.summary)
     print(f"{'right on held-out images':26} logistic regression  {args.k} nearest")
     for name, (linear, near) in table(encoder, dataset.train, dataset.val, args.k, args.seed).items():

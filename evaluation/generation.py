@@ -9,7 +9,7 @@ pass@k is the probability that one of k programs passes, estimated without bias 
 pass; 1 - (1 - c / n)^k, the estimate that suggests itself, is too low. Numbers are compared as numbers:
 "1,080.00" is 1080. Greedy texts do not depend on the batch size.
 
-    python -m evaluation.generation runs/gpt/model      ask a model for sums, and show what is found in its texts
+    python -m evaluation.generation runs/gpt/model      ask a model for sums; what is found in its texts
 """
 
 import math

@@ -2,10 +2,11 @@
 
     HellaSwag    activity_label, ctx_a, ctx_b, endings, label          (Zellers et al. 2019, arXiv:1905.07830)
     ARC          question, choices {text, label}, answerKey            (Clark et al. 2018, arXiv:1803.05457)
-    MMLU         question, choices, answer; or .csv without header     (Hendrycks et al. 2020, arXiv:2009.03300)
+    MMLU         question, choices, answer; or .csv without header   (Hendrycks et al. 2020, arXiv:2009.03300)
     LAMBADA      text, the last word of which is to be predicted       (Paperno et al. 2016, arXiv:1606.06031)
     GSM8K        question, answer                                      (Cobbe et al. 2021, arXiv:2110.14168)
     HumanEval    task_id, prompt, entry_point, canonical_solution, test      (Chen et al. 2021, section 2)
+    GLUE         of the published archive, by its folder, or as sst2:FILE, mrpc:FILE ...: see glue.py
     your own     context, choices, answer (a number from 0); or prompt, answer
 
 The fields of the first record decide which it is. A file whose only field is `text` is LAMBADA if its name
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data.records import RECORDS, open_utf8, read_records, refuse, suffix_of
+from evaluation import glue
 from evaluation.generation import Question
 from evaluation.multiple_choice import Item
 from formats import command
@@ -145,13 +147,15 @@ def read(name: str) -> TaskFile:
     Raises ValueError naming the file and the record for one that is missing, of no known form or damaged.
     """
     given, _, path = name.rpartition(":")
-    if given not in FORMATS:
+    if given not in FORMATS and given not in glue.TASKS:
         given, path = "", name
     path = Path(path)
-    if not path.exists():
-        raise ValueError(
-            f"--tasks {name}: no such file; expected a file, `stdlib`, or one of {', '.join(FORMATS)}:FILE"
-        )
+    if not path.is_file():
+        known = f"a file, stdlib, or FORMAT:FILE, with a format of {', '.join([*FORMATS, *glue.TASKS])}"
+        raise ValueError(f"--tasks {name}: no such file; expected {known}")
+    glue_task = given if given in glue.TASKS else "" if given else glue.task_of(path)
+    if glue_task:
+        return TaskFile(glue_task, "glue", glue.read_examples(path, glue_task))
     if suffix_of(path) not in RECORDS:
         with open_utf8(path, str(path), refuse) as file:
             return TaskFile(path.name, "text", [file.read().decode("utf-8")])

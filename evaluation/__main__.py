@@ -277,9 +277,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in compared:
         if row["rule"] in ("acc", "acc_norm", "exact_match", "strict", "pass@1"):
             difference = f"{100 * row['difference']:+.1f} ± {100 * row['standard_error']:.1f}"
-            print(
-                f"{row['model']} - {args.models[0]}: {row['task']} {row['rule']} {difference}, p {row['p']:.2g}"
-            )
+            what = f"{row['model']} - {args.models[0]}: {row['task']} {row['rule']}"
+            print(f"{what} {difference}, p {row['p']:.2g}")
     if args.out:
         results = [
             {"model": str(model)} | asdict(x)

@@ -87,8 +87,9 @@ class Answer:
 def rows_of(tokenizer, context: str, continuations: Sequence[str], max_len: int) -> list[Row]:
     """Return the rows of a context with each continuation, all scored from the same place of the text.
 
-    max_len: tokens that the model reads; a row may have one more, which is only predicted. Raises ValueError
-    for a continuation that is empty or does not fit.
+    max_len: tokens that the model reads; a row may have one more, which is only predicted. A longer row loses
+    its beginning; of a continuation that alone is longer, the end is scored. Raises ValueError for one that
+    is empty.
     """
     # Trailing space of the context belongs to the next word.
     kept = context.rstrip(" ")
@@ -102,11 +103,12 @@ def rows_of(tokenizer, context: str, continuations: Sequence[str], max_len: int)
     start = max(start, 1)  # the first token of all has nothing to be predicted from
     rows = []
     for text, tokens in zip(continuations, encoded, strict=True):
+        if len(tokens) <= start:
+            raise ValueError(
+                f"choice {text[:60]!r} behind {context[-40:]!r}: no token to score; expected text"
+            )
         n_cut = max(0, len(tokens) - max_len - 1)
-        if len(tokens) <= start or n_cut >= start:
-            problem = f"{len(tokens) - start} tokens to score; expected 1 to {max_len}, what the model reads"
-            raise ValueError(f"choice {text[:60]!r}: {problem}")
-        rows.append(Row(tokens[n_cut:], start - n_cut, n_cut))
+        rows.append(Row(tokens[n_cut:], max(start - n_cut, 1), n_cut))
     return rows
 
 
@@ -162,7 +164,7 @@ def answer_items(
 ) -> list[Answer]:
     """Return the answer of a model to each item.
 
-    alone: score the choices behind nothing too, for acc_mutual_info. Raises ValueError as `rows_of` does.
+    alone: score the choices behind nothing too, for acc_mutual_info. Raises ValueError for an empty choice.
     """
     rows, max_len = [], model.config.max_seq_len
     for item in items:

@@ -111,12 +111,9 @@ def gsm8k(record: dict) -> Question:
 
 
 def own_choice(record: dict) -> Item:
-    return Item(
-        record["context"],
-        tuple(listed(record["choices"])),
-        int(record["answer"]),
-        group=record.get("group", ""),
-    )
+    delimiter = "" if record["context"][-1:].isspace() else " "
+    choices, group = tuple(listed(record["choices"])), str(record.get("group", ""))
+    return Item(record["context"], choices, int(record["answer"]), delimiter, group)
 
 
 def own_question(record: dict) -> Question:

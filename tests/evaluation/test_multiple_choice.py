@@ -60,26 +60,23 @@ def test_two_examples_in_front_give_the_harness_s_figure(model):
 
 def test_where_a_token_spans_the_border_choices_are_scored_from_one_place(model):
     net, tokenizer = model
-    items, theirs = task("choices").items, harness_log_p("choices")
+    items, theirs = [x._replace(delimiter="") for x in task("choices").items], harness_log_p("choices")
     answers = answer_items(net, tokenizer, items)
-    # The first context ends in a space, which both move to the choice; the third is cut on the left by both.
+    # The first context ends in a space, which both move to the choice; both cut the third on the left.
     assert answers[0].log_p == pytest.approx(theirs[0][0], abs=1e-4)
     assert answers[2].log_p == pytest.approx(theirs[2][0], abs=1e-4) and answers[2].n_cut > 0
 
-    # The second ends inside a token. Then the harness scores, behind the context's own ids, the ids of the joined
-    # text from that number on, which is no tokenisation of the text: both figures.
+    # The second ends inside a token. The harness then scores, behind the context's own ids, the ids of the
+    # joined text from that number on, which is no tokenisation of the text: both figures.
     joined = [tokenizer.encode(items[1].context + choice) for choice in items[1].choices]
     alone = tokenizer.encode(items[1].context)
     assert any(tokens[: len(alone)] != alone for tokens in joined)
     shared = min(multiple_choice.n_shared(alone, tokens) for tokens in joined)
     with torch.no_grad():
-        right = [
-            net(torch.tensor([tokens]))[0]
-            .log_softmax(-1)[range(shared - 1, len(tokens) - 1), tokens[shared:]]
-            .sum()
-            for tokens in joined
-        ]
-    assert answers[1].log_p == pytest.approx([x.item() for x in right], abs=1e-4)
+        for tokens, log_p in zip(joined, answers[1].log_p, strict=True):
+            log_probabilities = net(torch.tensor([tokens]))[0].log_softmax(-1)
+            right = log_probabilities[range(shared - 1, len(tokens) - 1), tokens[shared:]].sum().item()
+            assert log_p == pytest.approx(right, abs=1e-4)
     assert answers[1].log_p != pytest.approx(theirs[1][0], abs=1e-1)
 
 
@@ -113,11 +110,11 @@ def test_each_rule_divides_by_its_own_length():
     assert picks == {"acc": 2, "acc_norm": 1, "acc_bytes": 0, "acc_tokens": 1, "acc_mutual_info": 1}
 
 
-def test_a_choice_that_does_not_fit_or_has_no_token_is_refused(model):
+def test_of_a_choice_longer_than_the_model_reads_the_end_is_scored_and_an_empty_one_is_refused(model):
     net, tokenizer = model
-    with pytest.raises(ValueError, match="tokens to score; expected 1 to 96"):
-        rows_of(tokenizer, "the", [" dog" * 200], 96)
-    with pytest.raises(ValueError, match="0 tokens to score"):
+    (row,) = rows_of(tokenizer, "the", [" dog" * 200], 96)
+    assert row.tokens == tokenizer.encode("the" + " dog" * 200)[-97:] and row.start == 1 and row.n_cut > 0
+    with pytest.raises(ValueError, match="choice '' behind 'the': no token to score"):
         rows_of(tokenizer, "the", [""], 96)
 
 

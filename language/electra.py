@@ -170,7 +170,7 @@ class Electra(nn.Module):
         """
         if self.generator is None:
             raise ValueError(NO_GENERATOR)
-        hidden = self.generator.hidden(tokens, cu_seqlens=cu_seqlens)  # (B, T, D of the generator)
+        hidden = self.generator.head_input(tokens, cu_seqlens=cu_seqlens)  # (B, T, D of the generator)
         return self.generator.logits(hidden.flatten(0, 1)[positions]).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -270,9 +270,7 @@ class DeBERTa(nn.Module):
             elif p.ndim == 2 or ".conv." in name:
                 p.normal_(std=0.02 * math.sqrt(768 / self.config.d_model))
             else:
-                raise ValueError(
-                    f"parameter {name}: no rule of initialisation; add one to DeBERTa.initialize"
-                )
+                raise ValueError(f"parameter {name}: no rule of initialisation; add one to initialize")
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -341,9 +339,7 @@ class DeBERTa(nn.Module):
             return self.encode(tokens, segments, None, decode)
         lengths = cu_seqlens.diff()
         real = torch.arange(int(lengths.max()), device=tokens.device) < lengths[:, None]  # (n, longest)
-        rows = [
-            t if t is None else t.new_zeros(real.shape).masked_scatter(real, t) for t in (tokens, segments)
-        ]
+        rows = [t if t is None else real.long().masked_scatter(real, t) for t in (tokens, segments)]
         return self.encode(*rows, lengths, decode)[real].view(*tokens.shape, -1)
 
     def hidden(

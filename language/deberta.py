@@ -45,7 +45,7 @@ from formats.config_values import check_values
 from language import encoder_inference
 
 TASK = "masking"
-STEPS = 3000
+STEPS = 2700
 LEARNING_RATE = 0.25  # times the default rate of a decoder of this size, as for bert.py
 
 

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from bert import BERT, MaskedLMHead, dense_and_norm, norm
 from data.rows import Dataset
 from engine import activations
-from formats import command, deberta
+from formats import command, disentangled_encoders
 from formats.config_values import check_values
 from language import encoder_inference
 
@@ -378,11 +378,11 @@ class DeBERTa(nn.Module):
 
         kernels: not used, there is no kernel in this model. The head of a discriminator is left out.
         """
-        return deberta.load(cls, Config, directory)
+        return disentangled_encoders.load(cls, Config, directory)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors as Hugging Face's DeBERTa, see formats/deberta.py."""
-        deberta.save(self.config, self.state_dict(), directory)
+        """Write config.json and model.safetensors as Hugging Face's DeBERTa v1 or v2."""
+        disentangled_encoders.save(self.config, self.state_dict(), directory)
 
 
 Model = DeBERTa

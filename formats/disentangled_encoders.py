@@ -78,7 +78,7 @@ DECODER_HEAD = {
 PREFIX = "deberta."  # of all names but those of heads
 POSITIONS = "deberta.embeddings.position_embeddings.weight"
 DISCRIMINATOR = "mask_predictions."
-EMBEDDING_AND_HEAD = ("deberta.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
+EMBEDDING, OWN_HEAD = "deberta.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
 
 
 def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -109,7 +109,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     # A head of its own, and its bias, which has two names: the second counts, as in transformers.
     if "cls.predictions.decoder.bias" in weights:
         weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias")
-    tie(fields, weights, *EMBEDDING_AND_HEAD)
+    tie(fields, weights, EMBEDDING, OWN_HEAD)
     fields["mlm_head"] = "cls.predictions.bias" in weights
     if released or not fields["mlm_head"]:
         fields["tie_embeddings"] = True
@@ -211,17 +211,18 @@ def joined(weights: dict[str, Tensor], H: int) -> dict[str, Tensor]:
     return theirs
 
 
-def is_discriminator(directory: str | Path) -> bool:
-    """Return True for a DeBERTa whose weights have the head of language/deberta_v3.py.
+def concept_of(directory: str | Path) -> str:
+    """Return the name of the module that reads a DeBERTa: that of v3 for a discriminator.
 
-    False too where a file is missing or damaged, which is named as soon as it is opened.
+    A file that is missing or damaged counts for nothing here, and is named as soon as it is opened.
     """
     names = []
     with suppress(SafetensorError, OSError):
         for path in weight_files(Path(directory)):
             with safe_open(path, framework="pt") as file:
                 names += file.keys()
-    return any(name.startswith(DISCRIMINATOR) for name in names)
+    is_discriminator = any(name.startswith(DISCRIMINATOR) for name in names)
+    return "language.deberta_v3" if is_discriminator else "language.deberta"
 
 
 def load(kind: type[nn.Module], config_kind: type, directory: str | Path) -> nn.Module:
@@ -273,6 +274,6 @@ def save(config: Any, weights: dict[str, Tensor], directory: str | Path) -> None
         weights = joined(weights, config.n_heads)
     if not (config.mlm_head or discriminates):
         weights = {name.removeprefix(PREFIX): w for name, w in weights.items()}
-    if "cls.predictions.decoder.weight" in weights:  # a head of its own has a bias under a second name
+    if OWN_HEAD in weights:  # a head of its own has a bias under a second name
         weights |= {"cls.predictions.decoder.bias": weights["cls.predictions.bias"].clone()}
     write(directory, config_of(config, "ForMaskedLM" if config.mlm_head else "Model"), weights)

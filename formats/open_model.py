@@ -16,6 +16,7 @@ from formats import (
     disentangled_encoders,
     encoder_decoders,
     encoders,
+    images,
     mixtures,
     native,
     reward_models,
@@ -58,6 +59,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
+    if architecture in images.CONCEPTS:
+        return images.CONCEPTS[architecture]
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
@@ -73,7 +76,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     if is_deberta and architecture.endswith(disentangled_encoders.ARCHITECTURES):
         return disentangled_encoders.concept_of(directory)
 
-    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES]
+    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *images.CONCEPTS]
     known += [f"{name}..." for name in (encoders.CLASSES | disentangled_encoders.CLASSES).values()]
     raise ValueError(
         f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "

@@ -50,12 +50,13 @@ from language import span_corruption
 from language.prefix_lm import Prefix
 from language.t5 import T5, Config
 
-CONFIG = Config(3, 4, 128, 256, 4224, 32, mlp="geglu", scale_head=False, max_seq_len=128)
+TOKENIZER = "bpe:1024"  # a small vocabulary, so that the head costs little beside the stacks
+CONFIG = Config(3, 4, 128, 256, 1152, 32, mlp="geglu", scale_head=False, max_seq_len=128)
 ARCHITECTURES = ("encoder-decoder", "shared stacks", "prefix LM", "causal LM")
 OBJECTIVES = ("denoising", "LM")
 MEASURES = ("gaps", "docstrings")
 SEARCH_SEED = 1000  # of the runs that choose the learning rate
-S, BATCH = 128, 16  # tokens of an input, rows of a batch
+S, BATCH = 128, 8  # tokens of an input, rows of a batch
 N = span_corruption.text_length(S)  # tokens of a text
 LONGEST_SUMMARY = 40  # tokens
 TUNING_RATE = 1e-3
@@ -129,7 +130,7 @@ class Examples:
 
 def load_examples(cache: Path) -> Examples:
     """Return the texts and the functions, by one vocabulary."""
-    corpus = data.text.prepare("stdlib", "bpe:4096", cache, notify=lambda _: None)
+    corpus = data.text.prepare("stdlib", TOKENIZER, cache, notify=lambda _: None)
     dataset = data.text.as_rows(corpus, N - 1, only_whole=True)
     names = reversed(span_corruption.SENTINELS)
     dataset.tokenizer = dataset.tokenizer.with_special_tokens({"pad_token": "<pad>"}, names)
@@ -165,7 +166,7 @@ def pretrain(model: T5, examples: Examples, job: Namespace) -> tuple[int, list[t
         descend(model, optimizer, batch, job.rate * min(20 * done + 0.01, (1 + math.cos(math.pi * done)) / 2))
         n, T = batch["tokens"].shape[1], batch["targets"].shape[1]
         before, spent, step = spent, spent + BATCH * flops(job.architecture, n, T), step + 1
-        if int(5 * spent / job.budget) > int(5 * before / job.budget):
+        if int(4 * spent / job.budget) > int(4 * before / job.budget):
             curve.append((spent, held_out_loss(model, held_out_texts(examples, *kind))))
     return step, curve
 
@@ -206,9 +207,9 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, ra
 
 
 def held_out_texts(examples: Examples, architecture: str, objective: str) -> list[Batch]:
-    """Return batches of 256 held-out texts, the same at every call."""
+    """Return batches of 128 held-out texts, the same at every call."""
     val, draws = examples.dataset.val, Generator().manual_seed(0)
-    groups = [[val[i] for i in range(at, min(at + 32, len(val)))] for at in range(0, min(256, len(val)), 32)]
+    groups = [[val[i] for i in range(at, min(at + 32, len(val)))] for at in range(0, min(128, len(val)), 32)]
     return [examples.batch(rows, architecture, objective, draws) for rows in groups]
 
 
@@ -299,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--budget", type=float, default=2e12, help="FLOPs of a run's pretraining (default %(default)g)")
-    add("--tuning", type=int, default=150, help="steps on each of the last tasks (default %(default)s)")
+    add("--tuning", type=int, default=100, help="steps on each of the last tasks (default %(default)s)")
     add("--seeds", type=int, default=3, help="runs of each (default %(default)s)")
     add("--rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3],
         help="learning rates to choose from (default 0.0015 0.003 0.006)")  # fmt: skip
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cache", type=Path, default=Path("cache"), help="folder for tokenised text (default %(default)s)")
     add("--out", type=Path, help="write the figures as JSON, and a plot beside them")
     args = parser.parse_args(argv)
-    data.text.prepare("stdlib", "bpe:4096", args.cache)  # once, before the processes start
+    data.text.prepare("stdlib", TOKENIZER, args.cache)  # once, before the processes start
 
     def job(pair: tuple[str, str], rate: float, seed: int) -> Namespace:
         fixed = {"budget": args.budget, "tuning": args.tuning}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from formats import decoders, encoder_decoders, encoders, mixtures, native, reward_models
+from formats import bart, decoders, encoder_decoders, encoders, mixtures, native, reward_models
 from formats.config_json import named_architecture, read_config
 from formats.json_file import read_json
 
@@ -50,6 +50,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
+    if architecture in bart.ARCHITECTURES:
+        return bart.CONCEPT
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
@@ -61,7 +63,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
             return "posttraining.classify"
         return "language.electra" if architecture == "ElectraForPreTraining" else "bert"
 
-    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES]
+    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     raise ValueError(
         f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "

@@ -75,7 +75,7 @@ class OneStack(T5):
         """Return the mean nats per target of "targets" (B, T) behind "tokens" (B, S); S may be 0."""
         tokens, targets = batch["tokens"], batch["targets"]
         n, zero = tokens.shape[1], tokens.new_zeros(())
-        x = self.embed(torch.cat((tokens, self.shifted(targets)), 1), zero)  # (B, S + T, D)
+        x = self.embed(torch.cat((tokens, self.shifted(targets)), 1), zero, self.encoder)  # (B, S + T, D)
         if self.sees_prefix:
             cache = Prefix()
             self.encoder(x[:, :n], {}, cache)

@@ -109,17 +109,28 @@ def read(
 
 
 def as_dataset(
-    train: list[Pair], held_out: list[Pair], tokenizer, seq_len: int, counts: Counter | None = None
+    train: list[Pair],
+    held_out: list[Pair],
+    tokenizer,
+    seq_len: int,
+    counts: Counter | None = None,
+    cut: bool = False,
+    special: frozenset[str] = frozenset(),
 ) -> Dataset:
     """Return rows {"source": (n,), "target": (n,)}, int32, of tokens with an end token, and -1 behind it.
 
-    Pairs of which a side has more than seq_len tokens are dropped, and counted in the summary beside the
-    counts of `read`. Raises ValueError if they are all.
+    special: names of special tokens that are found in the texts. Pairs of which a side has more than seq_len tokens are dropped, or
+    with `cut` only those of such targets, while sources are cut. They are counted in the summary, beside the
+    counts of `read`. Raises ValueError if all are dropped.
     """
     digest = hashlib.sha256(f"{tokenizer.fingerprint} ".encode())
     sides, counts = [], Counter(counts)
     for name, pairs in (("to train on", train), ("held out", held_out)):
-        rows = [[[*tokenizer.encode(text), tokenizer.eot_id] for text in pair] for pair in pairs]
+        rows = [[[*tokenizer.encode(text, special), tokenizer.eot_id] for text in pair] for pair in pairs]
+        n_cut = sum(len(source) > seq_len for source, _ in rows) if cut else 0
+        if n_cut:
+            counts[f"with a source cut to {seq_len} tokens"] += n_cut
+            rows = [[[*source[: seq_len - 1], source[-1]], target] for source, target in rows]
         short = [row for row in rows if max(map(len, row)) <= seq_len]
         if not short:
             raise ValueError(f"--seq-len {seq_len}: too short for all {len(rows)} pairs {name}; give more")

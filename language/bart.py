@@ -70,6 +70,7 @@ class Config:
     # What the classes of t5.py read: scores are scaled as in the original Transformer.
     original = property(lambda self: True)
     d_head = property(lambda self: self.d_model // self.n_heads)
+    positions = property(lambda self: "absolute")  # `BART.length` checks that there are enough
     G, K = t5.Config.G, t5.Config.K
     decoder = t5.Config.decoder
     layer_window = t5.Config.layer_window
@@ -85,10 +86,10 @@ class Config:
 PEGASUS = dict(pegasus=True, mlp="relu", scale_embedding=True)
 
 SIZES = {
-    "tiny": Config(2, 4, 128, 512, 4224, 256),
+    "tiny": Config(2, 4, 128, 512, 4224, 128),
     "base": Config(6, 12, 768, 3072),
     "large": Config(12, 16, 1024, 4096),
-    "pegasus-tiny": Config(2, 4, 128, 512, 4224, 256, **PEGASUS),
+    "pegasus-tiny": Config(2, 4, 128, 512, 4224, 128, **PEGASUS),
     "pegasus-large": Config(
         16, 16, 1024, 4096, 96103, pad_token_id=0, eos_token_id=1, start_token_id=0, **PEGASUS
     ),

@@ -119,9 +119,9 @@ def as_dataset(
 ) -> Dataset:
     """Return rows {"source": (n,), "target": (n,)}, int32, of tokens with an end token, and -1 behind it.
 
-    special: names of special tokens that are found in the texts. Pairs of which a side has more than seq_len tokens are dropped, or
-    with `cut` only those of such targets, while sources are cut. They are counted in the summary, beside the
-    counts of `read`. Raises ValueError if all are dropped.
+    special: names of special tokens that are found in the texts. Pairs of which a side has more than seq_len
+    tokens are dropped, or with `cut` only those of such targets, while sources are cut. They are counted in
+    the summary, beside the counts of `read`. Raises ValueError if all are dropped.
     """
     digest = hashlib.sha256(f"{tokenizer.fingerprint} ".encode())
     sides, counts = [], Counter(counts)

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from formats import (
+    bart,
     decoders,
     disentangled_encoders,
     encoder_decoders,
@@ -61,6 +62,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return encoder_decoders.CONCEPT
     if architecture in images.CONCEPTS:
         return images.CONCEPTS[architecture]
+    if architecture in bart.ARCHITECTURES:
+        return bart.CONCEPT
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
@@ -76,7 +79,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     if is_deberta and architecture.endswith(disentangled_encoders.ARCHITECTURES):
         return disentangled_encoders.concept_of(directory)
 
-    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *images.CONCEPTS]
+    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
+    known += images.CONCEPTS
     known += [f"{name}..." for name in (encoders.CLASSES | disentangled_encoders.CLASSES).values()]
     raise ValueError(
         f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "

@@ -93,6 +93,43 @@ class CharacterTable(dict):
         return self[code]
 
 
+def longest_match(
+    word: str, vocab: dict[str, int], longest: int, unknown: int, later: str = "##", limit: int = LONGEST_WORD
+) -> list[int]:
+    """Return the ids of a word's pieces: from the left, the longest that fits each time.
+
+    longest: characters of the longest piece. unknown: the id of a word in which no piece fits somewhere, or
+    that has more than `limit` characters. later: what is in front of a piece that does not begin its word.
+    """
+    if len(word) > limit:
+        return [unknown]
+
+    ids, start, prefix = [], 0, ""
+    while start < len(word):
+        for end in range(min(len(word), start + longest), start, -1):
+            piece = vocab.get(prefix + word[start:end])
+            if piece is not None:
+                break
+        else:
+            return [unknown]
+        ids.append(piece)
+        start, prefix = end, later
+    return ids
+
+
+def longest_pieces(model: dict) -> Callable[[str], list[int]]:
+    """Return the function from a word to ids that a WordPiece model of a tokenizer.json describes.
+
+    Raises ValueError if its unknown token is not in its vocabulary.
+    """
+    vocab, unknown = model["vocab"], model["vocab"].get(model["unk_token"])
+    if unknown is None:
+        raise ValueError(f"unk_token {model['unk_token']!r} is not in the vocabulary; name one that is")
+    longest, later = max(map(len, vocab)), model["continuing_subword_prefix"]
+    limit = model["max_input_chars_per_word"]
+    return lambda word: longest_match(word, vocab, longest, unknown, later, limit)
+
+
 class WordPiece(SpecialTokens):
     """A WordPiece tokenizer, with the methods of `tokenizer.Tokenizer`. Attributes besides the arguments:
 
@@ -170,20 +207,7 @@ class WordPiece(SpecialTokens):
 
     def cut(self, word: str) -> list[int]:
         """Return the ids of a word's pieces: from the left, the longest that fits each time."""
-        if len(word) > LONGEST_WORD:
-            return [self.unk_id]
-
-        ids, start, prefix = [], 0, ""
-        while start < len(word):
-            for end in range(min(len(word), start + self.longest), start, -1):
-                piece = self.vocab.get(prefix + word[start:end])
-                if piece is not None:
-                    break
-            else:
-                return [self.unk_id]
-            ids.append(piece)
-            start, prefix = end, "##"
-        return ids
+        return longest_match(word, self.vocab, self.longest, self.unk_id)
 
     def encode(self, text: str, allowed_special: set[str] | Literal["all"] = frozenset()) -> list[int]:
         """Return the token ids of a text, without [CLS] in front or [SEP] behind.

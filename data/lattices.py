@@ -2,7 +2,7 @@ r"""Lattices: all segmentations of all words of a corpus, as arrays.
 
 A word of n characters has n + 1 nodes, the places between its characters, and an edge from node i to node j
 where the characters from i to j are a piece. A path from the first node to the last is a segmentation. With
-s(v) = log p(v) of the piece v on an edge, and sums over the edges v that end at node j, which begin at i:
+s(v) = log p(v) of the piece v on an edge, and sums over the edges v that end at node j and begin at i:
 
     forward      a(j) = log sum of exp(a(i) + s(v)),    a(first) = 0;   a(last) = log P(word)
     share        q(v) = exp(a(i) + s(v) - a(j))         of the paths to j that use the edge, by probability

@@ -18,6 +18,7 @@ from itertools import pairwise
 from operator import add
 from typing import TypeVar
 
+from data.words import UTF8_BYTES
 from formats.progress import progress_bar
 
 Token = TypeVar("Token", str, bytes)
@@ -39,6 +40,19 @@ def merge_pair(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]
     return merged
 
 
+def count_pairs(
+    words: list[list[int]], counts: Sequence[int]
+) -> tuple[dict[tuple[int, int], int], dict[tuple[int, int], set[int]]]:
+    """Return how often each pair of neighbours occurs, and the words that hold it, both as defaultdicts."""
+    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
+    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += counts[index]
+            where[pair].add(index)
+    return pair_counts, where
+
+
 def learn_tokens(
     words: list[list[int]],
     counts: Sequence[int],
@@ -53,14 +67,9 @@ def learn_tokens(
     the union of two tokens. Among equally frequent pairs the one with the smallest ids comes first, so the
     order of the texts does not matter. The list is shorter if no pair is left that occurs at least twice.
     """
-    # Count the pairs. A merge changes only words that hold its pair; `where` lists these words, and some more
-    # that held the pair once.
-    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in pairwise(word):
-            pair_counts[pair] += counts[index]
-            where[pair].add(index)
+    # A merge changes only words that hold its pair; `where` lists these words, and some more that held the pair
+    # once.
+    pair_counts, where = count_pairs(words, counts)
 
     # Each pair is in the heap once, with its count at that time. Pairs with the newest token are pushed when
     # they are fully counted, and counts of older pairs only fall. So an entry is never too low, and it is
@@ -149,12 +158,22 @@ def read_merges(model: dict) -> Merges:
     return merges
 
 
-def byte_ids(vocab: dict[str, int]) -> list[int]:
-    """Return the ids of "<0x00>" to "<0xFF>". Raises ValueError if one is not in the vocabulary."""
-    missing = [piece for piece in BYTE_PIECES if piece not in vocab]
-    if missing:
+def byte_fallback(vocab: dict[str, int], unknown: int | None) -> Callable[[str], list[int]]:
+    """Return the function from characters that are no token to the ids of their bytes in UTF-8.
+
+    unknown: the id of the unknown token, which takes their place where a byte is no token, or None. Raises
+    ValueError if there is neither.
+    """
+    ids = [vocab.get(piece) for piece in BYTE_PIECES]
+    missing = [piece for byte, piece in enumerate(BYTE_PIECES) if ids[byte] is None and byte in UTF8_BYTES]
+    if missing and unknown is None:
         raise ValueError(f"byte_fallback without a token {missing[0]} ({len(missing)} such bytes)")
-    return [vocab[piece] for piece in BYTE_PIECES]
+
+    def encode(text: str) -> list[int]:
+        found = [ids[byte] for byte in text.encode()]
+        return [unknown] if None in found else found
+
+    return encode
 
 
 def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
@@ -168,8 +187,8 @@ def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
     prefix = model.get("continuing_subword_prefix") or ""
     suffix = model.get("end_of_word_suffix") or ""
     ignore_merges, fuse = model.get("ignore_merges"), model.get("fuse_unk")
-    fallback = byte_ids(vocab) if model.get("byte_fallback") else None
     unknown = vocab.get(model.get("unk_token"))
+    fallback = byte_fallback(vocab, unknown) if model.get("byte_fallback") else None
     if model.get("dropout"):
         raise ValueError(f"BPE with dropout = {model['dropout']!r} is not supported; set it to null")
     if unknown is None and fallback is None and not covered:
@@ -187,7 +206,7 @@ def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
             if token is not None:
                 symbols.append(token)
             elif fallback is not None:
-                symbols += [fallback[byte] for byte in name.encode()]
+                symbols += fallback(name)
             elif unknown is not None and not (fuse and was_unknown):
                 symbols.append(unknown)
             was_unknown = token is None

@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import regex
@@ -56,10 +56,13 @@ from data.words import (
     continues,
     cut_long_space,
 )
-from formats import command, tokenizer_json
+from formats import command, pipeline_json, tokenizer_json
 from formats.progress import progress_bar
 from formats.tokenizer_json import END_OF_TEXT
-from formats.wordpiece_json import is_wordpiece
+from formats.wordpiece_json import is_wordpiece, vocabulary_file
+
+if TYPE_CHECKING:
+    from data.pipeline import Pipeline
 
 
 def count_pre_tokens(texts: Iterable[str], pattern: str, progress: bool) -> Counter[str]:
@@ -273,12 +276,29 @@ def train_bpe(
     return Tokenizer(ranks, pattern, {END_OF_TEXT: len(tokens)})
 
 
-def get_tokenizer(name: str) -> Tokenizer | WordPiece:
+def open_tokenizer(path: Path) -> "Tokenizer | WordPiece | Pipeline":
+    """Return the tokenizer in a directory or file, of the fastest class that reads it.
+
+    Raises ValueError, which names the part that is missing here, for a file that none of them reads.
+    """
+    from data.pipeline import Pipeline
+
+    if pipeline_json.tokenizer_file(path).suffix == ".model" and not (path / "vocab.txt").is_file():
+        return Pipeline.load(path)
+    try:
+        return (WordPiece if is_wordpiece(path) else Tokenizer).load(path)
+    except ValueError:
+        if vocabulary_file(path).suffix == ".txt":
+            raise
+    return Pipeline.load(path)
+
+
+def get_tokenizer(name: str) -> "Tokenizer | WordPiece | Pipeline":
     """Return the tokenizer of a name.
 
-    The name is "bytes", a tiktoken encoding such as "gpt2", a directory with tokenizer.json or BERT's
-    vocab.txt, or such a file. Raises ValueError for any other name, for a file that `Tokenizer.load` or
-    `WordPiece.load` refuses, or if a download fails.
+    The name is "bytes", a tiktoken encoding such as "gpt2", a directory with tokenizer.json, BERT's vocab.txt
+    or a SentencePiece model, or such a file. Raises ValueError for any other name, for a file that has a part
+    which is missing here (see data/pipeline.py), or if a download fails.
     """
     if name == "bytes":
         return Tokenizer({bytes([byte]): byte for byte in range(256)}, GPT4_PATTERN, {END_OF_TEXT: 256})
@@ -292,7 +312,7 @@ def get_tokenizer(name: str) -> Tokenizer | WordPiece:
         return Tokenizer(published._mergeable_ranks, TIKTOKEN_PATTERNS[name], published._special_tokens)
 
     if Path(name).exists():
-        return (WordPiece if is_wordpiece(name) else Tokenizer).load(Path(name))
+        return open_tokenizer(Path(name))
     raise ValueError(
         f"unknown tokenizer {name!r}; use 'bytes', 'bpe:4096' (where there is a corpus to train on), "
         f"{', '.join(TIKTOKEN_PATTERNS)}, or a directory with tokenizer.json"

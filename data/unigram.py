@@ -33,14 +33,13 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import regex
 
 from data.corpus import documents
 from data.lattices import Lattices
-from data.merges import BYTE_PIECES
+from data.merges import BYTE_PIECES, byte_fallback
 from data.normalize import normalizer
 from data.pre_tokenize import pre_tokenizer
 from data.records import refuse
@@ -86,19 +85,15 @@ def best_pieces(model: dict, hidden: Iterable[str]) -> Callable[[str], list[int]
         if not isinstance(score, int | float) or not math.isfinite(score):
             raise ValueError(f"piece {piece!r} has score {score!r}; expected a finite number")
     ids = {piece: i for i, (piece, _) in enumerate(vocab)}
-    fallback = [ids.get(piece) for piece in BYTE_PIECES] if model.get("byte_fallback") else []
+    has_bytes = bool(model.get("byte_fallback"))
+    of_unknown = byte_fallback(ids, unknown) if has_bytes else lambda text: [unknown]
     lost = min(score for _, score in vocab) - UNKNOWN_PENALTY
 
     # Each piece with its score, and each beginning of a piece with None, so that a search ends early.
-    hidden = {*hidden, vocab[unknown][0], *(BYTE_PIECES if fallback else ())}
+    hidden = {*hidden, vocab[unknown][0], *(BYTE_PIECES if has_bytes else ())}
     scores = {piece: float(score) for piece, score in vocab if piece not in hidden}
     beginnings = {piece[:end] for piece in scores for end in range(1, len(piece))}
     table: dict[str, float | None] = dict.fromkeys(beginnings) | scores
-
-    def of_unknown(text: str) -> list[int]:
-        """Return the ids of characters that are no pieces."""
-        as_bytes = [fallback[byte] for byte in text.encode()] if fallback else [None]
-        return [unknown] if None in as_bytes else as_bytes
 
     def encode(word: str) -> list[int]:
         """Return the ids of a word."""

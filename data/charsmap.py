@@ -60,11 +60,31 @@ def read_charsmap(blob: bytes) -> dict[str, str]:
     return table
 
 
+def longest_first(table: dict[str, str]) -> Callable[[str], str]:
+    """Return the function that replaces the longest key at each place of a text, as SentencePiece does."""
+    longest = max(map(len, table), default=0)
+    first = regex.compile("|".join(map(regex.escape, sorted({key[0] for key in table}))) or r"(?!)")
+
+    def replace(text: str) -> str:
+        parts, done = [], 0
+        for match in first.finditer(text):
+            start = match.start()
+            for end in range(min(len(text), start + longest), start, -1):
+                if start >= done and text[start:end] in table:
+                    parts += [text[done:start], table[text[start:end]]]
+                    done = end
+                    break
+        return "".join([*parts, text[done:]])
+
+    return replace
+
+
 def precompiled(part: dict) -> Callable[[str], str]:
     r"""Return the normalizer Precompiled of a tokenizer.json, as the library applies it.
 
     A grapheme of at most five bytes is replaced by what the table has for the shortest key that it begins
-    with, so "\r\n" is one space. In longer ones, and in those without a key, each character is replaced.
+    with, so "\r\n" is one space. In longer ones, and in those without a key, each character is replaced. A
+    part that was read from a SentencePiece model is marked as "longest", and then follows `longest_first`.
     Raises ValueError for a damaged map.
     """
     try:
@@ -72,6 +92,8 @@ def precompiled(part: dict) -> Callable[[str], str]:
     except ValueError as error:
         raise ValueError(f"precompiled_charsmap is not base64 ({error}); download the file again") from None
     table = read_charsmap(blob)
+    if part.get("longest"):
+        return longest_first(table)
     printable = {ord(char): table[char] for char in PRINTABLE if char in table}
 
     @functools.lru_cache(1 << 16)

@@ -8,9 +8,9 @@ s(v) = log p(v) of the piece v on an edge, and sums over the edges v that end at
     share        q(v) = exp(a(i) + s(v) - a(j))         of the paths to j that use the edge, by probability
     backward     g(last) = count of the word;           g(i) += g(j) q(v);   c(v) += g(j) q(v)
 
-g is the expected number of paths through a node, and c that of the pieces: the gradient of the sum of count *
-log P(word). Viterbi's algorithm has a maximum in the place of the sum. A step of each treats one node of every
-word at once. data/unigram.py trains with these functions.
+g is the expected number of paths through a node, and c that of the pieces: the gradient of the sum of
+count * log P(word). Viterbi's algorithm has a maximum in the place of the sum. A step of each treats one node
+of every word at once. data/unigram.py trains with these functions.
 
 Shapes: N nodes of all words, W characters of the longest piece, V pieces.
 """
@@ -126,10 +126,10 @@ class Lattices:
             yield self.starts[:n] + step
 
     def expected_counts(self, log_p: np.ndarray) -> tuple[np.ndarray, float]:
-        """Return how often each piece occurs in the segmentations of all words, on average by probability, (V,),
-        and the sum of count * log P(word).
+        """Return how often each piece occurs in all words, on average over their segmentations, (V,), and the
+        sum of count * log P(word).
 
-        log_p: (V + 2,), of the pieces; then of an unknown character, and minus infinity where there is no edge.
+        log_p: (V + 2,), of the pieces, of an unknown character, and minus infinity where there is no edge.
         """
         N, W = self.ends.shape
         back = np.arange(1, W + 1)
@@ -177,8 +177,11 @@ class Lattices:
         return counts[2:]
 
     def alternatives(self, log_p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the best segmentation of each piece into others: its score (V,), minus infinity where there is
-        none, and its pieces (V, W), from the end, NO_EDGE behind the last."""
+        """Return the best segmentation of each piece into others: its score (V,), and its pieces (V, W).
+
+        The score is minus infinity where there is none. The last piece is the first in its row; behind them
+        is NO_EDGE.
+        """
         W, V = self.ends.shape[1], len(self.size)
         back = np.arange(1, W + 1)
         log_p = np.where(np.arange(V + 2) < V, log_p, -np.inf)  # no unknown characters

@@ -22,7 +22,7 @@ ALBERT, T5, DeBERTa, Llama 2, Mistral, Gemma, DeepSeek. A part that is missing h
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,7 @@ def parts_of(part: dict | None, inner: str) -> list[dict]:
 
 
 def read_vocabulary(model: dict, kind: str | None) -> dict[str, int]:
-    """Return {piece: id} of a model. Raises ValueError for another kind of model, and for a piece with two ids."""
+    """Return {piece: id} of a model. Raises ValueError for another kind, and for a piece with two ids."""
     if kind not in ("BPE", "Unigram", "WordPiece"):
         raise ValueError(f"model type {kind} is not supported; expected BPE, Unigram or WordPiece")
     if kind != "Unigram":
@@ -289,7 +289,7 @@ class Pipeline(SpecialTokens):
         except (AttributeError, LookupError, TypeError, OverflowError) as error:
             kind = type(error).__name__
             raise ValueError(
-                f"{directory}: not a complete tokenizer.json ({kind}: {str(error)[:200]!r}); download it again"
+                f"{directory}: no complete tokenizer.json ({kind}: {str(error)[:200]!r}); download it again"
             ) from None
 
 

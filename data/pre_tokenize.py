@@ -30,7 +30,7 @@ PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 
 
 def pieces(text: str, pattern: regex.Pattern, invert: bool) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of a text in order, with True for those that match the pattern (invert: that do not)."""
+    """Yield the pieces of a text in order, with True for those that match the pattern (invert: with False)."""
     end = 0
     for match in pattern.finditer(text):
         if match.start() > end:
@@ -165,5 +165,5 @@ PRE_TOKENIZERS: dict[str, Callable[[dict], PreTokenizer]] = {
 
 
 def pre_tokenizer(part: dict | None) -> PreTokenizer:
-    """Return the function of a pre-tokenizer. Raises ValueError for a type or setting that is missing here."""
+    """Return the function of a pre-tokenizer. Raises ValueError for a type or setting that is not here."""
     return maker("pre-tokenizer", part, PRE_TOKENIZERS)(part) if part else lambda words, at_start: words

@@ -1,8 +1,8 @@
 r"""The unigram model: a text is cut into the pieces that are together the most probable.
 
-Byte-pair encoding joins pairs in a fixed order. The unigram model (Kudo 2018, arXiv:1804.10959; the default of
-SentencePiece, Kudo and Richardson 2018, arXiv:1808.06226) gives each piece v of its vocabulary a probability,
-and a segmentation of a word w the product of its pieces':
+Byte-pair encoding joins pairs in a fixed order. The unigram model (Kudo 2018, arXiv:1804.10959; the default
+of SentencePiece, Kudo and Richardson 2018, arXiv:1808.06226) gives each piece v of its vocabulary a
+probability, and a segmentation of a word w the product of its pieces':
 
     P(v1 ... vk) = p(v1) ... p(vk),     sum over v of p(v) = 1
     best(w)      = argmax of P over all segmentations of w              Viterbi's algorithm
@@ -13,15 +13,15 @@ the words and removes pieces until the vocabulary has its size. With n(w) the co
 
     E    c(v) = sum over words of n(w) E[number of v in w]  =  d/d log p(v) of  sum of n(w) log P(w)
     M    log p(v) = digamma(c(v)) - digamma(sum of c)        c(v) < 1/2 is removed; a sparse prior (section 3)
-    prune, after each two rounds, to 3/4 of the pieces: those stay whose removal would lower the likelihood the
-           most. A piece is then written as its best segmentation into others.
+    prune, after each two rounds, to 3/4 of the pieces: those stay whose removal would lower the likelihood
+           the most. A piece is then written as its best segmentation into others.
 
 A word is a lattice: its nodes are the places between characters, its edges the pieces. The lattices of all
 distinct words are arrays here, and one step of NumPy goes on by a character in all of them. No piece has
 characters of two scripts, such as a letter and a bracket, so words are cut there before they are counted.
 
-*Sampling* draws a segmentation with a probability proportional to P^alpha instead of the best, so that a model
-sees a word in several ways (*subword regularisation*, section 2.3).
+*Sampling* draws a segmentation with a probability proportional to P^alpha instead of the best, so that a
+model sees a word in several ways (*subword regularisation*, section 2.3).
 
     python -m data.unigram FILE... --vocab-size 8000 --out my_tokenizer      learn one and look at it
 
@@ -55,10 +55,9 @@ SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as in T5
 
 # Scripts whose characters may be in one piece. Japanese has three.
 SCRIPTS = (
-    "Latin Common Inherited Cyrillic Greek Arabic Hebrew Devanagari Bengali Tamil Telugu Thai Hangul".split()
-)
-SCRIPTS += (
-    "Armenian Georgian Gujarati Gurmukhi Kannada Malayalam Sinhala Khmer Lao Myanmar Tibetan Ethiopic".split()
+    *("Latin", "Common", "Inherited", "Cyrillic", "Greek", "Arabic", "Hebrew", "Armenian", "Georgian"),
+    *("Devanagari", "Bengali", "Gujarati", "Gurmukhi", "Kannada", "Malayalam", "Tamil", "Telugu", "Sinhala"),
+    *("Hangul", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Ethiopic"),
 )
 JAPANESE = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]+"
 RUNS = regex.compile(
@@ -159,7 +158,7 @@ def sample_pieces(word: str, scores: dict[str, float], alpha: float, draw: rando
 
 
 def digamma(x: np.ndarray) -> np.ndarray:
-    """Return the derivative of log Gamma at x > 0: by its recurrence above 7, there by its asymptotic series."""
+    """Return the derivative of log Gamma at x > 0: by its recurrence up to 7, then by its asymptotic series."""
     x, result = np.array(x, float), np.zeros(np.shape(x))
     for _ in range(7):
         low = x < 7
@@ -238,8 +237,8 @@ def learn_pieces(
 ) -> list[tuple[str, float]]:
     """Return n_pieces pieces with their log p, the most probable first: learned from words and their counts.
 
-    coverage: the share of the text whose characters are all pieces; rarer ones are unknown. n_seeds: pieces to
-    begin with. Raises ValueError if the words have more characters than there are to be pieces, or too few
+    coverage: the share of the text whose characters are all pieces; rarer ones are unknown. n_seeds: pieces
+    to begin with. Raises ValueError if the words have more characters than there are to be pieces, or too few
     substrings.
     """
     # Cut the words into runs of one script, without rare characters.

@@ -1,9 +1,10 @@
 """The files of any tokenizer: tokenizer.json with all its parts, or a SentencePiece model.
 
-formats/tokenizer_json.py and formats/wordpiece_json.py read the two kinds of tokenizer.json that have a faster
-tokenizer here, and only them. This file reads all kinds: it finds the file, and what tokenizer_config.json
-adds, the *roles* of special tokens and the token that ends a document. data/pipeline.py makes sense of the
-parts. Older directories have no tokenizer.json but a model of SentencePiece (formats/sentencepiece_model.py).
+formats/tokenizer_json.py and formats/wordpiece_json.py read the two kinds of tokenizer.json that have a
+faster tokenizer here, and only them. This file reads all kinds: it finds the file, and what
+tokenizer_config.json adds, the *roles* of special tokens and the token that ends a document. The parts are
+implemented in data/pipeline.py. Older directories have no tokenizer.json but a model of SentencePiece
+(formats/sentencepiece_model.py).
 
 Where tokenizer_config.json names no role, the usual names have theirs: [MASK] or <mask> is the mask token.
 """
@@ -27,7 +28,7 @@ USUAL_ENDS = (END_OF_TEXT, "</s>", "<eos>")
 
 
 def tokenizer_file(path: Path) -> Path:
-    """Return the file of a directory's tokenizer: tokenizer.json, or else a SentencePiece model; or the file."""
+    """Return the tokenizer.json of a directory, or else its SentencePiece model; or the file itself."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -76,10 +77,8 @@ def read(directory: Path) -> dict:
     path = tokenizer_file(directory)
     config_path = path.with_name("tokenizer_config.json")
     config = read_json(config_path) if config_path.is_file() else {}
-    if path.suffix == ".model":
-        file = sentencepiece_model.read(path, config)
-    else:
-        file = read_json(path, EXPECTED)
+    is_model = path.suffix == ".model"
+    file = sentencepiece_model.read(path, config) if is_model else read_json(path, EXPECTED)
     try:
         return {"file": file} | read_names(file, config)
     except ValueError as error:

@@ -1,11 +1,11 @@
 """tokenizer.model: the file of SentencePiece, translated to the parts of a tokenizer.json.
 
 The file is a message of Protocol Buffers (protobuf.dev/programming-guides/encoding): fields, each a key and a
-value. The upper bits of a key are the field's number, the lowest three the type of the value: 0 is a number of
-variable length, 1 and 5 are eight and four bytes, 2 is a number of bytes and these, maybe a message again.
+value. The upper bits of a key are the field's number, the lowest three the type of the value: 0 is a number
+of variable length, 1 and 5 are eight and four bytes, 2 is a number of bytes and these, maybe a message.
 
-    1  a piece, once for each id      1 text, 2 score (float), 3 type: 1 normal, 2 unknown, 3 control, 4 defined
-                                      by the user, 5 unused, 6 byte
+    1  a piece, once for each id      1 text, 2 score (float), 3 type: 1 normal, 2 unknown, 3 control,
+                                      4 defined by the user, 5 unused, 6 byte
     2  how it was trained             3 algorithm: 1 unigram, 2 BPE; 35 byte_fallback
     3  how text is normalised         2 the character map, 3 add_dummy_prefix, 4 remove_extra_whitespaces
 
@@ -23,6 +23,7 @@ from formats import tokenizer_json
 from formats.json_file import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES = 2, 3, 4  # fields of the normaliser
 SPACE = "▁"
 FAMILIES = {
     "llama": "LlamaTokenizer",
@@ -73,7 +74,7 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict, dict]:
-    """Return the pieces (text, score, type), and the fields of the trainer and of the normaliser, of a model."""
+    """Return the pieces (text, score, type) of a model, and the fields of its trainer and its normaliser."""
     pieces, trainer, normalizer = [], {}, {}
     for field, value in fields(data):
         if field == 1:
@@ -88,7 +89,7 @@ def parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict, dict]:
 
 
 def merges(scores: dict[str, float]) -> list[list[str]]:
-    """Return the merges of SentencePiece's BPE: the pairs of pieces whose union is a piece, best score first."""
+    """Return the merges of SentencePiece's BPE: pairs of pieces whose union is a piece, best score first."""
     found = []
     for piece, score in scores.items():
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
@@ -97,28 +98,35 @@ def merges(scores: dict[str, float]) -> list[list[str]]:
     return [[left, right] for _, left, right in found]
 
 
-def cleaning(normalizer: dict, config: dict, family: str | None) -> list[dict]:
-    """Return the normalizers of a family, in order, without those that write spaces as "▁"."""
+def normalizers(settings: dict, config: dict, family: str | None) -> list[dict]:
+    """Return the normalizers of a family, in order. settings: the fields of the model's normaliser."""
     parts: list[dict] = []
     if family == "AlbertTokenizer":
-        parts += [{"type": "Replace", "pattern": {"String": q}, "content": '"'} for q in ("``", "''")]
+        parts += [replace({"String": quotes}, '"') for quotes in ("``", "''")]
         if not config.get("keep_accents"):
             parts += [{"type": "NFKD"}, {"type": "StripAccents"}]
     if config.get("do_lower_case", family == "AlbertTokenizer"):
         parts.append({"type": "Lowercase"})
-    if normalizer.get(2):
-        charsmap = base64.b64encode(normalizer[2]).decode()
-        parts.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
-    if normalizer.get(4, 1):
-        parts.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        parts.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    return parts
+    # SentencePiece replaces the longest key at each place; see data/charsmap.py.
+    if settings.get(CHARSMAP):
+        charsmap = base64.b64encode(settings[CHARSMAP]).decode()
+        parts.append({"type": "Precompiled", "precompiled_charsmap": charsmap, "longest": True})
+    if settings.get(REMOVE_SPACES, 1):
+        parts += [replace({"Regex": f"^ +|[ {SPACE}]+$"}, ""), replace({"Regex": " {2,}"}, " ")]
+    if settings.get(DUMMY_PREFIX, 1):
+        parts.append({"type": "Prepend", "prepend": SPACE})
+    return [*parts, replace({"String": " "}, SPACE)]
+
+
+def replace(pattern: dict, content: str) -> dict:
+    """Return the normalizer, or decoder, that replaces a pattern."""
+    return {"type": "Replace", "pattern": pattern, "content": content}
 
 
 def translate(data: bytes, config: dict, family: str | None) -> dict:
     """Return the content of a tokenizer.json. config: of tokenizer_config.json. Raises ValueError for another
     algorithm than unigram and BPE."""
-    pieces, trainer, normalizer = parse(data)
+    pieces, trainer, settings = parse(data)
     algorithm = {1: "Unigram", 2: "BPE"}.get(trainer.get(3, 1))
     if algorithm is None:
         raise ValueError("its algorithm is neither unigram nor BPE; use a directory with tokenizer.json")
@@ -152,13 +160,10 @@ def translate(data: bytes, config: dict, family: str | None) -> dict:
         model |= {"vocab": {piece: i for i, (piece, _, _) in enumerate(pieces)}, "merges": merges(joined)}
         model |= {"unk_token": pieces[unknown][0], "fuse_unk": True}
 
-    # What is before and behind it. Where runs of spaces are kept, a text is one word.
-    cleaned = cleaning(normalizer, config, family)
-    has_prefix, keeps_spaces = bool(normalizer.get(3, 1)), not normalizer.get(4, 1)
-    space = {"type": "Metaspace", "replacement": SPACE, "split": not keeps_spaces}
-    space["prepend_scheme"] = "never" if not has_prefix else "first" if keeps_spaces else "always"
-    decoders: list[dict] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
-    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    # What is before and behind it. A text is one word where runs of spaces are kept.
+    has_prefix, removes_spaces = settings.get(DUMMY_PREFIX, 1), settings.get(REMOVE_SPACES, 1)
+    words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": True}
+    decoders = [replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
     added = {p: i for i, (p, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
     entries = tokenizer_json.added_tokens(added, "[MASK]" if "[MASK]" in added else "<mask>")
@@ -169,8 +174,8 @@ def translate(data: bytes, config: dict, family: str | None) -> dict:
         "truncation": None,
         "padding": None,
         "added_tokens": entries,
-        "normalizer": {"type": "Sequence", "normalizers": cleaned} if cleaned else None,
-        "pre_tokenizer": space,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers(settings, config, family)},
+        "pre_tokenizer": words if removes_spaces else None,
         "post_processor": tokenizer_json.template(added, {}, AROUND[family]) if family in AROUND else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": model,

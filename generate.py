@@ -345,13 +345,8 @@ def end_tokens(model: nn.Module, tokenizer) -> list[int]:
     return [*(ids if isinstance(ids, tuple) else [] if ids is None else [ids]), tokenizer.eot_id]
 
 
-def print_stream(
-    steps: Iterator[list[int]], tokenizer, stop: Sequence[int], before: Sequence[int] = ()
-) -> str:
-    """Print the text of the one row that steps, from `stream`, continues, and return it.
-
-    before: the tokens in front, with which some tokenizers decode a word with its space, and else without it.
-    """
+def print_stream(steps: Iterator[list[int]], tokenizer, stop: Sequence[int], before=()) -> str:
+    """Print the text that steps, from `stream`, add to one row of the tokens `before`, and return it."""
     new, printed, n_before = [], "", len(tokenizer.decode(before))
     for (token,) in steps:
         if token in stop:

@@ -67,7 +67,7 @@ def learn_tokens(
     the union of two tokens. Among equally frequent pairs the one with the smallest ids comes first, so the
     order of the texts does not matter. The list is shorter if no pair is left that occurs at least twice.
     """
-    # A merge changes only words that hold its pair; `where` lists these words, and some more that held it once.
+    # A merge changes only words that hold its pair; `where` lists these, and some more that held it once.
     pair_counts, where = count_pairs(words, counts)
 
     # Each pair is in the heap once, with its count at that time. Pairs with the newest token are pushed when

@@ -30,7 +30,7 @@ PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 
 
 def pieces(text: str, pattern: regex.Pattern, invert: bool) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of a text in order, with True for those that match the pattern (invert: with False)."""
+    """Yield the pieces of a text in order, with True for those that match the pattern; invert: with False."""
     end = 0
     for match in pattern.finditer(text):
         if match.start() > end:

@@ -158,7 +158,7 @@ def sample_pieces(word: str, scores: dict[str, float], alpha: float, draw: rando
 
 
 def digamma(x: np.ndarray) -> np.ndarray:
-    """Return the derivative of log Gamma at x > 0: by its recurrence up to 7, then by an asymptotic series."""
+    """Return the derivative of log Gamma at x > 0: by its recurrence up to 7, then by its asymptotics."""
     x, result = np.array(x, float), np.zeros(np.shape(x))
     for _ in range(7):
         low = x < 7

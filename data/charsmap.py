@@ -20,63 +20,53 @@ unit has the label c. In a unit u:
 
 import base64
 import functools
+import itertools
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import regex
 
-LABELS = np.arange(1, 256, dtype=np.uint32)
-PRINTABLE = [chr(code) for code in range(0x20, 0x7F)]
-LONGEST_KEY = 64  # bytes; the published maps have keys of at most 15
+# From the bytes of a text to the keys that it begins with, the shortest first: their length and replacement.
+Keys = Callable[[bytes], Iterator[tuple[int, str]]]
+LONGEST_KEY = 64  # bytes; the published maps have keys of at most 12
 # Printable ASCII, without a last character that a mark may follow; otherwise a grapheme.
 GRAPHEMES = regex.compile(r"[ -~]+(?![^\x00-\x7f])|\X")
+PLAIN = re.compile(rb"[ -~]+(?![\x80-\xff])")
 
 
-def read_charsmap(blob: bytes) -> dict[str, str]:
-    """Return the table of a character map. Raises ValueError if its trie is damaged."""
+def read_charsmap(blob: bytes) -> Keys:
+    """Return the search for keys in a character map. Raises ValueError if the map is damaged."""
     try:
         (size,) = struct.unpack_from("<I", blob)
-        units = np.zeros(size // 1024 * 256 + 256, np.uint32)  # whole blocks of 256
-        units[: size // 4] = np.frombuffer(blob, "<u4", size // 4, offset=4)
-        replacements = blob[4 + size :]
-        table: dict[str, str] = {}
-
-        # Visit all nodes. A damaged trie may lead back to a node.
-        waiting, n_nodes = [(0, b"")], 0
-        while waiting:
-            place, key = waiting.pop()
-            unit, n_nodes = int(units[place]), n_nodes + 1
-            if n_nodes > len(units) or len(key) > LONGEST_KEY:
-                raise ValueError("the trie has a circle")
-            base = place ^ (unit >> 10) << ((unit & 0x200) >> 6)
-            if unit & 0x100 and key:
-                start = int(units[base]) & 0x7FFFFFFF
-                table[key.decode()] = replacements[start : replacements.index(b"\0", start)].decode()
-            for i in np.flatnonzero(units[base ^ LABELS] & 0x800000FF == LABELS):
-                waiting.append((base ^ int(LABELS[i]), key + bytes([LABELS[i]])))
-    except (struct.error, IndexError, ValueError) as error:
+        units = np.frombuffer(blob, "<u4", size // 4, offset=4)
+        texts = blob[4 + size :]
+        places = units[units >= 1 << 31] & 0x7FFFFFFF
+        if size < 4 or texts[-1:] != b"\0" or (len(places) and places.max() >= len(texts)):
+            raise ValueError("its parts have other sizes")
+        texts.decode()
+    except (struct.error, ValueError) as error:
         raise ValueError(f"precompiled_charsmap is damaged ({error}); download the file again") from None
-    return table
+    table: list[int] = units.tolist()
+    n_units = len(table)
 
+    def offset(unit: int) -> int:
+        return (unit >> 10) << ((unit & 0x200) >> 6)
 
-def longest_first(table: dict[str, str]) -> Callable[[str], str]:
-    """Return the function that replaces the longest key at each place of a text, as SentencePiece does."""
-    longest = max(map(len, table), default=0)
-    first = regex.compile("|".join(map(regex.escape, sorted({key[0] for key in table}))) or r"(?!)")
+    def keys(text: bytes) -> Iterator[tuple[int, str]]:
+        """Walk through the trie by the bytes of a text, as long as they lead to a unit with their label."""
+        base = offset(table[0])
+        for n, byte in enumerate(text[:LONGEST_KEY], 1):
+            place = base ^ byte
+            if byte == 0 or place >= n_units or table[place] & 0x800000FF != byte:
+                return
+            base = place ^ offset(table[place])
+            if table[place] & 0x100 and base < n_units:
+                start = table[base] & 0x7FFFFFFF
+                yield n, texts[start : texts.find(b"\0", start)].decode(errors="replace")
 
-    def replace(text: str) -> str:
-        parts, done = [], 0
-        for match in first.finditer(text):
-            start = match.start()
-            for end in range(min(len(text), start + longest), start, -1):
-                if start >= done and text[start:end] in table:
-                    parts += [text[done:start], table[text[start:end]]]
-                    done = end
-                    break
-        return "".join([*parts, text[done:]])
-
-    return replace
+    return keys
 
 
 def precompiled(part: dict) -> Callable[[str], str]:
@@ -91,20 +81,58 @@ def precompiled(part: dict) -> Callable[[str], str]:
         blob = base64.b64decode(part["precompiled_charsmap"], validate=True)
     except ValueError as error:
         raise ValueError(f"precompiled_charsmap is not base64 ({error}); download the file again") from None
-    table = read_charsmap(blob)
+    keys = read_charsmap(blob)
     if part.get("longest"):
-        return longest_first(table)
-    printable = {ord(char): table[char] for char in PRINTABLE if char in table}
+        return longest_first(keys)
+
+    def shortest(text: str) -> str | None:
+        """Return the replacement of the shortest key that a text begins with, or None."""
+        return next((replacement for _, replacement in keys(text.encode())), None)
+
+    changed = {ord(char): new for char in map(chr, range(0x20, 0x7F)) if (new := shortest(char)) is not None}
 
     @functools.lru_cache(1 << 16)
     def replace(grapheme: str) -> str:
-        """Return the replacement of a grapheme, or of printable ASCII."""
-        if " " <= grapheme[0] <= "~" and len(grapheme) != 1 and grapheme.isascii():
-            return grapheme.translate(printable)
-        if len(grapheme.encode()) < 6:
-            for end in range(1, len(grapheme) + 1):
-                if grapheme[:end] in table:
-                    return table[grapheme[:end]]
-        return "".join(table.get(char, char) for char in grapheme)
+        """Return the replacement of a grapheme that is not printable ASCII alone."""
+        whole = shortest(grapheme) if len(grapheme.encode()) < 6 else None
+        if whole is not None:
+            return whole
+        return "".join([char if (new := shortest(char)) is None else new for char in grapheme])
 
-    return lambda text: "".join([replace(grapheme) for grapheme in GRAPHEMES.findall(text)])
+    def normalized(text: str) -> str:
+        """Return a text with its graphemes replaced."""
+        pieces = GRAPHEMES.findall(text)
+        return "".join(
+            [p.translate(changed) if p.isascii() and p.isprintable() else replace(p) for p in pieces]
+        )
+
+    return normalized
+
+
+def longest_first(keys: Keys) -> Callable[[str], str]:
+    """Return the function that replaces the longest key at each place of a text, as SentencePiece does."""
+
+    def longest(text: bytes) -> tuple[int, str] | None:
+        """Return the longest key that a text begins with, or None."""
+        return max(keys(text), default=None, key=lambda found: found[0])
+
+    # Does a key consist of printable ASCII? In the published maps none does, and such text is as it was.
+    pairs = [bytes(pair) for pair in itertools.product(range(0x20, 0x7F), repeat=2)]
+    has_plain_keys = any(next(keys(pair), None) for pair in pairs)
+
+    def replace(text: str) -> str:
+        """Return a text with its longest keys replaced, from left to right."""
+        raw, parts, done, at = text.encode(), [], 0, 0
+        while at < len(raw):
+            plain = None if has_plain_keys else PLAIN.match(raw, at)
+            found = longest(raw[at : at + LONGEST_KEY]) if plain is None else None
+            if plain is not None:
+                at = plain.end()
+            elif found is not None:
+                parts += [raw[done:at].decode(), found[1]]
+                done = at = at + found[0]
+            else:  # to the next character
+                at += 1 + sum(raw[at] >= first for first in (0xC0, 0xE0, 0xF0))
+        return "".join([*parts, raw[done:].decode()])
+
+    return replace

@@ -1,7 +1,8 @@
-"""data/pipeline.py and its parts against Hugging Face's `tokenizers`, for the parts that published families have."""
+"""data/pipeline.py against Hugging Face's `tokenizers`, with the parts that published families have."""
 
 import copy
 import json
+import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -39,6 +40,15 @@ TEXTS = st.lists(
 ).map("".join)
 
 
+# The same examples at every run; FUZZ=1000 draws so many new ones.
+FUZZ = settings(
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ", 20)),
+    derandomize="FUZZ" not in os.environ,
+    database=None,
+)
+
+
 @pytest.fixture(scope="module")
 def ours() -> dict[str, Pipeline]:
     return {name: Pipeline.load(FIXTURES / name) for name in FAMILIES}
@@ -71,7 +81,7 @@ def agree(tokenizer: Pipeline, library_tokenizer, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@FUZZ
 @given(st.data())
 def test_ids_and_text_are_those_of_the_library_on_any_text(name, ours, theirs, data):
     # Names of special and other added tokens are in the text too. A byte's own name is spelled, not a byte.
@@ -90,13 +100,13 @@ def test_ids_are_those_of_the_library_on_long_words_and_long_texts(name, ours, t
         "ab" * 999,
         "中文" * 500,
         " " * 300 + "a",
-        path.read_text(encoding="utf-8"),
+        path.read_text(encoding="utf-8")[:5000],
     ):
         agree(ours[name], theirs[name], text)
 
 
 def test_every_character_is_prepared_as_the_library_does(ours, theirs):
-    chars = SETTLED[:: len(SETTLED) // 8000] + USUAL
+    chars = SETTLED[:: len(SETTLED) // 1000] + USUAL[::3]
     for i in range(0, len(chars), 2000):
         text = " ".join(f"a{char}b" for char in chars[i : i + 2000])
         for name in ("albert", "words", "deepseek-v3", "deberta-v2"):
@@ -155,7 +165,7 @@ def test_roles_and_the_tokens_around_a_text_are_found(ours):
     assert ours["t5"].special_tokens["<extra_id_99>"] == ours["t5"].n_vocab - 100
 
 
-@pytest.mark.parametrize("name", ["roberta", "llama2", "t5", "deberta-v2", "gemma"])
+@pytest.mark.parametrize("name", ["roberta", "llama2", "t5"])
 def test_a_saved_tokenizer_is_the_same_here_and_in_the_library(name, ours, tmp_path):
     ours[name].save(tmp_path)
     again = get_tokenizer(str(tmp_path))
@@ -246,7 +256,7 @@ MISTAKES = [
     ("llama2", ("model", "vocab", "▁"), 5, "have the same id 5"),
     ("llama2", ("model", "dropout"), 0.1, "BPE with dropout = 0.1 is not supported"),
     ("llama2", ("model", "merges", 0), ["▁", "nowhere"], "'nowhere' is not in the vocabulary"),
-    ("llama2", ("added_tokens", 1, "id"), 400, "added token '<s>' has id 400"),
+    ("t5", ("added_tokens", 5, "id"), 400, "has id 400, which in the vocabulary is"),
     ("words", ("model", "unk_token"), "<none>", "unk_token '<none>' is not in the vocabulary"),
     (
         "deepseek-v3",

@@ -46,7 +46,7 @@ def test_the_first_pieces_are_all_characters_and_the_substrings_that_occur_twice
             if end - start <= 4:
                 counts[word[start:end]] += n
     chars = {piece for piece in counts if len(piece) == 1}
-    # One that always goes on in the same way, such as "▁ab" never does, but "▁aba" of 4 characters is longest.
+    # Those of 4 characters are the longest here, and none is left out for a longer one.
     repeated = {piece for piece, n in counts.items() if n >= 2}
     always = {
         piece

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.rows import Row, stack
+from data.rows import Row, seed_of, stack
 from engine.log import Log, UpdateResult, evaluate_and_save
 from engine.optim import set_learning_rate
 from engine.run import Run
@@ -125,7 +125,7 @@ def train(run: Run, log: Log) -> None:
         lr = set_learning_rate(run.optimizers, step, args)
         batch = ppo.prompts_of_step(run)
         with run.autocast():
-            drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, ppo.seed_of(args.seed, step))
+            drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, seed_of(args.seed, step))
             loss, metrics = loss_of(model, *drawn)
 
         # Learn from them once. An update whose gradient is not finite is left out.

@@ -29,11 +29,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.rows import Row, stack
+from data.rows import Row, seed_of, stack
 from engine.log import Log, UpdateResult, evaluate_and_save
 from engine.optim import set_learning_rate, step_optimizers
 from engine.run import Run
@@ -112,6 +111,7 @@ class Config:
 
 def advantages_of(rollout: Rollout, settings: Config, beta: float) -> tuple[Tensor, Tensor]:
     """Return the advantages, (B, T) or (B, 1), and the returns (B, T) for the value head."""
+    rollout = rollout.detached()
     row, mask, rewards = settings.row, rollout.mask, rollout.scores
     d = rollout.logps - rollout.ref_logps
     if row.advantage != "gae":
@@ -128,15 +128,22 @@ def advantages_of(rollout: Rollout, settings: Config, beta: float) -> tuple[Tens
 def loss_of(
     policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss () of some rows of a rollout, and the ratios (rows, T) that it is made of."""
+    """Return the loss () of some rows of a rollout, and the ratios (rows, T) that it is made of.
+
+    A rollout that has kept the graph of its forward pass takes the place of another such pass.
+    """
     settings, row, mask = policy.settings, policy.settings.row, rollout.mask[rows]
-    tokens, old = rollout.tokens[rows], rollout.logps[rows]
-    log_p, values = policy.evaluate(tokens, mask)
-    logps = of_tokens(log_p, tokens, mask)
+    tokens, old = rollout.tokens[rows], rollout.logps[rows].detach()
+    if rollout.logps.requires_grad:
+        logps, values = rollout.logps[rows], rollout.values[rows]
+    else:
+        log_p, values = policy.evaluate(tokens, mask)
+        logps = of_tokens(log_p, tokens, mask)
     options = {"clip_high": row.clip_high, "ratio": row.ratio, "weights": weights}
     loss = policy_loss(logps, old, advantages[rows], mask, settings.clip, **options)
     if row.advantage == "gae":
-        of_values = (values, rollout.values[rows], returns[rows], mask, settings.value_clip)
+        old_values = rollout.values[rows].detach()
+        of_values = (values, old_values, returns[rows], mask, settings.value_clip)
         loss = loss + settings.value_weight * value_loss(*of_values)
     if row.penalty == "loss":
         sampled_by = old if settings.corrected_kl else None
@@ -162,6 +169,7 @@ def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tens
                 loss, ratio = loss_of(policy, rollout, rows, advantages, returns, weights)
             loss.backward()
             norms.append(descend(run))
+            rollout = rollout.detached()  # the weights are others now
             found.append(torch.where(rollout.mask[rows], ratio, 1.0))
     run.count_step(torch.stack(norms).isfinite().all())
 
@@ -203,7 +211,8 @@ def train(run: Run, log: Log) -> None:
         batch = prompts_of_step(run)
         seed = seed_of(args.seed, step)
         with run.autocast():
-            rollout = roll_out(policy, batch, run.dataset, seed, settings.samples)
+            keep_graph = settings.minibatches == 1
+            rollout = roll_out(policy, batch, run.dataset, seed, settings.samples, keep_graph)
         metrics = metrics_of(rollout) | {"beta": policy.beta.float()}
         norm, of_update = update(run, rollout, torch.Generator().manual_seed(seed))
         if settings.target_kl is not None and metrics["kl"].isfinite():
@@ -221,11 +230,6 @@ def prompts_of_step(run: Run) -> dict[str, Tensor]:
     """Return the prompts of a step: those of its --grad-accum batches as one."""
     parts = [part.batch for part in run.batches.next()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def seed_of(seed: int, step: int) -> int:
-    """Return the seed of a step, of 32 bits: of a larger one, torch's generator on a CPU ignores the rest."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def evaluate(run: Run) -> dict[str, float]:

@@ -198,7 +198,8 @@ def wrap(model: nn.Module, config: Config) -> nn.Module:
 def show(model: nn.Module, dataset: prompts.Prompts, out: Path) -> str:
     """Return where the model is under the exact frontier, or its likeliest answers to held-out prompts."""
     if dataset.tokenizer is None:
-        return chain_preferences.placed(model, model.objective.beta)
+        of_reward = model.objective.method == "dpo"
+        return chain_preferences.placed(model, model.objective.beta if of_reward else None)
     asked = prompts.unpadded(stack([dataset.val[i] for i in range(min(len(dataset.val), 4))]), "prompt")
     found = instruct.answers(model, dataset.tokenizer, asked, model.objective.max_new_tokens)
     return "\n\n".join(f"{dataset.tokenizer.decode(p)}{a}" for p, a in zip(asked, found, strict=True))

@@ -53,7 +53,8 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     Beside them are the chosen answers, and those at the run's first evaluation (before.json).
     """
     if dataset.tokenizer is None:
-        return chain_preferences.placed(model, model.objective.beta)
+        of_reward = model.objective.method in ("dpo", "robust")  # which minimise at the optimum for beta
+        return chain_preferences.placed(model, model.objective.scale if of_reward else None)
     tokenizer = dataset.tokenizer
     examples = [dataset.val.rows[i] for i in range(min(3, len(dataset.val)))]
     after = instruct.answers(model, tokenizer, [example.prompt.tolist() for example in examples], 60)

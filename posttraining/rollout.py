@@ -17,14 +17,15 @@ Shapes: B completions, T tokens of prompt and completion without the first, V vo
 """
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttraining import scores
-from posttraining.adapters import adapted_layers, use
+from posttraining.adapters import adapted_layers
 from posttraining.policy_gradient import is_equal, kl, masked_sum
 from posttraining.prompts import Prompts, unpadded
 
@@ -34,20 +35,40 @@ from posttraining.prompts import Prompts, unpadded
 class Reference:
     """The model as it is now, frozen. It is no module, so it is in no checkpoint.
 
-    Of a model with adapters, new ones or trained before, it is the base, computed with the adapters off:
-    there is no second copy.
+    Of a model with adapters, new ones or trained before, a copy of the adapters is kept, and not of the base.
     """
 
     def __init__(self, model: nn.Module):
-        self.is_base = bool(adapted_layers(model))
-        self.model = model if self.is_base else copy.deepcopy(model).requires_grad_(False).eval()
+        layers = adapted_layers(model).values()
+        self.adapters = {
+            layer: copy.deepcopy(layer.adapters[layer.active]).requires_grad_(False)
+            for layer in layers
+            if layer.active in layer.adapters
+        }
+        self.model = model if layers else copy.deepcopy(model).requires_grad_(False).eval()
+
+    def __deepcopy__(self, memo: dict) -> "Reference":
+        """Return the reference itself: the copies of a model share it."""
+        return self
 
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) after tokens (B, T), or (N, V) at the N places of a mask (B, T)."""
         self.model.to(tokens.device)
-        with use(self.model, None) if self.is_base else nullcontext():
+        with self.as_it_was():
             hidden = self.model.hidden(tokens)
             return self.model.logits(hidden if mask is None else hidden[mask])
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Within this block the layers of a model with adapters have those of the reference."""
+        now = {layer: layer.adapters[layer.active] for layer in self.adapters}
+        for layer, adapter in self.adapters.items():
+            layer.adapters[layer.active] = adapter.to(next(layer.adapters.parameters()).device)
+        try:
+            yield
+        finally:
+            for layer, adapter in now.items():
+                layer.adapters[layer.active] = adapter
 
 
 class Policy(nn.Module):

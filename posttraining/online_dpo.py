@@ -177,7 +177,7 @@ def settings(config: Any) -> Config:
 
 def load_data(args: argparse.Namespace, config: Any) -> prompts.Prompts:
     """Return the prompts that --data names, with the reward that ranks their answers."""
-    return ppo.read_prompts(args, with_fields(Config(), args.set))
+    return ppo.read_prompts(args, config, with_fields(Config(), args.set))
 
 
 def make_batch(rows: list[Row], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
@@ -192,6 +192,13 @@ def wrap(model: nn.Module, config: Config) -> nn.Module:
     """
     model.objective, model.reference = config, Reference(model)
     return model
+
+
+def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
+    """Return the FLOPs of a step for one token of --seq-len, as if answers filled it: a row is a prompt with
+    2 * pairs answers. For each there are two forward passes, to sample and by the reference, and the update.
+    """
+    return round(2 * config.pairs * (1 + 2 / 3) * model.flops_per_token(seq_len))
 
 
 @torch.no_grad()

@@ -53,6 +53,7 @@ from posttraining.policy_gradient import (
     value_loss,
     whiten,
 )
+from posttraining.preference_runs import refuse_balance_losses
 from posttraining.prompts import Prompts, of_chain, of_conversations, unpadded
 from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_out
 
@@ -72,7 +73,7 @@ class Config:
     reward: str = (
         "chain"  # or exact, FILE.py:FUNCTION, MODULE:FUNCTION, a directory: see posttraining/scores.py
     )
-    beta: float = 1.0  # coefficient of the KL penalty
+    beta: float = 1.0  # coefficient of the KL penalty; 0 leaves it out, where it is in the loss
     samples: int = 32  # completions of each prompt, a group
     max_new_tokens: int = 64  # of a completion
     temperature: float = 1.0  # of sampling, and so of every probability
@@ -86,14 +87,17 @@ class Config:
     gamma: float = 1.0  # GAE
     lam: float = 0.95  # GAE
     whiten_rewards: bool = False  # scaled to variance 1 with their mean kept, as in OpenAI's code
-    target_kl: float | None = None  # nats: adapts beta from step to step
+    target_kl: float | None = None  # nats per completion: adapts beta, by 20% in 10,000 completions at most
     corrected_kl: bool = False  # a KL penalty in the loss is multiplied by the ratio, see policy_gradient.py
     missing_end: float | None = None  # a completion without end token scores minus this, whatever it is
 
-    MAY_BE_ZERO = ("lam", "value_weight")
+    MAY_BE_ZERO = ("lam", "value_weight", "beta")
 
     def __post_init__(self):
         check_values(self, method=tuple(METHODS), average=(None, "grpo", "dapo", "dr_grpo"))
+        if self.beta == 0 and (self.row.penalty == "reward" or self.target_kl is not None):
+            where = self.method if self.target_kl is None else "target_kl, which multiplies it"
+            raise ValueError(f"beta 0: expected a number above 0 with {where}; grpo and the like may have 0")
         if self.row.advantage != "gae" and self.samples < 2:
             raise ValueError(
                 f"samples {self.samples}: {self.method} compares completions; expected at least 2"
@@ -155,7 +159,9 @@ def loss_of(
 def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """Make the updates of one step; the first epoch is in the order of the rollout, the others are shuffled.
 
-    Returns the largest norm of a gradient, and metrics.
+    Returns the largest norm of a gradient, and metrics: "first_ratio", the ratio farthest from 1 before the
+    first update, and "clipped", the share of the tokens of all epochs whose ratio is outside of the clipping
+    range, whether or not the loss is flat there (with the sign of its advantage it may not be).
     """
     policy, settings = run.model, run.model.settings
     advantages, returns = advantages_of(rollout, settings, float(policy.beta))
@@ -264,15 +270,16 @@ def start_model(args: Namespace) -> str | None:
 
 def load_data(args: Namespace, config: Any) -> Prompts:
     """Return the prompts that --data names, with the reward that scores their completions."""
-    return read_prompts(args, with_fields(Config(), args.set))
+    return read_prompts(args, config, with_fields(Config(), args.set))
 
 
-def read_prompts(args: Namespace, own: Any) -> Prompts:
+def read_prompts(args: Namespace, config: Any, own: Any) -> Prompts:
     """Return the prompts that --data names, with a reward.
 
-    own: the task's Config, with beta, max_new_tokens and reward. Raises ValueError for --parallel, for
-    --document-mask, and for fewer tokens than the chain has.
+    config: the model's; own: the task's, with beta, max_new_tokens and reward. Raises ValueError for
+    --parallel, for --document-mask, for fewer tokens than the chain has, and as `refuse_balance_losses` does.
     """
+    refuse_balance_losses(config)
     if args.parallel != "none" or args.document_mask:
         flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
         raise ValueError(f"{flag}: this loop runs in one process, with one completion in a row; leave it out")
@@ -310,8 +317,12 @@ def save_tokenizer(dataset: Prompts, directory: Path) -> None:
 
 
 def flops_per_token(policy: Policy, settings: Config, seq_len: int) -> int:
-    """Return the FLOPs of one forward and backward pass over a token, without sampling and scoring."""
-    return policy.model.flops_per_token(seq_len)
+    """Return the FLOPs of a step for one token of --seq-len, as if completions filled it: a row is a prompt
+    with `samples` completions. Each passes forward, a third of forward and backward, to be sampled, through
+    the reference, and with minibatches before the updates. Scores are not counted.
+    """
+    passes = settings.epochs + (2 if settings.minibatches == 1 else 3) / 3
+    return round(settings.samples * passes * policy.model.flops_per_token(seq_len))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gpt
+import moe
 import train
 from data.tokenizer import get_tokenizer
 from posttraining import dpo, frontier
@@ -448,6 +449,16 @@ def test_a_mistake_ends_in_one_line(more, problem, small, tmp_path, capsys):
     more = [word.format(chain=chain) for word in more]
     argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), *more)
     assert problem in small_gpt.refused(capsys, argv)
+
+
+def test_the_balance_losses_of_a_mixture_are_left_out_only_where_that_is_said(tmp_path, capsys):
+    config = moe.Config(1, 2, 16, 32, 257, 64, n_experts=4, top_k=2, d_expert=8, eos_token_id=256)
+    moe.MoEGPT(config).save_pretrained(tmp_path / "moe")
+    get_tokenizer("bytes").save(tmp_path / "moe")
+    argv = flags(tmp_path / "run", "--init-from", tmp_path / "moe", "--data", pairs_file(tmp_path), steps=1)
+    argv[argv.index("dpo") : argv.index("dpo") + 1] = ["moe", "--task", "dpo"]
+    assert "add --set aux_loss_coef=0" in small_gpt.refused(capsys, [*argv, "--batch-size", "4"])
+    assert train.main([*argv, "--batch-size", "4", "--set", "aux_loss_coef=0"]) == 0
 
 
 def test_a_run_without_a_trained_model_is_refused(tmp_path, capsys):

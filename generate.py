@@ -246,7 +246,7 @@ def stream(
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
     faster = few_rows.arrange(model, len(prompts), max_new_tokens)
-    step_hidden = torch.compile(model.hidden, mode=mode) if compile else faster.hidden
+    step_hidden = torch.compile(faster.hidden, mode=mode) if compile else faster.hidden
     seen = None if repetition_penalty == 1.0 else tokens_in(prompts, model.config.vocab_size, hidden.device)
 
     ended = [False] * len(prompts)

@@ -83,7 +83,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", default="glyphs:fonts", help="images with classes, as for train.py (default %(default)s)")
     add("--val", metavar="FOLDER", help="held-out images (default: those of --data)")
     add("-k", type=int, default=1, help="neighbours that vote (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the random weights (default %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="start of the random numbers of the random weights (default %(default)s)",
+    )
     add(
         "--cache",
         type=command.path,

@@ -1,5 +1,6 @@
 """BART and PEGASUS against transformers (recorded), published figures, and their directories."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -9,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.tokenizer import Tokenizer
 from formats.bart import Decoding, ours, theirs
 from formats.open_model import open_model
+from formats.tokenizer_json import END_OF_TEXT, GPT2_PATTERN
+from language import beam_search
 from language.bart import BART, SIZES, Config
 from language.beam_search import Decoder, Rules
 
@@ -204,3 +208,27 @@ def test_sampling_against_the_rules_of_a_checkpoint_is_refused():
     model, _ = recorded("bart")
     with pytest.raises(ValueError, match=r"no_repeat_ngram_size=2.*only with temperature 0"):
         model.generate([[3, 4]], 5)
+
+
+def test_the_command_writes_by_the_rules_of_the_checkpoint(tmp_path, capsys):
+    """The text that a model of bytes writes has no pair of bytes twice, with beams and without."""
+    torch.manual_seed(0)
+    plain = Tokenizer({bytes([i]): i for i in range(256)}, GPT2_PATTERN, {END_OF_TEXT: 256})
+    tokenizer = plain.with_special_tokens({"pad_token": "<pad>"})
+    config = replace(SMALL, vocab_size=258, pad_token_id=257, eos_token_id=256, start_token_id=256)
+    model = BART(config)
+    model.decoding = Decoding(no_repeat_ngram_size=2, num_beams=2, min_length=10)
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    for flags in ([], ["--beams", "2"]):
+        beam_search.main(BART, SIZES, [str(tmp_path), "--text", "abc", "--max-new-tokens", "20", *flags])
+        assert capsys.readouterr().out.strip()
+    row = [*b"abc", 256]
+    for written in (model.generate([row], 20, temperature=0)[0], model.beam_search([row], 20)[0]):
+        pairs = list(itertools.pairwise([256, *written]))
+        assert len(written) > 5 and len(set(pairs)) == len(pairs)
+
+
+def test_the_sizes_are_printed(capsys):
+    beam_search.main(BART, SIZES, [])
+    assert "139,420,416" in capsys.readouterr().out

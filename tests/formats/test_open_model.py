@@ -68,8 +68,8 @@ def test_an_adapter_is_opened_on_its_base(name, base, tmp_path):
     "content, message",
     [
         (
-            {"architectures": ["BartForConditionalGeneration"]},
-            "'BartForConditionalGeneration': expected one of GPT2",
+            {"architectures": ["MarianMTModel"]},
+            "'MarianMTModel': expected one of GPT2",
         ),
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "'DeepseekV3ForCausalLM': expected one of"),
         ({}, "'none': expected one of"),

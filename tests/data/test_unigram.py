@@ -140,7 +140,7 @@ def test_training_raises_the_likelihood_and_ends_at_the_size():
 def test_no_piece_has_characters_of_two_scripts_and_spaces_come_first():
     words = Counter({"▁foo(bar);": 9, "▁日本語カナabc": 9, "▁▁▁x": 5, "é2x": 4})
     for piece, _ in learn_pieces(words, 25, coverage=1.0):
-        assert module.RUNS.fullmatch(piece), piece
+        assert module.RUNS.fullmatch(piece) or set(piece) == {"▁"}, piece
     assert module.RUNS.findall("▁foo(bar);▁▁x") == ["▁foo", "(", "bar", ");", "▁", "▁x"]
     assert module.RUNS.findall("▁日本語カナーabc▁") == ["▁日本語カナー", "abc", "▁"]
 

@@ -16,7 +16,7 @@ from data.pipeline import Pipeline
 from data.unigram import best_pieces, learn_pieces, sample_pieces, train_unigram
 
 WORDS = Counter({"▁abab": 5, "▁abc": 3, "bca": 2, "▁a": 7, "cabcab": 1})
-TEXT = Path(module.__file__).read_text(encoding="utf-8")
+TEXT = Path(module.__file__).read_text(encoding="utf-8").replace("▁", "_")
 
 
 def segmentations(word: str, pieces) -> list[tuple[str, ...]]:

@@ -250,7 +250,12 @@ def test_a_directory_like_llama_2s_is_measured_continued_and_trained_further(tmp
     flags = (
         f"--model gpt --init-from {model} --data {text} --out {tmp_path / 'run'} --cache {tmp_path / 'cache'}"
     )
-    assert train.main([*flags.split(), *"--steps 2 --seq-len 16 --batch-size 2 --device cpu".split()]) == 0
+    assert (
+        train.main(
+            [*flags.split(), *["--steps", "2", "--seq-len", "16", "--batch-size", "2", "--device", "cpu"]]
+        )
+        == 0
+    )
     assert get_tokenizer(str(tmp_path / "run" / "model")).fingerprint == tokenizer.fingerprint
 
 

@@ -6,4 +6,7 @@ tokenizer. pipeline is any other: normalize (with charsmap), pre_tokenize, a mod
 trains on lattices), piece_decoders. special_tokens and words are what all tokenizers share. conversations and
 labelled read files of chats and of labelled texts, and stdlib_questions makes such chats from Python's own
 documentation.
+
+Images: glyphs draws characters from fonts, images reads folders, published_images MNIST's and CIFAR's files,
+and augment makes other views of an image.
 """

@@ -12,10 +12,12 @@ from pathlib import Path
 from torch import nn
 
 from formats import (
+    bart,
     decoders,
     disentangled_encoders,
     encoder_decoders,
     encoders,
+    images,
     mixtures,
     native,
     reward_models,
@@ -58,6 +60,10 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
+    if architecture in images.CONCEPTS:
+        return images.CONCEPTS[architecture]
+    if architecture in bart.ARCHITECTURES:
+        return bart.CONCEPT
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
@@ -73,7 +79,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     if is_deberta and architecture.endswith(disentangled_encoders.ARCHITECTURES):
         return disentangled_encoders.concept_of(directory)
 
-    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES]
+    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
+    known += images.CONCEPTS
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

@@ -91,8 +91,8 @@ def rows_of(tokenizer, context: str, continuations: Sequence[str], max_len: int)
     its beginning; of a continuation that alone is longer, the end is scored. Raises ValueError for one that
     is empty.
     """
-    # Trailing space of the context belongs to the next word.
-    kept = context.rstrip(" ")
+    # White space at the end of the context belongs to the choice: tokens often begin with it.
+    kept = context.rstrip()
     continuations = [context[len(kept) :] + text for text in continuations]
     begin = tokenizer.begin_ids or ([] if kept else [tokenizer.eot_id])
     encoded = [[*begin, *tokenizer.encode(kept + text)] for text in continuations]

@@ -285,9 +285,13 @@ def main(argv: list[str] | None = None) -> None:
             for model, found in zip(args.models, figures, strict=True)
             for x in found
         ]
-        content = without_nan({"results": results, "comparisons": compared})
+        parts = {"results": results, "comparisons": compared}
+        rows = {
+            name: ",\n".join(json.dumps(without_nan(row)) for row in part) for name, part in parts.items()
+        }
+        text = ",\n".join(f'"{name}": [\n{lines}\n]' for name, lines in rows.items())
         with replace_file(args.out) as new:
-            new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            new.write_text(f"{{{text}}}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

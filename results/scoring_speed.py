@@ -2,10 +2,9 @@
 
     python -m results.scoring_speed --out results/scoring_speed.json       (needs lm_eval[hf]==0.4.13)
 
-Both sides score the same contexts and choices, of a default task (`purpose` of
-library_suite.py): as many tokens, in
-float32, in batches of 16, tokenisation included, measured in turn (A B A B ...). The log-likelihoods are
-compared first."""
+Both sides score the same contexts and choices, of the default task `purpose` (library_suite.py), in float32,
+in batches of 16, tokenisation included, in turn (A B A B ...). The log-likelihoods are compared first.
+"""
 
 import argparse
 import json

@@ -261,7 +261,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="ROWS", help="rows per pass (default %(default)s)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer (default 256)")
     add("--samples", type=int, default=1, metavar="N", help="programs per problem, for pass@k (default 1)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="temperature of these programs (default 0)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="their temperature (default 0)")
     add("--seed", type=int, default=0, metavar="N", help="start of all random numbers (default 0)")
     add("--out", type=command.path, metavar="FILE", help="write all figures, also per item, as JSON")
     add("--unprotected", action="store_true", help="run programs even where the sandbox is incomplete")

@@ -46,6 +46,14 @@ def test_a_loss_has_its_unit_value(name):
     assert value.shape == (1,) and value.item() == pytest.approx(expected, abs=6e-7)
 
 
+def test_each_method_of_pairs_has_the_loss_of_its_name():
+    policy, reference = torch.stack(PAIR[:2], dim=1), torch.stack(PAIR[2:], dim=1)
+    names = {method: method for method in dpo.METHODS if method != "kto"}
+    for method, name in (names | {"ipo": "ipo of sums", "ipo_mean": "ipo of means"}).items():
+        loss = dpo.pair_losses(policy, reference, torch.stack(LENGTHS, dim=1), dpo.Config(method=method))
+        assert loss.item() == pytest.approx(UNIT_VALUES[name][1], abs=6e-7), method
+
+
 def test_the_gradient_of_dpo_is_beta_times_how_wrong_the_pair_is():
     chosen, rejected = (x.clone().requires_grad_() for x in OWN)
     dpo.dpo_loss(chosen, rejected, *PAIR[2:], 0.1).sum().backward()

@@ -246,7 +246,7 @@ def stream(
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
     faster = few_rows.arrange(model, len(prompts), max_new_tokens)
-    step_hidden = torch.compile(model.hidden, mode=mode) if compile else faster.hidden
+    step_hidden = torch.compile(faster.hidden, mode=mode) if compile else faster.hidden
     seen = None if repetition_penalty == 1.0 else tokens_in(prompts, model.config.vocab_size, hidden.device)
 
     ended = [False] * len(prompts)
@@ -346,7 +346,7 @@ def continue_text(model: nn.Module, args: argparse.Namespace) -> None:
     print(args.prompt, end="", flush=True)
     steps = model.stream([tokens], args.max_new_tokens, stop=stop, generator=generator, **options)
     began, taken = time.perf_counter(), []
-    print_stream((taken.append(step) or step for step in steps), tokenizer, stop)
+    print_stream((taken.append(step) or step for step in steps), tokenizer, stop, tokens)
     rate = len(taken) / (time.perf_counter() - began)
     print(f"{len(taken)} tokens, {rate:.0f} tokens/s with the prompt", file=sys.stderr)
 
@@ -357,14 +357,14 @@ def end_tokens(model: nn.Module, tokenizer) -> list[int]:
     return [*(ids if isinstance(ids, tuple) else [] if ids is None else [ids]), tokenizer.eot_id]
 
 
-def print_stream(steps: Iterator[list[int]], tokenizer, stop: Sequence[int]) -> str:
-    """Print the text of the one row that steps, from `stream`, continues, and return it."""
-    new, printed = [], ""
+def print_stream(steps: Iterator[list[int]], tokenizer, stop: Sequence[int], before=()) -> str:
+    """Print the text that steps, from `stream`, add to one row of the tokens `before`, and return it."""
+    new, printed, n_before = [], "", len(tokenizer.decode(before))
     for (token,) in steps:
         if token in stop:
             break
         new.append(token)
-        text = tokenizer.decode(new)
+        text = tokenizer.decode([*before, *new])[n_before:]
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
             print(text[len(printed) :], end="", flush=True)
             printed = text

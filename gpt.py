@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from formats.config_values import check_values
 from generate import KVCache, StaticKVCache, generate, run, stream
-from kernels import attention, gelu, linear_cross_entropy, rms_norm
+from kernels import attention, gelu, linear_cross_entropy, products, rms_norm
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(K)) v under a causal mask, for H heads of queries and G heads of keys and values,
     each of which serves H / G heads of queries (grouped-query attention, Ainslie et al. 2023)."""
 
+    same_input = ("q_proj", "k_proj", "v_proj")  # see kernels/few_rows.py
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.G, config.K
@@ -193,7 +195,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Return (B, T, D) of x (B, T, D). rotation: from `rope`, None without rotary positions."""
         B, T, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = products(self, x)
 
         # QK-norm over each head, or over all heads together.
         if self.q_norm is not None:
@@ -216,6 +218,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020), or GPT-2's down(gelu(up(x)))."""
 
+    same_input = ("gate_proj", "up_proj")
+
     def __init__(self, config: Config):
         super().__init__()
         gated = config.mlp == "swiglu"
@@ -226,7 +230,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(gelu(self.up_proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(self, x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -290,11 +295,8 @@ class GPT(nn.Module):
         first pass fills it with the prompts, later ones add one token each. cu_seqlens: see
         `kernels.attention`, int32: where the documents packed in one row (B = 1) begin, and its end."""
         # Positions (1, T), or (B, 1) where the rows of a cache differ in length.
-        T = tokens.shape[1]
-        if cache is not None:
-            positions = cache.positions(T, tokens.device)
-        else:
-            positions = torch.arange(T, device=tokens.device)[None]
+        T, device = tokens.shape[1], tokens.device
+        positions = torch.arange(T, device=device)[None] if cache is None else cache.positions(T, device)
         if cu_seqlens is not None:
             document = torch.bucketize(positions, cu_seqlens, right=True) - 1
             positions = positions - cu_seqlens[document]

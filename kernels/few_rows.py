@@ -1,74 +1,122 @@
-"""Products of few rows with wide matrices on a CPU, of which a step of generation consists.
+"""The operations of a step of generation on a CPU: products of few rows with matrices, and small norms.
 
     y = x W^T        x (B, D), one token of each row; W (N, D)
 
-So few rows leave the cores waiting for W. How fast MKL, PyTorch's library for products in float32, then reads
-a large W of more rows than columns, depends on how the product is written:
+So few rows leave the cores waiting for W. How fast MKL, PyTorch's library for products in float32, reads a
+large W of at least as many rows as columns depends on how the product is written:
 
-    B = 1     F.linear(x, W) where the memory of W is laid out by columns: up to twice as fast as by rows
-    B > 1     (W x^T)^T: up to 1.9 times as fast as F.linear(x, W)
+    B = 1           F.linear(x, W) where the memory of W is laid out by columns: up to twice as fast as by rows
+    B = 2 to 15     (W x^T)^T: up to 1.9 times as fast as F.linear(x, W)
 
-(one thread of an AMD EPYC of family 25, N = 4096 and D = 384). A step of `gpt.SIZES["10m"]` is 1.24 times as
-fast at B = 1 and 1.07 times as fast at B = 8, on a busy machine. Narrow matrices gain nothing, and small ones
-stay in the caches.
+(one thread of an AMD EPYC of family 25, N = 4096 and D = 384). Whatever its size, an operation has to be
+started, which takes longer than the arithmetic of a small one. So layers that read the same x, such as those
+of queries, keys and values, become one product with their weights below each other; and with n the Euclidean
+length of x, RMSNorm is
+
+    y = x / hypot(n, sqrt(D eps)) * (sqrt(D) weight)        4 operations; PyTorch's own norm takes 12
+
+`arrange` returns a copy of a model in which all this is done.
 """
 
 import copy
-from itertools import chain
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE = 1 << 18  # numbers of a matrix from which on it is worth while
+LARGE = 1 << 17  # numbers of a matrix from which on its layout matters: smaller ones stay in the caches
+MANY = 16  # rows from which on F.linear is as fast as anything
 STEPS = 32  # tokens from which on: to arrange a model of 10M parameters takes as long as 10 to 15 steps save
 
 
-class Wide(nn.Linear):
-    """A linear layer (..., D) -> (..., N) for few rows, with the weight of another one; see `arrange`."""
+class Product(nn.Module):
+    """Linear layers of the same input as one layer (..., D) -> (..., N), N = N_1 + N_2 ..., for n_rows rows.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, n_rows: int):
-        super().__init__(*weight.shape[::-1], bias=False, device="meta")
-        if n_rows == 1:
+    Each has a weight (N_i, D) and a bias (N_i,), or all of them have the bias None.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], n_rows: int):
+        super().__init__()
+        self.sizes = [len(weight) for weight in weights]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        bias = None if biases[0] is None else torch.cat(biases)
+        N, D = weight.shape
+        wide = N >= D and weight.numel() >= LARGE
+        self.transposed = wide and 1 < n_rows < MANY
+        if wide and n_rows == 1:
             weight = weight.t().contiguous().t()  # the same values, stored by columns
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
+        self.weight, self.bias = (x if x is None else nn.Parameter(x, False) for x in (weight, bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (B, D)
-        if len(rows) == 1:
+        if not self.transposed:
             return F.linear(x, self.weight, self.bias)
-        y = (self.weight @ rows.t()).t()  # (B, N)
+        y = (self.weight @ x.flatten(0, -2).t()).t().contiguous()  # (B, N)
         y = y if self.bias is None else y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+        return y.unflatten(0, x.shape[:-1])
 
 
-def is_wide(weight: Tensor) -> bool:
-    """Return True for a matrix (N, D) in float32 on a CPU that `Wide` multiplies faster."""
-    n_rows, n_columns = weight.shape
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and n_rows > n_columns and weight.numel() >= LARGE
+class SmallNorm(nn.Module):
+    """RMSNorm over the last dimension, of few rows; see the header."""
+
+    def __init__(self, weight: Tensor, eps: float):
+        super().__init__()
+        self.width = len(weight)
+        self.weight = nn.Parameter(math.sqrt(self.width) * weight, requires_grad=False)
+        self.register_buffer("least", torch.tensor(math.sqrt(self.width * eps)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.least) * self.weight
+
+
+def products(module: nn.Module, x: Tensor) -> Sequence[Tensor]:
+    """Return what the linear layers that module.same_input names make of x (..., D): by one product, if
+    `arrange` has joined them."""
+    joined = getattr(module, "joined", None)
+    if joined is None:
+        return [getattr(module, name)(x) for name in module.same_input]
+    return joined(x).split(joined.sizes, dim=-1)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Return True for a tensor in float32 on a CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def is_plain(layer: nn.Module | None) -> bool:
+    """Return True for PyTorch's own linear layer, in float32 on a CPU."""
+    return type(layer) is nn.Linear and on_cpu(layer.weight)
 
 
 @torch.no_grad()
 def arrange(model: nn.Module, n_rows: int, n_steps: int) -> nn.Module:
     """Return a copy of a model of generate.py that is faster in n_steps of n_rows tokens, or itself.
 
-    In the copy, wide linear layers and a head that is the embedding matrix are `Wide`. All other parameters
-    are shared with the model, which stays as it is. With n_rows 1 the wide matrices are copied, so there is
-    at most one more copy of the weights.
+    In the copy linear layers are `Product`s: one for those that a module names in `same_input`, one for every
+    other layer, and one for a head that is the embedding matrix. Whatever is not rearranged is shared with
+    the model, which stays as it is; so there is at most one more copy of the weights.
     """
-    wide = {
-        name for name, layer in model.named_modules() if type(layer) is nn.Linear and is_wide(layer.weight)
-    }
-    tied = getattr(model, "lm_head", model) is None and is_wide(model.head_weight)
-    if n_steps < STEPS or not (wide or tied):
+    tensors = [*model.parameters(), *model.buffers()]
+    if n_steps < STEPS or not on_cpu(tensors[0]):
         return model
-    tensors = chain(model.parameters(), model.buffers())
     arranged = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for name in wide:
-        layer = arranged.get_submodule(name)
-        arranged.set_submodule(name, Wide(layer.weight, layer.bias, n_rows))
-    if tied:
-        arranged.lm_head = Wide(model.head_weight, None, n_rows)
+
+    # Layers of the same input, and tied heads.
+    joined = set()
+    for module in list(arranged.modules()):
+        layers = [getattr(module, name) for name in getattr(module, "same_input", ())]
+        if layers and all(map(is_plain, layers)):
+            module.joined = Product([x.weight for x in layers], [x.bias for x in layers], n_rows)
+            joined.update(layers)
+        if getattr(module, "lm_head", module) is None and on_cpu(module.head_weight):
+            module.lm_head = Product([module.head_weight], [None], n_rows)
+
+    # The other layers, and the norms as gpt.py has them.
+    for name, layer in list(arranged.named_modules()):
+        if is_plain(layer) and layer not in joined:
+            arranged.set_submodule(name, Product([layer.weight], [layer.bias], n_rows))
+        elif getattr(layer, "kind", None) == "rms" and on_cpu(layer.weight):
+            arranged.set_submodule(name, SmallNorm(layer.weight, layer.eps))
     return arranged

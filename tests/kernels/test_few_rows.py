@@ -1,14 +1,17 @@
-"""A model arranged for products of few rows computes the same, and leaves the model as it was."""
+"""A model arranged for steps of few rows computes the same, and leaves the model as it was."""
 
 import pytest
 import torch
 from test_gpt import small
 
 from kernels import few_rows
-from kernels.few_rows import Wide, arrange
+from kernels.few_rows import Product, SmallNorm, arrange
+from kernels.rmsnorm import rms_norm
 
 CONFIGS = {
     "tied head": {},
+    "norms of queries and keys": {"qk_norm": True},
+    "norms of all heads": {"qk_norm": "all", "window": 5},
     "separate head": {"tie_embeddings": False},
     "biases": {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True},
 }
@@ -31,8 +34,9 @@ def test_an_arranged_model_has_the_same_logits_and_tokens(name, n_rows, monkeypa
     model = small(**CONFIGS[name])
     before, tokens = layout(model), torch.randint(61, (n_rows, 1), generator=torch.Generator().manual_seed(0))
     arranged = arrange(model, n_rows, 64)
-    wide = {name for name, layer in arranged.named_modules() if isinstance(layer, Wide)}
-    assert "lm_head" in wide and "model.layers.0.mlp.up_proj" in wide
+    found = {name.split(".", 3)[-1] for name, layer in arranged.named_modules() if isinstance(layer, Product)}
+    mlp = "mlp.joined" if model.config.mlp == "swiglu" else "mlp.up_proj"
+    assert found == {"lm_head", "self_attn.joined", "self_attn.o_proj", mlp, "mlp.down_proj"}
     torch.testing.assert_close(arranged(tokens), model(tokens), atol=1e-5, rtol=0)
     torch.testing.assert_close(arranged(tokens.T), model(tokens.T), atol=1e-5, rtol=0)
 
@@ -48,19 +52,42 @@ def test_an_arranged_model_has_the_same_logits_and_tokens(name, n_rows, monkeypa
 def test_an_arranged_model_takes_at_most_one_more_copy_of_the_weights(n_rows):
     model = small()
     arranged, own = arrange(model, n_rows, 64), {p.data_ptr() for p in model.parameters()}
-    copied = {p.data_ptr(): p for p in arranged.parameters() if p.data_ptr() not in own}
-    if n_rows > 1:
-        assert not copied
-    else:
-        assert copied and all(p.stride() == (1, len(p)) for p in copied.values())
-        assert sum(p.numel() for p in copied.values()) < sum(p.numel() for p in model.parameters())
+    copied = {name: p for name, p in arranged.named_parameters() if p.data_ptr() not in own}
+    matrices = {name: p for name, p in copied.items() if p.ndim == 2}
+    assert all("joined" in name or n_rows == 1 for name in matrices)
+    assert all((p.stride() == (1, len(p))) == (n_rows == 1) for p in matrices.values())
+    assert sum(p.numel() for p in copied.values()) < sum(p.numel() for p in model.parameters())
 
 
-def test_a_model_that_gains_nothing_stays_as_it_is(monkeypatch):
+def test_the_copies_of_norms_and_joined_biases_are_exact():
+    x, weight = torch.randn(3, 1, 8) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None], torch.randn(8)
+    expected = rms_norm(x.double(), weight.double(), 1e-5)
+    torch.testing.assert_close(SmallNorm(weight, 1e-5)(x).double(), expected, atol=1e-6, rtol=1e-6)
+    layers = [torch.nn.Linear(8, n) for n in (3, 5)]
+    for n_rows in (1, 3, 20):
+        product = Product([y.weight for y in layers], [y.bias for y in layers], n_rows)
+        rows = torch.randn(n_rows, 1, 8)
+        torch.testing.assert_close(product(rows), torch.cat([y(rows) for y in layers], -1))
+
+
+def test_layers_that_are_not_plain_are_not_joined():
+    """As in a model with adapters, whose layers add something to the product."""
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model = small()
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = Adapted(*attention.k_proj.weight.shape[::-1], bias=False)
+    arranged, tokens = arrange(model, 1, 64), torch.tensor([[3, 4, 5]])
+    first, second = (block.self_attn for block in arranged.model.layers[:2])
+    assert not hasattr(first, "joined") and isinstance(first.k_proj, Adapted) and second.joined.sizes
+    with torch.no_grad():
+        torch.testing.assert_close(arranged(tokens), model(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_model_that_gains_nothing_stays_as_it_is():
     model = small()
     assert arrange(model, 1, 11) is model  # too few tokens
     model = small().double()
-    assert arrange(model, 1, 64) is model
-    monkeypatch.setattr(few_rows, "LARGE", 1 << 18)
-    model = small()
     assert arrange(model, 1, 64) is model

@@ -40,7 +40,7 @@ def sample(
     A temperature so small that logits would overflow takes the likeliest token, as 0 does. Raises ValueError
     for logits that are not finite.
     """
-    if not logits.isfinite().all():
+    if not torch.stack(logits.aminmax()).isfinite().all():
         raise ValueError("generate: the model's logits are not finite; its weights may be damaged")
     if temperature < 1e-30:
         return logits.argmax(dim=-1, keepdim=True)

@@ -5,7 +5,7 @@
 So few rows leave the cores waiting for W. How fast MKL, PyTorch's library for products in float32, reads a
 large W of at least as many rows as columns depends on how the product is written:
 
-    B = 1           F.linear(x, W) where the memory of W is laid out by columns: up to twice as fast as by rows
+    B = 1           F.linear(x, W) where the memory of W is laid out by columns: up to twice as fast
     B = 2 to 15     (W x^T)^T: up to 1.9 times as fast as F.linear(x, W)
 
 (one thread of an AMD EPYC of family 25, N = 4096 and D = 384). Whatever its size, an operation has to be

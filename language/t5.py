@@ -262,7 +262,7 @@ class Stack(nn.Module):
         return table[buckets(distance, config.n_buckets, config.max_distance, not self.is_decoder)].T
 
     def forward(self, x: Tensor, mask: dict, cache: KVCache | None = None, bias=None, **memory) -> Tensor:
-        """Return the last states (B, T, D) of embeddings x (B, T, D); bias: from `bias`; rest: see `Block`."""
+        """Return the last states (B, T, D) of embeddings x (B, T, D); bias: from `bias`; see `Block`."""
         mask = mask | {"bias": self.bias() if bias is None else bias}
         for block in self.block:
             x = block(x, mask, cache, **memory)

@@ -21,8 +21,7 @@ packed end to end into one row, without padding. Parameters have the names of Hu
     python bert.py runs/bert/model --text "import [MASK]"              fill in a mask
     python train.py --model bert                                       train one
 
-Shapes: B batch, T tokens of a row, D model width, E embedding width, H heads, K head width, V vocabulary,
-L layers.
+Shapes: B batch, T tokens, D model width, E embedding width, H heads, K head width, V vocabulary, L layers.
 """
 
 import importlib
@@ -122,11 +121,10 @@ SIZES = {
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
     """Return the config with the vocabulary of dataset.tokenizer, for rows of seq_len tokens."""
-    n_vocab, pad_id = dataset.tokenizer.n_vocab, dataset.tokenizer.pad_id
+    V, pad_id = dataset.tokenizer.n_vocab, dataset.tokenizer.pad_id
     # RoBERTa's positions begin after the id of padding. Where that is another id, there is no offset.
     offset = config.position_offset if config.position_offset == pad_id + 1 else 0
-    fields = dict(vocab_size=n_vocab, max_seq_len=seq_len, pad_token_id=pad_id, position_offset=offset)
-    return replace(config, **fields)
+    return replace(config, vocab_size=V, max_seq_len=seq_len, pad_token_id=pad_id, position_offset=offset)
 
 
 def rope(positions: Tensor, theta: float, head_width: int) -> tuple[Tensor, Tensor]:
@@ -237,8 +235,7 @@ class MaskedLMHead(nn.Module):
         self.transform = dense_and_norm(config.d_model, config.E, config)
         self.activation = nn.GELU("tanh" if config.mlp == "gelu_tanh" else "none")
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
-        untied = not config.tie_embeddings
-        self.decoder = nn.Linear(config.E, config.vocab_size, bias=False) if untied else None
+        self.decoder = None if config.tie_embeddings else nn.Linear(config.E, config.vocab_size, bias=False)
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D). embeddings: the matrix E (V, E)."""
@@ -352,11 +349,13 @@ class BERT(nn.Module):
             raise ValueError(f"this model has no masked-language-model head to fill masks with; {advice}")
         return self.cls.predictions(hidden, self.head_weight)
 
+    head_input = hidden  # what the head for tokens reads; language/deberta.py has a decoder in between
+
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> Tensor:
         """Return logits (B, T, V) at every place; arguments as for `hidden`."""
-        return self.logits(self.hidden(tokens, segments, cu_seqlens=cu_seqlens))
+        return self.logits(self.head_input(tokens, segments, cu_seqlens=cu_seqlens))
 
     def flops_per_token(self, seq_len: int, n_predicted: int | None = None) -> int:
         """Return the FLOPs of matrix products, forward and backward, per token of a row of seq_len tokens.

@@ -57,7 +57,19 @@ def sample(
     if min_p is not None:
         p = logits.softmax(dim=-1)
         logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    return draw(logits.softmax(dim=-1), generator)
+
+
+def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return one index per row, int64 (B, 1), drawn with the probabilities p (B, V), rows of sum 1.
+
+    One random number per row is looked up in the running sum of p, in float64 (torch.multinomial draws V
+    numbers per row, which takes ten times as long on a CPU).
+    """
+    ends = p.cumsum(dim=-1, dtype=torch.float64)
+    u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
+    # The first index whose end is above u: one of probability 0 ends where the one before does.
+    return torch.searchsorted(ends, u * ends[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
 
 
 class KVCache:
@@ -223,7 +235,8 @@ def stream(
     `penalise`. stop: token id or ids that end a row. generator: source of the draws, on the model's device.
     compile: the step of one token is compiled at its first use, which takes a while and pays for itself over
     many tokens; a string is the mode of torch.compile, and "reduce-overhead" launches a step on a GPU as one
-    CUDA graph. On a CPU large matrices are copied meanwhile, each at most once: see kernels/few_rows.py.
+    CUDA graph. On a CPU matrices are copied meanwhile, each at most once, and several rows of a model of
+    large matrices are not compiled, because that would be slower: see kernels/few_rows.py.
 
     Raises ValueError for an empty prompt, a prompt that leaves no room for max_new_tokens, and options out
     of range.
@@ -231,6 +244,7 @@ def stream(
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
+    compile = compile and few_rows.gains_by_compiling(model, len(prompts))
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
     faster = few_rows.arrange(model, len(prompts), max_new_tokens)
@@ -265,9 +279,8 @@ def read_prompts(
     T = max(lengths)
     # Padding on the right is never seen: a causal model looks back, and the cache has each row's length.
     padded = torch.tensor([row + row[-1:] * (T - len(row)) for row in prompts], device=device)  # (B, T)
-    capacity = T + max_new_tokens
-    if static:
-        capacity = math.ceil(capacity / 128) * 128  # few different shapes, so that few are compiled
+    unit = 128 if static else 1  # few different shapes, so that few are compiled
+    capacity = math.ceil((T + max_new_tokens) / unit) * unit
     cache = model.new_cache(lengths, capacity, static=static)
     hidden = model.hidden(padded, cache=cache)  # (B, T, D)
     last = torch.tensor(lengths, device=device) - 1
@@ -317,7 +330,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, help="only from tokens at least this fraction as likely as the best")
     add("--repetition-penalty", type=float, default=1.0, help="divides logits of seen tokens (default 1)")
     add("--seed", type=int, default=0, help="start of the random draws (default 0)")
-    add("--compile", action="store_true", help="compile the step of one token, which takes a while at first")
+    add("--compile", action="store_true", help="compile the step of one token: slow at first, then faster")
 
 
 def continue_text(model: nn.Module, args: argparse.Namespace) -> None:
@@ -334,7 +347,7 @@ def continue_text(model: nn.Module, args: argparse.Namespace) -> None:
     print(args.prompt, end="", flush=True)
     steps = model.stream([tokens], args.max_new_tokens, stop=stop, generator=generator, **options)
     began, taken = time.perf_counter(), []
-    print_stream((taken.append(step) or step for step in steps), tokenizer, stop)
+    print_stream((taken.append(step) or step for step in steps), tokenizer, stop, tokens)
     rate = len(taken) / (time.perf_counter() - began)
     print(f"{len(taken)} tokens, {rate:.0f} tokens/s with the prompt", file=sys.stderr)
 
@@ -345,14 +358,14 @@ def end_tokens(model: nn.Module, tokenizer) -> list[int]:
     return [*(ids if isinstance(ids, tuple) else [] if ids is None else [ids]), tokenizer.eot_id]
 
 
-def print_stream(steps: Iterator[list[int]], tokenizer, stop: Sequence[int]) -> str:
-    """Print the text of the one row that steps, from `stream`, continues, and return it."""
-    new, printed = [], ""
+def print_stream(steps: Iterator[list[int]], tokenizer, stop: Sequence[int], before=()) -> str:
+    """Print the text that steps, from `stream`, add to one row of the tokens `before`, and return it."""
+    new, printed, n_before = [], "", len(tokenizer.decode(before))
     for (token,) in steps:
         if token in stop:
             break
         new.append(token)
-        text = tokenizer.decode(new)
+        text = tokenizer.decode([*before, *new])[n_before:]
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
             print(text[len(printed) :], end="", flush=True)
             printed = text

@@ -57,10 +57,13 @@ class Preference(NamedTuple):
 
 
 def messages_in(value: Any, role: str) -> Conversation:
-    """Return the messages in a value of a record: a text of this role, one message, or a list of them.
+    """Return the messages in a value of a record: a text of this role, a transcript (see `transcript`), one
+    message, or a list of them.
 
     Raises ValueError for anything else.
     """
+    if isinstance(value, str) and TURN.match(value):
+        return transcript(value)
     turns = value if isinstance(value, list) else [value]
     if isinstance(value, str):
         turns = [{"role": role, "content": value}]
@@ -86,14 +89,31 @@ def transcript(text: str) -> Conversation:
 
 
 def prompt_of(record: dict) -> Conversation | None:
-    """Return the messages of the prompt of a record, None where it has none of its own."""
+    """Return the messages of the prompt of a record, None where it has none of its own.
+
+    A transcript may end with the "Assistant:" that the answers follow.
+    """
     if "instruction" in record:  # Alpaca's; "input" is the text that the instruction is about
         asked, about = record["instruction"], record.get("input")
         return messages_in(f"{asked}\n\n{about}" if about else asked, "user")
     for field in ("prompt", "conversations", "question"):
         if field in record:
-            return messages_in(record[field], "user")
+            turns = messages_in(record[field], "user")
+            return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
     return None
+
+
+def with_system(turns: Conversation, record: dict) -> Conversation:
+    """Return the messages behind the text in the "system" field of their record, unless they have their own.
+
+    Raises ValueError for a field that is no text.
+    """
+    system = record.get("system")
+    if system is None or system == "" or (turns[:1] and turns[0]["role"] == "system"):
+        return turns
+    if not isinstance(system, str):
+        raise ValueError(f"system {system!r:.60}: expected a text")
+    return [{"role": "system", "content": system}, *turns]
 
 
 def to_preference(record: Any) -> Preference:
@@ -118,10 +138,11 @@ def to_preference(record: Any) -> Preference:
         whole = [transcript(record[name]) for name in names]
     else:
         whole = [(prompt or []) + messages_in(record[name], "assistant") for name in names]
-        if prompt is not None and all(isinstance(record[name], list) for name in names):
+        if prompt is not None:
             # Some files repeat the prompt in each conversation.
             own = [messages_in(record[name], "assistant") for name in names]
             whole = own if all(turns[: len(prompt)] == prompt for turns in own) else whole
+    whole = [with_system(turns, record) for turns in whole]
     prompt = whole[0][:-1]
     if any(turns[:-1] != prompt for turns in whole):
         raise ValueError("the two conversations differ before their last message; expected one prompt")
@@ -135,12 +156,12 @@ def read_preferences(path: Path, on_bad: Callable[[str], None] = refuse) -> list
     """Return the preferences in a file of records: .jsonl, .json, .csv ... (data/records.py).
 
     A record has one of these forms, where a text may also be a list of messages {"role", "content"} or
-    {"from", "value"}, or one message; other fields are ignored:
+    {"from", "value"}, or one message. A field "system" begins the prompt; other fields are ignored:
 
         {"prompt": "...", "chosen": "...", "rejected": "..."}      also "question", "conversations"
         {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}
         {"chosen": [messages], "rejected": [messages]}             the prompt is what both begin with
-        {"chosen": "\n\nHuman: ...", "rejected": "..."}            hh-rlhf, likewise
+        {"chosen": "\n\nHuman: ...", "rejected": "..."}            hh-rlhf, likewise; also in a "prompt"
         {"prompt": "...", "completion": "...", "label": true}      KTO; or {"messages": [...], "label": true}
 
     on_bad is called with a message for a record that is none of these, and may raise an error; otherwise the

@@ -55,6 +55,8 @@ class Dataset:
     summary: str = ""  # one line that describes the data
     text: str = ""  # a hash of the text alone, the same for every tokenizer; "" where there is no text
     guess: str = ""  # one line: how well a trivial guess does on the held-out part
+    unit: str = "tokens"  # what a run counts: a row is seq_len tokens, or one image
+    labels: tuple[str, ...] = ()  # the names of the classes, in the order of their numbers
 
 
 class Loader:

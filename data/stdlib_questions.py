@@ -150,15 +150,12 @@ def ask(d: Definition) -> list[Conversation]:
     ]
 
 
-def stdlib_conversations() -> tuple[list[Conversation], list[Conversation]]:
-    """Return conversations about this Python's standard library: (to train on, held out).
+def modules_by_side() -> Iterator[tuple[bool, str, str]]:
+    """Yield (held out?, name, source) of the public modules of this Python's standard library.
 
-    They are made from signatures and docstrings, which are read from the source without running it. The
-    modules held out are those that `data.text.prepare` holds out of the corpus "stdlib", the last by name. So
-    a base model that was pretrained on this corpus has seen neither these questions nor the text with the
-    answers. A package is on one side only: if the border is inside a package, its modules before the border
-    are left out. No question and no summary is on both sides; answers of a word or two, which the question
-    itself contains, may be.
+    The modules held out are those that `data.text.prepare` holds out of the corpus "stdlib", the last by
+    name. A package is on one side only: if the border is inside a package, its modules before the border are
+    left out.
     """
     # Read the modules, and find the first one that is held out.
     modules, sizes = [], []
@@ -171,14 +168,25 @@ def stdlib_conversations() -> tuple[list[Conversation], list[Conversation]]:
     n_train = int(np.searchsorted(starts, border))
     held_out_packages = {name.partition(".")[0] for name, _ in modules[n_train:]}
 
-    # Ask about the definitions of each module, leaving out repeated summaries and questions.
-    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
-    seen: set[str] = set()
     for i, (module, source) in enumerate(modules):
         package = module.partition(".")[0]
         is_public = not any(part.startswith("_") for part in module.split("."))
-        if not is_public or package in INTERNAL or (i < n_train and package in held_out_packages):
-            continue
+        if is_public and package not in INTERNAL and (i >= n_train or package not in held_out_packages):
+            yield i >= n_train, module, source
+
+
+def stdlib_conversations() -> tuple[list[Conversation], list[Conversation]]:
+    """Return conversations about this Python's standard library: (to train on, held out).
+
+    They are made from signatures and docstrings, which are read from the source without running it. A base
+    model that was pretrained on the corpus "stdlib" has seen neither the questions that are held out nor the
+    text with the answers, see `modules_by_side`. No question and no summary is on both sides; answers of a
+    word or two, which the question itself contains, may be.
+    """
+    # Ask about the definitions of each module, leaving out repeated summaries and questions.
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    seen: set[str] = set()
+    for is_held_out, module, source in modules_by_side():
         for definition in definitions(module, source):
             if definition.summary in seen:
                 continue
@@ -187,5 +195,5 @@ def stdlib_conversations() -> tuple[list[Conversation], list[Conversation]]:
                 question = conversation[0]["content"]
                 if question not in seen:
                     seen.add(question)
-                    sides[i >= n_train].append(conversation)
+                    sides[is_held_out].append(conversation)
     return sides

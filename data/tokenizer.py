@@ -27,24 +27,23 @@ formats/tokenizer_json.py writes both to a file that `transformers.AutoTokenizer
 
 import functools
 import hashlib
-import heapq
 import json
 import os
 import re
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import regex
 import tiktoken
 
 from data.corpus import documents
+from data.merges import learn_tokens
 from data.records import refuse
 from data.special_tokens import SpecialTokens, split_at
 from data.wordpiece import WordPiece
@@ -57,10 +56,13 @@ from data.words import (
     continues,
     cut_long_space,
 )
-from formats import command, tokenizer_json
+from formats import command, pipeline_json, tokenizer_json
 from formats.progress import progress_bar
 from formats.tokenizer_json import END_OF_TEXT
-from formats.wordpiece_json import is_wordpiece
+from formats.wordpiece_json import is_wordpiece, vocabulary_file
+
+if TYPE_CHECKING:
+    from data.pipeline import Pipeline
 
 
 def count_pre_tokens(texts: Iterable[str], pattern: str, progress: bool) -> Counter[str]:
@@ -77,80 +79,6 @@ def count_pre_tokens(texts: Iterable[str], pattern: str, progress: bool) -> Coun
     for text in progress_bar(texts, "counting words", unit=" texts", disable=not progress):
         counts.update(match[0] for match in splitter.finditer(text))
     return counts
-
-
-def merge_pair(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
-    """Return the word with new_id for each pair, from left to right: with aa = 9, a a a becomes 9 a."""
-    merged, i = [], 0
-    while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            merged.append(new_id)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged
-
-
-def learn_tokens(pre_tokens: Counter[str], n_tokens: int, progress: bool) -> list[bytes]:
-    """Return n_tokens tokens in the order of their ranks: the 256 bytes, then the learned ones.
-
-    Among equally frequent pairs the one with the smallest ids comes first, so the order of the texts does not
-    matter. The list is shorter if no pair is left that occurs at least twice.
-    """
-    words = [list(word.encode("utf-8", "replace")) for word in pre_tokens]
-    counts = list(pre_tokens.values())
-
-    # Count the pairs. A merge changes only words that hold its pair; `where` lists these words, and some more
-    # that held the pair once.
-    pair_counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-    for index, word in enumerate(words):
-        for pair in pairwise(word):
-            pair_counts[pair] += counts[index]
-            where[pair].add(index)
-
-    # Each pair is in the heap once, with its count at that time. Pairs with the newest token are pushed when
-    # they are fully counted, and counts of older pairs only fall. So an entry is never too low, and it is
-    # enough to correct it when it comes out.
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-    tokens = [bytes([byte]) for byte in range(256)]
-    bar = progress_bar(total=n_tokens - 256, desc="merging pairs", disable=not progress)
-
-    # Merge the most frequent pair until there are enough tokens.
-    while heap and len(tokens) < n_tokens:
-        negative_count, pair = heapq.heappop(heap)
-        count = pair_counts[pair]
-        if count < -negative_count:
-            heapq.heappush(heap, (-count, pair))
-            continue
-        if count < 2:
-            break
-
-        # The union of the pair is the new token.
-        new_id = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        bar.update()
-        # Write it into the words, and correct the counts of all pairs in them.
-        born: set[tuple[int, int]] = set()
-        for index in where.pop(pair):
-            word = words[index]
-            merged = merge_pair(word, pair, new_id)
-            if len(merged) == len(word):
-                continue
-            for old in pairwise(word):
-                pair_counts[old] -= counts[index]
-            for new in pairwise(merged):
-                pair_counts[new] += counts[index]
-                if new_id in new:
-                    where[new].add(index)
-                    born.add(new)
-            words[index] = merged
-        for new in born:
-            heapq.heappush(heap, (-pair_counts[new], new))
-    bar.close()
-    return tokens
 
 
 def check_parts(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int], eot: str) -> None:
@@ -340,17 +268,37 @@ def train_bpe(
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of strings, got one string; put it in a list")
 
-    tokens = learn_tokens(count_pre_tokens(texts, pattern, progress), vocab_size - 1, progress)
+    pre_tokens = count_pre_tokens(texts, pattern, progress)
+    words = [list(word.encode("utf-8", "replace")) for word in pre_tokens]
+    alphabet = [bytes([byte]) for byte in range(256)]
+    tokens = learn_tokens(words, list(pre_tokens.values()), alphabet, vocab_size - 1, progress)
     ranks = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(ranks, pattern, {END_OF_TEXT: len(tokens)})
 
 
-def get_tokenizer(name: str) -> Tokenizer | WordPiece:
+def open_tokenizer(path: Path) -> "Tokenizer | WordPiece | Pipeline":
+    """Return the tokenizer in a directory or file, of the fastest class that reads it.
+
+    Raises ValueError, which names the part that is missing here, for a file that none of them reads.
+    """
+    from data.pipeline import Pipeline
+
+    if pipeline_json.tokenizer_file(path).suffix == ".model" and not (path / "vocab.txt").is_file():
+        return Pipeline.load(path)
+    try:
+        return (WordPiece if is_wordpiece(path) else Tokenizer).load(path)
+    except ValueError:
+        if vocabulary_file(path).suffix == ".txt":
+            raise
+    return Pipeline.load(path)
+
+
+def get_tokenizer(name: str) -> "Tokenizer | WordPiece | Pipeline":
     """Return the tokenizer of a name.
 
-    The name is "bytes", a tiktoken encoding such as "gpt2", a directory with tokenizer.json or BERT's
-    vocab.txt, or such a file. Raises ValueError for any other name, for a file that `Tokenizer.load` or
-    `WordPiece.load` refuses, or if a download fails.
+    The name is "bytes", a tiktoken encoding such as "gpt2", a directory with tokenizer.json, BERT's vocab.txt
+    or a SentencePiece model, or such a file. Raises ValueError for any other name, for a file that has a part
+    which is missing here (see data/pipeline.py), or if a download fails.
     """
     if name == "bytes":
         return Tokenizer({bytes([byte]): byte for byte in range(256)}, GPT4_PATTERN, {END_OF_TEXT: 256})
@@ -364,7 +312,7 @@ def get_tokenizer(name: str) -> Tokenizer | WordPiece:
         return Tokenizer(published._mergeable_ranks, TIKTOKEN_PATTERNS[name], published._special_tokens)
 
     if Path(name).exists():
-        return (WordPiece if is_wordpiece(name) else Tokenizer).load(Path(name))
+        return open_tokenizer(Path(name))
     raise ValueError(
         f"unknown tokenizer {name!r}; use 'bytes', 'bpe:4096' (where there is a corpus to train on), "
         f"{', '.join(TIKTOKEN_PATTERNS)}, or a directory with tokenizer.json"

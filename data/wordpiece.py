@@ -19,7 +19,7 @@ front. In four steps (Devlin et al. 2018, arXiv:1810.04805, whose code defines t
 
     "Unaffable Québec!"  ->  un ##aff ##able quebec !
 
-Vocabularies are read here, not learned; to learn one, use byte-pair encoding. Ids equal those of
+`train_wordpiece` learns a vocabulary by merging frequent pairs. Ids equal those of
 `transformers.BertTokenizer` (its `tokenizers` library, in Rust) except for rare characters that Unicode added
 or changed since 2015: the library's tables of accents, punctuation and format characters are of Unicode 8,
 its capitals of a newer version than Python's. With Python 3.11 (Unicode 14) 559 of 1,112,064 characters
@@ -36,12 +36,14 @@ import hashlib
 import json
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from data.merges import learn_tokens
 from data.special_tokens import SpecialTokens, split_at
 from formats import command, wordpiece_json
 from formats.wordpiece_json import BERT_ROLES, LONGEST_WORD
@@ -91,6 +93,43 @@ class CharacterTable(dict):
     def __missing__(self, code: int) -> str:
         self[code] = self.function(chr(code))
         return self[code]
+
+
+def longest_match(
+    word: str, vocab: dict[str, int], longest: int, unknown: int, later: str = "##", limit: int = LONGEST_WORD
+) -> list[int]:
+    """Return the ids of a word's pieces: from the left, the longest that fits each time.
+
+    longest: characters of the longest piece. unknown: the id of a word in which no piece fits somewhere, or
+    that has more than `limit` characters. later: what is in front of a piece that does not begin its word.
+    """
+    if len(word) > limit:
+        return [unknown]
+
+    ids, start, prefix = [], 0, ""
+    while start < len(word):
+        for end in range(min(len(word), start + longest), start, -1):
+            piece = vocab.get(prefix + word[start:end])
+            if piece is not None:
+                break
+        else:
+            return [unknown]
+        ids.append(piece)
+        start, prefix = end, later
+    return ids
+
+
+def longest_pieces(model: dict) -> Callable[[str], list[int]]:
+    """Return the function from a word to ids that a WordPiece model of a tokenizer.json describes.
+
+    Raises ValueError if its unknown token is not in its vocabulary.
+    """
+    vocab, unknown = model["vocab"], model["vocab"].get(model["unk_token"])
+    if unknown is None:
+        raise ValueError(f"unk_token {model['unk_token']!r} is not in the vocabulary; name one that is")
+    longest, later = max(map(len, vocab)), model["continuing_subword_prefix"]
+    limit = model["max_input_chars_per_word"]
+    return lambda word: longest_match(word, vocab, longest, unknown, later, limit)
 
 
 class WordPiece(SpecialTokens):
@@ -168,22 +207,16 @@ class WordPiece(SpecialTokens):
         arguments |= {"chinese_chars": self.chinese_chars, "special_tokens": special_tokens, "roles": roles}
         return WordPiece(self.vocab, **arguments)
 
+    def split(self, text: str) -> list[str]:
+        """Return the words of a text: the steps clean, fold and split."""
+        text = text.translate(self.cleaned)
+        if self.strips:
+            text = unicodedata.normalize("NFD", text)
+        return text.translate(self.folded).split()
+
     def cut(self, word: str) -> list[int]:
         """Return the ids of a word's pieces: from the left, the longest that fits each time."""
-        if len(word) > LONGEST_WORD:
-            return [self.unk_id]
-
-        ids, start, prefix = [], 0, ""
-        while start < len(word):
-            for end in range(min(len(word), start + self.longest), start, -1):
-                piece = self.vocab.get(prefix + word[start:end])
-                if piece is not None:
-                    break
-            else:
-                return [self.unk_id]
-            ids.append(piece)
-            start, prefix = end, "##"
-        return ids
+        return longest_match(word, self.vocab, self.longest, self.unk_id)
 
     def encode(self, text: str, allowed_special: set[str] | Literal["all"] = frozenset()) -> list[int]:
         """Return the token ids of a text, without [CLS] in front or [SEP] behind.
@@ -197,10 +230,7 @@ class WordPiece(SpecialTokens):
             if i % 2 == 1:
                 ids.append(self.special_tokens[part])
                 continue
-            part = part.translate(self.cleaned)
-            if self.strips:
-                part = unicodedata.normalize("NFD", part)
-            for word in part.translate(self.folded).split():
+            for word in self.split(part):
                 known = self.words.get(word)
                 if known is None:
                     if len(self.words) >= CACHED_WORDS:
@@ -244,6 +274,42 @@ class WordPiece(SpecialTokens):
             return cls(**arguments)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from None
+
+
+def train_wordpiece(
+    texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, progress: bool = False
+) -> WordPiece:
+    """Return a WordPiece tokenizer learned from texts, whose order does not matter.
+
+    The pieces are those of byte-pair encoding (data/merges.py) on characters, as in Hugging Face's trainer:
+    Google never published its own. vocab_size counts everything: BERT's five special tokens (ids 0 to 4), all
+    characters of the texts, as the first of a word and behind "##", and what is learned. Raises ValueError if
+    these are more than vocab_size.
+    """
+    # Count the words, as they are written in characters.
+    names = list(BERT_ROLES.values())
+    prepared = WordPiece({name: i for i, name in enumerate(names)}, lowercase=lowercase)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word in prepared.split(text) if len(word) <= LONGEST_WORD)
+    written = [[word[0], *("##" + char for char in word[1:])] for word in counts]
+
+    # Learn the pieces.
+    alphabet = sorted({piece for word in written for piece in word})
+    if len(names) + len(alphabet) > vocab_size:
+        least = len(names) + len(alphabet)
+        raise ValueError(f"vocabulary size {vocab_size} is too small; the characters alone need {least}")
+    index = {piece: i for i, piece in enumerate(alphabet)}
+    words = [[index[piece] for piece in word] for word in written]
+    n_pieces = vocab_size - len(names)
+    arguments = (words, list(counts.values()), alphabet, n_pieces, progress, join_pieces)
+    pieces = [*names, *learn_tokens(*arguments)]
+    return WordPiece({piece: i for i, piece in enumerate(pieces)}, lowercase=lowercase)
+
+
+def join_pieces(left: str, right: str) -> str:
+    """Return the union of two pieces that stand side by side in a word."""
+    return left + right.removeprefix("##")
 
 
 def main() -> None:

@@ -103,10 +103,10 @@ def update(run: Run, gradient: Callable, descend: Callable, mark: Callable[[str]
 def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
     """Return figures of STEPS updates, logging included, evaluation and saving not.
 
-    tokens_per_second, mfu, flops_per_second; product_flops, see there, of all processes, on a CPU, else None;
-    peak_memory in bytes (with CUDA that of these steps, else of the
-    process until now); shares of the time: "batch" until the data is there, "gradient" forward and backward,
-    "update" clipping and optimizer, "rest" all else.
+    tokens_per_second, of the data's unit, which may be images; mfu, flops_per_second; product_flops, see
+    there, of all processes, on a CPU, else None; peak_memory in bytes (with CUDA that of these steps, else of
+    the process until now); shares of the time: "batch" until the data is there, "gradient" forward and
+    backward, "update" clipping and optimizer, "rest" all else.
     """
     args, clock = run.args, Clock(run.args.device)
     for _ in range(WARM_UP):
@@ -127,7 +127,7 @@ def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
     seconds = time.perf_counter() - began
 
     parts = clock.seconds()
-    rate = STEPS * run.tokens_per_step / seconds
+    rate = STEPS * run.units_per_step / seconds
     if args.device == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:  # in kB, on macOS in bytes
@@ -135,6 +135,7 @@ def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {
         "tokens_per_second": rate,
+        "unit": run.dataset.unit,
         "mfu": mfu(run, rate),
         "flops_per_second": rate * run.flops_per_token,
         "product_flops": product_flops(args.dtype) * parallel.world_size() if args.device == "cpu" else None,
@@ -204,7 +205,7 @@ def describe(figures: dict) -> str:
         of_peak = f"{flops / product:.1%} of the {product:.3g} FLOP/s of a matrix product here"
     gaps = f"gaps     {figures['idle']:.1%} of the time without a kernel\n" if "idle" in figures else ""
     return (
-        f"speed    {rate:,.0f} tokens/s, {flops:.3g} FLOP/s, {of_peak}\n"
+        f"speed    {rate:,.0f} {figures['unit']}/s, {flops:.3g} FLOP/s, {of_peak}\n"
         f"memory   {figures['peak_memory'] / 1e9:.2f} GB at most\n"
         f"time     {shares['gradient']:.1%} forward and backward, {shares['update']:.1%} clipping and "
         f"optimizer, {outside:.2%} outside ({shares['batch']:.2%} waiting for data)\n{gaps}"

@@ -132,6 +132,14 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
 # --- the state of a run
 
 
+def clear_logs(out: Path) -> None:
+    """Begin the logs of a new run, and remove the pictures that an earlier one has left in out."""
+    for log in LOGS:
+        (out / log).write_text("", encoding="utf-8")
+    shutil.rmtree(out / "pictures", ignore_errors=True)
+    (out / "picture.png").unlink(missing_ok=True)
+
+
 def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
     """Return the checkpoint to resume from and its state.
 

@@ -16,7 +16,7 @@ import numpy as np
 from engine.charts import HUES, Curve, chart, page, settled, table
 from engine.options import NO_EFFECT
 from engine.progress import duration
-from engine.report import column, draw, formatted, plotting, read_rows, read_starts, save_figure
+from engine.report import column, draw, formatted, plotting, read_rows, read_starts, save_figure, unit_of
 from formats import atomic
 from formats.quantities import short
 
@@ -37,7 +37,8 @@ def compare(directories: list[Path], out: Path = Path()) -> str:
 
     # The page and the picture.
     loss = partial(formatted, "loss")
-    curves = comparison_curves(runs)
+    unit = " or ".join(sorted({unit_of(started) for started in starts.values()}))
+    curves = comparison_curves(runs, unit)
     html = "".join(
         chart(f"{title} loss over {over}", lines, over=over, high=settled(lines), band=False, text=loss)
         for (title, over), lines in curves.items()
@@ -93,15 +94,16 @@ def comparable(starts: dict[str, list[dict]]) -> tuple[str | None, str]:
 def results_of(runs: dict, starts: dict, key: str | None) -> list[tuple[str, ...]]:
     """Return a table of the runs' sizes and results, its first row the headings. key: from `comparable`, the
     metric whose lowest value is shown; None for none."""
-    rows = [["run", "parameters", "tokens", "time", "tokens/s", "validation loss", "bits per byte"]]
+    unit = " or ".join(sorted({unit_of(started) for started in starts.values()}))
+    rows = [["run", "parameters", unit, "time", f"{unit}/s", "validation loss", "bits per byte"]]
     if key is not None:
         rows[0].append(f"lowest {'loss' if key == 'val_loss' else 'bits'}")
     for name, (steps, evaluations) in runs.items():
         row = [name, f"{starts[name][-1]['n_params']:,}" if starts[name] else "-"]
-        row.append(short(max(row["tokens"] for row in (*steps[-1:], *evaluations[-1:]))))
+        row.append(short(max(row["count"] for row in (*steps[-1:], *evaluations[-1:]))))
         row.append(duration(steps[-1]["seconds"]) if steps else "-")
-        rate = steps[-1]["tokens"] / steps[-1]["seconds"] if steps else None
-        row.append(formatted("tokens_per_second", rate) if steps else "-")
+        rate = steps[-1]["count"] / steps[-1]["seconds"] if steps else None
+        row.append(formatted("rate", rate) if steps else "-")
         for metric in ("val_loss", "bits_per_byte"):
             known = [found[metric] for found in evaluations if metric in found]
             row.append(formatted("loss", known[-1]) if known else "-")
@@ -141,15 +143,15 @@ def seconds_of(rows: list[dict], steps: list[dict]) -> np.ndarray:
     return np.interp(column(rows, "step"), column(known, "step"), column(known, "seconds"))
 
 
-def comparison_curves(runs: dict) -> dict[tuple[str, str], list[Curve]]:
-    """Return the curves of each chart by (kind of loss, what it is over)."""
+def comparison_curves(runs: dict, unit: str) -> dict[tuple[str, str], list[Curve]]:
+    """Return the curves of each chart by (kind of loss, what it is over: the runs' unit, or seconds)."""
     charts = {}
     for title, key in (("Validation", "val_loss"), ("Training", "loss")):
-        for over in ("tokens", "seconds"):
+        for over in (unit, "seconds"):
             charts[title, over] = []
             for i, (name, (steps, evaluations)) in enumerate(runs.items()):
                 rows = evaluations if key == "val_loss" else steps
-                x = column(rows, "tokens") if over == "tokens" else seconds_of(rows, steps)
+                x = column(rows, "count") if over == unit else seconds_of(rows, steps)
                 hue = HUES[i % len(HUES)]
                 charts[title, over].append(Curve(name, hue, x, column(rows, key), key == "val_loss"))
     return charts

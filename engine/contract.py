@@ -229,7 +229,10 @@ class Task:
     REFERENCE: bool = False  # the model of the start is kept beside the trained one: --resume compares it
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
-    TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms too
+    OPTIMIZER: str = "adamw"  # the default of --optimizer
+    BATCH_SIZE: int = 8  # the default of --batch-size
+    LOSS: str = "nats per token"  # what the loss measures
+    TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms; "": none
 
 
 @dataclass(frozen=True)

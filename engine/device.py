@@ -38,10 +38,10 @@ def peak_flops(device: str) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name()) if device == "cuda" else None
 
 
-def mfu(run, tokens_per_second: float) -> float | None:
+def mfu(run, units_per_second: float) -> float | None:
     """Return the MFU of all ranks together, None where the peak is not known."""
     peak = peak_flops(run.args.device)
-    flops = tokens_per_second * run.flops_per_token
+    flops = units_per_second * run.flops_per_token
     return flops / (peak * parallel.world_size()) if peak else None
 
 

@@ -2,7 +2,8 @@
 
     metrics.jsonl    one object per logged step and per evaluation
     samples.txt      what the model had to show at each evaluation
-    loss.png         training and validation loss over tokens
+    pictures/        what it had to show as a picture, N.png at step N; picture.png is the last one
+    loss.png         training and validation loss over tokens, or images
     report.html      curves, samples, configuration and environment on one page
     run.json         how and where the run was started, each time
 
@@ -106,7 +107,8 @@ class Log:
             self.advised = True
         self.logged_step, self.logged_skipped = run.step, run.n_skipped
         self.interval, self.cpu_interval = 0.0, 0.0
-        self.shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_second']:,.0f}"}
+        rate = row[f"{run.dataset.unit}_per_second"]
+        self.shown |= {"loss": f"{row['loss']:.3f}", f"{run.dataset.unit}/s": f"{rate:,.0f}"}
         if row["mfu"]:
             self.shown["mfu"] = f"{row['mfu']:.1%}"
         self.progress.show(**self.shown)
@@ -116,7 +118,7 @@ class Log:
         run, out = self.run, self.run.args.out
         self.count_evaluation(result["val_loss"])
         parallel.update_unsharded(run.model, run.unsharded)
-        self.write({"step": run.step, "tokens": run.step * run.tokens_per_step, **result})
+        self.write({"step": run.step, run.dataset.unit: run.step * run.units_per_step, **result})
         accuracy = result.get("val_accuracy")
         self.shown["val"] = f"{result['val_loss']:.3f}"
         if accuracy is not None:
@@ -129,6 +131,7 @@ class Log:
             if accuracy is not None:
                 heading += f", accuracy {accuracy:.1%}"
             append(out / "samples.txt", f"{heading}\n{sample}\n\n")
+            report.keep_picture(out, run.step)
             report.draw_loss(out)
             report.write(out)
         run.model.train()
@@ -198,12 +201,12 @@ def validation_losses(out: Path) -> list[float]:
 
 def row_of(run: Run, step: UpdateResult, steps_per_second: float) -> dict:
     """Return the row of metrics.jsonl for a step. Metrics of the ranks are averaged over their targets."""
-    rate = steps_per_second * run.tokens_per_step
+    unit, rate = run.dataset.unit, steps_per_second * run.units_per_step
     weight = step.n_targets
     own = [step.loss.item(), weight, *(weight * value.item() for value in step.metrics.values())]
     loss, weight, *sums = parallel.all_reduce_sum(torch.tensor(own, dtype=torch.float64)).tolist()
-    row = {"step": run.step, "tokens": run.step * run.tokens_per_step, "loss": loss, "lr": step.lr}
-    row |= {"grad_norm": step.norm.item(), "skipped": run.n_skipped, "tokens_per_second": rate}
+    row = {"step": run.step, unit: run.step * run.units_per_step, "loss": loss, "lr": step.lr}
+    row |= {"grad_norm": step.norm.item(), "skipped": run.n_skipped, f"{unit}_per_second": rate}
     row |= {"mfu": mfu(run, rate), "seconds": run.seconds}
     return row | {name: total / max(weight, 1) for name, total in zip(step.metrics, sums, strict=True)}
 
@@ -216,6 +219,7 @@ def start_logs(run: Run) -> list:
     start |= {"n_params": run.sizes.n_params, "flops_per_token": run.flops_per_token}
     start |= {"fingerprint": run.dataset.fingerprint, "text": run.dataset.text}
     start |= {"data": data_of(run), "guess": run.dataset.guess, "task": run.concept.task.name}
+    start |= {"unit": run.dataset.unit, "loss": run.concept.task.LOSS}
     start |= {"references": run.concept.model_file.references(run.model.config)}
     start |= {"environment": report.environment()}
     report.record_start(args.out, start, args.resume)
@@ -262,9 +266,10 @@ def time_and_announce(run: Run) -> None:
         guess=run.dataset.guess,
         **run.sizes._asdict(),
         steps=args.steps,
-        tokens_per_step=run.tokens_per_step,
+        unit=run.dataset.unit,
+        units_per_step=run.units_per_step,
         epochs=args.steps * args.batch_size * args.grad_accum / len(run.dataset.train),
-        flops=args.steps * run.tokens_per_step * run.flops_per_token,
+        flops=args.steps * run.units_per_step * run.flops_per_token,
         device=f"{args.dtype} on {where}",
         minutes=minutes,
         step=run.step,

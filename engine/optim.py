@@ -6,7 +6,8 @@
 
 AdamW (Loshchilov and Hutter 2019) treats each number alone. Muon (Jordan et al. 2024) treats a matrix as one
 thing: it replaces the momentum by the nearest orthogonal matrix, found by a Newton-Schulz iteration, so that
-every direction moves equally far. Both come from torch.optim. This file decides:
+every direction moves equally far. Both come from torch.optim, but for Muon's products on a CPU. This file
+decides:
 
     rule              Muon for hidden matrices; AdamW for embeddings, head, norms and biases (Jordan et al.)
     momentum          AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B); Muon 0.95, Nesterov's
@@ -24,6 +25,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+HEADS = ("lm_head", "classifier", "decoder_pred")  # ends of the names of linear layers that are outputs
 
 
 def learning_rate(step: int, args: Namespace) -> float:
@@ -69,6 +72,44 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> 
             del optimizer.grad_scale, optimizer.found_inf
         elif finite:
             optimizer.step()
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, with its iteration in float32 on a CPU.
+
+    On a GPU it is torch's own, in bfloat16. Most CPUs have no arithmetic for that: a product of 128 x 128
+    matrices took 20 times as long as in float32 (AMD EPYC, one core), and a step longer than the gradient.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        """Make one step as torch's Muon does with Nesterov's momentum and its factor "match_rms_adamw"."""
+        for group in self.param_groups:
+            learning = [p for p in group["params"] if p.grad is not None]
+            if any(p.device.type != "cpu" for p in learning):
+                super().step(closure)
+                return
+            for p in learning:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = self.state[p]["momentum_buffer"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalized(p.grad.lerp(momentum, group["momentum"]), group)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonalized(matrix: Tensor, group: dict) -> Tensor:
+    """Return about the nearest orthogonal matrix, by the Newton-Schulz iteration X <- a X + (b A + c A A) X
+    with A = X X^T. group: Muon's, with a, b, c, the number of iterations and eps."""
+    a, b, c = group["ns_coefficients"]
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / x.norm().clamp(min=group["eps"])  # so that no singular value is above 1
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
 
 
 @torch.no_grad()
@@ -172,11 +213,11 @@ def make_optimizers(
 
     Raises ValueError if args.optimizer is "muon" and no hidden matrix learns.
     """
-    # A head's outputs are logits, not hidden states.
+    # A head's outputs are logits or pixels, not hidden states.
     hidden = {
         id(module.weight)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("lm_head")
+        if isinstance(module, nn.Linear) and not name.endswith(HEADS)
     }
     base_width = getattr(args, "mup", None)
     ratio = 1.0 if base_width is None else base_width / model.config.d_model
@@ -198,7 +239,7 @@ def make_optimizers(
     if muon:
         factor = math.sqrt(ratio)
         group = {"params": muon, "weight_decay": args.weight_decay / factor, "lr_factor": factor}
-        optimizers.append(torch.optim.Muon([group], lr=args.lr, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon([group], lr=args.lr, adjust_lr_fn="match_rms_adamw"))
 
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     learning = [id(p) for p in model.parameters() if p.requires_grad]

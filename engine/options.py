@@ -99,13 +99,14 @@ def add_data(group) -> None:
         help="stdlib (this Python's own source text, the default of most tasks), a file, folder or glob of "
         ".txt .md .py .jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
         f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
-        "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py",
+        "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py; for "
+        "vit and mae images: glyphs, or a folder, see data/images.py",
     )
     add(
         "--val",
         type=command.filled,
         metavar="WHAT",
-        help="held-out text or conversations, as for --data (default: a share of --data)",
+        help="held-out text, conversations or images, as for --data (default: a share of --data)",
     )
     add(
         "--text-field",
@@ -124,7 +125,7 @@ def add_data(group) -> None:
         "--bad-text",
         choices=("refuse", "skip"),
         default="refuse",
-        help="what to do with a file or record that is no text (default refuse)",
+        help="what to do with a file or record that is no text, or no image (default refuse)",
     )
 
 
@@ -134,9 +135,8 @@ def add_how(group) -> None:
     add(
         "--batch-size",
         type=int,
-        default=8,
-        metavar="SEQUENCES",
-        help="sequences per batch, of all processes together (default %(default)s)",
+        metavar="ROWS",
+        help="sequences or images per batch, of all processes together (default: 8 sequences, 128 images)",
     )
     add("--grad-accum", type=int, default=1, metavar="N", help="batches that one update adds up (default 1)")
     add(
@@ -148,8 +148,7 @@ def add_how(group) -> None:
     add(
         "--optimizer",
         choices=("adamw", "muon"),
-        default="adamw",
-        help="AdamW, or Muon for the matrices and AdamW for the rest (default adamw)",
+        help="AdamW, or Muon for the matrices and AdamW for the rest (default: muon for images, else adamw)",
     )
     add("--lr", type=float, help="peak learning rate (default: by the model's size)")
     add(
@@ -254,7 +253,7 @@ def add_output(group) -> None:
         type=command.path,
         metavar="DIR",
         default=Path("cache"),
-        help="folder for tokenised text (default cache)",
+        help="folder for tokenised text and decoded images (default cache)",
     )
     add("--watch", nargs="+", default=[], metavar="WHERE", help="curves also in: tensorboard, wandb")
 
@@ -299,9 +298,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.dry_run and args.device in ("cpu", "mps"):  # whose kernels keep other tensors
         given = f"--device {args.device}"
         raise ValueError(f"{given}: --dry-run plans the memory of GPUs and needs none here; leave it out")
-    n = parallel.world_size()
-    if args.batch_size % n:
-        raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")
     if args.extend and args.steps:
         raise ValueError(f"--extend {args.extend} and --steps {args.steps}: expected one of them")
     watch.check(args.watch)
@@ -315,6 +311,11 @@ def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     if args.size is None and not (args.init_from or args.base):
         args.size = next(iter(concept.model_file.SIZES))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
+    args.optimizer = args.optimizer or concept.task.OPTIMIZER
+    args.batch_size = args.batch_size or concept.task.BATCH_SIZE
+    n = parallel.world_size()
+    if args.batch_size % n:
+        raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")
     args.schedule_from = 0  # the step at which the schedule of the learning rate begins
     args.tokenizer = args.tokenizer or concept.base or args.init_from or "bpe:4096"
 

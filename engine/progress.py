@@ -1,6 +1,6 @@
 """Progress of a training run: a bar on a terminal; in a log file a line now and then, such as
 
-    step 120/1300  loss 4.321  val 4.512  12,345 tok/s  2.1 min left
+    step 120/1300  loss 4.321  val 4.512  12,345 tokens/s  2.1 min left
 
 Both go to stderr. The time left follows from the mean speed since the start or the resume.
 """

@@ -1,6 +1,6 @@
 """What a run shows: its curves and samples on a page, and all that is needed to repeat it.
 
-    loss.png       training and validation loss over tokens
+    loss.png       training and validation loss over tokens, or images
     report.html    everything on one page that loads nothing: no network, no other file
     run.json       for each start and resume of the run: step, command, flags, config, environment
 
@@ -8,10 +8,12 @@ train.py makes them in the run's directory from its metrics.jsonl and samples.tx
 several runs over each other.
 """
 
+import base64
 import json
 import math
 import platform
 import re
+import shutil
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -27,13 +29,14 @@ from formats.quantities import short
 
 ROWS = 20_000  # most steps that are read from metrics.jsonl, evenly spaced
 SAMPLES = 20  # most earlier samples that are shown
+PICTURE, PICTURES = "picture.png", "pictures"  # the last picture, and the folder with one of each evaluation
 CHARTS = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
-    "tokens_per_second": "Tokens per second",
+    "rate": "{unit} per second",
     "mfu": "MFU, the share of the device's peak",
 }
-NO_CURVE = {"step", "tokens", "seconds", "skipped"}
+NO_CURVE = {"step", "count", "seconds", "skipped"}
 SHARES = {"accuracy", "dropped", "mfu"}  # metrics that are shown in percent
 
 
@@ -46,31 +49,33 @@ def describe_run(
     n_active: int,
     n_trained: int,
     steps: int,
-    tokens_per_step: int,
+    units_per_step: int,
     epochs: float,
     flops: float,
     device: str,
     minutes: float | None,
     step: int,
+    unit: str = "tokens",
 ) -> list[str]:
     """Return what is printed before a run: what is trained on what, and how long it takes.
 
     data: the data set and its size. guess: how good a trivial guess is, None if there is none. n_active:
     parameters that one token uses; n_trained: those that learn. flops: of the whole run. minutes: from `step`
-    to the end on `device`, None where nothing was timed.
+    to the end on `device`, None where nothing was timed. unit: what the data set is counted in.
     """
     part = ""
     if n_trained < n_params:
         part = f", {n_trained:,} of them trained ({n_trained / n_params:.2%})"
     elif n_active < n_params:
         part = f", {n_active:,} of them active"
-    n_tokens = steps * tokens_per_step
-    per_parameter = f", {n_tokens / n_params:.2f} tokens per parameter (Chinchilla: 20)"
+    n_units = steps * units_per_step
+    rule = " (Chinchilla: 20)" if unit == "tokens" else ""
+    per_parameter = f", {n_units / n_params:.2f} {unit} per parameter{rule}"
     return [
         f"model  {model}, {n_params:,} parameters{part}",
         f"data   {data}",
         *([f"guess  {guess}"] if guess else []),
-        f"run    {steps:,} steps of {tokens_per_step:,} tokens: {n_tokens:,}, {epochs:.2f} epochs",
+        f"run    {steps:,} steps of {units_per_step:,} {unit}: {n_units:,}, {epochs:.2f} epochs",
         f"cost   {flops:.2e} FLOPs{per_parameter if n_trained == n_params else ''}",
         f"here   {device}, {f'about {minutes:.1f} min ' if minutes is not None else ''}from step {step}",
     ]
@@ -119,23 +124,35 @@ def read_starts(out: Path) -> list[dict]:
 
 
 def read_rows(out: Path) -> tuple[list[dict], list[dict]]:
-    """Return (steps, evaluations) of metrics.jsonl: at most ROWS steps, every n-th up to the last one."""
+    """Return (steps, evaluations) of metrics.jsonl: at most ROWS steps, every n-th up to the last one.
+
+    In both, "count" is how many tokens or images there were until then, and "rate" how many per second.
+    """
+    unit = unit_of(read_starts(out))
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evaluations = [line for line in lines if '"val_loss"' in line]
     steps = [line for line in lines if '"val_loss"' not in line]
     stride = 1 + len(steps) // ROWS
-    return parsed(steps[(len(steps) - 1) % stride :: stride], "loss"), parsed(evaluations, "val_loss")
+    steps = steps[(len(steps) - 1) % stride :: stride]
+    return parsed(steps, "loss", unit), parsed(evaluations, "val_loss", unit)
 
 
-def parsed(lines: list[str], key: str) -> list[dict]:
-    """Return the rows that have this key, a step and tokens (those of posttraining/classify.py have none)."""
+def unit_of(starts: list[dict]) -> str:
+    """Return what a run counts: "tokens" or, by its run.json, another unit such as "images"."""
+    return starts[-1].get("unit", "tokens") if starts else "tokens"
+
+
+def parsed(lines: list[str], key: str, unit: str) -> list[dict]:
+    """Return the rows that have this key, a step and a number of units (those of posttraining/classify.py
+    have none), with the names of `read_rows`."""
+    names = {unit: "count", f"{unit}_per_second": "rate"}
     rows = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = {names.get(name, name): value for name, value in json.loads(line).items()}
         except ValueError:
             continue  # half a line: it is being written, or the run was killed
-        if row.keys() >= {key, "step", "tokens"}:
+        if row.keys() >= {key, "step", "count"}:
             rows.append(row)
     return rows
 
@@ -146,29 +163,31 @@ def column(rows: list[dict], key: str) -> np.ndarray:
     return np.where(np.isfinite(values), values, math.nan)
 
 
-def loss_title(evaluations: list[dict]) -> str:
-    """Return "loss" with its unit, or without one where it is a sum of losses of different kinds."""
+def loss_title(evaluations: list[dict], starts: list[dict]) -> str:
+    """Return "loss" with what it measures, or without where it is a sum of losses of different kinds."""
     if any("val_reward" in row for row in evaluations):
         return "beta KL - reward"
     several = any("val_mlm_loss" in row for row in evaluations)
-    return "loss" if several else "loss (nats per token)"
+    measured = starts[-1].get("loss", "nats per token") if starts else "nats per token"
+    return "loss" if several else f"loss ({measured})"
 
 
 def loss_curves(steps: list[dict], evaluations: list[dict], key: str = "loss") -> list[Curve]:
     """Return the curves of a metric in training and validation."""
     return [
-        Curve("training", HUES[0], column(steps, "tokens"), column(steps, key)),
-        Curve("validation", HUES[1], column(evaluations, "tokens"), column(evaluations, f"val_{key}"), True),
+        Curve("training", HUES[0], column(steps, "count"), column(steps, key)),
+        Curve("validation", HUES[1], column(evaluations, "count"), column(evaluations, f"val_{key}"), True),
     ]
 
 
 def draw_loss(out: Path) -> None:
-    """Draw loss.png of the run in `out`: training and validation loss over tokens."""
+    """Draw loss.png of the run in `out`: training and validation loss over tokens, or images."""
     steps, evaluations = read_rows(out)
+    starts = read_starts(out)
     pyplot, ticks = plotting()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     draw(axes, loss_curves(steps, evaluations), ticks, width=1.2)
-    axes.set(xlabel="tokens", ylabel=loss_title(evaluations))
+    axes.set(xlabel=unit_of(starts), ylabel=loss_title(evaluations, starts))
     axes.legend()
     save_figure(figure, out / "loss.png")
 
@@ -208,7 +227,7 @@ def formatted(name: str, value: float) -> str:
         return "not finite"
     if name.removeprefix("val_") in SHARES:
         return f"{value:.1%}"
-    if name == "tokens_per_second":
+    if name == "rate":
         return f"{value:,.0f}"
     return f"{value:.4f}" if "loss" in name else short(value, 4)
 
@@ -218,10 +237,13 @@ def title_of(name: str) -> str:
     return name.replace("val_", "validation ").replace("_", " ")
 
 
-def figures(steps: list[dict], evaluations: list[dict], references: dict[str, str]) -> list[tuple[str, ...]]:
+def figures(
+    steps: list[dict], evaluations: list[dict], references: dict[str, str], unit: str
+) -> list[tuple[str, ...]]:
     """Return (name, value, what to compare it with, perhaps "") of the figures of a run at its last row.
 
-    references: by a metric's name, a value that gives it a meaning, such as that of chance.
+    references: by a metric's name, a value that gives it a meaning, such as that of chance. unit: what the
+    run counts.
     """
     found = []
     if evaluations:
@@ -237,8 +259,8 @@ def figures(steps: list[dict], evaluations: list[dict], references: dict[str, st
         found.append(
             ("training loss", formatted("loss", column(steps, "loss")[-1]), "of the last logged step")
         )
-        mean = formatted("tokens_per_second", last["tokens"] / last["seconds"])
-        found.append(("tokens per second", mean, "mean of the run"))
+        mean = formatted("rate", last["count"] / last["seconds"])
+        found.append((f"{unit} per second", mean, "mean of the run"))
         if last["mfu"] is not None:
             found.append(("MFU", formatted("mfu", last["mfu"]), "at the last logged step"))
     return found
@@ -261,11 +283,11 @@ def write(out: Path) -> None:
     references = starts[-1].get("references", {}) if starts else {}
     tiles = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{value}</dd><dd class=note>{escape(note)}</dd></div>\n"
-        for label, value, note in figures(steps, evaluations, references)
+        for label, value, note in figures(steps, evaluations, references, unit_of(starts))
     )
     parts = [
         f'<p class="lede">{summary(steps, evaluations, starts)}</p>\n{data_of(starts)}<dl>\n{tiles}</dl>\n',
-        f'<div class="charts">\n{charts(steps, evaluations, references)}</div>\n',
+        f'<div class="charts">\n{charts(steps, evaluations, references, starts)}</div>\n',
         samples(out),
         settings(starts),
     ]
@@ -275,13 +297,13 @@ def write(out: Path) -> None:
 
 def summary(steps: list[dict], evaluations: list[dict], starts: list[dict]) -> str:
     """Return one line: size of the model, and how far the run is."""
-    start = {"step": 0, "tokens": 0}
+    start = {"step": 0, "count": 0}
     last = max([*steps[-1:], *evaluations[-1:]], key=lambda row: row["step"], default=start)
     parts = [f"{starts[-1]['n_params']:,} parameters"] if starts else []
     parts.append(f"step {last['step']:,}" + (f" of {int(starts[-1]['flags']['steps']):,}" if starts else ""))
-    parts.append(f"{short(last['tokens'])} tokens")
+    parts.append(f"{short(last['count'])} {unit_of(starts)}")
     if starts and "flops_per_token" in starts[-1]:
-        parts.append(f"{short(last['tokens'] * starts[-1]['flops_per_token'])} FLOPs")
+        parts.append(f"{short(last['count'] * starts[-1]['flops_per_token'])} FLOPs")
     if steps:
         parts.append(f"{duration(steps[-1]['seconds'])} of training")
         parts.append(f"{steps[-1]['skipped']:,} updates skipped")
@@ -296,30 +318,33 @@ def data_of(starts: list[dict]) -> str:
     return f"<p>{text}</p>\n" if text else ""
 
 
-def charts(steps: list[dict], evaluations: list[dict], references: dict[str, str]) -> str:
+def charts(steps: list[dict], evaluations: list[dict], references: dict[str, str], starts: list[dict]) -> str:
     """Return the charts in HTML: the loss, the model's other metrics, and the course of the training."""
-    curves = loss_curves(steps, evaluations)
-    title, written_loss = loss_title(evaluations).capitalize(), partial(formatted, "loss")
-    html = chart(title, curves, high=settled(curves), kind="wide", text=written_loss)
+    curves, over = loss_curves(steps, evaluations), unit_of(starts)
+    title, written_loss = loss_title(evaluations, starts).capitalize(), partial(formatted, "loss")
+    html = chart(title, curves, over=over, high=settled(curves), kind="wide", text=written_loss)
     for key in steps[-1] if steps else ():
         if key not in ("loss", *CHARTS, *NO_CURVE):
             note = reference(key, references)
             title = title_of(key).capitalize() + (f" ({note})" if note else "")
-            html += chart(title, loss_curves(steps, evaluations, key), text=partial(formatted, key))
+            lines = loss_curves(steps, evaluations, key)
+            html += chart(title, lines, over=over, text=partial(formatted, key))
     for key, title in CHARTS.items():
-        curve = Curve("at the end", HUES[2], column(steps, "tokens"), column(steps, key))
-        html += chart(title, [curve], low=0.0, high=usual(curve.y), text=partial(formatted, key))
+        curve = Curve("at the end", HUES[2], column(steps, "count"), column(steps, key))
+        title = title.format(unit=over.capitalize())
+        html += chart(title, [curve], over=over, low=0.0, high=usual(curve.y), text=partial(formatted, key))
     return html
 
 
 def samples(out: Path) -> str:
-    """Return samples.txt in HTML: the last sample, and some earlier ones folded up, the latest first."""
+    """Return samples.txt in HTML, with the pictures of the same steps: the last sample, and some earlier ones
+    folded up, the latest first."""
     if not (out / "samples.txt").is_file():
         return ""
     text = (out / "samples.txt").read_text(encoding="utf-8", errors="replace")
     _, *parts = re.split(r"^=== (step \d+.*)\n", text, flags=re.MULTILINE)
     shown = [
-        (escape(heading), f"<pre>{escape(sample.rstrip())}</pre>")
+        (escape(heading), f"{picture(out, heading)}<pre>{escape(sample.rstrip())}</pre>")
         for heading, sample in zip(parts[::2], parts[1::2], strict=True)
     ]
     if not shown:
@@ -332,6 +357,23 @@ def samples(out: Path) -> str:
     if len(shown) > SAMPLES:
         html += f"<p>These are {SAMPLES} of {len(shown):,} earlier ones; samples.txt has all.</p>\n"
     return html
+
+
+def keep_picture(out: Path, step: int) -> None:
+    """Copy the picture that a task has drawn, if there is one, to pictures/ under the number of its step."""
+    if (out / PICTURE).is_file():
+        (out / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(out / PICTURE, out / PICTURES / f"{step}.png")
+
+
+def picture(out: Path, heading: str) -> str:
+    """Return the picture of the step that a heading of samples.txt names, inside an HTML tag, or ""."""
+    step = re.match(r"step (\d+)", heading)
+    path = out / PICTURES / f"{step[1]}.png" if step else out
+    if not path.is_file():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img class="picture" alt="picture of step {step[1]}" src="data:image/png;base64,{content}">'
 
 
 def settings(starts: list[dict]) -> str:

@@ -85,12 +85,13 @@ class Run:
         return int(self.skipped[1])
 
     @property
-    def tokens_per_step(self) -> int:
+    def units_per_step(self) -> int:
+        """Return how many tokens, or other units of the data set such as images, one update reads."""
         return self.args.batch_size * self.args.grad_accum * self.args.seq_len
 
     @property
     def flops_per_token(self) -> int:
-        """Return the FLOPs of training on one token: without gradients of weights that are frozen."""
+        """Return the FLOPs of training on one token, or image: without gradients of frozen weights."""
         task, adapter = self.concept.task, self.concept.adapter
         full = task.flops_per_token(self.model, self.settings, self.args.seq_len)
         if adapter is not None:
@@ -173,7 +174,8 @@ def prepare(args: argparse.Namespace) -> Run:
     """
     flags = {flag: str(value) for flag, value in vars(args).items()}  # before defaults are filled in
     concept = check(args)
-    flags["size"] = str(args.size)  # the default size is recorded by its name
+    for flag in ("size", "batch_size", "optimizer"):  # whose defaults are the concept's
+        flags[flag] = str(getattr(args, flag))
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
     saved = find_checkpoint(args, flags)
@@ -223,8 +225,7 @@ def prepare(args: argparse.Namespace) -> Run:
         checkpoint.resume(run, *saved)
     batches.start(run.step)
     if saved is None and run.is_first:
-        for log in checkpoint.LOGS:
-            (args.out / log).write_text("", encoding="utf-8")
+        checkpoint.clear_logs(args.out)
     return run
 
 
@@ -315,10 +316,10 @@ def build(
     args: argparse.Namespace,
 ) -> nn.Module:
     """Return a new model for this data, or the pretrained one, with the changes of --set."""
-    n_vocab = dataset.tokenizer.n_vocab if dataset.tokenizer is not None else 0
     if pretrained is None:
         return concept.model_file.Model(concept.model_file.fit(config, dataset, args.seq_len))
-    if n_vocab > config.vocab_size:
+    n_vocab = dataset.tokenizer.n_vocab if dataset.tokenizer is not None else 0
+    if n_vocab and n_vocab > config.vocab_size:
         raise ValueError(
             f"--tokenizer {args.tokenizer}: {n_vocab} tokens, the checkpoint has {config.vocab_size}; leave "
             "it out to use the checkpoint's own"

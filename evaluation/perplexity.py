@@ -52,6 +52,25 @@ def perplexity(model: nn.Module, tokens: Tensor, stride: int) -> float:
     return math.exp(nats(model, tokens, stride) / max(1, tokens.numel() - 1))
 
 
+@torch.no_grad()
+def check_causal(model: nn.Module) -> None:
+    """Raise ValueError if another last token changes what a model predicts before it.
+
+    Such a model sees what it should predict, and its perplexity means nothing. model(tokens (1, T)): logits
+    (1, T, V).
+    """
+    T, V = min(16, model.config.max_seq_len), model.config.vocab_size
+    tokens = torch.arange(T, device=next(model.parameters()).device)[None] % V
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % V
+    before, after = model(tokens)[:, :-1], model(other)[:, :-1]
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-4):
+        moved = (before - after).abs().amax().item()
+        raise ValueError(
+            f"a later token moves the logits of earlier ones by {moved:.3g}; expected a causal model"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="How well a model predicts a text: perplexity, and bits per byte.")
     add = parser.add_argument
@@ -87,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     model = open_model(args.model).to(device).eval()
     if not hasattr(model, "new_cache"):
         raise ValueError(f"{args.model}: expected a decoder, which predicts the next token")
+    check_causal(model)
     stride = args.stride or max(1, model.config.max_seq_len // 2)
     total, n = nats(model, torch.tensor(tokens, device=device), stride), len(tokens) - 1
     print(f"text             {n_bytes:,} bytes, {n:,} tokens")

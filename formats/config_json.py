@@ -20,7 +20,8 @@ REQUIRED = {"n_layers", "n_heads", "d_model", "d_ff", "vocab_size", "max_seq_len
 KINDS = {
     "norm_eps": (float, int), "rope_theta": (float, int), "rope_scaling": (dict,), "tie_embeddings": (bool,),
     "eos_token_id": (int, list), "aux_loss_coef": (float, int), "renormalize": (bool,),
-    "routed_scale": (float, int), "flag": (bool,),
+    "routed_scale": (float, int), "flag": (bool,), "image_size": (int, list), "qkv_bias": (bool,),
+    "positions": (str,), "mask_rate": (float, int), "norm_pix": (bool,),
 }  # fmt: skip
 MOST_LAYERS = 100_000  # more would take minutes to build, before the weights show that there are fewer
 # Whole numbers that may be 0, and fields that may be null, with its meaning.
@@ -118,7 +119,13 @@ def checked(path: Path, key: str, field: str, value: Any) -> Any:
         raise ValueError(f"{path}: {key} missing (null)")
     kinds = KINDS.get(field, (int,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        names = {int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+        names = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            dict: "an object",
+            str: "a string",
+        }
         raise ValueError(f"{path}: {key} {value!r:.100}: expected {names[kinds[0]]}")
     if kinds == (int,) and value < 1 and (value < 0 or field not in MAY_BE_ZERO):
         raise ValueError(f"{path}: {key} {value}: expected at least {int(field not in MAY_BE_ZERO)}")

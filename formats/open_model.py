@@ -11,7 +11,17 @@ from pathlib import Path
 
 from torch import nn
 
-from formats import decoders, encoder_decoders, encoders, mixtures, native, reward_models
+from formats import (
+    bart,
+    decoders,
+    disentangled_encoders,
+    encoder_decoders,
+    encoders,
+    images,
+    mixtures,
+    native,
+    reward_models,
+)
 from formats.config_json import named_architecture, read_config
 from formats.json_file import read_json
 
@@ -50,6 +60,10 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
+    if architecture in images.CONCEPTS:
+        return images.CONCEPTS[architecture]
+    if architecture in bart.ARCHITECTURES:
+        return bart.CONCEPT
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
@@ -60,9 +74,14 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         if architecture.endswith("ForSequenceClassification"):
             return "posttraining.classify"
         return "language.electra" if architecture == "ElectraForPreTraining" else "bert"
+    # So do those of a DeBERTa: published files name no architecture.
+    is_deberta = str(hf.get("model_type")) in disentangled_encoders.CLASSES
+    if is_deberta and architecture.endswith(disentangled_encoders.ARCHITECTURES):
+        return disentangled_encoders.concept_of(directory)
 
-    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES]
-    known += [f"{name}..." for name in encoders.CLASSES.values()]
+    known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
+    known += images.CONCEPTS
+    known += [f"{name}..." for name in (encoders.CLASSES | disentangled_encoders.CLASSES).values()]
     raise ValueError(
         f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "
         "and the name of a concept file"

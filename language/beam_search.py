@@ -11,7 +11,7 @@ ended, of length T with the end token, is
 
 which is Hugging Face's length penalty; Wu et al. (2016, section 7) divide by ((5 + T) / 6)^a instead. The
 search of a row ends once n outputs have ended and the best beginning has no better score than the last of
-them.
+them; with early_stopping as soon as n have ended. `Rules` forbid or force some tokens.
 
     python -m language.t5 runs/t5/model --text "def <extra_id_0>(self):" --beams 4
 
@@ -20,6 +20,7 @@ Shapes: B rows, n beams, S input tokens, T output tokens, D model width, V vocab
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +103,40 @@ def generate(
     return decoding.generate(Decoder(model, rows), start, max_new_tokens, **options)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Tokens that an output must or must not have at a place, as Hugging Face's `generate` names them."""
+
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens comes twice; 0: it may
+    min_length: int = 0  # tokens before which no output ends, the start token included
+    forced_bos_token_id: int | None = None  # the first token behind the start token
+    forced_eos_token_id: int | None = None  # the last token that max_new_tokens allows
+
+    def apply(self, log_p: Tensor, rows: list[list[int]], eos: int, is_last: bool) -> None:
+        """Set log-probabilities log_p (n, V) of the next token to -inf where it is forbidden, and to 0 where
+        it is forced. rows: the n beginnings, of equal lengths, with their start tokens."""
+        if len(rows[0]) < self.min_length:
+            log_p[:, eos] = -torch.inf
+        size = self.no_repeat_ngram_size
+        for row, beginning in enumerate(rows if size else ()):
+            before = beginning[len(beginning) - size + 1 :]  # the last size - 1 tokens
+            starts = range(len(beginning) - size + 1)
+            banned = [beginning[i + size - 1] for i in starts if beginning[i : i + size - 1] == before]
+            log_p[row, banned] = -torch.inf
+        forced = self.forced_bos_token_id if len(rows[0]) == 1 else None
+        if is_last and self.forced_eos_token_id is not None:
+            forced = self.forced_eos_token_id
+        if forced is not None:
+            log_p.fill_(-torch.inf)
+            log_p[:, forced] = 0.0
+
+
 class Search:
     """The search for the output of one input: n beginnings, and at most n outputs that have ended."""
 
-    def __init__(self, n_beams: int, length_penalty: float, eos: int):
+    def __init__(self, n_beams: int, length_penalty: float, eos: int, early_stopping: bool = False):
         self.n, self.length_penalty, self.eos = n_beams, length_penalty, eos
+        self.early_stopping = early_stopping
         self.beams: list[list[int]] = [[] for _ in range(n_beams)]
         self.ended: list[tuple[float, list[int]]] = []  # (score, output), the best first
         self.done = False
@@ -124,7 +154,8 @@ class Search:
             self.ended = sorted(self.ended + new, key=lambda pair: -pair[0])[: self.n]
         going = [c for c in range(2 * self.n) if tokens[c] != self.eos][: self.n]
         self.beams = [outputs[c] for c in going]
-        self.done |= len(self.ended) == self.n and self.ended[-1][0] >= scores[going[0]]
+        if len(self.ended) == self.n:
+            self.done |= self.early_stopping or self.ended[-1][0] >= scores[going[0]]
         return going
 
 
@@ -136,10 +167,12 @@ def beam_search(
     *,
     n_beams: int = 4,
     length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    rules: Rules | None = None,
 ) -> list[list[int]]:
     """Return the best output found for each input, (B, S) or B lists of tokens; see the header.
 
-    length_penalty: the exponent a. An output of max_new_tokens counts as ended.
+    length_penalty: the exponent a. An output of max_new_tokens counts as ended. rules: None for no rules.
     Raises ValueError for an input or an option that is out of range.
     """
     rows, config, device = as_lists(inputs), model.config, model.shared.weight.device
@@ -151,7 +184,7 @@ def beam_search(
     B, n, V = len(rows), n_beams, config.vocab_size
     decoder = Decoder(model, rows, times=n)
     cache = decoder.new_cache([1] * (B * n), max_new_tokens)
-    searches = [Search(n, length_penalty, config.eos_token_id) for _ in rows]
+    searches = [Search(n, length_penalty, config.eos_token_id, early_stopping) for _ in rows]
     token = torch.full((B * n, 1), config.start_token_id, device=device)
     log_p = torch.full((B, n), -1e9, device=device)
     log_p[:, 0] = 0.0
@@ -159,10 +192,13 @@ def beam_search(
     for step in range(max_new_tokens):
         # The 2 n best continuations: at most n of them end, so that n go on.
         logits = decoder.logits(decoder.hidden(token, cache=cache)[:, -1]).float()
-        total = log_p[:, :, None] + logits.log_softmax(-1).view(B, n, V)
+        each, is_last = logits.log_softmax(-1), step == max_new_tokens - 1
+        if rules is not None:
+            beginnings = [[config.start_token_id, *beam] for search in searches for beam in search.beams]
+            rules.apply(each, beginnings, config.eos_token_id, is_last)
+        total = log_p[:, :, None] + each.view(B, n, V)
         log_p, index = total.flatten(1).topk(2 * n)  # (B, 2 n)
         columns = (log_p.tolist(), (index // V).tolist(), (index % V).tolist())
-        is_last = step == max_new_tokens - 1
         going = [search.step(*row, is_last) for search, *row in zip(searches, *columns, strict=True)]
         if is_last or all(search.done for search in searches):
             break

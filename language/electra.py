@@ -170,7 +170,7 @@ class Electra(nn.Module):
         """
         if self.generator is None:
             raise ValueError(NO_GENERATOR)
-        hidden = self.generator.hidden(tokens, cu_seqlens=cu_seqlens)  # (B, T, D of the generator)
+        hidden = self.generator.head_input(tokens, cu_seqlens=cu_seqlens)  # (B, T, D of the generator)
         return self.generator.logits(hidden.flatten(0, 1)[positions]).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -343,21 +343,24 @@ def show(model: Electra, dataset: Dataset, out: Path) -> str:
     return "\n".join(lines)
 
 
-def print_sizes() -> None:
-    """Print the parameters of each size, and the FLOPs per token of training it."""
+def print_sizes(kind: type[Electra], sizes: dict) -> None:
+    """Print the parameters of each size of a model, and the FLOPs per token of training it."""
     print(f"{'size':14} {'encoder':>12} {'in training':>12} {'layers':>6} {'width':>6}", end="")
     print(f" {'generator':>9} {'FLOPs/token':>12}")
-    for name, config in SIZES.items():
+    for name, config in sizes.items():
         with torch.device("meta"):
-            model = Electra(config)
-        parts = (model.discriminator.bert, model)
-        n_encoder, n_params = (sum(p.numel() for p in part.parameters()) for part in parts)
+            model = kind(config)
+        parts = (model, model.discriminator, model.discriminator.discriminator_predictions)
+        n_params, n_both, n_head = (sum(p.numel() for p in part.parameters()) for part in parts)
         flops = model.flops_per_token(config.max_seq_len)
-        print(f"{name:14} {n_encoder:12,} {n_params:12,} {config.n_layers:6} {config.d_model:6} ", end="")
+        print(
+            f"{name:14} {n_both - n_head:12,} {n_params:12,} {config.n_layers:6} {config.d_model:6} ", end=""
+        )
         print(f"{model.generator.config.d_model:9} {flops:12.3e}")
 
 
-def main() -> None:
+def main(kind: type[Electra] = Electra, sizes: dict = SIZES) -> None:
+    """Print the sizes of a model of class kind, or with a text how likely each token of it was replaced."""
     parser = command.Parser(description="Detect replaced tokens in a text, or print the sizes.")
     parser.add_argument(
         "checkpoint",
@@ -368,12 +371,12 @@ def main() -> None:
     parser.add_argument("--text", help="the text to judge")
     args = parser.parse_args()
     if args.checkpoint is None:
-        print_sizes()
+        print_sizes(kind, sizes)
         return
     if args.text is None:
         raise ValueError("--text is missing; give the text to judge, such as 'for i in banana(10):'")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Electra.from_pretrained(args.checkpoint).to(device).eval()
+    model = kind.from_pretrained(args.checkpoint).to(device).eval()
     tokenizer = get_tokenizer(args.checkpoint)
     row = sequence(tokenizer, args.text, model.config)
     for token, p in list(zip(row, detect(model, row), strict=True))[1:-1]:

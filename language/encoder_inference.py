@@ -22,7 +22,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import bert
 from bert import BERT
@@ -84,7 +84,7 @@ def fill_row(
 ) -> list[list[tuple[str, float]]]:
     """Return what `fill_mask` does, for a row of token ids."""
     masks = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
-    hidden = model.hidden(torch.tensor([row], device=model.embedding_weight.device))  # (1, T, D)
+    hidden = model.head_input(torch.tensor([row], device=model.embedding_weight.device))  # (1, T, D)
     best = model.logits(hidden[0, masks]).float().softmax(-1).topk(k)  # (masks, k)
     return [
         [(tokenizer.decode([token]), p) for token, p in zip(tokens, probabilities, strict=True)]
@@ -157,43 +157,47 @@ def pseudo_perplexity(
         rows = row.repeat(len(masked), 1)  # (len(masked), T), another token masked in each
         each = torch.arange(len(masked))
         rows[each, masked] = tokenizer.mask_id
-        logits = model.logits(model.hidden(rows.to(device))[each, masked])
+        logits = model.logits(model.head_input(rows.to(device))[each, masked])
         nats += F.cross_entropy(logits.double(), row[masked].to(device), reduction="sum").item()
     return math.exp(nats / len(places))
 
 
-def print_sizes() -> None:
-    """Print the parameters of bert.py's sizes, and the FLOPs per token of training them by their task."""
+def print_sizes(kind: type[nn.Module], sizes: dict) -> None:
+    """Print the parameters of a model's sizes, and the FLOPs per token of training them by masking."""
     task = importlib.import_module(f"language.{bert.TASK}")
     columns = (
         f"{'encoder':>12} {'with heads':>12} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}"
     )
     print(f"{'size':12} {columns}")
-    for name, config in bert.SIZES.items():
+    for name, config in sizes.items():
         with torch.device("meta"):
-            model = BERT(config)
-        n_encoder, n_params = (sum(p.numel() for p in part.parameters()) for part in (model.bert, model))
+            model = kind(config)
+        n_params, n_heads = (sum(p.numel() for p in part.parameters()) for part in (model, model.cls))
         flops = task.flops_per_token(model, task.settings(config), config.max_seq_len)
-        print(f"{name:12} {n_encoder:12,} {n_params:12,} {config.n_layers:6} {config.d_model:6} ", end="")
+        print(
+            f"{name:12} {n_params - n_heads:12,} {n_params:12,} {config.n_layers:6} {config.d_model:6} ",
+            end="",
+        )
         print(f"{config.max_seq_len:8} {flops:12.3e}")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace, kind: type[nn.Module], sizes: dict) -> None:
     """Print the sizes, or with a checkpoint the likeliest tokens at each mask. Raises ValueError."""
     if arguments.checkpoint is None:
-        print_sizes()
+        print_sizes(kind, sizes)
         return
     if arguments.text is None:
         raise ValueError("--text is missing; give a text with a mask in it, such as 'import [MASK]'")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = BERT.from_pretrained(arguments.checkpoint).to(device).eval()
+    model = kind.from_pretrained(arguments.checkpoint).to(device).eval()
     tokenizer = get_tokenizer(arguments.checkpoint)
     for best in fill_mask(model, tokenizer, arguments.text, arguments.k):
         print("   ".join(f"{token!r} {p:.1%}" for token, p in best))
 
 
-def main() -> None:
-    """Run the command `python bert.py`. A mistake in its arguments ends it with one line and exit code 2."""
+def main(kind: type[nn.Module] = BERT, sizes: dict = bert.SIZES) -> None:
+    """Run the command `python bert.py`, or that of another encoder, of class `kind`. A mistake in its
+    arguments ends it with one line and exit code 2."""
     parser = command.Parser(description="Fill in masks with a trained model, or print the sizes.")
     parser.add_argument(
         "checkpoint",
@@ -203,7 +207,7 @@ def main() -> None:
     )
     parser.add_argument("--text", help="a text with [MASK] in it, or with the tokenizer's own mask token")
     parser.add_argument("--k", type=int, default=5, help="number of guesses for each mask (default 5)")
-    command.run(lambda: run(parser.parse_args()))
+    command.run(lambda: run(parser.parse_args(), kind, sizes))
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def wrap(model: BERT, config: Config) -> BERT:
 
 def loss(model: BERT, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean nats per masked token, plus those of the other objectives in the batch, and metrics."""
-    hidden = model.hidden(batch["tokens"], batch.get("segments"), cu_seqlens=batch.get("cu_seqlens"))
+    hidden = model.head_input(batch["tokens"], batch.get("segments"), cu_seqlens=batch.get("cu_seqlens"))
     targets = batch["targets"]  # (B, n)
 
     # Masked tokens. The head runs at the masked places alone: 15 percent of the work at all places.

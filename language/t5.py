@@ -302,8 +302,8 @@ class T5(nn.Module):
             else:
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to T5.initialize")
 
-    def embed(self, tokens: Tensor, start: Tensor) -> Tensor:
-        """Return the embeddings (B, T, D) of tokens (B, T), the first of which have the positions start."""
+    def embed(self, tokens: Tensor, start: Tensor, stack: Stack) -> Tensor:
+        """Return what a stack reads (B, T, D) for tokens (B, T), of which the first are at position start."""
         x, config = self.shared(tokens), self.config
         if config.original:
             x = x * math.sqrt(config.d_model) + sinusoids(start, tokens.shape[1], config.d_model).to(x.dtype)
@@ -315,7 +315,7 @@ class T5(nn.Module):
         lengths (B,): how many tokens of each row are input; what follows is padding, which nothing else sees.
         """
         B, S = tokens.shape
-        x, mask = self.embed(tokens, tokens.new_zeros(())), {}
+        x, mask = self.embed(tokens, tokens.new_zeros(()), self.encoder), {}
         if lengths is not None:
             # The rows become one, in which the tokens of each input are a document, and its padding is one.
             starts = S * torch.arange(B, device=tokens.device)
@@ -333,7 +333,7 @@ class T5(nn.Module):
         `cross` makes of it; lengths: as for `encode`; cache: of generation, see gpt.py; bias: see `Stack`."""
         T, mask = tokens.shape[1], {"seqlens_k": lengths}
         start = tokens.new_zeros(()) if cache is None else cache.positions(T, tokens.device)[:, 0]
-        x = self.embed(tokens, start)
+        x = self.embed(tokens, start, self.decoder)
         return self.decoder(x, {"causal": True}, cache, bias, memory=memory, memory_mask=mask)
 
     @property

@@ -38,12 +38,19 @@ def dataset(chain: Chain, n: int = N_TRAIN, n_held_out: int = N_HELD_OUT) -> Dat
     return data
 
 
-def placed(model: nn.Module, beta: float) -> str:
-    """Return the exact reward and KL of a model of the chain beside the best that its KL allows, as text."""
-    reward, kl = frontier.value_of(model)
-    start, (best, best_kl) = frontier.optimum(math.inf)[0], frontier.optimum(beta)
+def placed(model: nn.Module, beta: float | None) -> str:
+    """Return the exact reward and KL of a model of the chain beside the best that its KL allows, as text.
+
+    beta: also beside the optimum of reward - beta KL; None for a method with another one.
+    """
+    reward, kl, outside = frontier.exact_value(model)
+    start = frontier.optimum(math.inf)[0]
     share = frontier.share_of_gain(reward, kl)
     lines = [f"reward {reward:.4f} at KL {kl:.4f} nats; the reference has {start:.4f} at 0"]
     lines += [f"the most reward at this KL is {frontier.reward_at(kl):.4f}: {share:.1%} of the possible gain"]
-    lines += [f"the optimum for beta {beta:g} is {best:.4f} at KL {best_kl:.4f}"]
+    if beta is not None:
+        best, best_kl = frontier.optimum(beta)
+        lines += [f"the optimum for beta {beta:g} is {best:.4f} at KL {best_kl:.4f}"]
+    if outside > 1e-3:
+        lines += [f"{outside:.1%} of its sequences have a token that the chain lacks, and do not count"]
     return "\n".join(lines)

@@ -13,7 +13,8 @@ not change, so its log-probabilities are computed once, see posttraining/referen
     dpo             -log sigmoid(beta h)
     conservative    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)    labels flipped with probability e
     robust          (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1-2e)    (Chowdhury et al. 2024)
-    hinge           max(0, 1 - beta h)                                                (SLiC, Zhao et al. 2023)
+    hinge           max(0, 1 - beta h)              (RSO's hinge-norm, Liu et al. 2024, after SLiC, which has
+                    max(0, margin - l_c + l_r) without a reference, and a second term; Zhao et al. 2023)
     ipo             (h - 1/(2 tau))^2 with tau = beta, of sums over tokens            (Azar et al. 2023, (17))
     ipo_mean        the same with every log-probability divided by its n: another tau, not comparable
     kto             1 - sigmoid(+-(beta (R - z))), R = log pi - log ref of single answers that are labelled
@@ -63,9 +64,9 @@ class Config:
     """The settings of the objective."""
 
     method: str = "dpo"
-    beta: float = 0.1  # per nat; tau of IPO. SimPO's is about 2
+    beta: float | None = None  # per nat; tau of IPO. By default 0.1, but SimPO's is 2, see `scale`
     smoothing: float = 0.1  # e of conservative and robust: the probability that a label is wrong
-    gamma: float = 1.0  # SimPO's margin
+    gamma: float = 1.0  # SimPO's margin: half of its beta, as in the paper
     lam: float = 0.1  # ORPO's weight of the log-odds ratio
     desirable_weight: float = (
         1.0  # KTO's lam_D and lam_U; with unequally many labels, lam_D n_D / (lam_U n_U)
@@ -81,6 +82,12 @@ class Config:
             raise ValueError(
                 f"smoothing {self.smoothing}: expected less than 0.5, more right labels than wrong"
             )
+
+    @property
+    def scale(self) -> float:
+        """Return beta, as it is set, or the default of the method: 2 for SimPO, which has a mean over tokens
+        where the others have a sum, and 0.1 for the others."""
+        return self.beta or (2.0 if self.method == "simpo" else 0.1)
 
 
 # --- losses of pairs: each takes and returns (B,)
@@ -219,19 +226,19 @@ def pair_losses(policy: Tensor, reference: Tensor, n: Tensor, config: Config) ->
     own, both = policy.unbind(1), (*policy.unbind(1), *reference.unbind(1))
     match config.method:
         case "dpo":
-            return dpo_loss(*both, config.beta)
+            return dpo_loss(*both, config.scale)
         case "conservative":
-            return dpo_loss(*both, config.beta, config.smoothing)
+            return dpo_loss(*both, config.scale, config.smoothing)
         case "robust":
-            return robust_dpo_loss(*both, config.beta, config.smoothing)
+            return robust_dpo_loss(*both, config.scale, config.smoothing)
         case "hinge":
-            return hinge_loss(*both, config.beta)
+            return hinge_loss(*both, config.scale)
         case "ipo":
-            return ipo_loss(*both, config.beta)
+            return ipo_loss(*both, config.scale)
         case "ipo_mean":
-            return ipo_mean_loss(*both, *n.unbind(1), config.beta)
+            return ipo_mean_loss(*both, *n.unbind(1), config.scale)
         case "simpo":
-            return simpo_loss(*own, *n.unbind(1), config.beta, config.gamma)
+            return simpo_loss(*own, *n.unbind(1), config.scale, config.gamma)
         case "orpo":
             return orpo_loss(*own, *n.unbind(1), config.lam)
     raise ValueError(f"method {config.method}: not for pairs; expected one of {', '.join(METHODS)}")
@@ -296,7 +303,7 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
     reference = torch.zeros_like(policy) if without else batch["reference"]
     losses = pair_losses(policy, reference, n, config)
     with torch.no_grad():
-        rewards = config.beta * (policy - reference)
+        rewards = config.scale * (policy - reference)
         if config.method in (*WITHOUT_REFERENCE, "ipo_mean"):
             rewards = rewards / n
         margin = rewards[:, 0] - rewards[:, 1]
@@ -315,10 +322,12 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
 def kto(model: nn.Module, batch: dict[str, Tensor], config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean KTO loss of B answers, and metrics.
 
-    "z" in nats; "margin", the mean of beta (R - z) with the sign of its label; "accuracy", the share of
-    answers for which this is above 0; and the nats per token of all answers.
+    z is estimated from the B answers of this micro-batch, on all ranks: with --grad-accum each micro-batch of
+    an update has a z of its own, and a large --batch-size estimates it better. The metrics are "z" in nats;
+    "margin", the mean of beta (R - z) with the sign of its label; "accuracy", the share of answers for which
+    this is above 0; and the nats per token of all answers.
     """
-    # The second answers, to other prompts, only estimate z: over the whole batch, on all ranks.
+    # The second answers, to other prompts, only estimate z.
     (own, other), (mask, other_mask) = batch["tokens"].unbind(1), batch["mask"].unbind(1)
     reference, other_reference = batch["reference"].unbind(1)
     with torch.no_grad():
@@ -327,9 +336,9 @@ def kto(model: nn.Module, batch: dict[str, Tensor], config: Config) -> tuple[Ten
 
     policy, label = sequence_logps(model(own), own, mask), batch["label"]
     weights = (config.desirable_weight, config.undesirable_weight)
-    losses = kto_loss(policy, reference, label, z, config.beta, *weights)
+    losses = kto_loss(policy, reference, label, z, config.scale, *weights)
     with torch.no_grad():
-        margin = config.beta * (policy - reference - z) * (2 * label.float() - 1)
+        margin = config.scale * (policy - reference - z) * (2 * label.float() - 1)
         nats = -policy / n_predicted(mask)
         metrics = {"accuracy": ((margin.sign() + 1) / 2).mean(), "margin": margin.mean(), "z": z}
     return losses.mean(), metrics | {"chosen_nats": nats.mean()}

@@ -28,6 +28,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -147,12 +148,25 @@ def best_of_n(n: int, chain: Chain = Chain()) -> tuple[float, float]:
     return reward, torch.special.xlogy(after, after / before).sum().item()
 
 
-@torch.no_grad()
-def value_of(model: nn.Module, chain: Chain = Chain()) -> tuple[float, float]:
-    """Return the exact (reward, KL to the chain) of a decoder's policy, summed over all S^T sequences.
+class Value(NamedTuple):
+    """What a policy of the chain is worth."""
 
-    The policy is the softmax of the model's logits over the S states. Raises ValueError for a model with a
-    smaller vocabulary, and for one that writes anything but a state with a probability above a thousandth.
+    reward: float
+    kl: float  # to the chain, nats
+    outside: float  # the probability that the model writes anything but T states
+
+
+def value_of(model: nn.Module, chain: Chain = Chain()) -> tuple[float, float]:
+    """Return the (reward, KL) of `exact_value`."""
+    return exact_value(model, chain)[:2]
+
+
+@torch.no_grad()
+def exact_value(model: nn.Module, chain: Chain = Chain()) -> Value:
+    """Return the exact value of a decoder's policy, summed over all S^T sequences.
+
+    The policy is the softmax of the model's logits over the S states, so that of what is `outside` nothing
+    counts. Raises ValueError for a model with a smaller vocabulary, and for one that mostly writes outside.
     """
     if model.config.vocab_size <= chain.S:
         raise ValueError(
@@ -163,15 +177,13 @@ def value_of(model: nn.Module, chain: Chain = Chain()) -> tuple[float, float]:
     cache = model.new_cache([1], chain.T)
     last = torch.full((1,), chain.begin, device=device)  # token of each prefix
     reached = torch.ones(1, dtype=torch.float64, device=device)  # probability of each prefix
+    inside = reached  # and by the model's own softmax
     reward = kl = 0.0
     for t in range(chain.T):
         # The policy after each of the S^t prefixes, (S^t, S).
         logits = model.logits(model.hidden(last[:, None], cache=cache)[:, -1]).double()
         policy = logits.log_softmax(dim=1)[:, : chain.S]
-        if policy.logsumexp(dim=1).min() < math.log1p(-1e-3):
-            raise ValueError(
-                f"a model that writes other tokens than the {chain.S} states has no policy of the chain"
-            )
+        inside = (inside[:, None] * policy.exp()).flatten()
         policy = policy.log_softmax(dim=1)
         joint = reached[:, None] * policy.exp()
         reward += (joint * rewards).sum().item()
@@ -186,7 +198,14 @@ def value_of(model: nn.Module, chain: Chain = Chain()) -> tuple[float, float]:
         cache.lengths = [n for n in cache.lengths for _ in range(chain.S)]
         for stored in (cache.keys, cache.values):
             stored[:] = [rows.repeat_interleave(chain.S, dim=0) for rows in stored]
-    return reward, kl
+
+    outside = max(0.0, 1 - inside.sum().item())
+    if outside > 0.5:
+        raise ValueError(
+            f"a model that writes other tokens than the {chain.S} states, in {outside:.1%} of its sequences, "
+            "has no policy of the chain"
+        )
+    return Value(reward, kl, outside)
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ counted, and likewise those with an answer that has no score.
     python train.py --model online_dpo                                     a Markov chain with a known optimum
     python train.py --model online_dpo --init-from runs/sft/model --data stdlib --set reward=runs/reward/model
 
-DPO assumes preferences that are drawn, with probability sigmoid of the difference of rewards. Here the higher
-reward always wins, so that h has no finite optimum: a long training passes the optimum for its beta.
+DPO assumes preferences that are drawn, with probability sigmoid of the difference of rewards. By default the
+higher reward always wins, so that h has no finite optimum: a long training passes the optimum for its beta.
+With preferred=drawn the loss is least at the optimum for beta, as that of offline DPO is with infinitely many
+pairs. The scale of rewards then matters, since their differences become probabilities.
 
 Shapes: B prompts, T tokens of a prompt and an answer.
 """
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.rows import Row, stack
+from data.rows import Row, seed_of, stack
 from engine.log import Log, UpdateResult, evaluate_and_save
 from engine.optim import set_learning_rate
 from engine.run import Run
@@ -52,12 +54,13 @@ class Config:
     method: str = "dpo"  # or "ipo", of sums over tokens
     beta: float = 0.1  # per nat; tau of IPO
     reward: str = "chain"  # see posttraining/scores.py
+    preferred: str = "higher"  # the answer of the higher reward; or "drawn", see above
     pairs: int = 8  # of each prompt in a step
     max_new_tokens: int = 64  # of an answer
     temperature: float = 1.0  # of sampling
 
     def __post_init__(self):
-        check_values(self, method=("dpo", "ipo"))
+        check_values(self, method=("dpo", "ipo"), preferred=("higher", "drawn"))
 
 
 # --- one step
@@ -79,21 +82,29 @@ def draw(model: nn.Module, dataset: prompts.Prompts, batch: dict, n: int, seed: 
     return tokens.to(device), mask.to(device), found.to(device)
 
 
-def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
+def ranked(scores: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Return which of two answers is chosen, (B, 2) int64 with its index first, and which pairs count, (B,).
 
-    scores (B, 2); NaN where there is none. Pairs without a preference do not count.
+    scores (B, 2); NaN where there is none. The higher score is chosen, and pairs of equal ones do not count.
+    With a generator the preference is drawn: the first is chosen with probability sigmoid(first - second).
     """
-    order = scores.argsort(dim=1, descending=True)
-    return order, scores.isfinite().all(1) & (scores[:, 0] != scores[:, 1])
+    scored = scores.isfinite().all(1)
+    if generator is None:
+        return scores.argsort(dim=1, descending=True), scored & (scores[:, 0] != scores[:, 1])
+    p = torch.sigmoid(scores[:, 0] - scores[:, 1])
+    second = (torch.rand(len(p), device=p.device, generator=generator) >= p).long()  # 1: the second is chosen
+    return torch.stack([second, 1 - second], dim=1), scored
 
 
-def loss_of(model: nn.Module, tokens: Tensor, mask: Tensor, scores: Tensor) -> tuple[Tensor, dict]:
+def loss_of(
+    model: nn.Module, tokens: Tensor, mask: Tensor, scores: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, dict]:
     """Return the mean loss of the pairs that count, 0 where none does, and metrics.
 
-    tokens, mask (2 B, T), scores (2 B,): the two answers to a prompt are rows 2 i and 2 i + 1.
+    tokens, mask (2 B, T), scores (2 B,): the two answers to a prompt are rows 2 i and 2 i + 1. generator: of
+    drawn preferences, see `ranked`.
     """
-    settings, (order, counts) = model.objective, ranked(scores.view(-1, 2))
+    settings, (order, counts) = model.objective, ranked(scores.view(-1, 2), generator)
     policy = sequence_logps(model(tokens), tokens, mask).view(-1, 2)
     with torch.no_grad():
         reference = sequence_logps(model.reference.logits(tokens), tokens, mask).view(-1, 2)
@@ -123,10 +134,12 @@ def train(run: Run, log: Log) -> None:
         log.begin_step()
         model.eval()  # no dropout
         lr = set_learning_rate(run.optimizers, step, args)
-        batch = ppo.prompts_of_step(run)
+        batch, generator = ppo.prompts_of_step(run), None
+        if model.objective.preferred == "drawn":  # by draws that are those of no answer
+            generator = torch.Generator(args.device).manual_seed(seed_of(-1 - args.seed, step))
         with run.autocast():
-            drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, ppo.seed_of(args.seed, step))
-            loss, metrics = loss_of(model, *drawn)
+            drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, seed_of(args.seed, step))
+            loss, metrics = loss_of(model, *drawn, generator)
 
         # Learn from them once. An update whose gradient is not finite is left out.
         loss.backward()
@@ -164,7 +177,7 @@ def settings(config: Any) -> Config:
 
 def load_data(args: argparse.Namespace, config: Any) -> prompts.Prompts:
     """Return the prompts that --data names, with the reward that ranks their answers."""
-    return ppo.read_prompts(args, with_fields(Config(), args.set))
+    return ppo.read_prompts(args, config, with_fields(Config(), args.set))
 
 
 def make_batch(rows: list[Row], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
@@ -181,11 +194,19 @@ def wrap(model: nn.Module, config: Config) -> nn.Module:
     return model
 
 
+def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
+    """Return the FLOPs of a step for one token of --seq-len, as if answers filled it: a row is a prompt with
+    2 * pairs answers. For each there are two forward passes, to sample and by the reference, and the update.
+    """
+    return round(2 * config.pairs * (1 + 2 / 3) * model.flops_per_token(seq_len))
+
+
 @torch.no_grad()
 def show(model: nn.Module, dataset: prompts.Prompts, out: Path) -> str:
     """Return where the model is under the exact frontier, or its likeliest answers to held-out prompts."""
     if dataset.tokenizer is None:
-        return chain_preferences.placed(model, model.objective.beta)
+        of_reward = model.objective.method == "dpo"
+        return chain_preferences.placed(model, model.objective.beta if of_reward else None)
     asked = prompts.unpadded(stack([dataset.val[i] for i in range(min(len(dataset.val), 4))]), "prompt")
     found = instruct.answers(model, dataset.tokenizer, asked, model.objective.max_new_tokens)
     return "\n\n".join(f"{dataset.tokenizer.decode(p)}{a}" for p, a in zip(asked, found, strict=True))

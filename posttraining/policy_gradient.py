@@ -76,7 +76,8 @@ def kl(d: Tensor, kind: str = "k1") -> Tensor:
 def adapted_coefficient(coefficient: float, kl: float, target: float, n: int, horizon: int = 10_000) -> float:
     """Return the coefficient of the KL penalty for the next step, after n completions at this KL.
 
-    A proportional controller in log space with its error cut at 0.2 (Ziegler et al. 2019, section 2.2).
+    kl, target: nats per completion. horizon: in so many completions the coefficient changes by the relative
+    error, 20% at most: a proportional controller in log space (Ziegler et al. 2019, section 2.2).
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * n / horizon)

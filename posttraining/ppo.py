@@ -29,11 +29,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.rows import Row, stack
+from data.rows import Row, seed_of, stack
 from engine.log import Log, UpdateResult, evaluate_and_save
 from engine.optim import set_learning_rate, step_optimizers
 from engine.run import Run
@@ -54,6 +53,7 @@ from posttraining.policy_gradient import (
     value_loss,
     whiten,
 )
+from posttraining.preference_runs import refuse_balance_losses
 from posttraining.prompts import Prompts, of_chain, of_conversations, unpadded
 from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_out
 
@@ -73,7 +73,7 @@ class Config:
     reward: str = (
         "chain"  # or exact, FILE.py:FUNCTION, MODULE:FUNCTION, a directory: see posttraining/scores.py
     )
-    beta: float = 1.0  # coefficient of the KL penalty
+    beta: float = 1.0  # coefficient of the KL penalty; 0 leaves it out, where it is in the loss
     samples: int = 32  # completions of each prompt, a group
     max_new_tokens: int = 64  # of a completion
     temperature: float = 1.0  # of sampling, and so of every probability
@@ -87,14 +87,17 @@ class Config:
     gamma: float = 1.0  # GAE
     lam: float = 0.95  # GAE
     whiten_rewards: bool = False  # scaled to variance 1 with their mean kept, as in OpenAI's code
-    target_kl: float | None = None  # nats: adapts beta from step to step
+    target_kl: float | None = None  # nats per completion: adapts beta, by 20% in 10,000 completions at most
     corrected_kl: bool = False  # a KL penalty in the loss is multiplied by the ratio, see policy_gradient.py
     missing_end: float | None = None  # a completion without end token scores minus this, whatever it is
 
-    MAY_BE_ZERO = ("lam", "value_weight")
+    MAY_BE_ZERO = ("lam", "value_weight", "beta")
 
     def __post_init__(self):
         check_values(self, method=tuple(METHODS), average=(None, "grpo", "dapo", "dr_grpo"))
+        if self.beta == 0 and (self.row.penalty == "reward" or self.target_kl is not None):
+            where = self.method if self.target_kl is None else "target_kl, which multiplies it"
+            raise ValueError(f"beta 0: expected a number above 0 with {where}; grpo and the like may have 0")
         if self.row.advantage != "gae" and self.samples < 2:
             raise ValueError(
                 f"samples {self.samples}: {self.method} compares completions; expected at least 2"
@@ -112,6 +115,7 @@ class Config:
 
 def advantages_of(rollout: Rollout, settings: Config, beta: float) -> tuple[Tensor, Tensor]:
     """Return the advantages, (B, T) or (B, 1), and the returns (B, T) for the value head."""
+    rollout = rollout.detached()
     row, mask, rewards = settings.row, rollout.mask, rollout.scores
     d = rollout.logps - rollout.ref_logps
     if row.advantage != "gae":
@@ -128,15 +132,22 @@ def advantages_of(rollout: Rollout, settings: Config, beta: float) -> tuple[Tens
 def loss_of(
     policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss () of some rows of a rollout, and the ratios (rows, T) that it is made of."""
+    """Return the loss () of some rows of a rollout, and the ratios (rows, T) that it is made of.
+
+    A rollout that has kept the graph of its forward pass takes the place of another such pass.
+    """
     settings, row, mask = policy.settings, policy.settings.row, rollout.mask[rows]
-    tokens, old = rollout.tokens[rows], rollout.logps[rows]
-    log_p, values = policy.evaluate(tokens, mask)
-    logps = of_tokens(log_p, tokens, mask)
+    tokens, old = rollout.tokens[rows], rollout.logps[rows].detach()
+    if rollout.logps.requires_grad:
+        logps, values = rollout.logps[rows], rollout.values[rows]
+    else:
+        log_p, values = policy.evaluate(tokens, mask)
+        logps = of_tokens(log_p, tokens, mask)
     options = {"clip_high": row.clip_high, "ratio": row.ratio, "weights": weights}
     loss = policy_loss(logps, old, advantages[rows], mask, settings.clip, **options)
     if row.advantage == "gae":
-        of_values = (values, rollout.values[rows], returns[rows], mask, settings.value_clip)
+        old_values = rollout.values[rows].detach()
+        of_values = (values, old_values, returns[rows], mask, settings.value_clip)
         loss = loss + settings.value_weight * value_loss(*of_values)
     if row.penalty == "loss":
         sampled_by = old if settings.corrected_kl else None
@@ -148,7 +159,9 @@ def loss_of(
 def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """Make the updates of one step; the first epoch is in the order of the rollout, the others are shuffled.
 
-    Returns the largest norm of a gradient, and metrics.
+    Returns the largest norm of a gradient, and metrics: "first_ratio", the ratio farthest from 1 before the
+    first update, and "clipped", the share of the tokens of all epochs whose ratio is outside of the clipping
+    range, whether or not the loss is flat there (with the sign of its advantage it may not be).
     """
     policy, settings = run.model, run.model.settings
     advantages, returns = advantages_of(rollout, settings, float(policy.beta))
@@ -162,6 +175,7 @@ def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tens
                 loss, ratio = loss_of(policy, rollout, rows, advantages, returns, weights)
             loss.backward()
             norms.append(descend(run))
+            rollout = rollout.detached()  # the weights are others now
             found.append(torch.where(rollout.mask[rows], ratio, 1.0))
     run.count_step(torch.stack(norms).isfinite().all())
 
@@ -203,7 +217,8 @@ def train(run: Run, log: Log) -> None:
         batch = prompts_of_step(run)
         seed = seed_of(args.seed, step)
         with run.autocast():
-            rollout = roll_out(policy, batch, run.dataset, seed, settings.samples)
+            keep_graph = settings.minibatches == 1
+            rollout = roll_out(policy, batch, run.dataset, seed, settings.samples, keep_graph)
         metrics = metrics_of(rollout) | {"beta": policy.beta.float()}
         norm, of_update = update(run, rollout, torch.Generator().manual_seed(seed))
         if settings.target_kl is not None and metrics["kl"].isfinite():
@@ -221,11 +236,6 @@ def prompts_of_step(run: Run) -> dict[str, Tensor]:
     """Return the prompts of a step: those of its --grad-accum batches as one."""
     parts = [part.batch for part in run.batches.next()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def seed_of(seed: int, step: int) -> int:
-    """Return the seed of a step, of 32 bits: of a larger one, torch's generator on a CPU ignores the rest."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -260,15 +270,16 @@ def start_model(args: Namespace) -> str | None:
 
 def load_data(args: Namespace, config: Any) -> Prompts:
     """Return the prompts that --data names, with the reward that scores their completions."""
-    return read_prompts(args, with_fields(Config(), args.set))
+    return read_prompts(args, config, with_fields(Config(), args.set))
 
 
-def read_prompts(args: Namespace, own: Any) -> Prompts:
+def read_prompts(args: Namespace, config: Any, own: Any) -> Prompts:
     """Return the prompts that --data names, with a reward.
 
-    own: the task's Config, with beta, max_new_tokens and reward. Raises ValueError for --parallel, for
-    --document-mask, and for fewer tokens than the chain has.
+    config: the model's; own: the task's, with beta, max_new_tokens and reward. Raises ValueError for
+    --parallel, for --document-mask, for fewer tokens than the chain has, and as `refuse_balance_losses` does.
     """
+    refuse_balance_losses(config)
     if args.parallel != "none" or args.document_mask:
         flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
         raise ValueError(f"{flag}: this loop runs in one process, with one completion in a row; leave it out")
@@ -306,8 +317,12 @@ def save_tokenizer(dataset: Prompts, directory: Path) -> None:
 
 
 def flops_per_token(policy: Policy, settings: Config, seq_len: int) -> int:
-    """Return the FLOPs of one forward and backward pass over a token, without sampling and scoring."""
-    return policy.model.flops_per_token(seq_len)
+    """Return the FLOPs of a step for one token of --seq-len, as if completions filled it: a row is a prompt
+    with `samples` completions. Each passes forward, a third of forward and backward, to be sampled, through
+    the reference, and with minibatches before the updates. Scores are not counted.
+    """
+    passes = settings.epochs + (2 if settings.minibatches == 1 else 3) / 3
+    return round(settings.samples * passes * policy.model.flops_per_token(seq_len))
 
 
 @torch.no_grad()

@@ -25,13 +25,28 @@ def start_model(args: argparse.Namespace) -> str | None:
     return frontier.reference_model(args.cache) if args.data == "chain" else None
 
 
+BALANCE_LOSSES = ("aux_loss_coef", "z_loss_coef", "sequence_loss_coef")  # of moe.py
+
+
+def refuse_balance_losses(config: Any) -> None:
+    """Raise ValueError for a mixture of experts with balance losses, which these tasks do not compute."""
+    own = [name for name in BALANCE_LOSSES if getattr(config, name, 0)]
+    if own:
+        zeros = " ".join(f"{name}=0" for name in own)
+        raise ValueError(
+            f"a mixture's balance losses have no place in this loss; leave them out by --set {zeros}"
+        )
+
+
 def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Dataset:
     """Return the preferences that --data names, for a task of that name.
 
-    Raises ValueError for a model that writes no text, for a new model, and for --document-mask.
+    Raises ValueError for a model that writes no text, for a new model, for --document-mask, and for a mixture
+    with balance losses.
     """
     if "eos_token_id" not in [field.name for field in fields(config)]:
         raise ValueError(f"--task {task}: an encoder writes no answers; expected a decoder, as gpt")
+    refuse_balance_losses(config)
     if args.document_mask:
         raise ValueError(f"--document-mask: --task {task} has one answer in a row; leave it out")
     if not (args.init_from or args.base):
@@ -53,7 +68,8 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     Beside them are the chosen answers, and those at the run's first evaluation (before.json).
     """
     if dataset.tokenizer is None:
-        return chain_preferences.placed(model, model.objective.beta)
+        of_reward = model.objective.method in ("dpo", "robust")  # which minimise at the optimum for beta
+        return chain_preferences.placed(model, model.objective.scale if of_reward else None)
     tokenizer = dataset.tokenizer
     examples = [dataset.val.rows[i] for i in range(min(3, len(dataset.val)))]
     after = instruct.answers(model, tokenizer, [example.prompt.tolist() for example in examples], 60)

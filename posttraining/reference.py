@@ -5,7 +5,10 @@
 The reference is the model that training starts from, and it never changes. So one pass over the data before
 the first step takes the place of a second model in memory and of a second forward pass in every step. The
 results are kept under a hash of all that decides them: the weights of the reference, the rows, the precision.
-With an adapter the reference is the base without it, in the precision, perhaps 4 bits, that the base has.
+
+One rule for all tasks with a reference: it is the model that training starts from, as training sees it. That
+includes the fields of --set, the precision, perhaps 4 bits, of an adapter's base, and an adapter that is
+trained further, as it is at the start. A new adapter changes nothing yet, so that its reference is the base.
 
 Shapes: C answers of a row, T tokens.
 """
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from data.rows import Dataset, Rows, in_order, stack
 from data.tokenizer import get_tokenizer
-from engine import contract, parallel
+from engine import contract, parallel, run
 from engine.settings import adapter_fields
 from formats.open_model import is_adapter, open_model
 from formats.progress import progress_bar
@@ -52,15 +55,15 @@ def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch | {name: batch[name][..., :length] for name in ("tokens", "mask")}
 
 
-def open_reference(args: Namespace, config: Any, directory: str | None) -> nn.Module:
+def open_reference(args: Namespace, config: Any, dataset: Dataset, directory: str | None) -> nn.Module:
     """Return the model in directory, None for the model that training starts from, frozen and in eval mode.
 
     config: of the model that is trained. Raises ValueError for a reference with another vocabulary.
     """
-    concept = contract.resolve(args)
-    start = args.init_from or args.base
-    model = open_model(directory or start, kernels=args.kernels)
-    if directory:
+    if directory is None:
+        model = started(args, dataset)
+    else:
+        model = open_model(directory, kernels=args.kernels).float()
         flag = f"--set reference={directory}"
         if model.config.vocab_size != config.vocab_size:
             sizes = f"{model.config.vocab_size} tokens, the trained model has {config.vocab_size}"
@@ -70,11 +73,25 @@ def open_reference(args: Namespace, config: Any, directory: str | None) -> nn.Mo
             and get_tokenizer(directory).fingerprint != get_tokenizer(args.tokenizer).fingerprint
         ):
             raise ValueError(f"{flag}: another tokenizer than the trained model's; expected the same one")
-    if concept.adapter is not None and not directory and not is_adapter(start):
-        concept.adapter.prepare_base(model, adapter_fields(concept, model.config, args))
-    else:
-        model = model.float()
     return model.to(args.device).eval().requires_grad_(False)
+
+
+def started(args: Namespace, dataset: Dataset) -> nn.Module:
+    """Return the model that training starts from, made as engine/run.py makes it, but without a new adapter.
+
+    The random numbers that come next stay as they are.
+    """
+    concept = contract.resolve(args)
+    with torch.random.fork_rng(devices=[]):
+        pretrained, config = run.configure(concept, args)
+        model = run.build(concept, config, pretrained, dataset, args)
+        if concept.adapter is None:
+            return model
+        if args.init_from and is_adapter(args.init_from):
+            run.choose_weights(concept, model, args)
+        else:
+            concept.adapter.prepare_base(model, adapter_fields(concept, model.config, args))
+    return model
 
 
 @torch.no_grad()
@@ -101,19 +118,33 @@ def content_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fits(path: Path, sides: dict[str, Rows]) -> bool:
+    """Return whether a file has finite log-probabilities (rows, C) for just these rows of each side."""
+    if not path.is_file():
+        return False
+    try:
+        found = read_tensors(path)[0]
+    except (OSError, ValueError):  # damaged
+        return False
+    shapes = {name: (len(rows), len(rows[0]["tokens"])) for name, rows in sides.items()}
+    same = {name: tuple(values.shape) for name, values in found.items()} == shapes
+    return same and all(np.isfinite(np.asarray(values)).all() for values in found.values())
+
+
 def add_reference(dataset: Dataset, args: Namespace, config: Any, directory: str | None = None) -> Dataset:
     """Give all rows of dataset a "reference", the log-probabilities (C,) of their answers, and return it.
 
-    They are read from --cache where they are known. Of several processes on a machine one computes them,
-    and the others wait. Raises ValueError as `open_reference` does.
+    They are read from --cache where they are known, and computed again where a file there does not fit the
+    rows. Of several processes on a machine one computes them, and the others wait. Raises ValueError as
+    `open_reference` does.
     """
-    model = open_reference(args, config, directory)
+    model = open_reference(args, config, dataset, directory)
     dataset.fingerprint += f"-{content_hash(model)[:16]}"
-    key = hashlib.sha256(f"{dataset.fingerprint} {args.dtype}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{dataset.fingerprint} {args.dtype} {args.device}".encode()).hexdigest()[:16]
     path = Path(args.cache) / f"reference-{key}.safetensors"
     sides = {"train": dataset.train, "val": dataset.val}
     with parallel.one_per_machine_first() as is_first:
-        if is_first and not path.is_file():
+        if is_first and not fits(path, sides):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, {name: logps_of(model, rows, args) for name, rows in sides.items()})
     for name, values in read_tensors(path)[0].items():

@@ -45,6 +45,7 @@ MODEL = "gpt"
 DATA = "chain"
 STEPS = 600
 LEARNING_RATE = 0.25
+TOKEN_LOSS = ""  # no token is predicted
 N_CALIBRATION = 256  # held-out rows
 
 

@@ -4,7 +4,8 @@
 
 Log-probabilities are computed by the forward pass of training, at the temperature of sampling, without
 dropout; those that the sampler computes on its way, token by token, differ in their last bits. So the ratio
-of the first update is exactly 1, and so is the KL 0 as long as the policy is the reference.
+of the first update is exactly 1, and so is the KL 0 as long as the policy is the reference. With one
+minibatch that pass is the forward pass of the first update, too: it keeps its graph, and is computed once.
 
 Completions are laid out behind their prompts and padded on the right. The mask is made of their lengths: a
 token counts by its position, whatever its value. The last token sampled, an end token or not, carries the
@@ -16,14 +17,15 @@ Shapes: B completions, T tokens of prompt and completion without the first, V vo
 """
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from posttraining import scores
-from posttraining.adapters import adapted_layers, use
+from posttraining.adapters import adapted_layers
 from posttraining.policy_gradient import is_equal, kl, masked_sum
 from posttraining.prompts import Prompts, unpadded
 
@@ -33,20 +35,40 @@ from posttraining.prompts import Prompts, unpadded
 class Reference:
     """The model as it is now, frozen. It is no module, so it is in no checkpoint.
 
-    Of a model with adapters, new ones or trained before, it is the base, computed with the adapters off:
-    there is no second copy.
+    Of a model with adapters, new ones or trained before, a copy of the adapters is kept, and not of the base.
     """
 
     def __init__(self, model: nn.Module):
-        self.is_base = bool(adapted_layers(model))
-        self.model = model if self.is_base else copy.deepcopy(model).requires_grad_(False).eval()
+        layers = adapted_layers(model).values()
+        self.adapters = {
+            layer: copy.deepcopy(layer.adapters[layer.active]).requires_grad_(False)
+            for layer in layers
+            if layer.active in layer.adapters
+        }
+        self.model = model if layers else copy.deepcopy(model).requires_grad_(False).eval()
+
+    def __deepcopy__(self, memo: dict) -> "Reference":
+        """Return the reference itself: the copies of a model share it."""
+        return self
 
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) after tokens (B, T), or (N, V) at the N places of a mask (B, T)."""
         self.model.to(tokens.device)
-        with use(self.model, None) if self.is_base else nullcontext():
+        with self.as_it_was():
             hidden = self.model.hidden(tokens)
             return self.model.logits(hidden if mask is None else hidden[mask])
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Within this block the layers of a model with adapters have those of the reference."""
+        now = {layer: layer.adapters[layer.active] for layer in self.adapters}
+        for layer, adapter in self.adapters.items():
+            layer.adapters[layer.active] = adapter.to(next(layer.adapters.parameters()).device)
+        try:
+            yield
+        finally:
+            for layer, adapter in now.items():
+                layer.adapters[layer.active] = adapter
 
 
 class Policy(nn.Module):
@@ -79,7 +101,9 @@ class Policy(nn.Module):
         return log_p, self.value_head(hidden)[..., 0].float()
 
     def normalised(self, logits: Tensor) -> Tensor:
-        return (logits.float() / self.settings.temperature).log_softmax(dim=-1)
+        """Return log p (..., V) in float32, at the temperature of sampling."""
+        t = self.settings.temperature
+        return (logits.float() if t == 1 else logits.float() / t).log_softmax(dim=-1)
 
 
 def at_mask(values: Tensor, mask: Tensor) -> Tensor:
@@ -103,10 +127,14 @@ class Rollout(NamedTuple):
     scores: Tensor  # (B,), NaN where there is none
     groups: Tensor  # int64 (B,)
     ended: Tensor  # bool (B,): with an end token
-    logps: Tensor  # (B, T), by the policy that sampled
+    logps: Tensor  # (B, T), by the policy that sampled; with the graph of its forward pass if it was kept
     ref_logps: Tensor  # (B, T)
-    values: Tensor  # (B, T)
+    values: Tensor  # (B, T), likewise
     entropies: Tensor  # (B, T)
+
+    def detached(self) -> "Rollout":
+        """Return the rollout without the graph of the forward pass."""
+        return self._replace(logps=self.logps.detach(), values=self.values.detach())
 
 
 def laid_out(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -140,8 +168,13 @@ def sample(model: nn.Module, prompts: list[list[int]], n_new: int, **options) ->
 
 
 @torch.no_grad()
-def roll_out(policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: int, n: int) -> Rollout:
-    """Return n completions of each prompt in a batch of dataset's rows, drawn by the seed, and more."""
+def roll_out(
+    policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: int, n: int, keep_graph: bool = False
+) -> Rollout:
+    """Return n completions of each prompt in a batch of dataset's rows, drawn by the seed, and more.
+
+    keep_graph: the log-probabilities and values can be differentiated, once.
+    """
     settings, device = policy.settings, policy.beta.device
     prompts = [p for p in unpadded(batch, "prompt") for _ in range(n)]
     answers = [a for a in unpadded(batch, "answer") for _ in range(n)]
@@ -161,17 +194,22 @@ def roll_out(policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: i
     tokens, mask = (t.to(device) for t in laid_out(prompts, completions))
     mask = mask & found.isfinite()[:, None]
 
-    # Log-probabilities by the forward pass of training, in the batches of training.
+    # Log-probabilities by the forward pass of training, in the batches of training. Weights that autocast
+    # has converted while sampling have no gradient, and are converted again.
+    torch.clear_autocast_cache()
     parts = []
     for rows, own in zip(tokens.chunk(settings.minibatches), mask.chunk(settings.minibatches), strict=True):
-        log_p, values = policy.evaluate(rows, own)
+        with torch.set_grad_enabled(keep_graph):
+            log_p, values = policy.evaluate(rows, own)
+            logps = of_tokens(log_p, rows, own)
         log_ref = policy.normalised(policy.reference.logits(rows[:, :-1], own))
-        entropies = at_mask(-(log_p.exp() * log_p).sum(dim=-1), own)
-        parts.append((of_tokens(log_p, rows, own), of_tokens(log_ref, rows, own), values, entropies))
-    columns = (torch.cat(column) for column in zip(*parts, strict=True))
+        entropies = at_mask(-log_p.exp().mul_(log_p).sum(dim=-1), own)
+        parts.append((logps, of_tokens(log_ref, rows, own), values, entropies))
+    columns = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True))
     return Rollout(tokens, mask, found, groups, ended, *columns)
 
 
+@torch.no_grad()
 def metrics_of(rollout: Rollout) -> dict[str, Tensor]:
     """Return what is logged of a rollout: means over its completions that have a score, and counts."""
     mask, scored = rollout.mask, rollout.scores.isfinite()

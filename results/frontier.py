@@ -5,8 +5,9 @@
 The task is the Markov chain of posttraining/frontier.py, whose optimum is known at every KL. Each run is one
 `train.py` with its defaults, for the on-policy methods 60 steps of 256 completions. Reward and KL of what it
 leaves are exact, summed over all 65,536 sequences. The share is of the gain over the reference (reward 2)
-that is possible at the run's own KL. Runs that are in the file already are kept, so that methods can be added
-by --only. Writes the figure beside the file.
+that is possible at the run's own KL; outside is the probability that a sequence has a token that the chain
+lacks. Runs that are in the file already are kept, so that methods can be added by --only. Writes the figure
+beside the file.
 """
 
 import argparse
@@ -31,10 +32,12 @@ METHODS = {  # the task and its settings; betas
     "GRPO": ("ppo", ["method=grpo"], (1.0, 0.5)),
     "RLOO": ("ppo", ["method=rloo"], (1.0, 0.5)),
     "DPO": ("dpo", ["method=dpo"], (1.0, 0.5)),
-    "IPO": ("dpo", ["method=ipo"], (1.0, 0.5)),
+    "IPO": ("dpo", ["method=ipo"], (0.2, 0.1)),  # tau, of another scale
     "KTO": ("dpo", ["method=kto"], (1.0, 0.5)),
-    "online DPO": ("online_dpo", ["method=dpo"], (1.0, 0.5)),
+    "online DPO": ("online_dpo", ["preferred=higher"], (1.0, 0.5)),
+    "online DPO, drawn": ("online_dpo", ["preferred=drawn"], (1.0, 0.5)),
 }
+LEARNING_RATES = {"KTO": 1e-3}  # where it is not the default, which is 2.8e-3 for DPO
 SEEDS = (0, 1, 2)
 
 
@@ -46,21 +49,27 @@ def run(job: tuple[str, float, int, Path]) -> dict:
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         flags = ["--model", task, "--seed", seed, "--set", *settings, f"beta={beta}"]
         flags += ["--out", out, "--cache", cache, "--eval-every", 10_000]
+        flags += ["--lr", LEARNING_RATES[name]] if name in LEARNING_RATES else []
         code = train.main([str(flag) for flag in flags])
         assert code == 0, f"{name}, beta {beta}, seed {seed}: exit code {code}"
-        reward, kl = frontier.value_of(open_model(Path(out) / "model").eval())
+        reward, kl, outside = frontier.exact_value(open_model(Path(out) / "model").eval())
     share = frontier.share_of_gain(reward, kl)
-    return {"method": name, "beta": beta, "seed": seed, "reward": reward, "kl": kl, "share": share}
+    row = {"method": name, "beta": beta, "seed": seed, "reward": reward, "kl": kl, "share": share}
+    return row | {"outside": outside}
 
 
 def print_table(rows: list[dict]) -> None:
     """Print mean and range over the seeds."""
-    print(f"{'method':8} {'beta':>5} {'reward':>7} {'KL':>7} {'share of the gain':>26}")
+    print(f"{'method':17} {'beta':>5} {'reward':>7} {'KL':>7} {'share of the gain':>26}")
     for name, beta in dict.fromkeys((row["method"], row["beta"]) for row in rows):
         own = [row for row in rows if (row["method"], row["beta"]) == (name, beta)]
         reward, kl, share = (statistics.mean(row[key] for row in own) for key in ("reward", "kl", "share"))
         least, most = min(row["share"] for row in own), max(row["share"] for row in own)
-        print(f"{name:8} {beta:5g} {reward:7.3f} {kl:7.3f} {share:8.1%} ({least:.1%} to {most:.1%})")
+        print(f"{name:17} {beta:5g} {reward:7.3f} {kl:7.3f} {share:8.1%} ({least:.1%} to {most:.1%})")
+
+
+def beta_of(row: dict) -> str:
+    return f"{'tau' if row['method'] == 'IPO' else 'beta'} {row['beta']:g}"
 
 
 def main() -> None:
@@ -87,7 +96,7 @@ def main() -> None:
             print_table([row])
     rows.sort(key=lambda row: (list(METHODS).index(row["method"]), -row["beta"], row["seed"]))
     print_table(rows)
-    points = [(f"{row['method']}, beta {row['beta']:g}", row["reward"], row["kl"]) for row in rows]
+    points = [(f"{row['method']}, {beta_of(row)}", row["reward"], row["kl"]) for row in rows]
     frontier.draw(args.out.with_suffix(".png"), points)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import train
+from data.rows import seed_of
 from data.tokenizer import train_bpe
 from engine import cpu
 from engine.run import Run
@@ -64,8 +65,8 @@ def step_of_ours(run: Run) -> float:
     """Make a step of the loop of ppo.py, and return its completions' tokens per second."""
     began = time.process_time()
     policy = run.model.eval()
-    seed = ppo.seed_of(0, run.step)
-    rollout = ppo.roll_out(policy, run.batches.next()[0].batch, run.dataset, seed, SAMPLES)
+    seed = seed_of(0, run.step)
+    rollout = ppo.roll_out(policy, run.batches.next()[0].batch, run.dataset, seed, SAMPLES, keep_graph=True)
     ppo.metrics_of(rollout)
     ppo.update(run, rollout, torch.Generator().manual_seed(seed))
     return int(rollout.mask.sum()) / (time.process_time() - began)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_command
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "kernels/README.md"]
@@ -54,6 +55,10 @@ def small(command: list[str], n_steps: int) -> list[str]:
     if {"--help", "--compare", "--dry-run"} & set(command):
         return command
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
+    if {"vit", "mae"} & set(command):
+        command = [word.replace("n_classes=62", "n_classes=2") for word in command]
+        data = [] if "--data" in command else ["--data", "photos"]
+        return [*command, *data, "--batch-size", "8", "--steps", str(n_steps), "--eval-every", "50"]
     if ON_THE_CHAIN & set(command):
         if "--init-from" not in command:  # by default they have data and a small model of their own
             return [*command, "--batch-size", "64", "--steps", str(n_steps)]
@@ -74,6 +79,8 @@ def run(command: str, n_steps: int) -> str:
     name, *arguments = words[as_module:]
     if name == "train.py":
         arguments = small(arguments, n_steps)
+    if name == "evaluation.probe":
+        arguments += ["--data", "photos"]
     ended = run_command(*["-m"] * as_module, name, *arguments)
     assert ended.code == 0, f"{command}: exit code {ended.code}\n{ended.out[-1000:]}{ended.err[-2000:]}"
     return ended.out
@@ -103,6 +110,10 @@ def fill(folder: Path) -> None:
     (folder / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
     pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(40)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    for kind, level in (("cats", 60), ("dogs", 200)):
+        (folder / "photos" / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(6):
+            Image.new("RGB", (20, 16), (level, level + i, 3 * i)).save(folder / "photos" / kind / f"{i}.png")
     questions = [{"question": f"{i}?", "answer": f"{i}"} for i in range(40)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 

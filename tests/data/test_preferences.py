@@ -42,6 +42,16 @@ RECORDS = {
         "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4",
         "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
     },
+    "a transcript as the prompt": {
+        "prompt": "\n\nHuman: 2+2?\n\nAssistant:",
+        "chosen": "4",
+        "rejected": "5",
+    },
+    "a transcript as the prompt, repeated": {
+        "prompt": "\n\nHuman: 2+2?\n\nAssistant:",
+        "chosen": "\n\nHuman: 2+2?\n\nAssistant: 4",
+        "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5",
+    },
 }
 
 
@@ -69,9 +79,28 @@ def test_the_shared_turns_of_two_transcripts_are_the_prompt():
     assert found == Preference(said("Hi", "Hello", "2+2?"), ("4", "5"))
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_system_field_of_a_record_begins_its_prompt(name):
+    system = {"role": "system", "content": "Be brief."}
+    found = to_preference(RECORDS[name] | {"system": "Be brief."})
+    assert found == PAIR._replace(prompt=[system, *ASKED])
+    assert (
+        to_preference(RECORDS[name] | {"system": ""})
+        == to_preference(RECORDS[name] | {"system": None})
+        == PAIR
+    )
+
+
+def test_a_system_message_in_the_prompt_goes_before_the_system_field():
+    prompt = [{"role": "system", "content": "Own."}, *ASKED]
+    record = {"prompt": prompt, "chosen": "4", "rejected": "5", "system": "Other."}
+    assert to_preference(record).prompt == prompt
+
+
 @pytest.mark.parametrize(
     "record, problem",
     [
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "5", "system": 3}, "system 3: expected a text"),
         ({"prompt": "2+2?", "chosen": "4"}, "no field 'rejected', it has 'prompt', 'chosen'"),
         ({"prompt": "2+2?", "completion": "4", "label": "maybe"}, "label 'maybe': expected true or false"),
         ({"chosen": "4", "rejected": "5"}, "expected a transcript"),

@@ -13,6 +13,7 @@ from engine.batches import Batches
 
 GIVEN = {
     "tokens_per_second": 1.0,
+    "unit": "tokens",
     "flops_per_second": 1.0,
     "mfu": None,
     "product_flops": None,

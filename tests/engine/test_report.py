@@ -195,7 +195,7 @@ def test_environment_is_plain_json():
 
 def test_a_run_is_described_before_it_starts():
     described = dict(model="gpt tiny", data="stdlib, 900 tokens", guess="right for 9 %", n_params=2000)
-    described |= dict(n_active=2000, n_trained=2000, steps=1300, tokens_per_step=2048, epochs=0.5, step=40)
+    described |= dict(n_active=2000, n_trained=2000, steps=1300, units_per_step=2048, epochs=0.5, step=40)
     described |= dict(flops=1.5e15, device="float32 on cpu", minutes=4.61)
     assert report.describe_run(**described) == [
         "model  gpt tiny, 2,000 parameters",
@@ -205,6 +205,8 @@ def test_a_run_is_described_before_it_starts():
         "cost   1.50e+15 FLOPs, 1331.20 tokens per parameter (Chinchilla: 20)",
         "here   float32 on cpu, about 4.6 min from step 40",
     ]
+    *_, run, cost, _ = report.describe_run(**described | {"unit": "images"})
+    assert "2,048 images: 2,662,400" in run and cost.endswith("1331.20 images per parameter")
     model, *_ = report.describe_run(**described | {"n_active": 500})
     assert model.endswith("2,000 parameters, 500 of them active")
     model, _, run, cost, _ = report.describe_run(**described | {"n_trained": 20, "guess": None})

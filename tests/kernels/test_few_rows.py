@@ -91,3 +91,16 @@ def test_a_model_that_gains_nothing_stays_as_it_is():
     assert arrange(model, 1, 11) is model  # too few tokens
     model = small().double()
     assert arrange(model, 1, 64) is model
+
+
+def test_several_rows_and_large_matrices_are_not_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None: compiled.append(mode) or f)
+    model = small()
+    for rows in ([[1, 2]], [[1, 2], [3, 4]]):
+        expected = model.generate(rows, 5, temperature=0)
+        assert model.generate(rows, 5, temperature=0, compile=True) == expected
+    assert len(compiled) == 1
+    monkeypatch.setattr(few_rows, "LARGE", 1600)  # only the embedding is as large
+    model.generate([[1, 2], [3, 4]], 5, temperature=0, compile=True)
+    assert len(compiled) == 2

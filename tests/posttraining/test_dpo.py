@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import small_gpt
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import gpt
+import moe
 import train
 from data.tokenizer import get_tokenizer
 from posttraining import dpo, frontier
@@ -243,6 +244,14 @@ THEIRS = {  # TRL's loss_type: our method. Its `ipo` is of means, its `sigmoid` 
 }
 
 
+def test_simpo_has_the_beta_of_its_paper_unless_it_is_set():
+    assert dpo.Config(method="simpo").scale == 2.0 and dpo.Config().scale == 0.1
+    assert dpo.Config(method="simpo", beta=0.1).scale == 0.1
+    pair = torch.tensor([[-10.0, -12.0]]), torch.zeros(1, 2), torch.tensor([[4, 5]])
+    loss = dpo.pair_losses(*pair, dpo.Config(method="simpo"))
+    assert loss.item() == pytest.approx(1.463282, abs=6e-7)  # beta 2, gamma 1
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_a_loss_of_pairs_agrees_with_trl(name, models):
     policy, reference = (logps(model, "pairs").view(2, -1).T for model in models)  # (3, 2)
@@ -356,6 +365,49 @@ def test_with_an_adapter_the_reference_is_the_base_without_it(small, tmp_path):
     assert (tmp_path / "run/model/adapter_config.json").is_file()
 
 
+def first_loss(out):
+    return next(row["val_loss"] for row in small_gpt.rows(out) if "val_loss" in row)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_an_adapter_that_is_trained_further_is_the_reference_as_it_starts(adapter, small, tmp_path):
+    # With its base in 4 bits or not: as it is trained.
+    data = pairs_file(tmp_path)
+    more = ("--data", data, "--adapter", adapter, "--batch-size", "4", "--lr", "0.05")
+    assert train.main(flags(tmp_path / "a", "--init-from", small, *more)) == 0
+    last = [row["val_loss"] for row in small_gpt.rows(tmp_path / "a") if "val_loss" in row][-1]
+    assert abs(last - math.log(2)) > 0.01  # it is no longer the base
+    assert train.main(flags(tmp_path / "b", "--init-from", tmp_path / "a/model", *more, steps=1)) == 0
+    assert first_loss(tmp_path / "b") == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_fields_of_the_model_that_set_changes_reach_the_reference(small, tmp_path):
+    more = ("--init-from", small, "--data", pairs_file(tmp_path), "--batch-size", "4")
+    assert train.main(flags(tmp_path / "run", *more, "--set", "rope_theta=10.0", "beta=100.0", steps=1)) == 0
+    assert first_loss(tmp_path / "run") == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_cached_log_probabilities_that_do_not_fit_the_rows_are_computed_again(small, tmp_path):
+    argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), "--batch-size", "4")
+
+    def reference():
+        run = train.prepare(train.parse_arguments(argv))
+        run.close()
+        return run.dataset.train.reference.tolist()
+
+    expected = reference()
+    (path,) = (tmp_path / "cache").glob("reference-*")
+    tensors = load_file(path)
+    for change in (lambda x: x[:, :1], lambda x: x[1:], lambda x: x * math.nan):
+        save_file(tensors | {"train": change(tensors["train"]).contiguous()}, path)
+        assert reference() == expected
+    path.write_bytes(b"damaged")
+    assert reference() == expected
+    tensors["train"][0, 0] = -5.0  # one that fits is read
+    save_file(tensors, path)
+    assert reference()[0][0] == -5.0
+
+
 def test_another_reference_is_used_where_it_is_named(small, tmp_path):
     other = tmp_path / "other"
     torch.manual_seed(1)
@@ -389,7 +441,7 @@ def test_on_the_chain_dpo_comes_near_the_exact_optimum(tmp_path, capsys):
         (["--set", "beta=0"], "beta 0: expected a number above 0"),
         (["--set", "reference={chain}"], "a vocabulary of 5 tokens, the trained model has 257"),
         (["--document-mask"], "--document-mask"),
-        (["--set", "method=kto", "beta=x"], "beta=x: expected a value such as 0.1"),
+        (["--set", "method=kto", "beta=x"], "beta 'x': expected a number above 0"),
     ],
 )
 def test_a_mistake_ends_in_one_line(more, problem, small, tmp_path, capsys):
@@ -397,6 +449,16 @@ def test_a_mistake_ends_in_one_line(more, problem, small, tmp_path, capsys):
     more = [word.format(chain=chain) for word in more]
     argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), *more)
     assert problem in small_gpt.refused(capsys, argv)
+
+
+def test_the_balance_losses_of_a_mixture_are_left_out_only_where_that_is_said(tmp_path, capsys):
+    config = moe.Config(1, 2, 16, 32, 257, 64, n_experts=4, top_k=2, d_expert=8, eos_token_id=256)
+    moe.MoEGPT(config).save_pretrained(tmp_path / "moe")
+    get_tokenizer("bytes").save(tmp_path / "moe")
+    argv = flags(tmp_path / "run", "--init-from", tmp_path / "moe", "--data", pairs_file(tmp_path), steps=1)
+    argv[argv.index("dpo") : argv.index("dpo") + 1] = ["moe", "--task", "dpo"]
+    assert "add --set aux_loss_coef=0" in small_gpt.refused(capsys, [*argv, "--batch-size", "4"])
+    assert train.main([*argv, "--batch-size", "4", "--set", "aux_loss_coef=0"]) == 0
 
 
 def test_a_run_without_a_trained_model_is_refused(tmp_path, capsys):

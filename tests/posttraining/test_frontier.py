@@ -105,6 +105,20 @@ def test_a_model_that_writes_begin_and_one_without_it_have_no_value():
         frontier.value_of(model, Chain(S=5))
 
 
+def test_what_is_written_outside_of_the_chain_is_measured_and_does_not_count():
+    model = frontier.build_model()
+    reward, kl, outside = frontier.exact_value(model)
+    assert outside < 1e-9
+    with torch.no_grad():  # BEGIN is 0.01 times as likely as state 3, after any token
+        hidden = model.hidden(torch.arange(5)[:, None])[:, 0].double()
+        logits = hidden @ model.lm_head.weight[3].double() + math.log(0.01)
+        model.lm_head.weight[4] = (torch.linalg.pinv(hidden) @ logits).float()
+    found = frontier.exact_value(model)
+    # 0.01 p(3) at each of eight tokens, where p(3) is a quarter on average
+    assert found.outside == pytest.approx(8 * 0.01 / 4, rel=0.05)
+    assert found[:2] == pytest.approx((reward, kl), abs=1e-5)
+
+
 def test_samples_follow_the_chain_and_are_the_same_for_a_seed():
     chain = Chain()
     tokens = chain.sample(20_000, torch.Generator().manual_seed(1))

@@ -21,6 +21,16 @@ def test_a_tie_and_an_answer_without_a_score_do_not_count():
     assert counts.tolist() == [True, True, False, False]
 
 
+def test_drawn_preferences_have_the_odds_of_the_difference_of_rewards():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [math.nan, 1.0]]).repeat(4000, 1)
+    order, counts = online_dpo.ranked(scores, torch.Generator().manual_seed(0))
+    assert counts.view(-1, 4).all(0).tolist() == [True, True, True, False]
+    assert torch.equal(order.sort(dim=1).values, torch.tensor([[0, 1]]).expand_as(order))
+    first = (order[:, 0] == 0).view(-1, 4).double().mean(0)
+    expected = [1 / (1 + math.exp(-d)) for d in (1, -2, 0)]
+    assert first[:3].tolist() == pytest.approx(expected, abs=0.025)  # three standard errors
+
+
 @pytest.fixture
 def model():
     model = frontier.build_model()

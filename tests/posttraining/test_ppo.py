@@ -1,5 +1,6 @@
 """The loop of PPO, GRPO and RLOO: exact at its start and on resuming, better at its end; its rewards."""
 
+import copy
 import json
 import math
 import os
@@ -84,6 +85,57 @@ def test_an_adapter_learns_with_its_base_as_the_reference_and_resumes_to_the_bit
     model, base = open_model(tmp_path / "a" / "model"), open_model(frontier.reference_model(cache))
     own = model.model.layers[0].mlp.down_proj.base_layer.weight
     assert torch.equal(own, base.model.layers[0].mlp.down_proj.weight)
+
+
+@pytest.mark.usefixtures("exact_values_later")
+def test_an_adapter_that_is_trained_further_has_itself_at_the_start_as_the_reference(cache, tmp_path):
+    argv = ["--adapter", "lora", "--schedule", "constant", "--warmup", "0"]
+    assert train.main([*flags(cache, tmp_path / "a"), *argv]) == 0
+    start = tmp_path / "a" / "model"
+    assert train.main([*flags(cache, tmp_path / "b", init_from=start, data="chain", steps=2), *argv]) == 0
+    first, second = (row for row in rows(tmp_path / "b") if "reward" in row)
+    assert first["kl"] == first["kl_k3"] == 0.0 and second["kl"] != 0.0
+
+    # A copy of the model, such as one that is arranged for sampling, has the same reference.
+    own = policy()
+    assert copy.deepcopy(own.reference) is own.reference
+
+
+@pytest.mark.usefixtures("exact_values_later")
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_the_pass_of_the_rollout_takes_the_place_of_one_in_the_first_update_to_the_bit(
+    method, cache, tmp_path, monkeypatch
+):
+    def trained(out):
+        calls, evaluate = [], rollout.Policy.evaluate
+        counted = lambda *args: calls.append(1) or evaluate(*args)  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout.Policy, "evaluate", counted)
+            assert train.main(flags(cache, out, f"method={method}", steps=2)) == 0
+        return load_file(out / "model" / "model.safetensors"), len(calls)
+
+    once, n_once = trained(tmp_path / "once")
+    original = ppo.roll_out
+    monkeypatch.setattr(ppo, "roll_out", lambda *args: original(*args[:5], keep_graph=False))
+    twice, n_twice = trained(tmp_path / "twice")
+    assert all(torch.equal(once[name], twice[name]) for name in twice)
+    assert (n_once, n_twice) == (4, 6)  # two steps of two epochs
+
+
+def test_the_flops_of_a_step_are_those_of_all_its_passes():
+    own, forward = policy(samples=8, epochs=4), frontier.build_model().flops_per_token(9) / 3
+    # To sample, by the policy and by the reference; then three epochs forward and four backward.
+    assert ppo.flops_per_token(own, own.settings, 9) == round(8 * forward * (3 + 3 + 4 * 2))
+    own = policy(samples=8, epochs=4, minibatches=2)
+    assert ppo.flops_per_token(own, own.settings, 9) == round(8 * forward * (3 + 4 * 3))
+
+
+def test_beta_may_be_0_where_the_penalty_is_in_the_loss(cache, tmp_path, capsys):
+    argv = flags(cache, tmp_path / "run", "method=dapo", "beta=0", steps=2)
+    assert train.main(argv) == 0
+    assert "the optimum at beta 0 has reward 8.0000 at KL 6.5241" in capsys.readouterr().out
+    last = rows(tmp_path / "run")[-1]
+    assert last["val_loss"] == -last["val_reward"]
 
 
 def die_in_a_rollout(argv, n: int) -> int:
@@ -328,6 +380,8 @@ def test_exact_scores_1_where_the_text_is_the_answer():
     "others, settings, words",
     [
         ({}, ["beta=0"], ["beta 0", "above 0"]),
+        ({}, ["method=rloo", "beta=0"], ["beta 0", "above 0 with rloo"]),
+        ({}, ["method=grpo", "beta=0", "target_kl=1.0"], ["beta 0", "target_kl"]),
         ({}, ["beta=-1.0"], ["beta -1.0"]),
         ({}, ["method=other"], ["method 'other'", "rloo"]),
         ({}, ["method=rloo", "samples=1"], ["samples 1", "at least 2"]),

@@ -209,6 +209,8 @@ def test_on_the_chain_the_scores_follow_the_exact_reward(tmp_path, capsys):
     assert r > 0.8
     saved = RewardModel.from_pretrained(tmp_path / "run/model").eval()
     assert saved.bias != 0 and "chance ranks 50.0%" in out
+    last = small_gpt.rows(tmp_path / "run")[-1]
+    assert "val_accuracy" in last and "perplexity" not in last  # it predicts no token
 
 
 @pytest.fixture

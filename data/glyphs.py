@@ -1,0 +1,169 @@
+"""Glyphs: pictures of characters, drawn from fonts that every machine has.
+
+    (font, character) -> 32 x 32 grey picture, its label (the character), its caption (style and name)
+
+matplotlib, which this project needs anyway, ships 40 TrueType fonts. 21 of them are of use: DejaVu, STIX and
+Computer Modern. The others have their own encodings under the codes of letters, or draw frames. So there are
+images with exact labels and no download, in as many combinations as fonts and characters have. What is held
+out is a *combination*: a font that was never seen, or a pair of a font and a character that were seen apart.
+
+    glyphs          62 letters and digits, drawn in 21 fonts; a tenth of the pairs is held out
+    glyphs:fonts    the same; nine fonts are held out (STIX, Computer Modern), twelve are learned from
+    glyphs:all      Latin, Greek and Cyrillic letters, and digits: 17,000 pairs, a tenth of them held out
+
+    python -m data.glyphs [glyphs:all]      how many there are, and some captions
+"""
+
+import string
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from formats import command
+
+SIZE = 32  # pixels, both ways
+FONT_SIZE = 24  # pixels
+HELD_OUT = 1 / 10  # share of the pairs
+ALPHANUMERIC = string.ascii_uppercase + string.ascii_lowercase + string.digits
+BLOCKS = (range(0x21, 0x250), range(0x370, 0x400), range(0x400, 0x530), range(0x1E00, 0x2000))
+SCRIPTS = ("LATIN", "GREEK", "CYRILLIC", "DIGIT")  # how the names of the characters in "glyphs:all" begin
+FONTS = {  # the file's name without .ttf: its style in words
+    "DejaVuSans": "sans",
+    "DejaVuSans-Bold": "bold sans",
+    "DejaVuSans-Oblique": "oblique sans",
+    "DejaVuSans-BoldOblique": "bold oblique sans",
+    "DejaVuSansMono": "monospaced",
+    "DejaVuSansMono-Bold": "bold monospaced",
+    "DejaVuSansMono-Oblique": "oblique monospaced",
+    "DejaVuSansMono-BoldOblique": "bold oblique monospaced",
+    "DejaVuSerif": "serif",
+    "DejaVuSerif-Bold": "bold serif",
+    "DejaVuSerif-Italic": "italic serif",
+    "DejaVuSerif-BoldItalic": "bold italic serif",
+    "STIXGeneral": "times",
+    "STIXGeneralBol": "bold times",
+    "STIXGeneralItalic": "italic times",
+    "STIXGeneralBolIta": "bold italic times",
+    "cmr10": "roman",
+    "cmb10": "bold roman",
+    "cmss10": "roman sans",
+    "cmti10": "italic roman",
+    "cmtt10": "typewriter",
+}
+UNSEEN = tuple(font for font in FONTS if not font.startswith("DejaVu"))  # held out of "glyphs:fonts"
+
+
+class Glyph(NamedTuple):
+    """A character in a font."""
+
+    font: str
+    character: str
+
+
+def caption(glyph: Glyph) -> str:
+    """Return a glyph in words: "bold italic serif latin small letter g with breve"."""
+    return f"{FONTS[glyph.font]} {unicodedata.name(glyph.character).lower()}"
+
+
+@cache
+def open_font(name: str, size: int = FONT_SIZE):
+    """Return a font at a size in pixels. Raises ValueError where this matplotlib does not ship it."""
+    import matplotlib
+    from PIL import ImageFont
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    try:
+        return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); install matplotlib again") from None
+
+
+def draw(glyph: Glyph) -> np.ndarray:
+    """Return the picture of a glyph, uint8 (1, SIZE, SIZE): white ink, 255, in the middle of black, 0."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("L", (SIZE, SIZE))
+    middle = (SIZE / 2, SIZE / 2)
+    ImageDraw.Draw(image).text(middle, glyph.character, 255, font=open_font(glyph.font), anchor="mm")
+    return np.asarray(image)[None]
+
+
+@cache
+def covered(font: str) -> frozenset[int]:
+    """Return the codes of the characters that a font has."""
+    import matplotlib
+    from matplotlib.ft2font import FT2Font
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+    return frozenset(FT2Font(str(path)).get_charmap())
+
+
+def all_glyphs() -> list[Glyph]:
+    """Return the glyphs of "glyphs:all", in order of fonts and codes.
+
+    Computer Modern is used for the 62 letters and digits only: under other codes it has other characters.
+    """
+    every = [chr(code) for block in BLOCKS for code in block]
+    known = [c for c in every if c.isalnum() and unicodedata.name(c, "").startswith(SCRIPTS)]
+    return [
+        Glyph(font, character)
+        for font in FONTS
+        for character in (ALPHANUMERIC if font.startswith("cm") else known)
+        if ord(character) in covered(font)
+    ]
+
+
+def choose(name: str) -> tuple[list[Glyph], list[Glyph]]:
+    """Return (glyphs to learn from, glyphs held out) of a set: "glyphs", "glyphs:fonts" or "glyphs:all".
+
+    A held-out pair's font and its character both occur among those to learn from. Raises ValueError for
+    another name.
+    """
+    if name not in ("glyphs", "glyphs:fonts", "glyphs:all"):
+        raise ValueError(f"--data {name}: expected glyphs, glyphs:fonts or glyphs:all")
+    glyphs = all_glyphs() if name == "glyphs:all" else [Glyph(f, c) for f in FONTS for c in ALPHANUMERIC]
+    if name == "glyphs:fonts":
+        return [g for g in glyphs if g.font not in UNSEEN], [g for g in glyphs if g.font in UNSEEN]
+    return hold_out_pairs(glyphs)
+
+
+def hold_out_pairs(glyphs: list[Glyph]) -> tuple[list[Glyph], list[Glyph]]:
+    """Return (the others, a tenth of the pairs), always the same ones. Of each character at least one font
+    stays among the others."""
+    left: dict[str, int] = {}
+    for glyph in glyphs:
+        left[glyph.character] = left.get(glyph.character, 0) + 1
+    held: set[Glyph] = set()
+    for i in np.random.default_rng(0).permutation(len(glyphs)):
+        if len(held) < int(len(glyphs) * HELD_OUT) and left[glyphs[i].character] > 1:
+            held.add(glyphs[i])
+            left[glyphs[i].character] -= 1
+    return [g for g in glyphs if g not in held], [g for g in glyphs if g in held]
+
+
+def pictures(glyphs: Iterable[Glyph]) -> np.ndarray:
+    """Return the pictures of glyphs, uint8 (n, 1, SIZE, SIZE)."""
+    return np.stack([draw(glyph) for glyph in glyphs])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Count the glyphs of a set, and print some captions.")
+    parser.add_argument(
+        "name", nargs="?", default="glyphs", help="glyphs, glyphs:fonts or glyphs:all (default %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    for part, glyphs in zip(("to learn from", "held out"), choose(args.name), strict=True):
+        n_characters = len({glyph.character for glyph in glyphs})
+        n_fonts = len({glyph.font for glyph in glyphs})
+        print(f"{len(glyphs):,} {part}: {n_characters:,} characters in {n_fonts} fonts")
+        for i in range(4):
+            glyph = glyphs[i * len(glyphs) // 4]
+            print(f"    {glyph.character}  {caption(glyph)}")
+
+
+if __name__ == "__main__":
+    command.run(main)

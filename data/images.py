@@ -1,0 +1,418 @@
+"""Images: from files, or from glyphs, to rows {"image": uint8 (C, H, W), "label": int64 ()}.
+
+    glyphs, glyphs:fonts, glyphs:all    drawn here from matplotlib's fonts (data/glyphs.py)
+    a folder of folders                 a folder for each class; or train/ and val/ with such folders
+    a folder of images                  images without classes
+    a folder of published files         MNIST's *-idx3-ubyte, also .gz; CIFAR-10's and CIFAR-100's .bin
+
+Every image becomes 8 bits, C channels, H x W pixels: an image from a folder is scaled so that it covers H x W
+and its middle is cut out. Folders are decoded once, to a memory map below --cache, with a manifest. Images
+are turned as their camera says; transparency becomes white; of an animation the first frame is used; CMYK is
+converted and 16 bits become 8. Each of these is counted and printed. What cannot be read is refused, or left
+out by --bad-text skip, and so is an image with more pixels than Pillow's limit against bombs.
+
+    python -m data.images FOLDER      decode a folder, and print what is in it
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data import glyphs, published_images
+from data.rows import Dataset, Row, Rows
+from data.text import only_one_at
+from formats import command
+from formats.atomic import damage, names_full_disk, replace_directory, write_checksums
+from formats.progress import progress_bar
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+HELD_OUT = 1 / 10  # share of each class
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+MOST_NAMED = 5  # images that are left out are named up to this number, and then counted
+VERSION = 1  # of what decoding does: other pixels need another number
+
+
+class ImageRows(Rows):
+    """Images as rows {"image": uint8 (C, H, W), "label": int64 (), "augment": bool ()}.
+
+    label: -1 where there are no classes. augment: true for images to learn from.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, augment: bool):
+        super().__init__(images)
+        self.labels, self.augment = labels, np.array(augment)
+
+    def __getitem__(self, i: int) -> Row:
+        i %= len(self.rows)
+        image = np.array(self.rows[i])  # a copy: a memory map cannot be written to
+        return {"image": image, "label": np.array(self.labels[i], np.int64), "augment": self.augment}
+
+
+class Part(NamedTuple):
+    """One of the two parts of a set, to learn from or held out."""
+
+    images: np.ndarray  # uint8 (N, C, H, W), perhaps memory-mapped
+    labels: np.ndarray  # int64 (N,)
+
+
+def prepare(
+    data: str,
+    size: tuple[int, int],
+    cache: Path,
+    *,
+    channels: int | None = None,
+    val: str | None = None,
+    bad_images: str = "refuse",
+    notify: Callable[[str], None] = print,
+) -> Dataset:
+    """Return the images that `data` names, see above, in parts to learn from and held out.
+
+    size: height and width. channels: 1 or 3; None: those that the set has, 3 in folders. val: a folder of
+    images to hold out; by default it is the set's own test part, or a tenth of each class. bad_images: "skip"
+    leaves out what cannot be read, "refuse" raises ValueError. notify is called with one line of what was
+    converted or left out. Raises ValueError for everything that a user can mend.
+    """
+    if data.startswith("glyphs"):
+        if val is not None:
+            raise ValueError(f"--val {val}: {data} has a held-out part of its own; leave out --val")
+        parts, labels = glyph_parts(data)
+    else:
+        folder = existing_folder(data, "--data")
+        published = published_images.read(folder)
+        if published is None:
+            with only_one_at(cache, notify):
+                found, labels = find_images(folder, val)
+                shape = (channels or 3, *size)
+                parts = decoded(found, labels, shape, cache, bad_images == "skip", notify)
+            return as_dataset(*parts, labels)
+        if val is not None:
+            raise ValueError(f"--val {val}: {data} has a test part of its own; leave out --val")
+        *parts, labels = published
+    parts = [Part(fitted(images, size, channels), numbers) for images, numbers in parts]
+    return as_dataset(*parts, labels)
+
+
+def as_dataset(train: Part, val: Part, labels: Sequence[str]) -> Dataset:
+    """Return two parts as a Dataset. labels: the names of the classes; none: there are no classes.
+
+    Raises ValueError for a part without images, and for a label beyond the classes.
+    """
+    digest = hashlib.sha256(json.dumps(list(labels)).encode())
+    for name, part in (("to learn from", train), ("held out", val)):
+        if not len(part.images):
+            raise ValueError(f"no images are {name}; expected at least one")
+        if labels and part.labels.max() >= len(labels):
+            raise ValueError(
+                f"an image {name} has label {part.labels.max()}; expected 0 to {len(labels) - 1}, the classes"
+            )
+        digest.update(str(part.images.shape).encode() + part.labels.tobytes())
+        for image in part.images:
+            digest.update(image.tobytes())
+    C, H, W = train.images.shape[1:]
+    kind = "grey" if C == 1 else "colour"
+    classes = f", {len(labels)} classes" if labels else ""
+    summary = f"{len(train.images):,} {kind} images of {H} x {W} to learn from, {len(val.images):,} held out"
+    rows = ImageRows(*train, augment=True), ImageRows(*val, augment=False)
+    name = f"images-{digest.hexdigest()[:16]}"
+    return Dataset(name, None, *rows, summary=summary + classes, unit="images", labels=tuple(labels))
+
+
+def glyph_parts(name: str) -> tuple[list[Part], list[str]]:
+    """Return both parts of a set of glyphs, and the characters that are its classes."""
+    sides = glyphs.choose(name)
+    characters = list(dict.fromkeys(glyph.character for side in sides for glyph in side))
+    number = {character: i for i, character in enumerate(characters)}
+    labels = [np.array([number[glyph.character] for glyph in side]) for side in sides]
+    return [Part(glyphs.pictures(side), of) for side, of in zip(sides, labels, strict=True)], characters
+
+
+# --- another size
+
+
+def fitted(images: np.ndarray, size: tuple[int, int], channels: int | None) -> np.ndarray:
+    """Return images (N, C, H, W) of another size and number of channels.
+
+    Images that are a little smaller (at most a quarter) get a border of zeros, as LeNet's MNIST of 28 x 28
+    has in 32 x 32; others are scaled and cut. Grey becomes colour by three equal channels.
+    """
+    C, H, W = images.shape[1:]
+    missing = (size[0] - H, size[1] - W)
+    if all(0 <= m <= s // 4 for m, s in zip(missing, size, strict=True)):
+        around = [(m // 2, m - m // 2) for m in missing]
+        images = np.pad(images, [(0, 0), (0, 0), *around]) if any(missing) else images
+    else:
+        images = np.stack([as_array(scaled(as_image(image), size)) for image in images])
+    if channels is None or channels == C:
+        return images
+    if channels == 3:
+        return images.repeat(3, axis=1)
+    return np.stack([as_array(as_image(image).convert("L")) for image in images])
+
+
+def as_image(array: np.ndarray):
+    """Return an array, uint8 (1 or 3, H, W), as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def as_array(image) -> np.ndarray:
+    """Return a Pillow image, grey or colour, as an array uint8 (1 or 3, H, W)."""
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def scaled(image, size: tuple[int, int]):
+    """Return a Pillow image scaled, without aliasing, to cover height x width, and its middle cut out."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+# --- folders
+
+
+class Found(NamedTuple):
+    """An image in a folder."""
+
+    path: Path
+    label: int  # the number of its class, -1 without classes
+    is_held_out: bool
+
+
+def existing_folder(name: str, flag: str) -> Path:
+    """Return the path of a folder; ValueError if there is none."""
+    path = Path(name)
+    if not path.is_dir():
+        what = "a file" if path.exists() else "not found"
+        raise ValueError(f"{flag} {name}: {what}; expected glyphs, or a folder of images")
+    return path
+
+
+def find_images(folder: Path, val: str | None) -> tuple[list[Found], list[str]]:
+    """Return the images of a folder, and the names of its classes in alphabetical order.
+
+    Raises ValueError where images and folders are mixed, for a class without images, and for held-out images
+    of other classes.
+    """
+    inside = {PARTS[path.name]: path for path in folder.iterdir() if path.is_dir() and path.name in PARTS}
+    if val is not None:
+        inside = {"train": inside.get("train", folder), "val": existing_folder(val, "--val")}
+    if inside.keys() != {"train", "val"}:
+        members, labels = class_folders(folder)
+        return hold_out(members), labels
+    (train, labels), (held, others) = class_folders(inside["train"]), class_folders(inside["val"])
+    if others != labels:
+        odd = sorted(set(others) ^ set(labels))
+        raise ValueError(f"{inside['val']}: class {odd[0]!r}: expected the classes of {inside['train']}")
+    return [Found(*m, False) for m in train] + [Found(*m, True) for m in held], labels
+
+
+def class_folders(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    """Return (path, number of its class) of the images in a folder, and the names of the classes."""
+    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    loose = images_in(folder, deep=not folders)
+    if not folders:
+        if not loose:
+            raise ValueError(
+                f"{folder}: no images; expected files of {' '.join(SUFFIXES)}, or a folder for each class"
+            )
+        return [(path, -1) for path in loose], []
+    if loose:
+        raise ValueError(
+            f"{folder}: has images ({loose[0].name} ...) beside folders ({folders[0].name} ...); expected "
+            "a folder for each class, or images alone"
+        )
+    members = [(path, i) for i, one in enumerate(folders) for path in images_in(one, deep=True)]
+    for i, one in enumerate(folders):
+        if not any(label == i for _, label in members):
+            raise ValueError(f"{one}: a class without images; expected files of {' '.join(SUFFIXES)}")
+    return members, [one.name for one in folders]
+
+
+def images_in(folder: Path, deep: bool) -> list[Path]:
+    """Return the images of a folder, sorted. deep: also those in folders inside it."""
+    paths = folder.rglob("*") if deep else folder.glob("*")
+    return sorted(
+        path
+        for path in paths
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def hold_out(members: list[tuple[Path, int]]) -> list[Found]:
+    """Return all images, with a tenth of each class held out, always the same ones, and one of few."""
+    found = []
+    for label in sorted({label for _, label in members}):
+        paths = [path for path, own in members if own == label]
+        n_held = max(int(len(paths) * HELD_OUT), len(paths) > 1)
+        held = set(np.random.default_rng(label + 1).permutation(len(paths))[:n_held].tolist())
+        found += [Found(path, label, i in held) for i, path in enumerate(paths)]
+    return found
+
+
+# --- decoding
+
+
+def decoded(
+    found: list[Found],
+    labels: list[str],
+    shape: tuple[int, int, int],
+    cache: Path,
+    skip: bool,
+    notify: Callable[[str], None],
+) -> tuple[Part, Part]:
+    """Return both parts of the images found, in memory maps below the cache that are made once."""
+    # The cache is found by names, sizes and times of change: files need not be read to see that it is right.
+    made_from = {"version": VERSION, "shape": list(shape), "labels": labels, "skip": skip}
+    stats = [(one.path, one.path.stat()) for one in found]
+    files = [(path.parent.name, path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    places = [(one.label, one.is_held_out) for one in found]
+    key = hashlib.sha256(json.dumps([made_from, files, places]).encode()).hexdigest()
+    home = cache / f"images-{key[:16]}"
+    problem = damage(home)
+    if problem is not None:
+        if home.exists():
+            notify(f"{problem}: built anew")
+        build(home, made_from, found, shape, skip, notify)
+
+    # Print what was converted at every start.
+    manifest = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["notes"]:
+        counted = ", ".join(f"{n:,} {note}" for note, n in sorted(manifest["notes"].items()))
+        notify(f"{len(found):,} images read: {counted}")
+    return open_part(home, manifest, "train"), open_part(home, manifest, "val")
+
+
+def open_part(home: Path, manifest: dict, name: str) -> Part:
+    """Return a part with its pixels memory-mapped."""
+    labels = np.array(manifest[name], np.int64)
+    shape = (len(labels), *manifest["shape"])
+    if not len(labels):  # an empty file cannot be mapped
+        return Part(np.empty(shape, np.uint8), labels)
+    return Part(np.memmap(home / f"{name}.bin", np.uint8, "r", shape=shape), labels)
+
+
+def build(
+    home: Path,
+    made_from: dict,
+    found: list[Found],
+    shape: tuple[int, int, int],
+    skip: bool,
+    notify: Callable[[str], None],
+) -> None:
+    """Decode images to home/train.bin and val.bin, with their labels in manifest.json, all or nothing."""
+    notes, kept = Counter(), {"train": [], "val": []}
+    with replace_directory(home) as new, progress_bar(desc="decode", total=len(found), unit="image") as bar:
+        with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
+            for one in found:
+                bar.update()
+                try:
+                    image = decode(one.path, shape, notes)
+                except ValueError as error:
+                    left_out(error, skip, notes, notify)
+                    continue
+                with names_full_disk(home):
+                    (val if one.is_held_out else train).write(image.tobytes())
+                kept["val" if one.is_held_out else "train"].append(one.label)
+        manifest = made_from | kept | {"notes": notes}
+        (new / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        write_checksums(new)
+
+
+def left_out(error: ValueError, skip: bool, notes: Counter, notify: Callable[[str], None]) -> None:
+    """Count and name an image that cannot be read; raise ValueError unless such images are to be skipped."""
+    if not skip:
+        raise ValueError(
+            f"{error}; mend or remove it, or pass --bad-text skip to leave such images out"
+        ) from None
+    notes["left out"] += 1
+    if notes["left out"] <= MOST_NAMED:
+        notify(f"skipped: {error}")
+
+
+def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarray:
+    """Return an image file as uint8 (C, H, W), and count in notes what had to be converted.
+
+    Raises ValueError for a file that is damaged, is no image, or has more pixels than Pillow's limit.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    notes["animated (first frame used)"] += 1
+                image.load()
+                image = ImageOps.exif_transpose(image)
+                image = converted(image, "L" if shape[0] == 1 else "RGB", notes)
+        except UnidentifiedImageError:
+            raise ValueError(f"{path}: not an image that can be read") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            limit = f"at most {Image.MAX_IMAGE_PIXELS:,} are read, against files made to fill the memory"
+            raise ValueError(f"{path}: {str(error).partition(',')[0]}: {limit}") from None
+        except (OSError, SyntaxError, EOFError, ArithmeticError, LookupError) as error:
+            raise ValueError(f"{path}: damaged or cut off ({error})") from None
+    if image.height < shape[1] or image.width < shape[2]:
+        notes[f"smaller than {shape[1]} x {shape[2]} (enlarged)"] += 1
+    return as_array(scaled(image, shape[1:])).copy()
+
+
+def converted(image, mode: str, notes: Counter):
+    """Return a Pillow image of any mode in another: "L", grey, or "RGB"."""
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535 or image.mode == "F":
+            raise OSError(f"pixels of mode {image.mode} between {values.min():g} and {values.max():g}")
+        notes["of 16 bits (scaled to 8)"] += 1
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        notes["transparent (put on white)"] += 1
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    elif image.mode == "CMYK":
+        notes["CMYK (converted)"] += 1
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Decode images, and print what is in them.")
+    add = parser.add_argument
+    add("data", nargs="?", default="glyphs", help="images, as for train.py --data (default %(default)s)")
+    add("--val", metavar="FOLDER", help="held-out images (default: a tenth of each class)")
+    add("--size", type=int, default=32, help="height and width in pixels (default %(default)s)")
+    add(
+        "--cache",
+        type=command.path,
+        default=Path("cache"),
+        help="folder for the pixels (default %(default)s)",
+    )
+    add(
+        "--bad-text",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do with a file that is no image (default %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    dataset = prepare(args.data, (args.size, args.size), args.cache, val=args.val, bad_images=args.bad_text)
+    print(dataset.summary)
+    counts = Counter(dataset.train.labels.tolist())
+    for i, label in enumerate(dataset.labels[:100]):
+        print(f"    {counts[i]:7,} {label}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,124 @@
+"""Decoders: how the tokens of a text become the text again.
+
+A decoder is a part of a tokenizer.json, as a normalizer is (data/normalize.py). `decoder` returns its
+function, from a list of tokens to a list of texts, which are then joined.
+
+    GPT-2, Llama 3     ByteLevel: characters of the byte alphabet become bytes
+    BERT               WordPiece: a space in front of each token without "##"
+    T5, ALBERT         Metaspace: "▁" becomes a space, but not in the first token
+    Llama 2, Mistral   Replace "▁" by " ", ByteFallback ("<0xE2>" becomes a byte), Fuse, Strip one space
+"""
+
+import re
+from collections.abc import Callable
+from itertools import groupby
+
+from data.merges import BYTE_PIECES
+from data.normalize import maker, replace
+from data.pre_tokenize import metaspace_scheme
+from formats.tokenizer_json import CHAR_TO_BYTE
+
+Decoder = Callable[[list[str]], list[str]]
+BYTES = {piece: byte for byte, piece in enumerate(BYTE_PIECES)}
+# What BERT's clean-up replaces.
+CLEANUP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
+CLEANUP += ((" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
+
+
+def byte_level(part: dict) -> Decoder:
+    """Return the decoder ByteLevel. A token with other characters, such as a special token, is text."""
+
+    def function(tokens: list[str]) -> list[str]:
+        parts = [
+            bytes([CHAR_TO_BYTE[char] for char in token])
+            if all(char in CHAR_TO_BYTE for char in token)
+            else token.encode()
+            for token in tokens
+        ]
+        return [b"".join(parts).decode(errors="replace")]
+
+    return function
+
+
+def byte_fallback(part: dict) -> Decoder:
+    """Return the decoder ByteFallback: a run of bytes that is not UTF-8 becomes a U+FFFD for each byte."""
+
+    def function(tokens: list[str]) -> list[str]:
+        texts = []
+        for is_byte, run in groupby(tokens, key=lambda token: token in BYTES):
+            if not is_byte:
+                texts += run
+                continue
+            raw = bytes([BYTES[token] for token in run])
+            try:
+                texts.append(raw.decode())
+            except UnicodeDecodeError:
+                texts += ["\ufffd"] * len(raw)
+        return texts
+
+    return function
+
+
+def word_piece(part: dict) -> Decoder:
+    """Return the decoder WordPiece."""
+    prefix, cleanup = part["prefix"], part["cleanup"]
+
+    def text(i: int, token: str) -> str:
+        if i > 0:
+            token = token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
+        for old, new in CLEANUP if cleanup else ():
+            token = token.replace(old, new)
+        return token
+
+    return lambda tokens: [text(i, token) for i, token in enumerate(tokens)]
+
+
+def metaspace(part: dict) -> Decoder:
+    """Return the decoder Metaspace. Where a "▁" is put in front of a text, the first token's are dropped."""
+    mark, first = part["replacement"], "" if metaspace_scheme(part) != "never" else " "
+    return lambda tokens: [token.replace(mark, " " if i else first) for i, token in enumerate(tokens)]
+
+
+def strip(part: dict) -> Decoder:
+    """Return the decoder Strip, which removes up to `start` and `stop` characters at the sides of a token."""
+    content, start, stop = re.escape(part["content"]), part["start"], part["stop"]
+    left, right = re.compile(f"^(?:{content}){{0,{start}}}"), re.compile(f"(?:{content}){{0,{stop}}}$")
+    return lambda tokens: [right.sub("", left.sub("", token), count=1) for token in tokens]
+
+
+def sequence(part: dict) -> Decoder:
+    """Return one decoder after another."""
+    functions = [decoder(inner) for inner in part["decoders"]]
+
+    def function(tokens: list[str]) -> list[str]:
+        for inner in functions:
+            tokens = inner(tokens)
+        return tokens
+
+    return function
+
+
+def replaced(part: dict) -> Decoder:
+    """Return the decoder Replace."""
+    function = replace(part)
+    return lambda tokens: [function(token) for token in tokens]
+
+
+DECODERS: dict[str, Callable[[dict], Decoder]] = {
+    "ByteLevel": byte_level,
+    "ByteFallback": byte_fallback,
+    "WordPiece": word_piece,
+    "Metaspace": metaspace,
+    "Replace": replaced,
+    "Strip": strip,
+    "Fuse": lambda part: lambda tokens: ["".join(tokens)],
+    "Sequence": sequence,
+}
+
+
+def decoder(part: dict | None) -> Decoder:
+    """Return the function of a decoder; without one, tokens are separated by spaces.
+
+    Raises ValueError for a type or a setting that is missing here.
+    """
+    return maker("decoder", part, DECODERS)(part) if part else lambda tokens: [" ".join(tokens)]

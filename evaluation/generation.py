@@ -1,0 +1,216 @@
+"""Generation: a model writes an answer, and what counts is the answer that is found in it.
+
+    exact match     the text up to the first stop string, spaces around it removed, equals the reference
+    GSM8K strict    the number behind the first "####"            (Cobbe et al. 2021, arXiv:2110.14168)
+    GSM8K flexible  the last number of the text, wherever it stands
+    pass@k          1 - C(n - c, k) / C(n, k)       (Chen et al. 2021, arXiv:2107.03374, section 2.1)
+
+pass@k is the probability that one of k programs passes, estimated without bias from n programs of which c
+pass; 1 - (1 - c / n)^k, the estimate that suggests itself, is too low. Numbers are compared as numbers:
+"1,080.00" is 1080. Greedy texts do not depend on the batch size.
+
+    python -m evaluation.generation runs/gpt/model      ask a model for sums; what is found in its texts
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from evaluation import sandbox
+from evaluation.multiple_choice import load
+from formats import command
+from formats.progress import progress_bar
+from generate import end_tokens
+
+# Where a completion of a function ends (HumanEval's own list), and an answer in the form of GSM8K.
+CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+QUESTION_STOPS = ("Question:", "</s>", "<|im_end|>")
+
+
+class Question(NamedTuple):
+    """A prompt, and the text that a right answer ends in or is."""
+
+    prompt: str
+    answer: str
+
+
+class Text(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    n_cut: int  # tokens of the prompt that were cut off on the left
+
+
+# --- writing
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the earliest of the stop strings.
+
+    Raises TypeError for a single string in place of the list: each of its letters would be one.
+    """
+    if isinstance(stops, str):
+        raise TypeError(f"stops {stops!r}: expected a list of strings")
+    return text[: min((i for i in map(text.find, stops) if i >= 0), default=len(text))]
+
+
+def write(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    stops: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    **options,
+) -> list[Text]:
+    """Return what the model writes behind each prompt, up to a stop string, an end token or max_new_tokens.
+
+    options: of `generate.stream`; without any, the likeliest token is taken. A prompt that leaves no room
+    loses its beginning.
+    """
+    context = model.config.max_seq_len
+    max_new_tokens = min(max_new_tokens, context // 2)
+    rows, cut = [], []
+    for prompt in prompts:
+        tokens = [*tokenizer.begin_ids, *tokenizer.encode(prompt)] or [tokenizer.eot_id]
+        rows.append(tokens[-(context - max_new_tokens) :])
+        cut.append(len(tokens) - len(rows[-1]))
+
+    # Prompts of similar length share a batch.
+    order, texts = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [""] * len(rows)
+    for first in progress_bar(range(0, len(rows), batch_size), "writing", leave=False):
+        members = order[first : first + batch_size]
+        batch = write_batch(model, tokenizer, [rows[i] for i in members], stops, max_new_tokens, options)
+        for i, text in zip(members, batch, strict=True):
+            texts[i] = text
+    return [Text(text, n) for text, n in zip(texts, cut, strict=True)]
+
+
+def write_batch(model, tokenizer, rows, stops, max_new_tokens, options) -> list[str]:
+    """Return the texts behind the rows of one batch; see `write`."""
+    ends = end_tokens(model, tokenizer)
+    new, done = [[] for _ in rows], [False] * len(rows)
+    for step in model.stream(rows, max_new_tokens, stop=ends, **{"temperature": 0.0} | options):
+        for i, token in enumerate(step):
+            if done[i] or token is None:
+                continue
+            if token in ends:
+                done[i] = True
+                continue
+            new[i].append(token)
+            text = tokenizer.decode(new[i])
+            done[i] = len(cut_at(text, stops)) < len(text)
+        if all(done):
+            break
+    return [cut_at(tokenizer.decode(tokens), stops) for tokens in new]
+
+
+# --- finding the answer in a text
+
+NUMBER = r"-?[0-9.,]+"
+
+
+def strict_number(text: str) -> str | None:
+    """Return the number behind the first "####", None if there is none.
+
+    The first: a model that goes on reciting examples writes more of them.
+    """
+    found = re.search(rf"#### ({NUMBER})", text)
+    return found[1] if found else None
+
+
+def flexible_number(text: str) -> str | None:
+    """Return the last number of a text, None if there is none."""
+    found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
+    return found[-1] if found else None
+
+
+def as_number(text: str) -> Fraction | None:
+    """Return the value of a number as people write it, with commas, $ or a final point; else None."""
+    try:
+        return Fraction(text.replace(",", "").replace("$", "").strip().removesuffix("."))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def same_number(found: str | None, reference: str) -> bool:
+    """Return whether two texts are the same number."""
+    value = as_number(found or "")
+    return value is not None and value == as_number(reference)
+
+
+def score_question(text: str, answer: str) -> dict[str, bool]:
+    """Return whether a text answers a question, by each rule that applies to its reference answer."""
+    reference = strict_number(answer)
+    if reference is not None:
+        found = {"strict": strict_number(text), "flexible": flexible_number(text)}
+        return {rule: same_number(number, reference) for rule, number in found.items()}
+    return {"exact_match": text.strip() == answer.strip()}
+
+
+# --- programs
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k from n programs of which c pass.
+
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} programs, {c} pass: expected 1 <= k <= n and 0 <= c <= n")
+    return 1.0 - math.prod(1.0 - k / i for i in range(n - c + 1, n + 1))
+
+
+def write_programs(
+    model: nn.Module, tokenizer, records: Sequence[dict], n: int, temperature: float, seed: int = 0
+) -> list[list[str]]:
+    """Return n completions of the prompt of each record in HumanEval's form.
+
+    A record's random draws depend on its position and the seed alone. With temperature 0, n should be 1.
+    """
+    device, completions = next(model.parameters()).device, []
+    for index, record in enumerate(records):
+        options = {"temperature": temperature}
+        if temperature > 0:
+            options["generator"] = torch.Generator(device).manual_seed(seed * len(records) + index)
+            options["top_p"] = 0.95  # as Chen et al. sample
+        texts = write(model, tokenizer, [record["prompt"]] * n, CODE_STOPS, 512, n, **options)
+        completions.append([text.text for text in texts])
+    return completions
+
+
+def count_passing(
+    records: Sequence[dict], completions: Sequence[Sequence[str]], limits: sandbox.Limits | None = None
+) -> list[int]:
+    """Return how many completions of each record pass its tests in the sandbox."""
+    tasks = [
+        sandbox.human_eval_task(record, text)
+        for record, texts in zip(records, completions, strict=True)
+        for text in texts
+    ]
+    verdicts = iter(sandbox.check_all(tasks, limits or sandbox.Limits()))
+    return [sum(next(verdicts).passed for _ in texts) for texts in completions]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Ask a model for three sums, and show what is found in its texts.")
+    parser.add_argument("model", type=command.path, help="directory of a decoder, or of an adapter")
+    model, tokenizer = load(parser.parse_args(argv).model)
+    shot = "Question: What is 2 + 3?\nAnswer: 2 + 3 = 5\n#### 5\n\n"
+    questions = [Question(f"{shot}Question: What is {a} + 4?\nAnswer:", f"#### {a + 4}") for a in (1, 5, 9)]
+    texts = write(model, tokenizer, [question.prompt for question in questions], QUESTION_STOPS, 30)
+    for question, text in zip(questions, texts, strict=True):
+        print(f"{question.prompt.splitlines()[-2]}\n  {text.text!r}")
+        print(f"  strict {strict_number(text.text)}, flexible {flexible_number(text.text)}", end="")
+        print(f"; expected {question.answer}")
+    print("\npass@k of 10 programs of which 3 pass:", end="")
+    print("".join(f"  k {k}: {pass_at_k(10, 3, k):.3f}" for k in (1, 5, 10)))
+
+
+if __name__ == "__main__":
+    command.run(main)

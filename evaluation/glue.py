@@ -1,0 +1,243 @@
+"""GLUE: nine tasks of language understanding for a classifier of texts and of pairs (Wang et al. 2018,
+arXiv:1804.07461).
+
+    accuracy   share of right labels
+    F1         2 TP / (2 TP + FP + FN)                    of the positive class
+    Matthews   (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))
+    Pearson    cov(x, y) / (std(x) std(y));    Spearman: the same of ranks, where ties share their mean rank
+
+Where a denominator is 0, because a model gives every text the same answer, the figure is 0. The score of GLUE
+is the mean over its tasks; two metrics of a task are averaged first, and MNLI's two sets count as one task.
+
+    python -m evaluation runs/classify/model --tasks SST-2/dev.tsv       a file of the published archive
+    python -m evaluation runs/classify/model --tasks mrpc:val.parquet    or any file, with its task's name
+    python -m evaluation.glue                                            the tasks, and dull answers' figures
+
+Shapes: n texts of a batch, C labels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.records import read_records, refuse
+from formats import command
+from formats.progress import progress_bar
+from language.encoder_inference import pack
+
+# --- metrics, of predicted and true labels or numbers
+
+
+def accuracy(predicted: Sequence, true: Sequence) -> float:
+    """Return the share of equal labels."""
+    return sum(p == t for p, t in zip(predicted, true, strict=True)) / len(true)
+
+
+def counts(predicted: Sequence, true: Sequence, positive: str = "1") -> tuple[int, int, int, int]:
+    """Return how many are true positive, false positive, false negative, true negative."""
+    pairs = [(p == positive, t == positive) for p, t in zip(predicted, true, strict=True)]
+    return tuple(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
+
+
+def f1(predicted: Sequence, true: Sequence) -> float:
+    tp, fp, fn, _ = counts(predicted, true)
+    return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+
+def matthews(predicted: Sequence, true: Sequence) -> float:
+    tp, fp, fn, tn = counts(predicted, true)
+    root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return (tp * tn - fp * fn) / root if root else 0.0
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    x, y = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    if x.min() == x.max() or y.min() == y.max():
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return ((x / x.norm()) @ (y / y.norm())).item()
+
+
+def ranks(x: Sequence[float]) -> list[float]:
+    """Return the rank of each value, 1 for the smallest; equal values get the mean of their ranks."""
+    x = torch.tensor(x, dtype=torch.float64)
+    _, group, sizes = x.unique(return_inverse=True, return_counts=True)
+    last = sizes.cumsum(0)
+    return ((last - sizes + 1 + last) / 2)[group].tolist()
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    return pearson(ranks(x), ranks(y))
+
+
+# --- the tasks
+
+
+class GlueTask(NamedTuple):
+    """A task: the columns of its texts and of its label, and its metrics."""
+
+    texts: tuple[str, ...]
+    label: str
+    metrics: tuple[Callable[[Sequence, Sequence], float], ...]
+    folder: str  # in the published archive
+    names: tuple[str, ...] = ()  # of the labels 0, 1, 2, as Hugging Face numbers them
+
+
+MNLI = ("entailment", "neutral", "contradiction")
+RTE = ("entailment", "not_entailment")
+TASKS = {
+    "cola": GlueTask(("sentence",), "label", (matthews,), "CoLA"),
+    "sst2": GlueTask(("sentence",), "label", (accuracy,), "SST-2"),
+    "mrpc": GlueTask(("sentence1", "sentence2"), "label", (accuracy, f1), "MRPC"),
+    "qqp": GlueTask(("question1", "question2"), "label", (accuracy, f1), "QQP"),
+    "stsb": GlueTask(("sentence1", "sentence2"), "label", (pearson, spearman), "STS-B"),
+    "mnli": GlueTask(("sentence1", "sentence2"), "label", (accuracy,), "MNLI", MNLI),
+    "qnli": GlueTask(("question", "sentence"), "label", (accuracy,), "QNLI", RTE),
+    "rte": GlueTask(("sentence1", "sentence2"), "label", (accuracy,), "RTE", RTE),
+    "wnli": GlueTask(("sentence1", "sentence2"), "label", (accuracy,), "WNLI"),
+}
+# Columns of the published archive, and of MNLI at Hugging Face, under the names above.
+RENAMED = {
+    "Quality": "label", "#1 String": "sentence1", "#2 String": "sentence2", "is_duplicate": "label",
+    "score": "label", "gold_label": "label", "premise": "sentence1", "hypothesis": "sentence2",
+}  # fmt: skip
+
+
+class Example(NamedTuple):
+    """One or two texts, and their label."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+def task_of(path: Path) -> str | None:
+    """Return the task whose folder of the archive a file lies in, else None."""
+    folder = path.resolve().parent.name.lower()
+    return next((name for name, task in TASKS.items() if folder in (name, task.folder.lower())), None)
+
+
+def read_examples(path: Path, name: str) -> list[Example]:
+    """Return the labelled examples of a file of task `name`.
+
+    Raises ValueError naming the file, and the record that is something else.
+    """
+    task, examples = TASKS[name], []
+    records = list(read_records(path, str(path), refuse))
+    if name == "cola" and records and "sentence" not in records[0][1]:
+        records = headerless_cola(records)
+    for place, record in records:
+        record = {RENAMED.get(key, key): value for key, value in record.items()}
+        missing = {*task.texts, task.label} - set(record)
+        if missing:
+            raise ValueError(f"{place}: no {', '.join(sorted(missing))}, which {task.folder} needs")
+        label = str(record[task.label])
+        if task.names and label.isdecimal() and int(label) < len(task.names):
+            label = task.names[int(label)]
+        if label in ("-1", "-"):
+            raise ValueError(f"{place}: has no label, as the test sets of GLUE; score the dev set")
+        examples.append(Example(tuple(str(record[key]) for key in task.texts), label))
+    if not examples:
+        raise ValueError(f"{path}: has no examples of {task.folder}")
+    return examples
+
+
+def headerless_cola(records: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """Return the records of the archive's CoLA: its columns are source, label, mark, sentence, unnamed."""
+    names = ("source", "label", "mark", "sentence")
+    rows = [(records[0][0], list(records[0][1]))]  # the first row was taken for the columns' names
+    rows += [(place, list(record.values())) for place, record in records]
+    return [(place, dict(zip(names, row, strict=False))) for place, row in rows]
+
+
+# --- a classifier's answers
+
+
+def token_row(tokenizer, texts: Sequence[str], model: nn.Module) -> tuple[list[int], list[int]]:
+    """Return token ids and segments of [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; RoBERTa's has [SEP] twice.
+
+    Of texts that are too long the longer one loses its end, token by token.
+    """
+    encoded, double = [tokenizer.encode(text) for text in texts], model.family == "roberta"
+    n_special = 2 if len(texts) == 1 else 3 + double
+    while sum(map(len, encoded)) > model.config.max_seq_len - n_special:
+        max(encoded, key=len).pop()
+    row = [tokenizer.cls_id, *encoded[0], tokenizer.sep_id]
+    segments = [0] * len(row)
+    for tokens in encoded[1:]:
+        row += [*[tokenizer.sep_id] * double, *tokens, tokenizer.sep_id]
+    second = int(model.config.n_segments > 1)
+    return row, segments + [second] * (len(row) - len(segments))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, tokenizer, examples: Sequence[Example], batch_size: int) -> Tensor:
+    """Return the classifier's logits (len(examples), C); texts of a batch are packed without padding."""
+    model.eval()
+    device, found = next(model.parameters()).device, []
+    for first in progress_bar(range(0, len(examples), batch_size), "classifying", leave=False):
+        batch = examples[first : first + batch_size]
+        rows, segments = zip(*(token_row(tokenizer, x.texts, model) for x in batch), strict=True)
+        tokens, cu_seqlens = pack(rows, device)
+        found.append(model(tokens, cu_seqlens, pack(segments, device)[0]).float().cpu())
+    return torch.cat(found)
+
+
+def evaluate(
+    model: nn.Module, tokenizer, name: str, examples: Sequence[Example], batch_size: int = 16
+) -> dict[str, float]:
+    """Return {metric: value} of a classifier on the examples of a task.
+
+    The answer to STS-B is a number: the mean of the labels, which must be numbers, by the classifier's
+    probabilities. Raises ValueError for a classifier of other labels.
+    """
+    task, true = TASKS[name], [example.label for example in examples]
+    logits = logits_of(model, tokenizer, examples, batch_size)
+    if name == "stsb":
+        try:
+            values = torch.tensor([float(label) for label in model.labels])
+        except ValueError:
+            raise ValueError(f"STS-B: labels {model.labels}; expected numbers, such as 0 to 5") from None
+        predicted, true = (logits.softmax(-1) @ values).tolist(), [float(label) for label in true]
+    else:
+        unknown = sorted(set(true) - set(model.labels))
+        if unknown:
+            found = ", ".join(map(str, model.labels))
+            raise ValueError(f"{task.folder}: label {unknown[0]!r}; the classifier has {found}")
+        predicted = [model.labels[i] for i in logits.argmax(-1).tolist()]
+    return {metric.__name__: metric(predicted, true) for metric in task.metrics}
+
+
+def score(figures: dict[str, dict[str, float]]) -> float:
+    """Return the score of GLUE: the mean over tasks of the mean over a task's metrics.
+
+    figures: {task: {metric: value}}, with "mnli" and "mnli_mismatched" for MNLI's two sets. Raises ValueError
+    if a task is missing.
+    """
+    missing = sorted(set(TASKS) - set(figures))
+    if missing:
+        raise ValueError(f"GLUE's score needs all nine tasks; missing {', '.join(missing)}")
+    means = {name: sum(found.values()) / len(found) for name, found in figures.items()}
+    if "mnli_mismatched" in means:
+        means["mnli"] = (means["mnli"] + means.pop("mnli_mismatched")) / 2
+    return sum(means.values()) / len(means)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command.Parser(description="Print the tasks of GLUE, and what dull answers get.").parse_args(argv)
+    true = ["1"] * 68 + ["0"] * 32
+    dull = {"always 1": ["1"] * 100, "always 0": ["0"] * 100, "right": true, "every other": ["1", "0"] * 50}
+    for name, task in TASKS.items():
+        metrics = ", ".join(metric.__name__ for metric in task.metrics)
+        print(f"{name:6} {task.folder:6} {' + '.join(task.texts):24} {metrics}")
+    print("\nof 100 pairs, 68 of them equal as in MRPC:")
+    for answer, predicted in dull.items():
+        found = [f"{metric.__name__} {metric(predicted, true):.3f}" for metric in (accuracy, f1, matthews)]
+        print(f"  {answer:12} {'   '.join(found)}")
+
+
+if __name__ == "__main__":
+    command.run(main)

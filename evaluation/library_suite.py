@@ -1,0 +1,206 @@
+"""The default tasks, made from the source of Python's library: nothing is downloaded.
+
+    next_line       20 lines of a module; which of four lines of equal length comes next?
+    name            20 lines and a half; which of four names that occur there equally often? (LAMBADA's idea)
+    purpose         what does this function do? four summaries of its module, scored as texts ...
+    purpose_letters ... and by the letters A to D behind them, as in MMLU: the same questions
+    k_shot_N        N lines `name -> symbol`, new symbols each time, and one name more
+    sums            numbers below 10, exact match
+    programs        five small functions, tested in the sandbox
+    bits_per_byte   held-out text
+
+The modules are those that training holds out (data/text.py), so a model trained on `stdlib` has not seen
+them. Four choices make 25 % a blind guess; each task has the accuracy of rules without a model beside it,
+because a model may find the right line by its length. The questions are the same on every machine with the
+same Python.
+
+    python -m evaluation.library_suite          one question of each task
+    python -m evaluation runs/gpt/model         a model's figures
+"""
+
+import builtins
+import random
+import re
+from collections import Counter
+from functools import cache
+from inspect import isbuiltin
+
+from data.corpus import documents, stdlib_files
+from data.stdlib_questions import definitions
+from data.text import held_out_from
+from evaluation.generation import Question
+from evaluation.multiple_choice import Item
+from evaluation.published import LETTERS, TaskFile, mmlu
+from formats import command
+
+N_LINES = 20  # of context
+SHOTS = (0, 1, 4, 16)
+TEXT_BYTES = 50_000  # of held-out text for bits_per_byte
+
+
+@cache
+def held_out_modules() -> list[tuple[str, str]]:
+    """Return (name, source) of the modules that training on `stdlib` holds out."""
+    modules = []
+    for name, path in stdlib_files():
+        modules += [(name, text) for text in documents([(name, path)], lambda problem: None)]
+    border, start, held_out = held_out_from([len(text.encode()) for _, text in modules]), 0, []
+    for name, text in modules:
+        if start >= border:
+            held_out.append((name, text))
+        start += len(text.encode())
+    if not held_out:
+        raise ValueError("--tasks stdlib: this Python has no source files; name a file of questions instead")
+    return held_out
+
+
+def placed(choices: list[str], generator: random.Random) -> tuple[tuple[str, ...], int]:
+    """Return the choices, of which the first is right, in a random order, and the place of the right one."""
+    order = list(range(len(choices)))
+    generator.shuffle(order)
+    return tuple(choices[i] for i in order), order.index(0)
+
+
+def next_lines(n: int, generator: random.Random) -> list[Item]:
+    """Return n questions for the next line. All four lines are as long as the right one, to a tenth."""
+    items: list[Item] = []
+    modules = [text.splitlines() for _, text in held_out_modules()]
+    modules = [lines for lines in modules if len(lines) > 3 * N_LINES]
+    for _ in range(20 * n):
+        lines = generator.choice(modules)
+        at = generator.randrange(N_LINES, len(lines))
+        gold = lines[at]
+        others = {x for x in lines if x != gold and abs(len(x) - len(gold)) <= len(gold) // 10}
+        if len(gold.strip()) < 12 or len(others) < 3:
+            continue
+        choices, place = placed([gold, *generator.sample(sorted(others), 3)], generator)
+        context = "\n".join(lines[at - N_LINES : at]) + "\n"
+        items.append(Item(context, choices, place, delimiter=""))
+        if len(items) == n:
+            break
+    return items
+
+
+def names(n: int, generator: random.Random) -> list[Item]:
+    """Return n questions for a name that occurs in the 20 lines before it, as often as the other three do."""
+    items: list[Item] = []
+    modules = [text.splitlines() for _, text in held_out_modules()]
+    modules = [lines for lines in modules if len(lines) > 3 * N_LINES]
+    for _ in range(50 * n):
+        lines = generator.choice(modules)
+        at = generator.randrange(N_LINES, len(lines))
+        before = "\n".join(lines[at - N_LINES : at]) + "\n"
+        occurring = Counter(re.findall(r"[A-Za-z_]\w{3,}", before))
+        found = [match for match in re.finditer(r"[A-Za-z_]\w{3,}", lines[at]) if match[0] in occurring]
+        if not found:
+            continue
+        gold = generator.choice(found)
+        others = [x for x, k in occurring.items() if x != gold[0] and k == occurring[gold[0]]]
+        if len(others) < 3:
+            continue
+        choices, place = placed([gold[0], *generator.sample(sorted(others), 3)], generator)
+        items.append(Item(before + lines[at][: gold.start()], choices, place, delimiter=""))
+        if len(items) == n:
+            break
+    return items
+
+
+def purposes(n: int, generator: random.Random) -> tuple[list[Item], list[Item]]:
+    """Return up to n questions for the summary of a function: with texts as choices, and with letters."""
+    questions = []
+    for module, source in held_out_modules():
+        found = {d.summary: d for d in definitions(module, source)}
+        for summary, d in found.items():
+            others = sorted(set(found) - {summary})
+            if len(others) >= 3:
+                choices, place = placed([summary, *generator.sample(others, 3)], generator)
+                question = f"What does {d.owner}.{d.name} do?"
+                questions.append({"question": question, "choices": list(choices), "answer": place})
+    questions = generator.sample(questions, min(n, len(questions)))
+    texts = [Item(f"Question: {q['question']}\nAnswer:", tuple(q["choices"]), q["answer"]) for q in questions]
+    return texts, [mmlu(question) for question in questions]
+
+
+SYMBOLS = ("red", "blue", "up", "down", "left", "right", "yes", "no")
+EXCEPTIONS = sorted(x for x in dir(builtins) if x.endswith("Error") and len(x) < 16)
+FUNCTIONS = sorted(x for x in dir(builtins) if isbuiltin(getattr(builtins, x)) and x[0] != "_")
+
+
+def k_shot(k: int, n: int, generator: random.Random) -> list[Item]:
+    """Return n questions whose context is k examples of a labelling with two arbitrary symbols."""
+    items = []
+    for _ in range(n):
+        symbols = generator.sample(SYMBOLS, 2)
+        kinds = [i % 2 for i in range(k)]
+        generator.shuffle(kinds)
+        drawn = [generator.sample(EXCEPTIONS, k // 2 + 2), generator.sample(FUNCTIONS, k // 2 + 2)]
+        gold = generator.randrange(2)
+        shots = [f"{drawn[kind].pop()} -> {symbols[kind]}\n" for kind in kinds]
+        context = "".join(shots) + f"{drawn[gold].pop()} ->"
+        items.append(Item(context, tuple(symbols), gold))
+    return items
+
+
+def sums(n: int, generator: random.Random) -> list[Question]:
+    """Return n sums of two numbers below 10, each behind two solved ones."""
+    drawn = [[(generator.randrange(10), generator.randrange(10)) for _ in range(3)] for _ in range(n)]
+    return [
+        Question(f"{a[0]} + {a[1]} = {sum(a)}\n{b[0]} + {b[1]} = {sum(b)}\n{c[0]} + {c[1]} =", str(sum(c)))
+        for a, b, c in drawn
+    ]
+
+
+# Name, parameters, summary, solution, tests.
+FUNCTIONS_TO_WRITE = (
+    ("double", "x", "Return 2 * x.", "return 2 * x", "f(3) == 6 and f(0) == 0"),
+    ("is_even", "n", "Return True if n is even.", "return n % 2 == 0", "f(4) is True and f(7) is False"),
+    ("last", "items", "Return the last item.", "return items[-1]", "f([1, 2]) == 2 and f('abc') == 'c'"),
+    ("largest", "numbers", "Return the largest number.", "return max(numbers)", "f([3, 9, 2]) == 9"),
+    ("shout", "text", "Return text in upper case.", "return text.upper()", "f('ab') == 'AB' and f('') == ''"),
+)  # fmt: skip
+
+
+def programs() -> list[dict]:
+    """Return five functions to write, in the form of HumanEval."""
+    return [
+        {
+            "task_id": f"library/{name}",
+            "prompt": f'def {name}({parameters}):\n    """{summary}"""\n',
+            "entry_point": name,
+            "canonical_solution": f"    {solution}\n",
+            "test": f"def check(f):\n    assert {test}\n",
+        }
+        for name, parameters, summary, solution, test in FUNCTIONS_TO_WRITE
+    ]
+
+
+def suite(n: int = 200, seed: int = 0) -> list[TaskFile]:
+    """Return the default tasks with about n questions each."""
+    texts, letters = purposes(n, random.Random(f"{seed} purpose"))
+    tasks = [
+        TaskFile("next_line", "choice", next_lines(n, random.Random(f"{seed} line"))),
+        TaskFile("name", "choice", names(n, random.Random(f"{seed} name"))),
+        TaskFile("purpose", "choice", texts),
+        TaskFile("purpose_letters", "choice", letters),
+    ]
+    tasks += [TaskFile(f"k_shot_{k}", "choice", k_shot(k, n, random.Random(f"{seed} {k}"))) for k in SHOTS]
+    text = "\n".join(text for _, text in held_out_modules())[:TEXT_BYTES]
+    tasks.append(TaskFile("sums", "question", sums(min(n, 50), random.Random(f"{seed} sums"))))
+    return [*tasks, TaskFile("programs", "program", programs()), TaskFile("bits_per_byte", "text", [text])]
+
+
+def main(argv: list[str] | None = None) -> None:
+    command.Parser(description="Print one question of each default task.").parse_args(argv)
+    for task in suite():
+        first = task.items[0]
+        print(f"\n--- {task.name}: {len(task.items)} of kind {task.kind}")
+        if isinstance(first, Item):
+            print("\n".join(first.context.splitlines()[-6:]))
+            for i, choice in enumerate(first.choices):
+                print(f"  {LETTERS[i]} {'*' if i == first.gold else ' '} {choice}")
+        else:
+            print(first[:300] if isinstance(first, str) else first)
+
+
+if __name__ == "__main__":
+    command.run(main)

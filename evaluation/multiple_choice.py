@@ -1,0 +1,305 @@
+"""Multiple choice: a model picks the continuation of a text that it finds likeliest.
+
+    L_i = log p(choice_i | context) = sum of log p over the tokens of choice_i
+
+    acc               argmax_i  L_i                            long choices lose: each token costs
+    acc_norm          argmax_i  L_i / characters of choice_i   the usual figure of HellaSwag and ARC
+    acc_bytes         argmax_i  L_i / UTF-8 bytes of choice_i
+    acc_tokens        argmax_i  L_i / tokens of choice_i       (GPT-3, Brown et al. 2020, section 2.4)
+    acc_mutual_info   argmax_i  L_i - log p(choice_i | nothing)        (the same section's other rule)
+
+The same model has a different accuracy by each rule, so a figure means something only under its rule's name.
+The names, and the lengths without the space in front of a choice, are those of lm-evaluation-harness
+(Biderman et al. 2024, arXiv:2405.14782).
+
+Context and choice are tokenised together. Where a token spans the border between the two, the tokens of the
+choices are counted from the last border that all of them share, so that sums stay comparable; the harness
+cuts the ids at the context's own length. A text that is longer than the model reads loses its beginning,
+which may be examples: such items are counted. Per-item results do not depend on the batch size (to 1e-6):
+rows are padded on the right, where a causal model does not look.
+
+    python -m evaluation.multiple_choice runs/gpt/model       five small questions by each rule
+
+Shapes: B rows of a batch, T tokens, n scored positions, D model width, V vocabulary.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from formats import command
+from formats.progress import progress_bar
+
+RULES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "acc_mutual_info")
+
+
+class Item(NamedTuple):
+    """A question."""
+
+    context: str
+    choices: tuple[str, ...]
+    gold: int  # the position of the right choice
+    delimiter: str = " "  # between context and choice
+    group: str = ""  # items of one group, such as those about one passage, are not independent
+    about: str = ""  # a line in front of all examples, such as MMLU's about the subject
+
+
+class Row(NamedTuple):
+    """A sequence of which a model scores the end."""
+
+    tokens: list[int]
+    start: int  # the position of the first token to score, at least 1
+    n_cut: int  # tokens that were cut off on the left
+
+
+class Score(NamedTuple):
+    """A model's judgement of a row."""
+
+    log_p: float  # sum over the scored tokens, in nats
+    n_tokens: int
+    is_greedy: bool  # each scored token is the likeliest one
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's judgement of an item."""
+
+    item: Item
+    log_p: list[float]  # of each choice
+    n_tokens: list[int]
+    log_p_alone: list[float]  # of each choice behind nothing
+    n_cut: int  # tokens cut off on the left of the longest row
+    picks: dict[str, int] = field(default_factory=dict)  # the choice by each rule
+
+    def is_right(self, rule: str) -> bool:
+        return self.picks[rule] == self.item.gold
+
+
+# --- log-likelihoods
+
+
+def rows_of(tokenizer, context: str, continuations: Sequence[str], max_len: int) -> list[Row]:
+    """Return the rows of a context with each continuation, all scored from the same place of the text.
+
+    max_len: tokens that the model reads; a row may have one more, which is only predicted. A longer row loses
+    its beginning; of a continuation that alone is longer, the end is scored. Raises ValueError for one that
+    is empty.
+    """
+    # Trailing space of the context belongs to the next word.
+    kept = context.rstrip(" ")
+    continuations = [context[len(kept) :] + text for text in continuations]
+    begin = tokenizer.begin_ids or ([] if kept else [tokenizer.eot_id])
+    encoded = [[*begin, *tokenizer.encode(kept + text)] for text in continuations]
+
+    # The border: the tokens that each row shares with the context alone.
+    alone = [*begin, *tokenizer.encode(kept)]
+    start = min(n_shared(alone, tokens) for tokens in encoded)
+    start = max(start, 1)  # the first token of all has nothing to be predicted from
+    rows = []
+    for text, tokens in zip(continuations, encoded, strict=True):
+        if len(tokens) <= start:
+            raise ValueError(
+                f"choice {text[:60]!r} behind {context[-40:]!r}: no token to score; expected text"
+            )
+        n_cut = max(0, len(tokens) - max_len - 1)
+        rows.append(Row(tokens[n_cut:], max(start - n_cut, 1), n_cut))
+    return rows
+
+
+def n_shared(a: list[int], b: list[int]) -> int:
+    """Return the number of equal ids at the beginning of two lists."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@torch.no_grad()
+def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
+    """Return the score of each row; logits are computed at the scored positions alone.
+
+    Rows with the same input, such as letters behind a question, share a pass.
+    """
+    # An input without its last token predicts the last tokens of all rows that begin with it.
+    waiting: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        waiting.setdefault(tuple(row.tokens[:-1]), []).append(index)
+    inputs = sorted(waiting, key=len, reverse=True)
+    device = next(model.parameters()).device
+    scores: dict[int, Score] = {}
+
+    for first in progress_bar(range(0, len(inputs), batch_size), "scoring", leave=False):
+        batch = inputs[first : first + batch_size]
+        T = len(batch[0])
+        padded = torch.tensor([[*row, *[0] * (T - len(row))] for row in batch], device=device)  # (B, T)
+        hidden = model.hidden(padded)  # (B, T, D)
+        # The position before a token predicts it.
+        members = [(b, index) for b, row in enumerate(batch) for index in waiting[row]]
+        places = [(b, t) for b, i in members for t in range(rows[i].start - 1, len(rows[i].tokens) - 1)]
+        b, t = torch.tensor(places, device=device).T
+        logits = model.logits(hidden[b, t]).float()  # (n, V)
+        targets = [token for _, i in members for token in rows[i].tokens[rows[i].start :]]
+        log_p, greedy = score_targets(logits, torch.tensor(targets, device=device))
+        lengths = [len(rows[i].tokens) - rows[i].start for _, i in members]
+        parts = zip(members, log_p.split(lengths), greedy.split(lengths), strict=True)
+        for (_, index), values, flags in parts:
+            scores[index] = Score(values.double().sum().item(), len(values), bool(flags.all()))
+    return [scores[index] for index in range(len(rows))]
+
+
+def score_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log p of the targets (n,) by logits (n, V), and whether each is the likeliest token."""
+    log_p = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    return log_p, logits.argmax(-1) == targets
+
+
+# --- picking a choice
+
+
+def answer_items(
+    model: nn.Module, tokenizer, items: Sequence[Item], batch_size: int = 16, alone: bool = True
+) -> list[Answer]:
+    """Return the answer of a model to each item.
+
+    alone: score the choices behind nothing too, for acc_mutual_info. Raises ValueError for an empty choice.
+    """
+    rows, max_len = [], model.config.max_seq_len
+    for item in items:
+        texts = [item.delimiter + choice for choice in item.choices]
+        rows.append(rows_of(tokenizer, item.context, texts, max_len))
+        rows.append(rows_of(tokenizer, "", texts, max_len) if alone else [])
+    scores = iter(log_likelihoods(model, [row for part in rows for row in part], batch_size))
+
+    answers = []
+    for item, joined, bare in zip(items, rows[::2], rows[1::2], strict=True):
+        found, behind_nothing = [next(scores) for _ in joined], [next(scores).log_p for _ in bare]
+        n_cut = max(row.n_cut for row in joined)
+        log_p, n_tokens = [score.log_p for score in found], [score.n_tokens for score in found]
+        picks = pick(item.choices, log_p, n_tokens, behind_nothing)
+        answers.append(Answer(item, log_p, n_tokens, behind_nothing, n_cut, picks))
+    return answers
+
+
+def pick(
+    choices: Sequence[str], log_p: list[float], n_tokens: list[int], log_p_alone: list[float]
+) -> dict[str, int]:
+    """Return the choice of each rule; of equal ones the first. No log_p_alone: no acc_mutual_info."""
+    values = {
+        "acc": log_p,
+        "acc_norm": [x / len(text) for x, text in zip(log_p, choices, strict=True)],
+        "acc_bytes": [x / len(text.encode()) for x, text in zip(log_p, choices, strict=True)],
+        "acc_tokens": [x / n for x, n in zip(log_p, n_tokens, strict=True)],
+    }
+    if log_p_alone:
+        values["acc_mutual_info"] = [x - y for x, y in zip(log_p, log_p_alone, strict=True)]
+    return {rule: max(range(len(x)), key=x.__getitem__) for rule, x in values.items()}
+
+
+# --- figures
+
+
+def standard_error(values: Sequence[float], groups: Sequence[str] = ()) -> float:
+    """Return the standard error of the mean: sample standard deviation / sqrt(n); nan for a single value.
+
+    groups: of each value; deviations are first summed within a group that is not "" (cluster-robust).
+    """
+    n, mean = len(values), sum(values) / len(values)
+    sums: Counter = Counter()
+    for i, value in enumerate(values):
+        sums[(groups[i] if groups else "") or i] += value - mean
+    if len(sums) < 2:
+        return math.nan
+    return math.sqrt(sum(x * x for x in sums.values()) * len(sums) / (len(sums) - 1)) / n
+
+
+def accuracy(answers: Sequence[Answer], rule: str) -> tuple[float, float]:
+    """Return the share of right answers by a rule, and its standard error."""
+    right = [float(answer.is_right(rule)) for answer in answers]
+    return sum(right) / len(right), standard_error(right, [answer.item.group for answer in answers])
+
+
+def compare(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of b - a over the same items, its standard error, and McNemar's exact p-value.
+
+    a, b: 1 for a right answer, else 0. Items that both have right, or neither, do not count: under the null
+    hypothesis each of the others is a toss of a fair coin (McNemar 1947).
+    """
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    n, k = sum(d != 0 for d in differences), sum(d > 0 for d in differences)
+    tail = sum(math.comb(n, i) for i in range(min(k, n - k) + 1))
+    p = min(1.0, 2 * tail / 2**n)
+    return sum(differences) / len(differences), standard_error(differences), p
+
+
+def chance(items: Sequence[Item]) -> float:
+    """Return the accuracy of a blind guess, by each item's own number of choices."""
+    return sum(1 / len(item.choices) for item in items) / len(items)
+
+
+def dull_baselines(items: Sequence[Item]) -> dict[str, float]:
+    """Return the accuracy of rules without a model: the same place, the longest, most words shared."""
+    n = len(items)
+    places = Counter(item.gold for item in items)
+
+    def overlap(item: Item) -> list[int]:
+        words = set(re.findall(r"\w+", item.context))
+        return [len(words & set(re.findall(r"\w+", choice))) for choice in item.choices]
+
+    longest = [max(range(len(x.choices)), key=lambda i: len(x.choices[i])) == x.gold for x in items]
+    overlaps = [overlap(item) for item in items]
+    shared = [max(range(len(x)), key=x.__getitem__) == i.gold for x, i in zip(overlaps, items, strict=True)]
+    return {
+        "same place": places.most_common(1)[0][1] / n,
+        "longest": sum(longest) / n,
+        "most shared words": sum(shared) / n,
+    }
+
+
+def load(directory) -> tuple[nn.Module, object]:
+    """Return the model of a directory in float32, on the GPU if there is one, and its tokenizer.
+
+    Raises ValueError for a model that does not predict the next token.
+    """
+    from data.tokenizer import get_tokenizer
+    from formats.open_model import open_model
+
+    tokenizer = get_tokenizer(str(directory))
+    model = open_model(directory).float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(model, "new_cache"):
+        raise ValueError(f"{directory}: expected a decoder, which predicts the next token")
+    if tokenizer.n_vocab > model.config.vocab_size:
+        sizes = f"{tokenizer.n_vocab} tokens, the model has {model.config.vocab_size}"
+        raise ValueError(f"{directory}: the tokenizer has {sizes}; they do not belong together")
+    return model, tokenizer
+
+
+EXAMPLES = [
+    Item("import", ("os", "return", "True", "])"), 0),
+    Item("def __init__(self, name):\n        self.name =", ("name", "import", "except KeyError", "["), 0),
+    Item("for i in", ("range(10):", "a b c:", "import os:", "), ("), 0),
+    Item("try:\n    x = d[key]\nexcept", ("KeyError:", "for:", "x = d:", "self, name:"), 0),
+    Item('"""Return the number of', ("bytes read.", "raise.", "== 0:", "def."), 0),
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Answer five small questions about Python by each rule.")
+    parser.add_argument("model", type=command.path, help="directory of a decoder, or of an adapter")
+    model, tokenizer = load(parser.parse_args(argv).model)
+    answers = answer_items(model, tokenizer, EXAMPLES)
+    for answer in answers:
+        print(f"\n{answer.item.context}")
+        for i, choice in enumerate(answer.item.choices):
+            rules = ", ".join(rule for rule in RULES if answer.picks[rule] == i)
+            print(f"  {answer.log_p[i]:8.2f} nats, {answer.n_tokens[i]} tokens  {choice:20} {rules}")
+    print()
+    for rule in RULES:
+        value, error = accuracy(answers, rule)
+        print(f"{rule:16} {value:.2f} ± {error:.2f}   (chance {chance(EXAMPLES):.2f})")
+
+
+if __name__ == "__main__":
+    command.run(main)

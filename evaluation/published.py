@@ -1,0 +1,257 @@
+"""Published benchmarks as people download them: from a record to a question.
+
+    HellaSwag    activity_label, ctx_a, ctx_b, endings, label          (Zellers et al. 2019, arXiv:1905.07830)
+    ARC          question, choices {text, label}, answerKey            (Clark et al. 2018, arXiv:1803.05457)
+    MMLU         question, choices, answer; or .csv without header   (Hendrycks et al. 2020, arXiv:2009.03300)
+    LAMBADA      text, the last word of which is to be predicted       (Paperno et al. 2016, arXiv:1606.06031)
+    GSM8K        question, answer                                      (Cobbe et al. 2021, arXiv:2110.14168)
+    HumanEval    task_id, prompt, entry_point, canonical_solution, test      (Chen et al. 2021, section 2)
+    GLUE         of the published archive, by its folder, or as sst2:FILE, mrpc:FILE ...: see glue.py
+    your own     context, choices, answer (a number from 0); or prompt, answer
+
+The fields of the first record decide which it is. A file whose only field is `text` is LAMBADA if its name
+says so, else a text to predict; `lambada:FILE` settles it. MMLU is asked by letters, `mmlu_texts:FILE` by the
+texts of the answers. Prompts are those of lm-evaluation-harness 0.4. Any file may be .jsonl, .json, .csv,
+.tsv or .parquet, and compressed by gzip.
+
+    python -m evaluation.published FILE...      the first question of each file as a model sees it
+"""
+
+import csv
+import io
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.records import RECORDS, open_utf8, read_records, refuse, suffix_of
+from evaluation import glue
+from evaluation.generation import Question
+from evaluation.multiple_choice import Item
+from formats import command
+
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """The questions of a file."""
+
+    name: str
+    kind: str  # "choice", "word", "question", "program", "text" or "glue"
+    items: list  # Items, Questions or records
+
+
+# --- one record of each benchmark
+
+
+def clean_wikihow(text: str) -> str:
+    """Return a text of HellaSwag without the marks of WikiHow, as the harness does."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def hellaswag(record: dict) -> Item:
+    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    endings = tuple(clean_wikihow(ending) for ending in listed(record["endings"]))
+    return Item(clean_wikihow(context), endings, int(record["label"]))
+
+
+def arc(record: dict) -> Item:
+    # AI2's own .jsonl holds the choices in the question, Hugging Face's files beside it.
+    question, choices = record["question"], record.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, list):
+        choices = {key: [choice[key] for choice in choices] for key in ("text", "label")}
+    gold = list(choices["label"]).index(record["answerKey"])
+    return Item(f"Question: {question}\nAnswer:", tuple(choices["text"]), gold)
+
+
+def mmlu(record: dict) -> Item:
+    choices = listed(record["choices"])
+    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
+    context = "\n".join([record["question"].strip(), *lines, "Answer:"])
+    return Item(context, tuple(LETTERS[: len(choices)]), mmlu_gold(record), about=about(record))
+
+
+def mmlu_texts(record: dict) -> Item:
+    context = f"Question: {record['question'].strip()}\nAnswer:"
+    return Item(context, tuple(listed(record["choices"])), mmlu_gold(record), about=about(record))
+
+
+def mmlu_gold(record: dict) -> int:
+    answer = str(record["answer"])
+    return LETTERS.index(answer) if answer in LETTERS else int(answer)
+
+
+def about(record: dict) -> str:
+    """Return MMLU's line about the subject, "" where the record has none."""
+    subject = str(record.get("subject", "")).replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {subject}." if subject else ""
+
+
+def listed(value: Any) -> list[str]:
+    """Return a list of strings; in a .csv it is written as Python or numpy prints it."""
+    if isinstance(value, str):
+        value = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", value)
+        value = [one or other for one, other in value]
+    return [str(text) for text in value]
+
+
+def lambada(record: dict) -> Item:
+    context, _, word = record["text"].strip().rpartition(" ")
+    return Item(context, (word,), 0)
+
+
+def gsm8k(record: dict) -> Question:
+    return Question(f"Question: {record['question']}\nAnswer:", record["answer"])
+
+
+def own_choice(record: dict) -> Item:
+    delimiter = "" if record["context"][-1:].isspace() else " "
+    choices, group = tuple(listed(record["choices"])), str(record.get("group", ""))
+    return Item(record["context"], choices, int(record["answer"]), delimiter, group)
+
+
+def own_question(record: dict) -> Question:
+    return Question(record["prompt"], record["answer"])
+
+
+# Name: (fields of a record, kind, the function that reads it). The first that fits is taken.
+FORMATS: dict[str, tuple[set[str], str, Callable[[dict], Any]]] = {
+    "hellaswag": ({"activity_label", "ctx_a", "ctx_b", "endings", "label"}, "choice", hellaswag),
+    "arc": ({"question", "answerKey"}, "choice", arc),
+    "humaneval": ({"prompt", "entry_point", "canonical_solution", "test"}, "program", dict),
+    "mmlu": ({"question", "choices", "answer"}, "choice", mmlu),
+    "mmlu_texts": ({"question", "choices", "answer"}, "choice", mmlu_texts),
+    "gsm8k": ({"question", "answer"}, "question", gsm8k),
+    "choices": ({"context", "choices", "answer"}, "choice", own_choice),
+    "questions": ({"prompt", "answer"}, "question", own_question),
+    "lambada": ({"text"}, "word", lambada),
+    "text": ({"text"}, "text", lambda record: record["text"]),
+}
+
+
+# --- files
+
+
+def read(name: str) -> TaskFile:
+    """Return the questions of a file, named by its path or as `format:path`.
+
+    Raises ValueError naming the file and the record for one that is missing, of no known form or damaged.
+    """
+    given, _, path = name.rpartition(":")
+    if given not in FORMATS and given not in glue.TASKS:
+        given, path = "", name
+    path = Path(path)
+    if not path.is_file():
+        known = f"a file, stdlib, or FORMAT:FILE, with a format of {', '.join([*FORMATS, *glue.TASKS])}"
+        raise ValueError(f"--tasks {name}: no such file; expected {known}")
+    glue_task = given if given in glue.TASKS else "" if given else glue.task_of(path)
+    if glue_task:
+        return TaskFile(glue_task, "glue", glue.read_examples(path, glue_task))
+    if suffix_of(path) not in RECORDS:
+        with open_utf8(path, str(path), refuse) as file:
+            return TaskFile(path.name, "text", [file.read().decode("utf-8")])
+
+    records = headerless_mmlu(path) or list(read_records(path, str(path), refuse))
+    if not records:
+        raise ValueError(f"{path}: no record in it")
+    format_name = given or recognised(path, records[0][1])
+    fields, kind, convert = FORMATS[format_name]
+    items = []
+    for place, record in records:
+        try:
+            items.append(convert(record))
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            expected = f"expected the fields {', '.join(sorted(fields))} of {format_name}"
+            raise ValueError(f"{place}: {type(error).__name__} {error}; {expected}, with a label") from None
+    return TaskFile(f"{format_name}:{path.name}", kind, items)
+
+
+def recognised(path: Path, record: Any) -> str:
+    """Return the name of the format that has the fields of a record. Raises ValueError if there is none."""
+    has = set(record) if isinstance(record, dict) else set()
+    if has >= {"text"} and "lambada" in path.name.lower():
+        return "lambada"
+    names = [name for name, (fields, _, _) in FORMATS.items() if fields <= has and name != "lambada"]
+    if not names:
+        known = "; ".join(f"{name}: {', '.join(sorted(fields))}" for name, (fields, _, _) in FORMATS.items())
+        raise ValueError(f"{path}: fields {sorted(has)}; expected those of one of: {known}")
+    return names[0]
+
+
+def headerless_mmlu(path: Path) -> list[tuple[str, dict]]:
+    """Return the records of a .csv of MMLU as its authors publish it: question, four choices, letter."""
+    if suffix_of(path) != ".csv":
+        return []
+    with open_utf8(path, str(path), refuse) as file:
+        rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"))))
+    if not rows or any(len(row) != 6 or row[5] not in tuple("ABCD") for row in rows):
+        return []
+    subject = re.sub(r"_(dev|val|test)$", "", path.name.partition(".")[0])
+    fields = {"subject": subject}
+    return [
+        (f"{path}, row {i}", fields | {"question": row[0], "choices": row[1:5], "answer": row[5]})
+        for i, row in enumerate(rows, 1)
+    ]
+
+
+# --- examples in front of a question
+
+
+def with_examples(task: TaskFile, examples: Sequence, n: int, seed: int | None = None) -> TaskFile:
+    """Return the task with n solved examples in front of each question, joined by blank lines.
+
+    They are the first n of `examples` (on the same subject, where items have one), or with a seed n drawn for
+    each question, the question itself excluded. Raises ValueError where there are too few, or for a kind of
+    task without examples.
+    """
+    if n and task.kind not in ("choice", "question"):
+        raise ValueError(f"--shots {n}: {task.name} has no examples in its prompts; expected 0")
+    items = []
+    for index, item in enumerate(task.items):
+        subject = getattr(item, "about", "")
+        pool = [x for x in examples if n and x != item and getattr(x, "about", "") == subject]
+        if len(pool) < n:
+            raise ValueError(f"--shots {n}: there are {len(pool)} examples for a question of {task.name}")
+        drawn = pool[:n] if seed is None else random.Random(f"{seed} {index}").sample(pool, n)
+        front = "".join(f"{text}\n\n" for text in [subject, *map(solved, drawn)] if text)
+        if isinstance(item, Item):
+            item = item._replace(context=front + item.context)
+        elif isinstance(item, Question):
+            item = item._replace(prompt=front + item.prompt)
+        items.append(item)
+    return replace(task, items=items)
+
+
+def solved(example: Item | Question) -> str:
+    """Return a question with its answer."""
+    if isinstance(example, Item):
+        return example.context + example.delimiter + example.choices[example.gold]
+    return f"{example.prompt} {example.answer}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Print the first question of benchmark files as a model sees it.")
+    parser.add_argument(
+        "files", nargs="+", type=command.filled, metavar="FILE", help="a file, or format:file"
+    )
+    for name in parser.parse_args(argv).files:
+        task = read(name)
+        print(f"{task.name}: {len(task.items):,} items, {task.kind}")
+        first = task.items[0]
+        print(getattr(first, "context", None) or getattr(first, "prompt", None) or str(first)[:500])
+        if isinstance(first, Item):
+            print(
+                "\n".join(
+                    f"  {'*' if i == first.gold else '-'} {text}" for i, text in enumerate(first.choices)
+                )
+            )
+
+
+if __name__ == "__main__":
+    command.run(main)

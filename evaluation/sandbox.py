@@ -1,0 +1,236 @@
+"""Run a program that a model wrote, test it, and trust nothing that it prints.
+
+    verdict = passed  <=>  a nonce, drawn for this run, comes out of the process of the tests
+                           behind the last assertion
+
+Scoring generated code (Codex and HumanEval, Chen et al. 2021, section 2) means executing what nobody has
+read. A program may be wrong in harmless ways, never end, or by accident or habit do what makes a test look
+passed: call `sys.exit(0)`, print "passed", replace `AssertionError`. So a run has two processes, described in
+jail.py. Both have limits on time and memory, an empty folder as home, and cannot write a file, start a
+process, send a signal or open a socket. The program's process answers calls; the tests compare the answers in
+the other one, which alone has the nonce. Whatever ends early, hangs or answers nonsense has not passed.
+
+    check(Task("def double(x): return 2 * x", "assert double(2) == 4", "double"))    Verdict(passed=True, ...)
+
+    python -m evaluation.sandbox                   a few programs, and what this machine cannot enforce
+    python -m evaluation.sandbox HumanEval.jsonl   its own solutions, all of which must pass, and empty ones
+
+Not covered: a program may read the files that the user may read (as root: that nobody may read, or that root
+owns), and use a core for its CPU time. A fault of the kernel is a way out, as in every sandbox without a
+virtual machine.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from formats import command
+
+JAIL = Path(__file__).with_name("jail.py")
+
+
+class Verdict(NamedTuple):
+    """The outcome of a run."""
+
+    passed: bool
+    reason: str  # "passed", or what failed
+    lacking: tuple[str, ...] = ()  # protections that the system could not give
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of each of the two processes."""
+
+    cpu_seconds: int = 5  # CPU time; a busy machine does not count
+    wall_seconds: float = 60.0  # for a program that sleeps
+    memory: int = 1 << 29  # bytes of address space
+
+
+class Task(NamedTuple):
+    """A program, and the code that tests one of its functions by assertions."""
+
+    program: str
+    tests: str
+    entry_point: str  # the function's name, by which the tests call it
+    setup: str = ""  # executed before the tests, in their process; skipped if it is incomplete
+
+
+def start(task: dict, pipes: Sequence[tuple[int, str]], home: str, limits: Limits) -> subprocess.Popen:
+    """Start jail.py with a task on its standard input, and these ends of pipes open."""
+    # The dynamic linker of some Pythons needs its path; no other variable is passed on.
+    env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-X", "utf8", str(JAIL)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[number for number, _ in pipes],
+        env=env | {"HOME": home, "LANG": "C.UTF-8"},
+        cwd=home,
+        start_new_session=True,
+    )
+    task = task | {"pipes": pipes, "cpu_seconds": limits.cpu_seconds, "memory": limits.memory}
+    with contextlib.suppress(BrokenPipeError):  # it has ended already, which the verdict shows
+        process.stdin.write(json.dumps(task).encode())
+        process.stdin.close()
+    return process
+
+
+def stop(process: subprocess.Popen) -> float:
+    """Kill a process, and its group where there is one, and return the seconds of CPU time that it took."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime
+
+
+def read_line(number: int, seconds: float) -> str | None:
+    """Return the first line that comes out of a pipe, "" where it ends before, None after these seconds."""
+    deadline, line = time.monotonic() + seconds, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(number, selectors.EVENT_READ)
+        while b"\n" not in line and len(line) < 1 << 16:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return None
+            block = os.read(number, 4096)
+            if not block:
+                return ""
+            line += block
+    return line.decode("utf-8", "replace")
+
+
+def check(task: Task, limits: Limits = Limits()) -> Verdict:
+    """Return whether a program passes its tests, which run in two new processes with limits.
+
+    Raises ValueError on a system without fork and resource limits (Windows).
+    """
+    if os.name != "posix":
+        raise ValueError("sandbox: programs run only on Linux or macOS; this system has no resource limits")
+    nonce = secrets.token_hex(16)
+    calls, answers, verdict = os.pipe(), os.pipe(), os.pipe()
+    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as ends:
+        os.chmod(home, 0o555)
+        for number in (*calls, *answers, *verdict):
+            ends.callback(os.close, number)
+
+        # Start both; the ends of pipes that are theirs alone are closed here, so that a pipe ends with them.
+        program = {"program": task.program}
+        tests = {"tests": task.tests, "setup": task.setup, "entry_point": task.entry_point, "nonce": nonce}
+        theirs = ((calls[0], "r"), (answers[1], "w")), ((calls[1], "w"), (answers[0], "r"), (verdict[1], "w"))
+        running = []
+        try:
+            for content, pipes in zip((program, tests), theirs, strict=True):
+                running.append(start(content, pipes, home, limits))
+            ends.pop_all()
+            for number in (*calls, *answers, verdict[1]):
+                os.close(number)
+            ends.callback(os.close, verdict[0])
+            line = read_line(verdict[0], limits.wall_seconds)
+        finally:
+            seconds = max([stop(process) for process in running], default=0.0)
+    return judge(line, nonce, seconds, limits)
+
+
+def judge(line: str | None, nonce: str, seconds: float, limits: Limits) -> Verdict:
+    """Return the verdict by the line that the tests wrote, and the CPU time of the slower process."""
+    if line is None:
+        return Verdict(False, f"timeout: more than {limits.wall_seconds} seconds")
+    result = {}
+    with contextlib.suppress(ValueError):
+        result = json.loads(line)
+    lacking = tuple(result.get("lacking", ()))
+    if secrets.compare_digest(str(result.get("nonce")), nonce):
+        return Verdict(True, "passed", lacking)
+    if seconds > limits.cpu_seconds - 0.1:
+        return Verdict(False, f"timeout: more than {limits.cpu_seconds} seconds of CPU time", lacking)
+    return Verdict(False, str(result.get("failed", "the tests have not ended")), lacking)
+
+
+def check_all(
+    tasks: Sequence[Task],
+    limits: Limits = Limits(),
+    workers: int | None = None,
+) -> list[Verdict]:
+    """Return the verdict of each task, of which `workers` run at once (default: one per core)."""
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda task: check(task, limits), tasks))
+
+
+def lacking() -> tuple[str, ...]:
+    """Return what this system cannot enforce, such as "no filter of system calls"; on Linux nothing.
+
+    Raises ValueError if not even a right program passes.
+    """
+    verdict = check(Task("def one(): return 1", "assert one() == 1", "one"))
+    if not verdict.passed:
+        raise ValueError(f"sandbox: a right program does not pass on this machine: {verdict.reason}")
+    return verdict.lacking
+
+
+def human_eval_task(record: dict, completion: str) -> Task:
+    """Return the program that continues the prompt of a HumanEval record, and the record's tests.
+
+    The prompt, which may define functions that the tests use, is executed in the tests' process too.
+    """
+    tests = f"{record['test']}\ncheck({record['entry_point']})"
+    return Task(record["prompt"] + completion, tests, record["entry_point"], record["prompt"])
+
+
+def check_solutions(path: Path) -> None:
+    """Print how many of a file's own solutions pass, which should be all, and how many of `pass`."""
+    from data.records import read_records, refuse
+
+    records = [record for _, record in read_records(path, str(path), refuse)]
+    for name, body in (("own solutions", None), ("`pass`", "    pass\n")):
+        bodies = [record["canonical_solution"] if body is None else body for record in records]
+        verdicts = check_all(list(map(human_eval_task, records, bodies)))
+        print(f"{name:16} {sum(verdict.passed for verdict in verdicts)} of {len(records)} pass")
+        for record, verdict in zip(records, verdicts, strict=True):
+            if verdict.passed != (body is None):
+                print(f"  {record['task_id']}: {verdict.reason}")
+
+
+EXAMPLES = {
+    "right": "def double(x): return 2 * x",
+    "wrong": "def double(x): return x * x + x",
+    "ends at once": "import sys; sys.exit(0)",
+    "replaces AssertionError": "import builtins; builtins.AssertionError = Warning\ndef double(x): return 0",
+    "equals everything": "class Any:\n    def __eq__(self, x): return True\ndef double(x): return Any()",
+    "never ends": "def double(x):\n    while True: pass",
+    "removes files": "import os\ndef double(x): os.remove(os.__file__)",
+    "starts a process": "import os\ndef double(x): os.system('true'); os.fork(); return 2 * x",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Run programs in the sandbox, and print the verdicts.")
+    parser.add_argument(
+        "file", nargs="?", type=command.path, help="HumanEval.jsonl, to check its own solutions"
+    )
+    args = parser.parse_args(argv)
+    for protection in lacking():
+        print(f"not enforced on this machine: {protection}")
+    if args.file:
+        check_solutions(args.file)
+        return
+    tests = "assert double(3) == 6 and double(2) == 4"
+    tasks = [Task(program, tests, "double") for program in EXAMPLES.values()]
+    for name, verdict in zip(EXAMPLES, check_all(tasks, Limits(cpu_seconds=1)), strict=True):
+        print(f"{name:24} {'passed' if verdict.passed else 'failed':8}{verdict.reason}")
+
+
+if __name__ == "__main__":
+    command.run(main)

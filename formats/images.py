@@ -1,0 +1,199 @@
+"""Hugging Face checkpoints of models that read images: ViT, and MAE around it.
+
+    ViTForImageClassification    an encoder with a classifier
+    ViTModel                     without, perhaps with a pooler
+    ViTMAEForPreTraining         with the decoder of vision/mae.py
+
+Our names of weights are theirs on disk, so nothing is renamed but a ViTModel's, whose names have no prefix.
+How pixels are normalised is in preprocessor_config.json. That positions are fixed is recorded by a key
+"positions" of config.json, which transformers leaves alone. formats/native.py keeps what no architecture has.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from formats import config_json, native
+from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats.json_file import read_json, write_json
+from formats.safetensors_dir import assign, build, read_weights, write
+
+CLASSIFIER, BARE, MAE = "ViTForImageClassification", "ViTModel", "ViTMAEForPreTraining"
+CONCEPTS = {CLASSIFIER: "vision.vit", BARE: "vision.vit", MAE: "vision.mae"}
+PREFIX = "vit."
+FIELDS = {  # config.json: Config of vision/vit.py
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "n_channels",
+    "qkv_bias": "qkv_bias",
+    "layer_norm_eps": "norm_eps",
+    "positions": "positions",
+}
+DECODER_FIELDS = {  # config.json: Config of vision/mae.py
+    "decoder_num_hidden_layers": "decoder_layers",
+    "decoder_num_attention_heads": "decoder_heads",
+    "decoder_hidden_size": "decoder_width",
+    "decoder_intermediate_size": "decoder_ff",
+    "mask_ratio": "mask_rate",
+    "norm_pix_loss": "norm_pix",
+}
+# The values of absent keys: transformers leaves out what is its default.
+DEFAULTS = {
+    "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "image_size": 224, "patch_size": 16,
+    "n_channels": 3, "qkv_bias": True, "norm_eps": 1e-12,
+}  # fmt: skip
+DECODER_DEFAULTS = {
+    "decoder_layers": 8, "decoder_heads": 16, "decoder_width": 512, "decoder_ff": 2048, "mask_rate": 0.75,
+    "norm_pix": False,
+}  # fmt: skip
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ONLY = {
+    "hidden_act": tuple(ACTIVATIONS),
+    "pooler_act": ("tanh",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "quantization_config": (None,),
+}
+INERT = config_json.INERT | {
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "encoder_stride", "pooler_output_size",
+}  # fmt: skip
+
+
+def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Return the fields of `vit.Config` for the model in directory, and its weights under our names.
+
+    Raises ValueError naming what is missing, damaged, or not implemented.
+    """
+    path, hf = read_config(directory)
+    architecture = named_architecture(path, hf)
+    if architecture not in CONCEPTS:
+        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CONCEPTS)}")
+    of_decoder = set(DECODER_FIELDS) if architecture == MAE else set()
+    with damage_named(path):
+        fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT | of_decoder, set())
+        fields["mlp"] = ACTIVATIONS[hf.get("hidden_act", "gelu")]
+    if architecture == MAE:
+        fields["positions"] = hf.get("positions", "sincos")
+    fields |= read_preprocessor(Path(directory))
+
+    weights = read_weights(directory)
+    if architecture == BARE:
+        weights = {PREFIX + name: w for name, w in weights.items()}
+    fields["readout"] = "pooler" if "vit.pooler.dense.weight" in weights else "class"
+    n_classes = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
+    names = hf.get("id2label") or {}
+    if n_classes and isinstance(names, dict) and set(names) == {str(i) for i in range(n_classes)}:
+        fields["labels"] = tuple(str(names[str(i)]) for i in range(n_classes))
+    return fields | {"n_classes": n_classes}, weights
+
+
+def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
+    """Return the fields "mean" and "std" by preprocessor_config.json, none where there is no such file.
+
+    Raises ValueError for a file that scales pixels to other numbers than [0, 1].
+    """
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        return {}
+    hf = read_json(path)
+    if not hf.get("do_rescale", True) or abs(hf.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ValueError(f"{path}: rescale_factor {hf.get('rescale_factor')}: expected 1 / 255")
+    if not hf.get("do_normalize", True):
+        return {"mean": (0.0,), "std": (1.0,)}
+    found = {"mean": hf.get("image_mean"), "std": hf.get("image_std")}
+    for name, values in found.items():
+        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"{path}: image_{name} {values!r:.100}: expected a number for each channel")
+    return {name: tuple(float(value) for value in values) for name, values in found.items()}
+
+
+def read_decoder(directory: str | Path) -> dict:
+    """Return the fields of `mae.Config` for a ViTMAEForPreTraining. ValueError for another directory."""
+    path, hf = read_config(directory)
+    if named_architecture(path, hf) != MAE:
+        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {MAE}")
+    own = {key: value for key, value in hf.items() if key in DECODER_FIELDS}
+    with damage_named(path):
+        return read_fields(path, own, DECODER_FIELDS, DECODER_DEFAULTS, {}, set(), set())
+
+
+def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights in directory, without those of MAE's decoder, in their precision.
+
+    config: of config_kind. Raises ValueError naming what is wrong.
+    """
+    path, hf = read_config(directory)
+    if named_architecture(path, hf).startswith(native.PREFIX):
+        return native.load(directory, kernels)
+    fields, weights = read(directory)
+    weights = {name: w for name, w in weights.items() if not name.startswith("decoder.")}
+    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
+    assign(model, weights, directory)
+    return model
+
+
+def config_of(config: Any) -> dict:
+    """Return the keys of config.json that describe a `vit.Config`, for transformers 4 and 5."""
+    size = config.image_size
+    fields = vars(config) | {"image_size": list(size) if isinstance(size, tuple) else size}
+    hf = {key: fields[field] for key, field in FIELDS.items()}
+    if config.positions == "learned":
+        del hf["positions"]
+    hf["hidden_act"] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.mlp]
+    # Our models have no dropout. Without these keys, transformers 4 would train them further with its own.
+    return hf | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...]) -> None:
+    """Write a `vit.ViT`: config.json, model.safetensors and preprocessor_config.json.
+
+    labels: the names of the classes. A readout that no architecture has is written by formats/native.py.
+    """
+    config = model.config
+    bare = config.n_classes == 0
+    if config.readout == "mean" or (config.readout == "pooler" and not bare):
+        before, model.config = config, replace(config, labels=tuple(labels))
+        native.save(model, directory)
+        model.config = before
+        return
+    hf = {"architectures": [BARE if bare else CLASSIFIER], "model_type": "vit", **config_of(config)}
+    weights = model.state_dict()
+    if bare:
+        weights = {name.removeprefix(PREFIX): w for name, w in weights.items()}
+    else:
+        names = labels if len(labels) == config.n_classes else [f"LABEL_{i}" for i in range(config.n_classes)]
+        hf["id2label"] = dict(enumerate(names))
+        hf["label2id"] = {name: i for i, name in enumerate(names)}
+    write(directory, hf, weights)
+    write_preprocessor(config, directory)
+
+
+def save_mae(config: Any, decoder: Any, weights: dict[str, Tensor], directory: str | Path) -> None:
+    """Write a ViTMAEForPreTraining of an encoder's and a decoder's config, and its preprocessor."""
+    hf = {"architectures": [MAE], "model_type": "vit_mae", **config_of(config)}
+    hf |= {key: getattr(decoder, field) for key, field in DECODER_FIELDS.items()}
+    hf["positions"] = config.positions
+    write(directory, hf, weights)
+    write_preprocessor(config, directory)
+
+
+def write_preprocessor(config: Any, directory: str | Path) -> None:
+    """Write preprocessor_config.json: the size of images, and the normalisation of their pixels."""
+    height, width = config.size
+    n = config.n_channels
+    content = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3}
+    content |= {"size": {"height": height, "width": width}, "do_rescale": True, "rescale_factor": 1 / 255}
+    content |= {"do_normalize": True, "image_mean": every(config.mean, n), "image_std": every(config.std, n)}
+    write_json(Path(directory) / "preprocessor_config.json", content)
+
+
+def every(values: tuple[float, ...], n: int) -> list[float]:
+    """Return a value for each of n channels."""
+    return list(values) * (n if len(values) == 1 else 1)

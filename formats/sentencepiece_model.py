@@ -1,0 +1,205 @@
+"""tokenizer.model: the file of SentencePiece, translated to the parts of a tokenizer.json.
+
+The file is a message of Protocol Buffers (protobuf.dev/programming-guides/encoding): fields, each a key and a
+value. The upper bits of a key are the field's number, the lowest three the type of the value: 0 is a number
+of variable length, 1 and 5 are eight and four bytes, 2 is a number of bytes and these, maybe a message.
+
+    1  a piece, once for each id      1 text, 2 score (float), 3 type: 1 normal, 2 unknown, 3 control,
+                                      4 defined by the user, 5 unused, 6 byte
+    2  how it was trained             3 algorithm: 1 unigram, 2 BPE; 35 byte_fallback
+    3  how text is normalised         2 the character map, 3 add_dummy_prefix, 4 remove_extra_whitespaces
+
+What is around the model depends on the family: T5 adds sentinels, RoBERTa's numbering begins with four tokens
+of fairseq. The family is the tokenizer_class in tokenizer_config.json, or else the model_type in config.json.
+Without these two, the parts are SentencePiece's own.
+"""
+
+import base64
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from formats import tokenizer_json
+from formats.json_file import read_json
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES = 2, 3, 4  # fields of the normaliser
+SPACE = "▁"
+FAMILIES = {
+    "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer",
+    "gemma": "GemmaTokenizer",
+    "t5": "T5Tokenizer",
+    "albert": "AlbertTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+}
+FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")  # RoBERTa's first four ids
+# What each family puts in front of a text and behind it.
+AROUND = {
+    "LlamaTokenizer": (("<s>",), ()),
+    "GemmaTokenizer": (("<bos>",), ()),
+    "T5Tokenizer": ((), ("</s>",)),
+    "AlbertTokenizer": (("[CLS]",), ("[SEP]",)),
+    "DebertaV2Tokenizer": (("[CLS]",), ("[SEP]",)),
+    "XLMRobertaTokenizer": (("<s>",), ("</s>",)),
+}
+
+
+def number(data: bytes, at: int) -> tuple[int, int]:
+    """Return the number of variable length at a place, seven bits per byte, and the place behind it."""
+    value, shift = 0, 0
+    while data[at] & 0x80:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | data[at] << shift, at + 1
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (number, value) of the fields of a message. Raises ValueError or IndexError if it is damaged."""
+    at = 0
+    while at < len(data):
+        key, at = number(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = number(data, at)
+        elif kind in (1, 2, 5):
+            length, at = number(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+            value, at = data[at : at + length], at + length
+            if at > len(data):
+                raise ValueError("it ends within a field")
+        else:
+            raise ValueError(f"no field has type {kind}")
+        yield key >> 3, value
+
+
+def parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict, dict]:
+    """Return the pieces (text, score, type) of a model, and the fields of its trainer and its normaliser."""
+    pieces, trainer, normalizer = [], {}, {}
+    for field, value in fields(data):
+        if field == 1:
+            piece = dict(fields(value))
+            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+        elif field in (2, 3):
+            (trainer if field == 2 else normalizer).update(fields(value))
+    if not pieces:
+        raise ValueError("it has no pieces")
+    return pieces, trainer, normalizer
+
+
+def merges(scores: dict[str, float]) -> list[list[str]]:
+    """Return the merges of SentencePiece's BPE: pairs of pieces whose union is a piece, best score first."""
+    found = []
+    for piece, score in scores.items():
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        found += [(score, left, right) for left, right in cuts if left in scores and right in scores]
+    found.sort(key=lambda item: (item[0], len(item[1]), len(item[2])), reverse=True)
+    return [[left, right] for _, left, right in found]
+
+
+def normalizers(settings: dict, config: dict, family: str | None) -> list[dict]:
+    """Return the normalizers of a family, in order. settings: the fields of the model's normaliser."""
+    parts: list[dict] = []
+    if family == "AlbertTokenizer":
+        parts += [replace({"String": quotes}, '"') for quotes in ("``", "''")]
+        if not config.get("keep_accents"):
+            parts += [{"type": "NFKD"}, {"type": "StripAccents"}]
+    if config.get("do_lower_case", family == "AlbertTokenizer"):
+        parts.append({"type": "Lowercase"})
+    # SentencePiece replaces the longest key at each place; see data/charsmap.py.
+    if settings.get(CHARSMAP):
+        charsmap = base64.b64encode(settings[CHARSMAP]).decode()
+        parts.append({"type": "Precompiled", "precompiled_charsmap": charsmap, "longest": True})
+    if settings.get(REMOVE_SPACES, 1):
+        parts += [replace({"Regex": f"^ +|[ {SPACE}]+$"}, ""), replace({"Regex": " {2,}"}, " ")]
+    if settings.get(DUMMY_PREFIX, 1):
+        parts.append({"type": "Prepend", "prepend": SPACE})
+    return [*parts, replace({"String": " "}, SPACE)]
+
+
+def replace(pattern: dict, content: str) -> dict:
+    """Return the normalizer, or decoder, that replaces a pattern."""
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def translate(data: bytes, config: dict, family: str | None) -> dict:
+    """Return the content of a tokenizer.json. config: of tokenizer_config.json. Raises ValueError for another
+    algorithm than unigram and BPE."""
+    pieces, trainer, settings = parse(data)
+    algorithm = {1: "Unigram", 2: "BPE"}.get(trainer.get(3, 1))
+    if algorithm is None:
+        raise ValueError("its algorithm is neither unigram nor BPE; use a directory with tokenizer.json")
+
+    # The family's own pieces.
+    if family == "XLMRobertaTokenizer":
+        known = {FAIRSEQ[3]: UNKNOWN}
+        first = [(name, 0.0, known.get(name, CONTROL)) for name in FAIRSEQ]
+        pieces = [*first, *pieces[3:], ("<mask>", 0.0, CONTROL)]
+    if family == "T5Tokenizer":
+        n_extra = config.get("extra_ids", 100)
+        pieces += [(f"<extra_id_{i}>", 0.0, CONTROL) for i in reversed(range(n_extra))]
+    if family == "DebertaV2Tokenizer" and "[MASK]" not in [piece for piece, _, _ in pieces]:
+        pieces.append(("[MASK]", 0.0, CONTROL))
+    if family == "AlbertTokenizer":  # pieces such as "9," are never used
+        commas = [piece[-1:] == "," and piece[-2:-1].isdigit() for piece, _, _ in pieces]
+        pieces = [(p, s - 100 * comma, t) for (p, s, t), comma in zip(pieces, commas, strict=True)]
+
+    # The model.
+    unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
+    if unknown is None:
+        raise ValueError("it has no unknown token")
+    if len({piece for piece, _, _ in pieces}) < len(pieces):
+        twice = next(p for i, (p, _, _) in enumerate(pieces) if p in [q for q, _, _ in pieces[:i]])
+        raise ValueError(f"piece {twice!r} occurs twice")
+    model: dict = {"type": algorithm, "byte_fallback": bool(trainer.get(35))}
+    if algorithm == "Unigram":
+        model |= {"unk_id": unknown, "vocab": [[piece, score] for piece, score, _ in pieces]}
+    else:
+        joined = {piece: score for piece, score, kind in pieces if kind == NORMAL}
+        model |= {"vocab": {piece: i for i, (piece, _, _) in enumerate(pieces)}, "merges": merges(joined)}
+        model |= {"unk_token": pieces[unknown][0], "fuse_unk": True}
+
+    # What is before and behind it. A text is one word where runs of spaces are kept.
+    has_prefix, removes_spaces = settings.get(DUMMY_PREFIX, 1), settings.get(REMOVE_SPACES, 1)
+    words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": True}
+    decoders = [replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
+    added = {p: i for i, (p, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+    entries = tokenizer_json.added_tokens(added, "[MASK]" if "[MASK]" in added else "<mask>")
+    for entry in entries:
+        entry["normalized"], entry["special"] = False, pieces[entry["id"]][2] != USER_DEFINED
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": entries,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers(settings, config, family)},
+        "pre_tokenizer": words if removes_spaces else None,
+        "post_processor": tokenizer_json.template(added, {}, AROUND[family]) if family in AROUND else None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model,
+    }
+
+
+def read(path: Path, config: dict) -> dict:
+    """Return a SentencePiece model as the content of a tokenizer.json.
+
+    config: the content of tokenizer_config.json. Raises ValueError for a damaged file, and for a family whose
+    own pieces are not known here.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a SentencePiece model")
+    config_path = path.with_name("config.json")
+    model_type = read_json(config_path).get("model_type") if config_path.is_file() else None
+    family = str(config.get("tokenizer_class") or FAMILIES.get(str(model_type), model_type) or "")
+    family = family.removesuffix("Fast") or None
+    if family is not None and family not in AROUND:
+        known = ", ".join(AROUND)
+        raise ValueError(
+            f"{path}: {family} is not supported without a tokenizer.json; expected one of {known}"
+        )
+    try:
+        return translate(path.read_bytes(), config, family)
+    except (ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+        raise ValueError(f"{path} is not a SentencePiece model that can be read: {error}") from None

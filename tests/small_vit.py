@@ -1,0 +1,20 @@
+"""A small ViT, and what its tests and those of MAE compare alike."""
+
+import torch
+
+from vision.vit import Config
+
+SMALL = Config(2, 4, 32, 48, (8, 12), 4, 2, 5)
+TOLERANCE = dict(rtol=1e-5, atol=5e-6)
+
+
+def assert_gradients(model, expected, prefix=""):
+    """Compare the gradients of a model with recorded ones, whose names are those of its file."""
+    recorded = {
+        name.removeprefix("gradient."): g for name, g in expected.items() if name.startswith("gradient.")
+    }
+    own = {name.removeprefix(prefix): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert own.keys() == recorded.keys() and len(own) > 30
+    for name, gradient in recorded.items():
+        scale = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(own[name] / scale, gradient / scale, **TOLERANCE, msg=name)

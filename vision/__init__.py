@@ -1,0 +1,5 @@
+"""Images as rows of patches: models that read them, and what they are trained to do.
+
+Read vit first, the Vision Transformer, and classify_images, which trains it to name what it sees. mae masks
+three quarters of an image and rebuilds them, and so learns from images without labels.
+"""

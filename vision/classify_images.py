@@ -1,0 +1,116 @@
+"""Classify images: the task that trains a ViT to name what an image shows.
+
+    loss = -mean over images of log p(label | another view of the image)
+
+Every image to learn from is turned, scaled and shifted a little each time it is read (data/augment.py), since
+without that a Transformer learns a few thousand images by heart. Held-out images are read as they are. By
+default they are letters and digits in nine fonts that the model has never seen. Beside its accuracy stand
+those of classifiers of the bare pixels (data/baselines.py), and a picture shows what it reads.
+
+    python train.py --model vit                                            letters in unseen fonts
+    python train.py --model vit --data photos --set mirror=True            a folder for each class
+    python train.py --model vit --data mnist --set warp=0.5                MNIST's files as published
+
+Shapes: B batch, C channels.
+"""
+
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import baselines
+from data.augment import Augmentation, augment
+from data.images import prepare
+from data.rows import Dataset, Row, stack
+from engine import parallel, pictures
+
+MODEL, DATA = "vit", "glyphs:fonts"
+OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 600
+LOSS, TOKEN_LOSS = "nats per image", ""
+RIGHT, WRONG = "#1c7a3f", "#c4320f"  # colours of labels in the picture
+SHOWN = (4, 12)  # rows and columns of it
+
+
+def load_images(args: Namespace, config: Any) -> Dataset:
+    """Return the images that --data names, at the config's size, decoded by one process of each machine.
+
+    Raises ValueError for what `data.images.prepare` refuses, and for flags that are about text.
+    """
+    if args.document_mask:
+        raise ValueError("--document-mask: images have no documents; leave it out")
+    channels = config.n_channels if args.init_from else None
+    with parallel.one_per_machine_first():
+        options = {"channels": channels, "val": args.val, "bad_images": args.bad_text}
+        return prepare(args.data, config.size, args.cache, **options)
+
+
+def load_data(args: Namespace, config: Any) -> Dataset:
+    """Return images with classes, and how well their pixels alone are classified. Raises ValueError for
+    images without classes, and for other classes than a pretrained model's."""
+    dataset = load_images(args, config)
+    n = len(dataset.labels)
+    if n < 2:
+        expected = "expected a folder for each class; --model mae learns from images alone"
+        raise ValueError(f"--data {args.data}: {n} classes; {expected}")
+    if args.init_from and config.n_classes != n:
+        raise ValueError(
+            f"--init-from {args.init_from}: {config.n_classes} classes, {args.data} has {n}; add --set "
+            f"n_classes={n} for a new classifier"
+        )
+    return replace(dataset, guess=baselines.describe(dataset.train, dataset.val, n))
+
+
+def settings(config: Any) -> Augmentation:
+    """Return the settings of the augmentation."""
+    return Augmentation()
+
+
+def make_batch(
+    rows: list[Row], config: Augmentation, generator: torch.Generator, tokenizer: None
+) -> dict[str, Tensor]:
+    """Return "images" (B, C, height, width), augmented, with pixels in [0, 1], and "targets" (B,), labels."""
+    batch = stack(rows)
+    pixels = augment(batch["image"].float() / 255, batch["augment"], config, generator)
+    return {"images": pixels, "targets": batch["label"]}
+
+
+def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
+    """Write the model with the names of the data's classes."""
+    model.save_pretrained(directory, dataset.labels)
+
+
+def loss_bytes(*_) -> dict[str, int]:
+    """Raise ValueError: --dry-run plans the memory of rows of tokens."""
+    raise ValueError("--dry-run: plans rows of tokens, and not yet images; --benchmark measures the memory")
+
+
+@torch.no_grad()
+def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
+    """Draw some held-out images with the labels that the model gives them, green where they are right, and
+    return the most frequent confusions among all, or a thousand."""
+    # Classify every k-th held-out image.
+    val, device = dataset.val, next(model.parameters()).device
+    batch = make_batch([val[i] for i in range(0, len(val), -(-len(val) // 1000))], Augmentation(), None, None)
+    parts = [model(model.normalized(part.to(device))) for part in batch["images"].split(100)]
+    predicted, targets = torch.cat(parts).argmax(-1).tolist(), batch["targets"].tolist()
+
+    # The picture: some of them, evenly spaced.
+    n_rows, n_columns = SHOWN
+    chosen = [i * len(targets) // (n_rows * n_columns) for i in range(n_rows * n_columns)]
+    lines = [chosen[i : i + n_columns] for i in range(0, len(chosen), n_columns)]
+    pictures.save(
+        out,
+        [[batch["images"][i] for i in line] for line in lines],
+        [[dataset.labels[predicted[i]] for i in line] for line in lines],
+        [[RIGHT if predicted[i] == targets[i] else WRONG for i in line] for line in lines],
+    )
+
+    wrong = Counter((t, p) for t, p in zip(targets, predicted, strict=True) if t != p)
+    n_right = len(targets) - wrong.total()
+    taken = [f"{dataset.labels[t]} for {dataset.labels[p]} {n}x" for (t, p), n in wrong.most_common(12)]
+    return f"{n_right} of {len(targets)} right; most often taken: {', '.join(taken) or 'none'}"

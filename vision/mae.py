@@ -1,0 +1,306 @@
+"""MAE: hide three quarters of an image, and rebuild them from the rest.
+
+    loss = mean over hidden patches of mean over their numbers of (predicted - true)^2
+
+Masked autoencoder (He et al. 2021, arXiv 2111.06377). An image is so redundant that a few missing patches can
+be filled in from their neighbours. With 75 percent missing, the model has to recognise what is there. It is
+asymmetric: the encoder, which is the ViT that one keeps, reads only the visible patches; a small decoder gets
+its output, and a learned mask token at each hidden place. So the encoder does a quarter of the work.
+
+    noise (B, N) -> order = argsort(noise): the first of it are kept; argsort(order) restores the places
+
+With `norm_pix` the true patch is standardised before the difference is taken (section 3), which makes better
+features and worse pictures: what is rebuilt has no brightness of its own.
+
+This file is only what MAE adds to vision/vit.py. To fine-tune its encoder:
+
+    python train.py --model mae                                                     rebuild 1,300 characters
+    python train.py --model vit --init-from runs/mae/model --set n_classes=62       then learn to read them
+    python -m vision.mae runs/mae/model photo.png                                   rebuild an image
+
+Shapes: B batch, C channels, P patch size, N patches, n visible patches, D width of the encoder, W width of
+the decoder.
+"""
+
+from argparse import Namespace
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import Augmentation, augment
+from data.baselines import MOST, pixels
+from data.images import decode
+from data.rows import Dataset, Row, stack
+from engine import pictures
+from engine.report import PICTURE
+from formats import command, images, safetensors_dir
+from formats.config_values import check_values
+from vision import vit
+from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
+from vision.vit import ViT, patches_of, sin_cos
+
+MODEL, DATA = "vit", "glyphs:all"
+OPTIMIZER, BATCH_SIZE, STEPS = "muon", 256, 600
+LOSS, TOKEN_LOSS = "squared error", ""
+SHOWN = 12  # images of the picture
+
+
+@dataclass(frozen=True)
+class Config(Augmentation):
+    """The decoder, and what is hidden. The defaults are the paper's, for ViT-B and larger."""
+
+    n_patches: int = 196  # N, of the model's config
+    mask_rate: float = 0.75
+    norm_pix: bool = False  # standardise each true patch
+    decoder_layers: int = 8
+    decoder_heads: int = 16
+    decoder_width: int = 512  # W
+    decoder_ff: int = 2048
+
+    def __post_init__(self):
+        check_values(self)
+        if self.mask_rate >= 1:
+            raise ValueError(f"mask_rate {self.mask_rate}: expected more than 0 and less than 1")
+        if not 0 < self.n_visible < self.n_patches:
+            raise ValueError(
+                f"mask_rate {self.mask_rate}: {self.n_visible} of {self.n_patches} patches are visible; "
+                "expected at least one, and one hidden"
+            )
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            sizes = f"decoder_width {self.decoder_width} with decoder_heads {self.decoder_heads}"
+            raise ValueError(f"{sizes}: expected a multiple of the heads, and of 4")
+
+    @property
+    def n_visible(self) -> int:
+        """Return n, rounded down as the authors do: of 100 patches at a rate of 0.9 it is 9."""
+        return int(self.n_patches * (1 - self.mask_rate))
+
+
+def settings(config: vit.Config) -> Config:
+    """Return the paper's decoder, and for a narrow encoder one of two layers of half its width."""
+    D, N = config.d_model, config.n_patches
+    if D >= 512:
+        return Config(n_patches=N)
+    return Config(n_patches=N, decoder_layers=2, decoder_heads=4, decoder_width=D // 2, decoder_ff=2 * D)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """Return the rows of x (B, N, D) at places (B, n), (B, n, D)."""
+    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def pixels_of(images: Tensor, patch_size: int) -> Tensor:
+    """Return the patches (B, N, P P C) of images (B, C, height, width), in order of row, column and channel:
+    not in that of `patches_of`, but as the decoder predicts them."""
+    x = patches_of(images, patch_size)  # (B, N, C P P)
+    return x.unflatten(2, (-1, patch_size**2)).transpose(2, 3).flatten(2)
+
+
+def image_of(patches: Tensor, config: vit.Config) -> Tensor:
+    """Return the images (B, C, height, width) of patches (B, N, P P C): the inverse of `pixels_of`."""
+    (rows, columns), P = config.grid, config.patch_size
+    x = patches.view(len(patches), rows, columns, P, P, config.n_channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), config.n_channels, rows * P, columns * P)
+
+
+def statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation (B, N, 1) of each patch (B, N, P P C), as norm_pix does."""
+    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)  # divided by P P C - 1
+    return mean, (variance + 1e-6).sqrt()
+
+
+class MAE(nn.Module):
+    """A ViT and the decoder that rebuilds what it has not seen."""
+
+    def __init__(self, encoder: ViT, settings: Config):
+        super().__init__()
+        self.model, self.config, self.settings = encoder, encoder.config, settings
+        config, W = encoder.config, settings.decoder_width
+        if settings.n_patches != config.n_patches:
+            raise ValueError(f"n_patches {settings.n_patches}: expected {config.n_patches}, as the model has")
+        # The classifier and the pooler of a trained model have no part in this.
+        for name, p in encoder.named_parameters():
+            if name.startswith(("classifier.", "vit.pooler.")):
+                p.requires_grad_(False)
+        narrow = replace(config, n_layers=settings.decoder_layers, n_heads=settings.decoder_heads)
+        narrow = replace(narrow, d_model=W, d_ff=settings.decoder_ff)
+        layers = nn.ModuleList(vit.Block(narrow) for _ in range(narrow.n_layers))
+        self.decoder = nn.Module()
+        self.decoder.mask_token = nn.Parameter(torch.empty(1, 1, W))
+        self.decoder.register_buffer("decoder_pos_embed", sin_cos(config.grid, W))
+        self.decoder.decoder_embed = nn.Linear(config.d_model, W)
+        self.decoder.decoder_encoder = nn.ModuleDict({"layer": layers})
+        self.decoder.decoder_norm = nn.LayerNorm(W, eps=config.norm_eps)
+        self.decoder.decoder_pred = nn.Linear(W, config.patch_size**2 * config.n_channels)
+        vit.initialize(self.decoder)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the predicted patches (B, N, P P C) of normalized images, and mask (B, N): 1 where hidden.
+
+        noise: (B, N); the patches with its smallest numbers are visible.
+        """
+        # The encoder, on the visible patches in random order.
+        order = noise.argsort(dim=1)
+        restore = order.argsort(dim=1)
+        first, patches = self.model.vit.embeddings(images)
+        visible = take(patches, order[:, : self.settings.n_visible])
+        z = self.model.vit.layernorm(self.model.encode(first, visible))  # (B, 1 + n, D)
+
+        # The decoder, with mask tokens at the hidden places, and all back in order.
+        decoder = self.decoder
+        x = decoder.decoder_embed(z)
+        hidden = decoder.mask_token.expand(len(x), noise.shape[1] - self.settings.n_visible, -1).to(x.dtype)
+        x = torch.cat((x[:, :1], take(torch.cat((x[:, 1:], hidden), dim=1), restore)), dim=1)
+        x = x + decoder.decoder_pos_embed
+        for layer in decoder.decoder_encoder.layer:
+            x = layer(x)
+        mask = (restore >= self.settings.n_visible).float()
+        return decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:], mask
+
+    def target(self, images: Tensor) -> Tensor:
+        """Return what should be predicted (B, N, P P C) of normalized images."""
+        patches = pixels_of(images, self.config.patch_size)
+        if not self.settings.norm_pix:
+            return patches
+        mean, std = statistics(patches)
+        return (patches - mean) / std
+
+    def flops(self) -> int:
+        """Return the FLOPs of matrix products, forward and backward, of one image."""
+        config, s = self.config, self.settings
+        T, W, pixels = 1 + config.n_patches, s.decoder_width, config.patch_size**2 * config.n_channels
+        layer = T * (4 * W * W + 2 * W * s.decoder_ff) + 2 * T * T * W
+        decoder = (
+            s.decoder_layers * layer + (1 + self.settings.n_visible) * config.d_model * W + T * W * pixels
+        )
+        encoder = replace(config, n_classes=0, readout="class")
+        return 6 * (vit.n_macs(encoder, self.settings.n_visible) + decoder)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "MAE":
+        """Return the ViTMAEForPreTraining in a directory. Raises ValueError naming what is wrong."""
+        described, weights = images.read(directory)
+
+        def make() -> MAE:
+            encoder = ViT(vit.Config(**described, kernels=kernels))
+            own = images.read_decoder(directory)
+            return cls(encoder, Config(n_patches=encoder.config.n_patches, **own))
+
+        model = safetensors_dir.build(make, described, weights, directory)
+        weights = {f"model.{name}" if name.startswith("vit.") else name: w for name, w in weights.items()}
+        safetensors_dir.assign(model, weights, directory)
+        return model
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a ViTMAEForPreTraining."""
+        weights = {name.removeprefix("model."): w for name, w in self.state_dict().items()}
+        kept = {name: w for name, w in weights.items() if not name.startswith(("classifier.", "vit.pooler."))}
+        images.save_mae(self.config, self.settings, kept, directory)
+
+
+Model = MAE
+
+
+def wrap(model: ViT, config: Config) -> MAE:
+    """Return the model with a new decoder."""
+    return MAE(model, config)
+
+
+def unwrap(module: MAE) -> ViT:
+    """Return the encoder."""
+    return module.model
+
+
+def load_data(args: Namespace, config: vit.Config) -> Dataset:
+    """Return images without their classes, and how large the error of the mean image is. Raises ValueError
+    for what `data.images.prepare` refuses."""
+    dataset = load_images(args, config)
+    (train, _), (held, _) = (
+        pixels(rows, most) for rows, most in zip((dataset.train, dataset.val), MOST, strict=True)
+    )
+    error = ((held - train.mean(0)) / config.std[0]).square().mean()
+    guess = f"the mean image has a squared error of {error:.4f} on held-out images (norm_pix: about 1)"
+    return replace(dataset, labels=(), guess=guess)
+
+
+def make_batch(
+    rows: list[Row], config: Config, generator: torch.Generator, tokenizer: None
+) -> dict[str, Tensor]:
+    """Return "images" (B, C, height, width), augmented, with pixels in [0, 1], and "noise" (B, N)."""
+    batch = stack(rows)
+    images = augment(batch["image"].float() / 255, batch["augment"], config, generator)
+    return {"images": images, "noise": torch.rand(len(images), config.n_patches, generator=generator)}
+
+
+def loss(module: MAE, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the header's loss of a batch from `make_batch`, and no other metrics."""
+    images = module.model.normalized(batch["images"])
+    predicted, mask = module(images, batch["noise"])
+    error = (predicted.float() - module.target(images)).square().mean(dim=2)  # (B, N)
+    return (error * mask).sum() / mask.sum(), {}
+
+
+def save(module: MAE, dataset: Dataset, directory: Path) -> None:
+    """Write the encoder and the decoder."""
+    module.save_pretrained(directory)
+
+
+def flops_per_token(module: MAE, config: Config, seq_len: int) -> int:
+    """Return the FLOPs of training on one image."""
+    return module.flops()
+
+
+@torch.no_grad()
+def rebuild(module: MAE, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return images (B, C, height, width) in [0, 1] as the model sees them, the hidden patches grey, and as
+    it rebuilds them. With norm_pix the true mean and deviation of a patch are given back to it."""
+    config = module.config
+    predicted, mask = module(module.model.normalized(images), noise)
+    if module.settings.norm_pix:
+        mean, std = statistics(pixels_of(module.model.normalized(images), config.patch_size))
+        predicted = predicted * std + mean
+    mean, std = (images.new_tensor(getattr(config, name))[:, None, None] for name in ("mean", "std"))
+    rebuilt = pixels_of(image_of(predicted, config) * std + mean, config.patch_size)
+    true, hidden = pixels_of(images, config.patch_size), mask[:, :, None].bool()
+    parts = (torch.where(hidden, other, true) for other in (torch.full_like(true, 0.5), rebuilt))
+    masked, whole = (image_of(part, config) for part in parts)
+    return masked, whole
+
+
+def triples(module: MAE, images: Tensor, out: Path) -> None:
+    """Draw images in three rows: original, masked and rebuilt. The masks are always the same."""
+    device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
+    noise = torch.rand(len(images), module.config.n_patches, generator=generator).to(device)
+    masked, rebuilt = rebuild(module, images.to(device), noise)
+    pictures.save(out, [list(images), list(masked), list(rebuilt)])
+
+
+def show(module: MAE, dataset: Dataset, out: Path) -> str:
+    """Draw some held-out images, evenly spaced: original, masked and rebuilt."""
+    n = min(SHOWN, len(dataset.val))
+    rows = [dataset.val[i * len(dataset.val) // n] for i in range(n)]
+    triples(module, stack(rows)["image"].float() / 255, out)
+    settings = module.settings
+    hidden = settings.n_patches - settings.n_visible
+    return f"picture.png: original, with {hidden} of {settings.n_patches} patches hidden, rebuilt"
+
+
+def main() -> None:
+    parser = command.Parser(description="Hide patches of images, and rebuild them.")
+    add = parser.add_argument
+    add("checkpoint", type=command.filled, help="directory of a ViTMAEForPreTraining")
+    add("images", nargs="+", type=command.path, help="files of images")
+    add("--out", type=command.path, default=Path(), help="folder for picture.png (default: the current one)")
+    args = parser.parse_args()
+    model = MAE.from_pretrained(args.checkpoint).eval().float()
+    shape = (model.config.n_channels, *model.config.size)
+    pixels = torch.stack([torch.from_numpy(decode(path, shape, Counter())) for path in args.images])
+    triples(model, pixels.float() / 255, args.out)
+    print(f"{args.out / PICTURE}: original, masked, rebuilt")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,374 @@
+"""ViT: an image is cut into patches, and a Transformer reads them like the tokens of a text.
+
+    z = [class; E x_1; ...; E x_N] + positions                 x_i: the C P P numbers of a patch
+    z = z + attention(norm(z)),  z = z + mlp(norm(z))          L times, every token attends to every other
+    p(label | image) = softmax(W norm(z)_class + b)
+
+Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929). Nothing in it is made for images but the
+patches: what a convolution has built in, that neighbours belong together, the positions have to learn. With
+millions of images that is no loss. With a thousand it is, unless they are augmented, as they are in
+vision/classify_images.py, the task that trains it.
+
+What the classifier reads is one of three:
+    class     norm(z) of a learned class token (section 3.1)
+    pooler    tanh of a linear map of the same, the paper's head in pre-training (section 3.1)
+    mean      norm of the mean of the patches, without the class token (as MAE is fine-tuned, He et al. 2021)
+
+Positions are learned, or fixed sines and cosines of row and column (`sin_cos`). Parameters have the names of
+Hugging Face's files.
+
+    python -m vision.vit                                   print the sizes
+    python -m vision.vit runs/vit/model photo.png          classify images
+    python train.py --model vit                            train one to read letters in unseen fonts
+
+Shapes: B batch, C channels, P patch size, N patches, T = 1 + N tokens, D model width, H heads, K head width,
+L layers.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.images import decode
+from data.rows import Dataset
+from formats import command, images
+from formats.config_values import check_values
+from kernels import attention
+
+TASK = "classify_images"
+
+
+@dataclass(frozen=True)
+class Config:
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_ff: int  # inner width of the MLP
+    image_size: int | tuple[int, ...] = 224  # pixels, both ways, or (height, width)
+    patch_size: int = 16  # pixels, both ways
+    n_channels: int = 3
+    n_classes: int = 1000  # 0: no classifier, the model returns features
+    readout: str = "class"  # or "pooler" or "mean"
+    positions: str = "learned"  # or "sincos", which are fixed
+    mlp: str = "gelu"  # or "gelu_tanh", its approximation
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    mean: tuple[float, ...] = (0.5,)  # subtracted from pixels in [0, 1]; for all channels, or for each
+    std: tuple[float, ...] = (0.5,)  # by which the difference is divided
+    labels: tuple[str, ...] = ()  # the names of the classes, if they are known
+    kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
+    MAY_BE_ZERO = ("n_classes",)
+
+    def __post_init__(self):
+        check_values(
+            self,
+            readout=("class", "pooler", "mean"),
+            positions=("learned", "sincos"),
+            mlp=("gelu", "gelu_tanh"),
+        )
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if len(self.size) != 2 or min(self.size) < 1 or any(side % self.patch_size for side in self.size):
+            sides = f"image_size {self.image_size} with patch_size {self.patch_size}"
+            raise ValueError(f"{sides}: expected one or two sides that are multiples of the patch")
+        if self.positions == "sincos" and self.d_model % 4:
+            raise ValueError(
+                f"d_model {self.d_model}: sine and cosine of row and column need a multiple of 4"
+            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.n_channels):
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: expected one number, or one for each channel"
+                )
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Return the height and width of an image in pixels."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Return how many patches are above each other, and side by side."""
+        return tuple(side // self.patch_size for side in self.size)
+
+    @property
+    def n_patches(self) -> int:
+        """Return N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Return 1: a row of the data is one image."""
+        return 1
+
+
+TI, S, B, L = (12, 3, 192, 768), (12, 6, 384, 1536), (12, 12, 768, 3072), (24, 16, 1024, 4096)
+SIZES = {
+    "tiny": Config(4, 4, 128, 256, 32, 8, 1, 62),
+    "ti-16": Config(*TI),  # Touvron et al. 2020, table 1; "s" too
+    "s-16": Config(*S),
+    "s-32": Config(*S, patch_size=32),
+    "b-16": Config(*B),  # Dosovitskiy et al. 2020, table 1
+    "b-32": Config(*B, patch_size=32),
+    "l-16": Config(*L),
+    "l-32": Config(*L, patch_size=32),
+    "h-14": Config(32, 16, 1280, 5120, patch_size=14),
+    "giant-14": Config(40, 16, 1408, 6144, patch_size=14),  # g and G: Zhai et al. 2021, table 2
+    "gigantic-14": Config(48, 16, 1664, 8192, patch_size=14),
+}
+
+
+def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
+    """Return the config for images of this size and these classes."""
+    C, height, width = dataset.train[0]["image"].shape
+    size = height if height == width else (height, width)
+    n = len(dataset.labels)
+    return replace(config, image_size=size, n_channels=C, n_classes=n, labels=dataset.labels)
+
+
+def sin_cos(grid: tuple[int, ...], width: int) -> Tensor:
+    """Return fixed positions (1, 1 + N, D), zeros for the class token (MAE's, He et al. 2021).
+
+    The first half of D is for the column, the second for the row. A half is [sin(p w_0), sin(p w_1), ...,
+    cos(p w_0), ...] of the place p, with w_i = 10000^(-i / (D / 4)).
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*(torch.arange(n).double() for n in grid), indexing="ij")
+    halves = []
+    for place in (column, row):
+        angles = place.reshape(-1, 1) * frequencies  # (N, D / 4)
+        halves += [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(halves, dim=1), (0, 0, 1, 0)).float()[None]
+
+
+def resample(positions: Tensor, grid: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """Return learned positions (1, 1 + N, D) for another grid, by bicubic interpolation between patches."""
+    first, rest = positions[:, :1], positions[:, 1:]
+    plane = rest.reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    plane = F.interpolate(plane, size=new, mode="bicubic", align_corners=False)
+    return torch.cat((first, plane.flatten(2).transpose(1, 2)), dim=1)
+
+
+def patches_of(images: Tensor, patch_size: int) -> Tensor:
+    """Return the patches (B, N, C P P) of images (B, C, height, width), each in order of channel, row and
+    column, like the weights of a convolution."""
+    B, C, height, width = images.shape
+    P = patch_size
+    x = images.view(B, C, height // P, P, width // P, P).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(B, -1, C * P * P)
+
+
+@torch.no_grad()
+def initialize(module: nn.Module) -> None:
+    """Draw the module's parameters, as the authors do: matrices by Glorot's rule, the classifier 0, the class
+    token and positions N(0, 0.02^2). Raises ValueError for a parameter without a rule."""
+    for name, p in module.named_parameters():
+        if name.endswith("bias") or name.startswith("classifier"):
+            p.zero_()
+        elif p.ndim == 1 and "norm" in name:
+            p.fill_(1.0)
+        elif name.endswith(("cls_token", "position_embeddings", "mask_token")):
+            p.normal_(std=0.02)
+        elif name.endswith("weight") and p.ndim in (2, 4):  # a patch's embedding is a matrix (D, C P P), too
+            nn.init.xavier_uniform_(p.view(len(p), -1))
+        else:
+            raise ValueError(f"parameter {name}: no rule of initialisation; add one to vit.initialize")
+
+
+class Embeddings(nn.Module):
+    """Patches, their positions and the class token."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, D = config, config.d_model
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        if config.positions == "learned":
+            self.position_embeddings = nn.Parameter(torch.empty(1, 1 + config.n_patches, D))
+        else:
+            self.register_buffer("position_embeddings", sin_cos(config.grid, D))
+        # A convolution by name and shape only: its patches do not overlap, so it is a product of matrices.
+        projection = nn.Conv2d(config.n_channels, D, config.patch_size, config.patch_size)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
+
+    def positions(self, grid: tuple[int, ...]) -> Tensor:
+        """Return the positions (1, 1 + N, D) of a grid, which need not be the config's."""
+        if grid == self.config.grid:
+            return self.position_embeddings
+        if self.config.positions == "sincos":
+            return sin_cos(grid, self.config.d_model).to(self.position_embeddings)
+        return resample(self.position_embeddings, self.config.grid, grid)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the class token (B, 1, D) and the patches (B, N, D), both with their positions."""
+        P, projection = self.config.patch_size, self.patch_embeddings.projection
+        positions = self.positions((images.shape[2] // P, images.shape[3] // P))
+        x = F.linear(patches_of(images, P), projection.weight.flatten(1), projection.bias)  # (B, N, D)
+        first = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        return first, x + positions[:, 1:]
+
+
+class Attention(nn.Module):
+    """Attention of all tokens of an image to each other."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, bias = config.d_model, config.qkv_bias
+        names = ("query", "key", "value")
+        self.attention = nn.ModuleDict({name: nn.Linear(D, D, bias=bias) for name in names})
+        self.output = nn.ModuleDict({"dense": nn.Linear(D, D)})
+        self.n_heads, self.backend = config.n_heads, config.kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mixed values (B, T, D) of x (B, T, D)."""
+        B, T, D = x.shape
+        maps = (self.attention.query, self.attention.key, self.attention.value)
+        q, k, v = (linear(x).view(B, T, self.n_heads, -1) for linear in maps)  # (B, T, H, K)
+        return self.output.dense(attention(q, k, v, backend=self.backend).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    """One layer: attention and an MLP, each added to its input, with the norms before them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D = config.d_model
+        self.layernorm_before = nn.LayerNorm(D, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.layernorm_after = nn.LayerNorm(D, eps=config.norm_eps)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, config.d_ff)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(config.d_ff, D)})
+        self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output (B, T, D) for x (B, T, D)."""
+        x = x + self.attention(self.layernorm_before(x))
+        inner = F.gelu(self.intermediate.dense(self.layernorm_after(x)), approximate=self.approximate)
+        return x + self.output.dense(inner)
+
+
+def n_macs(config: Config, n: int | None = None) -> int:
+    """Return the multiplications of one forward pass with n of the N patches in the layers (None: all).
+
+    They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes. Papers often call these FLOPs.
+    """
+    D, T = config.d_model, 1 + (config.n_patches if n is None else n)
+    layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
+    patches = config.n_patches * D * config.n_channels * config.patch_size**2
+    pooler = D * D * (config.readout == "pooler")
+    return config.n_layers * layer + patches + pooler + D * config.n_classes
+
+
+class ViT(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        parts = {"embeddings": Embeddings(config), "encoder": nn.ModuleDict({"layer": layers})}
+        parts["layernorm"] = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        if config.readout == "pooler":
+            parts["pooler"] = nn.ModuleDict({"dense": nn.Linear(config.d_model, config.d_model)})
+        self.vit = nn.ModuleDict(parts)
+        if config.n_classes:
+            self.classifier = nn.Linear(config.d_model, config.n_classes)
+        initialize(self)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return images (B, C, height, width) with pixels in [0, 1] as the model reads them."""
+        mean, std = (images.new_tensor(getattr(self.config, name))[:, None, None] for name in ("mean", "std"))
+        return (images - mean) / std
+
+    def encode(self, first: Tensor, patches: Tensor) -> Tensor:
+        """Return z (B, 1 + n, D) after the last layer, of the class token (B, 1, D) and any n patches."""
+        z = torch.cat((first, patches), dim=1)
+        for layer in self.vit.encoder.layer:
+            z = layer(z)
+        return z
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """Return norm(z) (B, T, D) of normalized images (B, C, height, width), whose sides are multiples of
+        the patch size."""
+        return self.vit.layernorm(self.encode(*self.vit.embeddings(images)))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the classifier reads (B, D), see the header, of normalized images."""
+        if self.config.readout == "mean":
+            z = self.encode(*self.vit.embeddings(images))
+            return self.vit.layernorm(z[:, 1:].mean(dim=1))
+        first = self.hidden(images)[:, 0]
+        return torch.tanh(self.vit.pooler.dense(first)) if self.config.readout == "pooler" else first
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes), or features (B, D) without classes, of normalized images."""
+        features = self.features(images)
+        return self.classifier(features) if self.config.n_classes else features
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean cross-entropy in nats of "images", with pixels in [0, 1], and "targets", their
+        labels; and the accuracy."""
+        logits = self(self.normalized(batch["images"])).float()
+        accuracy = (logits.argmax(-1) == batch["targets"]).float().mean()
+        return F.cross_entropy(logits, batch["targets"]), {"accuracy": accuracy}
+
+    def flops_per_token(self, seq_len: int = 1) -> int:
+        """Return the FLOPs of matrix products, forward and backward, of one image: three times forward's."""
+        return 6 * n_macs(self.config)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "ViT":
+        """Return the ViT in a directory, in its precision; of a ViTMAEForPreTraining the encoder.
+
+        Raises ValueError naming what is missing, damaged or not implemented.
+        """
+        return images.load(cls, Config, directory, kernels)
+
+    def save_pretrained(self, directory: str | Path, labels: tuple[str, ...] | None = None) -> None:
+        """Write a ViTForImageClassification, a ViTModel if there is no classifier, or our native layout for a
+        readout that neither has. labels: the names of the classes, by default the config's."""
+        images.save(self, directory, self.config.labels if labels is None else labels)
+
+
+Model = ViT
+
+
+def print_sizes() -> None:
+    """Print the parameters of each size, and the FLOPs of reading one image and of training on it."""
+    print(f"{'size':12} {'parameters':>13} {'image':>6} {'patch':>6} {'tokens':>6}  forward  training")
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            model = ViT(config)
+        n_params = sum(p.numel() for p in model.parameters())
+        sizes = f"{config.size[0]:6} {config.patch_size:6} {1 + config.n_patches:6}"
+        flops = model.flops_per_token()
+        print(f"{name:12} {n_params:13,} {sizes}  {flops / 3:.2e} {flops:.2e} FLOPs")
+
+
+def main() -> None:
+    parser = command.Parser(description="Classify images, or print the sizes.")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
+    add("images", nargs="*", type=command.path, help="files of images")
+    args = parser.parse_args()
+    if args.checkpoint is None:
+        print_sizes()
+        return
+    model = ViT.from_pretrained(args.checkpoint).eval()
+    config = model.config
+    if not config.n_classes:
+        raise ValueError(
+            f"{args.checkpoint}: has no classifier; train one by --init-from and --set n_classes=N"
+        )
+    for path in args.images:
+        pixels = torch.from_numpy(decode(path, (config.n_channels, *config.size), Counter())) / 255
+        with torch.no_grad():
+            best = model(model.normalized(pixels[None].float())).softmax(-1)[0].topk(min(3, config.n_classes))
+        names = config.labels or [str(i) for i in range(config.n_classes)]
+        found = [f"{names[i]} {p:.1%}" for p, i in zip(*(t.tolist() for t in best), strict=True)]
+        print(f"{path}: {', '.join(found)}")
+
+
+if __name__ == "__main__":
+    command.run(main)

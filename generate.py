@@ -40,7 +40,7 @@ def sample(
     A temperature so small that logits would overflow takes the likeliest token, as 0 does. Raises ValueError
     for logits that are not finite.
     """
-    if not logits.isfinite().all():
+    if not torch.stack(logits.aminmax()).isfinite().all():
         raise ValueError("generate: the model's logits are not finite; its weights may be damaged")
     if temperature < 1e-30:
         return logits.argmax(dim=-1, keepdim=True)
@@ -223,7 +223,8 @@ def stream(
     `penalise`. stop: token id or ids that end a row. generator: source of the draws, on the model's device.
     compile: the step of one token is compiled at its first use, which takes a while and pays for itself over
     many tokens; a string is the mode of torch.compile, and "reduce-overhead" launches a step on a GPU as one
-    CUDA graph. On a CPU large matrices are copied meanwhile, each at most once: see kernels/few_rows.py.
+    CUDA graph. On a CPU matrices are copied meanwhile, each at most once, and several rows of a model of
+    large matrices are not compiled, because that would be slower: see kernels/few_rows.py.
 
     Raises ValueError for an empty prompt, a prompt that leaves no room for max_new_tokens, and options out
     of range.
@@ -231,6 +232,7 @@ def stream(
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
+    compile = compile and few_rows.gains_by_compiling(model, len(prompts))
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
     faster = few_rows.arrange(model, len(prompts), max_new_tokens)
@@ -265,9 +267,8 @@ def read_prompts(
     T = max(lengths)
     # Padding on the right is never seen: a causal model looks back, and the cache has each row's length.
     padded = torch.tensor([row + row[-1:] * (T - len(row)) for row in prompts], device=device)  # (B, T)
-    capacity = T + max_new_tokens
-    if static:
-        capacity = math.ceil(capacity / 128) * 128  # few different shapes, so that few are compiled
+    unit = 128 if static else 1  # few different shapes, so that few are compiled
+    capacity = math.ceil((T + max_new_tokens) / unit) * unit
     cache = model.new_cache(lengths, capacity, static=static)
     hidden = model.hidden(padded, cache=cache)  # (B, T, D)
     last = torch.tensor(lengths, device=device) - 1
@@ -317,7 +318,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, help="only from tokens at least this fraction as likely as the best")
     add("--repetition-penalty", type=float, default=1.0, help="divides logits of seen tokens (default 1)")
     add("--seed", type=int, default=0, help="start of the random draws (default 0)")
-    add("--compile", action="store_true", help="compile the step of one token, which takes a while at first")
+    add("--compile", action="store_true", help="compile the step of one token: slow at first, then faster")
 
 
 def continue_text(model: nn.Module, args: argparse.Namespace) -> None:

@@ -189,16 +189,21 @@ def bias_by_distance(bias: Tensor, T: int, S: int) -> Tensor:
     """Return (H, T + S - 1) of bias (H, 2 R + 1): the numbers at the distances -(S - 1) to T - 1, which are
     those of T queries at the last of S keys."""
     reach = bias.shape[1] // 2
+    if max(S, T) <= reach + 1:
+        return bias[:, reach + 1 - S : reach + T]
     distance = torch.arange(1 - S, T, device=bias.device)
     return bias[:, distance.clamp(-reach, reach) + reach]
 
 
 def bias_of_scores(bias: Tensor, T: int, S: int, seqlens_k: Tensor | None = None) -> Tensor:
-    """Return the bias of all scores: (H, T, S), or (B, H, T, S) with seqlens_k."""
+    """Return the bias of all scores: (1, H, T, S), or (B, H, T, S) with seqlens_k.
+
+    In three dimensions PyTorch's operation would not take its fused form on a CPU.
+    """
     if T * S == 0:
-        return bias.new_zeros(len(bias), T, S)
+        return bias.new_zeros(1, len(bias), T, S)
     if seqlens_k is None:
-        return attention_cpu.toeplitz(bias_by_distance(bias, T, S), T, S)
+        return attention_cpu.toeplitz(bias_by_distance(bias, T, S), T, S)[None]
     reach = bias.shape[1] // 2
     p = seqlens_k.view(-1, 1, 1) - T + torch.arange(T, device=bias.device)[:, None]  # (B, T, 1)
     distance = torch.arange(S, device=bias.device) - p  # (B, T, S)
@@ -264,7 +269,8 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
     if mask is None and attention_cpu.applies(q, k):
         by_distance = None if bias is None else bias_by_distance(bias, T, S)
         return attention_cpu.attend(q, k, v, square_causal, scale or 1 / math.sqrt(K), by_distance)
-    if bias is not None:  # PyTorch's operation takes a bias of every score, (H, T, S), with the mask in it
+    if bias is not None:
+        # PyTorch's operation takes a bias of every score, with the mask in it.
         if square_causal:
             mask, square_causal = visible(T, S, q.device, causal=True, window=None), False
         scores_bias = bias_of_scores(bias, T, S, seqlens_k).to(q.dtype)

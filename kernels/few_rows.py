@@ -5,7 +5,7 @@
 So few rows leave the cores waiting for W. How fast MKL, PyTorch's library for products in float32, reads a
 large W of at least as many rows as columns depends on how the product is written:
 
-    B = 1           F.linear(x, W) where the memory of W is laid out by columns: up to twice as fast as by rows
+    B = 1           F.linear(x, W) where the memory of W is laid out by columns: up to twice as fast
     B = 2 to 15     (W x^T)^T: up to 1.9 times as fast as F.linear(x, W)
 
 (one thread of an AMD EPYC of family 25, N = 4096 and D = 384). Whatever its size, an operation has to be
@@ -88,6 +88,16 @@ def on_cpu(x: Tensor) -> bool:
 def is_plain(layer: nn.Module | None) -> bool:
     """Return True for PyTorch's own linear layer, in float32 on a CPU."""
     return type(layer) is nn.Linear and on_cpu(layer.weight)
+
+
+def gains_by_compiling(model: nn.Module, n_rows: int) -> bool:
+    """Return False for several rows and large matrices on a CPU.
+
+    A compiled step attends to every slot of the cache, and masks those that are empty. Of several rows this
+    takes longer than is saved where products are most of a step: with 8 rows it was slower from width 256 on.
+    """
+    names = (name for name, x in model.named_parameters() if x.ndim == 2 and on_cpu(x) and x.numel() >= LARGE)
+    return n_rows == 1 or all("embed" in name or "lm_head" in name or "shared" in name for name in names)
 
 
 @torch.no_grad()

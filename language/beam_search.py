@@ -48,6 +48,7 @@ class Decoder(nn.Module):
         cross = model.cross(model.encode(tokens, ends))
 
         # They are buffers, so that a copy of this module shares them.
+        self.register_buffer("bias", None)  # of self attention, as far as `new_cache` reaches
         self.register_buffer("lengths", None if ends is None else ends.repeat_interleave(times, 0))
         for i, (k, v) in enumerate(cross):
             self.register_buffer(f"keys_{i}", k.repeat_interleave(times, 0))
@@ -55,6 +56,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> decoding.KVCache:
         """Return an empty cache for beginnings of these lengths, of max_len tokens in all."""
+        self.bias = self.model.decoder.bias(reach=max_len)
         kind = decoding.StaticKVCache if static else decoding.KVCache
         return kind(self.config, lengths, max_len, like=self.model.shared.weight)
 
@@ -62,7 +64,7 @@ class Decoder(nn.Module):
         """Return the hidden states (B, T, D) of the next tokens (B, T), and add them to the cache."""
         layers = range(self.config.n_layers)
         cross = [(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in layers]
-        hidden = self.model.decode(tokens, cross, self.lengths, cache)
+        hidden = self.model.decode(tokens, cross, self.lengths, cache, self.bias)
         cache.advance()
         return hidden
 

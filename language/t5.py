@@ -41,7 +41,7 @@ from formats import command, encoder_decoders
 from formats.config_values import check_values
 from generate import KVCache
 from gpt import Norm
-from kernels import attention, gelu, linear_cross_entropy
+from kernels import attention, gelu, linear_cross_entropy, products
 from language import beam_search
 
 TASK = "span_corruption"
@@ -162,14 +162,14 @@ def sinusoids(start: Tensor, T: int, D: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention of H heads of width K."""
+    """Attention of H heads of width K; same_input: which layers read the same, see kernels/few_rows.py."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, same_input: tuple[str, ...] = ()):
         super().__init__()
         D, inner = config.d_model, config.n_heads * config.d_head
         self.q, self.k, self.v = (nn.Linear(D, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, D, bias=False)
-        self.K, self.backend = config.d_head, config.kernels
+        self.same_input, self.K, self.backend = same_input, config.d_head, config.kernels
         self.scale = 1 / math.sqrt(config.d_head) if config.original else 1.0
 
     def heads(self, x: Tensor) -> Tensor:
@@ -180,9 +180,9 @@ class Attention(nn.Module):
         """Return keys and values (B, S, H, K) of x (B, S, D)."""
         return self.heads(self.k(x)), self.heads(self.v(x))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
-        """Return (B, T, D) of queries from x (B, T, D), to k and v (B, S, H, K)."""
-        y = attention(self.heads(self.q(x)), k, v, scale=self.scale, backend=self.backend, **mask)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
+        """Return (B, T, D) of queries q (B, T, H K), to k and v (B, S, H, K)."""
+        y = attention(self.heads(q), k, v, scale=self.scale, backend=self.backend, **mask)
         return self.o(y.flatten(2))  # (B, T, H, K) -> (B, T, D)
 
 
@@ -191,13 +191,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        for name in ("wi_0", "wi_1") if config.mlp == "geglu" else ("wi",):
+        self.gated = config.mlp == "geglu"
+        self.same_input = ("wi_0", "wi_1") if self.gated else ("wi",)
+        for name in self.same_input:
             self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=config.original))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=config.original)
-        self.gated = config.mlp == "geglu"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(gelu(self.wi_0(x)) * self.wi_1(x) if self.gated else F.relu(self.wi(x)))
+        inner, *factor = products(self, x)
+        return self.wo(gelu(inner) * factor[0] if self.gated else F.relu(inner))
 
 
 class Block(nn.Module):
@@ -206,7 +208,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int, is_decoder: bool):
         super().__init__()
         cross = {"EncDecAttention": Attention(config)} if is_decoder else {}
-        parts = {"SelfAttention": Attention(config), **cross, "DenseReluDense": MLP(config)}
+        parts = {"SelfAttention": Attention(config, ("q", "k", "v")), **cross, "DenseReluDense": MLP(config)}
         kind = "layer" if config.original else "rms"
         self.layer = nn.ModuleList(
             nn.ModuleDict({name: part, "layer_norm": Norm(config.d_model, config, kind)})
@@ -224,17 +226,18 @@ class Block(nn.Module):
 
         def attend(y: Tensor) -> Tensor:
             own, its_mask = self.layer[0].SelfAttention, mask
-            k, v = own.keys_values(y)
+            q, k, v = products(own, y)
+            k, v = own.heads(k), own.heads(v)
             if cache is not None:
                 k, v, its_mask = cache.store(self.number, k, v, mask)
                 its_mask = its_mask | {"bias": mask.get("bias")}
-            return own(y, k, v, **its_mask)
+            return own(q, k, v, **its_mask)
 
         x = self.add(x, self.layer[0].layer_norm, attend)
         if memory is not None:
             cross = self.layer[1].EncDecAttention
             k, v = cross.keys_values(memory) if isinstance(memory, Tensor) else memory[self.number]
-            x = self.add(x, self.layer[1].layer_norm, lambda y: cross(y, k, v, **memory_mask))
+            x = self.add(x, self.layer[1].layer_norm, lambda y: cross(cross.q(y), k, v, **memory_mask))
         return self.add(x, self.layer[-1].layer_norm, self.layer[-1].DenseReluDense)
 
 
@@ -249,21 +252,18 @@ class Stack(nn.Module):
         table = None if config.original else nn.Embedding(config.n_buckets, config.n_heads)
         self.relative_attention_bias = table
 
-    def bias(self) -> Tensor | None:
-        """Return the bias of self attention by distance, (H, 2 max_distance + 1); None in the original."""
+    def bias(self, reach: int = 0) -> Tensor | None:
+        """Return the bias of self attention by distance, (H, 2 R + 1) with R at least reach, or None."""
         if self.relative_attention_bias is None:
             return None
-        table, n, longest = (
-            self.relative_attention_bias.weight,
-            self.config.n_buckets,
-            self.config.max_distance,
-        )
-        distance = torch.arange(-longest, longest + 1, device=table.device)
-        return table[buckets(distance, n, longest, both_sides=not self.is_decoder)].T
+        config, table = self.config, self.relative_attention_bias.weight
+        R = max(reach, config.max_distance)
+        distance = torch.arange(-R, R + 1, device=table.device)
+        return table[buckets(distance, config.n_buckets, config.max_distance, not self.is_decoder)].T
 
-    def forward(self, x: Tensor, mask: dict, cache: KVCache | None = None, **memory) -> Tensor:
-        """Return the last hidden states (B, T, D) of embeddings x (B, T, D); arguments as for `Block`."""
-        mask = mask | {"bias": self.bias()}
+    def forward(self, x: Tensor, mask: dict, cache: KVCache | None = None, bias=None, **memory) -> Tensor:
+        """Return the last states (B, T, D) of embeddings x (B, T, D); bias: from `bias`; see `Block`."""
+        mask = mask | {"bias": self.bias() if bias is None else bias}
         for block in self.block:
             x = block(x, mask, cache, **memory)
         return x if self.final_layer_norm is None else self.final_layer_norm(x)
@@ -328,14 +328,13 @@ class T5(nn.Module):
         """Return the keys and values (B, S, H, K) of the memory (B, S, D) in each layer of the decoder."""
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.decoder.block]
 
-    def decode(self, tokens: Tensor, memory, lengths: Tensor | None = None, cache: KVCache | None = None):
+    def decode(self, tokens: Tensor, memory, lengths=None, cache: KVCache | None = None, bias=None) -> Tensor:
         """Return the hidden states (B, T, D) of the decoder for its tokens (B, T). memory: (B, S, D), or what
-        `cross` makes of it; lengths: as for `encode`; cache: of generation, see gpt.py."""
-        start = (
-            tokens.new_zeros(()) if cache is None else cache.positions(tokens.shape[1], tokens.device)[:, 0]
-        )
+        `cross` makes of it; lengths: as for `encode`; cache: of generation, see gpt.py; bias: see `Stack`."""
+        T, mask = tokens.shape[1], {"seqlens_k": lengths}
+        start = tokens.new_zeros(()) if cache is None else cache.positions(T, tokens.device)[:, 0]
         x = self.embed(tokens, start, self.decoder)
-        return self.decoder(x, {"causal": True}, cache, memory=memory, memory_mask={"seqlens_k": lengths})
+        return self.decoder(x, {"causal": True}, cache, bias, memory=memory, memory_mask=mask)
 
     @property
     def head_weight(self) -> Tensor:
@@ -349,7 +348,8 @@ class T5(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., D) of the decoder."""
-        return F.linear(self.scaled(hidden), self.head_weight)
+        hidden = self.scaled(hidden)
+        return F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
 
     def shifted(self, targets: Tensor) -> Tensor:
         """Return what the decoder reads to predict targets (B, T): the start token, then all but the last.

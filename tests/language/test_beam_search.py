@@ -49,7 +49,22 @@ def test_wide_matrices_of_a_cpu_are_rearranged_and_give_the_same_tokens(monkeypa
     decoder = beam_search.Decoder(model, prompts)
     arranged = few_rows.arrange(decoder, n_rows=2, n_steps=12)
     assert arranged is not decoder and arranged.keys_0.data_ptr() == decoder.keys_0.data_ptr()
+    own, cross, mlp = arranged.model.decoder.block[1].layer
+    assert own.SelfAttention.joined.sizes == [24, 24, 24] and mlp.DenseReluDense.joined.sizes == [40, 40]
+    assert not hasattr(cross.EncDecAttention, "joined") and isinstance(
+        arranged.model.lm_head, few_rows.Product
+    )
     assert [model.generate(rows, 12, temperature=0) for rows in (prompts, prompts[:1])] == expected
+
+
+def test_a_tied_head_is_rearranged_and_scaled_as_before(monkeypatch):
+    model, prompts = small(), [[5, 9, 3], [7, 7, 2]]
+    expected = model.generate(prompts, 12, temperature=0, stop=())
+    monkeypatch.setattr(few_rows, "LARGE", 1)
+    monkeypatch.setattr(few_rows, "STEPS", 1)
+    arranged = few_rows.arrange(beam_search.Decoder(model, prompts), n_rows=2, n_steps=12).model
+    assert arranged.lm_head.transposed and model.lm_head is None
+    assert model.generate(prompts, 12, temperature=0, stop=()) == expected
 
 
 def test_one_beam_is_greedy():

@@ -243,3 +243,10 @@ def test_the_scale_of_scores_is_in_the_initial_queries():
 def test_a_config_that_makes_no_sense_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **changes)
+
+
+def test_a_bias_that_reaches_further_is_the_same_bias():
+    stack = small().decoder
+    near, far = stack.bias(), stack.bias(reach=40)
+    distance = torch.arange(-40, 41).clamp(-16, 16)
+    assert near.shape == (4, 33) and torch.equal(far, near[:, distance + 16])

@@ -1,0 +1,138 @@
+"""T5 on this machine beside transformers': greedy outputs, and steps of training, of random weights.
+
+    python -m results.t5_speed --out results/t5_speed.json        (needs tests/requirements.txt)
+
+Both sides have the same weights and shapes, in float32, and are measured in turn (A B A B ...). Outputs: the
+same random inputs, the same tokens (checked), encoder included. Training: forward, backward and a step of
+PyTorch's AdamW on the same batch, no dropout; the two losses are equal (checked).
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from engine import cpu
+from language.t5 import SIZES, T5, Config
+from results.in_turn import compared, measure_in_turn
+
+SHAPES = {"tiny": SIZES["tiny"], "t5-small": SIZES["small"]}
+INPUT, NEW = 32, 64  # tokens of a row
+BATCH, S, T = 16, 256, 64  # of a step of training: rows, and tokens of their inputs and outputs
+
+
+def both_models(config: Config):
+    """Return our model with random weights, and the same one as transformers opens it."""
+    import transformers
+
+    torch.manual_seed(0)
+    ours = T5(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        return ours, transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def writers(ours: T5, theirs, batch: int) -> dict[str, Callable[[], list[list[int]]]]:
+    """Return for each side a function that writes outputs of NEW tokens for the same random inputs."""
+    inputs = torch.randint(2, ours.config.vocab_size, (batch, INPUT))
+    options = {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": NEW,
+        "attention_mask": torch.ones_like(inputs),
+    }
+    theirs.generation_config.eos_token_id = None  # so that no output ends early
+    return {
+        "transformers": lambda: theirs.generate(inputs, **options)[:, 1:].tolist(),
+        "plinth": lambda: ours.generate(inputs, NEW, temperature=0, stop=()),
+    }
+
+
+def steps(ours: T5, theirs) -> dict[str, Callable[[], float]]:
+    """Return for each side a function that takes a step on the same batch, and returns its loss."""
+    tokens, targets = (torch.randint(2, ours.config.vocab_size, (BATCH, n)) for n in (S, T))
+
+    def step(model, loss) -> float:
+        value = loss()
+        value.backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad()
+        return value.item()
+
+    optimizers = {model: torch.optim.AdamW(model.parameters()) for model in (ours, theirs)}
+    losses = {
+        theirs: lambda: theirs(input_ids=tokens, labels=targets).loss,
+        ours: lambda: ours.loss({"tokens": tokens, "targets": targets})[0],
+    }
+    return {
+        "transformers": partial(step, theirs, losses[theirs]),
+        "plinth": partial(step, ours, losses[ours]),
+    }
+
+
+def rate(call: Callable, n_tokens: int, times: int) -> float:
+    """Return how many tokens per second so many calls compute, of n_tokens each."""
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return times * n_tokens / (time.perf_counter() - began)
+
+
+def measure(name: str, rounds: int) -> list[dict]:
+    """Return the rows of one size; SystemExit if the two sides do not compute the same."""
+    ours, theirs = both_models(SHAPES[name])
+    rows = []
+    for batch in (1, 8):
+        sides = writers(ours, theirs, batch)
+        first, second = (write() for write in sides.values())
+        if first != second:
+            raise SystemExit(f"{name}, batch {batch}: the tokens differ")
+        print(f"{name}, outputs of {NEW} tokens, batch {batch}")
+        timed = {side: partial(rate, write, batch * NEW, 1) for side, write in sides.items()}
+        figures = measure_in_turn(timed, rounds)
+        rows += compared(figures, "transformers", shape=name, what="outputs", batch=batch)
+    if name == "tiny":
+        cpu.multiply_by_onednn()  # as train.py does; the other side has it too
+        sides = steps(ours, theirs)
+        losses = [step() for step in sides.values()]
+        if abs(losses[0] - losses[1]) > 1e-4:
+            raise SystemExit(f"{name}: the losses differ: {losses}")
+        print(f"{name}, training on {BATCH} rows of {S} and {T} tokens")
+        timed = {side: partial(rate, step, BATCH * (S + T), 3) for side, step in sides.items()}
+        figures = measure_in_turn(timed, rounds)
+        rows += compared(figures, "transformers", shape=name, what="training", batch=BATCH)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="measurements of each side (default %(default)s)"
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    import transformers
+
+    load = os.getloadavg()[0]
+    cpu.keep_memory()
+    results = [row for name in args.sizes for row in measure(name, args.rounds)]
+    if args.out:
+        machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine |= {"transformers": transformers.__version__, "load_average": load}
+        command = "python -m results.t5_speed --out results/t5_speed.json"
+        args.out.write_text(
+            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()

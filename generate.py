@@ -57,19 +57,7 @@ def sample(
     if min_p is not None:
         p = logits.softmax(dim=-1)
         logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
-    return draw(logits.softmax(dim=-1), generator)
-
-
-def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return one index per row, int64 (B, 1), drawn with the probabilities p (B, V), rows of sum 1.
-
-    One random number per row is looked up in the running sum of p, in float64 (torch.multinomial draws V
-    numbers per row, which takes ten times as long on a CPU).
-    """
-    ends = p.cumsum(dim=-1, dtype=torch.float64)
-    u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
-    # The first index whose end is above u: one of probability 0 ends where the one before does.
-    return torch.searchsorted(ends, u * ends[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+    return few_rows.draw(logits.softmax(dim=-1), generator)
 
 
 class KVCache:
@@ -304,10 +292,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def generate(
     model: nn.Module, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt, ending with its stop token if one was drawn.
-
-    tokens and options as for `stream`.
-    """
+    """Return the new tokens of each prompt, with its stop token if one was drawn; arguments as for `stream`."""
     new: list[list[int]] = [[] for _ in tokens]
     for step in stream(model, tokens, max_new_tokens, **options):
         for row, token in zip(new, step, strict=True):

@@ -2,8 +2,10 @@
 
 Read first corpus (from files to documents), then tokenizer (byte-pair encoding) and text (from documents to
 rows of tokens). records reads the formats of files, and shards keeps tokens on disk. wordpiece is BERT's
-tokenizer, special_tokens and words are what both tokenizers share, conversations and labelled read files of
-chats and of labelled texts, and stdlib_questions makes such chats from Python's own documentation.
+tokenizer. pipeline is any other: normalize (with charsmap), pre_tokenize, a model (merges, or unigram, which
+trains on lattices), piece_decoders. special_tokens and words are what all tokenizers share. conversations and
+labelled read files of chats and of labelled texts, and stdlib_questions makes such chats from Python's own
+documentation.
 
 Images: glyphs draws characters from fonts, images reads folders, published_images MNIST's and CIFAR's files,
 and augment makes other views of an image.

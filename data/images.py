@@ -33,6 +33,8 @@ from formats import command
 from formats.atomic import damage, names_full_disk, replace_directory, write_checksums
 from formats.progress import progress_bar
 
+# Pillow goes by the content of a file, and would start other programs for some formats, such as EPS.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 HELD_OUT = 1 / 10  # share of each class
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
@@ -80,13 +82,15 @@ def prepare(
     leaves out what cannot be read, "refuse" raises ValueError. notify is called with one line of what was
     converted or left out. Raises ValueError for everything that a user can mend.
     """
-    if data.startswith("glyphs"):
+    # Glyphs are drawn, and published files hold arrays: both have a held-out part of their own.
+    if data.partition(":")[0] == "glyphs":
         if val is not None:
             raise ValueError(f"--val {val}: {data} has a held-out part of its own; leave out --val")
         parts, labels = glyph_parts(data)
     else:
         folder = existing_folder(data, "--data")
         published = published_images.read(folder)
+        # Other folders hold files of images, which are decoded once.
         if published is None:
             with only_one_at(cache, notify):
                 found, labels = find_images(folder, val)
@@ -96,6 +100,8 @@ def prepare(
         if val is not None:
             raise ValueError(f"--val {val}: {data} has a test part of its own; leave out --val")
         *parts, labels = published
+
+    # Arrays are brought to the size that is needed.
     parts = [Part(fitted(images, size, channels), numbers) for images, numbers in parts]
     return as_dataset(*parts, labels)
 
@@ -201,11 +207,14 @@ def find_images(folder: Path, val: str | None) -> tuple[list[Found], list[str]]:
     """Return the images of a folder, and the names of its classes in alphabetical order.
 
     Raises ValueError where images and folders are mixed, for a class without images, and for held-out images
-    of other classes.
+    of other classes or that are among the others.
     """
     inside = {PARTS[path.name]: path for path in folder.iterdir() if path.is_dir() and path.name in PARTS}
     if val is not None:
-        inside = {"train": inside.get("train", folder), "val": existing_folder(val, "--val")}
+        held = existing_folder(val, "--val")
+        inside = {"train": inside.get("train", folder), "val": held}
+        if held.resolve().is_relative_to(inside["train"].resolve()):
+            raise ValueError(f"--val {val}: is part of {inside['train']}; expected images of its own")
     if inside.keys() != {"train", "val"}:
         members, labels = class_folders(folder)
         return hold_out(members), labels
@@ -346,17 +355,19 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarra
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    # Above its limit Pillow warns, and above twice its limit it raises an error: here both end the reading.
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1:
+            with Image.open(path, formats=FORMATS) as image:
+                # A MPO is a camera's JPEG with a preview behind it.
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     notes["animated (first frame used)"] += 1
                 image.load()
                 image = ImageOps.exif_transpose(image)
                 image = converted(image, "L" if shape[0] == 1 else "RGB", notes)
         except UnidentifiedImageError:
-            raise ValueError(f"{path}: not an image that can be read") from None
+            raise ValueError(f"{path}: not an image; expected one of {', '.join(FORMATS)}") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             limit = f"at most {Image.MAX_IMAGE_PIXELS:,} are read, against files made to fill the memory"
             raise ValueError(f"{path}: {str(error).partition(',')[0]}: {limit}") from None

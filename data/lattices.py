@@ -199,4 +199,6 @@ class Lattices:
             edges = choice[some, nodes]
             parts[some, column] = self.ends[self.place[some] + nodes, edges]
             at[left] -= edges + 1
-        return best[rows, self.size], parts
+        score = best[rows, self.size]
+        parts[~np.isfinite(score)] = NO_EDGE
+        return score, parts

@@ -56,13 +56,14 @@ from data.words import (
     continues,
     cut_long_space,
 )
-from formats import command, pipeline_json, tokenizer_json
+from formats import command, tokenizer_json
 from formats.progress import progress_bar
 from formats.tokenizer_json import END_OF_TEXT
 from formats.wordpiece_json import is_wordpiece, vocabulary_file
 
 if TYPE_CHECKING:
     from data.pipeline import Pipeline
+    from formats import pipeline_json
 
 
 def count_pre_tokens(texts: Iterable[str], pattern: str, progress: bool) -> Counter[str]:

@@ -292,19 +292,19 @@ def parts(lossless: bool) -> dict:
     lossless: keep every space and line break, as Gemma does. Otherwise text is prepared as T5's is: NFKC, and
     any whitespace is one space.
     """
+    decoders: list[dict] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if lossless:
         one_word = {"Regex": f"{SPACE}*[^{SPACE}]+|{SPACE}+"}
-        return {
-            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            "pre_tokenizer": {"type": "Split", "pattern": one_word, "behavior": "Isolated", "invert": False},
-            "decoder": {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        }
-    space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
-    return {
-        "normalizer": {"type": "NFKC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]},
-        "decoder": space,
-    }
+        normal = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        cut = {"type": "Split", "pattern": one_word, "behavior": "Isolated", "invert": False}
+    else:
+        space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
+        normal = {"type": "NFKC"}
+        cut = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, space]}
+        decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    decoder = {"type": "Sequence", "decoders": decoders}
+    return {"normalizer": normal, "pre_tokenizer": cut, "decoder": decoder}
 
 
 def train_unigram(

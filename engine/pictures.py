@@ -41,6 +41,7 @@ def save(
     canvas = Image.new("RGB", (width * max(map(len, rows)) + GAP, height * len(rows) + GAP), PAPER)
     draw, font = ImageDraw.Draw(canvas), glyphs.open_font("DejaVuSans", LINE - 5)
 
+    # The cells, row by row.
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             x, y = GAP + j * width, GAP + i * height

@@ -1,1 +1,7 @@
-"""Figures about a trained model. Read perplexity.py."""
+"""Figures about a trained model, with their errors and the figures of no model beside them.
+
+Read perplexity.py (how well a text is predicted), multiple_choice.py (which continuation is likeliest),
+generation.py (what is found in a written answer), sandbox.py and jail.py (programs that a model wrote),
+glue.py (classifiers), probe.py (features of images). library_suite.py makes the default tasks, published.py
+reads benchmark files, and `python -m evaluation MODEL` runs them all.
+"""

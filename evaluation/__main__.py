@@ -261,7 +261,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=16, metavar="ROWS", help="rows per pass (default %(default)s)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer (default 256)")
     add("--samples", type=int, default=1, metavar="N", help="programs per problem, for pass@k (default 1)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="of these programs (default 0)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="their temperature (default 0)")
     add("--seed", type=int, default=0, metavar="N", help="start of all random numbers (default 0)")
     add("--out", type=command.path, metavar="FILE", help="write all figures, also per item, as JSON")
     add("--unprotected", action="store_true", help="run programs even where the sandbox is incomplete")
@@ -285,9 +285,13 @@ def main(argv: list[str] | None = None) -> None:
             for model, found in zip(args.models, figures, strict=True)
             for x in found
         ]
-        content = without_nan({"results": results, "comparisons": compared})
+        parts = {"results": results, "comparisons": compared}
+        rows = {
+            name: ",\n".join(json.dumps(without_nan(row)) for row in part) for name, part in parts.items()
+        }
+        text = ",\n".join(f'"{name}": [\n{lines}\n]' for name, lines in rows.items())
         with replace_file(args.out) as new:
-            new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            new.write_text(f"{{{text}}}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Question(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What a model wrote."""
+    """A text that a model wrote."""
 
     text: str
     n_cut: int  # tokens of the prompt that were cut off on the left

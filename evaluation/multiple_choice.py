@@ -35,7 +35,9 @@ from torch import Tensor, nn
 
 from formats import command
 from formats.progress import progress_bar
+from generate import KVCache
 
+SHARED = 32  # tokens; a shorter context is cheaper to read again in full batches
 RULES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "acc_mutual_info")
 
 
@@ -91,8 +93,8 @@ def rows_of(tokenizer, context: str, continuations: Sequence[str], max_len: int)
     its beginning; of a continuation that alone is longer, the end is scored. Raises ValueError for one that
     is empty.
     """
-    # Trailing space of the context belongs to the next word.
-    kept = context.rstrip(" ")
+    # White space at the end of the context belongs to the choice: tokens often begin with it.
+    kept = context.rstrip()
     continuations = [context[len(kept) :] + text for text in continuations]
     begin = tokenizer.begin_ids or ([] if kept else [tokenizer.eot_id])
     encoded = [[*begin, *tokenizer.encode(kept + text)] for text in continuations]
@@ -117,35 +119,82 @@ def n_shared(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+class SharedContext:
+    """A cache of keys and values in which several continuations are read at once behind one context.
+
+    The first pass is of the context (1, T), the second of the continuations (B, T); see `generate.KVCache`.
+    """
+
+    def __init__(self):
+        self.keys: dict[int, Tensor] = {}  # (1, T, G, K) by layer
+        self.values: dict[int, Tensor] = {}
+        self.length = 0
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        return torch.arange(self.length, self.length + T, device=device)[None]
+
+    def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
+        if self.length == 0:
+            self.keys[layer], self.values[layer] = k, v
+            return k, v, mask
+        # Query i of T sits at position S - T + i of S keys, which is how `kernels.attention` reads the mask.
+        context = self.keys[layer].expand(len(k), -1, -1, -1), self.values[layer].expand(len(v), -1, -1, -1)
+        return torch.cat((context[0], k), dim=1), torch.cat((context[1], v), dim=1), mask
+
+    def advance(self) -> None:
+        self.length = self.keys[0].shape[1]
+
+
+def hidden_behind(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
+    """Return the hidden states (n, D) that predict the scored tokens of rows with one context."""
+    device, cache = next(model.parameters()).device, SharedContext()
+    context = torch.tensor([rows[0].tokens[: rows[0].start]], device=device)  # (1, T)
+    last = model.hidden(context, cache=cache)[:, -1]  # (1, D), predicts the first token of each
+    inputs = [row.tokens[row.start : -1] for row in rows]
+    T = max(map(len, inputs))
+    if T == 0:
+        return [last] * len(rows)
+    padded = torch.tensor([row + [0] * (T - len(row)) for row in inputs], device=device)  # (B, T)
+    hidden = model.hidden(padded, cache=cache)  # (B, T, D)
+    return [torch.cat((last, h[: len(row)])) for h, row in zip(hidden, inputs, strict=True)]
+
+
+def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
+    """Return the hidden states (n, D) that predict the scored tokens of any rows."""
+    device, T = next(model.parameters()).device, max(len(row.tokens) - 1 for row in rows)
+    padded = [row.tokens[:-1] + [0] * (T + 1 - len(row.tokens)) for row in rows]
+    hidden = model.hidden(torch.tensor(padded, device=device))  # (B, T, D)
+    return [h[row.start - 1 : len(row.tokens) - 1] for h, row in zip(hidden, rows, strict=True)]
+
+
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
     """Return the score of each row; logits are computed at the scored positions alone.
 
-    Rows with the same input, such as letters behind a question, share a pass.
+    Rows with the same long context, such as the choices of a question, share its pass. The others are padded
+    to batches of similar length.
     """
-    # An input without its last token predicts the last tokens of all rows that begin with it.
-    waiting: dict[tuple[int, ...], list[int]] = {}
+    # Rows by their context. Models with a cache of their own kind read each row by itself.
+    can_share = type(model.new_cache([1], 1)) is KVCache
+    by_context: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        waiting.setdefault(tuple(row.tokens[:-1]), []).append(index)
-    inputs = sorted(waiting, key=len, reverse=True)
-    device = next(model.parameters()).device
-    scores: dict[int, Score] = {}
+        shared = can_share and row.start >= SHARED
+        by_context.setdefault(tuple(row.tokens[: row.start]) if shared else (-1, index), []).append(index)
+    groups = [members for members in by_context.values() if len(members) > 1]
+    single = [members[0] for members in by_context.values() if len(members) == 1]
+    single.sort(key=lambda index: -len(rows[index].tokens))
+    batches = [(hidden_behind, members) for members in groups]
+    starts = range(0, len(single), batch_size)
+    batches += [(hidden_of_batch, single[first : first + batch_size]) for first in starts]
 
-    for first in progress_bar(range(0, len(inputs), batch_size), "scoring", leave=False):
-        batch = inputs[first : first + batch_size]
-        T = len(batch[0])
-        padded = torch.tensor([[*row, *[0] * (T - len(row))] for row in batch], device=device)  # (B, T)
-        hidden = model.hidden(padded)  # (B, T, D)
-        # The position before a token predicts it.
-        members = [(b, index) for b, row in enumerate(batch) for index in waiting[row]]
-        places = [(b, t) for b, i in members for t in range(rows[i].start - 1, len(rows[i].tokens) - 1)]
-        b, t = torch.tensor(places, device=device).T
-        logits = model.logits(hidden[b, t]).float()  # (n, V)
-        targets = [token for _, i in members for token in rows[i].tokens[rows[i].start :]]
-        log_p, greedy = score_targets(logits, torch.tensor(targets, device=device))
-        lengths = [len(rows[i].tokens) - rows[i].start for _, i in members]
-        parts = zip(members, log_p.split(lengths), greedy.split(lengths), strict=True)
-        for (_, index), values, flags in parts:
+    scores: dict[int, Score] = {}
+    for read, members in progress_bar(batches, "scoring", leave=False):
+        batch = [rows[index] for index in members]
+        logits = model.logits(torch.cat(read(model, batch))).float()  # (n, V)
+        targets = [token for row in batch for token in row.tokens[row.start :]]
+        log_p, greedy = score_targets(logits, torch.tensor(targets, device=logits.device))
+        lengths = [len(row.tokens) - row.start for row in batch]
+        for index, values, flags in zip(members, log_p.split(lengths), greedy.split(lengths), strict=True):
             scores[index] = Score(values.double().sum().item(), len(values), bool(flags.all()))
     return [scores[index] for index in range(len(rows))]
 

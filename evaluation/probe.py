@@ -83,7 +83,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", default="glyphs:fonts", help="images with classes, as for train.py (default %(default)s)")
     add("--val", metavar="FOLDER", help="held-out images (default: those of --data)")
     add("-k", type=int, default=1, help="neighbours that vote (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the random weights (default %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="start of the random numbers of the random weights (default %(default)s)",
+    )
     add(
         "--cache",
         type=command.path,
@@ -93,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.k < 1:
         raise ValueError(f"-k {args.k}: expected at least 1")
+
+    # The model, and images as it reads them.
     encoder = encoder_in(args.checkpoint)
     config = encoder.config
     dataset = prepare(args.data, config.size, args.cache, channels=config.n_channels, val=args.val)
@@ -101,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.k > len(dataset.train):
         raise ValueError(f"-k {args.k}: there are only {len(dataset.train)} images to learn from")
 
+    # A line for each source of features.
     print(dataset.summary)
     print(f"{'right on held-out images':26} logistic regression  {args.k} nearest")
     for name, (linear, near) in table(encoder, dataset.train, dataset.val, args.k, args.seed).items():

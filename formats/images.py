@@ -75,6 +75,8 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     architecture = named_architecture(path, hf)
     if architecture not in CONCEPTS:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CONCEPTS)}")
+
+    # The fields in config.json and preprocessor_config.json.
     of_decoder = set(DECODER_FIELDS) if architecture == MAE else set()
     with damage_named(path):
         fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT | of_decoder, set())
@@ -83,6 +85,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         fields["positions"] = hf.get("positions", "sincos")
     fields |= read_preprocessor(Path(directory))
 
+    # What the model returns follows from its tensors.
     weights = read_weights(directory)
     if architecture == BARE:
         weights = {PREFIX + name: w for name, w in weights.items()}

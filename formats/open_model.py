@@ -81,7 +81,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
     known += images.CONCEPTS
-    known += [f"{name}..." for name in (encoders.CLASSES | disentangled_encoders.CLASSES).values()]
+    known += [f"{name}..." for name in encoders.CLASSES.values()]
+    known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(
         f"{path}: architecture {architecture!r}: expected one of {', '.join(known)}, or {native.PREFIX!r} "
         "and the name of a concept file"

@@ -35,14 +35,14 @@ FUSED = {
 def family_of(model: nn.Module) -> str:
     """Return the family of an encoder, "gpt2", or "decoder" for all other decoders.
 
-    Raises ValueError for ALBERT, whose modules do not correspond to ours.
+    Raises ValueError for ALBERT, whose modules do not correspond to ours, and for DeBERTa.
     """
     if not hasattr(model.config, "mlm_head"):
         return "gpt2" if model.config.positions == "learned" else "decoder"
-    family = encoders.family_of(model.config)
-    if family == "albert":
+    family = encoders.family_of(model.config) if hasattr(model.config, "positions") else "deberta"
+    if family in ("albert", "deberta"):
         raise ValueError(
-            "adapters of albert are not implemented; expected bert, roberta, electra or modernbert"
+            f"adapters of {family} are not implemented; expected bert, roberta, electra or modernbert"
         )
     return family
 

@@ -213,6 +213,7 @@ class BART(t5.T5):
         """
         if self.rules == writing.Rules():
             return writing.generate(self, inputs, self.length(max_new_tokens), **options)
+        options.pop("generator", None)  # nothing is drawn
         if options.pop("temperature", 1.0) != 0 or options:
             raise ValueError(f"generate: {self.rules}: only with temperature 0 alone, or beam_search")
         return self.beam_search(inputs, max_new_tokens, n_beams=1, early_stopping=True)

@@ -223,7 +223,11 @@ def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> N
     add("--text", default="", help="the input; <extra_id_0> is a gap to fill")
     add("--max-new-tokens", type=int, default=100, help="tokens of the output at most (default 100)")
     add("--beams", type=int, default=1, help="beam search with so many beams (default 1: none)")
-    add("--length-penalty", type=float, default=1.0, help="0 prefers short outputs (default 1; with --beams)")
+    add(
+        "--length-penalty",
+        type=float,
+        help="0 prefers short outputs (default: the model's own, often 1; with --beams)",
+    )
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     args = parser.parse_args(argv)
@@ -237,9 +241,11 @@ def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> N
     check_concept(args.checkpoint, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = kind.from_pretrained(args.checkpoint).to(device).eval(), get_tokenizer(args.checkpoint)
-    row = [[*tokenizer.encode(args.text, allowed_special="all"), model.config.eos_token_id]]
+    begin = getattr(tokenizer, "begin_ids", [])  # BART's inputs begin with <s>
+    row = [[*begin, *tokenizer.encode(args.text, allowed_special="all"), model.config.eos_token_id]]
     if args.beams > 1:
-        options = {"n_beams": args.beams, "length_penalty": args.length_penalty}
+        penalty = {} if args.length_penalty is None else {"length_penalty": args.length_penalty}
+        options = {"n_beams": args.beams} | penalty
         (output,) = model.beam_search(row, args.max_new_tokens, **options)
     else:
         generator = torch.Generator(device).manual_seed(args.seed)

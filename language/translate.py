@@ -197,7 +197,7 @@ def draw(weights: list[Tensor], source: list[str], target: list[str], path: Path
     size = (1.5 + 0.22 * len(source) * len(weights), 1.5 + 0.22 * len(target))
     figure, panels = pyplot.subplots(1, len(weights), figsize=size, layout="constrained", squeeze=False)
     for layer, (axes, of_layer) in enumerate(zip(panels[0], weights, strict=True)):
-        axes.imshow(of_layer, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(of_layer.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(source)), source, rotation=90, fontsize=7)
         axes.set_yticks(range(len(target)), target if layer == 0 else [], fontsize=7)
         axes.set_title(f"layer {layer}", fontsize=8)

@@ -149,7 +149,7 @@ def best_of_n(n: int, chain: Chain = Chain()) -> tuple[float, float]:
 
 
 class Value(NamedTuple):
-    """What a policy of the chain is worth."""
+    """The exact reward of a policy of the chain, and its distance to the chain."""
 
     reward: float
     kl: float  # to the chain, nats

@@ -7,7 +7,7 @@
                  update       epochs over minibatches of  clipped policy loss (+ value loss, + KL)
 
 The methods differ in a few lines, which posttraining/policy_gradient.py has in a table. The reference is the
-model that training starts from: a frozen copy, or with --adapter the base with the adapter off.
+model that training starts from: a frozen copy, of which an adapter shares the base.
 
     python train.py --model ppo                              a Markov chain, of which the optimum is known
     python train.py --model ppo --set method=grpo beta=0.5

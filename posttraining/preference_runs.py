@@ -33,9 +33,7 @@ def refuse_balance_losses(config: Any) -> None:
     own = [name for name in BALANCE_LOSSES if getattr(config, name, 0)]
     if own:
         zeros = " ".join(f"{name}=0" for name in own)
-        raise ValueError(
-            f"a mixture's balance losses have no place in this loss; leave them out by --set {zeros}"
-        )
+        raise ValueError(f"a mixture's balance losses are no part of this task's loss; add --set {zeros}")
 
 
 def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Dataset:

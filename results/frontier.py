@@ -68,8 +68,13 @@ def print_table(rows: list[dict]) -> None:
         print(f"{name:17} {beta:5g} {reward:7.3f} {kl:7.3f} {share:8.1%} ({least:.1%} to {most:.1%})")
 
 
-def beta_of(row: dict) -> str:
-    return f"{'tau' if row['method'] == 'IPO' else 'beta'} {row['beta']:g}"
+def points(rows: list[dict]) -> list[tuple[str, float, float]]:
+    """Return (label, reward, KL) of each run, with one label for all runs of a method."""
+    labels = {}
+    for name, (_, _, betas) in METHODS.items():
+        unit = "tau" if name == "IPO" else "beta"
+        labels[name] = f"{name}, {unit} " + " and ".join(f"{beta:g}" for beta in betas)
+    return [(labels[row["method"]], row["reward"], row["kl"]) for row in rows]
 
 
 def main() -> None:
@@ -96,8 +101,7 @@ def main() -> None:
             print_table([row])
     rows.sort(key=lambda row: (list(METHODS).index(row["method"]), -row["beta"], row["seed"]))
     print_table(rows)
-    points = [(f"{row['method']}, {beta_of(row)}", row["reward"], row["kl"]) for row in rows]
-    frontier.draw(args.out.with_suffix(".png"), points)
+    frontier.draw(args.out.with_suffix(".png"), points(rows))
 
 
 if __name__ == "__main__":

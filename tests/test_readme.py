@@ -55,6 +55,8 @@ def small(command: list[str], n_steps: int) -> list[str]:
     if {"--help", "--compare", "--dry-run"} & set(command):
         return command
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
+    for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
+        data = pairs if task in command else data
     if {"vit", "mae"} & set(command):
         command = [word.replace("n_classes=62", "n_classes=2") for word in command]
         data = [] if "--data" in command else ["--data", "photos"]
@@ -108,6 +110,11 @@ def fill(folder: Path) -> None:
     (folder / "book.txt").write_text("It was a bright cold day in April.\n" * 300)
     reviews = [{"text": f"{word} {i}", "label": word} for word in ("good", "bad") for i in range(20)]
     (folder / "reviews.jsonl").write_text("\n".join(map(json.dumps, reviews)))
+    dates = [f"{i}.7.1987\t1987-07-{i}\n" for i in range(10, 31)]
+    (folder / "dates.tsv").write_text("".join(dates))
+    (folder / "documents").mkdir(exist_ok=True)
+    for i in range(4):
+        (folder / "documents" / f"{i}.txt").write_text(f"Dogs run. Dogs eat. {i} came.")
     pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(40)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     for kind, level in (("cats", 60), ("dogs", 200)):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -66,7 +67,10 @@ def test_a_damaged_cache_is_built_anew(folder):
 
 
 def test_folders_named_train_and_val_are_the_parts_and_so_is_a_folder_in_val(folder, tmp_path):
-    alone, _ = prepare(folder, val=str(folder))
+    with pytest.raises(ValueError, match=r"--val .*: is part of .*; expected images of its own"):
+        prepare(folder, val=str(folder))
+    shutil.copytree(folder, tmp_path / "other")
+    alone, _ = prepare(folder, val=str(tmp_path / "other"))
     assert len(alone.train) == len(alone.val) == 20
     (tmp_path / "both").mkdir()
     folder.rename(tmp_path / "both" / "train")
@@ -126,7 +130,7 @@ def test_images_of_every_kind_are_converted_and_counted(tmp_path):
 def test_a_file_that_cannot_be_read_is_refused_by_name_or_left_out(folder):
     whole = (folder / "dog" / "3.png").read_bytes()
     (folder / "dog" / "3.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "dog" / "4.jpg").write_text("no image")
+    Image.new("RGB", (9, 9)).save(folder / "dog" / "4.jpg", format="EPS")  # for which Pillow starts a program
     with pytest.raises(ValueError, match=r"3\.png: damaged or cut off .*--bad-text skip"):
         prepare(folder)
     dataset, lines = prepare(folder, bad_images="skip")

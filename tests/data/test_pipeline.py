@@ -4,19 +4,28 @@ import copy
 import json
 import os
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import generate
+import train
 from data import pipeline as module
 from data.pipeline import Pipeline
 from data.pre_tokenize import PRE_TOKENIZERS, pre_tokenizer
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
+from evaluation import perplexity
 from generate import print_stream
+from gpt import GPT
+from gpt import Config as DecoderConfig
+from language import beam_search
+from language.t5 import SIZES, T5
 
 library = pytest.importorskip("tokenizers")
 
@@ -219,6 +228,51 @@ def test_a_continued_text_has_the_space_of_its_first_word(ours, capsys):
     assert print_stream(iter(steps), tokenizer, [], prompt) == " self"
     assert print_stream(iter(steps), tokenizer, []) == "self"  # a text of its own, such as an answer
     capsys.readouterr()
+
+
+def test_a_directory_like_llama_2s_is_measured_continued_and_trained_further(tmp_path, capsys, monkeypatch):
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    tokenizer = Pipeline.load(FIXTURES / "llama2")
+    torch.manual_seed(0)
+    GPT(DecoderConfig(1, 2, 16, 32, vocab_size=tokenizer.n_vocab, max_seq_len=32)).save_pretrained(model)
+    for file in (FIXTURES / "llama2").iterdir():
+        shutil.copy(file, model)
+    text.write_text("The naïve self of 12 imports.\n" * 40, encoding="utf-8")
+
+    perplexity.main([str(model), str(text)])
+    assert (
+        f"{1 + len(tokenizer.encode(text.read_text(encoding='utf-8'))) - 1:,} tokens"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setattr(sys, "argv", ["gpt.py", str(model), "--prompt", "self", "--max-new-tokens", "3"])
+    generate.main(GPT, {})
+    assert capsys.readouterr().out.startswith("self")
+    flags = (
+        f"--model gpt --init-from {model} --data {text} --out {tmp_path / 'run'} --cache {tmp_path / 'cache'}"
+    )
+    assert (
+        train.main(
+            [*flags.split(), *["--steps", "2", "--seq-len", "16", "--batch-size", "2", "--device", "cpu"]]
+        )
+        == 0
+    )
+    assert get_tokenizer(str(tmp_path / "run" / "model")).fingerprint == tokenizer.fingerprint
+
+
+def test_t5_trains_with_the_tokenizer_of_a_published_directory_and_fills_its_sentinels(tmp_path, capsys):
+    text, folder = tmp_path / "text.txt", FIXTURES / "t5"
+    text.write_text("The naïve self of 12 imports a new thing.\n" * 60, encoding="utf-8")
+    flags = (
+        f"--model t5 --tokenizer {folder} --data {text} --out {tmp_path / 'run'} --cache {tmp_path / 'cache'}"
+    )
+    flags += " --steps 2 --seq-len 16 --batch-size 2 --device cpu"
+    assert train.main(flags.split()) == 0
+    saved, published = get_tokenizer(str(tmp_path / "run" / "model")), Pipeline.load(folder)
+    assert saved.special_tokens == published.special_tokens and saved.pad_id == 0  # nothing was added
+    capsys.readouterr()
+    model, ids = str(tmp_path / "run" / "model"), ["--text", "self<extra_id_0>", "--max-new-tokens", "2"]
+    beam_search.main(T5, SIZES, [model, *ids])
+    assert capsys.readouterr().out.startswith("self")
 
 
 def changed(name: str, path: tuple, value) -> dict:

@@ -124,6 +124,17 @@ def test_the_ids_of_a_prompt_are_those_from_which_a_model_generates():
     ]
 
 
+def test_an_answer_that_changes_the_tokens_of_its_prompt_is_refused(monkeypatch):
+    # As where a tokenizer merges the last character of the prompt with the first of the answer.
+    def merging(messages, tokenizer):
+        prompt = prompt_tokens(messages[:-1], tokenizer)
+        return [*prompt[:-1], 65, tokenizer.eot_id], None
+
+    monkeypatch.setattr(preferences, "render", merging)
+    with pytest.raises(ValueError, match="'4': changes the tokens of its prompt"):
+        preferences.as_example(PAIR, BYTES)
+
+
 def test_an_answer_has_one_end_token_in_chatml_too():
     chatml = get_tokenizer("bytes")
     n = chatml.n_vocab

@@ -16,7 +16,7 @@ from data.pipeline import Pipeline
 from data.unigram import best_pieces, learn_pieces, sample_pieces, train_unigram
 
 WORDS = Counter({"▁abab": 5, "▁abc": 3, "bca": 2, "▁a": 7, "cabcab": 1})
-TEXT = Path(module.__file__).read_text(encoding="utf-8")
+TEXT = Path(module.__file__).read_text(encoding="utf-8").replace("▁", "_")
 
 
 def segmentations(word: str, pieces) -> list[tuple[str, ...]]:
@@ -140,7 +140,7 @@ def test_training_raises_the_likelihood_and_ends_at_the_size():
 def test_no_piece_has_characters_of_two_scripts_and_spaces_come_first():
     words = Counter({"▁foo(bar);": 9, "▁日本語カナabc": 9, "▁▁▁x": 5, "é2x": 4})
     for piece, _ in learn_pieces(words, 25, coverage=1.0):
-        assert module.RUNS.fullmatch(piece), piece
+        assert module.RUNS.fullmatch(piece) or set(piece) == {"▁"}, piece
     assert module.RUNS.findall("▁foo(bar);▁▁x") == ["▁foo", "(", "bar", ");", "▁", "▁x"]
     assert module.RUNS.findall("▁日本語カナーabc▁") == ["▁日本語カナー", "abc", "▁"]
 
@@ -193,7 +193,7 @@ def test_a_trained_tokenizer_writes_its_text_and_is_the_librarys(lossless, tmp_p
     assert len(tokenizer.encode(TEXT)) < len(TEXT) / 2
     library = pytest.importorskip("tokenizers")
     theirs = library.Tokenizer.from_file(str(tmp_path / "learned" / "tokenizer.json"))
-    assert theirs.encode(TEXT, add_special_tokens=False).ids == tokenizer.encode(TEXT)
+    assert theirs.encode(TEXT, add_special_tokens=False).ids == tokenizer.encode(TEXT, "all")
 
 
 def test_sizes_that_cannot_be_are_refused():

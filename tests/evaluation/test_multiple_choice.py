@@ -97,12 +97,26 @@ def test_an_item_has_the_same_log_likelihoods_in_batches_of_any_size(model):
         assert a.log_p_alone == pytest.approx(b.log_p_alone, rel=1e-6, abs=1e-6)
 
 
-def test_letters_behind_a_question_share_one_pass(model, monkeypatch):
+def test_the_choices_of_a_question_share_one_pass_over_its_context(model, monkeypatch):
     net, tokenizer = model
     seen, hidden = [], net.hidden
-    monkeypatch.setattr(net, "hidden", lambda tokens: seen.append(len(tokens)) or hidden(tokens))
-    answer_items(net, tokenizer, task("mmlu").items[:1], alone=False)
-    assert seen == [1]
+
+    def counted(tokens, **options):
+        seen.append(tuple(tokens.shape))
+        return hidden(tokens, **options)
+
+    monkeypatch.setattr(net, "hidden", counted)
+    items = task("arc").items[:1]
+    together = answer_items(net, tokenizer, items, alone=False)
+    length = len(tokenizer.encode(items[0].context))
+    assert seen[0] == (1, length) and seen[1][0] == 4 and len(seen) == 2 and length > multiple_choice.SHARED
+    # Continuations of one token are predicted by the context alone.
+    seen.clear()
+    log_likelihoods(net, [multiple_choice.Row([*range(40), token], 40, 0) for token in (1, 2, 3)], 16)
+    assert seen == [(1, 40)]
+    monkeypatch.setattr(multiple_choice, "SHARED", 10**9)
+    apart = answer_items(net, tokenizer, items, alone=False)
+    assert together[0].log_p == pytest.approx(apart[0].log_p, rel=1e-6)
 
 
 def test_each_rule_divides_by_its_own_length():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from formats import decoders, encoder_decoders, encoders, mixtures
+from formats import decoders, disentangled_encoders, encoder_decoders, encoders, mixtures
 from formats.config_json import read_fields
 from formats.decoders import LLAMA_FIELDS
 from formats.open_model import concept_of, open_model
@@ -25,6 +25,7 @@ T5 = {
     "vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0,
 }  # fmt: skip
+DISENTANGLED = {"relative_attention": True, "pos_att_type": "c2p|p2c", "position_biased_input": False}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True}
 FINE = {**EXPERTS, "moe_intermediate_size": 8, "head_dim": 4}
@@ -60,6 +61,12 @@ FAMILIES = {
         ENCODER | {"local_attention": 6, "global_attn_every_n_layers": 2, "eos_token_id": 2}
         | {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},
     ),
+    "deberta": ("DebertaForMaskedLM", ENCODER | DISENTANGLED),
+    "deberta-v2": (
+        "DebertaV2ForMaskedLM",
+        ENCODER | DISENTANGLED | {"position_buckets": 8, "share_att_key": True}
+        | {"norm_rel_ebd": "layer_norm", "conv_kernel_size": 3, "conv_act": "gelu"},
+    ),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-gated": (
         "T5ForConditionalGeneration",
@@ -79,6 +86,9 @@ MORE = {
     "num_beams": (1, 4), "temperature": (1.0, 0.6), "bad_words_ids": (None, [[3]]), "num_experts": (4, 3),
     "partial_rotary_factor": (1.0, 0.5), "global_rope_theta": (160_000.0, 100.0), "num_local_experts": (4, 3),
     "attention_chunk_size": (None, 4), "local_rope_theta": (10_000.0, 100.0), "per_layer_config": (None,),
+    "position_buckets": (8, -1, "8"), "share_att_key": (True, False), "norm_rel_ebd": ("layer_norm", "none"),
+    "conv_kernel_size": (3, 0, 2), "conv_act": ("gelu", "tanh"), "attention_head_size": (4, 8),
+    "embedding_size": (16, 8), "talking_head": (False, True), "conv_groups": (1, 2), "z_steps": (0, 2),
     "final_logit_softcapping": (None, 5.0), "use_sliding_window": (False, True), "logits_mup": ({}, []),
 }  # fmt: skip
 CHANGED = {
@@ -89,6 +99,7 @@ CHANGED = {
     "classifier_pooling": "mean", "rms_norm_eps": 0.1, "layer_norm_eps": 0.1, "layer_norm_epsilon": 0.1,
     "norm_eps": 0.1, "summary_type": "first", "n_shared_experts": 2, "id2label": {"0": "a"},
     "local_attention": 4, "transformers_version": "4.40.0", "summary_activation": "tanh",
+    "pos_att_type": ["p2c"], "max_relative_positions": 9,
 }  # fmt: skip
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "moe_intermediate_size")
 # What a refusal may name instead of a key: the field that it becomes, or its other name.
@@ -99,6 +110,7 @@ READERS = {
     "gpt": decoders.read_decoder_config,
     "moe": mixtures.read_config,
     "bert": encoders.read_config,
+    "language.deberta": lambda directory: disentangled_encoders.read(directory)[0],
     "language.t5": lambda directory: encoder_decoders.read(directory)[0],
 }
 MISSING = object()
@@ -238,7 +250,8 @@ def test_every_key_gives_the_logits_of_transformers_or_is_refused_by_name(family
         )
         offenders += [f"{key} {value!r}: has an effect in transformers alone" for key, value in found]
     assert not offenders, "\n".join(["", *offenders])
-    assert compared >= 3 and len(ignored) > 40
+    # Most keys of DeBERTa v1 that have an effect change the shapes of its weights.
+    assert compared >= (2 if family == "deberta" else 3) and len(ignored) > 40
 
 
 def test_fields_of_a_config_are_translated_or_refused():

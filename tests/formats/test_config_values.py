@@ -13,13 +13,15 @@ import lora
 import moe
 import train
 from formats.config_values import check_values
-from language import electra, masking
+from language import deberta, deberta_v3, electra, masking
 
 CONFIGS = {
     "gpt": gpt.SIZES["tiny"],
     "moe": moe.SIZES["tiny"],
     "bert": bert.SIZES["tiny"],
     "electra": electra.SIZES["tiny"],
+    "deberta": deberta.SIZES["tiny"],
+    "deberta_v3": deberta_v3.SIZES["tiny"],
     "masking": masking.Config(),
     "lora": lora.Config(),
 }

@@ -117,10 +117,12 @@ def tokenizers(tmp_path_factory):
     roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     train_bpe(["the cat sat on the mat " * 9], 262).with_special_tokens(roles).save(directories["encoder"])
     get_tokenizer(str(FIXTURES / "wordpiece" / "vocab.txt")).save(directories["wordpiece"])
+    for kind in ("llama2", "t5", "words"):
+        directories[kind] = FIXTURES / "tokenizers" / kind
     return directories
 
 
-@pytest.mark.parametrize("kind", ["bytes", "encoder", "wordpiece"])
+@pytest.mark.parametrize("kind", ["bytes", "encoder", "wordpiece", "llama2", "t5", "words"])
 @FUZZ
 @given(st.data())
 def test_any_tokenizer_json_is_read_or_refused_by_name(kind, tokenizers, tmp_path_factory, data):

@@ -93,6 +93,16 @@ def test_a_model_that_gains_nothing_stays_as_it_is():
     assert arrange(model, 1, 64) is model
 
 
+def test_indices_are_drawn_with_their_probabilities_and_never_one_of_probability_0():
+    p = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]])
+    generator = torch.Generator().manual_seed(0)
+    found = few_rows.draw(p.repeat_interleave(40_000, dim=0), generator).view(2, -1)
+    counts = torch.stack([row.bincount(minlength=6) for row in found]) / 40_000
+    assert torch.allclose(counts, p, atol=0.0075) and not counts[p == 0].any()  # three standard errors
+    again = few_rows.draw(p, torch.Generator().manual_seed(0))
+    assert again.shape == (2, 1) and torch.equal(again, few_rows.draw(p, torch.Generator().manual_seed(0)))
+
+
 def test_several_rows_and_large_matrices_are_not_compiled(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, mode=None: compiled.append(mode) or f)

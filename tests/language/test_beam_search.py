@@ -120,3 +120,32 @@ def test_the_command_prints_the_sizes(capsys):
 def test_a_directory_of_another_concept_is_refused():
     with pytest.raises(ValueError, match=r"open it by python gpt\.py"):
         beam_search.main(t5.T5, t5.SIZES, [str(FIXTURES / "gpt2")])
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_with_early_stopping_a_search_ends_once_n_outputs_have_ended_whatever_goes_on(early):
+    search = beam_search.Search(2, 0.0, eos=1, early_stopping=early)
+    search.step([-1.0, -4.0, -5.0, -6.0], [0, 0, 1, 1], [5, 6, 7, 8], is_last=False)
+    # Both of the best end, with worse scores than a beginning that goes on has after a longer search.
+    search.step([-4.0, -5.0, -4.5, -6.0], [0, 1, 0, 0], [1, 1, 7, 8], is_last=False)
+    assert [output for _, output in search.ended] == [[5, 1], [6, 1]]
+    assert search.done is early
+
+
+def test_rules_forbid_an_early_end_and_repetition_and_force_both_ends():
+    rules = beam_search.Rules(no_repeat_ngram_size=3, min_length=4)
+    log_p = torch.zeros(2, 9)
+    rules.apply(log_p, [[0, 4, 5], [0, 6, 7]], eos=1, is_last=False)
+    assert log_p.isinf().nonzero().tolist() == [[0, 1], [1, 1]]  # the end alone, in both
+    log_p = torch.zeros(2, 9)
+    rules.apply(log_p, [[4, 5, 6, 2, 4, 5], [4, 5, 6, 2, 5, 4]], eos=1, is_last=False)
+    assert log_p.isinf().nonzero().tolist() == [[0, 6]]  # 4 5 6 again
+
+    forced = beam_search.Rules(forced_bos_token_id=3, forced_eos_token_id=1)
+    for row, is_last, token in (([0], False, 3), ([0, 5], True, 1)):
+        log_p = torch.full((1, 9), -2.0)
+        forced.apply(log_p, [row], eos=1, is_last=is_last)
+        assert log_p[0, token] == 0 and log_p.isinf().sum() == 8
+    log_p = torch.full((1, 9), -2.0)
+    forced.apply(log_p, [[0, 5]], eos=1, is_last=False)
+    assert (log_p == -2).all()

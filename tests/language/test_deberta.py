@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -418,7 +417,11 @@ def test_a_run_by_default_masks_and_resumes_exactly(text, tmp_path, capsys):
     vectors = embed(model, words, ["one", "two three"])
     alone = model.hidden(torch.tensor([[words.cls_id, *words.encode("one"), words.sep_id]]))[0].mean(0)
     assert torch.allclose(vectors[0], nn.functional.normalize(alone, dim=0), atol=1e-5)
-    shutil.rmtree(whole / "model")
     capsys.readouterr()
+    lora = ["--model=lora", f"--base={whole / 'model'}", "--seq-len=16", f"--data={text}"]
+    assert train.main([*lora, f"--out={tmp_path / 'lora'}"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: adapters of deberta are not implemented; expected bert, roberta, electra or modernbert\n"
+    )
     assert train.main(flags(tmp_path / "x", 2, "--set", "n_buckets=99")) == 2
     assert "error: --set n_buckets=99: n_buckets 99: expected 2 to 29, or None" in capsys.readouterr().err

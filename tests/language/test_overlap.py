@@ -7,7 +7,9 @@ import pytest
 
 from language.overlap import bleu, main, rouge_1
 
-CORPORA = json.loads((Path(__file__).parents[1] / "fixtures" / "overlap" / "expected.json").read_text("utf-8"))
+CORPORA = json.loads(
+    (Path(__file__).parents[1] / "fixtures" / "overlap" / "expected.json").read_text("utf-8")
+)
 
 
 @pytest.mark.parametrize("i", range(len(CORPORA)))

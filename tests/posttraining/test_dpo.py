@@ -46,6 +46,14 @@ def test_a_loss_has_its_unit_value(name):
     assert value.shape == (1,) and value.item() == pytest.approx(expected, abs=6e-7)
 
 
+def test_each_method_of_pairs_has_the_loss_of_its_name():
+    policy, reference = torch.stack(PAIR[:2], dim=1), torch.stack(PAIR[2:], dim=1)
+    names = {method: method for method in dpo.METHODS if method != "kto"}
+    for method, name in (names | {"ipo": "ipo of sums", "ipo_mean": "ipo of means"}).items():
+        loss = dpo.pair_losses(policy, reference, torch.stack(LENGTHS, dim=1), dpo.Config(method=method))
+        assert loss.item() == pytest.approx(UNIT_VALUES[name][1], abs=6e-7), method
+
+
 def test_the_gradient_of_dpo_is_beta_times_how_wrong_the_pair_is():
     chosen, rejected = (x.clone().requires_grad_() for x in OWN)
     dpo.dpo_loss(chosen, rejected, *PAIR[2:], 0.1).sum().backward()
@@ -371,13 +379,14 @@ def first_loss(out):
 
 @pytest.mark.parametrize("adapter", ["lora", "qlora"])
 def test_an_adapter_that_is_trained_further_is_the_reference_as_it_starts(adapter, small, tmp_path):
-    # With its base in 4 bits or not: as it is trained.
+    # With its base in 4 bits or not, as it is trained, but without dropout.
     data = pairs_file(tmp_path)
     more = ("--data", data, "--adapter", adapter, "--batch-size", "4", "--lr", "0.05")
     assert train.main(flags(tmp_path / "a", "--init-from", small, *more)) == 0
     last = [row["val_loss"] for row in small_gpt.rows(tmp_path / "a") if "val_loss" in row][-1]
     assert abs(last - math.log(2)) > 0.01  # it is no longer the base
-    assert train.main(flags(tmp_path / "b", "--init-from", tmp_path / "a/model", *more, steps=1)) == 0
+    further = (*more, "--set", "dropout=0.5")
+    assert train.main(flags(tmp_path / "b", "--init-from", tmp_path / "a/model", *further, steps=1)) == 0
     assert first_loss(tmp_path / "b") == pytest.approx(math.log(2), abs=1e-6)
 
 

@@ -1,0 +1,86 @@
+"""Learn a unigram vocabulary here and by SentencePiece on the same 10 MB of Python's library, and compare.
+
+    pip install sentencepiece
+    python -m results.unigram_vocabulary
+
+Both get the same lines, one thread, 8,000 pieces, NFKC and single spaces. Printed and written to
+results/unigram_vocabulary.json: the CPU seconds of both, the share of SentencePiece's pieces that are also
+here, for the most probable pieces and all of them, and the tokens that each needs for every 100th line.
+"""
+
+import io
+import json
+import platform
+import time
+from pathlib import Path
+
+from data.corpus import documents, find_files
+from data.pipeline import Pipeline
+from data.unigram import SPECIAL, train_unigram
+from formats import command
+
+N_BYTES, N_PIECES = 10_000_000, 8000
+OUT = Path(__file__).with_suffix(".json")
+
+
+def lines() -> list[str]:
+    """Return the lines of the first 10 MB of the library, without empty ones and those that are too long."""
+    texts, n_bytes = [], 0
+    for text in documents(find_files("stdlib", Path("cache"), print), lambda problem: None):
+        texts.append(text)
+        n_bytes += len(text.encode())
+        if n_bytes >= N_BYTES:
+            break
+    # SentencePiece leaves out lines above 4,192 bytes.
+    return [line for text in texts for line in text.split("\n") if line.strip() and len(line.encode()) < 4192]
+
+
+def theirs(text: list[str]):
+    """Return SentencePiece's tokenizer, learned from the lines."""
+    import sentencepiece
+
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=writer,
+        vocab_size=N_PIECES,
+        model_type="unigram",
+        num_threads=1,
+        minloglevel=2,
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=writer.getvalue())
+
+
+def main() -> None:
+    # Learn both.
+    text = lines()
+    began = time.process_time()
+    model = theirs(text)
+    middle = time.process_time()
+    file = train_unigram(text, N_PIECES, lossless=False)
+    ended = time.process_time()
+
+    # Compare the pieces, the most probable first.
+    first = len(SPECIAL)
+    ours = [piece for piece, _ in file["model"]["vocab"][first:]]
+    other = [model.id_to_piece(i) for i in range(first, model.get_piece_size())]
+    tokenizer, sample = Pipeline(file, SPECIAL[1], {}), text[::100]
+    result = {
+        "machine": f"{platform.machine()}, Python {platform.python_version()}, one thread, CPU seconds",
+        "bytes": sum(len(line.encode()) + 1 for line in text),
+        "seconds_here": round(ended - middle, 1),
+        "seconds_sentencepiece": round(middle - began, 1),
+        "overlap": {
+            str(n): round(len({*ours[:n]} & {*other[:n]}) / len(other[:n]), 4)
+            for n in (1000, 2000, 4000, len(other))
+        },
+        "tokens_here": sum(len(tokenizer.encode(line)) for line in sample),
+        "tokens_sentencepiece": sum(len(model.encode(line)) for line in sample),
+    }
+    print(json.dumps(result, indent=2))
+    OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -292,7 +292,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def generate(
     model: nn.Module, tokens: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt, with its stop token if one was drawn; arguments as for `stream`."""
+    """Return the new tokens of each prompt, with its stop token if one was drawn; options as for `stream`."""
     new: list[list[int]] = [[] for _ in tokens]
     for step in stream(model, tokens, max_new_tokens, **options):
         for row, token in zip(new, step, strict=True):

@@ -63,7 +63,6 @@ from formats.wordpiece_json import is_wordpiece, vocabulary_file
 
 if TYPE_CHECKING:
     from data.pipeline import Pipeline
-    from formats import pipeline_json
 
 
 def count_pre_tokens(texts: Iterable[str], pattern: str, progress: bool) -> Counter[str]:
@@ -283,6 +282,7 @@ def open_tokenizer(path: Path) -> "Tokenizer | WordPiece | Pipeline":
     Raises ValueError, which names the part that is missing here, for a file that none of them reads.
     """
     from data.pipeline import Pipeline
+    from formats import pipeline_json
 
     if pipeline_json.tokenizer_file(path).suffix == ".model" and not (path / "vocab.txt").is_file():
         return Pipeline.load(path)

@@ -232,7 +232,7 @@ def stream(
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
-    compile = compile and few_rows.gains_by_compiling(model, len(prompts))
+    compile = few_rows.gains_by_compiling(model, len(prompts)) and compile
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
     faster = few_rows.arrange(model, len(prompts), max_new_tokens)

@@ -117,7 +117,7 @@ def arrange(model: nn.Module, n_rows: int, n_steps: int) -> nn.Module:
     joined = set()
     for module in list(arranged.modules()):
         layers = [getattr(module, name) for name in getattr(module, "same_input", ())]
-        if layers and all(map(is_plain, layers)):
+        if len(layers) > 1 and all(map(is_plain, layers)):
             module.joined = Product([x.weight for x in layers], [x.bias for x in layers], n_rows)
             joined.update(layers)
         if getattr(module, "lm_head", module) is None and on_cpu(module.head_weight):

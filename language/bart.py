@@ -106,8 +106,8 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 class Attention(t5.Attention):
     """Attention of H heads of width K, with biases."""
 
-    def __init__(self, config: Config):
-        super().__init__(config)
+    def __init__(self, config: Config, same_input: tuple[str, ...] = ()):
+        super().__init__(config, same_input)
         D = config.d_model
         self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
 
@@ -129,7 +129,7 @@ class Block(t5.Block):
     def __init__(self, config: Config, layer: int, is_decoder: bool):
         nn.Module.__init__(self)
         cross = {"EncDecAttention": Attention(config)} if is_decoder else {}
-        parts = {"SelfAttention": Attention(config), **cross, "DenseReluDense": MLP(config)}
+        parts = {"SelfAttention": Attention(config, ("q", "k", "v")), **cross, "DenseReluDense": MLP(config)}
         self.layer = nn.ModuleList(
             nn.ModuleDict({name: part, "layer_norm": Norm(config.d_model, config, "layer")})
             for name, part in parts.items()

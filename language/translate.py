@@ -168,8 +168,8 @@ def cross_attention(model: nn.Module, source: list[int], target: list[int]) -> l
     found = []
 
     def weights(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x, k, _ = args
-        scores = torch.einsum("bthk,bshk->bhts", module.heads(module.q(x)), k) * module.scale
+        q, k, _ = args
+        scores = torch.einsum("bthk,bshk->bhts", module.heads(q), k) * module.scale
         found.append(scores.float().softmax(-1)[0].mean(0).cpu())
 
     crosses = [block.layer[1].EncDecAttention for block in model.decoder.block]

@@ -64,8 +64,8 @@ def test_the_weights_of_the_picture_are_those_that_the_decoder_uses():
     hook = cross.register_forward_hook(lambda m, args, output: seen.append((args, output)))
     model.hidden(tokens, targets)
     hook.remove()
-    (x, k, v), output = seen[0]
-    weights = (torch.einsum("bthk,bshk->bhts", cross.heads(cross.q(x)), k) * cross.scale).softmax(-1)
+    (q, k, v), output = seen[0]
+    weights = (torch.einsum("bthk,bshk->bhts", cross.heads(q), k) * cross.scale).softmax(-1)
     mixed = torch.einsum("bhts,bshk->bthk", weights, v).flatten(2)
     assert torch.allclose(cross.o(mixed), output, atol=1e-5)
     assert torch.allclose(weights[0].mean(0), found[0], atol=1e-6)

@@ -223,8 +223,8 @@ def stream(
     `penalise`. stop: token id or ids that end a row. generator: source of the draws, on the model's device.
     compile: the step of one token is compiled at its first use, which takes a while and pays for itself over
     many tokens; a string is the mode of torch.compile, and "reduce-overhead" launches a step on a GPU as one
-    CUDA graph. On a CPU matrices are copied meanwhile, each at most once, and several rows of a model of
-    large matrices are not compiled, because that would be slower: see kernels/few_rows.py.
+    CUDA graph. On a CPU matrices are copied meanwhile, each at most once, and a model of large matrices is
+    not compiled, because that would be slower: see kernels/few_rows.py.
 
     Raises ValueError for an empty prompt, a prompt that leaves no room for max_new_tokens, and options out
     of range.
@@ -232,7 +232,7 @@ def stream(
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     stops = {stop} if isinstance(stop, int) else set(stop or ())
-    compile = few_rows.gains_by_compiling(model, len(prompts)) and compile
+    compile = few_rows.gains_by_compiling(model) and compile
     hidden, cache = read_prompts(model, prompts, max_new_tokens, static=bool(compile))  # (B, D)
     mode = compile if isinstance(compile, str) else None
     faster = few_rows.arrange(model, len(prompts), max_new_tokens)

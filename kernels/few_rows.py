@@ -90,14 +90,15 @@ def is_plain(layer: nn.Module | None) -> bool:
     return type(layer) is nn.Linear and on_cpu(layer.weight)
 
 
-def gains_by_compiling(model: nn.Module, n_rows: int) -> bool:
-    """Return False for several rows and large matrices on a CPU.
+def gains_by_compiling(model: nn.Module) -> bool:
+    """Return False for a model of large matrices on a CPU.
 
-    A compiled step attends to every slot of the cache, and masks those that are empty. Of several rows this
-    takes longer than is saved where products are most of a step: with 8 rows it was slower from width 256 on.
+    A compiled step attends to every slot of the cache, and masks those that are empty. This takes longer than
+    is saved where products are most of a step: with 8 rows it was slower from width 256 on, with one row at
+    10M parameters.
     """
     names = (name for name, x in model.named_parameters() if x.ndim == 2 and on_cpu(x) and x.numel() >= LARGE)
-    return n_rows == 1 or all("embed" in name or "lm_head" in name or "shared" in name for name in names)
+    return all("embed" in name or "lm_head" in name or "shared" in name for name in names)
 
 
 @torch.no_grad()

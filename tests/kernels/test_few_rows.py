@@ -103,14 +103,14 @@ def test_indices_are_drawn_with_their_probabilities_and_never_one_of_probability
     assert again.shape == (2, 1) and torch.equal(again, few_rows.draw(p, torch.Generator().manual_seed(0)))
 
 
-def test_several_rows_and_large_matrices_are_not_compiled(monkeypatch):
+def test_large_matrices_are_not_compiled(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, mode=None: compiled.append(mode) or f)
     model = small()
     for rows in ([[1, 2]], [[1, 2], [3, 4]]):
         expected = model.generate(rows, 5, temperature=0)
         assert model.generate(rows, 5, temperature=0, compile=True) == expected
-    assert len(compiled) == 1
+    assert not compiled
     monkeypatch.setattr(few_rows, "LARGE", 1600)  # only the embedding is as large
     model.generate([[1, 2], [3, 4]], 5, temperature=0, compile=True)
-    assert len(compiled) == 2
+    assert len(compiled) == 1

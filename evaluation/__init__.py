@@ -2,6 +2,6 @@
 
 Read perplexity.py (how well a text is predicted), multiple_choice.py (which continuation is likeliest),
 generation.py (what is found in a written answer), sandbox.py and jail.py (programs that a model wrote),
-glue.py (classifiers), probe.py (features of images). library_suite.py makes the default tasks, published.py
+glue.py (classifiers), probe.py (features of images). stdlib_suite.py makes the default tasks, published.py
 reads benchmark files, and `python -m evaluation MODEL` runs them all.
 """

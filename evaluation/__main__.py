@@ -1,6 +1,6 @@
 """One command that measures models: tasks in, figures with their errors, chance and dull baselines out.
 
-    python -m evaluation runs/gpt/model                               the default tasks, see library_suite.py
+    python -m evaluation runs/gpt/model                               the default tasks, see stdlib_suite.py
     python -m evaluation runs/gpt/model runs/moe/model --out all.json models side by side, compared in pairs
     python -m evaluation Qwen3-0.6B --tasks hellaswag_val.jsonl ARC-Easy-Test.jsonl --limit 500
     python -m evaluation Qwen3-0.6B --tasks gsm8k_test.jsonl --shots 5 --shots-from gsm8k_train.jsonl
@@ -28,7 +28,6 @@ from evaluation.generation import (
     write,
     write_programs,
 )
-from evaluation.library_suite import suite
 from evaluation.multiple_choice import (
     RULES,
     answer_items,
@@ -42,6 +41,7 @@ from evaluation.multiple_choice import (
 )
 from evaluation.perplexity import check_causal, nats
 from evaluation.published import TaskFile, read, with_examples
+from evaluation.stdlib_suite import suite
 from formats import command
 from formats.atomic import replace_file
 from formats.open_model import concept_of

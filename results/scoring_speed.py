@@ -2,7 +2,7 @@
 
     python -m results.scoring_speed --out results/scoring_speed.json       (needs lm_eval[hf]==0.4.13)
 
-Both sides score the same contexts and choices, of the default task `purpose` (library_suite.py), in float32,
+Both sides score the same contexts and choices, of the default task `purpose` (stdlib_suite.py), in float32,
 in batches of 16, tokenisation included, in turn (A B A B ...). The log-likelihoods are compared first.
 """
 
@@ -20,9 +20,9 @@ import torch
 
 from data.tokenizer import train_bpe
 from engine import cpu
-from evaluation.library_suite import held_out_modules, suite
 from evaluation.multiple_choice import log_likelihoods, rows_of
 from evaluation.published import with_examples
+from evaluation.stdlib_suite import held_out_modules, suite
 from gpt import GPT, Config
 from results.in_turn import compared, measure_in_turn
 

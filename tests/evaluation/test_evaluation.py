@@ -11,7 +11,7 @@ from small_gpt import refused
 
 from data.tokenizer import get_tokenizer
 from evaluation import __main__ as command
-from evaluation import library_suite, perplexity, sandbox
+from evaluation import perplexity, sandbox, stdlib_suite
 from evaluation.multiple_choice import load
 from gpt import GPT
 
@@ -24,7 +24,7 @@ def run(*words):
 
 
 def test_the_default_tasks_give_a_table_and_a_file_with_chance_and_baselines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(library_suite, "TEXT_BYTES", 2000)
+    monkeypatch.setattr(stdlib_suite, "TEXT_BYTES", 2000)
     run(FIXTURE, FIXTURE, "--limit", 4, "--max-new-tokens", 8, "--out", tmp_path / "all.json")
     printed = capsys.readouterr().out
     assert re.search(r"^next_line +acc +4 +25\.0 +\d+\.\d \w", printed, re.M)
@@ -72,7 +72,7 @@ def test_examples_samples_and_glue_are_given_by_flags(tmp_path, capsys):
     shots = ["--tasks", FIXTURE / "arc.jsonl", "--shots", 1, "--shots-from", FIXTURE / "arc.jsonl"]
     run(FIXTURE, *shots)
     assert re.search(r"^arc:arc.jsonl +acc +3 ", capsys.readouterr().out, re.M)
-    records = library_suite.programs()[:1]
+    records = stdlib_suite.programs()[:1]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
     run(FIXTURE, "--tasks", tmp_path / "p.jsonl", "--samples", 10, "--temperature", 0.8)
     assert re.search(r"pass@10 +1 +0.0 `pass` +0.0", capsys.readouterr().out)
@@ -88,7 +88,7 @@ def test_a_user_s_mistakes_end_in_one_line_before_a_model_is_read(tmp_path, caps
     assert "--limit 0: expected at least 1" in line("nowhere", "--limit", 0)
     assert "--tasks nothing.jsonl: no such file" in line("nowhere", "--tasks", "nothing.jsonl")
     assert "needs a text classifier" in line(FIXTURE, "--tasks", f"cola:{write_cola(tmp_path)}")
-    (tmp_path / "p.jsonl").write_text(json.dumps(library_suite.programs()[0]))
+    (tmp_path / "p.jsonl").write_text(json.dumps(stdlib_suite.programs()[0]))
     monkeypatch.setattr(sandbox, "lacking", lambda: ("no filter of system calls",))
     assert "would run with no filter" in line("nowhere", "--tasks", tmp_path / "p.jsonl")
 

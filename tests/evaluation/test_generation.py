@@ -8,8 +8,8 @@ import pytest
 
 from evaluation import generation
 from evaluation.generation import cut_at, pass_at_k, same_number, score_question, write, write_programs
-from evaluation.library_suite import programs
 from evaluation.multiple_choice import load
+from evaluation.stdlib_suite import programs
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/harness"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())

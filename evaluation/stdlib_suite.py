@@ -14,7 +14,7 @@ them. Four choices make 25 % a blind guess; each task has the accuracy of rules 
 because a model may find the right line by its length. The questions are the same on every machine with the
 same Python.
 
-    python -m evaluation.library_suite          one question of each task
+    python -m evaluation.stdlib_suite           one question of each task
     python -m evaluation runs/gpt/model         a model's figures
 """
 

@@ -3,9 +3,9 @@
 import ast
 
 from data.text import prepare
-from evaluation import library_suite
-from evaluation.library_suite import held_out_modules, suite
+from evaluation import stdlib_suite
 from evaluation.multiple_choice import Item, dull_baselines
+from evaluation.stdlib_suite import held_out_modules, suite
 
 
 def test_questions_are_the_same_each_time_and_come_from_modules_that_training_holds_out(tmp_path):
@@ -24,14 +24,14 @@ def test_the_right_line_follows_the_context_and_the_others_are_as_long():
     held_out = "\n".join(text for _, text in held_out_modules())
     for item in suite(40)[0].items:
         gold = item.choices[item.gold]
-        assert item.context + gold in held_out and item.context.count("\n") == library_suite.N_LINES
+        assert item.context + gold in held_out and item.context.count("\n") == stdlib_suite.N_LINES
         assert all(abs(len(choice) - len(gold)) <= len(gold) // 10 for choice in item.choices)
         assert len(set(item.choices)) == 4
 
 
 def test_the_names_to_choose_from_occur_equally_often_in_the_context():
     for item in suite(40)[1].items:
-        words = library_suite.re.findall(r"[A-Za-z_]\w{3,}", item.context[: item.context.rindex("\n")])
+        words = stdlib_suite.re.findall(r"[A-Za-z_]\w{3,}", item.context[: item.context.rindex("\n")])
         assert len({words.count(choice) for choice in item.choices}) == 1 and words.count(item.choices[0]) > 0
 
 
@@ -45,8 +45,8 @@ def test_k_shot_items_hold_k_solved_lines_with_two_symbols_and_no_repetition():
                 assert len(solved) == k and len(set(names)) == k + 1
                 assert {line.rpartition(" ")[2] for line in solved} <= set(item.choices)
                 if k >= 4:  # the symbol of the last line is that of the other names of its kind
-                    kind = names[-1] in library_suite.EXCEPTIONS
-                    same = [line for line in solved if (line.split()[0] in library_suite.EXCEPTIONS) == kind]
+                    kind = names[-1] in stdlib_suite.EXCEPTIONS
+                    same = [line for line in solved if (line.split()[0] in stdlib_suite.EXCEPTIONS) == kind]
                     assert all(line.endswith(f" -> {item.choices[item.gold]}") for line in same) and same
 
 
@@ -67,5 +67,5 @@ def test_letters_and_texts_are_the_same_questions_and_solutions_are_python():
 
 
 def test_the_demonstration_shows_one_question_of_each_task(capsys):
-    library_suite.main([])
+    stdlib_suite.main([])
     assert capsys.readouterr().out.count("\n--- ") == 11

@@ -24,22 +24,11 @@ from torch import Tensor, nn
 
 from formats import config_json
 from formats.config_json import damage_named, flag, read_fields
+from formats.encoders import BERT_FIELDS
 from formats.safetensors_dir import assign, build, inverse, read_weights, rename, tie, weight_files, write
 
 CLASSES = {"deberta": "Deberta", "deberta-v2": "DebertaV2"}  # model_type: how its architectures begin
 ARCHITECTURES = ("none", "Model", "ForMaskedLM")  # how they end
-FIELDS = {  # config.json: Config
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_seq_len",
-    "pad_token_id": "pad_token_id",
-    "type_vocab_size": "n_segments",
-    "layer_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings",
-}
 # Keys of which only this value is implemented.
 ONLY = {
     "hidden_act": ("gelu",),
@@ -123,7 +112,7 @@ def read_keys(path: Path, hf: dict) -> dict:
     only = ONLY | ONLY_V1 if original else ONLY
     defaults = {"pad_token_id": 0, "n_segments": 0, "norm_eps": 1e-7, "max_seq_len": 512}
     hf = {"relative_attention": False} | hf
-    fields = read_fields(path, hf, FIELDS, defaults, only, INERT - only.keys())
+    fields = read_fields(path, hf, BERT_FIELDS, defaults, only, INERT - only.keys())
     D, H = fields["d_model"], fields["n_heads"]
 
     def expect(key: str, expected: str, right: bool) -> None:
@@ -242,7 +231,7 @@ def config_of(config: Any, head: str) -> dict:
     """
     family = "deberta" if config.original else "deberta-v2"
     hf = {"architectures": [CLASSES[family] + head], "model_type": family}
-    hf |= {key: vars(config)[field] for key, field in FIELDS.items()}
+    hf |= {key: vars(config)[field] for key, field in BERT_FIELDS.items()}
     hf |= {
         "hidden_act": "gelu",
         "relative_attention": True,

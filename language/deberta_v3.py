@@ -26,7 +26,7 @@ This file is only what v3 adds to language/deberta.py and language/electra.py.
 Shapes: B batch, T tokens of a row, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -167,13 +167,8 @@ class DeBERTaV3(Electra):
         beside = Path(directory) / "generator"
         if beside.is_dir():
             beside_found, beside_weights = disentangled_encoders.read(beside)
-            config = replace(config, generator_size=min(1.0, beside_found["n_layers"] / config.n_layers))
-            for field, expected in vars(config.generator()).items():
-                value = beside_found.get(field, expected)
-                if value != expected:
-                    raise ValueError(
-                        f"{beside}: {field} {value}, not the {expected} that {directory} calls for"
-                    )
+            size = beside_found["n_layers"] / config.n_layers
+            config = electra.with_generator(config, size, beside_found, beside)
 
         # The weights. What the discriminator adds to the generator's embeddings is Delta.
         model = safetensors_dir.build(lambda: cls(config), found, weights, directory)

@@ -148,6 +148,20 @@ class Generator(BERT):
         return self.shared[0]
 
 
+def with_generator(config: Config, size: float, fields: dict, beside: Path) -> Config:
+    """Return a discriminator's config with the size of its generator, a share of its own.
+
+    fields: of the generator in the directory beside. Raises ValueError unless they are those that the
+    discriminator calls for.
+    """
+    config = replace(config, generator_size=min(1.0, size))
+    for field, expected in vars(config.generator()).items():
+        found = fields.get(field, expected)
+        if found != expected:
+            raise ValueError(f"{beside}: {field} {found}, not the {expected} that {beside.parent} calls for")
+    return config
+
+
 class Electra(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -234,13 +248,8 @@ class Electra(nn.Module):
         beside = Path(directory) / "generator"
         if beside.is_dir():
             generator_fields, generator_weights = encoders.read(beside)
-            config = replace(config, generator_size=min(1.0, generator_fields["n_heads"] / config.n_heads))
-            for field, expected in vars(config.generator()).items():
-                found = generator_fields.get(field, expected)
-                if found != expected:
-                    raise ValueError(
-                        f"{beside}: {field} {found}, not the {expected} that {directory} calls for"
-                    )
+            size = generator_fields["n_heads"] / config.n_heads
+            config = with_generator(config, size, generator_fields, beside)
 
         # The weights. Both files hold the embeddings, which must be the same.
         model = safetensors_dir.build(lambda: cls(config), described, weights, directory)

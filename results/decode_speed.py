@@ -7,19 +7,15 @@ turn (A B A B ...).
 """
 
 import argparse
-import json
 import os
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from engine import cpu
 from gpt import GPT, SIZES, Config
-from results.in_turn import compared, measure_in_turn
+from results.in_turn import compared, measure_in_turn, opened_by, rate, write_figures
 
 SHAPES = {
     "4 layers, width 64": Config(4, 4, 64, 176, 8192, 512, n_kv_heads=2),
@@ -36,9 +32,7 @@ def both_models(config: Config):
 
     torch.manual_seed(0)
     ours = GPT(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        return ours, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return ours, opened_by(transformers.AutoModelForCausalLM, ours)
 
 
 def generators(ours: GPT, theirs, batch: int) -> dict[str, Callable[[], list[list[int]]]]:
@@ -53,13 +47,6 @@ def generators(ours: GPT, theirs, batch: int) -> dict[str, Callable[[], list[lis
     }
 
 
-def tokens_per_second(generate: Callable[[], list[list[int]]], batch: int) -> float:
-    """Return how many new tokens per second one call generates."""
-    began = time.perf_counter()
-    generate()
-    return batch * NEW / (time.perf_counter() - began)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,7 +56,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    import transformers
 
     results, load = [], os.getloadavg()[0]
     for name, shape in SHAPES.items():
@@ -80,17 +66,12 @@ def main() -> None:
             if any(tokens != first for tokens in others):
                 raise SystemExit(f"{name}, batch {batch}: the tokens differ")
             print(f"{name}, batch {batch}")
-            timed = {side: partial(tokens_per_second, generate, batch) for side, generate in sides.items()}
+            timed = {side: partial(rate, generate, batch * NEW) for side, generate in sides.items()}
             figures = measure_in_turn(timed, args.rounds)
             results += compared(figures, "transformers", shape=name, batch=batch)
 
     if args.out:
-        machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"transformers": transformers.__version__, "load_average": load}
-        command = "python -m results.decode_speed --out results/decode_speed.json"
-        args.out.write_text(
-            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
-        )
+        write_figures(args.out, "decode_speed", load, results)
 
 
 if __name__ == "__main__":

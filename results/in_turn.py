@@ -1,7 +1,31 @@
 """Measure the sides of a comparison in turn, A B A B ..., so that a slow minute of the machine slows all."""
 
+import json
 import statistics
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine import cpu
+
+
+def opened_by(kind: type, ours: nn.Module) -> nn.Module:
+    """Return the model that a class of transformers opens from what ours saves, in eval mode."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        return kind.from_pretrained(folder).eval()
+
+
+def rate(call: Callable, n_tokens: int, times: int = 1) -> float:
+    """Return how many tokens per second so many calls compute, of n_tokens each."""
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return times * n_tokens / (time.perf_counter() - began)
 
 
 def measure_in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -25,3 +49,16 @@ def compared(figures: dict[str, list[float]], baseline: str, **labels) -> list[d
         print(f"  {side:18} {row['tokens_per_second']:9,.0f} tokens/s   {row['ratio']:.2f}x", end="")
         print(f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})", flush=True)
     return rows
+
+
+def write_figures(path: Path, name: str, load: float, results: list[dict]) -> None:
+    """Write the rows of results/NAME.py to path, as JSON, with what they were measured on.
+
+    load: the machine's load average before the measurement.
+    """
+    import transformers
+
+    about = {"command": f"python -m results.{name} --out results/{name}.json", "cpu": cpu.name()}
+    about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    about |= {"transformers": transformers.__version__, "load_average": load, "results": results}
+    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -8,10 +8,7 @@ PyTorch's AdamW on the same batch, no dropout; the two losses are equal (checked
 """
 
 import argparse
-import json
 import os
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +17,7 @@ import torch
 
 from engine import cpu
 from language.t5 import SIZES, T5, Config
-from results.in_turn import compared, measure_in_turn
+from results.in_turn import compared, measure_in_turn, opened_by, rate, write_figures
 
 SHAPES = {"tiny": SIZES["tiny"], "t5-small": SIZES["small"]}
 INPUT, NEW = 32, 64  # tokens of a row
@@ -33,9 +30,7 @@ def both_models(config: Config):
 
     torch.manual_seed(0)
     ours = T5(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
-        return ours, transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    return ours, opened_by(transformers.T5ForConditionalGeneration, ours)
 
 
 def writers(ours: T5, theirs, batch: int) -> dict[str, Callable[[], list[list[int]]]]:
@@ -76,14 +71,6 @@ def steps(ours: T5, theirs) -> dict[str, Callable[[], float]]:
     }
 
 
-def rate(call: Callable, n_tokens: int, times: int) -> float:
-    """Return how many tokens per second so many calls compute, of n_tokens each."""
-    began = time.perf_counter()
-    for _ in range(times):
-        call()
-    return times * n_tokens / (time.perf_counter() - began)
-
-
 def measure(name: str, rounds: int) -> list[dict]:
     """Return the rows of one size; SystemExit if the two sides do not compute the same."""
     ours, theirs = both_models(SHAPES[name])
@@ -94,7 +81,7 @@ def measure(name: str, rounds: int) -> list[dict]:
         if first != second:
             raise SystemExit(f"{name}, batch {batch}: the tokens differ")
         print(f"{name}, outputs of {NEW} tokens, batch {batch}")
-        timed = {side: partial(rate, write, batch * NEW, 1) for side, write in sides.items()}
+        timed = {side: partial(rate, write, batch * NEW) for side, write in sides.items()}
         figures = measure_in_turn(timed, rounds)
         rows += compared(figures, "transformers", shape=name, what="outputs", batch=batch)
     if name == "tiny":
@@ -120,18 +107,12 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    import transformers
 
     load = os.getloadavg()[0]
     cpu.keep_memory()
     results = [row for name in args.sizes for row in measure(name, args.rounds)]
     if args.out:
-        machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"transformers": transformers.__version__, "load_average": load}
-        command = "python -m results.t5_speed --out results/t5_speed.json"
-        args.out.write_text(
-            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
-        )
+        write_figures(args.out, "t5_speed", load, results)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,16 @@ def placed(choices: list[str], generator: random.Random) -> tuple[tuple[str, ...
     return tuple(choices[i] for i in order), order.index(0)
 
 
+def long_modules() -> list[list[str]]:
+    """Return the lines of the held-out modules that are long enough for questions about their lines."""
+    modules = [text.splitlines() for _, text in held_out_modules()]
+    return [lines for lines in modules if len(lines) > 3 * N_LINES]
+
+
 def next_lines(n: int, generator: random.Random) -> list[Item]:
     """Return n questions for the next line. All four lines are as long as the right one, to a tenth."""
     items: list[Item] = []
-    modules = [text.splitlines() for _, text in held_out_modules()]
-    modules = [lines for lines in modules if len(lines) > 3 * N_LINES]
+    modules = long_modules()
     for _ in range(20 * n):
         lines = generator.choice(modules)
         at = generator.randrange(N_LINES, len(lines))
@@ -84,8 +89,7 @@ def next_lines(n: int, generator: random.Random) -> list[Item]:
 def names(n: int, generator: random.Random) -> list[Item]:
     """Return n questions for a name that occurs in the 20 lines before it, as often as the other three do."""
     items: list[Item] = []
-    modules = [text.splitlines() for _, text in held_out_modules()]
-    modules = [lines for lines in modules if len(lines) > 3 * N_LINES]
+    modules = long_modules()
     for _ in range(50 * n):
         lines = generator.choice(modules)
         at = generator.randrange(N_LINES, len(lines))

@@ -79,15 +79,8 @@ def read(directory: Path) -> dict:
     config = read_json(config_path) if config_path.is_file() else {}
     is_model = path.suffix == ".model"
     file = sentencepiece_model.read(path, config) if is_model else read_json(path, EXPECTED)
-    try:
+    with tokenizer_json.damage_named(path):
         return {"file": file} | read_names(file, config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except (AttributeError, LookupError, StopIteration, TypeError) as error:
-        kind = type(error).__name__
-        raise ValueError(
-            f"{path} is not a complete tokenizer.json ({kind}: {error}); download it again"
-        ) from None
 
 
 def write(directory: Path, file: dict, eot: str, roles: dict[str, str]) -> None:

@@ -31,6 +31,8 @@ and an unknown token; without them they fail, or take an arbitrary id. So both a
 as in GPT-2's file, and ignored when they are read.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -331,6 +333,20 @@ def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
     return ranks
 
 
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what a damaged tokenizer.json raises within this block into a ValueError with its path."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (AttributeError, LookupError, StopIteration, TypeError) as error:
+        kind = type(error).__name__
+        raise ValueError(
+            f"{path} is not a complete tokenizer.json ({kind}: {error}); download it again"
+        ) from None
+
+
 def read(directory: Path) -> dict:
     """Return the arguments of `write`, from a file written here or that of GPT-2, Llama 3, Qwen and others.
 
@@ -345,7 +361,7 @@ def read(directory: Path) -> dict:
     file = read_json(path, EXPECTED)
     config = read_json(config_path) if config_path.exists() else {}
 
-    try:
+    with damage_named(path):
         nfc, pattern = read_splitting(file)
         special_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
         roles = read_roles(config, special_tokens)
@@ -369,13 +385,6 @@ def read(directory: Path) -> dict:
         for i in (*ranks.values(), *special_tokens.values()):
             if not isinstance(i, int):
                 raise TypeError(f"id {i!r} is not an integer")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except (AttributeError, LookupError, StopIteration, TypeError) as error:
-        kind = type(error).__name__
-        raise ValueError(
-            f"{path} is not a complete tokenizer.json ({kind}: {error}); download it again"
-        ) from None
     arguments = {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc}
     optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip}
     optional |= {} if around == NOTHING else {"around": around}

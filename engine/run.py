@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from engine import checkpoint, contract, cpu, optim, parallel, trainable
+from engine import averages, checkpoint, contract, cpu, optim, parallel, trainable
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
@@ -67,6 +67,7 @@ class Run:
     synced_module: nn.Module  # the one that exchanges gradients between ranks, see parallel.distribute
     loss: Callable  # the objective as training calls it: perhaps compiled, perhaps by DDP
     optimizers: list[torch.optim.Optimizer]
+    averages: Any  # of the weights, an engine.averages.Averages; None without --ema
     flags: dict[str, str]  # as they were typed, for --resume to compare
     lock: FileLock | None = None
     step: int = 0  # updates made
@@ -109,6 +110,10 @@ class Run:
         """
         enabled = self.args.dtype == "bfloat16" and self.args.parallel != "fsdp"
         return torch.autocast(self.args.device, dtype=torch.bfloat16, enabled=enabled)
+
+    def averaged(self) -> AbstractContextManager:
+        """Return the context in which the model has its averaged weights, where --ema keeps them."""
+        return nullcontext() if self.averages is None else self.averages.in_place()
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the steps that are left; raise Interrupted on all ranks after a signal."""
@@ -215,6 +220,7 @@ def prepare(args: argparse.Namespace) -> Run:
         synced_module=synced_module,
         loss=loss,
         optimizers=make_optimizers(concept, objective.model, adapter_config, args),
+        averages=averages.Averages(objective.model, args.ema) if args.ema else None,
         flags=flags,
         lock=lock,
         skipped=torch.zeros(2, dtype=torch.int64, device=args.device),
@@ -411,8 +417,8 @@ def make_optimizers(
 def check_saving(run: Run, is_new: bool) -> None:
     """Raise ValueError if the disk lacks the room for checkpoints, or if no format can hold a new model."""
     free = shutil.disk_usage(run.args.out).free
-    # Three checkpoints, each of weights and two moments, while one is replaced; and model/.
-    needed = 4 * run.sizes.n_trained * (3 * 3 + 1)
+    # Three checkpoints, each of weights, two moments and averages, while one is replaced; and model/.
+    needed = 4 * run.sizes.n_trained * (3 * (3 + bool(run.args.ema)) + 1)
     if free < needed:
         raise ValueError(
             f"--out {run.args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
@@ -420,28 +426,3 @@ def check_saving(run: Run, is_new: bool) -> None:
     if is_new and run.is_first:
         with tempfile.TemporaryDirectory(dir=run.args.out) as aside:
             run.save_model(Path(aside))
-
-
-def plan(args: argparse.Namespace) -> str:
-    """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
-
-    It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
-    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU.
-    """
-    check_arguments(args)
-    concept = contract.resolve(args)
-    fill_defaults(args, concept)
-    args.dtype = args.dtype or "bfloat16"
-    model, config = configure(concept, args)
-    if model is None:
-        with torch.device("meta"):
-            model = concept.model_file.Model(config)
-    choose_weights(concept, model, args)
-    settings = task_settings(concept, model.config, args.set)
-    functions = {"mlp_bytes": concept.model_file.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
-    if concept.adapter is not None:
-        functions["adapter_bytes"] = concept.adapter.adapter_bytes
-    of_concept = {name: function for name, function in functions.items() if function is not None}
-    from engine import memory
-
-    return memory.describe(model, args, args.dry_run, config=settings, **of_concept)

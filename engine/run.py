@@ -86,9 +86,10 @@ class Run:
         return int(self.skipped[1])
 
     @property
-    def units_per_step(self) -> int:
+    def units_per_step(self) -> float:
         """Return how many tokens, or other units of the data set such as images, one update reads."""
-        return self.args.batch_size * self.args.grad_accum * self.args.seq_len
+        per_row = self.dataset.units_per_row or self.args.seq_len
+        return self.args.batch_size * self.args.grad_accum * per_row
 
     @property
     def flops_per_token(self) -> int:

@@ -169,8 +169,7 @@ def test_gradients_are_reduced_once_in_an_update(model, chain):
 
 @pytest.mark.usefixtures("pair")
 def test_the_averages_of_two_processes_are_those_of_one(folder):
-    more = ["--ema", "0.9", "--out", str(folder / "averaged-one")]
-    assert train.main(argv(folder, "gpt", "", *more, steps=4)) == 0
+    assert train.main(argv(folder, "gpt", folder / "averaged-one", "--ema", "0.9", steps=4)) == 0
     one, plain = rows(folder / "averaged-one"), rows(folder / "gpt-one")
     assert one[-1]["val_loss"] != plain[one.index(one[-1])]["val_loss"]
     weights = load_file(folder / "averaged-one" / "model" / "model.safetensors")

@@ -91,7 +91,7 @@ def prepare(
         *parts, labels = published
 
     # Arrays are brought to the size that is needed.
-    parts = [Part(fitted(images, size, channels), numbers) for images, numbers in parts]
+    parts = [Part(fitted(images, size, channels), numbers) for images, numbers, *_ in parts]
     return as_dataset(*parts, labels)
 
 

@@ -116,13 +116,12 @@ def estimate(
     later = max(remaining, gradients)
     backward, at_end = max((b.backward for b in blocks), default=0), 0 if fsdp else 4 * loss.tied
 
-    first = blocks[0].kept if blocks else 0
     parts = {
         "weights": (weights,) * 5,
         "gradients": (remaining + loss.ready, in_last, later, later, gradients),
         "optimizer states": (states,) * 5,
         **({"averages": (gradients,) * 5} if args.ema else {}),
-        "activations": (at_loss + loss.kept, at_loss + again, first, 0, 0),
+        "activations": (at_loss + loss.kept, at_loss + again, blocks[0].kept if blocks else 0, 0, 0),
         "temporary": (loss.temporary + released, backward, backward, at_end, copies),
     }
     if fsdp:

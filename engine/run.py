@@ -27,7 +27,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from data.rows import Dataset
-from engine import averages, checkpoint, contract, cpu, optim, parallel, trainable
+from engine import checkpoint, contract, cpu, optim, parallel, trainable
+from engine.averages import Averages
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
@@ -67,13 +68,16 @@ class Run:
     synced_module: nn.Module  # the one that exchanges gradients between ranks, see parallel.distribute
     loss: Callable  # the objective as training calls it: perhaps compiled, perhaps by DDP
     optimizers: list[torch.optim.Optimizer]
-    averages: Any  # of the weights, an engine.averages.Averages; None without --ema
     flags: dict[str, str]  # as they were typed, for --resume to compare
     lock: FileLock | None = None
     step: int = 0  # updates made
     seconds: float = 0.0  # spent on them
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # in all, in a row
     signal: int = 0  # the number of the last signal received, 0 for none
+    averages: Averages | None = field(init=False)  # of the weights; None without --ema
+
+    def __post_init__(self):
+        self.averages = Averages(self.model, self.args.ema) if self.args.ema else None
 
     @property
     def n_skipped(self) -> int:
@@ -221,7 +225,6 @@ def prepare(args: argparse.Namespace) -> Run:
         synced_module=synced_module,
         loss=loss,
         optimizers=make_optimizers(concept, objective.model, adapter_config, args),
-        averages=averages.Averages(objective.model, args.ema) if args.ema else None,
         flags=flags,
         lock=lock,
         skipped=torch.zeros(2, dtype=torch.int64, device=args.device),

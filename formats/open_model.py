@@ -17,6 +17,7 @@ from formats import (
     disentangled_encoders,
     encoder_decoders,
     encoders,
+    image_decoders,
     images,
     mixtures,
     native,
@@ -65,6 +66,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return images.CONCEPTS[architecture]
     if architecture in sounds.CONCEPTS:
         return sounds.CONCEPTS[architecture]
+    if architecture == image_decoders.ARCHITECTURE:
+        return image_decoders.CONCEPT
     if architecture in bart.ARCHITECTURES:
         return bart.CONCEPT
     if architecture in reward_models.CLASSES:
@@ -83,7 +86,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
-    known += [*images.CONCEPTS, *sounds.CONCEPTS]
+    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

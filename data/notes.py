@@ -1,8 +1,8 @@
 """Notes: chords of synthesised instruments, which every machine has.
 
 No machine ships recordings that one could learn from. So six instruments are synthesised, each playing a
-chord, with pitch, loudness, beginning and noise at random. What is held out is a *combination*: an instrument
-with a chord that it was never heard to play, though other instruments were.
+chord, with pitch, loudness, beginning, noise and the colour of the microphone at random. What is held out is a
+*combination*: an instrument with a chord that it was never heard to play, though other instruments were.
 
     sine      sin(2 pi f t)
     saw       all harmonics, the k-th 1/k as loud; its jump is rounded against aliasing (PolyBLEP)
@@ -116,8 +116,8 @@ def render(note: Note, n: int, rate: int) -> np.ndarray:
     # A generator for each note: a sound does not depend on which others there are.
     places = INSTRUMENTS.index(note.instrument), list(CHORDS).index(note.chord), note.root, note.take
     rng = np.random.default_rng(places)
-    detuned, begin = note.root + rng.uniform(-0.3, 0.3), int(rng.uniform(0, 0.2) * n)
-    loudness, noise = 10 ** rng.uniform(-1, -0.2), 10 ** rng.uniform(-2.5, -1.5)
+    detuned, begin = note.root + rng.uniform(-0.3, 0.3), int(rng.uniform(0, 0.4) * n)
+    loudness, noise = 10 ** rng.uniform(-1, -0.2), 10 ** rng.uniform(-2, -0.5)
 
     # The notes of the chord, which begin together and fade in within 5 ms.
     sound = np.zeros(n)
@@ -125,6 +125,10 @@ def render(note: Note, n: int, rate: int) -> np.ndarray:
         frequency = 440 * 2 ** ((detuned + semitones - 69) / 12)
         sound[begin:] += tone(note.instrument, frequency, n - begin, rate, rng)
     sound[begin:] *= np.minimum(np.arange(n - begin) / (0.005 * rate), 1)
+
+    # The microphone: up to 6 decibels per octave in favour of high frequencies, or of low ones.
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(n, 1 / rate), 50) / 1000)
+    sound = np.fft.irfft(np.fft.rfft(sound) * 10 ** (rng.uniform(-6, 6) / 20 * octaves), n)
 
     # One peak for all, then their loudness, and noise relative to that.
     sound = loudness * (sound / np.abs(sound).max() + noise * rng.standard_normal(n))

@@ -202,7 +202,7 @@ def complete(model: ImageGPT, given: Tensor, temperature: float, generator: torc
 
 
 class Palette(NamedTuple):
-    """What stands in the place of a tokenizer: the colours of the ids. The model saves them."""
+    """The colours of the ids, in the place of a tokenizer. The model saves them."""
 
     colours: tuple[tuple[float, ...], ...]
 

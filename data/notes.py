@@ -1,8 +1,8 @@
 """Notes: chords of synthesised instruments, which every machine has.
 
 No machine ships recordings that one could learn from. So six instruments are synthesised, each playing a
-chord, with pitch, loudness, beginning, noise and the colour of the microphone at random. What is held out is a
-*combination*: an instrument with a chord that it was never heard to play, though other instruments were.
+chord, with pitch, loudness, beginning, noise and the colour of the microphone at random. What is held out is
+a *combination*: an instrument with a chord that it was never heard to play, though other instruments were.
 
     sine      sin(2 pi f t)
     saw       all harmonics, the k-th 1/k as loud; its jump is rounded against aliasing (PolyBLEP)

@@ -348,9 +348,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def start_from(model: nn.Module, weights: dict[str, Tensor], changes: list[str]) -> None:
-    """Copy pretrained weights into a model; a head that --set has added keeps its random ones."""
+    """Copy pretrained weights into a model. A head that --set has added, or made another size, keeps its new
+    ones."""
     places = model.state_dict()
-    for name, w in weights.items():
+    for name, w in list(weights.items()):
+        is_head = name.rpartition(".")[0].endswith(optim.HEADS)
+        if is_head and name in places and places[name].shape != w.shape:
+            del weights[name]
+            continue
         if name not in places or places[name].shape != w.shape:
             raise ValueError(f"--set {' '.join(changes)}: leaves no place for the checkpoint's {name}")
     model.load_state_dict(weights, strict=False)

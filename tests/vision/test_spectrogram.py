@@ -161,6 +161,22 @@ def test_a_run_counts_seconds_of_sound_and_shows_a_picture_of_its_labels(tmp_pat
     assert "of 12 right; most often taken" in (tmp_path / "run" / "samples.txt").read_text()
     assert open_model(tmp_path / "run" / "model").config.labels == notes.INSTRUMENTS
 
+    # The model learns other classes, with a new classifier on its other weights.
+    for name, pitch in (("high", 60), ("low", 45)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(3):
+            sound = notes.render(Note("organ", "major", pitch, i), 16_000, 16_000)
+            write_wav(tmp_path / "set" / name / f"{i}.wav", sound, 16_000)
+    more = ["--data", tmp_path / "set", "--init-from", tmp_path / "run" / "model", "--out", tmp_path / "fine"]
+    short = [*flags(tmp_path)[:11], "--cache", tmp_path / "cache", *more]
+    ended = run_command(*short)
+    assert ended.code == 2 and "6 classes, " in ended.err and "add --set n_classes=2" in ended.err
+    ended = run_command(*short, "--set", "n_classes=2", "--lr", "0")
+    assert ended.code == 0, ended.err
+    fine, first = (open_model(tmp_path / run / "model") for run in ("fine", "run"))
+    assert fine.config.labels == ("high", "low") and fine.classifier.weight.shape == (2, 32)
+    assert torch.equal(fine.ast.layernorm.weight, first.ast.layernorm.weight)
+
     # The command classifies files.
     write_wav(tmp_path / "a.wav", notes.render(Note("saw", "minor", 60), 20_000, 16_000), 16_000)
     ended = run_command("-m", "vision.spectrogram", tmp_path / "run" / "model", tmp_path / "a.wav")

@@ -63,7 +63,7 @@ def small(command: list[str], n_steps: int) -> list[str]:
         return [*command, *data, "--batch-size", "8", "--steps", str(n_steps), "--eval-every", "50"]
     if ON_THE_CHAIN & set(command):
         if "--init-from" not in command:  # by default they have data and a small model of their own
-            return [*command, "--batch-size", "64", "--steps", str(n_steps)]
+            return [*command, "--batch-size", "16", "--steps", str(n_steps)]
         data = "pairs.jsonl"
     size = [] if {"--init-from", "--base"} & set(command) else ["--size", "tiny"]
     steps = ["--steps", str(n_steps)]
@@ -152,7 +152,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
             for line in (line for line in lines if re.match(r"python (-m )?\w", line)):
                 if LONG.search(line) or "-m pytest" in line:
                     continue
-                printed = run(line, 4)
+                printed = run(line, 2)
                 assert printed.strip() or re.search("--prompt|--chat", line), line
         elif language == "python" and content.startswith('"""'):
             name = re.match(r'"""(\w+)', content)[1].lower()

@@ -19,6 +19,8 @@ import pytest
 from conftest import run_command
 from PIL import Image
 
+from evaluation import stdlib_suite
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "kernels/README.md"]
 PAGES = [page for page in PAGES if (ROOT / page).exists()]
@@ -145,6 +147,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
         shutil.copytree(model, tmp_path / model.relative_to(given))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(stdlib_suite, "TEXT_BYTES", 2000)
 
     for language, content, output in blocks(page):
         if language == "sh":

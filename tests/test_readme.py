@@ -20,6 +20,7 @@ from conftest import run_command
 from PIL import Image
 
 from data import notes
+from evaluation import stdlib_suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "kernels/README.md"]
@@ -69,7 +70,7 @@ def small(command: list[str], n_steps: int) -> list[str]:
             return [*command, *data, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
     if ON_THE_CHAIN & set(command):
         if "--init-from" not in command:  # by default they have data and a small model of their own
-            return [*command, "--batch-size", "64", "--steps", str(n_steps)]
+            return [*command, "--batch-size", "16", "--steps", str(n_steps)]
         data = "pairs.jsonl"
     size = [] if {"--init-from", "--base"} & set(command) else ["--size", "tiny"]
     steps = ["--steps", str(n_steps)]
@@ -156,6 +157,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
         shutil.copytree(model, tmp_path / model.relative_to(given))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(stdlib_suite, "TEXT_BYTES", 2000)
 
     for language, content, output in blocks(page):
         if language == "sh":
@@ -163,7 +165,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
             for line in (line for line in lines if re.match(r"python (-m )?\w", line)):
                 if LONG.search(line) or "-m pytest" in line:
                     continue
-                printed = run(line, 4)
+                printed = run(line, 2)
                 assert printed.strip() or re.search("--prompt|--chat", line), line
         elif language == "python" and content.startswith('"""'):
             name = re.match(r'"""(\w+)', content)[1].lower()

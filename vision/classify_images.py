@@ -85,8 +85,10 @@ def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
 
 
 def loss_bytes(*_) -> dict[str, int]:
-    """Raise ValueError: --dry-run plans the memory of rows of tokens."""
-    raise ValueError("--dry-run: plans rows of tokens, and not yet images; --benchmark measures the memory")
+    """Raise ValueError: --dry-run plans the memory of rows of tokens alone."""
+    raise ValueError(
+        "--dry-run: plans rows of tokens, and not yet images or sounds; --benchmark measures the memory"
+    )
 
 
 @torch.no_grad()

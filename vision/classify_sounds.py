@@ -32,7 +32,7 @@ from vision import spectrogram
 from vision.classify_images import loss_bytes, save, show_labels  # noqa: F401  this task's, too
 
 MODEL, DATA = "spectrogram", "notes"
-OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 300
+OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 600
 LOSS, TOKEN_LOSS = "nats per sound", ""
 SHOWN = (4, 6)  # rows and columns of the picture
 MOST = 2_000, 500  # sounds to learn from and held out that baselines use

@@ -287,6 +287,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
     if args.seed >= 1 << 31:  # 32 bits of a batch's seed count the batches
         raise ValueError(f"--seed {args.seed}: expected less than {1 << 31}")
+    if args.cache.is_file():
+        raise ValueError(f"--cache {args.cache}: a file; expected a folder, or the name of a new one")
     if args.mup and args.lr is None:
         raise ValueError(f"--mup {args.mup}: needs --lr, the learning rate that was found at this width")
     if args.init_from and (args.size or args.base):

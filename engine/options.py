@@ -297,6 +297,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: expected less than {1 << 31}")
     if args.ema is not None and not 0 < args.ema < 1:
         raise ValueError(f"--ema {args.ema}: expected more than 0 and less than 1, such as 0.999")
+    if args.cache.is_file():
+        raise ValueError(f"--cache {args.cache}: a file; expected a folder, or the name of a new one")
     if args.mup and args.lr is None:
         raise ValueError(f"--mup {args.mup}: needs --lr, the learning rate that was found at this width")
     if args.init_from and (args.size or args.base):

@@ -260,6 +260,8 @@ def open_directory(out: Path) -> FileLock:
         raise ValueError(
             f"--out {out}: another run is writing to it; wait, or name another directory"
         ) from None
+    except FileExistsError:
+        raise ValueError(f"--out {out}: a file; expected a directory, or the name of a new one") from None
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written to ({error.strerror})") from None
     return lock

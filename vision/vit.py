@@ -39,7 +39,7 @@ from formats import command, images
 from formats.config_values import check_values
 from kernels import attention
 
-TASK = "classify_images"
+TASK, KIND = "classify_images", "image encoder"
 
 
 @dataclass(frozen=True)

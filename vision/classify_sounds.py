@@ -35,7 +35,7 @@ MODEL, DATA = "spectrogram", "notes"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 600
 LOSS, TOKEN_LOSS = "nats per sound", ""
 SHOWN = (4, 6)  # rows and columns of the picture
-MOST = 2_000, 500  # sounds to learn from and held out that baselines use
+MOST = 4_000, 1_000  # sounds to learn from and held out that baselines use
 PART = 100  # sounds whose spectrograms are computed at once
 
 

@@ -146,8 +146,9 @@ class Search:
     def step(self, log_p: list[float], origin: list[int], tokens: list[int], is_last: bool) -> list[int]:
         """Take the 2 n best continuations, the best first, and return the numbers of the n that go on.
 
-        Continuation c is beam origin[c] with tokens[c] behind it, and has the log-probability log_p[c]. An end
-        token counts only among the n best: those outputs have ended. In the last step all n have ended.
+        Continuation c is beam origin[c] with tokens[c] behind it; its log-probability is log_p[c]. Those of
+        the n best with an end token have ended; beyond the n best they are dropped. In the last step all of
+        the n best have ended.
         """
         outputs = [[*self.beams[i], token] for i, token in zip(origin, tokens, strict=True)]
         scores = [p / len(outputs[0]) ** self.length_penalty for p in log_p]

@@ -169,14 +169,14 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     inputs = [damaged(text, Config(), generator, tokenizer, ends).tolist() for text in texts]
     rows = [[*row, tokenizer.eot_id] for row in inputs]
     outputs = model.generate(rows, len(texts[0]) + 1, temperature=0)
-    means = [
+    restored, before = (
         sum(likeness(row, text.tolist()) for row, text in zip(side, texts, strict=True)) / len(texts)
         for side in (outputs, inputs)
-    ]
+    )
     written = [token for token in outputs[0] if token != tokenizer.eot_id]
     return "\n".join(
         [
-            f"{means[0]:.1%} of the restored tokens are in the originals too; of the damaged ones {means[1]:.1%}",
+            f"{restored:.1%} of the restored tokens are as in the originals; of the damaged ones {before:.1%}",
             "\n--- damaged", tokenizer.decode(inputs[0]), "\n--- restored", tokenizer.decode(written),
         ]
     )  # fmt: skip

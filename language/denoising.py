@@ -176,7 +176,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     written = [token for token in outputs[0] if token != tokenizer.eot_id]
     return "\n".join(
         [
-            f"{restored:.1%} of the restored tokens are as in the originals; of the damaged ones {before:.1%}",
+            f"{restored:.1%} of the restored tokens are as in the originals; of the damaged, {before:.1%}",
             "\n--- damaged", tokenizer.decode(inputs[0]), "\n--- restored", tokenizer.decode(written),
         ]
     )  # fmt: skip

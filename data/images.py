@@ -1,6 +1,6 @@
 """Images: from files, or from glyphs, to rows {"image": uint8 (C, H, W), "label": int64 ()}.
 
-    glyphs, glyphs:fonts, glyphs:all    drawn here from matplotlib's fonts (data/glyphs.py)
+    glyphs, glyphs:fonts and others     drawn here from matplotlib's fonts (data/glyphs.py)
     a folder of folders                 a folder for each class; or train/ and val/ with such folders
     a folder of images                  images without classes
     a folder of published files         MNIST's *-idx3-ubyte, also .gz; CIFAR-10's and CIFAR-100's .bin

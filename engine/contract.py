@@ -226,6 +226,7 @@ class Task:
     # train(run, log), a loop of the task's own, with the contract of train.py's `train`; None: that one
     train: Callable[[Any, Any], None] | None = None
     DATA: str = "stdlib"  # the default of --data
+    SIZE: str = ""  # the default of --size where the model has it; "": the model's first
     REFERENCE: bool = False  # the model of the start is kept beside the trained one: --resume compares it
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate

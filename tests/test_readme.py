@@ -57,7 +57,7 @@ def small(command: list[str], n_steps: int) -> list[str]:
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
     for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
         data = pairs if task in command else data
-    if {"vit", "mae"} & set(command):
+    if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
         command = [word.replace("n_classes=62", "n_classes=2") for word in command]
         data = [] if "--data" in command else ["--data", "photos"]
         return [*command, *data, "--batch-size", "8", "--steps", str(n_steps), "--eval-every", "50"]

@@ -206,7 +206,7 @@ def existing_folder(name: str, flag: str) -> Path:
     path = Path(name)
     if not path.is_dir():
         what = "a file" if path.exists() else "not found"
-        raise ValueError(f"{flag} {name}: {what}; expected glyphs, landscapes, or a folder of images")
+        raise ValueError(f"{flag} {name}: {what}; expected glyphs, or a folder of images")
     return path
 
 

@@ -58,7 +58,7 @@ def test_a_folder_for_each_class_is_learned_in_colour(tmp_path):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["--data", "nowhere"], "--data nowhere: not found; expected glyphs, landscapes, or a folder"),
+        (["--data", "nowhere"], "--data nowhere: not found; expected glyphs, or a folder"),
         (["--document-mask"], "--document-mask: images have no documents"),
         (["--set", "patch_size=5"], "multiples of the patch"),
         (["--set", "warp=-1"], "warp -1: expected"),

@@ -165,6 +165,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def restore(module: nn.Module, directory: str) -> None:
+    """Copy into a module that `wrap` has made what the directory of --init-from holds beside the model:
+    nothing."""
+
+
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the model's own loss of a batch, and metrics: means over its targets, by name."""
     return model.loss(batch)
@@ -215,6 +220,7 @@ class Task:
     start_model: Callable[[Namespace], str | None] = start_model
     wrap: Callable[[nn.Module, Any], nn.Module] = wrap
     unwrap: Callable[[nn.Module], nn.Module] = unwrap
+    restore: Callable[[nn.Module, str], None] = restore
     loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]] = loss
     count: Callable[[dict[str, Tensor]], int] = count
     split: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]] = split

@@ -215,6 +215,22 @@ def unwrap(module: MAE) -> ViT:
     return module.model
 
 
+def restore(module: MAE, directory: str) -> None:
+    """Copy the decoder in directory into the module. Where it has another shape, print so, and keep the new
+    one. A model without a decoder is an encoder alone, such as a classifier."""
+    if not images.has_decoder(directory):
+        return
+    saved = MAE.from_pretrained(directory)
+    for name in ("decoder_layers", "decoder_heads", "decoder_width", "decoder_ff"):
+        own, given = getattr(module.settings, name), getattr(saved.settings, name)
+        if own != given:
+            print(
+                f"the decoder in {directory} is left out: add --set {name}={given} to keep it (here: {own})"
+            )
+            return
+    module.decoder.load_state_dict(saved.decoder.state_dict())
+
+
 def load_data(args: Namespace, config: vit.Config) -> Dataset:
     """Return images without their classes, and how large the error of the mean image is. Raises ValueError
     for what `data.images.prepare` refuses."""

@@ -51,7 +51,7 @@ ASPECT = 0.3  # of a hidden block, at least, and 1 / ASPECT at most
 
 @dataclass(frozen=True)
 class Config(Augmentation):
-    """The hidden patches, and what is predicted of them. The defaults are the paper's, for patches of 16 pixels."""
+    """The hidden patches, and what is predicted of them. The defaults are the paper's, for ViT-B/16."""
 
     warp: float = 0.0  # without other views: every epoch hides other patches
     grid: tuple[int, ...] = (14, 14)  # rows and columns of patches, of the model's config

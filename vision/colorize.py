@@ -45,7 +45,7 @@ from formats.config_values import check_values
 from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
 
 DATA = "landscapes"
-OPTIMIZER, BATCH_SIZE, STEPS = "adamw", 32, 1200
+OPTIMIZER, BATCH_SIZE, STEPS = "adamw", 32, 600
 LOSS, TOKEN_LOSS = "weighted nats per place", ""
 GRID, SIGMA, NEAREST = 10.0, 5.0, 10  # spacing of bins, and the soft encoding: section 2.2 and the code
 RANGE, MIDDLE = 110.0, 50.0  # by which a and b are divided, and which is subtracted from L

@@ -1,6 +1,6 @@
 """Images without labels: what four objectives learn from them, and what that is worth with few labels.
 
-    python -m results.pretext --out results/pretext.json                  about five hours of one core
+    python -m results.pretext --out results/pretext.json                  about two hours of one core
     python -m results.pretext --parts ratio --out results/masking.json    about an hour
 
 Parts, each with --seeds seeds:

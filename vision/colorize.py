@@ -159,7 +159,8 @@ class Model(nn.Module):
         T = self.config.temperature if temperature is None else temperature
         if T == 0:
             return self.centres[output.argmax(1)].movedim(3, 1)
-        return torch.einsum("bqhw,qc->bchw", torch.softmax(output.float() / T, dim=1), self.centres)
+        shares = torch.softmax(output.float() / T, dim=1)
+        return (shares[:, :, None] * self.centres[:, :, None, None]).sum(1)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the header's loss, or the mean squared error of a and b over 110, of "images" (B, 3, H, W)

@@ -76,8 +76,9 @@ class Config(Augmentation):
 
 
 def settings(config: vit.Config) -> Config:
-    """Return the paper's settings: four cells in each patch."""
-    return Config(grid=config.grid, cell=max(1, config.patch_size // 2))
+    """Return the paper's settings: four cells in each patch, or one where its side is an odd number."""
+    P = config.patch_size
+    return Config(grid=config.grid, cell=P if P % 2 else P // 2)
 
 
 def hog(images: Tensor, cell: int) -> Tensor:
@@ -193,17 +194,21 @@ def unwrap(module: MaskFeat) -> ViT:
 
 
 def load_data(args: Namespace, config: vit.Config) -> Dataset:
-    """Return images without their classes, and how large the error of the mean HOG of each place is. Raises
-    ValueError for what `data.images.prepare` refuses."""
+    """Return images without their classes, and the errors of the mean HOG of each place and of the mean
+    image. Raises ValueError for what `data.images.prepare` refuses."""
     dataset = load_images(args, config)
     config = vit.fit(config, dataset, 1)
-    found = []
+    parts = []
     for rows, most in zip((dataset.train, dataset.val), MOST, strict=True):
         images = pixels(rows, most)[0].unflatten(1, (config.n_channels, *config.size))
-        found.append(hog_of_patches(images, config.patch_size, settings(config).cell))
-    train, held = found
-    error = (held - train.mean(0)).square().mean()
-    guess = f"the mean HOG of each place has a squared error of {error:.4f} on held-out images"
+        parts.append(
+            (hog_of_patches(images, config.patch_size, settings(config).cell), images / config.std[0])
+        )
+    errors = [(held - train.mean(0)).square().mean() for train, held in zip(*parts, strict=True)]
+    guess = (
+        f"on held-out images the mean HOG of each place has a squared error of {errors[0]:.4f}, the mean "
+        f"image one of {errors[1]:.4f}"
+    )
     return replace(dataset, labels=(), guess=guess)
 
 

@@ -96,7 +96,8 @@ def nt_xent(z: Tensor, others: Tensor, places: Tensor, temperature: float) -> tu
     """Return the mean loss of views z (B, 2, Z), which are `others[places]`, among all views, others
     (M / 2, 2, Z); and how often the most similar view is the right one. The lengths of z do not matter."""
     rows, columns = (F.normalize(x.float().flatten(0, 1), dim=1) for x in (z, others))
-    similarity = rows @ columns.T / temperature  # (2 B, M)
+    with torch.autocast(z.device.type, enabled=False):  # cosines of 8 bits, divided by tau, are too rough
+        similarity = rows @ columns.T / temperature  # (2 B, M)
     own = torch.stack((2 * places, 2 * places + 1), dim=1).flatten()
     itself = F.one_hot(own, len(columns)).bool()
     logits = similarity.masked_fill(itself, float("-inf"))

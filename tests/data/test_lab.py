@@ -29,5 +29,7 @@ def test_there_and_back_is_the_same_picture_with_finite_gradients():
     images.requires_grad_()
     again = lab_to_rgb(rgb_to_lab(images))
     torch.testing.assert_close(again, images, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(lab_to_rgb(rgb_to_lab(images)), again)
     again.sum().backward()
     assert images.grad.isfinite().all()

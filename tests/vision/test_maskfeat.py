@@ -135,6 +135,7 @@ def test_settings_that_make_no_sense_are_refused(changes, words):
         replace(SETTINGS, **changes)
     with pytest.raises(ValueError, match="cell 3: expected a divisor of patch_size 4"):
         small(cell=3)
+    assert maskfeat.settings(replace(ENCODER, image_size=15, patch_size=5)).cell == 5
 
 
 def test_a_run_draws_edges_and_leaves_an_encoder(tmp_path, few_glyphs):
@@ -143,6 +144,7 @@ def test_a_run_draws_edges_and_leaves_an_encoder(tmp_path, few_glyphs):
     ended = run_command(*flags, "--set", "n_layers=1", "target=hog")
     assert ended.code == 0, ended.err
     assert "the mean HOG of each place has a squared error of 0." in ended.out
+    assert "the mean image one of 0." in ended.out
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["val_loss"] < 10 for row in rows if "val_loss" in row)
     assert "6 of 16 patches hidden" in (tmp_path / "run" / "samples.txt").read_text()

@@ -40,6 +40,10 @@ def test_the_loss_has_its_closed_forms():
     # The lengths of z do not matter.
     z = torch.randn(4, 2, 8)
     torch.testing.assert_close(value(z * torch.rand(4, 2, 1).add(0.1)), value(z))
+    # Nor does autocast, whose 8 bits would be too few for cosines.
+    expected = value(z)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(value(z), expected)
 
 
 def test_the_loss_is_that_of_a_loop_over_views_and_none_is_compared_with_itself():

@@ -62,10 +62,10 @@ class Config:
     image_size: int | tuple[int, ...] = 32  # pixels, both ways, or (height, width); for data only
     objective: str = "classes"  # or "l2": a and b themselves
     rebalance: float = 0.5  # lambda; 1: all colours alike, 0: weights by the inverse frequency
-    temperature: float = 0.38  # T of the colours that are drawn; towards 0: the mode, 1: the mean
+    temperature: float = 0.38  # T of the colours that are drawn; 0: the mode, 1: the mean
     bins: tuple[tuple[float, ...], ...] = ()  # their centres (a, b); fit sets them
     frequencies: tuple[float, ...] = ()  # p, of the bins in training
-    MAY_BE_ZERO = ("rebalance",)
+    MAY_BE_ZERO = ("rebalance", "temperature")
 
     def __post_init__(self):
         check_values(self, objective=("classes", "l2"))

@@ -37,8 +37,8 @@ def draw(number: int, held_out: bool) -> tuple[np.ndarray, int]:
     # The sky, brighter towards the horizon, and the grass.
     horizon = rng.integers(13, 19)
     paint(horizon > Y, SKY)
-    lab[0] += np.where(horizon > Y, (Y / horizon - 0.5) * 6, 0)
     paint(horizon <= Y, GRASS, rough=4)
+    lab[0] += np.where(horizon > Y, (Y / horizon - 0.5) * 6, 0)
 
     # Sun and house, each in a third of the width. The opposite outer thirds are held out.
     thirds = [(i, j) for i in range(3) for j in range(3) if (abs(i - j) == 2) == held_out]

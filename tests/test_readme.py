@@ -60,8 +60,10 @@ def small(command: list[str], n_steps: int) -> list[str]:
     for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
         data = pairs if task in command else data
     if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
-        command = [word.replace("n_classes=62", "n_classes=2") for word in command]
-        data = [] if "--data" in command else ["--data", "photos"]
+        data = []
+        if "--data" not in command:
+            command = [word.replace("n_classes=62", "n_classes=2") for word in command]
+            data = ["--data", "photos"]
         return [*command, *data, "--batch-size", "8", "--steps", str(n_steps), "--eval-every", "50"]
     if ON_THE_CHAIN & set(command):
         if "--init-from" not in command:  # by default they have data and a small model of their own

@@ -58,7 +58,7 @@ def add_what(group) -> None:
         type=command.filled,
         help=f"the concept's file, always needed: {', '.join(contract.names())}",
     )
-    add("--size", help="a size that the model's file names, see `python gpt.py` (default: its first)")
+    add("--size", help="a size in the model's file, see `python gpt.py` (default: the task's, or the first)")
     add("--task", help="what is asked, a file's name such as masking or instruct (default: the model's own)")
     add(
         "--adapter",
@@ -323,7 +323,8 @@ def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     if concept.task.train is not None and args.ema:
         raise ValueError(f"--ema: {concept.task.name} has a loop of its own, which averages no weights")
     if args.size is None and not (args.init_from or args.base):
-        args.size = next(iter(concept.model_file.SIZES))
+        sizes = concept.model_file.SIZES
+        args.size = concept.task.SIZE if concept.task.SIZE in sizes else next(iter(sizes))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
     args.optimizer = args.optimizer or concept.task.OPTIMIZER
     args.batch_size = args.batch_size or concept.task.BATCH_SIZE

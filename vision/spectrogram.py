@@ -40,7 +40,7 @@ from formats import command, sounds
 from formats.config_values import check_values
 from vision import vit
 
-TASK = "classify_sounds"
+TASK, KIND = "classify_sounds", "sound encoder"
 RATE = 16_000  # samples a second, of all models
 FRAME, HOP, FFT = 400, 160, 512  # samples: of a frame, from one to the next, and with the zeros behind it
 PREEMPHASIS, LOWEST, FLOOR = 0.97, 20.0, 2.0**-23  # share; Hz; least power, so that its logarithm is finite

@@ -196,9 +196,9 @@ def em_round(lattices: Lattices, log_p: np.ndarray) -> tuple[np.ndarray, float]:
 def prune(lattices: Lattices, log_p: np.ndarray, least: int) -> np.ndarray:
     """Remove a quarter of the pieces, but keep at least `least`, and return the log_p of those that stay.
 
-    A piece that is in no best segmentation of a word, or has a better segmentation into other pieces itself,
-    is removed. Any other stays if it has no such alternative. For the rest, the loss is by how much the
-    likelihood would fall if their alternatives were written instead; those with the largest losses stay.
+    A piece that is in no best segmentation of a word is removed, and so is one whose alternative, its best
+    segmentation into other pieces, is more probable. A piece without an alternative stays. For the rest, the
+    loss is by how much the likelihood would fall if the alternative were written; the largest losses stay.
     """
     counts = lattices.best_counts(with_unknown(log_p))
     scores, parts = lattices.alternatives(with_unknown(log_p))

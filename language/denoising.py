@@ -53,8 +53,7 @@ class Config:
 
 
 def span_lengths(n: int, mean: float, generator: Generator) -> Tensor:
-    """Return lengths (k,) that add up to n, drawn from a Poisson distribution one after another; the last is
-    cut.
+    """Return lengths (k,) that add up to n: draws from a Poisson distribution, the last of them cut.
 
     Spans of no tokens are among them, but only as many as keep k <= n: so masks never lengthen a text.
     """

@@ -7,7 +7,7 @@
     acc_bytes         argmax_i  L_i / UTF-8 bytes of choice_i
     acc_tokens        argmax_i  L_i / tokens of choice_i       (GPT-3, Brown et al. 2020, section 2.4)
     acc_mutual_info   argmax_i  L_i - log p(choice_i | nothing)        (the same section's other rule, which
-                                                                        has "Answer: " in place of nothing)
+                                                                        has "Answer: " for nothing)
 
 The same model has a different accuracy by each rule, so a figure means something only under its rule's name.
 The names, but for acc_tokens, are those of lm-evaluation-harness (Biderman et al. 2024, arXiv:2405.14782). As

@@ -1,4 +1,4 @@
-r"""Direct preference optimisation: a model learns from pairs of answers, without a reward model.
+"""Direct preference optimisation: a model learns from pairs of answers, without a reward model.
 
     h    = (log pi(y_c | x) - log ref(y_c | x)) - (log pi(y_r | x) - log ref(y_r | x))
     loss = -log sigmoid(beta h)            y_c the chosen answer to the prompt x, y_r the rejected one

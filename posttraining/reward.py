@@ -1,4 +1,4 @@
-r"""A reward model: it gives each answer a number, and learns from which of two answers people prefer.
+"""A reward model: it gives each answer a number, and learns from which of two answers people prefer.
 
     p(y_c preferred to y_r | x) = sigmoid(r(x, y_c) - r(x, y_r))            (Bradley and Terry 1952)
     loss = -log sigmoid(r_c - r_r - margin) + c (r_c + r_r)^2

@@ -1,6 +1,7 @@
 """Images: from files, or from glyphs, to rows {"image": uint8 (C, H, W), "label": int64 ()}.
 
     glyphs, glyphs:fonts and others     drawn here from matplotlib's fonts (data/glyphs.py)
+    landscapes                          drawn here, in colour (data/landscapes.py)
     a folder of folders                 a folder for each class; or train/ and val/ with such folders
     a folder of images                  images without classes
     a folder of published files         MNIST's *-idx3-ubyte, also .gz; CIFAR-10's and CIFAR-100's .bin
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import glyphs, published_images
+from data import glyphs, landscapes, published_images
 from data.class_folders import Kind, Part, existing_folder, fingerprint, read
 from data.rows import Dataset, Row, Rows
 from formats import command
@@ -68,11 +69,11 @@ def prepare(
     leaves out what cannot be read, "refuse" raises ValueError. notify is called with one line of what was
     converted or left out. Raises ValueError for everything that a user can mend.
     """
-    # Glyphs are drawn, and published files hold arrays: both have a held-out part of their own.
-    if data.partition(":")[0] == "glyphs":
+    # Glyphs and landscapes are drawn, and published files hold arrays: all have a held-out part of their own.
+    if data.partition(":")[0] in ("glyphs", "landscapes"):
         if val is not None:
             raise ValueError(f"--val {val}: {data} has a held-out part of its own; leave out --val")
-        parts, labels = glyph_parts(data)
+        parts, labels = landscape_parts() if data == "landscapes" else glyph_parts(data)
     else:
         folder = existing_folder(data, "--data", KIND)
         published = published_images.read(folder)
@@ -116,6 +117,12 @@ def glyph_parts(name: str) -> tuple[list[Part], list[str]]:
     number = {character: i for i, character in enumerate(characters)}
     labels = [np.array([number[glyph.character] for glyph in side]) for side in sides]
     return [Part(glyphs.pictures(side), of) for side, of in zip(sides, labels, strict=True)], characters
+
+
+def landscape_parts() -> tuple[list[Part], list[str]]:
+    """Return both parts of the landscapes, and the colours of their balls as classes."""
+    counts = zip(landscapes.COUNTS, (False, True), strict=True)
+    return [Part(*landscapes.pictures(n, held_out)) for n, held_out in counts], list(landscapes.BALLS)
 
 
 # --- another size

@@ -166,6 +166,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def restore(module: nn.Module, directory: str) -> None:
+    """Copy into a module that `wrap` has made what the directory of --init-from holds beside the model:
+    nothing."""
+
+
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the model's own loss of a batch, and metrics: means over its targets, by name."""
     return model.loss(batch)
@@ -216,6 +221,7 @@ class Task:
     start_model: Callable[[Namespace], str | None] = start_model
     wrap: Callable[[nn.Module, Any], nn.Module] = wrap
     unwrap: Callable[[nn.Module], nn.Module] = unwrap
+    restore: Callable[[nn.Module, str], None] = restore
     loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]] = loss
     count: Callable[[dict[str, Tensor]], int] = count
     split: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]] = split
@@ -227,6 +233,7 @@ class Task:
     # train(run, log), a loop of the task's own, with the contract of train.py's `train`; None: that one
     train: Callable[[Any, Any], None] | None = None
     DATA: str = "stdlib"  # the default of --data
+    SIZE: str = ""  # the default of --size where the model has it; "": the model's first
     REFERENCE: bool = False  # the model of the start is kept beside the trained one: --resume compares it
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate

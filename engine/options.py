@@ -58,7 +58,7 @@ def add_what(group) -> None:
         type=command.filled,
         help=f"the concept's file, always needed: {', '.join(contract.names())}",
     )
-    add("--size", help="a size that the model's file names, see `python gpt.py` (default: its first)")
+    add("--size", help="a size in the model's file, see `python gpt.py` (default: the task's, or the first)")
     add("--task", help="what is asked, a file's name such as masking or instruct (default: the model's own)")
     add(
         "--adapter",
@@ -295,10 +295,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
     if args.seed >= 1 << 31:  # 32 bits of a batch's seed count the batches
         raise ValueError(f"--seed {args.seed}: expected less than {1 << 31}")
-    if args.ema is not None and not 0 < args.ema < 1:
-        raise ValueError(f"--ema {args.ema}: expected more than 0 and less than 1, such as 0.999")
     if args.cache.is_file():
         raise ValueError(f"--cache {args.cache}: a file; expected a folder, or the name of a new one")
+    if args.ema is not None and not 0 < args.ema < 1:
+        raise ValueError(f"--ema {args.ema}: expected more than 0 and less than 1, such as 0.999")
     if args.mup and args.lr is None:
         raise ValueError(f"--mup {args.mup}: needs --lr, the learning rate that was found at this width")
     if args.init_from and (args.size or args.base):
@@ -323,7 +323,8 @@ def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     if concept.task.train is not None and args.ema:
         raise ValueError(f"--ema: {concept.task.name} has a loop of its own, which averages no weights")
     if args.size is None and not (args.init_from or args.base):
-        args.size = next(iter(concept.model_file.SIZES))
+        sizes = concept.model_file.SIZES
+        args.size = concept.task.SIZE if concept.task.SIZE in sizes else next(iter(sizes))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
     args.optimizer = args.optimizer or concept.task.OPTIMIZER
     args.batch_size = args.batch_size or concept.task.BATCH_SIZE

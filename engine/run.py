@@ -201,7 +201,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
     # What the task asks of it.
     settings = task_settings(concept, model.config, args.set)
-    objective = parallel.Objective(concept.task.wrap(model, settings), concept.task.loss)
+    objective = wrap(concept, model, settings, args, is_new=saved is None)
     batches = Batches(args, concept.task, settings, dataset)
     n_params, n_trained = count_parameters(objective.model)
     if concept.adapter is not None:  # a base in 4 bits has no parameters any more
@@ -237,6 +237,15 @@ def prepare(args: argparse.Namespace) -> Run:
     if saved is None and run.is_first:
         checkpoint.clear_logs(args.out)
     return run
+
+
+def wrap(concept: contract.Concept, model: nn.Module, settings, args, is_new: bool) -> parallel.Objective:
+    """Return the task's objective around the model, with what --init-from holds of it at the start."""
+    objective = parallel.Objective(concept.task.wrap(model, settings), concept.task.loss)
+    if args.init_from and is_new:
+        with redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
+            concept.task.restore(objective.model, concept.base or args.init_from)
+    return objective
 
 
 def check(args: argparse.Namespace) -> contract.Concept:

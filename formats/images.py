@@ -122,6 +122,11 @@ def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
     return {name: tuple(float(value) for value in values) for name, values in found.items()}
 
 
+def has_decoder(directory: str | Path) -> bool:
+    """Return whether directory holds a ViTMAEForPreTraining."""
+    return named_architecture(*read_config(directory)) == MAE
+
+
 def read_decoder(directory: str | Path) -> dict:
     """Return the fields of `mae.Config` for a ViTMAEForPreTraining. ValueError for another directory."""
     path, hf = read_config(directory)

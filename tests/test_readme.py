@@ -60,9 +60,11 @@ def small(command: list[str], n_steps: int) -> list[str]:
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
     for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
         data = pairs if task in command else data
-    if {"vit", "mae"} & set(command):
-        command = [word.replace("n_classes=62", "n_classes=2") for word in command]
-        data = [] if "--data" in command else ["--data", "photos"]
+    if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
+        data = []
+        if "--data" not in command:
+            command = [word.replace("n_classes=62", "n_classes=2") for word in command]
+            data = ["--data", "photos"]
         return [*command, *data, "--batch-size", "8", "--steps", str(n_steps), "--eval-every", "50"]
     for model, examples in (("igpt", "photos"), ("spectrogram", "clips")):
         if model in command:

@@ -48,7 +48,7 @@ from formats import command, image_decoders
 from generate import print_sizes, read_prompts, sample
 from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
 
-KIND, DATA = "image decoder", "glyphs:dejavu"
+KIND, DATA = "decoder of images", "glyphs:dejavu"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 32, 600
 LOSS, TOKEN_LOSS = "nats per pixel", ""
 SHOWN = 12  # images of the picture, in a row

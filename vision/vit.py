@@ -109,6 +109,7 @@ class Config:
 TI, S, B, L = (12, 3, 192, 768), (12, 6, 384, 1536), (12, 12, 768, 3072), (24, 16, 1024, 4096)
 SIZES = {
     "tiny": Config(4, 4, 128, 256, 32, 8, 1, 62),
+    "tiny-4": Config(4, 4, 128, 256, 32, 4, 1, 62),  # patches of 4 pixels: vision/mae.py hides them
     "ti-16": Config(*TI),  # Touvron et al. 2020, table 1; "s" too
     "s-16": Config(*S),
     "s-32": Config(*S, patch_size=32),

@@ -15,9 +15,10 @@ the task's file.
 import importlib
 import importlib.util
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -273,6 +274,17 @@ class Concept:
     task: Task
     adapter: Adapter | None
     base: str | None  # the directory of the model that the adapter adapts
+
+    def wrap(self, model: nn.Module, settings: Any, args: Namespace, is_new: bool) -> nn.Module:
+        """Return the module that is trained; in a new run with what --init-from holds of it beside the model.
+
+        What the task prints about that is printed on rank 0 alone.
+        """
+        module = self.task.wrap(model, settings)
+        if args.init_from and is_new:
+            with redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
+                self.task.restore(module, self.base or args.init_from)
+        return module
 
 
 def resolve(args: Namespace) -> Concept:

@@ -191,10 +191,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
     # What the task asks of it.
     settings = task_settings(concept, model.config, args.set)
-    objective = parallel.Objective(concept.task.wrap(model, settings), concept.task.loss)
-    if args.init_from and saved is None:
-        with redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
-            concept.task.restore(objective.model, concept.base or args.init_from)
+    objective = parallel.Objective(concept.wrap(model, settings, args, saved is None), concept.task.loss)
     batches = Batches(args, concept.task, settings, dataset)
     n_params, n_trained = count_parameters(objective.model)
     if concept.adapter is not None:  # a base in 4 bits has no parameters any more

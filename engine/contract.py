@@ -15,10 +15,9 @@ the task's file.
 import importlib
 import importlib.util
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -109,6 +108,7 @@ class ModelFile:
     Model: type[nn.Module]  # Model(config); .config; .flops_per_token(seq_len); save_ and from_pretrained
     SIZES: dict[str, Any]  # name: Config; the first is the default
     TASK: str = ""  # the default task; "": the file itself is it
+    KIND: str = "decoder"  # what it computes: a task fits the models of one kind, see `check_fit`
     fit: Callable[[Any, Dataset, int], Any] = fit
     after_step: Callable[[nn.Module, Tensor], None] = after_step
     n_active_params: Callable[[nn.Module], int] = n_active_params
@@ -275,17 +275,6 @@ class Concept:
     adapter: Adapter | None
     base: str | None  # the directory of the model that the adapter adapts
 
-    def wrap(self, model: nn.Module, settings: Any, args: Namespace, is_new: bool) -> nn.Module:
-        """Return the module that is trained; in a new run with what --init-from holds of it beside the model.
-
-        What the task prints about that is printed on rank 0 alone.
-        """
-        module = self.task.wrap(model, settings)
-        if args.init_from and is_new:
-            with redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
-                self.task.restore(module, self.base or args.init_from)
-        return module
-
 
 def resolve(args: Namespace) -> Concept:
     """Return the files that --model, --task, --adapter and --base name; ValueError where they make no sense.
@@ -299,6 +288,8 @@ def resolve(args: Namespace) -> Concept:
             raise ValueError(
                 f"--model {args.model}: a task; name the model too, as --model gpt --task {args.model}"
             )
+        if task not in (None, args.model):
+            raise ValueError(f"--model {args.model} --task {task}: two tasks; expected a model and a task")
         file, task = find(file.MODEL), args.model
 
     # The adapter, and the model in its base if --model is the short form.
@@ -381,7 +372,20 @@ def read_task(model_file: ModuleType, name: str | None) -> Task:
         files, flag = [find(name, "--task")], f"--task {name}"
     if not any("make_batch" in vars(file) for file in files):
         raise ValueError(f"{flag}: {files[-1].__name__} offers no task: it has no make_batch")
+    check_fit(model_file, files[-1], default)
     return read(Task, *files)
+
+
+def check_fit(model_file: ModuleType, task_file: ModuleType, default: str) -> None:
+    """Raise ValueError for a task that other models than this one can do: those of the kind of its own.
+
+    default: the model's default task, which fits.
+    """
+    own, task = (file.__name__.rpartition(".")[2] for file in (model_file, task_file))
+    its_model = task if "SIZES" in vars(task_file) else vars(task_file).get("MODEL", "gpt")
+    kind, expected = (vars(file).get("KIND", "decoder") for file in (model_file, find(its_model)))
+    if task != default and kind != expected:
+        raise ValueError(f"--task {task}: {own} is no {expected}; name a model like {its_model}")
 
 
 def find_adapter(name: str) -> ModuleType:

@@ -289,6 +289,11 @@ def unshard(x: Tensor) -> Tensor:
     return x.full_tensor() if is_sharded(x) else x
 
 
+def local(x: Tensor) -> Tensor:
+    """Return x itself, or if it is sharded this rank's shard, which shares its memory."""
+    return x.to_local() if is_sharded(x) else x
+
+
 def is_sharded(x: Tensor) -> bool:
     """Return whether x is a DTensor, of which this rank has a shard."""
     return hasattr(x, "full_tensor")

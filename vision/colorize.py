@@ -44,7 +44,7 @@ from formats import command, native
 from formats.config_values import check_values
 from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
 
-DATA = "landscapes"
+KIND, DATA = "colorizer", "landscapes"
 OPTIMIZER, BATCH_SIZE, STEPS = "adamw", 32, 600
 LOSS, TOKEN_LOSS = "weighted nats per place", ""
 GRID, SIGMA, NEAREST = 10.0, 5.0, 10  # spacing of bins, and the soft encoding: section 2.2 and the code

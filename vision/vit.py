@@ -39,7 +39,7 @@ from formats import command, images
 from formats.config_values import check_values
 from kernels import attention
 
-TASK = "classify_images"
+TASK, KIND = "classify_images", "image encoder"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def initialize(module: nn.Module) -> None:
             p.zero_()
         elif p.ndim == 1 and "norm" in name:
             p.fill_(1.0)
-        elif name.endswith(("cls_token", "position_embeddings", "mask_token")):
+        elif name.endswith(("_token", "position_embeddings")):
             p.normal_(std=0.02)
         elif name.endswith("weight") and p.ndim in (2, 4):  # a patch's embedding is a matrix (D, C P P), too
             nn.init.xavier_uniform_(p.view(len(p), -1))

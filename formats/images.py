@@ -111,8 +111,10 @@ def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
     if not path.is_file():
         return {}
     hf = read_json(path)
-    if not hf.get("do_rescale", True) or abs(hf.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ValueError(f"{path}: rescale_factor {hf.get('rescale_factor')}: expected 1 / 255")
+    factor = hf.get("rescale_factor", 1 / 255)
+    is_number = isinstance(factor, int | float) and hf.get("do_rescale", True)
+    if not is_number or abs(factor * 255 - 1) > 1e-6:
+        raise ValueError(f"{path}: rescale_factor {factor!r:.100}: expected 1 / 255")
     if not hf.get("do_normalize", True):
         return {"mean": (0.0,), "std": (1.0,)}
     found = {"mean": hf.get("image_mean"), "std": hf.get("image_std")}

@@ -44,8 +44,8 @@ def read(directory: str | Path) -> Saved:
     if architecture not in CLASSES:
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CLASSES)}")
     labels = hf.get("id2label") or {"0": "", "1": ""}  # transformers' default is two
-    if len(labels) != 1:
-        raise ValueError(f"{path}: id2label has {len(labels)} labels; expected 1, the reward")
+    if not isinstance(labels, dict) or len(labels) != 1:
+        raise ValueError(f"{path}: id2label {labels!s:.80}: expected 1 label, the reward")
     bias = hf.pop("reward_bias", 0.0)
     if isinstance(bias, bool) or not isinstance(bias, float | int):
         raise ValueError(f"{path}: reward_bias {bias!r:.100}: expected a number")

@@ -71,10 +71,11 @@ def read_labels(directory: str | Path, weights: dict[str, Tensor]) -> list[str] 
     # The names of its labels, by default those that transformers gives.
     n = len(weights["classifier.bias"])
     names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(n)}
+    names = {key: str(name) for key, name in names.items()} if isinstance(names, dict) else {}
     if n < 2 or set(names) != {str(i) for i in range(n)} or len(set(names.values())) < n:
-        found = f"id2label {names!s:.80} of {n} outputs"
+        found = f"id2label {hf.get('id2label')!s:.80} of {n} outputs"
         raise ValueError(f"{path}: {found}: expected a different name for each of 2 or more")
-    return [str(names[str(i)]) for i in range(n)]
+    return [names[str(i)] for i in range(n)]
 
 
 class Classifier(BERT):

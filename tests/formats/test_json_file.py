@@ -92,7 +92,7 @@ def copy_once(source, tmp_path_factory, name):
 MODELS = (
     "gpt2", "llama3-scaling", "qwen2-sliding", "mixtral", "qwen3-moe", "dots1", "roberta-mlm",
     "albert-pretraining", "modernbert-mlm", "electra-discriminator", "bert-classifier", "t5-v1_1", "bart",
-    "pegasus", "deberta-v1", "deberta-v3", "vit", "vit-mae",
+    "pegasus", "deberta-v1", "deberta-v3", "vit", "vit-mae", "ast", "imagegpt",
 )  # fmt: skip
 
 
@@ -105,6 +105,9 @@ def test_any_config_json_is_read_or_refused_by_name(name, tmp_path_factory, data
     for file in ("config.json", "generation_config.json"):
         (directory / file).write_text(json.dumps(mutated(content, data)))
         content = {"eos_token_id": [2, 3]}
+    pixels = FIXTURES / name / "preprocessor_config.json"
+    if pixels.exists():
+        (directory / pixels.name).write_text(json.dumps(mutated(json.loads(pixels.read_text()), data)))
     raises_by_name_or_works(lambda: open_model(directory), directory)
 
 

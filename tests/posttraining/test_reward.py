@@ -167,7 +167,7 @@ def test_a_reward_model_on_gpt2_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     "change, problem",
     [
-        ({"id2label": {"0": "a", "1": "b"}}, "id2label has 2 labels; expected 1, the reward"),
+        ({"id2label": {"0": "a", "1": "b"}}, "id2label {'0': 'a', '1': 'b'}: expected 1 label"),
         ({"reward_bias": "x"}, "reward_bias 'x': expected a number"),
         ({"architectures": ["LlamaForCausalLM"]}, "expected one of GPT2ForSequenceClassification"),
     ],

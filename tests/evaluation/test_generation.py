@@ -75,7 +75,7 @@ def test_in_gold_answers_of_every_form_both_rules_find_the_number(tmp_path, caps
 
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "?", "answer": "7"}\n')
-    with pytest.raises(ValueError, match="bad.jsonl, line 1.*expected the field `answer` with ####"):
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1.*expected the field `answer` with ####"):
         generation.main([str(bad)])
 
 

@@ -3,8 +3,8 @@
     evaluate("sorted(x)[::-1]", {"x": [3, 1, 2]})                     [3, 2, 1]
     evaluate("().__class__", {})                                      ValueError
 
-A program that a model wrote belongs into a process without rights (sandbox.py), and a process costs a tenth of
-a second. Expressions are the exception, since nothing but this file executes them:
+A program that a model wrote belongs into a process without rights (sandbox.py), and a process costs a tenth
+of a second. Expressions are the exception, since nothing but this file executes them:
 
     what is there    integers, lists of integers, comparisons, slices, six functions, loops over a list
     what is not      attributes, strings, imports, assignments, calls of anything else: `evaluate` has no rule
@@ -89,7 +89,9 @@ def value_of(node: ast.expr | None, names: dict[str, Any], left: list[int]) -> A
             return bounded(value)
         case ast.BinOp(left=a, op=op, right=b) if type(op) in OPERATORS:
             a, b = value_of(a, names, left), value_of(b, names, left)
-            if isinstance(a, list) != isinstance(b, list) or (isinstance(a, list) and type(op) != ast.Add):
+            if isinstance(a, list) != isinstance(b, list) or (
+                isinstance(a, list) and not isinstance(op, ast.Add)
+            ):
                 raise ValueError(f"expression {ast.unparse(node)}: expected two numbers, or the sum of lists")
             return bounded(OPERATORS[type(op)](a, b))
         case ast.UnaryOp(op=ast.USub(), operand=a):
@@ -170,32 +172,32 @@ class Tree(NamedTuple):
 
 
 class Grammar:
-    """Rules of how to write each symbol: {"number": ["x", "({number} + {number})"], ...}.
+    """Rules of how to write each symbol: {"number": "x | ({number} + {number})", ...}.
 
     A rule that stands twice is drawn twice as often.
     """
 
-    def __init__(self, rules: dict[str, list[str]], start: str):
-        self.rules, self.start = rules, start
+    def __init__(self, rules: dict[str, str], start: str):
+        self.rules = {symbol: alternatives.split(" | ") for symbol, alternatives in rules.items()}
+        self.start = start
+        self.holes = {rule: tuple(HOLE.findall(rule)) for texts in self.rules.values() for rule in texts}
         # height: of the smallest tree of a symbol, found by going round until nothing changes.
-        self.height: dict[str, int] = {}
+        height: dict[str, int] = {}
         for _ in rules:
-            for symbol, texts in rules.items():
-                known = [h for text in texts if (h := self.height_of(text)) is not None]
+            for symbol, texts in self.rules.items():
+                known = [max((height[s] for s in self.holes[rule]), default=0)
+                         for rule in texts if height.keys() >= set(self.holes[rule])]  # fmt: skip
                 if known:
-                    self.height[symbol] = 1 + min(known)
-
-    def height_of(self, rule: str) -> int | None:
-        """Return the height below a rule, None as long as that of one of its symbols is unknown."""
-        below = [self.height.get(symbol) for symbol in HOLE.findall(rule)]
-        return None if None in below else max(below, default=0)
+                    height[symbol] = 1 + min(known)
+        self.height = height
+        self.below = {rule: max((height[s] for s in holes), default=0) for rule, holes in self.holes.items()}
 
     def draw(self, generator: random.Random, depth: int, symbol: str | None = None) -> Tree:
         """Return a random tree of at most this depth, or of the least depth that there is."""
         symbol = symbol or self.start
         depth = max(depth, self.height[symbol])
-        rule = generator.choice([text for text in self.rules[symbol] if self.height_of(text) < depth])
-        return Tree(symbol, rule, tuple(self.draw(generator, depth - 1, s) for s in HOLE.findall(rule)))
+        rule = generator.choice([rule for rule in self.rules[symbol] if self.below[rule] < depth])
+        return Tree(symbol, rule, tuple(self.draw(generator, depth - 1, s) for s in self.holes[rule]))
 
     def change(self, tree: Tree, other: Tree, generator: random.Random, depth: int = 3) -> Tree:
         """Return the tree with one subtree changed: half of the time to a part of the other tree (crossover),
@@ -210,14 +212,14 @@ class Grammar:
 # Functions of a list x of small numbers, to a list or a number.
 LISTS = Grammar(
     {
-        "program": ["{list}", "{number}"],
-        "list": ["x", "sorted({list})", "{list}[::-1]", "{list}[1:]", "{list}[:-1]", "({list} + {list})"]
-        + ["[{item} for v in {list}]", "[v for v in {list} if {test}]"] * 2,
-        "number": ["sum({list})", "max({list})", "min({list})", "len({list})", "{list}[0]", "{list}[-1]"]
-        + ["({number} + {number})", "({number} - {number})", "{number} * {digit}"],
-        "item": ["v + {digit}", "v * {digit}", "{digit} - v", "v % {digit}", "v * v"],
-        "test": ["v > {digit}", "v < {digit}", "v != {digit}", "v % 2 == 0", "v % 2 == 1", "v % 3 == 0"],
-        "digit": list("123456789"),
+        "program": "{list} | {number}",
+        "list": "x | sorted({list}) | {list}[::-1] | {list}[1:] | {list}[:-1] | ({list} + {list})"
+        + 2 * " | [{item} for v in {list}] | [v for v in {list} if {test}]",
+        "number": "sum({list}) | max({list}) | min({list}) | len({list}) | {list}[0] | {list}[-1]"
+        " | ({number} + {number}) | ({number} - {number}) | {number} * {digit}",
+        "item": "v + {digit} | v * {digit} | {digit} - v | v % {digit} | v * v",
+        "test": "v > {digit} | v < {digit} | v != {digit} | v % 2 == 0 | v % 2 == 1 | v % 3 == 0",
+        "digit": "1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9",
     },
     "program",
 )

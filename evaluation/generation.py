@@ -10,7 +10,7 @@ pass; 1 - (1 - c / n)^k, the estimate that suggests itself, is too low. Numbers 
 "1,080.00" is 1080. Greedy texts do not depend on the batch size.
 
     python -m evaluation.generation runs/gpt/model      ask a model for sums; what is found in its texts
-    python -m evaluation.generation gsm8k_test.jsonl    in how many of a file's own answers the number is found
+    python -m evaluation.generation gsm8k_test.jsonl    in how many answers of a file the number is found
 """
 
 import math

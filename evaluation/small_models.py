@@ -118,7 +118,7 @@ def answers(
     generator: torch.Generator,
     temperature: float = 1.0,
 ) -> list[list[Answer]]:
-    """Return n answers to each prompt. The prompts are read once; 0 as temperature takes the likeliest tokens.
+    """Return n answers to each prompt, which is read once. Temperature 0 takes the likeliest tokens.
 
     An answer of max_new tokens without an end stays as it is.
     """
@@ -163,7 +163,7 @@ def keep_rows(cache, rows: Tensor) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     command.Parser(description="Train a small model to reverse four digits.").parse_args(argv)
-    vocabulary, generator = Vocabulary("0 1 2 3 4 5 6 7 8 9 ->".split()), random.Random(0)
+    vocabulary, generator = Vocabulary(["0 1 2 3 4 5 6 7 8 9 ->"]), random.Random(0)
 
     def row() -> Row:
         digits = [str(generator.randrange(10)) for _ in range(4)]

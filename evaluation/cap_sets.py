@@ -18,7 +18,6 @@ Shapes: P = 3^n points, n coordinates.
 
 import ast
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -42,39 +41,41 @@ PRIORITIES = Grammar(
 )
 
 
-class Space(NamedTuple):
-    """All points of a dimension."""
-
-    points: np.ndarray  # (P, n), in lexicographic order
-    third: np.ndarray  # (P, P), the number of the point on a line with two points; that of a and a is a
+@cache
+def points_of(n: int) -> np.ndarray:
+    """Return all points (P, n), in lexicographic order. Raises ValueError for n outside of 1 to 8."""
+    if not 1 <= n <= 8:
+        raise ValueError(f"dimension {n}: expected 1 to 8")
+    return np.indices((3,) * n).reshape(n, -1).T
 
 
 @cache
-def space(n: int) -> Space:
-    """Return the space of dimension n. Raises ValueError outside of 1 to 8, where the table has 86 MB."""
-    if not 1 <= n <= 8:
-        raise ValueError(f"dimension {n}: expected 1 to 8")
-    points = np.indices((3,) * n).reshape(n, -1).T  # (P, n)
-    # Coordinate by coordinate: each is a digit of a point's number in base 3.
+def third_points(n: int) -> np.ndarray:
+    """Return the number (P, P) of the point on a line with two points; that of a and a is a itself.
+
+    It is made coordinate by coordinate, each of which is a digit of a point's number in base 3. For n = 8 the
+    table has 86 MB.
+    """
     digit = -(np.arange(3)[:, None] + np.arange(3)) % 3
     third = np.zeros((1, 1), dtype=np.int16)
     for _ in range(n):
         third = (3 * third[:, None, :, None] + digit[None, :, None, :]).astype(np.int16)
-        third = third.reshape(3 * len(third[:, 0]), -1)
-    return Space(points, third)
+        third = third.reshape(3 * len(third), -1)
+    return third
 
 
 def is_cap_set(points: np.ndarray) -> bool:
     """Return whether points (m, n) are different, and no three of them are on a line."""
-    numbers = points @ 3 ** np.arange(points.shape[1])[::-1]
-    third = space(points.shape[1]).third[np.ix_(numbers, numbers)]  # (m, m)
+    base = 3 ** np.arange(points.shape[1])[::-1]
+    numbers = points @ base
+    third = -(points[:, None] + points) % 3 @ base  # (m, m), on the line through two points
     different = len(np.unique(numbers)) == len(numbers)
     return different and not np.isin(third[~np.eye(len(numbers), dtype=bool)], numbers).any()
 
 
 def greedy(n: int, priority: np.ndarray) -> np.ndarray:
     """Return the cap set (m, n) that a priority (P,) gives; among equals the lexicographic order counts."""
-    points, third = space(n)
+    points, third = points_of(n), third_points(n)
     blocked, taken = np.zeros(len(points), dtype=bool), np.zeros(len(points), dtype=np.int64)
     m = 0
     for point in np.argsort(-priority, kind="stable").tolist():
@@ -87,7 +88,7 @@ def greedy(n: int, priority: np.ndarray) -> np.ndarray:
 
 def priority_of(program: str | ast.expr, n: int) -> np.ndarray:
     """Return the value (P,) of an expression for all points. Raises ValueError if it gives no numbers."""
-    points = space(n).points
+    points = points_of(n)
     with np.errstate(all="ignore"):  # a remainder of a division by 0 is 0
         value = evaluate(program, {"x": list(points.T), "n": n})
     if isinstance(value, list):
@@ -109,7 +110,7 @@ FEW_REFLECTIONS = "12356 13567 23567 12357 03457 01345 03456 02345"
 
 def published_cap_set() -> np.ndarray:
     """Return the 512 points (512, 8) of the construction for n = 8."""
-    points = space(8).points
+    points = points_of(8)
     x = points.T
     support = np.array(["".join(str(i) for i in range(8) if point[i]) for point in points])
     reflections = sum((x[i] == x[-i]).astype(int) for i in (1, 2, 3))

@@ -78,7 +78,12 @@ def train_writer(programs: dict[str, ast.expr], steps: int, seed: int, layers: i
 
 
 def train_verifier(
-    writer: GPT, rows: list[tuple[Row, bool]], steps: int, seed: int, shuffled: bool = False
+    writer: GPT,
+    rows: list[tuple[Row, bool]],
+    steps: int,
+    seed: int,
+    shuffled: bool = False,
+    lr: float = 1e-3,
 ) -> GPT:
     """Return a copy of the writer that has learned which of its programs are right.
 
@@ -98,7 +103,7 @@ def train_verifier(
         return [(judged(*generator.choice(parts[i % 2])), words[i % 2]) for i in range(32)]
 
     model = copy.deepcopy(writer)
-    fit(model, draw_rows, steps, lr=1e-3)
+    fit(model, draw_rows, steps, lr)
     return model
 
 

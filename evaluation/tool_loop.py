@@ -2,20 +2,20 @@
 
     question            anna has 47 and gets 8 boxes of 36 :
     the model writes    << 47 + 8 * 36
-    the program adds    -> 335 >>                 the value of the expression (expressions.py), not the model's
+    the program adds    -> 335 >>               the value of the expression (expressions.py), not the model's
     the model reads it and goes on                335
 
 So the model needs to translate, not to calculate (Toolformer: Schick et al. 2023, arXiv:2302.04761; the
-calculator of GSM8K: Cobbe et al. 2021, appendix C). Four ways to answer, of two models that are trained for as
-many steps on the same questions:
+calculator of GSM8K: Cobbe et al. 2021, appendix C). Four ways to answer, of two models that are trained for
+as many steps on the same questions:
 
     direct      trained on the answer alone
     tool        trained on the expression, its value and the answer; the expression is executed
     no tool     the same model writes the value itself: what is the expression worth without execution?
-    wrong tool  the value is off by 10: does the answer follow the tool, or does the model calculate after all?
+    wrong tool  the value is off by 10: does the answer follow the tool, or does the model calculate?
 
-Numbers are written digit by digit. Values in training texts come from execution, and the model learns to write
-them too, so that "no tool" is a fair control.
+Numbers are written digit by digit. Values in training texts come from execution, and the model learns to
+write them too, so that "no tool" is a fair control.
 
     python -m evaluation.tool_loop          one seed: two minutes on two cores
     python -m results.tool_loop             three seeds
@@ -178,9 +178,8 @@ def study(seed: int, steps: int, n_problems: int, longer: int = 0) -> tuple[dict
     for way, of_way in texts.items():
         found = [last_number(text) for text in of_way]
         figures[way] = sum(x == p.value for x, p in zip(found, problems, strict=True)) / n_problems
-    followed = [
-        last_number(text) == p.value + 10 for text, p in zip(texts["wrong tool"], problems, strict=True)
-    ]
+    misled = zip(texts["wrong tool"], problems, strict=True)
+    followed = [last_number(text) == problem.value + 10 for text, problem in misled]
     written = [text.partition("<<")[2].partition("->")[0] for text in texts["tool"]]
     same = [encode(text) == encode(p.expression) for text, p in zip(written, problems, strict=True)]
     figures |= {"expression right": sum(same) / n_problems, "wrong tool followed": sum(followed) / n_problems}

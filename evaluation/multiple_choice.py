@@ -37,7 +37,8 @@ from formats import command
 from formats.progress import progress_bar
 from generate import KVCache
 
-SHARED = 32  # tokens; a shorter context is cheaper to read again in full batches
+SHARED = 8  # tokens; a shorter context is cheaper to read again with each choice
+SIMILAR = 8  # tokens by which contexts that are read in one pass may differ in length
 RULES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "acc_mutual_info")
 
 
@@ -120,13 +121,15 @@ def n_shared(a: list[int], b: list[int]) -> int:
 
 
 class SharedContext:
-    """A cache of keys and values in which several continuations are read at once behind one context.
+    """A cache of keys and values in which several continuations are read at once behind each context.
 
-    The first pass is of the context (1, T), the second of the continuations (B, T); see `generate.KVCache`.
+    The first pass is of C contexts (C, T), the second of their continuations (B, T); see `generate.KVCache`.
     """
 
-    def __init__(self):
-        self.keys: dict[int, Tensor] = {}  # (1, T, G, K) by layer
+    def __init__(self, context_of: Tensor):
+        """context_of: the number (B,) of the context that each continuation follows."""
+        self.context_of = context_of
+        self.keys: dict[int, Tensor] = {}  # (C, T, G, K) by layer
         self.values: dict[int, Tensor] = {}
         self.length = 0
 
@@ -138,25 +141,33 @@ class SharedContext:
             self.keys[layer], self.values[layer] = k, v
             return k, v, mask
         # Query i of T sits at position S - T + i of S keys, which is how `kernels.attention` reads the mask.
-        context = self.keys[layer].expand(len(k), -1, -1, -1), self.values[layer].expand(len(v), -1, -1, -1)
-        return torch.cat((context[0], k), dim=1), torch.cat((context[1], v), dim=1), mask
+        context_k, context_v = self.keys[layer][self.context_of], self.values[layer][self.context_of]
+        return torch.cat((context_k, k), dim=1), torch.cat((context_v, v), dim=1), mask
 
     def advance(self) -> None:
         self.length = self.keys[0].shape[1]
 
 
 def hidden_behind(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-    """Return the hidden states (n, D) that predict the scored tokens of rows with one context."""
-    device, cache = next(model.parameters()).device, SharedContext()
-    context = torch.tensor([rows[0].tokens[: rows[0].start]], device=device)  # (1, T)
-    last = model.hidden(context, cache=cache)[:, -1]  # (1, D), predicts the first token of each
-    inputs = [row.tokens[row.start : -1] for row in rows]
+    """Return the hidden states (n, D) that predict the scored tokens of rows, reading each context once.
+
+    Contexts are cut to the length of the shortest, and what is behind the cut is read as part of each row. So
+    no pass over contexts has padding, and their positions need no mask.
+    """
+    device = next(model.parameters()).device
+    contexts = list(dict.fromkeys(tuple(row.tokens[: row.start]) for row in rows))
+    number = {context: i for i, context in enumerate(contexts)}
+    context_of = torch.tensor([number[tuple(row.tokens[: row.start])] for row in rows], device=device)
+    cache, cut = SharedContext(context_of), min(map(len, contexts))
+    read = torch.tensor([context[:cut] for context in contexts], device=device)  # (C, T)
+    last = model.hidden(read, cache=cache)[context_of, -1:]  # (B, 1, D), predicts the first token behind
+
+    inputs = [row.tokens[cut:-1] for row in rows]
     T = max(map(len, inputs))
-    if T == 0:
-        return [last] * len(rows)
-    padded = torch.tensor([row + [0] * (T - len(row)) for row in inputs], device=device)  # (B, T)
-    hidden = model.hidden(padded, cache=cache)  # (B, T, D)
-    return [torch.cat((last, h[: len(row)])) for h, row in zip(hidden, inputs, strict=True)]
+    if T > 0:
+        padded = torch.tensor([row + [0] * (T - len(row)) for row in inputs], device=device)  # (B, T)
+        last = torch.cat((last, model.hidden(padded, cache=cache)), dim=1)  # (B, 1 + T, D)
+    return [h[row.start - cut : len(row.tokens) - cut] for h, row in zip(last, rows, strict=True)]
 
 
 def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
@@ -171,8 +182,8 @@ def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
 def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
     """Return the score of each row; logits are computed at the scored positions alone.
 
-    Rows with the same long context, such as the choices of a question, share its pass. The others are padded
-    to batches of similar length.
+    Rows with the same context, such as the choices of a question, share its pass, and contexts of similar
+    length share one too. The other rows are padded to batches of similar length.
     """
     # Rows by their context. Models with a cache of their own kind read each row by itself.
     can_share = type(model.new_cache([1], 1)) is KVCache
@@ -183,7 +194,7 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> l
     groups = [members for members in by_context.values() if len(members) > 1]
     single = [members[0] for members in by_context.values() if len(members) == 1]
     single.sort(key=lambda index: -len(rows[index].tokens))
-    batches = [(hidden_behind, members) for members in groups]
+    batches = [(hidden_behind, members) for members in joined(groups, rows, batch_size)]
     starts = range(0, len(single), batch_size)
     batches += [(hidden_of_batch, single[first : first + batch_size]) for first in starts]
 
@@ -197,6 +208,19 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> l
         for index, values, flags in zip(members, log_p.split(lengths), greedy.split(lengths), strict=True):
             scores[index] = Score(values.double().sum().item(), len(values), bool(flags.all()))
     return [scores[index] for index in range(len(rows))]
+
+
+def joined(groups: list[list[int]], rows: Sequence[Row], batch_size: int) -> list[list[int]]:
+    """Return batches of groups, each the rows with one context: groups whose longest rows are about equal,
+    so that there is little padding, and whose contexts are SIMILAR in length."""
+    batches: list[list[int]] = []
+    for members in sorted(groups, key=lambda members: -max(len(rows[i].tokens) for i in members)):
+        starts = [rows[i].start for i in (*batches[-1], *members)] if batches else [0, math.inf]
+        if max(starts) - min(starts) <= SIMILAR and len(starts) <= batch_size:
+            batches[-1] += members
+        else:
+            batches.append(list(members))
+    return batches
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

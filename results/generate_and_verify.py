@@ -39,7 +39,7 @@ def figures(rows: list[dict]) -> dict:
 
 
 def draw(seeds: list[dict], path: Path) -> None:
-    """Draw the share solved over k, with one submission and with ten: the mean over the seeds, their range."""
+    """Draw the share solved over k, with one submission and with ten: mean and range over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

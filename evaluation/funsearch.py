@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     without_model = [method for method in METHODS if method != "model"]
     add("--methods", nargs="+", choices=METHODS, default=without_model, metavar="METHOD",
-        help=f"of {', '.join(METHODS)} (default: all but the model)")  # fmt: skip
+        help=f"how children are proposed: {', '.join(METHODS)} (default: all but the model)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.evaluations < 1:
         parser.error(f"--evaluations {args.evaluations}: expected at least 1")

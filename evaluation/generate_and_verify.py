@@ -306,8 +306,8 @@ def table(result: dict[str, Any], ks: Sequence[int]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Let a small model find functions, and select among its programs.")
     add = parser.add_argument
-    add("--steps", type=int, default=800, help="of training the model (default 800)")
-    add("--verifier-steps", type=int, default=100, help="of training each verifier (default 100)")
+    add("--steps", type=int, default=800, help="updates of the model (default 800)")
+    add("--verifier-steps", type=int, default=100, help="updates of each verifier; 0: none (default 100)")
     add("--problems", type=int, default=30, help="functions to find (default 30)")
     add("--samples", type=int, default=200, help="programs per problem (default 200)")
     add("--seed", type=int, default=0, help="start of the random draws (default 0)")

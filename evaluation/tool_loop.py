@@ -189,7 +189,7 @@ def study(seed: int, steps: int, n_problems: int, longer: int = 0) -> tuple[dict
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Let a small model answer questions with and without a calculator.")
     add = parser.add_argument
-    add("--steps", type=int, default=600, help="of training each of the two models (default 600)")
+    add("--steps", type=int, default=600, help="updates of each of the two models (default 600)")
     add("--problems", type=int, default=200, help="questions of the test (default 200)")
     add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     args = parser.parse_args(argv)

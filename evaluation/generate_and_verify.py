@@ -263,7 +263,7 @@ def study(
     writer = train_writer(training, steps, seed)
     verifiers = {}
     if verifier_steps:
-        labelled = labelled_samples(writer, training, max(64, n_problems), 20, seed)
+        labelled = labelled_samples(writer, training, 5 * n_problems, 20, seed)
         for name in ("verifier", "shuffled"):
             verifiers[name] = train_verifier(writer, labelled, verifier_steps, seed, name == "shuffled")
 

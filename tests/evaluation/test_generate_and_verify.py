@@ -6,7 +6,7 @@ import pytest
 
 from evaluation import generate_and_verify
 from evaluation.expressions import parse
-from evaluation.functions_to_find import VOCABULARY, draw_examples, question
+from evaluation.functions_to_find import VOCABULARY, draw_examples, draw_programs, question
 from evaluation.generate_and_verify import (
     RULES,
     Candidate,
@@ -75,16 +75,18 @@ def test_a_verifier_learns_which_programs_are_right_and_from_shuffled_labels_it_
     programs = [tuple(VOCABULARY.encode(text)) for text in ("len(x)", "len(x[1:])", "sum(x)", "max(x)")]
     rows = [((read, list(program)), i < 2) for i, program in enumerate(programs)] * 8
     writer = small_gpt(VOCABULARY, 32, seed=0, layers=1, width=24)
-    odds = verify(train_verifier(writer, rows, 60, seed=0, lr=1e-2), read, programs)
+    odds = verify(train_verifier(writer, rows, 50, seed=0, lr=1e-2), read, programs)
     assert min(odds[:2]) > 0.5 and max(odds[2:]) < -0.5
-    shuffled = verify(train_verifier(writer, rows, 60, seed=0, shuffled=True, lr=1e-2), read, programs)
+    shuffled = verify(train_verifier(writer, rows, 50, seed=0, shuffled=True, lr=1e-2), read, programs)
     assert max(map(abs, shuffled)) < max(map(abs, odds)) / 2
     with pytest.raises(ValueError, match="right and wrong programs"):
         train_verifier(writer, rows[:2], 1, seed=0)
 
 
 def test_the_command_prints_each_rule_for_the_model_and_for_the_grammar(capsys, monkeypatch):
-    monkeypatch.setattr(generate_and_verify, "train_verifier", lambda writer, *_: writer)
+    few = draw_programs(150, random.Random(0))
+    monkeypatch.setattr(generate_and_verify, "draw_programs", lambda n, generator: few)
+    monkeypatch.setattr(generate_and_verify, "train_verifier", lambda writer, rows, *_: rows and writer)
     generate_and_verify.main(["--steps", "2", "--problems", "2", "--samples", "12", "--verifier-steps", "1"])
     printed = capsys.readouterr().out
     assert printed.count("filter, cluster") == 2 and printed.count("verifier") == 2

@@ -19,6 +19,7 @@ from evaluation.multiple_choice import (
     standard_error,
 )
 from evaluation.published import read, with_examples
+from evaluation.stdlib_suite import dull_baselines
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/harness"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -153,6 +154,8 @@ def test_of_a_choice_longer_than_the_model_reads_the_end_is_scored_and_an_empty_
     assert row.tokens == tokenizer.encode("the" + " dog" * 200)[-97:] and row.start == 1 and row.n_cut > 0
     with pytest.raises(ValueError, match="choice '' behind 'the': no token to score"):
         rows_of(tokenizer, "the", [""], 96)
+    with pytest.raises(ValueError, match=r"choices \('dog', ''\) behind 'the': expected text in each"):
+        answer_items(net, tokenizer, [Item("the", ("dog", ""), 0)])
 
 
 def test_standard_errors_are_those_of_the_sample_and_of_clusters():
@@ -177,7 +180,7 @@ def test_the_comparison_of_two_models_is_mcnemar_s():
 def test_chance_and_the_dull_baselines_follow_from_the_items():
     items = [Item("the dog", ("a dog", "b"), 0), Item("cat", ("a", "bb", "cat c", "d"), 2)]
     assert multiple_choice.chance(items) == pytest.approx((1 / 2 + 1 / 4) / 2)
-    assert multiple_choice.dull_baselines(items) == {
+    assert dull_baselines(items) == {
         "same place": 0.5,
         "longest": 1.0,
         "most shared words": 1.0,

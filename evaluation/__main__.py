@@ -37,7 +37,6 @@ from evaluation.multiple_choice import (
     answer_items,
     chance,
     compare,
-    dull_baselines,
     load,
     log_likelihoods,
     rows_of,
@@ -45,7 +44,7 @@ from evaluation.multiple_choice import (
 )
 from evaluation.perplexity import check_causal, nats
 from evaluation.published import TaskFile, read, with_examples
-from evaluation.stdlib_suite import suite
+from evaluation.stdlib_suite import dull_baselines, suite
 from formats import command
 from formats.atomic import replace_file
 from formats.open_model import concept_of

@@ -10,12 +10,14 @@ pass; 1 - (1 - c / n)^k, the estimate that suggests itself, is too low. Numbers 
 "1,080.00" is 1080. Greedy texts do not depend on the batch size.
 
     python -m evaluation.generation runs/gpt/model      ask a model for sums; what is found in its texts
+    python -m evaluation.generation gsm8k_test.jsonl    in how many answers of a file the number is found
 """
 
 import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -153,6 +155,23 @@ def score_question(text: str, answer: str) -> dict[str, bool]:
     return {"exact_match": text.strip() == answer.strip()}
 
 
+def count_gold(path: Path) -> dict[str, int]:
+    """Return how many answers of a file of GSM8K there are, and in how many each rule finds the number that
+    ends the answer, which should be all. Raises ValueError for a record without such an answer."""
+    from data.records import read_records, refuse
+
+    counts = {"answers": 0, "strict": 0, "flexible": 0}
+    for where, record in read_records(path, str(path), refuse):
+        answer = record.get("answer")
+        if not isinstance(answer, str) or "#### " not in answer:
+            raise ValueError(f"{where}: expected the field `answer` with #### and a number at its end")
+        gold = answer.rsplit("#### ", 1)[1].strip()
+        counts["answers"] += 1
+        counts["strict"] += same_number(strict_number(answer), gold)
+        counts["flexible"] += same_number(flexible_number(answer), gold)
+    return counts
+
+
 # --- programs
 
 
@@ -199,8 +218,14 @@ def count_passing(
 
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Ask a model for three sums, and show what is found in its texts.")
-    parser.add_argument("model", type=command.path, help="directory of a decoder, or of an adapter")
-    model, tokenizer = load(parser.parse_args(argv).model)
+    parser.add_argument(
+        "model", type=command.path, help="directory of a decoder or an adapter; or a file of GSM8K"
+    )
+    path = parser.parse_args(argv).model
+    if path.is_file():
+        print("".join(f"{name} {n}  " for name, n in count_gold(path).items()).rstrip())
+        return
+    model, tokenizer = load(path)
     shot = "Question: What is 2 + 3?\nAnswer: 2 + 3 = 5\n#### 5\n\n"
     questions = [Question(f"{shot}Question: What is {a} + 4?\nAnswer:", f"#### {a + 4}") for a in (1, 5, 9)]
     texts = write(model, tokenizer, [question.prompt for question in questions], QUESTION_STOPS, 30)

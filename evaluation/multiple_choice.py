@@ -26,8 +26,7 @@ Shapes: B rows of a batch, T tokens, n scored positions, D model width, V vocabu
 """
 
 import math
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -39,7 +38,8 @@ from formats import command
 from formats.progress import progress_bar
 from generate import KVCache
 
-SHARED = 32  # tokens from which on rows share a context; a shorter one is cheaper to read again in batches
+SHARED = 8  # tokens from which on rows share a context; a shorter one is cheaper to read again in batches
+SIMILAR = 8  # tokens by which contexts that are read in one pass may differ in length
 RULES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "acc_mutual_info")
 
 
@@ -124,14 +124,16 @@ def n_shared(a: list[int], b: list[int]) -> int:
 
 
 class SharedContext:
-    """A cache of keys and values by which several continuations are read at once behind one context.
+    """A cache of keys and values by which several continuations are read at once behind each of C contexts.
 
-    It takes the place of `generate.KVCache` for two forward passes: of the context (1, T), whose keys and
-    values are kept, and of the continuations (B, T), which attend to these and to themselves.
+    It takes the place of `generate.KVCache` for two forward passes: of the contexts (C, T), whose keys and
+    values are kept, and of the continuations (B, T), which attend to those of theirs and to themselves.
     """
 
-    def __init__(self):
-        self.keys: dict[int, Tensor] = {}  # (1, T, G, K) by layer
+    def __init__(self, context_of: Tensor):
+        """context_of: the number (B,) of the context that each continuation follows."""
+        self.context_of = context_of
+        self.keys: dict[int, Tensor] = {}  # (C, T, G, K) by layer
         self.values: dict[int, Tensor] = {}
         self.length = 0
 
@@ -143,8 +145,8 @@ class SharedContext:
             self.keys[layer], self.values[layer] = k, v
             return k, v, mask
         # The mask stays causal: for T queries and S keys `kernels.attention` puts query i at S - T + i.
-        context_k = self.keys[layer].expand(len(k), -1, -1, -1)  # (B, T of the context, G, K)
-        context_v = self.values[layer].expand(len(v), -1, -1, -1)
+        context_k = self.keys[layer][self.context_of]  # (B, T of the context, G, K)
+        context_v = self.values[layer][self.context_of]
         return torch.cat((context_k, k), dim=1), torch.cat((context_v, v), dim=1), mask
 
     def advance(self) -> None:
@@ -152,17 +154,25 @@ class SharedContext:
 
 
 def hidden_behind(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-    """Return the hidden states (n, D) that predict each row's scored tokens; all rows have one context."""
-    device, cache = next(model.parameters()).device, SharedContext()
-    context = torch.tensor([rows[0].tokens[: rows[0].start]], device=device)  # (1, T)
-    last = model.hidden(context, cache=cache)[:, -1]  # (1, D), predicts each row's first one
-    inputs = [row.tokens[row.start : -1] for row in rows]
+    """Return the hidden states (n, D) that predict each row's scored tokens, reading each context once.
+
+    Contexts are cut to the length of the shortest, and what is behind the cut is read as part of each row. So
+    no pass over contexts has padding, and their positions need no mask.
+    """
+    device = next(model.parameters()).device
+    contexts = list(dict.fromkeys(tuple(row.tokens[: row.start]) for row in rows))
+    number = {context: i for i, context in enumerate(contexts)}
+    context_of = torch.tensor([number[tuple(row.tokens[: row.start])] for row in rows], device=device)
+    cache, cut = SharedContext(context_of), min(map(len, contexts))
+    read = torch.tensor([context[:cut] for context in contexts], device=device)  # (C, T)
+    last = model.hidden(read, cache=cache)[context_of, -1:]  # (B, 1, D), predicts the first token behind
+
+    inputs = [row.tokens[cut:-1] for row in rows]
     T = max(map(len, inputs))
-    if T == 0:
-        return [last] * len(rows)
-    padded = torch.tensor([row + [0] * (T - len(row)) for row in inputs], device=device)  # (B, T)
-    hidden = model.hidden(padded, cache=cache)  # (B, T, D)
-    return [torch.cat((last, h[: len(row)])) for h, row in zip(hidden, inputs, strict=True)]
+    if T > 0:
+        padded = torch.tensor([row + [0] * (T - len(row)) for row in inputs], device=device)  # (B, T)
+        last = torch.cat((last, model.hidden(padded, cache=cache)), dim=1)  # (B, 1 + T, D)
+    return [h[row.start - cut : len(row.tokens) - cut] for h, row in zip(last, rows, strict=True)]
 
 
 def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
@@ -177,8 +187,8 @@ def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
 def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
     """Return the score of each row; logits are computed at the scored positions alone.
 
-    Rows with the same long context, such as the choices of an item, share its forward pass. The others are
-    read in padded batches of similar length.
+    Rows with the same context, such as the choices of an item, share its forward pass, and so do contexts of
+    similar length. The others are read in padded batches of similar length.
     """
     # Group the rows by their context. The key (-1, index), which is no context, leaves a row by itself: where
     # the context is short, and in all models whose cache is not the usual one.
@@ -192,7 +202,7 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> l
     groups = [members for members in by_context.values() if len(members) > 1]
     single = [members[0] for members in by_context.values() if len(members) == 1]
     single.sort(key=lambda index: -len(rows[index].tokens))
-    batches = [(hidden_behind, members) for members in groups]
+    batches = [(hidden_behind, members) for members in joined(groups, rows, batch_size)]
     starts = range(0, len(single), batch_size)
     batches += [(hidden_of_batch, single[first : first + batch_size]) for first in starts]
 
@@ -206,6 +216,19 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> l
         for index, values, flags in zip(members, log_p.split(lengths), greedy.split(lengths), strict=True):
             scores[index] = Score(values.double().sum().item(), len(values), bool(flags.all()))
     return [scores[index] for index in range(len(rows))]
+
+
+def joined(groups: list[list[int]], rows: Sequence[Row], batch_size: int) -> list[list[int]]:
+    """Return batches of groups, each the rows with one context: groups whose longest rows are about equal,
+    so that there is little padding, and whose contexts are SIMILAR in length."""
+    batches: list[list[int]] = []
+    for members in sorted(groups, key=lambda members: -max(len(rows[i].tokens) for i in members)):
+        starts = [rows[i].start for i in (*batches[-1], *members)] if batches else [0, math.inf]
+        if max(starts) - min(starts) <= SIMILAR and len(starts) <= batch_size:
+            batches[-1] += members
+        else:
+            batches.append(list(members))
+    return batches
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,31 +330,6 @@ def compare(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float
 def chance(items: Sequence[Item]) -> float:
     """Return the expected accuracy of random choices: the mean over items of 1 / number of choices."""
     return sum(1 / len(item.choices) for item in items) / len(items)
-
-
-def dull_baselines(items: Sequence[Item]) -> dict[str, float]:
-    """Return the accuracy of rules without a model.
-
-    "same place": always the position that is most often right; "longest": the choice with most characters;
-    "most shared words": the choice that shares most words with the context. Of equal choices the first.
-    """
-
-    def shared_words(item: Item) -> list[int]:
-        words = set(re.findall(r"\w+", item.context))
-        return [len(words & set(re.findall(r"\w+", choice))) for choice in item.choices]
-
-    def is_largest(values: Sequence[int], gold: int) -> bool:
-        return values.index(max(values)) == gold
-
-    places = Counter(item.gold for item in items)
-    longest = [is_largest([len(choice) for choice in x.choices], x.gold) for x in items]
-    shared = [is_largest(shared_words(x), x.gold) for x in items]
-    n = len(items)
-    return {
-        "same place": places.most_common(1)[0][1] / n,
-        "longest": sum(longest) / n,
-        "most shared words": sum(shared) / n,
-    }
 
 
 # --- a model, and the command

@@ -24,6 +24,7 @@ import builtins
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from inspect import isbuiltin
 from itertools import accumulate
@@ -221,6 +222,31 @@ def suite(n: int = 200, seed: int = 0) -> list[TaskFile]:
     text = "\n".join(text for _, text in held_out_modules())[:TEXT_BYTES]
     tasks.append(TaskFile("sums", "question", sums(min(n, 50), random.Random(f"{seed} sums"))))
     return [*tasks, TaskFile("programs", "program", programs()), TaskFile("bits_per_byte", "text", [text])]
+
+
+def dull_baselines(items: Sequence[Item]) -> dict[str, float]:
+    """Return the accuracy of rules without a model.
+
+    "same place": always the position that is most often right; "longest": the choice with most characters;
+    "most shared words": the choice that shares most words with the context. Of equal choices the first.
+    """
+
+    def shared_words(item: Item) -> list[int]:
+        words = set(re.findall(r"\w+", item.context))
+        return [len(words & set(re.findall(r"\w+", choice))) for choice in item.choices]
+
+    def is_largest(values: Sequence[int], gold: int) -> bool:
+        return values.index(max(values)) == gold
+
+    places = Counter(item.gold for item in items)
+    longest = [is_largest([len(choice) for choice in x.choices], x.gold) for x in items]
+    shared = [is_largest(shared_words(x), x.gold) for x in items]
+    n = len(items)
+    return {
+        "same place": places.most_common(1)[0][1] / n,
+        "longest": sum(longest) / n,
+        "most shared words": sum(shared) / n,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from evaluation.multiple_choice import load
 from evaluation.stdlib_suite import programs
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/harness"
+GOLD = FIXTURE.with_name("gold_answers.jsonl")
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 PROMPTS = [
     "the key",
@@ -61,6 +62,21 @@ def test_numbers_are_compared_as_numbers():
         "flexible": False,
     }
     assert score_question(" 12\n", "12") == {"exact_match": True}
+
+
+def test_in_gold_answers_of_every_form_both_rules_find_the_number(tmp_path, capsys):
+    generation.main([str(GOLD)])
+    assert capsys.readouterr().out == "answers 11  strict 11  flexible 11\n"
+    answers = [json.loads(line)["answer"] for line in GOLD.read_text().splitlines()]
+    numbers = ["7", "1080", "1250000", "-7", "-3000", "4.5", "18.51", "0", "2", "42", "42"]
+    for answer, number in zip(answers, numbers, strict=True):
+        assert score_question(answer, f"#### {number}") == {"strict": True, "flexible": True}, answer
+        assert score_question(answer, f"#### {number}1") == {"strict": False, "flexible": False}, answer
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "?", "answer": "7"}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1.*expected the field `answer` with ####"):
+        generation.main([str(bad)])
 
 
 def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_passing_program():

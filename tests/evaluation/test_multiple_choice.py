@@ -19,6 +19,7 @@ from evaluation.multiple_choice import (
     standard_error,
 )
 from evaluation.published import read, with_examples
+from evaluation.stdlib_suite import dull_baselines
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/harness"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
@@ -119,6 +120,29 @@ def test_the_choices_of_a_question_share_one_pass_over_its_context(model, monkey
     assert together[0].log_p == pytest.approx(apart[0].log_p, rel=1e-6)
 
 
+def test_contexts_of_similar_length_share_one_pass_and_no_score_changes(model, monkeypatch):
+    net, _ = model
+    seen, hidden = [], net.hidden
+
+    def counted(tokens, **options):
+        seen.append(tuple(tokens.shape))
+        return hidden(tokens, **options)
+
+    monkeypatch.setattr(net, "hidden", counted)
+    contexts = [[*range(40)], [*range(3, 46)], [*range(5, 65)]]
+    ends = ([1, 2, 3], [4], [5, 6])
+    rows = [multiple_choice.Row(context + end, len(context), 0) for context in contexts for end in ends]
+    scores = log_likelihoods(net, rows, 16)
+    # The two short contexts are cut to 40 tokens; what the longer one has more is read with each choice.
+    assert seen == [(1, 60), (3, 2), (2, 40), (6, 5)]
+    seen.clear()
+    log_likelihoods(net, rows, 5)  # a batch has no room for the choices of two
+    assert seen == [(1, 60), (3, 2), (1, 43), (3, 2), (1, 40), (3, 2)]
+    monkeypatch.setattr(multiple_choice, "SHARED", 10**9)
+    for score, apart in zip(scores, log_likelihoods(net, rows, 16), strict=True):
+        assert score.log_p == pytest.approx(apart.log_p, rel=1e-6) and score[1:] == apart[1:]
+
+
 def test_each_rule_divides_by_its_own_length():
     picks = multiple_choice.pick(["é" * 4, "abcdef", "a"], [-8.0, -9.0, -4.0], [1, 3, 1], [-1.0, -9.5, -1.0])
     assert picks == {"acc": 2, "acc_norm": 1, "acc_bytes": 0, "acc_tokens": 1, "acc_mutual_info": 1}
@@ -156,7 +180,7 @@ def test_the_comparison_of_two_models_is_mcnemar_s():
 def test_chance_and_the_dull_baselines_follow_from_the_items():
     items = [Item("the dog", ("a dog", "b"), 0), Item("cat", ("a", "bb", "cat c", "d"), 2)]
     assert multiple_choice.chance(items) == pytest.approx((1 / 2 + 1 / 4) / 2)
-    assert multiple_choice.dull_baselines(items) == {
+    assert dull_baselines(items) == {
         "same place": 0.5,
         "longest": 1.0,
         "most shared words": 1.0,

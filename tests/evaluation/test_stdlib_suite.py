@@ -4,8 +4,8 @@ import ast
 
 from data.text import prepare
 from evaluation import stdlib_suite
-from evaluation.multiple_choice import Item, dull_baselines
-from evaluation.stdlib_suite import held_out_modules, suite
+from evaluation.multiple_choice import Item
+from evaluation.stdlib_suite import dull_baselines, held_out_modules, suite
 
 
 def test_questions_are_the_same_each_time_and_come_from_modules_that_training_holds_out(tmp_path):

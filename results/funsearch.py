@@ -1,0 +1,121 @@
+"""Does search beat chance, and a trained proposer a fixed one? Cap sets by four methods, three seeds each.
+
+    python -m results.funsearch --out results/funsearch.json                about 25 minutes on one core
+    python -m results.funsearch --out results/funsearch.json --methods random mutation islands    5 minutes
+
+Every search (evaluation/funsearch.py) scores the same number of different programs, of the same grammar. The
+score is the size of the largest cap set found. The free examples, from which the trained proposer first
+learns, are not evaluated and do not count. Of the best program of each search, the sizes for all dimensions
+up to 8 are computed too: does what was found for one dimension work for others? Runs that are in the file
+already are kept. Draws the curves beside the file.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from engine import cpu
+from evaluation.cap_sets import BEST_KNOWN, size
+from evaluation.funsearch import METHODS, search
+from formats.atomic import replace_file
+
+SEEDS = (0, 1, 2)
+MARKS = (100, 300, 1000, 3000, 10_000)  # evaluations of the table
+
+
+def run(method: str, n: int, n_evaluations: int, seed: int) -> dict:
+    """Return the figures of one search."""
+    began = time.process_time()
+    result = search(method, n, n_evaluations, seed)
+    seconds = time.process_time() - began
+    figures = asdict(result) | {"best": result.best.text, "score": result.best.scores[-1]}
+    sizes = {str(m): size(result.best.text, m) for m in range(3, 9)}
+    return {"method": method, "n": n, "seed": seed, **figures, "sizes": sizes, "cpu_seconds": seconds}
+
+
+def best_after(row: dict, n_evaluations: int) -> int:
+    """Return the best score of a search after so many evaluations."""
+    return max(score for at, score in row["curve"] if at <= n_evaluations)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print the mean best score over the seeds after each of MARKS, and the range at the end."""
+    print(
+        f"{'n':>2} {'method':10}"
+        + "".join(f"{mark:>9}" for mark in MARKS)
+        + "   range   sizes for n = 3 ... 8"
+    )
+    for n, method in dict.fromkeys((row["n"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["n"], row["method"]) == (n, method)]
+        means = [statistics.mean(best_after(row, mark) for row in own) for mark in MARKS]
+        ends = [row["score"] for row in own]
+        best = max(own, key=lambda row: row["score"])
+        print(f"{n:2} {method:10}" + "".join(f"{mean:9.1f}" for mean in means), end="")
+        print(f"   {min(ends)}-{max(ends)}   {', '.join(map(str, best['sizes'].values()))}   {best['best']}")
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw the best score over evaluations: the mean over the seeds, and their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dimensions = sorted({row["n"] for row in rows})
+    figure, panels = pyplot.subplots(
+        1, len(dimensions), figsize=(5.5 * len(dimensions), 4), layout="constrained", squeeze=False
+    )
+    for n, axes in zip(dimensions, panels[0], strict=True):
+        for i, method in enumerate(METHODS):
+            own = [row for row in rows if (row["n"], row["method"]) == (n, method)]
+            if not own:
+                continue
+            marks = sorted({at for row in own for at, _ in row["curve"]} | {own[0]["n_evaluations"]})
+            scores = [[best_after(row, mark) for row in own] for mark in marks]
+            axes.step(marks, [statistics.mean(x) for x in scores], where="post", color=f"C{i}", label=method)
+            low, high = [min(x) for x in scores], [max(x) for x in scores]
+            axes.fill_between(marks, low, high, step="post", color=f"C{i}", alpha=0.15)
+        axes.axhline(BEST_KNOWN[n], color="grey", linestyle="--", label="best known")
+        axes.set(xscale="log", xlabel="evaluations", ylabel="points", title=f"cap sets, n = {n}")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    with replace_file(path) as new:
+        figure.savefig(new, format="png", dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="these methods (default: all)")
+    add("--n", nargs="+", type=int, default=[5, 6], help="dimensions (default 5 6)")
+    add("--evaluations", type=int, default=10_000, help="of each search (default 10000)")
+    add("--out", type=Path, default=Path("results/funsearch.json"), help="figures (default %(default)s)")
+    args = parser.parse_args(argv)
+
+    rows = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
+    about = {"command": "python -m results.funsearch", "cpu": cpu.name(), "torch": torch.__version__}
+    known = {(row["n"], row["method"], row["seed"]) for row in rows}
+    for n in args.n:
+        for seed in SEEDS:
+            for method in args.methods:
+                if (n, method, seed) in known:
+                    continue
+                row = run(method, n, args.evaluations, seed)
+                print(f"n {n}, {method}, seed {seed}: {row['score']} points", flush=True)
+                rows.append(row)
+                rows.sort(key=lambda row: (row["n"], list(METHODS).index(row["method"]), row["seed"]))
+                with replace_file(args.out) as new:
+                    new.write_text(json.dumps(about | {"runs": rows}, indent=1) + "\n", encoding="utf-8")
+    print_table(rows)
+    draw(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -165,7 +165,10 @@ def measure(model: GPT, seed: int) -> dict:
     found = predict(model, symbols)
     by_position["model"] = nats(found, true)
     # The mean KL(predictor || model): which predictor is it closest to?
-    kl = {name: (p(symbols) * (p(symbols) / found).log()).sum(-1).mean().item() for name, p in PREDICTORS.items()}
+    kl = {
+        name: (p(symbols) * (p(symbols) / found).log()).sum(-1).mean().item()
+        for name, p in PREDICTORS.items()
+    }
 
     # The last prediction, behind the same symbols and behind those in another order.
     shuffled = reordered(symbols, stream(seed))
@@ -198,7 +201,13 @@ def study(seed: int, steps: int | None = None) -> list[dict]:
             if step % EVERY == 0 or step == (steps or STEPS):
                 curve.append((step, nats(predict(model, symbols), true).mean().item()))
 
-        train(model, lambda draws: next_token_batch(draw_chains(BATCH, draws)[0]), steps or STEPS, seed, watch=watch)
+        train(
+            model,
+            lambda draws: next_token_batch(draw_chains(BATCH, draws)[0]),
+            steps or STEPS,
+            seed,
+            watch=watch,
+        )
         rows.append({"seed": seed, "layers": n_layers, "curve": curve} | measure(model, seed))
     return rows
 
@@ -213,11 +222,15 @@ def table(rows: list[dict]) -> str:
         at = "  ".join(f"{statistics.mean(c[i] for c in all_curves):.3f}" for i in (0, 9, T - 1))
         return f"  {name:22} {means:30} {at}"
 
-    lines += [line(name, [row["by_position"][name] for row in of(rows, layers=DEPTHS[0])]) for name in PREDICTORS]
+    lines += [
+        line(name, [row["by_position"][name] for row in of(rows, layers=DEPTHS[0])]) for name in PREDICTORS
+    ]
     assert first.keys() == {*PREDICTORS, "model"}
     for depth in DEPTHS:
         own = of(rows, layers=depth)
-        lines.append(line(f"GPT, {depth} layer{'s' * (depth > 1)}", [row["by_position"]["model"] for row in own]))
+        lines.append(
+            line(f"GPT, {depth} layer{'s' * (depth > 1)}", [row["by_position"]["model"] for row in own])
+        )
     for depth in DEPTHS:
         own = of(rows, layers=depth)
         lines.append(f"GPT, {depth} layer{'s' * (depth > 1)}")
@@ -227,7 +240,10 @@ def table(rows: list[dict]) -> str:
         lines += [f"  KL from the predictors  {kl}", f"  last symbol             {last}"]
         lines.append(f"  attention on followers  {both[0]}; followers are {both[1]} of what it sees")
         for alpha in own[0]["priors"]:
-            figures = (f"{k} {mean_and_range([r['priors'][alpha][k] for r in own], '.3f')}" for k in own[0]["priors"][alpha])
+            figures = (
+                f"{k} {mean_and_range([r['priors'][alpha][k] for r in own], '.3f')}"
+                for k in own[0]["priors"][alpha]
+            )
             lines.append(f"  chains of alpha {alpha:<7} {'  '.join(figures)}")
     return "\n".join(lines)
 

@@ -139,7 +139,10 @@ def study(seed: int, steps: int | None = None) -> list[dict]:
 
             train(model, batch_of, own, seed)
             row = {"seed": seed, "kind": kind, "swaps": n, "games": own * BATCH}
-            row |= {"tokens": row["games"] * n_tokens(kind, n), "right": accuracy(model, kind, n, stream(seed))}
+            row |= {
+                "tokens": row["games"] * n_tokens(kind, n),
+                "right": accuracy(model, kind, n, stream(seed)),
+            }
             if n == LONGEST and "scratchpad" in kind:
                 row["changed"] = changed(model, n, stream(seed))
             rows.append(row)
@@ -149,7 +152,10 @@ def study(seed: int, steps: int | None = None) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Return the figures as lines: mean, and range of the seeds."""
     lengths = sorted({row["swaps"] for row in rows})
-    lines = [f"right final answers (a guess: {1 / 3:.1%})", f"{'':24}" + "".join(f"{n:>3} swaps{'':16}" for n in lengths)]
+    lines = [
+        f"right final answers (a guess: {1 / 3:.1%})",
+        f"{'':24}" + "".join(f"{n:>3} swaps{'':16}" for n in lengths),
+    ]
     for kind in KINDS:
         cells = [[row["right"] for row in of(rows, kind=kind, swaps=n)] for n in lengths]
         lines.append(f"  {kind:22}" + "".join(f"{mean_and_range(cell) if cell else '':25}" for cell in cells))

@@ -12,6 +12,7 @@ Shapes: B examples, T tokens of an example, V vocabulary.
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
@@ -91,21 +92,31 @@ def of(rows: Sequence[dict], **wanted) -> list[dict]:
 
 
 def run_study(
-    description: str, study: Callable[..., list[dict]], table: Callable, argv: list[str] | None
+    description: str,
+    study: Callable[[int, int | None], list[dict]],
+    table: Callable[[list[dict]], str],
+    argv: list[str] | None,
+    of_model: Callable[[Path], str] | None = None,
 ) -> None:
     """Run the command of a study: train its models with one seed, or several, and print the table.
 
-    study(seed, steps): the rows of one seed; steps None: as many as the study takes by default.
+    study(seed, steps): the rows of one seed; steps None: as many as the study takes by default. of_model: the
+    figures of a trained model in a directory, where a study has them.
     """
     parser = command.Parser(description=description)
     add = parser.add_argument
     add("--seeds", type=int, default=1, help="runs of each model (default %(default)s)")
     add("--steps", type=int, help="steps of each run (default: those of the published figures)")
+    if of_model:
+        add("--model", type=command.path, help="measure this decoder instead of training small ones")
     args = parser.parse_args(argv)
     for name in ("seeds", "steps"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
+    if of_model and args.model:
+        print(of_model(args.model))
+        return
     rows: list[dict] = []
     for seed in range(args.seeds):
         rows += study(seed, args.steps)

@@ -66,7 +66,9 @@ def draw_in_context(pyplot, rows: list[dict]):
         for row in own:
             left.plot(*zip(*row["curve"], strict=True), color=color, linewidth=1)
         curve = mean_curve([row["by_position"]["model"] for row in own])
-        right.plot(range(1, len(curve) + 1), curve, color=color, label=f"GPT, {depth} layer{'s' * (depth > 1)}")
+        right.plot(
+            range(1, len(curve) + 1), curve, color=color, label=f"GPT, {depth} layer{'s' * (depth > 1)}"
+        )
     left.set(xlabel="steps of training", ylabel="nats per symbol", ylim=(0.8, 1.16))
     right.set(xlabel="position in the sequence", xscale="log")
     right.legend(fontsize=8)

@@ -10,12 +10,12 @@ n(a, b) the number of times that b followed a so far, the predictive distributio
 
 Three others use less: the current symbol alone (uniform), how often each symbol occurred (unigram, add-one
 counts), what followed the last occurrence of a (one match; both are optimal for what they see, but for
-unigram, which is about so). A loss above the optimum by d nats means that the mean
-KL(Bayes || model) is d. Models pass from one of these predictors to the next while they train (Edelman et al.
-2024, 2402.11004); the last step needs a head that attends to what followed earlier occurrences of the current
-symbol, an induction head (Olsson et al. 2022), and so two layers: with one layer, the control, it should fail.
-Two more controls change only what the trained model reads: the earlier symbols in another order, and chains
-of another prior, Dirichlet(alpha).
+unigram, which is about so). A loss above the optimum by d nats means that the mean KL(Bayes || model) is d.
+Models pass from one of these predictors to the next while they train (Edelman et al. 2024, 2402.11004); the
+last step needs a head that attends to what followed earlier occurrences of the current symbol, an induction
+head (Olsson et al. 2022), and so two layers: with one layer, the control, it should fail. Two more controls
+change only what the trained model reads: the earlier symbols in another order, and chains of another prior,
+Dirichlet(alpha).
 
     python -m evaluation.in_context                      one seed, about a minute and a half on a core
     python -m results.prompting in_context               three seeds: results/in_context.json and the picture
@@ -82,7 +82,7 @@ def unigram(symbols: Tensor) -> Tensor:
 
 
 def one_match(symbols: Tensor) -> Tensor:
-    """Return the optimum of a reader that finds the last occurrence of the current symbol, and what followed."""
+    """Return the optimum of a reader that sees what followed the last occurrence of the current symbol."""
     B, T = symbols.shape[0], symbols.shape[1] - 1
     counts, last = torch.ones(B, T, V, dtype=torch.double), torch.full((B, V), -1)  # last follower, by symbol
     rows = torch.arange(B)

@@ -2,11 +2,11 @@
 
     AB BC BC AC ?   A -> B -> C -> B -> B   = B        three cups, a ball under A; where is it after n swaps?
 
-A swap of two cups drawn at random makes every place of the ball equally likely, so whoever misses a single swap
-can only guess (1/3): there is no approximate answer. A model of fixed depth that answers at once has to combine
-all swaps in a few layers; one that writes the ball's place after each swap (a scratchpad, Nye et al. 2021,
-2112.00114) makes one easy step at a time. Functions that depend on every input are possible for a transformer
-but hard to find by gradients (Hahn and Rofin 2024, 2402.09963).
+A swap of two cups drawn at random makes every place of the ball equally likely, so whoever misses a single
+swap can only guess (1/3): there is no approximate answer. A model of fixed depth that answers at once has to
+combine all swaps in a few layers; one that writes the ball's place after each swap (a scratchpad, Nye et al.
+2021, 2112.00114) makes one easy step at a time. Functions that depend on every input are possible for a
+transformer but hard to find by gradients (Hahn and Rofin 2024, 2402.09963).
 
 Model, rate and batch are the same everywhere; only what stands between question and answer differs:
 
@@ -16,9 +16,9 @@ Model, rate and batch are the same everywhere; only what stands between question
     filler                    ? . . . . . = B     as many tokens without content: is it only more computation?
     wrong scratchpads         ? C A A B C = B     the places of another game, and the right answer
 
-The loss is over all that follows the question, the figure is the final answer alone. In a last test the trained
-model's scratchpad is changed half-way, and the model goes on from there: does its answer follow what is written,
-or the swaps?
+The loss is over all that follows the question, the figure is the final answer alone. In a last test the
+trained model's scratchpad is changed half-way, and the model goes on from there: does its answer follow what
+is written, or the swaps?
 
     python -m evaluation.scratchpad                      one seed
     python -m results.prompting scratchpad               three seeds: results/scratchpad.json and the picture

@@ -79,8 +79,9 @@ class KVCache:
         self.filled = False
         self.slots = [min(max_len, config.layer_window(layer) or max_len) for layer in range(config.n_layers)]
         B, G, K = len(lengths), config.G, config.K
-        self.keys = [like.new_zeros(B, S, G, K) for S in self.slots]
-        self.values = [like.new_zeros(B, S, G, K) for S in self.slots]
+        # The slots of one head lie behind each other, as attention reads them.
+        self.keys = [like.new_zeros(B, G, S, K).transpose(1, 2) for S in self.slots]
+        self.values = [like.new_zeros(B, G, S, K).transpose(1, 2) for S in self.slots]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Return the positions of the next T tokens: (1, T) for the prompts, later (B, 1) or (1, 1)."""
@@ -114,7 +115,8 @@ class KVCache:
         # A slot gets the latest of the positions that map to it. Below 0 it stays unused, and is never seen.
         position = slot + (last - slot).div(S, rounding_mode="floor") * S  # (B, S)
         position = position.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
-        self.keys[layer], self.values[layer] = k.gather(1, position), v.gather(1, position)
+        torch.gather(k, 1, position, out=self.keys[layer])
+        torch.gather(v, 1, position, out=self.values[layer])
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store one token's (B, 1, G, K); return all keys and values, and their number where rows differ."""

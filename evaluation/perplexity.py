@@ -23,27 +23,32 @@ from torch import Tensor, nn
 from formats import command
 from formats.progress import progress_bar
 
+TOKENS_PER_PASS = 2048  # of the windows that go through the model together
+
 
 @torch.no_grad()
 def nats(model: nn.Module, tokens: Tensor, stride: int) -> float:
-    """Return the sum of -log p of tokens (N,), all but the first. model(tokens (1, T)): logits (1, T, V).
+    """Return the sum of -log p of tokens (N,), all but the first. model(tokens (B, T)): logits (B, T, V).
 
     Raises ValueError for a stride outside 1 ... max_seq_len, and for fewer than two tokens.
     """
-    context = model.config.max_seq_len
-    if not 1 <= stride <= context or tokens.numel() < 2:
-        raise ValueError(
-            f"perplexity: stride {stride}, {tokens.numel()} tokens: expected 1 to {context}, and 2 tokens"
-        )
-    total, scored = 0.0, 1  # the first token has no context to be predicted from
-    for start in progress_bar(range(0, tokens.numel() - 1, stride), "windows", leave=False):
-        targets = tokens[start + 1 : start + context + 1]
-        n_new = start + 1 + targets.numel() - scored
-        logits = model(tokens[None, start : start + targets.numel()])[0, -n_new:]  # (n_new, V)
-        total += F.cross_entropy(logits.double(), targets[-n_new:], reduction="sum").item()
-        scored += n_new
-        if scored == tokens.numel():
-            break
+    context, N = model.config.max_seq_len, tokens.numel()
+    if not 1 <= stride <= context or N < 2:
+        raise ValueError(f"perplexity: stride {stride}, {N} tokens: expected 1 to {context}, and 2 tokens")
+
+    # The first window predicts all its tokens, each later one the last `stride` of a full one. The windows
+    # between the first and the last are full, and go through the model several at a time.
+    starts = [stride * i for i in range(1 + max(0, math.ceil((N - 1 - context) / stride)))]
+    first, middle, last = starts[:1], starts[1:-1], starts[1:][-1:]
+    rows = max(1, TOKENS_PER_PASS // context)
+    groups = [first, *(middle[i : i + rows] for i in range(0, len(middle), rows)), *([last] if last else [])]
+
+    total = 0.0
+    for group in progress_bar(groups, "windows", leave=False):
+        windows = torch.stack([tokens[start : start + context + 1] for start in group])  # (B, T + 1)
+        n_seen = 0 if group[0] == 0 else context - stride
+        logits, targets = model(windows[:, :-1])[:, n_seen:], windows[:, 1 + n_seen :]
+        total += F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="sum").item()
     return total
 
 

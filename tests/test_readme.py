@@ -19,6 +19,8 @@ import pytest
 from conftest import run_command
 from PIL import Image
 
+from evaluation import stdlib_suite
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "kernels/README.md"]
 PAGES = [page for page in PAGES if (ROOT / page).exists()]
@@ -63,7 +65,7 @@ def small(command: list[str], n_steps: int) -> list[str]:
         return [*command, *data, "--batch-size", "8", "--steps", str(n_steps), "--eval-every", "50"]
     if ON_THE_CHAIN & set(command):
         if "--init-from" not in command:  # by default they have data and a small model of their own
-            return [*command, "--batch-size", "64", "--steps", str(n_steps)]
+            return [*command, "--batch-size", "16", "--steps", str(n_steps)]
         data = "pairs.jsonl"
     size = [] if {"--init-from", "--base"} & set(command) else ["--size", "tiny"]
     steps = ["--steps", str(n_steps)]
@@ -145,6 +147,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
         shutil.copytree(model, tmp_path / model.relative_to(given))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(stdlib_suite, "TEXT_BYTES", 2000)
 
     for language, content, output in blocks(page):
         if language == "sh":
@@ -152,7 +155,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
             for line in (line for line in lines if re.match(r"python (-m )?\w", line)):
                 if LONG.search(line) or "-m pytest" in line:
                     continue
-                printed = run(line, 4)
+                printed = run(line, 2)
                 assert printed.strip() or re.search("--prompt|--chat", line), line
         elif language == "python" and content.startswith('"""'):
             name = re.match(r'"""(\w+)', content)[1].lower()

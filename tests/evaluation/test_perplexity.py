@@ -44,6 +44,20 @@ def test_the_figures_are_those_of_the_text_led_by_the_separating_token(directory
     assert float(printed["bits per byte"]) == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 5, 16])
+@pytest.mark.parametrize("n", [2, 16, 17, 18, 33, 100])
+def test_windows_that_pass_together_give_the_same(directory, stride, n, monkeypatch):
+    model, tokens = GPT.from_pretrained(directory), torch.randint(256, (n,))
+    expected = 0.0
+    for i in range(1, n):  # the window that predicts token i first is the one that ends last before or at it
+        end = 16 if i <= 16 else 16 + -(-(i - 16) // stride) * stride
+        logits = model(tokens[None, max(0, end - 16) : i])[0, -1]
+        expected += F.cross_entropy(logits.double(), tokens[i]).item()
+    for n_tokens in (1, 48, 10_000):
+        monkeypatch.setattr(perplexity, "TOKENS_PER_PASS", n_tokens)
+        assert perplexity.nats(model, tokens, stride) == pytest.approx(expected, rel=1e-6)
+
+
 def test_no_text_and_too_long_a_stride_are_refused(directory, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="empty"):

@@ -51,12 +51,20 @@ def test_an_arranged_model_has_the_same_logits_and_tokens(name, n_rows, monkeypa
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_an_arranged_model_takes_at_most_one_more_copy_of_the_weights(n_rows):
     model = small()
-    arranged, own = arrange(model, n_rows, 64), {p.data_ptr() for p in model.parameters()}
-    copied = {name: p for name, p in arranged.named_parameters() if p.data_ptr() not in own}
-    matrices = {name: p for name, p in copied.items() if p.ndim == 2}
-    assert all("joined" in name or n_rows == 1 for name in matrices)
-    assert all((p.stride() == (1, len(p))) == (n_rows == 1) for p in matrices.values())
-    assert sum(p.numel() for p in copied.values()) < sum(p.numel() for p in model.parameters())
+    own = {p.data_ptr() for p in model.parameters()}
+    weights = [layer.weight for layer in arrange(model, n_rows, 64).modules() if isinstance(layer, Product)]
+    blocked = n_rows > 1 and torch.backends.mkldnn.is_available()
+    assert all(weight.is_mkldnn == blocked for weight in weights)
+    copied = [weight for weight in weights if blocked or weight.data_ptr() not in own]
+    assert blocked or all(weight.stride() == (1, len(weight)) for weight in copied)
+    assert copied and sum(w.numel() for w in copied) < sum(p.numel() for p in model.parameters())
+
+
+def test_without_onednn_the_weights_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    layer, x = torch.nn.Linear(8, 5), torch.randn(3, 8)
+    product = Product([layer.weight], [layer.bias], 3)
+    assert product.weight.data_ptr() == layer.weight.data_ptr() and torch.equal(product(x), layer(x))
 
 
 def test_the_copies_of_norms_and_joined_biases_are_exact():

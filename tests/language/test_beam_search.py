@@ -63,7 +63,7 @@ def test_a_tied_head_is_rearranged_and_scaled_as_before(monkeypatch):
     monkeypatch.setattr(few_rows, "LARGE", 1)
     monkeypatch.setattr(few_rows, "STEPS", 1)
     arranged = few_rows.arrange(beam_search.Decoder(model, prompts), n_rows=2, n_steps=12).model
-    assert arranged.lm_head.transposed and model.lm_head is None
+    assert isinstance(arranged.lm_head, few_rows.Product) and model.lm_head is None
     assert model.generate(prompts, 12, temperature=0, stop=()) == expected
 
 

@@ -18,7 +18,7 @@ change only what the trained model reads: the earlier symbols in another order, 
 Dirichlet(alpha).
 
     python -m evaluation.in_context                      one seed, about a minute and a half on a core
-    python -m results.prompting in_context               three seeds: results/in_context.json and the picture
+    python -m results.prompting_studies in_context               three seeds, and the picture
 
 Shapes: B sequences, T predictions of each, V symbols, H heads, K head width.
 """
@@ -182,7 +182,7 @@ def measure(model: GPT, seed: int) -> dict:
         others, truth = draw_chains(N_TEST, stream(seed), alpha)
         answers = {"model": predict(model, others), "Bayes, alpha 1": bayes(others)}
         answers["Bayes, this alpha"] = bayes(others, alpha)
-        priors[alpha] = {name: nats(p, truth).mean().item() for name, p in answers.items()}
+        priors[str(alpha)] = {name: nats(p, truth).mean().item() for name, p in answers.items()}
     share, of_all = induction(model, symbols)
     return {
         "by_position": {name: values.tolist() for name, values in by_position.items()},

@@ -25,7 +25,7 @@ has two figures, how often the answer is the injected one, and how often it is t
 answers nonsense under attack is not safe, and utility is what it gets right without an attack.
 
     python -m evaluation.injection                      one seed
-    python -m results.prompting injection               three seeds: results/injection.json
+    python -m results.prompting_studies injection               three seeds: results/injection.json
 
 Shapes: B rows, T tokens.
 """

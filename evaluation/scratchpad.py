@@ -21,7 +21,7 @@ trained model's scratchpad is changed half-way, and the model goes on from there
 is written, or the swaps?
 
     python -m evaluation.scratchpad                      one seed
-    python -m results.prompting scratchpad               three seeds: results/scratchpad.json and the picture
+    python -m results.prompting_studies scratchpad               three seeds, and the picture
 
 Shapes: B games, n swaps, T tokens.
 """

@@ -2,10 +2,9 @@
 
     for step in range(steps):   a fresh batch, drawn from (seed, step) alone; AdamW, warm-up and cosine
 
-No example is seen twice, so there is nothing to memorise, and what is measured needs no held-out part other
-than draws of its own. The studies are in_context.py, scratchpad.py, spelling.py and injection.py;
-prompting.py measures any trained model. `python -m results.prompting NAME` makes their figures with three
-seeds.
+Examples are drawn anew at every step, and what is measured needs no held-out part other
+than draws of its own. The studies are in_context.py, scratchpad.py, spelling.py and injection.py, and
+results/prompting_studies.py makes their figures with three seeds; prompting.py measures any trained model.
 
 Shapes: B examples, T tokens of an example, V vocabulary.
 """

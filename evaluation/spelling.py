@@ -18,7 +18,7 @@ nats, by the same text with the space at the end of the prompt or at the beginni
 
     python -m evaluation.spelling                              one seed, about two minutes on a core
     python -m evaluation.spelling --model runs/gpt/model       the trailing space, for a trained model
-    python -m results.prompting spelling                       three seeds: results/spelling.json
+    python -m results.prompting_studies spelling                       three seeds: results/spelling.json
 
 Shapes: B examples, T tokens.
 """

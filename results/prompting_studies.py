@@ -1,6 +1,6 @@
 """The studies of prompting, with three seeds: their figures and their pictures.
 
-    python -m results.prompting in_context scratchpad spelling injection
+    python -m results.prompting_studies in_context scratchpad spelling injection
 
 Writes results/NAME.json for each study, after every seed, and results/NAME.png for those whose result is a
 curve. Seeds that are in the file already, made with the same --steps, are kept.
@@ -29,7 +29,11 @@ def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
     if path.exists():
         known = json.loads(path.read_text(encoding="utf-8"))
         rows = known["rows"] if known["steps"] == steps else []
-    about = {"command": f"python -m results.prompting {name}", "cpu": cpu.name(), "torch": torch.__version__}
+    about = {
+        "command": f"python -m results.prompting_studies {name}",
+        "cpu": cpu.name(),
+        "torch": torch.__version__,
+    }
     for seed in range(seeds):
         if any(row["seed"] == seed for row in rows):
             continue
@@ -75,7 +79,24 @@ def draw_in_context(pyplot, rows: list[dict]):
     return figure
 
 
-DRAWINGS = {"in_context": draw_in_context}
+def draw_scratchpad(pyplot, rows: list[dict]):
+    """Return right final answers over the number of swaps: a dot per seed, and a line through their mean."""
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i, kind in enumerate(dict.fromkeys(row["kind"] for row in rows)):
+        own = [row for row in rows if row["kind"] == kind]
+        lengths = sorted({row["swaps"] for row in own})
+        means = [statistics.mean(row["right"] for row in own if row["swaps"] == n) for n in lengths]
+        style = {"marker": "o", "markersize": 4, "color": f"C{i}"}
+        dots = [row["swaps"] + 0.08 * i for row in own], [row["right"] for row in own]
+        axes.plot(*dots, linestyle="", alpha=0.5, **style)
+        axes.plot([n + 0.08 * i for n in lengths], means, label=kind, color=f"C{i}")
+    axes.axhline(1 / 3, color="0.5", linestyle=":", linewidth=1)
+    axes.set(xlabel="swaps", ylabel="right final answers", ylim=(0, 1.03))
+    axes.legend(fontsize=8)
+    return figure
+
+
+DRAWINGS = {"in_context": draw_in_context, "scratchpad": draw_scratchpad}
 
 
 def main(argv: list[str] | None = None) -> None:

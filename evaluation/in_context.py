@@ -201,50 +201,40 @@ def study(seed: int, steps: int | None = None) -> list[dict]:
             if step % EVERY == 0 or step == (steps or STEPS):
                 curve.append((step, nats(predict(model, symbols), true).mean().item()))
 
-        train(
-            model,
-            lambda draws: next_token_batch(draw_chains(BATCH, draws)[0]),
-            steps or STEPS,
-            seed,
-            watch=watch,
-        )
+        def batch_of(draws: Generator) -> dict[str, Tensor]:
+            return next_token_batch(draw_chains(BATCH, draws)[0])
+
+        train(model, batch_of, steps or STEPS, seed, watch=watch)
         rows.append({"seed": seed, "layers": n_layers, "curve": curve} | measure(model, seed))
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """Return the figures as lines: mean, and range of the seeds."""
-    first = rows[0]["by_position"]
-    lines = [f"nats per symbol, {T} symbols in front at most; positions 1, 10, {T}"]
 
-    def line(name: str, all_curves: list[list[float]]) -> str:
-        means = mean_and_range([statistics.mean(curve) for curve in all_curves], ".4f")
-        at = "  ".join(f"{statistics.mean(c[i] for c in all_curves):.3f}" for i in (0, 9, T - 1))
+    def loss(name: str, curves: list[list[float]]) -> str:
+        means = mean_and_range([statistics.mean(curve) for curve in curves], ".4f")
+        at = "  ".join(f"{statistics.mean(curve[i] for curve in curves):.3f}" for i in (0, 9, T - 1))
         return f"  {name:22} {means:30} {at}"
 
-    lines += [
-        line(name, [row["by_position"][name] for row in of(rows, layers=DEPTHS[0])]) for name in PREDICTORS
-    ]
-    assert first.keys() == {*PREDICTORS, "model"}
-    for depth in DEPTHS:
-        own = of(rows, layers=depth)
-        lines.append(
-            line(f"GPT, {depth} layer{'s' * (depth > 1)}", [row["by_position"]["model"] for row in own])
-        )
-    for depth in DEPTHS:
-        own = of(rows, layers=depth)
-        lines.append(f"GPT, {depth} layer{'s' * (depth > 1)}")
-        kl = "  ".join(f"{name} {mean_and_range([r['kl'][name] for r in own], '.3f')}" for name in PREDICTORS)
-        last = "  ".join(f"{k} {mean_and_range([r['last'][k] for r in own], '.3f')}" for k in own[0]["last"])
-        both = [mean_and_range(r["attention"][k] for r in own) for k in own[0]["attention"]]
-        lines += [f"  KL from the predictors  {kl}", f"  last symbol             {last}"]
-        lines.append(f"  attention on followers  {both[0]}; followers are {both[1]} of what it sees")
+    def figures(dicts: list[dict[str, float]]) -> str:
+        return "  ".join(f"{name} {mean_and_range([d[name] for d in dicts], '.3f')}" for name in dicts[0])
+
+    # The loss of every predictor, and of the models.
+    models = {f"GPT, {n} layer{'s' * (n > 1)}": of(rows, layers=n) for n in DEPTHS}
+    lines = [f"nats per symbol: all positions, and positions 1, 10 and {T}"]
+    for name in PREDICTORS:
+        lines.append(loss(name, [row["by_position"][name] for row in of(rows, layers=DEPTHS[0])]))
+    lines += [loss(name, [row["by_position"]["model"] for row in own]) for name, own in models.items()]
+
+    # The other figures of each model.
+    for name, own in models.items():
+        share, followers = (mean_and_range(r["attention"][k] for r in own) for k in own[0]["attention"])
+        lines += [name, f"  KL from the predictors  {figures([row['kl'] for row in own])}"]
+        lines.append(f"  last symbol             {figures([row['last'] for row in own])}")
+        lines.append(f"  attention on followers  {share}; followers are {followers} of what it sees")
         for alpha in own[0]["priors"]:
-            figures = (
-                f"{k} {mean_and_range([r['priors'][alpha][k] for r in own], '.3f')}"
-                for k in own[0]["priors"][alpha]
-            )
-            lines.append(f"  chains of alpha {alpha:<7} {'  '.join(figures)}")
+            lines.append(f"  chains of alpha {alpha:<7} {figures([row['priors'][alpha] for row in own])}")
     return "\n".join(lines)
 
 

@@ -17,7 +17,12 @@ def test_a_run_learns_and_is_the_same_for_the_same_seed():
     watched, models = [], []
     for seed in (0, 0, 1):
         model = small_gpt(8, 8, seed, n_layers=1, width=32)
-        train(model, copies, 30, seed, rate=1e-2, watch=watched.append)
+
+        def watch(step, model=model):
+            watched.append(step)
+            assert all(p.grad is None for p in model.parameters())  # no gradient is left of the step before
+
+        train(model, copies, 30, seed, rate=1e-2, watch=watch)
         models.append(model.eval())
     assert watched == [*range(31)] * 3
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]

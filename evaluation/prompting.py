@@ -17,7 +17,7 @@ accuracy is close to chance, as it is for models of a few million parameters:
                          to chance (Min et al. 2022, 2202.12837, found that large ones hardly do)
 
     python -m evaluation.prompting runs/gpt/model
-    python -m evaluation.prompting runs/gpt/model --seeds 3 --out results/few_shot.json
+    python -m evaluation.prompting runs/gpt/model --questions 40 --seeds 3 --out results/few_shot.json
 """
 
 import json

@@ -39,7 +39,7 @@ from formats.config_values import check_values
 from gpt import rotate
 from kernels import attention
 
-TASK = "masking"
+TASK, KIND = "masking", "encoder"
 STEPS = 4400
 LEARNING_RATE = 0.25  # times the default rate of a decoder of this size; found on `tiny`
 

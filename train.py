@@ -41,7 +41,7 @@ from engine.checkpoint import last_saved, save
 from engine.log import Diverged, Failed, Log, UpdateResult, evaluate_and_save, time_and_announce
 from engine.optim import set_learning_rate, step_optimizers
 from engine.options import parse_arguments
-from engine.run import Interrupted, Run, plan, prepare, signals
+from engine.run import Interrupted, Run, prepare, signals
 from formats import command
 
 
@@ -49,7 +49,7 @@ def train(run: Run, log: Log) -> None:
     """Train to the last step, or until --patience ends. Raises Interrupted after a signal, and Diverged if
     the gradient was not finite in several steps in a row."""
     if log.evaluation_is_missing():
-        log.evaluation(evaluate(run))
+        log.evaluate(evaluate)
 
     for _ in run.steps():
         log.begin_step()
@@ -113,6 +113,8 @@ def descend(run: Run) -> torch.Tensor:
     run.concept.model_file.after_step(run.model, finite)
     run.model.zero_grad(set_to_none=True)
     run.count_step(finite)
+    if run.averages is not None:  # --ema
+        run.averages.update(finite, run.step)
     return norm
 
 
@@ -194,7 +196,9 @@ def run_command(args: argparse.Namespace) -> int:
             print(compare.compare(args.compare, Path()))
             return 0
         if args.dry_run:
-            print(plan(args))
+            from engine import memory
+
+            print(memory.plan(args))
             return 0
         parallel.initialize(args)
         if args.benchmark or args.profile:

@@ -8,5 +8,8 @@ labelled read files of chats and of labelled texts, and stdlib_questions makes s
 documentation.
 
 Images: glyphs draws characters from fonts, images reads folders, published_images MNIST's and CIFAR's files,
-and augment makes other views of an image.
+augment makes other views of an image, and palette turns pixels into numbers of colours.
+
+Sounds: notes synthesises chords of instruments, and sounds reads folders. class_folders is what folders of
+images and of sounds share.
 """

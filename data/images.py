@@ -1,6 +1,7 @@
 """Images: from files, or from glyphs, to rows {"image": uint8 (C, H, W), "label": int64 ()}.
 
-    glyphs, glyphs:fonts, glyphs:all    drawn here from matplotlib's fonts (data/glyphs.py)
+    glyphs, glyphs:fonts and others     drawn here from matplotlib's fonts (data/glyphs.py)
+    landscapes                          drawn here, in colour (data/landscapes.py)
     a folder of folders                 a folder for each class; or train/ and val/ with such folders
     a folder of images                  images without classes
     a folder of published files         MNIST's *-idx3-ubyte, also .gz; CIFAR-10's and CIFAR-100's .bin
@@ -16,30 +17,23 @@ out by --bad-text skip, and so is an image with more pixels than Pillow's limit 
 Shapes: N images, C channels, H x W pixels.
 """
 
-import hashlib
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from data import glyphs, published_images
+from data import glyphs, landscapes, published_images
+from data.class_folders import Kind, Part, existing_folder, fingerprint, read
 from data.rows import Dataset, Row, Rows
-from data.text import only_one_at
 from formats import command
-from formats.atomic import damage, names_full_disk, replace_directory, write_checksums
-from formats.progress import progress_bar
 
 # Pillow goes by the content of a file, and would start other programs for some formats, such as EPS.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-HELD_OUT = 1 / 10  # share of each class
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
-MOST_NAMED = 5  # images that are left out are named up to this number, and then counted
-VERSION = 1  # of what decoding does: other pixels need another number
+KIND = Kind("image", SUFFIXES, "glyphs", np.uint8)
+VERSION = 2  # of what decoding does: other pixels need another number
 
 
 class ImageRows(Rows):
@@ -56,13 +50,6 @@ class ImageRows(Rows):
         i %= len(self.rows)
         image = np.array(self.rows[i])  # a copy: a memory map cannot be written to
         return {"image": image, "label": np.array(self.labels[i], np.int64), "augment": self.augment}
-
-
-class Part(NamedTuple):
-    """One of the two parts of a set, to learn from or held out."""
-
-    images: np.ndarray  # uint8 (N, C, H, W), perhaps memory-mapped
-    labels: np.ndarray  # int64 (N,)
 
 
 def prepare(
@@ -82,27 +69,30 @@ def prepare(
     leaves out what cannot be read, "refuse" raises ValueError. notify is called with one line of what was
     converted or left out. Raises ValueError for everything that a user can mend.
     """
-    # Glyphs are drawn, and published files hold arrays: both have a held-out part of their own.
-    if data.partition(":")[0] == "glyphs":
+    # Glyphs and landscapes are drawn, and published files hold arrays: all have a held-out part of their own.
+    if data.partition(":")[0] in ("glyphs", "landscapes"):
         if val is not None:
             raise ValueError(f"--val {val}: {data} has a held-out part of its own; leave out --val")
-        parts, labels = glyph_parts(data)
+        parts, labels = landscape_parts() if data == "landscapes" else glyph_parts(data)
     else:
-        folder = existing_folder(data, "--data")
+        folder = existing_folder(data, "--data", KIND)
         published = published_images.read(folder)
         # Other folders hold files of images, which are decoded once.
         if published is None:
-            with only_one_at(cache, notify):
-                found, labels = find_images(folder, val)
-                shape = (channels or 3, *size)
-                parts = decoded(found, labels, shape, cache, bad_images == "skip", notify)
-            return as_dataset(*parts, labels)
+            shape = (channels or 3, *size)
+            made_from = {"version": VERSION, "shape": list(shape)}
+
+            def decoded(path: Path, notes: Counter) -> np.ndarray:
+                return decode(path, shape, notes)
+
+            skip = bad_images == "skip"
+            return as_dataset(*read(folder, val, KIND, made_from, decoded, cache, skip, notify))
         if val is not None:
             raise ValueError(f"--val {val}: {data} has a test part of its own; leave out --val")
         *parts, labels = published
 
     # Arrays are brought to the size that is needed.
-    parts = [Part(fitted(images, size, channels), numbers) for images, numbers in parts]
+    parts = [Part(fitted(images, size, channels), numbers) for images, numbers, *_ in parts]
     return as_dataset(*parts, labels)
 
 
@@ -111,23 +101,12 @@ def as_dataset(train: Part, val: Part, labels: Sequence[str]) -> Dataset:
 
     Raises ValueError for a part without images, and for a label beyond the classes.
     """
-    digest = hashlib.sha256(json.dumps(list(labels)).encode())
-    for name, part in (("to learn from", train), ("held out", val)):
-        if not len(part.images):
-            raise ValueError(f"no images are {name}; expected at least one")
-        if labels and part.labels.max() >= len(labels):
-            raise ValueError(
-                f"an image {name} has label {part.labels.max()}; expected 0 to {len(labels) - 1}, the classes"
-            )
-        digest.update(str(part.images.shape).encode() + part.labels.tobytes())
-        for image in part.images:
-            digest.update(image.tobytes())
-    C, H, W = train.images.shape[1:]
+    name = fingerprint(train, val, labels, KIND)
+    C, H, W = train.arrays.shape[1:]
     kind = "grey" if C == 1 else "colour"
     classes = f", {len(labels)} classes" if labels else ""
-    summary = f"{len(train.images):,} {kind} images of {H} x {W} to learn from, {len(val.images):,} held out"
-    rows = ImageRows(*train, augment=True), ImageRows(*val, augment=False)
-    name = f"images-{digest.hexdigest()[:16]}"
+    summary = f"{len(train.arrays):,} {kind} images of {H} x {W} to learn from, {len(val.arrays):,} held out"
+    rows = ImageRows(train.arrays, train.labels, True), ImageRows(val.arrays, val.labels, False)
     return Dataset(name, None, *rows, summary=summary + classes, unit="images", labels=tuple(labels))
 
 
@@ -138,6 +117,12 @@ def glyph_parts(name: str) -> tuple[list[Part], list[str]]:
     number = {character: i for i, character in enumerate(characters)}
     labels = [np.array([number[glyph.character] for glyph in side]) for side in sides]
     return [Part(glyphs.pictures(side), of) for side, of in zip(sides, labels, strict=True)], characters
+
+
+def landscape_parts() -> tuple[list[Part], list[str]]:
+    """Return both parts of the landscapes, and the colours of their balls as classes."""
+    counts = zip(landscapes.COUNTS, (False, True), strict=True)
+    return [Part(*landscapes.pictures(n, held_out)) for n, held_out in counts], list(landscapes.BALLS)
 
 
 # --- another size
@@ -183,169 +168,7 @@ def scaled(image, size: tuple[int, int]):
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
 
 
-# --- folders
-
-
-class Found(NamedTuple):
-    """An image in a folder."""
-
-    path: Path
-    label: int  # the number of its class, -1 without classes
-    is_held_out: bool
-
-
-def existing_folder(name: str, flag: str) -> Path:
-    """Return the path of a folder; ValueError if there is none."""
-    path = Path(name)
-    if not path.is_dir():
-        what = "a file" if path.exists() else "not found"
-        raise ValueError(f"{flag} {name}: {what}; expected glyphs, or a folder of images")
-    return path
-
-
-def find_images(folder: Path, val: str | None) -> tuple[list[Found], list[str]]:
-    """Return the images of a folder, and the names of its classes in alphabetical order.
-
-    Raises ValueError where images and folders are mixed, for a class without images, and for held-out images
-    of other classes or that are among the others.
-    """
-    inside = {PARTS[path.name]: path for path in folder.iterdir() if path.is_dir() and path.name in PARTS}
-    if val is not None:
-        held = existing_folder(val, "--val")
-        inside = {"train": inside.get("train", folder), "val": held}
-        if held.resolve().is_relative_to(inside["train"].resolve()):
-            raise ValueError(f"--val {val}: is part of {inside['train']}; expected images of its own")
-    if inside.keys() != {"train", "val"}:
-        members, labels = class_folders(folder)
-        return hold_out(members), labels
-    (train, labels), (held, others) = class_folders(inside["train"]), class_folders(inside["val"])
-    if others != labels:
-        odd = sorted(set(others) ^ set(labels))
-        raise ValueError(f"{inside['val']}: class {odd[0]!r}: expected the classes of {inside['train']}")
-    return [Found(*m, False) for m in train] + [Found(*m, True) for m in held], labels
-
-
-def class_folders(folder: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    """Return (path, number of its class) of the images in a folder, and the names of the classes."""
-    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    loose = images_in(folder, deep=not folders)
-    if not folders:
-        if not loose:
-            raise ValueError(
-                f"{folder}: no images; expected files of {' '.join(SUFFIXES)}, or a folder for each class"
-            )
-        return [(path, -1) for path in loose], []
-    if loose:
-        raise ValueError(
-            f"{folder}: has images ({loose[0].name} ...) beside folders ({folders[0].name} ...); expected "
-            "a folder for each class, or images alone"
-        )
-    members = [(path, i) for i, one in enumerate(folders) for path in images_in(one, deep=True)]
-    for i, one in enumerate(folders):
-        if not any(label == i for _, label in members):
-            raise ValueError(f"{one}: a class without images; expected files of {' '.join(SUFFIXES)}")
-    return members, [one.name for one in folders]
-
-
-def images_in(folder: Path, deep: bool) -> list[Path]:
-    """Return the images of a folder, sorted. deep: also those in folders inside it."""
-    paths = folder.rglob("*") if deep else folder.glob("*")
-    return sorted(
-        path
-        for path in paths
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-
-
-def hold_out(members: list[tuple[Path, int]]) -> list[Found]:
-    """Return all images, with a tenth of each class held out, always the same ones, and one of few."""
-    found = []
-    for label in sorted({label for _, label in members}):
-        paths = [path for path, own in members if own == label]
-        n_held = max(int(len(paths) * HELD_OUT), len(paths) > 1)
-        held = set(np.random.default_rng(label + 1).permutation(len(paths))[:n_held].tolist())
-        found += [Found(path, label, i in held) for i, path in enumerate(paths)]
-    return found
-
-
 # --- decoding
-
-
-def decoded(
-    found: list[Found],
-    labels: list[str],
-    shape: tuple[int, int, int],
-    cache: Path,
-    skip: bool,
-    notify: Callable[[str], None],
-) -> tuple[Part, Part]:
-    """Return both parts of the images found, in memory maps below the cache that are made once."""
-    # The cache is found by names, sizes and times of change: files need not be read to see that it is right.
-    made_from = {"version": VERSION, "shape": list(shape), "labels": labels, "skip": skip}
-    stats = [(one.path, one.path.stat()) for one in found]
-    files = [(path.parent.name, path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    places = [(one.label, one.is_held_out) for one in found]
-    key = hashlib.sha256(json.dumps([made_from, files, places]).encode()).hexdigest()
-    home = cache / f"images-{key[:16]}"
-    problem = damage(home)
-    if problem is not None:
-        if home.exists():
-            notify(f"{problem}: built anew")
-        build(home, made_from, found, shape, skip, notify)
-
-    # Print what was converted at every start.
-    manifest = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["notes"]:
-        counted = ", ".join(f"{n:,} {note}" for note, n in sorted(manifest["notes"].items()))
-        notify(f"{len(found):,} images read: {counted}")
-    return open_part(home, manifest, "train"), open_part(home, manifest, "val")
-
-
-def open_part(home: Path, manifest: dict, name: str) -> Part:
-    """Return a part with its pixels memory-mapped."""
-    labels = np.array(manifest[name], np.int64)
-    shape = (len(labels), *manifest["shape"])
-    if not len(labels):  # an empty file cannot be mapped
-        return Part(np.empty(shape, np.uint8), labels)
-    return Part(np.memmap(home / f"{name}.bin", np.uint8, "r", shape=shape), labels)
-
-
-def build(
-    home: Path,
-    made_from: dict,
-    found: list[Found],
-    shape: tuple[int, int, int],
-    skip: bool,
-    notify: Callable[[str], None],
-) -> None:
-    """Decode images to home/train.bin and val.bin, with their labels in manifest.json, all or nothing."""
-    notes, kept = Counter(), {"train": [], "val": []}
-    with replace_directory(home) as new, progress_bar(desc="decode", total=len(found), unit="image") as bar:
-        with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
-            for one in found:
-                bar.update()
-                try:
-                    image = decode(one.path, shape, notes)
-                except ValueError as error:
-                    left_out(error, skip, notes, notify)
-                    continue
-                with names_full_disk(home):
-                    (val if one.is_held_out else train).write(image.tobytes())
-                kept["val" if one.is_held_out else "train"].append(one.label)
-        manifest = made_from | kept | {"notes": notes}
-        (new / "manifest.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-        write_checksums(new)
-
-
-def left_out(error: ValueError, skip: bool, notes: Counter, notify: Callable[[str], None]) -> None:
-    """Count and name an image that cannot be read; raise ValueError unless such images are to be skipped."""
-    if not skip:
-        raise ValueError(
-            f"{error}; mend or remove it, or pass --bad-text skip to leave such images out"
-        ) from None
-    notes["left out"] += 1
-    if notes["left out"] <= MOST_NAMED:
-        notify(f"skipped: {error}")
 
 
 def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarray:

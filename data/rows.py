@@ -55,7 +55,8 @@ class Dataset:
     summary: str = ""  # one line that describes the data
     text: str = ""  # a hash of the text alone, the same for every tokenizer; "" where there is no text
     guess: str = ""  # one line: how well a trivial guess does on the held-out part
-    unit: str = "tokens"  # what a run counts: a row is seq_len tokens, or one image
+    unit: str = "tokens"  # what a run counts: a row is seq_len tokens, one image, or some seconds of sound
+    units_per_row: float | None = None  # None: seq_len
     labels: tuple[str, ...] = ()  # the names of the classes, in the order of their numbers
 
 

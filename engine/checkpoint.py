@@ -2,7 +2,8 @@
 
 A run's checkpoint/ is a directory of
 
-    shard-*.safetensors  the weights and the optimizers' states; each rank writes its shards of them
+    shard-*.safetensors  the weights, the optimizers' states, with --ema the averages; each rank writes its
+                         shards of them
     state.json           the step, the flags of the run, the lengths of its logs
     checksums.json       SHA-256 of each of these
 
@@ -303,14 +304,15 @@ def save(run) -> None:
 
 
 def save_model(run, *directories: Path) -> None:
-    """Write the model of an engine.run.Run to directories, each completely or not at all. Called by all
-    ranks."""
-    parallel.update_unsharded(run.model, run.unsharded)
-    if parallel.rank() == 0:
-        for directory in directories:
-            directory.parent.mkdir(exist_ok=True)
-            with replace_directory(directory) as new:
-                run.save_model(new)
+    """Write the model of an engine.run.Run, with --ema its averages, to directories, each completely or not
+    at all. Called by all ranks."""
+    with run.averaged():
+        parallel.update_unsharded(run.model, run.unsharded)
+        if parallel.rank() == 0:
+            for directory in directories:
+                directory.parent.mkdir(exist_ok=True)
+                with replace_directory(directory) as new:
+                    run.save_model(new)
     parallel.barrier()
 
 
@@ -335,11 +337,14 @@ def named(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str,
 
 
 def tensors_of(run) -> dict[str, Tensor]:
-    """Return everything that training changes, by name: this rank's shards of weights and optimizer state."""
+    """Return everything that training changes, by name: this rank's shards of weights, of the optimizers'
+    states and, with --ema, of averages."""
     tensors = {f"model.{name}": w for name, w in run.state_dict().items()}
     for optimizer in run.optimizers:
         for name, p in named(run.model, optimizer):
             tensors |= {f"optimizer.{name}.{key}": t for key, t in optimizer.state[p].items()}
+    if run.averages is not None:
+        tensors |= {f"average.{name}": t for name, t in run.averages.tensors.items()}
     return tensors
 
 

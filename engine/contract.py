@@ -108,6 +108,7 @@ class ModelFile:
     Model: type[nn.Module]  # Model(config); .config; .flops_per_token(seq_len); save_ and from_pretrained
     SIZES: dict[str, Any]  # name: Config; the first is the default
     TASK: str = ""  # the default task; "": the file itself is it
+    KIND: str = "decoder"  # what it computes: a task fits the models of one kind, see `check_fit`
     fit: Callable[[Any, Dataset, int], Any] = fit
     after_step: Callable[[nn.Module, Tensor], None] = after_step
     n_active_params: Callable[[nn.Module], int] = n_active_params
@@ -165,6 +166,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def restore(module: nn.Module, directory: str) -> None:
+    """Copy into a module that `wrap` has made what the directory of --init-from holds beside the model:
+    nothing."""
+
+
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the model's own loss of a batch, and metrics: means over its targets, by name."""
     return model.loss(batch)
@@ -215,6 +221,7 @@ class Task:
     start_model: Callable[[Namespace], str | None] = start_model
     wrap: Callable[[nn.Module, Any], nn.Module] = wrap
     unwrap: Callable[[nn.Module], nn.Module] = unwrap
+    restore: Callable[[nn.Module, str], None] = restore
     loss: Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]] = loss
     count: Callable[[dict[str, Tensor]], int] = count
     split: Callable[[dict[str, Tensor], int, int], dict[str, Tensor]] = split
@@ -226,6 +233,7 @@ class Task:
     # train(run, log), a loop of the task's own, with the contract of train.py's `train`; None: that one
     train: Callable[[Any, Any], None] | None = None
     DATA: str = "stdlib"  # the default of --data
+    SIZE: str = ""  # the default of --size where the model has it; "": the model's first
     REFERENCE: bool = False  # the model of the start is kept beside the trained one: --resume compares it
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
@@ -280,6 +288,8 @@ def resolve(args: Namespace) -> Concept:
             raise ValueError(
                 f"--model {args.model}: a task; name the model too, as --model gpt --task {args.model}"
             )
+        if task not in (None, args.model):
+            raise ValueError(f"--model {args.model} --task {task}: two tasks; expected a model and a task")
         file, task = find(file.MODEL), args.model
 
     # The adapter, and the model in its base if --model is the short form.
@@ -362,7 +372,20 @@ def read_task(model_file: ModuleType, name: str | None) -> Task:
         files, flag = [find(name, "--task")], f"--task {name}"
     if not any("make_batch" in vars(file) for file in files):
         raise ValueError(f"{flag}: {files[-1].__name__} offers no task: it has no make_batch")
+    check_fit(model_file, files[-1], default)
     return read(Task, *files)
+
+
+def check_fit(model_file: ModuleType, task_file: ModuleType, default: str) -> None:
+    """Raise ValueError for a task that other models than this one can do: those of the kind of its own.
+
+    default: the model's default task, which fits.
+    """
+    own, task = (file.__name__.rpartition(".")[2] for file in (model_file, task_file))
+    its_model = task if "SIZES" in vars(task_file) else vars(task_file).get("MODEL", "gpt")
+    kind, expected = (vars(file).get("KIND", "decoder") for file in (model_file, find(its_model)))
+    if task != default and kind != expected:
+        raise ValueError(f"--task {task}: {own} is no {expected}; name a model like {its_model}")
 
 
 def find_adapter(name: str) -> ModuleType:

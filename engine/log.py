@@ -113,6 +113,11 @@ class Log:
             self.shown["mfu"] = f"{row['mfu']:.1%}"
         self.progress.show(**self.shown)
 
+    def evaluate(self, evaluate: Callable[[Run], dict[str, float]]) -> None:
+        """Evaluate the model, with --ema its averages, and log what is found. Called by all ranks."""
+        with self.run.averaged():
+            self.evaluation(evaluate(self.run))
+
     def evaluation(self, result: dict[str, float]) -> None:
         """Write an evaluation, what the model has to show, and the report. Called by all ranks."""
         run, out = self.run, self.run.args.out
@@ -182,7 +187,7 @@ def evaluate_and_save(run: Run, log: Log, evaluate: Callable[[Run], dict[str, fl
     overwritten.
     """
     if run.is_due(run.args.eval_every):
-        log.evaluation(evaluate(run))
+        log.evaluate(evaluate)
         if run.args.keep_best and log.n_since_lowest == 0:
             save_model(run, run.args.out / "best")
         if log.patience_ends():

@@ -5,13 +5,14 @@
     weights      4 bytes per parameter: float32, whatever --dtype is
     gradients    4 bytes per parameter that learns
     optimizer    8 bytes per parameter that learns, AdamW's two moments; with Muon 4, see engine/optim.py
+    averages     4 bytes per parameter that learns, with --ema
     activations  what forward keeps for backward, see engine/activations.py; with autocast also a copy of each
                  matrix in 16 bits; with --checkpoint-activations the input of each block, and the rest of one
 
 The first three are the 16 bytes that ZeRO counts for Adam in mixed precision (Rajbhandari et al. 2020,
 section 3.1); its copies in 16 bits are made here when they are needed. With --parallel fsdp each of N
-processes holds ceil(rows / N) rows of every parameter, gradient and moment, and all weights of the block at
-work.
+processes holds ceil(rows / N) rows of every parameter, gradient, moment and average, and all weights of the
+block at work.
 
 During backward, gradients replace activations block by block, so the peak is the maximum over five moments:
 at the loss, in the last block, in the first block, at the embeddings, in the optimizer's update. With ddp, or
@@ -32,7 +33,11 @@ from torch import nn
 
 from engine import activations
 from engine.activations import Loss, Precision, count, reached_by_backward, stacks, unpacked_bytes
+from engine.contract import resolve
 from engine.optim import make_optimizers
+from engine.options import check_arguments, fill_defaults
+from engine.run import choose_weights, configure
+from engine.settings import task_settings
 
 MOMENTS = ("loss", "last block", "first block", "embeddings", "update")
 GPUS = (24, 40, 80, 141, 192)  # GB
@@ -111,12 +116,12 @@ def estimate(
     later = max(remaining, gradients)
     backward, at_end = max((b.backward for b in blocks), default=0), 0 if fsdp else 4 * loss.tied
 
-    first = blocks[0].kept if blocks else 0
     parts = {
         "weights": (weights,) * 5,
         "gradients": (remaining + loss.ready, in_last, later, later, gradients),
         "optimizer states": (states,) * 5,
-        "activations": (at_loss + loss.kept, at_loss + again, first, 0, 0),
+        **({"averages": (gradients,) * 5} if args.ema else {}),
+        "activations": (at_loss + loss.kept, at_loss + again, blocks[0].kept if blocks else 0, 0, 0),
         "temporary": (loss.temporary + released, backward, backward, at_end, copies),
     }
     if fsdp:
@@ -232,3 +237,28 @@ def advice(model: nn.Module, args: Namespace, n_processes: int, total: int, **fu
             )
             lines.append(f"{reduced / 1e9:9.2f} GB with {flags}")
     return lines
+
+
+def plan(args: Namespace) -> str:
+    """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
+
+    It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
+    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU.
+    """
+    check_arguments(args)
+    concept = resolve(args)
+    fill_defaults(args, concept)
+    args.dtype = args.dtype or "bfloat16"
+    model, config = configure(concept, args)
+    if model is None:
+        with torch.device("meta"):
+            model = concept.model_file.Model(config)
+    choose_weights(concept, model, args)
+    settings = task_settings(concept, model.config, args.set)
+
+    # What the concept's files add to the estimate.
+    functions = {"mlp_bytes": concept.model_file.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
+    if concept.adapter is not None:
+        functions["adapter_bytes"] = concept.adapter.adapter_bytes
+    of_concept = {name: function for name, function in functions.items() if function is not None}
+    return describe(model, args, args.dry_run, config=settings, **of_concept)

@@ -58,7 +58,7 @@ def add_what(group) -> None:
         type=command.filled,
         help=f"the concept's file, always needed: {', '.join(contract.names())}",
     )
-    add("--size", help="a size that the model's file names, see `python gpt.py` (default: its first)")
+    add("--size", help="a size in the model's file, see `python gpt.py` (default: the task's, or the first)")
     add("--task", help="what is asked, a file's name such as masking or instruct (default: the model's own)")
     add(
         "--adapter",
@@ -100,13 +100,14 @@ def add_data(group) -> None:
         ".txt .md .py .jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
         f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
         "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py; for "
-        "vit and mae images: glyphs, or a folder, see data/images.py",
+        "vit, mae and igpt images: glyphs, or a folder, see data/images.py; for spectrogram sounds: notes, "
+        "or a folder, see data/sounds.py",
     )
     add(
         "--val",
         type=command.filled,
         metavar="WHAT",
-        help="held-out text, conversations or images, as for --data (default: a share of --data)",
+        help="held-out text, conversations, images or sounds, as for --data (default: a share of --data)",
     )
     add(
         "--text-field",
@@ -174,6 +175,13 @@ def add_how(group) -> None:
         type=float,
         default=0.1,
         help="share of a matrix that one update subtracts, times the learning rate (default %(default)s)",
+    )
+    add(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="evaluate and save an exponential moving average of the weights, of which an update keeps this "
+        "share, as 0.999 (default: no average, the weights themselves)",
     )
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 for none (default 1)")
     add("--seed", type=int, default=0, help="start of all random numbers (default 0)")
@@ -287,6 +295,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
     if args.seed >= 1 << 31:  # 32 bits of a batch's seed count the batches
         raise ValueError(f"--seed {args.seed}: expected less than {1 << 31}")
+    if args.cache.is_file():
+        raise ValueError(f"--cache {args.cache}: a file; expected a folder, or the name of a new one")
+    if args.ema is not None and not 0 < args.ema < 1:
+        raise ValueError(f"--ema {args.ema}: expected more than 0 and less than 1, such as 0.999")
     if args.mup and args.lr is None:
         raise ValueError(f"--mup {args.mup}: needs --lr, the learning rate that was found at this width")
     if args.init_from and (args.size or args.base):
@@ -308,8 +320,11 @@ def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     if concept.task.train is not None and (args.benchmark or args.profile):
         flag = "--benchmark" if args.benchmark else "--profile"
         raise ValueError(f"{flag}: {concept.task.name} has a loop of its own, which it does not time")
+    if concept.task.train is not None and args.ema:
+        raise ValueError(f"--ema: {concept.task.name} has a loop of its own, which averages no weights")
     if args.size is None and not (args.init_from or args.base):
-        args.size = next(iter(concept.model_file.SIZES))
+        sizes = concept.model_file.SIZES
+        args.size = concept.task.SIZE if concept.task.SIZE in sizes else next(iter(sizes))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
     args.optimizer = args.optimizer or concept.task.OPTIMIZER
     args.batch_size = args.batch_size or concept.task.BATCH_SIZE

@@ -166,6 +166,30 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+class GatherWithGradient(torch.autograd.Function):
+    """The concatenation of the ranks' tensors. Every rank's loss depends on the tensor of each rank, so its
+    gradient is the sum of what the ranks' losses contribute."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous()).chunk(world_size())[rank()]
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """Return the tensors x (n, ...) of all ranks, of equal shapes, one after the other. In one process it is
+    x itself.
+
+    With the mean of the ranks' gradients, the gradients are those of the mean of the ranks' losses.
+    """
+    return GatherWithGradient.apply(x) if dist.is_initialized() else x
+
+
 class Objective(nn.Module):
     """A model and the loss of its task as one module, whose forward pass is what DDP and FSDP hook into."""
 
@@ -263,6 +287,11 @@ def sync_gradients(synced_module: nn.Module, enabled: bool) -> None:
 def unshard(x: Tensor) -> Tensor:
     """Return x itself, or if it is sharded its whole content on every rank."""
     return x.full_tensor() if is_sharded(x) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """Return x itself, or if it is sharded this rank's shard, which shares its memory."""
+    return x.to_local() if is_sharded(x) else x
 
 
 def is_sharded(x: Tensor) -> bool:

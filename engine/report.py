@@ -49,7 +49,7 @@ def describe_run(
     n_active: int,
     n_trained: int,
     steps: int,
-    units_per_step: int,
+    units_per_step: float,
     epochs: float,
     flops: float,
     device: str,
@@ -75,7 +75,7 @@ def describe_run(
         f"model  {model}, {n_params:,} parameters{part}",
         f"data   {data}",
         *([f"guess  {guess}"] if guess else []),
-        f"run    {steps:,} steps of {units_per_step:,} {unit}: {n_units:,}, {epochs:.2f} epochs",
+        f"run    {steps:,} steps of {units_per_step:,.10g} {unit}: {n_units:,.10g}, {epochs:.2f} epochs",
         f"cost   {flops:.2e} FLOPs{per_parameter if n_trained == n_params else ''}",
         f"here   {device}, {f'about {minutes:.1f} min ' if minutes is not None else ''}from step {step}",
     ]

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from data.rows import Dataset
 from engine import checkpoint, contract, cpu, optim, parallel, trainable
+from engine.averages import Averages
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
@@ -73,6 +74,10 @@ class Run:
     seconds: float = 0.0  # spent on them
     skipped: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # in all, in a row
     signal: int = 0  # the number of the last signal received, 0 for none
+    averages: Averages | None = field(init=False)  # of the weights; None without --ema
+
+    def __post_init__(self):
+        self.averages = Averages(self.model, self.args.ema) if self.args.ema else None
 
     @property
     def n_skipped(self) -> int:
@@ -85,9 +90,10 @@ class Run:
         return int(self.skipped[1])
 
     @property
-    def units_per_step(self) -> int:
+    def units_per_step(self) -> float:
         """Return how many tokens, or other units of the data set such as images, one update reads."""
-        return self.args.batch_size * self.args.grad_accum * self.args.seq_len
+        per_row = self.dataset.units_per_row or self.args.seq_len
+        return self.args.batch_size * self.args.grad_accum * per_row
 
     @property
     def flops_per_token(self) -> int:
@@ -109,6 +115,10 @@ class Run:
         """
         enabled = self.args.dtype == "bfloat16" and self.args.parallel != "fsdp"
         return torch.autocast(self.args.device, dtype=torch.bfloat16, enabled=enabled)
+
+    def averaged(self) -> AbstractContextManager:
+        """Return the context in which the model has its averaged weights, where --ema keeps them."""
+        return nullcontext() if self.averages is None else self.averages.in_place()
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the steps that are left; raise Interrupted on all ranks after a signal."""
@@ -191,7 +201,7 @@ def prepare(args: argparse.Namespace) -> Run:
 
     # What the task asks of it.
     settings = task_settings(concept, model.config, args.set)
-    objective = parallel.Objective(concept.task.wrap(model, settings), concept.task.loss)
+    objective = wrap(concept, model, settings, args, is_new=saved is None)
     batches = Batches(args, concept.task, settings, dataset)
     n_params, n_trained = count_parameters(objective.model)
     if concept.adapter is not None:  # a base in 4 bits has no parameters any more
@@ -229,6 +239,15 @@ def prepare(args: argparse.Namespace) -> Run:
     return run
 
 
+def wrap(concept: contract.Concept, model: nn.Module, settings, args, is_new: bool) -> parallel.Objective:
+    """Return the task's objective around the model, with what --init-from holds of it at the start."""
+    objective = parallel.Objective(concept.task.wrap(model, settings), concept.task.loss)
+    if args.init_from and is_new:
+        with redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
+            concept.task.restore(objective.model, concept.base or args.init_from)
+    return objective
+
+
 def check(args: argparse.Namespace) -> contract.Concept:
     """Check the flags, fill in their defaults, and return the files they name."""
     check_arguments(args)
@@ -250,6 +269,8 @@ def open_directory(out: Path) -> FileLock:
         raise ValueError(
             f"--out {out}: another run is writing to it; wait, or name another directory"
         ) from None
+    except FileExistsError:
+        raise ValueError(f"--out {out}: a file; expected a directory, or the name of a new one") from None
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written to ({error.strerror})") from None
     return lock
@@ -338,9 +359,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def start_from(model: nn.Module, weights: dict[str, Tensor], changes: list[str]) -> None:
-    """Copy pretrained weights into a model; a head that --set has added keeps its random ones."""
+    """Copy pretrained weights into a model. A head that --set has added, or made another size, keeps its new
+    ones."""
     places = model.state_dict()
-    for name, w in weights.items():
+    for name, w in list(weights.items()):
+        is_head = name.rpartition(".")[0].endswith(optim.HEADS)
+        if is_head and name in places and places[name].shape != w.shape:
+            del weights[name]
+            continue
         if name not in places or places[name].shape != w.shape:
             raise ValueError(f"--set {' '.join(changes)}: leaves no place for the checkpoint's {name}")
     model.load_state_dict(weights, strict=False)
@@ -411,8 +437,8 @@ def make_optimizers(
 def check_saving(run: Run, is_new: bool) -> None:
     """Raise ValueError if the disk lacks the room for checkpoints, or if no format can hold a new model."""
     free = shutil.disk_usage(run.args.out).free
-    # Three checkpoints, each of weights and two moments, while one is replaced; and model/.
-    needed = 4 * run.sizes.n_trained * (3 * 3 + 1)
+    # Three checkpoints, each of weights, two moments and averages, while one is replaced; and model/.
+    needed = 4 * run.sizes.n_trained * (3 * (3 + bool(run.args.ema)) + 1)
     if free < needed:
         raise ValueError(
             f"--out {run.args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
@@ -420,28 +446,3 @@ def check_saving(run: Run, is_new: bool) -> None:
     if is_new and run.is_first:
         with tempfile.TemporaryDirectory(dir=run.args.out) as aside:
             run.save_model(Path(aside))
-
-
-def plan(args: argparse.Namespace) -> str:
-    """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
-
-    It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
-    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU.
-    """
-    check_arguments(args)
-    concept = contract.resolve(args)
-    fill_defaults(args, concept)
-    args.dtype = args.dtype or "bfloat16"
-    model, config = configure(concept, args)
-    if model is None:
-        with torch.device("meta"):
-            model = concept.model_file.Model(config)
-    choose_weights(concept, model, args)
-    settings = task_settings(concept, model.config, args.set)
-    functions = {"mlp_bytes": concept.model_file.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
-    if concept.adapter is not None:
-        functions["adapter_bytes"] = concept.adapter.adapter_bytes
-    of_concept = {name: function for name, function in functions.items() if function is not None}
-    from engine import memory
-
-    return memory.describe(model, args, args.dry_run, config=settings, **of_concept)

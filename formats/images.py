@@ -90,11 +90,16 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if architecture == BARE:
         weights = {PREFIX + name: w for name, w in weights.items()}
     fields["readout"] = "pooler" if "vit.pooler.dense.weight" in weights else "class"
+    return fields | read_classes(hf, weights), weights
+
+
+def read_classes(hf: dict, weights: dict[str, Tensor]) -> dict:
+    """Return the fields "n_classes", by the classifier among the weights, and "labels" if they are named."""
     n_classes = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
     names = hf.get("id2label") or {}
     if n_classes and isinstance(names, dict) and set(names) == {str(i) for i in range(n_classes)}:
-        fields["labels"] = tuple(str(names[str(i)]) for i in range(n_classes))
-    return fields | {"n_classes": n_classes}, weights
+        return {"n_classes": n_classes, "labels": tuple(str(names[str(i)]) for i in range(n_classes))}
+    return {"n_classes": n_classes}
 
 
 def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
@@ -115,6 +120,11 @@ def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
         if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
             raise ValueError(f"{path}: image_{name} {values!r:.100}: expected a number for each channel")
     return {name: tuple(float(value) for value in values) for name, values in found.items()}
+
+
+def has_decoder(directory: str | Path) -> bool:
+    """Return whether directory holds a ViTMAEForPreTraining."""
+    return named_architecture(*read_config(directory)) == MAE
 
 
 def read_decoder(directory: str | Path) -> dict:
@@ -149,9 +159,22 @@ def config_of(config: Any) -> dict:
     hf = {key: fields[field] for key, field in FIELDS.items()}
     if config.positions == "learned":
         del hf["positions"]
-    hf["hidden_act"] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.mlp]
-    # Our models have no dropout. Without these keys, transformers 4 would train them further with its own.
-    return hf | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hf | activation(config)
+
+
+def activation(config: Any) -> dict:
+    """Return the keys of config.json for the activation and for dropout, of which our models have none.
+
+    Without the keys of dropout, transformers 4 would train a model further with its own.
+    """
+    name = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.mlp]
+    return {"hidden_act": name, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def class_names(labels: tuple[str, ...], n_classes: int) -> dict:
+    """Return the keys of config.json for the names of classes, LABEL_0 and so on where they do not fit."""
+    names = labels if len(labels) == n_classes else [f"LABEL_{i}" for i in range(n_classes)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
 def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...]) -> None:
@@ -171,9 +194,7 @@ def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...]) -> No
     if bare:
         weights = {name.removeprefix(PREFIX): w for name, w in weights.items()}
     else:
-        names = labels if len(labels) == config.n_classes else [f"LABEL_{i}" for i in range(config.n_classes)]
-        hf["id2label"] = dict(enumerate(names))
-        hf["label2id"] = {name: i for i, name in enumerate(names)}
+        hf |= class_names(labels, config.n_classes)
     write(directory, hf, weights)
     write_preprocessor(config, directory)
 

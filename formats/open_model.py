@@ -17,10 +17,12 @@ from formats import (
     disentangled_encoders,
     encoder_decoders,
     encoders,
+    image_decoders,
     images,
     mixtures,
     native,
     reward_models,
+    sounds,
 )
 from formats.config_json import named_architecture, read_config
 from formats.json_file import read_json
@@ -62,6 +64,10 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return encoder_decoders.CONCEPT
     if architecture in images.CONCEPTS:
         return images.CONCEPTS[architecture]
+    if architecture in sounds.CONCEPTS:
+        return sounds.CONCEPTS[architecture]
+    if architecture == image_decoders.ARCHITECTURE:
+        return image_decoders.CONCEPT
     if architecture in bart.ARCHITECTURES:
         return bart.CONCEPT
     if architecture in reward_models.CLASSES:
@@ -80,7 +86,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
-    known += images.CONCEPTS
+    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

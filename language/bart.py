@@ -40,7 +40,7 @@ from gpt import Norm
 from language import beam_search as writing
 from language import t5
 
-TASK = "denoising"
+TASK, KIND = "denoising", "encoder-decoder"
 
 
 @dataclass(frozen=True)

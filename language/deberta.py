@@ -44,7 +44,7 @@ from formats import command, disentangled_encoders
 from formats.config_values import check_values
 from language import encoder_inference
 
-TASK = "masking"
+TASK, KIND = "masking", "encoder"
 STEPS = 2700
 LEARNING_RATE = 0.25  # times the default rate of a decoder of this size, as for bert.py
 

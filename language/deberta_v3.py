@@ -82,6 +82,7 @@ def sized(name: str) -> Config:
     return Config(**shared | {"absolute": "none", "mlm_head": False})
 
 
+KIND = "detector of replaced tokens"
 SIZES = {name: sized(name) for name in deberta.SIZES if name == "tiny" or "v3-" in name}
 
 

@@ -84,6 +84,7 @@ def masks(config: Config) -> masking.Config:
     return masking.Config(config.masking, config.mask_rate)
 
 
+KIND = "detector of replaced tokens"
 SIZES = {  # all but tiny: Clark et al. 2020, table 6
     "tiny": Config(4, 4, 128, 512, 4096, 128, generator_size=0.5),
     "electra-small": Config(12, 4, 256, 1024, d_embedding=128),

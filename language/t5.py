@@ -44,7 +44,7 @@ from gpt import Norm
 from kernels import attention, gelu, linear_cross_entropy, products
 from language import beam_search
 
-TASK = "span_corruption"
+TASK, KIND = "span_corruption", "encoder-decoder"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import pytest
 from conftest import run_command
 from PIL import Image
 
+from data import notes
 from evaluation import stdlib_suite
 
 ROOT = Path(__file__).parents[1]
@@ -59,10 +60,16 @@ def small(command: list[str], n_steps: int) -> list[str]:
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
     for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
         data = pairs if task in command else data
-    if {"vit", "mae"} & set(command):
-        command = [word.replace("n_classes=62", "n_classes=2") for word in command]
-        data = [] if "--data" in command else ["--data", "photos"]
+    if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
+        data = []
+        if "--data" not in command:
+            command = [word.replace("n_classes=62", "n_classes=2") for word in command]
+            data = ["--data", "photos"]
         return [*command, *data, "--batch-size", "8", "--steps", str(n_steps), "--eval-every", "50"]
+    for model, examples in (("igpt", "photos"), ("spectrogram", "clips")):
+        if model in command:
+            data = [] if "--data" in command else ["--data", examples]
+            return [*command, *data, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
     if ON_THE_CHAIN & set(command):
         if "--init-from" not in command:  # by default they have data and a small model of their own
             return [*command, "--batch-size", "16", "--steps", str(n_steps)]
@@ -123,6 +130,11 @@ def fill(folder: Path) -> None:
         (folder / "photos" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(6):
             Image.new("RGB", (20, 16), (level, level + i, 3 * i)).save(folder / "photos" / kind / f"{i}.png")
+    for kind, note in (("cats", 60), ("dogs", 50)):
+        (folder / "clips" / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(3):
+            sound = notes.render(notes.Note("saw", "major", note, i), 8000, 16_000)
+            notes.write_wav(folder / "clips" / kind / f"{i}.wav", sound, 16_000)
     questions = [{"question": f"{i}?", "answer": f"{i}"} for i in range(40)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 

@@ -85,8 +85,10 @@ def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
 
 
 def loss_bytes(*_) -> dict[str, int]:
-    """Raise ValueError: --dry-run plans the memory of rows of tokens."""
-    raise ValueError("--dry-run: plans rows of tokens, and not yet images; --benchmark measures the memory")
+    """Raise ValueError: --dry-run plans the memory of rows of tokens alone."""
+    raise ValueError(
+        "--dry-run: plans rows of tokens, and not yet images or sounds; --benchmark measures the memory"
+    )
 
 
 @torch.no_grad()
@@ -99,18 +101,30 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     parts = [model(model.normalized(part.to(device))) for part in batch["images"].split(100)]
     predicted, targets = torch.cat(parts).argmax(-1).tolist(), batch["targets"].tolist()
 
-    # The picture: some of them, evenly spaced.
-    n_rows, n_columns = SHOWN
+    return show_labels(batch["images"], predicted, targets, dataset.labels, out, SHOWN)
+
+
+def show_labels(
+    images: Tensor,
+    predicted: list[int],
+    targets: list[int],
+    labels: tuple[str, ...],
+    out: Path,
+    shown: tuple[int, int],
+) -> str:
+    """Draw some of the images (n, C, H, W) with the labels predicted, green where they are right, and return
+    the most frequent confusions. shown: rows and columns of the picture."""
+    n_rows, n_columns = shown
     chosen = [i * len(targets) // (n_rows * n_columns) for i in range(n_rows * n_columns)]
     lines = [chosen[i : i + n_columns] for i in range(0, len(chosen), n_columns)]
     pictures.save(
         out,
-        [[batch["images"][i] for i in line] for line in lines],
-        [[dataset.labels[predicted[i]] for i in line] for line in lines],
+        [[images[i] for i in line] for line in lines],
+        [[labels[predicted[i]] for i in line] for line in lines],
         [[RIGHT if predicted[i] == targets[i] else WRONG for i in line] for line in lines],
     )
 
     wrong = Counter((t, p) for t, p in zip(targets, predicted, strict=True) if t != p)
     n_right = len(targets) - wrong.total()
-    taken = [f"{dataset.labels[t]} for {dataset.labels[p]} {n}x" for (t, p), n in wrong.most_common(12)]
+    taken = [f"{labels[t]} for {labels[p]} {n}x" for (t, p), n in wrong.most_common(12)]
     return f"{n_right} of {len(targets)} right; most often taken: {', '.join(taken) or 'none'}"

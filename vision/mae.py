@@ -42,8 +42,8 @@ from vision import vit
 from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
 from vision.vit import ViT, patches_of, sin_cos
 
-MODEL, DATA = "vit", "glyphs:all"
-OPTIMIZER, BATCH_SIZE, STEPS = "muon", 256, 600
+MODEL, SIZE, DATA = "vit", "tiny-4", "glyphs:dejavu"
+OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 1000
 LOSS, TOKEN_LOSS = "squared error", ""
 SHOWN = 12  # images of the picture
 
@@ -52,6 +52,7 @@ SHOWN = 12  # images of the picture
 class Config(Augmentation):
     """The decoder, and what is hidden. The defaults are the paper's, for ViT-B and larger."""
 
+    warp: float = 0.0  # without other views: every epoch hides other patches (table 1e: crops alone suffice)
     n_patches: int = 196  # N, of the model's config
     mask_rate: float = 0.75
     norm_pix: bool = False  # standardise each true patch
@@ -212,6 +213,22 @@ def wrap(model: ViT, config: Config) -> MAE:
 def unwrap(module: MAE) -> ViT:
     """Return the encoder."""
     return module.model
+
+
+def restore(module: MAE, directory: str) -> None:
+    """Copy the decoder in directory into the module. Where it has another shape, print so, and keep the new
+    one. A model without a decoder is an encoder alone, such as a classifier."""
+    if not images.has_decoder(directory):
+        return
+    saved = MAE.from_pretrained(directory)
+    for name in ("decoder_layers", "decoder_heads", "decoder_width", "decoder_ff"):
+        own, given = getattr(module.settings, name), getattr(saved.settings, name)
+        if own != given:
+            print(
+                f"the decoder in {directory} is left out: add --set {name}={given} to keep it (here: {own})"
+            )
+            return
+    module.decoder.load_state_dict(saved.decoder.state_dict())
 
 
 def load_data(args: Namespace, config: vit.Config) -> Dataset:

@@ -39,7 +39,7 @@ from formats import command, images
 from formats.config_values import check_values
 from kernels import attention
 
-TASK = "classify_images"
+TASK, KIND = "classify_images", "image encoder"
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Config:
 TI, S, B, L = (12, 3, 192, 768), (12, 6, 384, 1536), (12, 12, 768, 3072), (24, 16, 1024, 4096)
 SIZES = {
     "tiny": Config(4, 4, 128, 256, 32, 8, 1, 62),
+    "tiny-4": Config(4, 4, 128, 256, 32, 4, 1, 62),  # patches of 4 pixels: vision/mae.py hides them
     "ti-16": Config(*TI),  # Touvron et al. 2020, table 1; "s" too
     "s-16": Config(*S),
     "s-32": Config(*S, patch_size=32),
@@ -171,7 +172,7 @@ def initialize(module: nn.Module) -> None:
             p.zero_()
         elif p.ndim == 1 and "norm" in name:
             p.fill_(1.0)
-        elif name.endswith(("cls_token", "position_embeddings", "mask_token")):
+        elif name.endswith(("_token", "position_embeddings")):
             p.normal_(std=0.02)
         elif name.endswith("weight") and p.ndim in (2, 4):  # a patch's embedding is a matrix (D, C P P), too
             nn.init.xavier_uniform_(p.view(len(p), -1))

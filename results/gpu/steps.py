@@ -51,7 +51,7 @@ class Sizes:
     batches: tuple[int, int]  # in decoding
     configurations: int | None  # of an operation, in tuning; None: all
     rounds: int  # how often the sides of a comparison take turns
-    tests: tuple[str, ...]  # files with tests for a GPU; (): all of them
+    tests: tuple[str, ...]  # files with tests for a GPU, or parts of them; (): all of them
 
 
 def source_of(package: str) -> str:
@@ -61,7 +61,8 @@ def source_of(package: str) -> str:
 
 
 BF16 = ("--dtype", "bfloat16", "--compile")
-FP32 = ("--dtype", "float32", "--no-compile", "--seq-len", "16", "--batch-size", "2", "--size", "tiny")
+FLAGS = "--dtype float32 --no-compile --seq-len 16 --batch-size 2 --size tiny --set n_layers=1"
+FP32 = tuple(FLAGS.split())
 FULL = Sizes(
     device="cuda",
     data=source_of("transformers"),
@@ -114,7 +115,7 @@ TOY = Sizes(
     batches=(1, 2),
     configurations=2,
     rounds=1,
-    tests=("tests/kernels/test_rmsnorm.py",),
+    tests=("tests/kernels/test_rmsnorm.py::test_large",),
 )
 
 

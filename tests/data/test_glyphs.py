@@ -40,6 +40,16 @@ def test_held_out_are_whole_fonts():
     assert not {g.font for g in train} & {g.font for g in held}
 
 
+def test_fonts_are_held_out_of_few_labels_and_of_the_images_without_labels():
+    few, unseen = glyphs.choose("glyphs:few")
+    assert len(few) == 186 and unseen == glyphs.choose("glyphs:fonts")[1]
+    train, held = glyphs.choose("glyphs:dejavu")
+    fonts = {g.font for g in unseen}
+    assert not fonts & {g.font for g in train + held + few} and len(train) > 10_000
+    assert len(held) == (len(train) + len(held)) // 10 and not set(train) & set(held)
+    assert set(train + held) < set(glyphs.all_glyphs())
+
+
 def test_all_glyphs_are_letters_and_digits_that_their_font_really_has():
     train, held = glyphs.choose("glyphs:all")
     every = train + held

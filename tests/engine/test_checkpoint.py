@@ -58,16 +58,16 @@ def wait_for(path, process, text):
         time.sleep(0.01)
 
 
-def test_two_thousand_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_path):
+def test_four_hundred_steps_with_two_kills_equal_an_uninterrupted_run(text, tmp_path):
     config = replace(SMALL, n_layers=1)
 
     def start(out, **changes):
-        options = dict(steps=2000, batch_size=1, eval_every=500, save_every=190, log_every=5)
+        options = dict(steps=400, batch_size=1, eval_every=100, save_every=45, log_every=5)
         return forked(flags(text, tmp_path / out, optimizer="muon", **options | changes), config)
 
     whole = start("whole")
-    for kill_at in (320, 1210):
-        process = start("killed", resume=kill_at == 1210)
+    for kill_at in (80, 290):
+        process = start("killed", resume=kill_at == 290)
         wait_for(tmp_path / "killed" / "metrics.jsonl", process, f'"step": {kill_at}')
         process.send_signal(signal.SIGKILL)
         assert process.end() == -signal.SIGKILL

@@ -81,6 +81,7 @@ def pair(folder):
     for mode in MODES:
         run(f"compiled-{mode}", mode, "--compile", "--checkpoint-activations")
         run(f"told-{mode}", mode, steps=6, spoilt=(1, 2, "sigterm"))
+        run(f"averaged-{mode}", mode, "--ema", "0.9", steps=4)
     run("spoilt", "ddp", steps=3, spoilt=(1, 2, "nan"))
     run("alone", "ddp", "--eval-every", str(LONG), "--save-every", "20", steps=LONG)
     run("mistaken", "ddp", "--size", "huge", expected=2)
@@ -164,6 +165,19 @@ def test_compiled_and_computed_again_it_is_the_same(folder):
 def test_gradients_are_reduced_once_in_an_update(model, chain):
     """Three passes are timed; then come two updates of two passes each."""
     assert (chain / f"{model}-ddp-by-2" / "reduced").read_text() == "5"
+
+
+@pytest.mark.usefixtures("pair")
+def test_the_averages_of_two_processes_are_those_of_one(folder):
+    assert train.main(argv(folder, "gpt", folder / "averaged-one", "--ema", "0.9", steps=4)) == 0
+    one, plain = rows(folder / "averaged-one"), rows(folder / "gpt-one")
+    assert one[-1]["val_loss"] != plain[one.index(one[-1])]["val_loss"]
+    weights = load_file(folder / "averaged-one" / "model" / "model.safetensors")
+    for mode in MODES:
+        assert_close(one, rows(folder / f"averaged-{mode}"), loss=1e-5, val_loss=1e-5, grad_norm=1e-4)
+        many = load_file(folder / f"averaged-{mode}" / "model" / "model.safetensors")
+        for name, w in weights.items():
+            torch.testing.assert_close(many[name], w, rtol=1e-4, atol=1e-6)
 
 
 def test_a_damaged_shard_of_four_is_named_and_the_checkpoint_before_is_used(chain, tmp_path, capsys):

@@ -1,8 +1,26 @@
 """Points from CSV files."""
 
+import csv
+import os
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from scaling.points import read_points
+
+# The same examples at every run; FUZZ=1000 draws so many new ones.
+FUZZ = settings(
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ", 60)),
+    derandomize="FUZZ" not in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
+)
+NAMES = st.sampled_from(["N", "D", "loss", " Tokens ", "params", "flops", "C", "note", "", "n", "\ufeffN"])
+CELLS = st.sampled_from(
+    ["1e8", "2e9", "3.5", "0", "-1", "nan", "inf", "", "x", "1e400", " 7 ", "1_000", '"', "5"]
+)
 
 
 def test_reading_points(tmp_path):
@@ -29,3 +47,33 @@ def test_reading_points(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_points(path)
+
+
+def rows_of(names):
+    return st.tuples(st.just(names), st.lists(st.lists(CELLS, min_size=2, max_size=4), max_size=4))
+
+
+@FUZZ
+@given(
+    table=st.one_of(
+        st.lists(NAMES, min_size=1, max_size=4).flatmap(rows_of),
+        rows_of(["N", "D", "loss"]),
+        st.binary(max_size=60),
+    )
+)
+def test_any_table_is_read_to_the_last_number_or_refused_by_name(table, tmp_path):
+    path = tmp_path / "points.csv"
+    if isinstance(table, bytes):
+        path.write_bytes(table)
+    else:
+        path.write_text("\n".join(",".join(row) for row in [table[0], *table[1]]))
+    try:
+        N, D, L = read_points(path)
+    except ValueError as error:
+        assert "points.csv" in str(error) and "\n" not in str(error)
+        return
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header, *rows = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    assert len(rows) == len(N) == len(D) == len(L) and (N > 0).all() and (D > 0).all() and (L > 0).all()
+    losses = [float(row[[name.strip().lower() for name in header].index("loss")]) for row in rows]
+    assert losses == L.tolist()

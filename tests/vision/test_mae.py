@@ -175,6 +175,7 @@ def test_a_run_leaves_pictures_and_an_encoder_to_fine_tune(tmp_path, few_glyphs)
     assert not any("perplexity" in row for row in rows)
     assert {path.name for path in (tmp_path / "mae" / "pictures").iterdir()} == {"0.png", "2.png", "4.png"}
     assert (tmp_path / "mae" / "report.html").read_text().count("data:image/png;base64,") == 3
+    assert open_model(tmp_path / "mae" / "model").config.patch_size == 4  # by the task's own size
 
     # Resumed from the middle, it computes the same to the bit.
     half = [*flags, "--steps", "2", "--warmup", "0", "--schedule", "constant", "--out", tmp_path / "half"]
@@ -185,6 +186,14 @@ def test_a_run_leaves_pictures_and_an_encoder_to_fine_tune(tmp_path, few_glyphs)
     assert run_command("train.py", "--model", "mae", *whole).code == 0
     weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("half", "whole")]
     assert all(torch.equal(weights[0][name], w) for name, w in weights[1].items())
+
+    # A run that begins with a MAE has its decoder, too, unless it should have another shape.
+    start = ["--model", "mae", "--init-from", tmp_path / "mae" / "model", *flags[:-2], "--steps", "1"]
+    assert run_command("train.py", *start, "--out", tmp_path / "further").code == 0
+    again = [json.loads(line) for line in (tmp_path / "further" / "metrics.jsonl").read_text().splitlines()]
+    assert again[0]["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
+    ended = run_command("train.py", *start, "--set", "decoder_layers=1", "--out", tmp_path / "shallow")
+    assert ended.code == 0 and "add --set decoder_layers=2 to keep it (here: 1)" in ended.out
 
     # Its encoder learns to classify.
     fine = [

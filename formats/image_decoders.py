@@ -1,0 +1,94 @@
+"""Hugging Face checkpoints of models that write images: ImageGPTForCausalImageModeling.
+
+The weights are GPT-2's with another norm, so formats/decoders.py renames them. One more id than there are
+colours is read, the start of an image; the head has a row for each colour alone. The palette and the size of
+images are in preprocessor_config.json: colours of red, green and blue from -1 to 1. A palette of greys is
+written as colours whose three numbers are equal, and read back as greys.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from formats.config_json import INERT, damage_named, named_architecture, read_config, read_fields
+from formats.decoders import GPT2_FIELDS, from_gpt2, to_gpt2
+from formats.json_file import read_json, write_json
+from formats.safetensors_dir import assign, build, read_weights, write
+
+ARCHITECTURE = "ImageGPTForCausalImageModeling"
+CONCEPT = "vision.igpt"
+FIELDS = {key: field for key, field in GPT2_FIELDS.items() if field not in ("tie_embeddings", "eos_token_id")}
+# The values of absent keys: transformers leaves out what is its default.
+DEFAULTS = {
+    "n_layers": 24, "n_heads": 8, "d_model": 512, "vocab_size": 513, "max_seq_len": 1024, "norm_eps": 1e-5,
+}  # fmt: skip
+ONLY = {
+    "activation_function": ("quick_gelu",),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (False,),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "quantization_config": (None,),
+}
+
+
+def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights in directory; config is of config_kind, an `igpt.Config`.
+
+    Raises ValueError naming what is missing, damaged or not implemented.
+    """
+    path, hf = read_config(directory)
+    if named_architecture(path, hf) != ARCHITECTURE:
+        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {ARCHITECTURE}")
+    if hf.get("n_inner") is None:
+        hf["n_inner"] = 4 * (hf.get("n_embd") or DEFAULTS["d_model"])
+    with damage_named(path):
+        fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT | {"eos_token_id"})
+    fields |= read_palette(Path(directory), fields)
+    weights = from_gpt2(read_weights(directory))
+    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
+    assign(model, weights, directory)
+    return model
+
+
+def read_palette(directory: Path, fields: dict) -> dict:
+    """Return the fields "palette", "n_channels" and "image_size" by preprocessor_config.json.
+
+    Raises ValueError for a palette or a size that does not belong to the model, and where the file is
+    missing, without which ids mean nothing.
+    """
+    path = directory / "preprocessor_config.json"
+    hf = read_json(path)
+    n, colours, size = fields["vocab_size"] - 1, hf.get("clusters"), hf.get("size")
+    numbers = isinstance(colours, list) and all(
+        isinstance(colour, list) and len(colour) == 3 and all(isinstance(v, int | float) for v in colour)
+        for colour in colours
+    )
+    if not numbers or len(colours) != n:
+        raise ValueError(f"{path}: clusters {colours!r:.60}: expected {n} lists of red, green and blue")
+    if isinstance(size, dict):
+        size = [size.get("height"), size.get("width")]
+    if isinstance(size, int):
+        size = [size, size]
+    if not isinstance(size, list) or not all(isinstance(side, int) for side in size):
+        raise ValueError(f"{path}: size {hf.get('size')!r:.100}: expected a height and a width")
+    grey = all(colour[0] == colour[1] == colour[2] for colour in colours)
+    palette = tuple(tuple(map(float, colour[:1] if grey else colour)) for colour in colours)
+    return {"palette": palette, "n_channels": 1 if grey else 3, "image_size": tuple(size)}
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write an `igpt.ImageGPT`: config.json, model.safetensors and preprocessor_config.json."""
+    config = model.config
+    hf = {"architectures": [ARCHITECTURE], "model_type": "imagegpt"}
+    hf |= {key: getattr(config, field) for key, field in FIELDS.items()}
+    # Our models have no dropout; transformers' default of 0.1 would train them further with it.
+    hf |= {"activation_function": "quick_gelu", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    write(directory, hf | {"tie_word_embeddings": False}, to_gpt2(model.state_dict()))
+    height, width = config.image_size
+    content = {"image_processor_type": "ImageGPTImageProcessor", "do_resize": True, "do_normalize": True}
+    content |= {"do_color_quantize": True, "size": {"height": height, "width": width}}
+    colours = [list(colour) * (3 if config.n_channels == 1 else 1) for colour in config.palette]
+    write_json(Path(directory) / "preprocessor_config.json", content | {"clusters": colours})

@@ -1,0 +1,148 @@
+"""Images without labels: what four objectives learn from them, and what that is worth with few labels.
+
+    python -m results.pretext --out results/pretext.json                  about two hours of one core
+    python -m results.pretext --parts ratio --out results/masking.json    about an hour
+
+Parts, each with --seeds seeds:
+
+    encoders    the default runs of mae, maskfeat and simclr, and maskfeat with pixels as its target. All
+                learn from letters of twelve fonts. Measured: the held-out loss; a probe (logistic regression
+                on frozen features, and the nearest neighbour) on letters in nine fonts never seen; and
+                fine-tuning on 186 labels, tested on the same nine fonts, beside the same model from scratch
+    colorize    the default run, and the same network trained by squared error: how far from grey the balls
+                of the held-out landscapes are, and how far from the nearer of the two colours a ball can have
+    ratio       mae with 20 to 90 percent hidden, in runs of --steps updates: held-out error beside that of
+                the mean image, and fine-tuning
+
+Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
+after each run.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import train
+from data.images import prepare
+from data.rows import stack
+from engine import cpu
+from evaluation import probe
+from formats import command
+from formats.atomic import replace_file
+from formats.open_model import open_model
+from vision import colorize
+
+ENCODERS = {  # the flags of each, and the size of the model
+    "mae": (["--model", "mae"], "tiny-4"),
+    "maskfeat": (["--model", "maskfeat"], "tiny"),
+    "maskfeat, pixels": (["--model", "maskfeat", "--set", "target=pixels"], "tiny"),
+    "simclr": (["--model", "simclr"], "tiny"),
+}
+COLOURS = {"classes": [], "l2": ["--set", "objective=l2"]}
+RATIOS = (0.2, 0.4, 0.6, 0.75, 0.9)
+FINE_TUNING = ["--model", "vit", "--data", "glyphs:few", "--steps", "200", "--batch-size", "64"]
+N_PICTURES = 200  # held-out landscapes whose balls are measured
+
+
+def run(out: Path, seed: int, *flags: str) -> dict:
+    """Make a run of train.py in out, go on with one that was interrupted, or do nothing. Return the last row
+    of its held-out metrics."""
+    argv = [*flags, "--seed", str(seed), "--out", str(out)]
+    if not (out / "done").exists():
+        print("train.py", *argv, file=sys.stderr, flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        with (
+            open(out.with_suffix(".log"), "a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            code = train.main([*argv, *(["--resume"] if (out / "checkpoint").exists() else [])])
+        if code != 0:
+            raise ValueError(f"{out}: the run failed; see {out.with_suffix('.log')}")
+        (out / "done").touch()
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "val_loss" in row][-1]
+
+
+def fine_tuned(out: Path, seed: int, start: list[str]) -> float:
+    """Return how many of the letters in nine unseen fonts a ViT reads after training on 186 labels."""
+    return run(out, seed, *FINE_TUNING, *start)["val_accuracy"]
+
+
+def of_encoder(work: Path, name: str, seed: int) -> dict:
+    """Return the figures of one of ENCODERS from one seed."""
+    flags, size = ENCODERS[name]
+    out = work / f"{name.replace(', ', '-')}-{seed}"
+    figures = {"loss": run(out, seed, *flags)["val_loss"]}
+    start = ["--init-from", str(out / "model"), "--set", "n_classes=62"]
+    figures["fine-tuned"] = fine_tuned(out.with_name(f"{out.name}-few"), seed, start)
+    figures["from scratch"] = fine_tuned(work / f"scratch-{size}-{seed}", seed, ["--size", size])
+
+    # The probe, beside pixels and random weights.
+    encoder = probe.encoder_in(out / "model")
+    dataset = prepare("glyphs:fonts", encoder.config.size, work / "cache", channels=1)
+    with torch.no_grad():
+        found = probe.table(encoder, dataset.train, dataset.val, 1, seed)
+    return figures | {f"probe, {source}": values for source, values in found.items()}
+
+
+def of_colours(work: Path, name: str, seed: int) -> dict:
+    """Return the figures of one of COLOURS from one seed: of the colours that it gives to balls."""
+    out = work / f"colorize-{name}-{seed}"
+    last = run(out, seed, "--model", "colorize", *COLOURS[name])
+    figures = {"loss": last["val_loss"], "distance": last["val_distance"]}
+    model, dataset = open_model(out / "model").eval(), prepare("landscapes", (32, 32), work / "cache")
+    lab = colorize.rgb_to_lab(stack([dataset.val[i] for i in range(N_PICTURES)])["image"] / 255)
+    true = lab[:, 1:, :: colorize.STRIDE, :: colorize.STRIDE]
+    with torch.no_grad():
+        output = model(lab[:, :1])
+    ways = {"squared error": 1.0} if name == "l2" else {"mean": 1.0, "annealed mean": None, "mode": 0.0}
+    for way, temperature in ways.items():
+        figures[way] = colorize.on_balls(model.colours(output, temperature), true)._asdict()
+    return figures
+
+
+def of_ratio(work: Path, ratio: float, seed: int, steps: int) -> dict:
+    """Return the figures of mae with this share hidden."""
+    out = work / f"mae-{ratio}-{seed}"
+    flags = ["--model", "mae", "--steps", str(steps), "--set", f"mask_rate={ratio}"]
+    figures = {"loss": run(out, seed, *flags)["val_loss"]}
+    start = ["--init-from", str(out / "model"), "--set", "n_classes=62"]
+    return figures | {"fine-tuned": fine_tuned(out.with_name(f"{out.name}-few"), seed, start)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=command.path, required=True, help="file for the figures")
+    add(
+        "--work", type=command.path, default=Path("runs/pretext"), help="folder of runs (default %(default)s)"
+    )
+    parts = ("encoders", "colorize", "ratio")
+    add("--parts", nargs="+", choices=parts, default=parts[:2], help="what to do (default encoders colorize)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
+    add("--steps", type=int, default=300, help="updates of the runs of ratio (default %(default)s)")
+    args = parser.parse_args(argv)
+
+    figures = {"cpu": cpu.name(), "torch": torch.__version__, "steps of ratio": args.steps}
+    for seed in args.seeds:
+        measures = {}
+        if "encoders" in args.parts:
+            measures |= {name: partial(of_encoder, args.work, name, seed) for name in ENCODERS}
+        if "colorize" in args.parts:
+            measures |= {f"colorize, {name}": partial(of_colours, args.work, name, seed) for name in COLOURS}
+        if "ratio" in args.parts:
+            measures |= {f"mae, {r:.0%}": partial(of_ratio, args.work, r, seed, args.steps) for r in RATIOS}
+        for name, measure in measures.items():
+            figures.setdefault(name, {})[str(seed)] = measure()
+            with replace_file(args.out) as new:
+                new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command.run(main)

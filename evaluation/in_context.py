@@ -17,7 +17,7 @@ head (Olsson et al. 2022), and so two layers: with one layer, the control, it sh
 change only what the trained model reads: the earlier symbols in another order, and chains of another prior,
 Dirichlet(alpha).
 
-    python -m evaluation.in_context                      one seed, about a minute and a half on a core
+    python -m evaluation.in_context                      one seed, two minutes on a core
     python -m results.prompting_studies in_context               three seeds, and the picture
 
 Shapes: B sequences, T predictions of each, V symbols, H heads, K head width.

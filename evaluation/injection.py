@@ -24,7 +24,7 @@ a second turn in delimiters that the attacker can type. StruQ with two attacks s
 has two figures, how often the answer is the injected one, and how often it is the right one: a model that
 answers nonsense under attack is not safe, and utility is what it gets right without an attack.
 
-    python -m evaluation.injection                      one seed
+    python -m evaluation.injection                      one seed, two minutes on a core
     python -m results.prompting_studies injection               three seeds: results/injection.json
 
 Shapes: B rows, T tokens.

@@ -20,7 +20,7 @@ The loss is over all that follows the question, the figure is the final answer a
 trained model's scratchpad is changed half-way, and the model goes on from there: does its answer follow what
 is written, or the swaps?
 
-    python -m evaluation.scratchpad                      one seed
+    python -m evaluation.scratchpad                      one seed, three minutes on a core
     python -m results.prompting_studies scratchpad               three seeds, and the picture
 
 Shapes: B games, n swaps, T tokens.

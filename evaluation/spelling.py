@@ -16,7 +16,7 @@ A second quirk belongs to prompts, and every model with byte pairs has it: token
 prompt that ends in one leaves the likely next tokens behind. `trailing_space` measures what that costs in
 nats, by the same text with the space at the end of the prompt or at the beginning of the answer.
 
-    python -m evaluation.spelling                              one seed, about two minutes on a core
+    python -m evaluation.spelling                              one seed, two minutes on a core
     python -m evaluation.spelling --model runs/gpt/model       the trailing space, for a trained model
     python -m results.prompting_studies spelling                       three seeds: results/spelling.json
 

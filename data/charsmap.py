@@ -8,19 +8,18 @@ a few exceptions, so that it does not depend on a version of Unicode. The table 
     the trie   units of 4 bytes
     the rest   the replacements, in UTF-8, each ended by a zero byte
 
-All nodes are in one array. From the node with the offset o, the byte c leads to the unit at o XOR c, if the
-unit has the label c. In a unit u:
+All nodes are in one array of units, and a node is known by the place o that its children are counted from.
+From it the byte c leads to the unit u at place p = o XOR c, if the label of u is c. In a unit u:
 
-    u & 0x800000FF                         the label; of a leaf, it is no byte
-    (u >> 10) << ((u & 0x200) >> 6)        the offset of its children, relative to the unit, by XOR
-    u & 0x100                              is the string up to here a key? Then the unit at the node's own
-                                           offset is a leaf, whose lowest 31 bits are the place of its
-                                           replacement
+    u & 0x800000FF                         the label; that of a leaf is no byte
+    (u >> 10) << ((u & 0x200) >> 6)        the offset d: the place that its own children are counted from is
+                                           p XOR d
+    u & 0x100                              not 0 if the bytes so far are a key. Then the unit at place p XOR d
+                                           is a leaf, whose lowest 31 bits are the place of the replacement
 """
 
 import base64
 import functools
-import itertools
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -28,16 +27,22 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import regex
 
-# From the bytes of a text to the keys that it begins with, the shortest first: their length and replacement.
+# A function from the bytes of a text to the keys with which it begins, the shortest first: for each one its
+# length in bytes and its replacement.
 Keys = Callable[[bytes], Iterator[tuple[int, str]]]
 LONGEST_KEY = 64  # bytes; the published maps have keys of at most 12
-# Printable ASCII, without a last character that a mark may follow; otherwise a grapheme.
+# Runs of printable ASCII, without a last character whose next one is not ASCII and may be a mark on it; every
+# other grapheme is alone. PLAIN finds these runs in bytes.
 GRAPHEMES = regex.compile(r"[ -~]+(?![^\x00-\x7f])|\X")
 PLAIN = re.compile(rb"[ -~]+(?![\x80-\xff])")
 
 
-def read_charsmap(blob: bytes) -> Keys:
-    """Return the search for keys in a character map. Raises ValueError if the map is damaged."""
+def read_charsmap(blob: bytes) -> tuple[Keys, bool]:
+    """Return the function that finds the keys of a character map, and True if there are plain keys: keys that
+    are one printable ASCII character, or begin with two.
+
+    Raises ValueError if the map is damaged.
+    """
     try:
         (size,) = struct.unpack_from("<I", blob)
         units = np.frombuffer(blob, "<u4", size // 4, offset=4)
@@ -55,7 +60,7 @@ def read_charsmap(blob: bytes) -> Keys:
         return (unit >> 10) << ((unit & 0x200) >> 6)
 
     def keys(text: bytes) -> Iterator[tuple[int, str]]:
-        """Walk through the trie by the bytes of a text, as long as they lead to a unit with their label."""
+        """Yield the keys with which a text begins: follow its bytes through the trie as far as they lead."""
         base = offset(table[0])
         for n, byte in enumerate(text[:LONGEST_KEY], 1):
             place = base ^ byte
@@ -66,7 +71,15 @@ def read_charsmap(blob: bytes) -> Keys:
                 start = table[base] & 0x7FFFFFFF
                 yield n, texts[start : texts.find(b"\0", start)].decode(errors="replace")
 
-    return keys
+    # The published maps have no plain keys, which spares a search in most text.
+    plain, has_plain_keys = range(0x20, 0x7F), False
+    for first in plain:
+        place = offset(table[0]) ^ first
+        if place < n_units and table[place] & 0x800000FF == first:
+            base = place ^ offset(table[place])
+            goes_on = any(base ^ b < n_units and table[base ^ b] & 0x800000FF == b for b in plain)
+            has_plain_keys |= goes_on or table[place] & 0x100 != 0
+    return keys, has_plain_keys
 
 
 def precompiled(part: dict) -> Callable[[str], str]:
@@ -74,16 +87,16 @@ def precompiled(part: dict) -> Callable[[str], str]:
 
     A grapheme of at most five bytes is replaced by what the table has for the shortest key that it begins
     with, so "\r\n" is one space. In longer ones, and in those without a key, each character is replaced. A
-    part that was read from a SentencePiece model is marked as "longest", and then follows `longest_first`.
+    part that was read from a SentencePiece model has the mark "longest" and becomes `longest_first`.
     Raises ValueError for a damaged map.
     """
     try:
         blob = base64.b64decode(part["precompiled_charsmap"], validate=True)
     except ValueError as error:
         raise ValueError(f"precompiled_charsmap is not base64 ({error}); download the file again") from None
-    keys = read_charsmap(blob)
+    keys, has_plain_keys = read_charsmap(blob)
     if part.get("longest"):
-        return longest_first(keys)
+        return longest_first(keys, has_plain_keys)
 
     def shortest(text: str) -> str | None:
         """Return the replacement of the shortest key that a text begins with, or None."""
@@ -109,21 +122,21 @@ def precompiled(part: dict) -> Callable[[str], str]:
     return normalized
 
 
-def longest_first(keys: Keys) -> Callable[[str], str]:
-    """Return the function that replaces the longest key at each place of a text, as SentencePiece does."""
+def longest_first(keys: Keys, has_plain_keys: bool) -> Callable[[str], str]:
+    """Return the function that replaces the longest key at each place of a text, as SentencePiece does.
+
+    keys, has_plain_keys: of `read_charsmap`.
+    """
 
     def longest(text: bytes) -> tuple[int, str] | None:
         """Return the longest key that a text begins with, or None."""
         return max(keys(text), default=None, key=lambda found: found[0])
 
-    # Does a key consist of printable ASCII? In the published maps none does, and such text is as it was.
-    pairs = [bytes(pair) for pair in itertools.product(range(0x20, 0x7F), repeat=2)]
-    has_plain_keys = any(next(keys(pair), None) for pair in pairs)
-
     def replace(text: str) -> str:
         """Return a text with its longest keys replaced, from left to right."""
-        raw, parts, done, at = text.encode(), [], 0, 0
+        raw, parts, done, at = text.encode(), [], 0, 0  # parts: the result for the first `done` bytes
         while at < len(raw):
+            # Without plain keys, printable ASCII stays as it is.
             plain = None if has_plain_keys else PLAIN.match(raw, at)
             found = longest(raw[at : at + LONGEST_KEY]) if plain is None else None
             if plain is not None:

@@ -1,16 +1,17 @@
 r"""Lattices: all segmentations of all words of a corpus, as arrays.
 
-A word of n characters has n + 1 nodes, the places between its characters, and an edge from node i to node j
-where the characters from i to j are a piece. A path from the first node to the last is a segmentation. With
-s(v) = log p(v) of the piece v on an edge, and sums over the edges v that end at node j and begin at i:
+A word of n characters has n + 1 nodes, the places before, between and behind its characters, and an edge from
+node i to node j where the characters from i to j are a piece. A path from the first node to the last is a
+segmentation. An edge from i to j with the piece v has the score s(v) = log p(v), and
 
-    forward      a(j) = log sum of exp(a(i) + s(v)),    a(first) = 0;   a(last) = log P(word)
-    share        q(v) = exp(a(i) + s(v) - a(j))         of the paths to j that use the edge, by probability
-    backward     g(last) = count of the word;           g(i) += g(j) q(v);   c(v) += g(j) q(v)
+    forward      a(j) = log of the sum of exp(a(i) + s(v)) over the edges to j
+                 a(first) = 0,   a(last) = log P(word)
+    share        q(edge) = exp(a(i) + s(v) - a(j)), the probability that a path to j comes by this edge
+    backward     g(last) = count of the word;   for each edge to j:   g(i) += g(j) q,   c(v) += g(j) q
 
 g is the expected number of paths through a node, and c that of the pieces: the gradient of the sum of
-count * log P(word). Viterbi's algorithm has a maximum in the place of the sum. A step of each treats one node
-of every word at once. data/unigram.py trains with these functions.
+count * log P(word) by s. Viterbi's algorithm has a maximum in the place of the sum. One step of either treats
+one node of every word at once. data/unigram.py trains with these functions.
 
 Shapes: N nodes of all words, W characters of the longest piece, V pieces.
 """
@@ -20,18 +21,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-UNKNOWN, NO_EDGE = -2, -1  # what is in Lattices.ends in the place of a piece
+# Instead of a piece, Lattices.ends may have these numbers. As indices they are the last two of V + 2 scores.
+UNKNOWN, NO_EDGE = -2, -1
 
 
 def substrings(text: np.ndarray, counts: np.ndarray, longest: int) -> Iterator[tuple]:
     """Yield for n = 1, 2, ... the substrings of n characters that occur at least twice; for n = 1, all.
 
     text: (N,) characters as numbers, -1 between words. counts: (N,) how often the word at each place occurs.
-    Each item is (which, count, first): (N,) the number of the substring that begins at each place or -1, how
-    often each substring occurs, and the place where it is for the first time.
+    Each item is (which, count, first): the number of the substring that begins at each place, or -1, (N,);
+    for each substring, how often it occurs, and the first place at which it begins.
     """
     N, n_chars = len(text), int(text.max()) + 1
-    # A substring of n + 1 characters is one of n characters and the character behind it.
+    # A substring of n + 1 characters is one of n characters and the character behind it. Its key is made of
+    # the number of the former and that of the latter.
     keys = text
     for n in range(1, longest + 1):
         at = np.flatnonzero(keys >= 0)
@@ -51,13 +54,17 @@ def substrings(text: np.ndarray, counts: np.ndarray, longest: int) -> Iterator[t
 
 
 class Lattices:
-    """The lattices of all words. A piece is known by its number.
+    """The lattices of all words, the longest word first. Pieces are numbers, 0 to V - 1.
 
     joined   all words, with a zero character behind each; its indices are the nodes
-    starts   (n_words,) the first node of each word; lengths, in characters, the longest first
+    inside   (N,) True for nodes with a character of their word before them: all but the first of each word
+    starts   (n_words,) the first node of each word
+    lengths  (n_words,) the characters of each word
     weights  (n_words,) how often each word occurs
-    ends     (N, W) the piece of j + 1 characters that ends at a node, or UNKNOWN, or NO_EDGE
-    place    (V,) a node at which each piece begins; size, its characters
+    ends     (N, W) in column j the piece of j + 1 characters that ends at a node, or UNKNOWN, or NO_EDGE
+    place    (V,) a node at which each piece begins
+    size     (V,) the characters of each piece
+    covers   (V,) the characters of the text in all occurrences of each piece; only for the first pieces
     """
 
     def __init__(self, words: Counter[str], n_seeds: int, longest: int) -> None:
@@ -68,10 +75,11 @@ class Lattices:
         self.lengths = np.array([len(word) for word in ordered])
         self.starts = np.concatenate(([0], np.cumsum(self.lengths + 1)[:-1]))
         self.weights = np.array([words[word] for word in ordered], float)
-        self.inside = np.ones(len(self.joined), bool)  # is a character in front of the node?
+        self.inside = np.ones(len(self.joined), bool)
         self.inside[self.starts] = False
 
-        # The substrings. One that always goes on in the same way is left out: the longer one is as frequent.
+        # The substrings. One that is always followed by the same character is left out: the longer one with
+        # this character is as frequent.
         text = np.frombuffer(self.joined.encode("utf-32-le"), np.uint32).astype(np.int64)
         text = np.where(text == 0, -1, text)
         levels = list(substrings(text, np.repeat(self.weights, self.lengths + 1), longest))
@@ -84,7 +92,7 @@ class Lattices:
             np.maximum.at(most, shorter[at], count[longer[at]])
             found[most == found] = 0
 
-        # The n_seeds of them.
+        # The n_seeds that cover most, after all single characters.
         size = np.concatenate([np.full(len(found), n) for n, found in enumerate(frequency, 1)])
         covers = np.concatenate(frequency) * size
         order = np.argsort(np.where(size == 1, -np.inf, -covers), kind="stable")
@@ -120,7 +128,7 @@ class Lattices:
         self.size, self.place = self.size[kept], self.place[kept]
 
     def steps(self) -> Iterator[np.ndarray]:
-        """Yield for each distance from the start, 1, 2, ..., the nodes of all words that are so long."""
+        """Yield for step 1, 2, ... the nodes behind so many characters, of all words that are so long."""
         n_longer = np.searchsorted(-self.lengths, -np.arange(1, self.lengths[0] + 1), side="right")
         for step, n in enumerate(n_longer, 1):
             yield self.starts[:n] + step
@@ -131,6 +139,7 @@ class Lattices:
 
         log_p: (V + 2,), of the pieces, of an unknown character, and minus infinity where there is no edge.
         """
+        # Forward: total is a, share is q of the edges to each node, by their length.
         N, W = self.ends.shape
         back = np.arange(1, W + 1)
         total, share, steps = np.zeros(N), np.zeros((N, W)), list(self.steps())
@@ -143,7 +152,7 @@ class Lattices:
             total[nodes] = (highest + np.log(sums))[:, 0]
             share[nodes, :n] = edges / sums
 
-        # Backward, from the last nodes.
+        # Backward, from the last nodes: through is g; share becomes g(j) q.
         last, through = self.starts + self.lengths, np.zeros(N)
         through[last] = self.weights
         for step, nodes in reversed(list(enumerate(steps, 1))):
@@ -156,6 +165,7 @@ class Lattices:
 
     def best_counts(self, log_p: np.ndarray) -> np.ndarray:
         """Return how often each piece occurs in the best segmentations of all words, (V,)."""
+        # The score of the best path to each node, and the column in `ends` of its last edge.
         N, W = self.ends.shape
         back = np.arange(1, W + 1)
         best, choice = np.zeros(N), np.zeros(N, np.int64)
@@ -179,9 +189,10 @@ class Lattices:
     def alternatives(self, log_p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the best segmentation of each piece into others: its score (V,), and its pieces (V, W).
 
-        The score is minus infinity where there is none. The last piece is the first in its row; behind them
-        is NO_EDGE.
+        The score is minus infinity where there is none. A row has the pieces from the last to the first, and
+        then NO_EDGE.
         """
+        # Viterbi's algorithm within each piece, at the place where it begins. Columns are characters of it.
         W, V = self.ends.shape[1], len(self.size)
         back = np.arange(1, W + 1)
         log_p = np.where(np.arange(V + 2) < V, log_p, -np.inf)  # no unknown characters
@@ -192,6 +203,7 @@ class Lattices:
             edges[self.size[some] == step, step - 1] = -np.inf  # the piece itself
             choice[some, step], best[some, step] = edges.argmax(1), edges.max(1)
 
+        # Follow the choices back, one part of every piece at a time.
         parts, at, rows = np.full((V, W), NO_EDGE), self.size.copy(), np.arange(V)
         for column in range(W):
             left = at > 0

@@ -3,9 +3,9 @@ r"""Normalizers: what happens to a text before it is cut into words.
 A tokenizer.json describes it as a *part*, an object with a type and settings; `normalizer` returns the
 function of a part. Examples, with the families that use them:
 
-    BERT, uncased      BertNormalizer: control characters vanish, Chinese characters stand alone, no accents,
-                       small letters
-    Qwen               NFC: an accent and its letter are one character
+    BERT, uncased      BertNormalizer: without control characters, spaces around Chinese characters, no
+                       accents, small letters
+    Qwen               NFC: a letter and its accent are one character
     T5                 Precompiled, of data/charsmap.py
     ALBERT             quotes replaced, NFKD, StripAccents, Lowercase, Precompiled
     DeBERTa v2, v3     Strip, Precompiled, Replace runs of spaces by one
@@ -77,7 +77,10 @@ def strip(part: dict) -> Normalizer:
 
 
 def bert(part: dict) -> Normalizer:
-    """Return BertNormalizer: the steps clean and fold of data/wordpiece.py, without any cutting."""
+    """Return BertNormalizer: the steps clean and fold of data/wordpiece.py, without cutting into words.
+
+    Raises ValueError for clean_text = false.
+    """
     chinese_chars, lower = part["handle_chinese_chars"], part["lowercase"]
     strips = lower if part["strip_accents"] is None else part["strip_accents"]
     if not part["clean_text"]:
@@ -94,7 +97,7 @@ def bert(part: dict) -> Normalizer:
 
 
 def sequence(part: dict) -> Normalizer:
-    """Return one normalizer after another."""
+    """Return the normalizer Sequence, which applies its normalizers one after another."""
     functions = [normalizer(inner) for inner in part["normalizers"]]
 
     def normalized(text: str) -> str:
@@ -122,7 +125,10 @@ NORMALIZERS: dict[str, Callable[[dict], Normalizer]] = {
 
 
 def maker(what: str, part: dict, table: dict[str, Callable]) -> Callable:
-    """Return the entry of a part's type. Raises ValueError, which names the type, if there is none."""
+    """Return the entry of a table for a part's type. Raises ValueError, which names the type, without one.
+
+    what: the kind of part in the message, such as "normalizer".
+    """
     if part["type"] not in table:
         kinds = ", ".join(table)
         raise ValueError(f"{what} {str(part['type'])[:100]!r} is not supported; expected one of {kinds}")
@@ -130,5 +136,6 @@ def maker(what: str, part: dict, table: dict[str, Callable]) -> Callable:
 
 
 def normalizer(part: dict | None) -> Normalizer:
-    """Return the function of a normalizer. Raises ValueError for a type or a setting that is missing here."""
+    """Return the function of a normalizer, or of None the identity. Raises ValueError for a type or a setting
+    that is not supported."""
     return maker("normalizer", part, NORMALIZERS)(part) if part else lambda text: text

@@ -1,10 +1,10 @@
-"""Tokenizers of the wild: whatever a tokenizer.json describes, part by part.
+"""Published tokenizers: whatever a tokenizer.json describes, part by part.
 
-Such a file is a list of parts, which a text passes in this order:
+Such a file is a list of parts. A text becomes tokens by these, in this order, and tokens a text by the last:
 
     added tokens      names that are found in a text before anything else: [MASK], <extra_id_0>, "\\n\\n"
-    normalizer        data/normalize.py: the text in one form, as accents, capitals, spaces go
-    pre-tokenizer     data/pre_tokenize.py: cut into words
+    normalizer        data/normalize.py: one form of accents, capitals and spaces
+    pre-tokenizer     data/pre_tokenize.py: from a text to its words
     model             BPE (data/merges.py), Unigram (data/unigram.py) or WordPiece: from a word to its tokens
     post-processor    the tokens around a text, [CLS] and [SEP] or <s>; here only in `begin_ids`
     decoder           data/piece_decoders.py: from tokens to text
@@ -44,18 +44,21 @@ SURROGATES = regex.compile("[\ud800-\udfff]")
 WORD = regex.compile(r"[\w\u200c\u200d]")
 SPACE = "▁"
 WORDS = regex.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
-LONGEST_KEPT = 100  # characters of a word whose ids are kept
+LONGEST_KEPT = 100  # characters of the longest word whose ids are kept in the cache
 
 
 def parts_of(part: dict | None, inner: str) -> list[dict]:
-    """Return a part, or the parts of a Sequence and of the Sequences in it, as a list."""
+    """Return a part as a list, or the parts of a Sequence and of the Sequences in it.
+
+    inner: the setting that holds the parts of a Sequence, such as "pretokenizers".
+    """
     if part and part["type"] == "Sequence":
         return [one for below in part[inner] for one in parts_of(below, inner)]
     return [part] if part else []
 
 
 def read_vocabulary(model: dict, kind: str | None) -> dict[str, int]:
-    """Return {piece: id} of a model. Raises ValueError for another kind, and for a piece with two ids."""
+    """Return {piece: id} of a model. Raises ValueError for an unknown kind, and for a piece with two ids."""
     if kind not in ("BPE", "Unigram", "WordPiece"):
         raise ValueError(f"model type {kind} is not supported; expected BPE, Unigram or WordPiece")
     if kind != "Unigram":
@@ -90,7 +93,7 @@ def check_vocabulary(vocab: dict[str, int], added: dict[str, int]) -> None:
 
 
 class Added:
-    """The added tokens that may be found in a text, and how: alone, with the spaces around them."""
+    """The search for added tokens in a text, which may have to stand alone or include spaces beside them."""
 
     def __init__(self, names: dict[str, dict]) -> None:
         """Prepare the search. names: {what to find: its entry in added_tokens}."""
@@ -106,6 +109,7 @@ class Added:
         end = 0
         for match in self.pattern.finditer(text):
             start, stop, token = match.start(), match.end(), self.names[match[0]]
+            # With single_word, a token within a longer word is not found.
             beside = text[start - 1 : start] + text[stop : stop + 1]
             if token.get("single_word") and WORD.search(beside):
                 continue
@@ -138,7 +142,8 @@ class Pipeline(SpecialTokens):
         Raises ValueError for a part, or a setting of a part, that is missing here, and for a vocabulary whose
         pieces are not text or share an id.
         """
-        # The vocabulary. Added tokens that are not special belong to it: they are found in any text.
+        # The vocabulary. Of the added tokens, the special ones and those with a role are found in a text only
+        # where the caller allows them; all others are found in any text, like pieces.
         self.file, self.eot, self.roles, model = file, eot, dict(roles), file["model"]
         kind = model.get("type", "BPE" if "merges" in model else None)
         self.vocab = read_vocabulary(model, kind)
@@ -158,7 +163,8 @@ class Pipeline(SpecialTokens):
         if kind == "BPE":
             covered = self.bytewise and all(BYTE_TO_CHAR[byte] in self.vocab for byte in UTF8_BYTES)
             self.model = byte_pairs(model, covered)
-            # A text that is one long word is cut where that changes nothing, so that words are found again.
+            # Where a text is one long word, it is cut at spaces if no merge goes across them. That changes no
+            # token, and the ids of the short words are found in the cache.
             if never_joins(model, SPACE) and all(p["type"] == "Metaspace" and not p["split"] for p in parts):
                 whole, cut = self.pre_tokenize, split(WORDS, "Isolated")
                 self.pre_tokenize = lambda words, at_start: cut(whole(words, at_start), at_start)
@@ -172,8 +178,8 @@ class Pipeline(SpecialTokens):
         self.pieces |= {token["id"]: token["content"] for token in added}
         self.n_vocab, self.eot_id = max(self.pieces) + 1, self.special_tokens[eot]
         self.around = read_around(file.get("post_processor"), self.special_tokens)
-        self.words: dict[str, list[int]] = {}
-        self.searches: dict[frozenset[str], tuple[Added, Added]] = {}
+        self.words: dict[str, list[int]] = {}  # the cache of `of_word`
+        self.searches: dict[frozenset[str], tuple[Added, Added]] = {}  # that of `search`
         content = [model, file.get("normalizer"), pre, added, eot]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self.decode(self.encode(PROBE, "all"))  # settings of a wrong type are errors here
@@ -197,12 +203,15 @@ class Pipeline(SpecialTokens):
     def begin_ids(self) -> list[int]:
         """Return the ids that stand in front of a prompt, such as Llama 2's <s>; often none.
 
-        Tokens that the file puts behind a text are left out: a prompt goes on.
+        Tokens that the file puts behind a text are left out, since a model continues the prompt.
         """
         return [self.special_tokens[name] for name in self.around[0]]
 
     def search(self, allowed: frozenset[str]) -> tuple[Added, Added]:
-        """Return the searches for added tokens before and after normalisation. allowed: the special ones."""
+        """Return the searches for added tokens in a text as it is, and in the normalised text.
+
+        allowed: the special tokens to look for. Others are always looked for.
+        """
         if allowed not in self.searches:
             tokens = [
                 token
@@ -221,6 +230,7 @@ class Pipeline(SpecialTokens):
         Text that spells a special token is encoded as text. Only the names in allowed_special (or "all")
         become special tokens, as all of them do in Hugging Face's tokenizers. Lone surrogates become U+FFFD.
         """
+        # Cut the text at added tokens, normalise what is between them, cut that at others, then into words.
         before, after = self.search(frozenset(self.allowed(allowed_special)))
         ids: list[int] = []
         for i, part in enumerate(before.split(SURROGATES.sub("\ufffd", text))):

@@ -1,31 +1,34 @@
-r"""The unigram model: a text is cut into the pieces that are together the most probable.
+r"""The unigram model: a word is cut into the pieces that are together the most probable.
 
 Byte-pair encoding joins pairs in a fixed order. The unigram model (Kudo 2018, arXiv:1804.10959; the default
 of SentencePiece, Kudo and Richardson 2018, arXiv:1808.06226) gives each piece v of its vocabulary a
-probability, and a segmentation of a word w the product of its pieces':
+probability p(v). The probability of a segmentation of a word w is the product of those of its pieces:
 
     P(v1 ... vk) = p(v1) ... p(vk),     sum over v of p(v) = 1
     best(w)      = argmax of P over all segmentations of w              Viterbi's algorithm
     P(w)         = sum of P over all segmentations of w                 the forward algorithm
 
-Training is expectation maximisation: the segmentations are hidden. It begins with all frequent substrings of
-the words and removes pieces until the vocabulary has its size. With n(w) the count of a word:
+Training is expectation maximisation (section 3.2), in which the segmentations are the hidden variables. It
+begins with all frequent substrings of the words and removes pieces until the vocabulary has its size. With
+n(w) the count of a word:
 
     E    c(v) = sum over words of n(w) E[number of v in w]  =  d/d log p(v) of  sum of n(w) log P(w)
-    M    log p(v) = digamma(c(v)) - digamma(sum of c)        c(v) < 1/2 is removed; a sparse prior (section 3)
+    M    log p(v) = digamma(c(v)) - digamma(sum of c), without pieces of c(v) < 1/2. This is SentencePiece's
+         sparse prior, from Liang and Klein's tutorial at ACL 2007; plain EM has log c(v) - log(sum of c)
     prune, after each two rounds, to 3/4 of the pieces: those stay whose removal would lower the likelihood
-           the most. A piece is then written as its best segmentation into others.
+           the most. A removed piece is then written as its best segmentation into others.
 
-A word is a lattice: its nodes are the places between characters, its edges the pieces. The lattices of all
-distinct words are arrays here, and one step of NumPy goes on by a character in all of them. No piece has
-characters of two scripts, such as a letter and a bracket, so words are cut there before they are counted.
+The segmentations of a word are the paths through a lattice: its nodes are the places between characters, its
+edges the pieces. data/lattices.py has those of all distinct words as arrays; a step of NumPy goes on by one
+character in all of them. No piece has characters of two scripts, such as a letter and a bracket, so words are
+cut there before they are counted.
 
-*Sampling* draws a segmentation with a probability proportional to P^alpha instead of the best, so that a
-model sees a word in several ways (*subword regularisation*, section 2.3).
+*Sampling* draws a segmentation with a probability proportional to P^alpha instead of taking the best, so that
+a model reads a word in several ways (*subword regularisation*, sections 2.1 and 3.3).
 
     python -m data.unigram FILE... --vocab-size 8000 --out my_tokenizer      learn one and look at it
 
-Shapes: N nodes of all words, W characters of the longest piece.
+Shapes: V pieces, W characters of the longest piece.
 """
 
 import math
@@ -53,13 +56,15 @@ ROUNDS = 2  # of E and M before each pruning
 SHRINK = 0.75  # the share of pieces that pruning leaves
 SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as in T5
 
-# Scripts whose characters may be in one piece. Japanese has three.
+# A piece has characters of only one of these scripts, or of the three of Japanese.
 SCRIPTS = (
     *("Latin", "Common", "Inherited", "Cyrillic", "Greek", "Arabic", "Hebrew", "Armenian", "Georgian"),
     *("Devanagari", "Bengali", "Gujarati", "Gurmukhi", "Kannada", "Malayalam", "Tamil", "Telugu", "Sinhala"),
     *("Hangul", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Ethiopic"),
 )
 JAPANESE = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]+"
+# The runs of one script in a word, each with the ▁ before it. If there are several ▁, all but the last are a
+# run of their own.
 RUNS = regex.compile(
     rf"{SPACE}+(?={SPACE})|{SPACE}?(?:{JAPANESE}|"
     + "|".join(rf"(?:(?![{SPACE}ー])\p{{Script={script}}})+" for script in SCRIPTS)
@@ -71,11 +76,11 @@ RUNS = regex.compile(
 
 
 def best_pieces(model: dict, hidden: Iterable[str]) -> Callable[[str], list[int]]:
-    """Return the function from a word to the ids of its best segmentation by a model of a tokenizer.json.
+    """Return the function from a word to the ids of its best segmentation by the "model" of a tokenizer.json.
 
-    hidden: pieces that no text spells, such as special tokens. A character that begins no piece becomes the
-    unknown token, as do those beside it, or with byte_fallback the tokens of its bytes. Raises ValueError for
-    a model without an unknown token, and for scores that are no numbers.
+    hidden: pieces that are not found in a text, such as special tokens. A run of characters without a piece
+    becomes one unknown token, or with byte_fallback the tokens of its bytes. Raises ValueError for a model
+    without an unknown token, and for scores that are not finite numbers.
     """
     vocab, unknown = model["vocab"], model["unk_id"]
     if not isinstance(unknown, int) or not 0 <= unknown < len(vocab):
@@ -86,9 +91,10 @@ def best_pieces(model: dict, hidden: Iterable[str]) -> Callable[[str], list[int]
     ids = {piece: i for i, (piece, _) in enumerate(vocab)}
     has_bytes = bool(model.get("byte_fallback"))
     of_unknown = byte_fallback(ids, unknown) if has_bytes else lambda text: [unknown]
-    lost = min(score for _, score in vocab) - UNKNOWN_PENALTY
+    unknown_score = min(score for _, score in vocab) - UNKNOWN_PENALTY
 
-    # Each piece with its score, and each beginning of a piece with None, so that a search ends early.
+    # Each piece with its score, and each text that only begins a piece with None. So the search for pieces
+    # from a character on ends as soon as a text is not in the table.
     hidden = {*hidden, vocab[unknown][0], *(BYTE_PIECES if has_bytes else ())}
     scores = {piece: float(score) for piece, score in vocab if piece not in hidden}
     beginnings = {piece[:end] for piece in scores for end in range(1, len(piece))}
@@ -97,7 +103,7 @@ def best_pieces(model: dict, hidden: Iterable[str]) -> Callable[[str], list[int]
     def encode(word: str) -> list[int]:
         """Return the ids of a word."""
         # The best segmentation of the first i characters: its score, where its last piece begins, and whether
-        # that is a piece at all.
+        # that is a piece (or an unknown character).
         n = len(word)
         best, begin, known = [0.0] + [-math.inf] * n, [0] * (n + 1), [True] * (n + 1)
         for start in range(n):
@@ -106,14 +112,14 @@ def best_pieces(model: dict, hidden: Iterable[str]) -> Callable[[str], list[int]
                 score = table.get(word[start:end], math.nan)
                 if score is None:
                     continue
-                if score != score:  # NaN: no piece begins so
+                if score != score:  # NaN: no piece begins with these characters
                     break
                 if so_far + score > best[end]:
                     best[end], begin[end], known[end] = so_far + score, start, True
-            if word[start] not in scores and so_far + lost > best[start + 1]:
-                best[start + 1], begin[start + 1], known[start + 1] = so_far + lost, start, False
+            if word[start] not in scores and so_far + unknown_score > best[start + 1]:
+                best[start + 1], begin[start + 1], known[start + 1] = so_far + unknown_score, start, False
 
-        # From the end to the beginning. Unknown characters side by side are one.
+        # Collect the pieces from the end to the beginning. Adjacent unknown characters are joined.
         tokens, end = [], n
         while end > 0:
             start = begin[end]
@@ -136,11 +142,13 @@ def sample_pieces(word: str, scores: dict[str, float], alpha: float, draw: rando
     makes all segmentations equally likely, infinity the best one certain. The forward algorithm sums over all
     segmentations of a beginning of the word; pieces are then drawn from the end (section 3.3 of the paper).
     """
-    lost = min(scores.values()) - UNKNOWN_PENALTY
+    unknown_score = min(scores.values()) - UNKNOWN_PENALTY
+    # total[i]: log of the sum over segmentations of the first i characters. edges: of the pieces that end at
+    # i + 1, where they begin, and their weights.
     total, edges = [0.0], []
     for end in range(1, len(word) + 1):
         starts = [i for i in range(max(0, end - LONGEST_PIECE), end) if i == end - 1 or word[i:end] in scores]
-        logs = [total[i] + alpha * scores.get(word[i:end], lost) for i in starts]
+        logs = [total[i] + alpha * scores.get(word[i:end], unknown_score) for i in starts]
         highest = max(logs)
         weights = [math.exp(value - highest) for value in logs]
         total.append(highest + math.log(sum(weights)))
@@ -169,14 +177,15 @@ def digamma(x: np.ndarray) -> np.ndarray:
 
 
 def with_unknown(log_p: np.ndarray) -> np.ndarray:
-    """Return log_p (V,) with the value of an unknown character and that of no edge, (V + 2,)."""
+    """Return log_p (V,) with two more values, (V + 2,): of an unknown character and of a missing edge. These
+    are at the indices lattices.UNKNOWN = -2 and NO_EDGE = -1."""
     return np.concatenate((log_p, [log_p.min() - UNKNOWN_PENALTY, -np.inf]))
 
 
 def em_round(lattices: Lattices, log_p: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the new log_p after the steps E and M, and the log-likelihood before them.
 
-    Pieces that are expected less than half a time are removed from the lattices.
+    Pieces with an expected count below 1/2 are removed from the lattices.
     """
     counts, likelihood = lattices.expected_counts(with_unknown(log_p))
     kept = np.flatnonzero(counts >= 0.5)
@@ -185,18 +194,19 @@ def em_round(lattices: Lattices, log_p: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def prune(lattices: Lattices, log_p: np.ndarray, least: int) -> np.ndarray:
-    """Remove a quarter of the pieces, but keep `least`, and return the log_p of the others.
+    """Remove a quarter of the pieces, but keep at least `least`, and return the log_p of those that stay.
 
-    A piece that is in no best segmentation, or is itself better written by others, is removed. One without an
-    alternative stays. For any other, the loss is how much the likelihood would fall, if its occurrences were
-    written by its alternative; those with the largest losses stay.
+    A piece that is in no best segmentation of a word is removed, and so is one whose alternative, its best
+    segmentation into other pieces, is more probable. A piece without an alternative stays. For the rest, the
+    loss is by how much the likelihood would fall if the alternative were written; the largest losses stay.
     """
     counts = lattices.best_counts(with_unknown(log_p))
     scores, parts = lattices.alternatives(with_unknown(log_p))
     alone = ~np.isfinite(scores)
     useful = (counts > 0) & (alone | (scores <= log_p))
 
-    # The likelihood of one occurrence, before and after.
+    # The log-likelihood of an occurrence of a piece v, before: log(c(v) / C), C = sum of c. After: the sum of
+    # log((c(u) + c(v)) / C') over its parts u, where C' = C + c(v) (number of parts - 1).
     with np.errstate(divide="ignore", invalid="ignore"):
         before = np.log(counts) - np.log(counts.sum())
         n_parts = (parts >= 0).sum(1)
@@ -218,12 +228,12 @@ def required(words: Counter[str], coverage: float) -> set[str]:
     for word, n in words.items():
         for char in word:
             counts[char] += n
-    wanted, chars = coverage * counts.total(), set()
+    left, chars = coverage * counts.total(), set()
     for char, n in counts.most_common():
-        if wanted <= 0:
+        if left <= 0:
             break
         chars.add(char)
-        wanted -= n
+        left -= n
     return chars
 
 
@@ -235,11 +245,11 @@ def learn_pieces(
     n_seeds: int = 1_000_000,
     progress: bool = False,
 ) -> list[tuple[str, float]]:
-    """Return n_pieces pieces with their log p, the most probable first: learned from words and their counts.
+    """Return n_pieces pieces with their log p, the most probable first, learned from words and their counts.
 
-    coverage: the share of the text whose characters are all pieces; rarer ones are unknown. n_seeds: pieces
-    to begin with. Raises ValueError if the words have more characters than there are to be pieces, or too few
-    substrings.
+    coverage: the share of the text that the characters in the vocabulary make up; rarer characters are
+    unknown. n_seeds: the number of pieces to begin with. Raises ValueError if the words have more than
+    n_pieces characters, or too few substrings.
     """
     # Cut the words into runs of one script, without rare characters.
     chars = required(words, coverage)
@@ -252,7 +262,7 @@ def learn_pieces(
                 runs[part] += n
     del runs[""]
 
-    # From many pieces to a tenth more than wanted.
+    # From many pieces to 1.1 n_pieces, or until nothing is removed any more.
     lattices = Lattices(runs, n_seeds, LONGEST_PIECE)
     log_p = np.log(lattices.covers / lattices.covers.sum())
     bar = progress_bar(desc="expectation maximisation", unit=" rounds", disable=not progress)
@@ -271,7 +281,8 @@ def learn_pieces(
             break
     bar.close()
 
-    # All required characters, then the most probable of the others. Those that were removed are improbable.
+    # All required characters, then the most probable of the other pieces. A required character that training
+    # removed gets a log p below all others.
     found = dict(zip(lattices.pieces(), log_p.tolist(), strict=True))
     removed = sorted(chars - found.keys())
     pieces = {char: min(found.values()) - 1e-4 * i for i, char in enumerate(removed)}
@@ -286,7 +297,7 @@ def learn_pieces(
 # --- a tokenizer
 
 
-def parts(lossless: bool) -> dict:
+def surroundings(lossless: bool) -> dict:
     """Return the normalizer, pre-tokenizer and decoder of a tokenizer.json for a learned vocabulary.
 
     lossless: keep every space and line break, as Gemma does. Otherwise text is prepared as T5's is: NFKC, and
@@ -318,10 +329,10 @@ def train_unigram(
     """Return the content of a tokenizer.json, with a unigram model learned from texts.
 
     vocab_size counts everything: <pad>, </s> and <unk> (ids 0, 1, 2), with byte_fallback 256 bytes, and the
-    pieces. lossless: see `parts`. Raises ValueError as `learn_pieces`.
+    pieces. lossless: see `surroundings`. Raises ValueError as `learn_pieces`, and for texts without a word.
     """
     # Count the words.
-    described = parts(lossless)
+    described = surroundings(lossless)
     normalize, cut = normalizer(described["normalizer"]), pre_tokenizer(described["pre_tokenizer"])
     words: Counter[str] = Counter()
     for text in progress_bar(texts, "counting words", unit=" texts", disable=not progress):
@@ -330,7 +341,7 @@ def train_unigram(
     if not words:
         raise ValueError("no text to learn from; give texts that are not empty")
 
-    # The model, and around a text what T5 has: </s> behind it.
+    # The model. The post-processor puts </s> behind a text, as in T5.
     first = [(name, 0.0) for name in SPECIAL] + [(name, 0.0) for name in BYTE_PIECES if byte_fallback]
     learned = learn_pieces(words, vocab_size - len(first), progress=progress)
     ids = {name: i for i, name in enumerate(SPECIAL)}

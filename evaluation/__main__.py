@@ -1,4 +1,7 @@
-"""One command that measures models: tasks in, figures with their errors, chance and dull baselines out.
+"""One command that measures models on tasks, and prints a table of figures.
+
+Beside each figure stand its standard error, the accuracy of random choices ("chance") and the best figure
+that a rule without a model reaches, such as always picking the longest choice.
 
     python -m evaluation runs/gpt/model                               the default tasks, see stdlib_suite.py
     python -m evaluation runs/gpt/model runs/moe/model --out all.json models side by side, compared in pairs
@@ -6,7 +9,8 @@
     python -m evaluation Qwen3-0.6B --tasks gsm8k_test.jsonl --shots 5 --shots-from gsm8k_train.jsonl
     python -m evaluation Qwen3-0.6B --tasks HumanEval.jsonl --samples 20 --temperature 0.8
 
-Weights are float32, and a model is refused whose figures would mean nothing because it looks at later tokens.
+Weights are float32. A model whose predictions depend on later tokens is refused, since its figures would mean
+nothing.
 """
 
 import argparse
@@ -46,7 +50,8 @@ from formats import command
 from formats.atomic import replace_file
 from formats.open_model import concept_of
 
-PRINTED = {"choice": ("acc", "acc_norm")}  # rules in the table; the JSON has all
+PRINTED = ("acc", "acc_norm")  # the rules of multiple choice in the table; the JSON has all
+NOT_SHARES = ("bits per byte", "perplexity", "matthews")  # rules whose figures are not printed in percent
 
 
 @dataclass
@@ -54,18 +59,18 @@ class Figure:
     """One figure of a model on a task."""
 
     task: str
-    rule: str
+    rule: str  # how items become a figure, such as "acc" or "pass@1"
     value: float
     error: float  # standard error; nan where there is none
-    n: int
-    chance: float = math.nan
-    baselines: dict[str, float] = field(default_factory=dict)  # rules without a model
+    n: int  # items
+    chance: float = math.nan  # the figure of random choices
+    baselines: dict[str, float] = field(default_factory=dict)  # figures of rules without a model
     n_cut: int = 0  # items whose beginning did not fit
-    per_item: list[float] = field(default_factory=list)
+    per_item: list[float] = field(default_factory=list)  # of which value is the mean; or empty
 
 
 def figure(task: str, rule: str, values: Sequence[float], groups: Sequence[str] = (), **more) -> Figure:
-    """Return the figure that is the mean of one value per item."""
+    """Return the figure that is the mean of one value per item; groups: see `standard_error`."""
     mean = sum(values) / len(values)
     return Figure(
         task, rule, mean, standard_error(values, groups), len(values), per_item=list(values), **more
@@ -76,6 +81,7 @@ def figure(task: str, rule: str, values: Sequence[float], groups: Sequence[str] 
 
 
 def choice_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
+    """Return the accuracy by each rule of multiple choice."""
     answers = answer_items(model, tokenizer, task.items, args.batch_size)
     more = {"chance": chance(task.items), "baselines": dull_baselines(task.items)}
     more["n_cut"] = sum(answer.n_cut > 0 for answer in answers)
@@ -84,17 +90,20 @@ def choice_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -
 
 
 def word_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
-    """Return LAMBADA's figures: how many words greedy decoding gets right, and exp(mean nats per word)."""
+    """Return LAMBADA's figures: the share of words that are likeliest, and exp(mean nats per word)."""
     max_len = model.config.max_seq_len
     rows = [rows_of(tokenizer, x.context, [x.delimiter + x.choices[0]], max_len)[0] for x in task.items]
     scores = log_likelihoods(model, rows, args.batch_size)
     n_cut, n = sum(row.n_cut > 0 for row in rows), len(rows)
     nats_per_word = -sum(score.log_p for score in scores) / n
-    perplexity = Figure(task.name, "perplexity", math.exp(min(nats_per_word, 700)), math.nan, n, n_cut=n_cut)
+    value = math.exp(min(nats_per_word, 700))  # exp(710) is beyond a float
+    perplexity = Figure(task.name, "perplexity", value, math.nan, n, n_cut=n_cut)
     return [figure(task.name, "acc", [float(x.is_greedy) for x in scores], n_cut=n_cut), perplexity]
 
 
 def question_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
+    """Return the share of right answers by each rule of `score_question`."""
+    # In GSM8K "####" stands before the number, behind several lines; other answers are one line.
     stops = QUESTION_STOPS if any("####" in item.answer for item in task.items) else ("\n",)
     prompts = [item.prompt for item in task.items]
     texts = write(model, tokenizer, prompts, stops, args.max_new_tokens, args.batch_size)
@@ -106,18 +115,23 @@ def question_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace)
 
 
 def program_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
+    """Return pass@1, and pass@10 and pass@100 where there are enough samples."""
     n = args.samples
     completions = write_programs(model, tokenizer, task.items, n, args.temperature, args.seed)
     passing = count_passing(task.items, completions)
     figures = []
-    for k in (k for k in (1, 10, 100) if k <= n):
-        values = [pass_at_k(n, c, k) for c in passing]
-        figures.append(figure(task.name, f"pass@{k}", values, baselines={"`pass`": 0.0}))
+    for k in (1, 10, 100):
+        if k <= n:
+            values = [pass_at_k(n, c, k) for c in passing]
+            figures.append(figure(task.name, f"pass@{k}", values, baselines={"`pass`": 0.0}))
     return figures
 
 
 def text_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
-    """Return bits per byte of texts, each behind the token that separates documents; see perplexity.py."""
+    """Return bits per byte of texts, each behind the token that separates documents; see perplexity.py.
+
+    Chance is 8: by random choice each of 256 bytes has probability 2^-8.
+    """
     device, total, n_bytes = next(model.parameters()).device, 0.0, 0
     for text in task.items:
         tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(text)], device=device)
@@ -137,7 +151,10 @@ FIGURES = {
 
 
 def glue_figures(directory: Path, tasks: Sequence[TaskFile], batch_size: int) -> list[Figure]:
-    """Return the figures of a classifier of texts on GLUE's tasks."""
+    """Return the figures of a classifier of texts on GLUE's tasks.
+
+    STS-B has no baseline, since the correlation with a constant is 0.
+    """
     from data.tokenizer import get_tokenizer
     from formats.open_model import open_model
 
@@ -156,10 +173,11 @@ def glue_figures(directory: Path, tasks: Sequence[TaskFile], batch_size: int) ->
 
 def evaluate(directory: Path, tasks: Sequence[TaskFile], args: argparse.Namespace) -> list[Figure]:
     """Return the figures of the model in a directory. Raises ValueError for tasks that do not fit it."""
+    # A classifier has GLUE's tasks, and a decoder all others.
     is_classifier = concept_of(directory) == "posttraining.classify"
     wrong = [task.name for task in tasks if (task.kind == "glue") != is_classifier]
     if wrong:
-        need = "a text classifier" if not is_classifier else "a decoder"
+        need = "a decoder" if is_classifier else "a text classifier"
         raise ValueError(f"{directory}: task {wrong[0]} needs {need}")
     if is_classifier:
         return glue_figures(directory, tasks, args.batch_size)
@@ -175,33 +193,41 @@ def evaluate(directory: Path, tasks: Sequence[TaskFile], args: argparse.Namespac
 # --- the table and the file
 
 
-def percent(value: float, rule: str) -> str:
+def as_text(value: float, rule: str) -> str:
+    """Return a figure as the table prints it: in percent where it is a share, "" for nan."""
     if math.isnan(value):
         return ""
-    return f"{value:.3f}" if rule in ("bits per byte", "perplexity", "matthews") else f"{100 * value:.1f}"
+    return f"{value:.3f}" if rule in NOT_SHARES else f"{100 * value:.1f}"
 
 
 def table(models: Sequence[Path], figures: Sequence[Sequence[Figure]]) -> list[str]:
-    """Return the lines of a table with a column per model: shares in percent, ± a standard error."""
-    heads = ["task", "figure", "n", "chance", "without a model", *map(str, models)]
-    rows = [heads]
+    """Return the lines of a table with a column per model: shares in percent, ± a standard error.
+
+    figures: the list of each model, all of the same tasks and rules in the same order.
+    """
+    rows = [["task", "figure", "n", "chance", "without a model", *map(str, models)]]
     for same in zip(*figures, strict=True):
+        # What is the same for all models: the task, the rule, and the best rule without a model.
         first = same[0]
-        if first.rule in RULES and first.rule not in PRINTED["choice"] and len(same[0].baselines) > 1:
+        if first.rule in RULES and first.rule not in PRINTED:
             continue
-        dull = max(first.baselines.items(), key=lambda x: x[1], default=("", math.nan))
-        cells = [first.task, first.rule, str(first.n), percent(first.chance, first.rule)]
-        cells.append(f"{percent(dull[1], first.rule)} {dull[0]}".strip())
+        name, best = max(first.baselines.items(), key=lambda x: x[1], default=("", math.nan))
+        cells = [first.task, first.rule, str(first.n), as_text(first.chance, first.rule)]
+        cells.append(f"{as_text(best, first.rule)} {name}".strip())
+
         for x in same:
-            error = "" if math.isnan(x.error) else f" ± {percent(x.error, x.rule)}"
-            cells.append(f"{percent(x.value, x.rule)}{error}{f' ({x.n_cut} cut)' if x.n_cut else ''}")
+            error = "" if math.isnan(x.error) else f" ± {as_text(x.error, x.rule)}"
+            cells.append(f"{as_text(x.value, x.rule)}{error}{f' ({x.n_cut} cut)' if x.n_cut else ''}")
         rows.append(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def comparisons(models: Sequence[Path], figures: Sequence[Sequence[Figure]]) -> list[dict]:
-    """Return how each further model differs from the first one on the same items; see `compare`."""
+    """Return how each further model differs from the first one on the same items; see `compare`.
+
+    Figures whose items are not either right or wrong are left out.
+    """
     found = []
     for model, others in zip(models[1:], figures[1:], strict=True):
         for a, b in zip(figures[0], others, strict=True):
@@ -222,7 +248,8 @@ def without_nan(value):
 
 
 def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
-    """Return the tasks of the flags. Raises ValueError for a file or a number that cannot be used."""
+    """Return the tasks that the flags name. Raises ValueError for a file or a number that cannot be used."""
+    # Numbers out of range.
     for flag in ("batch_size", "samples", "max_new_tokens", "limit"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
@@ -230,26 +257,29 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
         raise ValueError(f"--shots {args.shots}, --temperature {args.temperature}: expected at least 0")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError(f"--samples {args.samples}: equal at --temperature 0; expected more, such as 0.8")
+
+    # The default tasks have no examples in front. Examples are the first ones of another file, or are drawn
+    # from the task's own items.
     tasks = []
     for name in args.tasks:
-        found = suite(args.limit or 200, args.seed) if name == "stdlib" else [read(name)]
-        if name != "stdlib":
-            pool, seed = (
-                (read(args.shots_from).items, None) if args.shots_from else (found[0].items, args.seed)
-            )
-            found = [with_examples(found[0], pool, args.shots, seed)]
-        tasks += found
+        if name == "stdlib":
+            tasks += suite(args.limit or 200, args.seed)
+            continue
+        task = read(name)
+        pool = read(args.shots_from).items if args.shots_from else task.items
+        tasks.append(with_examples(task, pool, args.shots, None if args.shots_from else args.seed))
     tasks = [TaskFile(task.name, task.kind, task.items[: args.limit]) for task in tasks]
+
     if any(task.kind == "program" for task in tasks) and not args.unprotected:
-        open_doors = sandbox.lacking()
-        if open_doors:
+        lacking = sandbox.lacking()
+        if lacking:
             advice = "use a machine with Linux, or accept the risk by --unprotected"
-            raise ValueError(f"programs of a model would run with {'; '.join(open_doors)}; {advice}")
+            raise ValueError(f"programs of a model would run with {'; '.join(lacking)}; {advice}")
     return tasks
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = command.Parser(description="Measure models on tasks: figures, errors, chance, dull baselines.")
+    parser = command.Parser(description="Measure models on tasks, beside chance and rules without a model.")
     add = parser.add_argument
     add("models", nargs="+", type=command.path, metavar="MODEL", help="directories of models")
     files = "stdlib (default), or benchmark files, see evaluation/published.py"
@@ -259,10 +289,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pool = "file whose first K items are the examples (default: drawn from the task's other items)"
     add("--shots-from", type=command.filled, metavar="FILE", help=pool)
     add("--batch-size", type=int, default=16, metavar="ROWS", help="rows per pass (default %(default)s)")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer (default 256)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens of an answer to a question (default 256)",
+    )
     add("--samples", type=int, default=1, metavar="N", help="programs per problem, for pass@k (default 1)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="their temperature (default 0)")
-    add("--seed", type=int, default=0, metavar="N", help="start of all random numbers (default 0)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="temperature of these programs (default 0)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default 0)")
     add("--out", type=command.path, metavar="FILE", help="write all figures, also per item, as JSON")
     add("--unprotected", action="store_true", help="run programs even where the sandbox is incomplete")
     return parser.parse_args(argv)
@@ -273,12 +315,16 @@ def main(argv: list[str] | None = None) -> None:
     tasks = read_tasks(args)
     figures = [evaluate(directory, tasks, args) for directory in args.models]
     print("\n".join(table(args.models, figures)))
+
+    # Further models against the first one.
     compared = comparisons(args.models, figures)
     for row in compared:
         if row["rule"] in ("acc", "acc_norm", "exact_match", "strict", "pass@1"):
             difference = f"{100 * row['difference']:+.1f} ± {100 * row['standard_error']:.1f}"
             what = f"{row['model']} - {args.models[0]}: {row['task']} {row['rule']}"
             print(f"{what} {difference}, p {row['p']:.2g}")
+
+    # The JSON has one figure, or one comparison, on each line.
     if args.out:
         results = [
             {"model": str(model)} | asdict(x)

@@ -2,16 +2,18 @@
 arXiv:1804.07461).
 
     accuracy   share of right labels
-    F1         2 TP / (2 TP + FP + FN)                    of the positive class
+    F1         2 TP / (2 TP + FP + FN)                                          of label 1
     Matthews   (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))
-    Pearson    cov(x, y) / (std(x) std(y));    Spearman: the same of ranks, where ties share their mean rank
+    Pearson    cov(x, y) / (std(x) std(y))
+    Spearman   the same of the ranks of x and y, where equal values share their mean rank
 
-Where a denominator is 0, because a model gives every text the same answer, the figure is 0. The score of GLUE
-is the mean over its tasks; two metrics of a task are averaged first, and MNLI's two sets count as one task.
+TP are the true positives: texts with label 1 that the model gives label 1; FP, FN and TN likewise. Where a
+denominator is 0, because all answers are the same, the figure is 0. The score of GLUE is the mean over its
+tasks; two metrics of a task are averaged first, and MNLI's two sets (matched, mismatched) count as one task.
 
     python -m evaluation runs/classify/model --tasks SST-2/dev.tsv       a file of the published archive
     python -m evaluation runs/classify/model --tasks mrpc:val.parquet    or any file, with its task's name
-    python -m evaluation.glue                                            the tasks, and dull answers' figures
+    python -m evaluation.glue                          the tasks, and the figures of answers without a model
 
 Shapes: n texts of a batch, C labels.
 """
@@ -38,23 +40,26 @@ def accuracy(predicted: Sequence, true: Sequence) -> float:
 
 
 def counts(predicted: Sequence, true: Sequence, positive: str = "1") -> tuple[int, int, int, int]:
-    """Return how many are true positive, false positive, false negative, true negative."""
+    """Return the numbers of true positives, false positives, false negatives and true negatives."""
     pairs = [(p == positive, t == positive) for p, t in zip(predicted, true, strict=True)]
     return tuple(pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False)))
 
 
 def f1(predicted: Sequence, true: Sequence) -> float:
+    """Return F1 of label "1"."""
     tp, fp, fn, _ = counts(predicted, true)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 
 
 def matthews(predicted: Sequence, true: Sequence) -> float:
+    """Return Matthews' correlation of two lists of labels "0" and "1"."""
     tp, fp, fn, tn = counts(predicted, true)
     root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return (tp * tn - fp * fn) / root if root else 0.0
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the correlation of two lists of numbers."""
     x, y = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
     if x.min() == x.max() or y.min() == y.max():
         return 0.0
@@ -66,11 +71,12 @@ def ranks(x: Sequence[float]) -> list[float]:
     """Return the rank of each value, 1 for the smallest; equal values get the mean of their ranks."""
     x = torch.tensor(x, dtype=torch.float64)
     _, group, sizes = x.unique(return_inverse=True, return_counts=True)
-    last = sizes.cumsum(0)
+    last = sizes.cumsum(0)  # the largest rank of each group of equal values; last - sizes + 1 is the smallest
     return ((last - sizes + 1 + last) / 2)[group].tolist()
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the correlation of the ranks of two lists of numbers."""
     return pearson(ranks(x), ranks(y))
 
 
@@ -84,7 +90,7 @@ class GlueTask(NamedTuple):
     label: str
     metrics: tuple[Callable[[Sequence, Sequence], float], ...]
     folder: str  # in the published archive
-    names: tuple[str, ...] = ()  # of the labels 0, 1, 2, as Hugging Face numbers them
+    names: tuple[str, ...] = ()  # of the labels 0, 1, 2 of Hugging Face's files; the archive has the names
 
 
 MNLI = ("entailment", "neutral", "contradiction")
@@ -115,7 +121,7 @@ class Example(NamedTuple):
 
 
 def task_of(path: Path) -> str | None:
-    """Return the task whose folder of the archive a file lies in, else None."""
+    """Return the task that the folder of a file names, as in the published archive, else None."""
     folder = path.resolve().parent.name.lower()
     return next((name for name, task in TASKS.items() if folder in (name, task.folder.lower())), None)
 
@@ -123,22 +129,25 @@ def task_of(path: Path) -> str | None:
 def read_examples(path: Path, name: str) -> list[Example]:
     """Return the labelled examples of a file of task `name`.
 
-    Raises ValueError naming the file, and the record that is something else.
+    Raises ValueError for a file without examples and for a record without the texts or the label: the message
+    names the file and the record.
     """
     task, examples = TASKS[name], []
     records = list(read_records(path, str(path), refuse))
     if name == "cola" and records and "sentence" not in records[0][1]:
         records = headerless_cola(records)
+
     for place, record in records:
         record = {RENAMED.get(key, key): value for key, value in record.items()}
         missing = {*task.texts, task.label} - set(record)
         if missing:
             raise ValueError(f"{place}: no {', '.join(sorted(missing))}, which {task.folder} needs")
+        # Labels are the names where a task has names, else texts of numbers.
         label = str(record[task.label])
         if task.names and label.isdecimal() and int(label) < len(task.names):
             label = task.names[int(label)]
         if label in ("-1", "-"):
-            raise ValueError(f"{place}: has no label, as the test sets of GLUE; score the dev set")
+            raise ValueError(f"{place}: has no label, like the test sets of GLUE; score the dev set")
         examples.append(Example(tuple(str(record[key]) for key in task.texts), label))
     if not examples:
         raise ValueError(f"{path}: has no examples of {task.folder}")
@@ -146,7 +155,10 @@ def read_examples(path: Path, name: str) -> list[Example]:
 
 
 def headerless_cola(records: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """Return the records of the archive's CoLA: its columns are source, label, mark, sentence, unnamed."""
+    """Return the records of the archive's CoLA file, which does not name its columns.
+
+    They are the source, the label, the authors' mark and the sentence.
+    """
     names = ("source", "label", "mark", "sentence")
     rows = [(records[0][0], list(records[0][1]))]  # the first row was taken for the columns' names
     rows += [(place, list(record.values())) for place, record in records]
@@ -157,9 +169,10 @@ def headerless_cola(records: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 def token_row(tokenizer, texts: Sequence[str], model: nn.Module) -> tuple[list[int], list[int]]:
-    """Return token ids and segments of [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; RoBERTa's has [SEP] twice.
+    """Return token ids and segment ids of [CLS] a [SEP], or of [CLS] a [SEP] b [SEP].
 
-    Of texts that are too long the longer one loses its end, token by token.
+    RoBERTa has two [SEP] between a and b. Segment ids are 0, and from b on 1 where the model has segments. If
+    the texts are too long, the longer one loses its last token until they fit.
     """
     encoded, double = [tokenizer.encode(text) for text in texts], model.family == "roberta"
     n_special = 2 if len(texts) == 1 else 3 + double
@@ -175,7 +188,10 @@ def token_row(tokenizer, texts: Sequence[str], model: nn.Module) -> tuple[list[i
 
 @torch.no_grad()
 def logits_of(model: nn.Module, tokenizer, examples: Sequence[Example], batch_size: int) -> Tensor:
-    """Return the classifier's logits (len(examples), C); texts of a batch are packed without padding."""
+    """Return the classifier's logits (len(examples), C), in float32 on the CPU.
+
+    The texts of a batch are packed behind each other, without padding.
+    """
     model.eval()
     device, found = next(model.parameters()).device, []
     for first in progress_bar(range(0, len(examples), batch_size), "classifying", leave=False):
@@ -191,8 +207,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return {metric: value} of a classifier on the examples of a task.
 
-    The answer to STS-B is a number: the mean of the labels, which must be numbers, by the classifier's
-    probabilities. Raises ValueError for a classifier of other labels.
+    For STS-B the labels must be numbers, and the answer is their mean, weighted by the classifier's
+    probabilities. Raises ValueError for a classifier that has other labels than the task.
     """
     task, true = TASKS[name], [example.label for example in examples]
     logits = logits_of(model, tokenizer, examples, batch_size)
@@ -227,16 +243,18 @@ def score(figures: dict[str, dict[str, float]]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.Parser(description="Print the tasks of GLUE, and what dull answers get.").parse_args(argv)
-    true = ["1"] * 68 + ["0"] * 32
-    dull = {"always 1": ["1"] * 100, "always 0": ["0"] * 100, "right": true, "every other": ["1", "0"] * 50}
+    description = "Print the tasks of GLUE, and the figures of answers without a model."
+    command.Parser(description=description).parse_args(argv)
     for name, task in TASKS.items():
         metrics = ", ".join(metric.__name__ for metric in task.metrics)
         print(f"{name:6} {task.folder:6} {' + '.join(task.texts):24} {metrics}")
+
     print("\nof 100 pairs, 68 of them equal as in MRPC:")
-    for answer, predicted in dull.items():
+    true = ["1"] * 68 + ["0"] * 32
+    answers = {"always 1": ["1"] * 100, "always 0": ["0"] * 100, "right": true, "1, 0, 1, 0": ["1", "0"] * 50}
+    for name, predicted in answers.items():
         found = [f"{metric.__name__} {metric(predicted, true):.3f}" for metric in (accuracy, f1, matthews)]
-        print(f"  {answer:12} {'   '.join(found)}")
+        print(f"  {name:12} {'   '.join(found)}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """The inside of sandbox.py: a process that gives up its rights, then runs a program or its tests.
 
+What it can do afterwards:
+
     files       opened for reading only; nothing is written, created, renamed or removed
     processes   neither a new process nor a thread; no signal to any process
     network     no socket
-    memory, CPU time, size of a file                                  setrlimit(2)
+    memory, CPU time, size of a file      up to a limit: setrlimit(2)
     root        becomes the user `nobody`, or keeps none of root's capabilities
 
 On Linux the first three are a filter of system calls (seccomp(2), mode filter), which needs no rights and
-works in containers too. It is a list of the calls that a program needs which only computes; every other call,
-those of future kernels included, fails with PermissionError. A process cannot undo any of this.
+works in containers, too. It allows the calls of a program that only computes; every other call, those of
+future kernels included, fails with PermissionError. A process cannot undo any of this.
 
-Two processes run here, with the same limits, and talk through pipes in lines of JSON:
+sandbox.py starts two such processes with the same limits, which exchange lines of JSON through pipes:
 
     the program   is executed, then answers calls: {"call": f, ...} -> {"value": ...} or {"raise": ...}
-    the tests     are executed, with a function in place of each function of the program; behind the last
-                  assertion they write the nonce, which sandbox.py gave to them alone
+    the tests     are executed, with a stand-in for the function that they test; behind the last assertion
+                  their process writes the nonce, which it alone was given
 
 So the tests compare plain values (numbers, strings, lists ...) in a process that the program cannot reach.
 What a program does to its own interpreter (leave it, patch it, or return an object that equals everything)
@@ -39,8 +41,8 @@ NOBODY = 65534  # the user and the group without rights
 
 # The architecture's number in a filter (linux/audit.h), and its column in CALLS.
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1), "riscv64": (0xC00000F3, 1)}
-# The numbers of the system calls that are always allowed, on x86-64 and on the architectures that share
-# Linux's generic table; None where a call is missing.
+# The numbers of the system calls that are allowed whatever their arguments: on x86-64, and on the
+# architectures that share Linux's generic table. None where a call is missing.
 CALLS = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
     "lstat": (6, None), "poll": (7, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
@@ -58,9 +60,11 @@ CALLS = {
     "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
     "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291), "faccessat2": (439, 439),
 }  # fmt: skip
-OPEN, OPENAT, FCNTL = (2, None), (257, 56), (72, 25)  # allowed with some arguments only
+OPEN, OPENAT, FCNTL = (2, None), (257, 56), (72, 25)  # numbers of the calls that some arguments forbid
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)  # duplicate; flags. Not F_SETOWN, by which a pipe sends signals
+# To duplicate a descriptor (0, 1030), and to read and write flags (1 to 4). Not F_SETOWN, by which a pipe
+# sends signals.
+FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 
 LOAD, EQUAL, HAS_BITS, RETURN = 0x20, 0x15, 0x45, 0x06  # operations of a filter (linux/filter.h)
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | 13, 0x80000000  # 13 is EACCES: "permission denied"
@@ -68,8 +72,14 @@ NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # places in the record of a call (st
 
 
 def filter_program(architecture: int, column: int) -> list[tuple[int, int, int, int]]:
-    """Return the filter as (operation, steps forward if true, if false, value), as in linux/filter.h."""
+    """Return the filter: instructions (operation, skip if true, skip if false, value) of linux/filter.h.
+
+    A comparison is of the number that was loaded last, and skips so many of the instructions that follow.
+    """
+    # Calls by the numbers of another architecture would be other calls.
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
+
+    # Calls that are allowed whatever their arguments.
     program += [(LOAD, 0, 0, NUMBER)]
     for numbers in CALLS.values():
         if numbers[column] is not None:
@@ -81,6 +91,7 @@ def filter_program(architecture: int, column: int) -> list[tuple[int, int, int, 
             program += [(EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
             program += [(HAS_BITS, 0, 1, WRITING), (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
 
+    # All else is refused, but for the commands of fcntl, which are its second argument.
     program += [(EQUAL, 1, 0, FCNTL[column]), (RETURN, 0, 0, REFUSE), (LOAD, 0, 0, ARGUMENTS + 8)]
     for number in FCNTL_COMMANDS:
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
@@ -88,18 +99,18 @@ def filter_program(architecture: int, column: int) -> list[tuple[int, int, int, 
 
 
 class FilterProgram(ctypes.Structure):
-    """The kernel's struct sock_fprog."""
+    """The kernel's struct sock_fprog: a filter and the number of its instructions."""
 
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 def filter_calls(libc: ctypes.CDLL) -> bool:
-    """Refuse all system calls but those above, from now on; return whether the kernel does so."""
+    """Refuse all system calls but those above, from now on; return True if the kernel does so."""
     if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
         return False
     program = filter_program(*MACHINES[platform.machine()])
     packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    no_new_privs, set_seccomp, mode_filter = 38, 22, 2
+    no_new_privs, set_seccomp, mode_filter = 38, 22, 2  # linux/prctl.h, linux/seccomp.h
     libc.prctl(no_new_privs, 1, 0, 0, 0)
     return libc.prctl(set_seccomp, mode_filter, ctypes.byref(FilterProgram(len(program), packed)), 0, 0) == 0
 
@@ -108,7 +119,10 @@ def filter_calls(libc: ctypes.CDLL) -> bool:
 
 
 def limit(cpu_seconds: int, memory: int) -> None:
-    """Set the limits of the process. Reaching that of CPU time ends it."""
+    """Set the limits of the process: seconds, bytes of address space, no file written, no new process.
+
+    Reaching that of CPU time ends the process.
+    """
     limits = {"CPU": cpu_seconds, "AS": memory, "FSIZE": 0, "NPROC": 0, "CORE": 0, "NOFILE": 64}
     for name, value in limits.items():
         with suppress(OSError, ValueError):  # macOS does not limit address space
@@ -116,18 +130,20 @@ def limit(cpu_seconds: int, memory: int) -> None:
 
 
 def become_nobody() -> None:
+    """Change from root to the user and the group without rights, for good."""
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def leave_root(libc: ctypes.CDLL) -> bool:
-    """Become nobody if the user is root; return whether the process is without root's capabilities.
+    """Become nobody if the user is root; return True if the process is then without root's capabilities.
 
-    Where nobody may not read Python's library (below /root), the process stays root without capabilities.
+    If nobody may not read Python's library, as below /root, the process stays root without capabilities.
     """
     if os.geteuid() != 0:
         return True
+    # A child becomes nobody and looks, since there is no way back.
     reader = os.fork()
     if reader == 0:
         readable = False
@@ -144,7 +160,7 @@ def leave_root(libc: ctypes.CDLL) -> bool:
 
 
 def give_up(cpu_seconds: int, memory: int) -> list[str]:
-    """Give up all rights that a program has no use for which only computes; return what is still open."""
+    """Give up all rights that a program which only computes does not need; return what this system lacks."""
     libc, lacking = ctypes.CDLL(None, use_errno=True), []
     if not leave_root(libc):
         lacking.append("root stays root")
@@ -164,9 +180,10 @@ KINDS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def encode(value):
-    """Return a plain value as JSON holds it: a container as {its kind: its items}.
+    """Return a plain value in the form that JSON can hold: a container becomes {its kind: its items}.
 
-    Values of subclasses become those of the plain class. Raises TypeError for any other value.
+    A value of a subclass becomes one of the plain class, and a bytearray becomes bytes. Raises TypeError for
+    any other value.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -189,7 +206,10 @@ def encode(value):
 
 
 def decode(value):
-    """Return the plain value that `encode` wrote. Raises ValueError or TypeError for anything else."""
+    """Return the plain value that `encode` was given.
+
+    Raises ValueError, TypeError or KeyError for what `encode` does not return.
+    """
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise ValueError("a list outside of a container")
@@ -208,7 +228,10 @@ def decode(value):
 
 
 def run_program(source: str, calls, answers) -> None:
-    """Execute a program, report that it is loaded, and answer calls until there are no more."""
+    """Execute a program, write that it is loaded, and answer calls until there are no more.
+
+    calls, answers: text files, of which a line is a message.
+    """
 
     def write(message: dict) -> None:
         answers.write(json.dumps(message) + "\n")
@@ -236,8 +259,8 @@ def run_program(source: str, calls, answers) -> None:
 def read_answer(answers):
     """Return the next message of the program's process.
 
-    Raises the exception that the program raised, where it is a built-in one, else RuntimeError, and EOFError
-    where there is no answer.
+    Raises what the program raised: the exception itself if it is a built-in one, else RuntimeError. Raises
+    EOFError if there is no answer.
     """
     line = answers.readline(LONGEST_LINE)
     if not line.endswith("\n"):
@@ -254,7 +277,7 @@ def read_answer(answers):
 
 
 def stand_in(name: str, calls, answers):
-    """Return a function that has the program's process call its function of this name."""
+    """Return a function that calls the program's function of this name, in the program's process."""
 
     def function(*args, **keywords):
         call = {"call": name, "args": [encode(value) for value in args]}
@@ -267,10 +290,13 @@ def stand_in(name: str, calls, answers):
 
 
 def run_tests(task: dict, calls, answers, verdict) -> None:
-    """Execute the tests, and write the nonce, or what failed, to the file `verdict`."""
+    """Execute the tests, and write one line to the file `verdict`: the nonce, or what failed.
+
+    task: "tests", "setup", "entry_point" and "nonce" of sandbox.py, and "lacking" of `give_up`.
+    """
     result = {}
     try:
-        read_answer(answers)  # the program is loaded
+        read_answer(answers)  # that the program is loaded
         namespace = {"__name__": "tests"}
         with suppress(SyntaxError):  # a prompt may end in the middle of a function
             exec(compile(task["setup"], "setup", "exec"), namespace)
@@ -284,10 +310,12 @@ def run_tests(task: dict, calls, answers, verdict) -> None:
 
 
 def main() -> None:
-    # Standard input holds the task. Everything that a later line needs is open before rights are given up.
+    # Standard input holds the task, and is empty for the program.
     task = json.loads(sys.stdin.buffer.read())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.set_int_max_str_digits(0)
+    sys.set_int_max_str_digits(0)  # integers of any length pass through JSON
+
+    # Everything that is needed later is open before rights are given up.
     files = [open(number, mode, encoding="utf-8") for number, mode in task["pipes"]]  # noqa: SIM115
     task["lacking"] = give_up(task["cpu_seconds"], task["memory"])
     if "program" in task:

@@ -2,21 +2,23 @@
 
     L_i = log p(choice_i | context) = sum of log p over the tokens of choice_i
 
-    acc               argmax_i  L_i                            long choices lose: each token costs
+    acc               argmax_i  L_i                            long choices lose: each token lowers L_i
     acc_norm          argmax_i  L_i / characters of choice_i   the usual figure of HellaSwag and ARC
     acc_bytes         argmax_i  L_i / UTF-8 bytes of choice_i
     acc_tokens        argmax_i  L_i / tokens of choice_i       (GPT-3, Brown et al. 2020, section 2.4)
-    acc_mutual_info   argmax_i  L_i - log p(choice_i | nothing)        (the same section's other rule)
+    acc_mutual_info   argmax_i  L_i - log p(choice_i | nothing)        (the same section's other rule, which
+                                                                        has "Answer: " for nothing)
 
 The same model has a different accuracy by each rule, so a figure means something only under its rule's name.
-The names, and the lengths without the space in front of a choice, are those of lm-evaluation-harness
-(Biderman et al. 2024, arXiv:2405.14782).
+The names, but for acc_tokens, are those of lm-evaluation-harness (Biderman et al. 2024, arXiv:2405.14782). As
+there, the space in front of a choice is scored, but does not count in the choice's characters and bytes.
 
-Context and choice are tokenised together. Where a token spans the border between the two, the tokens of the
-choices are counted from the last border that all of them share, so that sums stay comparable; the harness
-cuts the ids at the context's own length. A text that is longer than the model reads loses its beginning,
-which may be examples: such items are counted. Per-item results do not depend on the batch size (to 1e-6):
-rows are padded on the right, where a causal model does not look.
+Context and choice are tokenised together, so a token may span the border between the two. Therefore the
+tokens that all choices of an item share with the context alone are the context, and all later ones are
+scored: the sums of the choices begin at the same place of the text. (The harness cuts the ids at the length
+of the context alone.) A text that is longer than the model reads loses its beginning, which may hold solved
+examples: such items are counted. Per-item results do not depend on the batch size (to 1e-6): rows are padded
+on the right, and a causal model's earlier positions do not depend on later ones.
 
     python -m evaluation.multiple_choice runs/gpt/model       five small questions by each rule
 
@@ -25,7 +27,7 @@ Shapes: B rows of a batch, T tokens, n scored positions, D model width, V vocabu
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,19 +39,19 @@ from formats import command
 from formats.progress import progress_bar
 from generate import KVCache
 
-SHARED = 32  # tokens; a shorter context is cheaper to read again in full batches
+SHARED = 32  # tokens from which on rows share a context; a shorter one is cheaper to read again in batches
 RULES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "acc_mutual_info")
 
 
 class Item(NamedTuple):
-    """A question."""
+    """A context, and choices of its continuation, of which one is right."""
 
     context: str
     choices: tuple[str, ...]
     gold: int  # the position of the right choice
     delimiter: str = " "  # between context and choice
     group: str = ""  # items of one group, such as those about one passage, are not independent
-    about: str = ""  # a line in front of all examples, such as MMLU's about the subject
+    about: str = ""  # a line in front of all solved examples, such as MMLU's about the subject
 
 
 class Row(NamedTuple):
@@ -61,23 +63,23 @@ class Row(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A model's judgement of a row."""
+    """The log-likelihood of a row's scored tokens."""
 
     log_p: float  # sum over the scored tokens, in nats
     n_tokens: int
-    is_greedy: bool  # each scored token is the likeliest one
+    is_greedy: bool  # each scored token is the likeliest one, so greedy decoding would write them
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's judgement of an item."""
+    """The scores of an item's choices, and the choice that each rule picks."""
 
     item: Item
-    log_p: list[float]  # of each choice
-    n_tokens: list[int]
-    log_p_alone: list[float]  # of each choice behind nothing
+    log_p: list[float]  # of each choice, in nats
+    n_tokens: list[int]  # of each choice
+    log_p_alone: list[float]  # of each choice behind nothing; empty where it was not computed
     n_cut: int  # tokens cut off on the left of the longest row
-    picks: dict[str, int] = field(default_factory=dict)  # the choice by each rule
+    picks: dict[str, int] = field(default_factory=dict)  # {rule: position of a choice}
 
     def is_right(self, rule: str) -> bool:
         return self.picks[rule] == self.item.gold
@@ -90,19 +92,21 @@ def rows_of(tokenizer, context: str, continuations: Sequence[str], max_len: int)
     """Return the rows of a context with each continuation, all scored from the same place of the text.
 
     max_len: tokens that the model reads; a row may have one more, which is only predicted. A longer row loses
-    its beginning; of a continuation that alone is longer, the end is scored. Raises ValueError for one that
-    is empty.
+    its beginning; of a continuation that is longer by itself, the end is scored. Raises ValueError for a
+    continuation without a token.
     """
     # White space at the end of the context belongs to the choice: tokens often begin with it.
     kept = context.rstrip()
     continuations = [context[len(kept) :] + text for text in continuations]
+    # A text must begin with some token, since the first one is not predicted.
     begin = tokenizer.begin_ids or ([] if kept else [tokenizer.eot_id])
     encoded = [[*begin, *tokenizer.encode(kept + text)] for text in continuations]
 
-    # The border: the tokens that each row shares with the context alone.
+    # Scoring starts behind the tokens that every row shares with the context alone, at the earliest with the
+    # second token.
     alone = [*begin, *tokenizer.encode(kept)]
-    start = min(n_shared(alone, tokens) for tokens in encoded)
-    start = max(start, 1)  # the first token of all has nothing to be predicted from
+    start = max(1, min(n_shared(alone, tokens) for tokens in encoded))
+
     rows = []
     for text, tokens in zip(continuations, encoded, strict=True):
         if len(tokens) <= start:
@@ -120,9 +124,10 @@ def n_shared(a: list[int], b: list[int]) -> int:
 
 
 class SharedContext:
-    """A cache of keys and values in which several continuations are read at once behind one context.
+    """A cache of keys and values by which several continuations are read at once behind one context.
 
-    The first pass is of the context (1, T), the second of the continuations (B, T); see `generate.KVCache`.
+    It takes the place of `generate.KVCache` for two forward passes: of the context (1, T), whose keys and
+    values are kept, and of the continuations (B, T), which attend to these and to themselves.
     """
 
     def __init__(self):
@@ -137,19 +142,20 @@ class SharedContext:
         if self.length == 0:
             self.keys[layer], self.values[layer] = k, v
             return k, v, mask
-        # Query i of T sits at position S - T + i of S keys, which is how `kernels.attention` reads the mask.
-        context = self.keys[layer].expand(len(k), -1, -1, -1), self.values[layer].expand(len(v), -1, -1, -1)
-        return torch.cat((context[0], k), dim=1), torch.cat((context[1], v), dim=1), mask
+        # The mask stays causal: for T queries and S keys `kernels.attention` puts query i at S - T + i.
+        context_k = self.keys[layer].expand(len(k), -1, -1, -1)  # (B, T of the context, G, K)
+        context_v = self.values[layer].expand(len(v), -1, -1, -1)
+        return torch.cat((context_k, k), dim=1), torch.cat((context_v, v), dim=1), mask
 
     def advance(self) -> None:
         self.length = self.keys[0].shape[1]
 
 
 def hidden_behind(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-    """Return the hidden states (n, D) that predict the scored tokens of rows with one context."""
+    """Return the hidden states (n, D) that predict each row's scored tokens; all rows have one context."""
     device, cache = next(model.parameters()).device, SharedContext()
     context = torch.tensor([rows[0].tokens[: rows[0].start]], device=device)  # (1, T)
-    last = model.hidden(context, cache=cache)[:, -1]  # (1, D), predicts the first token of each
+    last = model.hidden(context, cache=cache)[:, -1]  # (1, D), predicts each row's first one
     inputs = [row.tokens[row.start : -1] for row in rows]
     T = max(map(len, inputs))
     if T == 0:
@@ -160,7 +166,7 @@ def hidden_behind(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
 
 
 def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-    """Return the hidden states (n, D) that predict the scored tokens of any rows."""
+    """Return the hidden states (n, D) that predict each row's scored tokens, whatever the contexts."""
     device, T = next(model.parameters()).device, max(len(row.tokens) - 1 for row in rows)
     padded = [row.tokens[:-1] + [0] * (T + 1 - len(row.tokens)) for row in rows]
     hidden = model.hidden(torch.tensor(padded, device=device))  # (B, T, D)
@@ -171,15 +177,18 @@ def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
 def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
     """Return the score of each row; logits are computed at the scored positions alone.
 
-    Rows with the same long context, such as the choices of a question, share its pass. The others are padded
-    to batches of similar length.
+    Rows with the same long context, such as the choices of an item, share its forward pass. The others are
+    read in padded batches of similar length.
     """
-    # Rows by their context. Models with a cache of their own kind read each row by itself.
+    # Group the rows by their context. The key (-1, index), which is no context, leaves a row by itself: where
+    # the context is short, and in all models whose cache is not the usual one.
     can_share = type(model.new_cache([1], 1)) is KVCache
     by_context: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
         shared = can_share and row.start >= SHARED
         by_context.setdefault(tuple(row.tokens[: row.start]) if shared else (-1, index), []).append(index)
+
+    # Each batch is a function that computes hidden states, and the indices of its rows.
     groups = [members for members in by_context.values() if len(members) > 1]
     single = [members[0] for members in by_context.values() if len(members) == 1]
     single.sort(key=lambda index: -len(rows[index].tokens))
@@ -188,9 +197,9 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> l
     batches += [(hidden_of_batch, single[first : first + batch_size]) for first in starts]
 
     scores: dict[int, Score] = {}
-    for read, members in progress_bar(batches, "scoring", leave=False):
+    for hidden_states, members in progress_bar(batches, "scoring", leave=False):
         batch = [rows[index] for index in members]
-        logits = model.logits(torch.cat(read(model, batch))).float()  # (n, V)
+        logits = model.logits(torch.cat(hidden_states(model, batch))).float()  # (n, V), n of the whole batch
         targets = [token for row in batch for token in row.tokens[row.start :]]
         log_p, greedy = score_targets(logits, torch.tensor(targets, device=logits.device))
         lengths = [len(row.tokens) - row.start for row in batch]
@@ -200,7 +209,7 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> l
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log p of the targets (n,) by logits (n, V), and whether each is the likeliest token."""
+    """Return log p of the targets (n,) by logits (n, V), and bool (n,): True where it is the likeliest."""
     log_p = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
     return log_p, logits.argmax(-1) == targets
 
@@ -215,27 +224,37 @@ def answer_items(
 
     alone: score the choices behind nothing too, for acc_mutual_info. Raises ValueError for an empty choice.
     """
-    rows, max_len = [], model.config.max_seq_len
+    # The rows of an item: each choice behind the context, and behind nothing.
+    behind_context, behind_nothing, max_len = [], [], model.config.max_seq_len
     for item in items:
+        if "" in item.choices:
+            raise ValueError(f"choices {item.choices} behind {item.context[-40:]!r}: expected text in each")
         texts = [item.delimiter + choice for choice in item.choices]
-        rows.append(rows_of(tokenizer, item.context, texts, max_len))
-        rows.append(rows_of(tokenizer, "", texts, max_len) if alone else [])
-    scores = iter(log_likelihoods(model, [row for part in rows for row in part], batch_size))
+        behind_context.append(rows_of(tokenizer, item.context, texts, max_len))
+        behind_nothing.append(rows_of(tokenizer, "", texts, max_len) if alone else [])
 
+    # All rows of all items are scored in one go, and their scores are taken in the same order.
+    pairs = list(zip(behind_context, behind_nothing, strict=True))
+    scores = iter(
+        log_likelihoods(model, [row for pair in pairs for part in pair for row in part], batch_size)
+    )
     answers = []
-    for item, joined, bare in zip(items, rows[::2], rows[1::2], strict=True):
-        found, behind_nothing = [next(scores) for _ in joined], [next(scores).log_p for _ in bare]
+    for item, (joined, bare) in zip(items, pairs, strict=True):
+        found, log_p_alone = [next(scores) for _ in joined], [next(scores).log_p for _ in bare]
         n_cut = max(row.n_cut for row in joined)
         log_p, n_tokens = [score.log_p for score in found], [score.n_tokens for score in found]
-        picks = pick(item.choices, log_p, n_tokens, behind_nothing)
-        answers.append(Answer(item, log_p, n_tokens, behind_nothing, n_cut, picks))
+        picks = pick(item.choices, log_p, n_tokens, log_p_alone)
+        answers.append(Answer(item, log_p, n_tokens, log_p_alone, n_cut, picks))
     return answers
 
 
 def pick(
     choices: Sequence[str], log_p: list[float], n_tokens: list[int], log_p_alone: list[float]
 ) -> dict[str, int]:
-    """Return the choice of each rule; of equal ones the first. No log_p_alone: no acc_mutual_info."""
+    """Return {rule: the position of its choice}; of equally good choices the first.
+
+    Without log_p_alone the rule acc_mutual_info is missing.
+    """
     values = {
         "acc": log_p,
         "acc_norm": [x / len(text) for x, text in zip(log_p, choices, strict=True)],
@@ -253,10 +272,11 @@ def pick(
 def standard_error(values: Sequence[float], groups: Sequence[str] = ()) -> float:
     """Return the standard error of the mean: sample standard deviation / sqrt(n); nan for a single value.
 
-    groups: of each value; deviations are first summed within a group that is not "" (cluster-robust).
+    groups: that of each value. The deviations from the mean are first summed within each group, which makes
+    the error robust to dependence in it (cluster-robust); a value of group "" is a group by itself.
     """
     n, mean = len(values), sum(values) / len(values)
-    sums: Counter = Counter()
+    sums: dict[str | int, float] = defaultdict(float)
     for i, value in enumerate(values):
         sums[(groups[i] if groups else "") or i] += value - mean
     if len(sums) < 2:
@@ -273,38 +293,48 @@ def accuracy(answers: Sequence[Answer], rule: str) -> tuple[float, float]:
 def compare(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of b - a over the same items, its standard error, and McNemar's exact p-value.
 
-    a, b: 1 for a right answer, else 0. Items that both have right, or neither, do not count: under the null
-    hypothesis each of the others is a toss of a fair coin (McNemar 1947).
+    a, b: 1 for a right answer, else 0. The p-value is for the null hypothesis that both models are equally
+    good: each item that only one of them has right is then a toss of a fair coin, and the other items do
+    not count (McNemar 1947).
     """
     differences = [y - x for x, y in zip(a, b, strict=True)]
-    n, k = sum(d != 0 for d in differences), sum(d > 0 for d in differences)
+    n, k = sum(d != 0 for d in differences), sum(d > 0 for d in differences)  # tosses, and heads among them
     tail = sum(math.comb(n, i) for i in range(min(k, n - k) + 1))
     p = min(1.0, 2 * tail / 2**n)
     return sum(differences) / len(differences), standard_error(differences), p
 
 
 def chance(items: Sequence[Item]) -> float:
-    """Return the accuracy of a blind guess, by each item's own number of choices."""
+    """Return the expected accuracy of random choices: the mean over items of 1 / number of choices."""
     return sum(1 / len(item.choices) for item in items) / len(items)
 
 
 def dull_baselines(items: Sequence[Item]) -> dict[str, float]:
-    """Return the accuracy of rules without a model: the same place, the longest, most words shared."""
-    n = len(items)
-    places = Counter(item.gold for item in items)
+    """Return the accuracy of rules without a model.
 
-    def overlap(item: Item) -> list[int]:
+    "same place": always the position that is most often right; "longest": the choice with most characters;
+    "most shared words": the choice that shares most words with the context. Of equal choices the first.
+    """
+
+    def shared_words(item: Item) -> list[int]:
         words = set(re.findall(r"\w+", item.context))
         return [len(words & set(re.findall(r"\w+", choice))) for choice in item.choices]
 
-    longest = [max(range(len(x.choices)), key=lambda i: len(x.choices[i])) == x.gold for x in items]
-    overlaps = [overlap(item) for item in items]
-    shared = [max(range(len(x)), key=x.__getitem__) == i.gold for x, i in zip(overlaps, items, strict=True)]
+    def is_largest(values: Sequence[int], gold: int) -> bool:
+        return values.index(max(values)) == gold
+
+    places = Counter(item.gold for item in items)
+    longest = [is_largest([len(choice) for choice in x.choices], x.gold) for x in items]
+    shared = [is_largest(shared_words(x), x.gold) for x in items]
+    n = len(items)
     return {
         "same place": places.most_common(1)[0][1] / n,
         "longest": sum(longest) / n,
         "most shared words": sum(shared) / n,
     }
+
+
+# --- a model, and the command
 
 
 def load(directory) -> tuple[nn.Module, object]:

@@ -7,12 +7,13 @@
     GSM8K        question, answer                                      (Cobbe et al. 2021, arXiv:2110.14168)
     HumanEval    task_id, prompt, entry_point, canonical_solution, test      (Chen et al. 2021, section 2)
     GLUE         of the published archive, by its folder, or as sst2:FILE, mrpc:FILE ...: see glue.py
-    your own     context, choices, answer (a number from 0); or prompt, answer
+    your own     context, choices, answer (a number from 0); or prompt, answer; or text
 
-The fields of the first record decide which it is. A file whose only field is `text` is LAMBADA if its name
-says so, else a text to predict; `lambada:FILE` settles it. MMLU is asked by letters, `mmlu_texts:FILE` by the
-texts of the answers. Prompts are those of lm-evaluation-harness 0.4. Any file may be .jsonl, .json, .csv,
-.tsv or .parquet, and compressed by gzip.
+The fields of the first record decide which of these a file is. A file with a field `text` is LAMBADA if its
+name contains "lambada", else texts to predict. FORMAT:FILE names the format, as in `lambada:FILE`. The
+choices of MMLU are letters; those of `mmlu_texts:FILE` are the texts of the answers. Prompts are those of
+lm-evaluation-harness 0.4. Records may be .jsonl, .json, .csv, .tsv or .parquet, compressed by gzip or not.
+Any other file is one text to predict.
 
     python -m evaluation.published FILE...      the first question of each file as a model sees it
 """
@@ -37,29 +38,32 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The questions of a file."""
+    """The items of a file, all of one kind."""
 
     name: str
     kind: str  # "choice", "word", "question", "program", "text" or "glue"
-    items: list  # Items, Questions or records
+    # Items ("choice", "word"), Questions, records of HumanEval ("program"), texts, or glue.Examples.
+    items: list
 
 
 # --- one record of each benchmark
 
 
 def clean_wikihow(text: str) -> str:
-    """Return a text of HellaSwag without the marks of WikiHow, as the harness does."""
+    """Return a text of HellaSwag without WikiHow's markup such as [title], as the harness does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def hellaswag(record: dict) -> Item:
+    """Return the item: the context ends in the first words of the sentence that the endings finish."""
     context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     endings = tuple(clean_wikihow(ending) for ending in listed(record["endings"]))
     return Item(clean_wikihow(context), endings, int(record["label"]))
 
 
 def arc(record: dict) -> Item:
+    """Return the item, from AI2's own form of a record or from that at Hugging Face."""
     # AI2's own .jsonl holds the choices in the question, Hugging Face's files beside it.
     question, choices = record["question"], record.get("choices")
     if isinstance(question, dict):
@@ -71,6 +75,7 @@ def arc(record: dict) -> Item:
 
 
 def mmlu(record: dict) -> Item:
+    """Return the item whose choices are letters; the texts behind the letters are in the context."""
     choices = listed(record["choices"])
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
     context = "\n".join([record["question"].strip(), *lines, "Answer:"])
@@ -78,13 +83,16 @@ def mmlu(record: dict) -> Item:
 
 
 def mmlu_texts(record: dict) -> Item:
+    """Return the item whose choices are the texts of the answers."""
     context = f"Question: {record['question'].strip()}\nAnswer:"
     return Item(context, tuple(listed(record["choices"])), mmlu_gold(record), about=about(record))
 
 
 def mmlu_gold(record: dict) -> int:
+    """Return the position of the right choice, which a record has as a letter or as a number from 0."""
     answer = str(record["answer"])
-    return LETTERS.index(answer) if answer in LETTERS else int(answer)
+    # A tuple, since the texts "" and "AB" are in the string, too.
+    return LETTERS.index(answer) if answer in tuple(LETTERS) else int(answer)
 
 
 def about(record: dict) -> str:
@@ -94,33 +102,43 @@ def about(record: dict) -> str:
 
 
 def listed(value: Any) -> list[str]:
-    """Return a list of strings; in a .csv it is written as Python or numpy prints it."""
+    """Return a list as strings. In a .csv it is one text, as Python or numpy prints a list of strings."""
     if isinstance(value, str):
         value = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", value)
         value = [one or other for one, other in value]
     return [str(text) for text in value]
 
 
+def text_of(record: dict, key: str) -> str:
+    """Return a field that is a text, or a number, as text. Raises ValueError for anything else."""
+    if not isinstance(record[key], str | int | float):
+        raise ValueError(f"{key} {record[key]!r}")
+    return str(record[key])
+
+
 def lambada(record: dict) -> Item:
+    """Return an item with one choice: the last word."""
     context, _, word = record["text"].strip().rpartition(" ")
     return Item(context, (word,), 0)
 
 
 def gsm8k(record: dict) -> Question:
-    return Question(f"Question: {record['question']}\nAnswer:", record["answer"])
+    return Question(f"Question: {record['question']}\nAnswer:", text_of(record, "answer"))
 
 
 def own_choice(record: dict) -> Item:
+    """Return the item; a context that ends in white space has its delimiter already."""
     delimiter = "" if record["context"][-1:].isspace() else " "
     choices, group = tuple(listed(record["choices"])), str(record.get("group", ""))
     return Item(record["context"], choices, int(record["answer"]), delimiter, group)
 
 
 def own_question(record: dict) -> Question:
-    return Question(record["prompt"], record["answer"])
+    return Question(text_of(record, "prompt"), text_of(record, "answer"))
 
 
-# Name: (fields of a record, kind, the function that reads it). The first that fits is taken.
+# Name: (fields that a record must have, kind of task, the function that converts a record to an item).
+# Without a format's name the first that fits is taken.
 FORMATS: dict[str, tuple[set[str], str, Callable[[dict], Any]]] = {
     "hellaswag": ({"activity_label", "ctx_a", "ctx_b", "endings", "label"}, "choice", hellaswag),
     "arc": ({"question", "answerKey"}, "choice", arc),
@@ -131,18 +149,29 @@ FORMATS: dict[str, tuple[set[str], str, Callable[[dict], Any]]] = {
     "choices": ({"context", "choices", "answer"}, "choice", own_choice),
     "questions": ({"prompt", "answer"}, "question", own_question),
     "lambada": ({"text"}, "word", lambada),
-    "text": ({"text"}, "text", lambda record: record["text"]),
+    "text": ({"text"}, "text", lambda record: text_of(record, "text")),
 }
+
+
+def check_item(item: Any) -> None:
+    """Raise ValueError for an Item with an empty choice, or whose right answer is none of its choices."""
+    if isinstance(item, Item):
+        if not 0 <= item.gold < len(item.choices):
+            raise ValueError(f"answer {item.gold} of {len(item.choices)} choices, counted from 0")
+        if "" in item.choices:
+            raise ValueError("an empty choice")
 
 
 # --- files
 
 
 def read(name: str) -> TaskFile:
-    """Return the questions of a file, named by its path or as `format:path`.
+    """Return the items of a file, named by its path or as `format:path`.
 
-    Raises ValueError naming the file and the record for one that is missing, of no known form or damaged.
+    Raises ValueError for a file that is missing or of no known format, and for a record that cannot be
+    converted: the message names the file and the record.
     """
+    # The format, where the name has one; a path may contain a colon, too.
     given, _, path = name.rpartition(":")
     if given not in FORMATS and given not in glue.TASKS:
         given, path = "", name
@@ -150,13 +179,16 @@ def read(name: str) -> TaskFile:
     if not path.is_file():
         known = f"a file, stdlib, or FORMAT:FILE, with a format of {', '.join([*FORMATS, *glue.TASKS])}"
         raise ValueError(f"--tasks {name}: no such file; expected {known}")
-    glue_task = given if given in glue.TASKS else "" if given else glue.task_of(path)
-    if glue_task:
+
+    # Files of GLUE, and files without records.
+    glue_task = given or glue.task_of(path)
+    if glue_task in glue.TASKS:
         return TaskFile(glue_task, "glue", glue.read_examples(path, glue_task))
     if suffix_of(path) not in RECORDS:
         with open_utf8(path, str(path), refuse) as file:
             return TaskFile(path.name, "text", [file.read().decode("utf-8")])
 
+    # Files of records, each of which becomes an item.
     records = headerless_mmlu(path) or list(read_records(path, str(path), refuse))
     if not records:
         raise ValueError(f"{path}: no record in it")
@@ -165,17 +197,19 @@ def read(name: str) -> TaskFile:
     items = []
     for place, record in records:
         try:
-            items.append(convert(record))
+            item = convert(record)
+            check_item(item)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             expected = f"expected the fields {', '.join(sorted(fields))} of {format_name}"
             raise ValueError(f"{place}: {type(error).__name__} {error}; {expected}, with a label") from None
+        items.append(item)
     return TaskFile(f"{format_name}:{path.name}", kind, items)
 
 
 def recognised(path: Path, record: Any) -> str:
-    """Return the name of the format that has the fields of a record. Raises ValueError if there is none."""
+    """Return the name of the format that a record's fields fit. Raises ValueError if there is none."""
     has = set(record) if isinstance(record, dict) else set()
-    if has >= {"text"} and "lambada" in path.name.lower():
+    if "text" in has and "lambada" in path.name.lower():
         return "lambada"
     names = [name for name, (fields, _, _) in FORMATS.items() if fields <= has and name != "lambada"]
     if not names:
@@ -185,7 +219,11 @@ def recognised(path: Path, record: Any) -> str:
 
 
 def headerless_mmlu(path: Path) -> list[tuple[str, dict]]:
-    """Return the records of a .csv of MMLU as its authors publish it: question, four choices, letter."""
+    """Return the records of a .csv of MMLU as its authors publish it, [] for any other file.
+
+    Such a file has no header; its columns are the question, four choices and the right one's letter. Its name
+    is that of the subject, such as us_history_test.csv.
+    """
     if suffix_of(path) != ".csv":
         return []
     with open_utf8(path, str(path), refuse) as file:
@@ -203,18 +241,26 @@ def headerless_mmlu(path: Path) -> list[tuple[str, dict]]:
 # --- examples in front of a question
 
 
+def solved(example: Item | Question) -> str:
+    """Return a question with its answer."""
+    if isinstance(example, Item):
+        return example.context + example.delimiter + example.choices[example.gold]
+    return f"{example.prompt} {example.answer}"
+
+
 def with_examples(task: TaskFile, examples: Sequence, n: int, seed: int | None = None) -> TaskFile:
     """Return the task with n solved examples in front of each question, joined by blank lines.
 
-    They are the first n of `examples` (on the same subject, where items have one), or with a seed n drawn for
-    each question, the question itself excluded. Raises ValueError where there are too few, or for a kind of
-    task without examples.
+    They are the first n of `examples`, or, with a seed, n of them drawn anew for each question; examples on
+    another subject, and the question itself, are left out. An item's line about its subject stands in
+    front of all, also with n = 0. Raises ValueError where there are too few examples, and for a kind of task
+    that takes none.
     """
     if n and task.kind not in ("choice", "question"):
         raise ValueError(f"--shots {n}: {task.name} has no examples in its prompts; expected 0")
     items = []
     for index, item in enumerate(task.items):
-        subject = getattr(item, "about", "")
+        subject = getattr(item, "about", "")  # only Items have one
         pool = [x for x in examples if n and x != item and getattr(x, "about", "") == subject]
         if len(pool) < n:
             raise ValueError(f"--shots {n}: there are {len(pool)} examples for a question of {task.name}")
@@ -228,13 +274,6 @@ def with_examples(task: TaskFile, examples: Sequence, n: int, seed: int | None =
     return replace(task, items=items)
 
 
-def solved(example: Item | Question) -> str:
-    """Return a question with its answer."""
-    if isinstance(example, Item):
-        return example.context + example.delimiter + example.choices[example.gold]
-    return f"{example.prompt} {example.answer}"
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Print the first question of benchmark files as a model sees it.")
     parser.add_argument(
@@ -246,11 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         first = task.items[0]
         print(getattr(first, "context", None) or getattr(first, "prompt", None) or str(first)[:500])
         if isinstance(first, Item):
-            print(
-                "\n".join(
-                    f"  {'*' if i == first.gold else '-'} {text}" for i, text in enumerate(first.choices)
-                )
-            )
+            for i, text in enumerate(first.choices):
+                print(f"  {'*' if i == first.gold else '-'} {text}")
 
 
 if __name__ == "__main__":

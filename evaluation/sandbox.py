@@ -1,23 +1,24 @@
 """Run a program that a model wrote, test it, and trust nothing that it prints.
 
-    verdict = passed  <=>  a nonce, drawn for this run, comes out of the process of the tests
-                           behind the last assertion
+    verdict = passed  <=>  a nonce (a random number that is drawn for this run alone) comes out of the
+                           process of the tests, which writes it behind the last assertion
 
 Scoring generated code (Codex and HumanEval, Chen et al. 2021, section 2) means executing what nobody has
 read. A program may be wrong in harmless ways, never end, or by accident or habit do what makes a test look
 passed: call `sys.exit(0)`, print "passed", replace `AssertionError`. So a run has two processes, described in
 jail.py. Both have limits on time and memory, an empty folder as home, and cannot write a file, start a
-process, send a signal or open a socket. The program's process answers calls; the tests compare the answers in
-the other one, which alone has the nonce. Whatever ends early, hangs or answers nonsense has not passed.
+process, send a signal or open a socket. One executes the program and answers calls of its function. The other
+executes the tests on these answers, and it alone has the nonce. A program that ends early, hangs or answers
+nonsense has not passed.
 
     check(Task("def double(x): return 2 * x", "assert double(2) == 4", "double"))    Verdict(passed=True, ...)
 
     python -m evaluation.sandbox                   a few programs, and what this machine cannot enforce
     python -m evaluation.sandbox HumanEval.jsonl   its own solutions, all of which must pass, and empty ones
 
-Not covered: a program may read the files that the user may read (as root: that nobody may read, or that root
-owns), and use a core for its CPU time. A fault of the kernel is a way out, as in every sandbox without a
-virtual machine.
+Not covered: a program may read the files that the user may read, and use a core for its CPU time. If the user
+is root, these are the files that the user `nobody` may read, or, where Python itself is not among them, those
+that root owns. A fault of the kernel is a way out, as in every sandbox without a virtual machine.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from typing import NamedTuple
 
 from formats import command
 
-JAIL = Path(__file__).with_name("jail.py")
+JAIL = Path(__file__).with_name("jail.py")  # what both processes run
 
 
 class Verdict(NamedTuple):
@@ -46,15 +47,15 @@ class Verdict(NamedTuple):
 
     passed: bool
     reason: str  # "passed", or what failed
-    lacking: tuple[str, ...] = ()  # protections that the system could not give
+    lacking: tuple[str, ...] = ()  # protections that the system could not give, in words
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits of each of the two processes."""
 
-    cpu_seconds: int = 5  # CPU time; a busy machine does not count
-    wall_seconds: float = 60.0  # for a program that sleeps
+    cpu_seconds: int = 5  # CPU time, which does not pass faster on a busy machine
+    wall_seconds: float = 60.0  # of the whole run, for a program that sleeps
     memory: int = 1 << 29  # bytes of address space
 
 
@@ -64,11 +65,14 @@ class Task(NamedTuple):
     program: str
     tests: str
     entry_point: str  # the function's name, by which the tests call it
-    setup: str = ""  # executed before the tests, in their process; skipped if it is incomplete
+    setup: str = ""  # executed before the tests, in their process; left out if it is no whole Python code
 
 
 def start(task: dict, pipes: Sequence[tuple[int, str]], home: str, limits: Limits) -> subprocess.Popen:
-    """Start jail.py with a task on its standard input, and these ends of pipes open."""
+    """Start jail.py with a task on its standard input, and some ends of pipes open.
+
+    pipes: (file descriptor, "r" or "w") of each.
+    """
     # The dynamic linker of some Pythons needs its path; no other variable is passed on.
     env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     process = subprocess.Popen(
@@ -82,7 +86,7 @@ def start(task: dict, pipes: Sequence[tuple[int, str]], home: str, limits: Limit
         start_new_session=True,
     )
     task = task | {"pipes": pipes, "cpu_seconds": limits.cpu_seconds, "memory": limits.memory}
-    with contextlib.suppress(BrokenPipeError):  # it has ended already, which the verdict shows
+    with contextlib.suppress(BrokenPipeError):  # the process has ended already, which the verdict shows
         process.stdin.write(json.dumps(task).encode())
         process.stdin.close()
     return process
@@ -98,7 +102,11 @@ def stop(process: subprocess.Popen) -> float:
 
 
 def read_line(number: int, seconds: float) -> str | None:
-    """Return the first line that comes out of a pipe, "" where it ends before, None after these seconds."""
+    """Return the first line that comes out of a pipe, by its file descriptor.
+
+    "" if the pipe is closed before a line ends, None if that takes more than these seconds. A line of more
+    than 64 KiB, which jail.py does not write, is cut.
+    """
     deadline, line = time.monotonic() + seconds, b""
     with selectors.DefaultSelector() as selector:
         selector.register(number, selectors.EVENT_READ)
@@ -113,31 +121,36 @@ def read_line(number: int, seconds: float) -> str | None:
 
 
 def check(task: Task, limits: Limits = Limits()) -> Verdict:
-    """Return whether a program passes its tests, which run in two new processes with limits.
+    """Return the verdict on a program, after a run of it and its tests in two new processes with limits.
 
     Raises ValueError on a system without fork and resource limits (Windows).
     """
     if os.name != "posix":
         raise ValueError("sandbox: programs run only on Linux or macOS; this system has no resource limits")
     nonce = secrets.token_hex(16)
-    calls, answers, verdict = os.pipe(), os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as ends:
-        os.chmod(home, 0o555)
-        for number in (*calls, *answers, *verdict):
-            ends.callback(os.close, number)
 
-        # Start both; the ends of pipes that are theirs alone are closed here, so that a pipe ends with them.
+    # Each pipe is an end to read and an end to write. All but one are used by the two processes alone.
+    calls, answers, verdict = os.pipe(), os.pipe(), os.pipe()
+    of_program = ((calls[0], "r"), (answers[1], "w"))
+    of_tests = ((calls[1], "w"), (answers[0], "r"), (verdict[1], "w"))
+    with (
+        tempfile.TemporaryDirectory() as home,
+        contextlib.ExitStack() as ours,
+        contextlib.ExitStack() as theirs,
+    ):
+        os.chmod(home, 0o555)
+        ours.callback(os.close, verdict[0])
+        for number, _ in (*of_program, *of_tests):
+            theirs.callback(os.close, number)
+
+        # Start both. Then their ends are closed here, so that a pipe is closed as soon as they end.
         program = {"program": task.program}
         tests = {"tests": task.tests, "setup": task.setup, "entry_point": task.entry_point, "nonce": nonce}
-        theirs = ((calls[0], "r"), (answers[1], "w")), ((calls[1], "w"), (answers[0], "r"), (verdict[1], "w"))
         running = []
         try:
-            for content, pipes in zip((program, tests), theirs, strict=True):
+            for content, pipes in ((program, of_program), (tests, of_tests)):
                 running.append(start(content, pipes, home, limits))
-            ends.pop_all()
-            for number in (*calls, *answers, verdict[1]):
-                os.close(number)
-            ends.callback(os.close, verdict[0])
+            theirs.close()
             line = read_line(verdict[0], limits.wall_seconds)
         finally:
             seconds = max([stop(process) for process in running], default=0.0)
@@ -154,17 +167,14 @@ def judge(line: str | None, nonce: str, seconds: float, limits: Limits) -> Verdi
     lacking = tuple(result.get("lacking", ()))
     if secrets.compare_digest(str(result.get("nonce")), nonce):
         return Verdict(True, "passed", lacking)
+    # The kernel ends a process at the limit; the time that it reports may be a little less.
     if seconds > limits.cpu_seconds - 0.1:
         return Verdict(False, f"timeout: more than {limits.cpu_seconds} seconds of CPU time", lacking)
     return Verdict(False, str(result.get("failed", "the tests have not ended")), lacking)
 
 
-def check_all(
-    tasks: Sequence[Task],
-    limits: Limits = Limits(),
-    workers: int | None = None,
-) -> list[Verdict]:
-    """Return the verdict of each task, of which `workers` run at once (default: one per core)."""
+def check_all(tasks: Sequence[Task], limits: Limits = Limits(), workers: int | None = None) -> list[Verdict]:
+    """Return the verdict of each task. workers: tasks that run at the same time (default: one per core)."""
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         return list(pool.map(lambda task: check(task, limits), tasks))
 
@@ -181,16 +191,16 @@ def lacking() -> tuple[str, ...]:
 
 
 def human_eval_task(record: dict, completion: str) -> Task:
-    """Return the program that continues the prompt of a HumanEval record, and the record's tests.
+    """Return the program that is a HumanEval record's prompt and its completion, and the record's tests.
 
-    The prompt, which may define functions that the tests use, is executed in the tests' process too.
+    The prompt may define functions that the tests use, so it is executed in the tests' process, too.
     """
     tests = f"{record['test']}\ncheck({record['entry_point']})"
     return Task(record["prompt"] + completion, tests, record["entry_point"], record["prompt"])
 
 
 def check_solutions(path: Path) -> None:
-    """Print how many of a file's own solutions pass, which should be all, and how many of `pass`."""
+    """Print how many of a file's own solutions pass, which should be all, and how many of `pass` do."""
     from data.records import read_records, refuse
 
     records = [record for _, record in read_records(path, str(path), refuse)]

@@ -1,18 +1,20 @@
 """The default tasks, made from the source of Python's library: nothing is downloaded.
 
-    next_line       20 lines of a module; which of four lines of equal length comes next?
-    name            20 lines and a half; which of four names that occur there equally often? (LAMBADA's idea)
-    purpose         what does this function do? four summaries of its module, scored as texts ...
-    purpose_letters ... and by the letters A to D behind them, as in MMLU: the same questions
-    k_shot_N        N lines `name -> symbol`, new symbols each time, and one name more
-    sums            numbers below 10, exact match
-    programs        five small functions, tested in the sandbox
-    bits_per_byte   held-out text
+    next_line        20 lines of a module; which of four lines of equal length comes next?
+    name             20 lines and the beginning of the next one; which of four names, all equally frequent
+                     in the 20 lines, follows? (the idea of LAMBADA)
+    purpose          what does this function do? The choices are four summaries of its module, as texts
+    purpose_letters  the same questions; the choices are letters, as in MMLU
+    k_shot_N         N lines `name -> symbol`, with two symbols that are new in each question; which of them
+                     has the next name?
+    sums             of two numbers below 10; the answer is right if it is equal
+    programs         five small functions to write, which are tested in the sandbox
+    bits_per_byte    of held-out text
 
 The modules are those that training holds out (data/text.py), so a model trained on `stdlib` has not seen
-them. Four choices make 25 % a blind guess; each task has the accuracy of rules without a model beside it,
-because a model may find the right line by its length. The questions are the same on every machine with the
-same Python.
+them. A random choice is right in 25 % of the questions, and in 50 % of k_shot. Rules without a model, such as
+choosing the longest line, may do better: their accuracy stands beside the model's. The questions are the same
+on every machine with the same Python.
 
     python -m evaluation.stdlib_suite           one question of each task
     python -m evaluation runs/gpt/model         a model's figures
@@ -24,6 +26,7 @@ import re
 from collections import Counter
 from functools import cache
 from inspect import isbuiltin
+from itertools import accumulate
 
 from data.corpus import documents, stdlib_files
 from data.stdlib_questions import definitions
@@ -34,28 +37,33 @@ from evaluation.published import LETTERS, TaskFile, mmlu
 from formats import command
 
 N_LINES = 20  # of context
-SHOTS = (0, 1, 4, 16)
+NAME = r"[A-Za-z_]\w{3,}"  # names of at least four characters, keywords among them
+SHOTS = (0, 1, 4, 16)  # solved lines of the k_shot tasks
 TEXT_BYTES = 50_000  # of held-out text for bits_per_byte
 
 
 @cache
 def held_out_modules() -> list[tuple[str, str]]:
-    """Return (name, source) of the modules that training on `stdlib` holds out."""
+    """Return (name, source) of the modules that training on `stdlib` holds out.
+
+    Raises ValueError if Python's library has no source on this machine.
+    """
+    # All modules, without files that cannot be read.
     modules = []
     for name, path in stdlib_files():
         modules += [(name, text) for text in documents([(name, path)], lambda problem: None)]
-    border, start, held_out = held_out_from([len(text.encode()) for _, text in modules]), 0, []
-    for name, text in modules:
-        if start >= border:
-            held_out.append((name, text))
-        start += len(text.encode())
+
+    # Training holds out what begins behind some number of bytes.
+    n_bytes = [len(text.encode()) for _, text in modules]
+    starts, border = [0, *accumulate(n_bytes)], held_out_from(n_bytes)
+    held_out = [module for module, start in zip(modules, starts, strict=False) if start >= border]
     if not held_out:
         raise ValueError("--tasks stdlib: this Python has no source files; name a file of questions instead")
     return held_out
 
 
 def placed(choices: list[str], generator: random.Random) -> tuple[tuple[str, ...], int]:
-    """Return the choices, of which the first is right, in a random order, and the place of the right one."""
+    """Return choices, of which the first is right, in a random order, and the right one's place in it."""
     order = list(range(len(choices)))
     generator.shuffle(order)
     return tuple(choices[i] for i in order), order.index(0)
@@ -68,7 +76,10 @@ def long_modules() -> list[list[str]]:
 
 
 def next_lines(n: int, generator: random.Random) -> list[Item]:
-    """Return n questions for the next line. All four lines are as long as the right one, to a tenth."""
+    """Return n questions for the next line. The lengths of all four lines differ by a tenth at most.
+
+    There are fewer questions if 20 n drawn places are not enough.
+    """
     items: list[Item] = []
     modules = long_modules()
     for _ in range(20 * n):
@@ -76,7 +87,7 @@ def next_lines(n: int, generator: random.Random) -> list[Item]:
         at = generator.randrange(N_LINES, len(lines))
         gold = lines[at]
         others = {x for x in lines if x != gold and abs(len(x) - len(gold)) <= len(gold) // 10}
-        if len(gold.strip()) < 12 or len(others) < 3:
+        if len(gold.strip()) < 12 or len(others) < 3:  # short lines, such as "else:", are left out
             continue
         choices, place = placed([gold, *generator.sample(sorted(others), 3)], generator)
         context = "\n".join(lines[at - N_LINES : at]) + "\n"
@@ -87,17 +98,23 @@ def next_lines(n: int, generator: random.Random) -> list[Item]:
 
 
 def names(n: int, generator: random.Random) -> list[Item]:
-    """Return n questions for a name that occurs in the 20 lines before it, as often as the other three do."""
+    """Return n questions for a name that occurs in the 20 lines before it, as often as the other three do.
+
+    There are fewer questions if 50 n drawn places are not enough.
+    """
     items: list[Item] = []
     modules = long_modules()
     for _ in range(50 * n):
+        # A line that has names of the 20 lines before it.
         lines = generator.choice(modules)
         at = generator.randrange(N_LINES, len(lines))
         before = "\n".join(lines[at - N_LINES : at]) + "\n"
-        occurring = Counter(re.findall(r"[A-Za-z_]\w{3,}", before))
-        found = [match for match in re.finditer(r"[A-Za-z_]\w{3,}", lines[at]) if match[0] in occurring]
+        occurring = Counter(re.findall(NAME, before))
+        found = [match for match in re.finditer(NAME, lines[at]) if match[0] in occurring]
         if not found:
             continue
+
+        # One of these names, and three others that occur as often. The context ends where the name begins.
         gold = generator.choice(found)
         others = [x for x, k in occurring.items() if x != gold[0] and k == occurring[gold[0]]]
         if len(others) < 3:
@@ -110,7 +127,10 @@ def names(n: int, generator: random.Random) -> list[Item]:
 
 
 def purposes(n: int, generator: random.Random) -> tuple[list[Item], list[Item]]:
-    """Return up to n questions for the summary of a function: with texts as choices, and with letters."""
+    """Return up to n questions for the summary of a function, with texts as choices and with letters.
+
+    The other three choices are summaries of the same module.
+    """
     questions = []
     for module, source in held_out_modules():
         found = {d.summary: d for d in definitions(module, source)}
@@ -125,28 +145,35 @@ def purposes(n: int, generator: random.Random) -> tuple[list[Item], list[Item]]:
     return texts, [mmlu(question) for question in questions]
 
 
+# The names of k_shot are of two kinds, and each kind has a symbol.
 SYMBOLS = ("red", "blue", "up", "down", "left", "right", "yes", "no")
 EXCEPTIONS = sorted(x for x in dir(builtins) if x.endswith("Error") and len(x) < 16)
 FUNCTIONS = sorted(x for x in dir(builtins) if isbuiltin(getattr(builtins, x)) and x[0] != "_")
 
 
 def k_shot(k: int, n: int, generator: random.Random) -> list[Item]:
-    """Return n questions whose context is k examples of a labelling with two arbitrary symbols."""
+    """Return n questions whose context is k solved lines and one to solve.
+
+    Built-in exceptions have one symbol, and built-in functions another; both are drawn for each question, so
+    that only the solved lines tell which is which.
+    """
     items = []
     for _ in range(n):
+        # The symbol and the names of kind 0 (exceptions) and of kind 1 (functions).
         symbols = generator.sample(SYMBOLS, 2)
-        kinds = [i % 2 for i in range(k)]
+        kinds = [i % 2 for i in range(k)]  # of the solved lines, half of each
         generator.shuffle(kinds)
-        drawn = [generator.sample(EXCEPTIONS, k // 2 + 2), generator.sample(FUNCTIONS, k // 2 + 2)]
-        gold = generator.randrange(2)
-        shots = [f"{drawn[kind].pop()} -> {symbols[kind]}\n" for kind in kinds]
-        context = "".join(shots) + f"{drawn[gold].pop()} ->"
+        names_of = [generator.sample(EXCEPTIONS, k // 2 + 2), generator.sample(FUNCTIONS, k // 2 + 2)]
+        gold = generator.randrange(2)  # the kind of the last name
+
+        shots = [f"{names_of[kind].pop()} -> {symbols[kind]}\n" for kind in kinds]
+        context = "".join(shots) + f"{names_of[gold].pop()} ->"
         items.append(Item(context, tuple(symbols), gold))
     return items
 
 
 def sums(n: int, generator: random.Random) -> list[Question]:
-    """Return n sums of two numbers below 10, each behind two solved ones."""
+    """Return n sums of two numbers below 10, each behind two sums with their results."""
     drawn = [[(generator.randrange(10), generator.randrange(10)) for _ in range(3)] for _ in range(n)]
     return [
         Question(f"{a[0]} + {a[1]} = {sum(a)}\n{b[0]} + {b[1]} = {sum(b)}\n{c[0]} + {c[1]} =", str(sum(c)))
@@ -154,7 +181,7 @@ def sums(n: int, generator: random.Random) -> list[Question]:
     ]
 
 
-# Name, parameters, summary, solution, tests.
+# Name, parameters, summary, solution, and the condition that it must meet as f.
 FUNCTIONS_TO_WRITE = (
     ("double", "x", "Return 2 * x.", "return 2 * x", "f(3) == 6 and f(0) == 0"),
     ("is_even", "n", "Return True if n is even.", "return n % 2 == 0", "f(4) is True and f(7) is False"),
@@ -179,7 +206,10 @@ def programs() -> list[dict]:
 
 
 def suite(n: int = 200, seed: int = 0) -> list[TaskFile]:
-    """Return the default tasks with about n questions each."""
+    """Return the default tasks, with n questions each where there are so many.
+
+    There are at most 50 sums, five programs and one text.
+    """
     texts, letters = purposes(n, random.Random(f"{seed} purpose"))
     tasks = [
         TaskFile("next_line", "choice", next_lines(n, random.Random(f"{seed} line"))),

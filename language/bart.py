@@ -1,4 +1,4 @@
-"""BART and PEGASUS: encoder-decoders with learned or sinusoidal positions, pretrained to write whole texts.
+"""BART and PEGASUS: encoder-decoders with absolute positions, pretrained to write texts or sentences.
 
     BART       LayerNorm after the sums:   x = LN(x + f(x))         embeddings  LN(E[token] + P[position + 2])
     PEGASUS    LayerNorm before layers:    x = x + f(LN(x))         embeddings  sqrt(D) E[token] + S[position]
@@ -9,12 +9,13 @@ have biases, scores are divided by sqrt(K), the head is the embedding matrix, an
 to the logits (zeros in what their authors published). MLPs have gelu in BART, relu in PEGASUS. There are no
 relative positions, so a text is at most max_seq_len tokens long.
 
-    BART       Lewis et al. 2019. It learns to write a text from a damaged one: language/denoising.py. Its
-               decoder starts with the end token. Positions are learned, and the first two rows of their table
-               are never used: fairseq counted them from the padding token on
-    PEGASUS    Zhang et al. 2019. It learns to write sentences that are missing: language/pegasus.py. S has
-               all sines, then all cosines: S[p] = [sin(p f_0), sin(p f_1) ... cos(p f_0), cos(p f_1) ...],
-               f_i = 10000^(-2 i / D)
+    BART       Lewis et al. 2019, arXiv:1910.13461. It learns to restore a damaged text:
+               language/denoising.py. Its decoder starts with the end token. Positions are learned, and the
+               first two rows of their table P are never used: fairseq gave the first token the position
+               pad_token_id + 1 = 2
+    PEGASUS    Zhang et al. 2019, arXiv:1912.08777. It learns to write the sentences that are missing in a
+               text: language/pegasus.py. Its decoder starts with the padding token. S has all sines, then all
+               cosines: S[p] = [sin(p f_0), sin(p f_1) ... cos(p f_0), cos(p f_1) ...], f_i = 10000^(-2 i / D)
 
     python -m language.bart                                           print the sizes
     python -m language.bart runs/bart/model --text "..." --beams 4    write
@@ -67,8 +68,8 @@ class Config:
         if self.d_model % self.n_heads or self.d_model % 2:
             raise ValueError(f"d_model {self.d_model}: expected an even multiple of n_heads {self.n_heads}")
 
-    # What the classes of t5.py read: scores are scaled as in the original Transformer.
-    original = property(lambda self: True)
+    # Fields that the classes of t5.py read.
+    original = property(lambda self: True)  # scores are scaled as in the original Transformer
     d_head = property(lambda self: self.d_model // self.n_heads)
     positions = property(lambda self: "absolute")  # `BART.length` checks that there are enough
     G, K = t5.Config.G, t5.Config.K
@@ -156,18 +157,22 @@ class BART(t5.T5):
     def __init__(self, config: Config):
         nn.Module.__init__(self)
         self.config = config
-        # As in the published code, what is read at padding has no gradient; PEGASUS starts with this token.
+        # As in the published code, the embedding of padding gets no gradient from what the stacks read, not
+        # even in PEGASUS, whose decoder starts with it.
         self.shared = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
         self.encoder, self.decoder = Stack(config, False), Stack(config.decoder, True)
         self.lm_head = None
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
-        self.has_bias = False  # the buffer is not zero; formats/bart.py finds out when it reads one
+        self.has_bias = False  # True for a buffer that is not zero; formats/bart.py sets it
         self.decoding = Decoding()
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw matrices and embeddings from N(0, 0.02^2). Raises ValueError without a rule."""
+        """Draw matrices and embeddings from N(0, 0.02^2); biases are 0.
+
+        Raises ValueError for a parameter without a rule.
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
@@ -181,9 +186,10 @@ class BART(t5.T5):
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to BART.initialize")
 
     def embed(self, tokens: Tensor, start: Tensor, stack: Stack) -> Tensor:
-        """Return what a stack reads (B, T, D) for tokens (B, T), the first of which are at positions start.
+        """Return what a stack reads (B, T, D) for tokens (B, T).
 
-        Raises ValueError for more tokens than there are positions.
+        start: the position of the first token, () for all rows or (B,). Raises ValueError for more tokens
+        than there are positions.
         """
         n, limit = tokens.shape[1], self.config.max_seq_len
         if n > limit:
@@ -195,12 +201,13 @@ class BART(t5.T5):
 
     @property
     def head_weight(self) -> Tensor:
-        """Return the matrix (V, D) of the head, or with a bias (V, D + 1): its last column is the bias."""
+        """Return the matrix (V, D) of the head. With a bias it is (V, D + 1) and its last column the bias,
+        so that kernels for a head without a bias compute it too."""
         weight = self.shared.weight
         return torch.cat((weight, self.final_logits_bias.T.to(weight.dtype)), 1) if self.has_bias else weight
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """Return hidden states (..., D) as the head multiplies them: with a bias, with a one at the end."""
+        """Return hidden states (..., D) as the head multiplies them: for a bias, with a 1 at the end."""
         return F.pad(hidden, (0, 1), value=1.0) if self.has_bias else hidden
 
     def generate(
@@ -208,8 +215,8 @@ class BART(t5.T5):
     ) -> list[list[int]]:
         """Return the output of each input, as t5.py's `generate`; the default length is the checkpoint's.
 
-        The likeliest token (temperature 0) obeys the rules of the checkpoint. Raises ValueError for
-        temperatures with such rules.
+        Rules of the checkpoint are followed at temperature 0, which takes the likeliest token. Raises
+        ValueError for other temperatures with such rules.
         """
         if self.rules == writing.Rules():
             return writing.generate(self, inputs, self.length(max_new_tokens), **options)
@@ -221,16 +228,15 @@ class BART(t5.T5):
     def beam_search(
         self, inputs: Tensor | Sequence[Sequence[int]], max_new_tokens: int | None = None, **options
     ) -> list[list[int]]:
-        """Return the best output found for each input, see language/beam_search.py. What options leave out,
-        and max_new_tokens, are by default those of the checkpoint, `decoding`."""
-        names = {
-            "n_beams": "num_beams",
-            "length_penalty": "length_penalty",
-            "early_stopping": "early_stopping",
+        """Return the best output found for each input. options: as for language/beam_search.py; those of the
+        checkpoint (`decoding`) are the defaults."""
+        defaults = {
+            "n_beams": self.decoding.num_beams,
+            "length_penalty": self.decoding.length_penalty,
+            "early_stopping": self.decoding.early_stopping,
+            "rules": self.rules,
         }
-        options = {ours: getattr(self.decoding, name) for ours, name in names.items()} | options
-        options = {"rules": self.rules} | options
-        return writing.beam_search(self, inputs, self.length(max_new_tokens), **options)
+        return writing.beam_search(self, inputs, self.length(max_new_tokens), **defaults | options)
 
     @property
     def rules(self) -> writing.Rules:
@@ -240,10 +246,14 @@ class BART(t5.T5):
         )
 
     def length(self, max_new_tokens: int | None) -> int:
-        """Return how many tokens an output has at most. Raises ValueError for more than there are positions,
-        and where neither the call nor the checkpoint says it."""
-        limit, n = self.config.max_seq_len, max_new_tokens or self.decoding.max_length - 1
-        if not 0 < n <= limit:
+        """Return the largest number of tokens of an output: max_new_tokens, or that of the checkpoint.
+
+        Raises ValueError for more than there are positions, and where neither is given.
+        """
+        limit, n = self.config.max_seq_len, max_new_tokens
+        if n is None and self.decoding.max_length:
+            n = self.decoding.max_length - 1  # without the start token
+        if n is None or not 0 < n <= limit:
             raise ValueError(f"generate: max_new_tokens {n}: expected 1 to {limit}, the model's positions")
         return n
 

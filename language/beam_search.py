@@ -1,17 +1,17 @@
 """Writing with an encoder-decoder: one token after another, greedy, sampled, or by beam search.
 
 The encoder reads the input once, and the keys and values of cross attention are computed once, for all
-layers of the decoder. What is left is a decoder with a cache, so the sampling of generate.py works as it is:
-its prompt is the start token.
+layers of the decoder. What is left is a decoder with a cache, for which the sampling of generate.py works
+unchanged: its prompt is the start token.
 
-Beam search keeps the n most probable beginnings of an output instead of one. The score of an output that has
-ended, of length T with the end token, is
+Beam search keeps the n most probable beginnings of an output instead of one. An output y that has ended, with
+T tokens including the end token, has the score
 
     score(y) = log p(y | x) / T^a           a = 0 prefers short outputs, a = 1 compares means per token
 
 which is Hugging Face's length penalty; Wu et al. (2016, section 7) divide by ((5 + T) / 6)^a instead. The
-search of a row ends once n outputs have ended and the best beginning has no better score than the last of
-them; with early_stopping as soon as n have ended. `Rules` forbid or force some tokens.
+search of a row ends once n outputs have ended and the best beginning, scored by the same formula, is not
+better than the worst of them; with early_stopping as soon as n have ended. `Rules` forbid or force tokens.
 
     python -m language.t5 runs/t5/model --text "def <extra_id_0>(self):" --beams 4
 
@@ -31,10 +31,10 @@ from language.span_corruption import SENTINELS, restore
 
 
 class Decoder(nn.Module):
-    """The decoder of a model beside encoded inputs: a model as generate.py needs it."""
+    """The decoder of a model with encoded inputs: it has the methods that generate.py needs of a model."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Sequence[int]], times: int = 1):
-        """Encode inputs, lists of tokens, and keep each `times` times.
+        """Encode inputs, B lists of tokens. Each is repeated `times` times, once for each beam.
 
         Raises ValueError for an empty input or an unknown token.
         """
@@ -47,8 +47,8 @@ class Decoder(nn.Module):
         ends = torch.tensor(lengths, device=device) if min(lengths) < S else None  # (B,)
         cross = model.cross(model.encode(tokens, ends))
 
-        # They are buffers, so that a copy of this module shares them.
-        self.register_buffer("bias", None)  # of self attention, as far as `new_cache` reaches
+        # Buffers, so that the copy of this module in kernels/few_rows.py shares them.
+        self.register_buffer("bias", None)  # of positions in self attention, for the length of `new_cache`
         self.register_buffer("lengths", None if ends is None else ends.repeat_interleave(times, 0))
         for i, (k, v) in enumerate(cross):
             self.register_buffer(f"keys_{i}", k.repeat_interleave(times, 0))
@@ -92,7 +92,7 @@ def as_lists(inputs: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
 def generate(
     model: nn.Module, inputs: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
 ) -> list[list[int]]:
-    """Return the output of each input, (B, S) or B lists of tokens, with the end token if one was drawn.
+    """Return the output of each input, (B, S) or B lists of tokens, with the end token if it was reached.
 
     options: as for `generate.stream`: temperature (0 takes the likeliest token), top_k, generator ...
     Raises ValueError for an input or an option that is out of range.
@@ -107,22 +107,24 @@ def generate(
 class Rules:
     """Tokens that an output must or must not have at a place, as Hugging Face's `generate` names them."""
 
-    no_repeat_ngram_size: int = 0  # no sequence of so many tokens comes twice; 0: it may
+    no_repeat_ngram_size: int = 0  # no sequence of so many tokens comes twice; 0: no such rule
     min_length: int = 0  # tokens before which no output ends, the start token included
     forced_bos_token_id: int | None = None  # the first token behind the start token
-    forced_eos_token_id: int | None = None  # the last token that max_new_tokens allows
+    forced_eos_token_id: int | None = None  # the last token of an output of max_new_tokens
 
     def apply(self, log_p: Tensor, rows: list[list[int]], eos: int, is_last: bool) -> None:
         """Set log-probabilities log_p (n, V) of the next token to -inf where it is forbidden, and to 0 where
         it is forced. rows: the n beginnings, of equal lengths, with their start tokens."""
         if len(rows[0]) < self.min_length:
             log_p[:, eos] = -torch.inf
+        # Every token that followed an earlier occurrence of the last size - 1 tokens would repeat a sequence.
         size = self.no_repeat_ngram_size
         for row, beginning in enumerate(rows if size else ()):
-            before = beginning[len(beginning) - size + 1 :]  # the last size - 1 tokens
+            before = beginning[len(beginning) - size + 1 :]
             starts = range(len(beginning) - size + 1)
             banned = [beginning[i + size - 1] for i in starts if beginning[i : i + size - 1] == before]
             log_p[row, banned] = -torch.inf
+        # A forced token is the only one; at the last place, that of the end wins.
         forced = self.forced_bos_token_id if len(rows[0]) == 1 else None
         if is_last and self.forced_eos_token_id is not None:
             forced = self.forced_eos_token_id
@@ -142,10 +144,11 @@ class Search:
         self.done = False
 
     def step(self, log_p: list[float], origin: list[int], tokens: list[int], is_last: bool) -> list[int]:
-        """Take the 2 n best continuations, the best first, and return the places of the n that go on.
+        """Take the 2 n best continuations, the best first, and return the numbers of the n that go on.
 
-        Number c continues beam origin[c] by tokens[c], and has log_p[c] in all. Of the n best, those with an
-        end token end, and in the last step all.
+        Continuation c is beam origin[c] with tokens[c] behind it; its log-probability is log_p[c]. Those of
+        the n best with an end token have ended; beyond the n best they are dropped. In the last step all of
+        the n best have ended.
         """
         outputs = [[*self.beams[i], token] for i, token in zip(origin, tokens, strict=True)]
         scores = [p / len(outputs[0]) ** self.length_penalty for p in log_p]
@@ -180,7 +183,8 @@ def beam_search(
         if value < 1:
             raise ValueError(f"beam_search: {name} {value}: expected at least 1")
 
-    # The beams of a row are rows of the decoder. All begin alike, so only the first has a chance at first.
+    # The beams of a row are rows of the decoder. All begin with the start token, so all but the first get the
+    # log-probability -1e9: otherwise the first step would choose each continuation n times.
     B, n, V = len(rows), n_beams, config.vocab_size
     decoder = Decoder(model, rows, times=n)
     cache = decoder.new_cache([1] * (B * n), max_new_tokens)
@@ -190,7 +194,7 @@ def beam_search(
     log_p[:, 0] = 0.0
 
     for step in range(max_new_tokens):
-        # The 2 n best continuations: at most n of them end, so that n go on.
+        # The 2 n best continuations. A beam has one that ends, so at most n end and at least n can go on.
         logits = decoder.logits(decoder.hidden(token, cache=cache)[:, -1]).float()
         each, is_last = logits.log_softmax(-1), step == max_new_tokens - 1
         if rules is not None:
@@ -203,7 +207,7 @@ def beam_search(
         if is_last or all(search.done for search in searches):
             break
 
-        # Go on with the chosen ones; the cache follows them.
+        # Go on with the chosen continuations: a row of the cache is copied from the beam that it continues.
         picked = torch.tensor(going, device=device)  # (B, n)
         log_p, index = log_p.gather(1, picked), index.gather(1, picked)
         token = (index % V).view(-1, 1)

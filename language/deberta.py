@@ -4,9 +4,9 @@
             content,      content to           position to
                           position (c2p)       content (p2c)
 
-Kr and Qr are made from one table of embeddings of distances, which all layers share. With one of the two
-terms the scale is 1 / sqrt(2 K). The rest is a layer of BERT. The paper has j - i in the third term; its
-code, and so every published model, has i - j in both.
+Kr and Qr are projections of one table, which has an embedding for each distance and which all layers share.
+With only one of c2p and p2c the scale is 1 / sqrt(2 K). The rest is a layer of BERT. The paper has j - i in
+the third term; its code, and so every published model, has i - j in both.
 
     v1    He et al. 2020, arXiv:2006.03654: a row of the table per distance, own projections for Kr and Qr
     v2    the same authors' code of 2021: far distances share rows (`buckets`), the table is normalised, Kr
@@ -19,8 +19,8 @@ be the input of the last layer, and P the embeddings of positions:
     z = H + P;   twice, with the weights of the last layer:  z = layer(queries z, keys and values H)
     p(x_i) = softmax(E transform(z_i) + b)
 
-A score needs q_i . Kr[i - j] for all j. That is one product with the rows of all distances in order, (T, 2T),
-whose row i is then read from another column on: see `skew`. Nothing of shape (T, T, K) exists.
+The scores need q_i . Kr[i - j] for all i and j. These are in one product, (T, 2T), of the queries with the
+rows of all distances in order: row i of it is read from column T - i on (`skew`). No tensor is (T, T, K).
 
     python -m language.deberta                                          print the sizes
     python -m language.deberta runs/deberta/model --text "import [MASK]"
@@ -73,7 +73,7 @@ class Config:
     pad_token_id: int = 0
     MAY_BE_ZERO = ("n_segments", "conv_width", "pad_token_id")
 
-    # The fields of bert.Config that its parts read, and which are the same in every DeBERTa.
+    # Fields of bert.Config that the parts of bert.py read. They are the same in every DeBERTa.
     mlp, bias, pre_norm, pooler, pair = "gelu", True, False, False, "none"
 
     def __post_init__(self):
@@ -125,10 +125,10 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 def buckets(distance: Tensor, n: int | None, longest: int) -> Tensor:
-    """Return the bucket, counted from 0 in both directions, of each distance i - j from a key to a query.
+    """Return the bucket of each distance i - j of a query i from a key j, with the sign of the distance.
 
-    Distances up to n / 2 have a bucket each. The others grow with the logarithm of the distance, up to n - 1
-    at `longest` - 1. Unlike T5, this rounds up. n None: the distance itself.
+    The absolute distances up to n / 2 have a bucket each. Beyond, the bucket grows with the logarithm of the
+    distance, to n - 1 at longest - 1, and is rounded up (T5 rounds down). n None: the distance itself.
     """
     if n is None:
         return distance
@@ -139,10 +139,10 @@ def buckets(distance: Tensor, n: int | None, longest: int) -> Tensor:
 
 
 def rows_of_distances(T: int, config: Config) -> Tensor:
-    """Return the row of the table for the distances T, T - 1, ..., 1 - T: int64 (2T,).
+    """Return the row of the table for each of the distances T, T - 1, ..., 1 - T: int64 (2T,).
 
-    The table has s rows for positive distances, then s for others, in ascending order; what lies beyond has
-    the first or the last.
+    The table has 2 s rows: row s is of distance 0, rows behind it are of positive distances, rows before it
+    of negative ones. Distances beyond the table have its first or its last row.
     """
     s = config.n_buckets or config.max_distance
     distance = torch.arange(T, -T, -1)
@@ -152,7 +152,7 @@ def rows_of_distances(T: int, config: Config) -> Tensor:
 def skew(x: Tensor) -> Tensor:
     """Return y (..., T, T), a view of x (..., T, 2T), with y[i, j] = x[i, T + j - i].
 
-    Row i of y begins T - i columns into row i of x. So it begins 2T - 1 numbers behind row i - 1.
+    Row i of y begins at column T - i of row i of x: 2T - 1 numbers behind the beginning of row i - 1.
     """
     T = x.shape[-2]
     return x.flatten(-2)[..., T:].unflatten(-1, (T, 2 * T - 1))[..., :T]
@@ -175,22 +175,22 @@ class Attention(nn.Module):
         """Return x (..., T, D) as (..., H, T, K)."""
         return x.unflatten(-1, (self.config.n_heads, -1)).transpose(-3, -2)
 
-    def forward(self, z: Tensor, x: Tensor, distances: Tensor, padding: Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, x: Tensor, relative: Tensor, padding: Tensor | None) -> Tensor:
         """Return the mixed values (B, T, D), for queries from z, of keys and values from x, both (B, T, D).
 
-        distances: the rows of the table for the distances T ... 1 - T, (2T, D). padding: True for keys to
-        leave out, (B, 1, 1, T); None: for none.
+        relative: the embeddings of the distances T ... 1 - T, (2T, D). padding: True for keys to leave out,
+        (B, 1, 1, T); None: for none.
         """
         q = self.heads(self.query_proj(z)) * self.scale  # (B, H, T, K)
         k, v = self.heads(self.key_proj(x)), self.heads(self.value_proj(x))  # (B, H, T, K)
         scores = q @ k.mT  # (B, H, T, T)
         if self.config.c2p:
-            keys = self.heads((self.pos_key_proj or self.key_proj)(distances))  # (H, 2T, K)
+            keys = self.heads((self.pos_key_proj or self.key_proj)(relative))  # (H, 2T, K)
             scores = scores + skew(q @ keys.mT)  # column T + j - i of row i is distance i - j
         if self.config.p2c:
-            queries = self.heads((self.pos_query_proj or self.query_proj)(distances))  # (H, 2T, K)
-            queries = queries.flip(-2).roll(1, -2)  # T (not used), then the distances 1 - T ... T - 1
-            # In row j, which belongs to key j, column T + i - j is now distance i - j.
+            queries = self.heads((self.pos_query_proj or self.query_proj)(relative))  # (H, 2T, K)
+            queries = queries.flip(-2).roll(1, -2)  # distance T (not used), then 1 - T ... T - 1
+            # Row j belongs to key j here, and its column T + i - j to distance i - j.
             scores = scores + skew(k @ (self.scale * queries).mT).mT
         if padding is not None:
             scores = scores.masked_fill(padding, -torch.inf)
@@ -207,15 +207,15 @@ class Block(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, inner)})
         self.output = dense_and_norm(inner, D, config)
 
-    def forward(self, z: Tensor, x: Tensor, distances: Tensor, padding: Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, x: Tensor, relative: Tensor, padding: Tensor | None) -> Tensor:
         """Return the layer's output (B, T, D) for z (B, T, D); arguments as for `Attention.forward`."""
         attend, output = self.attention.self, self.attention.output
-        z = output.LayerNorm(z + output.dense(attend(z, x, distances, padding)))
+        z = output.LayerNorm(z + output.dense(attend(z, x, relative, padding)))
         return self.output.LayerNorm(z + self.output.dense(F.gelu(self.intermediate.dense(z))))
 
 
 class Convolution(nn.Module):
-    """norm(x + gelu(conv(embeddings))): what stands right beside a token, after the first layer (v2)."""
+    """The convolution of v2: norm(x + gelu(conv(embeddings))), where x is the output of the first layer."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -224,11 +224,11 @@ class Convolution(nn.Module):
         self.LayerNorm = norm(D, config)
 
     def forward(self, embeddings: Tensor, x: Tensor, real: Tensor | None) -> Tensor:
-        """Return (B, T, D) of the embeddings and the first layer's output x, both (B, T, D). real (B, T, 1):
-        False for padding, whose output is 0; None: there is none."""
-        beside = self.conv(embeddings.mT).mT  # (B, T, D)
-        beside = beside if real is None else beside * real
-        x = self.LayerNorm(x + F.gelu(beside))
+        """Return the input (B, T, D) of the second layer. embeddings: the input of the first, (B, T, D). real
+        (B, T, 1): False for padding, whose output is 0; None: there is none."""
+        local = self.conv(embeddings.mT).mT  # (B, T, D)
+        local = local if real is None else local * real
+        x = self.LayerNorm(x + F.gelu(local))
         return x if real is None else x * real
 
 
@@ -299,9 +299,9 @@ class DeBERTa(nn.Module):
         return x if real is None else x * real
 
     def encode(self, tokens: Tensor, segments: Tensor | None, lengths: Tensor | None, decode: bool) -> Tensor:
-        """Return the last hidden states (B, T, D) of tokens (B, T), with decode those of the mask decoder.
+        """Return the last hidden states (B, T, D) of tokens (B, T); with decode those of the mask decoder.
 
-        lengths (B,): how many tokens of each row are real; what follows is padding, which no other sees.
+        lengths (B,): how many tokens of each row are real; behind them is padding, which no token reads.
         Raises ValueError for rows longer than max_seq_len.
         """
         T, config, encoder = tokens.shape[1], self.config, self.deberta.encoder
@@ -312,15 +312,15 @@ class DeBERTa(nn.Module):
             real = torch.arange(T, device=tokens.device)[:, None] < lengths[:, None, None]  # (B, T, 1)
             padding = ~real[:, None].mT  # (B, 1, 1, T)
 
-        # The distances of a row, whose embeddings all layers share.
+        # The embeddings of the distances in a row, which all layers share.
         table = encoder.rel_embeddings.weight
         table = encoder.LayerNorm(table) if config.norm_table else table
-        distances = table[rows_of_distances(T, config).to(table.device)]  # (2T, D)
+        relative = table[rows_of_distances(T, config).to(table.device)]  # (2T, D)
 
         # The layers; the convolution stands beside the first one. The decoder replaces the last one.
         x = embeddings = self.embed(tokens, segments, real)
         for i, layer in enumerate(encoder.layer[:-1] if decode else encoder.layer):
-            x = layer(x, x, distances, padding)
+            x = layer(x, x, relative, padding)
             if i == 0 and config.conv_width:
                 x = encoder.conv(embeddings, x, real)
         if not decode:
@@ -329,12 +329,12 @@ class DeBERTa(nn.Module):
         # The mask decoder: the last layer twice, with queries that have positions.
         z = x + self.deberta.embeddings.position_embeddings.weight[:T]
         for _ in range(2):
-            z = encoder.layer[-1](z, x, distances, padding)
+            z = encoder.layer[-1](z, x, relative, padding)
         return z
 
     def run(self, tokens: Tensor, segments: Tensor | None, cu_seqlens: Tensor | None, decode: bool) -> Tensor:
-        """Return what `encode` does. Texts that are packed into one row become rows with padding, since
-        scores are matrices here, and the convolution must not read the text beside."""
+        """Return the output of `encode`. Texts that are packed into one row, (1, N), get a row each, with
+        padding: attention needs a matrix of scores for each, and the convolution must not mix two texts."""
         if cu_seqlens is None:
             return self.encode(tokens, segments, None, decode)
         lengths = cu_seqlens.diff()
@@ -361,9 +361,9 @@ class DeBERTa(nn.Module):
     def flops_per_token(self, seq_len: int, n_predicted: int | None = None) -> int:
         """Return the FLOPs of matrix products, forward and backward, per token of a row of seq_len tokens.
 
-        They are as in bert.py; each term of a distance is a product with 2T rows, as much as content to
-        content and the values together. The decoder is one layer more. Left out are the projections of the
-        table, once a layer and batch. The head runs at n_predicted places of a row (None: at all).
+        They are counted as in bert.py. Each of c2p and p2c is a product with 2T rows and costs as much as
+        content to content and the sums of values together. The decoder is one layer more. Left out are the
+        projections of the table, once a layer and batch. The head runs at n_predicted places (None: all).
         """
         config, T = self.config, seq_len
         D, F = config.d_model, config.d_ff
@@ -389,7 +389,7 @@ Model = DeBERTa
 
 
 def mlp_bytes(block: Block, config: Config, precision: activations.Precision) -> tuple[int, int]:
-    """Return the bytes per token of activations.mlp_bytes, and of the probabilities that attention keeps."""
+    """Return the bytes of `activations.mlp_bytes`, and those of the scores, which no kernel recomputes."""
     kept, gradients = activations.mlp_bytes(block, config, precision)
     per_score = precision.e + 4 * precision.autocast  # float32 of the softmax, and what the product reads
     scores = config.n_heads * config.max_seq_len

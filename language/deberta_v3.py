@@ -1,21 +1,22 @@
-"""DeBERTa v3: ELECTRA's objective for DeBERTa, with embeddings that the two models share in one direction.
+"""DeBERTa v3: ELECTRA's objective for DeBERTa. The discriminator reads the generator's embeddings.
 
     x'_i ~ p_generator(x_i | masked text) at the masked i,    x'_i = x_i elsewhere
+    y_i  = 1 where x'_i differs from x_i, else 0
     loss = mean over masked i of -log p_generator(x_i | masked text)
-           + 10 * mean over all i of -log p_discriminator(whether x'_i = x_i | x')
+           + 10 * mean over all i of -log p_discriminator(y_i | x')
 
     embeddings of the discriminator = stop_gradient(embeddings of the generator) + Delta
 
-In ELECTRA both models train the same embeddings, in different directions: the generator's loss moves tokens
-of near meaning together, the discriminator's moves them apart. Here the discriminator reads what the
-generator has learned, but its gradient reaches Delta alone, which begins at 0 (gradient-disentangled
-embedding sharing; He et al. 2021, arXiv:2111.09543, section 3.3).
+In ELECTRA both models train the same embeddings and pull at them: the generator's loss moves tokens of near
+meaning together, the discriminator's moves them apart. Here the discriminator reads what the generator has
+learned, but its gradient reaches Delta alone, which begins at 0 (gradient-disentangled embedding sharing; He
+et al. 2021, arXiv:2111.09543, section 3.3).
 
 The generator is a DeBERTa with its mask decoder, as wide as the discriminator and half as deep. The
-discriminator has neither head nor positions; it judges a token by gelu(W norm(h_cls + h_i)). The weight 10 is
-that of the authors' code; the paper has 50. Their code updates the generator first, then the discriminator,
-which reads the new embeddings. Here both are updated at once: the losses share no parameter that learns, so
-that the gradients are the same at the same weights.
+discriminator has no absolute positions and no masked-language-model head; its logit that a token was replaced
+is w . gelu(W norm(h_cls + h_i)). The weight 10 is that of the authors' code; the paper has 50. Their code
+updates the generator first, then the discriminator, which reads the new embeddings. Here both are updated at
+once: no parameter gets a gradient from both losses, so the gradients are the same at the same weights.
 
 This file is only what v3 adds to language/deberta.py and language/electra.py.
 
@@ -42,7 +43,7 @@ from language.electra import Electra
 
 STEPS = 1900
 LEARNING_RATE = 0.25  # times the default rate of a decoder of this size, as for language/electra.py
-TOKEN_LOSS = "mlm_loss"  # the nats per masked token, where the loss has other terms too
+TOKEN_LOSS = "mlm_loss"  # the metric with the nats per masked token; the loss has another term too
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Config(deberta.Config):
 
 
 def sized(name: str) -> Config:
-    """Return the Config of a size of language/deberta.py."""
+    """Return the discriminator's config for a size of language/deberta.py."""
     shared = {field.name: getattr(deberta.SIZES[name], field.name) for field in fields(deberta.Config)}
     return Config(**shared | {"absolute": "none", "mlm_head": False})
 
@@ -94,8 +95,8 @@ class ReplacedTokenHead(nn.Module):
         self.classifier = nn.Linear(config.d_model, 1)
 
     def forward(self, hidden: Tensor, first: Tensor) -> Tensor:
-        """Return logits (B, T) that a token was replaced, of hidden states (B, T, D), and those of the first
-        token of each one's text, (B, 1, D) or (B, T, D)."""
+        """Return logits (B, T) that a token was replaced. hidden: (B, T, D). first: the hidden state of the
+        first token of its text, (B, 1, D), or (B, T, D) where a row has several texts."""
         return self.classifier(F.gelu(self.dense(self.LayerNorm(first + hidden)))).squeeze(-1)
 
 
@@ -104,7 +105,7 @@ class Discriminator(DeBERTa):
         super().__init__(config)
         self.discriminator_predictions = ReplacedTokenHead(config)
         self.initialize()
-        # A module in a tuple is not registered a second time.
+        # In a tuple the generator is not a submodule, so its parameters are not counted or saved here too.
         self.shared = (generator if config.disentangled else None,)
         if self.shared[0] is not None:
             nn.init.zeros_(self.deberta.embeddings.word_embeddings.weight)  # Delta
@@ -142,8 +143,8 @@ class DeBERTaV3(Electra):
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "DeBERTaV3":
         """Return the discriminator of a directory, with the DebertaV2ForMaskedLM in generator/ if any.
 
-        The sum of the generator's embeddings and Delta is stored, so that Delta is right to the rounding of
-        this sum. Raises ValueError naming what is wrong, and for two that were not trained together.
+        A directory holds the sum of the generator's embeddings and Delta, so Delta is right to the rounding
+        of this sum. Raises ValueError naming what is wrong, and for two that were not trained together.
         """
         # The discriminator. Published files have the head of a generator too, which is left out.
         found, weights = disentangled_encoders.read(directory)

@@ -1,14 +1,15 @@
 """Denoising: a text is damaged, and an encoder-decoder writes it as it was (BART, Lewis et al. 2019).
 
     text      a b c d e . f g h . i j .
-    permuted  i j . a b c d e . f g h .        sentences in random order
-    input     i _ . a _ d e . _ f g h .        spans became one mask each, a span of no tokens too
+    permuted  i j . a b c d e . f g h .        the sentences in random order
+    input     i _ . a _ d e . _ f g h .        a mask in the place of each span; the last span has no tokens
     target    a b c d e . f g h . i j .        the whole text
 
-These are the two damages of the published models (section 2.2): text infilling, in spans whose lengths have
-the Poisson law of mean 3, until 30 % of the tokens are gone; and sentence permutation. The number of tokens
-behind a mask is not given: 0 for some. The decoder writes every token, not the gaps alone, so an example
-costs about four times T5's decoder (language/span_corruption.py). In source code a line is a sentence.
+These are the two kinds of noise of the published models (section 2.2): text infilling removes 30 % of the
+tokens, in spans whose lengths have the Poisson distribution of mean 3; sentence permutation comes before it.
+A mask does not show how many tokens it replaces, or that it replaces none. The decoder writes every token,
+not only those that are missing: about five times as many as T5's decoder for the same text
+(language/span_corruption.py). In source code a line is a sentence.
 
     python -m language.denoising                       a sentence, damaged
     python train.py --model bart                       train a BART with it
@@ -40,9 +41,9 @@ STEPS = 1200
 
 @dataclass(frozen=True)
 class Config:
-    noise_rate: float = 0.3  # share of the tokens that masks stand for
-    mean_span: float = 3.0  # tokens behind a mask
-    permute: bool = True  # sentences too
+    noise_rate: float = 0.3  # share of the tokens that masks replace
+    mean_span: float = 3.0  # mean number of tokens that a mask replaces
+    permute: bool = True  # permute the sentences too
 
     def __post_init__(self):
         if not 0 < self.noise_rate < 1:
@@ -52,9 +53,9 @@ class Config:
 
 
 def span_lengths(n: int, mean: float, generator: Generator) -> Tensor:
-    """Return lengths (k,) that add up to n, drawn from the Poisson law one after another; the last is cut.
+    """Return lengths (k,) that add up to n: draws from a Poisson distribution, the last of them cut.
 
-    Spans of no tokens are among them, but not so many that k > n.
+    Spans of no tokens are among them, but only as many as keep k <= n: so masks never lengthen a text.
     """
     lengths = torch.empty(0, dtype=torch.int64)
     while lengths.sum() < n:
@@ -63,35 +64,36 @@ def span_lengths(n: int, mean: float, generator: Generator) -> Tensor:
     last = int((lengths.cumsum(0) < n).sum())
     lengths = lengths[: last + 1].clone()
     lengths[last] -= lengths.sum() - n
-    empty = (lengths == 0).cumsum(0) * (lengths == 0)  # 1, 2, 3 ... at those of no tokens
+    empty = (lengths == 0).cumsum(0) * (lengths == 0)  # 1, 2, 3 ... at spans of no tokens, 0 at others
     return lengths[empty <= n - int((lengths > 0).sum())]
 
 
 def infill(
     tokens: Tensor, generator: Generator, mask_id: int, rate: float = 0.3, mean_span: float = 3.0
 ) -> Tensor:
-    """Return tokens (N,) with a mask in the place of each span: (N - n + k,) for n tokens gone in k spans.
+    """Return tokens (N,) with a mask in the place of each span: (N - n + k,) for n tokens in k spans.
 
     Every way to place the spans is equally likely; they do not overlap, but may be neighbours.
     """
     N, n = len(tokens), math.ceil(rate * len(tokens))
     lengths = span_lengths(n, mean_span, generator)
-    n_items = N - n + len(lengths)  # of the result: tokens that stay, and spans
-    where = torch.randperm(n_items, generator=generator)[: len(lengths)]
+    # An item of the result is a token that stays, which covers 1 token of the text, or a mask.
+    n_items = N - n + len(lengths)
+    masks = torch.randperm(n_items, generator=generator)[: len(lengths)]
     covered = torch.ones(n_items, dtype=torch.int64)
-    covered[where] = lengths
-    first = (covered.cumsum(0) - covered).clamp(max=N - 1)  # the token of the text where an item begins
-    result = tokens[first]
-    result[where] = mask_id
+    covered[masks] = lengths
+    first = covered.cumsum(0) - covered  # the place in the text where an item begins
+    result = tokens[first.clamp(max=N - 1)]  # N, behind the text, is that of an empty span at the end
+    result[masks] = mask_id
     return result
 
 
 def permute(tokens: Tensor, ends: Tensor, generator: Generator) -> Tensor:
-    """Return the sentences of tokens (N,) in random order. ends, bool (N,): the last token of a sentence.
+    """Return the sentences of tokens (N,) in random order. ends, bool (N,): True for the last token of each.
 
-    What stands behind the last end is a sentence too.
+    Tokens behind the last end are a sentence too.
     """
-    number = ends.cumsum(0) - ends.long()  # of the sentence that a token is in
+    number = ends.cumsum(0) - ends.long()  # the number of each token's sentence
     place = torch.randperm(int(number[-1]) + 1, generator=generator)
     return tokens[place[number].argsort(stable=True)]
 
@@ -119,8 +121,8 @@ def damaged(text: Tensor, config: Config, generator: Generator, tokenizer, ends:
 
 
 def make_batch(rows: list[Row], config: Config, generator: Generator, tokenizer) -> dict[str, Tensor]:
-    """Return a batch of B texts {"tokens": (N,)}: "tokens" (B, S), inputs, and "targets" (B, N + 1), the
-    texts, each with an end token; "lengths" (B,), of the inputs, where they differ."""
+    """Return a batch of B texts {"tokens": (N,)}: "tokens" (B, S), the inputs, and "targets" (B, N + 1), the
+    texts, each with an end token; and where inputs differ in length, "lengths" (B,)."""
     end, ends, texts = torch.tensor([tokenizer.eot_id]), line_ends(tokenizer), stack(rows)["tokens"].long()
     inputs = [torch.cat((damaged(text, config, generator, tokenizer, ends), end)) for text in texts]
     targets = torch.cat((texts, end.expand(len(texts), 1)), dim=1)
@@ -137,39 +139,43 @@ def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
 
 
 def load_data(args: Namespace, model_config) -> Dataset:
-    """Return texts of --data of --seq-len tokens with the end token, and the tokenizer with a mask and a
-    padding token. Raises ValueError for --document-mask, and for --seq-len below 4."""
+    """Return texts of --data, of --seq-len tokens with the end token that `make_batch` adds, and the
+    tokenizer with a mask and a padding token.
+
+    Raises ValueError for --document-mask, and for --seq-len below 4.
+    """
     if args.document_mask:
         raise ValueError("--document-mask: an input and its target are one text; leave it out")
     if args.seq_len < 4:
         raise ValueError(f"--seq-len {args.seq_len}: expected at least 4 tokens of a text")
+    # A row of `as_rows` has one token more than its argument.
     dataset = data.text.as_rows(contract.load_corpus(args), args.seq_len - 2, only_whole=True)
     names = {"pad_token": "<pad>", "mask_token": "<mask>"}
     return replace(dataset, tokenizer=dataset.tokenizer.with_special_tokens(names))
 
 
 def likeness(a: list[int], b: list[int]) -> float:
-    """Return the share, 0 to 1, of tokens of two texts that are in common stretches."""
+    """Return the share, 0 to 1, of the tokens of two texts that are in stretches common to both."""
     return difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Return how like the originals 8 held-out texts are that the model restored from damaged ones, beside
-    the damaged ones themselves; and the first text, damaged and restored."""
+    """Return the mean `likeness` to the original of 8 held-out texts that the model restored, and of the same
+    texts damaged; and the first of them, damaged and restored."""
     tokenizer, generator, val = dataset.tokenizer, torch.Generator().manual_seed(0), dataset.val
     ends = line_ends(tokenizer)
     texts = [torch.from_numpy(val[i]["tokens"]).long() for i in range(min(8, len(val)))]
     inputs = [damaged(text, Config(), generator, tokenizer, ends).tolist() for text in texts]
     rows = [[*row, tokenizer.eot_id] for row in inputs]
     outputs = model.generate(rows, len(texts[0]) + 1, temperature=0)
-    means = [
+    restored, before = (
         sum(likeness(row, text.tolist()) for row, text in zip(side, texts, strict=True)) / len(texts)
         for side in (outputs, inputs)
-    ]
+    )
     written = [token for token in outputs[0] if token != tokenizer.eot_id]
     return "\n".join(
         [
-            f"{means[0]:.1%} of the restored texts are as they were; of the damaged ones {means[1]:.1%}",
+            f"{restored:.1%} of the restored tokens are as in the originals; of the damaged, {before:.1%}",
             "\n--- damaged", tokenizer.decode(inputs[0]), "\n--- restored", tokenizer.decode(written),
         ]
     )  # fmt: skip

@@ -1,16 +1,18 @@
-"""Gap sentences: whole sentences of a document are missing, and the model writes them (PEGASUS, Zhang et al.
-2019). What it writes resembles a summary, because the sentences that are most like the rest are chosen.
+"""Gap sentences: whole sentences of a document are masked, and the model writes them (PEGASUS, Zhang et al.
+2019, arXiv:1912.08777). What it writes resembles a summary, because the masked sentences are those most like
+the rest.
 
     document  Dogs run. It rained. Dogs run in the wet grass. Nobody came.
     input     Dogs run. It rained. <mask_1> Nobody came.
     target    Dogs run in the wet grass.
 
 A sentence is scored by ROUGE-1 F1 between it and the rest of its document, independently of the others and
-with repeated words counted as often as they occur ("Ind-Orig", section 3.1). The best 30 % are the gaps. Nine
-of ten become a mask, the others stay in the input; all are in the target, in the order of the document.
+with repeated words counted as often as they occur ("Ind-Orig", section 3.1). The best 30 % are the gaps. All
+of them are in the target, in the order of the document. In the input nine of ten become a mask, as in the
+authors' code; the others stay, so that the model also learns to copy.
 
-By default the documents are functions of Python's standard library. The gap of a function is the first
-sentence of its docstring, the one that sums it up; the rest of the docstring is left out.
+By default the documents are functions of Python's standard library. There nothing is scored: the gap is the
+first sentence of the docstring, which sums up the function; the rest of the docstring is left out.
 
     python -m language.pegasus                                 the gaps of a document
     python train.py --model t5 --task pegasus                  write what a function does, from its code
@@ -62,11 +64,11 @@ def sentences_of(text: str) -> list[str]:
 
 
 def scores(sentences: list[str]) -> list[float]:
-    """Return ROUGE-1 F1 of each sentence and all others of the document."""
+    """Return the ROUGE-1 F1 of each sentence, compared with all others of the document together."""
     counts = [Counter(words(sentence)) for sentence in sentences]
-    whole = sum(counts, Counter())
-    total = whole.total()
-    return [f1((own & (whole - own)).total(), own.total(), total - own.total()) for own in counts]
+    document = sum(counts, Counter())
+    n_words = document.total()
+    return [f1((own & (document - own)).total(), own.total(), n_words - own.total()) for own in counts]
 
 
 def gap_sentences(sentences: list[str], rate: float = 0.3) -> list[int]:
@@ -77,7 +79,7 @@ def gap_sentences(sentences: list[str], rate: float = 0.3) -> list[int]:
 
 
 def gap_pair(sentences: list[str], generator: Generator, config: Config) -> Pair:
-    """Return the input and the target of a document's sentences."""
+    """Return the input and the target made of the sentences of a document."""
     gaps = gap_sentences(sentences, config.gap_rate)
     draws = torch.rand(len(sentences), generator=generator).tolist()
     masked = {i for i in gaps if draws[i] >= config.keep_rate}
@@ -94,7 +96,10 @@ def settings(model_config) -> Config:
 
 
 def document_pairs(data: str, cache: Path, bad_text: str, text_field: str, config: Config) -> list[Pair]:
-    """Return the pairs of the documents that --data names. One of fewer than 3 sentences is left out."""
+    """Return the pairs of the documents that --data names, without documents of fewer than 3 sentences.
+
+    Raises ValueError if fewer than 2 pairs are left.
+    """
     generator, pairs = torch.Generator().manual_seed(0), []
     with bad_texts(f"--data {data}", bad_text, print) as on_bad_text:
         for text in documents(find_files(data, cache), on_bad_text, text_field):
@@ -107,8 +112,10 @@ def document_pairs(data: str, cache: Path, bad_text: str, text_field: str, confi
 
 
 def load_data(args: Namespace, model_config) -> Dataset:
-    """Return the pairs of --data, a twentieth of them held out; by default functions and their summaries, of
-    which a code longer than --seq-len is cut. Raises ValueError for --document-mask."""
+    """Return the pairs of --data, a twentieth of them held out; by default functions and their summaries.
+
+    Inputs are cut to --seq-len tokens. Raises ValueError for --document-mask.
+    """
     if args.document_mask:
         raise ValueError("--document-mask: an input and its target are one document; leave it out")
     if args.data == "stdlib":
@@ -129,7 +136,7 @@ def load_data(args: Namespace, model_config) -> Dataset:
 
 
 def trivial(source: str) -> str:
-    """Return a summary that needs no model: the words of a function's name, or the first sentence."""
+    """Return a summary without a model: the words in a function's name, or the first sentence of a text."""
     name = re.match(rf"(?:{MASK} )?(?:async )?def (\w+)", source)
     if name is None:
         return next((s for s in sentences_of(source.replace(MASK, " ")) if words(s)), "")
@@ -138,8 +145,8 @@ def trivial(source: str) -> str:
 
 @torch.no_grad()
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Return what the model writes for held-out documents, and the mean ROUGE-1 F1 of 100 of them, beside
-    that of the function's name, or of the lead sentence."""
+    """Return the mean ROUGE-1 F1 of outputs for 100 held-out documents, beside that of `trivial` summaries,
+    and the first outputs."""
     tokenizer, val = dataset.tokenizer, dataset.val
     pairs = [text_pairs.sides_of(val[i]) for i in range(min(N_SCORED, len(val)))]
     longest = max(len(target) for _, target in pairs) + 8

@@ -3,12 +3,12 @@
     loss = -mean_i [(1 - e) log p(y_i | y_<i, x) + e / V sum_v log p(v | y_<i, x)]
 
 This is what the Transformer was made for (Vaswani et al. 2017). With e > 0 the target is smoothed: the right
-token has the probability 1 - e + e / V, every other one e / V (section 5.4, e = 0.1). Then the model is less
-sure of itself, which costs perplexity and gains BLEU. Both languages share one vocabulary, learned from the
-pairs. Held-out loss is without smoothing.
+token has the probability 1 - e + e / V, every other one e / V (section 5.4, e = 0.1). The model then learns
+less extreme probabilities, which costs perplexity and gains BLEU. Held-out loss is without smoothing. Both
+languages share one vocabulary, learned from the pairs.
 
-The sum over the vocabulary is no second pass over the logits x_v: the log of the softmax's denominator
-cancels in
+The sum over the vocabulary needs no second pass over the logits x = W h of a hidden state h, because the log
+of the softmax's denominator cancels:
 
     smoothed loss - loss = e (x_y - mean_v x_v) = e h . (W_y - mean_v W_v)
 
@@ -19,8 +19,8 @@ Without --data the pairs are dates: "Tuesday, 3 March 1987" and "1987-03-03". No
     python -m language.translate runs/de-en/model --text "Ein Hund schläft."
     python -m language.translate runs/de-en/model --score test.tsv --beams 4       BLEU
 
-The runs' attention.png is the cross attention of one held-out sentence: which words the decoder reads as it
-writes each word.
+A run draws attention.png, the cross attention of one held-out sentence: which words of the source the decoder
+reads as it writes each word.
 
 Shapes: B pairs, S tokens of a source, T of a target, D model width, H heads, K head width, V vocabulary.
 """
@@ -56,7 +56,7 @@ make_batch = text_pairs.make_batch
 
 @dataclass(frozen=True)
 class Config:
-    label_smoothing: float = 0.1  # e
+    label_smoothing: float = 0.1  # e; 0: the target is not smoothed
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -81,13 +81,13 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
     nats = linear_cross_entropy(hidden, weight, targets, backend=model.config.kernels)[0]
     smoothing = model.objective.label_smoothing
     if model.training and smoothing:
-        nats = nats + smoothing * advantage(hidden, weight, targets)
+        nats = nats + smoothing * above_mean(hidden, weight, targets)
     return nats, {}
 
 
-def advantage(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of x_y - mean_v x_v over targets y (B, T) that are not -100, of the logits x = hidden
-    W^T, hidden (B, T, D) and W (V, D)."""
+def above_mean(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return by how much logits of targets are above the mean logit: the mean of x_y - mean_v x_v over the
+    targets y (B, T) that are not -100. hidden: h, (B, T, D). weight: W, (V, D)."""
     predicted = targets >= 0
     right = weight[targets.clamp(min=0)] - weight.mean(0)  # (B, T, D)
     return (hidden * right).sum(-1)[predicted].mean()
@@ -118,7 +118,7 @@ def dates(n: int = 20_000, n_held_out: int = 500) -> tuple[list[Pair], list[Pair
 
 
 def load_data(args: argparse.Namespace, model_config) -> Dataset:
-    """Return the pairs of --data, by the vocabulary of both languages.
+    """Return the pairs of --data, tokenised with one vocabulary for both languages.
 
     Raises ValueError for --document-mask and for --data that is no file of pairs.
     """
@@ -161,8 +161,8 @@ def translations(
 
 @torch.no_grad()
 def cross_attention(model: nn.Module, source: list[int], target: list[int]) -> list[Tensor]:
-    """Return the weights of cross attention (T, S) in each layer of a decoder like t5.py's, the mean of its
-    heads, as the model reads one source and writes its target."""
+    """Return for each layer the weights of cross attention (T, S), the mean of the heads, as the model reads
+    one source and writes its target. The decoder must be built like that of t5.py."""
     device = model.head_weight.device
     tokens, targets = (torch.tensor([row], device=device) for row in (source, target))
     found = []
@@ -183,12 +183,15 @@ def cross_attention(model: nn.Module, source: list[int], target: list[int]) -> l
 
 
 def label(text: str) -> str:
-    """Return a token as it is written beside a picture: a dollar sign would begin a formula."""
+    """Return a token as a label of matplotlib, in which a dollar sign would begin a formula."""
     return "".join(c if c.isprintable() else " " for c in text).strip().replace("$", r"\$")
 
 
 def draw(weights: list[Tensor], source: list[str], target: list[str], path: Path) -> None:
-    """Write the picture of cross attention, a panel for each layer, to path, as PNG."""
+    """Write the picture of cross attention, a panel for each layer, to path, as PNG.
+
+    weights: (T, S) for each layer; source, target: the labels of the S and T tokens.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,9 +210,9 @@ def draw(weights: list[Tensor], source: list[str], target: list[str], path: Path
 
 
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Return translations of held-out sources, and the BLEU of the first 200 beside that of copying them.
+    """Return translations of held-out sources, and the BLEU of 200 beside that of copying the sources.
 
-    Draws the cross attention of the first, where the model has one like t5.py's, as attention.png.
+    Draws the cross attention of the first one as attention.png, if the decoder is built like that of t5.py.
     """
     tokenizer, val = dataset.tokenizer, dataset.val
     pairs = [text_pairs.sides_of(val[i]) for i in range(min(N_SCORED, len(val)))]

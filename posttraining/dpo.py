@@ -1,35 +1,38 @@
-r"""Direct preference optimisation: a model learns from pairs of answers, without a reward model.
+"""Direct preference optimisation: a model learns from pairs of answers, without a reward model.
 
     h    = (log pi(y_c | x) - log ref(y_c | x)) - (log pi(y_r | x) - log ref(y_r | x))
     loss = -log sigmoid(beta h)            y_c the chosen answer to the prompt x, y_r the rejected one
 
-The policy that maximises E[reward] - beta KL(pi || ref) is ref exp(reward / beta) / Z. Solved for the reward,
-this gives reward = beta log(pi / ref) + beta log Z(x), and Z cancels in a pair. So the Bradley-Terry model of
-a reward, p(y_c preferred) = sigmoid(reward_c - reward_r), becomes a loss on the policy itself (DPO, Rafailov
-et al. 2023, section 4). The reference is the model that training starts from, or --set reference=DIR. It does
-not change, so its log-probabilities are computed once, see posttraining/reference.py.
+The policy that maximises E[reward] - beta KL(pi || ref) is pi = ref exp(reward / beta) / Z(x). Solved for
+the reward, this gives reward = beta log(pi / ref) + beta log Z(x). Z cancels in a pair, so beta log(pi / ref)
+is the implicit reward of a policy, and the Bradley-Terry model of a reward, p(y_c preferred) =
+sigmoid(reward_c - reward_r), becomes a loss on the policy itself (DPO, Rafailov et al. 2023, section 4). The
+reference is the model that training starts from, or --set reference=DIR. It does not change, so its
+log-probabilities are computed once, see posttraining/reference.py.
 
-    --set method=   loss, with h as above and l the log-probability of an answer, n its tokens
+    --set method=   loss, with h as above; l is the log-probability of an answer, n the number of its tokens
     dpo             -log sigmoid(beta h)
-    conservative    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h)    labels flipped with probability e
+    conservative    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h), e the probability of a wrong
+                    label                                            (Mitchell 2023, a note of a DPO author)
     robust          (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1-2e)    (Chowdhury et al. 2024)
-    hinge           max(0, 1 - beta h)              (RSO's hinge-norm, Liu et al. 2024, after SLiC, which has
-                    max(0, margin - l_c + l_r) without a reference, and a second term; Zhao et al. 2023)
+    hinge           max(0, 1 - beta h)                                     (RSO's hinge-norm, Liu et al. 2024;
+                    SLiC, Zhao et al. 2023, has max(0, margin - l_c + l_r), without a reference, and a second
+                    term)
     ipo             (h - 1/(2 tau))^2 with tau = beta, of sums over tokens            (Azar et al. 2023, (17))
-    ipo_mean        the same with every log-probability divided by its n: another tau, not comparable
+    ipo_mean        the same with every log-probability divided by its n, so with tau of another scale
     kto             1 - sigmoid(+-(beta (R - z))), R = log pi - log ref of single answers that are labelled
                     good (+) or bad (-); z estimates KL(pi || ref)            (Ethayarajh et al. 2024, (8))
     simpo           -log sigmoid(beta (l_c/n_c - l_r/n_r) - gamma); no reference       (Meng et al. 2024, (6))
     orpo            -l_c/n_c - lam log sigmoid(log-odds ratio); no reference           (Hong et al. 2024, (6))
 
-All sums are over the tokens of the answer and its end token. The prompt is no part of them: in h it would
-cancel, but not in a mean. Both log-probabilities may fall while h rises: only their difference counts.
+All sums are over the tokens of the answer and its end token, without the prompt's: in h these would cancel,
+but not in a mean. Both log-probabilities may fall while h rises: only their difference counts.
 
     python train.py --model dpo                                            a Markov chain with a known optimum
     python train.py --model dpo --init-from runs/sft/model --data pairs.jsonl        see data/preferences.py
     python train.py --model dpo --init-from runs/sft/model --data pairs.jsonl --adapter lora
 
-Shapes: B pairs, C = 2 answers of each, T tokens of a prompt and an answer, V vocabulary.
+Shapes: B pairs of 2 answers each, T tokens of a prompt and an answer.
 """
 
 import argparse
@@ -63,15 +66,15 @@ WITHOUT_REFERENCE = ("simpo", "orpo")
 class Config:
     """The settings of the objective."""
 
-    method: str = "dpo"
+    method: str = "dpo"  # one of METHODS
     beta: float | None = None  # per nat; tau of IPO. By default 0.1, but SimPO's is 2, see `scale`
     smoothing: float = 0.1  # e of conservative and robust: the probability that a label is wrong
     gamma: float = 1.0  # SimPO's margin: half of its beta, as in the paper
     lam: float = 0.1  # ORPO's weight of the log-odds ratio
-    desirable_weight: float = (
-        1.0  # KTO's lam_D and lam_U; with unequally many labels, lam_D n_D / (lam_U n_U)
-    )
-    undesirable_weight: float = 1.0  # should be between 1 and 4/3 (section 4.2)
+    # KTO's lam_D and lam_U. With n_D good and n_U bad answers, lam_D n_D / (lam_U n_U) should be between 1
+    # and 4/3 (section 4.2).
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
     reference: str | None = None  # the directory of another reference than the model in --init-from
 
     MAY_BE_ZERO = ("smoothing", "gamma", "lam", "desirable_weight", "undesirable_weight")
@@ -85,8 +88,10 @@ class Config:
 
     @property
     def scale(self) -> float:
-        """Return beta, as it is set, or the default of the method: 2 for SimPO, which has a mean over tokens
-        where the others have a sum, and 0.1 for the others."""
+        """Return beta as it is set, or the method's default.
+
+        It is 2 for SimPO, which has a mean over tokens where the others have a sum, and 0.1 for the others.
+        """
         return self.beta or (2.0 if self.method == "simpo" else 0.1)
 
 
@@ -94,7 +99,7 @@ class Config:
 
 
 def log_ratio(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    """Return h, by how much more the policy prefers the chosen answer than the reference does: (B,)."""
+    """Return h (B,): how much more than the reference the policy prefers the chosen answer, in nats."""
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
@@ -106,10 +111,10 @@ def dpo_loss(
     beta: float = 0.1,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the loss of each pair, (B,): -log sigmoid(beta h); with smoothing conservative DPO.
+    """Return the loss of each pair, (B,): -log sigmoid(beta h), or conservative DPO's with smoothing = e.
 
-    The four tensors (B,) are log-probabilities of whole answers, of the policy and of the reference. The
-    gradient by `chosen` is -beta sigmoid(-beta h), and by `rejected` its opposite.
+    The four tensors (B,) are log-probabilities of whole answers, of the policy and of the reference. Without
+    smoothing the gradient by `chosen` is -beta sigmoid(-beta h), and by `rejected` its opposite.
     """
     x = beta * log_ratio(chosen, rejected, ref_chosen, ref_rejected)
     return -(1 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
@@ -123,8 +128,10 @@ def robust_dpo_loss(
     beta: float = 0.1,
     smoothing: float = 0.1,
 ) -> Tensor:
-    """Return an unbiased estimate (B,) of DPO's loss without noise from labels that are flipped with
-    probability `smoothing`. It may be negative."""
+    """Return the robust loss of each pair, (B,), of labels that are wrong with probability `smoothing`.
+
+    It is an unbiased estimate of DPO's loss with the right labels. It may be negative.
+    """
     x = beta * log_ratio(chosen, rejected, ref_chosen, ref_rejected)
     return (-(1 - smoothing) * F.logsigmoid(x) + smoothing * F.logsigmoid(-x)) / (1 - 2 * smoothing)
 
@@ -173,7 +180,7 @@ def simpo_loss(
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """Return log(p / (1 - p)) of log p; p = 1 counts as the largest number below 1."""
+    """Return log(p / (1 - p)) from log p; p = 1, where it is infinite, counts as 1 - eps."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))
 
@@ -181,9 +188,9 @@ def log_odds(logp: Tensor) -> Tensor:
 def orpo_loss(
     chosen: Tensor, rejected: Tensor, n_chosen: Tensor, n_rejected: Tensor, lam: float = 0.1
 ) -> Tensor:
-    """Return the nats per token of the chosen answer, and lam times -log sigmoid of the log-odds ratio: (B,).
+    """Return -mean log p of the chosen answer - lam log sigmoid(log-odds ratio of the two answers), (B,).
 
-    The odds are those of the geometric mean of an answer's token probabilities.
+    The odds are p / (1 - p) of the geometric mean p of an answer's token probabilities.
     """
     chosen, rejected = chosen / n_chosen, rejected / n_rejected
     return -chosen - lam * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
@@ -193,11 +200,12 @@ def orpo_loss(
 
 
 def kto_z(policy: Tensor, reference: Tensor) -> Tensor:
-    """Return KTO's estimate of KL(pi || ref), a scalar without gradient.
+    """Return KTO's estimate of KL(pi || ref), a number () without gradient: a mean over B and all ranks.
 
     policy, reference (B,): log-probabilities of answers to *other* prompts. Negative estimates become 0.
     """
-    return (policy - reference).detach().mean().clamp(min=0)
+    mean = (policy - reference).detach().mean()
+    return parallel.all_reduce_sum(mean).clamp(min=0) / parallel.world_size()
 
 
 def kto_loss(
@@ -219,7 +227,7 @@ def kto_loss(
 
 
 def pair_losses(policy: Tensor, reference: Tensor, n: Tensor, config: Config) -> Tensor:
-    """Return the loss of each pair, (B,), by config.method.
+    """Return the loss of each pair, (B,), by config.method. Raises ValueError for a method not for pairs.
 
     policy, reference, n (B, 2): log-probabilities and numbers of tokens of chosen and rejected answers.
     """
@@ -256,6 +264,7 @@ def load_data(args: argparse.Namespace, config: Any) -> Dataset:
     """Return the preferences that --data names, with the log-probabilities of the reference.
 
     With method kto the rows are single answers, each beside a second one that belongs to another prompt.
+    Raises ValueError for labels of single answers with any other method.
     """
     own = with_fields(Config(), args.set)
     dataset = load_preferences(args, config, "dpo")
@@ -264,7 +273,7 @@ def load_data(args: argparse.Namespace, config: Any) -> Dataset:
         train, held_out = (preferences.single_answers(side.rows) for side in sides)
         dataset.train = PreferenceRows(preferences.mismatched(train, args.seq_len))
         dataset.val = PreferenceRows(preferences.mismatched(held_out, args.seq_len, train))
-        dataset.fingerprint += f"-single-{args.seq_len}"  # which decides what second answers fit
+        dataset.fingerprint += f"-single-{args.seq_len}"  # --seq-len decides which second answers fit
     elif sides[0].rows[0].label is not None:
         raise ValueError(f"--data {args.data}: labels of single answers; expected pairs, or --set method=kto")
     if own.method in WITHOUT_REFERENCE:
@@ -287,21 +296,26 @@ def wrap(model: nn.Module, config: Config) -> nn.Module:
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the mean loss of B preferences from `make_batch`, and metrics.
+    """Return the mean loss of B preferences from `make_batch`, and metrics. For those of KTO see `kto`.
 
-    Of pairs: "accuracy", the share whose implicit reward beta log(pi / ref) is larger for the chosen answer
-    (equal ones count half); "margin", the mean difference of the two; both rewards; both log-probabilities;
-    and the nats per token of chosen answers. Methods without a reference have beta log pi / n as rewards.
+    Those of pairs are "accuracy", the share whose implicit reward is larger for the chosen answer (equal ones
+    count half); "margin", the mean difference of the two rewards; both rewards; both log-probabilities; and
+    "chosen_nats", the nats per token of chosen answers. The implicit reward is beta log(pi / ref), divided by
+    n for ipo_mean; without a reference it is beta log pi / n.
     """
     config = model.objective
     if config.method == "kto":
         return kto(model, batch, config)
+
+    # Log-probabilities of all answers in one pass.
     tokens, mask = batch["tokens"], batch["mask"]
     logps = sequence_logps(model(tokens.flatten(0, 1)), tokens.flatten(0, 1), mask.flatten(0, 1))
     policy, n = logps.view(-1, 2), n_predicted(mask)  # (B, 2)
     without = config.method in WITHOUT_REFERENCE
     reference = torch.zeros_like(policy) if without else batch["reference"]
     losses = pair_losses(policy, reference, n, config)
+
+    # Metrics.
     with torch.no_grad():
         rewards = config.scale * (policy - reference)
         if config.method in (*WITHOUT_REFERENCE, "ipo_mean"):
@@ -324,16 +338,17 @@ def kto(model: nn.Module, batch: dict[str, Tensor], config: Config) -> tuple[Ten
 
     z is estimated from the B answers of this micro-batch, on all ranks: with --grad-accum each micro-batch of
     an update has a z of its own, and a large --batch-size estimates it better. The metrics are "z" in nats;
-    "margin", the mean of beta (R - z) with the sign of its label; "accuracy", the share of answers for which
-    this is above 0; and the nats per token of all answers.
+    "margin", the mean of beta (R - z) for good answers and -beta (R - z) for bad ones; "accuracy", the share
+    of answers for which this is above 0 (those at 0 count half); and "chosen_nats", the nats per token of all
+    answers.
     """
     # The second answers, to other prompts, only estimate z.
     (own, other), (mask, other_mask) = batch["tokens"].unbind(1), batch["mask"].unbind(1)
     reference, other_reference = batch["reference"].unbind(1)
     with torch.no_grad():
-        z = (sequence_logps(model(other), other, other_mask) - other_reference).mean()
-        z = kto_z(parallel.all_reduce_sum(z), torch.zeros_like(z)) / parallel.world_size()
+        z = kto_z(sequence_logps(model(other), other, other_mask), other_reference)
 
+    # The loss of the first answers.
     policy, label = sequence_logps(model(own), own, mask), batch["label"]
     weights = (config.desirable_weight, config.undesirable_weight)
     losses = kto_loss(policy, reference, label, z, config.scale, *weights)
@@ -345,5 +360,5 @@ def kto(model: nn.Module, batch: dict[str, Tensor], config: Config) -> tuple[Ten
 
 
 def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
-    """Return the FLOPs of training on one token of --seq-len: a row has two sequences."""
+    """Return the FLOPs of training on one token of --seq-len, twice a model's: a row has two sequences."""
     return 2 * model.flops_per_token(seq_len)

@@ -2,23 +2,25 @@
 
     max over pi  E[R(x, y)] - beta KL(pi || ref)         x a prompt, y ~ pi(. | x) a completion
 
-    one step     roll_out     y ~ pi for each prompt, its score, log pi and log ref of its tokens, values
+    one step     roll_out     y ~ pi for each prompt, its reward, log pi and log ref of its tokens, values
                  advantages   A_t of each token, by the method
                  update       epochs over minibatches of  clipped policy loss (+ value loss, + KL)
 
-The methods differ in a few lines, which posttraining/policy_gradient.py has in a table. The reference is the
-model that training starts from: a frozen copy, of which an adapter shares the base.
+The methods differ in a few lines, which posttraining/policy_gradient.py has in a table. The reference is a
+frozen copy of the model that training starts from; with --adapter only the adapter is copied, since the base
+does not change.
 
     python train.py --model ppo                              a Markov chain, of which the optimum is known
     python train.py --model ppo --set method=grpo beta=0.5
     python train.py --model ppo --init-from DIR --data stdlib --lr 1e-4 --set reward=exact beta=0.05
     python train.py --model ppo --init-from DIR --data questions.jsonl --lr 1e-4 --set reward=my.py:polite
 
-posttraining/rollout.py samples and scores. Before the first update of a step every ratio is exactly 1, and
-before the first of a run the KL is exactly 0; both are logged, since most mistakes show there first.
+posttraining/rollout.py samples completions and computes their rewards, which the code calls scores, as
+opposed to the rewards of tokens. Before the first update of a step every ratio is exactly 1, and before the
+first of a run the KL is exactly 0; both are logged, since most mistakes show there first.
 
-Everything random is a function of (seed, step): a run that is killed goes on from its last checkpoint as if
-nothing had happened.
+Everything random is a function of (seed, step): a run that is killed and resumed computes the same as one
+that is not.
 
 Shapes: B completions, T tokens of prompt and completion but the first, V vocabulary, D model width.
 """
@@ -59,7 +61,7 @@ from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_ou
 
 MODEL = "gpt"
 DATA = "chain"
-REFERENCE = True
+REFERENCE = True  # --resume compares the model of the start, too
 STEPS = 60  # of the default run: a minute on two CPU cores
 LEARNING_RATE = 0.2  # times the default rate: it suits the chain
 HELD_OUT = 64  # prompts of an evaluation
@@ -70,26 +72,25 @@ class Config:
     """The settings of a run; beta suits the chain. For rewards of standard deviation 1, take 0.05 to 0.1."""
 
     method: str = "ppo"  # a row of policy_gradient.METHODS
-    reward: str = (
-        "chain"  # or exact, FILE.py:FUNCTION, MODULE:FUNCTION, a directory: see posttraining/scores.py
-    )
-    beta: float = 1.0  # coefficient of the KL penalty; 0 leaves it out, where it is in the loss
-    samples: int = 32  # completions of each prompt, a group
+    # "chain", "exact", FILE.py:FUNCTION, MODULE:FUNCTION or a directory: see posttraining/scores.py
+    reward: str = "chain"
+    beta: float = 1.0  # coefficient of the KL penalty; 0 for none, where the penalty is in the loss
+    samples: int = 32  # completions of each prompt: the size of a group
     max_new_tokens: int = 64  # of a completion
     temperature: float = 1.0  # of sampling, and so of every probability
     epochs: int = 4  # over the completions of a step
     minibatches: int = 1  # of an epoch, each with an update of its own
-    clip: float = 0.2  # of the ratio
-    clip_high: float | None = None  # the upper clip, where it is another one
-    average: str | None = None  # another one than the method's: grpo, dapo, dr_grpo
-    value_clip: float = 0.2
+    clip: float = 0.2  # the ratio is clipped to 1 - clip ... 1 + clip
+    clip_high: float | None = None  # the upper clip, in place of the method's
+    average: str | None = None  # "grpo", "dapo" or "dr_grpo", in place of the method's
+    value_clip: float = 0.2  # how far a value may move in one step
     value_weight: float = 0.1  # of the value loss beside the policy's
-    gamma: float = 1.0  # GAE
-    lam: float = 0.95  # GAE
-    whiten_rewards: bool = False  # scaled to variance 1 with their mean kept, as in OpenAI's code
+    gamma: float = 1.0  # discount of GAE
+    lam: float = 0.95  # lambda of GAE
+    whiten_rewards: bool = False  # of tokens, to variance 1 with their mean kept, as in OpenAI's code
     target_kl: float | None = None  # nats per completion: adapts beta, by 20% in 10,000 completions at most
     corrected_kl: bool = False  # a KL penalty in the loss is multiplied by the ratio, see policy_gradient.py
-    missing_end: float | None = None  # a completion without end token scores minus this, whatever it is
+    missing_end: float | None = None  # if set, a completion without end token has the score -missing_end
 
     MAY_BE_ZERO = ("lam", "value_weight", "beta")
 
@@ -105,7 +106,7 @@ class Config:
 
     @property
     def row(self) -> Method:
-        """Return the method, with the changes of these settings."""
+        """Return the method's row of METHODS, with the changes of these settings."""
         row = METHODS[self.method]
         return replace(row, average=self.average or row.average, clip_high=self.clip_high or row.clip_high)
 
@@ -114,15 +115,19 @@ class Config:
 
 
 def advantages_of(rollout: Rollout, settings: Config, beta: float) -> tuple[Tensor, Tensor]:
-    """Return the advantages, (B, T) or (B, 1), and the returns (B, T) for the value head."""
+    """Return the advantages, (B, T) or (B, 1), and the returns (B, T), which are 0 without a value head."""
     rollout = rollout.detached()
-    row, mask, rewards = settings.row, rollout.mask, rollout.scores
-    d = rollout.logps - rollout.ref_logps
-    if row.advantage != "gae":
-        if row.penalty == "reward":
-            rewards = rewards - beta * torch.where(mask, d, 0.0).sum(dim=1)
-        return group_advantages(rewards, rollout.groups, row.advantage)[:, None], torch.zeros_like(d)
-    per_token = token_rewards(rewards, d, mask, beta)
+    method, mask, scores = settings.row, rollout.mask, rollout.scores
+    d = rollout.logps - rollout.ref_logps  # (B, T)
+
+    # One advantage per completion, by comparison with its group.
+    if method.advantage != "gae":
+        if method.penalty == "reward":
+            scores = scores - beta * torch.where(mask, d, 0.0).sum(dim=1)
+        return group_advantages(scores, rollout.groups, method.advantage)[:, None], torch.zeros_like(d)
+
+    # One advantage per token, by the value head.
+    per_token = token_rewards(scores, d, mask, beta)
     if settings.whiten_rewards:
         per_token = whiten(per_token, mask, shift_mean=False)
     advantages, returns = gae(per_token, rollout.values, mask, settings.gamma, settings.lam)
@@ -134,26 +139,30 @@ def loss_of(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss () of some rows of a rollout, and the ratios (rows, T) that it is made of.
 
-    A rollout that has kept the graph of its forward pass takes the place of another such pass.
+    rows: int64, indices of completions; advantages and returns are of all completions, weights of these rows.
     """
-    settings, row, mask = policy.settings, policy.settings.row, rollout.mask[rows]
+    settings, method, mask = policy.settings, policy.settings.row, rollout.mask[rows]
+
+    # A rollout that has kept the graph of its forward pass saves another such pass.
     tokens, old = rollout.tokens[rows], rollout.logps[rows].detach()
     if rollout.logps.requires_grad:
         logps, values = rollout.logps[rows], rollout.values[rows]
     else:
         log_p, values = policy.evaluate(tokens, mask)
         logps = of_tokens(log_p, tokens, mask)
-    options = {"clip_high": row.clip_high, "ratio": row.ratio, "weights": weights}
+
+    # The policy's loss, and what the method adds to it.
+    options = {"clip_high": method.clip_high, "ratio": method.ratio, "weights": weights}
     loss = policy_loss(logps, old, advantages[rows], mask, settings.clip, **options)
-    if row.advantage == "gae":
+    if method.advantage == "gae":
         old_values = rollout.values[rows].detach()
         of_values = (values, old_values, returns[rows], mask, settings.value_clip)
         loss = loss + settings.value_weight * value_loss(*of_values)
-    if row.penalty == "loss":
+    if method.penalty == "loss":
         sampled_by = old if settings.corrected_kl else None
         of_kl = kl_loss(logps, rollout.ref_logps[rows], mask, weights, sampled_by)
         loss = loss + policy.beta.float() * of_kl
-    return loss, ratios(logps.detach(), old, mask, row.ratio)
+    return loss, ratios(logps.detach(), old, mask, method.ratio)
 
 
 def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -161,12 +170,15 @@ def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tens
 
     Returns the largest norm of a gradient, and metrics: "first_ratio", the ratio farthest from 1 before the
     first update, and "clipped", the share of the tokens of all epochs whose ratio is outside of the clipping
-    range, whether or not the loss is flat there (with the sign of its advantage it may not be).
+    range. (Not all of these are without gradient: the clipped loss is flat on one side of the range alone,
+    and the advantage's sign decides on which.)
     """
     policy, settings = run.model, run.model.settings
     advantages, returns = advantages_of(rollout, settings, float(policy.beta))
     n, longest = len(rollout.tokens), min(settings.max_new_tokens, policy.config.max_seq_len - 1)
-    norms, found = [], []
+
+    # One update for each minibatch of each epoch.
+    norms, all_ratios = [], []
     for epoch in range(settings.epochs):
         order = torch.arange(n) if epoch == 0 else torch.randperm(n, generator=generator)
         for rows in order.to(rollout.tokens.device).chunk(settings.minibatches):
@@ -175,13 +187,13 @@ def update(run: Run, rollout: Rollout, generator: torch.Generator) -> tuple[Tens
                 loss, ratio = loss_of(policy, rollout, rows, advantages, returns, weights)
             loss.backward()
             norms.append(descend(run))
-            rollout = rollout.detached()  # the weights are others now
-            found.append(torch.where(rollout.mask[rows], ratio, 1.0))
+            rollout = rollout.detached()  # its graph belongs to the weights before this update
+            all_ratios.append(torch.where(rollout.mask[rows], ratio, 1.0))
     run.count_step(torch.stack(norms).isfinite().all())
 
     high = settings.row.clip_high or settings.clip
-    n_clipped = sum(((r > 1 + high) | (r < 1 - settings.clip)).sum() for r in found)
-    first = found[0].flatten()
+    n_clipped = sum(((r > 1 + high) | (r < 1 - settings.clip)).sum() for r in all_ratios)
+    first = all_ratios[0].flatten()
     return torch.stack(norms).max(), {
         "first_ratio": first[(first - 1).abs().argmax()],
         "clipped": n_clipped / (rollout.mask.sum() * settings.epochs).clamp(min=1),
@@ -205,22 +217,26 @@ def descend(run: Run) -> Tensor:
 
 
 def train(run: Run, log: Log) -> None:
-    """Train to the last step; see train.py's `train`, which it takes the place of."""
+    """Train to the last step, in place of train.py's `train`."""
     policy, args, settings = run.model, run.args, run.model.settings
     if log.evaluation_is_missing():
         log.evaluation(evaluate(run))
 
     for step in run.steps():
+        # Sample completions of the step's prompts, and learn from them. Without dropout, since it would make
+        # ratios differ from 1.
         log.begin_step()
-        policy.eval()  # no dropout, which would make ratios differ from 1
+        policy.eval()
         lr = set_learning_rate(run.optimizers, step, args)
         batch = prompts_of_step(run)
         seed = seed_of(args.seed, step)
         with run.autocast():
-            keep_graph = settings.minibatches == 1
+            keep_graph = settings.minibatches == 1  # then the first update is of all rows, with these weights
             rollout = roll_out(policy, batch, run.dataset, seed, settings.samples, keep_graph)
         metrics = metrics_of(rollout) | {"beta": policy.beta.float()}
         norm, of_update = update(run, rollout, torch.Generator().manual_seed(seed))
+
+        # Adapt beta to the KL that was measured.
         if settings.target_kl is not None and metrics["kl"].isfinite():
             of_step = (float(metrics["kl"]), settings.target_kl, len(rollout.tokens))
             policy.beta.fill_(adapted_coefficient(float(policy.beta), *of_step))
@@ -233,14 +249,17 @@ def train(run: Run, log: Log) -> None:
 
 
 def prompts_of_step(run: Run) -> dict[str, Tensor]:
-    """Return the prompts of a step: those of its --grad-accum batches as one."""
+    """Return the prompts of a step: its --grad-accum micro-batches joined to one batch."""
     parts = [part.batch for part in run.batches.next()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Return the reward and the KL of the policy: exact ones on the chain, else of one completion of each of
-    some held-out prompts, drawn alike at every evaluation."""
+    """Return the reward and the KL of the policy.
+
+    On the chain they are exact. Else they are means over one completion of each of some held-out prompts,
+    drawn by the same seed at every evaluation.
+    """
     policy, dataset = run.model.eval(), run.dataset
     if dataset.tokenizer is None:
         reward, kl = frontier.value_of(policy.model)
@@ -276,7 +295,7 @@ def load_data(args: Namespace, config: Any) -> Prompts:
 def read_prompts(args: Namespace, config: Any, own: Any) -> Prompts:
     """Return the prompts that --data names, with a reward.
 
-    config: the model's; own: the task's, with beta, max_new_tokens and reward. Raises ValueError for
+    config: the model's; own: a task's, with the fields beta, max_new_tokens and reward. Raises ValueError for
     --parallel, for --document-mask, for fewer tokens than the chain has, and as `refuse_balance_losses` does.
     """
     refuse_balance_losses(config)
@@ -296,12 +315,12 @@ def make_batch(rows: list[Row], config: Config, generator, tokenizer=None) -> di
 
 
 def wrap(model: nn.Module, settings: Config) -> Policy:
-    """Return the policy of a model. Its reference is the model as it is now."""
+    """Return the policy of a model: its reference is a copy of the model as it is now."""
     return Policy(model, settings)
 
 
 def unwrap(policy: Policy) -> nn.Module:
-    """Return the model in a policy: the value head is in the checkpoint alone."""
+    """Return the model in a policy, without the value head, which only the checkpoint keeps."""
     return policy.model
 
 
@@ -317,10 +336,12 @@ def save_tokenizer(dataset: Prompts, directory: Path) -> None:
 
 
 def flops_per_token(policy: Policy, settings: Config, seq_len: int) -> int:
-    """Return the FLOPs of a step for one token of --seq-len, as if completions filled it: a row is a prompt
-    with `samples` completions. Each passes forward, a third of forward and backward, to be sampled, through
-    the reference, and with minibatches before the updates. Scores are not counted.
+    """Return the FLOPs of a step for one token of --seq-len, as if each completion had --seq-len tokens.
+
+    A row is a prompt, with `samples` completions. The reward is not counted.
     """
+    # Each epoch passes forward and backward. A pass that is only forward costs a third of that: to sample, by
+    # the reference, and, where the graph is not kept for the first update, by the policy.
     passes = settings.epochs + (2 if settings.minibatches == 1 else 3) / 3
     return round(settings.samples * passes * policy.model.flops_per_token(seq_len))
 
@@ -328,14 +349,17 @@ def flops_per_token(policy: Policy, settings: Config, seq_len: int) -> int:
 @torch.no_grad()
 def show(policy: Policy, dataset: Prompts, out: Path) -> str:
     """Return where the policy is beside the exact optimum, or completions of some held-out prompts."""
+    # The chain, which has no tokenizer.
     if dataset.tokenizer is None:
         reward, kl = frontier.value_of(policy.model)
         share = frontier.share_of_gain(reward, kl)
         here = f"reward {reward:.4f} at KL {kl:.4f} nats: {share:.1%} of the gain that is possible at this KL"
         if policy.settings.row.penalty == "loss":
-            return here  # its optimum is another one: advantages are scaled, and the KL is the reverse one
+            return here  # the optimum of GRPO is another one: advantages are scaled, and the KL is reversed
         best, at = frontier.optimum(float(policy.beta))
         return f"{here}\nthe exact optimum at beta {float(policy.beta):g}: {best:.4f} at KL {at:.4f}"
+
+    # The likeliest completions of four prompts.
     some = stack([dataset.val[i] for i in range(min(len(dataset.val), 4))])
     prompts, answers = unpadded(some, "prompt"), unpadded(some, "answer")
     n_new = policy.settings.max_new_tokens

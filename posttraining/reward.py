@@ -1,4 +1,4 @@
-r"""A reward model: a number for each answer, learned from which of two answers people prefer.
+"""A reward model: it gives each answer a number, and learns from which of two answers people prefer.
 
     p(y_c preferred to y_r | x) = sigmoid(r(x, y_c) - r(x, y_r))            (Bradley and Terry 1952)
     loss = -log sigmoid(r_c - r_r - margin) + c (r_c + r_r)^2
@@ -7,9 +7,10 @@ r is a decoder whose head is replaced by one row of weights, `score`, on the hid
 token (Stiennon et al. 2020; InstructGPT, Ouyang et al. 2022). Which token that is follows from lengths or a
 mask, and never from comparing with a padding id: the token that ends a text is often the one that pads.
 
-Only differences have a meaning. A constant for each prompt leaves the loss as it is, so scores may drift: a
-small c keeps them near 0 (Eisenstein et al. 2023). For PPO, whose KL coefficient is measured in rewards, the
-saved model is calibrated: scores of the held-out answers have mean 0 and standard deviation 1.
+Only differences of r have a meaning: with c = 0, a constant added to all scores of a prompt does not change
+the loss, so scores may drift. A small c keeps them near 0 (Eisenstein et al. 2023). The saved model is
+calibrated: its scores of held-out answers have mean 0 and standard deviation 1, so that PPO's coefficient of
+the KL, which is in units of the reward, means the same for every reward model.
 
     python train.py --model reward                                         a Markov chain with an exact reward
     python train.py --model reward --init-from runs/sft/model --data pairs.jsonl      see data/preferences.py
@@ -53,7 +54,7 @@ N_CALIBRATION = 256  # held-out rows
 class Config:
     """The settings of the objective."""
 
-    margin: float = 0.0  # by which a chosen answer should win
+    margin: float = 0.0  # by which the score of a chosen answer should be larger
     centering: float = 0.0  # c; 0.01 keeps the mean of scores near 0
 
     MAY_BE_ZERO = ("margin", "centering")
@@ -66,11 +67,12 @@ class RewardModel(nn.Module):
     """A decoder with one number as its output."""
 
     def __init__(self, decoder: nn.Module, pad_token_id: int | None = None, bias: float = 0.0):
-        """Take a decoder with a method `hidden`, such as gpt.GPT, whose head is dropped.
+        """Replace the head of a decoder with a method `hidden`, such as gpt.GPT.
 
         pad_token_id is only written to config.json, for transformers. bias is added to all scores.
         """
         super().__init__()
+        # As with tied embeddings, the decoder's own weights then have none of a head.
         decoder.lm_head = None
         decoder.config = replace(decoder.config, tie_embeddings=True)
         self.decoder, self.config = decoder, decoder.config
@@ -82,9 +84,9 @@ class RewardModel(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Return the score of each text, float32 (...).
 
-        tokens (..., T), int64: several answers of a prompt, (B, K, T), go through the decoder together.
-        lengths: how many tokens of each row are text, (...), with padding on the right; or a mask (..., T) of
-        the tokens that are text, with padding on either side.
+        tokens (..., T), int64, such as (B, K, T) for K answers of each prompt. lengths: how many tokens of
+        each row are text, (...), with padding on the right; or a mask (..., T), True at the tokens that are
+        text, with padding on either side.
         """
         tokens, shape = tokens.reshape(-1, tokens.shape[-1]), tokens.shape[:-1]
         if lengths.shape == (*shape, tokens.shape[-1]):
@@ -95,14 +97,14 @@ class RewardModel(nn.Module):
         return (self.score(hidden).float() + self.bias).view(shape)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs of training on one token, without the head that is dropped."""
+        """Return the FLOPs of training on one token: the decoder's without 6 V D, those of its head."""
         return self.decoder.flops_per_token(seq_len) - 6 * self.config.vocab_size * self.config.d_model
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "RewardModel":
         """Load a LlamaForSequenceClassification with one label, or a GPT-2, Mistral, Qwen2 or Qwen3 like it.
 
-        Raises ValueError naming what is missing, damaged or not implemented.
+        Raises ValueError for what is missing, damaged or not implemented, which the message names.
         """
         saved = reward_models.read(directory)
         config = {**saved.fields, "kernels": kernels}
@@ -125,13 +127,13 @@ class RewardModel(nn.Module):
         reward_models.save(self.config, weights, directory, self.pad_token_id, self.bias)
 
 
-Model = RewardModel
+Model = RewardModel  # the name by which formats.open_model finds it
 
 
 def align(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return tokens (N, T) with those under the mask (N, T) first, in their order, and how many these are.
+    """Return tokens (N, T) with those of the mask (N, T) first, in their order, and the mask's sums (N,).
 
-    Learned positions then begin at the first token of the text, whatever the padding.
+    So the position of a token in the text does not depend on the padding.
     """
     order = (~mask).long().argsort(dim=1, stable=True)
     return tokens.gather(1, order), mask.sum(1)
@@ -143,15 +145,19 @@ def align(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def bradley_terry_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, centering: float = 0.0
 ) -> Tensor:
-    """Return the loss of each pair, in the shape of the scores: the header's, c is centering."""
+    """Return -log sigmoid(chosen - rejected - margin) + centering (chosen + rejected)^2 of each pair.
+
+    chosen, rejected: scores of any shape, which is that of the result.
+    """
     return -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected).square()
 
 
 def ranking_loss(scores: Tensor, ranks: Tensor, margin: float = 0.0, centering: float = 0.0) -> Tensor:
     """Return the loss of each prompt, (B,): the mean of `bradley_terry_loss` over its pairs of unequal rank.
 
-    scores (B, K), of K answers that went through the model once. ranks (B, K): 1 for the best. InstructGPT
-    has all pairs of a prompt in one batch, since as separate examples they overfit (section 3.5).
+    scores (B, K): of K answers, each of which passes through the model once for all its pairs. ranks (B, K):
+    1 for the best. InstructGPT has all pairs of a prompt in one batch, since as separate examples they
+    overfit (section 3.5).
     """
     better = ranks[:, :, None] < ranks[:, None, :]  # (B, K, K): the first is preferred to the second
     losses = bradley_terry_loss(scores[:, :, None], scores[:, None, :], margin, centering)
@@ -160,10 +166,10 @@ def ranking_loss(scores: Tensor, ranks: Tensor, margin: float = 0.0, centering: 
 
 @torch.no_grad()
 def calibrated(model: RewardModel, scores: Tensor) -> RewardModel:
-    """Return a model whose scores are (r - mean) / std of these scores by model: it shares the decoder.
+    """Return a reward model that gives (r - mean) / std where `model` gives r, and shares its decoder.
 
-    scores (n,): of the answers on which the mean should be 0 and the standard deviation 1. Where all are
-    equal, only the mean changes.
+    scores: the model's own scores of some answers, whose mean and standard deviation these are. If all are
+    equal, std is 1.
     """
     mean, std = scores.mean().item(), scores.std().item()
     std = std if std > 0 else 1.0
@@ -183,7 +189,7 @@ def settings(config: Any) -> Config:
 
 
 def load_data(args: argparse.Namespace, config: Any) -> Dataset:
-    """Return the pairs that --data names. Raises ValueError for labels, and for an adapter."""
+    """Return the pairs that --data names. Raises ValueError for single answers, and for an adapter."""
     if args.adapter or args.base:
         raise ValueError(
             f"--adapter {args.adapter or 'lora'}: its format has no place for the head of a reward model; "
@@ -196,7 +202,8 @@ def load_data(args: argparse.Namespace, config: Any) -> Dataset:
 
 
 def make_batch(rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Any = None) -> dict:
-    """Return B pairs: "tokens" (B, 2, T), the chosen answer first, and "lengths" (B, 2) with the prompt."""
+    """Return B pairs: "tokens" (B, 2, T), prompt and answer, the chosen one first, and "lengths" (B, 2)."""
+    # The mask is True at the answer, whose last token is the last of the text.
     batch = trimmed(stack(rows))
     positions = torch.arange(1, batch["mask"].shape[-1] + 1)
     return {"tokens": batch["tokens"], "lengths": (batch["mask"] * positions).amax(-1)}
@@ -213,7 +220,8 @@ def loss(model: RewardModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str
     """Return the mean loss of B pairs, and metrics.
 
     "accuracy", the share in which the chosen answer has the larger score (equal ones count half); "margin",
-    the mean difference; "shorter_accuracy", the accuracy of always preferring the shorter answer.
+    the mean difference; "score", the mean score of all answers; "shorter_accuracy", the accuracy of always
+    preferring the shorter answer.
     """
     config, scores = model.objective, model(batch["tokens"], batch["lengths"])
     losses = bradley_terry_loss(scores[:, 0], scores[:, 1], config.margin, config.centering)
@@ -230,7 +238,7 @@ def loss(model: RewardModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str
 
 
 def flops_per_token(model: RewardModel, config: Config, seq_len: int) -> int:
-    """Return the FLOPs of training on one token of --seq-len: a row has two sequences."""
+    """Return the FLOPs of training on one token of --seq-len, twice a model's: a row has two sequences."""
     return 2 * model.flops_per_token(seq_len)
 
 
@@ -253,6 +261,7 @@ def save(model: RewardModel, dataset: Dataset, directory: Path) -> None:
 @torch.no_grad()
 def show(model: RewardModel, dataset: Dataset, out: Path) -> str:
     """Return how the scores compare with the exact reward of the chain, or the scores of held-out pairs."""
+    # The chain has no tokenizer.
     tokenizer = dataset.tokenizer
     if tokenizer is None:
         scores = scores_of(model, dataset, len(dataset.val)).flatten()
@@ -261,8 +270,9 @@ def show(model: RewardModel, dataset: Dataset, out: Path) -> str:
         r = torch.corrcoef(torch.stack([scores.double(), exact]))[0, 1].item()
         slope = r * (scores.std() / exact.std()).item()
         return f"correlation with the exact reward {r:.4f}, slope {slope:.3f} (1 is exact)\n{dataset.guess}"
-    lines = []
-    scores = scores_of(model, dataset, 3).tolist()
+
+    # Three held-out pairs in words.
+    lines, scores = [], scores_of(model, dataset, 3).tolist()
     for (chosen, rejected), example in zip(scores, dataset.val.rows, strict=False):
         texts = [tokenizer.decode(ids.tolist()).strip() for ids in (example.prompt, *example.answers)]
         lines.append(f"{texts[0]}\n{chosen:+.2f} chosen:   {texts[1]}\n{rejected:+.2f} rejected: {texts[2]}")

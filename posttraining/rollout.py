@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from posttraining import scores
 from posttraining.adapters import adapted_layers
-from posttraining.policy_gradient import is_equal, kl, masked_sum
+from posttraining.policy_gradient import in_equal_group, kl, masked_sum
 from posttraining.prompts import Prompts, unpadded
 
 # --- the policy and its reference
@@ -223,6 +223,6 @@ def metrics_of(rollout: Rollout) -> dict[str, Tensor]:
         "completion_tokens": mask.sum() / n,
         "ended": rollout.ended.float().mean(),
         "unscored": (~scored).sum(),
-        "equal_groups": rollout.groups[is_equal(rollout.scores, rollout.groups)].unique().numel(),
+        "equal_groups": rollout.groups[in_equal_group(rollout.scores, rollout.groups)].unique().numel(),
     }
     return {name: torch.as_tensor(value).float() for name, value in found.items()}

@@ -19,7 +19,8 @@ def part(blob: bytes, **more) -> dict:
 
 
 def test_keys_are_found_the_shortest_first():
-    keys = read_charsmap(BLOB)
+    keys, has_plain_keys = read_charsmap(BLOB)
+    assert not has_plain_keys
     assert list(keys("ﬁx".encode())) == [(3, "fi")] and list(keys(b"a")) == []
     assert list(keys("ｶﾞ".encode())) == [(3, "カ"), (6, "ガ")]
     assert list(keys("\u3000".encode())) == list(keys("\u200b".encode())) == [(3, " ")]
@@ -51,7 +52,25 @@ def test_plain_characters_may_be_keys_too():
     def search(text):
         yield from ((len(key), keys[key]) for key in sorted(keys, key=len) if text.startswith(key))
 
-    assert longest_first(search)("A...Ab é.") == "a….x é."
+    assert longest_first(search, True)("A...Ab é.") == "a….x é."
+
+
+@pytest.mark.parametrize("key", [b"A", b"...", b"(c)"])
+def test_a_plain_key_of_any_length_is_found_in_the_map(key):
+    # A trie of this key alone: unit 0 is the root; the unit of byte i is at place 256 (i + 1) + byte, where
+    # place 256 (i + 1) is what the children of the byte before are counted from; then a leaf.
+    units, base = [0xFF] * 256 * (len(key) + 2), 0
+    places = [256 * (i + 1) + byte for i, byte in enumerate(key)]
+    for place, label in zip([0, *places], [0, *key], strict=True):
+        below = 256 * (base + 1)  # of the children of this unit
+        is_key = place == places[-1]
+        units[place] = label | ((place ^ below) << 10) | (0x100 if is_key else 0)
+        base += 1
+    units[256 * base] = 1 << 31  # the leaf, with the replacement at 0
+    blob = struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + b"!\0"
+    keys, has_plain_keys = read_charsmap(blob)
+    assert list(keys(key + b"x")) == [(len(key), "!")] and has_plain_keys
+    assert precompiled(part(blob, longest=True))(f"ab{key.decode()}cé") == "ab!cé"
 
 
 @pytest.mark.parametrize(
@@ -66,5 +85,5 @@ def test_a_trie_that_leads_anywhere_is_only_followed_as_far_as_the_text_goes():
     # Every byte leads from a unit to a unit of the same block with that label, or beyond the last.
     for offset in (1 << 10, 0x1FFFFF << 10):
         units = [byte | offset | 0x100 for byte in range(256)]
-        keys = read_charsmap(struct.pack("<I256I", 1024, *units) + b"\0")
+        keys, _ = read_charsmap(struct.pack("<I256I", 1024, *units) + b"\0")
         assert len(list(keys(b"abc" * 1000))) <= 64

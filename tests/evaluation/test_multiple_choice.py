@@ -130,6 +130,8 @@ def test_of_a_choice_longer_than_the_model_reads_the_end_is_scored_and_an_empty_
     assert row.tokens == tokenizer.encode("the" + " dog" * 200)[-97:] and row.start == 1 and row.n_cut > 0
     with pytest.raises(ValueError, match="choice '' behind 'the': no token to score"):
         rows_of(tokenizer, "the", [""], 96)
+    with pytest.raises(ValueError, match=r"choices \('dog', ''\) behind 'the': expected text in each"):
+        answer_items(net, tokenizer, [Item("the", ("dog", ""), 0)])
 
 
 def test_standard_errors_are_those_of_the_sample_and_of_clusters():

@@ -69,6 +69,7 @@ FILES = {
         Item("a ", ("b", "c"), 1, ""),
     ),
     "asked.jsonl": ({"prompt": "1 + 1 =", "answer": "2"}, "question", Question("1 + 1 =", "2")),
+    "number.jsonl": ({"prompt": "1 + 1 =", "answer": 2}, "question", Question("1 + 1 =", "2")),
     "book.jsonl": ({"text": "A text."}, "text", "A text."),
 }
 
@@ -131,6 +132,12 @@ def test_human_eval_is_read_from_gzip_and_parquet_and_plain_text_is_text(tmp_pat
             {"question": "a", "choices": ["b"], "answer": None},
             "line 1.*expected the fields .* of mmlu",
         ),
+        ("m.jsonl", {"question": "a", "choices": ["b", "c"], "answer": ""}, "line 1.*: ''; expected"),
+        ("m.jsonl", {"question": "a", "choices": ["b", "c"], "answer": "C"}, "line 1.*answer 2 of 2 choices"),
+        ("o.jsonl", {"context": "a", "choices": ["b", "c"], "answer": -1}, "line 1.*answer -1 of 2 choices"),
+        ("o.jsonl", {"context": "a", "choices": ["b", ""], "answer": 0}, "line 1.*empty choice"),
+        ("q.jsonl", {"prompt": "a", "answer": None}, "line 1.*answer None"),
+        ("text.jsonl", {"text": None}, "line 1.*text None"),
     ],
 )
 def test_other_files_are_refused_by_name_and_record(name, record, problem, tmp_path):

@@ -199,8 +199,8 @@ def test_more_tokens_than_positions_are_refused():
     model = small()
     with pytest.raises(ValueError, match="41 tokens: this model reads and writes at most 40"):
         model(torch.full((1, 41), 3), torch.full((1, 4), 3))
-    for n in (None, 41):
-        with pytest.raises(ValueError, match=r"max_new_tokens .*: expected 1 to 40"):
+    for n in (None, 0, 41):
+        with pytest.raises(ValueError, match=rf"max_new_tokens {n}: expected 1 to 40"):
             model.beam_search([[3, 4]], n)
 
 

@@ -106,7 +106,7 @@ def test_the_command_trains_a_bart_that_is_better_after_it(tmp_path, monkeypatch
     sizes = "--set n_layers=1 d_model=32 d_ff=32 n_heads=2 --out run"
     assert train.main(f"{small} {sizes}".split()) == 0
     shown = (tmp_path / "run" / "samples.txt").read_text()
-    assert shown.count("of the restored texts are as they were") == 2 and "--- damaged" in shown
+    assert shown.count("of the restored tokens are as in the originals") == 2 and "--- damaged" in shown
     losses = held_out_losses(tmp_path / "run")
     capsys.readouterr()
     assert losses[-1] < losses[0] - 1

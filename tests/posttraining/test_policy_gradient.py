@@ -13,7 +13,7 @@ from posttraining.policy_gradient import (
     adapted_coefficient,
     gae,
     group_advantages,
-    is_equal,
+    in_equal_group,
     kl,
     kl_loss,
     policy_loss,
@@ -151,7 +151,7 @@ def test_a_reward_that_is_not_finite_counts_for_nobody_and_equal_ones_give_exact
     assert (found[[3, 6, 8, 9]] == 0).all(), "not finite, or alone"
     alone = group_advantages(torch.tensor([2.0, 1.0]), torch.tensor([3, 3]), kind)
     assert torch.equal(found[[1, 5]], alone) and alone[0] > 0
-    assert is_equal(rewards, groups).tolist() == [
+    assert in_equal_group(rewards, groups).tolist() == [
         True,
         False,
         True,

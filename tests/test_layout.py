@@ -37,10 +37,12 @@ REST_OF = {
     "lora": {"posttraining.adapters", "posttraining.adapter_costs", "posttraining.nf4"},
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }
-# The shelf files that are made of concepts of other shelves. Classifiers pack their texts as inference does.
+# The shelf files that are made of concepts of other shelves. Classifiers pack their texts as inference does,
+# and a defence against injected instructions is DPO.
 MADE_OF = {
     "posttraining.classify": {"language.encoder_inference"},
     "evaluation.glue": {"language.encoder_inference"},
+    "evaluation.injection": {"posttraining.dpo"},
 }
 
 MAX_LINES = {"concept": 400, "door": 450, "train": 250, "moe": 430}

@@ -1,0 +1,177 @@
+"""Prompting: the same examples in other formats and other orders, and how far the accuracy moves.
+
+    FileNotFoundError -> red              Input: FileNotFoundError        "FileNotFoundError": "red"
+    len -> blue                           Output: red                     "len": "blue"
+    KeyError ->                           ...                             ...
+
+A figure of few-shot prompting is one draw of many: format and order, which mean nothing, move it by tens of
+points for models of any size (Zhao et al. 2021, 2102.09690; Lu et al. 2022, 2104.08786; Sclar et al. 2024,
+2310.11324). So this command reports the spread, not the best. The questions are k_shot's of stdlib_suite.py,
+a labelling of names by two arbitrary symbols. With n questions, an accuracy of p has the standard error
+sqrt(p (1 - p) / n) anyway; the spread means something as far as it is larger. Three figures say more where
+accuracy is close to chance, as it is for models of a few million parameters:
+
+    changed              share of the questions whose answer another format, or another order, changes
+    last label           share of the answers that are the label of the last example (by chance 1/2)
+    random labels        accuracy when the examples' labels are drawn at random: a model that reads them falls
+                         to chance (Min et al. 2022, 2202.12837, found that large ones hardly do)
+
+    python -m evaluation.prompting runs/gpt/model
+    python -m evaluation.prompting runs/gpt/model --questions 40 --seeds 3 --out results/few_shot.json
+"""
+
+import json
+import math
+import random
+import statistics
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from torch import nn
+
+from evaluation.multiple_choice import Item, answer_items, load
+from evaluation.small_runs import mean_and_range
+from evaluation.stdlib_suite import k_shot
+from formats import command
+from formats.atomic import replace_file
+
+FORMATS = {  # an example; a question ends behind the last character before {y}, and a space
+    "arrow": "{x} -> {y}\n",
+    "colon": "{x}: {y}\n",
+    "equals": "{x} = {y}\n",
+    "is": "{x} is {y}\n",
+    "question": "Input: {x}\nOutput: {y}\n",
+    "comment": "{x}  # {y}\n",
+}
+FIRST = "arrow"  # the format in which orders are compared
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """A question behind its examples."""
+
+    examples: tuple[tuple[str, str], ...]  # (name, label)
+    name: str
+    labels: tuple[str, str]
+    gold: int
+
+    def item(self, form: str, order: int, random_labels: bool = False) -> Item:
+        """Return the question in a format, its examples in order number `order`; 0 is the order of k_shot."""
+        draws, examples = random.Random(f"{order} {self.name}"), list(self.examples)
+        if order:
+            draws.shuffle(examples)
+        if random_labels:
+            examples = [(name, draws.choice(self.labels)) for name, _ in examples]
+        lines = "".join(FORMATS[form].format(x=name, y=label) for name, label in examples)
+        asked = FORMATS[form].format(x=self.name, y="").rstrip()
+        return Item(lines + asked, self.labels, self.gold)
+
+    def last_label(self, order: int) -> str:
+        """Return the label of the example that stands last."""
+        line = self.item(FIRST, order).context.splitlines()[-2]
+        return line.rpartition(" ")[2]
+
+
+def few_shots(k: int, n: int, seed: int) -> list[FewShot]:
+    """Return n questions of stdlib_suite, each with k examples."""
+    found = []
+    for item in k_shot(k, n, random.Random(f"{seed} prompting")):
+        *lines, asked = item.context.splitlines()
+        examples = tuple(tuple(line.split(" -> ")) for line in lines)
+        found.append(FewShot(examples, asked.removesuffix(" ->"), item.choices, item.gold))
+    return found
+
+
+# --- measures
+
+
+def changed(picks: list[list[int]]) -> float:
+    """Return the share of the questions that two of the lists of answers answer differently, a mean over all
+    pairs of lists."""
+    shares = [
+        sum(a != b for a, b in zip(*pair, strict=True)) / len(pair[0]) for pair in combinations(picks, 2)
+    ]
+    return statistics.mean(shares)
+
+
+def measure(model: nn.Module, tokenizer, questions: list[FewShot], n_orders: int) -> dict:
+    """Return the accuracy of each format and of each order, and the three figures beside them."""
+
+    def picks(form: str, order: int, random_labels: bool = False) -> list[int]:
+        items = [question.item(form, order, random_labels) for question in questions]
+        return [answer.picks["acc"] for answer in answer_items(model, tokenizer, items, alone=False)]
+
+    def right(answers: list[int]) -> float:
+        return sum(a == question.gold for a, question in zip(answers, questions, strict=True)) / len(
+            questions
+        )
+
+    by_format = {form: picks(form, 0) for form in FORMATS}
+    by_order = [by_format[FIRST], *(picks(FIRST, order) for order in range(1, n_orders))]
+    last = [
+        question.labels[answer] == question.last_label(order)
+        for order, answers in enumerate(by_order)
+        for answer, question in zip(answers, questions, strict=True)
+    ]
+    return {
+        "formats": {form: right(answers) for form, answers in by_format.items()},
+        "orders": [right(answers) for answers in by_order],
+        "changed by format": changed(list(by_format.values())),
+        "changed by order": changed(by_order),
+        "last label": sum(last) / len(last),
+        "random labels": right(picks(FIRST, 0, random_labels=True)),
+    }
+
+
+def table(rows: list[dict], n: int) -> str:
+    """Return the figures as lines: mean, and range of the seeds."""
+    lines = [f"{'accuracy (chance 50.0%)':26}{n} questions a seed"]
+    lines += [f"  {form:24}{mean_and_range(row['formats'][form] for row in rows)}" for form in FORMATS]
+    for name, figures in (("formats", [[*row["formats"].values()] for row in rows]),
+                          ("orders", [row["orders"] for row in rows])):  # fmt: skip
+        spread = mean_and_range((max(f) - min(f) for f in figures), ".3f")
+        deviation = statistics.mean(statistics.stdev(f) for f in figures)
+        lines.append(
+            f"best less worst of {len(figures[0])} {name:8}{spread}; standard deviation {deviation:.3f}"
+        )
+    p = statistics.mean(row["orders"][0] for row in rows)
+    lines.append(f"standard error of one accuracy   {math.sqrt(p * (1 - p) / n):.3f}")
+    for name in ("changed by format", "changed by order", "last label", "random labels"):
+        lines.append(f"{name:26}{mean_and_range(row[name] for row in rows)}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="The spread of few-shot accuracy over formats and orders.")
+    add = parser.add_argument
+    add("model", type=command.path, help="directory of a decoder, or of an adapter")
+    add("--questions", type=int, default=100, help="questions of a seed (default %(default)s)")
+    add("--shots", type=int, default=4, help="examples in front of a question (default %(default)s)")
+    add("--orders", type=int, default=6, help="orders of the examples (default %(default)s)")
+    add("--seeds", type=int, default=1, help="sets of questions (default %(default)s)")
+    add("--out", type=command.path, help="write the figures of every seed as JSON")
+    args = parser.parse_args(argv)
+    for name, least in (("questions", 2), ("shots", 1), ("orders", 2), ("seeds", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
+
+    model, tokenizer = load(args.model)
+    rows = []
+    for seed in range(args.seeds):
+        questions = few_shots(args.shots, args.questions, seed)
+        rows.append({"seed": seed} | measure(model, tokenizer, questions, args.orders))
+    print(table(rows, args.questions))
+    if args.out:
+        write(args.out, vars(args), rows)
+
+
+def write(path: Path, settings: dict, rows: list[dict]) -> None:
+    names = ("questions", "shots", "orders")
+    about = {name: settings[name] for name in names} | {"model": str(settings["model"])}
+    with replace_file(path) as new:
+        new.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command.run(main)

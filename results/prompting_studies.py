@@ -1,0 +1,119 @@
+"""The studies of prompting, with three seeds: their figures and their pictures.
+
+    python -m results.prompting_studies in_context scratchpad spelling injection
+
+Writes results/NAME.json for each study, after every seed, and results/NAME.png for those whose result is a
+curve. Seeds that are in the file already, made with the same --steps, are kept.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from engine import cpu
+from engine.report import plotting
+from formats.atomic import replace_file
+
+STUDIES = ("in_context", "scratchpad", "spelling", "injection")
+
+
+def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
+    """Make or complete the file of a study, print its table and draw its picture."""
+    study, path = importlib.import_module(f"evaluation.{name}"), folder / f"{name}.json"
+    rows = []
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        rows = known["rows"] if known["steps"] == steps else []
+    about = {
+        "command": f"python -m results.prompting_studies {name}",
+        "cpu": cpu.name(),
+        "torch": torch.__version__,
+    }
+    for seed in range(seeds):
+        if any(row["seed"] == seed for row in rows):
+            continue
+        began = time.process_time()
+        rows += study.study(seed, steps)
+        print(f"{name}, seed {seed}: {time.process_time() - began:.0f} s of one core", flush=True)
+        with replace_file(path) as new:
+            new.write_text(json.dumps(about | {"steps": steps, "rows": rows}) + "\n", encoding="utf-8")
+    print(study.table(rows))
+    if name in DRAWINGS:
+        pyplot, _ = plotting()
+        figure = DRAWINGS[name](pyplot, rows)
+        figure.savefig(path.with_suffix(".png"), dpi=120)
+        pyplot.close(figure)
+
+
+def mean_curve(curves: list[list[float]]) -> list[float]:
+    """Return the mean of the seeds, point by point."""
+    return [statistics.mean(values) for values in zip(*curves, strict=True)]
+
+
+def draw_in_context(pyplot, rows: list[dict]):
+    """Return the loss along training, a line per seed, and by position, the mean of the seeds."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    predictors = [name for name in rows[0]["by_position"] if name != "model"]
+    depths = sorted({row["layers"] for row in rows})
+    for i, name in enumerate(predictors):
+        curve, style = mean_curve([row["by_position"][name] for row in rows]), (0, (4, 1 + i))
+        left.axhline(statistics.mean(curve), color="0.5", linestyle=style, linewidth=1)
+        left.text(0, statistics.mean(curve), name, va="bottom", fontsize=8, color="0.4")
+        right.plot(range(1, len(curve) + 1), curve, color="0.5", linestyle=style, linewidth=1, label=name)
+    for depth in depths:
+        own, color = [row for row in rows if row["layers"] == depth], f"C{depth - 1}"
+        for row in own:
+            left.plot(*zip(*row["curve"], strict=True), color=color, linewidth=1)
+        curve = mean_curve([row["by_position"]["model"] for row in own])
+        right.plot(
+            range(1, len(curve) + 1), curve, color=color, label=f"GPT, {depth} layer{'s' * (depth > 1)}"
+        )
+    left.set(xlabel="steps of training", ylabel="nats per symbol", ylim=(0.8, 1.16))
+    right.set(xlabel="position in the sequence", xscale="log")
+    right.legend(fontsize=8)
+    return figure
+
+
+def draw_scratchpad(pyplot, rows: list[dict]):
+    """Return right final answers over the number of swaps: a dot per seed, and a line through their mean."""
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i, kind in enumerate(dict.fromkeys(row["kind"] for row in rows)):
+        own = [row for row in rows if row["kind"] == kind]
+        lengths = sorted({row["swaps"] for row in own})
+        means = [statistics.mean(row["right"] for row in own if row["swaps"] == n) for n in lengths]
+        style = {"marker": "o", "markersize": 4, "color": f"C{i}"}
+        dots = [row["swaps"] + 0.08 * i for row in own], [row["right"] for row in own]
+        axes.plot(*dots, linestyle="", alpha=0.5, **style)
+        axes.plot([n + 0.08 * i for n in lengths], means, label=kind, color=f"C{i}")
+    axes.axhline(1 / 3, color="0.5", linestyle=":", linewidth=1)
+    axes.set(xlabel="swaps", ylabel="right final answers", ylim=(0, 1.03))
+    axes.legend(fontsize=8)
+    return figure
+
+
+DRAWINGS = {"in_context": draw_in_context, "scratchpad": draw_scratchpad}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
+    add("--seeds", type=int, default=3, help="runs of each model (default %(default)s)")
+    add("--steps", type=int, help="steps of each run (default: each study's own)")
+    add("--out", type=Path, default=Path("results"), help="folder of the files (default %(default)s)")
+    args = parser.parse_args(argv)
+    for name in args.studies or STUDIES:
+        if name not in STUDIES:
+            parser.error(f"{name}: expected one of {', '.join(STUDIES)}")
+        run(name, args.seeds, args.steps, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -252,6 +252,8 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
     for flag in ("batch_size", "samples", "max_new_tokens", "limit"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if args.shots_from and not args.shots:
+        raise ValueError(f"--shots-from {args.shots_from}: needs --shots K, the number of examples")
     if args.shots < 0 or not 0 <= args.temperature < math.inf:
         raise ValueError(f"--shots {args.shots}, --temperature {args.temperature}: expected at least 0")
     if args.samples > 1 and args.temperature == 0:

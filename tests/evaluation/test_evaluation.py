@@ -86,6 +86,7 @@ def test_a_user_s_mistakes_end_in_one_line_before_a_model_is_read(tmp_path, caps
 
     assert "--samples 5: equal at --temperature 0" in line("nowhere", "--samples", 5)
     assert "--limit 0: expected at least 1" in line("nowhere", "--limit", 0)
+    assert "--shots-from x.jsonl: needs --shots K" in line("nowhere", "--shots-from", "x.jsonl")
     assert "--tasks nothing.jsonl: no such file" in line("nowhere", "--tasks", "nothing.jsonl")
     assert "needs a text classifier" in line(FIXTURE, "--tasks", f"cola:{write_cola(tmp_path)}")
     (tmp_path / "p.jsonl").write_text(json.dumps(stdlib_suite.programs()[0]))

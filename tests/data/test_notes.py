@@ -32,8 +32,8 @@ def test_a_sound_is_always_the_same_and_its_lowest_note_is_the_root(instrument):
     assert not np.array_equal(sound, notes.render(note._replace(take=0), n, 16_000))
     peak = np.abs(sound).max() / 32768
     assert 0.09 < peak <= 1
-    # From 150 to 240 Hz the loudest is 220 Hz, give or take 30 cents, and 20 more because the peaks of a third
-    # of a second are some hertz wide.
+    # From 150 to 240 Hz the loudest is 220 Hz, give or take 30 cents, and 20 more because the peaks of a
+    # third of a second are some hertz wide.
     spectrum = np.abs(np.fft.rfft(sound * np.hanning(n), 8 * n))
     frequencies = np.fft.rfftfreq(8 * n, 1 / 16_000)
     low = (frequencies > 150) & (frequencies < 240)

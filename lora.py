@@ -330,6 +330,10 @@ def load_adapter(
     if base_fingerprint is None and not any(isinstance(m, Adapted | nf4.NF4) for m in model.modules()):
         base_fingerprint = fingerprint(model)
     peft.check_base(directory, saved, shapes, base_fingerprint)
+    try:
+        config = Config(**saved.fields | {"target_modules": "|".join(map(re.escape, saved.layers))})
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
     # Make each adapter from its tensors, and put it beside its layer.
     model.requires_grad_(False)
@@ -345,7 +349,7 @@ def load_adapter(
         layer.adapters[name] = adapter.float().to(W.device)
         replace_layer(model, path, layer)
     set_adapter(model, name)
-    return Config(**saved.fields | {"target_modules": "|".join(map(re.escape, saved.layers))})
+    return config
 
 
 def print_table() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lora
 from data.tokenizer import get_tokenizer, train_bpe
 from formats.open_model import open_model
 
@@ -198,3 +199,15 @@ def test_a_file_of_other_content_is_named(name, file, content, tmp_path):
     with pytest.raises(ValueError) as raised:
         open_model(tmp_path / "model", base=FIXTURES / "llama")
     assert str(tmp_path / "model" / file) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_alpha_of_zero_is_refused_with_the_directory_and_the_model_stays_as_it_is(tmp_path):
+    directory = tmp_path / "adapter"
+    shutil.copytree(FIXTURES / "adapters" / "gpt2-lora", directory)
+    content = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(content | {"lora_alpha": 0}))
+    model = open_model(FIXTURES / "gpt2")
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"adapter: alpha 0\.0: expected a number above 0"):
+        lora.load_adapter(model, directory)
+    assert [name for name, _ in model.named_parameters()] == names

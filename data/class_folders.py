@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.rows import Dataset
 from data.text import only_one_at
 from formats.atomic import damage, names_full_disk, replace_directory, write_checksums
 from formats.progress import progress_bar
@@ -100,6 +101,14 @@ def fingerprint(train: Part, val: Part, labels: Sequence[str], kind: Kind) -> st
         for array in part.arrays:
             digest.update(array.tobytes())
     return f"{kind.noun}s-{digest.hexdigest()[:16]}"
+
+
+def print_contents(dataset: Dataset) -> None:
+    """Print how large a set is, and how many examples to learn from its first hundred classes have."""
+    print(dataset.summary)
+    counts = Counter(dataset.train.labels.tolist())
+    for i, label in enumerate(dataset.labels[:100]):
+        print(f"    {counts[i]:7,} {label}")
 
 
 def find_files(folder: Path, val: str | None, kind: Kind) -> tuple[list[Found], list[str]]:

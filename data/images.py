@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from data import glyphs, landscapes, published_images
-from data.class_folders import Kind, Part, existing_folder, fingerprint, read
+from data.class_folders import Kind, Part, existing_folder, fingerprint, print_contents, read
 from data.rows import Dataset, Row, Rows
 from formats import command
 
@@ -201,6 +201,11 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarra
     return as_array(scaled(image, shape[1:])).copy()
 
 
+def decode_all(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndarray:
+    """Return image files as uint8 (N, C, H, W), as `decode` does."""
+    return np.stack([decode(path, shape, Counter()) for path in paths])
+
+
 def converted(image, mode: str, notes: Counter):
     """Return a Pillow image of any mode in another: "L", grey, or "RGB"."""
     from PIL import Image
@@ -242,10 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     dataset = prepare(args.data, (args.size, args.size), args.cache, val=args.val, bad_images=args.bad_text)
-    print(dataset.summary)
-    counts = Counter(dataset.train.labels.tolist())
-    for i, label in enumerate(dataset.labels[:100]):
-        print(f"    {counts[i]:7,} {label}")
+    print_contents(dataset)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data import notes
-from data.class_folders import Kind, Part, existing_folder, fingerprint, read
+from data.class_folders import Kind, Part, existing_folder, fingerprint, print_contents, read
 from data.rows import Dataset, Row, Rows
 from formats import command
 
@@ -236,10 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     if n < SHORTEST or not RATES[0] <= args.rate <= RATES[1]:
         raise ValueError(f"--seconds {args.seconds}: expected at least {SHORTEST} samples")
     dataset = prepare(args.data, n, args.rate, args.cache, val=args.val, bad_sounds=args.bad_text)
-    print(dataset.summary)
-    counts = Counter(dataset.train.labels.tolist())
-    for i, label in enumerate(dataset.labels[:100]):
-        print(f"    {counts[i]:7,} {label}")
+    print_contents(dataset)
 
 
 if __name__ == "__main__":

@@ -372,19 +372,17 @@ def read_task(model_file: ModuleType, name: str | None) -> Task:
         files, flag = [find(name, "--task")], f"--task {name}"
     if not any("make_batch" in vars(file) for file in files):
         raise ValueError(f"{flag}: {files[-1].__name__} offers no task: it has no make_batch")
-    check_fit(model_file, files[-1], default)
+    if name not in (None, default):
+        check_fit(model_file, files[0])
     return read(Task, *files)
 
 
-def check_fit(model_file: ModuleType, task_file: ModuleType, default: str) -> None:
-    """Raise ValueError for a task that other models than this one can do: those of the kind of its own.
-
-    default: the model's default task, which fits.
-    """
+def check_fit(model_file: ModuleType, task_file: ModuleType) -> None:
+    """Raise ValueError for a task that other models than this one can do: those of the kind of its own."""
     own, task = (file.__name__.rpartition(".")[2] for file in (model_file, task_file))
     its_model = task if "SIZES" in vars(task_file) else vars(task_file).get("MODEL", "gpt")
     kind, expected = (vars(file).get("KIND", "decoder") for file in (model_file, find(its_model)))
-    if task != default and kind != expected:
+    if kind != expected:
         raise ValueError(f"--task {task}: {own} is no {expected}; name a model like {its_model}")
 
 

@@ -24,7 +24,7 @@ import builtins
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from inspect import isbuiltin
 from itertools import accumulate
@@ -76,16 +76,21 @@ def long_modules() -> list[list[str]]:
     return [lines for lines in modules if len(lines) > 3 * N_LINES]
 
 
+def drawn_places(n: int, generator: random.Random) -> Iterator[tuple[list[str], int]]:
+    """Yield n times the lines of a held-out module, and the number of one with N_LINES lines before it."""
+    modules = long_modules()
+    for _ in range(n):
+        lines = generator.choice(modules)
+        yield lines, generator.randrange(N_LINES, len(lines))
+
+
 def next_lines(n: int, generator: random.Random) -> list[Item]:
     """Return n questions for the next line. The lengths of all four lines differ by a tenth at most.
 
     There are fewer questions if 20 n drawn places are not enough.
     """
     items: list[Item] = []
-    modules = long_modules()
-    for _ in range(20 * n):
-        lines = generator.choice(modules)
-        at = generator.randrange(N_LINES, len(lines))
+    for lines, at in drawn_places(20 * n, generator):
         gold = lines[at]
         others = {x for x in lines if x != gold and abs(len(x) - len(gold)) <= len(gold) // 10}
         if len(gold.strip()) < 12 or len(others) < 3:  # short lines, such as "else:", are left out
@@ -104,11 +109,8 @@ def names(n: int, generator: random.Random) -> list[Item]:
     There are fewer questions if 50 n drawn places are not enough.
     """
     items: list[Item] = []
-    modules = long_modules()
-    for _ in range(50 * n):
+    for lines, at in drawn_places(50 * n, generator):
         # A line that has names of the 20 lines before it.
-        lines = generator.choice(modules)
-        at = generator.randrange(N_LINES, len(lines))
         before = "\n".join(lines[at - N_LINES : at]) + "\n"
         occurring = Counter(re.findall(NAME, before))
         found = [match for match in re.finditer(NAME, lines[at]) if match[0] in occurring]

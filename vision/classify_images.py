@@ -57,12 +57,17 @@ def load_data(args: Namespace, config: Any) -> Dataset:
     if n < 2:
         expected = "expected a folder for each class; --model mae learns from images alone"
         raise ValueError(f"--data {args.data}: {n} classes; {expected}")
+    check_pretrained(args, config, n)
+    return replace(dataset, guess=baselines.describe(dataset.train, dataset.val, n))
+
+
+def check_pretrained(args: Namespace, config: Any, n: int) -> None:
+    """Raise ValueError for a pretrained model of other classes than the n of the data."""
     if args.init_from and config.n_classes != n:
         raise ValueError(
             f"--init-from {args.init_from}: {config.n_classes} classes, {args.data} has {n}; add --set "
             f"n_classes={n} for a new classifier"
         )
-    return replace(dataset, guess=baselines.describe(dataset.train, dataset.val, n))
 
 
 def settings(config: Any) -> Augmentation:

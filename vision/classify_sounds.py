@@ -29,7 +29,12 @@ from data.sounds import prepare
 from engine import parallel
 from formats.config_values import check_values
 from vision import spectrogram
-from vision.classify_images import loss_bytes, save, show_labels  # noqa: F401  this task's, too
+from vision.classify_images import (  # noqa: F401  this task's, too
+    check_pretrained,
+    loss_bytes,
+    save,
+    show_labels,
+)
 
 MODEL, DATA = "spectrogram", "notes"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 600
@@ -75,11 +80,7 @@ def load_data(args: Namespace, config: spectrogram.Config) -> Dataset:
     n = len(dataset.labels)
     if n < 2:
         raise ValueError(f"--data {args.data}: {n} classes; expected a folder for each class")
-    if args.init_from and config.n_classes != n:
-        raise ValueError(
-            f"--init-from {args.init_from}: {config.n_classes} classes, {args.data} has {n}; add --set "
-            f"n_classes={n} for a new classifier"
-        )
+    check_pretrained(args, config, n)
     return replace(dataset, guess=describe(dataset.train, dataset.val, n, config))
 
 

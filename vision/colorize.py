@@ -25,7 +25,6 @@ Shapes: B batch, H x W pixels, h x w = H / 2 x W / 2 places, D width, Q bins.
 """
 
 from argparse import Namespace
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import landscapes
-from data.images import decode
+from data.images import decode_all
 from data.lab import lab_to_rgb, rgb_to_lab
 from data.rows import Dataset, Row, Rows, stack
 from engine import pictures
@@ -316,7 +315,7 @@ def main() -> None:
     args = parser.parse_args()
     model = Model.from_pretrained(args.checkpoint).eval().float()
     shape = (3, *model.config.size)
-    images = torch.stack([torch.from_numpy(decode(path, shape, Counter())) for path in args.images])
+    images = torch.from_numpy(decode_all(args.images, shape))
     drawn = rows_of_pictures(model, images.float() / 255)
     pictures.save(args.out, [list(row) for row in drawn.values()])
     print(f"{args.out / PICTURE}: {', '.join(drawn)}")

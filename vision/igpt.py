@@ -26,7 +26,6 @@ Shapes: B batch, C channels, N pixels, Q colours of the palette, D model width, 
 
 import math
 from argparse import Namespace
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 import gpt
 from data.augment import Augmentation, augment
 from data.baselines import logistic_regression
-from data.images import decode, prepare
+from data.images import decode_all, prepare
 from data.palette import encode, k_means, paint
 from data.rows import Dataset, Row, Rows, stack
 from engine import pictures
@@ -366,7 +365,7 @@ def main() -> None:
     # Complete the images, or held-out letters.
     shape = (config.n_channels, *config.size)
     if args.images:
-        images = np.stack([decode(path, shape, Counter()) for path in args.images])
+        images = decode_all(args.images, shape)
     else:
         val = prepare("glyphs", config.size, args.cache, channels=config.n_channels).val
         images = np.stack([val[i * len(val) // SHOWN]["image"] for i in range(SHOWN)])

@@ -23,7 +23,6 @@ the decoder.
 """
 
 from argparse import Namespace
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from data.augment import Augmentation, augment
 from data.baselines import MOST, pixels
-from data.images import decode
+from data.images import decode_all
 from data.rows import Dataset, Row, stack
 from engine import pictures
 from engine.report import PICTURE
@@ -314,7 +313,7 @@ def main() -> None:
     args = parser.parse_args()
     model = MAE.from_pretrained(args.checkpoint).eval().float()
     shape = (model.config.n_channels, *model.config.size)
-    pixels = torch.stack([torch.from_numpy(decode(path, shape, Counter())) for path in args.images])
+    pixels = torch.from_numpy(decode_all(args.images, shape))
     triples(model, pixels.float() / 255, args.out)
     print(f"{args.out / PICTURE}: original, masked, rebuilt")
 

@@ -265,15 +265,13 @@ def main() -> None:
         return
     model = AST.from_pretrained(args.checkpoint).eval().float()
     config = model.config
-    names = config.labels or [str(i) for i in range(config.n_classes)]
     for path in args.sounds:
         counts = Counter()
         wave = torch.from_numpy(decode(path, config.n_samples, RATE, counts))[None] / 32768
         with torch.no_grad():
             x = spectrograms(wave, torch.tensor([wave.shape[1]]), config)
-            best = model(model.normalized(x)).softmax(-1)[0].topk(min(3, config.n_classes))
-        found = [f"{names[i]} {p:.1%}" for p, i in zip(*(t.tolist() for t in best), strict=True)]
-        print(f"{path}: {', '.join(found)}{''.join(f'; {note}' for note in counts)}")
+            logits = model(model.normalized(x))[0]
+        print(f"{path}: {vit.likeliest(logits, config)}{''.join(f'; {note}' for note in counts)}")
 
 
 if __name__ == "__main__":

@@ -347,6 +347,13 @@ def print_sizes() -> None:
         print(f"{name:12} {n_params:13,} {sizes}  {flops / 3:.2e} {flops:.2e} FLOPs")
 
 
+def likeliest(logits: Tensor, config: Config) -> str:
+    """Return the three likeliest classes by logits (classes,), with their probabilities."""
+    names = config.labels or [str(i) for i in range(config.n_classes)]
+    best = logits.softmax(-1).topk(min(3, config.n_classes))
+    return ", ".join(f"{names[i]} {p:.1%}" for p, i in zip(*(t.tolist() for t in best), strict=True))
+
+
 def main() -> None:
     parser = command.Parser(description="Classify images, or print the sizes.")
     add = parser.add_argument
@@ -365,10 +372,8 @@ def main() -> None:
     for path in args.images:
         pixels = torch.from_numpy(decode(path, (config.n_channels, *config.size), Counter())) / 255
         with torch.no_grad():
-            best = model(model.normalized(pixels[None].float())).softmax(-1)[0].topk(min(3, config.n_classes))
-        names = config.labels or [str(i) for i in range(config.n_classes)]
-        found = [f"{names[i]} {p:.1%}" for p, i in zip(*(t.tolist() for t in best), strict=True)]
-        print(f"{path}: {', '.join(found)}")
+            logits = model(model.normalized(pixels[None].float()))[0]
+        print(f"{path}: {likeliest(logits, config)}")
 
 
 if __name__ == "__main__":

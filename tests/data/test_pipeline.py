@@ -2,15 +2,15 @@
 
 import copy
 import json
-import os
 import shutil
 import sys
 import unicodedata
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import generate
@@ -49,13 +49,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-# The same examples at every run; FUZZ=1000 draws so many new ones.
-FUZZ = settings(
-    deadline=None,
-    max_examples=int(os.environ.get("FUZZ", 20)),
-    derandomize="FUZZ" not in os.environ,
-    database=None,
-)
+FUZZ = fuzz.drawn(20)
 
 
 @pytest.fixture(scope="module")

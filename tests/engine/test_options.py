@@ -3,25 +3,18 @@
 import argparse
 import contextlib
 import io
-import os
 import shutil
 
+import fuzz
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import train
 from engine import options
 from formats import command
 
-# The same examples at every run; FUZZ=1000 draws so many new ones.
-FUZZ = settings(
-    deadline=None,
-    max_examples=int(os.environ.get("FUZZ", 60)),
-    derandomize="FUZZ" not in os.environ,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    database=None,
-)
+FUZZ = fuzz.drawn(60, fuzz.PER_TEST_FIXTURES)
 # Flags that do other work than a run, and --parallel, which makes a process group for good.
 LEFT_OUT = {"help", "benchmark", "profile", "parallel"}
 NUMBERS = ["0", "-1", "1", "2", "3", "0.5", "1e-3", "1e30", "nan", "-inf", "2.0", "x", "", " 4", "٣", "1_0"]

@@ -2,13 +2,13 @@
 
 import copy
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
 
+import fuzz
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lora
@@ -16,14 +16,7 @@ from data.tokenizer import get_tokenizer, train_bpe
 from formats.open_model import open_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-# The same examples at every run; FUZZ=1000 draws so many new ones.
-FUZZ = settings(
-    deadline=None,
-    max_examples=int(os.environ.get("FUZZ", 25)),
-    derandomize="FUZZ" not in os.environ,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    database=None,
-)
+FUZZ = fuzz.drawn(25, fuzz.PER_TEST_FIXTURES)
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 300), st.integers(), st.floats(), st.text(max_size=5)
 )

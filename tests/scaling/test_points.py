@@ -1,22 +1,15 @@
 """Points from CSV files."""
 
 import csv
-import os
 
+import fuzz
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.points import read_points
 
-# The same examples at every run; FUZZ=1000 draws so many new ones.
-FUZZ = settings(
-    deadline=None,
-    max_examples=int(os.environ.get("FUZZ", 60)),
-    derandomize="FUZZ" not in os.environ,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    database=None,
-)
+FUZZ = fuzz.drawn(60, fuzz.PER_TEST_FIXTURES)
 NAMES = st.sampled_from(["N", "D", "loss", " Tokens ", "params", "flops", "C", "note", "", "n", "\ufeffN"])
 CELLS = st.sampled_from(
     ["1e8", "2e9", "3.5", "0", "-1", "nan", "inf", "", "x", "1e400", " 7 ", "1_000", '"', "5"]

@@ -65,7 +65,7 @@ class Task(NamedTuple):
     program: str
     tests: str
     entry_point: str  # the function's name, by which the tests call it
-    setup: str = ""  # executed before the tests, in their process; left out if it is no whole Python code
+    setup: str = ""  # executed before the tests, in their process; left out if it is not complete Python
 
 
 def start(task: dict, pipes: Sequence[tuple[int, str]], home: str, limits: Limits) -> subprocess.Popen:
@@ -104,8 +104,8 @@ def stop(process: subprocess.Popen) -> float:
 def read_line(number: int, seconds: float) -> str | None:
     """Return the first line that comes out of a pipe, by its file descriptor.
 
-    "" if the pipe is closed before a line ends, None if that takes more than these seconds. A line of more
-    than 64 KiB, which jail.py does not write, is cut.
+    The line is "" if the pipe is closed before it ends, and None if that takes more than these seconds. A
+    line of more than 64 KiB, which jail.py does not write, is cut.
     """
     deadline, line = time.monotonic() + seconds, b""
     with selectors.DefaultSelector() as selector:

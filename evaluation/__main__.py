@@ -304,7 +304,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="temperature of these programs (default 0)",
     )
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default 0)")
-    add("--out", type=command.path, metavar="FILE", help="write all figures, also per item, as JSON")
+    add("--out", type=command.new_file, metavar="FILE", help="write all figures, also per item, as JSON")
     add("--unprotected", action="store_true", help="run programs even where the sandbox is incomplete")
     return parser.parse_args(argv)
 

@@ -1,0 +1,167 @@
+"""Hugging Face checkpoints of models that place images and texts in one space: CLIP and SigLIP.
+
+    CLIPModel, SiglipModel                  both towers, read and written
+    CLIPVisionModel, SiglipVisionModel      the image tower alone, read: the first stage of models that see
+    CLIPVisionModelWithProjection           the same, the projection left out
+
+Our names of weights are theirs on disk. A config.json holds that of each tower, under "text_config" and
+"vision_config"; old files hold them a second time, as "text_config_dict" and "vision_config_dict", which go
+first. How pixels are normalised is in preprocessor_config.json. formats/native.py keeps what no architecture
+has: CLIP's towers with SigLIP's loss, and the other way round.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from formats import config_json
+from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats.images import every, read_preprocessor
+from formats.json_file import write_json
+from formats.safetensors_dir import assign, build, read_weights
+
+CONCEPT = "vision.clip"
+MODELS = {"CLIPModel": "clip", "SiglipModel": "siglip"}  # architecture: layout
+TOWERS = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip"}
+PREFIX = "vision_model."
+SHARED_FIELDS = {  # config.json: TowerConfig of vision/clip_towers.py
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "layer_norm_eps": "norm_eps",
+}
+VISION_FIELDS = SHARED_FIELDS | {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "n_channels",
+}
+TEXT_FIELDS = SHARED_FIELDS | {"vocab_size": "vocab_size", "max_position_embeddings": "max_seq_len"}
+# The values of absent keys: transformers leaves out what is its default.
+VISION_DEFAULTS = {
+    "clip": {
+        "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "image_size": 224, "patch_size": 32,
+        "n_channels": 3, "norm_eps": 1e-5,
+    },
+    "siglip": {
+        "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "image_size": 224, "patch_size": 16,
+        "n_channels": 3, "norm_eps": 1e-6,
+    },
+}  # fmt: skip
+TEXT_DEFAULTS = {
+    "clip": {
+        "n_layers": 12, "n_heads": 8, "d_model": 512, "d_ff": 2048, "vocab_size": 49408, "max_seq_len": 77,
+        "norm_eps": 1e-5,
+    },
+    "siglip": {
+        "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "vocab_size": 32000, "max_seq_len": 64,
+        "norm_eps": 1e-6,
+    },
+}  # fmt: skip
+ACTIVATION = {"clip": "quick_gelu", "siglip": "gelu_pytorch_tanh"}  # where config.json names none
+MLPS = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+ONLY = {
+    "hidden_act": tuple(MLPS),
+    "vision_use_head": (True,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "quantization_config": (None,),
+    "tie_word_embeddings": (True, False),  # there is no head to tie
+}
+INERT = config_json.INERT | {
+    "initializer_factor", "dropout", "eos_token_id", "projection_dim", "projection_size", "text_config",
+    "vision_config", "text_config_dict", "vision_config_dict", "logit_scale_init_value",
+}  # fmt: skip
+
+
+def vision_fields(path: Path, hf: dict, layout: str) -> dict:
+    """Return the fields of a `VisionConfig` for hf, the "vision_config" in the config.json at path.
+
+    Raises ValueError for what is missing, damaged or not implemented.
+    """
+    return tower_fields(path, hf, layout, VISION_FIELDS, VISION_DEFAULTS[layout])
+
+
+def tower_fields(path: Path, hf: dict, layout: str, table: dict[str, str], defaults: dict) -> dict:
+    """Return the fields of a tower's config, by a table {key: field} and the values of absent keys."""
+    if not isinstance(hf, dict):
+        raise ValueError(f"{path}: {str(hf)[:100]!r}: expected the settings of a tower")
+    with damage_named(path):
+        fields = read_fields(path, hf, table, defaults, ONLY, INERT, set())
+        fields["mlp"] = MLPS[hf.get("hidden_act", ACTIVATION[layout])]
+        if not isinstance(fields.get("image_size", 0), int):
+            raise ValueError(f"image_size {fields['image_size']}: expected one number, as images are square")
+    return fields | {"layout": layout}
+
+
+def tower_settings(config: Any) -> dict:
+    """Return the keys of config.json that describe a `VisionConfig` or `TextConfig`."""
+    is_text = hasattr(config, "vocab_size")
+    table = TEXT_FIELDS if is_text else VISION_FIELDS
+    hf = {key: getattr(config, field) for key, field in table.items()}
+    activation = next(name for name, kind in MLPS.items() if kind == config.mlp)
+    kind = f"{config.layout}_{'text' if is_text else 'vision'}_model"
+    return hf | {"hidden_act": activation, "attention_dropout": 0.0, "model_type": kind}
+
+
+def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights of the image tower in directory, alone or of a model of two.
+
+    kind: `clip_towers.VisionTower`; config_kind: its config's. Raises ValueError naming what is wrong.
+    """
+    path, hf = read_config(directory)
+    architecture = named_architecture(path, hf)
+    layout = (MODELS | TOWERS).get(architecture)
+    if layout is None:
+        expected = ", ".join([*TOWERS, *MODELS])
+        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {expected}")
+    own = part_of(path, hf, "vision") if architecture in MODELS else hf
+    fields = vision_fields(path, own, layout) | read_preprocessor(Path(directory))
+    weights = tower_weights(read_weights(directory))
+    tower = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
+    assign(tower, weights, directory)
+    return tower
+
+
+def tower_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the image tower under the tower's own names, of a tower's file or a model's."""
+    weights = without_buffers(weights)
+    if any(name.startswith(PREFIX) for name in weights):
+        return {name.removeprefix(PREFIX): w for name, w in weights.items() if name.startswith(PREFIX)}
+    return weights
+
+
+def without_buffers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the numbers of positions, which old files hold, too."""
+    return {name: w for name, w in weights.items() if not name.endswith(".position_ids")}
+
+
+def part_of(path: Path, hf: dict, name: str) -> dict:
+    """Return the settings of the tower "text" or "vision" in hf, the config.json at path."""
+    found = (hf.get(f"{name}_config") or {}, hf.get(f"{name}_config_dict") or {})
+    for settings in found:
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: {name}_config {str(settings)[:100]!r}: expected an object")
+    return found[0] | found[1]
+
+
+def write_preprocessor(config: Any, directory: str | Path) -> None:
+    """Write preprocessor_config.json of a `VisionConfig`: the size of images, and how pixels are normalised.
+
+    CLIP's processor cuts out the middle of an image whose shorter side fits, SigLIP's stretches it. Models of
+    the house read images the first way (data/images.py), so both are written as the first.
+    """
+    side, n = config.image_size, config.n_channels
+    size = {"height": side, "width": side}
+    content = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "resample": 3}
+    content |= {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": size}
+    content |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_convert_rgb": n == 3}
+    content |= {"do_normalize": True, "image_mean": every(config.mean, n), "image_std": every(config.std, n)}
+    write_json(Path(directory) / "preprocessor_config.json", content)

@@ -19,6 +19,7 @@ from formats import (
     encoders,
     image_decoders,
     images,
+    llava,
     mixtures,
     native,
     reward_models,
@@ -68,6 +69,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return sounds.CONCEPTS[architecture]
     if architecture == image_decoders.ARCHITECTURE:
         return image_decoders.CONCEPT
+    if architecture == llava.ARCHITECTURE:
+        return llava.CONCEPT
     if architecture in bart.ARCHITECTURES:
         return bart.CONCEPT
     if architecture in reward_models.CLASSES:
@@ -86,7 +89,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
-    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
+    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE, llava.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

@@ -53,8 +53,8 @@ class Config:
     feature_layer: int = -2  # of the tower's L + 1 hidden states: -2 is before its last block
     keep_class: bool = False  # keep a CLIP tower's class token, too ("full")
     projector_bias: bool = True
-    # Of a new model: the directories of a CLIP or SigLIP, whose image tower it gets, and of a decoder, whose
-    # weights its language model starts from. "": drawn at random.
+    # Of a new model: the directories of a CLIP or SigLIP, whose tower it gets ("random": none), and of a
+    # decoder, whose weights its language model starts from.
     tower: str = ""
     language: str = ""
 
@@ -118,20 +118,29 @@ SIZES = {
 }
 
 
+def with_tower(config: Config, tower: str) -> Config:
+    """Return the config for the tower in a directory, or "random" for one of the config's size, drawn at
+    random. Raises ValueError for a directory without a tower."""
+    if tower == "random":
+        return replace(config, tower="")
+    vision = VisionTower.from_pretrained(tower).config
+    vision = replace(vision, kernels=config.vision.kernels)
+    keep_class = config.keep_class or vision.layout == "siglip"
+    return replace(config, vision=vision, keep_class=keep_class, tower=tower)
+
+
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
     """Return the config for this vocabulary, with the sizes of the tower and of the language model whose
-    weights a new model gets. Raises ValueError for directories that hold neither."""
+    weights a new model gets. dataset: of vision/visual_instruct.py. Raises ValueError for directories that
+    hold neither."""
     tokenizer = dataset.tokenizer
-    text, vision, keep_class = config.text, config.vision, config.keep_class
-    if config.tower:
-        vision = VisionTower.from_pretrained(config.tower).config
-        keep_class = keep_class or vision.layout == "siglip"
+    config, text = with_tower(config, dataset.tower), config.text
     if config.language:
         text = GPT.from_pretrained(config.language).config
     text = replace(text, vocab_size=max(tokenizer.n_vocab, text.vocab_size if config.language else 0))
     text = replace(text, eos_token_id=tokenizer.eot_id, max_seq_len=max(seq_len, text.max_seq_len))
     image_token = tokenizer.special_tokens[IMAGE]
-    return replace(config, vision=vision, text=text, keep_class=keep_class, image_token=image_token)
+    return replace(config, text=text, image_token=image_token)
 
 
 def check_image_tokens(found: list[int], images: Tensor | None, image: ImageTokens) -> None:
@@ -326,7 +335,7 @@ def main() -> None:
     model = LLaVA.from_pretrained(args.checkpoint).float().to(device).eval()
     tokenizer, vision = get_tokenizer(args.checkpoint), model.config.vision
     shape = (vision.n_channels, vision.image_size, vision.image_size)
-    pixels = torch.from_numpy(decode(args.image, shape, Counter()))[None].float() / 255
+    pixels = torch.from_numpy(decode(args.image, shape, Counter(), border=True))[None].float() / 255
     prompt = prompt_of(args.question, args.raw, tokenizer, model.config.image_tokens)
     stop = [end_id(tokenizer), *generate.end_tokens(model, tokenizer)]
     options = {"images": model.normalized(pixels.to(device)), "temperature": args.temperature, "stop": stop}

@@ -25,16 +25,23 @@ Shapes: B images of this rank's part, M images of all ranks, C channels, T token
 """
 
 import math
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import parallel
+from data import captions
+from data.augment import Augmentation, augment
+from data.rows import Dataset, Row, stack
+from engine import parallel, pictures
 from formats import clip as formats_clip
 from formats.config_values import check_values
-from vision import clip_towers
+from vision import clip_towers, zero_shot
+from vision.classify_images import loss_bytes  # noqa: F401  this task's, too
 from vision.clip_towers import LAYOUTS, MLPS, TextConfig, TextTower, VisionConfig, VisionTower
 
 KIND = "encoder of images and texts"
@@ -108,7 +115,7 @@ B_TEXT, L_TEXT, H_TEXT = (12, 8, 512, 2048), (12, 12, 768, 3072), (24, 16, 1024,
 LAION = {"mlp": "gelu"}  # Cherti et al. 2022, arXiv 2212.07143
 SIGLIP = {"layout": "siglip", "objective": "sigmoid", "mlp": "gelu_tanh", "norm_eps": 1e-6, "eos_token_id": 1}
 SIGLIP |= {"vocab_size": 32000, "max_seq_len": 64, "mean": (0.5,), "std": (0.5,)}
-TINY = {"image_size": 32, "patch_size": 8, "n_channels": 1, "max_seq_len": 24, "mean": (0.5,), "std": (0.5,)}
+TINY = {"image_size": 32, "patch_size": 8, "n_channels": 1, "mean": (0.5,), "std": (0.5,)}
 SIZES = {
     "tiny": Config(3, 4, 96, 384, 2, 4, 96, 384, 96, **TINY),
     "b-32": Config(12, 12, 768, 3072, *B_TEXT),  # Radford et al. 2021, table 20
@@ -200,12 +207,12 @@ class CLIP(nn.Module):
             loss = (F.cross_entropy(logits, places) + F.cross_entropy(of_texts, places)) / 2
         return loss, (logits.argmax(dim=1) == places).float().mean()
 
-    def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image with a caption of
-        max_seq_len tokens, without the similarities, which are 6 M E more each way."""
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the FLOPs of matrix products, forward and backward, of one image with a caption of seq_len
+        tokens, without the similarities, which are 6 M E more each way."""
         config = self.config
         maps = config.d_joint * (config.d_model + config.text_width) * (config.layout == "clip")
-        return 6 * (clip_towers.n_macs(config.vision) + clip_towers.n_macs(config.text) + maps)
+        return 6 * (clip_towers.n_macs(config.vision) + clip_towers.n_macs(config.text, seq_len) + maps)
 
     @classmethod
     def from_pretrained(cls, directory, *, kernels: str = "auto") -> "CLIP":
@@ -220,7 +227,12 @@ class CLIP(nn.Module):
         formats_clip.save(self, directory)
 
 
+# --- what train.py looks up by name, see engine/contract.py: the model, and its task
+
 Model = CLIP
+DATA, OPTIMIZER, BATCH_SIZE, STEPS = "glyphs", "muon", 256, 400
+LOSS, TOKEN_LOSS = "nats per pair", ""
+SHOWN = 12  # images of the picture
 
 
 @torch.no_grad()
@@ -231,8 +243,83 @@ def after_step(model: CLIP, finite: Tensor) -> None:
         parallel.local(model.logit_scale).clamp_(*SCALES)
 
 
+@dataclass(frozen=True)
+class Settings(Augmentation):
+    """How images to learn from are augmented."""
+
+    warp: float = 0.0
+
+
+def settings(config: Config) -> Settings:
+    """Return the settings of the augmentation."""
+    return Settings()
+
+
+def load_data(args: Namespace, config: Config) -> Dataset:
+    """Return images with captions, and what chance is worth; --seq-len becomes the longest caption's.
+
+    Raises ValueError for what `data.captions.read` refuses, for a batch of one pair, which has no others, and
+    for flags about text alone.
+    """
+    if args.document_mask:
+        raise ValueError("--document-mask: captions are rows of their own; leave it out")
+    if args.batch_size < 2:
+        raise ValueError(f"--batch-size {args.batch_size}: expected at least 2, since pairs are compared")
+    with parallel.one_per_machine_first():
+        options = {"channels": config.n_channels if args.init_from else None, "val": args.val}
+        parts = captions.read(args.data, config.size, args.cache, bad=args.bad_text, **options)
+    tokenizer = captions.choose_tokenizer(args.tokenizer, parts)
+    length = args.seq_len if config.layout == "siglip" else None  # which reads the last place
+    dataset = captions.as_dataset(parts, tokenizer, args.seq_len, length)
+    args.seq_len = dataset.train.tokens.shape[1]
+    n = args.batch_size
+    guess = math.log(n) if config.objective == "softmax" else math.log(2) * n
+    return replace(
+        dataset, guess=f"a guess finds a caption among {n} in {1 / n:.2%}, with a loss of {guess:.3f}"
+    )
+
+
+def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
+    """Return the config for images of these channels, and this vocabulary."""
+    C, tokenizer = dataset.train[0]["image"].shape[0], dataset.tokenizer
+    ends = {"vocab_size": tokenizer.n_vocab, "eos_token_id": tokenizer.eot_id, "read_largest": False}
+    return replace(config, n_channels=C, **ends)
+
+
+def make_batch(rows: list[Row], config: Settings, generator: torch.Generator, tokenizer) -> dict[str, Tensor]:
+    """Return "images" (B, C, height, width), augmented, with pixels in [0, 1], and "tokens" (B, T)."""
+    batch = stack(rows)
+    pixels = augment(batch["image"].float() / 255, batch["augment"], config, generator)
+    return {"images": pixels, "tokens": batch["tokens"]}
+
+
 def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
     """Return the i-th of n equal parts of a batch, with the "places" (B,) of its rows in the whole one. They
     are compared with those of all parts, but those of a batch that was not split with each other."""
     places = torch.arange(len(batch["images"]))
     return {name: x.chunk(n)[i] for name, x in {**batch, "places": places}.items()}
+
+
+@torch.no_grad()
+def show(model: CLIP, dataset: Dataset, out: Path) -> str:
+    """Draw the similarities of some held-out images with their captions. Return these captions, and the
+    figures of all held-out images: what is found, and what is named by prompts alone."""
+    val = dataset.val
+    n = min(SHOWN, len(val))
+    chosen = [i * len(val) // n for i in range(n)]
+    images = np.stack([val.part.images[i] for i in chosen])
+    texts = [val.part.captions[i][0] for i in chosen]
+    x, y = zero_shot.of_images(model, images), zero_shot.of_texts(model, dataset.tokenizer, texts)
+    similarity = (x @ y.T).cpu()  # (n, n)
+
+    # A row of the picture: an image, and its similarity with each caption; white is the row's largest.
+    low = similarity.amin(dim=1, keepdim=True)
+    shades = (similarity - low) / (similarity.amax(dim=1, keepdim=True) - low).clamp(min=1e-6)
+    square = torch.ones(1, *images.shape[2:])
+    pixels = torch.from_numpy(images).float() / 255
+    lines = [[pixels[i], *(square * shade for shade in shades[i])] for i in range(n)]
+    numbers = [[str(i + 1), *(str(j + 1) for j in range(n))] for i in range(n)]
+    pictures.save(out, lines, numbers)
+    listed = "\n".join(f"{i + 1:3} {text}" for i, text in enumerate(texts))
+    figures = zero_shot.in_words(zero_shot.measure(model, dataset.tokenizer, val))
+    return f"{figures}\n\npicture.png: the similarity of images with these captions\n{listed}"

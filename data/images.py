@@ -191,7 +191,7 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter, *, border: b
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
                 # A MPO is a camera's JPEG with a preview behind it.
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     notes["animated (first frame used)"] += 1

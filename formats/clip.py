@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from formats import config_json
-from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats import config_json, native
+from formats.config_json import damage_named, named_architecture, read_config, read_fields, whole_number
 from formats.images import every, read_preprocessor
 from formats.json_file import write_json
-from formats.safetensors_dir import assign, build, read_weights
+from formats.safetensors_dir import assign, build, read_weights, write
 
 CONCEPT = "vision.clip"
 MODELS = {"CLIPModel": "clip", "SiglipModel": "siglip"}  # architecture: layout
@@ -38,6 +38,18 @@ VISION_FIELDS = SHARED_FIELDS | {
     "num_channels": "n_channels",
 }
 TEXT_FIELDS = SHARED_FIELDS | {"vocab_size": "vocab_size", "max_position_embeddings": "max_seq_len"}
+OF_TEXT = {  # TextConfig: Config of vision/clip.py
+    "n_layers": "text_layers",
+    "n_heads": "text_heads",
+    "d_model": "text_width",
+    "d_ff": "text_ff",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_seq_len",
+}
+OBJECTIVE = {"clip": "softmax", "siglip": "sigmoid"}
+START = 2.6592  # ln(1 / 0.07), the temperature's logarithm before training
+# An eos_token_id of 2 in old files of CLIP, all of OpenAI's own, means the largest id of a text.
+END, OLD_END = {"clip": 49407, "siglip": 1}, 2
 # The values of absent keys: transformers leaves out what is its default.
 VISION_DEFAULTS = {
     "clip": {
@@ -109,6 +121,83 @@ def tower_settings(config: Any) -> dict:
     activation = next(name for name, kind in MLPS.items() if kind == config.mlp)
     kind = f"{config.layout}_{'text' if is_text else 'vision'}_model"
     return hf | {"hidden_act": activation, "attention_dropout": 0.0, "model_type": kind}
+
+
+def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Return the fields of `clip.Config` for the model in directory, and its weights under our names.
+
+    Raises ValueError naming what is missing, damaged, or not implemented.
+    """
+    path, hf = read_config(directory)
+    layout = MODELS.get(named_architecture(path, hf))
+    if layout is None:
+        expected = " or ".join(MODELS)
+        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {expected}")
+    with damage_named(path):  # of the keys outside of the towers'
+        read_fields(path, hf, {}, {}, ONLY, INERT, set())
+    vision = vision_fields(path, part_of(path, hf, "vision"), layout)
+    text_hf = part_of(path, hf, "text")
+    text = tower_fields(path, text_hf, layout, TEXT_FIELDS, TEXT_DEFAULTS[layout])
+    for field in ("mlp", "norm_eps"):
+        if text[field] != vision[field]:
+            both = f"{text[field]} of the text tower, {vision[field]} of the image tower"
+            raise ValueError(f"{path}: {field} {both}: expected the same of both")
+
+    # The end of a text, and the width of the common space.
+    end = whole_number(path, text_hf, "eos_token_id", END[layout])
+    fields = (
+        vision | {field: text[key] for key, field in OF_TEXT.items()} | read_preprocessor(Path(directory))
+    )
+    fields |= {"eos_token_id": end, "read_largest": layout == "clip" and end == OLD_END}
+    width = whole_number(path, hf, "projection_dim", 512, least=1)
+    fields["d_joint"] = width if layout == "clip" else fields["d_model"]
+    fields["objective"] = OBJECTIVE[layout]
+
+    weights = without_buffers(read_weights(directory))
+    if "logit_scale" in weights:
+        weights["logit_scale"] = weights["logit_scale"].reshape(1)
+    return fields, weights
+
+
+def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights in directory, in their precision; config is a `clip.Config`.
+
+    Raises ValueError naming what is wrong.
+    """
+    path, hf = read_config(directory)
+    if named_architecture(path, hf).startswith(native.PREFIX):
+        return native.load(directory, kernels)
+    fields, weights = read(directory)
+    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
+    assign(model, weights, directory)
+    return model
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write a `clip.CLIP` as CLIPModel or SiglipModel, with its preprocessor_config.json.
+
+    What neither describes is written by formats/native.py: another loss than the layout's own, and an end of
+    texts with the id 2, which for a CLIPModel has a meaning of its own.
+    """
+    config = model.config
+    ends_as_old = config.layout == "clip" and config.eos_token_id == OLD_END and not config.read_largest
+    if config.objective != OBJECTIVE[config.layout] or ends_as_old:
+        native.save(model, directory)
+        return
+    text, vision = tower_settings(config.text), tower_settings(config.vision)
+    end = OLD_END if config.read_largest else config.eos_token_id
+    text |= {"eos_token_id": end, "bos_token_id": None, "pad_token_id": end}
+    weights = model.state_dict()
+    architecture = next(name for name, layout in MODELS.items() if layout == config.layout)
+    hf = {"architectures": [architecture], "model_type": config.layout}
+    if config.layout == "clip":
+        hf |= {"projection_dim": config.d_joint, "logit_scale_init_value": START}
+        text, vision = (part | {"projection_dim": config.d_joint} for part in (text, vision))
+        weights["logit_scale"] = weights["logit_scale"].reshape(())
+    else:
+        text |= {"projection_size": config.d_joint}
+    write(directory, hf | {"text_config": text, "vision_config": vision}, weights)
+    write_preprocessor(config.vision, directory)
 
 
 def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:

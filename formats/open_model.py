@@ -13,6 +13,7 @@ from torch import nn
 
 from formats import (
     bart,
+    clip,
     decoders,
     disentangled_encoders,
     encoder_decoders,
@@ -65,6 +66,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return encoder_decoders.CONCEPT
     if architecture in images.CONCEPTS:
         return images.CONCEPTS[architecture]
+    if architecture in clip.MODELS:
+        return clip.CONCEPT
     if architecture in sounds.CONCEPTS:
         return sounds.CONCEPTS[architecture]
     if architecture == image_decoders.ARCHITECTURE:
@@ -89,7 +92,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
-    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE, llava.ARCHITECTURE]
+    known += [*images.CONCEPTS, *sounds.CONCEPTS, *clip.MODELS, image_decoders.ARCHITECTURE]
+    known += [llava.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

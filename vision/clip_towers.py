@@ -272,11 +272,15 @@ class TextTower(nn.Module):
     def places(self, tokens: Tensor) -> Tensor:
         """Return the place (B,) of each row of tokens (B, T) that CLIP reads: of the token that ends it.
 
-        Of a row without one it is 0, a wrong place: `vision.clip.check_ends` refuses such rows.
+        Raises ValueError on a CPU for a row without one, which would be read at its first place.
         """
         if self.config.read_largest:
             return tokens.argmax(dim=1)
-        return (tokens == self.config.eos_token_id).int().argmax(dim=1)  # the first of several
+        is_end = tokens == self.config.eos_token_id
+        waits = tokens.device.type != "cpu" or torch.compiler.is_compiling()
+        if not (waits or is_end.any(dim=1).all()):
+            raise ValueError(f"a text has no token {self.config.eos_token_id}, which ends it and is read")
+        return is_end.int().argmax(dim=1)  # the first of several
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return one vector (B, D), for siglip (B, d_out), for each row of tokens (B, T). Rows are padded on
@@ -324,14 +328,15 @@ def initialize(tower: VisionTower | TextTower) -> None:
             )
 
 
-def n_macs(config: VisionConfig | TextConfig) -> int:
-    """Return the multiplications of one forward pass over one image, or a text of max_seq_len tokens.
+def n_macs(config: VisionConfig | TextConfig, seq_len: int | None = None) -> int:
+    """Return the multiplications of one forward pass over one image, or a text of seq_len (max_seq_len)
+    tokens.
 
     They are L (T (4 D^2 + 2 D F) + 2 T^2 D), the matrix (D, C P^2) of the patches, and SigLIP's pooling.
     """
     D, siglip = config.d_model, config.layout == "siglip"
     if isinstance(config, TextConfig):
-        T, around = config.max_seq_len, D * config.d_out * siglip
+        T, around = seq_len or config.max_seq_len, D * config.d_out * siglip
     else:
         T = config.n_tokens
         around = config.n_patches * D * config.n_channels * config.patch_size**2

@@ -110,7 +110,7 @@ VICUNA = replace(gpt.SIZES["llama2-7b"], vocab_size=32064, eos_token_id=2)
 SIZES = {
     "tiny": Config(
         VisionConfig(3, 4, 96, 384, image_size=32, patch_size=8),
-        gpt.Config(3, 4, 128, 352, 512, 64, tie_embeddings=False),
+        gpt.Config(3, 4, 96, 256, 512, 64, tie_embeddings=False),
         image_token=511,
     ),
     "llava-1.5-7b": Config(L14, VICUNA),

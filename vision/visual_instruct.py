@@ -59,8 +59,8 @@ OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 1000
 LOSS = "nats per token"
 HELD_OUT = 1 / 10  # share of a file's conversations
 N_SCENES = 16_000  # to learn from
-N_HELD_OUT = 250  # scenes of each held-out part, a question about each
-N_SHOWN = 40  # scenes of each held-out part that are asked about at an evaluation
+N_HELD_OUT = 128  # scenes of each held-out part, a question about each
+N_SHOWN = 16  # scenes of each held-out part that are asked about at an evaluation
 CLIP_STEPS = 400  # of the CLIP whose tower the default run gets
 ROOT = Path(__file__).parents[1]
 

@@ -39,6 +39,7 @@ from data.rows import Dataset
 from data.tokenizer import get_tokenizer
 from formats import command, llava
 from formats.chat_template import IMAGE, ImageTokens, encode, end_id, prompt_tokens, with_images
+from formats.decoders import read_decoder_config
 from gpt import GPT
 from vision.clip_towers import VisionConfig, VisionTower, n_macs
 
@@ -81,6 +82,8 @@ class Config:
     @property
     def max_seq_len(self) -> int:
         """Return how many tokens the language model reads, those of images included."""
+        if self.language:
+            return read_decoder_config(self.language)["max_seq_len"]
         return self.text.max_seq_len
 
     @property

@@ -175,7 +175,7 @@ class FileTalks(list):
 
 @dataclass(frozen=True)
 class Writing:
-    """How conversations become rows."""
+    """The settings by which conversations become rows."""
 
     tokenizer: Tokenizer
     image: ImageTokens

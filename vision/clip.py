@@ -232,7 +232,7 @@ class CLIP(nn.Module):
 # --- what train.py looks up by name, see engine/contract.py: the model, and its task
 
 Model = CLIP
-DATA, OPTIMIZER, BATCH_SIZE, STEPS = "glyphs", "muon", 256, 400
+DATA, OPTIMIZER, BATCH_SIZE, STEPS = "glyphs", "muon", 256, 600
 LOSS, TOKEN_LOSS = "nats per pair", ""
 SHOWN = 12  # images of the picture
 

@@ -22,6 +22,7 @@ Shapes: B batch, C channels, P patch size, N patches, n visible patches, D width
 the decoder.
 """
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +35,12 @@ from data.baselines import MOST, pixels
 from data.images import decode_all
 from data.rows import Dataset, Row, stack
 from engine import pictures
+from engine.activations import Precision
 from engine.report import PICTURE
 from formats import command, images, safetensors_dir
 from formats.config_values import check_values
 from vision import vit
-from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
+from vision.classify_images import input_bytes, load_images
 from vision.vit import ViT, patches_of, sin_cos
 
 MODEL, SIZE, DATA = "vit", "tiny-4", "glyphs:dejavu"
@@ -89,7 +91,10 @@ def settings(config: vit.Config) -> Config:
 
 def take(x: Tensor, places: Tensor) -> Tensor:
     """Return the rows of x (B, N, D) at places (B, n), (B, n, D)."""
-    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+    B, N, D = x.shape
+    in_batch = places + N * torch.arange(B, device=x.device)[:, None]
+    # `gather` would keep x for backward, and copy numbers one by one instead of rows.
+    return x.flatten(0, 1).index_select(0, in_batch.flatten()).view(B, -1, D)
 
 
 def pixels_of(images: Tensor, patch_size: int) -> Tensor:
@@ -129,6 +134,7 @@ class MAE(nn.Module):
         narrow = replace(narrow, d_model=W, d_ff=settings.decoder_ff)
         layers = nn.ModuleList(vit.Block(narrow) for _ in range(narrow.n_layers))
         self.decoder = nn.Module()
+        self.decoder.config = narrow
         self.decoder.mask_token = nn.Parameter(torch.empty(1, 1, W))
         self.decoder.register_buffer("decoder_pos_embed", sin_cos(config.grid, W))
         self.decoder.decoder_embed = nn.Linear(config.d_model, W)
@@ -257,6 +263,21 @@ def loss(module: MAE, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tenso
     predicted, mask = module(images, batch["noise"])
     error = (predicted.float() - module.target(images)).square().mean(dim=2)  # (B, N)
     return (error * mask).sum() / mask.sum(), {}
+
+
+def tokens_per_row(module: MAE, config: Config, seq_len: int) -> list[int]:
+    """Return how many tokens of an image the encoder reads, and how many the decoder."""
+    return [1 + config.n_visible, 1 + config.n_patches]
+
+
+def loss_bytes(module: MAE, config: Config, n: int, seq_len: int, precision: Precision) -> dict[str, int]:
+    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss."""
+    (e, r, _), own, W = precision, module.config, config.decoder_width
+    n_pixels = own.n_channels * math.prod(own.size)
+    visible, all_tokens = 1 + config.n_visible, 1 + config.n_patches
+    # Both last norms, both linear layers around the decoder, and the differences of which the loss is made.
+    kept = own.d_model * visible * (r + e) + W * all_tokens * (r + e) + 4 * n_pixels
+    return {"inputs": input_bytes(own, n, e), "kept": n * kept, "temporary": n * 3 * 4 * n_pixels}
 
 
 def save(module: MAE, dataset: Dataset, directory: Path) -> None:

@@ -296,10 +296,10 @@ class ViT(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the classifier reads (B, D), see the header, of normalized images."""
+        z = self.encode(*self.vit.embeddings(images))
         if self.config.readout == "mean":
-            z = self.encode(*self.vit.embeddings(images))
             return self.vit.layernorm(z[:, 1:].mean(dim=1))
-        first = self.hidden(images)[:, 0]
+        first = self.vit.layernorm(z[:, 0])
         return torch.tanh(self.vit.pooler.dense(first)) if self.config.readout == "pooler" else first
 
     def forward(self, images: Tensor) -> Tensor:

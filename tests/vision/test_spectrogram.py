@@ -190,7 +190,6 @@ def test_a_run_counts_seconds_of_sound_and_shows_a_picture_of_its_labels(tmp_pat
         (["--data", "nowhere"], "--data nowhere: not found; expected notes, or a folder of sounds"),
         (["--document-mask"], "--document-mask: sounds have no documents"),
         (["--set", "time_mask=99"], "time_mask 99: expected at most"),
-        (["--dry-run"], "--dry-run: plans rows of tokens, and not yet images"),
     ],
 )
 def test_a_mistake_is_one_line_with_code_2(tmp_path, more, words, few_notes):

@@ -93,7 +93,8 @@ def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
 
 
 def tokens_per_row(model: vit.ViT, config: Any, seq_len: int) -> list[int]:
-    """Return how many tokens an image has in the model's layers: T."""
+    """Return how many tokens an image has in the model's layers: T. So the plan counts all in the last layer
+    too, which computes the class token alone where only that is read."""
     return [1 + model.config.n_patches]
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import Augmentation, augment
@@ -41,7 +42,7 @@ from formats import command, images, safetensors_dir
 from formats.config_values import check_values
 from vision import vit
 from vision.classify_images import input_bytes, load_images
-from vision.vit import ViT, patches_of, sin_cos
+from vision.vit import ViT, patches_of, sin_cos, take, through
 
 MODEL, SIZE, DATA = "vit", "tiny-4", "glyphs:dejavu"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 1000
@@ -87,14 +88,6 @@ def settings(config: vit.Config) -> Config:
     if D >= 512:
         return Config(n_patches=N)
     return Config(n_patches=N, decoder_layers=2, decoder_heads=4, decoder_width=D // 2, decoder_ff=2 * D)
-
-
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """Return the rows of x (B, N, D) at places (B, n), (B, n, D)."""
-    B, N, D = x.shape
-    in_batch = places + N * torch.arange(B, device=x.device)[:, None]
-    # `gather` would keep x for backward, and copy numbers one by one instead of rows.
-    return x.flatten(0, 1).index_select(0, in_batch.flatten()).view(B, -1, D)
 
 
 def pixels_of(images: Tensor, patch_size: int) -> Tensor:
@@ -143,28 +136,37 @@ class MAE(nn.Module):
         self.decoder.decoder_pred = nn.Linear(W, config.patch_size**2 * config.n_channels)
         vit.initialize(self.decoder)
 
+    def predict(self, images: Tensor, noise: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Return n predicted patches (B, n, P P C) of each of normalized images, and their places (B, n).
+
+        They are those with the largest noise (B, N): first the hidden ones, then the visible ones.
+        """
+        # The encoder, on the visible patches.
+        order, n_hidden = noise.argsort(dim=1, descending=True), noise.shape[1] - self.settings.n_visible
+        first, visible = self.model.vit.embeddings(images, order[:, n_hidden:])
+        z = self.model.vit.layernorm(self.model.encode(first, visible))  # (B, 1 + n_visible, D)
+
+        # The decoder, with mask tokens at the hidden places. The order of its tokens does not matter, since
+        # each has its position. The last layer leaves out what is not predicted.
+        decoder = self.decoder
+        x = decoder.decoder_embed(z)
+        hidden = decoder.mask_token.expand(len(x), n_hidden, -1).to(x.dtype)
+        of_class, of_patches = decoder.decoder_pos_embed.split((1, noise.shape[1]), dim=1)
+        x = torch.cat((hidden, x[:, 1:], x[:, :1]), dim=1)
+        positions = F.embedding(order, of_patches[0])  # (B, N, W)
+        x = x + torch.cat((positions, of_class.expand(len(x), -1, -1)), dim=1)
+        x = through(decoder.decoder_encoder.layer, x, n)
+        return decoder.decoder_pred(decoder.decoder_norm(x)), order[:, :n]
+
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predicted patches (B, N, P P C) of normalized images, and mask (B, N): 1 where hidden.
 
         noise: (B, N); the patches with its smallest numbers are visible.
         """
-        # The encoder, on the visible patches in random order.
-        order = noise.argsort(dim=1)
-        restore = order.argsort(dim=1)
-        first, patches = self.model.vit.embeddings(images)
-        visible = take(patches, order[:, : self.settings.n_visible])
-        z = self.model.vit.layernorm(self.model.encode(first, visible))  # (B, 1 + n, D)
-
-        # The decoder, with mask tokens at the hidden places, and all back in order.
-        decoder = self.decoder
-        x = decoder.decoder_embed(z)
-        hidden = decoder.mask_token.expand(len(x), noise.shape[1] - self.settings.n_visible, -1).to(x.dtype)
-        x = torch.cat((x[:, :1], take(torch.cat((x[:, 1:], hidden), dim=1), restore)), dim=1)
-        x = x + decoder.decoder_pos_embed
-        for layer in decoder.decoder_encoder.layer:
-            x = layer(x)
-        mask = (restore >= self.settings.n_visible).float()
-        return decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:], mask
+        N = noise.shape[1]
+        predicted, places = self.predict(images, noise, N)
+        restore = places.argsort(dim=1)
+        return take(predicted, restore), (restore < N - self.settings.n_visible).float()
 
     def target(self, images: Tensor) -> Tensor:
         """Return what should be predicted (B, N, P P C) of normalized images."""
@@ -175,15 +177,16 @@ class MAE(nn.Module):
         return (patches - mean) / std
 
     def flops(self) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image."""
+        """Return the FLOPs of matrix products, forward and backward, of one image, of which only the visible
+        patches are embedded, and only the hidden ones predicted."""
         config, s = self.config, self.settings
-        T, W, pixels = 1 + config.n_patches, s.decoder_width, config.patch_size**2 * config.n_channels
-        layer = T * (4 * W * W + 2 * W * s.decoder_ff) + 2 * T * T * W
-        decoder = (
-            s.decoder_layers * layer + (1 + self.settings.n_visible) * config.d_model * W + T * W * pixels
-        )
-        encoder = replace(config, n_classes=0, readout="class")
-        return 6 * (vit.n_macs(encoder, self.settings.n_visible) + decoder)
+        n, W, pixels = s.n_visible, s.decoder_width, config.patch_size**2 * config.n_channels
+        encoder = vit.n_macs(replace(config, n_classes=0, readout="class"), n)
+
+        # The decoder's layers are those of a ViT that embeds nothing.
+        narrow, n_hidden = replace(self.decoder.config, n_classes=0, readout="class"), s.n_patches - n
+        layers = vit.n_macs(narrow, n_read=n_hidden) - config.n_patches * W * pixels
+        return 6 * (encoder + (1 + n) * config.d_model * W + layers + n_hidden * W * pixels)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "MAE":
@@ -259,10 +262,10 @@ def make_batch(
 
 def loss(module: MAE, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the header's loss of a batch from `make_batch`, and no other metrics."""
-    images = module.model.normalized(batch["images"])
-    predicted, mask = module(images, batch["noise"])
-    error = (predicted.float() - module.target(images)).square().mean(dim=2)  # (B, N)
-    return (error * mask).sum() / mask.sum(), {}
+    images, settings = module.model.normalized(batch["images"]), module.settings
+    n_hidden = settings.n_patches - settings.n_visible
+    predicted, places = module.predict(images, batch["noise"], n_hidden)
+    return (predicted.float() - take(module.target(images), places)).square().mean(), {}
 
 
 def tokens_per_row(module: MAE, config: Config, seq_len: int) -> list[int]:

@@ -128,8 +128,9 @@ class SimCLR(nn.Module):
         """Return the FLOPs of matrix products, forward and backward, of both views of one image, without the
         similarities, which are 6 M Z more for each view."""
         D = self.config.d_model
-        encoder = replace(self.config, n_classes=0)
-        return 2 * 6 * (vit.n_macs(encoder) + D * D + D * self.settings.width)
+        return 2 * (
+            self.model.flops_per_token() + 6 * (D * D + D * self.settings.width - D * self.config.n_classes)
+        )
 
 
 def wrap(model: ViT, config: Config) -> SimCLR:

@@ -17,6 +17,7 @@ from formats import (
     disentangled_encoders,
     encoder_decoders,
     encoders,
+    gemma,
     image_decoders,
     images,
     mixtures,
@@ -60,6 +61,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "gpt"
     if architecture in mixtures.TABLES:
         return "moe"
+    if architecture in gemma.ARCHITECTURES:
+        return gemma.CONCEPT
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
     if architecture in images.CONCEPTS:
@@ -86,7 +89,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
-    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
+    known += [*gemma.ARCHITECTURES, *images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

@@ -1,0 +1,4 @@
+"""What takes the place of gpt.py's attention: one file each, so that a diff of two is that of two ideas.
+
+Read local_global, in which most layers see only the last tokens.
+"""

@@ -30,7 +30,7 @@ MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", "start_token_id
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
     "n_shared_experts": 0, "window": None, "pad_token_id": 0, "n_groups": 1, "top_groups": 1,
-    "logit_softcap": None, "attention_softcap": None,
+    "logit_softcap": None, "attention_softcap": None, "q_rank": None,
 }  # fmt: skip
 # Keys that do not change the logits: bookkeeping, initialisation, dropout, which acts in training only, what
 # is returned beside the logits, how `generate` draws, and marks that training programs leave behind.

@@ -14,6 +14,7 @@ from torch import nn
 from formats import (
     bart,
     decoders,
+    deepseek,
     disentangled_encoders,
     encoder_decoders,
     encoders,
@@ -63,6 +64,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in gemma.ARCHITECTURES:
         return gemma.CONCEPT
+    if architecture in deepseek.ARCHITECTURES:
+        return deepseek.concept_of(path, hf)
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
     if architecture in images.CONCEPTS:
@@ -89,7 +92,13 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
-    known += [*gemma.ARCHITECTURES, *images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
+    known += [
+        *gemma.ARCHITECTURES,
+        *deepseek.ARCHITECTURES,
+        *images.CONCEPTS,
+        *sounds.CONCEPTS,
+        image_decoders.ARCHITECTURE,
+    ]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

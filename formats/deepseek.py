@@ -51,6 +51,8 @@ DEFAULTS = {
         "eos_token_id": 1,
     },
 }  # fmt: skip
+# The other name of n_routed_experts in transformers.
+ALIAS = {"DeepseekV2ForCausalLM": "num_experts", "DeepseekV3ForCausalLM": "num_local_experts"}
 FIRST_DENSE = {"DeepseekV2ForCausalLM": 0, "DeepseekV3ForCausalLM": 3}
 METHODS = {"greedy": False, "group_limited_greedy": True}  # topk_method of V2: whether it chooses groups
 # Keys of which only these values are implemented.
@@ -97,7 +99,7 @@ def read_fields_of(directory: str | Path) -> dict:
     with damage_named(path):
         # One spelling for keys that transformers spells in several ways.
         hf = read_rope(path, hf)
-        hf = {"n_routed_experts" if key in mixtures.EXPERTS_KEYS else key: value for key, value in hf.items()}
+        hf = {"n_routed_experts" if key == ALIAS[architecture] else key: value for key, value in hf.items()}
         only, table = ONLY | ONLY_HERE[architecture], dict(FIELDS)
         if "norm_topk_prob" in only:
             del table["norm_topk_prob"]

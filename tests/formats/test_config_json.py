@@ -31,8 +31,9 @@ EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True}
 FINE = {**EXPERTS, "moe_intermediate_size": 8, "head_dim": 4}
 GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 5}
 LATENT = LLAMA | {
-    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
 # {a name: (the class of the model, its settings)}. Qwen is here with and without windows.
 FAMILIES = {
@@ -61,11 +62,11 @@ FAMILIES = {
     "gemma3": ("Gemma3ForCausalLM", LLAMA | GEMMA),
     "deepseek-v2": (
         "DeepseekV2ForCausalLM",
-        LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "q_lora_rank": None},
+        LATENT | {"q_lora_rank": None},
     ),
     "deepseek-v3": (
         "DeepseekV3ForCausalLM",
-        LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "q_lora_rank": 6, "num_mtp_layers": 0},
+        LATENT | {"q_lora_rank": 6, "num_mtp_layers": 0},
     ),
     "bert": ("BertForMaskedLM", ENCODER),
     "roberta": ("RobertaForMaskedLM", ENCODER | {"type_vocab_size": 1}),

@@ -279,8 +279,8 @@ def n_macs(config: Config, n: int | None = None, n_read: int | None = None) -> i
     """Return the multiplications of one forward pass that reads n of the N patches (None: all).
 
     They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes, with T = 1 + n and F the inner width of
-    the MLP; a pooler adds D^2. Papers often call these FLOPs. Where only n_read tokens are read after the last
-    layer, it saves (T - n_read) (2 D^2 + 2 D F + 2 T D).
+    the MLP; a pooler adds D^2. Papers often call these FLOPs. Where only n_read tokens are read after the
+    last layer, it saves (T - n_read) (2 D^2 + 2 D F + 2 T D).
     """
     D, F, T = config.d_model, config.d_ff, 1 + (config.n_patches if n is None else n)
     layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D

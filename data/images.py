@@ -170,12 +170,21 @@ def scaled(image, size: tuple[int, int]):
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
 
 
+def with_border(image, size: tuple[int, int]):
+    """Return a Pillow image scaled to fit into height x width, in the middle of its own mean colour."""
+    from PIL import Image, ImageOps, ImageStat
+
+    mean = tuple(map(round, ImageStat.Stat(image).mean))
+    return ImageOps.pad(image, (size[1], size[0]), Image.Resampling.BICUBIC, color=mean)
+
+
 # --- decoding
 
 
-def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarray:
+def decode(path: Path, shape: tuple[int, int, int], notes: Counter, *, border: bool = False) -> np.ndarray:
     """Return an image file as uint8 (C, H, W), and count in notes what had to be converted.
 
+    border: an image of another aspect ratio gets a border of its mean colour, instead of being cut.
     Raises ValueError for a file that is damaged, is no image, or has more pixels than Pillow's limit.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -184,7 +193,7 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarra
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
                 # An MPO is a camera's JPEG with a preview behind it.
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     notes["animated (first frame used)"] += 1
@@ -202,7 +211,7 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarra
             raise ValueError(f"{path}: damaged or cut off ({error})") from None
     if image.height < shape[1] or image.width < shape[2]:
         notes[f"smaller than {shape[1]} x {shape[2]} (enlarged)"] += 1
-    return as_array(scaled(image, shape[1:])).copy()
+    return as_array((with_border if border else scaled)(image, shape[1:])).copy()
 
 
 def decode_all(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rows of runs that have ended: written after each run, read at the next start, in the formats of old files."""
+"""Rows of runs that have ended: written after each run, read at the next start, also from older files."""
 
 import json
 from pathlib import Path

@@ -109,9 +109,9 @@ def add_data(group) -> None:
         ".txt .md .py .jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
         f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
         "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py; for "
-        "vit, mae and igpt images: glyphs, or a folder, see data/images.py; for llava conversations about "
-        "images: scenes, or a file with --images FOLDER; for spectrogram sounds: notes, "
-        "or a folder, see data/sounds.py",
+        "vit, mae and igpt images: glyphs, or a folder, see data/images.py; for clip images with captions: "
+        "glyphs, scenes, or a file, see data/captions.py; for llava conversations about images: scenes, or a "
+        "file with --images FOLDER; for spectrogram sounds: notes, or a folder, see data/sounds.py",
     )
     add(
         "--val",

@@ -68,6 +68,10 @@ def small(command: list[str], n_steps: int) -> list[str]:
         ours = {"language=runs/gpt/model": "language=language", "runs/clip/model": "random"}
         command = [ours.get(word, word) for word in command]
         return [*command, *tower, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
+    if "clip" in command:
+        tiny = "n_layers=1 d_model=32 d_ff=32 text_layers=1 text_width=32 text_ff=32"
+        data = [] if "--data" in command else ["--data", "photos"]
+        return [*command, *data, "--set", *tiny.split(), "--batch-size", "8", "--steps", str(n_steps)]
     if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
         data = []
         if "--data" not in command:
@@ -140,6 +144,9 @@ def fill(folder: Path) -> None:
         (folder / "photos" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(6):
             Image.new("RGB", (20, 16), (level, level + i, 3 * i)).save(folder / "photos" / kind / f"{i}.png")
+    names = [f"{kind}/{i}.png" for kind in ("cats", "dogs") for i in range(6)]
+    records = [json.dumps({"image": name, "caption": f"a photo of {name}"}) for name in names]
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(records))
     for kind, note in (("cats", 60), ("dogs", 50)):
         (folder / "clips" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(3):

@@ -37,8 +37,10 @@ from torch import Tensor, nn
 from data import captions
 from data.augment import Augmentation, augment
 from data.rows import Dataset, Row, stack
+from data.tokenizer import get_tokenizer
 from engine import parallel, pictures
 from formats import clip as formats_clip
+from formats import command
 from formats.config_values import check_values
 from vision import clip_towers, zero_shot
 from vision.classify_images import loss_bytes  # noqa: F401  this task's, too
@@ -230,7 +232,7 @@ class CLIP(nn.Module):
 # --- what train.py looks up by name, see engine/contract.py: the model, and its task
 
 Model = CLIP
-DATA, OPTIMIZER, BATCH_SIZE, STEPS = "glyphs", "muon", 256, 400
+DATA, OPTIMIZER, BATCH_SIZE, STEPS = "glyphs", "muon", 256, 600
 LOSS, TOKEN_LOSS = "nats per pair", ""
 SHOWN = 12  # images of the picture
 
@@ -323,3 +325,57 @@ def show(model: CLIP, dataset: Dataset, out: Path) -> str:
     listed = "\n".join(f"{i + 1:3} {text}" for i, text in enumerate(texts))
     figures = zero_shot.in_words(zero_shot.measure(model, dataset.tokenizer, val))
     return f"{figures}\n\npicture.png: the similarity of images with these captions\n{listed}"
+
+
+# --- the command
+
+
+def print_sizes() -> None:
+    """Print the parameters of each size, and the FLOPs of a forward pass over an image and over a text."""
+    print(f"{'size':12} {'parameters':>13} {'image':>6} {'patch':>6} {'text':>6}  of image  of text")
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            model = CLIP(config)
+        n_params = sum(p.numel() for p in model.parameters())
+        sizes = f"{config.image_size:6} {config.patch_size:6} {config.max_seq_len:6}"
+        flops = (2 * clip_towers.n_macs(part) for part in (config.vision, config.text))
+        print(f"{name:12} {n_params:13,} {sizes}  {' '.join(f'{n:.2e}' for n in flops)} FLOPs")
+
+
+def main() -> None:
+    parser = command.Parser(description="Search or classify a folder of images by words, or print the sizes.")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
+    add("--images", type=command.filled, metavar="FOLDER", help="images, also in folders inside this one")
+    add("--query", type=command.filled, metavar="TEXT", help="print the images nearest to this text")
+    add("--top", type=int, default=5, help="images to print for --query (default %(default)s)")
+    add("--labels", nargs="+", default=[], help="classes of the images (default: the folders' names)")
+    add(
+        "--templates",
+        nargs="+",
+        default=["a photo of a {}."],
+        help="prompts for labels, which {} stands for; their vectors are averaged (default: one)",
+    )
+    args = parser.parse_args()
+    if args.checkpoint is None:
+        print_sizes()
+        return
+    if args.images is None or args.top < 1 or (args.query and args.labels):
+        raise ValueError("expected --images FOLDER, with --query TEXT and --top of at least 1, or --labels")
+    if odd := [template for template in args.templates if "{}" not in template]:
+        raise ValueError(f"--templates {odd[0]!r}: expected {{}} in the place of the label")
+    zero_shot.images_in(args.images)  # an empty folder is refused before the model is read
+    model = CLIP.from_pretrained(args.checkpoint).float().eval()
+    tokenizer = get_tokenizer(args.checkpoint)
+    if args.query:
+        for cosine, path in zero_shot.search(model, tokenizer, args.images, args.query, args.top):
+            print(f"{cosine:.3f} {path}")
+        return
+    lines, figure = zero_shot.name(model, tokenizer, args.images, args.labels, args.templates)
+    print("\n".join(lines))
+    if figure is not None:
+        print(f"{figure.right:.1%} right (chance {figure.chance:.1%})")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -20,6 +20,7 @@ L layers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from formats import clip
 from formats.config_values import check_values
-from kernels import attention
+from kernels import attention, gelu, quick_gelu
 from vision.vit import patches_of, resample
 
 LAYOUTS = ("clip", "siglip")
@@ -104,6 +105,16 @@ class TextConfig(TowerConfig):
     MAY_BE_ZERO = ("eos_token_id",)
 
 
+def products(linears: Sequence[nn.Linear], x: Tensor, n_heads: int) -> Sequence[Tensor]:
+    """Return what linear layers of one width make of x (B, T, D), each (B, T, H, K): by one product of joined
+    matrices, unless an adapter has taken the place of a layer."""
+    B, T, D = x.shape
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return [linear(x).view(B, T, n_heads, -1) for linear in linears]
+    weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    return F.linear(x, weight, bias).view(B, T, len(linears), n_heads, -1).unbind(2)
+
+
 class Attention(nn.Module):
     """Attention of the tokens to each other, or to those before them."""
 
@@ -115,11 +126,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mixed values (B, T, D) of x (B, T, D)."""
-        B, T, D = x.shape
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (linear(x).view(B, T, self.n_heads, -1) for linear in maps)  # (B, T, H, K)
+        q, k, v = products((self.q_proj, self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
         y = attention(q, k, v, causal=self.causal, backend=self.backend)
-        return self.out_proj(y.reshape(B, T, D))
+        return self.out_proj(y.reshape(x.shape))
+
+    def at(self, x: Tensor, places: Tensor) -> Tensor:
+        """Return the mixed values (B, D) at one place (B,) of each row of x (B, T, D)."""
+        B, T, D = x.shape
+        q = self.q_proj(x[torch.arange(B, device=x.device), places]).view(B, self.n_heads, -1)  # (B, H, K)
+        k, v = products((self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
+        scores = torch.einsum("bhk,bthk->bht", q, k).float() / math.sqrt(q.shape[-1])
+        if self.causal:
+            behind = torch.arange(T, device=x.device) > places[:, None]
+            scores = scores.masked_fill(behind[:, None], float("-inf"))
+        y = torch.einsum("bht,bthk->bhk", scores.softmax(dim=-1).to(v.dtype), v)
+        return self.out_proj(y.reshape(B, D))
 
 
 class MLP(nn.Module):
@@ -131,8 +152,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         u = self.fc1(x)
         if self.kind == "quick_gelu":
-            return self.fc2(u * torch.sigmoid(1.702 * u))
-        return self.fc2(F.gelu(u, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+            return self.fc2(quick_gelu(u))
+        return self.fc2(gelu(u) if self.kind == "gelu_tanh" else F.gelu(u))
 
 
 class Block(nn.Module):
@@ -145,9 +166,14 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output (B, T, D) for x (B, T, D)."""
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return the layer's output (B, T, D) for x (B, T, D), or (B, D) at one place (B,) of each row alone,
+        which is all that is needed of the last layer where one token is read."""
+        inner = self.layer_norm1(x)
+        if places is None:
+            x = x + self.self_attn(inner)
+        else:
+            x = x[torch.arange(len(x), device=x.device), places] + self.self_attn.at(inner, places)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -249,10 +275,11 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return one vector (B, D) for each of the normalized images (B, C, height, width)."""
-        z = self.features(images, layer=-1, keep_class=True)
         if self.config.layout == "siglip":
-            return self.head(self.post_layernorm(z))
-        return self.post_layernorm(z[:, 0])
+            return self.head(self.post_layernorm(self.features(images, layer=-1)))
+        z = self.features(images, layer=-2, keep_class=True)
+        first = torch.zeros(len(z), dtype=torch.long, device=z.device)
+        return self.post_layernorm(self.encoder.layers[-1](z, first))
 
 
 class TextTower(nn.Module):
@@ -287,12 +314,12 @@ class TextTower(nn.Module):
         the right, for siglip to the length that the model was trained with."""
         T = tokens.shape[1]
         z = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[:T]
-        for block in self.encoder.layers:
+        *earlier, last = self.encoder.layers
+        for block in earlier:
             z = block(z)
         if self.config.layout == "siglip":
-            return self.head(self.final_layer_norm(z[:, -1]))
-        rows = torch.arange(len(tokens), device=tokens.device)
-        return self.final_layer_norm(z[rows, self.places(tokens)])
+            return self.head(self.final_layer_norm(last(z)[:, -1]))
+        return self.final_layer_norm(last(z, self.places(tokens)))
 
 
 @torch.no_grad()
@@ -332,7 +359,8 @@ def n_macs(config: VisionConfig | TextConfig, seq_len: int | None = None) -> int
     """Return the multiplications of one forward pass over one image, or a text of seq_len (max_seq_len)
     tokens.
 
-    They are L (T (4 D^2 + 2 D F) + 2 T^2 D), the matrix (D, C P^2) of the patches, and SigLIP's pooling.
+    They are T (4 D^2 + 2 D F) + 2 T^2 D for each of the L layers, the matrix (D, C P^2) of the patches, and
+    SigLIP's pooling. In CLIP's last layer one token is computed: 2 T D^2 for keys and values, the rest once.
     """
     D, siglip = config.d_model, config.layout == "siglip"
     if isinstance(config, TextConfig):
@@ -342,4 +370,6 @@ def n_macs(config: VisionConfig | TextConfig, seq_len: int | None = None) -> int
         around = config.n_patches * D * config.n_channels * config.patch_size**2
         if siglip:  # the probe's query is one for all images
             around += T * 2 * D * D + 2 * T * D + D * D + 2 * D * config.d_ff
-    return config.n_layers * (T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D) + around
+    layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
+    last = layer if siglip else 2 * T * D * D + 2 * D * D + 2 * D * config.d_ff + 2 * T * D
+    return (config.n_layers - 1) * layer + last + around

@@ -13,7 +13,10 @@ an image among a thousand, the words of its caption are enough, in any order (Yu
 Shapes: N images, M texts, E width of the common space.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.captions import CaptionRows, encode
+from data.class_folders import class_folders, existing_folder, files_in
+from data.images import KIND, decode
 
 BATCH = 256  # images or texts
 MOST = 2_000  # held-out images that are looked up among each other
@@ -102,3 +107,71 @@ def in_words(figures: dict[str, Figure]) -> str:
     return "\n".join(
         f"{right:6.1%} {name} (chance {chance:.1%})" for name, (right, chance) in figures.items()
     )
+
+
+# --- folders of images
+
+
+def of_files(model: nn.Module, paths: Sequence[Path]) -> tuple[list[Path], Tensor]:
+    """Return the paths of image files and their vectors (N, E), without those that cannot be read, which are
+    named on stderr. Raises ValueError if none is left."""
+    config, kept, vectors = model.config, [], []
+    for start in range(0, len(paths), BATCH):
+        pixels = []
+        for path in paths[start : start + BATCH]:
+            try:
+                pixels.append(decode(path, (config.n_channels, *config.size), Counter()))
+                kept.append(path)
+            except ValueError as error:
+                print(f"skipped: {error}", file=sys.stderr)
+        if pixels:
+            vectors.append(of_images(model, np.stack(pixels)))
+    if not kept:
+        raise ValueError(f"{len(paths)} images, of which none can be read")
+    return kept, torch.cat(vectors)
+
+
+def images_in(folder: str) -> list[Path]:
+    """Return the images in a folder and the folders inside it. Raises ValueError if there are none."""
+    paths = files_in(existing_folder(folder, "--images", KIND), KIND, deep=True)
+    if not paths:
+        raise ValueError(f"--images {folder}: no images; expected files of {' '.join(KIND.suffixes)}")
+    return paths
+
+
+@torch.no_grad()
+def search(model: nn.Module, tokenizer, folder: str, query: str, n: int) -> list[tuple[float, Path]]:
+    """Return the n images in a folder that are nearest to a text, with their cosines, the nearest first."""
+    paths, x = of_files(model, images_in(folder))
+    cosines, places = (x @ of_texts(model, tokenizer, [query])[0]).topk(min(n, len(paths)))
+    return [(cosine, paths[i]) for cosine, i in zip(cosines.tolist(), places.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def name(
+    model: nn.Module, tokenizer, folder: str, labels: Sequence[str], templates: Sequence[str]
+) -> tuple[list[str], Figure | None]:
+    """Return a line for each image in a folder, with its three likeliest labels; and how many are right,
+    where the labels are the names of the folders inside, which they are if none are given.
+
+    templates: prompts in which "{}" stands for a label. Raises ValueError where there are no two labels.
+    """
+    paths, truth = images_in(folder), {}
+    inside = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = list(labels) or inside
+    if len(names) < 2:
+        raise ValueError(f"--images {folder}: {len(names)} classes; add --labels, or a folder for each class")
+    if names == inside:
+        truth = dict(class_folders(Path(folder), KIND)[0])
+    kept, x = of_files(model, paths)
+    prompts = [[template.replace("{}", label) for template in templates] for label in names]
+    logits = model.logits(x, of_classes(model, tokenizer, prompts))
+    shares = logits.sigmoid() if model.config.objective == "sigmoid" else logits.softmax(dim=1)
+
+    lines, n_right = [], 0
+    for path, row in zip(kept, shares, strict=True):
+        best = row.topk(min(3, len(names)))
+        likeliest = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        lines.append(f"{path}: " + ", ".join(f"{names[i]} {share:.1%}" for share, i in likeliest))
+        n_right += truth.get(path) == best.indices[0].item()
+    return lines, Figure(n_right / len(kept), 1 / len(names)) if truth else None

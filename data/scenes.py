@@ -4,7 +4,7 @@
     colour     What colour is the ring?                                             green
     shape      What shape is the green object?                                      ring
     size       Is the green ring small or large?                                    small
-    relation   Where is the green ring from the cyan cross: left, right, above or below?      left
+    relation   Where is the green ring from the cyan cross?                         left
 
 The two objects of a scene differ in colour and in shape, so each is named by either. They are apart along
 the axis of their relation, and nearer to each other along the other axis. Of the 48 pairs of a colour and a
@@ -106,7 +106,7 @@ def questions(scene: Scene) -> list[Question]:
     found = []
     for first, relation, second in (scene, from_the_other(scene)):
         one, other = (f"the {thing.colour} {thing.shape}" for thing in (first, second))
-        where = f"Where is {one} from {other}: left, right, above or below?"
+        where = f"Where is {one} from {other}?"
         found += [
             Question("colour", f"What colour is the {first.shape}?", first.colour),
             Question("shape", f"What shape is the {first.colour} object?", first.shape),

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: batches of {n} pairs")
         figures = measure_in_turn(steps, 1 + args.rounds)
         figures = {side: rates[1:] for side, rates in figures.items()}
-        results += compared(figures, "transformers", "pairs", shape=name, batch=n)
+        results += compared(figures, "transformers", unit="pairs", shape=name, batch=n)
     if args.out:
         write_figures(Path(args.out), "clip_speed", load, results)
 

@@ -86,7 +86,7 @@ def test_captions_and_questions_of_a_scene_are_sentences_with_one_answer():
     assert answers["What colour is the cross?"] == "cyan"
     assert answers["What shape is the green object?"] == "ring"
     assert answers["Is the cyan cross small or large?"] == "large"
-    where = "Where is the cyan cross from the green ring: left, right, above or below?"
+    where = "Where is the cyan cross from the green ring?"
     assert answers[where] == "right"
 
 

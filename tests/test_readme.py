@@ -63,15 +63,15 @@ def small(command: list[str], n_steps: int) -> list[str]:
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
     for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
         data = pairs if task in command else data
+    if "clip" in command:
+        tiny = "n_layers=1 d_model=32 d_ff=32 text_layers=1 text_width=32 text_ff=32"
+        data = [] if "--data" in command else ["--data", "photos"]
+        return [*command, *data, "--set", *tiny.split(), "--batch-size", "8", "--steps", str(n_steps)]
     if "llava" in command:
         tower = [] if {"--tower", "--init-from"} & set(command) else ["--tower", "random"]
         ours = {"language=runs/gpt/model": "language=language", "runs/clip/model": "random"}
         command = [ours.get(word, word) for word in command]
         return [*command, *tower, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
-    if "clip" in command:
-        tiny = "n_layers=1 d_model=32 d_ff=32 text_layers=1 text_width=32 text_ff=32"
-        data = [] if "--data" in command else ["--data", "photos"]
-        return [*command, *data, "--set", *tiny.split(), "--batch-size", "8", "--steps", str(n_steps)]
     if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
         data = []
         if "--data" not in command:

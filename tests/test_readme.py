@@ -63,6 +63,10 @@ def small(command: list[str], n_steps: int) -> list[str]:
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
     for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
         data = pairs if task in command else data
+    if "clip" in command:
+        tiny = "n_layers=1 d_model=32 d_ff=32 text_layers=1 text_width=32 text_ff=32"
+        data = [] if "--data" in command else ["--data", "photos"]
+        return [*command, *data, "--set", *tiny.split(), "--batch-size", "8", "--steps", str(n_steps)]
     if "llava" in command:
         tower = [] if {"--tower", "--init-from"} & set(command) else ["--tower", "random"]
         ours = {"language=runs/gpt/model": "language=language", "runs/clip/model": "random"}
@@ -140,6 +144,9 @@ def fill(folder: Path) -> None:
         (folder / "photos" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(6):
             Image.new("RGB", (20, 16), (level, level + i, 3 * i)).save(folder / "photos" / kind / f"{i}.png")
+    names = [f"{kind}/{i}.png" for kind in ("cats", "dogs") for i in range(6)]
+    records = [json.dumps({"image": name, "caption": f"a photo of {name}"}) for name in names]
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(records))
     for kind, note in (("cats", 60), ("dogs", 50)):
         (folder / "clips" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(3):

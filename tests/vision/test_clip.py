@@ -359,6 +359,8 @@ def test_what_makes_no_sense_is_refused(tmp_path, few_glyphs):
     assert "--batch-size 1: expected at least 2" in ended.err
     ended = train(tmp_path / "run", "--document-mask", code=2)
     assert "--document-mask: captions are rows" in ended.err
+    ended = train(tmp_path / "run", "--dry-run", "1", code=2)
+    assert "--dry-run: plans models of one tower" in ended.err
     small().save_pretrained(tmp_path / "m")
     for flags, words in (
         ([], "expected --images FOLDER"),

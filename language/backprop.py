@@ -34,6 +34,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from formats import command
+
 Array = np.ndarray
 
 
@@ -246,6 +248,8 @@ def draw(network: MLP, size: int = 31) -> str:
 
 
 def main() -> None:
+    """Print how a network learns, and a map of what it has learned."""
+    command.Parser(description="A network learns to tell two spirals apart.").parse_args()
     (points, labels), (unseen, their_labels) = spirals(200), spirals(200, seed=1)
     print("Two spirals of 200 points each; a guess is right in 50 %.\n")
     network = MLP([2, 32, 32, 2])
@@ -257,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

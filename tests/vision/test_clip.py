@@ -144,7 +144,9 @@ def test_what_no_class_of_transformers_has_is_saved_in_our_own_layout(changes, t
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["plinth.vision.clip"]
     again = open_model(tmp_path)
     assert replace(again.config, kernels="reference") == model.config
-    torch.testing.assert_close(again.loss(batch_of())[0], model.loss(batch_of())[0])
+    batch = batch_of()
+    batch["tokens"][:, 4:] = model.config.eos_token_id
+    torch.testing.assert_close(again.loss(batch)[0], model.loss(batch)[0])
 
 
 def test_the_settings_of_towers_in_old_files_go_first_and_unequal_ones_are_refused(tmp_path):
@@ -275,7 +277,7 @@ def train(out, *flags, code=0):
     small = ["n_layers=1", "d_model=32", "d_ff=32", "text_layers=1", "text_width=32", "text_ff=32"]
     flags = [*flags, "--cache", out.parent / "cache", "--log-every", "1"]
     if not {"--init-from", "--set"} & set(map(str, flags)):
-        flags += ["--set", *small, "d_joint=16"]
+        flags += ["--set", *small, "d_joint=16", "warp=0"]
     ended = run_command("train.py", "--model", "clip", *flags, "--out", out)
     assert ended.code == code, ended.err
     return ended

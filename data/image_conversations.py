@@ -34,6 +34,7 @@ from formats.chat_template import (
     ImageTokens,
     encode,
     end_id,
+    prompt_tokens,
     render,
     with_images,
 )
@@ -104,6 +105,15 @@ def as_tokens(seen: Conversation, tokenizer: Tokenizer, image: ImageTokens, stag
     begin = tokenizer.begin_ids or [tokenizer.eot_id]
     parts = [*((token, False) for token in begin), (IMAGE, False), (caption, True), (end_id(tokenizer), True)]
     return encode(with_images(iter(parts), image), tokenizer)
+
+
+def before_answer(seen: Conversation, tokenizer: Tokenizer, image: ImageTokens, stage: int) -> list[int]:
+    """Return the token ids in front of the first answer in a conversation, those of `as_tokens`."""
+    if stage == 1:
+        tokens, learned = as_tokens(seen, tokenizer, image, stage)
+        return tokens[: learned.index(True)]
+    first = next(i for i, message in enumerate(seen) if message["role"] == "assistant")
+    return prompt_tokens(seen[:first], tokenizer, image)
 
 
 def length_within(tokens: list[int], seq_len: int, image: ImageTokens) -> int:

@@ -213,9 +213,7 @@ class LLaVA(nn.Module):
             places = self.language_model.state_dict()
             for name, w in GPT.from_pretrained(self.config.language).state_dict().items():
                 places[name][: len(w)].copy_(w)
-                places[name][len(w) :] = w.mean(
-                    dim=0
-                )  # new tokens: an average one, as "<image>" never learns
+                places[name][len(w) :] = w.mean(dim=0)  # new tokens get an average row
 
     def see(self, images: Tensor) -> Tensor:
         """Return what stands in the place of image tokens (B, N, D), of normalized images (B, C, H, W)."""
@@ -254,9 +252,8 @@ class LLaVA(nn.Module):
         """Return the FLOPs of products of matrices, both ways, of a row of seq_len tokens and an image,
         the unit that is counted."""
         config = self.config
-        return seq_len * config.text.flops_per_token(seq_len) + 6 * (
-            config.tower_macs + config.projector_macs
-        )
+        of_image = 6 * (config.tower_macs + config.projector_macs)
+        return seq_len * config.text.flops_per_token(seq_len) + of_image
 
     @torch.inference_mode()
     def prompted(self, tokens: list[list[int]], images: Tensor | None) -> Prompted:
@@ -321,9 +318,7 @@ def main() -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
     add("image", nargs="?", type=command.path, help="file of an image")
-    add(
-        "question", nargs="?", help='what is asked; "<image>" in it is where the image is (default: in front)'
-    )
+    add("question", nargs="?", help='what is asked; "<image>" is where the image is (default: in front)')
     add("--raw", action="store_true", help="the question is the whole prompt, in the model's own template")
     add("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default %(default)s)")

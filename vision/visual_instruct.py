@@ -50,7 +50,7 @@ from engine import parallel, trainable
 from engine.settings import field_names, with_fields
 from formats.chat_template import IMAGE, ImageTokens, pieces, save_chat_template
 from formats.config_values import check_values
-from vision.classify_images import loss_bytes  # noqa: F401  this task's, too
+from vision.clip import loss_bytes  # noqa: F401  this task's, too
 from vision.llava import Config, with_tower
 from vision.visual_questions import COLUMNS, as_table, draw, scores
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from data import scenes
-from data.image_conversations import SceneTalks, TalkRows, about
+from data.image_conversations import SceneTalks, TalkRows, about, before_answer
 from data.images import fitted
 from data.tokenizer import Tokenizer, get_tokenizer
 from engine import pictures
 from formats import command
-from formats.chat_template import IMAGE, Conversation, end_id, prompt_tokens
+from formats.chat_template import IMAGE, end_id
 from formats.open_model import open_model
 from vision.classify_images import RIGHT, WRONG
 
@@ -35,17 +35,16 @@ COLUMNS, WIDE, LONGEST = 3, 320, 50  # of the picture: pixels of an image, and c
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, tokenizer: Tokenizer, asked: list[Conversation], images: Tensor, max_new_tokens: int = 8
+    model: nn.Module, tokenizer: Tokenizer, prompts: list[list[int]], images: Tensor, max_new_tokens: int = 8
 ) -> list[str]:
-    """Return the model's likeliest answers to conversations that end with a question, each about one of the
-    images (n, C, H, W), with pixels in [0, 1]."""
+    """Return the model's likeliest answers after prompts, each about one of the images (n, C, H, W), with
+    pixels in [0, 1]."""
     device, found = next(model.parameters()).device, []
     stop = end_id(tokenizer)
-    for first in range(0, len(asked), AT_ONCE):
+    for first in range(0, len(prompts), AT_ONCE):
         part = slice(first, first + AT_ONCE)
-        prompts = [prompt_tokens(talk, tokenizer, model.config.image_tokens) for talk in asked[part]]
         seen = model.normalized(images[part].to(device))
-        for new in model.generate(prompts, max_new_tokens, images=seen, temperature=0, stop=stop):
+        for new in model.generate(prompts[part], max_new_tokens, images=seen, temperature=0, stop=stop):
             found.append(tokenizer.decode(new[:-1] if new[-1:] == [stop] else new).strip())
     return found
 
@@ -58,13 +57,15 @@ def scores(model: nn.Module, tokenizer: Tokenizer, n: int, first: int = 0) -> di
     for part in ("val", "unseen"):
         talks = SceneTalks({part: first + n}, captions=False)
         asked = [scenes.questions(scene) for scene in talks.scenes[first:]]
+        flat = [question for of_scene in asked for question in of_scene]
+        talk = [about(question.text, question.answer) for question in flat]
+        prompts = [before_answer(messages, tokenizer, model.config.image_tokens, 2) for messages in talk]
         size = (vision.image_size, vision.image_size)
         images = torch.from_numpy(fitted(talks.images[first:], size, vision.n_channels)).float() / 255
+        images = images.repeat_interleave(len(asked[0]), dim=0)
         for name, blind in (("", was_blind), (", blind", True)):
             model.blind = blind
-            flat = [question for of_scene in asked for question in of_scene]
-            questions = [about(question.text, "")[:1] for question in flat]
-            said = answers(model, tokenizer, questions, images.repeat_interleave(len(asked[0]), dim=0))
+            said = answers(model, tokenizer, prompts, images)
             for kind in scenes.KINDS:
                 right = [text == q.answer for text, q in zip(said, flat, strict=True) if q.kind == kind]
                 found[kind][f"{part}{name}"] = sum(right) / len(right)
@@ -87,25 +88,23 @@ def as_table(found: dict[str, dict[str, float]]) -> str:
 def draw(model: nn.Module, tokenizer: Tokenizer, rows: TalkRows, n: int, out: Path) -> list[str]:
     """Draw the images of n of the rows, evenly spaced, with the first question about each and the model's
     answer, green where it is right, and return a line for each. Rows without an image are left out."""
-    step = max(1, len(rows) // n)
-    talks = [talk for talk in (rows.rows[i] for i in range(0, len(rows), step)) if talk[1] is not None][:n]
+    n = min(n, len(rows))
+    chosen = [rows.rows[i * len(rows) // n] for i in range(n)]
+    talks = [talk for talk in chosen if talk.image is not None]
     if not talks:
         return []
     pixels = [rows.rows.pixels(name, rows.writing.shape) for _, name in talks]
     images = torch.from_numpy(np.stack(pixels)).float() / 255
-    firsts = [
-        next(i for i, message in enumerate(talk) if message["role"] == "assistant") for talk, _ in talks
-    ]
-    said = answers(
-        model, tokenizer, [talk[:i] for (talk, _), i in zip(talks, firsts, strict=True)], images, 40
-    )
+    writing = rows.writing
+    of = (tokenizer, writing.image, writing.stage)
+    said = answers(model, tokenizer, [before_answer(talk.messages, *of) for talk in talks], images, 40)
     shown, colours = [], []
-    for (talk, _), i, text in zip(talks, firsts, said, strict=True):
-        question, expected = talk[i - 1]["content"].replace(IMAGE, "").strip(), talk[i]["content"]
-        right = text == expected.strip()
-        shown.append((question, text, expected))
-        colours.append(RIGHT if right else WRONG)
-    lines = [f"{q or 'caption'} {text}" + f" (expected: {e})" * (text != e) for q, text, e in shown]
+    for (messages, _), text in zip(talks, said, strict=True):
+        i = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        question, expected = messages[i - 1]["content"].replace(IMAGE, "").strip(), messages[i]["content"]
+        shown.append((question if writing.stage == 2 else "", text, expected.strip()))
+        colours.append(RIGHT if text == expected.strip() else WRONG)
+    lines = [f"{q or 'caption:'} {text}" + f" (expected: {e})" * (text != e) for q, text, e in shown]
 
     # Enlarged, so that a line fits below an image.
     factor = max(1, WIDE // images.shape[-1])

@@ -16,6 +16,7 @@ from data.image_conversations import (
     about,
     as_row,
     as_tokens,
+    before_answer,
     length_within,
     read_seen,
 )
@@ -87,7 +88,8 @@ def test_answers_and_their_ends_are_learned_and_an_image_takes_its_tokens_in_the
     end = [end_id(TOKENIZER)]
     assert said == TOKENIZER.encode("A <image> of red.") + end + TOKENIZER.encode("Yes.") + end
     # What precedes an answer is what precedes it in inference, and without an image nothing changes.
-    before = prompt_tokens(messages[:2], TOKENIZER, IMAGE)
+    before = before_answer(messages, TOKENIZER, IMAGE, 2)
+    assert before == prompt_tokens(messages[:2], TOKENIZER, IMAGE)
     assert tokens[: len(before)] == before and not any(learned[: len(before)]) and learned[len(before)]
     assert as_tokens(messages, TOKENIZER, ImageTokens(IMAGE.id, 0), 2)[0] == [
         t for t in tokens if t != IMAGE.id
@@ -97,6 +99,7 @@ def test_answers_and_their_ends_are_learned_and_an_image_takes_its_tokens_in_the
     # Stage 1: the image and the first answer, without a question.
     tokens, learned = as_tokens(messages, TOKENIZER, IMAGE, 1)
     expected = [TOKENIZER.eot_id, *[IMAGE.id] * 3, *TOKENIZER.encode("A <image> of red."), *end]
+    assert before_answer(messages, TOKENIZER, IMAGE, 1) == expected[:4]
     assert tokens == expected and learned == [False] * 4 + [True] * (len(tokens) - 4)
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import copy_of, run_command
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_vit import TOLERANCE, assert_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
+from data.tokenizer import get_tokenizer
 from formats import native
+from formats.chat_template import prompt_tokens, save_chat_template
 from formats.open_model import concept_of, open_model
 from formats.safetensors_dir import rename
 from vision import llava
@@ -101,15 +104,24 @@ def test_a_written_directory_is_read_again_and_opens_in_transformers(fixture, tm
 
 
 def test_the_processor_that_is_written_counts_the_same_tokens(tmp_path):
-    # LlavaProcessor: (H / patch) (W / patch) + num_additional_image_tokens, less one by "default".
+    transformers = pytest.importorskip("transformers")
+    tokenizer = get_tokenizer("bytes").with_special_tokens({}, ["<image>"])
+    text = replace(SMALL.text, vocab_size=tokenizer.n_vocab, eos_token_id=256)
     for keep_class in (False, True):
-        model = LLaVA(replace(SMALL, keep_class=keep_class))
+        config = replace(SMALL, text=text, keep_class=keep_class, image_token=257)
+        model = LLaVA(config)
         model.save_pretrained(tmp_path)
-        processor = json.loads((tmp_path / "processor_config.json").read_text())
-        n = (8 // processor["patch_size"]) ** 2 + processor["num_additional_image_tokens"]
-        n -= processor["vision_feature_select_strategy"] == "default"
-        assert n == model.config.n_image_tokens == model.see(torch.zeros(1, 3, 8, 8)).shape[1]
-        assert json.loads((tmp_path / "config.json").read_text())["image_seq_length"] == n
+        tokenizer.save(tmp_path)
+        save_chat_template(tokenizer, tmp_path)
+        theirs = transformers.AutoProcessor.from_pretrained(tmp_path)
+        messages = [{"role": "user", "content": "Look:<image>\nWhat?"}]
+        text_of = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        done = theirs(images=Image.new("RGB", (8, 8), "red"), text=text_of, return_tensors="pt")
+        tokens = done["input_ids"]
+        assert tokens[0].tolist() == prompt_tokens(messages, tokenizer, config.image_tokens)
+        red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+        torch.testing.assert_close(done["pixel_values"], model.normalized(red))
+        assert model(tokens, done["pixel_values"]).shape == (1, tokens.shape[1], tokenizer.n_vocab)
 
 
 def test_what_is_not_implemented_or_damaged_is_named(tmp_path):
@@ -201,10 +213,6 @@ def test_a_new_model_gets_the_weights_of_a_tower_and_of_a_language_model(tmp_pat
 
 
 def test_the_command_answers_a_question_about_an_image(tmp_path):
-    from PIL import Image
-
-    from data.tokenizer import get_tokenizer
-
     torch.manual_seed(0)
     tokenizer = get_tokenizer("bytes").with_special_tokens({}, ["<image>"])
     text = replace(SMALL.text, vocab_size=tokenizer.n_vocab, eos_token_id=256, max_seq_len=128)

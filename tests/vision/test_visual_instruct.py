@@ -18,6 +18,7 @@ import train
 from data.image_conversations import SceneTalks
 from data.tokenizer import get_tokenizer
 from engine import contract, trainable
+from formats.chat_template import prompt_tokens
 from formats.open_model import open_model
 from vision import llava, visual_instruct, visual_questions
 from vision.clip_towers import VisionConfig
@@ -90,7 +91,8 @@ def test_a_run_about_scenes_shows_what_it_knows_beside_the_blind_model(small, ca
     assert "right about" in capsys.readouterr().out
     assert set(json.loads((out / "scores.json").read_text())) == {"colour", "shape", "size", "relation"}
     pixels = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
-    asked = [[{"role": "user", "content": "<image>\nWhat?"}]]
+    messages = [{"role": "user", "content": "<image>\nWhat?"}]
+    asked = [prompt_tokens(messages, tokenizer, model.config.image_tokens)]
     assert visual_questions.answers(model.eval(), tokenizer, asked, pixels, 4)[0] == by_chat.strip()
 
 
@@ -192,8 +194,8 @@ def test_parts_of_a_batch_have_its_loss_together():
 def test_scores_count_right_answers_of_each_kind_and_the_blind_ones_apart(monkeypatch):
     model = SimpleNamespace(config=SMALL, blind=False)
 
-    def oracle(model, tokenizer, asked, images, max_new_tokens=8):
-        assert len(images) == len(asked) == 16
+    def oracle(model, tokenizer, prompts, images, max_new_tokens=8):
+        assert len(images) == len(prompts) == 16
         answers = [talk.messages[1]["content"] for talk in current]
         return ["red"] * 16 if model.blind else answers
 
@@ -205,7 +207,7 @@ def test_scores_count_right_answers_of_each_kind_and_the_blind_ones_apart(monkey
     current = []
     monkeypatch.setattr(visual_questions, "answers", oracle)
     monkeypatch.setattr(visual_questions, "SceneTalks", Recorded)
-    found = visual_questions.scores(model, None, 2, first=1)
+    found = visual_questions.scores(model, get_tokenizer("bytes"), 2, first=1)
     assert all(of["val"] == of["unseen"] == 1 for of in found.values()) and not model.blind
     assert found["size"]["val, blind"] == 0
     cells = visual_questions.as_table(found).splitlines()[1].split()

@@ -246,7 +246,7 @@ def after_step(model: CLIP, finite: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Settings(Augmentation):
-    """How images to learn from are augmented."""
+    """The augmentation of images to learn from."""
 
     warp: float = 0.5  # without it, 1,172 glyphs are learned by heart
 

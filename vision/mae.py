@@ -240,13 +240,16 @@ def restore(module: MAE, directory: str) -> None:
 
 
 def load_data(args: Namespace, config: vit.Config) -> Dataset:
-    """Return images without their classes, and how large the error of the mean image is. Raises ValueError
-    for what `data.images.prepare` refuses."""
+    """Return images without their classes, and as a guess the error of the mean image, of normalized pixels.
+
+    Raises ValueError for what `data.images.prepare` refuses.
+    """
     dataset = load_images(args, config)
     (train, _), (held, _) = (
         pixels(rows, most) for rows, most in zip((dataset.train, dataset.val), MOST, strict=True)
     )
-    error = ((held - train.mean(0)) / config.std[0]).square().mean()
+    std = torch.tensor(config.std).repeat_interleave(train.shape[1] // len(config.std))  # (C height width,)
+    error = ((held - train.mean(0)) / std).square().mean()
     guess = f"the mean image has a squared error of {error:.4f} on held-out images (norm_pix: about 1)"
     return replace(dataset, labels=(), guess=guess)
 

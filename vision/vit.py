@@ -76,14 +76,10 @@ class Config:
             sides = f"image_size {self.image_size} with patch_size {self.patch_size}"
             raise ValueError(f"{sides}: expected one or two sides that are multiples of the patch")
         if self.positions == "sincos" and self.d_model % 4:
-            raise ValueError(
-                f"d_model {self.d_model}: sine and cosine of row and column need a multiple of 4"
-            )
+            raise ValueError(f"d_model {self.d_model}: sines of rows and columns need a multiple of 4")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.n_channels):
-                raise ValueError(
-                    f"{name} {getattr(self, name)}: expected one number, or one for each channel"
-                )
+                raise ValueError(f"{name} {getattr(self, name)}: expected one number, or one per channel")
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -106,7 +102,6 @@ class Config:
         return 1
 
 
-# Layers, heads, width and inner width of the sizes that have several patch sizes.
 TI, S, B, L = (12, 3, 192, 768), (12, 6, 384, 1536), (12, 12, 768, 3072), (24, 16, 1024, 4096)
 SIZES = {
     "tiny": Config(4, 4, 128, 256, 32, 8, 1, 62),
@@ -291,8 +286,6 @@ def n_macs(config: Config, n: int | None = None, n_read: int | None = None) -> i
 
 
 class ViT(nn.Module):
-    """The header's model: embeddings, layers, a last norm, and a classifier where there are classes."""
-
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -395,9 +388,7 @@ def main() -> None:
     model = ViT.from_pretrained(args.checkpoint).eval()
     config = model.config
     if not config.n_classes:
-        raise ValueError(
-            f"{args.checkpoint}: has no classifier; train one by --init-from and --set n_classes=N"
-        )
+        raise ValueError(f"{args.checkpoint}: no classifier; train one by --init-from, --set n_classes=N")
     for path in args.images:
         pixels = torch.from_numpy(decode(path, (config.n_channels, *config.size), Counter())) / 255
         with torch.no_grad():

@@ -186,7 +186,7 @@ def test_a_new_model_guesses_all_classes_alike():
         ({"image_size": (8, 8, 8)}, "expected one or two sides"),
         ({"n_heads": 3}, "not a multiple of n_heads"),
         ({"positions": "sincos", "d_model": 30, "n_heads": 2}, "need a multiple of 4"),
-        ({"mean": (1.0, 2.0, 3.0)}, "one number, or one for each channel"),
+        ({"mean": (1.0, 2.0, 3.0)}, "one number, or one per channel"),
         ({"readout": "last"}, "expected class or pooler or mean"),
     ],
 )

@@ -1,6 +1,6 @@
 """A model that sees: how often it is right about drawn scenes, beside a blind one and a random tower.
 
-    python -m results.llava --out results/llava.json          about an hour and a half of one core
+    python -m results.llava --out results/llava.json          about an hour of one core
 
 For each seed three runs of train.py with the same steps and data:
 

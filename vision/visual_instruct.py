@@ -59,7 +59,7 @@ OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 1000
 LOSS = "nats per token"
 HELD_OUT = 1 / 10  # share of a file's conversations
 N_SCENES = 16_000  # to learn from
-N_HELD_OUT = 128  # scenes of each held-out part, a question about each
+N_HELD_OUT = 256  # scenes with pairs that were seen, a question about each: the held-out loss
 N_SHOWN = 16  # scenes of each held-out part that are asked about at an evaluation
 CLIP_STEPS = 400  # of the CLIP whose tower the default run gets
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,7 @@ def load_data(args: Namespace, config: Config) -> TalkDataset:
 
     # The conversations, and the tokenizer, which may learn from those to train on.
     if args.data == "scenes":
-        parts = {"train": N_SCENES}, {"val": N_HELD_OUT, "unseen": N_HELD_OUT}
+        parts = {"train": N_SCENES}, {"val": N_HELD_OUT}
         train, val = (SceneTalks(part, given.stage == 1, every="train" in part) for part in parts)
     else:
         train, val = from_files(args, given.images)

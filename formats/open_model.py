@@ -21,6 +21,7 @@ from formats import (
     gemma,
     image_decoders,
     images,
+    minimax,
     mixtures,
     native,
     reward_models,
@@ -64,6 +65,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in gemma.ARCHITECTURES:
         return gemma.CONCEPT
+    if architecture == minimax.ARCHITECTURE:
+        return minimax.CONCEPT
     if architecture in deepseek.ARCHITECTURES:
         return deepseek.concept_of(path, hf)
     if architecture in encoder_decoders.ARCHITECTURES:

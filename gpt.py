@@ -289,9 +289,9 @@ class GPT(nn.Module):
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to GPT.initialize")
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens=None) -> Tensor:
-        """Return the normalised hidden states (B, T, D) of tokens (B, T), int64. cache: of generation; the
-        first pass fills it with the prompts, later ones add one token each. cu_seqlens: see
-        `kernels.attention`, int32: where the documents packed in one row (B = 1) begin, and its end."""
+        """Return the normalised hidden states (B, T, D) of tokens (B, T), int64, or of embeddings (B, T, D).
+        cache: of generation; the first pass fills it with the prompts, later ones add one token each.
+        cu_seqlens, int32: where documents packed in one row begin, and its end: see `kernels.attention`."""
         # Positions (1, T), or (B, 1) where the rows of a cache differ in length.
         T, device = tokens.shape[1], tokens.device
         positions = torch.arange(T, device=device)[None] if cache is None else cache.positions(T, device)
@@ -300,7 +300,7 @@ class GPT(nn.Module):
             positions = positions - cu_seqlens[document]
 
         # Embeddings; learned positions are added, rotary ones turn queries and keys in every layer.
-        x = self.model.embed_tokens(tokens)  # (B, T, D)
+        x = tokens if tokens.is_floating_point() else self.model.embed_tokens(tokens)  # (B, T, D)
         if self.config.positions == "learned":
             x = x + self.model.embed_positions(positions)
         rotation = self.rotation(positions)

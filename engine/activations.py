@@ -19,7 +19,8 @@ These are attention, a dense MLP and a decoder's loss. Files of other models, ta
 own functions of these names:
 
     model      mlp_bytes(block, config, precision) -> (kept, gradients)
-    task       loss_bytes(model, config, n, seq_len, precision) -> fields of `Loss`
+    task       tokens_per_row(model, config, seq_len) -> a number for each stack of blocks
+               loss_bytes(model, config, n, seq_len, precision) -> fields of `Loss`
     adapter    adapter_bytes(block, config, precision) -> kept
 
 Left out is what amounts to less than a percent: statistics of norms, angles of rotary positions.
@@ -52,6 +53,7 @@ class Loss(NamedTuple):
     """Memory from the last block's output to the loss: bytes, and sizes of gradients in numbers."""
 
     kept: int = 0  # bytes that forward keeps
+    inputs: int = 0  # bytes of the batch, and of what the embeddings keep of it, until backward has ended
     temporary: int = 0  # bytes that exist only while the loss is computed
     ready: int = 0  # bytes of the head's gradient where forward computes it already
     head: int = 0  # size of the head's gradient; 0 if the head does not learn
@@ -128,6 +130,12 @@ def mlp_bytes(block: nn.Module, config: Any, precision: Precision) -> tuple[int,
 def adapter_bytes(block: nn.Module, config: Any, precision: Precision) -> int:
     """Return the bytes per token that adapters in a block keep for backward: none, without adapters."""
     return 0
+
+
+def tokens_per_row(model: nn.Module, config: Any, seq_len: int) -> list[int]:
+    """Return how many tokens of a row go through each stack of blocks: all of them. A task whose rows are no
+    tokens, such as images, defines its own. config: the task's."""
+    return [seq_len] * len(stacks(model))
 
 
 def loss_bytes(model: nn.Module, config: Any, n: int, seq_len: int, precision: Precision) -> dict[str, int]:

@@ -229,7 +229,9 @@ class Task:
     save: Callable[[nn.Module, Dataset, Path], None] = save
     save_tokenizer: Callable[[Dataset, Path], None] = save_tokenizer
     flops_per_token: Callable[[nn.Module, Any, int], int] = flops_per_token
-    loss_bytes: Callable[..., dict[str, int]] | None = None  # for --dry-run; None: engine/activations.py's
+    # for --dry-run; None: engine/activations.py's
+    tokens_per_row: Callable[[nn.Module, Any, int], list[int]] | None = None
+    loss_bytes: Callable[..., dict[str, int]] | None = None
     # train(run, log), a loop of the task's own, with the contract of train.py's `train`; None: that one
     train: Callable[[Any, Any], None] | None = None
     DATA: str = "stdlib"  # the default of --data

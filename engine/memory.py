@@ -6,6 +6,7 @@
     gradients    4 bytes per parameter that learns
     optimizer    8 bytes per parameter that learns, AdamW's two moments; with Muon 4, see engine/optim.py
     averages     4 bytes per parameter that learns, with --ema
+    inputs       of images and sounds: the batch in float32, and the patches that its embeddings read
     activations  what forward keeps for backward, see engine/activations.py; with autocast also a copy of each
                  matrix in 16 bits; with --checkpoint-activations the input of each block, and the rest of one
 
@@ -38,6 +39,7 @@ from engine.optim import make_optimizers
 from engine.options import check_arguments, fill_defaults
 from engine.run import choose_weights, configure
 from engine.settings import task_settings
+from engine.trainable import flops_per_token
 
 MOMENTS = ("loss", "last block", "first block", "embeddings", "update")
 GPUS = (24, 40, 80, 141, 192)  # GB
@@ -76,28 +78,27 @@ def estimate(
     config: Any = None,
     mlp_bytes: Callable[[nn.Module, Any, Precision], tuple[int, int]] = activations.mlp_bytes,
     adapter_bytes: Callable[[nn.Module, Any, Precision], int] = activations.adapter_bytes,
+    tokens_per_row: Callable[[nn.Module, Any, int], list[int]] = activations.tokens_per_row,
     loss_bytes: Callable[[nn.Module, Any, int, int, Precision], dict[str, int]] = activations.loss_bytes,
 ) -> Estimate:
     """Return what one of n_processes needs to train a model, which may be on torch.device("meta").
 
     args: of train.py's flags batch_size, grad_accum, seq_len, dtype, optimizer, parallel, kernels and
-    checkpoint_activations count. config: the task's, for loss_bytes. Raises ValueError for a batch that
-    n_processes cannot share, for several without --parallel, and for --kernels reference, which keeps scores
-    and logits.
+    checkpoint_activations count. config: the task's, for tokens_per_row and loss_bytes. Raises
+    ValueError as `check` does.
     """
     check(args, n_processes)
-    fsdp, low = args.parallel == "fsdp", args.dtype == "bfloat16"
-    n = args.batch_size // n_processes * args.seq_len  # tokens
+    n_rows, fsdp, low = args.batch_size // n_processes, args.parallel == "fsdp", args.dtype == "bfloat16"
     parameters = list(model.parameters())
     r = 2 if fsdp and low else parameters[0].element_size()  # adapters may have a base in 16 bits
     precision = Precision(2 if low else 4, r, low and not fsdp)
 
     weights, gradients, states, copies = training_state(model, args, n_processes if fsdp else 1)
-    loss = Loss(**loss_bytes(model, config, n, args.seq_len, precision))
+    loss = Loss(**loss_bytes(model, config, n_rows * args.seq_len, args.seq_len, precision))
     found = stacks(model)
     blocks = [
-        block_bytes(block, stack.owner.config, n, precision, mlp_bytes, adapter_bytes)
-        for stack in found
+        block_bytes(block, stack.owner.config, n_rows * tokens, precision, mlp_bytes, adapter_bytes)
+        for stack, tokens in zip(found, tokens_per_row(model, config, args.seq_len), strict=True)
         for block in reached_by_backward(stack)
     ]
 
@@ -121,6 +122,7 @@ def estimate(
         "gradients": (remaining + loss.ready, in_last, later, later, gradients),
         "optimizer states": (states,) * 5,
         **({"averages": (gradients,) * 5} if args.ema else {}),
+        **({"inputs": (loss.inputs,) * 4 + (0,)} if loss.inputs else {}),
         "activations": (at_loss + loss.kept, at_loss + again, blocks[0].kept if blocks else 0, 0, 0),
         "temporary": (loss.temporary + released, backward, backward, at_end, copies),
     }
@@ -131,7 +133,8 @@ def estimate(
 
 
 def check(args: Namespace, n_processes: int) -> None:
-    """Raise ValueError for flags that cannot be estimated, see `estimate`."""
+    """Raise ValueError for a batch that n_processes cannot share, for several without --parallel, and for
+    --kernels reference, which keeps scores and logits."""
     if args.parallel == "none" and n_processes > 1:
         raise ValueError(f"{n_processes} processes: add --parallel ddp or --parallel fsdp")
     if args.batch_size % n_processes:
@@ -196,7 +199,9 @@ def describe(model: nn.Module, args: Namespace, n_processes: int = 1, **function
     """Return the estimate as text, and if it fits no GPU, the flags that would reduce it. Arguments and
     errors are those of `estimate`."""
     estimated = estimate(model, args, n_processes, **functions)
-    at_once = f"{args.batch_size // n_processes} x {args.seq_len:,} tokens at once"
+    of_stacks = functions.get("tokens_per_row", activations.tokens_per_row)
+    tokens = dict.fromkeys(of_stacks(model, functions.get("config"), args.seq_len))
+    at_once = f"{args.batch_size // n_processes} x {' and '.join(f'{n:,}' for n in tokens)} tokens at once"
     flags = f"--parallel {args.parallel} --dtype {args.dtype} --optimizer {args.optimizer}"
 
     # The table: a row for each part, a column for each moment.
@@ -243,22 +248,40 @@ def plan(args: Namespace) -> str:
     """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
 
     It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
-    vocabulary is that of --size, whatever --tokenizer is, and --dtype is by default that of a GPU.
+    vocabulary or the classes are those of --size, whatever the data has, and --dtype is by default that of a
+    GPU. Raises ValueError for flags that make no sense, and for a model whose layers read no tokens.
     """
     check_arguments(args)
     concept = resolve(args)
     fill_defaults(args, concept)
     args.dtype = args.dtype or "bfloat16"
     model, config = configure(concept, args)
+    if config.max_seq_len == 1 and concept.task.tokens_per_row is None:
+        raise ValueError(
+            f"--dry-run: plans layers of tokens, and {args.model} has others; --benchmark measures its memory"
+        )
     if model is None:
         with torch.device("meta"):
             model = concept.model_file.Model(config)
-    choose_weights(concept, model, args)
+    adapter_config, _ = choose_weights(concept, model, args)
     settings = task_settings(concept, model.config, args.set)
+    with torch.device("meta"):
+        model = concept.task.wrap(model, settings)
 
     # What the concept's files add to the estimate.
     functions = {"mlp_bytes": concept.model_file.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
+    functions["tokens_per_row"] = concept.task.tokens_per_row
     if concept.adapter is not None:
         functions["adapter_bytes"] = concept.adapter.adapter_bytes
     of_concept = {name: function for name, function in functions.items() if function is not None}
-    return describe(model, args, args.dry_run, config=settings, **of_concept)
+    described = describe(model, args, args.dry_run, config=settings, **of_concept)
+
+    # What has to be computed, since the time of a run is that over the FLOP/s that a GPU reaches.
+    n_params, n_trained = count(model.parameters())
+    flops = flops_per_token(concept, model, settings, adapter_config, args.seq_len)
+    unit = "token" if model.config.max_seq_len > 1 else "image (or second of sound)"
+    rate = f"{1e12 / flops:,.0f} a second for each TFLOP/s"
+    return (
+        f"{described}\nmodel      {n_params:,} parameters, {n_trained:,} of which learn\n"
+        f"work       {flops:.2e} FLOPs for each {unit}, forward and backward: {rate}"
+    )

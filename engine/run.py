@@ -98,11 +98,8 @@ class Run:
     @property
     def flops_per_token(self) -> int:
         """Return the FLOPs of training on one token, or image: without gradients of frozen weights."""
-        task, adapter = self.concept.task, self.concept.adapter
-        full = task.flops_per_token(self.model, self.settings, self.args.seq_len)
-        if adapter is not None:
-            return adapter.flops_per_token(self.model, self.adapter_config, full)
-        return full - trainable.frozen_flops(self.model)
+        what = (self.concept, self.model, self.settings, self.adapter_config)
+        return trainable.flops_per_token(*what, self.args.seq_len)
 
     @property
     def is_first(self) -> bool:

@@ -8,6 +8,7 @@ A head that is the embedding matrix becomes a copy of it first, so that it can m
 """
 
 import re
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,3 +57,14 @@ def frozen_flops(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return 2 * sum(layer.weight.numel() for layer in layers if not layer.weight.requires_grad)
+
+
+def flops_per_token(concept: Any, model: nn.Module, settings: Any, adapter_config: Any, seq_len: int) -> int:
+    """Return the FLOPs of training on one token, or image: without gradients of frozen weights.
+
+    concept: a contract.Concept. settings and adapter_config: the Configs of its task and its adapter.
+    """
+    full = concept.task.flops_per_token(model, settings, seq_len)
+    if concept.adapter is not None:
+        return concept.adapter.flops_per_token(model, adapter_config, full)
+    return full - frozen_flops(model)

@@ -13,6 +13,7 @@ from torch import nn
 
 from formats import (
     bart,
+    clip,
     decoders,
     deepseek,
     disentangled_encoders,
@@ -21,6 +22,7 @@ from formats import (
     gemma,
     image_decoders,
     images,
+    llava,
     minimax,
     mixtures,
     native,
@@ -73,10 +75,14 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return encoder_decoders.CONCEPT
     if architecture in images.CONCEPTS:
         return images.CONCEPTS[architecture]
+    if architecture in clip.MODELS:
+        return clip.CONCEPT
     if architecture in sounds.CONCEPTS:
         return sounds.CONCEPTS[architecture]
     if architecture == image_decoders.ARCHITECTURE:
         return image_decoders.CONCEPT
+    if architecture == llava.ARCHITECTURE:
+        return llava.CONCEPT
     if architecture in bart.ARCHITECTURES:
         return bart.CONCEPT
     if architecture in reward_models.CLASSES:
@@ -95,13 +101,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
-    known += [
-        *gemma.ARCHITECTURES,
-        *deepseek.ARCHITECTURES,
-        *images.CONCEPTS,
-        *sounds.CONCEPTS,
-        image_decoders.ARCHITECTURE,
-    ]
+    known += [*gemma.ARCHITECTURES, *deepseek.ARCHITECTURES, *clip.MODELS, llava.ARCHITECTURE]
+    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

@@ -11,18 +11,15 @@ already are kept. Draws the curves beside the file.
 """
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from engine import cpu
 from evaluation.cap_sets import BEST_KNOWN, size
 from evaluation.funsearch import METHODS, search
 from formats.atomic import replace_file
+from results.keep import Ended
 
 SEEDS = (0, 1, 2)
 MARKS = (100, 300, 1000, 3000, 10_000)  # evaluations of the table
@@ -99,22 +96,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("results/funsearch.json"), help="figures (default %(default)s)")
     args = parser.parse_args(argv)
 
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
-    about = {"command": "python -m results.funsearch", "cpu": cpu.name(), "torch": torch.__version__}
-    known = {(row["n"], row["method"], row["seed"]) for row in rows}
+    ended = Ended(args.out, {"command": "python -m results.funsearch"}, rows="runs")
     for n in args.n:
         for seed in SEEDS:
             for method in args.methods:
-                if (n, method, seed) in known:
+                if ended.has(n=n, method=method, seed=seed):
                     continue
                 row = run(method, n, args.evaluations, seed)
                 print(f"n {n}, {method}, seed {seed}: {row['score']} points", flush=True)
-                rows.append(row)
-                rows.sort(key=lambda row: (row["n"], list(METHODS).index(row["method"]), row["seed"]))
-                with replace_file(args.out) as new:
-                    new.write_text(json.dumps(about | {"runs": rows}, indent=1) + "\n", encoding="utf-8")
-    print_table(rows)
-    draw(rows, args.out.with_suffix(".png"))
+                ended.add(row, order=lambda row: (row["n"], list(METHODS).index(row["method"]), row["seed"]))
+    print_table(ended.rows)
+    draw(ended.rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,16 @@ Each seed is evaluation/generate_and_verify.py from the start: programs, a model
 from labels that were exchanged at random), problems. Samples of the grammar in place of the model's show what
 the model is worth, with the same selection. Figures are shares of all problems, then mean and range over the
 seeds. pass@k is the share of problems with a right program among k samples: no selection of n from k solves
-more. Seeds that are in the file already are kept. Draws the curves beside the file.
+more. Seeds that are in the file already, made with the same flags, are kept. The curves are drawn beside it.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
-import torch
-
-from engine import cpu
 from evaluation.generate_and_verify import RULES, SUBMISSIONS, share_solved, study, table
 from formats.atomic import replace_file
+from results.keep import Ended
 
 SEEDS = (0, 1, 2)
 KS = (1, 10, 100, 1000)
@@ -92,24 +89,17 @@ def main(argv: list[str] | None = None) -> None:
         help="figures (default %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
 
-    seeds = json.loads(args.out.read_text(encoding="utf-8"))["seeds"] if args.out.exists() else []
-    about = {
-        "command": "python -m results.generate_and_verify",
-        "cpu": cpu.name(),
-        "torch": torch.__version__,
-    }
-    about |= {"steps": args.steps, "verifier_steps": args.verifier_steps, "problems": args.problems}
+    made_with = {"steps": args.steps, "verifier_steps": args.verifier_steps, "problems": args.problems}
+    about = {"command": "python -m results.generate_and_verify", **made_with}
+    ended = Ended(args.out, about, rows="seeds", same=made_with)
     for seed in SEEDS:
-        if seed in [row["seed"] for row in seeds]:
+        if ended.has(seed=seed):
             continue
         result = study(seed, args.steps, args.verifier_steps, args.problems, KS)
         print(f"seed {seed}\n{table(result, KS)}", flush=True)
-        row = {"seed": seed} | {source: figures(result[source]) for source in ("model", "grammar")}
-        seeds.append(json.loads(json.dumps(row)))  # with the keys that a file has, which are strings
-        with replace_file(args.out) as new:
-            new.write_text(json.dumps(about | {"seeds": seeds}, indent=1) + "\n", encoding="utf-8")
-    print_table(seeds)
-    draw(seeds, args.out.with_suffix(".png"))
+        ended.add({"seed": seed} | {source: figures(result[source]) for source in ("model", "grammar")})
+    print_table(ended.rows)
+    draw(ended.rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,15 @@ def opened_by(kind: type, ours: nn.Module) -> nn.Module:
         return kind.from_pretrained(folder).eval()
 
 
-def rate(call: Callable, n_tokens: int, times: int = 1) -> float:
-    """Return how many tokens per second so many calls compute, of n_tokens each."""
-    began = time.perf_counter()
+def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.perf_counter) -> float:
+    """Return how many tokens per second so many calls compute, of n_tokens each.
+
+    clock: time.process_time where other programs use the processor too.
+    """
+    began = clock()
     for _ in range(times):
         call()
-    return times * n_tokens / (time.perf_counter() - began)
+    return times * n_tokens / (clock() - began)
 
 
 def measure_in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -37,16 +40,17 @@ def measure_in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[
     return figures
 
 
-def compared(figures: dict[str, list[float]], baseline: str, **labels) -> list[dict]:
-    """Return a row for each side, and print it: the labels, the median of its tokens per second, and the
-    median and range of its ratio to the baseline of the same round."""
+def compared(figures: dict[str, list[float]], baseline: str, *, unit: str = "tokens", **labels) -> list[dict]:
+    """Return a row for each side, and print it: the labels, the median of its tokens per second, or other
+    units, and the median and range of its ratio to the baseline of the same round."""
     rows = []
+    digits = 0 if unit == "tokens" else 1
     for side, rates in figures.items():
         ratios = [rate / other for rate, other in zip(rates, figures[baseline], strict=True)]
-        row = labels | {"side": side, "tokens_per_second": statistics.median(rates)}
+        row = labels | {"side": side, f"{unit}_per_second": statistics.median(rates)}
         row |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
         rows.append(row)
-        print(f"  {side:18} {row['tokens_per_second']:9,.0f} tokens/s   {row['ratio']:.2f}x", end="")
+        print(f"  {side:18} {statistics.median(rates):9,.{digits}f} {unit}/s   {row['ratio']:.2f}x", end="")
         print(f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})", flush=True)
     return rows
 

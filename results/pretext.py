@@ -15,7 +15,7 @@ Parts, each with --seeds seeds:
                 the mean image, and fine-tuning
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
-after each run.
+after each run, and those in it are kept.
 """
 
 import argparse
@@ -30,11 +30,10 @@ import torch
 import train
 from data.images import prepare
 from data.rows import stack
-from engine import cpu
 from evaluation import probe
 from formats import command
-from formats.atomic import replace_file
 from formats.open_model import open_model
+from results.keep import Ended
 from vision import colorize
 
 ENCODERS = {  # the flags of each, and the size of the model
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=300, help="updates of the runs of ratio (default %(default)s)")
     args = parser.parse_args(argv)
 
-    figures = {"cpu": cpu.name(), "torch": torch.__version__, "steps of ratio": args.steps}
+    ended = Ended(args.out, {"steps of ratio": args.steps}, same=("steps of ratio",))
     for seed in args.seeds:
         measures = {}
         if "encoders" in args.parts:
@@ -139,9 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         if "ratio" in args.parts:
             measures |= {f"mae, {r:.0%}": partial(of_ratio, args.work, r, seed, args.steps) for r in RATIOS}
         for name, measure in measures.items():
-            figures.setdefault(name, {})[str(seed)] = measure()
-            with replace_file(args.out) as new:
-                new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            if not ended.has(name=name, seed=seed):
+                ended.add({"name": name, "seed": seed} | measure())
 
 
 if __name__ == "__main__":

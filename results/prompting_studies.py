@@ -8,16 +8,12 @@ curve. Seeds that are in the file already, made with the same --steps, are kept.
 
 import argparse
 import importlib
-import json
 import statistics
 import time
 from pathlib import Path
 
-import torch
-
-from engine import cpu
 from engine.report import plotting
-from formats.atomic import replace_file
+from results.keep import Ended
 
 STUDIES = ("in_context", "scratchpad", "spelling", "injection")
 
@@ -25,27 +21,18 @@ STUDIES = ("in_context", "scratchpad", "spelling", "injection")
 def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
     """Make or complete the file of a study, print its table and draw its picture."""
     study, path = importlib.import_module(f"evaluation.{name}"), folder / f"{name}.json"
-    rows = []
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        rows = known["rows"] if known["steps"] == steps else []
-    about = {
-        "command": f"python -m results.prompting_studies {name}",
-        "cpu": cpu.name(),
-        "torch": torch.__version__,
-    }
+    about = {"command": f"python -m results.prompting_studies {name}", "steps": steps}
+    ended = Ended(path, about, same=("steps",), indent=None)
     for seed in range(seeds):
-        if any(row["seed"] == seed for row in rows):
+        if ended.has(seed=seed):
             continue
         began = time.process_time()
-        rows += study.study(seed, steps)
+        ended.add(*study.study(seed, steps))
         print(f"{name}, seed {seed}: {time.process_time() - began:.0f} s of one core", flush=True)
-        with replace_file(path) as new:
-            new.write_text(json.dumps(about | {"steps": steps, "rows": rows}) + "\n", encoding="utf-8")
-    print(study.table(rows))
+    print(study.table(ended.rows))
     if name in DRAWINGS:
         pyplot, _ = plotting()
-        figure = DRAWINGS[name](pyplot, rows)
+        figure = DRAWINGS[name](pyplot, ended.rows)
         figure.savefig(path.with_suffix(".png"), dpi=120)
         pyplot.close(figure)
 

@@ -4,19 +4,16 @@
 
 Both models of a seed have the same shape, learn from the same questions for the same number of steps, and are
 tested on questions that neither has seen. A text with an expression has about three times as many tokens to
-learn from as an answer alone, so there is a third one: direct, with three times as many steps.
+learn from as an answer alone, so there is a third one: direct, with three times as many steps. Seeds that are
+in the file already, made with the same flags, are kept.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
-import torch
-
-from engine import cpu
 from evaluation.tool_loop import study
-from formats.atomic import replace_file
+from results.keep import Ended
 
 SEEDS = (0, 1, 2)
 
@@ -31,19 +28,19 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("results/tool_loop.json"), help="figures (default %(default)s)")
     args = parser.parse_args(argv)
 
-    rows = []
+    made_with = {"steps": args.steps, "problems": args.problems}
+    about = {"command": "python -m results.tool_loop", **made_with}
+    ended = Ended(args.out, about, rows="seeds", same=made_with)
     for seed in SEEDS:
+        if ended.has(seed=seed):
+            continue
         shares, examples = study(seed, args.steps, args.problems, longer=3)
-        rows.append({"seed": seed, "shares": shares, "examples": examples})
+        ended.add({"seed": seed, "shares": shares, "examples": examples})
         print(
             f"seed {seed}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True
         )
-        about = {"command": "python -m results.tool_loop", "cpu": cpu.name(), "torch": torch.__version__}
-        about |= {"steps": args.steps, "problems": args.problems, "seeds": rows}
-        with replace_file(args.out) as new:
-            new.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    for name in rows[0]["shares"]:
-        values = [row["shares"][name] for row in rows]
+    for name in ended.rows[0]["shares"]:
+        values = [row["shares"][name] for row in ended.rows]
         print(f"{name:22} {statistics.mean(values):6.1%} ({min(values):.1%} to {max(values):.1%})")
 
 

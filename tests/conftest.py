@@ -216,6 +216,14 @@ def a_gpu_itself():
 
 
 @pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Let models keep for backward what the kernels keep on a GPU, see kept.py."""
+    from kept import use_gpu_operations
+
+    use_gpu_operations(monkeypatch)
+
+
+@pytest.fixture
 def peak_memory():
     """Return a function that calls another one and returns the most bytes that were allocated at once."""
 

@@ -14,6 +14,7 @@ those of classifiers of the bare pixels (data/baselines.py), and a picture shows
 Shapes: B batch, C channels.
 """
 
+import math
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -28,6 +29,8 @@ from data.augment import Augmentation, augment
 from data.images import prepare
 from data.rows import Dataset, Row, stack
 from engine import parallel, pictures
+from engine.activations import Precision
+from vision import vit
 
 MODEL, DATA = "vit", "glyphs:fonts"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 600
@@ -89,11 +92,22 @@ def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
     model.save_pretrained(directory, dataset.labels)
 
 
-def loss_bytes(*_) -> dict[str, int]:
-    """Raise ValueError: --dry-run plans the memory of rows of tokens alone."""
-    raise ValueError(
-        "--dry-run: plans rows of tokens, and not yet images or sounds; --benchmark measures the memory"
-    )
+def tokens_per_row(model: vit.ViT, config: Any, seq_len: int) -> list[int]:
+    """Return how many tokens an image has in the model's layers: T. So the plan counts all in the last layer
+    too, which computes the class token alone where only that is read."""
+    return [1 + model.config.n_patches]
+
+
+def loss_bytes(model: vit.ViT, config: Any, n: int, seq_len: int, precision: Precision) -> dict[str, int]:
+    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss."""
+    (e, r, _), own = precision, model.config
+    D, T = own.d_model, 1 + own.n_patches
+    return {"inputs": input_bytes(own, n, e), "kept": n * (T * D * r + D * e + 8 * own.n_classes)}
+
+
+def input_bytes(config: vit.Config, n: int, e: int) -> int:
+    """Return the bytes of n images of a batch in float32, and of their patches, with e bytes per number."""
+    return n * config.n_channels * math.prod(config.size) * (4 + e)
 
 
 @torch.no_grad()

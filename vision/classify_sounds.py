@@ -27,11 +27,11 @@ from data.baselines import logistic_regression, nearest_neighbour
 from data.rows import Dataset, Row, Rows, stack
 from data.sounds import prepare
 from engine import parallel
+from engine.activations import Precision
 from formats.config_values import check_values
 from vision import spectrogram
 from vision.classify_images import (  # noqa: F401  this task's, too
     check_pretrained,
-    loss_bytes,
     save,
     show_labels,
 )
@@ -136,6 +136,21 @@ def describe(train: Rows, held: Rows, n_classes: int, config: spectrogram.Config
         f"on held-out sounds, chance is right for {1 / n_classes:.1%}, logistic regression on the mean "
         f"spectrum for {right[0]:.1%}, the nearest spectrogram for {right[1]:.1%}"
     )
+
+
+def tokens_per_row(model: spectrogram.AST, config: Config, seq_len: int) -> list[int]:
+    """Return how many tokens a sound has in the model's layers."""
+    return [2 + model.config.n_patches]
+
+
+def loss_bytes(
+    model: spectrogram.AST, config: Config, n: int, seq_len: int, precision: Precision
+) -> dict[str, int]:
+    """Return the memory of n sounds outside the layers, as the fields of engine.activations.Loss."""
+    (e, r, _), own = precision, model.config
+    D, T = own.d_model, 2 + own.n_patches
+    inputs = own.n_frames * own.n_mels * (4 + e)
+    return {"inputs": n * inputs, "kept": n * (T * D * r + 8 * own.n_classes)}
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from engine import pictures
 from engine.report import PICTURE
 from formats import command, native
 from formats.config_values import check_values
-from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
+from vision.classify_images import load_images
 
 KIND, DATA = "colorizer", "landscapes"
 OPTIMIZER, BATCH_SIZE, STEPS = "adamw", 32, 600

@@ -41,11 +41,12 @@ from data.baselines import logistic_regression
 from data.images import decode_all, prepare
 from data.palette import encode, k_means, paint
 from data.rows import Dataset, Row, Rows, stack
-from engine import pictures
+from engine import activations, pictures
+from engine.activations import Precision
 from engine.report import PICTURE
 from formats import command, image_decoders
 from generate import print_sizes, read_prompts, sample
-from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
+from vision.classify_images import load_images
 
 KIND, DATA = "decoder of images", "glyphs:dejavu"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 32, 600
@@ -176,6 +177,12 @@ class ImageGPT(gpt.GPT):
 Model = ImageGPT
 
 
+def mlp_bytes(block: nn.Module, config: Config, precision: Precision) -> tuple[int, int]:
+    """Return what `engine.activations.mlp_bytes` does: u, its sigmoid and their product are kept."""
+    D, F, e = config.d_model, config.d_ff, precision.e
+    return (D + 3 * F) * e, 3 * F * e
+
+
 def inputs_of(ids: Tensor, start: int) -> Tensor:
     """Return what is read to predict ids (B, N): the id of the start, and all but the last of them."""
     return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), dim=1)
@@ -287,6 +294,13 @@ def make_batch(
     images = augment(batch["image"].float() / 255, batch["augment"], config, generator)
     ids = encode(images, palette.colours)
     return {"tokens": inputs_of(ids, len(palette.colours)), "targets": ids}
+
+
+def loss_bytes(
+    model: ImageGPT, config: Settings, n: int, seq_len: int, precision: Precision
+) -> dict[str, int]:
+    """Return the memory of a decoder's loss; the head shares nothing with the embeddings."""
+    return activations.loss_bytes(model, config, n, seq_len, precision) | {"tied": 0}
 
 
 def examples(model: ImageGPT, images: Tensor, out: Path, seed: int = 0) -> None:

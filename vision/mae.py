@@ -7,12 +7,12 @@ be filled in from their neighbours. With 75 percent missing, the model has to re
 asymmetric: the encoder, which is the ViT that one keeps, reads only the visible patches; a small decoder gets
 its output, and a learned mask token at each hidden place. So the encoder does a quarter of the work.
 
-    noise (B, N) -> order = argsort(noise): the first of it are kept; argsort(order) restores the places
+    noise (B, N) -> order = argsort(noise): its first n patches are kept; argsort(order) restores the places
 
 With `norm_pix` the true patch is standardised before the difference is taken (section 3), which makes better
 features and worse pictures: what is rebuilt has no brightness of its own.
 
-This file is only what MAE adds to vision/vit.py. To fine-tune its encoder:
+This file is only what MAE adds to vision/vit.py. To train it, and to fine-tune its encoder:
 
     python train.py --model mae                                                     rebuild 1,300 characters
     python train.py --model vit --init-from runs/mae/model --set n_classes=62       then learn to read them
@@ -22,11 +22,13 @@ Shapes: B batch, C channels, P patch size, N patches, n visible patches, D width
 the decoder.
 """
 
+import math
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import Augmentation, augment
@@ -34,12 +36,13 @@ from data.baselines import MOST, pixels
 from data.images import decode_all
 from data.rows import Dataset, Row, stack
 from engine import pictures
+from engine.activations import Precision
 from engine.report import PICTURE
 from formats import command, images, safetensors_dir
 from formats.config_values import check_values
 from vision import vit
-from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
-from vision.vit import ViT, patches_of, sin_cos
+from vision.classify_images import input_bytes, load_images
+from vision.vit import ViT, patches_of, sin_cos, take, through
 
 MODEL, SIZE, DATA = "vit", "tiny-4", "glyphs:dejavu"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 1000
@@ -49,7 +52,7 @@ SHOWN = 12  # images of the picture
 
 @dataclass(frozen=True)
 class Config(Augmentation):
-    """The decoder, and what is hidden. The defaults are the paper's, for ViT-B and larger."""
+    """The decoder, and how much is hidden. The defaults are the paper's, for ViT-B/16 and larger."""
 
     warp: float = 0.0  # without other views: every epoch hides other patches (table 1e: crops alone suffice)
     n_patches: int = 196  # N, of the model's config
@@ -85,11 +88,6 @@ def settings(config: vit.Config) -> Config:
     if D >= 512:
         return Config(n_patches=N)
     return Config(n_patches=N, decoder_layers=2, decoder_heads=4, decoder_width=D // 2, decoder_ff=2 * D)
-
-
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """Return the rows of x (B, N, D) at places (B, n), (B, n, D)."""
-    return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def pixels_of(images: Tensor, patch_size: int) -> Tensor:
@@ -129,6 +127,7 @@ class MAE(nn.Module):
         narrow = replace(narrow, d_model=W, d_ff=settings.decoder_ff)
         layers = nn.ModuleList(vit.Block(narrow) for _ in range(narrow.n_layers))
         self.decoder = nn.Module()
+        self.decoder.config = narrow
         self.decoder.mask_token = nn.Parameter(torch.empty(1, 1, W))
         self.decoder.register_buffer("decoder_pos_embed", sin_cos(config.grid, W))
         self.decoder.decoder_embed = nn.Linear(config.d_model, W)
@@ -137,28 +136,37 @@ class MAE(nn.Module):
         self.decoder.decoder_pred = nn.Linear(W, config.patch_size**2 * config.n_channels)
         vit.initialize(self.decoder)
 
+    def predict(self, images: Tensor, noise: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Return n predicted patches (B, n, P P C) of each of normalized images, and their places (B, n).
+
+        They are those with the largest noise (B, N): first the hidden ones, then the visible ones.
+        """
+        # The encoder, on the visible patches.
+        order, n_hidden = noise.argsort(dim=1, descending=True), noise.shape[1] - self.settings.n_visible
+        first, visible = self.model.vit.embeddings(images, order[:, n_hidden:])
+        z = self.model.vit.layernorm(self.model.encode(first, visible))  # (B, 1 + n_visible, D)
+
+        # The decoder, with mask tokens at the hidden places. The order of its tokens does not matter, since
+        # each has its position. The last layer leaves out what is not predicted.
+        decoder = self.decoder
+        x = decoder.decoder_embed(z)
+        hidden = decoder.mask_token.expand(len(x), n_hidden, -1).to(x.dtype)
+        of_class, of_patches = decoder.decoder_pos_embed.split((1, noise.shape[1]), dim=1)
+        x = torch.cat((hidden, x[:, 1:], x[:, :1]), dim=1)
+        positions = F.embedding(order, of_patches[0])  # (B, N, W)
+        x = x + torch.cat((positions, of_class.expand(len(x), -1, -1)), dim=1)
+        x = through(decoder.decoder_encoder.layer, x, n)
+        return decoder.decoder_pred(decoder.decoder_norm(x)), order[:, :n]
+
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predicted patches (B, N, P P C) of normalized images, and mask (B, N): 1 where hidden.
 
         noise: (B, N); the patches with its smallest numbers are visible.
         """
-        # The encoder, on the visible patches in random order.
-        order = noise.argsort(dim=1)
-        restore = order.argsort(dim=1)
-        first, patches = self.model.vit.embeddings(images)
-        visible = take(patches, order[:, : self.settings.n_visible])
-        z = self.model.vit.layernorm(self.model.encode(first, visible))  # (B, 1 + n, D)
-
-        # The decoder, with mask tokens at the hidden places, and all back in order.
-        decoder = self.decoder
-        x = decoder.decoder_embed(z)
-        hidden = decoder.mask_token.expand(len(x), noise.shape[1] - self.settings.n_visible, -1).to(x.dtype)
-        x = torch.cat((x[:, :1], take(torch.cat((x[:, 1:], hidden), dim=1), restore)), dim=1)
-        x = x + decoder.decoder_pos_embed
-        for layer in decoder.decoder_encoder.layer:
-            x = layer(x)
-        mask = (restore >= self.settings.n_visible).float()
-        return decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:], mask
+        N = noise.shape[1]
+        predicted, places = self.predict(images, noise, N)
+        restore = places.argsort(dim=1)
+        return take(predicted, restore), (restore < N - self.settings.n_visible).float()
 
     def target(self, images: Tensor) -> Tensor:
         """Return what should be predicted (B, N, P P C) of normalized images."""
@@ -169,15 +177,16 @@ class MAE(nn.Module):
         return (patches - mean) / std
 
     def flops(self) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image."""
+        """Return the FLOPs of matrix products, forward and backward, of one image, of which only the visible
+        patches are embedded, and only the hidden ones predicted."""
         config, s = self.config, self.settings
-        T, W, pixels = 1 + config.n_patches, s.decoder_width, config.patch_size**2 * config.n_channels
-        layer = T * (4 * W * W + 2 * W * s.decoder_ff) + 2 * T * T * W
-        decoder = (
-            s.decoder_layers * layer + (1 + self.settings.n_visible) * config.d_model * W + T * W * pixels
-        )
-        encoder = replace(config, n_classes=0, readout="class")
-        return 6 * (vit.n_macs(encoder, self.settings.n_visible) + decoder)
+        n, W, pixels = s.n_visible, s.decoder_width, config.patch_size**2 * config.n_channels
+        encoder = vit.n_macs(replace(config, n_classes=0, readout="class"), n)
+
+        # The decoder's layers are those of a ViT that embeds nothing.
+        narrow, n_hidden = replace(self.decoder.config, n_classes=0, readout="class"), s.n_patches - n
+        layers = vit.n_macs(narrow, n_read=n_hidden) - config.n_patches * W * pixels
+        return 6 * (encoder + (1 + n) * config.d_model * W + layers + n_hidden * W * pixels)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "MAE":
@@ -215,8 +224,8 @@ def unwrap(module: MAE) -> ViT:
 
 
 def restore(module: MAE, directory: str) -> None:
-    """Copy the decoder in directory into the module. Where it has another shape, print so, and keep the new
-    one. A model without a decoder is an encoder alone, such as a classifier."""
+    """Copy the decoder in directory into the module. Where it has another shape, print that, and keep the new
+    decoder. A directory without a decoder, such as a classifier's, changes nothing."""
     if not images.has_decoder(directory):
         return
     saved = MAE.from_pretrained(directory)
@@ -231,13 +240,16 @@ def restore(module: MAE, directory: str) -> None:
 
 
 def load_data(args: Namespace, config: vit.Config) -> Dataset:
-    """Return images without their classes, and how large the error of the mean image is. Raises ValueError
-    for what `data.images.prepare` refuses."""
+    """Return images without their classes, and as a guess the error of the mean image, of normalized pixels.
+
+    Raises ValueError for what `data.images.prepare` refuses.
+    """
     dataset = load_images(args, config)
     (train, _), (held, _) = (
         pixels(rows, most) for rows, most in zip((dataset.train, dataset.val), MOST, strict=True)
     )
-    error = ((held - train.mean(0)) / config.std[0]).square().mean()
+    std = torch.tensor(config.std).repeat_interleave(train.shape[1] // len(config.std))  # (C height width,)
+    error = ((held - train.mean(0)) / std).square().mean()
     guess = f"the mean image has a squared error of {error:.4f} on held-out images (norm_pix: about 1)"
     return replace(dataset, labels=(), guess=guess)
 
@@ -252,11 +264,26 @@ def make_batch(
 
 
 def loss(module: MAE, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the header's loss of a batch from `make_batch`, and no other metrics."""
-    images = module.model.normalized(batch["images"])
-    predicted, mask = module(images, batch["noise"])
-    error = (predicted.float() - module.target(images)).square().mean(dim=2)  # (B, N)
-    return (error * mask).sum() / mask.sum(), {}
+    """Return the header's loss, a scalar, of a batch from `make_batch`, and no other metrics."""
+    images, settings = module.model.normalized(batch["images"]), module.settings
+    n_hidden = settings.n_patches - settings.n_visible
+    predicted, places = module.predict(images, batch["noise"], n_hidden)
+    return (predicted.float() - take(module.target(images), places)).square().mean(), {}
+
+
+def tokens_per_row(module: MAE, config: Config, seq_len: int) -> list[int]:
+    """Return how many tokens of an image the encoder reads, and how many the decoder."""
+    return [1 + config.n_visible, 1 + config.n_patches]
+
+
+def loss_bytes(module: MAE, config: Config, n: int, seq_len: int, precision: Precision) -> dict[str, int]:
+    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss."""
+    (e, r, _), own, W = precision, module.config, config.decoder_width
+    n_pixels = own.n_channels * math.prod(own.size)
+    visible, all_tokens = 1 + config.n_visible, 1 + config.n_patches
+    # Both last norms, both linear layers around the decoder, and the differences of which the loss is made.
+    kept = own.d_model * visible * (r + e) + W * all_tokens * (r + e) + 4 * n_pixels
+    return {"inputs": input_bytes(own, n, e), "kept": n * kept, "temporary": n * 3 * 4 * n_pixels}
 
 
 def save(module: MAE, dataset: Dataset, directory: Path) -> None:

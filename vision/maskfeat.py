@@ -35,9 +35,10 @@ from data.augment import Augmentation, augment
 from data.baselines import MOST, pixels
 from data.rows import Dataset, Row, stack
 from engine import pictures
+from engine.activations import Precision
 from formats.config_values import check_values
 from vision import mae, vit
-from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
+from vision.classify_images import input_bytes, load_images
 from vision.mae import image_of, pixels_of
 from vision.vit import ViT
 
@@ -201,9 +202,8 @@ def load_data(args: Namespace, config: vit.Config) -> Dataset:
     parts = []
     for rows, most in zip((dataset.train, dataset.val), MOST, strict=True):
         images = pixels(rows, most)[0].unflatten(1, (config.n_channels, *config.size))
-        parts.append(
-            (hog_of_patches(images, config.patch_size, settings(config).cell), images / config.std[0])
-        )
+        hogs = hog_of_patches(images, config.patch_size, settings(config).cell)
+        parts.append((hogs, images / images.new_tensor(config.std)[:, None, None]))
     errors = [(held - train.mean(0)).square().mean() for train, held in zip(*parts, strict=True)]
     guess = (
         f"on held-out images the mean HOG of each place has a squared error of {errors[0]:.4f}, the mean "
@@ -226,6 +226,23 @@ def loss(module: MaskFeat, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
     images, mask = module.model.normalized(batch["images"]), batch["mask"]
     error = (module(images, mask).float() - module.target(images)).square().mean(dim=2)  # (B, N)
     return (error * mask).sum() / mask.sum(), {}
+
+
+def tokens_per_row(module: MaskFeat, config: Config, seq_len: int) -> list[int]:
+    """Return how many tokens of an image the encoder reads: all."""
+    return [1 + module.config.n_patches]
+
+
+def loss_bytes(
+    module: MaskFeat, config: Config, n: int, seq_len: int, precision: Precision
+) -> dict[str, int]:
+    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss."""
+    (e, r, _), own = precision, module.config
+    n_pixels, N = own.n_channels * math.prod(own.size), own.n_patches
+    kept = own.d_model * (1 + N) * (r + e) + 4 * N * module.n_numbers
+    # While HOG is computed, each pixel has a whole number of 8 bytes and one or two of 4 for each bin.
+    temporary = n_pixels * BINS * 16 if config.target == "hog" else 3 * 4 * n_pixels
+    return {"inputs": input_bytes(own, n, e), "kept": n * kept, "temporary": n * temporary}
 
 
 def save(module: MaskFeat, dataset: Dataset, directory: Path) -> None:

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from data.augment import Augmentation, augment
 from data.rows import Dataset, Row, stack
 from engine import parallel, pictures
+from engine.activations import Precision
 from formats.config_values import check_values
-from vision import vit
-from vision.classify_images import load_images, loss_bytes  # noqa: F401  this task's, too
+from vision import classify_images, vit
+from vision.classify_images import load_images
 from vision.vit import ViT
 
 MODEL, DATA = "vit", "glyphs:dejavu"
@@ -127,8 +128,9 @@ class SimCLR(nn.Module):
         """Return the FLOPs of matrix products, forward and backward, of both views of one image, without the
         similarities, which are 6 M Z more for each view."""
         D = self.config.d_model
-        encoder = replace(self.config, n_classes=0)
-        return 2 * 6 * (vit.n_macs(encoder) + D * D + D * self.settings.width)
+        return 2 * (
+            self.model.flops_per_token() + 6 * (D * D + D * self.settings.width - D * self.config.n_classes)
+        )
 
 
 def wrap(model: ViT, config: Config) -> SimCLR:
@@ -177,6 +179,22 @@ def loss(module: SimCLR, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Te
         others, places = z, torch.arange(len(z), device=z.device)
     value, found = nt_xent(z, others, places, module.settings.temperature)
     return value, {"found": found}
+
+
+def tokens_per_row(module: SimCLR, config: Config, seq_len: int) -> list[int]:
+    """Return how many tokens the encoder reads of both views of an image."""
+    return [2 * (1 + module.config.n_patches)]
+
+
+def loss_bytes(module: SimCLR, config: Config, n: int, seq_len: int, precision: Precision) -> dict[str, int]:
+    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss. What is
+    left out is that of similarities to views of other ranks."""
+    of_views = classify_images.loss_bytes(module.model, config, 2 * n, seq_len, precision)
+    n_similarities = (2 * n) ** 2
+    return of_views | {
+        "kept": of_views["kept"] + 5 * n_similarities,  # a log-softmax, and where a view meets itself
+        "temporary": 8 * n_similarities,
+    }
 
 
 def save(module: SimCLR, dataset: Dataset, directory: Path) -> None:

@@ -199,14 +199,12 @@ class AST(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return norm(z) (B, 2 + N, D) of normalized spectrograms (B, frames, M)."""
-        z = self.ast.embeddings(x)
-        for layer in self.ast.encoder.layer:
-            z = layer(z)
-        return self.ast.layernorm(z)
+        return self.ast.layernorm(vit.through(self.ast.encoder.layer, self.ast.embeddings(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, classes) of normalized spectrograms (B, frames, M)."""
-        return self.classifier(self.head_norm(self.hidden(x)[:, :2].mean(dim=1)))
+        z = vit.through(self.ast.encoder.layer, self.ast.embeddings(x), 2)  # of the two tokens in front
+        return self.classifier(self.head_norm(self.ast.layernorm(z).mean(dim=1)))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean cross-entropy in nats of "spectrograms", not normalised, and "targets", their
@@ -217,7 +215,7 @@ class AST(nn.Module):
 
     def flops_per_token(self, seq_len: int = 1) -> int:
         """Return the FLOPs of matrix products, forward and backward, of one second of sound."""
-        return round(6 * n_macs(self.config) / self.config.seconds)
+        return round(6 * n_macs(self.config, n_read=2) / self.config.seconds)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "AST":
@@ -235,11 +233,17 @@ class AST(nn.Module):
 Model = AST
 
 
-def n_macs(config: Config) -> int:
+def n_macs(config: Config, n_read: int | None = None) -> int:
     """Return the multiplications of one forward pass, as `vit.n_macs` does, without those of the picture."""
-    D, T = config.d_model, 2 + config.n_patches
-    layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
-    return config.n_layers * layer + config.n_patches * D * config.patch_size**2 + D * config.n_classes
+    D, F, T = config.d_model, config.d_ff, 2 + config.n_patches
+    layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D
+    left_out = 0 if n_read is None else (T - n_read) * (2 * D * D + 2 * D * F + 2 * T * D)
+    return (
+        config.n_layers * layer
+        - left_out
+        + config.n_patches * D * config.patch_size**2
+        + D * config.n_classes
+    )
 
 
 def print_sizes() -> None:

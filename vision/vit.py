@@ -106,6 +106,7 @@ class Config:
         return 1
 
 
+# Layers, heads, width and inner width of the sizes that have several patch sizes.
 TI, S, B, L = (12, 3, 192, 768), (12, 6, 384, 1536), (12, 12, 768, 3072), (24, 16, 1024, 4096)
 SIZES = {
     "tiny": Config(4, 4, 128, 256, 32, 8, 1, 62),
@@ -124,7 +125,7 @@ SIZES = {
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for images of this size and these classes."""
+    """Return the config with the size, the channels and the classes of a data set's images."""
     C, height, width = dataset.train[0]["image"].shape
     size = height if height == width else (height, width)
     n = len(dataset.labels)
@@ -163,10 +164,21 @@ def patches_of(images: Tensor, patch_size: int) -> Tensor:
     return x.reshape(B, -1, C * P * P)
 
 
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """Return the rows of x (B, N, D) at places (B, n), (B, n, D)."""
+    B, N, D = x.shape
+    in_batch = places + N * torch.arange(B, device=x.device)[:, None]
+    # `gather` would keep x for backward, and copy numbers one by one instead of rows.
+    return x.flatten(0, 1).index_select(0, in_batch.flatten()).view(B, -1, D)
+
+
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """Draw the module's parameters, as the authors do: matrices by Glorot's rule, the classifier 0, the class
-    token and positions N(0, 0.02^2). Raises ValueError for a parameter without a rule."""
+    """Draw the module's parameters as MAE's code does: matrices by Glorot's rule, the class token and learned
+    positions N(0, 0.02^2), biases 0. The classifier is 0, as in ViT's code.
+
+    Raises ValueError for a parameter without a rule.
+    """
     for name, p in module.named_parameters():
         if name.endswith("bias") or name.startswith("classifier"):
             p.zero_()
@@ -203,17 +215,21 @@ class Embeddings(nn.Module):
             return sin_cos(grid, self.config.d_model).to(self.position_embeddings)
         return resample(self.position_embeddings, self.config.grid, grid)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class token (B, 1, D) and the patches (B, N, D), both with their positions."""
+    def forward(self, images: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the class token (B, 1, D) and the patches (B, N, D) with their positions; with places (B, n)
+        only the patches there."""
         P, projection = self.config.patch_size, self.patch_embeddings.projection
         positions = self.positions((images.shape[2] // P, images.shape[3] // P))
-        x = F.linear(patches_of(images, P), projection.weight.flatten(1), projection.bias)  # (B, N, D)
+        pixels, of_patches = patches_of(images, P), positions[:, 1:]
+        if places is not None:
+            pixels, of_patches = take(pixels, places), F.embedding(places, of_patches[0])
+        x = F.linear(pixels, projection.weight.flatten(1), projection.bias)  # (B, N or n, D)
         first = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
-        return first, x + positions[:, 1:]
+        return first, x + of_patches
 
 
 class Attention(nn.Module):
-    """Attention of all tokens of an image to each other."""
+    """Attention of every token of an image to all of them."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -223,12 +239,11 @@ class Attention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(D, D)})
         self.n_heads, self.backend = config.n_heads, config.kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed values (B, T, D) of x (B, T, D)."""
-        B, T, D = x.shape
-        maps = (self.attention.query, self.attention.key, self.attention.value)
-        q, k, v = (linear(x).view(B, T, self.n_heads, -1) for linear in maps)  # (B, T, H, K)
-        return self.output.dense(attention(q, k, v, backend=self.backend).reshape(B, T, D))
+    def forward(self, x: Tensor, n: int) -> Tensor:
+        """Return the mixed values (B, n, D) of the first n tokens of x (B, T, D)."""
+        maps = {self.attention.query: x[:, :n], self.attention.key: x, self.attention.value: x}
+        q, k, v = (f(y).unflatten(2, (self.n_heads, -1)) for f, y in maps.items())  # (B, n or T, H, K)
+        return self.output.dense(attention(q, k, v, backend=self.backend).flatten(2))
 
 
 class Block(nn.Module):
@@ -244,26 +259,40 @@ class Block(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(config.d_ff, D)})
         self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output (B, T, D) for x (B, T, D)."""
-        x = x + self.attention(self.layernorm_before(x))
+    def forward(self, x: Tensor, n: int | None = None) -> Tensor:
+        """Return the layer's output (B, n, D) for x (B, T, D): of the first n tokens, by default all. The
+        others are only attended to."""
+        n = x.shape[1] if n is None else n
+        x = x[:, :n] + self.attention(self.layernorm_before(x), n)
         inner = F.gelu(self.intermediate.dense(self.layernorm_after(x)), approximate=self.approximate)
         return x + self.output.dense(inner)
 
 
-def n_macs(config: Config, n: int | None = None) -> int:
-    """Return the multiplications of one forward pass with n of the N patches in the layers (None: all).
+def through(layers: nn.ModuleList, x: Tensor, n: int | None = None) -> Tensor:
+    """Return the output of all layers for x (B, T, D): of the first n tokens, by default all, (B, n, D)."""
+    for layer in layers[:-1]:
+        x = layer(x)
+    return layers[-1](x, n)
 
-    They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes. Papers often call these FLOPs.
+
+def n_macs(config: Config, n: int | None = None, n_read: int | None = None) -> int:
+    """Return the multiplications of one forward pass that reads n of the N patches (None: all).
+
+    They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes, with T = 1 + n and F the inner width of
+    the MLP; a pooler adds D^2. Papers often call these FLOPs. Where only n_read tokens are read after the
+    last layer, it saves (T - n_read) (2 D^2 + 2 D F + 2 T D).
     """
-    D, T = config.d_model, 1 + (config.n_patches if n is None else n)
-    layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
-    patches = config.n_patches * D * config.n_channels * config.patch_size**2
+    D, F, T = config.d_model, config.d_ff, 1 + (config.n_patches if n is None else n)
+    layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D
+    left_out = 0 if n_read is None else (T - n_read) * (2 * D * D + 2 * D * F + 2 * T * D)
+    patches = (T - 1) * D * config.n_channels * config.patch_size**2
     pooler = D * D * (config.readout == "pooler")
-    return config.n_layers * layer + patches + pooler + D * config.n_classes
+    return config.n_layers * layer - left_out + patches + pooler + D * config.n_classes
 
 
 class ViT(nn.Module):
+    """The header's model: embeddings, layers, a last norm, and a classifier where there are classes."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -282,12 +311,10 @@ class ViT(nn.Module):
         mean, std = (images.new_tensor(getattr(self.config, name))[:, None, None] for name in ("mean", "std"))
         return (images - mean) / std
 
-    def encode(self, first: Tensor, patches: Tensor) -> Tensor:
-        """Return z (B, 1 + n, D) after the last layer, of the class token (B, 1, D) and any n patches."""
-        z = torch.cat((first, patches), dim=1)
-        for layer in self.vit.encoder.layer:
-            z = layer(z)
-        return z
+    def encode(self, first: Tensor, patches: Tensor, n: int | None = None) -> Tensor:
+        """Return z after the last layer of the class token (B, 1, D) and patches (B, N, D): of the first n of
+        these 1 + N tokens, by default all, (B, n, D)."""
+        return through(self.vit.encoder.layer, torch.cat((first, patches), dim=1), n)
 
     def hidden(self, images: Tensor) -> Tensor:
         """Return norm(z) (B, T, D) of normalized images (B, C, height, width), whose sides are multiples of
@@ -296,10 +323,10 @@ class ViT(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the classifier reads (B, D), see the header, of normalized images."""
+        embeddings = self.vit.embeddings(images)
         if self.config.readout == "mean":
-            z = self.encode(*self.vit.embeddings(images))
-            return self.vit.layernorm(z[:, 1:].mean(dim=1))
-        first = self.hidden(images)[:, 0]
+            return self.vit.layernorm(self.encode(*embeddings)[:, 1:].mean(dim=1))
+        first = self.vit.layernorm(self.encode(*embeddings, 1)[:, 0])
         return torch.tanh(self.vit.pooler.dense(first)) if self.config.readout == "pooler" else first
 
     def forward(self, images: Tensor) -> Tensor:
@@ -316,7 +343,7 @@ class ViT(nn.Module):
 
     def flops_per_token(self, seq_len: int = 1) -> int:
         """Return the FLOPs of matrix products, forward and backward, of one image: three times forward's."""
-        return 6 * n_macs(self.config)
+        return 6 * n_macs(self.config, n_read=None if self.config.readout == "mean" else 1)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "ViT":
@@ -343,8 +370,8 @@ def print_sizes() -> None:
             model = ViT(config)
         n_params = sum(p.numel() for p in model.parameters())
         sizes = f"{config.size[0]:6} {config.patch_size:6} {1 + config.n_patches:6}"
-        flops = model.flops_per_token()
-        print(f"{name:12} {n_params:13,} {sizes}  {flops / 3:.2e} {flops:.2e} FLOPs")
+        flops = 2 * n_macs(config)
+        print(f"{name:12} {n_params:13,} {sizes}  {flops:.2e} {3 * flops:.2e} FLOPs")
 
 
 def likeliest(logits: Tensor, config: Config) -> str:
@@ -363,6 +390,8 @@ def main() -> None:
     if args.checkpoint is None:
         print_sizes()
         return
+    if not args.images:
+        raise ValueError(f"{args.checkpoint}: no images to classify; add their files behind it")
     model = ViT.from_pretrained(args.checkpoint).eval()
     config = model.config
     if not config.n_classes:

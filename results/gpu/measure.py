@@ -23,7 +23,9 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import train
@@ -90,9 +92,31 @@ def flags_of(model: str, size_flags: tuple[str, ...], sizes, work: Path) -> list
     return flags
 
 
+def image_flags(sizes, work: Path, model: str) -> list[str]:
+    """Return the flags of a run of train.py on pictures of noise in two classes, and draw them."""
+    n, side = sizes.pictures
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        path = work / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path, compress_level=0)
+    flags = ["--model", model, *sizes.images, "--device", sizes.device, "--data", str(work / "pictures")]
+    return [*flags, "--cache", str(work / "cache")]
+
+
 def train_speed(sizes, work: Path, model: str, size_flags: tuple[str, ...], kernels: str) -> dict:
-    """Return the figures of `train.py --benchmark`: speed, MFU, memory, and the time between kernels."""
-    flags = [*flags_of(model, size_flags, sizes, work), "--kernels", kernels, "--benchmark"]
+    """Return the figures of `train.py --benchmark` on text: speed, MFU, memory, time between kernels."""
+    return benchmarked([*flags_of(model, size_flags, sizes, work), "--kernels", kernels], sizes)
+
+
+def image_speed(sizes, work: Path, model: str) -> dict:
+    """Return the figures of `train_speed` on images."""
+    return benchmarked(image_flags(sizes, work, model), sizes)
+
+
+def benchmarked(flags: list[str], sizes) -> dict:
+    """Return the figures of `train.py --benchmark` with these flags."""
+    flags = [*flags, "--benchmark"]
     benchmark.WARM_UP, benchmark.STEPS, benchmark.PROFILED = sizes.updates
     torch.compiler.reset()
     torch.set_float32_matmul_precision("high")  # as train.py does

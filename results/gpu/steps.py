@@ -34,6 +34,8 @@ class Sizes:
     gpt: tuple[str, ...]  # flags of train.py
     bert: tuple[str, ...]
     moe: tuple[str, ...]
+    images: tuple[str, ...]
+    pictures: tuple[int, int]  # how many to train on, and their height and width
     updates: tuple[int, int, int]  # to warm up, measured, profiled
     learning_steps: int
     matmul: int  # sides of the product that is the limit of the device
@@ -63,6 +65,7 @@ def source_of(package: str) -> str:
 BF16 = ("--dtype", "bfloat16", "--compile")
 FLAGS = "--dtype float32 --no-compile --seq-len 16 --batch-size 2 --size tiny --set n_layers=1"
 FP32 = tuple(FLAGS.split())
+IMAGES = "--dtype float32 --no-compile --batch-size 2 --size tiny --set n_layers=1"
 FULL = Sizes(
     device="cuda",
     data=source_of("transformers"),
@@ -71,6 +74,8 @@ FULL = Sizes(
     gpt=("--size", "124m", "--seq-len", "1024", "--batch-size", "64", *BF16),
     bert=("--size", "roberta-base", "--seq-len", "512", "--batch-size", "128", *BF16),
     moe=("--size", "switch-base-8-like", "--seq-len", "512", "--batch-size", "128", *BF16),
+    images=("--size", "b-16", "--batch-size", "128", *BF16),
+    pictures=(256, 224),
     updates=(5, 40, 5),
     learning_steps=200,
     matmul=8192,
@@ -98,6 +103,8 @@ TOY = Sizes(
     gpt=FP32,
     bert=FP32,
     moe=FP32,
+    images=tuple(IMAGES.split()),
+    pictures=(8, 32),
     updates=(1, 1, 1),
     learning_steps=2,
     matmul=64,
@@ -105,7 +112,7 @@ TOY = Sizes(
     width=64,
     tokens=8,
     head_widths=(16,),
-    lengths=(4, 8),
+    lengths=(8,),
     cache_lengths=(300,),
     norms=((192, 24),),
     vocabularies=((16, 16, 40),),
@@ -158,6 +165,10 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
             Measurement("gpt, --kernels triton", 75, partial(train, "gpt", sizes.gpt, "triton")),
             Measurement("bert, --kernels auto", 75, partial(train, "bert", sizes.bert, "auto")),
             Measurement("moe, --kernels auto", 90, partial(train, "moe", sizes.moe, "auto")),
+            *(
+                Measurement(f"{model}, images", 60, partial(measure.image_speed, sizes, work, model))
+                for model in ("vit", "mae", "simclr")
+            ),
         ],
         "flex": [
             Measurement(name, 25, partial(compared, case, theirs=("FlexAttention",)))

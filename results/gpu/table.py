@@ -78,8 +78,8 @@ def headline(row: dict) -> str:
         mfu = f"{row['mfu']:.1%} MFU, " if row["mfu"] else ""
         top = "; ".join(f"{name[:40]} {share:.0%}" for name, share in list(row["kernels"].items())[:3])
         return (
-            f"{row['tokens_per_second']:,.0f} tokens/s, {mfu}{row['peak_memory'] / 1e9:.1f} GB, "
-            f"{row['idle']:.1%} without a kernel; most in {top}"
+            f"{row['tokens_per_second']:,.0f} {row.get('unit', 'tokens')}/s, {mfu}"
+            f"{row['peak_memory'] / 1e9:.1f} GB, {row['idle']:.1%} without a kernel; most in {top}"
         )
     if "results" in row and "ratio" in row["results"][0]:
         return ", ".join(f"{r['side']} {r['tokens_per_second']:,.0f} tokens/s" for r in row["results"])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from kept import kept_by_forward
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +24,6 @@ from engine import parallel, trainable
 from engine.activations import Precision, attention_bytes, mlp_bytes
 from engine.memory import MOMENTS, block_bytes, describe, estimate
 from engine.optim import make_optimizers, step_optimizers
-from kernels import cross_entropy
 from language import electra, masking
 from posttraining.nf4 import n_bytes
 
@@ -93,61 +92,12 @@ def batch_for(config, B, T, mask_rate=0.15):
     return batch | {"uniform": torch.rand(B, n)}  # for language/electra.py
 
 
-class RMSNorm(torch.autograd.Function):
-    """Keeps the same tensors as kernels/rmsnorm.py, see test_the_fused_kernels_keep_what_is_estimated."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        h = x.float()
-        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, r)
-        return (h * r * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, r = ctx.saved_tensors
-        n, dy = x.float() * r, dy.float()
-        g = dy * weight
-        dx = g.sub_(n * (g * n).mean(-1, keepdim=True)).mul_(r).to(x.dtype)
-        return dx, (n * dy).flatten(0, -2).sum(0).to(weight.dtype), None
-
-
-def attention(q, k, v, *, causal, window, cu_seqlens, backend):
-    """Attention without the CPU path of kernels/attention.py."""
-    heads = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
-    return F.scaled_dot_product_attention(*heads, is_causal=causal, enable_gqa=True).transpose(1, 2)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    rows = cross_entropy.rows_per_chunk
-    monkeypatch.setattr(gpt, "attention", attention)
-    monkeypatch.setattr(gpt, "rms_norm", lambda x, w, eps, backend: RMSNorm.apply(x, w, eps))
-    monkeypatch.setattr(gpt, "gelu", lambda x: F.gelu(x, approximate="tanh"))
-    monkeypatch.setattr(cross_entropy, "rows_per_chunk", lambda N, D, V, _: rows(N, D, V, "cuda"))
-    monkeypatch.setattr(cross_entropy, "IN_CACHE", 0)
-
-
-def kept_by_forward(model, batch, dtype) -> int:
-    """Return the bytes that autograd keeps, without the parameters, each piece of memory counted once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def pack(x):
-        saved[x.untyped_storage().data_ptr()] = x  # held, so that its address stays its own
-        return x
-
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
-        loss, _ = loss_of(model, batch)
-    return sum(x.untyped_storage().nbytes() for pointer, x in saved.items() if pointer not in own)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [GPT, GPT2, MOE, SOFTMAX, BERT])
 def test_activations_are_what_autograd_keeps(as_on_a_gpu, config, dtype):
     args = flags(dtype=dtype)
-    kept = kept_by_forward(KINDS[type(config)](config), batch_for(config, 2, 128), dtype)
+    model, batch = KINDS[type(config)](config), batch_for(config, 2, 128)
+    kept = kept_by_forward(lambda: loss_of(model, batch), model, dtype=dtype)
     parts = plan(config, args).parts
     # Left out are statistics and angles, and in bert.py the head's own layers at the masked places.
     assert parts["activations"][0] + parts["gradients"][0] == pytest.approx(kept, rel=0.02)
@@ -155,7 +105,8 @@ def test_activations_are_what_autograd_keeps(as_on_a_gpu, config, dtype):
 
 def test_the_fused_kernels_keep_what_is_estimated():
     config = gpt.Config(1, 2, 32, 48, 128, 16, n_kv_heads=1, qk_norm=True, kernels="triton")
-    kept = kept_by_forward(gpt.GPT(config), batch_for(config, 1, 16), "float32")
+    model = gpt.GPT(config)
+    kept = kept_by_forward(lambda: loss_of(model, batch_for(config, 1, 16)), model)
     parts = plan(config, flags(batch_size=1, seq_len=16)).parts
     # So small, angles (16 numbers twice, for each token) and statistics (7 numbers) count.
     small = 16 * 4 * (2 * 16 + 2 + 3 + 1) + 2 * 8 * 16

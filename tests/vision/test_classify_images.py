@@ -62,7 +62,6 @@ def test_a_folder_for_each_class_is_learned_in_colour(tmp_path):
         (["--document-mask"], "--document-mask: images have no documents"),
         (["--set", "patch_size=5"], "multiples of the patch"),
         (["--set", "warp=-1"], "warp -1: expected"),
-        (["--dry-run"], "--dry-run: plans rows of tokens, and not yet images"),
     ],
 )
 def test_a_mistake_is_one_line_with_code_2(tmp_path, more, words, few_glyphs):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_command
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 from small_vit import SMALL, TOLERANCE, assert_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.class_folders import Part
+from data.images import as_dataset
 from formats.open_model import open_model
-from vision import mae, vit
+from vision import mae, maskfeat, vit
 from vision.mae import MAE, Config
 from vision.vit import SIZES, ViT
 
@@ -77,6 +80,16 @@ def test_what_is_predicted_is_in_order_of_row_column_and_channel():
     assert not torch.equal(patches, vit.patches_of(images, 4))
 
 
+@pytest.mark.parametrize("task, words", [(mae, "error of 1.7500"), (maskfeat, "image one of 1.7500")])
+def test_the_error_of_the_mean_image_is_of_pixels_divided_by_each_channel_s_std(task, words, monkeypatch):
+    labels = np.array([-1])
+    parts = (Part(np.full((1, 3, 8, 8), value, np.uint8), labels) for value in (0, 51))  # 51 is 0.2
+    dataset = as_dataset(*parts, ())
+    monkeypatch.setattr(task, "load_images", lambda args, config: dataset)
+    found = task.load_data(None, replace(SMALL, image_size=8, n_channels=3, std=(0.1, 0.2, 0.4))).guess
+    assert words in found  # (2^2 + 1^2 + 0.5^2) / 3
+
+
 def test_the_encoder_sees_visible_patches_alone():
     model, noise = small(mask_rate=0.5), torch.rand(2, 6)
     images = torch.rand(2, 2, 8, 12)
@@ -124,8 +137,8 @@ def test_a_rebuilt_image_keeps_what_is_visible():
 def test_flops_are_those_of_the_matrix_products():
     model = small(mask_rate=0.5)
     with FlopCounterMode(display=False) as counter:
-        model(torch.rand(3, 2, 8, 12), torch.rand(3, 6))[0].sum().backward()
-    first = 2 * 6 * 32 * 2 * 16  # backward needs no gradient of the images
+        mae.loss(model, {"images": torch.rand(3, 2, 8, 12), "noise": torch.rand(3, 6)})[0].backward()
+    first = 2 * 3 * 32 * 2 * 16  # backward needs no gradient of the images, of which half is visible
     assert counter.get_total_flops() == 3 * (model.flops() - first)
 
 

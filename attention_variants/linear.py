@@ -44,8 +44,8 @@ from gpt import GPT, Norm
 
 
 @dataclass(frozen=True)
-class Config(gpt.Config):
-    """The fields of gpt.py's Config, and which layers keep its attention."""
+class Fields:
+    """The fields of the attention, for the Config of a decoder, dense or with experts."""
 
     softmax_layers: tuple[int, ...] = ()  # MiniMax-01: every eighth
     chunk: int = 64  # tokens of a chunk
@@ -79,6 +79,11 @@ class Config(gpt.Config):
         of_linear = 12 * H * K * (c + 1) // 2 + 12 * H * K * K
         n_softmax = self.n_layers - self.n_linear_layers
         return 6 * self.n_matmul_params + n_softmax * of_softmax + self.n_linear_layers * of_linear
+
+
+@dataclass(frozen=True)
+class Config(Fields, gpt.Config):
+    """The fields of gpt.py's Config, and which layers keep its attention."""
 
 
 SIZES = {
@@ -166,7 +171,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         D, H, K = config.d_model, config.n_heads, config.K
         self.qkv_proj = nn.Linear(D, 3 * H * K, bias=False)  # for each head its q, k and v
-        self.gate_proj = nn.Linear(D, H * K, bias=False)
+        self.output_gate = nn.Linear(D, H * K, bias=False)
         self.out_norm = Norm(H * K, replace(config, norm_eps=1e-6), "rms")  # whatever rms_norm_eps is
         self.o_proj = nn.Linear(H * K, D, bias=False)
         self.layer, self.n_heads, self.chunk, self.n_layers = layer, H, config.chunk, config.n_layers
@@ -187,7 +192,7 @@ class LinearAttention(nn.Module):
             else:
                 o, _ = chunked(q, k, v, s, self.chunk)
         o = self.out_norm(o.reshape(B, T, -1))
-        return self.o_proj(torch.sigmoid(self.gate_proj(x)) * o)
+        return self.o_proj(torch.sigmoid(self.output_gate(x)) * o)
 
 
 class HybridCache(KVCache):
@@ -231,19 +236,21 @@ class Block(gpt.Block):
             self.self_attn = LinearAttention(config, layer)
 
 
+def new_cache(model: nn.Module, lengths: list[int], max_len: int, static: bool = False) -> HybridCache:
+    """Return an empty cache for prompts of these lengths, max_len tokens in all. Raises ValueError for a
+    static one, which a compiled step needs."""
+    if static:
+        raise ValueError("linear attention has no cache for a compiled step; leave out --compile")
+    return HybridCache(model.config, lengths, max_len, like=model.model.norm.weight)
+
+
 class LinearGPT(GPT):
     """gpt.py's decoder with linear attention in all but the softmax_layers, saved natively."""
 
-    block = Block
+    block, new_cache = Block, new_cache
+    matrices = (*GPT.matrices, "output_gate")
     save_pretrained = native.save
     from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
-
-    def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> HybridCache:
-        """Return an empty cache for prompts of these lengths. Raises ValueError for a static one, which a
-        compiled step needs."""
-        if static:
-            raise ValueError("linear attention has no cache for a compiled step; leave out --compile")
-        return HybridCache(self.config, lengths, max_len, like=self.model.norm.weight)
 
 
 # --- for train.py: the task is gpt.py's
@@ -254,7 +261,12 @@ TASK = "gpt"
 STEPS = 1000
 separate_head = gpt.separate_head
 show = gpt.show
-width_factors = optim.width_factors
+
+
+def width_factors(name: str, ratio: float) -> tuple[float, float]:
+    """Return the factors of `optim.width_factors`; the gate is a hidden matrix."""
+    return optim.width_factors(name.replace("output_gate", "output_gate_proj"), ratio)
+
 
 if __name__ == "__main__":
     command.run(lambda: main(LinearGPT, SIZES))  # continue a text, or print the sizes

@@ -23,6 +23,8 @@ KINDS = {
     "routed_scale": (float, int), "flag": (bool,), "image_size": (int, list), "qkv_bias": (bool,),
     "positions": (str,), "mask_rate": (float, int), "norm_pix": (bool,), "query_scale": (float, int),
     "logit_softcap": (float, int), "attention_softcap": (float, int), "local_theta": (float, int),
+    "softmax_alpha": (float, int), "softmax_beta": (float, int), "linear_alpha": (float, int),
+    "linear_beta": (float, int), "mlp_alpha": (float, int), "mlp_beta": (float, int),
 }  # fmt: skip
 MOST_LAYERS = 100_000  # more would take minutes to build, before the weights show that there are fewer
 # Whole numbers that may be 0, and fields that may be null, with its meaning.

@@ -23,6 +23,7 @@ from formats import (
     image_decoders,
     images,
     llava,
+    minimax,
     mixtures,
     native,
     reward_models,
@@ -66,6 +67,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "moe"
     if architecture in gemma.ARCHITECTURES:
         return gemma.CONCEPT
+    if architecture == minimax.ARCHITECTURE:
+        return minimax.CONCEPT
     if architecture in deepseek.ARCHITECTURES:
         return deepseek.concept_of(path, hf)
     if architecture in encoder_decoders.ARCHITECTURES:
@@ -99,7 +102,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
     known += [*gemma.ARCHITECTURES, *deepseek.ARCHITECTURES, *clip.MODELS, llava.ARCHITECTURE]
-    known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
+    known += [minimax.ARCHITECTURE, *images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

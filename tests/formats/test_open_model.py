@@ -26,6 +26,7 @@ KINDS = {
     "attention_variants.local_global": ("gemma2", "gemma3"),
     "attention_variants.latent": ("deepseek-dense",),
     "attention_variants.deepseek": ("deepseek-v2", "deepseek-v3"),
+    "attention_variants.minimax": ("minimax",),
     "language.electra": ("electra-discriminator",),
     "language.deberta": ("deberta-v1", "deberta-v3", "deberta-released", "deberta-released-v2"),
     "posttraining.classify": ("bert-classifier",),

@@ -48,8 +48,7 @@ class Config:
     norm_eps: float = 1e-6
     positions: str = "rope"  # or "learned"
     rope_theta: float = 10_000.0
-    # {"rope_type": "linear" | "llama3", "factor": ...}, as Hugging Face writes it
-    rope_scaling: dict | None = None
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}, as Hugging Face writes it
     mlp: str = "swiglu"  # or "gelu"
     bias: bool = False  # in every linear layer
     qkv_bias: bool = False  # only in the query, key and value projections (Qwen2)
@@ -105,6 +104,7 @@ class Config:
 
 
 GPT2 = dict(norm="layer", norm_eps=1e-5, positions="learned", mlp="gelu", bias=True, eos_token_id=50256)
+LLAMA = dict(norm_eps=1e-5, tie_embeddings=False)
 
 SIZES = {
     "tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True),
@@ -117,13 +117,9 @@ SIZES = {
     "gpt2-medium": Config(24, 16, 1024, 4 * 1024, **GPT2),
     "gpt2-large": Config(36, 20, 1280, 4 * 1280, **GPT2),
     "gpt2-xl": Config(48, 25, 1600, 4 * 1600, **GPT2),
-    "llama2-7b": Config(32, 32, 4096, 11008, 32000, 4096, norm_eps=1e-5, tie_embeddings=False),
-    "llama3-8b": Config(
-        32, 32, 4096, 14336, 128256, 8192, 8, norm_eps=1e-5, rope_theta=500_000.0, tie_embeddings=False
-    ),
-    "mistral-7b": Config(
-        32, 32, 4096, 14336, 32000, 32768, 8, norm_eps=1e-5, window=4096, tie_embeddings=False
-    ),
+    "llama2-7b": Config(32, 32, 4096, 11008, 32000, 4096, **LLAMA),
+    "llama3-8b": Config(32, 32, 4096, 14336, 128256, 8192, 8, rope_theta=500_000.0, **LLAMA),
+    "mistral-7b": Config(32, 32, 4096, 14336, 32000, 32768, 8, window=4096, **LLAMA),
 }
 
 
@@ -235,12 +231,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each added to the residual stream."""
+    """Attention and an MLP, each added to the residual stream. A variant replaces `attention`."""
+
+    attention = Attention
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.input_layernorm = Norm(config.d_model, config, config.norm)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = self.attention(config, layer)
         self.post_attention_layernorm = Norm(config.d_model, config, config.norm)
         self.mlp = MLP(config)
 
@@ -250,9 +248,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder. A variant replaces `block`, and names its other matrices in `matrices`."""
+    """The decoder. A variant replaces one of its classes, and names its other matrices in `matrices`."""
 
-    block = Block
+    block, norm, embedding = Block, Norm, nn.Embedding
     # The endings of the names of parameters that `initialize` draws from N(0, 0.02^2).
     matrices = ("_proj", "embed_tokens", "embed_positions", "lm_head")
 
@@ -262,10 +260,10 @@ class GPT(nn.Module):
         learned = config.positions == "learned"
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.d_model),
+                "embed_tokens": self.embedding(config.vocab_size, config.d_model),
                 **({"embed_positions": nn.Embedding(config.max_seq_len, config.d_model)} if learned else {}),
                 "layers": nn.ModuleList(self.block(config, layer) for layer in range(config.n_layers)),
-                "norm": Norm(config.d_model, config, config.norm),
+                "norm": self.norm(config.d_model, config, config.norm),
             }
         )
         untied = not config.tie_embeddings
@@ -291,9 +289,9 @@ class GPT(nn.Module):
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to GPT.initialize")
 
     def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens=None) -> Tensor:
-        """Return the normalised hidden states (B, T, D) of tokens (B, T), int64. cache: of generation; the
-        first pass fills it with the prompts, later ones add one token each. cu_seqlens: see
-        `kernels.attention`, int32: where the documents packed in one row (B = 1) begin, and its end."""
+        """Return the normalised hidden states (B, T, D) of tokens (B, T), int64, or of embeddings (B, T, D).
+        cache: of generation; the first pass fills it with the prompts, later ones add one token each.
+        cu_seqlens, int32: where documents packed in one row begin, and its end: see `kernels.attention`."""
         # Positions (1, T), or (B, 1) where the rows of a cache differ in length.
         T, device = tokens.shape[1], tokens.device
         positions = torch.arange(T, device=device)[None] if cache is None else cache.positions(T, device)
@@ -302,18 +300,21 @@ class GPT(nn.Module):
             positions = positions - cu_seqlens[document]
 
         # Embeddings; learned positions are added, rotary ones turn queries and keys in every layer.
-        x = self.model.embed_tokens(tokens)  # (B, T, D)
-        rotation, config = None, self.config
-        if config.positions == "rope":
-            rotation = rope(positions, config.rope_theta, config.K, config.rope_scaling)
-        else:
+        x = tokens if tokens.is_floating_point() else self.model.embed_tokens(tokens)  # (B, T, D)
+        if self.config.positions == "learned":
             x = x + self.model.embed_positions(positions)
+        rotation = self.rotation(positions)
 
         for block in self.model.layers:
             x = block(x, rotation, cache, cu_seqlens)
         if cache is not None:
             cache.advance()
         return self.model.norm(x)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return cos and sin of `rope` at positions (B, T), which all blocks get; None without it."""
+        c = self.config
+        return rope(positions, c.rope_theta, c.K, c.rope_scaling) if c.positions == "rope" else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -322,8 +323,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of hidden states (..., D)."""
-        tied = self.lm_head is None
-        logits = F.linear(hidden, self.head_weight) if tied else self.lm_head(hidden)
+        logits = F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

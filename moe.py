@@ -61,7 +61,7 @@ class Config(gpt.Config):
     dense_layers: tuple[int, ...] = ()  # layers with an ordinary MLP, of width d_ff
     router: str = "softmax"  # or "switch", "sigmoid", "expert_choice"
     renormalize: bool = True  # divide the weights of a token's experts by their sum
-    # sigmoid: the experts are in groups, one for each machine, and a token chooses within its top_groups.
+    # The experts are in groups, one for each machine, and a token chooses within its top_groups (DeepSeek).
     n_groups: int = 1
     top_groups: int = 1
     routed_scale: float = 1.0  # factor of the weights
@@ -97,8 +97,8 @@ class Config(gpt.Config):
              "renormalize True: with expert_choice a token may have no expert; use False"),
             (not divides,
              f"n_groups {groups}, top_groups {top}: expected a divisor of n_experts {E}, at most n_groups"),
-            (groups > 1 and router != "sigmoid",
-             f"n_groups {groups}: router {router!r} has no groups; use sigmoid"),
+            (groups > 1 and router not in ("softmax", "sigmoid"),
+             f"n_groups {groups}: router {router!r} has no groups; use softmax or sigmoid"),
             (divides and groups > 1 and (groups == E or k > top * (E // groups)),
              f"n_groups {groups}, top_groups {top}, top_k {k}: expected at least 2 experts in a group and "
              "top_k in the best groups"),

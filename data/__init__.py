@@ -7,8 +7,10 @@ trains on lattices), piece_decoders. special_tokens and words are what all token
 labelled read files of chats and of labelled texts, and stdlib_questions makes such chats from Python's own
 documentation.
 
-Images: glyphs draws characters from fonts, images reads folders, published_images MNIST's and CIFAR's files,
-augment makes other views of an image, and palette turns pixels into numbers of colours.
+Images: glyphs draws characters from fonts, scenes two objects with a caption, images reads folders,
+published_images MNIST's and CIFAR's files, captions and tar_images images with captions, image_conversations
+conversations about images, augment makes other views of an image, and palette turns pixels into numbers of
+colours.
 
 Sounds: notes synthesises chords of instruments, and sounds reads folders. class_folders is what folders of
 images and of sounds share.

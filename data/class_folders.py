@@ -1,9 +1,9 @@
 """Folders of files, one for each class: found, partly held out, and decoded once to a memory map.
 
-    a folder of folders      a folder for each class; or train/ and val/ with such folders
+    a folder of folders      a folder for each class; or train/ and val/ (or test/) with such folders
     a folder of files        examples without classes
 
-data/images.py and data/sounds.py say which files they are, and how one is decoded to an array. The arrays of
+data/images.py and data/sounds.py name the kind of files, and decode one to an array. The arrays of
 a set have one shape, and lie below --cache, with a manifest. What had to be converted is counted and printed.
 What cannot be read is refused, or left out by --bad-text skip.
 
@@ -25,12 +25,12 @@ from formats.atomic import damage, names_full_disk, replace_directory, write_che
 from formats.progress import progress_bar
 
 HELD_OUT = 1 / 10  # share of each class
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "val"}
+VAL = ("val", "valid", "validation", "test")  # names of a folder to hold out; the first that exists is used
 MOST_NAMED = 5  # files that are left out are named up to this number, and then counted
 
 
 class Kind(NamedTuple):
-    """A kind of files."""
+    """A kind of files, such as images."""
 
     noun: str  # of one of them
     suffixes: tuple[str, ...]
@@ -117,7 +117,9 @@ def find_files(folder: Path, val: str | None, kind: Kind) -> tuple[list[Found], 
     Raises ValueError where files and folders are mixed, for a class without files, and for held-out files of
     other classes or that are among the others.
     """
-    inside = {PARTS[path.name]: path for path in folder.iterdir() if path.is_dir() and path.name in PARTS}
+    held_out = next((name for name in VAL if (folder / name).is_dir()), VAL[0])
+    inside = {"train": folder / "train", "val": folder / held_out}
+    inside = {part: path for part, path in inside.items() if path.is_dir()}
     if val is not None:
         held = existing_folder(val, "--val", kind)
         inside = {"train": inside.get("train", folder), "val": held}
@@ -134,13 +136,13 @@ def find_files(folder: Path, val: str | None, kind: Kind) -> tuple[list[Found], 
 
 
 def class_folders(folder: Path, kind: Kind) -> tuple[list[tuple[Path, int]], list[str]]:
-    """Return (path, number of its class) of the files in a folder, and the names of the classes."""
+    """Return (path, number of its class) of the files in a folder, and the names of the classes.
+
+    Raises ValueError where files stand beside folders, and for a folder or a class without files.
+    """
     folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    loose, nouns, expected = (
-        files_in(folder, kind, deep=not folders),
-        f"{kind.noun}s",
-        " ".join(kind.suffixes),
-    )
+    loose = files_in(folder, kind, deep=not folders)
+    nouns, expected = f"{kind.noun}s", " ".join(kind.suffixes)
     if not folders:
         if not loose:
             raise ValueError(
@@ -170,7 +172,10 @@ def files_in(folder: Path, kind: Kind, deep: bool) -> list[Path]:
 
 
 def hold_out(members: list[tuple[Path, int]]) -> list[Found]:
-    """Return all files, with a tenth of each class held out, always the same ones, and one of few."""
+    """Return all files, with a tenth of each class held out, but at least one of two or more.
+
+    They are always the same ones.
+    """
     found = []
     for label in sorted({label for _, label in members}):
         paths = [path for path, own in members if own == label]

@@ -2,14 +2,14 @@
 
     (font, character) -> 32 x 32 grey picture, its label (the character), its caption (style and name)
 
-matplotlib, which this project needs anyway, ships 40 TrueType fonts. 21 of them are of use: DejaVu, STIX and
-Computer Modern. The others have their own encodings under the codes of letters, or draw frames. So there are
-images with exact labels and no download, in as many combinations as fonts and characters have. What is held
-out is a *combination*: a font that was never seen, or a pair of a font and a character that were seen apart.
+matplotlib, which this project needs anyway, ships 40 TrueType fonts. 21 of them are used: DejaVu, STIX and
+Computer Modern. The others have other signs under the codes of letters, or draw frames. So there are images
+with exact labels and without a download, one for each pair of a font and a character. Held out are fonts that
+were never seen, or pairs whose font and character were seen, but not together.
 
     glyphs          62 letters and digits, drawn in 21 fonts; a tenth of the pairs is held out
-    glyphs:fonts    the same; nine fonts are held out (STIX, Computer Modern), twelve are learned from
-    glyphs:few      the same nine fonts are held out; three are learned from: 186 labels
+    glyphs:fonts    the same; nine fonts are held out (STIX, Computer Modern), twelve are to learn from
+    glyphs:few      the same nine fonts are held out; three of the twelve are to learn from: 186 labels
     glyphs:all      Latin, Greek and Cyrillic letters, and digits: 17,000 pairs, a tenth of them held out
     glyphs:dejavu   those of glyphs:all in the twelve fonts of glyphs:fonts. What learns from these without
                     labels has never seen the nine other fonts, in which a probe then finds what it learned
@@ -57,8 +57,8 @@ FONTS = {  # the file's name without .ttf: its style in words
     "cmti10": "italic roman",
     "cmtt10": "typewriter",
 }
-UNSEEN = tuple(font for font in FONTS if not font.startswith("DejaVu"))  # held out of "glyphs:fonts"
-FEW = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")  # learned from in "glyphs:few"
+UNSEEN = tuple(font for font in FONTS if not font.startswith("DejaVu"))  # held out in "glyphs:fonts"
+FEW = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")  # to learn from in "glyphs:few"
 SETS = ("glyphs", "glyphs:fonts", "glyphs:few", "glyphs:all", "glyphs:dejavu")
 
 

@@ -2,7 +2,7 @@
 
     glyphs, glyphs:fonts and others     drawn here from matplotlib's fonts (data/glyphs.py)
     landscapes                          drawn here, in colour (data/landscapes.py)
-    a folder of folders                 a folder for each class; or train/ and val/ with such folders
+    a folder of folders                 one for each class; or train/ and val/ (or test/) with such folders
     a folder of images                  images without classes
     a folder of published files         MNIST's *-idx3-ubyte, also .gz; CIFAR-10's and CIFAR-100's .bin
 
@@ -33,7 +33,7 @@ from formats import command
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KIND = Kind("image", SUFFIXES, "glyphs", np.uint8)
-VERSION = 2  # of what decoding does: other pixels need another number
+VERSION = 2  # of the decoding, by which older caches are recognised: raise it where pixels change
 
 
 class ImageRows(Rows):
@@ -62,13 +62,15 @@ def prepare(
     bad_images: str = "refuse",
     notify: Callable[[str], None] = print,
 ) -> Dataset:
-    """Return the images that `data` names, see above, in parts to learn from and held out.
+    """Return the images that `data` names in one of the header's forms, to learn from and held out.
 
     size: height and width. channels: 1 or 3; None: those that the set has, 3 in folders. val: a folder of
     images to hold out; by default it is the set's own test part, or a tenth of each class. bad_images: "skip"
     leaves out what cannot be read, "refuse" raises ValueError. notify is called with one line of what was
     converted or left out. Raises ValueError for everything that a user can mend.
     """
+    if min(size) < 1:
+        raise ValueError(f"images of {size[0]} x {size[1]} pixels: expected at least 1 both ways")
     # Glyphs and landscapes are drawn, and published files hold arrays: all have a held-out part of their own.
     if data.partition(":")[0] in ("glyphs", "landscapes"):
         if val is not None:
@@ -168,12 +170,21 @@ def scaled(image, size: tuple[int, int]):
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
 
 
+def with_border(image, size: tuple[int, int]):
+    """Return a Pillow image scaled to fit into height x width, in the middle of its own mean colour."""
+    from PIL import Image, ImageOps, ImageStat
+
+    mean = tuple(map(round, ImageStat.Stat(image).mean))
+    return ImageOps.pad(image, (size[1], size[0]), Image.Resampling.BICUBIC, color=mean)
+
+
 # --- decoding
 
 
-def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarray:
+def decode(path: Path, shape: tuple[int, int, int], notes: Counter, *, border: bool = False) -> np.ndarray:
     """Return an image file as uint8 (C, H, W), and count in notes what had to be converted.
 
+    border: an image of another aspect ratio gets a border of its mean colour, instead of being cut.
     Raises ValueError for a file that is damaged, is no image, or has more pixels than Pillow's limit.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -182,13 +193,15 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarra
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                # A MPO is a camera's JPEG with a preview behind it.
+            with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+                # An MPO is a camera's JPEG with a preview behind it.
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     notes["animated (first frame used)"] += 1
                 image.load()
                 image = ImageOps.exif_transpose(image)
                 image = converted(image, "L" if shape[0] == 1 else "RGB", notes)
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise ValueError(f"{path}: cannot be opened ({error.strerror}); expected an image") from None
         except UnidentifiedImageError:
             raise ValueError(f"{path}: not an image; expected one of {', '.join(FORMATS)}") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -198,7 +211,7 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter) -> np.ndarra
             raise ValueError(f"{path}: damaged or cut off ({error})") from None
     if image.height < shape[1] or image.width < shape[2]:
         notes[f"smaller than {shape[1]} x {shape[2]} (enlarged)"] += 1
-    return as_array(scaled(image, shape[1:])).copy()
+    return as_array((with_border if border else scaled)(image, shape[1:])).copy()
 
 
 def decode_all(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndarray:
@@ -207,7 +220,10 @@ def decode_all(paths: Sequence[Path], shape: tuple[int, int, int]) -> np.ndarray
 
 
 def converted(image, mode: str, notes: Counter):
-    """Return a Pillow image of any mode in another: "L", grey, or "RGB"."""
+    """Return a Pillow image of any mode as grey (mode "L") or "RGB", and count in notes what that took.
+
+    Raises OSError for pixels that are no integers from 0 to 65535.
+    """
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":

@@ -1,17 +1,16 @@
-"""Averages: a slow copy of the weights, which is evaluated and saved in their place (--ema).
+"""Averages: moving averages of the weights, which are evaluated and saved in their place (--ema).
 
-    a <- d a + (1 - d) w          after each update, for each weight w that learns
+    a <- d a + (1 - d) w          after each update, for the average a of each weight w that learns; d: decay
 
-An exponential moving average reaches back about 1 / (1 - d) updates. It takes out the noise of the last ones,
-as a falling learning rate does, and it is how diffusion models are sampled (Ho et al. 2020, appendix B; the
-idea: Polyak and Juditsky 1992). Training itself does not read it, so the loss of the training batches stays
-what it is without.
+Such an exponential moving average reaches back about 1 / (1 - d) updates. It takes out the noise of the last
+updates, as a falling learning rate does. Diffusion models are sampled with it (Ho et al. 2020, appendix B);
+the idea is of Polyak and Juditsky (1992). The training does not read it, so its loss is the same without.
 
     d = min(decay, (1 + t) / (10 + t))          t: updates so far
 
-so that a short run does not average over its random start: at first the average reaches back a ninth of the
-run (TensorFlow's ExponentialMovingAverage). An update that is left out, because its gradient is not finite,
-leaves the average as it is.
+so that a short run does not average over its random start: at first the average reaches back over a ninth of
+the updates so far (TensorFlow's ExponentialMovingAverage). An update that is left out, because its gradient
+is not finite, leaves the average as it is.
 """
 
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from engine import parallel
 
 
 class Averages:
-    """The averages of the weights of a model that learn: of those that this rank holds."""
+    """The averages of a model's weights that learn. Of a sharded weight, a rank holds those of its shard."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
@@ -33,8 +32,11 @@ class Averages:
 
     @torch.no_grad()
     def update(self, finite: Tensor, step: int) -> None:
-        """Average in the weights after update number `step`, unless `finite`, a bool () on their device, is
-        False. The host does not wait for the device."""
+        """Move the averages towards the weights after update number `step`.
+
+        finite: bool (), on the device of the weights; where it is False the averages stay as they are. The
+        host does not wait for the device.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         share = (1 - decay) * finite
         for average, w in self.pairs():
@@ -61,6 +63,6 @@ class Averages:
             average.copy_(before)
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each average and its weight, of sharded ones this rank's shards."""
+        """Yield each average and its weight; of sharded ones the shards of this rank."""
         for name, average in self.tensors.items():
             yield parallel.local(average), parallel.local(self.weights[name])

@@ -26,6 +26,12 @@ FREE_ON_RESUME = NO_EFFECT | BY_CONTENT | {
     "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
     "extend", "patience",
 }  # fmt: skip
+# --NAME VALUE is short for --set NAME=VALUE, for the models that have such a field.
+SHORT = {
+    "stage": "1: the projector alone learns, 2: the language model too (--model llava; default 2)",
+    "tower": "directory of a CLIP whose image tower a new llava gets (default: one trained on scenes first)",
+    "images": "folder of the images that the conversations in --data name (--model llava)",
+}
 # A second schedule, of --extend, may have these of its own too.
 FREE_ON_EXTEND = FREE_ON_RESUME | {"lr", "warmup", "schedule"}
 
@@ -45,6 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_output(parser.add_argument_group("what comes out"))
     add_measurements(parser.add_argument_group("instead of a run"))
     args = parser.parse_args(argv)
+    args.set += [f"{name}={getattr(args, name)}" for name in SHORT if getattr(args, name) is not None]
     if not args.compare and args.model is None:
         parser.error(f"--model is missing: expected one of {', '.join(contract.names())}")
     args.out = args.out or Path("runs") / (args.model or "compare")
@@ -78,6 +85,8 @@ def add_what(group) -> None:
         metavar="FIELD=VALUE",
         help="other values for fields of the Config of model, task or adapter, as n_layers=6 mask_rate=0.3",
     )
+    for name, text in SHORT.items():
+        add(f"--{name}", type=command.filled, metavar="VALUE", help=f"{text}; short for --set {name}=VALUE")
     add("--init-from", type=command.filled, metavar="DIR", help="start from this checkpoint, or this adapter")
     add(
         "--base",
@@ -100,8 +109,9 @@ def add_data(group) -> None:
         ".txt .md .py .jsonl .json .csv .tsv .parquet, also .gz, a URL, or one of: "
         f"{', '.join(PUBLIC)}; for --task instruct conversations: stdlib (questions about it), or a file of "
         "records, see data/conversations.py; for dpo and reward preferences, see data/preferences.py; for "
-        "vit, mae and igpt images: glyphs, or a folder, see data/images.py; for spectrogram sounds: notes, "
-        "or a folder, see data/sounds.py",
+        "vit, mae and igpt images: glyphs, or a folder, see data/images.py; for clip images with captions: "
+        "glyphs, scenes, or a file, see data/captions.py; for llava conversations about images: scenes, or a "
+        "file with --images FOLDER; for spectrogram sounds: notes, or a folder, see data/sounds.py",
     )
     add(
         "--val",

@@ -105,7 +105,7 @@ def question_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace)
     # In GSM8K "####" stands before the number, behind several lines; other answers are one line.
     stops = QUESTION_STOPS if any("####" in item.answer for item in task.items) else ("\n",)
     prompts = [item.prompt for item in task.items]
-    texts = write(model, tokenizer, prompts, stops, args.max_new_tokens, args.batch_size)
+    texts = write(model, tokenizer, prompts, stops, args.max_new_tokens or 256, args.batch_size)
     found = [score_question(text.text, item.answer) for text, item in zip(texts, task.items, strict=True)]
     answers = [item.answer for item in task.items]
     more = {"baselines": {"most frequent answer": max(map(answers.count, set(answers))) / len(answers)}}
@@ -116,7 +116,10 @@ def question_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace)
 def program_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
     """Return pass@1, and pass@10 and pass@100 where there are enough samples."""
     n = args.samples
-    completions = write_programs(model, tokenizer, task.items, n, args.temperature, args.seed)
+    most = args.max_new_tokens or 512
+    completions = write_programs(
+        model, tokenizer, task.items, n, args.temperature, args.seed, most, args.batch_size
+    )
     passing = count_passing(task.items, completions)
     figures = []
     for k in (1, 10, 100):
@@ -290,13 +293,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pool = "file whose first K items are the examples (default: drawn from the task's other items)"
     add("--shots-from", type=command.filled, metavar="FILE", help=pool)
     add("--batch-size", type=int, default=16, metavar="ROWS", help="rows per pass (default %(default)s)")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="tokens of an answer to a question (default 256)",
-    )
+    length = "tokens of an answer at most (default: 256 to a question, 512 of a program)"
+    add("--max-new-tokens", type=int, metavar="N", help=length)
     add("--samples", type=int, default=1, metavar="N", help="programs per problem, for pass@k (default 1)")
     add(
         "--temperature",
@@ -306,7 +304,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="temperature of these programs (default 0)",
     )
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default 0)")
-    add("--out", type=command.path, metavar="FILE", help="write all figures, also per item, as JSON")
+    add("--out", type=command.new_file, metavar="FILE", help="write all figures, also per item, as JSON")
     add("--unprotected", action="store_true", help="run programs even where the sandbox is incomplete")
     return parser.parse_args(argv)
 

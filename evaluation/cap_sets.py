@@ -1,13 +1,13 @@
-"""Cap sets: as many points as possible, no three of them on a line. The problem that funsearch.py searches.
+"""Cap sets: as many points as possible, no three of them on a line. The problem of funsearch.py.
 
     points     vectors of n numbers 0, 1, 2, which are added modulo 3: the space F_3^n
     a line     three points a, b, c with a + b + c = 0; so two points determine the third, c = -(a + b)
     known      the largest set has 2, 4, 9, 20, 45, 112 points for n = 1 ... 6; for 7 and 8 the best that is
                known has 236 and 512. That of n = 8 was found by FunSearch (Romera-Paredes et al. 2023)
 
-The skeleton is greedy: points in the order of their priority, the highest first, and each that is on no line
-with two points before it is taken. All that is searched for is the priority, an expression of the point
-(expressions.py), evaluated for all points at once:
+A greedy algorithm goes through the points in the order of their priority, the highest first, and takes each
+that is on no line with two points taken before. Only the priority is searched for: an expression of the point
+(expressions.py), which is evaluated for all points at once:
 
     sum(x[i] == 2 for i in range(n)) == 2           x[i]: coordinate i; x[-1] is the last
 
@@ -26,7 +26,7 @@ from formats import command
 
 BEST_KNOWN = {1: 2, 2: 4, 3: 9, 4: 20, 5: 45, 6: 112, 7: 236, 8: 512}
 
-# Priorities. In a loop over the coordinates i there are also the ones before, around the corner.
+# Priorities. In a loop over the coordinates i, x[i - 1] and x[-i] are other coordinates, counted cyclically.
 PRIORITIES = Grammar(
     {
         "number": 4 * "sum({term} for i in range(n)) | " + "({number} + {number}) | ({number} - {number})"
@@ -51,10 +51,10 @@ def points_of(n: int) -> np.ndarray:
 
 @cache
 def third_points(n: int) -> np.ndarray:
-    """Return the number (P, P) of the point on a line with two points; that of a and a is a itself.
+    """Return int16 (P, P): the number of the third point on the line through two points; a and a give a.
 
-    It is made coordinate by coordinate, each of which is a digit of a point's number in base 3. For n = 8 the
-    table has 86 MB.
+    A point's number has its coordinates as digits in base 3, so the table is made coordinate by coordinate.
+    For n = 8 it takes 86 MB.
     """
     digit = -(np.arange(3)[:, None] + np.arange(3)) % 3
     third = np.zeros((1, 1), dtype=np.int16)
@@ -74,7 +74,7 @@ def is_cap_set(points: np.ndarray) -> bool:
 
 
 def greedy(n: int, priority: np.ndarray) -> np.ndarray:
-    """Return the cap set (m, n) that a priority (P,) gives; among equals the lexicographic order counts."""
+    """Return the cap set (m, n) that a priority (P,) gives. Equal points are taken in lexicographic order."""
     points, third = points_of(n), third_points(n)
     blocked, taken = np.zeros(len(points), dtype=bool), np.zeros(len(points), dtype=np.int64)
     m = 0
@@ -87,7 +87,7 @@ def greedy(n: int, priority: np.ndarray) -> np.ndarray:
 
 
 def priority_of(program: str | ast.expr, n: int) -> np.ndarray:
-    """Return the value (P,) of an expression for all points. Raises ValueError if it gives no numbers."""
+    """Return the value (P,) of an expression for all points. Raises ValueError if it is no number."""
     points = points_of(n)
     with np.errstate(all="ignore"):  # a remainder of a division by 0 is 0
         value = evaluate(program, {"x": list(points.T), "n": n})
@@ -101,15 +101,15 @@ def size(program: str | ast.expr, n: int) -> int:
     return len(greedy(n, priority_of(program, n)))
 
 
-# The published construction (Romera-Paredes et al. 2023, figure 4c): which coordinates are not 0, and how
-# many reflections a point has, the i from 1 to 3 with x[i] == x[-i].
+# The published construction (Romera-Paredes et al. 2023, figure 4c). A point's support is the coordinates
+# that are not 0, its reflections are the i from 1 to 3 with x[i] == x[-i]. These are supports by reflections.
 ANY_REFLECTION = "0123 0125 0367 0567 1346 1456 2347 2457"
 ONE_REFLECTION = "0127 0126 0137 0167 0157 0236 0267 0256 1247 1246 1347 1467 1457 2346 2467 2456"
 FEW_REFLECTIONS = "12356 13567 23567 12357 03457 01345 03456 02345"
 
 
 def published_cap_set() -> np.ndarray:
-    """Return the 512 points (512, 8) of the construction for n = 8."""
+    """Return the points (512, 8) of the published cap set for n = 8."""
     points = points_of(8)
     x = points.T
     support = np.array(["".join(str(i) for i in range(8) if point[i]) for point in points])

@@ -3,17 +3,17 @@
     evaluate("sorted(x)[::-1]", {"x": [3, 1, 2]})                     [3, 2, 1]
     evaluate("().__class__", {})                                      ValueError
 
-A program that a model wrote belongs into a process without rights (sandbox.py), and a process costs a tenth
-of a second. Expressions are the exception, since nothing but this file executes them:
+A program that a model wrote is run in a process without rights (sandbox.py), and a process costs a tenth of a
+second. Expressions need none, since nothing but this file executes them:
 
-    what is there    integers, lists of integers, comparisons, slices, six functions, loops over a list
-    what is not      attributes, strings, imports, assignments, calls of anything else: `evaluate` has no rule
+    what it has      integers, lists of integers, comparisons, slices, six functions, loops over a list
+    what it lacks    attributes, strings, imports, assignments, calls of anything else: `evaluate` has no rule
                      for these nodes of the syntax tree, so there is no way to write, read or reach anything
     how long         at most STEPS nodes are evaluated; there is no recursion, and a loop ends with its list
     how large        texts of LONGEST characters, integers below LARGEST, lists of MOST items; no powers
 
-Python's own parser makes the tree. A Grammar is the other direction: it draws expressions, and changes them
-as genetic programming does (Koza 1992), by a new subtree or by one of another expression.
+Python's own parser makes the tree. A Grammar draws expressions, and changes them as genetic programming does
+(Koza 1992): a subtree is replaced by a new one, or by one of another expression.
 
     python -m evaluation.expressions        draw expressions, change them, run them, and refuse some
 """
@@ -55,7 +55,7 @@ FUNCTIONS: dict[str, Callable] = {
 
 
 def parse(text: str) -> ast.expr:
-    """Return the syntax tree of an expression. Raises ValueError if it is none, or too long."""
+    """Return the syntax tree of an expression. Raises ValueError for other text, and for one too long."""
     if len(text) > LONGEST:
         raise ValueError(f"expression {text[:40]!r}...: more than {LONGEST} characters")
     try:
@@ -78,7 +78,7 @@ def evaluate(program: str | ast.expr, names: dict[str, Any]) -> Any:
 
 
 def value_of(node: ast.expr | None, names: dict[str, Any], left: list[int]) -> Any:
-    """Return the value of a node. left: one number, the nodes that may still be evaluated."""
+    """Return the value of a node. left: a list of one number, the nodes that may still be evaluated."""
     left[0] -= 1
     if left[0] < 0:
         raise ValueError(f"expression: more than {STEPS} steps")
@@ -172,7 +172,7 @@ class Tree(NamedTuple):
 
 
 class Grammar:
-    """Rules of how to write each symbol: {"number": "x | ({number} + {number})", ...}.
+    """The rules of each symbol: {"number": "x | ({number} + {number})", ...}, of which {number} is a symbol.
 
     A rule that stands twice is drawn twice as often.
     """
@@ -181,7 +181,7 @@ class Grammar:
         self.rules = {symbol: alternatives.split(" | ") for symbol, alternatives in rules.items()}
         self.start = start
         self.holes = {rule: tuple(HOLE.findall(rule)) for texts in self.rules.values() for rule in texts}
-        # height: of the smallest tree of a symbol, found by going round until nothing changes.
+        # The height of the smallest tree of each symbol: each round finds those one higher.
         height: dict[str, int] = {}
         for _ in rules:
             for symbol, texts in self.rules.items():
@@ -190,6 +190,7 @@ class Grammar:
                 if known:
                     height[symbol] = 1 + min(known)
         self.height = height
+        # The least height of the tallest child that a rule needs.
         self.below = {rule: max((height[s] for s in holes), default=0) for rule, holes in self.holes.items()}
 
     def draw(self, generator: random.Random, depth: int, symbol: str | None = None) -> Tree:

@@ -3,8 +3,9 @@
     [3 1 2] -> [2 1 3] ;  [5 0] -> [0 5] ;  [7 7 1 4] -> [4 1 7 7] ;            x[::-1]
 
 The functions are expressions of the grammar `expressions.LISTS`, the inputs random lists of 2 to 5 digits.
-The examples seldom determine a function, so more inputs are hidden, as tests. One function in eight is held
-out from training: by its values on fixed inputs, not by its text, since many texts are the same function.
+The examples seldom determine a function, so a program is tested on more inputs, which the question hides. One
+function in eight is held out from training. It is known by its values on fixed inputs, not by its text, since
+many texts are the same function.
 
     python -m evaluation.functions_to_find        a few problems, and how often chance solves them
 """
@@ -42,7 +43,7 @@ def draw_input(generator: random.Random) -> list[int]:
 
 
 def output(tree: ast.expr, x: list[int]) -> Value | None:
-    """Return the value of a program, None where it has none or a question could not show it."""
+    """Return the value of a program for an input, None where it has none or one too large for a question."""
     try:
         value = evaluate(tree, {"x": x})
     except ValueError:
@@ -71,7 +72,7 @@ def draw_programs(n: int, generator: random.Random) -> tuple[dict[str, ast.expr]
     """Return n programs with their trees, as training and test: one function in eight is held out.
 
     Of the programs that compute the same function, all are in one part; the test has only the first of them.
-    Functions that seldom have a value, or always the same one, are left out.
+    Functions that lack a value for more than 3 of the 12 PROBES, or have fewer than 3 values, are left out.
     """
     training, test, known = {}, {}, set()
     while len(training) + len(test) < n:
@@ -109,7 +110,7 @@ def question(examples: Sequence[tuple[list[int], Value]]) -> list[int]:
 
 
 def draw_problems(programs: dict[str, ast.expr], n: int, generator: random.Random) -> list[Problem]:
-    """Return n problems with different functions of these programs, fewer if there are not so many."""
+    """Return up to n problems, each with another of these programs."""
     pairs = generator.sample(list(programs.items()), len(programs))
     made = (draw_problem(text, tree, generator) for text, tree in pairs)
     return list(itertools.islice(filter(None, made), n))

@@ -4,22 +4,24 @@
              parents     two of its programs, better ones more often
              child       a proposal that is made from the parents
              score       the child is run; it joins the island
-    and every RESET evaluations the worse half of the islands restarts, each from the best of a better one
+    and every 2,000 evaluations the worse half of the islands restarts, each from the best of a better one
 
-(Romera-Paredes et al. 2023, s41586-023-06924-6.) On an island the programs with the same scores on all inputs
-are a cluster. A cluster is drawn by softmax of its score with a temperature that falls, and in it a program
-by softmax of minus its length, so that short programs are preferred.
+(Romera-Paredes et al. 2023, doi 10.1038/s41586-023-06924-6; there islands restart every four hours.) On an
+island the programs with the same scores on all inputs are a cluster. A cluster is drawn by softmax of its
+score with a temperature that falls, and in it a program by softmax of minus its length, so that short
+programs are preferred.
 
-There a language model of billions of parameters makes the child. Here are four ways, at equal evaluations:
+In the paper a language model of billions of parameters makes the child. Here it is made in four ways, which
+are compared at equal evaluations:
 
     random      no search: an expression of the grammar
     mutation    genetic programming with one island: a part of a parent changed (expressions.py)
     islands     the same with ten islands
-    model       ten islands, and a small GPT as proposer. It learns from free examples to make a child as
+    model       ten islands, and a small GPT as proposer. It learns from drawn examples to make a child as
                 mutation does, then, again and again, from the children that were better than their parents
 
-The problem is the priority of a cap set (cap_sets.py). An evaluation is a program that was not yet scored:
-proposals that the language lacks, and those that were made before, are counted apart and cost nothing.
+The programs are priorities for cap sets (cap_sets.py). An evaluation is the scoring of a new program.
+Proposals that are no expression, and those that were made before, are counted apart and are no evaluations.
 
     python -m evaluation.funsearch                        n = 5, 3,000 evaluations: a minute
     python -m evaluation.funsearch --methods model        the trained proposer: two minutes
@@ -41,7 +43,7 @@ from formats import command
 from formats.progress import progress_bar
 
 N_ISLANDS, N_PARENTS = 10, 2
-RESET = 2000  # evaluations
+RESET = 2000  # evaluations between two restarts
 DEPTH = 6  # of a drawn expression
 TEMPERATURE, PERIOD = 0.1, 30_000  # of the draw of a cluster, which falls to 0 over a period of programs
 LONGEST_PROGRAM, LONGEST_ROW = 50, 150  # pieces that the model writes, and reads and writes
@@ -57,7 +59,7 @@ class Program(NamedTuple):
 
 @dataclass
 class Island:
-    """Programs that are parents of each other only."""
+    """Programs whose parents are from the same island, by their scores."""
 
     clusters: dict[tuple[int, ...], list[Program]] = field(default_factory=dict)
     n_programs: int = 0
@@ -71,7 +73,7 @@ class Island:
         return self.clusters[max(self.clusters, key=lambda scores: scores[-1])][0]
 
     def parents(self, generator: random.Random) -> list[Program]:
-        """Return two programs, which may be one and the same, the better one last."""
+        """Return two programs, the better one last. They may be the same one."""
         temperature = TEMPERATURE * (1 - (self.n_programs % PERIOD) / PERIOD)
         groups = list(self.clusters.values())
         chosen = draw([group[0].scores[-1] / temperature for group in groups], N_PARENTS, generator)
@@ -124,7 +126,7 @@ class Model:
         return self.prompt(parents), [*self.vocabulary.encode(child), Vocabulary.end]
 
     def example(self) -> Row:
-        """Return two drawn expressions, and the second one with a part changed. Nothing is evaluated."""
+        """Return the row of two drawn expressions, and the second one with a part changed, all unscored."""
         while True:
             a, b = (PRIORITIES.draw(self.generator, self.generator.randint(3, DEPTH)) for _ in range(2))
             row = self.row((str(a), str(b)), str(PRIORITIES.change(b, a, self.generator)))
@@ -146,7 +148,7 @@ class Model:
                 self.improved.append(row)
 
     def train(self, steps: int = 40) -> None:
-        """Train on the kept children, half and half with free examples."""
+        """Train on kept children and as many drawn examples; do nothing if no child was kept."""
         if self.improved:
 
             def rows() -> list[Row]:
@@ -171,7 +173,7 @@ class Result:
 
 
 def scored(child: Tree | str, inputs: Sequence[int]) -> Program | None:
-    """Return a child with its scores, None if the language lacks it or it has no value."""
+    """Return a child with its scores, None if it is no expression of the language or has no value."""
     text = str(child)
     try:
         tree = parse(text)
@@ -186,7 +188,8 @@ def search(
     """Return the result of a search for a cap set of dimension n; method: one of METHODS.
 
     A program's scores are the sizes for the dimensions n - 2 to n. Parents are drawn for `batch` children at
-    a time. A search ends early after twenty proposals per evaluation.
+    a time, and a Model learns after every `learn_every` evaluations. A search ends early once it has made
+    twenty proposals for each of n_evaluations.
     """
     generator, inputs = random.Random(f"{seed} {method}"), range(max(1, n - 2), n + 1)
     n_islands, make_proposer = METHODS[method]
@@ -220,7 +223,7 @@ def search(
                 result.best = program
                 result.curve.append((result.n_evaluations, program.scores[-1]))
 
-            # What the evaluations teach, now and then.
+            # Now and then a Model learns from what was scored, and islands restart.
             if isinstance(propose, Model):
                 propose.learn(pair, program)
                 if result.n_evaluations % learn_every == 0:
@@ -234,7 +237,7 @@ def search(
 def restart(islands: list[Island], generator: random.Random) -> None:
     """Begin the worse half of the islands anew, each with the best program of one of the better half."""
     order = list(range(len(islands)))
-    generator.shuffle(order)  # equal ones in any order
+    generator.shuffle(order)  # islands with equal scores are in random order
     order.sort(key=lambda i: islands[i].best().scores[-1])
     worse, better = order[: len(order) // 2], order[len(order) // 2 :]
     for i in worse:

@@ -3,10 +3,13 @@
     sample     k programs from the model
     filter     keep those that give the outputs of all examples in the question
     cluster    run the rest on generated inputs; programs with the same outputs are a cluster
-    submit     one program from each of the n largest clusters            n@k: solved with n submissions
+    submit     one program from each of the n largest clusters
 
-This is AlphaCode's selection (Li et al. 2022, arXiv:2203.07814, section 4.5). It works where wrong programs
-disagree more than right ones do. The question here is a list of examples, the program an expression of x:
+n@k is the share of problems that n submissions from k samples solve; pass@k is that with a right sample.
+
+This is AlphaCode's selection (Li et al. 2022, arXiv:2203.07814, sections 4.5 and 4.6). Clusters help where
+wrong programs disagree more than right ones do. The question here is a list of examples, the program an
+expression of x:
 
     [3 1 2] -> [2 1 3] ;  [5 0] -> [0 5] ;  [7 7 1 4] -> [4 1 7 7] ;            x[::-1]
 
@@ -88,7 +91,7 @@ def train_verifier(
     """Return a copy of the writer that has learned which of its programs are right.
 
     rows: a question and a program, and whether it is right; right and wrong ones are drawn equally often.
-    shuffled: labels are exchanged among the rows, as a control.
+    shuffled: labels are exchanged among the rows, as a control. Raises ValueError if all rows have one label.
     """
     generator = random.Random(f"{seed} verifier")
     labels = [right for _, right in rows]
@@ -96,7 +99,7 @@ def train_verifier(
         generator.shuffle(labels)
     parts = [[row for (row, _), label in zip(rows, labels, strict=True) if label == side] for side in (0, 1)]
     if not all(parts):
-        raise ValueError("verifier: expected right and wrong programs to learn from; train the writer longer")
+        raise ValueError("verifier: expected right and wrong programs to learn from; add --steps")
     words = [VOCABULARY.encode("no"), VOCABULARY.encode("yes")]
 
     def draw_rows() -> list[Row]:
@@ -114,7 +117,7 @@ def judged(read: list[int], program: Sequence[int]) -> list[int]:
 
 @torch.no_grad()
 def verify(verifier: GPT, read: list[int], programs: Sequence[tuple[int, ...]]) -> list[float]:
-    """Return the log-odds of each program being right, by a verifier."""
+    """Return the log-odds that each program is right, as a verifier estimates them."""
     rows = [(judged(read, program), [VOCABULARY.end]) for program in programs]
     tokens = make_batch(rows)["tokens"]  # (B, T)
     last = torch.tensor([len(row) - 1 for row, _ in rows])
@@ -166,7 +169,8 @@ def executed(text: str, problem: Problem, generated: Sequence[list[int]]) -> tup
 
 
 def in_random_order(found: list[Candidate], generator: random.Random) -> list[Candidate]:
-    """Return different candidates as random samples give them: a frequent one tends to come early."""
+    """Return different candidates in the order in which draws by their counts, without replacement, give them
+    (Efraimidis and Spirakis 2006)."""
     return sorted(found, key=lambda c: -(generator.random() ** (1 / c.count)))
 
 
@@ -188,7 +192,8 @@ def passing(found: list[Candidate]) -> list[Candidate]:
 
 
 Rule = Callable[[list[Candidate], random.Random], list[Candidate]]
-RULES: dict[str, Rule] = {  # the order in which candidates are submitted
+# The order in which candidates are submitted. A cluster is of programs with a value for at least one input.
+RULES: dict[str, Rule] = {
     "random": in_random_order,
     "likeliest": likeliest,
     "cluster": lambda found, _: by_clusters([c for c in found if c.values.strip("|None")]),
@@ -209,15 +214,22 @@ def first_right(found: list[Candidate], rule: str, generator: random.Random) -> 
 def measure(
     problem: Problem, samples: Sequence[Answer], ks: Sequence[int], seed: int, verifiers: dict[str, GPT]
 ) -> dict[str, Any]:
-    """Return the figures of one problem: of its first k samples for each of ks, and of all of them."""
+    """Return the figures of one problem: of its first k samples for each of ks, and of all of them.
+
+    The ks increase, and the last is the number of samples.
+    """
     generator = random.Random(f"{seed} {problem.program}")
     generated = [draw_input(generator) for _ in range(N_GENERATED)]
+
+    # The rank of each rule's first right submission.
     ranks = {}
     for k in ks:
         judges = verifiers if k <= MOST_VERIFIED else {}
         found = candidates(problem, samples[:k], generated, judges)
         used = [rule for rule in RULES if judges or "verifier" not in rule]
         ranks[k] = {rule: first_right(found, rule, generator) for rule in used}
+
+    # Shares of all samples: the last candidates are those of all.
     n_right, n_passing = (sum(c.count for c in found if getattr(c, name)) for name in ("right", "passes"))
     n = len(samples)
     pass_at = {k: pass_at_k(n, n_right, k) for k in ks}
@@ -254,7 +266,7 @@ def labelled_samples(
 def study(
     seed: int, steps: int, verifier_steps: int, n_problems: int, ks: Sequence[int], n_programs: int = 8000
 ) -> dict[str, Any]:
-    """Return the figures of each test problem, with a model and with the grammar in its place.
+    """Return the figures of each test problem, with samples of a model and with those of the grammar.
 
     steps: of training the model; verifier_steps: 0 leaves the verifiers out; ks: numbers of samples.
     """
@@ -315,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("steps", "problems", "samples"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.verifier_steps < 0:
+        parser.error(f"--verifier-steps {args.verifier_steps}: expected at least 0")
     ks = [k for k in (1, 10, 100, 1000) if k < args.samples] + [args.samples]
     print("solved with 1 submission / with 10, of k samples")
     print(table(study(args.seed, args.steps, args.verifier_steps, args.problems, ks), ks))

@@ -186,21 +186,36 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def write_programs(
-    model: nn.Module, tokenizer, records: Sequence[dict], n: int, temperature: float, seed: int = 0
+    model: nn.Module,
+    tokenizer,
+    records: Sequence[dict],
+    n: int,
+    temperature: float,
+    seed: int = 0,
+    max_new_tokens: int = 512,
+    batch_size: int = 16,
 ) -> list[list[str]]:
     """Return n completions of the prompt of each record in HumanEval's form.
 
-    A record's random draws depend on its position and the seed alone. With temperature 0, n should be 1.
+    With temperature 0 the n completions of a record are equal. With a higher one they depend on the seed, the
+    record's position, the number of records and, where n is larger, on batch_size.
     """
-    device, completions = next(model.parameters()).device, []
+
+    def completions(prompts: list[str], **options) -> list[str]:
+        texts = write(model, tokenizer, prompts, CODE_STOPS, max_new_tokens, batch_size, **options)
+        return [text.text for text in texts]
+
+    # The likeliest programs: the prompts of several records share a batch.
+    if temperature == 0:
+        return [[text] * n for text in completions([record["prompt"] for record in records])]
+
+    # Samples: a record has random draws of its own.
+    device, found = next(model.parameters()).device, []
     for index, record in enumerate(records):
-        options = {"temperature": temperature}
-        if temperature > 0:
-            options["generator"] = torch.Generator(device).manual_seed(seed * len(records) + index)
-            options["top_p"] = 0.95  # as Chen et al. sample
-        texts = write(model, tokenizer, [record["prompt"]] * n, CODE_STOPS, 512, n, **options)
-        completions.append([text.text for text in texts])
-    return completions
+        generator = torch.Generator(device).manual_seed(seed * len(records) + index)
+        options = {"temperature": temperature, "top_p": 0.95, "generator": generator}  # top_p: Chen et al.
+        found.append(completions([record["prompt"]] * n, **options))
+    return found
 
 
 def count_passing(

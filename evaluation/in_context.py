@@ -8,17 +8,17 @@ n(a, b) the number of times that b followed a so far, the predictive distributio
 
     p(b | x_0 ... x_t) = (n(a, b) + 1) / (sum_b' n(a, b') + V),    a = x_t                (the optimum)
 
-Three others use less: the current symbol alone (uniform), how often each symbol occurred (unigram, add-one
-counts), what followed the last occurrence of a (one match; both are optimal for what they see, but for
-unigram, which is about so). A loss above the optimum by d nats means that the mean KL(Bayes || model) is d.
-Models pass from one of these predictors to the next while they train (Edelman et al. 2024, 2402.11004); the
-last step needs a head that attends to what followed earlier occurrences of the current symbol, an induction
-head (Olsson et al. 2022), and so two layers: with one layer, the control, it should fail. Two more controls
-change only what the trained model reads: the earlier symbols in another order, and chains of another prior,
-Dirichlet(alpha).
+Three other predictors use less of the sequence: nothing (uniform), how often each symbol occurred (unigram,
+add-one counts), and what followed the last earlier occurrence of a (one match). Uniform and one match are
+optimal for what they use, and unigram is nearly so. If the loss is d nats above the optimum, the mean
+KL(Bayes || model) is d. Models pass from one of these predictors to the next while they train (Edelman et al.
+2024, 2402.11004). The last step needs an induction head, which attends to what followed earlier occurrences
+of the current symbol (Olsson et al. 2022, 2209.11895), and for it two layers: one layer, the control, should
+fail. Two more controls change only what the trained model reads: the earlier symbols in another order, and
+chains of another prior, Dirichlet(alpha, ..., alpha).
 
     python -m evaluation.in_context                      one seed, two minutes on a core
-    python -m results.prompting_studies in_context               three seeds, and the picture
+    python -m results.prompting_studies in_context       three seeds, and the picture
 
 Shapes: B sequences, T predictions of each, V symbols, H heads, K head width.
 """
@@ -72,6 +72,7 @@ def reordered(symbols: Tensor, generator: Generator) -> Tensor:
 
 
 def uniform(symbols: Tensor) -> Tensor:
+    """Return 1 / V for every symbol."""
     return torch.full((*symbols[:, 1:].shape, V), 1 / V, dtype=torch.double)
 
 
@@ -82,7 +83,7 @@ def unigram(symbols: Tensor) -> Tensor:
 
 
 def one_match(symbols: Tensor) -> Tensor:
-    """Return the optimum of a reader that sees what followed the last occurrence of the current symbol."""
+    """Return the optimum for what followed the last earlier occurrence of the current symbol."""
     B, T = symbols.shape[0], symbols.shape[1] - 1
     counts, last = torch.ones(B, T, V, dtype=torch.double), torch.full((B, V), -1)  # last follower, by symbol
     rows = torch.arange(B)
@@ -95,7 +96,7 @@ def one_match(symbols: Tensor) -> Tensor:
 
 
 def bayes(symbols: Tensor, alpha: float = 1.0) -> Tensor:
-    """Return the optimum of a reader that sees everything, with the prior Dirichlet(alpha, ..., alpha)."""
+    """Return the optimum for all symbols so far, with the prior Dirichlet(alpha, ..., alpha)."""
     one_hot = F.one_hot(symbols, V).double()
     pairs = one_hot[:, :-1, :, None] * one_hot[:, 1:, None, :]  # (B, T, V, V): b behind a
     before = pairs.cumsum(1) - pairs  # without the pair that is predicted
@@ -121,7 +122,10 @@ def predict(model: GPT, symbols: Tensor) -> Tensor:
 
 
 def attention_of(layer: Attention, x: Tensor, rotation: tuple) -> Tensor:
-    """Return the attention weights (B, H, T, T) of a layer of gpt.py, from the input x (B, T, D) it has."""
+    """Return the attention weights (B, H, T, T) of a layer of gpt.py with input x (B, T, D).
+
+    rotation: of the positions, as `rotate` takes it.
+    """
     B, T, _ = x.shape
     q, k = (norm(product(x).view(B, T, -1, layer.d_head)) for norm, product in
             ((layer.q_norm, layer.q_proj), (layer.k_norm, layer.k_proj)))  # fmt: skip
@@ -133,10 +137,9 @@ def attention_of(layer: Attention, x: Tensor, rotation: tuple) -> Tensor:
 
 @torch.no_grad()
 def induction(model: GPT, symbols: Tensor) -> tuple[float, float]:
-    """Return which share of its attention the best head of the last layer has on symbols that followed an
-    earlier occurrence of the current one, and the share of such symbols among all that it sees.
-
-    Measured over the second half of the positions.
+    """Return two shares, over the second half of the positions. The first is that of its attention which the
+    last layer's best head has on symbols that followed an earlier occurrence of the current one; the second
+    is that of such symbols among all that the head sees.
     """
     inputs = []
     layer = model.model.layers[-1].self_attn
@@ -176,7 +179,7 @@ def measure(model: GPT, seed: int) -> dict:
     last["reordered"] = nats(predict(model, shuffled)[:, -1:], true[:, -1:]).item()
     last["unigram"] = by_position["unigram"][-1].item()
 
-    # Chains of other priors. A reader that has learned the prior of its training is Bayes with alpha 1.
+    # Chains of other priors. A model that has learned the prior of its training is Bayes with alpha 1.
     priors = {}
     for alpha in PRIORS:
         others, truth = draw_chains(N_TEST, stream(seed), alpha)

@@ -1,11 +1,11 @@
-"""The inside of sandbox.py: a process that gives up its rights, then runs a program or its tests.
+"""The processes of sandbox.py: each gives up its rights, then runs a program or its tests.
 
-What it can do afterwards:
+What such a process can do afterwards:
 
     files       opened for reading only; nothing is written, created, renamed or removed
     processes   neither a new process nor a thread; no signal to any process
     network     no socket
-    memory, CPU time, size of a file      up to a limit: setrlimit(2)
+    memory, CPU time, open files          up to a limit: setrlimit(2)
     root        becomes the user `nobody`, or keeps none of root's capabilities
 
 On Linux the first three are a filter of system calls (seccomp(2), mode filter), which needs no rights and
@@ -19,8 +19,9 @@ sandbox.py starts two such processes with the same limits, which exchange lines 
                   their process writes the nonce, which it alone was given
 
 So the tests compare plain values (numbers, strings, lists ...) in a process that the program cannot reach.
-What a program does to its own interpreter (leave it, patch it, or return an object that equals everything)
-cannot change a comparison. This file imports nothing of ours: it runs by its path, without site-packages.
+Their comparisons do not depend on what a program does to its own interpreter: leave it, patch it, or return
+an object that equals everything. This file imports nothing of ours: it runs by its path, without
+site-packages.
 """
 
 import builtins
@@ -74,7 +75,7 @@ NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # places in the record of a call (st
 def filter_program(architecture: int, column: int) -> list[tuple[int, int, int, int]]:
     """Return the filter: instructions (operation, skip if true, skip if false, value) of linux/filter.h.
 
-    A comparison is of the number that was loaded last, and skips so many of the instructions that follow.
+    A comparison reads the number that was loaded last, and then skips the given number of instructions.
     """
     # Calls by the numbers of another architecture would be other calls.
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
@@ -105,7 +106,7 @@ class FilterProgram(ctypes.Structure):
 
 
 def filter_calls(libc: ctypes.CDLL) -> bool:
-    """Refuse all system calls but those above, from now on; return True if the kernel does so."""
+    """Refuse all system calls but those above, from now on; return whether this system can do so."""
     if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
         return False
     program = filter_program(*MACHINES[platform.machine()])
@@ -119,10 +120,8 @@ def filter_calls(libc: ctypes.CDLL) -> bool:
 
 
 def limit(cpu_seconds: int, memory: int) -> None:
-    """Set the limits of the process: seconds, bytes of address space, no file written, no new process.
-
-    Reaching that of CPU time ends the process.
-    """
+    """Set the limits of the process: seconds of CPU time, bytes of address space, no file written, no new
+    process, 64 open files. The kernel ends a process that reaches its CPU time."""
     limits = {"CPU": cpu_seconds, "AS": memory, "FSIZE": 0, "NPROC": 0, "CORE": 0, "NOFILE": 64}
     for name, value in limits.items():
         with suppress(OSError, ValueError):  # macOS does not limit address space
@@ -137,7 +136,7 @@ def become_nobody() -> None:
 
 
 def leave_root(libc: ctypes.CDLL) -> bool:
-    """Become nobody if the user is root; return True if the process is then without root's capabilities.
+    """Become nobody if the user is root; return whether the process is then without root's capabilities.
 
     If nobody may not read Python's library, as below /root, the process stays root without capabilities.
     """

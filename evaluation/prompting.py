@@ -6,10 +6,10 @@
 
 A figure of few-shot prompting is one draw of many: format and order, which mean nothing, move it by tens of
 points for models of any size (Zhao et al. 2021, 2102.09690; Lu et al. 2022, 2104.08786; Sclar et al. 2024,
-2310.11324). So this command reports the spread, not the best. The questions are k_shot's of stdlib_suite.py,
-a labelling of names by two arbitrary symbols. With n questions, an accuracy of p has the standard error
-sqrt(p (1 - p) / n) anyway; the spread means something as far as it is larger. Three figures say more where
-accuracy is close to chance, as it is for models of a few million parameters:
+2310.11324). So this command reports the spread, not the best. The questions are those of the task k_shot in
+stdlib_suite.py, a labelling of names by two arbitrary symbols. With n questions, an accuracy p has a standard
+error of sqrt(p (1 - p) / n) in any case; only a spread beyond that means something. Three figures show more
+where accuracy is close to chance, as it is for models of a few million parameters:
 
     changed              share of the questions whose answer another format, or another order, changes
     last label           share of the answers that are the label of the last example (by chance 1/2)
@@ -36,7 +36,7 @@ from evaluation.stdlib_suite import k_shot
 from formats import command
 from formats.atomic import replace_file
 
-FORMATS = {  # an example; a question ends behind the last character before {y}, and a space
+FORMATS = {  # an example; a question is the same up to {y}, without the space in front of it
     "arrow": "{x} -> {y}\n",
     "colon": "{x}: {y}\n",
     "equals": "{x} = {y}\n",
@@ -54,7 +54,7 @@ class FewShot:
     examples: tuple[tuple[str, str], ...]  # (name, label)
     name: str
     labels: tuple[str, str]
-    gold: int
+    gold: int  # the place of the right label in labels
 
     def item(self, form: str, order: int, random_labels: bool = False) -> Item:
         """Return the question in a format, its examples in order number `order`; 0 is the order of k_shot."""
@@ -150,17 +150,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--shots", type=int, default=4, help="examples in front of a question (default %(default)s)")
     add("--orders", type=int, default=6, help="orders of the examples (default %(default)s)")
     add("--seeds", type=int, default=1, help="sets of questions (default %(default)s)")
-    add("--out", type=command.path, help="write the figures of every seed as JSON")
+    add("--out", type=command.new_file, metavar="FILE", help="write the figures of every seed as JSON")
     args = parser.parse_args(argv)
     for name, least in (("questions", 2), ("shots", 1), ("orders", 2), ("seeds", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
 
+    sets = [few_shots(args.shots, args.questions, seed) for seed in range(args.seeds)]
     model, tokenizer = load(args.model)
-    rows = []
-    for seed in range(args.seeds):
-        questions = few_shots(args.shots, args.questions, seed)
-        rows.append({"seed": seed} | measure(model, tokenizer, questions, args.orders))
+    rows = [{"seed": seed} | measure(model, tokenizer, sets[seed], args.orders) for seed in range(args.seeds)]
     print(table(rows, args.questions))
     if args.out:
         write(args.out, vars(args), rows)

@@ -31,6 +31,7 @@ from data.records import RECORDS, open_utf8, read_records, refuse, suffix_of
 from evaluation import glue
 from evaluation.generation import Question
 from evaluation.multiple_choice import Item
+from evaluation.sandbox import human_eval_record
 from formats import command
 
 LETTERS = "ABCDEFGHIJ"
@@ -142,7 +143,7 @@ def own_question(record: dict) -> Question:
 FORMATS: dict[str, tuple[set[str], str, Callable[[dict], Any]]] = {
     "hellaswag": ({"activity_label", "ctx_a", "ctx_b", "endings", "label"}, "choice", hellaswag),
     "arc": ({"question", "answerKey"}, "choice", arc),
-    "humaneval": ({"prompt", "entry_point", "canonical_solution", "test"}, "program", dict),
+    "humaneval": ({"prompt", "entry_point", "canonical_solution", "test"}, "program", human_eval_record),
     "mmlu": ({"question", "choices", "answer"}, "choice", mmlu),
     "mmlu_texts": ({"question", "choices", "answer"}, "choice", mmlu_texts),
     "gsm8k": ({"question", "answer"}, "question", gsm8k),

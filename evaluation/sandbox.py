@@ -65,7 +65,7 @@ class Task(NamedTuple):
     program: str
     tests: str
     entry_point: str  # the function's name, by which the tests call it
-    setup: str = ""  # executed before the tests, in their process; left out if it is no whole Python code
+    setup: str = ""  # executed before the tests, in their process; left out if it is not complete Python
 
 
 def start(task: dict, pipes: Sequence[tuple[int, str]], home: str, limits: Limits) -> subprocess.Popen:
@@ -104,8 +104,8 @@ def stop(process: subprocess.Popen) -> float:
 def read_line(number: int, seconds: float) -> str | None:
     """Return the first line that comes out of a pipe, by its file descriptor.
 
-    "" if the pipe is closed before a line ends, None if that takes more than these seconds. A line of more
-    than 64 KiB, which jail.py does not write, is cut.
+    The line is "" if the pipe is closed before it ends, and None if that takes more than these seconds. A
+    line of more than 64 KiB, which jail.py does not write, is cut.
     """
     deadline, line = time.monotonic() + seconds, b""
     with selectors.DefaultSelector() as selector:
@@ -190,6 +190,14 @@ def lacking() -> tuple[str, ...]:
     return verdict.lacking
 
 
+def human_eval_record(record: dict) -> dict:
+    """Return a record in HumanEval's form. Raises ValueError if a field is missing or is no text."""
+    for name in ("prompt", "entry_point", "canonical_solution", "test"):
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"field {name}: expected a text, found {record.get(name)!r}")
+    return record
+
+
 def human_eval_task(record: dict, completion: str) -> Task:
     """Return the program that is a HumanEval record's prompt and its completion, and the record's tests.
 
@@ -200,17 +208,25 @@ def human_eval_task(record: dict, completion: str) -> Task:
 
 
 def check_solutions(path: Path) -> None:
-    """Print how many of a file's own solutions pass, which should be all, and how many of `pass` do."""
+    """Print how many of a file's own solutions pass, which should be all, and how many of `pass` do.
+
+    Raises ValueError, which names the place, for a record that is not in HumanEval's form.
+    """
     from data.records import read_records, refuse
 
-    records = [record for _, record in read_records(path, str(path), refuse)]
+    records = []
+    for place, record in read_records(path, str(path), refuse):
+        try:
+            records.append(human_eval_record(record))
+        except (ValueError, AttributeError) as error:  # a record may be no object
+            raise ValueError(f"{place}: {error}; expected a record of HumanEval") from None
     for name, body in (("own solutions", None), ("`pass`", "    pass\n")):
         bodies = [record["canonical_solution"] if body is None else body for record in records]
         verdicts = check_all(list(map(human_eval_task, records, bodies)))
         print(f"{name:16} {sum(verdict.passed for verdict in verdicts)} of {len(records)} pass")
         for record, verdict in zip(records, verdicts, strict=True):
             if verdict.passed != (body is None):
-                print(f"  {record['task_id']}: {verdict.reason}")
+                print(f"  {record.get('task_id', record['entry_point'])}: {verdict.reason}")
 
 
 EXAMPLES = {

@@ -1,27 +1,27 @@
-"""Scratchpad: does it help to write down what is in between? A task where it must, and five controls.
+"""Scratchpad: does it help to write down the steps in between? A task where it must, and its controls.
 
     AB BC BC AC ?   A -> B -> C -> B -> B   = B        three cups, a ball under A; where is it after n swaps?
 
-A swap of two cups drawn at random makes every place of the ball equally likely, so whoever misses a single
-swap can only guess (1/3): there is no approximate answer. A model of fixed depth that answers at once has to
-combine all swaps in a few layers; one that writes the ball's place after each swap (a scratchpad, Nye et al.
-2021, 2112.00114) makes one easy step at a time. Functions that depend on every input are possible for a
-transformer but hard to find by gradients (Hahn and Rofin 2024, 2402.09963).
+Each of the three swaps is equally likely, so without one of them every place of the ball is equally likely,
+too, and a guess is right in 1/3 of the games: there is no approximate answer. A model of fixed depth that
+answers at once has to combine all swaps in a few layers. One that writes the ball's place after each swap (a
+scratchpad, Nye et al. 2021, 2112.00114) makes one easy step at a time. Functions that depend on every input
+are possible for a transformer but hard to find by gradients (Hahn and Rofin 2024, 2402.09963).
 
 Model, rate and batch are the same everywhere; only what stands between question and answer differs:
 
     direct                    ? = B          equal examples: as many games as the others
     direct, equal tokens      ? = B          more games, until as many tokens are read as with a scratchpad
-    scratchpad                ? A B C B B = B     (in training; in the test the model writes it)
-    filler                    ? . . . . . = B     as many tokens without content: is it only more computation?
-    wrong scratchpads         ? C A A B C = B     the places of another game, and the right answer
+    scratchpad                ? B C B B = B       (in training; in the test the model writes it)
+    filler                    ? . . . . = B       as many tokens without content: is it only more computation?
+    wrong scratchpads         ? A A B C = B       the places of another game, and the right answer
 
-The loss is over all that follows the question, the figure is the final answer alone. In a last test the
-trained model's scratchpad is changed half-way, and the model goes on from there: does its answer follow what
-is written, or the swaps?
+The loss is over all that follows the question, the figure is the final answer alone. In a last test the model
+goes on from the first half of a right scratchpad, whose last place has been changed: does its answer follow
+what is written, or the swaps?
 
     python -m evaluation.scratchpad                      one seed, three minutes on a core
-    python -m results.prompting_studies scratchpad               three seeds, and the picture
+    python -m results.prompting_studies scratchpad       three seeds, and the picture
 
 Shapes: B games, n swaps, T tokens.
 """
@@ -53,7 +53,7 @@ PLACE = torch.tensor([[{a: b, b: a}.get(cup, cup) for cup in range(3)] for a, b 
 
 
 def places(swaps: Tensor, start: Tensor | int = 0) -> Tensor:
-    """Return where the ball is after each of the swaps (B, n), int64 (B, n). start: where it is before."""
+    """Return the place of the ball, int64 (B, n), after each of the swaps (B, n). start: the place before."""
     found, now = [], torch.zeros(len(swaps), dtype=torch.long) + start
     for i in range(swaps.shape[1]):
         now = PLACE[swaps[:, i], now]
@@ -86,7 +86,7 @@ def n_tokens(kind: str, n: int) -> int:
 
 
 def n_steps(kind: str, n: int, steps: int) -> int:
-    """Return the steps of a run, of which equal tokens needs more."""
+    """Return the steps of a run: more for direct answers at equal tokens, since their games are shorter."""
     if kind != "direct, equal tokens":
         return steps
     return math.ceil(steps * n_tokens("scratchpad", n) / n_tokens("direct", n))

@@ -1,8 +1,8 @@
-"""Small models for studies: a vocabulary of a dozen signs, training in a minute, many answers to one prompt.
+"""Small models for studies: a small vocabulary, training in a minute, many answers to one prompt.
 
 A study of what search or verification adds needs a model that is right now and then, and hundreds of its
-answers. So these GPTs (gpt.py) read whole words of a small language, learn from rows that are drawn without
-end, and answer a prompt n times after having read it once.
+answers. So these GPTs (gpt.py) read whole words of a small language, learn from rows that are drawn anew for
+each step, and read a prompt once to answer it n times.
 
     python -m evaluation.small_models       a model learns to reverse four digits
 
@@ -29,9 +29,9 @@ Row = tuple[list[int], list[int]]  # the tokens that a model reads, and those th
 
 
 class Vocabulary:
-    """Tokens of a small language, by number; 0 ends a text."""
+    """The tokens of a small language, numbered from 1."""
 
-    end = 0
+    end = 0  # the token that ends a text
 
     def __init__(self, texts: Iterable[str]):
         """Take all pieces of these texts, such as the rules of a grammar."""
@@ -54,7 +54,7 @@ class Vocabulary:
 
 
 def small_gpt(vocabulary: Vocabulary, max_seq_len: int, seed: int, layers: int = 3, width: int = 96) -> GPT:
-    """Return a GPT with random weights: heads of 24 features, 1.5 million parameters at most."""
+    """Return a GPT with random weights and heads of width 24; by default 340,000 parameters."""
     torch.manual_seed(seed)
     return GPT(Config(layers, width // 24, width, 8 * width // 3, len(vocabulary), max_seq_len, qk_norm=True))
 
@@ -63,7 +63,7 @@ def small_gpt(vocabulary: Vocabulary, max_seq_len: int, seed: int, layers: int =
 
 
 def make_batch(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Return inputs and targets (B, T) of rows, padded on the right; what is only read is no target."""
+    """Return inputs and targets (B, T) of rows, padded on the right. Only tokens to write are targets."""
     T = max(len(read) + len(written) for read, written in rows) - 1
     tokens, targets = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), -100)
     for i, (read, written) in enumerate(rows):

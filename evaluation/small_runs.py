@@ -2,9 +2,9 @@
 
     for step in range(steps):   a fresh batch, drawn from (seed, step) alone; AdamW, warm-up and cosine
 
-Examples are drawn anew at every step, and what is measured needs no held-out part other
-than draws of its own. The studies are in_context.py, scratchpad.py, spelling.py and injection.py, and
-results/prompting_studies.py makes their figures with three seeds; prompting.py measures any trained model.
+Examples are drawn anew at every step, and those of a test from a stream of their own, so that nothing else is
+held out. The studies are in_context.py, scratchpad.py, spelling.py and injection.py;
+results/prompting_studies.py makes their figures with three seeds.
 
 Shapes: B examples, T tokens of an example, V vocabulary.
 """
@@ -75,7 +75,7 @@ def next_token_batch(rows: Tensor, learned: Tensor | None = None) -> dict[str, T
 
 
 def stream(seed: int) -> Generator:
-    """Return the draws of a test, which no step of training with any of the seeds of a study makes."""
+    """Return the generator of a test. No training step of a study, with any of its seeds, has its draws."""
     return Generator().manual_seed(seed_of(seed, 10_000_000))
 
 
@@ -100,8 +100,8 @@ def run_study(
 ) -> None:
     """Run the command of a study: train its models with one seed, or several, and print the table.
 
-    study(seed, steps): the rows of one seed; steps None: as many as the study takes by default. of_model: the
-    figures of a trained model in a directory, where a study has them.
+    study(seed, steps) returns the rows of one seed; with steps None it takes its default. of_model, where a
+    study has it, returns the figures of a trained model in a directory, as text.
     """
     parser = command.Parser(description=description)
     add = parser.add_argument

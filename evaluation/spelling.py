@@ -6,19 +6,20 @@
     back p a r s e r = r e s r a p         letters to letters: each is a token
     count r in parser = 2                  and count r in p a r s e r = 2
 
-The letters of a token can be learned only from other words with this token. One small GPT learns all six
-questions at once, one vocabulary of byte pairs for all, about words of Python's library (half of the
-examples) and about random letters (the other half, so that reversing and counting themselves are learned from
-more than 1,800 words). It is tested on words that are held out; "with a new token" are those of them with a
-token that no word of the training has, "of one token" those that are a single one.
+Which letters a token has can be learned only from questions about words with this token. One small GPT, with
+one vocabulary of byte pairs, learns all six questions at once. Half of the examples are about words of
+Python's library, and half about random letters, so that reversing and counting are learned from more than
+1,800 words. The test has held-out words. Those "with a new token" have a token that no word of the training
+has, and those "of one token" are a single token.
 
-A second quirk belongs to prompts, and every model with byte pairs has it: tokens begin with a space, so a
-prompt that ends in one leaves the likely next tokens behind. `trailing_space` measures what that costs in
-nats, by the same text with the space at the end of the prompt or at the beginning of the answer.
+The second part is about prompts of any model with byte pairs. Most tokens that begin a word begin with its
+space, so the likely next tokens are out of reach behind a prompt that ends in a space. `trailing_space`
+measures what that costs in nats: the same text has the space at the end of the prompt, or at the beginning of
+the answer.
 
     python -m evaluation.spelling                              one seed, two minutes on a core
     python -m evaluation.spelling --model runs/gpt/model       the trailing space, for a trained model
-    python -m results.prompting_studies spelling                       three seeds: results/spelling.json
+    python -m results.prompting_studies spelling               three seeds: results/spelling.json
 
 Shapes: B examples, T tokens.
 """

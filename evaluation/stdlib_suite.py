@@ -158,8 +158,11 @@ def k_shot(k: int, n: int, generator: random.Random) -> list[Item]:
     """Return n questions whose context is k solved lines and one to solve.
 
     Built-in exceptions have one symbol, and built-in functions another; both are drawn for each question, so
-    that only the solved lines tell which is which.
+    that only the solved lines tell which is which. Raises ValueError for more lines than there are names.
     """
+    most = 2 * min(len(EXCEPTIONS), len(FUNCTIONS)) - 3
+    if k > most:
+        raise ValueError(f"{k} solved lines: expected at most {most}, since no name comes twice")
     items = []
     for _ in range(n):
         # The symbol and the names of kind 0 (exceptions) and of kind 1 (functions).

@@ -2,8 +2,8 @@
 
     question            anna has 47 and gets 8 boxes of 36 :
     the model writes    << 47 + 8 * 36
-    the program adds    -> 335 >>               the value of the expression (expressions.py), not the model's
-    the model reads it and goes on                335
+    this file adds      -> 335 >>               the value of the expression (expressions.py), not the model's
+    the model goes on   335
 
 So the model needs to translate, not to calculate (Toolformer: Schick et al. 2023, arXiv:2302.04761; the
 calculator of GSM8K: Cobbe et al. 2021, appendix C). Four ways to answer, of two models that are trained for
@@ -115,22 +115,22 @@ def train(row: Callable[[Problem], Row], held_out: set[str], steps: int, seed: i
 
 
 def last_number(text: str) -> int | None:
-    """Return the number behind the last sign of a text, None if there is none."""
+    """Return the number that ends a text, None if there is none."""
     word = text.replace(">>", " ").split()[-1:]
     return int(word[0]) if word and word[0].isdigit() else None
 
 
 def write(model: GPT, texts: Sequence[str], stop: str) -> list[str]:
-    """Return each text with what the model adds by its likeliest tokens, up to a piece `stop` or its end."""
+    """Return each text with what the model adds by its likeliest tokens, up to `stop` or its end."""
     found = answers(model, [encode(text) for text in texts], 1, LONGEST, torch.Generator(), temperature=0)
     added = [decode(answer.tokens) for (answer,) in found]
     return [f"{text} {new.split(stop)[0].strip()}".strip() for text, new in zip(texts, added, strict=True)]
 
 
 def with_tool(model: GPT, questions: Sequence[str], tool: Callable[[str], int]) -> list[str]:
-    """Return the texts of the loop: each expression that the model writes is given to the tool.
+    """Return the texts after one call of the tool: it gets the expression, and the model goes on.
 
-    An expression without a value, and a text without one, end the loop; the text stays as it is.
+    A text without an expression, or with one that has no value, stays as it is.
     """
     texts = write(model, questions, "->")
     called, finished = [], list(texts)
@@ -160,12 +160,15 @@ def study(seed: int, steps: int, n_problems: int, longer: int = 0) -> tuple[dict
 
     longer: adds a direct model with so many times the steps, since its texts have fewer tokens to learn.
     """
+    # Test questions, and two models that have not seen them.
     generator = random.Random(f"{seed} test")
     problems = [draw_problem(generator) for _ in range(n_problems)]
     questions = [problem.question for problem in problems]
     held_out = set(questions)
     direct = train(direct_row, held_out, steps, seed)
     caller = train(tool_row, held_out, steps, seed)
+
+    # The answers of each way.
     texts = {
         "direct": write(direct, questions, "<end>"),
         "tool": with_tool(caller, questions, execute),
@@ -174,6 +177,8 @@ def study(seed: int, steps: int, n_problems: int, longer: int = 0) -> tuple[dict
     }
     if longer:
         texts["direct, longer"] = write(train(direct_row, held_out, longer * steps, seed), questions, "<end>")
+
+    # Shares: of right answers, of right expressions, and of answers that follow the wrong tool.
     figures = {}
     for way, of_way in texts.items():
         found = [last_number(text) for text in of_way]

@@ -61,9 +61,10 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; afterwards that file is synced to disk and replaces `path` in one step.
 
-    The file's mode follows the umask. (safetensors makes files that only their owner can read, but another
-    user may run the model.)
+    The folder of `path` is made if there is none. The file's mode follows the umask. (safetensors makes files
+    that only their owner can read, but another user may run the model.)
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     try:
         new.unlink(missing_ok=True)

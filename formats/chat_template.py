@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from formats.atomic import replace_file
 from formats.json_file import read_json, write_json
@@ -20,6 +20,14 @@ Conversation = list[dict[str, str]]  # of {"role": ..., "content": ...}
 
 ROLES = ("system", "user", "assistant")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+IMAGE = "<image>"  # where an image is in a message, for models that see
+
+
+class ImageTokens(NamedTuple):
+    """The tokens that an image takes in a conversation: the same id several times."""
+
+    id: int
+    n: int
 
 
 class Tokenizer(Protocol):
@@ -89,6 +97,24 @@ def pieces(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str |
             yield "\n", False
 
 
+def with_images(
+    parts: Iterator[tuple[str | int, bool]], image: ImageTokens | None
+) -> Iterator[tuple[str | int, bool]]:
+    """Yield pieces in which each "<image>" outside of responses has become the tokens of an image.
+
+    image: None leaves the text as it is.
+    """
+    for piece, flag in parts:
+        if image is None or flag or isinstance(piece, int):
+            yield piece, flag
+            continue
+        before, *rest = piece.split(IMAGE)
+        yield before, flag
+        for text in rest:
+            yield from [(image.id, flag)] * image.n
+            yield text, flag
+
+
 def encode(parts: Iterator[tuple[str | int, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Return the token ids of pieces and the flag of each id.
 
@@ -104,32 +130,38 @@ def encode(parts: Iterator[tuple[str | int, bool]], tokenizer: Tokenizer) -> tup
     return tokens, flags
 
 
-def render(messages: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def render(
+    messages: Conversation, tokenizer: Tokenizer, image: ImageTokens | None = None
+) -> tuple[list[int], list[bool]]:
     """Return the token ids of a conversation, and for each id whether it is part of a response.
 
     A response is the content of an assistant's message and the token that ends it. It is encoded apart from
     the text before it, so that in training it follows the same tokens, those of `prompt_tokens`, as in
-    inference.
+    inference. image: see `with_images`.
 
     Hugging Face's apply_chat_template encodes all text between two special tokens at once. Its ids are the
     same, except where (1) an answer begins with a line break, which most split patterns join to the one
     before it, or under GPT-2's pattern with several spaces; or (2) a content spells a special token, which is
     encoded as that token there and as text here.
     """
-    return encode(pieces(messages, tokenizer), tokenizer)
+    return encode(with_images(pieces(messages, tokenizer), image), tokenizer)
 
 
-def prompt_tokens(messages: Conversation, tokenizer: Tokenizer) -> list[int]:
+def prompt_tokens(
+    messages: Conversation, tokenizer: Tokenizer, image: ImageTokens | None = None
+) -> list[int]:
     """Return the token ids that precede the answer to messages, including the assistant's header.
 
-    Raises ValueError unless there is a message and the last one is the user's.
+    image: the tokens of an "<image>" in a message, see `with_images`. Raises ValueError unless there is a
+    message and the last one is the user's.
     """
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is nothing to answer: expected messages of which the last is the user's")
     header = [(f"<|{ROLES[-1]}|>\n", False)]
     if is_chatml(tokenizer):
         header = [(tokenizer.special_tokens[IM_START], False), (f"{ROLES[-1]}\n", False)]
-    tokens, _ = encode([*pieces(messages, tokenizer), *header], tokenizer)
+    parts = with_images(pieces(messages, tokenizer), image)
+    tokens, _ = encode(iter([*parts, *header]), tokenizer)
     return tokens
 
 

@@ -36,6 +36,14 @@ def path(text: str) -> Path:
     return Path(filled(text))
 
 
+def new_file(text: str) -> Path:
+    """Return the path in a flag of a file to write. Raises ArgumentTypeError if it is empty or a folder's."""
+    found = path(text)
+    if found.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file to write")
+    return found
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call main, and exit with its code as `exit_code` finds it, unless that is 0."""
     use_streams()

@@ -21,7 +21,8 @@ KINDS = {
     "norm_eps": (float, int), "rope_theta": (float, int), "rope_scaling": (dict,), "tie_embeddings": (bool,),
     "eos_token_id": (int, list), "aux_loss_coef": (float, int), "renormalize": (bool,),
     "routed_scale": (float, int), "flag": (bool,), "image_size": (int, list), "qkv_bias": (bool,),
-    "positions": (str,), "mask_rate": (float, int), "norm_pix": (bool,),
+    "positions": (str,), "mask_rate": (float, int), "norm_pix": (bool,), "query_scale": (float, int),
+    "logit_softcap": (float, int), "attention_softcap": (float, int), "local_theta": (float, int),
 }  # fmt: skip
 MOST_LAYERS = 100_000  # more would take minutes to build, before the weights show that there are fewer
 # Whole numbers that may be 0, and fields that may be null, with its meaning.
@@ -29,6 +30,7 @@ MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", "start_token_id
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
     "n_shared_experts": 0, "window": None, "pad_token_id": 0, "n_groups": 1, "top_groups": 1,
+    "logit_softcap": None, "attention_softcap": None, "q_rank": None,
 }  # fmt: skip
 # Keys that do not change the logits: bookkeeping, initialisation, dropout, which acts in training only, what
 # is returned beside the logits, how `generate` draws, and marks that training programs leave behind.

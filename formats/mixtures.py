@@ -92,7 +92,7 @@ MODEL_TYPES = {
     "Dots1ForCausalLM": "dots1",
     "DeepseekForCausalLM": "deepseek",
 }
-LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
+LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")  # see formats/deepseek.py
 # Keys of which only these values are implemented.
 ONLY = decoders.ONLY | {"clip_qkv": (None,), "moe_layer_freq": (1,)}
 ONLY_HERE = {
@@ -131,8 +131,8 @@ def read_config(directory: str | Path) -> dict:
     architecture = named_architecture(path, hf)
     if architecture in LATENT:
         raise ValueError(
-            f"{path}: architecture {architecture!r} is not implemented: its attention is multi-head latent "
-            f"attention; expected one of {', '.join(TABLES)}"
+            f"{path}: architecture {architecture!r} has multi-head latent attention; open it by python -m "
+            f"attention_variants.deepseek {directory}"
         )
     if architecture in decoders.DEFAULTS:
         raise ValueError(
@@ -223,6 +223,7 @@ def architecture_of(config) -> str:
     modern = (config.norm, config.positions, config.mlp, config.bias) == ("rms", "rope", "swiglu", False)
     modern = modern and not config.qkv_bias and config.logit_softcap is None
     softmax = modern and config.router in ("softmax", "switch") and config.routed_scale == 1.0
+    softmax = softmax and config.n_groups == 1
     sigmoid = modern and config.router == "sigmoid"
     norm, unshared = config.qk_norm, config.n_shared_experts == 0
     all_sparse = not config.dense_layers
@@ -246,7 +247,16 @@ def architecture_of(config) -> str:
         return "Dots1ForCausalLM"
 
     decisive = ("router", "renormalize", "routed_scale", "qk_norm", "n_shared_experts", "dense_layers")
-    decisive += ("window", "full_layers", "qkv_bias", "logit_softcap", "norm", "positions", "d_head")
+    decisive += (
+        "n_groups",
+        "window",
+        "full_layers",
+        "qkv_bias",
+        "logit_softcap",
+        "norm",
+        "positions",
+        "d_head",
+    )
     values = ", ".join(f"{field} {getattr(config, field)!r}" for field in decisive)
     raise ValueError(
         f"no Hugging Face architecture has these features together, so it cannot be saved: {values}; shared "

@@ -13,12 +13,16 @@ from torch import nn
 
 from formats import (
     bart,
+    clip,
     decoders,
+    deepseek,
     disentangled_encoders,
     encoder_decoders,
     encoders,
+    gemma,
     image_decoders,
     images,
+    llava,
     mixtures,
     native,
     reward_models,
@@ -60,14 +64,22 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return "gpt"
     if architecture in mixtures.TABLES:
         return "moe"
+    if architecture in gemma.ARCHITECTURES:
+        return gemma.CONCEPT
+    if architecture in deepseek.ARCHITECTURES:
+        return deepseek.concept_of(path, hf)
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
     if architecture in images.CONCEPTS:
         return images.CONCEPTS[architecture]
+    if architecture in clip.MODELS:
+        return clip.CONCEPT
     if architecture in sounds.CONCEPTS:
         return sounds.CONCEPTS[architecture]
     if architecture == image_decoders.ARCHITECTURE:
         return image_decoders.CONCEPT
+    if architecture == llava.ARCHITECTURE:
+        return llava.CONCEPT
     if architecture in bart.ARCHITECTURES:
         return bart.CONCEPT
     if architecture in reward_models.CLASSES:
@@ -86,6 +98,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return disentangled_encoders.concept_of(directory)
 
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
+    known += [*gemma.ARCHITECTURES, *deepseek.ARCHITECTURES, *clip.MODELS, llava.ARCHITECTURE]
     known += [*images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]

@@ -4,19 +4,20 @@ formats/tokenizer_json.py and formats/wordpiece_json.py read the two kinds of to
 faster tokenizer here, and only them. This file reads all kinds: it finds the file, and what
 tokenizer_config.json adds, the *roles* of special tokens and the token that ends a document. The parts are
 implemented in data/pipeline.py. Older directories have no tokenizer.json but a model of SentencePiece
-(formats/sentencepiece_model.py).
+(formats/sentencepiece_model.py), or CLIP's two files (formats/clip_vocabulary.py).
 
 Where tokenizer_config.json names no role, the usual names have theirs: [MASK] or <mask> is the mask token.
 """
 
 from pathlib import Path
 
-from formats import sentencepiece_model, tokenizer_json
+from formats import clip_vocabulary, sentencepiece_model, tokenizer_json
 from formats.json_file import read_json, write_json
 from formats.tokenizer_json import END_OF_TEXT, EXPECTED, FILLED_ROLES, ROLES, STYLE, Around
 
 # The names of SentencePiece's file in published directories.
 MODEL_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+VOCABULARY = clip_vocabulary.FILES[0]
 USUAL_ROLES = {
     "cls_token": ("[CLS]",),
     "sep_token": ("[SEP]",),
@@ -28,11 +29,12 @@ USUAL_ENDS = (END_OF_TEXT, "</s>", "<eos>")
 
 
 def tokenizer_file(path: Path) -> Path:
-    """Return the tokenizer.json of a directory, or else its SentencePiece model; or the file itself."""
+    """Return the tokenizer.json of a directory, else its SentencePiece model, else CLIP's vocab.json; or
+    the file itself."""
     path = Path(path)
     if not path.is_dir():
         return path
-    names = [name for name in ("tokenizer.json", *MODEL_FILES) if (path / name).is_file()]
+    names = [name for name in ("tokenizer.json", *MODEL_FILES, VOCABULARY) if (path / name).is_file()]
     return path / (names[0] if names else "tokenizer.json")
 
 
@@ -77,9 +79,14 @@ def read(directory: Path) -> dict:
     path = tokenizer_file(directory)
     config_path = path.with_name("tokenizer_config.json")
     config = read_json(config_path) if config_path.is_file() else {}
-    is_model = path.suffix == ".model"
-    file = sentencepiece_model.read(path, config) if is_model else read_json(path, EXPECTED)
+    if path.suffix == ".model":
+        file = sentencepiece_model.read(path, config)
+    elif path.name == VOCABULARY:
+        file = clip_vocabulary.read(path)
+    else:
+        file = read_json(path, EXPECTED)
     with tokenizer_json.damage_named(path):
+        file = clip_vocabulary.with_spaces(file)
         return {"file": file} | read_names(file, config)
 
 

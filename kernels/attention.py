@@ -246,14 +246,14 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
             for a, b in pairwise(cu_seqlens.tolist())
         ]
         return torch.cat(documents, dim=1)
-    # One call per row that has fewer keys: the keys that do not exist are never read.
+    # One call per row, which reads no key that does not exist, or one with a mask where few do not exist.
     if seqlens_k is not None and readable(seqlens_k):
-        rows = [
-            _torch(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal, window, scale, None, None, bias)
-            for b, n in enumerate(seqlens_k.tolist())
-        ]
-        return torch.cat(rows) if rows else torch.empty_like(q)
-    if seqlens_k is not None:
+        lengths = seqlens_k.tolist()
+        if not attention_cpu.mask_is_faster(q, k, v, lengths):
+            parts = [(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]) for b, n in enumerate(lengths)]
+            rows = [_torch(*part, causal, window, scale, None, None, bias) for part in parts]
+            return torch.cat(rows) if rows else torch.empty_like(q)
+    elif seqlens_k is not None:
         k, v = _without_missing(k, v, seqlens_k)
 
     # Make a mask only where one is needed, as PyTorch is faster without. Its own causal flag is aligned to

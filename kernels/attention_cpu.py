@@ -50,6 +50,17 @@ def applies(q: Tensor, k: Tensor) -> bool:
     return short and q.device.type == "cpu" and q.dtype != torch.float64 and onednn_multiplies()
 
 
+def mask_is_faster(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> bool:
+    """Return True if one call for all rows, in which a mask hides the keys that do not exist, is possible and
+    takes less time than a call for each row. A call costs as much as about 40,000 products."""
+    T, S, width = q.shape[1], k.shape[1], q.shape[2] * q.shape[3]
+    least = min(lengths, default=0)
+    if least < T or (len(lengths) * S - sum(lengths)) * T * width > 40_000 * len(lengths):
+        return False
+    # A mask hides neither NaN nor numbers so large that their scores overflow.
+    return least == S or all(bool(x[:, least:].abs().amax() < 1e10) for x in (k, v))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None) -> Tensor:
     """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q. causal: T = S. bias: None, or
     (H, T + S - 1), the numbers of `attention.bias_by_distance`."""

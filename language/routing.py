@@ -46,15 +46,36 @@ def token_choice(experts: Tensor, weights: Tensor, logits: Tensor, probs: Tensor
     return Routing(tokens, experts.flatten(), weights.flatten(), logits, probs)
 
 
-def softmax_top_k(logits: Tensor, k: int, renormalize: bool) -> Routing:
+def outside_groups(ranked: Tensor, n_groups: int, top_groups: int, n_best: int) -> Tensor:
+    """Return which experts are outside of a token's best groups: bool (N, E), of their scores ranked (N, E).
+
+    The experts are in n_groups, of which the top_groups are best whose n_best best experts add up to most.
+    """
+    N, E = ranked.shape
+    of_groups = ranked.view(N, n_groups, E // n_groups).topk(n_best, dim=-1).values.sum(dim=-1)
+    best = of_groups.topk(top_groups, dim=-1).indices  # (N, top_groups)
+    outside = torch.ones(N, n_groups, dtype=torch.bool, device=ranked.device).scatter(1, best, False)
+    return outside.repeat_interleave(E // n_groups, dim=1)
+
+
+def softmax_top_k(
+    logits: Tensor, k: int, renormalize: bool, n_groups: int = 1, top_groups: int = 1
+) -> Routing:
     """Return the k likeliest experts of each token, weighted by their probabilities; logits: (N, E).
+
+    With n_groups a token chooses from the top_groups whose best expert is the likeliest (DeepSeek-V2, 2024,
+    section 2.2.2).
 
     Renormalised weights are the softmax of the k best logits alone (Shazeer et al. 2017, equation 3; Mixtral,
     Jiang et al. 2024, section 2.1). The others (OLMoE, DeepSeekMoE) add up to less than 1: where the
     probabilities are spread over many experts, the layer changes the residual stream little.
     """
     probs = logits.softmax(dim=-1)
-    weights, experts = probs.topk(k, dim=-1)
+    ranked = probs.detach()
+    if n_groups > 1:
+        ranked = ranked.masked_fill(outside_groups(ranked, n_groups, top_groups, 1), -1.0)
+    experts = ranked.topk(k, dim=-1).indices
+    weights = probs.gather(1, experts)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return token_choice(experts, weights, logits, probs)
@@ -84,17 +105,10 @@ def sigmoid_top_k(
     from the top_groups whose two best experts add up to the most (DeepSeek-V3, Liu et al. 2024, section
     2.1.2).
     """
-    N, E = logits.shape
     scores = logits.sigmoid()
     ranked = scores.detach() + bias
-
-    # Exclude the experts outside of a token's best groups.
     if n_groups > 1:
-        ranked = ranked.view(N, n_groups, E // n_groups)
-        best = ranked.topk(2, dim=-1).values.sum(dim=-1).topk(top_groups, dim=-1).indices  # (N, top_groups)
-        outside = torch.ones(N, n_groups, dtype=torch.bool, device=logits.device).scatter(1, best, False)
-        ranked = ranked.masked_fill(outside[..., None], -torch.inf).view(N, E)
-
+        ranked = ranked.masked_fill(outside_groups(ranked, n_groups, top_groups, 2), -torch.inf)
     experts = ranked.topk(k, dim=-1).indices  # (N, k)
     weights = scores.gather(1, experts)
     if renormalize:
@@ -201,7 +215,7 @@ class Router(nn.Module):
 
         # Choose, and count the choices that the bias follows.
         if c.router == "softmax":
-            routing = softmax_top_k(logits, c.top_k, c.renormalize)
+            routing = softmax_top_k(logits, c.top_k, c.renormalize, c.n_groups, c.top_groups)
         elif c.router == "switch":
             routing = switch_top_1(logits, switch_capacity(c, len(x)) if self.training else None)
         elif c.router == "expert_choice":

@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
     add("--chat", action="store_true", help="talk to it")
     add("--prompt", help="ask one question")
     add("--merge", type=command.path, metavar="DIR", help="write base and adapter as one ordinary model")
+    add("--image", type=command.path, help="an image to ask about, for a model that sees (default: none)")
     add("--system", help="a system message, which comes before all questions")
     add("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default 0)")
@@ -99,4 +100,4 @@ def do(args: argparse.Namespace) -> None:
         chat.talk(model, tokenizer, args)
     else:
         question = {"role": "user", "content": args.prompt}
-        chat.answer(model, tokenizer, [*chat.begin(args), question], args)
+        chat.answer(model, tokenizer, [*chat.begin(args), question], args, chat.look_at(model, args))

@@ -17,7 +17,7 @@ Shapes: B completions, T tokens of prompt and completion without the first, V vo
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -113,7 +113,19 @@ def at_mask(values: Tensor, mask: Tensor) -> Tensor:
 
 def of_tokens(log_p: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """Return log p (B, T) of the tokens (B, T + 1) at the mask (B, T), from log_p (N, V); 0 elsewhere."""
-    return at_mask(log_p.gather(1, tokens[:, 1:][mask][:, None])[:, 0], mask)
+    return at_mask(chosen(log_p, tokens[:, 1:][mask]), mask)
+
+
+def chosen(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p (N,) of tokens (N,), from log_p (N, V)."""
+    return log_p.gather(1, tokens[:, None])[:, 0]
+
+
+def in_pieces(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """Return function(*columns), which works row by row, computed for 256 rows at a time: all intermediate
+    results then fit into a processor's cache."""
+    pieces = zip(*(column.split(256) for column in columns), strict=True)
+    return torch.cat([function(*piece) for piece in pieces])
 
 
 # --- rollouts
@@ -151,22 +163,6 @@ def laid_out(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Te
     return tokens, (starts <= positions) & (positions < ends)
 
 
-def sample(model: nn.Module, prompts: list[list[int]], n_new: int, **options) -> list[list[int]]:
-    """Return up to n_new new tokens of each prompt. Options as for generate.stream.
-
-    On a CPU, rows of equal lengths are sampled together: attention there takes uneven ones one by one.
-    """
-    lengths = sorted({len(p) for p in prompts})
-    if next(model.parameters()).device.type != "cpu" or len(lengths) == 1:
-        return model.generate(prompts, n_new, **options)
-    found: list[list[int]] = [[] for _ in prompts]
-    for length in lengths:
-        rows = [i for i, p in enumerate(prompts) if len(p) == length]
-        for i, new in zip(rows, model.generate([prompts[i] for i in rows], n_new, **options), strict=True):
-            found[i] = new
-    return found
-
-
 @torch.no_grad()
 def roll_out(
     policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: int, n: int, keep_graph: bool = False
@@ -184,7 +180,7 @@ def roll_out(
     room = min(settings.max_new_tokens, policy.config.max_seq_len - max(map(len, prompts)))
     generator = torch.Generator(device).manual_seed(seed)
     options = {"temperature": settings.temperature, "stop": dataset.stop, "generator": generator}
-    completions = sample(policy.model, prompts, room, **options)
+    completions = policy.model.generate(prompts, room, **options)
 
     # Score. What has no score is left out by the mask.
     found = scores.score(dataset.scorer, scores.Completions(prompts, completions, answers)).to(device)
@@ -202,9 +198,10 @@ def roll_out(
         with torch.set_grad_enabled(keep_graph):
             log_p, values = policy.evaluate(rows, own)
             logps = of_tokens(log_p, rows, own)
-        log_ref = policy.normalised(policy.reference.logits(rows[:, :-1], own))
-        entropies = at_mask(-log_p.exp().mul_(log_p).sum(dim=-1), own)
-        parts.append((logps, of_tokens(log_ref, rows, own), values, entropies))
+        ref_logits = policy.reference.logits(rows[:, :-1], own)
+        ref_logps = in_pieces(lambda x, y: chosen(policy.normalised(x), y), ref_logits, rows[:, 1:][own])
+        entropies = in_pieces(lambda x: -x.exp().mul_(x).sum(dim=-1), log_p)
+        parts.append((logps, at_mask(ref_logps, own), values, at_mask(entropies, own)))
     columns = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True))
     return Rollout(tokens, mask, found, groups, ended, *columns)
 

@@ -25,7 +25,7 @@ measured in nats per target token on held-out data:
     docstrings         the first sentence of a function's docstring from its code: neither objective's own
 
 Writes the figures of every run, objectives_compared.png beside them, and prints the table. All of it takes
-about 35 minutes on two cores. A run that has ended is kept in --cache: the same command after an interruption
+about 40 minutes on two cores. A run that has ended is kept in --cache: the same command after an interruption
 continues.
 """
 

@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each side that count (default 10)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:1])
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()

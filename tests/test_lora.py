@@ -768,9 +768,9 @@ def asked(monkeypatch):
     """Return a list that collects the contents of the messages at each call of chat.answer."""
     calls, answer = [], chat.answer
 
-    def listen(model, tokenizer, messages, args):
+    def listen(model, tokenizer, messages, args, image=None):
         calls.append([message["content"] for message in messages])
-        return answer(model, tokenizer, messages, args)
+        return answer(model, tokenizer, messages, args, image)
 
     monkeypatch.setattr(chat, "answer", listen)
     return calls

@@ -11,8 +11,8 @@ import io
 import json
 import re
 import shlex
-import struct
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -20,8 +20,11 @@ import pytest
 from conftest import run_command
 from PIL import Image
 
+import gpt
 from data import notes
+from data.tokenizer import get_tokenizer
 from evaluation import stdlib_suite
+from vision import visual_instruct
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")), "kernels/README.md"]
@@ -61,6 +64,15 @@ def small(command: list[str], n_steps: int) -> list[str]:
     data = "questions.jsonl" if {"lora", "instruct"} & set(command) else "book.txt"
     for task, pairs in (("translate", "dates.tsv"), ("pegasus", "documents")):
         data = pairs if task in command else data
+    if "clip" in command:
+        tiny = "n_layers=1 d_model=32 d_ff=32 text_layers=1 text_width=32 text_ff=32"
+        data = [] if "--data" in command else ["--data", "photos"]
+        return [*command, *data, "--set", *tiny.split(), "--batch-size", "8", "--steps", str(n_steps)]
+    if "llava" in command:
+        tower = [] if {"--tower", "--init-from"} & set(command) else ["--tower", "random"]
+        ours = {"language=runs/gpt/model": "language=language", "runs/clip/model": "random"}
+        command = [ours.get(word, word) for word in command]
+        return [*command, *tower, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
     if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
         data = []
         if "--data" not in command:
@@ -91,6 +103,8 @@ def run(command: str, n_steps: int) -> str:
     name, *arguments = words[as_module:]
     if name == "train.py":
         arguments = small(arguments, n_steps)
+    if name == "vision.visual_questions":
+        arguments[arguments.index("-n") + 1] = "1"
     if name == "evaluation.probe":
         arguments += ["--data", "photos"]
     ended = run_command(*["-m"] * as_module, name, *arguments)
@@ -131,6 +145,9 @@ def fill(folder: Path) -> None:
         (folder / "photos" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(6):
             Image.new("RGB", (20, 16), (level, level + i, 3 * i)).save(folder / "photos" / kind / f"{i}.png")
+    names = [f"{kind}/{i}.png" for kind in ("cats", "dogs") for i in range(6)]
+    records = [json.dumps({"image": name, "caption": f"a photo of {name}"}) for name in names]
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(records))
     for kind, note in (("cats", 60), ("dogs", 50)):
         (folder / "clips" / kind).mkdir(parents=True, exist_ok=True)
         for i in range(3):
@@ -146,6 +163,12 @@ def fill(folder: Path) -> None:
     for name in ("data_batch_1.bin", "test_batch.bin"):
         records = b"".join(bytes([i]) + bytes([20 * i]) * 3072 for i in range(10))
         (folder / "cifar-10-batches-bin" / name).write_bytes(records)
+    captions = [{"image": f"cats/{i}.png", "caption": f"Cat {i}."} for i in range(4)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    chats = [{"image": f"cats/{i}.png", "question": "<image> What?", "answer": "A cat."} for i in range(4)]
+    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    gpt.GPT(gpt.Config(1, 2, 16, 16, 257, 96, eos_token_id=256)).save_pretrained(folder / "language")
+    get_tokenizer("bytes").save(folder / "language")
     questions = [{"question": f"{i}?", "answer": f"{i}"} for i in range(40)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
 
@@ -171,6 +194,8 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(stdlib_suite, "TEXT_BYTES", 2000)
+    for name in ("N_SCENES", "N_HELD_OUT", "N_SHOWN"):
+        monkeypatch.setattr(visual_instruct, name, 4)
 
     for language, content, output in blocks(page):
         if language == "sh":

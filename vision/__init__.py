@@ -4,6 +4,9 @@ Read vit first, the Vision Transformer, and classify_images, which trains it to 
 three quarters of an image and rebuilds them, and so learns from images without labels. Four others need no
 labels either: maskfeat predicts the edges in hidden patches, simclr finds two views of one image among many,
 igpt predicts one pixel after another, by the decoder of gpt.py, and colorize, with a small convolutional
-network, the colours of a grey picture. spectrogram reads sounds as pictures of their frequencies, and
-classify_sounds trains it to name what it hears.
+network, the colours of a grey picture. clip places images and their captions in one space: clip_towers holds
+its two Transformers, and zero_shot what a trained one is good for. llava puts features of such an image tower
+in the place of words of the decoder of gpt.py; visual_instruct trains it, and visual_questions measures it.
+spectrogram reads sounds as pictures of their frequencies, and classify_sounds trains it to name what it
+hears.
 """

@@ -7,12 +7,12 @@ be filled in from their neighbours. With 75 percent missing, the model has to re
 asymmetric: the encoder, which is the ViT that one keeps, reads only the visible patches; a small decoder gets
 its output, and a learned mask token at each hidden place. So the encoder does a quarter of the work.
 
-    noise (B, N) -> order = argsort(noise): the first of it are kept; argsort(order) restores the places
+    noise (B, N) -> order = argsort(noise): its first n patches are kept; argsort(order) restores the places
 
 With `norm_pix` the true patch is standardised before the difference is taken (section 3), which makes better
 features and worse pictures: what is rebuilt has no brightness of its own.
 
-This file is only what MAE adds to vision/vit.py. To fine-tune its encoder:
+This file is only what MAE adds to vision/vit.py. To train it, and to fine-tune its encoder:
 
     python train.py --model mae                                                     rebuild 1,300 characters
     python train.py --model vit --init-from runs/mae/model --set n_classes=62       then learn to read them
@@ -52,7 +52,7 @@ SHOWN = 12  # images of the picture
 
 @dataclass(frozen=True)
 class Config(Augmentation):
-    """The decoder, and what is hidden. The defaults are the paper's, for ViT-B and larger."""
+    """The decoder, and how much is hidden. The defaults are the paper's, for ViT-B/16 and larger."""
 
     warp: float = 0.0  # without other views: every epoch hides other patches (table 1e: crops alone suffice)
     n_patches: int = 196  # N, of the model's config
@@ -224,8 +224,8 @@ def unwrap(module: MAE) -> ViT:
 
 
 def restore(module: MAE, directory: str) -> None:
-    """Copy the decoder in directory into the module. Where it has another shape, print so, and keep the new
-    one. A model without a decoder is an encoder alone, such as a classifier."""
+    """Copy the decoder in directory into the module. Where it has another shape, print that, and keep the new
+    decoder. A directory without a decoder, such as a classifier's, changes nothing."""
     if not images.has_decoder(directory):
         return
     saved = MAE.from_pretrained(directory)
@@ -240,13 +240,16 @@ def restore(module: MAE, directory: str) -> None:
 
 
 def load_data(args: Namespace, config: vit.Config) -> Dataset:
-    """Return images without their classes, and how large the error of the mean image is. Raises ValueError
-    for what `data.images.prepare` refuses."""
+    """Return images without their classes, and as a guess the error of the mean image, of normalized pixels.
+
+    Raises ValueError for what `data.images.prepare` refuses.
+    """
     dataset = load_images(args, config)
     (train, _), (held, _) = (
         pixels(rows, most) for rows, most in zip((dataset.train, dataset.val), MOST, strict=True)
     )
-    error = ((held - train.mean(0)) / config.std[0]).square().mean()
+    std = torch.tensor(config.std).repeat_interleave(train.shape[1] // len(config.std))  # (C height width,)
+    error = ((held - train.mean(0)) / std).square().mean()
     guess = f"the mean image has a squared error of {error:.4f} on held-out images (norm_pix: about 1)"
     return replace(dataset, labels=(), guess=guess)
 
@@ -261,7 +264,7 @@ def make_batch(
 
 
 def loss(module: MAE, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the header's loss of a batch from `make_batch`, and no other metrics."""
+    """Return the header's loss, a scalar, of a batch from `make_batch`, and no other metrics."""
     images, settings = module.model.normalized(batch["images"]), module.settings
     n_hidden = settings.n_patches - settings.n_visible
     predicted, places = module.predict(images, batch["noise"], n_hidden)

@@ -210,7 +210,8 @@ def load_data(args: Namespace, config: vit.Config) -> Dataset:
     parts = []
     for rows, most in zip((dataset.train, dataset.val), MOST, strict=True):
         images = pixels(rows, most)[0].unflatten(1, (config.n_channels, *config.size))
-        parts.append((hog_of_patches(images, config.patch_size, cell), images / config.std[0]))
+        hogs = hog_of_patches(images, config.patch_size, cell)
+        parts.append((hogs, images / images.new_tensor(config.std)[:, None, None]))
     errors = [(held - train.mean(0)).square().mean() for train, held in zip(*parts, strict=True)]
     guess = (
         f"on held-out images the mean HOG of each place has a squared error of {errors[0]:.4f}, the mean "

@@ -106,6 +106,7 @@ class Config:
         return 1
 
 
+# Layers, heads, width and inner width of the sizes that have several patch sizes.
 TI, S, B, L = (12, 3, 192, 768), (12, 6, 384, 1536), (12, 12, 768, 3072), (24, 16, 1024, 4096)
 SIZES = {
     "tiny": Config(4, 4, 128, 256, 32, 8, 1, 62),
@@ -124,7 +125,7 @@ SIZES = {
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for images of this size and these classes."""
+    """Return the config with the size, the channels and the classes of a data set's images."""
     C, height, width = dataset.train[0]["image"].shape
     size = height if height == width else (height, width)
     n = len(dataset.labels)
@@ -173,8 +174,11 @@ def take(x: Tensor, places: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """Draw the module's parameters, as the authors do: matrices by Glorot's rule, the classifier 0, the class
-    token and positions N(0, 0.02^2). Raises ValueError for a parameter without a rule."""
+    """Draw the module's parameters as MAE's code does: matrices by Glorot's rule, the class token and learned
+    positions N(0, 0.02^2), biases 0. The classifier is 0, as in ViT's code.
+
+    Raises ValueError for a parameter without a rule.
+    """
     for name, p in module.named_parameters():
         if name.endswith("bias") or name.startswith("classifier"):
             p.zero_()
@@ -225,7 +229,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of all tokens of an image to each other."""
+    """Attention of every token of an image to all of them."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -274,8 +278,9 @@ def through(layers: nn.ModuleList, x: Tensor, n: int | None = None) -> Tensor:
 def n_macs(config: Config, n: int | None = None, n_read: int | None = None) -> int:
     """Return the multiplications of one forward pass that reads n of the N patches (None: all).
 
-    They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes. Papers often call these FLOPs. Where
-    only n_read tokens are read after the last layer, it saves (T - n_read) (2 D^2 + 2 D F + 2 T D).
+    They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes, with T = 1 + n and F the inner width of
+    the MLP; a pooler adds D^2. Papers often call these FLOPs. Where only n_read tokens are read after the
+    last layer, it saves (T - n_read) (2 D^2 + 2 D F + 2 T D).
     """
     D, F, T = config.d_model, config.d_ff, 1 + (config.n_patches if n is None else n)
     layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D
@@ -286,6 +291,8 @@ def n_macs(config: Config, n: int | None = None, n_read: int | None = None) -> i
 
 
 class ViT(nn.Module):
+    """The header's model: embeddings, layers, a last norm, and a classifier where there are classes."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -383,6 +390,8 @@ def main() -> None:
     if args.checkpoint is None:
         print_sizes()
         return
+    if not args.images:
+        raise ValueError(f"{args.checkpoint}: no images to classify; add their files behind it")
     model = ViT.from_pretrained(args.checkpoint).eval()
     config = model.config
     if not config.n_classes:

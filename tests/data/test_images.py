@@ -84,6 +84,21 @@ def test_folders_named_train_and_val_are_the_parts_and_so_is_a_folder_in_val(fol
     assert len(prepare(tmp_path / "both")[0].val) == 2
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_several_folders_to_hold_out_val_is_used_in_whatever_order_they_are_listed(
+    backwards, folder, tmp_path, monkeypatch
+):
+    (tmp_path / "all").mkdir()
+    for part, n in (("test", 3), ("train", 2), ("val", 1)):
+        (tmp_path / "all" / part / "cat").mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (9, 9)).save(tmp_path / "all" / part / "cat" / f"{i}.png")
+    iterdir = type(folder).iterdir
+    monkeypatch.setattr(type(folder), "iterdir", lambda path: sorted(iterdir(path), reverse=backwards))
+    dataset, _ = prepare(tmp_path / "all")
+    assert len(dataset.train) == 2 and len(dataset.val) == 1
+
+
 def awkward(folder):
     """Write an image of each awkward kind to a folder of a class: its name and what its middle should be."""
     grey = np.full((9, 9), 40 * 257, np.uint16)
@@ -153,6 +168,10 @@ def test_what_is_no_set_of_images_is_refused(folder, tmp_path):
         images.prepare("glyphs:greek", SIZE, tmp_path)
     with pytest.raises(ValueError, match="has a held-out part of its own"):
         images.prepare("glyphs", SIZE, tmp_path, val="x")
+    with pytest.raises(ValueError, match="images of 0 x 8 pixels: expected at least 1"):
+        images.prepare("glyphs", (0, 8), tmp_path)
+    with pytest.raises(ValueError, match=r"none.png: cannot be opened \(No such file or directory\)"):
+        images.decode(tmp_path / "none.png", (3, *SIZE), images.Counter())
     (folder / "bird").mkdir()
     with pytest.raises(ValueError, match="bird: a class without images"):
         prepare(folder)

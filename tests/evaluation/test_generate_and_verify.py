@@ -91,5 +91,7 @@ def test_the_command_prints_each_rule_for_the_model_and_for_the_grammar(capsys, 
     printed = capsys.readouterr().out
     assert printed.count("filter, cluster") == 2 and printed.count("verifier") == 2
     assert "k = 12" in printed and "the filter removes" in printed
-    with pytest.raises(SystemExit):
-        generate_and_verify.main(["--samples", "0"])
+    for words, least in ((["--samples", "0"], 1), (["--verifier-steps", "-1"], 0)):
+        with pytest.raises(SystemExit):
+            generate_and_verify.main(words)
+        assert f"{' '.join(words)}: expected at least {least}" in capsys.readouterr().err

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import __main__ as command
 from evaluation import generation
 from evaluation.generation import cut_at, pass_at_k, same_number, score_question, write, write_programs
 from evaluation.multiple_choice import load
+from evaluation.published import TaskFile
 from evaluation.stdlib_suite import programs
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/harness"
@@ -96,6 +98,21 @@ def test_own_solutions_pass_and_programs_are_drawn_from_the_seed_alone(model):
     assert generation.count_passing(records, right) == [1, 1]
     first, again, alone = (write_programs(*model, records[:n], 2, 0.8) for n in (2, 2, 1))
     assert first == again and first[0] == alone[0] and first[0][0] != first[0][1]
+
+
+@pytest.mark.parametrize("temperature, rows", [(0.0, [2, 1]), (0.8, [2, 1] * 3)])
+def test_programs_are_written_in_batches_and_as_long_as_the_flags_allow(
+    temperature, rows, model, monkeypatch
+):
+    batches = []
+    monkeypatch.setattr(generation, "write_batch", lambda model, tokenizer, rows, stops, most, options: (
+        batches.append((len(rows), most)) or ["    pass"] * len(rows)
+    ))  # fmt: skip
+    words = ["--samples", "3" if temperature else "1", "--temperature", str(temperature)]
+    words += ["--max-new-tokens", "7", "--batch-size", "2"]
+    args = command.parse_arguments(["model", *words])
+    figures = command.program_figures(*model, TaskFile("p", "program", programs()[:3]), args)
+    assert batches == [(n, 7) for n in rows] and figures[0].n == 3
 
 
 def test_the_demonstration_finds_numbers(capsys):

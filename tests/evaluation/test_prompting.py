@@ -67,10 +67,15 @@ def test_the_command_measures_a_model_and_refuses_mistakes_in_a_line(tmp_path):
     tokenizer = get_tokenizer("bytes")
     small_gpt(tokenizer.n_vocab, 128, 0, width=32).save_pretrained(tmp_path / "gpt")
     tokenizer.save(tmp_path / "gpt")
-    command, out = ("-m", "evaluation.prompting", str(tmp_path / "gpt")), tmp_path / "few.json"
+    command, out = ("-m", "evaluation.prompting", str(tmp_path / "gpt")), tmp_path / "new" / "few.json"
     ended = run_command(*command, "--questions", "4", "--orders", "2", "--seeds", "2", "--out", str(out))
     assert ended.code == 0 and "best less worst of 2 orders" in ended.out, ended.err
     rows = json.loads(out.read_text())["rows"]
     assert [row["seed"] for row in rows] == [0, 1] and rows[0]["formats"].keys() == FORMATS.keys()
-    ended = run_command(*command, "--shots", "0")
-    assert ended.code == 2 and ended.err.strip().endswith("error: --shots 0: expected at least 1")
+    for words, error in (
+        (("--shots", "0"), "error: --shots 0: expected at least 1"),
+        (("--shots", "999"), "error: 999 solved lines: expected at most"),
+        (("--out", str(tmp_path)), f"--out: {tmp_path} is a folder; expected the name of a file to write"),
+    ):
+        ended = run_command("-m", "evaluation.prompting", "no-model", *words)  # refused before it is opened
+        assert ended.code == 2 and error in ended.err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import jail, sandbox
+from evaluation import jail, published, sandbox
 from evaluation.sandbox import Limits, Task, Verdict, check_all
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +159,14 @@ def test_own_solutions_pass_and_empty_ones_fail(tmp_path, capsys):
         "own solutions    2 of 2 pass",
         "`pass`           0 of 2 pass",
     ]
+
+
+def test_a_record_without_a_field_of_humaneval_is_refused_by_its_place(tmp_path):
+    records = [PROBLEMS[0], PROBLEMS[1] | {"entry_point": None}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for check in (sandbox.check_solutions, lambda path: published.read(str(path))):
+        with pytest.raises(ValueError, match=r"p.jsonl, line 2.*field entry_point: expected a text, found"):
+            check(tmp_path / "p.jsonl")
 
 
 def test_a_program_cannot_change_what_the_tests_take_from_the_prompt():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from formats import decoders, disentangled_encoders, encoder_decoders, encoders, mixtures
+from formats import decoders, deepseek, disentangled_encoders, encoder_decoders, encoders, gemma, mixtures
 from formats.config_json import read_fields
 from formats.decoders import LLAMA_FIELDS
 from formats.open_model import concept_of, open_model
@@ -29,6 +29,12 @@ DISENTANGLED = {"relative_attention": True, "pos_att_type": "c2p|p2c", "position
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 EXPERTS = {"num_experts_per_tok": 2, "norm_topk_prob": True}
 FINE = {**EXPERTS, "moe_intermediate_size": 8, "head_dim": 4}
+GEMMA = {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 5}
+LATENT = LLAMA | {
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
 # {a name: (the class of the model, its settings)}. Qwen is here with and without windows.
 FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", GPT2),
@@ -51,6 +57,16 @@ FAMILIES = {
         "Dots1ForCausalLM",
         LLAMA | FINE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
         | {"n_group": 2, "routed_scaling_factor": 1.5, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "gemma2": ("Gemma2ForCausalLM", LLAMA | GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", LLAMA | GEMMA),
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        LATENT | {"q_lora_rank": None},
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        LATENT | {"q_lora_rank": 6, "num_mtp_layers": 0},
     ),
     "bert": ("BertForMaskedLM", ENCODER),
     "roberta": ("RobertaForMaskedLM", ENCODER | {"type_vocab_size": 1}),
@@ -99,7 +115,7 @@ CHANGED = {
     "classifier_pooling": "mean", "rms_norm_eps": 0.1, "layer_norm_eps": 0.1, "layer_norm_epsilon": 0.1,
     "norm_eps": 0.1, "summary_type": "first", "n_shared_experts": 2, "id2label": {"0": "a"},
     "local_attention": 4, "transformers_version": "4.40.0", "summary_activation": "tanh",
-    "pos_att_type": ["p2c"], "max_relative_positions": 9,
+    "pos_att_type": ["p2c"], "max_relative_positions": 9, "final_logit_softcapping": 3.0,
 }  # fmt: skip
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "moe_intermediate_size")
 # What a refusal may name instead of a key: the field that it becomes, or its other name.
@@ -109,6 +125,8 @@ NULL_IS_ONE = ("n_group", "topk_group")
 READERS = {
     "gpt": decoders.read_decoder_config,
     "moe": mixtures.read_config,
+    "attention_variants.deepseek": deepseek.read_fields_of,
+    "attention_variants.local_global": gemma.read_fields_of,
     "bert": encoders.read_config,
     "language.deberta": lambda directory: disentangled_encoders.read(directory)[0],
     "language.t5": lambda directory: encoder_decoders.read(directory)[0],

@@ -86,7 +86,8 @@ def copy_once(source, tmp_path_factory, name):
 MODELS = (
     "gpt2", "llama3-scaling", "qwen2-sliding", "mixtral", "qwen3-moe", "dots1", "roberta-mlm",
     "albert-pretraining", "modernbert-mlm", "electra-discriminator", "bert-classifier", "t5-v1_1", "bart",
-    "pegasus", "deberta-v1", "deberta-v3", "vit", "vit-mae", "ast", "imagegpt",
+    "pegasus", "deberta-v1", "deberta-v3", "vit", "vit-mae", "ast", "imagegpt", "gemma2", "gemma3",
+    "deepseek-dense", "deepseek-v2", "deepseek-v3",
 )  # fmt: skip
 
 

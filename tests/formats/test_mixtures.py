@@ -437,7 +437,7 @@ def test_a_model_no_architecture_describes_is_refused_before_anything_is_written
         (
             "mixtral",
             {"architectures": ["DeepseekV2ForCausalLM"]},
-            "latent attention; expected one of Mixtral",
+            "latent attention; open it by python -m attention_variants.deepseek",
         ),
         (
             "mixtral",

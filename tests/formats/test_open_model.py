@@ -23,6 +23,9 @@ KINDS = {
         "electra-generator",
         "modernbert-mlm",
     ),
+    "attention_variants.local_global": ("gemma2", "gemma3"),
+    "attention_variants.latent": ("deepseek-dense",),
+    "attention_variants.deepseek": ("deepseek-v2", "deepseek-v3"),
     "language.electra": ("electra-discriminator",),
     "language.deberta": ("deberta-v1", "deberta-v3", "deberta-released", "deberta-released-v2"),
     "posttraining.classify": ("bert-classifier",),
@@ -72,7 +75,7 @@ def test_an_adapter_is_opened_on_its_base(name, base, tmp_path):
             {"architectures": ["MarianMTModel"]},
             "'MarianMTModel': expected one of GPT2",
         ),
-        ({"architectures": ["DeepseekV3ForCausalLM"]}, "'DeepseekV3ForCausalLM': expected one of"),
+        ({"architectures": ["DeepseekV32ForCausalLM"]}, "'DeepseekV32ForCausalLM': expected one of"),
         ({}, "'none': expected one of"),
         (
             {"architectures": ["plinth.os"]},

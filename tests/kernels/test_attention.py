@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import library
 from torch._subclasses import FakeTensorMode
 
-from kernels import attention, flash_attention, flash_backward, flash_decoding, flash_tiles
+from kernels import attention, attention_cpu, flash_attention, flash_backward, flash_decoding, flash_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {
@@ -292,6 +292,17 @@ def test_keys_that_do_not_exist_count_for_nothing(mask, backend, monkeypatch):
             ours = leaf.grad[b : b + 1].double()
             torch.testing.assert_close(ours[:, : x.shape[1]], x.grad, atol=2e-5, rtol=0)
             assert (ours[:, x.shape[1] :] == 0).all()
+
+
+@pytest.mark.parametrize("poison", [0.0, 3e38, *POISON])
+def test_rows_of_nearly_equal_lengths_take_one_call_unless_a_mask_could_not_hide_the_rest(poison):
+    q, k, v, options = inputs({"seqlens_k": [35, 40, 38], "causal": True}, 2, 40, B=3)
+    for b, n in enumerate(options["seqlens_k"].tolist()):
+        k[b, n:] = v[b, n:] = poison
+    assert attention_cpu.mask_is_faster(q, k, v, options["seqlens_k"].tolist()) == (poison == 0)
+    expected = attention(q.double(), k.double(), v.double(), **options, backend="reference")
+    out = attention(q, k, v, **options, backend="torch")
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
 
 def test_large_magnitudes():

@@ -1,10 +1,10 @@
-"""GELU against PyTorch's own in float64, value and gradient."""
+"""GELU against PyTorch's own in float64, and quick GELU against its equation: value and gradient."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import gelu
+from kernels import gelu, quick_gelu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -29,3 +29,23 @@ def test_without_gradients_and_where_it_overflows():
     torch.testing.assert_close(gelu(x).detach(), plain)
     gelu(x[1:5]).sum().backward()
     assert x.grad.tolist() == [0, 0, 0.5, 0.5, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_quick_gelu_is_its_equation_and_so_are_both_derivatives(dtype):
+    x = torch.linspace(-30, 30, 3001).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, expected = quick_gelu(x), exact * torch.sigmoid(1.702 * exact)
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, atol=rounding, rtol=rounding)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (expected_first,) = torch.autograd.grad(expected.sum(), exact, create_graph=True)
+    torch.testing.assert_close(first.double(), expected_first, atol=8 * rounding, rtol=8 * rounding)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    (expected_second,) = torch.autograd.grad(expected_first.sum(), exact)
+    torch.testing.assert_close(second.double(), expected_second, atol=32 * rounding, rtol=32 * rounding)
+    # Without a second derivative the gradient is computed in place.
+    quick_gelu(x).sum().backward()
+    torch.testing.assert_close(x.grad, first.detach(), atol=8 * rounding, rtol=8 * rounding)
+    with torch.no_grad():
+        torch.testing.assert_close(quick_gelu(x), y)

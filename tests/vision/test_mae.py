@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_command
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 from small_vit import SMALL, TOLERANCE, assert_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.class_folders import Part
+from data.images import as_dataset
 from formats.open_model import open_model
-from vision import mae, vit
+from vision import mae, maskfeat, vit
 from vision.mae import MAE, Config
 from vision.vit import SIZES, ViT
 
@@ -75,6 +78,16 @@ def test_what_is_predicted_is_in_order_of_row_column_and_channel():
     assert patches[0, 1, :4].tolist() == [images[0, c, 0, x].item() for x in (4, 5) for c in (0, 1)]
     assert torch.equal(mae.image_of(patches, ENCODER), images)
     assert not torch.equal(patches, vit.patches_of(images, 4))
+
+
+@pytest.mark.parametrize("task, words", [(mae, "error of 1.7500"), (maskfeat, "image one of 1.7500")])
+def test_the_error_of_the_mean_image_is_of_pixels_divided_by_each_channel_s_std(task, words, monkeypatch):
+    labels = np.array([-1])
+    parts = (Part(np.full((1, 3, 8, 8), value, np.uint8), labels) for value in (0, 51))  # 51 is 0.2
+    dataset = as_dataset(*parts, ())
+    monkeypatch.setattr(task, "load_images", lambda args, config: dataset)
+    found = task.load_data(None, replace(SMALL, image_size=8, n_channels=3, std=(0.1, 0.2, 0.4))).guess
+    assert words in found  # (2^2 + 1^2 + 0.5^2) / 3
 
 
 def test_the_encoder_sees_visible_patches_alone():

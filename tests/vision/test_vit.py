@@ -222,3 +222,5 @@ def test_the_command_prints_the_sizes_and_classifies_images(tmp_path):
     assert f"a.png: {('ant', 'bee', 'cat', 'dog', 'eel')[best]} " in ended.out
     ended = run_command("-m", "vision.vit", tmp_path / "model", tmp_path / "b.png")
     assert ended.code == 2 and "b.png" in ended.err
+    ended = run_command("-m", "vision.vit", tmp_path / "model")
+    assert ended.code == 2 and "no images to classify" in ended.err

@@ -1,0 +1,6 @@
+"""What takes the place of gpt.py's attention: one file each, so that a diff of two is that of two ideas.
+
+Read talking_heads, the smallest change; local_global, in which most layers see only the last tokens; latent,
+whose cache is one small vector per token; and linear, which has no softmax and no cache that grows. deepseek
+is latent in a mixture of experts.
+"""

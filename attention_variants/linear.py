@@ -1,0 +1,260 @@
+"""Linear attention: a state of fixed size takes the place of all earlier keys and values.
+
+    S_t = lambda S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        lambda = exp(-s), a decay for each head
+
+There is no softmax, so the sum over earlier tokens can be kept as one K x K matrix per head. The same o in
+three ways, which cost O(T^2), O(T c) and O(T):
+
+    parallel     o = ((Q K^T) * D) V,  D_ij = exp(-s (i - j)) for j <= i, else 0
+    chunked      inside a chunk of c tokens as parallel, and of all chunks before it through their state:
+                 o_i += exp(-s (i + 1)) S^T q_i,   S <- exp(-s c) S + sum_j exp(-s (c - 1 - j)) k_j v_j^T
+    recurrent    the equation above, token by token: for generation
+
+All exponents are <= 0, so nothing overflows, and the state is in float32 at least: rounding it to bfloat16 at
+every token would add up. Training is chunked; its time grows in proportion to T.
+
+A state of fixed size cannot hold an arbitrary text, so that every n-th layer is ordinary attention:
+MiniMax-01 (2025, section 2.2) has 7 linear layers and then one with softmax. Its linear layer, lightning
+attention (Qin et al. 2024), is
+
+    q, k, v = silu(W x)         out = W_o (sigmoid(W_g x) * norm(o))        norm: over all heads together
+
+without positions and without a scale. In layer l of L, counted from 0, head h has the decay rate
+s = 2^(-8 (h + 1) / H) (1 - l / (L - 1)): heads remember for different times, and later layers for longer.
+
+    python -m attention_variants.linear                       the sizes
+    python -m attention_variants.linear DIR --prompt "def "   continue a text
+    python train.py --model linear                            train one
+
+Shapes: B batch, T tokens, D model width, H heads, K head width, c tokens of a chunk, N chunks.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gpt
+from engine import optim
+from formats import command, native
+from generate import KVCache, main
+from gpt import GPT, Norm
+
+
+@dataclass(frozen=True)
+class Config(gpt.Config):
+    """The fields of gpt.py's Config, and which layers keep its attention."""
+
+    softmax_layers: tuple[int, ...] = ()  # MiniMax-01: every eighth
+    chunk: int = 64  # tokens of a chunk
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window is not None:
+            raise ValueError(f"window {self.window}: expected None; linear layers have a decay instead")
+        if beyond := [layer for layer in self.softmax_layers if layer >= self.n_layers]:
+            raise ValueError(f"softmax_layers {beyond[0]}: expected 0 to {self.n_layers - 1}")
+
+    @property
+    def n_linear_layers(self) -> int:
+        return self.n_layers - len(set(self.softmax_layers))
+
+    @property
+    def n_matmul_params(self) -> int:
+        """Return the number of weights in all matrices that a token is multiplied by, the head included."""
+        D, H, G, K = self.d_model, self.n_heads, self.G, self.K
+        ordinary = D * (H + 2 * G) * K + H * K * D
+        return super().n_matmul_params + self.n_linear_layers * (5 * D * H * K - ordinary)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the matmul FLOPs of training on one token, as in gpt.py for the layers with softmax.
+
+        A linear layer costs forward 4 H K for each visible key of its chunk, and 4 H K^2 for the state: what
+        the token reads from it, and what it writes into it.
+        """
+        H, K, c = self.n_heads, self.K, min(self.chunk, seq_len)
+        of_softmax = 12 * H * K * (seq_len + 1) // 2
+        of_linear = 12 * H * K * (c + 1) // 2 + 12 * H * K * K
+        n_softmax = self.n_layers - self.n_linear_layers
+        return 6 * self.n_matmul_params + n_softmax * of_softmax + self.n_linear_layers * of_linear
+
+
+SIZES = {
+    # gpt.py's tiny, with three linear layers and one with softmax.
+    "tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True, softmax_layers=(3,)),
+}
+
+
+def slopes(n_heads: int, layer: int, n_layers: int, like: Tensor) -> Tensor:
+    """Return the decay rates s of a layer's heads, (H,) in float32 at least, on the device of like. These are
+    MiniMax-01's, with its two small constants."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    of_heads = 2.0 ** (-8 * torch.arange(1, n_heads + 1, dtype=wide, device=like.device) / n_heads)
+    return of_heads * (1 - layer / (n_layers - 1 + 1e-5) + 1e-5)
+
+
+def no_state(k: Tensor, v: Tensor) -> Tensor:
+    """Return the state before the first token: zeros (B, H, K, K), in float32 at least."""
+    B, _, H, K = k.shape
+    return k.new_zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(k.dtype, torch.float32))
+
+
+def parallel(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    """Return o (B, T, H, K) of q, k, v (B, T, H, K) and s (H,), with all scores at once."""
+    i = torch.arange(q.shape[1], device=q.device)
+    distance = i[:, None] - i
+    decay = torch.exp(-s[:, None, None] * distance.clamp(min=0)) * (distance >= 0)  # (H, T, T)
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * decay.to(q.dtype)
+    return torch.einsum("bhts,bshk->bthk", scores, v)
+
+
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return o (B, T, H, K), token by token, and the state (B, H, K, K) after the last."""
+    state = no_state(k, v) if state is None else state
+    decay, outputs = torch.exp(-s).to(state.dtype)[:, None, None], []
+    for t in range(q.shape[1]):
+        written = torch.einsum("bhk,bhv->bhkv", k[:, t].to(state.dtype), v[:, t].to(state.dtype))
+        state = decay * state + written
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t].to(state.dtype), state))
+    return torch.stack(outputs, dim=1).to(q.dtype), state
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, chunk: int, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return o (B, T, H, K), in chunks of so many tokens, and the state (B, H, K, K) after the last."""
+    B, T, H, K = q.shape
+    state = no_state(k, v) if state is None else state
+    c = min(chunk, T)
+    n = -(-T // c)
+    # Zeros before the first token add nothing to a state, so that all chunks are full.
+    missing = n * c - T
+    q, k, v = (F.pad(x, (0, 0, 0, 0, missing, 0)).view(B, n, c, H, -1) for x in (q, k, v))
+    j = torch.arange(c, device=q.device)
+    wide = state.dtype
+
+    # What each chunk adds to the state, and the state before each chunk: the only loop, over N chunks. The
+    # first chunk is shorter by the zeros, which a given state must not decay for.
+    to_end = torch.exp(-s[:, None] * (c - 1 - j)).to(wide)  # (H, c)
+    added = torch.einsum("bnjhk,hj,bnjhv->nbhkv", k.to(wide), to_end, v.to(wide))
+    before = []
+    for i in range(n):
+        before.append(state)
+        length = c - missing if i == 0 else c
+        state = torch.exp(-s * length).to(wide)[:, None, None] * state + added[i]
+
+    # Inside the chunks, and from the states before them.
+    distance = j[:, None] - j
+    decay = torch.exp(-s[:, None, None] * distance.clamp(min=0)) * (distance >= 0)  # (H, c, c)
+    scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * decay.to(q.dtype)
+    inside = torch.einsum("bnhij,bnjhv->bnihv", scores, v)
+    since = torch.stack([(j + 1 - missing).clamp(min=0)] + [j + 1] * (n - 1))  # (N, c)
+    from_start = torch.exp(-s[:, None, None] * since).to(wide)  # (H, N, c)
+    earlier = torch.einsum("bnihk,hni,nbhkv->bnihv", q.to(wide), from_start, torch.stack(before))
+    out = inside + earlier.to(q.dtype)
+    return out.reshape(B, n * c, H, -1)[:, missing:], state
+
+
+class LinearAttention(nn.Module):
+    """MiniMax-01's linear layer: chunked for many tokens, recurrent for one."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        D, H, K = config.d_model, config.n_heads, config.K
+        self.qkv_proj = nn.Linear(D, 3 * H * K, bias=False)  # for each head its q, k and v
+        self.gate_proj = nn.Linear(D, H * K, bias=False)
+        self.out_norm = Norm(H * K, replace(config, norm_eps=1e-6), "rms")  # whatever rms_norm_eps is
+        self.o_proj = nn.Linear(H * K, D, bias=False)
+        self.layer, self.n_heads, self.chunk, self.n_layers = layer, H, config.chunk, config.n_layers
+
+    def forward(self, x: Tensor, rotation, cache, cu_seqlens: Tensor | None) -> Tensor:
+        """Return (B, T, D) of x (B, T, D). rotation is not used: a decay is the position."""
+        B, T, _ = x.shape
+        q, k, v = F.silu(self.qkv_proj(x)).view(B, T, self.n_heads, -1).chunk(3, dim=-1)  # (B, T, H, K)
+        s = slopes(self.n_heads, self.layer, self.n_layers, like=q)
+        # Autocast would round the state.
+        with torch.autocast(x.device.type, enabled=False):
+            if cache is not None:
+                o = cache.attend(self.layer, q, k, v, s, self.chunk)
+            elif cu_seqlens is not None:
+                parts = [(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
+                o = [chunked(q[:, a:b], k[:, a:b], v[:, a:b], s, self.chunk)[0] for a, b in parts]
+                o = torch.cat(o, dim=1)
+            else:
+                o, _ = chunked(q, k, v, s, self.chunk)
+        o = self.out_norm(o.reshape(B, T, -1))
+        return self.o_proj(torch.sigmoid(self.gate_proj(x)) * o)
+
+
+class HybridCache(KVCache):
+    """Keys and values of the layers with softmax, and a state (B, H, K, K) of each linear layer.
+
+    A state cannot forget its last tokens: unlike keys and values, it cannot be cut back to fewer.
+    """
+
+    def __init__(self, config: Config, lengths: list[int], max_len: int, like: Tensor):
+        super().__init__(config, lengths, max_len, like)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        shape = (len(lengths), config.n_heads, config.K, config.K)
+        linear = set(range(config.n_layers)) - set(config.softmax_layers)
+        self.states = [
+            like.new_zeros(shape, dtype=wide) if i in linear else None for i in range(config.n_layers)
+        ]
+        for i in linear:
+            self.keys[i] = self.values[i] = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: Tensor, chunk: int) -> Tensor:
+        """Return o (B, T, H, K) of the prompts, or of one token of each row, and update the state."""
+        if self.filled:
+            out, self.states[layer] = recurrent(q, k, v, s, self.states[layer])
+            return out
+        if self.uniform:
+            out, self.states[layer] = chunked(q, k, v, s, chunk)
+            return out
+        # Rows of prompts are padded on the right, and a state ends with the last token of its row.
+        rows = [
+            chunked(q[b : b + 1, :n], k[b : b + 1, :n], v[b : b + 1, :n], s, chunk)
+            for b, n in enumerate(self.lengths)
+        ]
+        self.states[layer] = torch.cat([state for _, state in rows])
+        return torch.cat([F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])) for out, _ in rows])
+
+
+class Block(gpt.Block):
+    def __init__(self, config: Config, layer: int):
+        super().__init__(config, layer)
+        if layer not in config.softmax_layers:
+            self.self_attn = LinearAttention(config, layer)
+
+
+class LinearGPT(GPT):
+    """gpt.py's decoder with linear attention in all but the softmax_layers, saved natively."""
+
+    block = Block
+    save_pretrained = native.save
+    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+
+    def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> HybridCache:
+        """Return an empty cache for prompts of these lengths. Raises ValueError for a static one, which a
+        compiled step needs."""
+        if static:
+            raise ValueError("linear attention has no cache for a compiled step; leave out --compile")
+        return HybridCache(self.config, lengths, max_len, like=self.model.norm.weight)
+
+
+# --- for train.py: the task is gpt.py's
+
+Model = LinearGPT
+KIND = "decoder"
+TASK = "gpt"
+STEPS = 1000
+separate_head = gpt.separate_head
+show = gpt.show
+width_factors = optim.width_factors
+
+if __name__ == "__main__":
+    command.run(lambda: main(LinearGPT, SIZES))  # continue a text, or print the sizes

@@ -1,0 +1,99 @@
+"""How fast is a training step of vision/clip.py beside CLIPModel of transformers, with the same weights?
+
+    python -m results.clip_speed --out results/clip_speed.json          some minutes
+
+Both sides compute the contrastive loss of the same batch in float32, its gradients, and a step of fused
+AdamW. The weights of theirs are those that ours writes, and both losses are compared before any timing. Each
+image and each caption has as many tokens on both sides. The steps are made in turn, A B A B, in one
+process; the first of each is not counted. Pairs per second are by the time that the processor spends on this
+process with one thread: what else runs on the machine does not count.
+
+What ours does less: the last layer of each tower computes the one token that is read; queries, keys and
+values are one product; the activation's gradient is computed in place.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine import cpu
+from formats import command
+from results.in_turn import compared, measure_in_turn, opened_by, write_figures
+from vision.clip import CLIP, SIZES, Config
+
+WIDE = {"n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1536, "image_size": 64, "n_channels": 3}
+WIDE |= {"text_layers": 4, "text_heads": 4, "text_width": 256, "text_ff": 1024, "d_joint": 256}
+SHAPES = {  # the model, pairs of a batch, tokens of a caption
+    "tiny": (replace(SIZES["tiny"], vocab_size=512, eos_token_id=511), 256, 9),
+    "6 layers, width 384": (replace(SIZES["tiny"], **WIDE, vocab_size=4096, eos_token_id=4095), 32, 16),
+}
+
+
+def batch_of(config: Config, n: int, n_tokens: int) -> dict[str, Tensor]:
+    """Return a batch of n random pairs."""
+    tokens = torch.randint(0, config.eos_token_id, (n, n_tokens))
+    tokens[:, -1] = config.eos_token_id
+    return {"images": torch.rand(n, config.n_channels, *config.size), "tokens": tokens}
+
+
+def sides_of(ours: CLIP, batch: dict[str, Tensor]) -> dict[str, tuple[nn.Module, Callable[[], Tensor]]]:
+    """Return both models, each with a function that returns its loss of the batch."""
+    from transformers import CLIPModel
+
+    theirs = opened_by(CLIPModel, ours).train()
+    pixels = ours.normalized(batch["images"])
+    arguments = {"input_ids": batch["tokens"], "pixel_values": pixels, "return_loss": True}
+    return {
+        "vision/clip.py": (
+            ours,
+            lambda: ours.compare(ours.of_images(pixels), ours.of_texts(batch["tokens"]))[0],
+        ),
+        "transformers": (theirs, lambda: theirs(**arguments).loss),
+    }
+
+
+def measurement(model: nn.Module, loss: Callable[[], Tensor], n: int) -> Callable[[], float]:
+    """Return a function that makes a training step on n pairs, and returns pairs per second."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> float:
+        began = time.process_time()
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return n / (time.process_time() - began)
+
+    return step
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--rounds", type=int, default=9, help="measurements of each side (default %(default)s)")
+    add("--out", type=command.path, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    cpu.multiply_by_onednn()  # for both sides: it is a setting of the process
+    load, results = os.getloadavg()[0], []
+    for name, (config, n, n_tokens) in SHAPES.items():
+        torch.manual_seed(0)
+        ours = CLIP(config).train()
+        sides = sides_of(ours, batch_of(config, n, n_tokens))
+        torch.testing.assert_close(*(loss() for _, loss in sides.values()), rtol=1e-5, atol=1e-5)
+        steps = {side: measurement(model, loss, n) for side, (model, loss) in sides.items()}
+        print(f"{name}: batches of {n} pairs")
+        figures = measure_in_turn(steps, 1 + args.rounds)
+        figures = {side: rates[1:] for side, rates in figures.items()}
+        results += compared(figures, "transformers", unit="pairs", shape=name, batch=n)
+    if args.out:
+        write_figures(Path(args.out), "clip_speed", load, results)
+
+
+if __name__ == "__main__":
+    command.run(main)

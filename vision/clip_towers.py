@@ -1,0 +1,375 @@
+"""The two towers of CLIP and SigLIP: a Transformer for images, and one for their captions.
+
+    image    z = [class; E x_1; ...; E x_N] + positions        x_i: the numbers of a patch (vision/vit.py)
+    text     z = embedding of the tokens t_1 ... t_T + positions
+    both     z = z + attention(norm(z)),  z = z + mlp(norm(z))      L times
+
+and one vector for the whole of it. The layouts differ in everything around the blocks:
+
+    clip     Radford et al. 2021 (arXiv 2103.00020, section 2.4). Image: no bias of the patches, a norm before
+             the blocks, and the class token is read. Text: each token sees those before it, and the token
+             that ends the text is read.
+    siglip   Zhai et al. 2023 (arXiv 2303.15343). Image: no class token; a learned query, the probe, attends
+             to all patches. Text: every token sees all, padding too, and the last place is read.
+
+vision/clip.py puts the two together. Models that see, such as LLaVA, read the image tower's hidden states of
+a layer before the last: `VisionTower.features`. Parameters have the names of Hugging Face's files.
+
+Shapes: B batch, C channels, P patch size, N patches, T tokens, D model width, H heads, K head width,
+L layers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from formats import clip
+from formats.config_values import check_values
+from kernels import attention, gelu, quick_gelu
+from vision.vit import patches_of, resample
+
+LAYOUTS = ("clip", "siglip")
+MLPS = ("quick_gelu", "gelu", "gelu_tanh")
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """The fields that both towers have."""
+
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_ff: int  # inner width of the MLP
+    layout: str = "clip"  # or "siglip"
+    mlp: str = "quick_gelu"  # x sigmoid(1.702 x); or "gelu", or "gelu_tanh", its approximation
+    norm_eps: float = 1e-5
+    kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
+
+    def __post_init__(self):
+        check_values(self, layout=LAYOUTS, mlp=MLPS)
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+
+
+@dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    """The image tower."""
+
+    image_size: int = 224  # pixels, both ways
+    patch_size: int = 32  # pixels, both ways
+    n_channels: int = 3
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # subtracted from pixels in [0, 1]
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)  # by which the difference is divided
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size}: expected at least patch_size {self.patch_size}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.n_channels):
+                given = getattr(self, name)
+                raise ValueError(f"{name} {given}: expected one number, or one for each channel")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Return how many patches are above each other, and side by side. Pixels beyond them are not read."""
+        return (self.image_size // self.patch_size,) * 2
+
+    @property
+    def n_patches(self) -> int:
+        """Return N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Return the number of tokens in the blocks: N, and the class token where there is one."""
+        return self.n_patches + (self.layout == "clip")
+
+
+@dataclass(frozen=True)
+class TextConfig(TowerConfig):
+    """The text tower."""
+
+    vocab_size: int = 49408
+    max_seq_len: int = 77  # tokens
+    eos_token_id: int = 49407  # the token that ends a text, whose first place is read
+    # Read the place of the largest id, as OpenAI does: the same if the end of a text has the largest id. A
+    # config.json from before 2023 means this by an eos_token_id of 2.
+    read_largest: bool = False
+    d_out: int = 512  # width of what SigLIP's text tower returns
+    MAY_BE_ZERO = ("eos_token_id",)
+
+
+def products(linears: Sequence[nn.Linear], x: Tensor, n_heads: int) -> Sequence[Tensor]:
+    """Return what linear layers of one width make of x (B, T, D), each (B, T, H, K): by one product of joined
+    matrices, unless an adapter has taken the place of a layer."""
+    B, T, D = x.shape
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return [linear(x).view(B, T, n_heads, -1) for linear in linears]
+    weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    return F.linear(x, weight, bias).view(B, T, len(linears), n_heads, -1).unbind(2)
+
+
+class Attention(nn.Module):
+    """Attention of the tokens to each other, or to those before them."""
+
+    def __init__(self, config: TowerConfig, causal: bool):
+        super().__init__()
+        D = config.d_model
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+        self.n_heads, self.causal, self.backend = config.n_heads, causal, config.kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mixed values (B, T, D) of x (B, T, D)."""
+        q, k, v = products((self.q_proj, self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
+        y = attention(q, k, v, causal=self.causal, backend=self.backend)
+        return self.out_proj(y.reshape(x.shape))
+
+    def at(self, x: Tensor, places: Tensor) -> Tensor:
+        """Return the mixed values (B, D) at one place (B,) of each row of x (B, T, D)."""
+        B, T, D = x.shape
+        q = self.q_proj(x[torch.arange(B, device=x.device), places]).view(B, self.n_heads, -1)  # (B, H, K)
+        k, v = products((self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
+        scores = torch.einsum("bhk,bthk->bht", q, k).float() / math.sqrt(q.shape[-1])
+        if self.causal:
+            behind = torch.arange(T, device=x.device) > places[:, None]
+            scores = scores.masked_fill(behind[:, None], float("-inf"))
+        y = torch.einsum("bht,bthk->bhk", scores.softmax(dim=-1).to(v.dtype), v)
+        return self.out_proj(y.reshape(B, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(config.d_model, config.d_ff), nn.Linear(config.d_ff, config.d_model)
+        self.kind = config.mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.fc1(x)
+        if self.kind == "quick_gelu":
+            return self.fc2(quick_gelu(u))
+        return self.fc2(gelu(u) if self.kind == "gelu_tanh" else F.gelu(u))
+
+
+class Block(nn.Module):
+    """One layer: attention and an MLP, each added to its input, with the norms before them."""
+
+    def __init__(self, config: TowerConfig, causal: bool):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.self_attn = Attention(config, causal)
+        self.layer_norm2 = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return the layer's output (B, T, D) for x (B, T, D), or (B, D) at one place (B,) of each row alone,
+        which is all that is needed of the last layer where one token is read."""
+        inner = self.layer_norm1(x)
+        if places is None:
+            x = x + self.self_attn(inner)
+        else:
+            x = x[torch.arange(len(x), device=x.device), places] + self.self_attn.at(inner, places)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+def blocks(config: TowerConfig, causal: bool = False) -> nn.ModuleDict:
+    """Return the L blocks of a tower."""
+    return nn.ModuleDict({"layers": nn.ModuleList(Block(config, causal) for _ in range(config.n_layers))})
+
+
+class Probe(nn.Module):
+    """SigLIP's pooling: a learned query attends to all patches, and an MLP is added to what it finds."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        D = config.d_model
+        self.probe = nn.Parameter(torch.empty(1, 1, D))
+        self.attention = nn.MultiheadAttention(D, config.n_heads, batch_first=True)  # for its names
+        self.layernorm = nn.LayerNorm(D, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.backend = config.kernels
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return one vector (B, D) for z (B, N, D)."""
+        of, (B, N, D) = self.attention, z.shape
+        query, key_value = of.in_proj_weight.split((D, 2 * D))
+        query_bias, key_value_bias = of.in_proj_bias.split((D, 2 * D))
+        q = F.linear(self.probe, query, query_bias).view(1, 1, of.num_heads, -1).expand(B, -1, -1, -1)
+        k, v = F.linear(z, key_value, key_value_bias).view(B, N, 2, of.num_heads, -1).unbind(2)
+        found = of.out_proj(attention(q, k, v, backend=self.backend).reshape(B, D))
+        return found + self.mlp(self.layernorm(found))
+
+
+class VisionTower(nn.Module):
+    """Images to hidden states, and to one vector each."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config, D, is_clip = config, config.d_model, config.layout == "clip"
+        P = config.patch_size
+        parts: dict[str, nn.Module] = {
+            "patch_embedding": nn.Conv2d(config.n_channels, D, P, P, bias=not is_clip)
+        }
+        self.embeddings = nn.ModuleDict(parts | {"position_embedding": nn.Embedding(config.n_tokens, D)})
+        if is_clip:
+            self.embeddings.class_embedding = nn.Parameter(torch.empty(D))
+            self.pre_layrnorm = nn.LayerNorm(D, eps=config.norm_eps)  # the name in the files
+        self.encoder = blocks(config)
+        self.post_layernorm = nn.LayerNorm(D, eps=config.norm_eps)
+        if not is_clip:
+            self.head = Probe(config)
+        initialize(self)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "VisionTower":
+        """Return the image tower in a directory, alone or of a whole model, in its precision.
+
+        Raises ValueError naming what is missing, damaged or not implemented.
+        """
+        return clip.load_tower(cls, VisionConfig, directory, kernels)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return images (B, C, height, width) with pixels in [0, 1] as the tower reads them."""
+        mean, std = (images.new_tensor(getattr(self.config, name))[:, None, None] for name in ("mean", "std"))
+        return (images - mean) / std
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Return the positions (T, D) of a grid, interpolated where it is not the config's."""
+        own = self.embeddings.position_embedding.weight
+        if grid == self.config.grid:
+            return own
+        if self.config.layout == "clip":
+            return resample(own[None], self.config.grid, grid)[0]
+        return resample(F.pad(own, (0, 0, 1, 0))[None], self.config.grid, grid)[0, 1:]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return z (B, T, D) before the first block, of normalized images (B, C, height, width)."""
+        P, patches = self.config.patch_size, self.embeddings.patch_embedding
+        grid = (images.shape[2] // P, images.shape[3] // P)
+        x = patches_of(images[:, :, : grid[0] * P, : grid[1] * P], P)  # (B, N, C P P)
+        x = F.linear(x, patches.weight.flatten(1), patches.bias)
+        if self.config.layout == "siglip":
+            return x + self.positions(grid)
+        first = self.embeddings.class_embedding.expand(len(x), 1, -1)
+        return self.pre_layrnorm(torch.cat((first, x), dim=1) + self.positions(grid))
+
+    def features(self, images: Tensor, layer: int = -2, keep_class: bool = False) -> Tensor:
+        """Return the hidden states (B, N, D) after a layer, of normalized images, without a norm.
+
+        layer: as an index into the L + 1 hidden states, so 0 is before the first block, and -1 or L after the
+        last. Blocks behind it are not computed. keep_class: leave CLIP's class token in front, (B, 1 + N, D).
+        Raises IndexError for a layer that does not exist.
+        """
+        n_layers = self.config.n_layers
+        if not -n_layers - 1 <= layer <= n_layers:
+            raise IndexError(f"layer {layer}: expected {-n_layers - 1} to {n_layers}")
+        z = self.embed(images)
+        for block in self.encoder.layers[: layer % (n_layers + 1)]:
+            z = block(z)
+        return z if keep_class or self.config.layout == "siglip" else z[:, 1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return one vector (B, D) for each of the normalized images (B, C, height, width)."""
+        if self.config.layout == "siglip":
+            return self.head(self.post_layernorm(self.features(images, layer=-1)))
+        z = self.features(images, layer=-2, keep_class=True)
+        first = torch.zeros(len(z), dtype=torch.long, device=z.device)
+        return self.post_layernorm(self.encoder.layers[-1](z, first))
+
+
+class TextTower(nn.Module):
+    """Texts to one vector each."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config, D, is_clip = config, config.d_model, config.layout == "clip"
+        places = {"token_embedding": config.vocab_size, "position_embedding": config.max_seq_len}
+        self.embeddings = nn.ModuleDict({name: nn.Embedding(n, D) for name, n in places.items()})
+        self.encoder = blocks(config, causal=is_clip)
+        self.final_layer_norm = nn.LayerNorm(D, eps=config.norm_eps)
+        if not is_clip:
+            self.head = nn.Linear(D, config.d_out)
+        initialize(self)
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Return the place (B,) of each row of tokens (B, T) that CLIP reads: of the token that ends it.
+
+        Raises ValueError on a CPU for a row without one, which would be read at its first place.
+        """
+        if self.config.read_largest:
+            return tokens.argmax(dim=1)
+        is_end = tokens == self.config.eos_token_id
+        waits = tokens.device.type != "cpu" or torch.compiler.is_compiling()
+        if not (waits or is_end.any(dim=1).all()):
+            raise ValueError(f"a text has no token {self.config.eos_token_id}, which ends it and is read")
+        return is_end.int().argmax(dim=1)  # the first of several
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return one vector (B, D), for siglip (B, d_out), for each row of tokens (B, T). Rows are padded on
+        the right, for siglip to the length that the model was trained with."""
+        T = tokens.shape[1]
+        z = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[:T]
+        *earlier, last = self.encoder.layers
+        for block in earlier:
+            z = block(z)
+        if self.config.layout == "siglip":
+            return self.head(self.final_layer_norm(last(z)[:, -1]))
+        return self.final_layer_norm(last(z, self.places(tokens)))
+
+
+@torch.no_grad()
+def initialize(tower: VisionTower | TextTower) -> None:
+    """Draw the tower's parameters from normal distributions, as OpenAI's code does for its text tower.
+
+    Standard deviations: 1 / sqrt(D) of the inputs of attention, 1 / sqrt(2 D) of those of the MLP, both
+    outputs 1 / sqrt(2 L D), which keeps the sum of 2 L of them in bounds; tokens 0.02 and their positions
+    0.01. Raises ValueError for a parameter without a rule.
+    """
+    D, residual = tower.config.d_model, math.sqrt(2 * tower.config.n_layers)
+    is_text = isinstance(tower, TextTower)
+    for name, p in tower.named_parameters():
+        if name.endswith("bias"):
+            p.zero_()
+        elif p.ndim == 1 and "norm" in name:
+            p.fill_(1.0)
+        elif name.endswith(("out_proj.weight", "fc2.weight")):
+            p.normal_(std=1 / math.sqrt(D) / residual)
+        elif name.endswith("fc1.weight"):
+            p.normal_(std=1 / math.sqrt(2 * D))
+        elif name.endswith(("_proj.weight", "in_proj_weight", "probe", "class_embedding", "head.weight")):
+            p.normal_(std=1 / math.sqrt(D))
+        elif name.endswith("patch_embedding.weight"):
+            p.normal_(std=1 / math.sqrt(p[0].numel()))
+        elif name.endswith("token_embedding.weight"):
+            p.normal_(std=0.02)
+        elif name.endswith("position_embedding.weight"):
+            p.normal_(std=0.01 if is_text else 1 / math.sqrt(D))
+        else:
+            raise ValueError(
+                f"parameter {name}: no rule of initialisation; add one to clip_towers.initialize"
+            )
+
+
+def n_macs(config: VisionConfig | TextConfig, seq_len: int | None = None) -> int:
+    """Return the multiplications of one forward pass over one image, or a text of seq_len (max_seq_len)
+    tokens.
+
+    They are T (4 D^2 + 2 D F) + 2 T^2 D for each of the L layers, the matrix (D, C P^2) of the patches, and
+    SigLIP's pooling. In CLIP's last layer one token is computed: 2 T D^2 for keys and values, the rest once.
+    """
+    D, siglip = config.d_model, config.layout == "siglip"
+    if isinstance(config, TextConfig):
+        T, around = seq_len or config.max_seq_len, D * config.d_out * siglip
+    else:
+        T = config.n_tokens
+        around = config.n_patches * D * config.n_channels * config.patch_size**2
+        if siglip:  # the probe's query is one for all images
+            around += T * 2 * D * D + 2 * T * D + D * D + 2 * D * config.d_ff
+    layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
+    last = layer if siglip else 2 * T * D * D + 2 * D * D + 2 * D * config.d_ff + 2 * T * D
+    return (config.n_layers - 1) * layer + last + around

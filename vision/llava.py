@@ -1,0 +1,345 @@
+"""LLaVA: a language model that sees. Features of image patches stand in the place of words.
+
+    f_1 ... f_N = features of the patches of an image, of a frozen image tower (CLIP's), before its last block
+    h_i = W_2 gelu(W_1 f_i + b_1) + b_2                             the projector: as wide as a word
+    x   = embeddings of the tokens t_1 ... t_T, with h_i in the place of the i-th image token
+    p(t_{j+1} | t_1 ... t_j, image) = softmax of the decoder of gpt.py on x
+
+Visual instruction tuning (Liu et al. 2023, arXiv 2304.08485), and the improved baselines (LLaVA 1.5, Liu et
+al. 2023, arXiv 2310.03744), whose projector has two layers. The tower is vision/clip_towers.py, the language
+model gpt.py, and neither is changed. The class token of a CLIP tower is left out; "full" towers keep it.
+
+A text has one "<image>" for each image, and the model N image tokens. `Config.n_image_tokens` is the only
+place where they are counted: conversations, truncation, checks and saved files all read it. A row of tokens
+holds one image or none.
+
+It is trained in two stages by vision/visual_instruct.py: first the projector alone, on captions, then the
+projector and the language model, on conversations. The tower learns in neither.
+
+    python -m vision.llava                                                  print the sizes
+    python train.py --model llava                                           train one about drawn scenes
+    python -m vision.llava runs/llava/model photo.png "What shape is the red object?"
+
+Shapes: B rows, T tokens, N image tokens of an image, C channels, D width of the language model, V vocabulary.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import generate
+import gpt
+from data.images import decode
+from data.rows import Dataset
+from data.tokenizer import get_tokenizer
+from formats import command, llava
+from formats.chat_template import IMAGE, ImageTokens, encode, end_id, prompt_tokens, with_images
+from formats.decoders import read_decoder_config
+from gpt import GPT
+from vision.clip_towers import VisionConfig, VisionTower, n_macs
+
+TASK, KIND = "visual_instruct", "model that sees"
+
+
+@dataclass(frozen=True)
+class Config:
+    vision: VisionConfig
+    text: gpt.Config
+    image_token: int = 32000  # the id that stands for a part of an image
+    feature_layer: int = -2  # of the tower's L + 1 hidden states: -2 is before its last block
+    keep_class: bool = False  # keep a CLIP tower's class token, too ("full")
+    projector_bias: bool = True
+    # Of a new model: the directories of a CLIP or SigLIP, whose tower it gets ("random": none), and of a
+    # decoder, whose weights its language model starts from.
+    tower: str = ""
+    language: str = ""
+
+    def __post_init__(self):
+        L, layer = self.vision.n_layers, self.feature_layer
+        if not -L - 1 <= layer <= L:
+            raise ValueError(f"feature_layer {layer}: expected {-L - 1} to {L}, as the tower has {L} layers")
+        if not 0 <= self.image_token < self.text.vocab_size:
+            given = f"image_token {self.image_token}"
+            raise ValueError(f"{given}: expected an id of the vocabulary, below {self.text.vocab_size}")
+        if self.vision.layout == "siglip" and not self.keep_class:
+            raise ValueError("keep_class False: expected True, as a SigLIP tower has no class token to drop")
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Return N: the patches of an image, and the class token if it is kept."""
+        return self.vision.n_tokens if self.keep_class else self.vision.n_patches
+
+    @property
+    def image_tokens(self) -> ImageTokens:
+        """Return what stands for an image in a conversation."""
+        return ImageTokens(self.image_token, self.n_image_tokens)
+
+    @property
+    def max_seq_len(self) -> int:
+        """Return how many tokens the language model reads, those of images included."""
+        if self.language:
+            return read_decoder_config(self.language)["max_seq_len"]
+        return self.text.max_seq_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def eos_token_id(self) -> int | tuple[int, ...] | None:
+        return self.text.eos_token_id
+
+    @property
+    def tower_macs(self) -> int:
+        """Return the multiplications for the features of an image: patches, and blocks up to the layer."""
+        vision = self.vision
+        block = n_macs(replace(vision, n_layers=vision.n_layers + 1)) - n_macs(vision)
+        patches = vision.n_patches * vision.d_model * vision.n_channels * vision.patch_size**2
+        return patches + self.feature_layer % (vision.n_layers + 1) * block
+
+    @property
+    def projector_macs(self) -> int:
+        """Return the multiplications of the projector for one image."""
+        return self.n_image_tokens * (self.vision.d_model + self.text.d_model) * self.text.d_model
+
+
+L14 = VisionConfig(24, 16, 1024, 4096, image_size=336, patch_size=14)
+VICUNA = replace(gpt.SIZES["llama2-7b"], vocab_size=32064, eos_token_id=2)
+SIZES = {
+    "tiny": Config(
+        VisionConfig(3, 4, 96, 384, image_size=32, patch_size=8),
+        gpt.Config(3, 4, 96, 256, 512, 64, tie_embeddings=False),
+        image_token=511,
+    ),
+    "llava-1.5-7b": Config(L14, VICUNA),
+    "llava-1.5-13b": Config(L14, replace(VICUNA, n_layers=40, n_heads=40, d_model=5120, d_ff=13824)),
+}
+
+
+def with_tower(config: Config, tower: str) -> Config:
+    """Return the config for the tower in a directory, or "random" for one of the config's size, drawn at
+    random. Raises ValueError for a directory without a tower."""
+    if tower == "random":
+        return replace(config, tower="")
+    vision = VisionTower.from_pretrained(tower).config
+    vision = replace(vision, kernels=config.vision.kernels)
+    keep_class = config.keep_class or vision.layout == "siglip"
+    return replace(config, vision=vision, keep_class=keep_class, tower=tower)
+
+
+def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
+    """Return the config for this vocabulary, with the sizes of the tower and of the language model whose
+    weights a new model gets. dataset: of vision/visual_instruct.py. Raises ValueError for directories that
+    hold neither."""
+    tokenizer = dataset.tokenizer
+    config, text = with_tower(config, dataset.tower), config.text
+    if config.language:
+        text = GPT.from_pretrained(config.language).config
+    text = replace(text, vocab_size=max(tokenizer.n_vocab, text.vocab_size if config.language else 0))
+    text = replace(text, eos_token_id=tokenizer.eot_id, max_seq_len=max(seq_len, text.max_seq_len))
+    image_token = tokenizer.special_tokens[IMAGE]
+    return replace(config, text=text, image_token=image_token)
+
+
+def check_image_tokens(found: list[int], images: Tensor | None, image: ImageTokens) -> None:
+    """Raise ValueError unless each row holds the image tokens of one image, or none.
+
+    found: their number in each row. images: one for each row, or None, and then no row may hold any.
+    """
+    if images is not None and len(images) != len(found):
+        raise ValueError(f"{len(images)} images, {len(found)} rows of tokens: expected one for each row")
+    for row, n in enumerate(found):
+        if n not in ((0,) if images is None else (0, image.n)):
+            of = "it has no image" if images is None else f"its image has {image.n} features"
+            raise ValueError(f"row {row} holds {n} image tokens (id {image.id}), but {of}")
+
+
+def spliced(x: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
+    """Return embeddings x (B, T, D) in which the i-th place of each row where is_image (B, T) is true holds
+    the i-th of its features (B, N, D). A row without such places reads none of them."""
+    place = (is_image.cumsum(dim=1) - 1).clamp(0, features.shape[1] - 1)  # (B, T): which of the N
+    seen = features.gather(1, place[..., None].expand(-1, -1, features.shape[2]))
+    return torch.where(is_image[..., None], seen.to(x.dtype), x)
+
+
+class Prompted(nn.Module):
+    """The language model with the features of its prompts' images, as generate.py reads a model."""
+
+    def __init__(self, language_model: GPT, image_token: int, features: Tensor | None):
+        super().__init__()
+        self.language_model, self.config = language_model, language_model.config
+        self.image_token, self.features = image_token, features  # features: (B, N, D)
+        self.new_cache, self.logits = language_model.new_cache, language_model.logits
+
+    def hidden(self, tokens: Tensor, *, cache: generate.KVCache) -> Tensor:
+        """Return the hidden states (B, T, D) of tokens (B, T): the prompts, and later one token each."""
+        if self.features is not None and not cache.filled:
+            x = self.language_model.model.embed_tokens(tokens)
+            tokens = spliced(x, tokens == self.image_token, self.features)
+        return self.language_model.hidden(tokens, cache=cache)
+
+
+class LLaVA(nn.Module):
+    """A tower, a projector and a decoder. Parameters have the names of Hugging Face's files."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, D, bias = config, config.text.d_model, config.projector_bias
+        self.vision_tower = VisionTower(config.vision)
+        layers = {"linear_1": nn.Linear(config.vision.d_model, D, bias), "linear_2": nn.Linear(D, D, bias)}
+        self.multi_modal_projector = nn.ModuleDict(layers)
+        self.language_model = GPT(config.text)
+        self.blind = False  # True: features are 0, so that the answers come from the text alone
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the projector, so that of features of size 1 it makes numbers as large as those of embeddings,
+        and copy the weights of the tower and of the language model that the config names."""
+        first, second = self.multi_modal_projector.values()
+        first.weight.normal_(std=1 / math.sqrt(first.in_features))
+        second.weight.normal_(std=0.02 / math.sqrt(second.in_features))
+        for layer in (first, second):
+            if layer.bias is not None:
+                layer.bias.zero_()
+        if self.config.tower:
+            self.vision_tower.load_state_dict(VisionTower.from_pretrained(self.config.tower).state_dict())
+        if self.config.language:
+            places = self.language_model.state_dict()
+            for name, w in GPT.from_pretrained(self.config.language).state_dict().items():
+                places[name][: len(w)].copy_(w)
+                places[name][len(w) :] = w.mean(dim=0)  # new tokens get an average row
+
+    def see(self, images: Tensor) -> Tensor:
+        """Return what stands in the place of image tokens (B, N, D), of normalized images (B, C, H, W)."""
+        config, projector = self.config, self.multi_modal_projector
+        features = self.vision_tower.features(images, config.feature_layer, config.keep_class)
+        if self.blind:
+            features = torch.zeros_like(features)
+        return projector.linear_2(F.gelu(projector.linear_1(features)))
+
+    def embed(self, tokens: Tensor, images: Tensor | None) -> Tensor:
+        """Return the embeddings (B, T, D) of tokens (B, T), what is seen in the place of image tokens."""
+        x = self.language_model.model.embed_tokens(tokens)
+        return x if images is None else spliced(x, tokens == self.config.image_token, self.see(images))
+
+    def forward(self, tokens: Tensor, images: Tensor | None = None) -> Tensor:
+        """Return the logits (B, T, V) of the token after each of tokens (B, T).
+
+        images: normalized, (B, C, H, W), one for each row; those of rows without image tokens are not read.
+        Raises ValueError for rows with another number of image tokens than an image has features.
+        """
+        is_image = tokens == self.config.image_token
+        check_image_tokens(is_image.sum(dim=1).tolist(), images, self.config.image_tokens)
+        return self.language_model(self.embed(tokens, images))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return images (B, C, H, W) with pixels in [0, 1] as the tower reads them."""
+        return self.vision_tower.normalized(images)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean nats per target of "tokens" and "targets" (B, T), beside "images" (B, C, H, W) with
+        pixels in [0, 1], and no metrics. Targets of -100 are not predicted."""
+        x = self.embed(batch["tokens"], self.normalized(batch["images"]))
+        return self.language_model.loss({"tokens": x, "targets": batch["targets"]})
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the FLOPs of products of matrices, both ways, of a row of seq_len tokens and an image,
+        the unit that is counted."""
+        config = self.config
+        of_image = 6 * (config.tower_macs + config.projector_macs)
+        return seq_len * config.text.flops_per_token(seq_len) + of_image
+
+    @torch.inference_mode()
+    def prompted(self, tokens: list[list[int]], images: Tensor | None) -> Prompted:
+        """Return the model that continues prompts with these images, one for each, as in `forward`."""
+        device = self.multi_modal_projector.linear_1.weight.device
+        found = [row.count(self.config.image_token) for row in tokens]
+        check_image_tokens(found, images, self.config.image_tokens)
+        features = None if images is None else self.see(images.to(device))
+        return Prompted(self.language_model, self.config.image_token, features)
+
+    def stream(self, tokens: list[list[int]], max_new_tokens: int, images: Tensor | None = None, **options):
+        """Yield a token for each prompt and step: see `generate.stream`, and `forward` for images."""
+        return generate.stream(self.prompted(tokens, images), tokens, max_new_tokens, **options)
+
+    def generate(self, tokens: list[list[int]], max_new_tokens: int, images: Tensor | None = None, **options):
+        """Return the new tokens of each prompt: see `generate.generate`, and `forward` for images."""
+        return generate.generate(self.prompted(tokens, images), tokens, max_new_tokens, **options)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "LLaVA":
+        """Return the LlavaForConditionalGeneration in a directory, in its precision.
+
+        Raises ValueError naming what is missing, damaged or not implemented.
+        """
+        return llava.load(cls, (Config, VisionConfig, gpt.Config), directory, kernels)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a LlavaForConditionalGeneration, with the files of its processor."""
+        llava.save(self, directory)
+
+
+Model = LLaVA
+
+
+def print_sizes() -> None:
+    """Print the parameters of each size and of its parts, and the image tokens."""
+    print(f"{'size':14} {'parameters':>15} {'tower':>12} {'projector':>11} {'image':>6} {'tokens':>6}")
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            model = LLaVA(config)
+        parts = (model, model.vision_tower, model.multi_modal_projector)
+        n, tower, projector = (sum(p.numel() for p in part.parameters()) for part in parts)
+        image = f"{config.vision.image_size:6} {config.n_image_tokens:6}"
+        print(f"{name:14} {n:15,} {tower:12,} {projector:11,} {image}")
+
+
+def prompt_of(question: str, is_raw: bool, tokenizer, image: ImageTokens) -> list[int]:
+    """Return the tokens of a question about an image, which stands in front of it if it is not in it.
+
+    is_raw: the question is the whole prompt, in the model's own template, such as "USER: <image>\\nWhat is
+    this? ASSISTANT:" of the published LLaVA 1.5.
+    """
+    text = question if IMAGE in question else f"{IMAGE}\n{question}"
+    if not is_raw:
+        return prompt_tokens([{"role": "user", "content": text}], tokenizer, image)
+    pieces = [(token, False) for token in tokenizer.begin_ids]
+    return encode(with_images(iter([*pieces, (text, False)]), image), tokenizer)[0]
+
+
+def main() -> None:
+    parser = command.Parser(description="Answer a question about an image, or print the sizes.")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
+    add("image", nargs="?", type=command.path, help="file of an image")
+    add("question", nargs="?", help='what is asked; "<image>" is where the image is (default: in front)')
+    add("--raw", action="store_true", help="the question is the whole prompt, in the model's own template")
+    add("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default %(default)s)")
+    add("--seed", type=int, default=0, help="start of the random draws (default %(default)s)")
+    args = parser.parse_args()
+    if args.checkpoint is None:
+        print_sizes()
+        return
+    if not (args.image and args.question):
+        raise ValueError(f"what about {args.checkpoint}? give an image and a question")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LLaVA.from_pretrained(args.checkpoint).float().to(device).eval()
+    tokenizer, vision = get_tokenizer(args.checkpoint), model.config.vision
+    shape = (vision.n_channels, vision.image_size, vision.image_size)
+    pixels = torch.from_numpy(decode(args.image, shape, Counter(), border=True))[None].float() / 255
+    prompt = prompt_of(args.question, args.raw, tokenizer, model.config.image_tokens)
+    stop = [end_id(tokenizer), *generate.end_tokens(model, tokenizer)]
+    options = {"images": model.normalized(pixels.to(device)), "temperature": args.temperature, "stop": stop}
+    options["generator"] = torch.Generator(device).manual_seed(args.seed)
+    generate.print_stream(model.stream([prompt], args.max_new_tokens, **options), tokenizer, stop)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,265 @@
+r"""Visual instruction tuning: a model that sees learns to answer questions about images.
+
+    loss = -mean over the tokens x_t of answers  log p(x_t | x_<t, image)
+
+Two stages (LLaVA, Liu et al. 2023, arXiv 2304.08485, section 4.2). The image tower learns in neither:
+
+    --stage 1    the projector alone learns, on an image and its caption, without a question
+    --stage 2    the projector and the language model learn, on conversations (the default)
+
+Stage 1 needs a language model that has been trained: `--set language=DIR`, a decoder of the house or a
+published one. Stage 2 goes on with --init-from, or begins anew, as the default run does.
+
+A conversation is written as tokens piece by piece, with the label of each token beside it (see
+formats/chat_template.py): the answers and the tokens that end them are learned, and the system's message, the
+questions and the image are not. A row holds one conversation. It is cut at --seq-len tokens, but never inside
+of an image, and a conversation without an image is a row like others.
+
+By default it learns about drawn scenes (data/scenes.py), with the tower of a CLIP that was trained on their
+captions: where --tower names none, the run first trains that CLIP, which takes some minutes, and keeps it
+below --cache. What the model knows by language alone shows beside: its features are set to zero ("blind").
+`--set blind=True` trains a blind model, and `--tower random` one whose tower is drawn at random.
+
+    python train.py --model llava                                       scenes: colours, shapes, sizes, places
+    python train.py --model llava --tower CLIP --set language=LLM --stage 1 --data captions.jsonl --images DIR
+    python train.py --model llava --init-from runs/llava/model --data chats.jsonl --images DIR --out runs/two
+    python -m vision.visual_questions runs/llava/model                  how often it is right about new scenes
+
+Shapes: B rows of T tokens, C channels.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.image_conversations import IGNORED, FileTalks, SceneTalks, TalkRows, Writing, read_seen
+from data.rows import Dataset, Row, stack
+from data.text import bad_texts, bpe_size
+from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
+from engine import parallel, trainable
+from engine.settings import field_names, with_fields
+from formats.chat_template import IMAGE, ImageTokens, pieces, save_chat_template
+from formats.config_values import check_values
+from vision.clip import loss_bytes  # noqa: F401  this task's, too
+from vision.llava import Config, with_tower
+from vision.visual_questions import COLUMNS, as_table, draw, scores
+
+MODEL, DATA = "llava", "scenes"
+OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 1000
+LOSS = "nats per token"
+HELD_OUT = 1 / 10  # share of a file's conversations
+N_SCENES = 16_000  # to learn from
+N_HELD_OUT = 128  # scenes of each held-out part, a question about each
+N_SHOWN = 16  # scenes of each held-out part that are asked about at an evaluation
+CLIP_STEPS = 400  # of the CLIP whose tower the default run gets
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    stage: int = 2  # 1: the projector alone learns, on captions; 2: the language model, too
+    images: str = ""  # the folder of the images that --data names
+    blind: bool = False  # train with features of zero
+
+    def __post_init__(self):
+        check_values(self, stage=(1, 2))
+
+
+def settings(config: Config) -> Settings:
+    """Return the settings of the two stages."""
+    return Settings()
+
+
+# --- the data of a run
+
+
+@dataclass
+class TalkDataset(Dataset):
+    """A data set about images, and the directory of the tower that a new model gets."""
+
+    tower: str = ""
+
+
+def load_data(args: Namespace, config: Config) -> TalkDataset:
+    """Return conversations about images, in parts to learn from and held out; see the header.
+
+    Raises ValueError for what a user can mend.
+    """
+    given = with_fields(Settings(), args.set, set(field_names(Settings())))
+    check(args, config, given)
+    tower = ""
+    if not args.init_from:
+        tower = config.tower or default_tower(args)
+        config = with_tower(config, tower)
+
+    # The conversations, and the tokenizer, which may learn from those to train on.
+    if args.data == "scenes":
+        parts = {"train": N_SCENES}, {"val": N_HELD_OUT, "unseen": N_HELD_OUT}
+        train, val = (SceneTalks(part, given.stage == 1, every="train" in part) for part in parts)
+    else:
+        train, val = from_files(args, given.images)
+    tokenizer = choose_tokenizer(args, config, train, given.stage)
+    vision = config.vision
+    shape = (vision.n_channels, vision.image_size, vision.image_size)
+    image = ImageTokens(tokenizer.special_tokens[IMAGE], config.n_image_tokens)
+    writing = Writing(tokenizer, image, given.stage, args.seq_len, shape)
+    train, val = (within(part, writing) for part in (train, val))
+
+    content = hashlib.sha256(f"{args.data if args.data == 'scenes' else ''} {writing.fingerprint}".encode())
+    for part in (train, val):
+        content.update(f"{len(part)}".encode())
+        for messages, name in part if isinstance(part, FileTalks) else ():
+            content.update(f"{json.dumps(messages)} {name and name.name}".encode())
+    kind = "captions" if given.stage == 1 else "conversations"
+    summary = f"{len(train):,} {kind} to train on, {len(val):,} held out, {image.n} tokens an image"
+    rows = TalkRows(train, writing), TalkRows(val, writing)
+    name = f"seen-{content.hexdigest()[:16]}"
+    return TalkDataset(name, tokenizer, *rows, summary, unit="images", units_per_row=1, tower=tower)
+
+
+def check(args: Namespace, config: Config, given: Settings) -> None:
+    """Raise ValueError for flags that do not fit together."""
+    if args.document_mask:
+        raise ValueError("--document-mask: a row is one conversation; leave it out")
+    if given.stage == 1 and not (config.language or args.init_from):
+        needed = "the projector alone learns, so the language model must have been trained"
+        raise ValueError(f"--stage 1: {needed}; name its directory by --set language=DIR")
+    if args.init_from and (config.tower or config.language):
+        name = "tower" if config.tower else "language"
+        raise ValueError(f"--set {name}={getattr(config, name)}: the model in --init-from has its own")
+    if args.data == "scenes":
+        if given.images or args.val:
+            raise ValueError("--images and --val: scenes are drawn, and some held out; leave both out")
+    elif not given.images:
+        raise ValueError(f"--data {args.data}: name the folder of its images, --images FOLDER")
+    elif not (args.init_from or config.tower):
+        raise ValueError(f"--data {args.data}: name the directory of a CLIP, whose tower it is, --tower DIR")
+
+
+def default_tower(args: Namespace) -> str:
+    """Return the directory of a CLIP that has learned captions of scenes: the one below --cache, or one that
+    this trains first, in a process of its own. One process of each machine does so."""
+    out = args.cache / f"clip-scenes-{CLIP_STEPS}-{args.seed}"
+    with parallel.one_per_machine_first():
+        if not (out / "done").exists():
+            flags = ["--model", "clip", "--data", "scenes", "--steps", CLIP_STEPS, "--seed", args.seed]
+            flags += ["--out", out, "--cache", args.cache, "--device", args.device, "--kernels", args.kernels]
+            flags += ["--resume"] * (out / "checkpoint").exists()
+            print(f"no --tower: first a CLIP learns captions of scenes, {out}", flush=True)
+            of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+            environment = {name: value for name, value in os.environ.items() if name not in of_torchrun}
+            done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=environment)
+            if done.returncode:
+                raise ValueError(f"{out}: the run of the CLIP has failed; name a tower by --tower DIR")
+            (out / "done").touch()
+    return str(out / "model")
+
+
+def from_files(args: Namespace, images: str) -> tuple[FileTalks, FileTalks]:
+    """Return the conversations of --data and of --val, or of a tenth of --data, the same for every seed."""
+    found = []
+    for flag, name in (("--data", args.data), ("--val", args.val)):
+        if name is not None:
+            with bad_texts(f"{flag} {name}", args.bad_text, print) as on_bad:
+                found.append(FileTalks(read_seen(Path(name), Path(images), on_bad)))
+    if len(found) == 2:
+        return found[0], found[1]
+    if len(found[0]) < 2:
+        raise ValueError(f"--data {args.data}: one conversation; expected two at least, as one is held out")
+    order = np.random.default_rng(0).permutation(len(found[0]))
+    n = max(1, int(len(order) * HELD_OUT))
+    return tuple(FileTalks(found[0][i] for i in sorted(part)) for part in (order[n:], order[:n]))
+
+
+def choose_tokenizer(args: Namespace, config: Config, talks: Any, stage: int) -> Tokenizer:
+    """Return the tokenizer that --tokenizer names, with a token for images: by default that of the language
+    model to start from, or else one that learns from the conversations."""
+    n = bpe_size(args.tokenizer)
+    if n is not None and config.language and not args.init_from:
+        tokenizer = get_tokenizer(config.language)
+    elif n is not None:
+        # A few thousand conversations have all of their words, and the marks of the template.
+        order = np.random.default_rng(0).permutation(len(talks))[:4000]
+        some = [talks[i].messages for i in order]
+        plain = get_tokenizer("bytes")
+        texts = ("".join(p for p, _ in pieces(talk, plain) if isinstance(p, str)) for talk in some)
+        tokenizer = train_bpe([text.replace(IMAGE, "") for text in texts], n)
+    else:
+        tokenizer = get_tokenizer(args.tokenizer)
+    return tokenizer if IMAGE in tokenizer.special_tokens else tokenizer.with_special_tokens({}, [IMAGE])
+
+
+def within(talks: Any, writing: Writing) -> Any:
+    """Return the conversations of a file of which some answer is within a row, with a line for the others.
+
+    Drawn scenes are checked, and stay. Raises ValueError where none is left.
+    """
+    is_file = isinstance(talks, FileTalks)
+    some = talks if is_file else [talks[i] for i in range(min(len(talks), 200))]
+    kept = [talk for talk in some if (writing.row(talk[0])["targets"] != IGNORED).any()]
+    if not kept or (not is_file and len(kept) < len(some)):
+        n = writing.image.n
+        raise ValueError(f"--seq-len {writing.seq_len}: too short: an image takes {n} tokens of a row")
+    if len(kept) < len(some):
+        left = f"{len(some) - len(kept):,} conversations left out"
+        print(f"{left}: without an answer in their first {writing.seq_len} tokens")
+    return FileTalks(kept) if is_file else talks
+
+
+# --- the task
+
+
+def wrap(model: nn.Module, config: Settings) -> nn.Module:
+    """Return the model with only those weights learning that the stage trains."""
+    model.vision_tower.requires_grad_(False)
+    if config.stage == 1:
+        model.language_model.requires_grad_(False)
+    model.blind = config.blind
+    return model
+
+
+def make_batch(
+    rows: list[Row], config: Settings, generator: torch.Generator, tokenizer: Tokenizer
+) -> dict[str, Tensor]:
+    """Return "tokens" and "targets" (B, T), as long as the longest row, and "images" (B, C, H, W) with pixels
+    in [0, 1]."""
+    batch = stack(rows)
+    T = int(batch["length"].max())
+    pixels = batch["image"].float() / 255
+    return {"tokens": batch["tokens"][:, :T], "targets": batch["targets"][:, :T], "images": pixels}
+
+
+def flops_per_token(model: nn.Module, config: Settings, seq_len: int) -> int:
+    """Return the FLOPs of training on a row of seq_len tokens with an image: the tower computes forward only,
+    and no gradients of weights are computed in a language model that is frozen."""
+    language, frozen = model.language_model, trainable.frozen_flops
+    tokens = seq_len * (language.flops_per_token(seq_len) - frozen(language))
+    seen = 2 * model.config.tower_macs + 6 * model.config.projector_macs
+    # The engine subtracts the gradients of frozen weights for each unit, and the unit here is an image.
+    return tokens + seen + frozen(model)
+
+
+def save_tokenizer(dataset: Dataset, directory: Path) -> None:
+    """Write the tokenizer and the template of conversations."""
+    dataset.tokenizer.save(directory)
+    save_chat_template(dataset.tokenizer, directory)
+
+
+def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
+    """Draw held-out images with a question and the answer, and return how often the model is right about held
+    out scenes, by kind of question, or for other data some answers."""
+    rows = dataset.val
+    lines = draw(model, dataset.tokenizer, rows, 3 * COLUMNS, out)
+    if isinstance(rows.rows, SceneTalks) and not rows.rows.captions:
+        return as_table(scores(model, dataset.tokenizer, N_SHOWN)) + "\n" + "\n".join(lines[:4])
+    return "\n".join(lines)

@@ -68,13 +68,13 @@ def smoothed_saw(turns: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Return a saw wave at a phase in turns, which advances by `step` turns a sample. The two samples around
     each jump lie on parabolas, which takes out most of the aliasing."""
     phase = turns % 1
-    wave = 2 * phase - 1
+    y = 2 * phase - 1
     before, after = phase > 1 - step, phase < step
     x = (phase[before] - 1) / step[before]
-    wave[before] -= x * x + 2 * x + 1
+    y[before] -= x * x + 2 * x + 1
     x = phase[after] / step[after]
-    wave[after] -= 2 * x - x * x - 1
-    return wave
+    y[after] -= 2 * x - x * x - 1
+    return y
 
 
 def pluck(frequency: float, n: int, rate: int, rng: np.random.Generator) -> np.ndarray:
@@ -90,7 +90,7 @@ def pluck(frequency: float, n: int, rate: int, rng: np.random.Generator) -> np.n
 
 
 def tone(instrument: str, frequency: float, n: int, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Return one note (n,) of an instrument, about as loud as a sine of amplitude 1."""
+    """Return one note (n,) of an instrument. `render` decides how loud its chord is."""
     if instrument == "pluck":
         return 2 * pluck(frequency, n, rate, rng)
     t, phase = np.arange(n) / rate, rng.uniform()
@@ -105,7 +105,7 @@ def tone(instrument: str, frequency: float, n: int, rate: int, rng: np.random.Ge
     if instrument == "bell":
         depth, ratio = 4 * np.exp(-4 * t), 1.4
         return np.exp(-2 * t) * np.sin(2 * np.pi * turns + depth * np.sin(2 * np.pi * ratio * frequency * t))
-    # The organ: its phase swings by a sixth of a semitone, six times a second.
+    # The organ: its frequency swings by 1 percent, a sixth of a semitone, six times a second.
     swing = frequency * 0.01 / (2 * np.pi * 6) * np.sin(2 * np.pi * 6 * t + rng.uniform(0, 6))
     turns = turns + swing
     return sum(loud * np.sin(2 * np.pi * k * turns) for k, loud in ORGAN.items() if k * frequency < rate / 2)
@@ -144,8 +144,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Write synthesised sounds as .wav files.")
     add = parser.add_argument
     add("folder", type=command.path, help="folder to write to; it gets a folder for each instrument")
-    add("--takes", type=int, default=1, help="sounds of each combination (default %(default)s)")
+    add("--takes", type=int, default=1, help=f"sounds of each combination, at most {TAKES} (default 1)")
     args = parser.parse_args(argv)
+    if not 1 <= args.takes <= TAKES:
+        raise ValueError(f"--takes {args.takes}: expected 1 to {TAKES}")
     n_written = 0
     for part, notes in zip(("train", "val"), choose("notes"), strict=True):
         for note in (note for note in notes if note.take < args.takes):

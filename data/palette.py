@@ -22,8 +22,9 @@ def k_means(pixels: Tensor, n: int, n_rounds: int = 30) -> Tensor:
     colours that are far from each other, drawn as in k-means++ (Arthur and Vassilvitskii 2007). The result is
     sorted by brightness. Raises ValueError for fewer than n different pixels.
     """
-    if len(pixels.unique(dim=0)) < n:
-        raise ValueError(f"{len(pixels.unique(dim=0))} different colours; expected at least {n}")
+    n_different = len(pixels.unique(dim=0))
+    if n_different < n:
+        raise ValueError(f"{n_different} different colours; expected at least {n}")
     generator = torch.Generator().manual_seed(0)
     colours, distance = pixels[:1], (pixels - pixels[:1]).square().sum(1)
     while len(colours) < n:

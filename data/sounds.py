@@ -32,6 +32,7 @@ KIND = Kind("sound", (".wav", ".flac", ".ogg"), "notes", np.int16)
 RATES = (1_000, 768_000)  # samples a second: other files are taken for damaged
 MOST_CHANNELS = 64
 SHORTEST = 400  # samples: one frame of a spectrogram
+LONGEST = 3_600  # seconds that `main` takes
 SILENCE = 1e-4  # of full scale: what stays below this is called silent
 ZEROS = 12  # of the sinc to each side, in resampling
 VERSION = 1  # of what decoding does: other samples need another number
@@ -232,9 +233,12 @@ def main(argv: list[str] | None = None) -> None:
         help="what to do with a file that is no sound (default %(default)s)",
     )
     args = parser.parse_args(argv)
+    if not RATES[0] <= args.rate <= RATES[1]:
+        raise ValueError(f"--rate {args.rate}: expected {RATES[0]:,} to {RATES[1]:,} samples a second")
+    shortest = SHORTEST / args.rate
+    if not shortest <= args.seconds <= LONGEST:
+        raise ValueError(f"--seconds {args.seconds}: expected {shortest:g} to {LONGEST:,}")
     n = round(args.seconds * args.rate)
-    if n < SHORTEST or not RATES[0] <= args.rate <= RATES[1]:
-        raise ValueError(f"--seconds {args.seconds}: expected at least {SHORTEST} samples")
     dataset = prepare(args.data, n, args.rate, args.cache, val=args.val, bad_sounds=args.bad_text)
     print_contents(dataset)
 

@@ -1,7 +1,7 @@
 """Images without labels: what four objectives learn from them, and what that is worth with few labels.
 
     python -m results.pretext --out results/pretext.json                  about two hours of one core
-    python -m results.pretext --parts ratio --out results/masking.json    about an hour
+    python -m results.pretext --parts ratio targets --out results/masking.json    an hour and a half
 
 Parts, each with --seeds seeds:
 
@@ -13,6 +13,8 @@ Parts, each with --seeds seeds:
                 of the held-out landscapes are, and how far from the nearer of the two colours a ball can have
     ratio       mae with 20 to 90 percent hidden, in runs of --steps updates: held-out error beside that of
                 the mean image, and fine-tuning
+
+    targets     the same of maskfeat, with HOG and with pixels as what it predicts of the hidden patches
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
 after each run, and those in it are kept.
@@ -44,6 +46,7 @@ ENCODERS = {  # the flags of each, and the size of the model
 }
 COLOURS = {"classes": [], "l2": ["--set", "objective=l2"]}
 RATIOS = (0.2, 0.4, 0.6, 0.75, 0.9)
+TARGETS = ("hog", "pixels")
 FINE_TUNING = ["--model", "vit", "--data", "glyphs:few", "--steps", "200", "--batch-size", "64"]
 N_PICTURES = 200  # held-out landscapes whose balls are measured
 
@@ -106,10 +109,10 @@ def of_colours(work: Path, name: str, seed: int) -> dict:
     return figures
 
 
-def of_ratio(work: Path, ratio: float, seed: int, steps: int) -> dict:
-    """Return the figures of mae with this share hidden."""
-    out = work / f"mae-{ratio}-{seed}"
-    flags = ["--model", "mae", "--steps", str(steps), "--set", f"mask_rate={ratio}"]
+def of_short_run(work: Path, model: str, change: str, seed: int, steps: int) -> dict:
+    """Return the figures of mae or maskfeat with a change, as mask_rate=0.2."""
+    out = work / f"{model}-{change.partition('=')[2]}-{seed}"
+    flags = ["--model", model, "--steps", str(steps), "--set", change]
     figures = {"loss": run(out, seed, *flags)["val_loss"]}
     start = ["--init-from", str(out / "model"), "--set", "n_classes=62"]
     return figures | {"fine-tuned": fine_tuned(out.with_name(f"{out.name}-few"), seed, start)}
@@ -122,21 +125,29 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--work", type=command.path, default=Path("runs/pretext"), help="folder of runs (default %(default)s)"
     )
-    parts = ("encoders", "colorize", "ratio")
+    parts = ("encoders", "colorize", "ratio", "targets")
     add("--parts", nargs="+", choices=parts, default=parts[:2], help="what to do (default encoders colorize)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
-    add("--steps", type=int, default=300, help="updates of the runs of ratio (default %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=300,
+        help="updates of the runs of ratio and targets (default %(default)s)",
+    )
     args = parser.parse_args(argv)
 
-    ended = Ended(args.out, {"steps of ratio": args.steps}, same=("steps of ratio",))
+    ended = Ended(args.out, {"steps of short runs": args.steps}, same=("steps of short runs",))
     for seed in args.seeds:
         measures = {}
         if "encoders" in args.parts:
             measures |= {name: partial(of_encoder, args.work, name, seed) for name in ENCODERS}
         if "colorize" in args.parts:
             measures |= {f"colorize, {name}": partial(of_colours, args.work, name, seed) for name in COLOURS}
+        short = partial(of_short_run, args.work, seed=seed, steps=args.steps)
         if "ratio" in args.parts:
-            measures |= {f"mae, {r:.0%}": partial(of_ratio, args.work, r, seed, args.steps) for r in RATIOS}
+            measures |= {f"mae, {r:.0%}": partial(short, "mae", f"mask_rate={r}") for r in RATIOS}
+        if "targets" in args.parts:
+            measures |= {f"maskfeat, {t}, short": partial(short, "maskfeat", f"target={t}") for t in TARGETS}
         for name, measure in measures.items():
             if not ended.has(name=name, seed=seed):
                 ended.add({"name": name, "seed": seed} | measure())

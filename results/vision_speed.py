@@ -122,9 +122,11 @@ def main() -> None:
     torch.set_num_threads(1)
     cpu.multiply_by_onednn()
     onednn = torch.get_float32_matmul_precision()
-    results = [row for name in args.models for row in measure(name, args.rounds, onednn)]
-    if args.out:
-        write_figures(args.out, "vision_speed", load, results)
+    results = []
+    for name in args.models:
+        results += measure(name, args.rounds, onednn)
+        if args.out:
+            write_figures(args.out, "vision_speed", load, results)
 
 
 if __name__ == "__main__":

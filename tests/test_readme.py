@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -152,6 +153,16 @@ def fill(folder: Path) -> None:
         for i in range(3):
             sound = notes.render(notes.Note("saw", "major", note, i), 8000, 16_000)
             notes.write_wav(folder / "clips" / kind / f"{i}.wav", sound, 16_000)
+    for name in ("mnist", "cifar-10-batches-bin"):
+        (folder / name).mkdir(exist_ok=True)
+    for part in ("train", "t10k"):
+        header = bytes([0, 0, 8, 3]) + struct.pack(">3I", 10, 28, 28)
+        (folder / "mnist" / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(range(10)) * 784)
+        labels = bytes([0, 0, 8, 1]) + struct.pack(">I", 10) + bytes(range(10))
+        (folder / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        records = b"".join(bytes([i]) + bytes([20 * i]) * 3072 for i in range(10))
+        (folder / "cifar-10-batches-bin" / name).write_bytes(records)
     captions = [{"image": f"cats/{i}.png", "caption": f"Cat {i}."} for i in range(4)]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
     chats = [{"image": f"cats/{i}.png", "question": "<image> What?", "answer": "A cat."} for i in range(4)]

@@ -165,7 +165,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
         predicted += model(model.normalized(x.to(device))).argmax(-1).tolist()
         pictures.append(x)
 
-    # Low frequencies lie at the bottom; black is FLOOR, white e^5 (numbers of loud sounds).
+    # Low frequencies lie at the bottom. Black is the logarithm of FLOOR, white is 5, as of loud sounds.
     images = torch.cat(pictures).transpose(1, 2).flip(1)[:, None]  # (n, 1, M, frames)
     floor = math.log(spectrogram.FLOOR)
     images = ((images - floor) / (5 - floor)).clamp(0, 1)

@@ -7,10 +7,10 @@
 Colorful image colorization (Zhang et al. 2016, arXiv 1603.08511). In Lab (data/lab.py) a picture has its
 lightness L, the input, and two numbers a and b, which are to be predicted. Any picture is its own label.
 
-A model of a and b themselves, trained by squared error (`objective="l2"`), is grey where it cannot know: of a
-ball that may be red or blue the best answer is the mean, a dull violet that no ball has. A distribution over
-bins can hold both, and its mode, or the mean at a low temperature T, is a colour (section 2.1). Frequent
-colours are dull ones, walls and skies, so rare ones get a larger weight (section 2.2):
+A model of a and b themselves, trained by squared error (`objective="l2"`), is dull where several colours are
+possible: of a ball that may be red or blue the best answer is the mean, a violet that no ball has. A
+distribution over bins can hold both, and its mode, or the mean at a low temperature T, is a colour (section
+2.1). Frequent colours are dull ones, walls and skies, so rare ones get a larger weight (section 2.2):
 
     w(q) = c / ((1 - rebalance) p(q) + rebalance / Q),   p: frequencies in training, smoothed; mean of w: 1
 

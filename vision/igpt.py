@@ -52,8 +52,8 @@ KIND, DATA = "decoder of images", "glyphs:dejavu"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 32, 600
 LOSS, TOKEN_LOSS = "nats per pixel", ""
 SHOWN = 12  # images of the picture, in a row
-MOST_PIXELS = 200_000  # of which the palette is made
-MOST = 2_000  # images of each part that marginals are counted on
+MOST_PIXELS = 200_000  # of these images, for the palette
+MOST = 2_000  # images of each part that colours are counted on, and of which the palette is made
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,11 @@ def load_data(args: Namespace, config: Config) -> Dataset:
 
     Raises ValueError for what `data.images.prepare` refuses, and for images with too few colours.
     """
-    dataset = load_images(args, config)
     if args.seq_len != config.max_seq_len:
         raise ValueError(f"--seq-len {args.seq_len}: an image has {config.max_seq_len} pixels; leave it out")
+    dataset = load_images(args, config)
+
+    # The palette is that of a trained model, or made of pixels of evenly spaced images to learn from.
     if config.palette:
         palette = Palette(config.palette)
     else:

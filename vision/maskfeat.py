@@ -36,6 +36,7 @@ from data.baselines import MOST, pixels
 from data.rows import Dataset, Row, stack
 from engine import pictures
 from engine.activations import Precision
+from engine.settings import with_fields
 from formats.config_values import check_values
 from vision import mae, vit
 from vision.classify_images import input_bytes, load_images
@@ -80,6 +81,12 @@ def settings(config: vit.Config) -> Config:
     """Return the paper's settings: four cells in each patch, or one where its side is an odd number."""
     P = config.patch_size
     return Config(grid=config.grid, cell=P if P % 2 else P // 2)
+
+
+def check_cell(cell: int, patch_size: int) -> None:
+    """Raise ValueError for cells that do not divide a patch."""
+    if patch_size % cell:
+        raise ValueError(f"cell {cell}: expected a divisor of patch_size {patch_size}")
 
 
 def hog(images: Tensor, cell: int) -> Tensor:
@@ -142,8 +149,7 @@ class MaskFeat(nn.Module):
         config = encoder.config
         if settings.grid != config.grid:
             raise ValueError(f"grid {settings.grid}: expected {config.grid}, as the model has")
-        if config.patch_size % settings.cell:
-            raise ValueError(f"cell {settings.cell}: expected a divisor of patch_size {config.patch_size}")
+        check_cell(settings.cell, config.patch_size)
         # The classifier and the pooler of a trained model have no part in this.
         for name, p in encoder.named_parameters():
             if name.startswith(("classifier.", "vit.pooler.")):
@@ -199,10 +205,12 @@ def load_data(args: Namespace, config: vit.Config) -> Dataset:
     image. Raises ValueError for what `data.images.prepare` refuses."""
     dataset = load_images(args, config)
     config = vit.fit(config, dataset, 1)
+    cell = with_fields(settings(config), args.set).cell
+    check_cell(cell, config.patch_size)
     parts = []
     for rows, most in zip((dataset.train, dataset.val), MOST, strict=True):
         images = pixels(rows, most)[0].unflatten(1, (config.n_channels, *config.size))
-        hogs = hog_of_patches(images, config.patch_size, settings(config).cell)
+        hogs = hog_of_patches(images, config.patch_size, cell)
         parts.append((hogs, images / images.new_tensor(config.std)[:, None, None]))
     errors = [(held - train.mean(0)).square().mean() for train, held in zip(*parts, strict=True)]
     guess = (

@@ -163,8 +163,10 @@ def make_batch(
 
 
 def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
-    """Return the i-th of n equal parts of a batch, with the "places" (B,) of its images in the whole one. Its
-    views are compared with those of all parts, but those of a batch that was not split with each other."""
+    """Return the i-th of n equal parts of a batch, with the "places" (B,) of its images in the batch.
+
+    With places, `loss` compares the views of a part with those of all parts; without, with each other.
+    """
     places = torch.arange(len(batch["views"]))
     return {name: x.chunk(n)[i] for name, x in {**batch, "places": places}.items()}
 

@@ -9,9 +9,10 @@ directions (section 2.1), so that what lies on the edge of one is in the middle 
 front come from DeiT, whose weights the authors began with; here both are trained by the same loss.
 
 The picture is Kaldi's filter bank, as the authors use it. Frames of 25 ms begin every 10 ms, and are not
-centred. From each its mean is taken, then 0.97 of the sample before (pre-emphasis), and it is weighted by a
-symmetric Hann window. The filters are triangles, evenly spaced on the mel scale 1127 ln(1 + f / 700) from
-20 Hz to half the rate. Sounds lie between -1 and 1, not in the 16 bits of Kaldi's own programs.
+centred. From the samples of a frame their mean is subtracted, then from each 0.97 of the one before it
+(pre-emphasis). The frame is weighted by a symmetric Hann window. The filters are triangles, evenly spaced on
+the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the rate. Sounds lie between -1 and 1, not in the 16
+bits of Kaldi's own programs.
 
 Two customs of the authors are kept, since trained models rely on them. Numbers are divided by *twice* their
 standard deviation. And behind the end of a sound the picture is 0 before it is normalised, which is louder

@@ -63,6 +63,8 @@ def test_the_command_writes_folders_of_wav_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(notes, "ROOTS", range(45, 47))
     notes.main([str(tmp_path / "set")])
     assert "48 sounds of one second" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--takes 5: expected 1 to 4"):
+        notes.main([str(tmp_path / "set"), "--takes", "5"])
     assert len(list((tmp_path / "set" / "val").rglob("*.wav"))) == 6
     with wave.open(str(next((tmp_path / "set" / "train" / "bell").iterdir()))) as file:
         assert file.getparams()[:4] == (1, 2, 16_000, 16_000)

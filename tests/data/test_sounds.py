@@ -1,5 +1,6 @@
 """Sounds from files of every kind: what is converted, counted, refused, and decoded once."""
 
+import re
 import struct
 import wave
 from collections import Counter
@@ -167,6 +168,14 @@ def test_what_is_no_set_of_sounds_is_refused(folder, tmp_path, capsys):
         sounds.prepare("notes", N, RATE, tmp_path, val="x")
     sounds.main([str(folder), "--seconds", "0.25", "--rate", "8000", "--cache", str(tmp_path / "cache")])
     assert "9 high" in capsys.readouterr().out
+    for flags, problem in (
+        (["--rate", "7"], "--rate 7: expected 1,000 to 768,000 samples a second"),
+        (["--seconds", "0.01"], "--seconds 0.01: expected 0.025 to 3,600"),
+        (["--seconds", "inf"], "--seconds inf: expected 0.025"),
+        (["--seconds", "nan"], "--seconds nan: expected 0.025"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(problem)):
+            sounds.main([str(folder), *flags])
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: a class without sounds; expected files of"):
         prepare(folder)

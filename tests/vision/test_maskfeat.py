@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,8 @@ from conftest import run_command
 from small_vit import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.images import ImageRows
+from data.rows import Dataset
 from formats.open_model import open_model
 from vision import maskfeat
 from vision.maskfeat import Config, MaskFeat, hog
@@ -152,3 +155,18 @@ def test_a_run_draws_edges_and_leaves_an_encoder(tmp_path, few_glyphs):
     assert type(model) is ViT and model.config.n_classes == 0
     pixels = run_command(*flags[:-1], tmp_path / "pixels", "--set", "n_layers=1", "target=pixels")
     assert pixels.code == 0 and "rebuilt" in (tmp_path / "pixels" / "samples.txt").read_text()
+
+
+def test_the_guess_is_that_of_the_cells_that_are_asked_for(monkeypatch):
+    images = torch.rand(6, 1, 16, 16)
+    rows = ImageRows((images * 255).byte().numpy(), np.zeros(6, int), False)
+    monkeypatch.setattr(maskfeat, "load_images", lambda *_: Dataset("n", None, rows, rows))
+    config = replace(SMALL, image_size=16, patch_size=8, n_channels=1)
+    exact = rows.rows / 255
+    for cell in (4, 8):
+        dataset = maskfeat.load_data(Namespace(set=[f"cell={cell}"]), config)
+        histograms = maskfeat.hog_of_patches(torch.from_numpy(exact).float(), 8, cell)
+        error = (histograms - histograms.mean(0)).square().mean()
+        assert f"has a squared error of {error:.4f}," in dataset.guess
+    with pytest.raises(ValueError, match="cell 3: expected a divisor of patch_size 8"):
+        maskfeat.load_data(Namespace(set=["cell=3"]), config)

@@ -204,7 +204,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, given, tmp_path, monkey
                 if LONG.search(line) or "-m pytest" in line:
                     continue
                 printed = run(line, 2)
-                assert printed.strip() or re.search("--prompt|--chat", line), line
+                assert printed.strip() or re.search("--prompt|--chat|vision.llava runs", line), line
         elif language == "python" and content.startswith('"""'):
             name = re.match(r'"""(\w+)', content)[1].lower()
             (tmp_path / f"{name}.py").write_text(content)

@@ -429,7 +429,10 @@ def test_initialisation_follows_gpt():
         ({"router": "switch"}, "top_k 2, renormalize True: a switch needs top_k 1"),
         ({"capacity_factor": 0.0}, "capacity_factor 0.0"),
         ({"n_groups": 4}, "n_groups 4, top_groups 1: expected a divisor of n_experts 6"),
-        ({"n_groups": 3, "top_groups": 2}, "router 'softmax' has no groups"),
+        (
+            {"router": "switch", "top_k": 1, "renormalize": False, "n_groups": 3},
+            "router 'switch' has no groups",
+        ),
         ({"n_groups": 3, "router": "sigmoid", "top_k": 3}, "top_k 3: expected at least 2 experts"),
         ({"bias_update_rate": 0.001}, "router 'softmax' has no bias"),
         ({"dense_layers": (0, 1)}, "some of 0 to 1, not all"),

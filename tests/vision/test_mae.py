@@ -1,6 +1,7 @@
 """MAE against transformers (recorded), published counts, the order of its patches, and a small run."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def test_the_error_of_the_mean_image_is_of_pixels_divided_by_each_channel_s_std(
     parts = (Part(np.full((1, 3, 8, 8), value, np.uint8), labels) for value in (0, 51))  # 51 is 0.2
     dataset = as_dataset(*parts, ())
     monkeypatch.setattr(task, "load_images", lambda args, config: dataset)
-    found = task.load_data(None, replace(SMALL, image_size=8, n_channels=3, std=(0.1, 0.2, 0.4))).guess
+    args = Namespace(set=[])
+    found = task.load_data(args, replace(SMALL, image_size=8, n_channels=3, std=(0.1, 0.2, 0.4))).guess
     assert words in found  # (2^2 + 1^2 + 0.5^2) / 3
 
 

@@ -1,6 +1,6 @@
 """What is a calculator worth to a small model? Four ways to answer (evaluation/tool_loop.py), three seeds.
 
-    python -m results.tool_loop --out results/tool_loop.json          15 minutes on two cores
+    python -m results.tool_loop --out results/tool_loop.json          45 minutes of one core
 
 Both models of a seed have the same shape, learn from the same questions for the same number of steps, and are
 tested on questions that neither has seen. A text with an expression has about three times as many tokens to

@@ -1,6 +1,6 @@
 """What selection adds to a model that is seldom right: programs for examples, three seeds.
 
-    python -m results.generate_and_verify --out results/generate_and_verify.json   half an hour of a core per seed
+    python -m results.generate_and_verify --out results/generate_and_verify.json   half an hour a seed
 
 Each seed is evaluation/generate_and_verify.py from the start: programs, a model, two verifiers (one learns
 from labels that were exchanged at random), problems. Samples of the grammar in place of the model's show what

@@ -19,7 +19,7 @@ from formats import config_json, native
 from formats.config_json import damage_named, named_architecture, read_config, read_fields, whole_number
 from formats.images import every, read_preprocessor
 from formats.json_file import write_json
-from formats.safetensors_dir import assign, build, read_weights, write
+from formats.safetensors_dir import assign, build, filled, read_weights, write
 
 CONCEPT = "vision.clip"
 MODELS = {"CLIPModel": "clip", "SiglipModel": "siglip"}  # architecture: layout
@@ -164,13 +164,10 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
 
     Raises ValueError naming what is wrong.
     """
-    path, hf = read_config(directory)
-    if named_architecture(path, hf).startswith(native.PREFIX):
+    if native.is_native(directory):
         return native.load(directory, kernels)
     fields, weights = read(directory)
-    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(model, weights, directory)
-    return model
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

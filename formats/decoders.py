@@ -29,7 +29,7 @@ from formats.config_json import (
     whole_number,
 )
 from formats.json_file import read_json
-from formats.safetensors_dir import assign, build, inverse, read_weights, rename, tie, write_decoder
+from formats.safetensors_dir import filled, inverse, read_weights, rename, tie, write_decoder
 
 LLAMA_FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -302,9 +302,7 @@ def load_decoder(kind: type[nn.Module], config_kind: type, directory: str | Path
     fields, weights = read_decoder_config(directory), read_weights(directory)
     weights = our_names(fields, weights)
     tie(fields, weights, *EMBEDDING_AND_HEAD)
-    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(model, weights, directory)
-    return model
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def our_names(fields: dict, weights: dict[str, Tensor]) -> dict[str, Tensor]:

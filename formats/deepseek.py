@@ -218,13 +218,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
         stored = mixtures.split_experts(safetensors_dir.read_weights(directory))
     stored = without_next_layers(directory, fields["n_layers"], stored)
     safetensors_dir.tie(fields, stored, *decoders.EMBEDDING_AND_HEAD)
-    model = safetensors_dir.build(
-        lambda: kind(config_kind(**fields, kernels=kernels)), fields, stored, directory
-    )
-    expected = model.state_dict()
-    safetensors_dir.check_weights(mixtures.split_experts(expected), stored, directory)
-    model.load_state_dict(mixtures.stack_experts(stored, expected), assign=True)
-    return model
+    return mixtures.filled(lambda: kind(config_kind(**fields, kernels=kernels)), fields, stored, directory)
 
 
 def without_next_layers(

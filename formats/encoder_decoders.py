@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from formats import native
 from formats.config_json import INERT, damage_named, flag, named_architecture, read_config, read_fields
 from formats.json_file import write_json
-from formats.safetensors_dir import assign, build, inverse, read_weights, rename, tie, write
+from formats.safetensors_dir import filled, inverse, read_weights, rename, tie, write
 
 ARCHITECTURES = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration", "T5WithLMHeadModel")
 CONCEPT = "language.t5"
@@ -110,13 +110,10 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
 
     An original Transformer is in the layout of formats/native.py. Raises ValueError naming what is wrong.
     """
-    path, hf = read_config(directory)
-    if named_architecture(path, hf).startswith(native.PREFIX):
+    if native.is_native(directory):
         return native.load(directory, kernels)
     fields, weights = read(directory)
-    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(model, weights, directory)
-    return model
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def config_of(config: Any) -> dict:

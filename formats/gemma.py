@@ -27,7 +27,7 @@ from formats.decoders import (
     ordinary_widths,
     window_fields,
 )
-from formats.safetensors_dir import assign, build, read_weights, tie, write_decoder
+from formats.safetensors_dir import filled, read_weights, tie, write_decoder
 
 CONCEPT = "attention_variants.local_global"
 FIELDS = LLAMA_FIELDS | {  # config.json: Config
@@ -163,9 +163,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     fields, weights = read_fields_of(directory), read_weights(directory)
     weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     tie(fields, weights, *EMBEDDING_AND_HEAD)
-    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(model, weights, directory)
-    return model
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from formats.config_json import INERT, damage_named, named_architecture, read_config, read_fields
 from formats.decoders import GPT2_FIELDS, from_gpt2, to_gpt2
 from formats.json_file import read_json, write_json
-from formats.safetensors_dir import assign, build, read_weights, write
+from formats.safetensors_dir import filled, read_weights, write
 
 ARCHITECTURE = "ImageGPTForCausalImageModeling"
 CONCEPT = "vision.igpt"
@@ -48,9 +48,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
         fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT | {"eos_token_id"})
     fields |= read_palette(Path(directory), fields)
     weights = from_gpt2(read_weights(directory))
-    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(model, weights, directory)
-    return model
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def read_palette(directory: Path, fields: dict) -> dict:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from formats import config_json, native
 from formats.config_json import damage_named, named_architecture, read_config, read_fields
 from formats.json_file import read_json, write_json
-from formats.safetensors_dir import assign, build, read_weights, write
+from formats.safetensors_dir import filled, read_weights, write
 
 CLASSIFIER, BARE, MAE = "ViTForImageClassification", "ViTModel", "ViTMAEForPreTraining"
 CONCEPTS = {CLASSIFIER: "vision.vit", BARE: "vision.vit", MAE: "vision.mae"}
@@ -144,14 +144,11 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
 
     config: of config_kind. Raises ValueError naming what is wrong.
     """
-    path, hf = read_config(directory)
-    if named_architecture(path, hf).startswith(native.PREFIX):
+    if native.is_native(directory):
         return native.load(directory, kernels)
     fields, weights = read(directory)
     weights = {name: w for name, w in weights.items() if not name.startswith("decoder.")}
-    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(model, weights, directory)
-    return model
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def config_of(config: Any) -> dict:

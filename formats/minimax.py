@@ -96,11 +96,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     with damage_named(config_json.read_config(directory)[0]):
         config = config_kind(**fields, kernels=kernels)
     stored = renamed(stored, config, safetensors_dir.inverse(NAMES)) if config.n_linear_layers else stored
-    model = safetensors_dir.build(lambda: kind(config), fields, stored, directory)
-    expected = model.state_dict()
-    safetensors_dir.check_weights(mixtures.split_experts(expected, mixtral=True), stored, directory)
-    model.load_state_dict(mixtures.stack_experts(stored, expected, mixtral=True), assign=True)
-    return model
+    return mixtures.filled(lambda: kind(config), fields, stored, directory, mixtral=True)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

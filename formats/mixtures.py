@@ -17,6 +17,7 @@ A model that is saved and loaded computes the same. Of the settings of training,
 coefficient of one balance loss; capacity factor, z-loss and the step of the bias have no place there.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -323,9 +324,21 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
         if empty or name.endswith("rotary_emb.inv_freq"):
             del stored[name]
 
-    model = safetensors_dir.build(
-        lambda: kind(config_kind(**fields, kernels=kernels)), fields, stored, directory
-    )
+    return filled(lambda: kind(config_kind(**fields, kernels=kernels)), fields, stored, directory, mixtral)
+
+
+def filled(
+    make: Callable[[], nn.Module],
+    fields: dict,
+    stored: dict[str, Tensor],
+    directory: str | Path,
+    mixtral: bool = False,
+) -> nn.Module:
+    """Return make() with exactly the stored weights, read from directory, which have an expert's own tensors.
+
+    fields: of the Config; mixtral: the names are Mixtral's. Raises ValueError as safetensors_dir.filled does.
+    """
+    model = safetensors_dir.build(make, fields, stored, directory)
     expected = model.state_dict()
     safetensors_dir.check_weights(split_experts(expected, mixtral), stored, directory)
     model.load_state_dict(stack_experts(stored, expected, mixtral), assign=True)

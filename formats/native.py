@@ -69,6 +69,14 @@ def save(model: nn.Module, directory: str | Path) -> None:
     write_json(directory / "config.json", content)
 
 
+def is_native(directory: str | Path) -> bool:
+    """Return whether the config.json in directory names a concept file.
+
+    Raises ValueError for one that is missing or damaged.
+    """
+    return named_architecture(*read_config(directory)).startswith(PREFIX)
+
+
 def load(directory: str | Path, kernels: str = "auto") -> nn.Module:
     """Return the model in directory, in the precision it was saved in.
 

@@ -205,6 +205,23 @@ def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) 
     model.load_state_dict(weights, assign=True)
 
 
+def filled(
+    kind: type[nn.Module],
+    config_kind: type,
+    fields: dict,
+    weights: dict[str, Tensor],
+    directory: str | Path,
+    kernels: str,
+) -> nn.Module:
+    """Return kind(config) with exactly these weights, read from directory; config is config_kind(**fields).
+
+    kernels: the Config's field of that name. Raises ValueError as `build` and `assign` do.
+    """
+    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
+    assign(model, weights, directory)
+    return model
+
+
 def rename(name: str, table: dict[str, str]) -> str:
     """Return a tensor's name after the replacements {old: new} of table, in its order.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from formats import images
 from formats.config_json import damage_named, named_architecture, read_config, read_fields
 from formats.json_file import read_json, write_json
-from formats.safetensors_dir import assign, build, inverse, read_weights, rename, write
+from formats.safetensors_dir import filled, inverse, read_weights, rename, write
 
 CLASSIFIER = "ASTForAudioClassification"
 CONCEPTS = {CLASSIFIER: "vision.spectrogram"}
@@ -85,9 +85,7 @@ def read_preprocessor(directory: Path, rate: int) -> dict[str, float]:
 def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str, rate: int):
     """Return kind(config) with the weights in directory, in their precision. ValueError for what is wrong."""
     fields, weights = read(directory, rate)
-    model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(model, weights, directory)
-    return model
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...], rate: int) -> None:

@@ -31,10 +31,15 @@ def gelu(x: Tensor) -> Tensor:
     Training in float32 on a CPU uses the equations above, which keep one more tensor than PyTorch's own
     operation does. Everything else, second derivatives and torch.func too, uses PyTorch's.
     """
-    by_hand = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
-    if by_hand and not torch.compiler.is_compiling() and not transformed():
+    if _by_hand(x):
         return _GELU.apply(x)
     return F.gelu(x, approximate="tanh")
+
+
+def _by_hand(x: Tensor) -> bool:
+    """Return whether x is trained with in float32 on a CPU, neither compiled nor under torch.func."""
+    learns = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
+    return learns and not torch.compiler.is_compiling() and not transformed()
 
 
 class _GELU(torch.autograd.Function):
@@ -60,8 +65,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     Its gradient is dy (s + 1.702 x s (1 - s)), s the sigmoid. Training in float32 on a CPU computes that in
     place, in half as many passes over memory as automatic differentiation.
     """
-    by_hand = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
-    if by_hand and not torch.compiler.is_compiling() and not transformed():
+    if _by_hand(x):
         return _QuickGELU.apply(x)
     return x * torch.sigmoid(QUICK * x)
 

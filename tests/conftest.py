@@ -156,6 +156,22 @@ def rows_of(tokens):
     return [{"tokens": row.numpy()} for row in tokens]
 
 
+def assert_logits_recorded(model, expected):
+    """The model's logits are those that transformers gave, within the noise of float32."""
+    with torch.no_grad():
+        logits = model(expected["tokens"])
+    tolerance = max(1e-5, 5 * expected["logits64_error"].item())  # the reference's own float32 noise
+    assert (logits - expected["logits"]).abs().max() < tolerance
+
+
+def assert_greedy_recorded(model, expected):
+    """The model continues the prompts, of several lengths in one batch, with the tokens of transformers."""
+    lengths = expected["prompt_lengths"].tolist()
+    prompts = [row[:n].tolist() for row, n in zip(expected["prompts"], lengths, strict=True)]
+    n_new = expected["greedy"].shape[1]
+    assert model.generate(prompts, n_new, temperature=0) == expected["greedy"].tolist()
+
+
 def copy_of(directory, to, **changes):
     """Copy a checkpoint to the directory `to`, with other values in its config.json, and return `to`."""
     to.mkdir(exist_ok=True)

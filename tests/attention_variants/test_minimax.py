@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import copy_of
+from conftest import assert_greedy_recorded, assert_logits_recorded, copy_of
 from safetensors.torch import load_file
 from small_gpt import flags, write_text
 from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
@@ -33,18 +33,11 @@ def small(dtype=torch.float64):
 
 
 def test_logits_equal_transformers():
-    model, expected = recorded()
-    with torch.no_grad():
-        logits = model(expected["tokens"])
-    tolerance = max(1e-5, 5 * expected["logits64_error"].item())  # the reference's own float32 noise
-    assert (logits - expected["logits"]).abs().max() < tolerance
+    assert_logits_recorded(*recorded())
 
 
 def test_greedy_tokens_equal_transformers():
-    model, expected = recorded()
-    lengths = expected["prompt_lengths"].tolist()
-    prompts = [row[:n].tolist() for row, n in zip(expected["prompts"], lengths, strict=True)]
-    assert model.generate(prompts, 20, temperature=0) == expected["greedy"].tolist()
+    assert_greedy_recorded(*recorded())
 
 
 @pytest.mark.parametrize("field", ["softmax", "linear", "mlp"])

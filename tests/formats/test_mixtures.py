@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import copy_of
+from conftest import assert_greedy_recorded, assert_logits_recorded, copy_of
 from safetensors.torch import load_file, save_file
 
 import moe
@@ -77,21 +77,13 @@ def value(config, field):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_logits_equal_transformers(name):
-    model, expected = recorded(name)
-    with torch.no_grad():
-        logits = model(expected["tokens"])
-    tolerance = max(1e-5, 5 * expected["logits64_error"].item())  # the reference's own float32 noise
-    assert (logits - expected["logits"]).abs().max() < tolerance
+    assert_logits_recorded(*recorded(name))
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_greedy_tokens_equal_transformers(name):
     """Three prompts of different lengths in one batch, decoded with a cache."""
-    model, expected = recorded(name)
-    lengths = expected["prompt_lengths"].tolist()
-    prompts = [row[:n].tolist() for row, n in zip(expected["prompts"], lengths, strict=True)]
-    n_new = expected["greedy"].shape[1]
-    assert model.generate(prompts, n_new, temperature=0) == expected["greedy"].tolist()
+    assert_greedy_recorded(*recorded(name))
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -103,13 +103,21 @@ def magnitude(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1
 
 
-def yarn(scaling: dict, theta: float, width: int, device: torch.device) -> tuple[Tensor, float, float]:
-    """Return the frequencies (width / 2,) of YaRN, the factor of cos and sin, and that of the scores.
+def growth_of_scores(scaling: dict | None) -> float:
+    """Return the factor that DeepSeek puts into the scale of scores: the square of the magnitude with
+    mscale_all_dim; 1 without YaRN."""
+    is_yarn = scaling is not None and scaling.get("rope_type") == "yarn"
+    weight = scaling.get("mscale_all_dim") if is_yarn else None
+    return magnitude(scaling["factor"], weight) ** 2 if weight else 1.0
+
+
+def yarn(scaling: dict, theta: float, width: int, device: torch.device) -> tuple[Tensor, float]:
+    """Return the frequencies (width / 2,) of YaRN, and the factor of cos and sin.
 
     A pair of features that turns more than beta_fast times within the original context keeps its frequency,
     one that turns less than beta_slow times is slowed down by the factor, and between there is a ramp over
-    the pairs (Peng et al. 2023, section 3.2). DeepSeek puts the growth of scores into their scale: the square
-    of the magnitude with mscale_all_dim; cos and sin have the ratio of both magnitudes, which is 1.
+    the pairs (Peng et al. 2023, section 3.2). DeepSeek puts the growth of scores into their scale, see
+    `growth_of_scores`; cos and sin have the ratio of both magnitudes, which is 1.
     """
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
 
@@ -129,12 +137,12 @@ def yarn(scaling: dict, theta: float, width: int, device: torch.device) -> tuple
         angles = magnitude(factor, 1)
     else:
         angles = magnitude(factor, of_angles) / magnitude(factor, of_scores)
-    return frequencies, angles, magnitude(factor, of_scores) ** 2 if of_scores else 1.0
+    return frequencies, angles
 
 
 def halves(x: Tensor) -> Tensor:
     """Return x (..., K) with its even features before its odd ones. The files have the two features of a pair
-    side by side, and `gpt.rotate` wants them half a width apart; scores do not depend on the order."""
+    side by side, and `gpt.rotate` takes them half a width apart; scores do not depend on the order."""
     return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1)
 
 
@@ -164,9 +172,7 @@ class LatentAttention(nn.Module):
 
         self.layer, self.n_heads, self.rank, self.backend = layer, H, R, config.kernels
         self.widths, self.d_value = [config.d_nope, config.d_rope], config.d_value
-        scaling = config.rope_scaling or {}
-        of_scores = scaling.get("mscale_all_dim") if scaling.get("rope_type") == "yarn" else None
-        self.scale = K**-0.5 * (magnitude(scaling["factor"], of_scores) ** 2 if of_scores else 1.0)
+        self.scale = K**-0.5 * growth_of_scores(config.rope_scaling)
 
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Return (B, T, D) of x (B, T, D). rotation: cos and sin for K_r features."""
@@ -225,7 +231,7 @@ def rotation(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
     c = model.config
     if (c.rope_scaling or {}).get("rope_type") != "yarn":
         return rope(positions, c.rope_theta, c.d_rope, c.rope_scaling)
-    frequencies, factor, _ = yarn(c.rope_scaling, c.rope_theta, c.d_rope, positions.device)
+    frequencies, factor = yarn(c.rope_scaling, c.rope_theta, c.d_rope, positions.device)
     angles = positions[..., None].float() * frequencies  # (B, T, K_r / 2)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
     return angles.cos() * factor, angles.sin() * factor

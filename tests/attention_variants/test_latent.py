@@ -198,24 +198,26 @@ def test_scores_grow_as_deepseek_scales_them():
     """By 1.874 in V3 and 1.590 in V2, whose context grew 40 times."""
     for mscale, expected in ((1.0, 1.874), (0.707, 1.590)):
         scaling = {**YARN, "factor": 40.0, "mscale": mscale, "mscale_all_dim": mscale}
-        *_, angles, scores = latent.yarn(scaling, 10_000.0, 64, torch.device("cpu"))
+        _, angles = latent.yarn(scaling, 10_000.0, 64, torch.device("cpu"))
+        scores = latent.growth_of_scores(scaling)
         assert angles == 1.0 and scores == pytest.approx(expected, abs=5e-4)
         layer = LatentAttention(replace(SMALL, rope_scaling=scaling), 0)
         assert layer.scale == pytest.approx(22**-0.5 * scores)
 
 
 def test_yarn_with_factor_1_changes_nothing():
-    frequencies, angles, scores = latent.yarn(YARN | {"factor": 1.0}, 100.0, 12, torch.device("cpu"))
+    scaling = YARN | {"factor": 1.0}
+    frequencies, angles = latent.yarn(scaling, 100.0, 12, torch.device("cpu"))
     cos, _ = gpt.rope(torch.arange(5), 100.0, 12)
     positions = torch.arange(5)[:, None]
     torch.testing.assert_close((positions * frequencies).cos(), cos[:, 0, :6])
-    assert (angles, scores) == (1.0, 1.0)
+    assert (angles, latent.growth_of_scores(scaling)) == (1.0, 1.0)
 
 
 def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
     """A pair that turns more than beta_fast times in the original context, or less than beta_slow times."""
     scaling = {**YARN, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-    frequencies, *_ = latent.yarn(scaling, 10_000.0, 64, torch.device("cpu"))
+    frequencies, _ = latent.yarn(scaling, 10_000.0, 64, torch.device("cpu"))
     plain = 1 / 10_000.0 ** (torch.arange(0, 64, 2) / 64)
     turns = 4096 * plain / (2 * math.pi)
     ratio = frequencies / plain

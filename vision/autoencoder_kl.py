@@ -19,7 +19,7 @@ The published ones were trained with a perceptual loss and an adversary besides,
 others; this one has neither. Parameters have the names of diffusers' AutoencoderKL.
 
     python -m vision.autoencoder_kl                                         print the sizes
-    python train.py --model autoencoder_kl                                  letters, in a sixteenth of the places
+    python train.py --model autoencoder_kl                                  letters
     python -m vision.autoencoder_kl runs/autoencoder_kl/model photo.png     draw images and what is rebuilt
 
 Shapes: B images, C channels, H x W pixels, Z channels of latents, h x w places of latents, c channels inside.

@@ -63,16 +63,16 @@ def measured(monkeypatch, alpha_bar, steps, kind, eta, variance):
 
 
 def test_alpha_bar_is_that_of_the_papers():
-    expected = {  # at t = 0, 100, 250, 500, 750, 999, from the definitions in extended precision
-        ("linear", False): (0.9999, 0.8951415909, 0.5214230306, 0.07779665837, 0.003300158362, 4.035829765e-05),
-        ("scaled_linear", False): (0.99915, 0.8942234776, 0.6737926252, 0.2763326838, 0.056169848, 0.004660098513),
-        ("cosine", False): (0.9999587158, 0.9715756818, 0.8458879865, 0.4922851724, 0.1431786464, 2.428766907e-09),
-        ("scaled_linear", True): (0.99915, 0.8867612845, 0.6524570153, 0.2410187828, 0.03279911813, 0.0),
-    }  # fmt: skip
+    expected = {  # at t = 0, 250, 500, 750, 999, from the definitions in extended precision
+        ("linear", False): (0.9999, 0.5214230306, 0.07779665837, 0.003300158362, 4.035829765e-05),
+        ("scaled_linear", False): (0.99915, 0.6737926252, 0.2763326838, 0.056169848, 0.004660098513),
+        ("cosine", False): (0.9999587158, 0.8458879865, 0.4922851724, 0.1431786464, 2.428766907e-09),
+        ("scaled_linear", True): (0.99915, 0.6524570153, 0.2410187828, 0.03279911813, 0.0),
+    }
     for (kind, zero_terminal), values in expected.items():
         found = schedule(kind, zero_terminal=zero_terminal)
         assert found.dtype == torch.float64 and found.shape == (1000,)
-        for t, value in zip((0, 100, 250, 500, 750, 999), values, strict=True):
+        for t, value in zip((0, 250, 500, 750, 999), values, strict=True):
             assert found[t].item() == pytest.approx(value, rel=2e-9, abs=0)
     # Fewer, larger steps end with about as much noise.
     assert schedule("linear", 100)[-1].item() == pytest.approx(4e-5, rel=0.5)
@@ -183,7 +183,7 @@ def test_the_time_steps_that_are_visited_fall_and_keep_their_ends():
         for count in (1, 2, 3, 7, 13, 600, 999):
             steps = spaced(1000, count, spacing)
             assert len(set(steps)) == count and steps == sorted(steps, reverse=True)
-            assert 0 <= steps[-1] and steps[0] <= 999
+            assert steps[-1] >= 0 and steps[0] <= 999
     with pytest.raises(ValueError, match="1001 steps of a sampler: expected 1 to 1000"):
         spaced(1000, 1001)
 
@@ -285,7 +285,8 @@ def test_the_bound_has_the_values_of_its_closed_form():
     inner = ones * (3 / 255)  # a pixel in the middle of the range
     assert term(inner, inner, 0) == pytest.approx(1.3054, abs=1e-4)
     assert term(inner, inner + 1 / 255, 0) == pytest.approx(1.4904, abs=1e-4)
-    assert term(ones, ones, 0) == pytest.approx(-math.log2(0.5 * (1 + math.erf(1 / 255 / 5.4531877e-05**0.5 / 2**0.5))), abs=1e-4)  # fmt: skip
+    at_the_end = 0.5 * (1 + math.erf(1 / 255 / math.sqrt(2 * 5.4531877e-05)))  # its interval is open
+    assert term(ones, ones, 0) == pytest.approx(-math.log2(at_the_end), abs=1e-4)
     # KL of two Gaussians of one variance; half of (SNR_{t-1} - SNR_t) times the square error of x_0.
     snr = linear / (1 - linear)
     assert term(inner, inner + 0.1, 300) / bits == pytest.approx(0.5 * (snr[299] - snr[300]).item() * 0.01)

@@ -16,6 +16,7 @@ from formats import (
     clip,
     decoders,
     deepseek,
+    diffusers,
     disentangled_encoders,
     encoder_decoders,
     encoders,
@@ -85,6 +86,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return llava.CONCEPT
     if architecture in bart.ARCHITECTURES:
         return bart.CONCEPT
+    if architecture in diffusers.CONCEPTS:
+        return diffusers.CONCEPTS[architecture]
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
     if architecture.startswith(native.PREFIX):
@@ -103,6 +106,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
     known += [*gemma.ARCHITECTURES, *deepseek.ARCHITECTURES, *clip.MODELS, llava.ARCHITECTURE]
     known += [minimax.ARCHITECTURE, *images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
+    known += [*diffusers.CONCEPTS]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

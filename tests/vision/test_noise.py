@@ -2,13 +2,16 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vision import noise
 from vision.noise import KINDS, q_sample, sample, schedule, spaced, target, to_x0_and_noise, trajectory
 
+SAMPLERS = Path(__file__).parents[1] / "fixtures" / "diffusers_samplers.safetensors"
 MEAN, DEVIATION = 0.2, 0.5  # of the Gaussian data, whose exact denoiser is linear
 
 
@@ -121,7 +124,7 @@ def test_the_closed_form_has_the_figures_that_were_computed_elsewhere(monkeypatc
         alpha_bar, steps = schedule(name), spaced(1000, count, "leading")
         for (eta, variance), row in zip(((0, "small"), (1, "small"), (1, "large")), rows, strict=True):
             assert closed_form(alpha_bar, steps, eta, variance) == pytest.approx(row, abs=6e-5)
-            if count <= 50 or (name, variance) == ("linear", "small"):  # the others have no time
+            if count <= 50:  # more steps only take longer
                 found = measured(monkeypatch, alpha_bar, steps, "eps", eta, variance)
                 assert found == pytest.approx(row, abs=6e-5)
 
@@ -291,3 +294,33 @@ def test_the_bound_has_the_values_of_its_closed_form():
     snr = linear / (1 - linear)
     assert term(inner, inner + 0.1, 300) / bits == pytest.approx(0.5 * (snr[299] - snr[300]).item() * 0.01)
     assert term(inner, inner, 300) == 0
+
+
+def ours(name):
+    """Return x after each step for the name of a recorded trajectory, see make_diffusion_fixtures.py."""
+    sampler, named, kind, spacing, count, how, clip, *_ = name.split()
+    alpha_bar = schedule(named.removesuffix("_zero"), zero_terminal=named.endswith("_zero"))
+    how = {"eta": 1.0, "variance": how} if sampler == "ddpm" else {"eta": float(how)}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+
+    def formula(x, t):
+        return 0.8 * torch.tanh(x) + 0.2 * torch.sin(t[:, None] / 100)
+
+    how |= {"kind": kind, "clip": float(clip) or None, "generator": generator}
+    return torch.stack(list(trajectory(formula, x, alpha_bar, spaced(1000, int(count), spacing), **how)))
+
+
+def test_trajectories_are_those_of_diffusers():
+    recorded = load_file(SAMPLERS)
+    assert len(recorded) == 20
+    for name, expected in recorded.items():
+        errors = (ours(name) - expected).abs().amax((1, 2))
+        if name.endswith("float32"):  # its own tables, which are rounded
+            assert 1e-9 < errors.max() < 1e-4, name
+        elif name.startswith("ddim") and " trailing 13 " in name:  # it looks 1000 // 13 behind 922, at 846
+            assert 1e-3 < errors.max() < 1e-1, name
+        elif name.startswith("ddpm") and " trailing 13 large " in name:  # it draws in the last step, if t > 0
+            assert errors[:-1].max() < 1e-6 < 1e-2 < errors[-1], name
+        else:
+            assert errors.max() < 1e-6, name  # t / 100 is float32

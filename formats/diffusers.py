@@ -18,6 +18,8 @@ from formats.safetensors_dir import filled, read_weights, write_tensors
 
 CONCEPTS = {  # _class_name: the concept file that reads it
     "AutoencoderKL": "vision.autoencoder_kl",
+    "UNet2DModel": "vision.unet",
+    "UNet2DConditionModel": "vision.unet",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INERT = {"_class_name", "_diffusers_version", "_name_or_path", "dropout"}

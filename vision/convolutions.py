@@ -22,7 +22,9 @@ from kernels import attention
 class ResidualBlock(nn.Module):
     """Two convolutions, added to their input."""
 
-    def __init__(self, n_in: int, n_out: int, n_groups: int, d_time: int = 0, eps: float = 1e-6):
+    def __init__(
+        self, n_in: int, n_out: int, n_groups: int, d_time: int = 0, eps: float = 1e-6, dropout: float = 0.0
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(n_groups, n_in, eps=eps)
         self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
@@ -32,13 +34,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         if n_in != n_out:
             self.conv_shortcut = nn.Conv2d(n_in, n_out, 1)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """Return the block's output (B, n_out, h, w) for x (B, n_in, h, w); time: (B, d_time)."""
         y = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
             y = y + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv2(F.dropout(F.silu(self.norm2(y)), self.dropout, self.training))
         return y + (x if x.shape[1] == y.shape[1] else self.conv_shortcut(x))
 
 
@@ -110,7 +113,7 @@ def initialize(module: nn.Module) -> None:
     """
     for name, p in module.named_parameters():
         is_norm = "norm" in name.split(".")[-2]
-        if name.endswith("bias") or name.endswith(("conv2.weight", "to_out.0.weight")):
+        if name.endswith("bias") or name.endswith(("conv2.weight", "to_out.0.weight", "proj_out.weight")):
             p.zero_()
         elif p.ndim == 1 and is_norm:
             p.fill_(1.0)

@@ -1,7 +1,7 @@
 """Directories of diffusers, each with one model or one schedule: what all of its models share.
 
     config.json                                "_class_name", and the arguments of that class
-    diffusion_pytorch_model.safetensors        the weights; ours have the same names unless a table renames them
+    diffusion_pytorch_model.safetensors        the weights, under our names unless a table says more
 
 A pipeline is a directory with one of these for each part, such as vae/, unet/ and scheduler/, beside
 model_index.json, which names the class of each (formats/pipelines.py).
@@ -18,6 +18,7 @@ from formats.safetensors_dir import filled, read_weights, write_tensors
 
 CONCEPTS = {  # _class_name: the concept file that reads it
     "AutoencoderKL": "vision.autoencoder_kl",
+    "DiTTransformer2DModel": "vision.dit",
     "UNet2DModel": "vision.unet",
     "UNet2DConditionModel": "vision.unet",
 }

@@ -32,7 +32,8 @@ ONLY = {
     "attention_bias": (True,),
 }
 INERT = {
-    "attention_head_dim", "num_embeds_ada_norm", "out_channels", "norm_num_groups", "upcast_attention", "dropout",
+    "attention_head_dim", "num_embeds_ada_norm", "out_channels", "norm_num_groups", "upcast_attention",
+    "dropout",
 }  # fmt: skip
 OURS, FIRST = "emb.", "transformer_blocks.0.norm1.emb."  # the embedder's names here, and there
 

@@ -13,9 +13,9 @@ The patches that are read are in order of channel, row and column, those that ar
 column and channel: two orders in one model, as published. Published models predict the noise and a variance,
 so they have two output channels for each channel. The last class stands for none, which guidance needs.
 
-Parameters have the names of diffusers' DiTTransformer2DModel, but for the embedder of times and classes, which
-is one for all blocks. Sines and cosines are diffusers', whose lowest frequency is 1 / 10,000; that of the
-authors' code is a little higher.
+Parameters have the names of diffusers' DiTTransformer2DModel, but for the embedder of times and classes: one
+for all blocks. Sines and cosines are diffusers', whose lowest frequency is 1 / 10,000; that of the authors'
+code is a little higher.
 
     python -m vision.dit                                       print the sizes
     python train.py --model dit                                letters from noise, as --model ddpm does

@@ -124,8 +124,8 @@ def time_embedding(t: Tensor, width: int, cos_first: bool = True, freq_shift: in
     """Return sines and cosines (B, width), float32, of times t (B,) at width / 2 frequencies, which fall from
     1 to 1 / 10,000."""
     half = width // 2
-    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / (half - freq_shift)
-    angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponents)
+    exponents = -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32)
+    angles = t[:, None].float() * torch.exp(exponents / (half - freq_shift))  # rounded as in diffusers
     parts = (angles.cos(), angles.sin()) if cos_first else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=1)
 

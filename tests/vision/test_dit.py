@@ -83,7 +83,10 @@ def test_blocks_with_embedders_of_their_own_are_refused(tmp_path):
         ({"activation_fn": "geglu"}, "activation_fn 'geglu' is not implemented"),
         ({"attention_head_dim": 5}, "d_model 10: expected a multiple of 4 and of 2 heads"),
         ({"num_layers": 3}, "transformer_blocks.2.* is missing"),
-        ({"num_embeds_ada_norm": 9}, r"embedding_table.weight has shape \(5, 12\), config.json says \(10, 12"),
+        (
+            {"num_embeds_ada_norm": 9},
+            r"embedding_table.weight has shape \(5, 12\), config.json says",
+        ),
         ({"num_embeds_ada_norm": "many"}, "num_embeds_ada_norm 'many': expected a whole number"),
     ],
 )

@@ -19,6 +19,7 @@ from formats.safetensors_dir import filled, read_weights, write_tensors
 CONCEPTS = {  # _class_name: the concept file that reads it
     "AutoencoderKL": "vision.autoencoder_kl",
     "DiTTransformer2DModel": "vision.dit",
+    "PriorTransformer": "vision.prior",
     "UNet2DModel": "vision.unet",
     "UNet2DConditionModel": "vision.unet",
 }

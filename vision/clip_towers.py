@@ -309,11 +309,23 @@ class TextTower(nn.Module):
             raise ValueError(f"a text has no token {self.config.eos_token_id}, which ends it and is read")
         return is_end.int().argmax(dim=1)  # the first of several
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return z (B, T, D) of tokens (B, T) before the first block."""
+        places = self.embeddings.position_embedding.weight[: tokens.shape[1]]
+        return self.embeddings.token_embedding(tokens) + places
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Return a vector for each token, (B, T, D), after the last block and its norm. Those of CLIP's
+        padding are to be left out, or belong to what a model was trained with, as in Stable Diffusion."""
+        z = self.embed(tokens)
+        for block in self.encoder.layers:
+            z = block(z)
+        return self.final_layer_norm(z)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Return one vector (B, D), for siglip (B, d_out), for each row of tokens (B, T). Rows are padded on
         the right, for siglip to the length that the model was trained with."""
-        T = tokens.shape[1]
-        z = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[:T]
+        z = self.embed(tokens)
         *earlier, last = self.encoder.layers
         for block in earlier:
             z = block(z)

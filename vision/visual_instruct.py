@@ -30,9 +30,6 @@ Shapes: B rows of T tokens, C channels.
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +43,11 @@ from data.image_conversations import IGNORED, FileTalks, SceneTalks, TalkRows, W
 from data.rows import Dataset, Row, stack
 from data.text import bad_texts, bpe_size
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
-from engine import parallel, trainable
+from engine import trainable
 from engine.settings import field_names, with_fields
 from formats.chat_template import IMAGE, ImageTokens, pieces, save_chat_template
 from formats.config_values import check_values
+from vision import first_stage
 from vision.clip import loss_bytes  # noqa: F401  this task's, too
 from vision.llava import Config, with_tower
 from vision.visual_questions import COLUMNS, as_table, draw, scores
@@ -62,7 +60,6 @@ N_SCENES = 16_000  # to learn from
 N_HELD_OUT = 256  # scenes with pairs that were seen, a question about each: the held-out loss
 N_SHOWN = 16  # scenes of each held-out part that are asked about at an evaluation
 CLIP_STEPS = 400  # of the CLIP whose tower the default run gets
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -148,21 +145,9 @@ def check(args: Namespace, config: Config, given: Settings) -> None:
 
 def default_tower(args: Namespace) -> str:
     """Return the directory of a CLIP that has learned captions of scenes: the one below --cache, or one that
-    this trains first, in a process of its own. One process of each machine does so."""
-    out = args.cache / f"clip-scenes-{CLIP_STEPS}-{args.seed}"
-    with parallel.one_per_machine_first():
-        if not (out / "done").exists():
-            flags = ["--model", "clip", "--data", "scenes", "--steps", CLIP_STEPS, "--seed", args.seed]
-            flags += ["--out", out, "--cache", args.cache, "--device", args.device, "--kernels", args.kernels]
-            flags += ["--resume"] * (out / "checkpoint").exists()
-            print(f"no --tower: first a CLIP learns captions of scenes, {out}", flush=True)
-            of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-            environment = {name: value for name, value in os.environ.items() if name not in of_torchrun}
-            done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=environment)
-            if done.returncode:
-                raise ValueError(f"{out}: the run of the CLIP has failed; name a tower by --tower DIR")
-            (out / "done").touch()
-    return str(out / "model")
+    this trains first."""
+    what = "a CLIP learns captions of scenes"
+    return first_stage.trained(args, "clip", "scenes", CLIP_STEPS, what, "--tower DIR")
 
 
 def from_files(args: Namespace, images: str) -> tuple[FileTalks, FileTalks]:

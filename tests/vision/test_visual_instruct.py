@@ -20,7 +20,7 @@ from data.tokenizer import get_tokenizer
 from engine import contract, trainable
 from formats.chat_template import prompt_tokens
 from formats.open_model import open_model
-from vision import llava, visual_instruct, visual_questions
+from vision import first_stage, llava, visual_instruct, visual_questions
 from vision.clip_towers import VisionConfig
 from vision.llava import LLaVA
 from vision.visual_instruct import Settings, make_batch
@@ -224,7 +224,7 @@ def test_a_clip_is_trained_first_where_no_tower_is_named_and_once(monkeypatch, t
         return SimpleNamespace(returncode=len(commands) - 1)
 
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(visual_instruct.subprocess, "run", record)
+    monkeypatch.setattr(first_stage.subprocess, "run", record)
     args = Namespace(cache=tmp_path, seed=3, device="cpu", kernels="auto")
     monkeypatch.setattr(visual_instruct, "CLIP_STEPS", 400)
     assert visual_instruct.default_tower(args) == str(tmp_path / "clip-scenes-400-3" / "model")
@@ -235,7 +235,7 @@ def test_a_clip_is_trained_first_where_no_tower_is_named_and_once(monkeypatch, t
     (tmp_path / "clip-scenes-400-3" / "done").unlink()
     (tmp_path / "clip-scenes-400-3" / "checkpoint").mkdir()
     monkeypatch.setattr(type(tmp_path), "mkdir", lambda *_, **__: None)
-    with pytest.raises(ValueError, match="the run of the CLIP has failed"):
+    with pytest.raises(ValueError, match="of the first stage, has failed; name another by --tower DIR"):
         visual_instruct.default_tower(args)
     assert "--resume" in commands[1]
 

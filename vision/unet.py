@@ -107,7 +107,7 @@ class Config:
 
 
 SIZES = {
-    "tiny": Config((24, 48, 96), (0, 0, 1), 1, 1, 1, 16, n_groups=8, norm_eps=1e-5),
+    "tiny": Config((16, 32, 64), (0, 0, 1), 1, 1, 1, 16, n_groups=8, norm_eps=1e-5),
     "ddpm-32": Config((128, 256, 256, 256), (0, 1, 0, 0), dropout=0.1),  # Ho et al. 2020, CIFAR-10
     "ddpm-256": Config((128, 128, 256, 256, 512, 512), (0, 0, 0, 0, 1, 0), image_size=256),
     "stable-diffusion-1": Config(

@@ -2,6 +2,7 @@
 
 adapter_config.json              an adapter: open its base, then put the adapter in
 config.json, "architectures"     the concept file whose `Model.from_pretrained` reads the directory
+model_index.json                 latent diffusion, of which each part has a folder
 
 model = open_model("runs/gpt/model")
 """
@@ -27,6 +28,7 @@ from formats import (
     minimax,
     mixtures,
     native,
+    pipelines,
     reward_models,
     sounds,
 )
@@ -59,6 +61,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     """
     if is_adapter(directory):
         return concept_of(base_of(directory, base))
+    if pipelines.is_pipeline(directory):
+        return pipelines.CONCEPT
 
     path, hf = read_config(directory)
     architecture = named_architecture(path, hf)

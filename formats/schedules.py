@@ -19,16 +19,25 @@ DIFFUSERS = "0.42.1"  # whose files these are
 
 
 def write(
-    directory: str | Path, target: str, schedule: str, n_steps: int, zero_terminal: bool, pipeline: bool
+    directory: str | Path,
+    target: str,
+    schedule: str,
+    n_steps: int,
+    zero_terminal: bool,
+    pipeline: bool,
+    clip: bool = True,
 ) -> None:
-    """Write the schedule, named as in vision/noise.py, and with `pipeline` model_index.json."""
+    """Write the schedule, named as in vision/noise.py, and with `pipeline` model_index.json.
+
+    clip: samplers keep x_0 from -1 to 1, as pixels are, but no latents.
+    """
     content = {"_class_name": "DDPMScheduler", "_diffusers_version": DIFFUSERS}
     content |= {"num_train_timesteps": n_steps, "beta_schedule": SCHEDULES[schedule]}
     if schedule in ENDS:
         first, last = (beta * 1000 / n_steps for beta in ENDS[schedule])
         content |= {"beta_start": first, "beta_end": last}
     content |= {"prediction_type": KINDS[target], "rescale_betas_zero_snr": zero_terminal}
-    content |= {"clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small"}
+    content |= {"clip_sample": clip, "clip_sample_range": 1.0, "variance_type": "fixed_small"}
     write_json(Path(directory) / FILE, content | {"timestep_spacing": "trailing"})
     if pipeline:
         parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}

@@ -296,6 +296,18 @@ class TextTower(nn.Module):
             self.head = nn.Linear(D, config.d_out)
         initialize(self)
 
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "TextTower":
+        """Return the text tower in a directory, alone or of a CLIP, in its precision.
+
+        Raises ValueError naming what is missing, damaged or not implemented.
+        """
+        return clip.load_text_tower(cls, TextConfig, directory, kernels)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a CLIPTextModel."""
+        clip.save_text_tower(self, directory)
+
     def places(self, tokens: Tensor) -> Tensor:
         """Return the place (B,) of each row of tokens (B, T) that CLIP reads: of the token that ends it.
 

@@ -196,7 +196,8 @@ def show(model: LatentDiffusion, dataset: LatentDataset, out: Path) -> str:
         rebuilt = [model.vae.decode(z.to(model.device)).cpu() for z in batch["mean"].split(CHUNK)]
     drawn = {"real": true, "rebuilt": (torch.cat(rebuilt) / 2 + 0.5).clamp(0, 1)}
     for w in GUIDANCE:
-        drawn[f"w = {w:g}"] = model.draw(batch["tokens"], batch["empty"][:1], guidance=w).cpu()
+        how = {"guidance": w, "steps": SAMPLER_STEPS}
+        drawn[f"w = {w:g}"] = model.draw(batch["tokens"], batch["empty"][:1], **how).cpu()
 
     shown = [i * len(chosen) // SHOWN for i in range(min(SHOWN, len(chosen)))]
     pictures.save(out, [[some[i] for i in shown] for some in drawn.values()])

@@ -60,7 +60,9 @@ def test_the_gap_of_the_elbo_is_the_kl_to_the_true_posterior():
     one_each = {"images": x.repeat_interleave(8000, 0), "noise": noise.flatten(0, 1)[:, None]}
     assert model.loss(one_each)[0].item() == pytest.approx(-elbo.mean().item(), abs=0.1)
     torch.testing.assert_close(vae.iwae(log_w), exact, rtol=0, atol=0.02)
-    assert model.loss({"images": x, "noise": noise})[0].item() == pytest.approx(-exact.mean().item(), abs=0.02)
+    assert model.loss({"images": x, "noise": noise})[0].item() == pytest.approx(
+        -exact.mean().item(), abs=0.02
+    )
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def small(command: list[str], n_steps: int) -> list[str]:
         ours = {"language=runs/gpt/model": "language=language", "runs/clip/model": "random"}
         command = [ours.get(word, word) for word in command]
         return [*command, *tower, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
-    if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
+    if {"vit", "mae", "maskfeat", "simclr", "colorize", "vae", "flow", "gan", "energy"} & set(command):
         data = []
         if "--data" not in command:
             command = [word.replace("n_classes=62", "n_classes=2") for word in command]

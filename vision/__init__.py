@@ -9,4 +9,6 @@ its two Transformers, and zero_shot what a trained one is good for. llava puts f
 in the place of words of the decoder of gpt.py; visual_instruct trains it, and visual_questions measures it.
 spectrogram reads sounds as pictures of their frequencies, and classify_sounds trains it to name what it
 hears.
+
+Models that draw images are a chapter of their own, docs/generative.md.
 """

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from small_vit import TOLERANCE, assert_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
+import train as train_py
 from formats.diffusers import WEIGHTS
 from formats.open_model import open_model
+from vision import ddpm, judge
 from vision.dit import SIZES, Config, DiT, n_macs
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "dit"
@@ -180,3 +182,14 @@ def test_conditions_and_sizes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             replace(SMALL, **changes)
+
+
+@pytest.mark.usefixtures("few_glyphs")
+def test_the_task_of_ddpm_trains_it_and_its_model_opens_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "STEPS", 2)
+    monkeypatch.setattr(ddpm, "SAMPLER_STEPS", 2)
+    flags = ["--steps", "2", "--batch-size", "4", "--set", "n_layers=1", "d_model=32", "--ema", "0.5"]
+    assert train_py.main(["--model", "dit", *flags, "--out", str(tmp_path / "run")]) == 0
+    assert "w = 2" in (tmp_path / "run" / "samples.txt").read_text()
+    model = open_model(tmp_path / "run" / "model")
+    assert type(model) is DiT and model.config.n_out == 1 and model.config.n_classes > 5

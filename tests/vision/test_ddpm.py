@@ -298,8 +298,8 @@ def test_a_run_leaves_a_picture_and_a_model_that_draws_by_words(flags, tmp_path,
 
 def test_killed_and_resumed_a_run_and_its_averages_are_equal_to_the_bit(flags, tmp_path):
     folder_of_images(tmp_path / "photos", 12)
-    options = {"data": tmp_path / "photos"}
-    process = forked(flags("killed", **options), prepare=die_in, arguments=("save", 2))
+    options = {"data": tmp_path / "photos", "save-every": 1, "batch-size": 2}
+    process = forked(flags("killed", **options), prepare=die_in, arguments=("save", 3))
     assert process.end() == -signal.SIGKILL, process.said()
     assert train_py.main(flags("killed", **options, resume=True)) == 0
     assert train_py.main(flags("whole", **options)) == 0

@@ -199,11 +199,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
     write_preprocessor(config.vision, directory)
 
 
-def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights of the image tower in directory, alone or of a model of two.
-
-    kind: `clip_towers.VisionTower`; config_kind: its config's. Raises ValueError naming what is wrong.
-    """
+def read_tower_config(directory: str | Path) -> dict:
+    """Return the fields of a `clip_towers.VisionConfig` for the image tower in directory, alone or of a model
+    of two. Raises ValueError naming what is wrong."""
     path, hf = read_config(directory)
     architecture = named_architecture(path, hf)
     layout = (MODELS | TOWERS).get(architecture)
@@ -211,7 +209,15 @@ def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, 
         expected = ", ".join([*TOWERS, *MODELS])
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {expected}")
     own = part_of(path, hf, "vision") if architecture in MODELS else hf
-    fields = vision_fields(path, own, layout) | read_preprocessor(Path(directory))
+    return vision_fields(path, own, layout) | read_preprocessor(Path(directory))
+
+
+def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights of the image tower in directory, alone or of a model of two.
+
+    kind: `clip_towers.VisionTower`; config_kind: its config's. Raises ValueError naming what is wrong.
+    """
+    fields = read_tower_config(directory)
     weights = tower_weights(read_weights(directory))
     tower = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
     assign(tower, weights, directory)

@@ -14,7 +14,8 @@ from pathlib import Path
 from engine import parallel
 
 ROOT = Path(__file__).parents[1]
-OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+# How the variables begin that torchrun sets for its ranks, to which a run of its own does not belong.
+OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_", "TORCHELASTIC_")
 
 
 def trained(args: Namespace, model: str, data: str, steps: int, what: str, flag: str) -> str:
@@ -31,7 +32,7 @@ def trained(args: Namespace, model: str, data: str, steps: int, what: str, flag:
             flags += ["--out", out, "--cache", args.cache, "--device", args.device, "--kernels", args.kernels]
             flags += ["--resume"] * (out / "checkpoint").exists()
             print(f"no {flag.partition(' ')[0]}: first {what}, {out}", flush=True)
-            environment = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
+            environment = {name: x for name, x in os.environ.items() if not name.startswith(OF_TORCHRUN)}
             done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=environment)
             if done.returncode:
                 raise ValueError(f"{out}: this run, of the first stage, has failed; name another by {flag}")

@@ -78,20 +78,17 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return deepseek.concept_of(path, hf)
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
-    if architecture in images.CONCEPTS:
-        return images.CONCEPTS[architecture]
+    by_name = images.CONCEPTS | sounds.CONCEPTS | diffusers.CONCEPTS
+    if architecture in by_name:
+        return by_name[architecture]
     if architecture in clip.MODELS:
         return clip.CONCEPT
-    if architecture in sounds.CONCEPTS:
-        return sounds.CONCEPTS[architecture]
     if architecture == image_decoders.ARCHITECTURE:
         return image_decoders.CONCEPT
     if architecture == llava.ARCHITECTURE:
         return llava.CONCEPT
     if architecture in bart.ARCHITECTURES:
         return bart.CONCEPT
-    if architecture in diffusers.CONCEPTS:
-        return diffusers.CONCEPTS[architecture]
     if architecture in reward_models.CLASSES:
         return "posttraining.reward"
     if architecture.startswith(native.PREFIX):

@@ -49,7 +49,7 @@ MOST = 2_000  # images to learn from, for mean and deviation, and pairs held out
 
 
 class Read(NamedTuple):
-    """What the prior reads of texts."""
+    """Texts as the prior reads them."""
 
     text: Tensor  # embeddings (B, E), times sqrt(E)
     states: Tensor  # (B, T, E)

@@ -256,9 +256,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", nargs="+", default=[], help="the text of each row of images")
     add("--n", type=int, default=8, help="images for each text (default %(default)s)")
     add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
-    add("--steps", type=int, default=50, help="of the sampler (default %(default)s)")
+    add("--steps", type=int, default=50, help="steps of the sampler (default %(default)s)")
     add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="start of the random noise (default %(default)s)")
     add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
     args = parser.parse_args(argv)
     if args.checkpoint is None:

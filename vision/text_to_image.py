@@ -39,7 +39,7 @@ from vision.clip_towers import TextTower
 from vision.latent_diffusion import CHUNK, SAMPLER_STEPS, Config, LatentDiffusion
 
 MODEL, DATA = "latent_diffusion", "glyphs"
-OPTIMIZER, BATCH_SIZE, STEPS, EMA = "adamw", 64, 1500, 0.999
+OPTIMIZER, BATCH_SIZE, STEPS, EMA = "adamw", 64, 600, 0.99
 LOSS, TOKEN_LOSS = "squared error", ""
 VAE_STEPS = 300  # of the autoencoder that the default run makes
 GUIDANCE = (1.0, 2.0)  # of the pictures that a run draws

@@ -9,8 +9,8 @@ share of these tokens that the likeliest one gets right, on rows never trained o
 
 All decoders have two layers of width 64 with two heads, and get the same rows, so the same tokens, at the
 same learning rate. The curves are drawn over the FLOPs that they spend, of which native sparse attention
-spends half as much again as the others, for its summaries and three branches. What this does not show: whether
-another learning rate, a larger state or more steps would help a kind that fails here.
+spends half as much again as the others, for its summaries and three branches. What this does not show:
+whether another learning rate, a larger state or more steps would help a kind that fails here.
 
 The curves are written to --out after each run, and those in it are kept: a second start goes on.
 """

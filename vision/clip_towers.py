@@ -338,8 +338,7 @@ class TextTower(nn.Module):
         return is_end.int().argmax(dim=1)  # the first of several
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return z (B, T, D) of tokens (B, T) before the first block. Raises ValueError for rows that are
-        longer than max_seq_len."""
+        """Return z (B, T, D) before the first block. Raises ValueError for rows longer than max_seq_len."""
         T, most = tokens.shape[1], self.config.max_seq_len
         if most < T:
             raise ValueError(f"texts of {T} tokens: expected at most {most}, max_seq_len")
@@ -356,10 +355,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return one vector (B, D), for siglip (B, d_out), for each row of tokens (B, T). Rows are padded on
-        the right, for siglip to the length that the model was trained with.
-
-        Raises ValueError for rows that are longer than max_seq_len.
-        """
+        the right, for siglip to the length that the model was trained with."""
         z = self.embed(tokens)
         *earlier, last = self.encoder.layers
         for block in earlier:

@@ -1,4 +1,4 @@
-"""The multiplications of the towers in vision/clip_towers.py, by a formula that a test compares with PyTorch's count.
+"""The multiplications of the towers in vision/clip_towers.py; a test compares them with PyTorch's count.
 
 Shapes: T tokens, D model width, F inner width of the MLP, L layers, C channels, P patch size.
 """

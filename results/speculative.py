@@ -1,6 +1,6 @@
 """Speculative decoding: tokens per second with each kind of draft, beside the model alone.
 
-    python -m results.speculative --out results/speculative.json       about five minutes of one core
+    python -m results.speculative --out results/speculative.json       about eight minutes of one core
 
 Two models learn Python's library, byte by byte: one of eight layers with three further heads
 (language/multi_token.py), and a draft of one layer. The first continues pieces of a file that neither has
@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=command.path, required=True, help="file for the figures")
     work = Path("runs/speculative")
     add("--work", type=command.path, default=work, help="folder of runs (default runs/speculative)")
-    add("--rounds", type=int, default=5, help="measurements of each side (default 5)")
-    add("--prompts", type=int, default=4, help="pieces of the held-out file to continue (default 4)")
+    add("--rounds", type=int, default=3, help="measurements of each side (default 3)")
+    add("--prompts", type=int, default=3, help="pieces of the held-out file to continue (default 3)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
 

@@ -116,7 +116,7 @@ def run_study(
             raise ValueError(f"--{name} {value}: expected at least 1")
     if of_model and args.model:
         if args.seeds or args.steps:
-            raise ValueError("--model is measured as it is: leave out --seeds and --steps, which train models")
+            raise ValueError("--model is measured as it is: leave out --seeds and --steps of a training")
         print(of_model(args.model))
         return
     rows: list[dict] = []

@@ -101,9 +101,7 @@ def image_flags(sizes, work: Path, model: str) -> list[str]:
         path = work / "pictures" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path, compress_level=0)
-        captions.append(
-            {"image": f"{path.parent.name}/{path.name}", "caption": f"number {i} of all the noise"}
-        )
+        captions.append({"image": f"{path.parent.name}/{path.name}", "caption": f"noise, number {i}"})
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
     (work / "pictures" / "metadata.jsonl").write_text(lines)
     flags = ["--model", model, *sizes.images, "--device", sizes.device, "--data", str(work / "pictures")]

@@ -4,6 +4,7 @@ Read masking, the task of bert.py, with sentence_pairs and span_boundary; then e
 deberta is an encoder with another attention, deberta_v3 its objective after electra's.
 An encoder with a decoder is t5, which writes by beam_search; its task is span_corruption. bart builds on it,
 with denoising; other tasks are pegasus and translate, which are measured by overlap.
-prefix_lm makes one decoder of both. routing, expert_usage and upcycle belong to moe.py. backprop is where
-gradients come from, in NumPy alone.
+prefix_lm makes one decoder of both. In multi_token a decoder predicts several tokens ahead; in
+speculative these or a smaller model guess, with the cache of rewinding. routing, expert_usage and upcycle
+belong to moe.py. backprop is where gradients come from, in NumPy alone.
 """

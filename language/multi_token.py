@@ -296,14 +296,15 @@ show = gpt.show
 
 def main() -> None:
     """Print the sizes, or continue a text by the model's own guesses, beside its speed without."""
+    from formats.open_model import check_concept
+
     args = speculative.parse_arguments()
     if args.checkpoint is None:
         return print_sizes(MultiToken, SIZES)
     if args.draft or args.lookup:
         return speculative.main()
+    check_concept(args.checkpoint, MultiToken)
     model = speculative.open_decoder(args.checkpoint)
-    if not isinstance(model, MultiToken):
-        raise ValueError(f"{args.checkpoint}: {type(model).__name__} has no further heads; name a --draft")
     speculative.compare(model, Heads(model), args)
 
 

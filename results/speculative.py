@@ -1,0 +1,128 @@
+"""Speculative decoding: tokens per second with each kind of draft, beside the model alone.
+
+    python -m results.speculative --out results/speculative.json       about eight minutes of one core
+
+Two models learn Python's library, byte by byte: one of eight layers with three further heads
+(language/multi_token.py), and a draft of one layer. The first continues pieces of a file that neither has
+seen, one row at a time, with
+
+    draft      the small model
+    heads      its own further heads
+    look-up    what followed the last bytes before
+
+at a number of guesses per pass, and alone; all sides in turn, so that a slow minute slows all. Beside the
+tokens per pass of the model stands the formula (1 - a^(g+1)) / (1 - a) of the acceptance a that was counted.
+Runs of train.py are in --work, and are not repeated if they are there, nor is a temperature that --out has.
+Time is that of the processor, by one thread, because other programs used the machine too.
+"""
+
+import argparse
+import statistics
+import sysconfig
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.tokenizer import get_tokenizer
+from formats import command
+from formats.open_model import open_model
+from language.multi_token import Heads
+from language.speculative import Counts, Draft, DraftModel, Lookup, expected_tokens, generate
+from results.in_turn import measure_in_turn, rate
+from results.keep import Ended
+from results.pretext import run
+
+LIBRARY = Path(sysconfig.get_path("stdlib"))
+HELD_OUT = LIBRARY / "textwrap.py"  # its name is beyond those of the training text, a to s
+DATA = ["--data", f"{LIBRARY}/[a-s]*.py", "--val", str(HELD_OUT), "--tokenizer", "bytes"]
+SHAPE = ["--seq-len", "128", "--batch-size", "16", "--eval-every", "1000", "--set", "d_model=96", "d_ff=256"]
+RUNS = {
+    "model": ["--model", "multi_token", "--steps", "300", *DATA, *SHAPE, "n_layers=8"],
+    "draft": ["--model", "gpt", "--steps", "400", *DATA, *SHAPE, "n_layers=1"],
+}
+SIDES = [("draft", 1), ("draft", 2), ("draft", 4), ("draft", 6), ("heads", 1), ("heads", 2), ("heads", 3)]
+SIDES += [("look-up", 2), ("look-up", 4), ("look-up", 8)]
+PROMPT, NEW = 96, 128  # bytes
+
+
+def prompts_of(model: nn.Module, directory: Path, n: int) -> list[list[int]]:
+    """Return n pieces of the held-out file, evenly spaced."""
+    tokens = get_tokenizer(str(directory)).encode(HELD_OUT.read_text(encoding="utf-8"))
+    return [tokens[i * len(tokens) // n :][:PROMPT] for i in range(n)]
+
+
+def measure(
+    model: nn.Module, drafts: dict[str, Draft], prompts, temperature: float, rounds: int
+) -> list[dict]:
+    """Return a row for each of SIDES at a temperature."""
+    counts = {side: Counts() for side in SIDES}
+    texts: dict[tuple | str, list] = {}
+
+    def alone() -> None:
+        options = {"temperature": temperature, "generator": torch.Generator().manual_seed(0)}
+        texts["alone"] = [model.generate([prompt], NEW, **options) for prompt in prompts]
+
+    def guessed(side: tuple[str, int]) -> None:
+        options = {"temperature": temperature, "generator": torch.Generator().manual_seed(0)}
+        options |= {"n_drafts": side[1], "counts": counts[side]}
+        texts[side] = [generate(model, drafts[side[0]], [prompt], NEW, **options) for prompt in prompts]
+
+    # All sides in turn, after a first round that is not counted.
+    calls = {"alone": alone} | {side: partial(guessed, side) for side in SIDES}
+    for call in calls.values():
+        call()
+    n = len(prompts) * NEW
+    timed = {side: partial(rate, call, n, clock=time.process_time) for side, call in calls.items()}
+    figures = measure_in_turn(timed, rounds)
+
+    rows = []
+    for side in SIDES:
+        ratios = [mine / plain for mine, plain in zip(figures[side], figures["alone"], strict=True)]
+        a, found = counts[side].acceptance, counts[side].tokens_per_pass
+        row = {"temperature": temperature, "draft": side[0], "n_drafts": side[1], "acceptance": round(a, 3)}
+        row |= {"tokens_per_pass": round(found, 2), "formula": round(expected_tokens(a, side[1]), 2)}
+        row |= {"tokens_per_second": round(statistics.median(figures[side]))}
+        row |= {
+            "alone": round(statistics.median(figures["alone"])),
+            "ratio": round(statistics.median(ratios), 2),
+        }
+        row |= {"ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2)}
+        if temperature == 0:
+            row["same_texts"] = sum(x == y for x, y in zip(texts[side], texts["alone"], strict=True))
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=command.path, required=True, help="file for the figures")
+    work = Path("runs/speculative")
+    add("--work", type=command.path, default=work, help="folder of runs (default runs/speculative)")
+    add("--rounds", type=int, default=3, help="measurements of each side (default 3)")
+    add("--prompts", type=int, default=3, help="pieces of the held-out file to continue (default 3)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+
+    # Train both.
+    cache = ["--cache", str(args.work / "cache")]
+    last = {name: run(args.work / name, 0, *flags, *cache) for name, flags in RUNS.items()}
+    losses = {"model": last["model"]["val_next_token"], "draft": last["draft"]["val_loss"]}
+    model, small = (open_model(args.work / name / "model").eval() for name in RUNS)
+    drafts = {"draft": DraftModel(small), "heads": Heads(model), "look-up": Lookup(model.config.vocab_size)}
+
+    # Measure.
+    about = {"nats_per_byte": losses, "prompts": args.prompts, "rounds": args.rounds, "threads": 1}
+    ended = Ended(args.out, about, same=("prompts", "rounds", "nats_per_byte"))
+    for temperature in (0.0, 1.0):
+        if not ended.has(temperature=temperature):
+            prompts = prompts_of(model, args.work / "model" / "model", args.prompts)
+            ended.add(*measure(model, drafts, prompts, temperature, args.rounds))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from generate import KVCache
+
 PAGE = Path(__file__).parents[1] / "docs" / "attention_variants.md"
 
 
@@ -24,8 +26,9 @@ def shake(model: nn.Module) -> nn.Module:
 
 def costs(model: nn.Module, seq_len: int = 256) -> list[int]:
     """Return the figures of the page's table: parameters, FLOPs per token, bytes of a row's cache."""
-    cache = vars(model.new_cache([1], seq_len))
-    lists = [value for value in cache.values() if isinstance(value, list)]
+    parts = vars(model.new_cache([1], seq_len))
+    parts = [parts, *(vars(part) for part in parts.values() if isinstance(part, KVCache))]
+    lists = [value for part in parts for value in part.values() if isinstance(value, list)]
     kept = {x.data_ptr(): x.nbytes for tensors in lists for x in tensors if isinstance(x, Tensor)}
     return [sum(p.numel() for p in model.parameters()), model.flops_per_token(seq_len), sum(kept.values())]
 

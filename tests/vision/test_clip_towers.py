@@ -123,3 +123,16 @@ def test_a_causal_text_tower_needs_no_mask_for_padding():
     tower = TextTower(TextConfig(2, 2, 16, 24, vocab_size=9, max_seq_len=6, eos_token_id=6))
     short, padded = torch.tensor([[1, 2, 6]]), torch.tensor([[1, 2, 6, 3, 8, 6]])
     torch.testing.assert_close(tower(short), tower(padded))
+
+
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_images_of_a_wrong_kind_and_long_texts_are_refused_and_pixels_get_the_dtype_of_the_model(layout):
+    tower = small(layout)
+    with pytest.raises(ValueError, match="images of 3 x 12 pixels: expected at least 4 x 4, a patch"):
+        tower(torch.rand(1, 2, 3, 12))
+    with pytest.raises(ValueError, match=r"images of torch.uint8: expected floating point"):
+        tower.normalized(torch.zeros(1, 2, 12, 12, dtype=torch.uint8))
+    text = TextTower(TextConfig(1, 1, 4, 4, layout, vocab_size=9, max_seq_len=5, eos_token_id=6))
+    with pytest.raises(ValueError, match="texts of 6 tokens: expected at most 5"):
+        text(torch.full((1, 6), 6))
+    assert tower.bfloat16()(torch.rand(1, 2, 12, 12)).dtype == torch.bfloat16

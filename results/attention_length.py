@@ -1,0 +1,172 @@
+"""Time and memory of attention over the length of the text, for all kinds on this CPU, forward and backward.
+
+    python -m results.attention_length --out results/attention_length.json          about four minutes
+
+    softmax         PyTorch's fused causal attention, as `kernels.attention` calls it
+    linear          the chunked way of attention_variants/linear.py
+    MoBA            the choice, and attention to 8 blocks of 64 keys, of attention_variants/moba.py
+    native sparse   all branches of attention_variants/native_sparse.py without its projections, in the sizes
+                    of the paper, but 8 blocks of 64 keys instead of 16, and a window of 256
+
+One row of T tokens, four heads of width 64, in float32, with one thread; queries and keys are random, so that
+neighbouring queries choose different blocks, which is the worst case. Seconds are those that the processor
+spends on this process: what else runs on the machine does not count. Each length is measured --rounds times,
+the kinds in turn, and the median is written. Memory is the most that tensors held at a time, beyond the
+inputs, by PyTorch's profiler.
+
+Every figure is written to --out when it is measured, and those in it are kept: a second start goes on.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attention_variants import linear, moba, native_sparse
+from formats import command
+from formats.atomic import replace_file
+from kernels import attention
+from kernels.selected_attention import selected_attention
+from results.keep import Ended
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+H, K, BLOCK, N = 4, 64, 64, 8
+SPARSE = native_sparse.Config(
+    1, H, H * K, 1, 1, summary_size=32, summary_stride=16, block_size=BLOCK, n_selected=N, window=256
+)
+
+
+def of_moba(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    positions = torch.arange(q.shape[1])[None]
+    return selected_attention(q, k, v, moba.choose(q, k, positions, BLOCK, N), BLOCK)
+
+
+def of_native_sparse(layer: native_sparse.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sum(layer.whole(q, [k] * 3, [v] * 3))
+
+
+def kinds() -> dict[str, Callable]:
+    """Return the functions of q, k and v (1, T, H, K) that are measured."""
+    s = linear.slopes(H, 0, 2, like=torch.zeros(1))
+    layer = native_sparse.Attention(SPARSE, 0)
+    return {
+        "softmax": partial(attention, causal=True, backend="torch"),
+        "linear": lambda q, k, v: linear.chunked(q, k, v, s, 64)[0],
+        "MoBA": of_moba,
+        "native sparse": partial(of_native_sparse, layer),
+    }
+
+
+def inputs(T: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    return [torch.randn(1, T, H, K, generator=generator).requires_grad_() for _ in range(3)]
+
+
+def seconds(f: Callable, T: int) -> tuple[float, float]:
+    """Return the processor's seconds of a forward pass, and of the backward pass after it."""
+    leaves = inputs(T)
+    began = time.process_time()
+    out = f(*leaves)
+    between = time.process_time()
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+    return between - began, time.process_time() - between
+
+
+def peak_memory(f: Callable, T: int) -> int:
+    """Return the largest number of bytes that were allocated at a time, forward and backward."""
+    leaves = inputs(T)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = f(*leaves)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    held = most = 0
+    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Draw the seconds, forward and backward, and the memory over the length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["T"])
+        lengths = [row["T"] for row in of]
+        left.loglog(lengths, [row["forward"] + row["backward"] for row in of], "o-", label=kind)
+        right.loglog(lengths, [row["bytes"] / 2**20 for row in of], "o-", label=kind)
+    left.set(xlabel="tokens", ylabel="seconds", title="forward and backward, one thread")
+    right.set(xlabel="tokens", ylabel="MiB", title="memory besides the inputs")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.set_xticks(LENGTHS, map(str, LENGTHS))
+        axes.minorticks_off()
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def report(rows: list[dict]) -> None:
+    """Print a table, the ratio of linear to softmax at T 4096, and the growth of each from 1k to 16k."""
+    total = {(row["kind"], row["T"]): row["forward"] + row["backward"] for row in rows}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of = [row for row in rows if row["kind"] == kind]
+        cells = [f"{total[kind, row['T']]:8.3f} s {row['bytes'] / 2**20:6.0f} MiB" for row in of]
+        growth = total.get((kind, 16384), float("nan")) / total.get((kind, 1024), float("nan"))
+        print(f"{kind:14}", *cells, f"  1k to 16k: {growth:.1f}x")
+    for T in LENGTHS:
+        if ("softmax", T) in total and ("linear", T) in total:
+            print(f"T {T}: softmax / linear = {total['softmax', T] / total['linear', T]:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=list(LENGTHS),
+        help="tokens of a row (default: 512 to 16384)",
+    )
+    add("--rounds", type=int, default=3, help="measurements of each (default %(default)s)")
+    add("--out", type=command.path, required=True, help="write the figures as JSON, and a plot beside them")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shown = "python -m results.attention_length --out results/attention_length.json"
+    ended = Ended(args.out, {"command": shown, "threads": 1, "heads": H, "width": K}, rows="results")
+    functions = kinds()
+    for T in args.lengths:
+        missing = {kind: f for kind, f in functions.items() if not ended.has(kind=kind, T=T)}
+        # The first round of a short text is not counted: it pays for what only first calls do.
+        rounds = [
+            {kind: seconds(f, T) for kind, f in missing.items()} for _ in range(args.rounds + (T < 4096))
+        ]
+        for kind, f in missing.items():
+            forward, backward = zip(*(r[kind] for r in rounds[-args.rounds :]), strict=True)
+            row = {"kind": kind, "T": T, "forward": statistics.median(forward)}
+            row |= {
+                "backward": statistics.median(backward),
+                "rounds": args.rounds,
+                "bytes": peak_memory(f, T),
+            }
+            ended.add(row)
+            print(f"{kind:14} T {T:6} {row['forward']:.3f} {row['backward']:.3f} s", flush=True)
+    report(ended.rows)
+    plot(json.loads(args.out.read_text(encoding="utf-8"))["results"], args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

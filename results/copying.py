@@ -1,0 +1,146 @@
+"""What can each kind of attention copy? Seven small decoders learn to repeat a segment of random length.
+
+    python -m results.copying --out results/copying.json          three seeds, about 40 minutes of one core
+
+A row is a random segment of 12 to 32 tokens, repeated to the end of 64 tokens. From the second time on every
+token is determined by those before it: a model that finds the last place of the same token, and looks at what
+came after it, is right. The length is random, so that the position alone does not help. The figure is the
+share of these tokens that the likeliest one gets right, on rows never trained on.
+
+All decoders have two layers of width 64 with two heads, and get the same rows, so the same tokens, at the
+same learning rate. The curves are drawn over the FLOPs that they spend, of which native sparse attention
+spends half as much again as the others, for its summaries and three branches. What this does not show:
+whether another learning rate, a larger state or more steps would help a kind that fails here.
+
+The curves are written to --out after each run, and those in it are kept: a second start goes on.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gpt
+from attention_variants import linear, moba, native_sparse
+from formats import command
+from formats.atomic import replace_file
+from results.keep import Ended
+
+V, T, BATCH, SHORTEST, LONGEST = 64, 64, 32, 12, 32
+EVERY, N_TEST = 50, 256  # steps between two tests, and their rows
+SHAPE = dict(n_layers=2, n_heads=2, d_model=64, d_ff=176, vocab_size=V, max_seq_len=T)
+BLOCKS = dict(block_size=4, n_selected=4)
+KINDS = {  # a name, the model and its Config
+    "softmax": (gpt.GPT, gpt.Config(**SHAPE)),
+    "window 8, softmax": (gpt.GPT, gpt.Config(**SHAPE, window=8, full_layers=(1,))),
+    "window 8": (gpt.GPT, gpt.Config(**SHAPE, window=8)),
+    "MoBA": (moba.MoBA, moba.Config(**SHAPE, **BLOCKS)),
+    "native sparse": (
+        native_sparse.NativeSparse,
+        native_sparse.Config(**SHAPE, **BLOCKS, summary_size=4, summary_stride=2, window=8),
+    ),
+    "linear": (linear.LinearGPT, linear.Config(**SHAPE, chunk=T)),
+    "linear, softmax": (linear.LinearGPT, linear.Config(**SHAPE, chunk=T, softmax_layers=(1,))),
+}
+
+
+def make_batch(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return inputs and targets (n, T) of n rows; the target is -100 until the row begins again."""
+    length = torch.randint(SHORTEST, LONGEST + 1, (n, 1), generator=generator)
+    segment = torch.randint(V, (n, LONGEST), generator=generator)
+    row = segment.gather(1, torch.arange(T + 1) % length)  # (n, T + 1)
+    targets = row[:, 1:].masked_fill(torch.arange(1, T + 1) < length, -100)
+    return {"tokens": row[:, :-1], "targets": targets}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module) -> float:
+    """Return the share of the determined tokens that the likeliest token gets right, on the test's rows."""
+    batch = make_batch(N_TEST, torch.Generator().manual_seed(10**6))
+    determined = batch["targets"] >= 0
+    likeliest = model(batch["tokens"]).argmax(dim=-1)
+    return (likeliest == batch["targets"])[determined].float().mean().item()
+
+
+def learn(name: str, seed: int, steps: int, lr: float) -> dict:
+    """Train a kind with a seed, and return a row: the accuracy after every EVERY steps, and the costs."""
+    kind, config = KINDS[name]
+    torch.manual_seed(seed)
+    model, generator = kind(config), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+    curve, began = [], time.process_time()
+    for step in range(1, steps + 1):
+        batch = make_batch(BATCH, generator)
+        logits = model(batch["tokens"])  # (BATCH, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warmup.step()
+        if step % EVERY == 0 or step == steps:
+            curve.append((step, accuracy(model)))
+    row = {"layers": name, "seed": seed, "curve": curve, "seconds": time.process_time() - began}
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return row | {"parameters": n_parameters, "flops_per_token": config.flops_per_token(T)}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Draw the mean accuracy of each kind over the FLOPs, and its range over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name in dict.fromkeys(row["layers"] for row in rows):
+        of = [row for row in rows if row["layers"] == name]
+        curves = [row["curve"] for row in of]
+        flops = [step * BATCH * T * of[0]["flops_per_token"] for step, _ in curves[0]]
+        values = list(zip(*([100 * y for _, y in curve] for curve in curves), strict=True))
+        (line,) = axes.plot(flops, [statistics.mean(v) for v in values], label=name)
+        low, high = zip(*((min(v), max(v)) for v in values), strict=True)
+        axes.fill_between(flops, low, high, color=line.get_color(), alpha=0.2)
+    axes.axhline(100 / V, color="grey", linestyle=":", label="chance")
+    axes.set(xlabel="FLOPs", ylabel="copied tokens (%)", title="a segment of random length, repeated")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds to train (default: all)")
+    add("--steps", type=int, default=1000, help="updates of a run (default %(default)s)")
+    add("--seeds", type=int, default=3, help="runs of each kind (default %(default)s)")
+    add("--lr", type=float, default=4e-3, help="learning rate (default %(default)s)")
+    add("--out", type=command.path, required=True, help="write the curves as JSON, and a plot beside them")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    about = {
+        "command": "python -m results.copying --out results/copying.json",
+        "steps": args.steps,
+        "lr": args.lr,
+    }
+    ended = Ended(args.out, about, rows="results", same=("steps", "lr"), indent=None)
+    for seed in range(args.seeds):
+        for name in args.kinds:
+            if not ended.has(layers=name, seed=seed):
+                row = learn(name, seed, args.steps, args.lr)
+                print(f"{name:20} seed {seed}: {row['curve'][-1][1]:.1%}, {row['seconds']:.0f} s", flush=True)
+                ended.add(row)
+    plot(json.loads(args.out.read_text(encoding="utf-8"))["results"], args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

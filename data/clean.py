@@ -21,6 +21,7 @@ the text (16 MB), some 300 bytes for each document, and for `substrings` half a 
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import shutil
@@ -207,9 +208,13 @@ def check(args: argparse.Namespace, stages: list[str], files: Files) -> None:
     if not 0 < args.similarity <= 1:
         raise ValueError(f"--similarity {args.similarity}: expected a number above 0, at most 1")
     for stage in stages:
-        package = PACKAGES.get(stage)
-        if package and importlib.util.find_spec(package) is None:
-            raise ValueError(f"--{stage} needs {package}: pip install {package}")
+        if package := PACKAGES.get(stage):
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                # A package may be there and lack one that it needs, as trafilatura without lxml_html_clean.
+                why = str(error).splitlines()[0]
+                raise ValueError(f"--{stage} needs {package}: pip install {package} ({why})") from None
     if args.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError("--engine ray needs Ray: pip install 'ray[data]'")
     needs_arrow = args.format == "parquet" or any(suffix_of(path) == ".parquet" for _, path in files)

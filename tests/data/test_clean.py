@@ -208,12 +208,10 @@ def test_mistakes_are_one_line_before_any_work(crawl, monkeypatch):
     assert "no field 'body'" in refused(crawl, "--out", "o", "--text-field", "body")
     shutil.rmtree("o")
     # Optional packages that are missing are refused by name.
+    for package in ("ftfy", "trafilatura"):
+        monkeypatch.setitem(sys.modules, package, None)
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name in ("ftfy", "trafilatura", "ray") else find(name),
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
     assert "--html needs trafilatura: pip install trafilatura" in refused(crawl, "--out", "o", "--html")
     assert "--repair needs ftfy" in refused(crawl, "--out", "o", "--repair")
     assert "--engine ray needs Ray" in refused(crawl, "--out", "o", "--engine", "ray")

@@ -13,7 +13,7 @@ of data/cleaning_stages.py. What stays is in
 Nothing leaves uncounted: in every stage, what comes in is what goes out and what the reasons add up to. The
 same input and flags give the same bytes, also after a `kill -9`, on several processes and on a Ray cluster:
 started again, the command goes on with the part of the stage at which it was stopped. Memory holds a part of
-the text (16 MB), some 300 bytes for each document, and for `substrings` half a gigabyte of hashes.
+the text (16 MB), some 300 bytes for each document, and for `substrings` at most a gigabyte of hashes.
 
     python -m data.clean texts/ --out cleaned --preset code --stages rules exact near substrings
     python -m data.clean crawl.parquet --out cleaned --html --repair --format jsonl.zst --workers 8

@@ -25,7 +25,7 @@ from data.near_duplicates import mix, odd_numbers
 
 WORDS = 50  # of a window (Lee et al.: 50 tokens)
 LINE_CHARACTERS = 30  # of the shortest line that is compared: "else:" is in every program
-MEMORY = 512 << 20  # bytes of hashes that are sorted at a time
+MEMORY = 512 << 20  # bytes of hashes that are sorted at a time; collecting them takes as much again
 
 BASE = 0x9E3779B97F4A7C15  # odd
 INVERSE = pow(BASE, -1, 1 << 64)

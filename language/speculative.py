@@ -100,7 +100,7 @@ class DraftModel:
 
 
 class Lookup:
-    """What followed the last tokens of a text when these occurred in it before, the last time."""
+    """Guesses are the tokens that followed when the last tokens of a text occurred in it before."""
 
     target = staticmethod(Rewindable)
 
@@ -176,7 +176,7 @@ def accept(p: Tensor, proposal: Proposal, generator: Generator | None = None) ->
 
 @dataclass
 class Counts:
-    """What speculation has achieved, over all rows."""
+    """Counts of passes, tokens and accepted guesses, over all rows."""
 
     passes: int = 0  # of the model, times the rows, without those over the prompts
     tokens: int = 0  # that came from them

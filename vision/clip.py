@@ -44,7 +44,7 @@ from engine import parallel, pictures
 from formats import clip as formats_clip
 from formats import command
 from formats.config_values import check_values
-from vision import clip_towers, zero_shot
+from vision import tower_flops, zero_shot
 from vision.clip_towers import LAYOUTS, MLPS, TextConfig, TextTower, VisionConfig, VisionTower
 
 KIND = "encoder of images and texts"
@@ -214,7 +214,7 @@ class CLIP(nn.Module):
         tokens, without similarities: 6 M E with M captions, and for softmax as many with M images."""
         config = self.config
         maps = config.d_joint * (config.d_model + config.text_width) * (config.layout == "clip")
-        return 6 * (clip_towers.n_macs(config.vision) + clip_towers.n_macs(config.text, seq_len) + maps)
+        return 6 * (tower_flops.n_macs(config.vision) + tower_flops.n_macs(config.text, seq_len) + maps)
 
     @classmethod
     def from_pretrained(cls, directory, *, kernels: str = "auto") -> "CLIP":
@@ -351,7 +351,7 @@ def print_sizes() -> None:
             model = CLIP(config)
         n_params = sum(p.numel() for p in model.parameters())
         sizes = f"{config.image_size:6} {config.patch_size:6} {config.max_seq_len:6}"
-        flops = (2 * clip_towers.n_macs(part) for part in (config.vision, config.text))
+        flops = (2 * tower_flops.n_macs(part) for part in (config.vision, config.text))
         print(f"{name:12} {n_params:13,} {sizes}  {' '.join(f'{n:.2e}' for n in flops)} FLOPs")
 
 

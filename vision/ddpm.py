@@ -53,7 +53,7 @@ MOST_DRAWN = 256  # of them, for the judge
 
 @dataclass(frozen=True)
 class Config(Augmentation):
-    """What is predicted, how noise is added, and how often the words are left out."""
+    """The target, the schedule of the noise, and how often the words are left out."""
 
     warp: float = 0.0
     target: str = "v"  # or "x0", or "eps"
@@ -272,9 +272,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--n", type=int, default=8, help="images for each prompt (default %(default)s)")
     add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
     add("--rescale", type=float, default=0.0, help="share of the contrast taken back (default %(default)s)")
-    add("--steps", type=int, default=50, help="of the sampler, at most T (default %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=50,
+        help="time steps to visit, at most T (default %(default)s)",
+    )
     add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="start of the random draws (default %(default)s)")
     add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
     args = parser.parse_args(argv)
     if args.n < 1 or not 0 <= args.eta <= 1 or not 0 <= args.rescale <= 1:

@@ -15,15 +15,7 @@ from engine import parallel
 
 ROOT = Path(__file__).parents[1]
 # How the variables begin that torchrun sets for its ranks, to which a run of its own does not belong.
-OF_TORCHRUN = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_",
-    "TORCHELASTIC_",
-)
+OF_TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_RANK", "MASTER_", "TORCHELASTIC_")
 
 
 def trained(args: Namespace, model: str, data: str, steps: int, what: str, flag: str) -> str:

@@ -34,7 +34,7 @@ from data.rows import Dataset, Row, Rows, stack
 from data.tokenizer import Tokenizer, get_tokenizer
 from engine import parallel, trainable
 from formats import command
-from vision import clip_towers, first_stage, noise
+from vision import first_stage, noise, tower_flops
 from vision.clip import CLIP, loss_bytes  # noqa: F401  loss_bytes is this task's, too
 from vision.prior import SIZES, Config, Prior
 
@@ -238,7 +238,7 @@ def save(module: WithCLIP, dataset: Dataset, directory: Path) -> None:
 def flops_per_token(module: WithCLIP, config: Config, seq_len: int) -> int:
     """Return the FLOPs of training on one pair: both towers of CLIP compute forward only."""
     own = module.clip.config
-    towers = clip_towers.n_macs(own.vision) + clip_towers.n_macs(own.text, config.max_seq_len)
+    towers = tower_flops.n_macs(own.vision) + tower_flops.n_macs(own.text, config.max_seq_len)
     # The engine subtracts the gradients of the frozen matrices.
     return module.model.flops_per_token() + 2 * towers + trainable.frozen_flops(module.clip)
 

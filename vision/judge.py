@@ -26,7 +26,7 @@ JUDGED = ("character", "style")  # of the ways in which data/captions.py classif
 
 
 class Question(NamedTuple):
-    """What a judge is asked: the number of answers, those of the pictures to learn from, and held out."""
+    """A question to a judge: the number of answers, those of the pictures to learn from, and held out."""
 
     name: str
     n: int

@@ -42,7 +42,8 @@ from formats.clip import read_tower_config
 from formats.config_json import damage_named
 from formats.decoders import read_decoder_config
 from gpt import GPT
-from vision.clip_towers import VisionConfig, VisionTower, n_macs
+from vision.clip_towers import VisionConfig, VisionTower
+from vision.tower_flops import n_macs
 
 TASK, KIND = "visual_instruct", "model that sees"
 

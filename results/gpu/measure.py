@@ -103,7 +103,7 @@ def image_flags(sizes, work: Path, model: str) -> list[str]:
         Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path, compress_level=0)
         captions.append({"image": f"{path.parent.name}/{path.name}", "caption": f"noise, number {i}"})
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
-    (work / "pictures" / "metadata.jsonl").write_text(lines)
+    (work / "pictures" / "metadata.jsonl").write_text(lines, encoding="utf-8")
     flags = ["--model", model, *sizes.images, "--device", sizes.device, "--data", str(work / "pictures")]
     return [*flags, "--cache", str(work / "cache")]
 

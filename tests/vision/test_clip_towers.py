@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_vit import TOLERANCE
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision import clip_towers
+from vision import tower_flops
 from vision.clip_towers import TextConfig, TextTower, VisionConfig, VisionTower
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -106,10 +106,10 @@ def test_flops_are_those_of_the_matrix_products(layout):
     with FlopCounterMode(display=False) as counter:
         tower(torch.rand(5, 2, 12, 12))
     once = 2 * 16 * 16 * (layout == "siglip")  # the probe's query is one for all images
-    assert counter.get_total_flops() == 5 * 2 * clip_towers.n_macs(tower.config) + once
+    assert counter.get_total_flops() == 5 * 2 * tower_flops.n_macs(tower.config) + once
     with FlopCounterMode(display=False) as counter:
         text(torch.zeros(5, 7, dtype=torch.long))
-    assert counter.get_total_flops() == 5 * 2 * clip_towers.n_macs(text.config)
+    assert counter.get_total_flops() == 5 * 2 * tower_flops.n_macs(text.config)
 
 
 def test_a_text_is_read_at_the_first_of_its_ends_or_at_the_largest_id():

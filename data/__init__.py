@@ -7,6 +7,9 @@ trains on lattices), piece_decoders. special_tokens and words are what all token
 labelled read files of chats and of labelled texts, and stdlib_questions makes such chats from Python's own
 documentation.
 
+clean takes what is worth training on out of raw text, by cleaning_stages over parts on disk: quality_rules,
+near_duplicates, exact_substrings, decontaminate.
+
 Images: glyphs draws characters from fonts, scenes two objects with a caption, images reads folders,
 published_images MNIST's and CIFAR's files, captions and tar_images images with captions, image_conversations
 conversations about images, augment makes other views of an image, and palette turns pixels into numbers of

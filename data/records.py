@@ -6,10 +6,10 @@
     .parquet            a record is a row (needs pyarrow)
     anything else       text without records
 
-Suffixes may be in capitals, and any file may be compressed by gzip. Text is UTF-8, or UTF-16 or UTF-32 with a
-byte order mark. Anything else, and a line that is not as the file's suffix promises, is reported by calling
-on_bad with a message that names the file and the place; on_bad may raise an error to stop the reading. A file
-that cannot be read (missing, a cut .gz) is always a ValueError.
+Suffixes may be in capitals, and any file may be compressed: .gz, or .zst (needs zstandard). Text is UTF-8, or
+UTF-16 or UTF-32 with a byte order mark. Anything else, and a line that is not as its suffix promises, is
+reported by calling on_bad with a message that names the file and the place; on_bad may raise an error to stop
+the reading. A file that cannot be read (missing, a cut .gz) is always a ValueError.
 """
 
 import codecs
@@ -44,8 +44,8 @@ OnBad = Callable[[str], None]
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix in small letters; of two suffixes of which the second is .gz, the first."""
-    name = path.name.lower().removesuffix(".gz")
+    """Return the suffix in small letters; of two suffixes of which the second is .gz or .zst, the first."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return Path(name).suffix
 
 
@@ -56,17 +56,58 @@ def check_is_file(path: Path, what: str) -> None:
         raise ValueError(f"{what}: {kind}; expected a file, since text is read more than once")
 
 
+def zstandard_for(path: Path) -> Any:
+    """Return the package that reads and writes .zst. Raises ValueError naming the path if it is missing."""
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f"{path}: .zst needs zstandard: pip install zstandard") from None
+    return zstandard
+
+
+def unpacked(path: Path) -> BinaryIO:
+    """Open a file for reading as bytes, unpacked by its suffix, or by the first bytes of gzip."""
+    if path.name.lower().endswith(".zst"):
+        decompressor, file = zstandard_for(path).ZstdDecompressor(), open(path, "rb")  # noqa: SIM115
+        # A file may hold several frames, one behind the other.
+        stream = decompressor.stream_reader(file, read_across_frames=True)
+        return io.BufferedReader(Unpacked(stream))
+    with open(path, "rb") as file:
+        is_packed = path.name.lower().endswith(".gz") or file.peek(2)[:2] == b"\x1f\x8b"
+    return gzip.open(path, "rb") if is_packed else open(path, "rb")
+
+
+class Unpacked(io.RawIOBase):
+    """The content of a .zst, whose damage is an OSError; by itself it is an error of the package's own."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            return self.stream.readinto(buffer)
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise OSError(f"damaged .zst: {error}") from None
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
 @contextmanager
 def open_utf8(path: Path, name: str, on_bad: OnBad) -> Iterator[BinaryIO]:
-    """Open a file of text or records for reading as bytes: unpacked by gzip, and UTF-16 turned into UTF-8.
+    """Open a file of text or records for reading as bytes: unpacked, and UTF-16 turned into UTF-8.
 
     Raises ValueError if the file cannot be read, also while it is being read.
     """
     check_is_file(path, str(path))
     try:
-        with open(path, "rb") as file:
-            is_packed = path.name.lower().endswith(".gz") or file.peek(2)[:2] == b"\x1f\x8b"
-        with gzip.open(path, "rb") if is_packed else open(path, "rb") as file:
+        with unpacked(path) as file:
             head = file.peek(4)[:4]
             encoding = next((WIDE[mark] for mark in WIDE if head.startswith(mark)), None)
             if encoding is None:

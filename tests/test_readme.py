@@ -41,7 +41,8 @@ GIVEN = [
 # Long measurements, and programs that need a GPU or a compiler: their own tests run them smaller.
 LONG = re.compile(
     r"chinchilla\.py sweep|-m kernels\.bench|-m results\.|nanoGPT"
-    r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.ddpm"  # which train another model first, or draw
+    # Which train another model first, or a judge of what is drawn.
+    r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.ddpm"
 )
 INSTEAD = {  # in blocks of Python
     "Qwen3-0.6B": "runs/gpt/model",

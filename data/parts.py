@@ -1,0 +1,159 @@
+"""Parts: documents on disk in pieces of some megabytes, which stages of cleaning read and write one by one.
+
+    folder/part-00000.jsonl      a document on each line: {"place": ..., "text": ..., "record": {...}}
+    folder/counts-00000.json     what happened to the documents of that part; it is written last
+
+So memory holds one part, and after an interruption every part with its counts is done. `each` does the work
+for all parts: here, in several processes, or on a Ray cluster whose machines share the folder.
+"""
+
+import gzip
+import io
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.records import zstandard_for
+from formats.atomic import replace_file
+from formats.progress import progress_bar
+
+PART_BYTES = 16 << 20  # of text in a part
+FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
+ENGINES = ("local", "ray")
+
+Document = dict[str, Any]  # "place": where it came from; "text"; "record": its other fields
+
+
+def part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05}.jsonl"
+
+
+def counts_of(folder: Path, number: int) -> Path:
+    return folder / f"counts-{number:05}.json"
+
+
+def n_parts(folder: Path) -> int:
+    return len(list(folder.glob("part-*.jsonl")))
+
+
+def as_line(row: dict) -> str:
+    # Lone surrogates, which have no UTF-8, stay escapes. Values that JSON lacks, such as dates, are strings.
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row, default=str)
+    return line + "\n"
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows as lines of JSON to a file, all or nothing."""
+    with replace_file(path) as new, open(new, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(map(as_line, rows))
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        yield from map(json.loads, file)
+
+
+class Documents:
+    """The documents of all parts of a folder by their number, of which few are in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.starts = folder, []  # the bytes at which the lines of each part begin
+        for number in range(n_parts(folder)):
+            with open(part(folder, number), "rb") as file:
+                lengths = np.fromiter(map(len, file), np.int64)
+            self.starts.append(np.cumsum(lengths) - lengths)
+        # The number of the first document of each part, and of all.
+        self.first = [0, *np.cumsum([len(starts) for starts in self.starts]).tolist()]
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def __getitem__(self, i: int) -> Document:
+        number = bisect_right(self.first, i) - 1
+        with open(part(self.folder, number), "rb") as file:
+            file.seek(int(self.starts[number][i - self.first[number]]))
+            return json.loads(file.readline())
+
+    def in_order(self) -> Iterator[Document]:
+        for number in range(len(self.first) - 1):
+            yield from read_lines(part(self.folder, number))
+
+
+def each(work: Callable[[int], None], n: int, what: str, engine: str, workers: int) -> None:
+    """Call work(0) ... work(n - 1), which read and write files. what: is done, for the progress.
+
+    engine: "local", or "ray" with the cluster that the environment names, or one here. Raises ValueError if
+    Ray is missing.
+    """
+    bar = partial(progress_bar, total=n, desc=what, unit="part")
+    if engine == "ray":
+        ray = ray_for(workers)
+        numbers = ray.data.range(n, override_num_blocks=max(1, n))  # a block, and so a task, for each part
+        numbers.map(lambda row: {"id": row["id"], "done": work(int(row["id"])) is None}).materialize()
+    elif workers == 1:
+        for i in bar(range(n)):
+            work(i)
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            for _ in bar(pool.map(work, range(n))):
+                pass
+
+
+def ray_for(workers: int) -> Any:
+    """Return the package of Ray, connected to a cluster."""
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ValueError("--engine ray needs Ray: pip install 'ray[data]'") from None
+    if not ray.is_initialized():
+        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **here)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Write records to a file in the format of its suffix, one of FORMATS, all or nothing.
+
+    The same records give the same bytes. Raises ValueError if a package is missing.
+    """
+    with replace_file(path) as new:
+        if path.suffix == ".parquet":
+            write_parquet(path, new, records)
+            return
+        raw = "".join(map(as_line, records)).encode()
+        if path.suffix == ".gz":
+            packed = io.BytesIO()
+            with gzip.GzipFile(filename="", fileobj=packed, mode="wb", mtime=0) as file:  # no time, no name
+                file.write(raw)
+            raw = packed.getvalue()
+        elif path.suffix == ".zst":
+            raw = zstandard_for(path).ZstdCompressor().compress(raw)
+        new.write_bytes(raw)
+
+
+def write_parquet(path: Path, new: Path, records: list[dict]) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: writing parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), new)
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"{path}: fields do not fit into columns ({str(error)[:200]}); write --format jsonl"
+        ) from None

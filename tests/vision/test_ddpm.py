@@ -243,6 +243,9 @@ def test_a_judge_learns_to_recognise_pictures_and_disturbs_no_random_numbers():
 # --- runs
 
 
+SAMPLER_STEPS = ddpm.SAMPLER_STEPS
+
+
 @pytest.fixture
 def flags(tmp_path, monkeypatch):
     """Return a function that gives the flags of a small run in a folder, and hurry the judge."""
@@ -296,7 +299,8 @@ def test_a_run_leaves_a_picture_and_a_model_that_draws_by_words(flags, tmp_path,
             ddpm.main([str(out / "model"), *words])
 
 
-def test_killed_and_resumed_a_run_and_its_averages_are_equal_to_the_bit(flags, tmp_path):
+def test_killed_and_resumed_a_run_and_its_averages_are_equal_to_the_bit(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(ddpm, "SAMPLER_STEPS", SAMPLER_STEPS)  # as in the process that is killed
     folder_of_images(tmp_path / "photos", 12)
     options = {"data": tmp_path / "photos", "save-every": 1, "batch-size": 2}
     process = forked(flags("killed", **options), prepare=die_in, arguments=("save", 3))

@@ -16,7 +16,7 @@ import gpt
 import train
 from formats import atomic
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "images_per_second")
 SMALL = gpt.Config(2, 4, 32, 64, max_seq_len=64, n_kv_heads=2, qk_norm=True)
 
 

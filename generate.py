@@ -24,26 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from formats import command
+from formats.command import print_sizes
 from kernels import few_rows
 
 
-def sample(
+def likely(
     logits: Tensor,
     temperature: float,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one token per row, int64 (B, 1), from logits (B, V); the cuts apply in the order k, p, min-p.
-
-    A temperature so small that logits would overflow takes the likeliest token, as 0 does. Raises ValueError
-    for logits that are not finite.
-    """
-    if not torch.stack(logits.aminmax()).isfinite().all():
-        raise ValueError("generate: the model's logits are not finite; its weights may be damaged")
-    if temperature < 1e-30:
-        return logits.argmax(dim=-1, keepdim=True)
+    """Return the probabilities (B, V) of logits (B, V), temperature > 0, after the cuts k, p and min-p."""
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -57,7 +49,25 @@ def sample(
     if min_p is not None:
         p = logits.softmax(dim=-1)
         logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), -torch.inf)
-    return few_rows.draw(logits.softmax(dim=-1), generator)
+    return logits.softmax(dim=-1)
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None, **cuts) -> Tensor:
+    """Draw one token per row, int64 (B, 1), from logits (B, V); cuts: arguments of `likely`.
+
+    A temperature so small that logits would overflow takes the likeliest token, as 0 does. Raises ValueError
+    for logits that are not finite.
+    """
+    check_finite(logits)
+    if temperature < 1e-30:
+        return logits.argmax(dim=-1, keepdim=True)
+    return few_rows.draw(likely(logits, temperature, **cuts), generator)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise ValueError for logits that are not finite."""
+    if not torch.stack(logits.aminmax()).isfinite().all():
+        raise ValueError("generate: the model's logits are not finite; its weights may be damaged")
 
 
 class KVCache:
@@ -247,7 +257,7 @@ def stream(
         logits = faster.logits(hidden).float()  # (B, V)
         if seen is not None:
             logits = penalise(logits, seen, repetition_penalty)
-        token = sample(logits, temperature, top_k, top_p, min_p, generator)  # (B, 1)
+        token = sample(logits, temperature, generator, top_k=top_k, top_p=top_p, min_p=min_p)  # (B, 1)
         if seen is not None:
             seen.scatter_(1, token, True)
 
@@ -384,16 +394,6 @@ def main(kind: type[nn.Module] | None, sizes: dict | None) -> None:
         if kind is not None:
             check_concept(args.checkpoint, kind)
         continue_text(open_model(args.checkpoint), args)
-
-
-def print_sizes(kind: type[nn.Module], sizes: dict) -> None:
-    """Print the number of parameters, the shape and the FLOPs per token in training of each size."""
-    print(f"{'size':12} {'parameters':>15} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}")
-    for name, c in sizes.items():
-        with torch.device("meta"):
-            n_params = sum(p.numel() for p in kind(c).parameters())
-        flops = c.flops_per_token(c.max_seq_len)
-        print(f"{name:12} {n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")
 
 
 if __name__ == "__main__":

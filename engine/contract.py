@@ -241,6 +241,7 @@ class Task:
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
     OPTIMIZER: str = "adamw"  # the default of --optimizer
     BATCH_SIZE: int = 8  # the default of --batch-size
+    EMA: float = 0.0  # the default of --ema; 0: no averages
     LOSS: str = "nats per token"  # what the loss measures
     TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms; "": none
 

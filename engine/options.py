@@ -191,7 +191,7 @@ def add_how(group) -> None:
         type=float,
         metavar="DECAY",
         help="evaluate and save an exponential moving average of the weights, of which an update keeps this "
-        "share, as 0.999 (default: no average, the weights themselves)",
+        "share, as 0.999; 0: the weights themselves (default: the task's, most have 0)",
     )
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 for none (default 1)")
     add("--seed", type=int, default=0, help="start of all random numbers (default 0)")
@@ -307,8 +307,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed}: expected less than {1 << 31}")
     if args.cache.is_file():
         raise ValueError(f"--cache {args.cache}: a file; expected a folder, or the name of a new one")
-    if args.ema is not None and not 0 < args.ema < 1:
-        raise ValueError(f"--ema {args.ema}: expected more than 0 and less than 1, such as 0.999")
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise ValueError(f"--ema {args.ema}: expected 0, for none, or less than 1, such as 0.999")
     if args.mup and args.lr is None:
         raise ValueError(f"--mup {args.mup}: needs --lr, the learning rate that was found at this width")
     if args.init_from and (args.size or args.base):
@@ -338,6 +338,7 @@ def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
     args.optimizer = args.optimizer or concept.task.OPTIMIZER
     args.batch_size = args.batch_size or concept.task.BATCH_SIZE
+    args.ema = concept.task.EMA if args.ema is None else args.ema
     n = parallel.world_size()
     if args.batch_size % n:
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")

@@ -25,10 +25,11 @@ def save(
     rows: Sequence[Sequence[Tensor]],
     texts: Sequence[Sequence[str]] | None = None,
     colours: Sequence[Sequence[str]] | None = None,
+    name: str = PICTURE,
 ) -> None:
     """Write picture.png into out: rows of images (C, H, W) with values in [0, 1], C 1 or 3.
 
-    texts: a line under each image, in the colours, by default dark grey.
+    texts: a line under each image, in the colours, by default dark grey. name: of another file.
     """
     from PIL import Image, ImageDraw
 
@@ -49,7 +50,7 @@ def save(
             if texts:
                 ink = colours[i][j] if colours else INK
                 draw.text((x + factor * W / 2, y + factor * H + LINE / 2), texts[i][j], ink, font, "mm")
-    with atomic.replace_file(out / PICTURE) as new:
+    with atomic.replace_file(out / name) as new:
         canvas.save(new, format="png")
 
 

@@ -105,7 +105,7 @@ def run_study(
     """
     parser = command.Parser(description=description)
     add = parser.add_argument
-    add("--seeds", type=int, default=1, help="runs of each model (default %(default)s)")
+    add("--seeds", type=int, help="runs of each model (default 1)")
     add("--steps", type=int, help="steps of each run (default: those of the published figures)")
     if of_model:
         add("--model", type=command.path, help="measure this decoder instead of training small ones")
@@ -115,9 +115,11 @@ def run_study(
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
     if of_model and args.model:
+        if args.seeds or args.steps:
+            raise ValueError("--model is measured as it is: leave out --seeds and --steps of a training")
         print(of_model(args.model))
         return
     rows: list[dict] = []
-    for seed in range(args.seeds):
+    for seed in range(args.seeds or 1):
         rows += study(seed, args.steps)
     print(table(rows))

@@ -3,6 +3,7 @@
     CLIPModel, SiglipModel                  both towers, read and written
     CLIPVisionModel, SiglipVisionModel      the image tower alone, read: the first stage of models that see
     CLIPVisionModelWithProjection           the same, the projection left out
+    CLIPTextModel                           CLIP's text tower alone, read and written: Stable Diffusion's
 
 Our names of weights are theirs on disk. A config.json holds that of each tower, under "text_config" and
 "vision_config"; old files hold them a second time, as "text_config_dict" and "vision_config_dict", which go
@@ -24,7 +25,8 @@ from formats.safetensors_dir import assign, build, filled, read_weights, write
 CONCEPT = "vision.clip"
 MODELS = {"CLIPModel": "clip", "SiglipModel": "siglip"}  # architecture: layout
 TOWERS = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip"}
-PREFIX = "vision_model."
+TEXT_TOWERS = {"CLIPTextModel": "clip", "CLIPTextModelWithProjection": "clip"}  # Stable Diffusion's
+PREFIX, TEXT_PREFIX = "vision_model.", "text_model."
 SHARED_FIELDS = {  # config.json: TowerConfig of vision/clip_towers.py
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
@@ -197,11 +199,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
     write_preprocessor(config.vision, directory)
 
 
-def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights of the image tower in directory, alone or of a model of two.
-
-    kind: `clip_towers.VisionTower`; config_kind: its config's. Raises ValueError naming what is wrong.
-    """
+def read_tower_config(directory: str | Path) -> dict:
+    """Return the fields of a `clip_towers.VisionConfig` for the image tower in directory, alone or of a model
+    of two. Raises ValueError naming what is wrong."""
     path, hf = read_config(directory)
     architecture = named_architecture(path, hf)
     layout = (MODELS | TOWERS).get(architecture)
@@ -209,18 +209,57 @@ def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, 
         expected = ", ".join([*TOWERS, *MODELS])
         raise ValueError(f"{path}: architecture {architecture!r}: expected one of {expected}")
     own = part_of(path, hf, "vision") if architecture in MODELS else hf
-    fields = vision_fields(path, own, layout) | read_preprocessor(Path(directory))
+    return vision_fields(path, own, layout) | read_preprocessor(Path(directory))
+
+
+def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
+    """Return kind(config) with the weights of the image tower in directory, alone or of a model of two.
+
+    kind: `clip_towers.VisionTower`; config_kind: its config's. Raises ValueError naming what is wrong.
+    """
+    fields = read_tower_config(directory)
     weights = tower_weights(read_weights(directory))
     tower = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
     assign(tower, weights, directory)
     return tower
 
 
-def tower_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the image tower under the tower's own names, of a tower's file or a model's."""
+def load_text_tower(
+    kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str
+) -> nn.Module:
+    """Return kind(config) with the weights of the text tower in directory, alone or of a CLIP.
+
+    kind: `clip_towers.TextTower`; config_kind: its config's. Raises ValueError naming what is wrong.
+    """
+    path, hf = read_config(directory)
+    architecture = named_architecture(path, hf)
+    layout = (MODELS | TEXT_TOWERS).get(architecture)
+    if layout != "clip":
+        expected = ", ".join([*TEXT_TOWERS, "CLIPModel"])
+        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {expected}")
+    own = part_of(path, hf, "text") if architecture in MODELS else hf
+    fields = tower_fields(path, own, layout, TEXT_FIELDS, TEXT_DEFAULTS[layout])
+    end = whole_number(path, own, "eos_token_id", END[layout])
+    fields |= {"eos_token_id": end, "read_largest": end == OLD_END}
+    weights = tower_weights(read_weights(directory), TEXT_PREFIX)
+    weights = {name: w for name, w in weights.items() if name != "text_projection.weight"}
+    return filled(kind, config_kind, fields, weights, directory, kernels)
+
+
+def save_text_tower(tower: nn.Module, directory: str | Path) -> None:
+    """Write a `clip_towers.TextTower` of CLIP's as CLIPTextModel."""
+    config = tower.config
+    end = OLD_END if config.read_largest else config.eos_token_id
+    hf = tower_settings(config) | {"architectures": ["CLIPTextModel"], "eos_token_id": end}
+    hf |= {"bos_token_id": None, "pad_token_id": end}
+    write(directory, hf, {TEXT_PREFIX + name: w for name, w in tower.state_dict().items()})
+
+
+def tower_weights(weights: dict[str, Tensor], prefix: str = PREFIX) -> dict[str, Tensor]:
+    """Return the weights of a tower under its own names, of its file or that of both towers."""
     weights = without_buffers(weights)
-    if any(name.startswith(PREFIX) for name in weights):
-        return {name.removeprefix(PREFIX): w for name, w in weights.items() if name.startswith(PREFIX)}
+    if any(name.startswith(prefix) for name in weights):
+        return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     return weights
 
 

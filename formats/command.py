@@ -114,3 +114,18 @@ class Output(io.FileIO):
                 if not self.quiet:
                     raise OSError(error.errno, error.strerror, self.title) from None
         return len(data)
+
+
+def print_sizes(kind: type, sizes: dict) -> None:
+    """Print the number of parameters, the shape and the FLOPs per token in training of each size.
+
+    kind: a model class; sizes: its Configs by name, with n_layers, d_model, max_seq_len, flops_per_token.
+    """
+    import torch  # here, since not every command needs it
+
+    print(f"{'size':12} {'parameters':>15} {'layers':>6} {'width':>6} {'context':>8} {'FLOPs/token':>12}")
+    for name, c in sizes.items():
+        with torch.device("meta"):
+            n_params = sum(p.numel() for p in kind(c).parameters())
+        flops = c.flops_per_token(c.max_seq_len)
+        print(f"{name:12} {n_params:15,} {c.n_layers:6} {c.d_model:6} {c.max_seq_len:8} {flops:12.3e}")

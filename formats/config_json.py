@@ -25,14 +25,18 @@ KINDS = {
     "logit_softcap": (float, int), "attention_softcap": (float, int), "local_theta": (float, int),
     "softmax_alpha": (float, int), "softmax_beta": (float, int), "linear_alpha": (float, int),
     "linear_beta": (float, int), "mlp_alpha": (float, int), "mlp_beta": (float, int),
+    "channels": (list,), "scaling_factor": (float, int), "shift_factor": (float, int), "quant_conv": (bool,),
+    "post_quant_conv": (bool,), "attention": (bool,), "cos_first": (bool,),
+    "dropout": (float, int),
 }  # fmt: skip
 MOST_LAYERS = 100_000  # more would take minutes to build, before the weights show that there are fewer
 # Whole numbers that may be 0, and fields that may be null, with its meaning.
-MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", "start_token_id", ""}
+MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", "start_token_id", "freq_shift", ""}
+MAY_BE_ZERO |= {"padding", "dropout"}
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
     "n_shared_experts": 0, "window": None, "pad_token_id": 0, "n_groups": 1, "top_groups": 1,
-    "logit_softcap": None, "attention_softcap": None, "q_rank": None,
+    "logit_softcap": None, "attention_softcap": None, "q_rank": None, "shift_factor": 0.0, "n_classes": 0,
 }  # fmt: skip
 # Keys that do not change the logits: bookkeeping, initialisation, dropout, which acts in training only, what
 # is returned beside the logits, how `generate` draws, and marks that training programs leave behind.
@@ -68,8 +72,10 @@ def read_config(directory: str | Path) -> tuple[Path, dict]:
 
 
 def named_architecture(path: Path, hf: dict) -> str:
-    """Return the first architecture that hf, the content of the config.json at path, names, else "none"."""
-    named = hf.get("architectures") or ["none"]
+    """Return the first architecture that hf, the content of the config.json at path, names, else "none".
+
+    Files of diffusers name one, as "_class_name"."""
+    named = hf.get("architectures") or [hf.get("_class_name", "none")]
     if not isinstance(named, list) or not isinstance(named[0], str):
         raise ValueError(f"{path}: architectures {named!r:.100}: expected a list of names")
     return named[0]
@@ -129,6 +135,7 @@ def checked(path: Path, key: str, field: str, value: Any) -> Any:
             bool: "true or false",
             dict: "an object",
             str: "a string",
+            list: "a list",
         }
         raise ValueError(f"{path}: {key} {value!r:.100}: expected {names[kinds[0]]}")
     if kinds == (int,) and value < 1 and (value < 0 or field not in MAY_BE_ZERO):

@@ -2,6 +2,7 @@
 
 adapter_config.json              an adapter: open its base, then put the adapter in
 config.json, "architectures"     the concept file whose `Model.from_pretrained` reads the directory
+model_index.json                 latent diffusion, of which each part has a folder
 
 model = open_model("runs/gpt/model")
 """
@@ -16,6 +17,7 @@ from formats import (
     clip,
     decoders,
     deepseek,
+    diffusers,
     disentangled_encoders,
     encoder_decoders,
     encoders,
@@ -26,6 +28,7 @@ from formats import (
     minimax,
     mixtures,
     native,
+    pipelines,
     reward_models,
     sounds,
 )
@@ -58,6 +61,8 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     """
     if is_adapter(directory):
         return concept_of(base_of(directory, base))
+    if pipelines.is_pipeline(directory):
+        return pipelines.CONCEPT
 
     path, hf = read_config(directory)
     architecture = named_architecture(path, hf)
@@ -73,12 +78,11 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
         return deepseek.concept_of(path, hf)
     if architecture in encoder_decoders.ARCHITECTURES:
         return encoder_decoders.CONCEPT
-    if architecture in images.CONCEPTS:
-        return images.CONCEPTS[architecture]
+    by_name = images.CONCEPTS | sounds.CONCEPTS | diffusers.CONCEPTS
+    if architecture in by_name:
+        return by_name[architecture]
     if architecture in clip.MODELS:
         return clip.CONCEPT
-    if architecture in sounds.CONCEPTS:
-        return sounds.CONCEPTS[architecture]
     if architecture == image_decoders.ARCHITECTURE:
         return image_decoders.CONCEPT
     if architecture == llava.ARCHITECTURE:
@@ -103,6 +107,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     known = [*decoders.DEFAULTS, *mixtures.TABLES, *encoder_decoders.ARCHITECTURES, *bart.ARCHITECTURES]
     known += [*gemma.ARCHITECTURES, *deepseek.ARCHITECTURES, *clip.MODELS, llava.ARCHITECTURE]
     known += [minimax.ARCHITECTURE, *images.CONCEPTS, *sounds.CONCEPTS, image_decoders.ARCHITECTURE]
+    known += [*diffusers.CONCEPTS]
     known += [f"{name}..." for name in encoders.CLASSES.values()]
     known += [f"{name}ForMaskedLM" for name in disentangled_encoders.CLASSES.values()]
     raise ValueError(

@@ -1,7 +1,8 @@
 """The directory of a saved model: config.json, and model.safetensors with the weights.
 
 Hugging Face's libraries use this layout, and so does formats/native.py. Large models have several files of
-weights, which model.safetensors.index.json lists. This file holds what all families of models share:
+weights, which model.safetensors.index.json lists. The files of diffusers are named diffusion_pytorch_model
+instead of model. This file holds what all families of models share:
 
     reading    read_weights -> rename (their names to ours) -> check_weights or assign
     writing    write, or write_decoder for models that generate text
@@ -24,6 +25,7 @@ from formats.atomic import replace_file
 from formats.config_json import damage_named
 from formats.json_file import read_json, write_json
 
+STEMS = ("model", "diffusion_pytorch_model")  # of the names of files with weights
 PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that are read
 
 
@@ -59,7 +61,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
-    """Return all tensors of model.safetensors, or of the files that model.safetensors.index.json names.
+    """Return all tensors of model.safetensors, or of the files that model.safetensors.index.json names, or of
+    diffusers' files.
 
     Raises ValueError naming a file that is missing or damaged, or a tensor that is not finite.
     """
@@ -74,7 +77,8 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
 
 def weight_files(directory: Path) -> list[Path]:
     """Return the files of weights in directory. Raises ValueError naming what is missing or damaged."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    stem = next((stem for stem in STEMS if any(directory.glob(f"{stem}.safetensors*"))), STEMS[0])
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file():
         return [single]
     if index.is_file():
@@ -187,7 +191,7 @@ def build(
     fields: of its Config; weights: that it will get, read from directory. Raises ValueError, which names
     config.json, for fields that the Config refuses and for sizes beyond those of the weights.
     """
-    path, n_layers = Path(directory) / "config.json", fields["n_layers"]
+    path, n_layers = Path(directory) / "config.json", fields.get("n_layers", 0)
     if n_layers > len(weights) and not fields.get("share_layers"):
         raise ValueError(f"{path}: {n_layers} layers, but there are only {len(weights)} tensors of weights")
     with damage_named(path), torch.device("meta"):

@@ -1,7 +1,7 @@
-"""Backpropagation: exact gradients of any expression, from NumPy alone, and a network that learns by them.
+"""Backpropagation: exact gradients of what a few operations compute, in NumPy, and a network trained by them.
 
     forward     y = f(a, b)                     each result keeps its inputs, and how y depends on them
-    backward    dL/da = sum of dL/dy dy/da      over all y that were computed from a: the chain rule
+    backward    dL/da = sum of dL/dy dy/da      over all y computed directly from a: the chain rule
 
 Reverse-mode differentiation (Linnainmaa 1970; for networks Rumelhart, Hinton and Williams 1986). The loss L
 is one number, and every gradient dL/dx has the shape of its x. So dy/da, a matrix of all derivatives of y by
@@ -18,13 +18,13 @@ column:
     ReLU            max(a, 0)           g where a > 0, else 0
     matrix product  a @ b               g @ b^T;  for b: a^T @ g
     sum             sum of a over axes  g, repeated along these axes
-    rows            a[rows]             g added at these rows, 0 elsewhere
+    elements        a[index]            g added at the elements taken, 0 elsewhere
     reshape         a in another shape  g in the shape of a
 
 An operation between different shapes repeats the smaller one (broadcasting), so its gradient is summed over
 what was repeated. `Tensor.backward` visits all results from the last to the first, so that the gradient of a
-result is complete before it is passed on. It takes about twice the products of the forward pass: two for each
-matrix product. PyTorch does the same, with more operations, on more devices.
+result is complete before it is passed on. The backward pass needs two matrix products for each one of the
+forward pass. PyTorch does the same, with more operations, on more devices.
 
     python -m language.backprop         a network learns to tell two spirals apart, in some seconds
 """
@@ -40,7 +40,9 @@ Array = np.ndarray
 
 
 class Tensor:
-    """An array of float64 numbers that remembers what it was computed from."""
+    """An array of float64 numbers, with the tensors that it was computed from."""
+
+    __array_ufunc__ = None  # so that NumPy leaves array + tensor to __radd__
 
     def __init__(self, value, inputs: Sequence[tuple["Tensor", Callable[[Array], Array]]] = ()):
         """value: numbers; inputs: each tensor it was computed from, with the function from dL/d(this) to its
@@ -67,11 +69,12 @@ class Tensor:
         )
 
     def __pow__(self, n: float) -> "Tensor":
-        return Tensor(self.value**n, [(self, lambda g: g * n * self.value ** (n - 1))])
+        # For n = 0 the gradient is 0, also where a = 0 and a ** -1 would be infinite.
+        return Tensor(self.value**n, [(self, lambda g: g * n * self.value ** (n - 1 if n else 0))])
 
-    def __matmul__(self, other: "Tensor") -> "Tensor":
+    def __matmul__(self, other) -> "Tensor":
         """Return the product (..., M, N) of (..., M, K) and (..., K, N)."""
-        a, b = self, other
+        a, b = self, as_tensor(other)
         return Tensor(
             a.value @ b.value,
             [
@@ -80,13 +83,13 @@ class Tensor:
             ],
         )
 
-    def __getitem__(self, rows) -> "Tensor":
+    def __getitem__(self, index) -> "Tensor":
         def scattered(g: Array) -> Array:
             out = np.zeros_like(self.value)
-            np.add.at(out, rows, g)  # a row that was taken twice gets both gradients
+            np.add.at(out, index, g)  # an element that was taken twice gets both gradients
             return out
 
-        return Tensor(self.value[rows], [(self, scattered)])
+        return Tensor(self.value[index], [(self, scattered)])
 
     def __neg__(self) -> "Tensor":
         return self * -1.0
@@ -96,6 +99,18 @@ class Tensor:
 
     def __truediv__(self, other) -> "Tensor":
         return self * as_tensor(other) ** -1.0
+
+    # The same with a number or an array on the left, such as 1 - t.
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other) -> "Tensor":
+        return as_tensor(other) - self
+
+    def __rtruediv__(self, other) -> "Tensor":
+        return as_tensor(other) / self
+
+    def __rmatmul__(self, other) -> "Tensor":
+        return as_tensor(other) @ self
 
     def exp(self) -> "Tensor":
         y = np.exp(self.value)
@@ -120,7 +135,11 @@ class Tensor:
         return Tensor(self.value.reshape(shape), [(self, lambda g: g.reshape(self.value.shape))])
 
     def backward(self) -> None:
-        """Set `grad` of every tensor that this one, the loss, was computed from. It must be one number."""
+        """Set `grad` of every tensor that this one, the loss, was computed from. It must be one number.
+
+        A second call sets it anew, where PyTorch adds to it. Gradients are computed from the values that
+        tensors have now: call this before a step of the optimizer changes them, or the gradients are wrong.
+        """
         if self.value.size != 1:
             raise ValueError(f"backward: shape {self.value.shape}: expected one number, such as a mean loss")
         order = computed_in_order(self)
@@ -167,7 +186,8 @@ class MLP:
         """widths: numbers of an input, of each hidden layer, and of an output."""
         draw = np.random.default_rng(seed).normal
         pairs = list(pairwise(widths))
-        # With this variance a layer passes on numbers of the size of its inputs (LeCun et al. 1998, 4.6).
+        # With the standard deviation 1 / sqrt(n), a sum of n products is about as large as one input (LeCun
+        # et al. 1998, section 4.6).
         self.weights = [Tensor(draw(size=(n, m)) / np.sqrt(n)) for n, m in pairs]
         self.biases = [Tensor(np.zeros(m)) for _, m in pairs]
 
@@ -187,7 +207,8 @@ class MLP:
 def cross_entropy(logits: Tensor, targets: Array) -> Tensor:
     """Return the mean of -log softmax(logits)[target] in nats, of logits (B, classes) and targets (B,)."""
     B = len(targets)
-    logits = logits - logits.value.max(axis=1, keepdims=True)  # a constant: softmax does not change, exp fits
+    # Softmax does not depend on a constant; the largest logit as the constant keeps exp from overflowing.
+    logits = logits - logits.value.max(axis=1, keepdims=True)
     log_total = logits.exp().sum(axis=1).log()  # (B, 1)
     return (log_total.reshape(B) - logits[np.arange(B), targets]).sum() / B
 
@@ -198,18 +219,21 @@ class Adam:
 
     def __init__(self, parameters: Sequence[Tensor], lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8):
         self.parameters, self.lr, self.betas, self.eps, self.n_steps = parameters, lr, betas, eps, 0
-        self.means = [np.zeros_like(p.value) for p in parameters]
-        self.squares = [np.zeros_like(p.value) for p in parameters]
+        self.means = [np.zeros_like(p.value) for p in parameters]  # m
+        self.squares = [np.zeros_like(p.value) for p in parameters]  # v
 
     def step(self) -> None:
+        """Change all parameters that have a gradient. Their old arrays stay as they are."""
         self.n_steps += 1
         beta1, beta2 = self.betas
         for p, m, v in zip(self.parameters, self.means, self.squares, strict=True):
+            if p.grad is None:  # no loss was computed from it
+                continue
             m += (1 - beta1) * (p.grad - m)
             v *= beta2
             v += (1 - beta2) * p.grad**2
             mean, square = m / (1 - beta1**self.n_steps), v / (1 - beta2**self.n_steps)
-            p.value -= self.lr * mean / (np.sqrt(square) + self.eps)
+            p.value = p.value - self.lr * mean / (np.sqrt(square) + self.eps)
 
 
 # --- a demonstration
@@ -239,8 +263,9 @@ def learn(network: MLP, points: Array, labels: Array, steps: int, every: int = 0
     return (network(points).value.argmax(axis=1) == labels).mean()
 
 
-def draw(network: MLP, size: int = 31) -> str:
-    """Return a map of the square from -2.3 to 2.3 in both directions: what the network answers where."""
+def map_of_answers(network: MLP, size: int = 31) -> str:
+    """Return the square from -2.3 to 2.3 in both directions as text, with the class of the network at each
+    point."""
     side = np.linspace(-2.3, 2.3, size)
     grid = np.stack(np.meshgrid(side, -side[::2]), axis=-1)
     answers = network(grid.reshape(-1, 2)).value.argmax(axis=1).reshape(grid.shape[:2])
@@ -255,9 +280,11 @@ def main() -> None:
     network = MLP([2, 32, 32, 2])
     learn(network, points, labels, steps=301, every=50)
     right = (network(unseen).value.argmax(axis=1) == their_labels).mean()
-    linear = learn(MLP([2, 2]), points, labels, steps=301)
-    print(f"\nUnseen points: {right:.1%} right. Without hidden layers: {linear:.1%} of the points it learns.")
-    print(f"\nWhat the network answers:\n\n{draw(network)}")
+    linear = MLP([2, 2])
+    learn(linear, points, labels, steps=301)
+    right_of_linear = (linear(unseen).value.argmax(axis=1) == their_labels).mean()
+    print(f"\nUnseen points: {right:.1%} right, and without hidden layers {right_of_linear:.1%}.")
+    print(f"\nThe class of each point of the plane:\n\n{map_of_answers(network)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 For each seed three runs of train.py with the same steps and data:
 
     llava          the default run, whose tower is that of a CLIP that has learned captions of scenes
-    blind          the same with features of zero, in training too: what language alone can guess
+    blind          the same without the features, in training too: what language alone can guess
     random tower   the same with a tower drawn at random, which is frozen as well
 
 Measured are the questions about scenes of vision/visual_questions.py, with pairs of a colour and a shape that
@@ -37,7 +37,6 @@ def figures_of(work: Path, name: str, seed: int, steps: int | None, n: int) -> d
     flags += [] if steps is None else ["--steps", str(steps)]
     loss = run(out, seed, *flags)["val_loss"]
     model, tokenizer = open_model(out / "model").eval(), get_tokenizer(str(out / "model"))
-    model.blind = name == "blind"
     return {"loss": loss} | scores(model, tokenizer, n)
 
 

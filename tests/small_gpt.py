@@ -61,7 +61,8 @@ def rows(out):
 def same_run(a, b):
     """Return True if weights, metrics and samples of two runs are equal to the bit; raise AssertionError if
     not."""
-    for part in ("model/model.safetensors", SHARD):
+    weights = next((a / "model").glob("*.safetensors")).name
+    for part in (f"model/{weights}", SHARD):
         x, y = (load_file(out / part) for out in (a, b))
         assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
     assert rows(a) == rows(b)

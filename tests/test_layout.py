@@ -38,8 +38,9 @@ REST_OF = {
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }
 # The shelf files that are made of concepts of other shelves. Classifiers pack their texts as inference does,
-# and a defence against injected instructions is DPO.
+# a defence against injected instructions is DPO, and linear attention goes back to its earlier states.
 MADE_OF = {
+    "language.rewinding": {"attention_variants.linear"},
     "posttraining.classify": {"language.encoder_inference"},
     "evaluation.glue": {"language.encoder_inference"},
     "evaluation.injection": {"posttraining.dpo"},

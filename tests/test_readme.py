@@ -39,7 +39,10 @@ GIVEN = [
     "python train.py --model lora --base runs/gpt/model",
 ]
 # Long measurements, and programs that need a GPU or a compiler: their own tests run them smaller.
-LONG = re.compile(r"chinchilla\.py sweep|-m kernels\.bench|-m results\.|nanoGPT")
+LONG = re.compile(
+    r"chinchilla\.py sweep|-m kernels\.bench|-m results\.|nanoGPT"
+    r"|latent_diffusion|image_embeddings|--model (prior|dit)"  # which train another model first, or draw
+)
 INSTEAD = {  # in blocks of Python
     "Qwen3-0.6B": "runs/gpt/model",
     '"stdlib"': '"book.txt"',
@@ -73,7 +76,18 @@ def small(command: list[str], n_steps: int) -> list[str]:
         ours = {"language=runs/gpt/model": "language=language", "runs/clip/model": "random"}
         command = [ours.get(word, word) for word in command]
         return [*command, *tower, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
-    if {"vit", "mae", "maskfeat", "simclr", "colorize"} & set(command):
+    if {
+        "vit",
+        "mae",
+        "maskfeat",
+        "simclr",
+        "colorize",
+        "autoencoder_kl",
+        "vae",
+        "flow",
+        "gan",
+        "energy",
+    } & set(command):
         data = []
         if "--data" not in command:
             command = [word.replace("n_classes=62", "n_classes=2") for word in command]

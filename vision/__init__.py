@@ -9,4 +9,8 @@ its two Transformers, and zero_shot what a trained one is good for. llava puts f
 in the place of words of the decoder of gpt.py; visual_instruct trains it, and visual_questions measures it.
 spectrogram reads sounds as pictures of their frequencies, and classify_sounds trains it to name what it
 hears.
+
+Models that draw images are a chapter of their own, docs/generative.md. Of latent diffusion read
+autoencoder_kl, then latent_diffusion and text_to_image, which trains it; dit is a denoiser of patches, and
+prior, which image_embeddings trains, draws embeddings. first_stage makes the model that another needs.
 """

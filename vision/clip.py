@@ -1,19 +1,21 @@
 """CLIP: images and their captions in one space, so that any words are a classifier.
 
-    x_i = image vector, y_i = text vector, both of length 1       s: the learned logarithm of a temperature
-    softmax    loss = (CE(exp(s) x_i . y_j over j, i) + CE(exp(s) y_i . x_j over j, i)) / 2       CLIP
-    sigmoid    loss = -mean over i, sum over j of log sigmoid(z_ij (exp(s) x_i . y_j + b))        SigLIP
+    x_i = image vector, y_i = text vector, both of length 1       exp(s): the inverse temperature, learned
+    softmax    loss = mean over i of [CE(logits exp(s) x_i . y_j over j, target i)
+                                    + CE(logits exp(s) y_i . x_j over j, target i)] / 2               CLIP
+    sigmoid    loss = -mean over i of sum over j of log sigmoid(z_ij (exp(s) x_i . y_j + b))        SigLIP
                z_ij: 1 where i = j, else -1
 
 Contrastive learning of images and words (Radford et al. 2021, arXiv 2103.00020). Each image of a batch has to
 find its own caption among all of the batch, and each caption its image. So nothing has to be labelled, and
 what can be recognised is whatever captions name: a class is a sentence, "a photo of a dog". SigLIP (Zhai et
-al. 2023, arXiv 2303.15343) asks of each pair alone whether it belongs together, and needs no sums over the
-batch. The towers are in vision/clip_towers.py, what is done with a trained model in vision/zero_shot.py.
+al. 2023, arXiv 2303.15343) decides for each pair alone whether it belongs together, without a normalisation
+over the batch. Equal captions in a batch are negatives of each other. The towers are in clip_towers.py, what
+is done with a trained model in zero_shot.py.
 
-exp(s) begins at 1 / 0.07 and is held between 1 and 100 after each step (section 2.5); SigLIP's begins at 10,
-with b = -10, and is free. Neither has a weight decay. With several ranks a batch is that of all of them, and
-gradients reach the vectors of all ranks.
+CLIP's exp(s) begins at 1 / 0.07 and is held to at most 100 after each step (section 2.5 of its paper), and to
+at least 1, as in OpenCLIP. SigLIP's begins at 10, with b = -10, and is free. Neither s nor b has a weight
+decay. With several ranks a batch is that of all of them, and gradients reach the vectors of all ranks.
 
     python -m vision.clip                                          print the sizes
     python train.py --model clip                                   letters and their names
@@ -21,7 +23,7 @@ gradients reach the vectors of all ranks.
     python -m vision.clip runs/clip/model --images photos --query "a red bicycle"     search a folder
     python -m vision.clip runs/clip/model --images photos --labels cat dog            classify a folder
 
-Shapes: B images of this rank's part, M images of all ranks, C channels, T tokens, E width of the space.
+Shapes: B images or texts of this rank, M of all ranks, C channels, T tokens, D width of a tower, E of x, y.
 """
 
 import math
@@ -42,7 +44,7 @@ from engine import parallel, pictures
 from formats import clip as formats_clip
 from formats import command
 from formats.config_values import check_values
-from vision import clip_towers, zero_shot
+from vision import tower_flops, zero_shot
 from vision.clip_towers import LAYOUTS, MLPS, TextConfig, TextTower, VisionConfig, VisionTower
 
 KIND = "encoder of images and texts"
@@ -94,10 +96,8 @@ class Config:
     def vision(self) -> VisionConfig:
         """Return the image tower's config."""
         sizes = (self.n_layers, self.n_heads, self.d_model, self.d_ff)
-        images = {
-            name: getattr(self, name) for name in ("image_size", "patch_size", "n_channels", "mean", "std")
-        }
-        return VisionConfig(*sizes, **self.shared, **images)
+        names = ("image_size", "patch_size", "n_channels", "mean", "std")
+        return VisionConfig(*sizes, **self.shared, **{n: getattr(self, n) for n in names})
 
     @property
     def text(self) -> TextConfig:
@@ -154,7 +154,8 @@ class CLIP(nn.Module):
         return self.vision_model.normalized(images)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the image tower's vectors (B, D) of normalized images, before the common space."""
+        """Return one vector (B, D) for each of the normalized images: the image tower's, before the map into
+        the common space. `VisionTower.features` returns one for each patch."""
         return self.vision_model(images)
 
     def of_images(self, images: Tensor) -> Tensor:
@@ -191,8 +192,8 @@ class CLIP(nn.Module):
     def compare(self, x: Tensor, y: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the loss of x and y (B, E), and how often the likeliest y is that of the same row.
 
-        places (B,): those of the rows in the batch of all ranks, with all of which they are compared; None:
-        with each other.
+        places (B,): the index of each row in the batch of all ranks, with all of which it is compared. None:
+        compare within these rows.
         """
         all_x, all_y = x, y
         if places is None:
@@ -210,10 +211,10 @@ class CLIP(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the FLOPs of matrix products, forward and backward, of one image with a caption of seq_len
-        tokens, without the similarities, which are 6 M E more each way."""
+        tokens, without similarities: 6 M E with M captions, and for softmax as many with M images."""
         config = self.config
         maps = config.d_joint * (config.d_model + config.text_width) * (config.layout == "clip")
-        return 6 * (clip_towers.n_macs(config.vision) + clip_towers.n_macs(config.text, seq_len) + maps)
+        return 6 * (tower_flops.n_macs(config.vision) + tower_flops.n_macs(config.text, seq_len) + maps)
 
     @classmethod
     def from_pretrained(cls, directory, *, kernels: str = "auto") -> "CLIP":
@@ -248,7 +249,7 @@ def after_step(model: CLIP, finite: Tensor) -> None:
 class Settings(Augmentation):
     """The augmentation of images to learn from."""
 
-    warp: float = 0.5  # without it, 1,172 glyphs are learned by heart
+    warp: float = 0.5  # without it, the 1,172 glyphs of the default run are learned by heart
 
 
 def settings(config: Config) -> Settings:
@@ -270,21 +271,29 @@ def load_data(args: Namespace, config: Config) -> Dataset:
         options = {"channels": config.n_channels if args.init_from else None, "val": args.val}
         parts = captions.read(args.data, config.size, args.cache, bad=args.bad_text, **options)
     tokenizer = captions.choose_tokenizer(args.tokenizer, parts)
-    length = args.seq_len if config.layout == "siglip" else None  # which reads the last place
+    # SigLIP reads the last place, so all rows have one length: that of the model, or of a new one --seq-len.
+    length = config.max_seq_len if args.init_from else args.seq_len
+    length = length if config.layout == "siglip" else None
     dataset = captions.as_dataset(parts, tokenizer, args.seq_len, length)
     args.seq_len = dataset.train.tokens.shape[1]
+
+    # The smallest loss of equal logits: for softmax any, for sigmoid those of the probability 1 / n.
     n = args.batch_size
-    guess = math.log(n) if config.objective == "softmax" else math.log(2) * n
-    return replace(
-        dataset, guess=f"a guess finds a caption among {n} in {1 / n:.2%}, with a loss of {guess:.3f}"
-    )
+    loss = math.log(n) + (config.objective == "sigmoid") * (n - 1) * math.log(n / (n - 1))
+    guess = f"a guess finds a caption among {n} in {1 / n:.2%}, with a loss of {loss:.3f}"
+    return replace(dataset, guess=guess)
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for images of these channels, and this vocabulary."""
+    """Return the config for images of these channels, this vocabulary, and for SigLIP's towers texts that are
+    padded to seq_len. Where the number of channels changes, one mean and one deviation remain for all."""
     C, tokenizer = dataset.train[0]["image"].shape[0], dataset.tokenizer
-    ends = {"vocab_size": tokenizer.n_vocab, "eos_token_id": tokenizer.eot_id, "read_largest": False}
-    return replace(config, n_channels=C, **ends)
+    changes = {"vocab_size": tokenizer.n_vocab, "eos_token_id": tokenizer.eot_id, "read_largest": False}
+    if config.n_channels != C:
+        changes |= {name: (sum(x) / len(x),) for name in ("mean", "std") for x in [getattr(config, name)]}
+    if config.layout == "siglip":
+        changes["max_seq_len"] = seq_len
+    return replace(config, n_channels=C, **changes)
 
 
 def make_batch(rows: list[Row], config: Settings, generator: torch.Generator, tokenizer) -> dict[str, Tensor]:
@@ -295,17 +304,15 @@ def make_batch(rows: list[Row], config: Settings, generator: torch.Generator, to
 
 
 def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
-    """Return the i-th of n equal parts of a batch, with the "places" (B,) of its rows in the whole one. They
-    are compared with those of all parts, but those of a batch that was not split with each other."""
+    """Return the i-th of n equal parts of a batch, with the "places" (B,) of its rows in the whole batch, see
+    `CLIP.compare`. The number of rows is a multiple of n, which engine/options.py checks."""
     places = torch.arange(len(batch["images"]))
     return {name: x.chunk(n)[i] for name, x in {**batch, "places": places}.items()}
 
 
 def loss_bytes(*_) -> dict[str, int]:
     """Raise ValueError: --dry-run plans the memory of models with one stack of layers."""
-    raise ValueError(
-        "--dry-run: plans models of one tower, and not yet of two; --benchmark measures the memory"
-    )
+    raise ValueError("--dry-run: not yet planned for images with texts; --benchmark measures the memory")
 
 
 @torch.no_grad()
@@ -344,7 +351,7 @@ def print_sizes() -> None:
             model = CLIP(config)
         n_params = sum(p.numel() for p in model.parameters())
         sizes = f"{config.image_size:6} {config.patch_size:6} {config.max_seq_len:6}"
-        flops = (2 * clip_towers.n_macs(part) for part in (config.vision, config.text))
+        flops = (2 * tower_flops.n_macs(part) for part in (config.vision, config.text))
         print(f"{name:12} {n_params:13,} {sizes}  {' '.join(f'{n:.2e}' for n in flops)} FLOPs")
 
 
@@ -364,6 +371,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.checkpoint is None:
+        if args.images or args.query or args.labels:
+            raise ValueError("no model: expected its directory, such as runs/clip/model, before these flags")
         print_sizes()
         return
     if args.images is None or args.top < 1 or (args.query and args.labels):
@@ -371,13 +380,14 @@ def main() -> None:
     if odd := [template for template in args.templates if "{}" not in template]:
         raise ValueError(f"--templates {odd[0]!r}: expected {{}} in the place of the label")
     zero_shot.images_in(args.images)  # an empty folder is refused before the model is read
-    model = CLIP.from_pretrained(args.checkpoint).float().eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = CLIP.from_pretrained(args.checkpoint).float().to(device).eval()
     tokenizer = get_tokenizer(args.checkpoint)
     if args.query:
         for cosine, path in zero_shot.search(model, tokenizer, args.images, args.query, args.top):
             print(f"{cosine:.3f} {path}")
         return
-    lines, figure = zero_shot.name(model, tokenizer, args.images, args.labels, args.templates)
+    lines, figure = zero_shot.classify(model, tokenizer, args.images, args.labels, args.templates)
     print("\n".join(lines))
     if figure is not None:
         print(f"{figure.right:.1%} right (chance {figure.chance:.1%})")

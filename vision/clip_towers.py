@@ -1,10 +1,11 @@
 """The two towers of CLIP and SigLIP: a Transformer for images, and one for their captions.
 
-    image    z = [class; E x_1; ...; E x_N] + positions        x_i: the numbers of a patch (vision/vit.py)
+    image    z = [class; W x_1; ...; W x_N] + positions        x_i: the numbers of a patch (vision/vit.py)
     text     z = embedding of the tokens t_1 ... t_T + positions
     both     z = z + attention(norm(z)),  z = z + mlp(norm(z))      L times
 
-and one vector for the whole of it. The layouts differ in everything around the blocks:
+and from z one vector for the image or the text. W (D, C P P) is the matrix of the patches; the class token is
+in layout clip alone. The layouts differ in everything around the blocks:
 
     clip     Radford et al. 2021 (arXiv 2103.00020, section 2.4). Image: no bias of the patches, a norm before
              the blocks, and the class token is read. Text: each token sees those before it, and the token
@@ -15,8 +16,8 @@ and one vector for the whole of it. The layouts differ in everything around the 
 vision/clip.py puts the two together. Models that see, such as LLaVA, read the image tower's hidden states of
 a layer before the last: `VisionTower.features`. Parameters have the names of Hugging Face's files.
 
-Shapes: B batch, C channels, P patch size, N patches, T tokens, D model width, H heads, K head width,
-L layers.
+Shapes: B batch, C channels, P patch size, N patches, T tokens, D model width, F inner width of the MLP,
+H heads, K head width, L layers.
 """
 
 import math
@@ -44,7 +45,7 @@ class TowerConfig:
     n_layers: int
     n_heads: int
     d_model: int
-    d_ff: int  # inner width of the MLP
+    d_ff: int  # F
     layout: str = "clip"  # or "siglip"
     mlp: str = "quick_gelu"  # x sigmoid(1.702 x); or "gelu", or "gelu_tanh", its approximation
     norm_eps: float = 1e-5
@@ -98,16 +99,16 @@ class TextConfig(TowerConfig):
     vocab_size: int = 49408
     max_seq_len: int = 77  # tokens
     eos_token_id: int = 49407  # the token that ends a text, whose first place is read
-    # Read the place of the largest id, as OpenAI does: the same if the end of a text has the largest id. A
-    # config.json from before 2023 means this by an eos_token_id of 2.
+    # Read the place of the largest id, as OpenAI does: the same if the end of a text has the largest id. Such
+    # files, from before 2023, have an eos_token_id of 2, which is not used.
     read_largest: bool = False
     d_out: int = 512  # width of what SigLIP's text tower returns
     MAY_BE_ZERO = ("eos_token_id",)
 
 
-def products(linears: Sequence[nn.Linear], x: Tensor, n_heads: int) -> Sequence[Tensor]:
-    """Return what linear layers of one width make of x (B, T, D), each (B, T, H, K): by one product of joined
-    matrices, unless an adapter has taken the place of a layer."""
+def joined(linears: Sequence[nn.Linear], x: Tensor, n_heads: int) -> Sequence[Tensor]:
+    """Return the outputs (B, T, H, K) of linear layers of one width for x (B, T, D): by one product with the
+    joined matrices, unless an adapter has taken the place of a layer."""
     B, T, D = x.shape
     if any(type(linear) is not nn.Linear for linear in linears):
         return [linear(x).view(B, T, n_heads, -1) for linear in linears]
@@ -126,7 +127,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mixed values (B, T, D) of x (B, T, D)."""
-        q, k, v = products((self.q_proj, self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
+        q, k, v = joined((self.q_proj, self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
         y = attention(q, k, v, causal=self.causal, backend=self.backend)
         return self.out_proj(y.reshape(x.shape))
 
@@ -134,7 +135,7 @@ class Attention(nn.Module):
         """Return the mixed values (B, D) at one place (B,) of each row of x (B, T, D)."""
         B, T, D = x.shape
         q = self.q_proj(x[torch.arange(B, device=x.device), places]).view(B, self.n_heads, -1)  # (B, H, K)
-        k, v = products((self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
+        k, v = joined((self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
         scores = torch.einsum("bhk,bthk->bht", q, k).float() / math.sqrt(q.shape[-1])
         if self.causal:
             behind = torch.arange(T, device=x.device) > places[:, None]
@@ -196,12 +197,14 @@ class Probe(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return one vector (B, D) for z (B, N, D)."""
-        of, (B, N, D) = self.attention, z.shape
-        query, key_value = of.in_proj_weight.split((D, 2 * D))
-        query_bias, key_value_bias = of.in_proj_bias.split((D, 2 * D))
-        q = F.linear(self.probe, query, query_bias).view(1, 1, of.num_heads, -1).expand(B, -1, -1, -1)
-        k, v = F.linear(z, key_value, key_value_bias).view(B, N, 2, of.num_heads, -1).unbind(2)
-        found = of.out_proj(attention(q, k, v, backend=self.backend).reshape(B, D))
+        mha, (B, N, D) = self.attention, z.shape
+        query, key_value = mha.in_proj_weight.split((D, 2 * D))
+        query_bias, key_value_bias = mha.in_proj_bias.split((D, 2 * D))
+        q = F.linear(self.probe, query, query_bias).view(1, 1, mha.num_heads, -1)  # (1, 1, H, K)
+        q = q.expand(B, -1, -1, -1)  # (B, 1, H, K)
+        k_v = F.linear(z, key_value, key_value_bias).view(B, N, 2, mha.num_heads, -1)
+        k, v = k_v.unbind(2)  # (B, N, H, K)
+        found = mha.out_proj(attention(q, k, v, backend=self.backend).reshape(B, D))
         return found + self.mlp(self.layernorm(found))
 
 
@@ -234,7 +237,12 @@ class VisionTower(nn.Module):
         return clip.load_tower(cls, VisionConfig, directory, kernels)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Return images (B, C, height, width) with pixels in [0, 1] as the tower reads them."""
+        """Return images (B, C, height, width) with pixels in [0, 1] as the tower reads them.
+
+        Raises ValueError for whole numbers, in which the mean would be rounded to 0.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"images of {images.dtype}: expected floating point, with pixels in [0, 1]")
         mean, std = (images.new_tensor(getattr(self.config, name))[:, None, None] for name in ("mean", "std"))
         return (images - mean) / std
 
@@ -245,12 +253,20 @@ class VisionTower(nn.Module):
             return own
         if self.config.layout == "clip":
             return resample(own[None], self.config.grid, grid)[0]
+        # `resample` expects a row for the class token in front: add one, and remove it.
         return resample(F.pad(own, (0, 0, 1, 0))[None], self.config.grid, grid)[0, 1:]
 
     def embed(self, images: Tensor) -> Tensor:
-        """Return z (B, T, D) before the first block, of normalized images (B, C, height, width)."""
+        """Return z (B, T, D) before the first block, of normalized images (B, C, height, width).
+
+        Raises ValueError for images that are smaller than a patch.
+        """
         P, patches = self.config.patch_size, self.embeddings.patch_embedding
-        grid = (images.shape[2] // P, images.shape[3] // P)
+        height, width = images.shape[2:]
+        grid = (height // P, width // P)
+        if 0 in grid:
+            raise ValueError(f"images of {height} x {width} pixels: expected at least {P} x {P}, a patch")
+        images = images.to(patches.weight.dtype)  # pixels are float32, also for a model in bfloat16
         x = patches_of(images[:, :, : grid[0] * P, : grid[1] * P], P)  # (B, N, C P P)
         x = F.linear(x, patches.weight.flatten(1), patches.bias)
         if self.config.layout == "siglip":
@@ -296,6 +312,18 @@ class TextTower(nn.Module):
             self.head = nn.Linear(D, config.d_out)
         initialize(self)
 
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "TextTower":
+        """Return the text tower in a directory, alone or of a CLIP, in its precision.
+
+        Raises ValueError naming what is missing, damaged or not implemented.
+        """
+        return clip.load_text_tower(cls, TextConfig, directory, kernels)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a CLIPTextModel."""
+        clip.save_text_tower(self, directory)
+
     def places(self, tokens: Tensor) -> Tensor:
         """Return the place (B,) of each row of tokens (B, T) that CLIP reads: of the token that ends it.
 
@@ -309,11 +337,30 @@ class TextTower(nn.Module):
             raise ValueError(f"a text has no token {self.config.eos_token_id}, which ends it and is read")
         return is_end.int().argmax(dim=1)  # the first of several
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return z (B, T, D) of tokens (B, T) before the first block. Raises ValueError for rows that are
+        longer than max_seq_len."""
+        T, most = tokens.shape[1], self.config.max_seq_len
+        if most < T:
+            raise ValueError(f"texts of {T} tokens: expected at most {most}, max_seq_len")
+        places = self.embeddings.position_embedding.weight[:T]
+        return self.embeddings.token_embedding(tokens) + places
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """Return a vector for each token, (B, T, D), after the last block and its norm. Those of CLIP's
+        padding are to be left out, or belong to what a model was trained with, as in Stable Diffusion."""
+        z = self.embed(tokens)
+        for block in self.encoder.layers:
+            z = block(z)
+        return self.final_layer_norm(z)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Return one vector (B, D), for siglip (B, d_out), for each row of tokens (B, T). Rows are padded on
-        the right, for siglip to the length that the model was trained with."""
-        T = tokens.shape[1]
-        z = self.embeddings.token_embedding(tokens) + self.embeddings.position_embedding.weight[:T]
+        the right, for siglip to the length that the model was trained with.
+
+        Raises ValueError for rows that are longer than max_seq_len.
+        """
+        z = self.embed(tokens)
         *earlier, last = self.encoder.layers
         for block in earlier:
             z = block(z)
@@ -353,23 +400,3 @@ def initialize(tower: VisionTower | TextTower) -> None:
             raise ValueError(
                 f"parameter {name}: no rule of initialisation; add one to clip_towers.initialize"
             )
-
-
-def n_macs(config: VisionConfig | TextConfig, seq_len: int | None = None) -> int:
-    """Return the multiplications of one forward pass over one image, or a text of seq_len (max_seq_len)
-    tokens.
-
-    They are T (4 D^2 + 2 D F) + 2 T^2 D for each of the L layers, the matrix (D, C P^2) of the patches, and
-    SigLIP's pooling. In CLIP's last layer one token is computed: 2 T D^2 for keys and values, the rest once.
-    """
-    D, siglip = config.d_model, config.layout == "siglip"
-    if isinstance(config, TextConfig):
-        T, around = seq_len or config.max_seq_len, D * config.d_out * siglip
-    else:
-        T = config.n_tokens
-        around = config.n_patches * D * config.n_channels * config.patch_size**2
-        if siglip:  # the probe's query is one for all images
-            around += T * 2 * D * D + 2 * T * D + D * D + 2 * D * config.d_ff
-    layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
-    last = layer if siglip else 2 * T * D * D + 2 * D * D + 2 * D * config.d_ff + 2 * T * D
-    return (config.n_layers - 1) * layer + last + around

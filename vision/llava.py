@@ -7,11 +7,10 @@
 
 Visual instruction tuning (Liu et al. 2023, arXiv 2304.08485), and the improved baselines (LLaVA 1.5, Liu et
 al. 2023, arXiv 2310.03744), whose projector has two layers. The tower is vision/clip_towers.py, the language
-model gpt.py, and neither is changed. The class token of a CLIP tower is left out; "full" towers keep it.
+model gpt.py, and neither is changed. The class token of a CLIP tower is left out, unless `keep_class` is set.
 
-A text has one "<image>" for each image, and the model N image tokens. `Config.n_image_tokens` is the only
-place where they are counted: conversations, truncation, checks and saved files all read it. A row of tokens
-holds one image or none.
+A text has one "<image>" for each image, and the model N image tokens, see `Config.n_image_tokens`. A row of
+tokens holds one image or none.
 
 It is trained in two stages by vision/visual_instruct.py: first the projector alone, on captions, then the
 projector and the language model, on conversations. The tower learns in neither.
@@ -39,9 +38,12 @@ from data.rows import Dataset
 from data.tokenizer import get_tokenizer
 from formats import command, llava
 from formats.chat_template import IMAGE, ImageTokens, encode, end_id, prompt_tokens, with_images
+from formats.clip import read_tower_config
+from formats.config_json import damage_named
 from formats.decoders import read_decoder_config
 from gpt import GPT
-from vision.clip_towers import VisionConfig, VisionTower, n_macs
+from vision.clip_towers import VisionConfig, VisionTower
+from vision.tower_flops import n_macs
 
 TASK, KIND = "visual_instruct", "model that sees"
 
@@ -52,12 +54,11 @@ class Config:
     text: gpt.Config
     image_token: int = 32000  # the id that stands for a part of an image
     feature_layer: int = -2  # of the tower's L + 1 hidden states: -2 is before its last block
-    keep_class: bool = False  # keep a CLIP tower's class token, too ("full")
+    keep_class: bool = False  # keep a CLIP tower's class token, too ("full" in config.json)
     projector_bias: bool = True
-    # Of a new model: the directories of a CLIP or SigLIP, whose tower it gets ("random": none), and of a
-    # decoder, whose weights its language model starts from.
-    tower: str = ""
-    language: str = ""
+    # The directories from which a new model copies weights, "" for none.
+    tower: str = ""  # of a CLIP or SigLIP, for the image tower; --tower random leaves it ""
+    language: str = ""  # of a decoder, for the language model
 
     def __post_init__(self):
         L, layer = self.vision.n_layers, self.feature_layer
@@ -100,7 +101,8 @@ class Config:
         vision = self.vision
         block = n_macs(replace(vision, n_layers=vision.n_layers + 1)) - n_macs(vision)
         patches = vision.n_patches * vision.d_model * vision.n_channels * vision.patch_size**2
-        return patches + self.feature_layer % (vision.n_layers + 1) * block
+        n_blocks = self.feature_layer % (vision.n_layers + 1)
+        return patches + n_blocks * block
 
     @property
     def projector_macs(self) -> int:
@@ -126,8 +128,8 @@ def with_tower(config: Config, tower: str) -> Config:
     random. Raises ValueError for a directory without a tower."""
     if tower == "random":
         return replace(config, tower="")
-    vision = VisionTower.from_pretrained(tower).config
-    vision = replace(vision, kernels=config.vision.kernels)
+    with damage_named(Path(tower) / "config.json"):
+        vision = VisionConfig(**read_tower_config(tower), kernels=config.vision.kernels)
     keep_class = config.keep_class or vision.layout == "siglip"
     return replace(config, vision=vision, keep_class=keep_class, tower=tower)
 
@@ -139,7 +141,8 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
     tokenizer = dataset.tokenizer
     config, text = with_tower(config, dataset.tower), config.text
     if config.language:
-        text = GPT.from_pretrained(config.language).config
+        with damage_named(Path(config.language) / "config.json"):
+            text = gpt.Config(**read_decoder_config(config.language), kernels=text.kernels)
     text = replace(text, vocab_size=max(tokenizer.n_vocab, text.vocab_size if config.language else 0))
     text = replace(text, eos_token_id=tokenizer.eot_id, max_seq_len=max(seq_len, text.max_seq_len))
     image_token = tokenizer.special_tokens[IMAGE]
@@ -199,8 +202,8 @@ class LLaVA(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the projector, so that of features of size 1 it makes numbers as large as those of embeddings,
-        and copy the weights of the tower and of the language model that the config names."""
+        """Draw the projector: for features of variance 1 its outputs are about as large as embeddings.
+        Copy the weights of the tower and of the language model that the config names."""
         first, second = self.multi_modal_projector.values()
         first.weight.normal_(std=1 / math.sqrt(first.in_features))
         second.weight.normal_(std=0.02 / math.sqrt(second.in_features))
@@ -210,10 +213,10 @@ class LLaVA(nn.Module):
         if self.config.tower:
             self.vision_tower.load_state_dict(VisionTower.from_pretrained(self.config.tower).state_dict())
         if self.config.language:
-            places = self.language_model.state_dict()
+            own = self.language_model.state_dict()
             for name, w in GPT.from_pretrained(self.config.language).state_dict().items():
-                places[name][: len(w)].copy_(w)
-                places[name][len(w) :] = w.mean(dim=0)  # new tokens get an average row
+                own[name][: len(w)].copy_(w)
+                own[name][len(w) :] = w.mean(dim=0)  # rows of new tokens, and of further learned positions
 
     def see(self, images: Tensor) -> Tensor:
         """Return what stands in the place of image tokens (B, N, D), of normalized images (B, C, H, W)."""
@@ -249,8 +252,8 @@ class LLaVA(nn.Module):
         return self.language_model.loss({"tokens": x, "targets": batch["targets"]})
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs of products of matrices, both ways, of a row of seq_len tokens and an image,
-        the unit that is counted."""
+        """Return the FLOPs of matrix products, forward and backward, not of a token but of a row of seq_len
+        tokens with an image: the unit that a run counts is an image."""
         config = self.config
         of_image = 6 * (config.tower_macs + config.projector_macs)
         return seq_len * config.text.flops_per_token(seq_len) + of_image
@@ -328,12 +331,14 @@ def main() -> None:
         print_sizes()
         return
     if not (args.image and args.question):
-        raise ValueError(f"what about {args.checkpoint}? give an image and a question")
+        raise ValueError(f"{args.checkpoint}: expected a file of an image and a question behind it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LLaVA.from_pretrained(args.checkpoint).float().to(device).eval()
     tokenizer, vision = get_tokenizer(args.checkpoint), model.config.vision
     shape = (vision.n_channels, vision.image_size, vision.image_size)
-    pixels = torch.from_numpy(decode(args.image, shape, Counter(), border=True))[None].float() / 255
+    # An image that is not square gets a border, as in training, and nothing of it is cut off.
+    conversions = Counter()  # of what `decode` had to convert, which is not printed here
+    pixels = torch.from_numpy(decode(args.image, shape, conversions, border=True))[None].float() / 255
     prompt = prompt_of(args.question, args.raw, tokenizer, model.config.image_tokens)
     stop = [end_id(tokenizer), *generate.end_tokens(model, tokenizer)]
     options = {"images": model.normalized(pixels.to(device)), "temperature": args.temperature, "stop": stop}

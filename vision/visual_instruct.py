@@ -1,14 +1,14 @@
-r"""Visual instruction tuning: a model that sees learns to answer questions about images.
+"""Visual instruction tuning: a model that sees learns to answer questions about images.
 
-    loss = -mean over the tokens x_t of answers  log p(x_t | x_<t, image)
+    loss = -mean over the tokens t_j of answers  log p(t_j | t_1 ... t_{j-1}, image)
 
 Two stages (LLaVA, Liu et al. 2023, arXiv 2304.08485, section 4.2). The image tower learns in neither:
 
     --stage 1    the projector alone learns, on an image and its caption, without a question
     --stage 2    the projector and the language model learn, on conversations (the default)
 
-Stage 1 needs a language model that has been trained: `--set language=DIR`, a decoder of the house or a
-published one. Stage 2 goes on with --init-from, or begins anew, as the default run does.
+Stage 1 needs a language model that has been trained: `--set language=DIR`, a decoder that was trained here or
+a published one. Stage 2 goes on with --init-from, or begins anew, as the default run does.
 
 A conversation is written as tokens piece by piece, with the label of each token beside it (see
 formats/chat_template.py): the answers and the tokens that end them are learned, and the system's message, the
@@ -17,22 +17,20 @@ of an image, and a conversation without an image is a row like others.
 
 By default it learns about drawn scenes (data/scenes.py), with the tower of a CLIP that was trained on their
 captions: where --tower names none, the run first trains that CLIP, which takes some minutes, and keeps it
-below --cache. What the model knows by language alone shows beside: its features are set to zero ("blind").
-`--set blind=True` trains a blind model, and `--tower random` one whose tower is drawn at random.
+below --cache. Evaluations also report the model with features of zero ("blind"). `--set blind=True` trains a
+model that never sees: its first projection is zero, and stays so. `--tower random` trains one whose tower is
+drawn at random.
 
     python train.py --model llava                                       scenes: colours, shapes, sizes, places
     python train.py --model llava --tower CLIP --set language=LLM --stage 1 --data captions.jsonl --images DIR
     python train.py --model llava --init-from runs/llava/model --data chats.jsonl --images DIR --out runs/two
     python -m vision.visual_questions runs/llava/model                  how often it is right about new scenes
 
-Shapes: B rows of T tokens, C channels.
+Shapes: B rows of T tokens, C channels, H x W pixels.
 """
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +44,12 @@ from data.image_conversations import IGNORED, FileTalks, SceneTalks, TalkRows, W
 from data.rows import Dataset, Row, stack
 from data.text import bad_texts, bpe_size
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
-from engine import parallel, trainable
+from engine import trainable
 from engine.settings import field_names, with_fields
 from formats.chat_template import IMAGE, ImageTokens, pieces, save_chat_template
 from formats.config_values import check_values
-from vision.clip import loss_bytes  # noqa: F401  this task's, too
+from vision import first_stage
+from vision.clip import loss_bytes  # noqa: F401  of this task, too: it refuses --dry-run
 from vision.llava import Config, with_tower
 from vision.visual_questions import COLUMNS, as_table, draw, scores
 
@@ -61,15 +60,15 @@ HELD_OUT = 1 / 10  # share of a file's conversations
 N_SCENES = 16_000  # to learn from
 N_HELD_OUT = 256  # scenes with pairs that were seen, a question about each: the held-out loss
 N_SHOWN = 16  # scenes of each held-out part that are asked about at an evaluation
+DEFAULT_TOKENIZER = "bpe:4096"  # the value that engine/options.py fills in where --tokenizer is left out
 CLIP_STEPS = 400  # of the CLIP whose tower the default run gets
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class Settings:
     stage: int = 2  # 1: the projector alone learns, on captions; 2: the language model, too
     images: str = ""  # the folder of the images that --data names
-    blind: bool = False  # train with features of zero
+    blind: bool = False  # train a model that never sees its images
 
     def __post_init__(self):
         check_values(self, stage=(1, 2))
@@ -119,7 +118,8 @@ def load_data(args: Namespace, config: Config) -> TalkDataset:
     for part in (train, val):
         content.update(f"{len(part)}".encode())
         for messages, name in part if isinstance(part, FileTalks) else ():
-            content.update(f"{json.dumps(messages)} {name and name.name}".encode())
+            place = name and name.relative_to(given.images)
+            content.update(f"{json.dumps(messages)} {place}".encode())
     kind = "captions" if given.stage == 1 else "conversations"
     summary = f"{len(train):,} {kind} to train on, {len(val):,} held out, {image.n} tokens an image"
     rows = TalkRows(train, writing), TalkRows(val, writing)
@@ -134,6 +134,8 @@ def check(args: Namespace, config: Config, given: Settings) -> None:
     if given.stage == 1 and not (config.language or args.init_from):
         needed = "the projector alone learns, so the language model must have been trained"
         raise ValueError(f"--stage 1: {needed}; name its directory by --set language=DIR")
+    if given.blind and (args.adapter or args.base):
+        raise ValueError("--set blind=True: makes the projector zero, which an adapter's files do not hold")
     if args.init_from and (config.tower or config.language):
         name = "tower" if config.tower else "language"
         raise ValueError(f"--set {name}={getattr(config, name)}: the model in --init-from has its own")
@@ -148,21 +150,9 @@ def check(args: Namespace, config: Config, given: Settings) -> None:
 
 def default_tower(args: Namespace) -> str:
     """Return the directory of a CLIP that has learned captions of scenes: the one below --cache, or one that
-    this trains first, in a process of its own. One process of each machine does so."""
-    out = args.cache / f"clip-scenes-{CLIP_STEPS}-{args.seed}"
-    with parallel.one_per_machine_first():
-        if not (out / "done").exists():
-            flags = ["--model", "clip", "--data", "scenes", "--steps", CLIP_STEPS, "--seed", args.seed]
-            flags += ["--out", out, "--cache", args.cache, "--device", args.device, "--kernels", args.kernels]
-            flags += ["--resume"] * (out / "checkpoint").exists()
-            print(f"no --tower: first a CLIP learns captions of scenes, {out}", flush=True)
-            of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-            environment = {name: value for name, value in os.environ.items() if name not in of_torchrun}
-            done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=environment)
-            if done.returncode:
-                raise ValueError(f"{out}: the run of the CLIP has failed; name a tower by --tower DIR")
-            (out / "done").touch()
-    return str(out / "model")
+    this trains first."""
+    what = "a CLIP learns captions of scenes"
+    return first_stage.trained(args, "clip", "scenes", CLIP_STEPS, what, "--tower DIR")
 
 
 def from_files(args: Namespace, images: str) -> tuple[FileTalks, FileTalks]:
@@ -182,13 +172,16 @@ def from_files(args: Namespace, images: str) -> tuple[FileTalks, FileTalks]:
 
 
 def choose_tokenizer(args: Namespace, config: Config, talks: Any, stage: int) -> Tokenizer:
-    """Return the tokenizer that --tokenizer names, with a token for images: by default that of the language
-    model to start from, or else one that learns from the conversations."""
-    n = bpe_size(args.tokenizer)
+    """Return the tokenizer that --tokenizer names, with a token for images: by default that of the model to
+    start from, or else one that learns from the conversations."""
+    n = bpe_size(args.tokenizer)  # of a tokenizer to learn: its tokens
     if n is not None and config.language and not args.init_from:
+        if args.tokenizer != DEFAULT_TOKENIZER:
+            learned = f"--tokenizer {args.tokenizer}: the model in language={config.language} has its own"
+            raise ValueError(f"{learned}; leave out --tokenizer")
         tokenizer = get_tokenizer(config.language)
     elif n is not None:
-        # A few thousand conversations have all of their words, and the marks of the template.
+        # Some thousand conversations hold nearly all words, and the template's marks; more only take time.
         order = np.random.default_rng(0).permutation(len(talks))[:4000]
         some = [talks[i].messages for i in order]
         plain = get_tokenizer("bytes")
@@ -200,9 +193,10 @@ def choose_tokenizer(args: Namespace, config: Config, talks: Any, stage: int) ->
 
 
 def within(talks: Any, writing: Writing) -> Any:
-    """Return the conversations of a file of which some answer is within a row, with a line for the others.
+    """Return the conversations of a file with an answer within a row, and print how many were left out.
 
-    Drawn scenes are checked, and stay. Raises ValueError where none is left.
+    Of drawn scenes only the first 200 are checked. Raises ValueError where one of these, or all conversations
+    of a file, would be left out.
     """
     is_file = isinstance(talks, FileTalks)
     some = talks if is_file else [talks[i] for i in range(min(len(talks), 200))]
@@ -220,11 +214,17 @@ def within(talks: Any, writing: Writing) -> Any:
 
 
 def wrap(model: nn.Module, config: Settings) -> nn.Module:
-    """Return the model with only those weights learning that the stage trains."""
+    """Return the model with only those weights learning that the stage trains.
+
+    A blind model multiplies features by zero: for training the same as features of zero, and still so when it
+    was saved and opened again. (`LLaVA.blind` switches the features off for an evaluation.)
+    """
     model.vision_tower.requires_grad_(False)
     if config.stage == 1:
         model.language_model.requires_grad_(False)
-    model.blind = config.blind
+    if config.blind:
+        first = model.multi_modal_projector.linear_1.weight.requires_grad_(False)
+        first.zero_()
     return model
 
 
@@ -245,7 +245,8 @@ def flops_per_token(model: nn.Module, config: Settings, seq_len: int) -> int:
     language, frozen = model.language_model, trainable.frozen_flops
     tokens = seq_len * (language.flops_per_token(seq_len) - frozen(language))
     seen = 2 * model.config.tower_macs + 6 * model.config.projector_macs
-    # The engine subtracts the gradients of frozen weights for each unit, and the unit here is an image.
+    # The engine subtracts frozen(model) once for each unit, here an image. The language model's share is
+    # subtracted above, for each token, and the tower's gradients were never added: so add frozen(model).
     return tokens + seen + frozen(model)
 
 

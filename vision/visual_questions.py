@@ -1,11 +1,12 @@
-"""Visual questions: how often a model that sees is right, by kind of question, beside what it knows blind.
+"""Visual questions: how often a model that sees is right, by kind of question, with and without the image.
 
     right about  seen pairs  blind  unseen pairs  blind  chance
     colour       ...
 
 About drawn scenes (data/scenes.py) every question has one answer of one word. "Blind" is the same model with
-features of zero in the place of the image: what language alone can guess. Unseen are the pairs of a colour
-and a shape that the model has never been shown.
+features of zero in the place of the image: a lower bound of what language alone can guess, since a model that
+has learned with images has never read such features. Unseen are the pairs of a colour and a shape that are in
+no scene to learn from.
 
     python -m vision.visual_questions runs/llava/model
 
@@ -37,7 +38,7 @@ COLUMNS, WIDE, LONGEST = 3, 320, 50  # of the picture: pixels of an image, and c
 def answers(
     model: nn.Module, tokenizer: Tokenizer, prompts: list[list[int]], images: Tensor, max_new_tokens: int = 8
 ) -> list[str]:
-    """Return the model's likeliest answers after prompts, each about one of the images (n, C, H, W), with
+    """Return the model's likeliest answers after prompts: prompts[i] is about images[i], of (n, C, H, W) with
     pixels in [0, 1]."""
     device, found = next(model.parameters()).device, []
     stop = end_id(tokenizer)
@@ -51,7 +52,8 @@ def answers(
 
 def scores(model: nn.Module, tokenizer: Tokenizer, n: int, first: int = 0) -> dict[str, dict[str, float]]:
     """Return how often the model is right about n scenes of each held-out part, from number `first` on, by
-    kind of question: {"colour": {"val": ..., "unseen": ..., "val, blind": ..., "unseen, blind": ...}}."""
+    kind of question: {"colour": {"val": ..., "unseen": ..., "val, blind": ..., "unseen, blind": ...}}. The
+    scenes of "val" have pairs of a colour and a shape that were learned from."""
     found = {kind: {} for kind in scenes.KINDS}
     vision, was_blind = model.config.vision, model.blind
     for part in ("val", "unseen"):
@@ -59,7 +61,8 @@ def scores(model: nn.Module, tokenizer: Tokenizer, n: int, first: int = 0) -> di
         asked = [scenes.questions(scene) for scene in talks.scenes[first:]]
         flat = [question for of_scene in asked for question in of_scene]
         talk = [about(question.text, question.answer) for question in flat]
-        prompts = [before_answer(messages, tokenizer, model.config.image_tokens, 2) for messages in talk]
+        image = model.config.image_tokens
+        prompts = [before_answer(messages, tokenizer, image, stage=2) for messages in talk]
         size = (vision.image_size, vision.image_size)
         images = torch.from_numpy(fitted(talks.images[first:], size, vision.n_channels)).float() / 255
         images = images.repeat_interleave(len(asked[0]), dim=0)
@@ -109,7 +112,7 @@ def draw(model: nn.Module, tokenizer: Tokenizer, rows: TalkRows, n: int, out: Pa
     # Enlarged, so that a line fits below an image.
     factor = max(1, WIDE // images.shape[-1])
     large = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    labels = [f"{q.partition(':')[0]} {text}"[:LONGEST] for q, text, _ in shown]
+    labels = [f"{q} {text}"[:LONGEST] for q, text, _ in shown]
     grid = [range(i, min(i + COLUMNS, len(talks))) for i in range(0, len(talks), COLUMNS)]
     texts, inks = ([[values[i] for i in line] for line in grid] for values in (labels, colours))
     pictures.save(out, [[large[i] for i in line] for line in grid], texts, inks)
@@ -130,7 +133,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.n < 1:
         raise ValueError(f"-n {args.n}: expected at least 1")
-    model, tokenizer = open_model(args.checkpoint).float().eval(), get_tokenizer(str(args.checkpoint))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = (
+        open_model(args.checkpoint).float().to(device).eval(),
+        get_tokenizer(str(args.checkpoint)),
+    )
     if IMAGE not in tokenizer.special_tokens:
         raise ValueError(f"{args.checkpoint}: its tokenizer has no {IMAGE}; expected a model that sees")
     found = scores(model, tokenizer, args.n)

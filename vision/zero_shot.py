@@ -2,9 +2,9 @@
 
     classify    a class is described by prompts, "a photo of a dog", "a drawing of a dog"; its vector is the
                 mean of theirs, made of length 1 again, and an image is of the class with the nearest vector
-    retrieve    the image nearest to a text, and the text nearest to an image; recall@1 is how often it is its
-                own, among all that are held out
-    tell apart  the right caption from one with the same words in another order, of which one half is chance
+    retrieve    the text nearest to an image, and the image nearest to a text; recall@1 is the share of the
+                held-out images whose nearest text is their own caption, and the reverse
+    tell apart  the right caption from one with the same words in another order; chance is one half
 
 Prompt ensembles: Radford et al. 2021, section 3.1.4. A model with high recall may fail at the third: to find
 an image among a thousand, the words of its caption are enough, in any order (Yuksekgonul et al. 2022, arXiv
@@ -41,7 +41,9 @@ class Figure(NamedTuple):
 
 @torch.no_grad()
 def of_images(model: nn.Module, images: np.ndarray) -> Tensor:
-    """Return the vectors (N, E) of images, uint8 (N, C, H, W)."""
+    """Return the vectors (N, E) of images, uint8 (N, C, H, W). Raises ValueError for none."""
+    if not len(images):
+        raise ValueError("no images: expected at least one")
     device, found = next(model.parameters()).device, []
     for start in range(0, len(images), BATCH):
         pixels = torch.from_numpy(np.array(images[start : start + BATCH])).to(device).float() / 255
@@ -51,9 +53,11 @@ def of_images(model: nn.Module, images: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def of_texts(model: nn.Module, tokenizer, texts: Sequence[str]) -> Tensor:
-    """Return the vectors (M, E) of texts."""
+    """Return the vectors (M, E) of texts. Raises ValueError for none."""
+    if not texts:
+        raise ValueError("no texts: expected at least one")
     config = model.config
-    length = config.max_seq_len if config.layout == "siglip" else None  # which reads the last place
+    length = config.max_seq_len if config.layout == "siglip" else None  # SigLIP reads the last place
     tokens, _ = encode(texts, tokenizer, config.max_seq_len, length)
     rows = torch.from_numpy(tokens).long().to(next(model.parameters()).device)
     return torch.cat([model.of_texts(part) for part in rows.split(BATCH)])
@@ -71,42 +75,60 @@ def of_classes(model: nn.Module, tokenizer, prompts: Sequence[Sequence[str]]) ->
 def recall(similarities: Tensor, answers: Sequence[str]) -> Figure:
     """Return recall@1 of rows among columns (n, n), of which the i-th belong together.
 
-    answers: the caption of each. Where two are the same, either is right.
+    answers: the caption of each. Where several are the same, each of them is right, also by chance.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(answers))}
     own = torch.tensor([number[text] for text in answers], device=similarities.device)
     found = own[similarities.argmax(dim=1)]
-    return Figure((found == own).float().mean().item(), 1 / len(answers))
+    chance = sum(count**2 for count in Counter(answers).values()) / len(answers) ** 2
+    return Figure((found == own).float().mean().item(), chance)
+
+
+def against(similarities: Tensor, wrong: Tensor, is_other: Tensor) -> Figure:
+    """Return how often an image is nearer to its caption than to a wrong one, from both similarities (N,).
+
+    Left out are pairs of equal captions, where is_other (N,) is false. A tie of others counts one half.
+    """
+    right = (similarities > wrong).float() + (similarities == wrong).float() / 2
+    return Figure(right[is_other].mean().item(), 0.5)
 
 
 def measure(model: nn.Module, tokenizer, rows: CaptionRows) -> dict[str, Figure]:
-    """Return the figures of a model on held-out images: recall@1 both ways, and the tests of their set."""
+    """Return the figures of a model on held-out images: recall@1 both ways, and the tests of their set.
+
+    The set (data/captions.py) may have groups of images that are looked up among each other, swaps, which are
+    wrong captions of the images, and classes, which are described by prompts.
+    """
     part, figures = rows.part, {}
     groups = part.groups or {"": range(min(MOST, len(part.images)))}
     captions = [texts[0] for texts in part.captions]
     x, y = of_images(model, part.images), of_texts(model, tokenizer, captions)
-    wrong = {swap.name: of_texts(model, tokenizer, swap.wrong) for swap in part.swaps}
+    wrong = [(swap, of_texts(model, tokenizer, swap.wrong)) for swap in part.swaps]
+
+    # Retrieval, and captions against wrong ones.
     for group, places in groups.items():
         of = f", {group}" if group else ""
         similarities = x[places] @ y[places].T
         own = [captions[i] for i in places]
         figures[f"recall@1, image to text{of}"] = recall(similarities, own)
         figures[f"recall@1, text to image{of}"] = recall(similarities.T, own)
-        for name, z in wrong.items():
-            is_right = (x[places] * y[places]).sum(1) > (x[places] * z[places]).sum(1)
-            figures[f"against {name}{of}"] = Figure(is_right.float().mean().item(), 0.5)
-    for name, prompts, answers in part.classes:
+        for swap, z in wrong:
+            is_other = torch.tensor([swap.wrong[i] != captions[i] for i in places], device=x.device)
+            if is_other.any():
+                both = ((x[places] * vectors[places]).sum(1) for vectors in (y, z))
+                figures[f"against {swap.name}{of}"] = against(*both, is_other)
+
+    # Classification.
+    for way, prompts, answers in part.classes:
         predicted = (x @ of_classes(model, tokenizer, prompts).T).argmax(dim=1).cpu()
         right = (predicted == torch.tensor(answers)).float().mean().item()
-        figures[f"zero-shot {name}"] = Figure(right, 1 / len(prompts))
+        figures[f"zero-shot {way}"] = Figure(right, 1 / len(prompts))
     return figures
 
 
 def in_words(figures: dict[str, Figure]) -> str:
     """Return figures as text, one on each line."""
-    return "\n".join(
-        f"{right:6.1%} {name} (chance {chance:.1%})" for name, (right, chance) in figures.items()
-    )
+    return "\n".join(f"{right:6.1%} {of} (chance {chance:.1%})" for of, (right, chance) in figures.items())
 
 
 # --- folders of images
@@ -120,7 +142,8 @@ def of_files(model: nn.Module, paths: Sequence[Path]) -> tuple[list[Path], Tenso
         pixels = []
         for path in paths[start : start + BATCH]:
             try:
-                pixels.append(decode(path, (config.n_channels, *config.size), Counter()))
+                conversions = Counter()  # of what `decode` had to convert, which is not printed here
+                pixels.append(decode(path, (config.n_channels, *config.size), conversions))
                 kept.append(path)
             except ValueError as error:
                 print(f"skipped: {error}", file=sys.stderr)
@@ -147,31 +170,40 @@ def search(model: nn.Module, tokenizer, folder: str, query: str, n: int) -> list
     return [(cosine, paths[i]) for cosine, i in zip(cosines.tolist(), places.tolist(), strict=True)]
 
 
+def classes_in(folder: str, labels: Sequence[str]) -> tuple[list[str], dict[Path, str]]:
+    """Return the labels, by default the names of the folders inside, and the label of each image where they
+    are these names, in any order. Raises ValueError where there are no two labels."""
+    names, truth = list(labels), {}
+    inside = {p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(".")}
+    if not labels or set(labels) == inside:
+        members, found = class_folders(Path(folder), KIND)
+        names, truth = names or found, {path: found[i] for path, i in members if found}
+    if len(names) < 2:
+        raise ValueError(f"--images {folder}: {len(names)} classes; add --labels, or a folder for each class")
+    return names, truth
+
+
 @torch.no_grad()
-def name(
+def classify(
     model: nn.Module, tokenizer, folder: str, labels: Sequence[str], templates: Sequence[str]
 ) -> tuple[list[str], Figure | None]:
-    """Return a line for each image in a folder, with its three likeliest labels; and how many are right,
-    where the labels are the names of the folders inside, which they are if none are given.
+    """Return a line for each image in a folder, with its three likeliest labels and their probabilities. Also
+    return the share that is right of the images with a known label, see `classes_in`, or None without any.
 
     templates: prompts in which "{}" stands for a label. Raises ValueError where there are no two labels.
     """
-    paths, truth = images_in(folder), {}
-    inside = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
-    names = list(labels) or inside
-    if len(names) < 2:
-        raise ValueError(f"--images {folder}: {len(names)} classes; add --labels, or a folder for each class")
-    if names == inside:
-        truth = dict(class_folders(Path(folder), KIND)[0])
-    kept, x = of_files(model, paths)
+    names, truth = classes_in(folder, labels)
+    kept, x = of_files(model, images_in(folder))
     prompts = [[template.replace("{}", label) for template in templates] for label in names]
     logits = model.logits(x, of_classes(model, tokenizer, prompts))
-    shares = logits.sigmoid() if model.config.objective == "sigmoid" else logits.softmax(dim=1)
+    # SigLIP's are independent of each other, and need not have the sum 1.
+    probabilities = logits.sigmoid() if model.config.objective == "sigmoid" else logits.softmax(dim=1)
 
-    lines, n_right = [], 0
-    for path, row in zip(kept, shares, strict=True):
+    lines, is_right = [], []
+    for path, row in zip(kept, probabilities, strict=True):
         best = row.topk(min(3, len(names)))
         likeliest = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        lines.append(f"{path}: " + ", ".join(f"{names[i]} {share:.1%}" for share, i in likeliest))
-        n_right += truth.get(path) == best.indices[0].item()
-    return lines, Figure(n_right / len(kept), 1 / len(names)) if truth else None
+        lines.append(f"{path}: " + ", ".join(f"{names[i]} {p:.1%}" for p, i in likeliest))
+        if path in truth:
+            is_right.append(truth[path] == names[best.indices[0]])
+    return lines, Figure(sum(is_right) / len(is_right), 1 / len(names)) if is_right else None

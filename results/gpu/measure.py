@@ -93,13 +93,17 @@ def flags_of(model: str, size_flags: tuple[str, ...], sizes, work: Path) -> list
 
 
 def image_flags(sizes, work: Path, model: str) -> list[str]:
-    """Return the flags of a run of train.py on pictures of noise in two classes, and draw them."""
+    """Return the flags of a run of train.py on pictures of noise in two classes, with captions, and draw
+    them."""
     n, side = sizes.pictures
-    rng = np.random.default_rng(0)
+    rng, captions = np.random.default_rng(0), []
     for i in range(n):
         path = work / "pictures" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path, compress_level=0)
+        captions.append({"image": f"{path.parent.name}/{path.name}", "caption": f"noise, number {i}"})
+    lines = "".join(json.dumps(caption) + "\n" for caption in captions)
+    (work / "pictures" / "metadata.jsonl").write_text(lines, encoding="utf-8")
     flags = ["--model", model, *sizes.images, "--device", sizes.device, "--data", str(work / "pictures")]
     return [*flags, "--cache", str(work / "cache")]
 

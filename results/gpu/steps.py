@@ -167,7 +167,7 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
             Measurement("moe, --kernels auto", 90, partial(train, "moe", sizes.moe, "auto")),
             *(
                 Measurement(f"{model}, images", 60, partial(measure.image_speed, sizes, work, model))
-                for model in ("vit", "mae", "simclr")
+                for model in ("vit", "mae", "simclr", "clip")
             ),
         ],
         "flex": [

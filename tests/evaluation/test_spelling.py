@@ -83,3 +83,9 @@ def test_the_command_prints_every_question_and_measures_a_model(monkeypatch, cap
     assert [line.split()[:4] for line in printed] == [
         ["space", "in", "the", "answer"], ["space", "in", "the", "prompt"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--steps"])
+def test_flags_of_training_beside_a_trained_model_are_refused(flag, tmp_path):
+    with pytest.raises(ValueError, match="leave out --seeds and --steps"):
+        spelling.main(["--model", str(tmp_path), flag, "2"])

@@ -141,3 +141,39 @@ def test_the_spirals_are_learned_by_a_hidden_layer_and_not_without(capsys):
     assert backprop.learn(MLP([2, 32, 32, 2]), points, labels, steps=200) > 0.95
     assert backprop.learn(MLP([2, 2]), points, labels, steps=200) < 0.75
     assert not capsys.readouterr().out
+
+
+def test_numbers_and_arrays_may_stand_on_either_side_as_in_torch():
+    array = np.random.default_rng(2).normal(size=(3, 3)) + 3.0
+    for expression in (
+        lambda x, a: 2 * x + 1 + x * 3,
+        lambda x, a: 1 - x,
+        lambda x, a: 1.5 / (x * x + 1),
+        lambda x, a: a + x * a - a,
+        lambda x, a: a - a * x,
+        lambda x, a: a / (2 + x * x),
+        lambda x, a: (x @ a) * (a @ x),
+    ):
+        x = Tensor(array - 3.5)
+        y = torch.tensor(array - 3.5, requires_grad=True)
+        ours, theirs = expression(x, array).sum(), expression(y, torch.tensor(array)).sum()
+        ours.backward()
+        theirs.backward()
+        assert float(ours.value) == pytest.approx(theirs.item(), rel=1e-12)
+        np.testing.assert_allclose(x.grad, y.grad.numpy(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_power_zero_has_the_gradient_zero_also_at_zero():
+    x = Tensor([0.0, 2.0])
+    (x**0).sum().backward()
+    assert x.grad.tolist() == [0.0, 0.0]
+
+
+def test_adam_leaves_the_callers_array_and_parameters_outside_of_the_loss_alone():
+    mine = np.array([1.0, 2.0])
+    used, unused = Tensor(mine), Tensor([3.0])
+    optimizer = Adam([used, unused], lr=0.1)
+    (used * used).sum().backward()
+    optimizer.step()
+    assert mine.tolist() == [1.0, 2.0] and unused.value.tolist() == [3.0]
+    np.testing.assert_allclose(used.value, [0.9, 1.9], rtol=1e-6)

@@ -102,7 +102,7 @@ def test_the_rehearsal_runs_every_step(forked_steps, tmp_path, capsys):
     by_name = {(r["step"], r["name"]): r for r in measured}
     training = by_name["training", "gpt, --kernels auto"]
     assert training["tokens_per_second"] > 0 and 0 <= training["idle"] < 1 and training["kernels"]
-    for model in ("vit", "mae", "simclr"):
+    for model in ("vit", "mae", "simclr", "clip"):
         of_images = by_name["more training", f"{model}, images"]
         assert of_images["unit"] == "images" and of_images["tokens_per_second"] > 0 and of_images["kernels"]
     assert by_name["learning", "muon"]["tokens"] == 2 * 2 * 16

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_vit import TOLERANCE
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision import clip_towers
+from vision import tower_flops
 from vision.clip_towers import TextConfig, TextTower, VisionConfig, VisionTower
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -106,10 +106,10 @@ def test_flops_are_those_of_the_matrix_products(layout):
     with FlopCounterMode(display=False) as counter:
         tower(torch.rand(5, 2, 12, 12))
     once = 2 * 16 * 16 * (layout == "siglip")  # the probe's query is one for all images
-    assert counter.get_total_flops() == 5 * 2 * clip_towers.n_macs(tower.config) + once
+    assert counter.get_total_flops() == 5 * 2 * tower_flops.n_macs(tower.config) + once
     with FlopCounterMode(display=False) as counter:
         text(torch.zeros(5, 7, dtype=torch.long))
-    assert counter.get_total_flops() == 5 * 2 * clip_towers.n_macs(text.config)
+    assert counter.get_total_flops() == 5 * 2 * tower_flops.n_macs(text.config)
 
 
 def test_a_text_is_read_at_the_first_of_its_ends_or_at_the_largest_id():
@@ -123,3 +123,16 @@ def test_a_causal_text_tower_needs_no_mask_for_padding():
     tower = TextTower(TextConfig(2, 2, 16, 24, vocab_size=9, max_seq_len=6, eos_token_id=6))
     short, padded = torch.tensor([[1, 2, 6]]), torch.tensor([[1, 2, 6, 3, 8, 6]])
     torch.testing.assert_close(tower(short), tower(padded))
+
+
+@pytest.mark.parametrize("layout", ["clip", "siglip"])
+def test_images_of_a_wrong_kind_and_long_texts_are_refused_and_pixels_get_the_dtype_of_the_model(layout):
+    tower = small(layout)
+    with pytest.raises(ValueError, match="images of 3 x 12 pixels: expected at least 4 x 4, a patch"):
+        tower(torch.rand(1, 2, 3, 12))
+    with pytest.raises(ValueError, match=r"images of torch.uint8: expected floating point"):
+        tower.normalized(torch.zeros(1, 2, 12, 12, dtype=torch.uint8))
+    text = TextTower(TextConfig(1, 1, 4, 4, layout, vocab_size=9, max_seq_len=5, eos_token_id=6))
+    with pytest.raises(ValueError, match="texts of 6 tokens: expected at most 5"):
+        text(torch.full((1, 6), 6))
+    assert tower.bfloat16()(torch.rand(1, 2, 12, 12)).dtype == torch.bfloat16

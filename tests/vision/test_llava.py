@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from formats.chat_template import prompt_tokens, save_chat_template
 from formats.open_model import concept_of, open_model
 from formats.safetensors_dir import rename
 from vision import llava
-from vision.clip_towers import VisionConfig
+from vision.clip_towers import VisionConfig, VisionTower
 from vision.llava import LLaVA
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -212,6 +213,24 @@ def test_a_new_model_gets_the_weights_of_a_tower_and_of_a_language_model(tmp_pat
     torch.testing.assert_close(grown[298:], grown[:298].mean(dim=0).expand(2, -1))
 
 
+def test_a_new_model_keeps_the_kernels_of_the_run_and_reads_configs_without_weights(tmp_path):
+    config = gpt.Config(2, 2, 16, 24, 298, 40, eos_token_id=297)
+    gpt.GPT(config).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    tokenizer = get_tokenizer("bytes").with_special_tokens({}, ["<image>"])
+    dataset = SimpleNamespace(tokenizer=tokenizer, tower=str(FIXTURES / "clip"))
+    fitted = llava.fit(native.with_kernels(replace(SMALL, language=str(tmp_path)), "reference"), dataset, 40)
+    assert fitted.text.kernels == fitted.vision.kernels == "reference"
+    tower = VisionTower.from_pretrained(FIXTURES / "clip", kernels="reference")
+    assert fitted.vision == tower.config and fitted.text.d_model == 16 and fitted.text.vocab_size == 298
+
+
+def test_a_model_in_bfloat16_reads_images_in_float32():
+    model = LLaVA(SMALL).bfloat16()
+    prompt = [1, *[SMALL.image_token] * 4]
+    assert len(model.generate([prompt], 2, images=torch.rand(1, 3, 8, 8), temperature=0)[0]) == 2
+
+
 def test_the_command_answers_a_question_about_an_image(tmp_path):
     torch.manual_seed(0)
     tokenizer = get_tokenizer("bytes").with_special_tokens({}, ["<image>"])
@@ -226,4 +245,5 @@ def test_the_command_answers_a_question_about_an_image(tmp_path):
     assert run_command(*words, "--raw").code == 0
     twice = run_command(*words[:4], "<image> or <image>?")
     assert twice.code == 2 and "row 0 holds 8 image tokens" in twice.err
-    assert run_command("-m", "vision.llava", tmp_path).code == 2
+    alone = run_command("-m", "vision.llava", tmp_path)
+    assert alone.code == 2 and "expected a file of an image and a question" in alone.err

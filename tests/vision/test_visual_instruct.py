@@ -20,7 +20,7 @@ from data.tokenizer import get_tokenizer
 from engine import contract, trainable
 from formats.chat_template import prompt_tokens
 from formats.open_model import open_model
-from vision import llava, visual_instruct, visual_questions
+from vision import first_stage, llava, visual_instruct, visual_questions
 from vision.clip_towers import VisionConfig
 from vision.llava import LLaVA
 from vision.visual_instruct import Settings, make_batch
@@ -182,6 +182,51 @@ def test_a_model_learns_what_only_the_image_tells_and_a_blind_one_cannot():
     assert losses[True] > 0.3  # ln 2 for a letter, and 0 for the end behind it
 
 
+def test_a_model_trained_blind_is_that_of_features_of_zero_and_stays_blind_when_it_is_saved(tmp_path):
+    tokenizer = get_tokenizer("bytes")
+    batch = make_batch(rows_of_two_colours(tokenizer), Settings(), torch.Generator(), tokenizer)
+    models, losses = {}, {}
+    for way in ("switch", "weights"):
+        torch.manual_seed(0)
+        model = models[way] = visual_instruct.wrap(LLaVA(SMALL), Settings(blind=way == "weights"))
+        model.blind = way == "switch"
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        losses[way] = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss, _ = model.loss(batch)
+            loss.backward()
+            optimizer.step()
+            losses[way].append(loss.item())
+    assert losses["switch"] == losses["weights"] and len(set(losses["switch"])) == 3
+
+    models["weights"].save_pretrained(tmp_path)
+    model = open_model(tmp_path).eval()
+    images = torch.stack([torch.zeros(3, 32, 32), torch.rand(3, 32, 32)])
+    logits = model(batch["tokens"][:1].expand(2, -1), model.normalized(images))
+    assert not model.blind and torch.equal(logits[0], logits[1])
+    args = Namespace(document_mask=False, adapter="lora", base=None)
+    with pytest.raises(ValueError, match="blind=True: makes the projector zero, which an adapter's files"):
+        visual_instruct.check(args, SMALL, Settings(blind=True))
+
+
+def test_a_data_set_is_another_one_where_images_of_one_name_are_in_other_folders(tmp_path):
+    names = []
+    for i, (first, second) in enumerate((("a/0.png", "b/0.png"), ("b/0.png", "a/0.png"))):
+        for name in (first, second):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / name)
+        lines = [{"image": first, "caption": "one"}, {"image": second, "caption": "two"}]
+        path = tmp_path / f"{i}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        args = Namespace(
+            data=str(path), val=str(path), set=[f"images={tmp_path}"], tokenizer="bytes", seq_len=40
+        )
+        vars(args).update(document_mask=False, init_from=None, adapter=None, base=None, bad_text="refuse")
+        names.append(visual_instruct.load_data(args, replace(SMALL, tower="random")).fingerprint)
+    assert names[0] != names[1]
+
+
 def test_parts_of_a_batch_have_its_loss_together():
     tokenizer = get_tokenizer("bytes")
     batch = make_batch(rows_of_two_colours(tokenizer), Settings(), torch.Generator(), tokenizer)
@@ -218,13 +263,14 @@ def test_a_clip_is_trained_first_where_no_tower_is_named_and_once(monkeypatch, t
     commands = []
 
     def record(command, env):
-        assert "WORLD_SIZE" not in env and "PATH" in env
+        assert "PATH" in env and not {"WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & env.keys()
         commands.append([str(word) for word in command])
         (tmp_path / "clip-scenes-400-3").mkdir()
         return SimpleNamespace(returncode=len(commands) - 1)
 
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(visual_instruct.subprocess, "run", record)
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(first_stage.subprocess, "run", record)
     args = Namespace(cache=tmp_path, seed=3, device="cpu", kernels="auto")
     monkeypatch.setattr(visual_instruct, "CLIP_STEPS", 400)
     assert visual_instruct.default_tower(args) == str(tmp_path / "clip-scenes-400-3" / "model")
@@ -235,7 +281,7 @@ def test_a_clip_is_trained_first_where_no_tower_is_named_and_once(monkeypatch, t
     (tmp_path / "clip-scenes-400-3" / "done").unlink()
     (tmp_path / "clip-scenes-400-3" / "checkpoint").mkdir()
     monkeypatch.setattr(type(tmp_path), "mkdir", lambda *_, **__: None)
-    with pytest.raises(ValueError, match="the run of the CLIP has failed"):
+    with pytest.raises(ValueError, match="of the first stage, has failed; name another by --tower DIR"):
         visual_instruct.default_tower(args)
     assert "--resume" in commands[1]
 
@@ -243,6 +289,10 @@ def test_a_clip_is_trained_first_where_no_tower_is_named_and_once(monkeypatch, t
 def test_mistakes_are_one_line(small, tmp_path, capsys):
     path = tmp_path / "talks.jsonl"
     path.write_text('{"question": "1?", "answer": "one"}\n{"question": "2?", "answer": "two"}\n')
+    gpt.GPT(SMALL.text).save_pretrained(tmp_path / "gpt")
+    learned = ["--set", f"language={tmp_path / 'gpt'}", "--tokenizer", "bpe:300", "--tower", "random"]
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text("")
     for flags, words in (
         (["--stage", "1"], "--stage 1: the projector alone learns, so the language model must have been"),
         (["--stage", "3"], "stage 3: expected 1 or 2"),
@@ -252,6 +302,11 @@ def test_mistakes_are_one_line(small, tmp_path, capsys):
         (["--tower", "random", "--document-mask"], "--document-mask: a row is one conversation"),
         (["--tower", "random", "--seq-len", "20"], "--seq-len 20: too short: an image takes 4 tokens"),
         (["--tower", tmp_path / "none"], "none"),
+        (learned, f"--tokenizer bpe:300: the model in language={tmp_path / 'gpt'} has its own; leave out"),
+        (
+            ["--data", path, "--val", nothing, "--images", tmp_path, "--tower", "random"],
+            "has no conversations",
+        ),
         (["--data", path, "--images", tmp_path / "no", "--tower", "random"], "no such folder"),
     ):
         argv = ["--model", "llava", "--steps", "1", "--cache", tmp_path, "--out", tmp_path / "out", *flags]

@@ -1,0 +1,310 @@
+"""DDPM: images from noise, by a network that has learned to take noise away.
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                     t: drawn uniformly, eps: normal noise
+    loss = mean of (model(x_t, t, words) - target)^2            target: v, x_0 or eps
+
+Denoising diffusion probabilistic models (Ho et al. 2020, arXiv 2006.11239). The network never learns to draw;
+it learns to say what a noisy image was. A sampler begins with noise alone and removes a little of it at each
+step, by what the network predicts. The tables and the samplers are in vision/noise.py, the network is the
+U-Net of vision/unet.py or any other denoiser, such as vision/dit.py.
+
+The paper predicts eps. Where little is known of x_0, at large t, eps is nearly x_t itself, so the loss says
+little about the image; v (Salimans and Ho 2022, 2202.00512) and x_0 do, and a small model learns several
+times faster. So v is the default here.
+
+A tenth of the images to learn from have their words taken away, all together. So one network learns with and
+without, and at sampling the difference of both is exaggerated by the guidance w (Ho and Salimans 2022,
+2207.12598): u + w (c - u). What draws are averages of the weights over the last updates (--ema), as in the
+paper.
+
+    python train.py --model ddpm                                     letters from their names
+    python -m vision.ddpm runs/ddpm/model --prompt "bold italic serif latin small letter g" --out g.png
+    python train.py --model ddpm --data photos --size ddpm-32        a folder of images, or one for each class
+
+Shapes: B images, C channels, h x w pixels, W words of an image, T time steps.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import Augmentation, augment
+from data.rows import Dataset, Row, stack
+from engine import pictures
+from formats import command, schedules
+from formats.config_values import check_values
+from formats.open_model import open_model
+from vision import conditions, judge, noise
+from vision.conditions import Words
+
+MODEL, DATA = "unet", "glyphs"
+OPTIMIZER, BATCH_SIZE, STEPS, EMA, LEARNING_RATE = "adamw", 64, 2000, 0.999, 0.4
+LOSS, TOKEN_LOSS = "squared error", ""
+GUIDANCE = (1.0, 2.0)  # of the pictures that a run draws
+SAMPLER_STEPS = 25  # DDIM's, of these pictures
+SHOWN = 12  # of them, in a row
+MOST_DRAWN = 256  # of them, for the judge
+
+
+@dataclass(frozen=True)
+class Config(Augmentation):
+    """The target, the schedule of the noise, and how often the words are left out."""
+
+    warp: float = 0.0
+    target: str = "v"  # or "x0", or "eps"
+    schedule: str = "cosine"  # or "linear", or "scaled_linear", see vision/noise.py
+    n_steps: int = 1000  # T
+    zero_terminal: bool = False  # the last x_t holds nothing but noise
+    drop: float = 0.1  # share of the images that are learned without their words
+    MAY_BE_ZERO = ("warp", "drop")
+
+    def __post_init__(self):
+        check_values(self, target=noise.KINDS, schedule=noise.SCHEDULES)
+        if self.drop >= 1:
+            raise ValueError(f"drop {self.drop}: expected less than 1")
+        if self.target == "eps" and self.zero_terminal:
+            raise ValueError("zero_terminal: the last x_t is eps itself; expected target=v or target=x0")
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """Return the fields that are written beside a model."""
+        return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """Return a_t (T,), float64."""
+        return noise.schedule(self.schedule, self.n_steps, self.zero_terminal)
+
+
+class Diffusion(nn.Module):
+    """A denoiser, and what it is trained to predict."""
+
+    def __init__(self, model: nn.Module, settings: Config):
+        super().__init__()
+        self.model, self.config, self.settings = model, model.config, settings
+        self.alpha_bar = settings.alpha_bar  # no buffer: it has to stay float64
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the squared error, a scalar, of a batch of `make_batch`."""
+        kind, t, eps = self.settings.target, batch["t"], batch["noise"]
+        x0 = 2 * batch["images"] - 1
+        x = noise.q_sample(x0, t, eps, self.alpha_bar)
+        output = self.model(x, t, batch.get("classes"))[:, : x.shape[1]]
+        return (output.float() - noise.target(kind, x0, eps, t, self.alpha_bar)).square().mean()
+
+    @torch.no_grad()
+    def draw(
+        self,
+        classes: Tensor | None,
+        n: int,
+        *,
+        guidance: float = 1.0,
+        rescale: float = 0.0,
+        steps: int = SAMPLER_STEPS,
+        eta: float = 0.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Return n images (n, C, h, w) in [0, 1] with these classes (n, W), None where the model has none.
+
+        The noise is that of one generator on the CPU, so images are the same on every device.
+        """
+        device, settings = next(self.model.parameters()).device, self.settings
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, self.config.n_channels, *self.config.size, generator=generator).to(device)
+        if eta:
+            generator = torch.Generator(device).manual_seed(seed + 1)
+        if classes is not None:
+            classes = classes.to(device)
+            none = torch.full_like(classes, -1)
+            none[:, 0] = self.config.n_classes - 1
+        if classes is None or guidance == 1:
+            denoise = lambda x, t: self.model(x, t, classes)  # noqa: E731
+        else:  # both predictions as one batch
+            both = torch.cat((classes, none))
+
+            def denoise(x: Tensor, t: Tensor) -> Tensor:
+                output = self.model(torch.cat((x, x)), torch.cat((t, t)), both)[:, : x.shape[1]]
+                return noise.guide(*output.chunk(2), guidance, rescale)
+
+        visited = noise.spaced(settings.n_steps, steps, "trailing")
+        how = {"kind": settings.target, "eta": eta, "clip": 1.0, "generator": generator}
+        return (noise.sample(denoise, x, self.alpha_bar, visited, **how) + 1) / 2
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model, and its schedule as diffusers' scheduler_config.json."""
+        self.model.save_pretrained(directory)
+        is_plain = not getattr(self.config, "n_classes", 0)
+        schedules.write(directory, **self.settings.process, pipeline=is_plain)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Diffusion":
+        """Return the model in directory with its schedule. Raises ValueError for what is missing."""
+        return cls(open_model(directory), Config(**schedules.read(directory)))
+
+
+# --- the task, see engine/contract.py
+
+
+def settings(config: Any) -> Config:
+    """Return the defaults: v, and the cosine schedule."""
+    return Config()
+
+
+def load_data(args: Namespace, config: Any) -> Dataset:
+    """Return images, and as a guess the error of the mean image in the place of each x_0."""
+    dataset = conditions.load(args, config)
+    rows = [dataset.train[i] for i in range(0, len(dataset.train), -(-len(dataset.train) // 1000))]
+    images = 2 * stack(rows)["image"].float() / 255 - 1
+    spread = (images - images.mean(0)).square().mean().item()
+    return replace(dataset, guess=f"the mean image has a squared error of {spread:.3f} as x_0")
+
+
+def wrap(model: nn.Module, config: Config) -> Diffusion:
+    """Return the model with what it predicts."""
+    return Diffusion(model, config)
+
+
+def unwrap(module: Diffusion) -> nn.Module:
+    """Return the denoiser."""
+    return module.model
+
+
+def restore(module: Diffusion, directory: str) -> None:
+    """Raise ValueError where a trained model was trained with another schedule or target."""
+    if not (Path(directory) / schedules.FILE).is_file():
+        return
+    for name, value in schedules.read(directory).items():
+        own = getattr(module.settings, name)
+        if own != value:
+            raise ValueError(f"--set {name}={own}: the model in {directory} has {name}={value}; give that")
+
+
+def make_batch(
+    rows: list[Row], config: Config, generator: torch.Generator, words: Words | None
+) -> dict[str, Tensor]:
+    """Return "images" (B, C, h, w) with pixels in [0, 1], "noise" like them, times "t" (B,), and with words
+    or classes "classes" (B, W).
+
+    The times are evenly spread, from a random beginning, so that a batch holds all of them (Kingma et al.
+    2021, arXiv 2107.00630, appendix I.1). Those of held-out images are always the same.
+    """
+    batch = stack(rows)
+    n = len(rows)
+    images = augment(batch["image"].float() / 255, batch["augment"], config, generator)
+    places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
+    found = {"images": images, "noise": torch.randn(images.shape, generator=generator)}
+    found["t"] = (places * config.n_steps).long()
+    if words is not None:
+        classes = batch["tokens"] if "tokens" in batch else batch["label"][:, None]
+        none = torch.full_like(classes, -1)
+        none[:, 0] = words.none
+        dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
+        found["classes"] = torch.where(dropped[:, None], none, classes)
+    return found
+
+
+def loss(module: Diffusion, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the header's loss of a batch of `make_batch`, and no other metrics."""
+    return module(batch), {}
+
+
+def save(module: Diffusion, dataset: Dataset, directory: Path) -> None:
+    """Write the model and its schedule."""
+    module.save_pretrained(directory)
+
+
+def flops_per_token(module: Diffusion, config: Config, seq_len: int) -> int:
+    """Return the FLOPs of training on one image: those of the denoiser."""
+    return module.model.flops_per_token(seq_len)
+
+
+def classes_of(rows: Sequence[Row], words: Words | None) -> Tensor | None:
+    """Return the words of rows (n, W), None where there are none."""
+    if words is None:
+        return None
+    batch = stack(list(rows))
+    return batch["tokens"] if "tokens" in batch else batch["label"][:, None]
+
+
+def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
+    """Draw the held-out captions, whose images the model has not seen, beside these images; return what a
+    judge of real images recognises in them. Without captions, draw some images."""
+    val, words, device = dataset.val, dataset.tokenizer, next(module.model.parameters()).device
+    if words is None:
+        images = module.draw(None, 3 * SHOWN)
+        pictures.save(out, [list(row) for row in images.split(SHOWN)])
+        return f"picture.png: drawn from noise, by {SAMPLER_STEPS} steps of DDIM"
+
+    # Draw those that the judge sees, or else only those of the picture.
+    opinion = judge.of(dataset)
+    most = MOST_DRAWN if opinion else SHOWN
+    chosen = list(range(0, len(val), -(-len(val) // most)))
+    rows = [val[i] for i in chosen]
+    true, classes = stack(rows)["image"].float() / 255, classes_of(rows, words)
+    drawn = {w: module.draw(classes.to(device), len(rows), guidance=w).cpu() for w in GUIDANCE}
+
+    # The picture, and below it the figures.
+    shown = [i * len(rows) // SHOWN for i in range(min(SHOWN, len(rows)))]
+    pictures.save(out, [[images[i] for i in shown] for images in (true, *drawn.values())])
+    lines = [f"picture.png: true, and drawn with guidance {', '.join(f'{w:g}' for w in GUIDANCE)}"]
+    for name, images in {"real": true, **{f"w = {w:g}": found for w, found in drawn.items()}}.items():
+        line = [f"{name:6}"]
+        if opinion:
+            line += [f"{what} {share:.1%}" for what, share in opinion.rights(images, chosen).items()]
+        line += [f"squared error {(images - true).square().mean():.4f}"] * (images is not true)
+        lines.append("  ".join(line))
+    return "\n".join(lines)
+
+
+# --- the command
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Draw images by a trained model.")
+    add = parser.add_argument
+    add("checkpoint", type=command.filled, help="directory of a model, such as runs/ddpm/model")
+    add("--prompt", nargs="+", default=[], help="words, or a class, of each row of images (default: none)")
+    add("--n", type=int, default=8, help="images for each prompt (default %(default)s)")
+    add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
+    add("--rescale", type=float, default=0.0, help="share of the contrast taken back (default %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=50,
+        help="time steps to visit, at most T (default %(default)s)",
+    )
+    add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
+    add("--seed", type=int, default=0, help="start of the random draws (default %(default)s)")
+    add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
+    args = parser.parse_args(argv)
+    if args.n < 1 or not 0 <= args.eta <= 1 or not 0 <= args.rescale <= 1:
+        given = f"--n {args.n} --eta {args.eta} --rescale {args.rescale}"
+        raise ValueError(f"{given}: expected at least 1 image, and 0 to 1 of the others")
+    if args.out.suffix != ".png":
+        raise ValueError(f"--out {args.out}: expected a name that ends in .png")
+
+    # The words are checked before the weights are read.
+    words = conditions.read_words(args.checkpoint)
+    if args.prompt and words is None:
+        raise ValueError(f"--prompt {args.prompt[0]!r}: {args.checkpoint} draws without words; leave it out")
+    numbers = [words.encode(prompt) for prompt in args.prompt] if words else []
+    numbers = numbers or ([[words.none]] if words else [])
+    module = Diffusion.from_pretrained(args.checkpoint).float().eval()
+    classes, n = None, args.n
+    if numbers:
+        width = max(map(len, numbers))
+        rows = [[*row, *[-1] * (width - len(row))] for row in numbers]
+        classes, n = torch.tensor(rows).repeat_interleave(args.n, 0), args.n * len(rows)
+    how = {"guidance": args.guidance, "rescale": args.rescale, "steps": args.steps, "eta": args.eta}
+    images = module.draw(classes, n, **how, seed=args.seed)
+    pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
+    print(f"{args.out}: {n} images of {args.steps} steps")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,66 @@
+"""Drawing: the parts that all models which draw images share.
+
+Each of them has `draw(n, generator)`, which returns n new images. Here are their data, images without
+classes, and their command, which draws some from a trained model.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.rows import Dataset, Rows, stack
+from engine import pictures
+from engine.report import PICTURE
+from formats import command
+from vision.classify_images import load_images
+
+SHOWN = 12  # images in a row of a picture
+MOST = 5_000  # images of each part that baselines are computed from
+
+
+def fit(config: Any, dataset: Dataset, seq_len: int) -> Any:
+    """Return the config for images of this data's size and number of channels."""
+    C, height, width = dataset.train[0]["image"].shape
+    return replace(config, image_size=(height, width), n_channels=C)
+
+
+def load_data(args: Namespace, config: Any, guess: Callable[[Tensor, Tensor], str]) -> Dataset:
+    """Return images without their classes. guess: returns the line about baselines of images to learn from
+    and held out, each (N, C, H, W) with values in [0, 1].
+
+    Raises ValueError for what `data.images.prepare` refuses.
+    """
+    dataset = load_images(args, config)
+    return replace(dataset, labels=(), guess=guess(*(some(rows) for rows in (dataset.train, dataset.val))))
+
+
+def some(rows: Rows, most: int = MOST) -> Tensor:
+    """Return images (N, C, H, W) with values in [0, 1], evenly spaced among rows, at most `most`."""
+    n = min(most, len(rows))
+    return stack([rows[i * len(rows) // n] for i in range(n)])["image"].float() / 255
+
+
+def in_rows(images: Tensor) -> list[list[Tensor]]:
+    """Return images (N, C, H, W) as rows of a picture."""
+    return [list(row) for row in images.split(SHOWN)]
+
+
+def main(model_class: type[nn.Module]) -> None:
+    """Draw images from the trained model that the command line names."""
+    parser = command.Parser(description="Draw images from a trained model.")
+    add = parser.add_argument
+    add("checkpoint", type=command.filled, help="directory of a model")
+    add("-n", type=int, default=4 * SHOWN, help="how many images (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
+    add("--out", type=command.path, default=Path(), help="folder for picture.png (default: the current one)")
+    args = parser.parse_args()
+    if args.n < 1:
+        parser.error(f"-n {args.n}: expected at least 1 image")
+    model = model_class.from_pretrained(args.checkpoint).eval().float()
+    pictures.save(args.out, in_rows(model.draw(args.n, torch.Generator().manual_seed(args.seed))))
+    print(f"{args.out / PICTURE}: {args.n} images")

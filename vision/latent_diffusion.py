@@ -1,0 +1,285 @@
+"""Latent diffusion: a denoiser of latents, an autoencoder that makes images of them, and a reader of texts.
+
+    z_0 = scale * encoder(image)               frozen, vision/autoencoder_kl.py
+    z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps    noise on latents, vision/noise.py
+    loss = mean of (unet(z_t, t, states of the text) - target)^2      target: v, eps or z_0
+    image = decoder(z_0 / scale)
+
+High-resolution image synthesis with latent diffusion models (Rombach et al. 2021, arXiv 2112.10752). Latents
+have many times fewer numbers than pixels, and what they leave out is what the eye hardly sees, so a denoiser
+of latents costs a fraction. The parts are those of Stable Diffusion: the U-Net of vision/unet.py, whose
+places attend to the states of the text tower of CLIP (vision/clip_towers.py). `scale` is 1 over the standard
+deviation of latents of the training set (section D.1), so that they have the variance of the noise.
+
+The text tower learns along, as in section 4.3.1 of the paper. With `--set text_tower=DIR` it is that of a
+trained CLIP, and frozen, as in Stable Diffusion. A tenth of the texts to learn from is empty, for guidance.
+
+The task that trains it, and its data, are in vision/text_to_image.py.
+
+    python -m vision.latent_diffusion                                print the sizes
+    python train.py --model latent_diffusion                         letters from their names
+    python -m vision.latent_diffusion runs/latent_diffusion/model --prompt "bold serif latin small letter g"
+
+Shapes: B images, C channels, H x W pixels, Z channels of latents, h x w places, T tokens of a text.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import captions
+from data.rows import Dataset
+from data.tokenizer import get_tokenizer
+from engine import pictures
+from formats import command, pipelines, schedules
+from formats.config_values import check_values
+from vision import autoencoder_kl, noise, unet
+from vision.autoencoder_kl import AutoencoderKL
+from vision.clip_towers import TextConfig, TextTower
+from vision.unet import UNet
+
+KIND, TASK = "latent diffusion", "text_to_image"
+SAMPLER_STEPS = 25  # of DDIM
+CHUNK = 64  # images that are encoded or decoded at once
+
+
+@dataclass(frozen=True)
+class Config:
+    vae: autoencoder_kl.Config
+    unet: unet.Config
+    text: TextConfig
+    target: str = "v"  # or "x0", or "eps", of the latents
+    schedule: str = "cosine"  # or "linear", or "scaled_linear", see vision/noise.py
+    n_steps: int = 1000  # time steps
+    zero_terminal: bool = False  # the last z_t holds nothing but noise
+    drop: float = 0.1  # share of texts that are replaced by an empty one
+    autoencoder: str = ""  # of a new model: the directory of its autoencoder
+    text_tower: str = ""  # and of the CLIP whose text tower it gets; "": a new one, which learns
+    MAY_BE_ZERO = ("drop",)
+
+    def __post_init__(self):
+        check_values(self, target=noise.KINDS, schedule=noise.SCHEDULES)
+        if self.drop >= 1:
+            raise ValueError(f"drop {self.drop}: expected less than 1")
+        if self.unet.d_text != self.text.d_model or self.unet.n_channels != self.vae.n_latent:
+            read = f"{self.unet.d_text} wide states and {self.unet.n_channels} channels"
+            given = f"texts have {self.text.d_model} wide ones, and latents {self.vae.n_latent} channels"
+            raise ValueError(f"the U-Net reads {read}, but {given}")
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """Return the fields that scheduler/ holds."""
+        return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Return the height and width of an image in pixels."""
+        return self.vae.size
+
+    @property
+    def n_channels(self) -> int:
+        return self.vae.n_channels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        """Return T, the tokens of a text at most."""
+        return self.text.max_seq_len
+
+
+TEXT = TextConfig(2, 4, 96, 384)
+L14_TEXT = TextConfig(12, 12, 768, 3072)  # of CLIP's l-14
+SIZES = {
+    "tiny": Config(
+        autoencoder_kl.SIZES["tiny"],
+        unet.Config(
+            (48, 96), (1, 1), 1, 4, 4, 8, d_text=96, n_heads=4, n_groups=8, norm_eps=1e-5, cos_first=True,
+            freq_shift=0, padding=1,
+        ),
+        TEXT,
+    ),
+    "stable-diffusion-1": Config(
+        autoencoder_kl.SIZES["sd-f8"], unet.SIZES["stable-diffusion-1"], L14_TEXT, "eps", "scaled_linear"
+    ),
+}  # fmt: skip
+
+
+def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
+    """Return the config for the autoencoder and the vocabulary of dataset, which is that of
+    vision/text_to_image.py, and texts of seq_len tokens."""
+    vae, tokenizer, text = dataset.vae, dataset.tokenizer, config.text
+    if config.text_tower:
+        text = TextTower.from_pretrained(config.text_tower).config
+    else:
+        text = replace(text, vocab_size=tokenizer.n_vocab, eos_token_id=tokenizer.eot_id, max_seq_len=seq_len)
+    Z, side, _ = vae.latent_shape
+    net = replace(config.unet, n_channels=Z, n_out=Z, image_size=side, d_text=text.d_model)
+    return replace(config, vae=vae, unet=net, text=text, autoencoder=dataset.autoencoder)
+
+
+class LatentDiffusion(nn.Module):
+    """The three networks, under the names of a pipeline's folders."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.vae, self.unet = AutoencoderKL(config.vae), UNet(config.unet)
+        self.text_encoder = TextTower(config.text)
+        if config.autoencoder:
+            self.vae.load_state_dict(AutoencoderKL.from_pretrained(config.autoencoder).state_dict())
+        if config.text_tower:
+            own = TextTower.from_pretrained(config.text_tower)
+            self.text_encoder.load_state_dict(own.state_dict())
+        self.alpha_bar = noise.schedule(config.schedule, config.n_steps, config.zero_terminal)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the header's loss of "latents" (B, Z, h, w), not yet scaled, with "noise" of times "t" (B,),
+        and the texts "tokens" (B, T); and no metrics."""
+        vae, t, eps = self.config.vae, batch["t"], batch["noise"]
+        z = (batch["latents"] - vae.shift_factor) * vae.scaling_factor
+        noisy = noise.q_sample(z, t, eps, self.alpha_bar)
+        found = self.unet(noisy, t, text=self.text_encoder.states(batch["tokens"])).float()
+        return (found - noise.target(self.config.target, z, eps, t, self.alpha_bar)).square().mean(), {}
+
+    @torch.no_grad()
+    def draw(
+        self,
+        tokens: Tensor,
+        empty: Tensor,
+        *,
+        guidance: float = 1.0,
+        steps: int = SAMPLER_STEPS,
+        eta: float = 0.0,
+        seed: int = 0,
+        x: Tensor | None = None,
+    ) -> Tensor:
+        """Return an image (B, C, H, W), with pixels in [0, 1], for each text of tokens (B, T).
+
+        empty: tokens (1, T) of the empty text, for guidance other than 1. x: the noise (B, Z, h, w); None: of
+        a generator on the CPU with this seed.
+        """
+        B, device, config = len(tokens), self.device, self.config
+        if x is None:
+            x = torch.randn(B, *config.vae.latent_shape, generator=torch.Generator().manual_seed(seed))
+        states = self.text_encoder.states(tokens.to(device))
+        if guidance == 1:
+            denoise = lambda x, t: self.unet(x, t, text=states)  # noqa: E731
+        else:  # both predictions as one batch
+            without = self.text_encoder.states(empty.to(device)).expand_as(states)
+            both = torch.cat((states, without))
+
+            def denoise(x: Tensor, t: Tensor) -> Tensor:
+                output = self.unet(torch.cat((x, x)), torch.cat((t, t)), text=both)
+                return noise.guide(*output.chunk(2), guidance)
+
+        visited = noise.spaced(config.n_steps, steps, "trailing")
+        how = {"kind": config.target, "eta": eta, "generator": torch.Generator(device).manual_seed(seed + 1)}
+        z = noise.sample(denoise, x.to(device), self.alpha_bar, visited, **how)
+        images = torch.cat([self.vae.from_latents(some) for some in z.split(CHUNK)])
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return self.unet.conv_in.weight.device
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return the FLOPs of training on one image with a text of seq_len tokens; its latents are given."""
+        of_text = text_macs(self.config.text, seq_len)
+        return 6 * (unet.n_macs(self.unet, seq_len) + of_text)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "LatentDiffusion":
+        """Return the StableDiffusionPipeline in a directory, in its precision.
+
+        Raises ValueError naming what is missing, damaged or not implemented.
+        """
+        directory = Path(directory)
+        pipelines.check(directory)
+        kinds = {"vae": AutoencoderKL, "unet": UNet, "text_encoder": TextTower}
+        parts = {
+            name: kind.from_pretrained(directory / name, kernels=kernels) for name, kind in kinds.items()
+        }
+        configs = (parts[name].config for name in kinds)
+        with torch.device("meta"):
+            model = cls(Config(*configs, **schedules.read(directory / pipelines.SCHEDULER)))
+        for name, part in parts.items():
+            setattr(model, name, part)
+        model.alpha_bar = noise.schedule(
+            model.config.schedule, model.config.n_steps, model.config.zero_terminal
+        )
+        return model
+
+    def save_pretrained(self, directory: str | Path, has_tokenizer: bool = True) -> None:
+        """Write a StableDiffusionPipeline without its tokenizer, which the data have; has_tokenizer: whether
+        that will be written into the directory, too."""
+        directory = Path(directory)
+        for name in pipelines.PARTS:
+            getattr(self, name).save_pretrained(directory / name)
+        process = self.config.process
+        (directory / pipelines.SCHEDULER).mkdir(parents=True, exist_ok=True)
+        schedules.write(directory / pipelines.SCHEDULER, **process, pipeline=False, clip=False)
+        pipelines.write_index(directory, has_tokenizer)
+
+
+Model = LatentDiffusion
+
+
+def text_macs(config: TextConfig, seq_len: int) -> int:
+    """Return the multiplications for the states of a text: L (T (4 D^2 + 2 D F) + 2 T^2 D)."""
+    T, D = seq_len, config.d_model
+    return config.n_layers * (T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D)
+
+
+def print_sizes() -> None:
+    """Print the parameters of each size and of its parts."""
+    print(f"{'size':20} {'parameters':>13} {'autoencoder':>11} {'U-Net':>11} {'text tower':>11}  latents")
+    for name, config in SIZES.items():
+        with torch.device("meta"):
+            model = LatentDiffusion(config)
+        parts = (model, model.vae, model.unet, model.text_encoder)
+        n, vae, net, text = (sum(p.numel() for p in part.parameters()) for part in parts)
+        shape = " x ".join(map(str, config.vae.latent_shape))
+        print(f"{name:20} {n:13,} {vae:11,} {net:11,} {text:11,}  {shape}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description="Draw images by their descriptions, or print the sizes.")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
+    add("--prompt", nargs="+", default=[], help="the text of each row of images")
+    add("--n", type=int, default=8, help="images for each text (default %(default)s)")
+    add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
+    add("--steps", type=int, default=50, help="steps of the sampler (default %(default)s)")
+    add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
+    add("--seed", type=int, default=0, help="start of the random noise (default %(default)s)")
+    add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
+    args = parser.parse_args(argv)
+    if args.checkpoint is None:
+        print_sizes()
+        return
+    if not args.prompt or args.n < 1 or not 0 <= args.eta <= 1 or args.out.suffix != ".png":
+        given = f"--n {args.n} --eta {args.eta} --out {args.out}"
+        raise ValueError(f"{given}: expected --prompt TEXT, 1 image or more, eta from 0 to 1, and a .png")
+    tokenizer = get_tokenizer(str(Path(args.checkpoint) / pipelines.TOKENIZER))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LatentDiffusion.from_pretrained(args.checkpoint).float().to(device).eval()
+    T = model.config.max_seq_len
+    tokens, empty = (
+        torch.from_numpy(captions.encode(texts, tokenizer, T, T)[0]).long() for texts in (args.prompt, [""])
+    )
+    how = {"guidance": args.guidance, "steps": args.steps, "eta": args.eta, "seed": args.seed}
+    images = model.draw(tokens.repeat_interleave(args.n, 0), empty, **how).cpu()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
+    print(f"{args.out}: {len(images)} images of {args.steps} steps")
+
+
+if __name__ == "__main__":
+    command.run(main)

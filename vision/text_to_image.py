@@ -1,0 +1,215 @@
+"""Text to image: the task that trains latent diffusion on images with captions.
+
+    (image, caption)  ->  mean and deviation of the latents, once  ->  a batch: latents drawn, noise, times
+
+The autoencoder is frozen, and its latents do not change: they are computed once, and kept below --cache. A
+batch draws them anew from their Gaussians. Their scale is measured on the images to learn from (vision/
+latent_diffusion.py). The autoencoder is that of `--set autoencoder=DIR`; where the data are glyphs and none
+is named, the run first trains one on their images.
+
+A run draws held-out captions, whose images it has not seen, beside these images and beside what the
+autoencoder rebuilds of them, which is the best that a denoiser of its latents can do. Of glyphs a classifier
+of real ones says how often they are recognised (vision/judge.py).
+
+    python train.py --model latent_diffusion
+    python train.py --model latent_diffusion --data captions.jsonl --set autoencoder=DIR text_tower=CLIP
+
+Shapes: B images, C channels, Z channels of latents, h x w places, T tokens of a text.
+"""
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import captions
+from data.rows import Dataset, Row, Rows, stack
+from data.tokenizer import Tokenizer, get_tokenizer
+from engine import parallel, pictures
+from formats import atomic, pipelines, safetensors_dir
+from vision import autoencoder_kl, first_stage, judge
+from vision.autoencoder_kl import AutoencoderKL
+from vision.clip import loss_bytes  # noqa: F401  this task's, too
+from vision.clip_towers import TextTower
+from vision.latent_diffusion import CHUNK, SAMPLER_STEPS, Config, LatentDiffusion
+
+MODEL, DATA = "latent_diffusion", "glyphs"
+OPTIMIZER, BATCH_SIZE, STEPS, EMA = "adamw", 64, 600, 0.99
+LOSS, TOKEN_LOSS = "squared error", ""
+VAE_STEPS = 300  # of the autoencoder that the default run makes
+GUIDANCE = (1.0, 2.0)  # of the pictures that a run draws
+SHOWN, MOST_DRAWN = 12, 256  # images of the picture, and for the judge
+MOST = 1_000  # images by which latents are scaled
+
+
+class LatentRows(Rows):
+    """Rows of captions with the mean and the deviation of each image's latents, and the empty text.
+
+    moments: float32 (N, 2, Z, h, w), perhaps memory-mapped. empty: int64 (T,)."""
+
+    def __init__(self, rows: captions.CaptionRows, moments: np.ndarray, empty: np.ndarray):
+        super().__init__(rows)
+        self.moments, self.empty = moments, empty
+
+    def __getitem__(self, i: int) -> Row:
+        row = {name: x for name, x in self.rows[i].items() if name != "image"}
+        mean, deviation = np.array(self.moments[i % len(self.rows)])
+        return row | {"mean": mean, "deviation": deviation, "empty": self.empty}
+
+
+@dataclass
+class LatentDataset(Dataset):
+    """Images with captions as latents."""
+
+    vae: autoencoder_kl.Config | None = None  # with the scale of these latents
+    autoencoder: str = ""  # the directory of the autoencoder that they are of
+    pairs: Dataset | None = None  # the images with captions
+
+
+def load_data(args: Namespace, config: Config) -> LatentDataset:
+    """Return images with captions as latents; --seq-len becomes the longest caption's, or with a trained text
+    tower the longest that it reads, as in Stable Diffusion.
+
+    Raises ValueError for what `data.captions.read` refuses, and where no autoencoder can be had.
+    """
+    directory = Path(args.init_from) / "vae" if args.init_from else config.autoencoder or default(args)
+    vae = AutoencoderKL.from_pretrained(directory).float().eval()
+    if len(set(vae.config.size)) > 1:
+        raise ValueError(f"{directory}: images of {vae.config.size}: expected square ones")
+    with parallel.one_per_machine_first():
+        options = {"channels": vae.config.n_channels, "val": args.val, "bad": args.bad_text}
+        parts = captions.read(args.data, vae.config.size, args.cache, **options)
+
+    # The texts, and the tokenizer, which may learn from them.
+    length = None
+    if args.init_from:
+        tokenizer, length = get_tokenizer(str(Path(args.init_from) / pipelines.TOKENIZER)), config.max_seq_len
+    elif config.text_tower:
+        tokenizer = get_tokenizer(config.text_tower)
+        length = TextTower.from_pretrained(config.text_tower).config.max_seq_len
+    else:
+        tokenizer = captions.choose_tokenizer(args.tokenizer, parts)
+    most = length or args.seq_len
+    pairs = captions.as_dataset(parts, tokenizer, most, length)
+    args.seq_len = pairs.train.tokens.shape[1]
+    empty = captions.encode([""], tokenizer, most, args.seq_len)[0][0].astype(np.int64)
+
+    # The latents, their scale, and what is lost by rebuilding images from them.
+    made_of = f"{pairs.fingerprint} {safetensors_dir.fingerprint(vae)}"
+    name = f"latents-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    train, val = (moments(vae, part.images, args.cache / f"{name}-{i}.npy") for i, part in enumerate(parts))
+    scaled = replace(vae.config, scaling_factor=1 / deviation_of(train), shift_factor=0.0)
+    error = error_of(vae, parts[1].images, val)
+    fields = vars(pairs) | {"guess": f"rebuilt from latents, images have a squared error of {error:.4f}"}
+    fields |= {"train": LatentRows(pairs.train, train, empty), "val": LatentRows(pairs.val, val, empty)}
+    fields |= {"fingerprint": name, "vae": scaled, "autoencoder": str(directory), "pairs": pairs}
+    return LatentDataset(**fields)
+
+
+def default(args: Namespace) -> str:
+    """Return the directory of an autoencoder of glyphs. Raises ValueError where the data are no glyphs."""
+    if args.data.partition(":")[0] != "glyphs":
+        raise ValueError(f"--data {args.data}: name the directory of an autoencoder, --set autoencoder=DIR")
+    what = "an autoencoder learns the images"
+    return first_stage.trained(args, "autoencoder_kl", args.data, VAE_STEPS, what, "--set autoencoder=DIR")
+
+
+@torch.no_grad()
+def moments(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarray:
+    """Return the mean and the deviation of latents, float32 (N, 2, Z, h, w), of images, uint8 (N, C, H, W),
+    memory-mapped from a file, which one process of each machine writes if there is none."""
+    with parallel.one_per_machine_first():
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic.replace_file(path) as new:
+                shape = (len(images), 2, *vae.config.latent_shape)
+                table = np.lib.format.open_memmap(new, "w+", np.float32, shape)
+                for start in range(0, len(images), CHUNK):
+                    pixels = torch.from_numpy(np.array(images[start : start + CHUNK])).float() / 127.5 - 1
+                    mean, log_variance = vae.encode(pixels)
+                    table[start : start + CHUNK] = torch.stack((mean, (log_variance / 2).exp()), 1).numpy()
+                table.flush()
+                del table
+    return np.load(path, mmap_mode="r")
+
+
+def deviation_of(table: np.ndarray) -> float:
+    """Return the standard deviation of latents that are drawn by a table of moments (N, 2, Z, h, w)."""
+    some = torch.from_numpy(table[:: -(-len(table) // MOST)].copy())
+    generator = torch.Generator().manual_seed(0)
+    return (some[:, 0] + some[:, 1] * torch.randn(some[:, 0].shape, generator=generator)).std().item()
+
+
+@torch.no_grad()
+def error_of(vae: AutoencoderKL, images: np.ndarray, table: np.ndarray) -> float:
+    """Return the mean squared error of a pixel in [0, 1] of some images (N, C, H, W), rebuilt from the mean
+    of their latents."""
+    step = -(-len(images) // MOST_DRAWN)
+    rebuilt = vae.decode(torch.from_numpy(table[::step, 0].copy())) / 2 + 0.5
+    return (rebuilt - torch.from_numpy(np.array(images[::step])) / 255).square().mean().item()
+
+
+def wrap(model: LatentDiffusion, config: Config) -> LatentDiffusion:
+    """Return the model with a frozen autoencoder, and a frozen text tower if it is a trained CLIP's."""
+    model.vae.requires_grad_(False)
+    model.text_encoder.requires_grad_(not config.text_tower)
+    return model
+
+
+def make_batch(
+    rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Tokenizer
+) -> dict[str, Tensor]:
+    """Return "latents" (B, Z, h, w), drawn and not yet scaled, "noise" like them, times "t" (B,), spread
+    evenly from a random beginning, and "tokens" (B, T), some of them those of the empty text."""
+    batch, n = stack(rows), len(rows)
+    draws = torch.randn(2, *batch["mean"].shape, generator=generator)
+    dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
+    places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
+    return {
+        "latents": batch["mean"] + batch["deviation"] * draws[0],
+        "noise": draws[1],
+        "t": (places * config.n_steps).long(),
+        "tokens": torch.where(dropped[:, None], batch["empty"], batch["tokens"]),
+    }
+
+
+def save_tokenizer(dataset: LatentDataset, directory: Path) -> None:
+    """Write the tokenizer as a part of the pipeline."""
+    (directory / pipelines.TOKENIZER).mkdir(parents=True, exist_ok=True)
+    dataset.tokenizer.save(directory / pipelines.TOKENIZER)
+
+
+def show(model: LatentDiffusion, dataset: LatentDataset, out: Path) -> str:
+    """Draw held-out captions with each guidance, below the true images and those rebuilt from their latents.
+    Return how far they are from the true ones, and for glyphs how often a judge recognises them."""
+    images, opinion = dataset.pairs.val.part.images, judge.of(dataset.pairs)
+    n = len(images)
+    chosen = list(range(0, n, -(-n // (MOST_DRAWN if opinion else SHOWN))))
+    batch = stack([dataset.val[i] for i in chosen])
+    true = torch.from_numpy(np.array(images[chosen])).float() / 255
+    with torch.no_grad():
+        rebuilt = [model.vae.decode(z.to(model.device)).cpu() for z in batch["mean"].split(CHUNK)]
+    drawn = {"real": true, "rebuilt": (torch.cat(rebuilt) / 2 + 0.5).clamp(0, 1)}
+    for w in GUIDANCE:
+        how = {"guidance": w, "steps": SAMPLER_STEPS}
+        drawn[f"w = {w:g}"] = model.draw(batch["tokens"], batch["empty"][:1], **how).cpu()
+
+    shown = [i * len(chosen) // SHOWN for i in range(min(SHOWN, len(chosen)))]
+    pictures.save(out, [[some[i] for i in shown] for some in drawn.values()])
+    lines = [f"picture.png: {', '.join(drawn)}, by {SAMPLER_STEPS} steps of DDIM"]
+    return "\n".join(lines + [line_of(name, some, true, opinion, chosen) for name, some in drawn.items()])
+
+
+def line_of(
+    name: str, images: Tensor, true: Tensor, opinion: judge.Opinion | None, chosen: Sequence[int]
+) -> str:
+    """Return the figures of images (n, C, H, W), drawn by the held-out captions with the numbers chosen."""
+    line = [f"{name:8}"]
+    if opinion:
+        line += [f"{what} {share:.1%}" for what, share in opinion.rights(images, chosen).items()]
+    return "  ".join([*line, f"squared error {(images - true).square().mean():.4f}"])

@@ -147,10 +147,12 @@ def chunked(
     to_end = torch.exp(-s[:, None] * (c - 1 - j)).to(wide)  # (H, c)
     added = torch.einsum("bnjhk,hj,bnjhv->nbhkv", k.to(wide), to_end, v.to(wide))
     before = []
-    for i in range(n):
+    for i, of_chunk in enumerate(
+        added.unbind()
+    ):  # the gradient of added[i] would be as large as all of added
         before.append(state)
         length = c - missing if i == 0 else c
-        state = torch.exp(-s * length).to(wide)[:, None, None] * state + added[i]
+        state = torch.exp(-s * length).to(wide)[:, None, None] * state + of_chunk
 
     # Inside the chunks, and from the states before them.
     distance = j[:, None] - j

@@ -36,6 +36,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import attention_cpu
 from kernels.backend import choose, multiplies, readable, refuse_second_derivative
 
+LONG = 1 << 20  # scores of a head from which on a CPU computes a window in blocks of queries
+BLOCK = 128  # queries of such a block, at least
+
 
 def attention(
     q: Tensor,
@@ -260,6 +263,9 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
     # the top left corner, so it is right only if T = S. A single query is the last: it sees every key.
     if window is not None and window >= S:
         window = None  # no key is that far from any query
+    few_seen = causal and window is not None and 4 * max(window, BLOCK) <= S
+    if few_seen and seqlens_k is None and q.device.type == "cpu" and T * S >= LONG:
+        return _windows(q, k, v, window, scale, bias)
     square_causal = causal and T == S and T > 1 and window is None and seqlens_k is None
     sees_all = window is None and seqlens_k is None and (not causal or T == 1)
     mask = None
@@ -286,6 +292,19 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
             enable_gqa=k.shape[2] != q.shape[2],
         )
     return out.transpose(1, 2)  # (B, T, H, K)
+
+
+def _windows(q, k, v, window, scale, bias):
+    """Return causal attention with a window, in blocks of queries that see few keys: the mask of all scores
+    would take memory in proportion to T S, and the scores outside of the window time."""
+    T, S, n = q.shape[1], k.shape[1], max(window, BLOCK)
+    parts = []
+    for start in range(0, T, n):
+        end = min(start + n, T)
+        seen = slice(max(0, S - T + start - window + 1), S - T + end)
+        part = _torch(q[:, start:end], k[:, seen], v[:, seen], True, window, scale, None, None, bias)
+        parts.append(part)
+    return torch.cat(parts, dim=1)
 
 
 def _fastest_first(q: Tensor):

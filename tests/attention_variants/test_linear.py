@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_gpt import flags, refused, write_text
 from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -80,6 +81,26 @@ def test_a_state_is_handed_over_at_any_position(cut, first, then):
 def test_gradients_are_those_of_finite_differences():
     q, k, v = (x[:, :, :2, :3].clone().requires_grad_() for x in inputs(5, B=1))
     assert torch.autograd.gradcheck(lambda *x: chunked(*x, RATES[1:3], 2), (q, k, v))
+
+
+def test_the_work_of_a_gradient_grows_no_faster_than_the_text():
+    """Twice as many chunks make about twice as many numbers, in all operations together."""
+
+    class Numbers(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.n += out.numel() if isinstance(out, torch.Tensor) else 0
+            return out
+
+    made = []
+    for T in (128, 256):
+        q, k, v = (x.requires_grad_() for x in inputs(T, B=1))
+        with Numbers() as numbers:
+            chunked(q, k, v, RATES, 4)[0].sum().backward()
+        made.append(numbers.n)
+    assert made[1] < 2.2 * made[0]
 
 
 def test_fast_decays_over_long_texts_do_not_overflow():

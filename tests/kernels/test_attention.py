@@ -495,3 +495,21 @@ def test_long_on_a_gpu():
     assert flash_decoding.applies(q[:, -1:], k)
     tokens = attention(q[:, -1:], k, v, causal=True, backend="triton")
     assert (tokens.double() - last[:, -1:]).norm() / last[:, -1:].norm() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("T, window", [(30, 3), (30, 7), (9, 4)])
+def test_a_window_in_blocks_of_queries_is_the_same(T, window, monkeypatch):
+    """As a CPU computes it for long rows, also of fewer queries than keys, and with a bias."""
+    module = import_module("kernels.attention")
+    q = torch.randn(2, T, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 30, 2, 8, dtype=torch.float64)
+    bias = torch.randn(4, 9, dtype=torch.float64)
+    expected = [attention(q, k, v, causal=True, window=window, bias=b) for b in (None, bias)]
+    monkeypatch.setattr(module, "LONG", 1)
+    monkeypatch.setattr(module, "BLOCK", 4)
+    longest, real = [], module._torch
+    monkeypatch.setattr(module, "_torch", lambda *a: (longest.append(a[1].shape[1]), real(*a))[1])
+    for b, exact in zip((None, bias), expected, strict=True):
+        out = attention(q, k, v, causal=True, window=window, bias=b)
+        assert (out - exact).abs().max() < 1e-12
+    assert sorted(longest)[-3] < 2 * max(window, 4)  # all but the two calls with all keys

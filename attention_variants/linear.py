@@ -147,9 +147,8 @@ def chunked(
     to_end = torch.exp(-s[:, None] * (c - 1 - j)).to(wide)  # (H, c)
     added = torch.einsum("bnjhk,hj,bnjhv->nbhkv", k.to(wide), to_end, v.to(wide))
     before = []
-    for i, of_chunk in enumerate(
-        added.unbind()
-    ):  # the gradient of added[i] would be as large as all of added
+    # By unbind, since the gradient of each added[i] would be as large as all of added.
+    for i, of_chunk in enumerate(added.unbind()):
         before.append(state)
         length = c - missing if i == 0 else c
         state = torch.exp(-s * length).to(wide)[:, None, None] * state + of_chunk

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -197,6 +197,11 @@ def file_parts(
 # --- from parts to a data set
 
 
+def is_drawn(data: str) -> bool:
+    """Return whether --data names images that are drawn here: scenes, or a set of glyphs."""
+    return data == "scenes" or data.partition(":")[0] == "glyphs"
+
+
 def read(
     data: str,
     size: tuple[int, int],
@@ -212,8 +217,7 @@ def read(
     size: height and width. channels: 1 or 3; None: those that the set has, 3 in files. bad: "skip" leaves out
     what cannot be read, "refuse" raises ValueError, as does everything else that a user can mend.
     """
-    is_drawn = data == "scenes" or data.partition(":")[0] == "glyphs"
-    if not is_drawn:
+    if not is_drawn(data):
         return file_parts(data, val, (channels or 3, *size), cache, bad, notify)
     if val is not None:
         raise ValueError(f"--val {val}: {data} has a held-out part of its own; leave out --val")
@@ -252,21 +256,35 @@ def as_dataset(parts: Sequence[Part], tokenizer, most: int, length: int | None =
 
     Raises ValueError for a part without images.
     """
-    stored = [class_folders.Part(part.images, np.zeros(len(part.images), np.int64)) for part in parts]
-    digest = hashlib.sha256(class_folders.fingerprint(*stored, [], images.KIND).encode())
-    digest.update(tokenizer.fingerprint.encode())
     texts = [[text for captions in part.captions for text in captions] for part in parts]
     if length is None:  # one length for both parts, so that a compiled model sees one shape
         length = max(encode(some, tokenizer, most)[0].shape[1] for some in texts)
-    rows, notes = [], Counter()
-    for part, some in zip(parts, texts, strict=True):
+    tables, notes = [], Counter()
+    for some in texts:
         table, n_cut = encode(some, tokenizer, most, length)
-        rows.append(CaptionRows(part, table, augment=not rows))
-        digest.update(table.tobytes())
+        tables.append(table)
         notes["captions"] += len(table)
         notes[f"of them cut to {most} tokens"] += n_cut
-    _, _, H, W = parts[0].images.shape
     counts = ", ".join(f"{n:,} {what}" for what, n in notes.items() if n)
-    summary = f"{len(rows[0]):,} images of {H} x {W} to learn from, {len(rows[1]):,} held out; {counts}"
-    name = f"captions-{digest.hexdigest()[:16]}"
-    return Dataset(name, tokenizer, *rows, summary=summary, unit="images", units_per_row=1)
+    return with_tables(parts, tables, tokenizer, "captions", tokenizer.fingerprint, counts)
+
+
+def with_tables(
+    parts: Sequence[Part], tables: Sequence[np.ndarray], reader: Any, kind: str, made_by: str, note: str
+) -> Dataset:
+    """Return two parts, and for each the numbers of its captions, int32 (M, T), as a Dataset.
+
+    reader: what made the numbers, in the place of a tokenizer. kind and made_by: what the name of the set
+    begins with, and what it depends on beside images and numbers. note: the end of the summary. Raises
+    ValueError for a part without images.
+    """
+    rows = [CaptionRows(*pair, augment=i == 0) for i, pair in enumerate(zip(parts, tables, strict=True))]
+    stored = [class_folders.Part(part.images, np.zeros(len(part.images), np.int64)) for part in parts]
+    digest = hashlib.sha256(class_folders.fingerprint(*stored, [], images.KIND).encode())
+    digest.update(made_by.encode())
+    for table in tables:
+        digest.update(table.tobytes())
+    _, _, H, W = parts[0].images.shape
+    summary = f"{len(rows[0]):,} images of {H} x {W} to learn from, {len(rows[1]):,} held out; {note}"
+    name = f"{kind}-{digest.hexdigest()[:16]}"
+    return Dataset(name, reader, *rows, summary=summary, unit="images", units_per_row=1)

@@ -13,7 +13,6 @@ Shapes: N images, W words of the longest caption.
 """
 
 import difflib
-import hashlib
 import json
 import re
 from argparse import Namespace
@@ -23,9 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from data import captions, class_folders, images
-from data.captions import METADATA, CaptionRows
+from data import captions
+from data.captions import METADATA
 from data.records import RECORDS, suffix_of
 from data.rows import Dataset
 from data.tar_images import is_shards
@@ -105,6 +106,13 @@ def read_words(directory: str | Path) -> Words | None:
     return Words(tuple(names), bool(content.get("are_classes")))
 
 
+def nothing(numbers: Tensor, none: int) -> Tensor:
+    """Return rows of no words in the shape of numbers (B, W), the number `none` and then -1."""
+    found = torch.full_like(numbers, -1)
+    found[:, 0] = none
+    return found
+
+
 def learned(texts: Sequence[str]) -> Words:
     """Return the words of texts, in alphabetical order."""
     counts = Counter(word for text in texts for word in split(text))
@@ -114,7 +122,7 @@ def learned(texts: Sequence[str]) -> Words:
 def have_captions(data: str) -> bool:
     """Return whether --data names images with captions, and not folders of images."""
     path = Path(data)
-    if data == "scenes" or data.partition(":")[0] == "glyphs" or is_shards(data):
+    if captions.is_drawn(data) or is_shards(data):
         return True
     if path.is_dir():
         return any((path / name).is_file() for name in METADATA)
@@ -149,14 +157,5 @@ def as_dataset(parts: Sequence[captions.Part], words: Words | None = None) -> Da
     words = words or learned(texts[0])
     width = max(words.table(some).shape[1] for some in texts)  # one, so that a model sees one shape
     tables = [words.table(some, width) for some in texts]
-    rows = [CaptionRows(*pair, augment=i == 0) for i, pair in enumerate(zip(parts, tables, strict=True))]
-    stored = [class_folders.Part(part.images, np.zeros(len(part.images), np.int64)) for part in parts]
-    digest = hashlib.sha256(class_folders.fingerprint(*stored, [], images.KIND).encode())
-    digest.update(json.dumps(words).encode())
-    for table in tables:
-        digest.update(table.tobytes())
-    _, _, H, W = parts[0].images.shape
-    summary = f"{len(rows[0]):,} images of {H} x {W} to learn from, {len(rows[1]):,} held out"
-    summary += f"; {len(words.names):,} words"
-    name = f"words-{digest.hexdigest()[:16]}"
-    return Dataset(name, words, *rows, summary=summary, unit="images", units_per_row=1)
+    note = f"{len(words.names):,} words"
+    return captions.with_tables(parts, tables, words, "words", json.dumps(words), note)

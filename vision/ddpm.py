@@ -25,7 +25,6 @@ Shapes: B images, C channels, h x w pixels, W words of an image, T time steps.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from formats.config_values import check_values
 from formats.open_model import open_model
 from vision import conditions, judge, noise
 from vision.conditions import Words
+from vision.unet import UNet
 
 MODEL, DATA = "unet", "glyphs"
 OPTIMIZER, BATCH_SIZE, STEPS, EMA, LEARNING_RATE = "adamw", 64, 2000, 0.999, 0.4
@@ -118,18 +118,11 @@ class Diffusion(nn.Module):
         x = torch.randn(n, self.config.n_channels, *self.config.size, generator=generator).to(device)
         if eta:
             generator = torch.Generator(device).manual_seed(seed + 1)
+        denoise = self.model
         if classes is not None:
             classes = classes.to(device)
-            none = torch.full_like(classes, -1)
-            none[:, 0] = self.config.n_classes - 1
-        if classes is None or guidance == 1:
-            denoise = lambda x, t: self.model(x, t, classes)  # noqa: E731
-        else:  # both predictions as one batch
-            both = torch.cat((classes, none))
-
-            def denoise(x: Tensor, t: Tensor) -> Tensor:
-                output = self.model(torch.cat((x, x)), torch.cat((t, t)), both)[:, : x.shape[1]]
-                return noise.guide(*output.chunk(2), guidance, rescale)
+            none = conditions.nothing(classes, self.config.n_classes - 1)
+            denoise = noise.guided_at_once(self.model, classes, none, guidance, rescale)
 
         visited = noise.spaced(settings.n_steps, steps, "trailing")
         how = {"kind": settings.target, "eta": eta, "clip": 1.0, "generator": generator}
@@ -138,7 +131,7 @@ class Diffusion(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model, and its schedule as diffusers' scheduler_config.json."""
         self.model.save_pretrained(directory)
-        is_plain = not getattr(self.config, "n_classes", 0)
+        is_plain = isinstance(self.model, UNet) and not self.config.n_classes  # all that DDPMPipeline runs
         schedules.write(directory, **self.settings.process, pipeline=is_plain)
 
     @classmethod
@@ -184,25 +177,27 @@ def restore(module: Diffusion, directory: str) -> None:
             raise ValueError(f"--set {name}={own}: the model in {directory} has {name}={value}; give that")
 
 
+def classes_of(batch: dict[str, Tensor]) -> Tensor:
+    """Return the words, or the class, of each row of a batch (B, W)."""
+    return batch["tokens"] if "tokens" in batch else batch["label"][:, None]
+
+
 def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, words: Words | None
 ) -> dict[str, Tensor]:
     """Return "images" (B, C, h, w) with pixels in [0, 1], "noise" like them, times "t" (B,), and with words
     or classes "classes" (B, W).
 
-    The times are evenly spread, from a random beginning, so that a batch holds all of them (Kingma et al.
-    2021, arXiv 2107.00630, appendix I.1). Those of held-out images are always the same.
+    The times are evenly spread, see `noise.even_times`. Those of held-out images are always the same.
     """
     batch = stack(rows)
     n = len(rows)
     images = augment(batch["image"].float() / 255, batch["augment"], config, generator)
-    places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
-    found = {"images": images, "noise": torch.randn(images.shape, generator=generator)}
-    found["t"] = (places * config.n_steps).long()
+    found = {"images": images, "t": noise.even_times(n, config.n_steps, generator)}
+    found["noise"] = torch.randn(images.shape, generator=generator)
     if words is not None:
-        classes = batch["tokens"] if "tokens" in batch else batch["label"][:, None]
-        none = torch.full_like(classes, -1)
-        none[:, 0] = words.none
+        classes = classes_of(batch)
+        none = conditions.nothing(classes, words.none)
         dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
         found["classes"] = torch.where(dropped[:, None], none, classes)
     return found
@@ -223,19 +218,11 @@ def flops_per_token(module: Diffusion, config: Config, seq_len: int) -> int:
     return module.model.flops_per_token(seq_len)
 
 
-def classes_of(rows: Sequence[Row], words: Words | None) -> Tensor | None:
-    """Return the words of rows (n, W), None where there are none."""
-    if words is None:
-        return None
-    batch = stack(list(rows))
-    return batch["tokens"] if "tokens" in batch else batch["label"][:, None]
-
-
 def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
     """Draw the held-out captions, whose images the model has not seen, beside these images; return what a
     judge of real images recognises in them. Without captions, draw some images."""
-    val, words, device = dataset.val, dataset.tokenizer, next(module.model.parameters()).device
-    if words is None:
+    val = dataset.val
+    if dataset.tokenizer is None:
         images = module.draw(None, 3 * SHOWN)
         pictures.save(out, [list(row) for row in images.split(SHOWN)])
         return f"picture.png: drawn from noise, by {SAMPLER_STEPS} steps of DDIM"
@@ -244,20 +231,17 @@ def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
     opinion = judge.of(dataset)
     most = MOST_DRAWN if opinion else SHOWN
     chosen = list(range(0, len(val), -(-len(val) // most)))
-    rows = [val[i] for i in chosen]
-    true, classes = stack(rows)["image"].float() / 255, classes_of(rows, words)
-    drawn = {w: module.draw(classes.to(device), len(rows), guidance=w).cpu() for w in GUIDANCE}
+    batch = stack([val[i] for i in chosen])
+    true, classes = batch["image"].float() / 255, classes_of(batch)
+    drawn = {w: module.draw(classes, len(chosen), guidance=w).cpu() for w in GUIDANCE}
 
     # The picture, and below it the figures.
-    shown = [i * len(rows) // SHOWN for i in range(min(SHOWN, len(rows)))]
+    shown = [i * len(chosen) // SHOWN for i in range(min(SHOWN, len(chosen)))]
     pictures.save(out, [[images[i] for i in shown] for images in (true, *drawn.values())])
     lines = [f"picture.png: true, and drawn with guidance {', '.join(f'{w:g}' for w in GUIDANCE)}"]
-    for name, images in {"real": true, **{f"w = {w:g}": found for w, found in drawn.items()}}.items():
-        line = [f"{name:6}"]
-        if opinion:
-            line += [f"{what} {share:.1%}" for what, share in opinion.rights(images, chosen).items()]
-        line += [f"squared error {(images - true).square().mean():.4f}"] * (images is not true)
-        lines.append("  ".join(line))
+    lines.append(judge.in_words("real  ", true, None, opinion, chosen))
+    for w, images in drawn.items():
+        lines.append(judge.in_words(f"{f'w = {w:g}':6}", images, true, opinion, chosen))
     return "\n".join(lines)
 
 
@@ -294,14 +278,15 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--prompt {args.prompt[0]!r}: {args.checkpoint} draws without words; leave it out")
     numbers = [words.encode(prompt) for prompt in args.prompt] if words else []
     numbers = numbers or ([[words.none]] if words else [])
-    module = Diffusion.from_pretrained(args.checkpoint).float().eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = Diffusion.from_pretrained(args.checkpoint).float().to(device).eval()
     classes, n = None, args.n
     if numbers:
         width = max(map(len, numbers))
         rows = [[*row, *[-1] * (width - len(row))] for row in numbers]
         classes, n = torch.tensor(rows).repeat_interleave(args.n, 0), args.n * len(rows)
     how = {"guidance": args.guidance, "rescale": args.rescale, "steps": args.steps, "eta": args.eta}
-    images = module.draw(classes, n, **how, seed=args.seed)
+    images = module.draw(classes, n, **how, seed=args.seed).cpu()
     pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
     print(f"{args.out}: {n} images of {args.steps} steps")
 

@@ -25,6 +25,7 @@ Shapes: B images, C channels, P patch size, N patches, D width, L layers, W clas
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,11 +111,11 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 class Attention(nn.Module):
-    """Attention of every patch to all of them."""
+    """Attention of every token to all of them, or to those before it."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Any, causal: bool = False):
         super().__init__()
-        D = config.d_model
+        D, self.causal = config.d_model, causal
         self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
         self.n_heads, self.backend = config.n_heads, config.kernels
@@ -122,7 +123,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the mixed values (B, N, D) of x (B, N, D)."""
         q, k, v = (f(x).unflatten(2, (self.n_heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](attention(q, k, v, backend=self.backend).flatten(2))
+        return self.to_out[0](attention(q, k, v, causal=self.causal, backend=self.backend).flatten(2))
+
+
+def feed_forward(D: int) -> nn.ModuleDict:
+    """Return the two matrices of an MLP of width D, 4 D inside, by their names in the files."""
+    layers = [nn.ModuleDict({"proj": nn.Linear(D, 4 * D)}), nn.Identity(), nn.Linear(4 * D, D)]
+    return nn.ModuleDict({"net": nn.ModuleList(layers)})
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -138,8 +145,7 @@ class Block(nn.Module):
         D = config.d_model
         self.norm1 = nn.ModuleDict({"linear": nn.Linear(D, 6 * D)})
         self.attn1 = Attention(config)
-        layers = [nn.ModuleDict({"proj": nn.Linear(D, 4 * D)}), nn.Identity(), nn.Linear(4 * D, D)]
-        self.ff = nn.ModuleDict({"net": nn.ModuleList(layers)})
+        self.ff = feed_forward(D)
         self.norm_eps = config.norm_eps
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -146,8 +146,7 @@ def load_data(args: Namespace, config: Config) -> PairDataset:
 
     Raises ValueError for what `data.captions.read` refuses, and where no CLIP can be had.
     """
-    is_drawn = args.data == "scenes" or args.data.partition(":")[0] == "glyphs"
-    if not (config.clip or is_drawn):
+    if not (config.clip or captions.is_drawn(args.data)):
         raise ValueError(f"--data {args.data}: name the directory of a CLIP, --set clip=DIR")
     what = "a CLIP learns these captions"
     clip = config.clip or first_stage.trained(args, "clip", args.data, CLIP_STEPS, what, "--set clip=DIR")
@@ -225,9 +224,9 @@ def make_batch(
     pixels = augment(batch["image"].float() / 255, batch["augment"], Augmentation(config.warp), generator)
     dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
     tokens = torch.where(dropped[:, None], batch["empty"], batch["tokens"])
-    places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
+    t = noise.even_times(n, TIMES, generator)
     eps = torch.randn(n, config.d_embed, generator=generator)
-    return {"images": pixels, "tokens": tokens, "noise": eps, "t": (places * TIMES).long()}
+    return {"images": pixels, "tokens": tokens, "noise": eps, "t": t}
 
 
 def save(module: WithCLIP, dataset: Dataset, directory: Path) -> None:

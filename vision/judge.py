@@ -108,6 +108,19 @@ class Opinion(NamedTuple):
         return {q.name: (logits.argmax(1) == q.held[places]).float().mean().item() for logits, q in pairs}
 
 
+def in_words(
+    label: str, images: Tensor, true: Tensor | None, opinion: Opinion | None, chosen: Sequence[int]
+) -> str:
+    """Return a line of figures of images (n, C, H, W), drawn by the held-out captions with the numbers
+    `chosen`: how often the judge recognises them, and how far they are from the true ones, where given."""
+    line = [label]
+    if opinion:
+        line += [f"{what} {share:.1%}" for what, share in opinion.rights(images, chosen).items()]
+    if true is not None:
+        line.append(f"squared error {(images - true).square().mean():.4f}")
+    return "  ".join(line)
+
+
 TRAINED: dict[str, Opinion | None] = {}  # by the fingerprint of the data
 
 

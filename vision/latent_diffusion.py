@@ -168,16 +168,9 @@ class LatentDiffusion(nn.Module):
         if x is None:
             x = torch.randn(B, *config.vae.latent_shape, generator=torch.Generator().manual_seed(seed))
         states = self.text_encoder.states(tokens.to(device))
-        if guidance == 1:
-            denoise = lambda x, t: self.unet(x, t, text=states)  # noqa: E731
-        else:  # both predictions as one batch
-            without = self.text_encoder.states(empty.to(device)).expand_as(states)
-            both = torch.cat((states, without))
-
-            def denoise(x: Tensor, t: Tensor) -> Tensor:
-                output = self.unet(torch.cat((x, x)), torch.cat((t, t)), text=both)
-                return noise.guide(*output.chunk(2), guidance)
-
+        without = states if guidance == 1 else self.text_encoder.states(empty.to(device)).expand_as(states)
+        predict = lambda x, t, text: self.unet(x, t, text=text)  # noqa: E731
+        denoise = noise.guided_at_once(predict, states, without, guidance)
         visited = noise.spaced(config.n_steps, steps, "trailing")
         how = {"kind": config.target, "eta": eta, "generator": torch.Generator(device).manual_seed(seed + 1)}
         z = noise.sample(denoise, x.to(device), self.alpha_bar, visited, **how)
@@ -276,7 +269,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     how = {"guidance": args.guidance, "steps": args.steps, "eta": args.eta, "seed": args.seed}
     images = model.draw(tokens.repeat_interleave(args.n, 0), empty, **how).cpu()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
     print(f"{args.out}: {len(images)} images of {args.steps} steps")
 

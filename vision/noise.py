@@ -112,6 +112,13 @@ def to_x0_and_noise(
     return (x - of_noise * output) / of_data, output
 
 
+def even_times(n: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Return n of the time steps 0 ... steps - 1, int64 (n,), evenly spread from a random beginning, so that
+    a batch holds all of them (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
+    places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
+    return (places * steps).long()
+
+
 # --- taking it away
 
 
@@ -242,6 +249,28 @@ def guided(conditional: Denoise, unconditional: Denoise, w: float, rescale: floa
         C, with_it = x.shape[1], conditional(x, t)
         prediction = guide(with_it[:, :C], unconditional(x, t)[:, :C], w, rescale)
         return torch.cat((prediction, with_it[:, C:]), dim=1)
+
+    return denoise
+
+
+def guided_at_once(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    condition: Tensor,
+    none: Tensor,
+    w: float,
+    rescale: float = 0.0,
+) -> Denoise:
+    """Return what `guided` does, of one model(x, t, condition) that computes both predictions as one batch.
+
+    condition and none: (B, ...), those of each image, and those of no condition.
+    """
+    if w == 1:
+        return lambda x, t: model(x, t, condition)
+    both = torch.cat((condition, none))
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        output = model(torch.cat((x, x)), torch.cat((t, t)), both)[:, : x.shape[1]]
+        return guide(*output.chunk(2), w, rescale)
 
     return denoise
 

@@ -36,7 +36,7 @@ from data.rows import Dataset
 from formats import command
 from formats import prior as formats_prior
 from formats.config_values import check_values
-from kernels import attention
+from vision.dit import Attention, feed_forward
 from vision.patches import take
 from vision.unet import TimeMLP, time_embedding
 
@@ -88,32 +88,14 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
     return replace(config, d_embed=len(dataset.mean), max_seq_len=seq_len, **found)
 
 
-class Attention(nn.Module):
-    """Attention of every token to those before it."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        D = config.d_model
-        self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(D, D)])
-        self.n_heads, self.backend = config.n_heads, config.kernels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed values (B, S, D) of x (B, S, D)."""
-        q, k, v = (f(x).unflatten(2, (self.n_heads, -1)) for f in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](attention(q, k, v, causal=True, backend=self.backend).flatten(2))
-
-
 class Block(nn.Module):
-    """One layer: attention and an MLP, each added to its input, with the norms before them."""
+    """One layer: causal attention and an MLP, each added to its input, with the norms before them."""
 
     def __init__(self, config: Config):
         super().__init__()
         D = config.d_model
         self.norm1, self.norm3 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.attn1 = Attention(config)
-        layers = [nn.ModuleDict({"proj": nn.Linear(D, 4 * D)}), nn.Identity(), nn.Linear(4 * D, D)]
-        self.ff = nn.ModuleDict({"net": nn.ModuleList(layers)})
+        self.attn1, self.ff = Attention(config, causal=True), feed_forward(D)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))

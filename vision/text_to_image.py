@@ -19,7 +19,6 @@ Shapes: B images, C channels, Z channels of latents, h x w places, T tokens of a
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from data.rows import Dataset, Row, Rows, stack
 from data.tokenizer import Tokenizer, get_tokenizer
 from engine import parallel, pictures
 from formats import atomic, pipelines, safetensors_dir
-from vision import autoencoder_kl, first_stage, judge
+from vision import autoencoder_kl, first_stage, judge, noise
 from vision.autoencoder_kl import AutoencoderKL
 from vision.clip import loss_bytes  # noqa: F401  this task's, too
 from vision.clip_towers import TextTower
@@ -169,11 +168,10 @@ def make_batch(
     batch, n = stack(rows), len(rows)
     draws = torch.randn(2, *batch["mean"].shape, generator=generator)
     dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
-    places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
     return {
         "latents": batch["mean"] + batch["deviation"] * draws[0],
         "noise": draws[1],
-        "t": (places * config.n_steps).long(),
+        "t": noise.even_times(n, config.n_steps, generator),
         "tokens": torch.where(dropped[:, None], batch["empty"], batch["tokens"]),
     }
 
@@ -202,14 +200,5 @@ def show(model: LatentDiffusion, dataset: LatentDataset, out: Path) -> str:
     shown = [i * len(chosen) // SHOWN for i in range(min(SHOWN, len(chosen)))]
     pictures.save(out, [[some[i] for i in shown] for some in drawn.values()])
     lines = [f"picture.png: {', '.join(drawn)}, by {SAMPLER_STEPS} steps of DDIM"]
-    return "\n".join(lines + [line_of(name, some, true, opinion, chosen) for name, some in drawn.items()])
-
-
-def line_of(
-    name: str, images: Tensor, true: Tensor, opinion: judge.Opinion | None, chosen: Sequence[int]
-) -> str:
-    """Return the figures of images (n, C, H, W), drawn by the held-out captions with the numbers chosen."""
-    line = [f"{name:8}"]
-    if opinion:
-        line += [f"{what} {share:.1%}" for what, share in opinion.rights(images, chosen).items()]
-    return "  ".join([*line, f"squared error {(images - true).square().mean():.4f}"])
+    lines += [judge.in_words(f"{name:8}", some, true, opinion, chosen) for name, some in drawn.items()]
+    return "\n".join(lines)

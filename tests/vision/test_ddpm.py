@@ -317,3 +317,14 @@ def test_the_defaults_of_the_task_are_averages_and_the_u_net():
     )
     concept = contract.resolve(args)
     assert concept.task.EMA == 0.999 and concept.model_file.name == "vision.unet" and args.data == "glyphs"
+
+
+@pytest.mark.parametrize("kind, opens", [("unet", True), ("dit", False)])
+def test_only_a_u_net_without_classes_is_named_as_a_pipeline_of_diffusers(kind, opens, tmp_path):
+    from vision.dit import Config, DiT
+    from vision.unet import SIZES, UNet
+
+    model = DiT(Config(1, 2, 8, 2, 1, 1, 4, 0)) if kind == "dit" else UNet(SIZES["tiny"])
+    ddpm.Diffusion(model, ddpm.Config()).save_pretrained(tmp_path)
+    assert (tmp_path / "model_index.json").is_file() == opens
+    assert ddpm.Diffusion.from_pretrained(tmp_path).settings.target == "v"

@@ -1,11 +1,15 @@
 """What the tests of all attention variants share: figures of their page, causality, the cache."""
 
+import json
+import math
 import re
 from pathlib import Path
 
 import torch
+from small_gpt import flags, write_text
 from torch import Tensor, nn
 
+import train
 from generate import KVCache
 
 PAGE = Path(__file__).parents[1] / "docs" / "attention_variants.md"
@@ -62,3 +66,13 @@ def cache_error(model: nn.Module, T: int, n_prompt: int) -> float:
     steps = [model(tokens[:, :n_prompt], cache=cache)]
     steps += [model(tokens[:, i : i + 1], cache=cache) for i in range(n_prompt, T)]
     return (torch.cat(steps, dim=1) - model(tokens)).abs().max().item()
+
+
+def trained(folder: Path, name: str, **changes) -> Path:
+    """Train `--model NAME` for five steps, check that its loss falls, and return the model's directory."""
+    text, out = write_text(folder / "text.txt"), folder / "run"
+    assert train.main(flags(text, out, model=name, steps=5, **changes)) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+    return out / "model"

@@ -1,6 +1,7 @@
 """A small ViT, and what its tests and those of MAE compare alike."""
 
 import torch
+from safetensors.torch import load_file
 
 from vision.vit import Config
 
@@ -18,3 +19,17 @@ def assert_gradients(model, expected, prefix=""):
     for name, gradient in recorded.items():
         scale = max(1.0, gradient.abs().max().item())
         torch.testing.assert_close(own[name] / scale, gradient / scale, **TOLERANCE, msg=name)
+
+
+@torch.no_grad()
+def shaken(model, by=0.2):
+    """Return the model with noise added to all parameters, so that its outputs depend on every one."""
+    for p in model.parameters():
+        p.add_(by * torch.randn_like(p))
+    return model
+
+
+def assert_same_weights(written, stored, name):
+    """Compare the files of weights of this name in two directories: the same names, and equal to the bit."""
+    ours, theirs = load_file(written / name), load_file(stored / name)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)

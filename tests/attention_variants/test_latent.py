@@ -10,11 +10,10 @@ import torch
 from conftest import assert_greedy_recorded, assert_logits_recorded, copy_of
 from safetensors.torch import load_file
 from small_gpt import flags, refused, write_text
-from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of, trained
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
-import train
 from attention_variants import latent
 from attention_variants.latent import SIZES, Config, LatentAttention, LatentGPT
 from formats.open_model import concept_of, open_model
@@ -304,14 +303,10 @@ def test_the_page_has_what_tiny_costs():
 
 
 def test_it_trains_and_the_model_is_saved_as_a_deepseek(tmp_path):
-    text, out = write_text(tmp_path / "text.txt"), tmp_path / "run"
-    assert train.main(flags(text, out, model="latent", steps=5, mup=64, lr=0.003)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0]
-    hf = json.loads((out / "model" / "config.json").read_text())
+    directory = trained(tmp_path, "latent", mup=64, lr=0.003)
+    hf = json.loads((directory / "config.json").read_text())
     assert hf["architectures"] == ["DeepseekV2ForCausalLM"]
-    assert open_model(out / "model").config.kv_rank == 32
+    assert open_model(directory).config.kv_rank == 32
 
 
 def test_a_setting_that_makes_no_sense_is_one_line(tmp_path, capsys):

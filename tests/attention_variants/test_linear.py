@@ -1,16 +1,14 @@
 """Linear attention: its three ways against each other, and the hybrid against itself and gpt.py."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from small_gpt import flags, refused, write_text
-from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from attention_variants.linear import (
     SIZES,
     Config,
@@ -198,13 +196,9 @@ def test_the_page_has_what_tiny_costs():
 
 
 def test_it_trains_and_is_opened_again(tmp_path):
-    text, out = write_text(tmp_path / "text.txt"), tmp_path / "run"
-    assert train.main(flags(text, out, model="linear", steps=5, mup=64, lr=0.003)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0]
-    assert concept_of(out / "model") == "attention_variants.linear"
-    assert open_model(out / "model").config.softmax_layers == (3,)
+    directory = trained(tmp_path, "linear", mup=64, lr=0.003)
+    assert concept_of(directory) == "attention_variants.linear"
+    assert open_model(directory).config.softmax_layers == (3,)
 
 
 def test_a_setting_that_makes_no_sense_is_one_line(tmp_path, capsys):

@@ -9,10 +9,9 @@ import torch
 from conftest import assert_greedy_recorded, assert_logits_recorded, copy_of
 from safetensors.torch import load_file
 from small_gpt import flags, refused, write_text
-from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of, trained
 
 import gpt
-import train
 from attention_variants.local_global import SIZES, Attention, Config, LocalGlobal, Norm
 from formats.open_model import concept_of, open_model
 from kernels import few_rows
@@ -304,14 +303,10 @@ def test_one_layer_in_six_or_two_is_global():
 
 
 def test_it_trains_and_the_model_is_saved_as_a_gemma(tmp_path):
-    text, out = write_text(tmp_path / "text.txt"), tmp_path / "run"
-    assert train.main(flags(text, out, model="local_global", steps=5)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0]
-    hf = json.loads((out / "model" / "config.json").read_text())
+    directory = trained(tmp_path, "local_global")
+    hf = json.loads((directory / "config.json").read_text())
     assert hf["architectures"] == ["Gemma3ForCausalLM"]
-    assert open_model(out / "model").config.window == 32
+    assert open_model(directory).config.window == 32
 
 
 def test_width_transfer_is_refused(tmp_path, capsys):

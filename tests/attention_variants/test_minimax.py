@@ -8,10 +8,8 @@ import pytest
 import torch
 from conftest import assert_greedy_recorded, assert_logits_recorded, copy_of
 from safetensors.torch import load_file
-from small_gpt import flags, write_text
-from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of, trained
 
-import train
 from attention_variants.minimax import SIZES, Config, MiniMax
 from formats.open_model import concept_of, open_model
 
@@ -125,10 +123,6 @@ def test_the_page_has_what_tiny_costs():
 
 
 def test_it_trains_and_the_model_is_saved_as_a_minimax(tmp_path):
-    text, out = write_text(tmp_path / "text.txt"), tmp_path / "run"
-    assert train.main(flags(text, out, model="minimax", steps=5)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0]
-    hf = json.loads((out / "model" / "config.json").read_text())
+    directory = trained(tmp_path, "minimax")
+    hf = json.loads((directory / "config.json").read_text())
     assert hf["architectures"] == ["MiniMaxForCausalLM"] and hf["layer_types"][3] == "full_attention"

@@ -1,17 +1,14 @@
 """Mixture of block attention against full attention, a choice by hand, and itself."""
 
-import json
-import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from small_gpt import flags, refused, write_text
-from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of, trained
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe
-import train
 from attention_variants import moba
 from attention_variants.moba import SIZES, Config, MoBA, choose
 from formats.open_model import concept_of, open_model
@@ -174,13 +171,9 @@ def test_the_page_has_what_tiny_costs():
 
 
 def test_it_trains_and_is_opened_again(tmp_path):
-    text, out = write_text(tmp_path / "text.txt"), tmp_path / "run"
-    assert train.main(flags(text, out, model="moba", steps=5, mup=64, lr=0.003)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
-    assert concept_of(out / "model") == "attention_variants.moba"
-    assert open_model(out / "model").config.n_selected == 4
+    directory = trained(tmp_path, "moba", mup=64, lr=0.003)
+    assert concept_of(directory) == "attention_variants.moba"
+    assert open_model(directory).config.n_selected == 4
 
 
 def test_a_setting_that_makes_no_sense_is_one_line(tmp_path, capsys):

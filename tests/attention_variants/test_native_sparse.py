@@ -1,15 +1,12 @@
 """Native sparse attention: each branch against full attention or a window, its choice by hand, and itself."""
 
-import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from small_gpt import flags, refused, write_text
-from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of, trained
 
-import train
 from attention_variants import native_sparse
 from attention_variants.native_sparse import SIZES, Config, NativeSparse, importance, overlaps, select
 from formats.open_model import concept_of, open_model
@@ -204,13 +201,9 @@ def test_the_page_has_what_tiny_costs():
 
 
 def test_it_trains_and_is_opened_again(tmp_path):
-    text, out = write_text(tmp_path / "text.txt"), tmp_path / "run"
-    assert train.main(flags(text, out, model="native_sparse", steps=5, mup=64, lr=0.003)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
-    assert concept_of(out / "model") == "attention_variants.native_sparse"
-    assert open_model(out / "model").config.window == 32
+    directory = trained(tmp_path, "native_sparse", mup=64, lr=0.003)
+    assert concept_of(directory) == "attention_variants.native_sparse"
+    assert open_model(directory).config.window == 32
 
 
 def test_a_setting_that_makes_no_sense_is_one_line(tmp_path, capsys):

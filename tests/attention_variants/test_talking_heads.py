@@ -1,15 +1,12 @@
 """Talking heads against gpt.py, whose attention they are with identity matrices, and against themselves."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from small_gpt import flags, write_text
-from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of
+from small_variants import cache_error, costs, documented_costs, first_changes, shake, tokens_of, trained
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from attention_variants.talking_heads import SIZES, Config, TalkingHeads
 from formats.open_model import concept_of, open_model
 from gpt import GPT
@@ -87,11 +84,7 @@ def test_the_page_has_what_tiny_costs():
 
 
 def test_it_trains_and_is_opened_again(tmp_path):
-    text, out = write_text(tmp_path / "text.txt"), tmp_path / "run"
-    assert train.main(flags(text, out, model="talking_heads", steps=5, mup=64, lr=0.003)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert losses[-1] < losses[0]
-    assert concept_of(out / "model") == "attention_variants.talking_heads"
-    mix = open_model(out / "model").model.layers[0].self_attn.scores_mix_proj.weight
+    directory = trained(tmp_path, "talking_heads", mup=64, lr=0.003)
+    assert concept_of(directory) == "attention_variants.talking_heads"
+    mix = open_model(directory).model.layers[0].self_attn.scores_mix_proj.weight
     assert not torch.equal(mix, torch.eye(4)) and (mix - torch.eye(4)).abs().max() < 0.2

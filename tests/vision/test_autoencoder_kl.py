@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_vit import TOLERANCE, assert_gradients
+from small_vit import TOLERANCE, assert_gradients, assert_same_weights, shaken
 from torch.utils.flop_counter import FlopCounterMode
 
 import train as train_py
@@ -23,11 +23,7 @@ SMALL = Config((4, 8), 1, 2, n_channels=1, n_latent=3, image_size=(8, 12), kerne
 
 def small(**changes):
     torch.manual_seed(0)
-    model = AutoencoderKL(replace(SMALL, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
+    return shaken(AutoencoderKL(replace(SMALL, **changes)), 0.1)
 
 
 def batch_of(n=2):
@@ -59,8 +55,7 @@ def test_moments_images_loss_and_gradients_are_those_of_diffusers():
 def test_a_written_model_has_the_same_files_as_diffusers_writes(tmp_path):
     model = open_model(FOLDER)
     model.save_pretrained(tmp_path)
-    written, stored = load_file(tmp_path / WEIGHTS), load_file(FOLDER / WEIGHTS)
-    assert written.keys() == stored.keys() and all(torch.equal(written[k], stored[k]) for k in stored)
+    assert_same_weights(tmp_path, FOLDER, WEIGHTS)
     content, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path, FOLDER))
     assert {k: content.get(k) for k in theirs if k[:1] != "_"} == {
         k: v for k, v in theirs.items() if k[:1] != "_"

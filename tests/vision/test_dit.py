@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_vit import TOLERANCE, assert_gradients
+from small_vit import TOLERANCE, assert_gradients, assert_same_weights, shaken
 from torch.utils.flop_counter import FlopCounterMode
 
 import train as train_py
@@ -23,11 +23,7 @@ SMALL = Config(2, 2, 8, 2, 3, 5, 6, 4, kernels="reference")
 
 def small(**changes):
     torch.manual_seed(0)
-    model = DiT(replace(SMALL, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
+    return shaken(DiT(replace(SMALL, **changes)))
 
 
 # --- against diffusers
@@ -54,8 +50,7 @@ def test_outputs_and_gradients_are_those_of_diffusers():
 
 def test_a_written_model_has_the_same_files_as_diffusers_writes(tmp_path):
     open_model(FOLDER).save_pretrained(tmp_path)
-    written, stored = load_file(tmp_path / WEIGHTS), load_file(FOLDER / WEIGHTS)
-    assert written.keys() == stored.keys() and all(torch.equal(written[k], stored[k]) for k in stored)
+    assert_same_weights(tmp_path, FOLDER, WEIGHTS)
     content, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path, FOLDER))
     left_out = {"dropout", "norm_num_groups", "upcast_attention"}  # which change nothing
     for key in theirs.keys() - left_out:

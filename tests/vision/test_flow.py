@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import run_command
+from small_vit import shaken
 from torch.utils.flop_counter import FlopCounterMode
 
 from formats.open_model import open_model
@@ -18,11 +19,7 @@ SMALL = Config(n_couplings=4, width=16, n_levels=8, image_size=(3, 3), n_channel
 def small(**changes) -> Flow:
     """Return a flow whose weights are far from its start, the identity."""
     torch.manual_seed(0)
-    model = Flow(Config(**vars(SMALL) | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
+    return shaken(Flow(Config(**vars(SMALL) | changes)))
 
 
 def test_a_new_flow_is_the_identity():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_vit import TOLERANCE
+from small_vit import TOLERANCE, shaken
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.tokenizer import get_tokenizer
@@ -32,11 +32,7 @@ SMALL = Config(
 
 def small(**changes):
     torch.manual_seed(0)
-    model = LatentDiffusion(replace(SMALL, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
+    return shaken(LatentDiffusion(replace(SMALL, **changes)), 0.1)
 
 
 def test_a_pipeline_draws_the_images_that_diffusers_draws():

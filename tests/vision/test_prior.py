@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_vit import TOLERANCE, assert_gradients
+from small_vit import TOLERANCE, assert_gradients, assert_same_weights, shaken
 from torch.utils.flop_counter import FlopCounterMode
 
 from formats.diffusers import WEIGHTS
@@ -21,11 +21,7 @@ SMALL = Config(2, 2, 6, 8, 5, kernels="reference")
 
 def small(**changes):
     torch.manual_seed(0)
-    model = Prior(replace(SMALL, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
+    return shaken(Prior(replace(SMALL, **changes)))
 
 
 def inputs(n=3):
@@ -50,8 +46,7 @@ def test_outputs_and_gradients_are_those_of_diffusers():
 
 def test_a_written_model_has_the_same_files_as_diffusers_writes(tmp_path):
     open_model(FOLDER).save_pretrained(tmp_path)
-    written, stored = load_file(tmp_path / WEIGHTS), load_file(FOLDER / WEIGHTS)
-    assert written.keys() == stored.keys() and all(torch.equal(written[k], stored[k]) for k in stored)
+    assert_same_weights(tmp_path, FOLDER, WEIGHTS)
     content, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path, FOLDER))
     assert all(content[key] == value for key, value in theirs.items() if key[:1] != "_")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_vit import TOLERANCE, assert_gradients
+from small_vit import TOLERANCE, assert_gradients, assert_same_weights, shaken
 from torch.utils.flop_counter import FlopCounterMode
 
 from formats import unet as formats_unet
@@ -24,11 +24,7 @@ SMALL = Config((4, 8), (0, 1), 1, 1, 1, 8, n_classes=6, n_groups=2, kernels="ref
 
 def small(**changes):
     torch.manual_seed(0)
-    model = UNet(replace(SMALL, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model
+    return shaken(UNet(replace(SMALL, **changes)))
 
 
 # --- against diffusers
@@ -52,9 +48,7 @@ def test_a_written_model_has_the_files_that_diffusers_writes(tmp_path, name):
     assert {key: theirs[key] for key in ours if not key.startswith("_d")} == {
         key: value for key, value in ours.items() if not key.startswith("_d")
     }
-    stored, expected = (load_file(path / WEIGHTS) for path in (tmp_path, FIXTURES / name))
-    assert stored.keys() == expected.keys()
-    assert all(torch.equal(w, expected[key]) for key, w in stored.items())
+    assert_same_weights(tmp_path, FIXTURES / name, WEIGHTS)
 
 
 def test_published_sizes_have_the_published_numbers_of_parameters(capsys):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import run_command
+from small_vit import shaken
 from torch.utils.flop_counter import FlopCounterMode
 
 from formats.open_model import open_model
@@ -18,11 +19,7 @@ SMALL = Config(width=16, n_latents=1, image_size=(3, 4))
 def small(**changes) -> VAE:
     """Return a model with weights that are far from their start, so that codes matter."""
     torch.manual_seed(0)
-    model = VAE(Config(**vars(SMALL) | changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
+    return shaken(VAE(Config(**vars(SMALL) | changes)), 0.3)
 
 
 def images(n: int = 6) -> torch.Tensor:

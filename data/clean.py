@@ -134,7 +134,7 @@ def clean(
     """Send the documents of the files through the stages, and return the report.
 
     engine: the name of one of parts.ENGINES and the number of processes. Each stage that is done has its
-    counts in out/work/STAGE.json, and then the documents of the one before are removed.
+    counts in STAGE.json of the folder "work", and then the documents of the one before are removed.
     """
     work, rejected = out / "work", out / "rejected"
     work.mkdir(parents=True, exist_ok=True)

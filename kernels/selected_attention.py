@@ -60,11 +60,11 @@ def selected_attention(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, blocks, block_size, scale, seqlens_k)
-    chosen = choose("selected_attention", backend if backend != "triton" else "auto", q)
     if backend == "triton":
         raise ValueError(
             "selected_attention: there is no kernel in Triton; use 'auto', 'torch' or 'reference'"
         )
+    chosen = choose("selected_attention", backend, q)
     scale = scale or 1 / math.sqrt(q.shape[3])
     if chosen == "reference":
         return _reference(q, k, v, blocks, block_size, scale, seqlens_k)

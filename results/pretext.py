@@ -21,21 +21,18 @@ after each run, and those in it are kept.
 """
 
 import argparse
-import contextlib
-import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import train
 from data.images import prepare
 from data.rows import stack
 from evaluation import probe
 from formats import command
 from formats.open_model import open_model
 from results.keep import Ended
+from results.training_runs import last_evaluation, trained
 from vision import colorize
 
 ENCODERS = {  # the flags of each, and the size of the model
@@ -52,23 +49,9 @@ N_PICTURES = 200  # held-out landscapes whose balls are measured
 
 
 def run(out: Path, seed: int, *flags: str) -> dict:
-    """Make a run of train.py in out, go on with one that was interrupted, or do nothing. Return the last row
-    of its held-out metrics."""
-    argv = [*flags, "--seed", str(seed), "--out", str(out)]
-    if not (out / "done").exists():
-        print("train.py", *argv, file=sys.stderr, flush=True)
-        out.mkdir(parents=True, exist_ok=True)
-        with (
-            open(out.with_suffix(".log"), "a", encoding="utf-8") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            code = train.main([*argv, *(["--resume"] if (out / "checkpoint").exists() else [])])
-        if code != 0:
-            raise ValueError(f"{out}: the run failed; see {out.with_suffix('.log')}")
-        (out / "done").touch()
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "val_loss" in row][-1]
+    """Make a run of train.py in out with a seed; return the last row of its held-out metrics."""
+    trained(out, *flags, "--seed", str(seed))
+    return last_evaluation(out)
 
 
 def fine_tuned(out: Path, seed: int, start: list[str]) -> float:

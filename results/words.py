@@ -23,17 +23,14 @@ exact answers that a user would see.
 
 import argparse
 import ast
-import contextlib
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import train
 from data.corpus import documents, find_files
 from data.rows import stack
 from data.tokenizer import get_tokenizer
@@ -43,6 +40,7 @@ from formats.atomic import replace_file
 from formats.open_model import open_model
 from posttraining import ppo, prompts, scores
 from posttraining.rollout import Policy, Reference, metrics_of, roll_out
+from results.training_runs import trained
 
 N_QUESTIONS = 24_000
 PARTS = ("held_out", *["tuning"] * 23, *["rewards"] * 24)  # of 48 questions in turn
@@ -167,25 +165,6 @@ def write_pairs(sft: Path, work: Path) -> None:
 # --- runs and their figures
 
 
-def run(out: Path, *flags: str) -> Path:
-    """Make a run of train.py in out, go on with one that was interrupted, or do nothing; return its model."""
-    if (out / "done").exists():
-        return out / "model"
-    argv = [*flags, "--out", str(out)]
-    print("train.py", *argv, file=sys.stderr, flush=True)
-    with (
-        open(out.with_suffix(".log"), "a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        out.mkdir(parents=True, exist_ok=True)
-        code = train.main([*argv, *(["--resume"] if (out / "checkpoint").exists() else [])])
-    if code != 0:
-        raise ValueError(f"{out}: the run failed; see {out.with_suffix('.log')}")
-    (out / "done").touch()
-    return out / "model"
-
-
 def dataset_of(path: Path, tokenizer: str, seq_len: int) -> prompts.Prompts:
     """Return all questions of a file as prompts that are scored by the exact reward."""
     records = read_lines(path)
@@ -248,22 +227,22 @@ def stages(args: argparse.Namespace, work: Path) -> dict:
     if not held_out.exists():
         write_questions(work)
     data, val = ("--data", str(work / "tuning.jsonl")), ("--val", str(held_out))
-    sft = run(work / "sft", "--model", "gpt", "--task", "instruct", "--init-from", str(args.base), *data,
+    sft = trained(work / "sft", "--model", "gpt", "--task", "instruct", "--init-from", str(args.base), *data,
               *val, "--steps", "600")  # fmt: skip
     if not (work / "pairs-held_out-all.jsonl").exists():
         write_pairs(sft, work)
     pairs = ("--data", str(work / "pairs-rewards-all.jsonl"), "--val", str(work / "pairs-held_out-all.jsonl"))
     start = ("--init-from", str(sft), "--seq-len", "128")
     often = ("--steps", "450", "--batch-size", "32", "--lr", "3e-4")
-    reward = run(work / "reward", "--model", "reward", *start, *pairs, *often)
+    reward = trained(work / "reward", "--model", "reward", *start, *pairs, *often)
     models = {"sft": sft}
-    models["dpo"] = run(
+    models["dpo"] = trained(
         work / "dpo", "--model", "dpo", *start, *pairs, "--steps", "150", "--batch-size", "32"
     )
     settings = ("method=grpo", "reward=exact", "max_new_tokens=32", "samples=8", "epochs=2", "beta=0.02")
     slowly = ("--steps", "20", "--batch-size", "32", "--lr", "1e-4", "--set", *settings)
     prompts_of = ("--data", str(questions), *val)
-    models["grpo"] = run(work / "grpo", "--model", "ppo", *start, *prompts_of, *slowly)
+    models["grpo"] = trained(work / "grpo", "--model", "ppo", *start, *prompts_of, *slowly)
 
     dataset, tuned = dataset_of(held_out, str(sft), 128), open_model(sft).eval()
     found = {name: examine(open_model(path), tuned, dataset) for name, path in models.items()}

@@ -1,0 +1,37 @@
+"""A run of train.py inside a script that makes many: done once, and continued after an interruption."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import train
+
+
+def trained(out: Path, *flags: str) -> Path:
+    """Return the model of a run of train.py with these flags in the folder `out`.
+
+    A run that was interrupted is continued from its checkpoint, one that has ended is not repeated, and what
+    it prints goes to a file beside the folder, `out` with the suffix .log. Raises ValueError if it fails.
+    """
+    if (out / "done").exists():
+        return out / "model"
+    argv = [*flags, "--out", str(out)]
+    print("train.py", *argv, file=sys.stderr, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        open(f"{out}.log", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        code = train.main([*argv, *(["--resume"] if (out / "checkpoint").exists() else [])])
+    if code != 0:
+        raise ValueError(f"{out}: the run failed; see {out}.log")
+    (out / "done").touch()
+    return out / "model"
+
+
+def last_evaluation(out: Path) -> dict:
+    """Return the last row of held-out figures that the run in the folder `out` has logged."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "val_loss" in row][-1]

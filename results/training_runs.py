@@ -12,7 +12,8 @@ def trained(out: Path, *flags: str) -> Path:
     """Return the model of a run of train.py with these flags in the folder `out`.
 
     A run that was interrupted is continued from its checkpoint, one that has ended is not repeated, and what
-    it prints goes to a file beside the folder, `out` with the suffix .log. Raises ValueError if it fails.
+    it prints goes to a file beside the folder, `out` with the suffix .log. Raises ValueError if it fails, or
+    if it is stopped before its last step, for which train.py ends with exit code 0, too.
     """
     if (out / "done").exists():
         return out / "model"
@@ -27,6 +28,9 @@ def trained(out: Path, *flags: str) -> Path:
         code = train.main([*argv, *(["--resume"] if (out / "checkpoint").exists() else [])])
     if code != 0:
         raise ValueError(f"{out}: the run failed; see {out}.log")
+    n_steps = json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"][-1]["flags"]["steps"]
+    if last_evaluation(out)["step"] < n_steps:
+        raise ValueError(f"{out}: the run was interrupted; the same command goes on with it")
     (out / "done").touch()
     return out / "model"
 

@@ -36,7 +36,7 @@ from formats import command
 from language.span_corruption import padded
 
 MODEL = "bart"
-STEPS = 1200
+OPTIMIZER, STEPS = "muon", 1200
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from formats import command
 from language.overlap import f1, rouge_1, words
 
 MODEL = "t5"
-STEPS = 2500
+OPTIMIZER, STEPS = "muon", 2500
 MASK = "<mask_1>"
 N_SHOWN, N_SCORED = 5, 100  # held-out documents
 make_batch = text_pairs.make_batch

@@ -39,7 +39,7 @@ from formats import command
 from formats.config_values import check_values
 
 MODEL = "t5"
-STEPS = 1600
+OPTIMIZER, STEPS = "muon", 1600
 N_SENTINELS = 100
 SENTINELS = [f"<extra_id_{i}>" for i in range(N_SENTINELS)]  # in T5 the first has the last id
 OBJECTIVES = (

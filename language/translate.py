@@ -49,7 +49,7 @@ from language.overlap import bleu
 
 MODEL = "t5"
 DATA = "dates"
-STEPS = 3000
+OPTIMIZER, STEPS = "muon", 3000
 N_SHOWN, N_SCORED = 5, 200  # held-out pairs
 make_batch = text_pairs.make_batch
 

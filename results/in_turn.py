@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -55,14 +56,14 @@ def compared(figures: dict[str, list[float]], baseline: str, *, unit: str = "tok
     return rows
 
 
-def write_figures(path: Path, name: str, load: float, results: list[dict]) -> None:
+def write_figures(
+    path: Path, name: str, load: float, results: list[dict], peer: str = "transformers"
+) -> None:
     """Write the rows of results/NAME.py to path, as JSON, with what they were measured on.
 
-    load: the machine's load average before the measurement.
+    load: the machine's load average before the measurement. peer: the package that was measured beside ours.
     """
-    import transformers
-
     about = {"command": f"python -m results.{name} --out results/{name}.json", "cpu": cpu.name()}
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {"transformers": transformers.__version__, "load_average": load, "results": results}
+    about |= {peer: version(peer), "load_average": load, "results": results}
     path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

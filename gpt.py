@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention_variants.longer_context import stretched
 from formats.config_values import check_values
 from generate import KVCache, StaticKVCache, generate, run, stream
 from kernels import attention, gelu, linear_cross_entropy, products, rms_norm
@@ -48,7 +49,7 @@ class Config:
     norm_eps: float = 1e-6
     positions: str = "rope"  # or "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}, as Hugging Face writes it
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3" | "yarn", ...}, as in HF's config
     mlp: str = "swiglu"  # or "gelu"
     bias: bool = False  # in every linear layer
     qkv_bias: bool = False  # only in the query, key and value projections (Qwen2)
@@ -143,23 +144,16 @@ def rope(positions: Tensor, theta: float, K: int, scaling: dict | None = None) -
 
     Pair i of the K features at position p turns by p * theta^(-2i/K), so that q . k depends on the distance
     of the two positions alone (RoFormer, Su et al. 2021, section 3.2). scaling, as in Config.rope_scaling,
-    makes wavelengths longer, to reach further: all of them ("linear", Chen et al. 2023), or only those longer
-    than the original context ("llama3").
+    slows pairs down, to reach further; see attention_variants/longer_context.py.
     """
     pairs = torch.arange(0, K, 2, device=positions.device).float()
-    frequencies = 1.0 / theta ** (pairs / K)  # (K / 2,)
-    if scaling is not None and scaling["rope_type"] == "linear":
-        frequencies = frequencies / scaling["factor"]
-    elif scaling is not None:
-        # turns: how often a wavelength fits into the original context. From `high` on it stays, up to
-        # `low` it becomes longer by the factor, and in between it is a blend of both.
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    frequencies, factor = 1.0 / theta ** (pairs / K), 1.0  # (K / 2,)
+    if scaling is not None:
+        frequencies, factor = stretched(frequencies, theta, scaling)
     angles = positions[..., None].float() * frequencies  # (..., T, K / 2)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (..., T, 1, K)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

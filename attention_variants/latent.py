@@ -14,7 +14,7 @@ second of the two ways to compute this needs W_uk directly behind W_uq:
                  as query, and apply W_uv to the mean of c: 2 (2 R + K_r) H FLOPs, but a small cache to read
 
 DeepSeek-V2 (2024, section 2.1), whose context is extended by YaRN (Peng et al. 2023), which also makes scores
-larger by a constant: see `yarn`.
+larger by a constant: see `growth_of_scores`.
 
     python -m attention_variants.latent                       the sizes
     python -m attention_variants.latent DIR --prompt "def "   continue a text
@@ -24,7 +24,6 @@ Shapes: B batch, T queries, S keys, D model width, H heads, R latent; K_n, K_r, 
 without and with positions, and of its value; K = K_n + K_r.
 """
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpt
+from attention_variants.longer_context import magnitude
 from engine import optim
 from formats import command
 from generate import KVCache, StaticKVCache, main
@@ -98,46 +98,12 @@ SIZES = {
 }
 
 
-def magnitude(factor: float, weight: float) -> float:
-    """Return YaRN's growth of scores, 0.1 weight ln(factor) + 1 (section 3.4)."""
-    return 0.1 * weight * math.log(factor) + 1
-
-
 def growth_of_scores(scaling: dict | None) -> float:
     """Return the factor that DeepSeek puts into the scale of scores: the square of the magnitude with
     mscale_all_dim; 1 without YaRN."""
     is_yarn = scaling is not None and scaling.get("rope_type") == "yarn"
     weight = scaling.get("mscale_all_dim") if is_yarn else None
     return magnitude(scaling["factor"], weight) ** 2 if weight else 1.0
-
-
-def yarn(scaling: dict, theta: float, width: int, device: torch.device) -> tuple[Tensor, float]:
-    """Return the frequencies (width / 2,) of YaRN, and the factor of cos and sin.
-
-    A pair of features that turns more than beta_fast times within the original context keeps its frequency,
-    one that turns less than beta_slow times is slowed down by the factor, and between there is a ramp over
-    the pairs (Peng et al. 2023, section 3.2). DeepSeek puts the growth of scores into their scale, see
-    `growth_of_scores`; cos and sin have the ratio of both magnitudes, which is 1.
-    """
-    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
-
-    def pair_that_turns(times: float) -> float:
-        return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    # The ramp, from 0 for the pairs that stay to 1 for those that are slowed down.
-    low = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
-    high = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), width - 1)
-    pairs = torch.arange(width // 2, device=device).float()
-    ramp = ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
-    frequencies = 1.0 / theta ** (2 * pairs / width)
-    frequencies = frequencies / factor * ramp + frequencies * (1 - ramp)
-
-    of_angles, of_scores = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if not (of_angles and of_scores):
-        angles = magnitude(factor, 1)
-    else:
-        angles = magnitude(factor, of_angles) / magnitude(factor, of_scores)
-    return frequencies, angles
 
 
 def halves(x: Tensor) -> Tensor:
@@ -229,12 +195,7 @@ class Block(gpt.Block):
 def rotation(model: nn.Module, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin at positions (B, T) for the K_r features that turn."""
     c = model.config
-    if (c.rope_scaling or {}).get("rope_type") != "yarn":
-        return rope(positions, c.rope_theta, c.d_rope, c.rope_scaling)
-    frequencies, factor = yarn(c.rope_scaling, c.rope_theta, c.d_rope, positions.device)
-    angles = positions[..., None].float() * frequencies  # (B, T, K_r / 2)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
-    return angles.cos() * factor, angles.sin() * factor
+    return rope(positions, c.rope_theta, c.d_rope, c.rope_scaling)
 
 
 def new_cache(model: nn.Module, lengths: list[int], max_len: int, static: bool = False) -> KVCache:

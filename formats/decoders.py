@@ -101,6 +101,18 @@ WINDOW_KEYS = {
     "layer_types",
 }  # see `read_window`
 
+# The settings of each kind of rope_scaling, needed and optional, see attention_variants/longer_context.py.
+SCALINGS = {
+    "linear": ({"factor"}, set()),
+    "llama3": (
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set(),
+    ),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+}  # fmt: skip
+
 EMBEDDING_AND_HEAD = ("model.embed_tokens.weight", "lm_head.weight")
 GPT2_NAMES = {  # GPT-2's names of weights: ours
     "wte.": "model.embed_tokens.",
@@ -196,22 +208,27 @@ def flatten_rope(path: Path, hf: dict) -> dict:
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is not implemented; expected 1.0")
 
-    # What is left are the parameters of the scaling, which must be exactly those of its kind.
-    needed = {
-        "default": set(),
-        "linear": {"factor"},
-        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    }
-    if kind not in needed:
-        raise ValueError(f"{path}: rope_type {kind!r} is not implemented; expected {', '.join(needed)}")
+    # What is left are the parameters of the scaling, which must be exactly those of its kind. YaRN's that are
+    # null are as those left out.
+    if kind not in ("default", *SCALINGS):
+        expected = ", ".join(["default", *SCALINGS])
+        raise ValueError(f"{path}: rope_type {kind!r} is not implemented; expected {expected}")
     if kind != "default":
-        if rope.keys() != needed[kind]:
-            raise ValueError(
-                f"{path}: rope_type {kind!r} with {sorted(rope)}: expected {sorted(needed[kind])}"
-            )
+        needed, optional = SCALINGS[kind]
+        rope = {key: value for key, value in rope.items() if value is not None or key not in optional}
+        if missing := needed - rope.keys():
+            raise ValueError(f"{path}: {min(missing)} of rope_type {kind!r} is missing")
+        if unknown := rope.keys() - needed - optional:
+            expected = f"expected {sorted(needed | optional)}"
+            raise ValueError(f"{path}: {min(unknown)} of rope_type {kind!r} is not implemented; {expected}")
+        if not isinstance(rope.get("truncate", True), bool):
+            raise ValueError(f"{path}: truncate {rope['truncate']!r:.100}: expected true or false")
         for key, value in rope.items():
-            if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < math.inf:
+            is_number = isinstance(value, float | int) and not isinstance(value, bool)
+            if key != "truncate" and not (is_number and 0 < value < math.inf):
                 raise ValueError(f"{path}: {key} {value!r:.100}: expected a number above 0")
+        if kind == "yarn" and rope["factor"] < 1:
+            raise ValueError(f"{path}: factor {rope['factor']} of rope_type 'yarn': expected at least 1")
         hf["rope_scaling"] = {"rope_type": kind, **rope}
     return hf
 

@@ -8,9 +8,7 @@ by attention_variants/deepseek.py. Experts are stored as in formats/mixtures.py.
 layer behind the last, which predicts the token after the next: it is left out.
 """
 
-import math
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,7 +68,6 @@ INERT = mixtures.INERT | {
     "head_dim", "qk_head_dim", "first_k_dense_replace", "aux_loss_alpha", "seq_aux", "topk_method",
     "num_nextn_predict_layers", "num_mtp_layers",
 }  # fmt: skip
-NUMBERS = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 
 def concept_of(path: Path, hf: dict) -> str:
@@ -98,7 +95,7 @@ def read_fields_of(directory: str | Path) -> dict:
     is_dense = concept_of(path, hf) == DENSE
     with damage_named(path):
         # One spelling for keys that transformers spells in several ways.
-        hf = read_rope(path, hf)
+        hf = decoders.flatten_rope(path, hf)
         hf = {"n_routed_experts" if key == ALIAS[architecture] else key: value for key, value in hf.items()}
         only, table = ONLY | ONLY_HERE[architecture], dict(FIELDS)
         if "norm_topk_prob" in only:
@@ -132,37 +129,6 @@ def sparse_fields(path: Path, hf: dict, fields: dict, architecture: str) -> dict
     if hf.get("seq_aux", True):
         return fields | {"aux_loss_coef": 0.0, "sequence_loss_coef": alpha}
     return fields | {"aux_loss_coef": alpha / fields["top_k"]}
-
-
-def read_rope(path: Path, hf: dict) -> dict:
-    """Return hf with rotary positions as rope_theta and rope_scaling, also those of YaRN.
-
-    Raises ValueError for a kind of scaling, or a setting of YaRN, that is not implemented.
-    """
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type")) != "yarn":
-        return decoders.flatten_rope(path, hf)
-    hf = {key: value for key, value in hf.items() if key not in ("rope_scaling", "rope_parameters")}
-    hf |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-
-    # The settings that are left out, or null, have defaults in attention_variants/latent.py.
-    settings: dict[str, Any] = {key: value for key, value in rope.items() if value is not None}
-    for key in ("rope_type", "type", "rope_theta"):
-        settings.pop(key, None)
-    if settings.pop("truncate", True) is not True:
-        raise ValueError(
-            f"{path}: truncate {rope['truncate']!r:.100} of yarn is not implemented; expected true"
-        )
-    if unknown := settings.keys() - NUMBERS:
-        raise ValueError(f"{path}: {min(unknown)} of yarn is not implemented; expected {sorted(NUMBERS)}")
-    if missing := {"factor", "original_max_position_embeddings"} - settings.keys():
-        raise ValueError(f"{path}: {min(missing)} of yarn is missing")
-    for key, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < math.inf:
-            raise ValueError(f"{path}: {key} {value!r:.100}: expected a number above 0")
-    if settings["factor"] < 1:
-        raise ValueError(f"{path}: factor {settings['factor']} of yarn: expected at least 1")
-    return hf | {"rope_scaling": {"rope_type": "yarn", **settings}}
 
 
 def hf_config(config) -> dict:

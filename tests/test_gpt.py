@@ -20,7 +20,18 @@ from evaluation.perplexity import perplexity
 from gpt import GPT, SIZES, Config, make_batch
 
 FIXTURES = Path(__file__).parent / "fixtures"
-RECORDED = ["gpt2", "llama", "llama3-scaling", "llama-linear", "mistral", "qwen2", "qwen2-sliding", "qwen3"]
+RECORDED = [
+    "gpt2",
+    "llama",
+    "llama3-scaling",
+    "llama-linear",
+    "llama-yarn",
+    "mistral",
+    "qwen2",
+    "qwen2-sliding",
+]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+RECORDED += ["qwen2-yarn", "qwen3"]
 SMALL = Config(2, 4, 32, 48, vocab_size=61, max_seq_len=32, n_kv_heads=2)
 GPT2_LIKE = {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True, "n_kv_heads": 4}
 
@@ -90,9 +101,19 @@ def test_saving_and_loading_returns_the_same_model(name, tmp_path):
         {"qkv_bias": True, "window": 8, "full_layers": (0,)},
         {"window": 8},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": YARN},
         GPT2_LIKE,
     ],
-    ids=["llama", "qwen3", "qwen3 mixed windows", "qwen2 mixed windows", "mistral", "linear rope", "gpt2"],
+    ids=[
+        "llama",
+        "qwen3",
+        "qwen3 mixed windows",
+        "qwen2 mixed windows",
+        "mistral",
+        "linear rope",
+        "yarn",
+        "gpt2",
+    ],
 )
 def test_transformers_opens_what_we_save(changes, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -155,7 +176,11 @@ def test_a_model_no_architecture_describes_is_refused_before_anything_is_written
         ({"attention_bias": True}, "attention_bias True"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "expected \\['factor'\\]"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor of rope_type 'linear' is missing"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2, "beta_fast": 8}}, "beta_fast of rope_type"),
+        ({"rope_parameters": YARN | {"truncate": 1}}, "truncate 1: expected true or false"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "factor 0.5 of rope_type 'yarn': expected at least 1"),
+        ({"rope_parameters": YARN | {"beta_slow": "x"}}, "beta_slow 'x': expected a number above 0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": 16}, "shape"),
         ({"num_hidden_layers": 3}, "is missing"),

@@ -1,7 +1,6 @@
 """Latent attention against transformers (recorded), against gpt.py, and its two ways against each other."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gpt
 from attention_variants import latent
 from attention_variants.latent import SIZES, Config, LatentAttention, LatentGPT
+from attention_variants.longer_context import yarn_factor
 from formats.open_model import concept_of, open_model
 from kernels import few_rows
 from lora import Config as Adapter
@@ -124,14 +124,11 @@ def test_transformers_opens_what_we_save(name, tmp_path):
         ({"architectures": ["LlamaForCausalLM"]}, "expected one of DeepseekV2ForCausalLM"),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}},
-            "original_max_position_embeddings of yarn",
+            "original_max_position_embeddings of rope_type 'yarn' is missing",
         ),
-        ({"rope_parameters": YARN | {"truncate": False}}, "truncate False of yarn"),
-        (
-            {"rope_parameters": YARN | {"attention_factor": 2.0}},
-            "attention_factor of yarn is not implemented",
-        ),
-        ({"rope_parameters": YARN | {"factor": 0.5}}, "factor 0.5 of yarn: expected at least 1"),
+        ({"rope_parameters": YARN | {"truncate": 1}}, "truncate 1: expected true or false"),
+        ({"rope_parameters": YARN | {"ramp": 2.0}}, "ramp of rope_type 'yarn' is not implemented"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "factor 0.5 of rope_type 'yarn': expected at least 1"),
         ({"rope_parameters": YARN | {"beta_fast": "1"}}, "beta_fast '1': expected a number"),
         ({"num_key_value_heads": 2}, "n_kv_heads 2"),
         ({"qk_rope_head_dim": 11}, "d_rope 11"),
@@ -197,32 +194,16 @@ def test_scores_grow_as_deepseek_scales_them():
     """By 1.874 in V3 and 1.590 in V2, whose context grew 40 times."""
     for mscale, expected in ((1.0, 1.874), (0.707, 1.590)):
         scaling = {**YARN, "factor": 40.0, "mscale": mscale, "mscale_all_dim": mscale}
-        _, angles = latent.yarn(scaling, 10_000.0, 64, torch.device("cpu"))
-        scores = latent.growth_of_scores(scaling)
+        angles, scores = yarn_factor(scaling), latent.growth_of_scores(scaling)
         assert angles == 1.0 and scores == pytest.approx(expected, abs=5e-4)
         layer = LatentAttention(replace(SMALL, rope_scaling=scaling), 0)
         assert layer.scale == pytest.approx(22**-0.5 * scores)
 
 
 def test_yarn_with_factor_1_changes_nothing():
-    scaling = YARN | {"factor": 1.0}
-    frequencies, angles = latent.yarn(scaling, 100.0, 12, torch.device("cpu"))
-    cos, _ = gpt.rope(torch.arange(5), 100.0, 12)
-    positions = torch.arange(5)[:, None]
-    torch.testing.assert_close((positions * frequencies).cos(), cos[:, 0, :6])
-    assert (angles, latent.growth_of_scores(scaling)) == (1.0, 1.0)
-
-
-def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
-    """A pair that turns more than beta_fast times in the original context, or less than beta_slow times."""
-    scaling = {**YARN, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-    frequencies, _ = latent.yarn(scaling, 10_000.0, 64, torch.device("cpu"))
-    plain = 1 / 10_000.0 ** (torch.arange(0, 64, 2) / 64)
-    turns = 4096 * plain / (2 * math.pi)
-    ratio = frequencies / plain
-    torch.testing.assert_close(ratio[turns > 40], torch.ones(int((turns > 40).sum())))
-    torch.testing.assert_close(ratio[turns < 0.7], torch.full((int((turns < 0.7).sum()),), 1 / 8))
-    assert (ratio.diff() <= 1e-6).all()
+    scaling, positions = YARN | {"factor": 1.0}, torch.arange(5)
+    torch.testing.assert_close(gpt.rope(positions, 100.0, 12, scaling), gpt.rope(positions, 100.0, 12))
+    assert latent.growth_of_scores(scaling) == 1.0
 
 
 # --- who sees whom

@@ -4,8 +4,8 @@
 
 DDPM (Ho et al. 2020, arXiv 2006.11239) adds noise in T small steps. Sums of independent Gaussian noise are
 Gaussian, so x_t can be drawn from x_0 in one step (equation 4; a_t is the paper's alpha bar). A network reads
-x_t and t and predicts one of three targets, each of which gives the other two by the equation above. (Here x_0 is always the data, not x_t at
-t = 0, which is the data with the least noise.)
+x_t and t and predicts one of three targets, each of which gives the other two by the equation above. (Here
+x_0 is always the data, not x_t at t = 0, which is the data with the least noise.)
 
     eps    the noise; what DDPM predicts
     x0     the data

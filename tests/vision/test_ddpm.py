@@ -3,6 +3,7 @@
 import json
 import signal
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest

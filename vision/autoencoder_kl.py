@@ -1,22 +1,22 @@
-"""The KL autoencoder: an image becomes a small one of few channels, its latents, and is rebuilt from them.
+"""The KL autoencoder: an image becomes latents, a smaller map of few channels, and is rebuilt from them.
 
-    m, ln s^2 = encoder(x)        clamped to -30 ... 20
+    m, ln s^2 = encoder(x)        ln s^2 clamped to -30 ... 20
     z = m + s n                   n ~ N(0, I)
     loss = sum over pixels |x - decoder(z)|^p + beta KL(N(m, s^2), N(0, I)),      the mean over images
     KL = 1/2 sum over latents of m^2 + s^2 - 1 - ln s^2
 
 High-resolution image synthesis with latent diffusion models (Rombach et al. 2021, arXiv 2112.10752, section
-3.1): a diffusion model then draws latents, which are many times fewer than pixels. It is a variational
-autoencoder (vision/vae.py) with a small beta: for p = 2 the loss is beta times the negative ELBO with the
-Gaussian likelihood of variance beta / 2, up to a constant. Sums run over pixels and latents, and the mean
-over images only: a mean over pixels beside the sum of the KL would multiply beta by the number of pixels.
+3.1): a diffusion model then draws latents, which are many times fewer numbers than pixels. The autoencoder is
+a variational one (vision/vae.py) with a small beta: for p = 2 the loss is, up to a constant, beta times the
+negative ELBO with a Gaussian likelihood of variance beta / 2. Errors are summed over pixels and the KL over
+latents, and only images are averaged: with a mean over pixels, beta would have to be as many times smaller.
 
-A small beta leaves the latents with a scale of their own. Diffusion expects a variance of 1, so latents are
-multiplied by `scaling_factor`, 1 over their standard deviation, after encoding, and divided before decoding.
+With a small beta the variance of the latents is not 1, as diffusion expects. So latents are multiplied by
+`scaling_factor`, 1 over their standard deviation, after encoding, and divided by it before decoding.
 `to_latents` and `from_latents` do so; `encode` and `decode` do not. Latent diffusion measures the factor.
 
-The published ones were trained with a perceptual loss and an adversary besides, which need a network of
-others; this one has neither. Parameters have the names of diffusers' AutoencoderKL.
+The published models were also trained with a perceptual loss, which needs a pretrained network, and with an
+adversarial one; this file has neither. Parameters have the names of diffusers' AutoencoderKL.
 
     python -m vision.autoencoder_kl                                         print the sizes
     python train.py --model autoencoder_kl                                  letters
@@ -52,19 +52,19 @@ SHOWN = 12  # images of the picture
 
 @dataclass(frozen=True)
 class Config:
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # c at each resolution, each half of the one before
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # c at each resolution; each is half the one before
     n_blocks: int = 2  # residual blocks at each resolution; the decoder has one more
-    n_groups: int = 32  # of channels that are normalised together
+    n_groups: int = 32  # groups of channels in each group normalisation
     n_channels: int = 3  # C
     n_latent: int = 4  # Z
-    image_size: int | tuple[int, ...] = 512  # pixels, both ways, or (height, width); others can be read
-    attention: bool = True  # at the lowest resolution
-    quant_conv: bool = True  # a map of each place after the encoder
-    post_quant_conv: bool = True  # and before the decoder
+    image_size: int | tuple[int, ...] = 512  # pixels, both ways, or (height, width); of the training images
+    attention: bool = True  # whether there is attention at the lowest resolution
+    quant_conv: bool = True  # a convolution of 1 x 1 after the encoder
+    post_quant_conv: bool = True  # and one before the decoder
     scaling_factor: float = 0.18215  # of latents, see the header
     shift_factor: float = 0.0  # subtracted from latents before they are scaled
-    power: int = 2  # p of the header; for training only, as beta
-    beta: float = 0.01
+    power: int = 2  # p of the header; for training only
+    beta: float = 0.01  # weight of the KL; for training only
     kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
     MAY_BE_ZERO = ("beta", "shift_factor")
 
@@ -77,7 +77,7 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """Return how many pixels are in a place of the latents, both ways: 2 to the number of halvings."""
+        """Return the height of an image divided by that of its latents: 2 to the number of halvings."""
         return 2 ** (len(self.channels) - 1)
 
     @property
@@ -100,7 +100,7 @@ SIZES = {
     "tiny": Config((16, 32, 64), 1, 8, 1, image_size=32),
     "sd-f8": Config(),  # of Stable Diffusion 1 and 2: Rombach et al. 2021, section 4.3
     "sdxl-f8": Config(image_size=1024, scaling_factor=0.13025),  # Podell et al. 2023, arXiv 2307.01952
-    "sd3-f8": Config(
+    "sd3-f8": Config(  # Esser et al. 2024, arXiv 2403.03206, with their published factors
         n_latent=16, image_size=1024, quant_conv=False, post_quant_conv=False, scaling_factor=1.5305,
         shift_factor=0.0609,
     ),
@@ -108,12 +108,12 @@ SIZES = {
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config with the channels of a data set's images."""
+    """Return the config for the channels of a data set's images. seq_len is not used."""
     return replace(config, n_channels=dataset.train[0]["image"].shape[0])
 
 
 class Level(nn.Module):
-    """The residual blocks at one resolution, and a change of it."""
+    """The residual blocks at one resolution, and after them a change of it: "down", "up", or "" for none."""
 
     def __init__(self, widths: list[tuple[int, int]], n_groups: int, change: str = ""):
         super().__init__()
@@ -124,13 +124,15 @@ class Level(nn.Module):
             setattr(self, self.changes, nn.ModuleList([kind(widths[-1][1])]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output (B, c, h, w) for x, at half or twice its resolution after a change."""
         for block in self.resnets:
             x = block(x)
         return getattr(self, self.changes)[0](x) if self.changes else x
 
 
 def widths(config: Config) -> tuple[list[list[tuple[int, int]]], list[list[tuple[int, int]]]]:
-    """Return (channels in, out) of each residual block, by level, of the encoder and of the decoder."""
+    """Return the input and output channels of each residual block: for each level of the encoder, and for
+    each level of the decoder, in the order of computation."""
     n, c = config.n_blocks, config.channels
     down, up, before = [], [], c[0]
     for own in c:
@@ -143,7 +145,7 @@ def widths(config: Config) -> tuple[list[list[tuple[int, int]]], list[list[tuple
 
 
 class Encoder(nn.Module):
-    """Images to 2 Z channels of latents."""
+    """From images (B, C, H, W) to the mean and log variance of latents (B, 2 Z, h, w)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -166,7 +168,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images."""
+    """From latents (B, Z, h, w) to images (B, C, H, W)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -189,11 +191,13 @@ class Decoder(nn.Module):
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return KL(N(m, s^2), N(0, I)) (B,) in nats, summed over the latents, of m and ln s^2 (B, ...)."""
+    """Return KL(N(m, s^2), N(0, I)) in nats (B,), summed over the latents, for m and ln s^2 (B, ...)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
 class AutoencoderKL(nn.Module):
+    """An encoder from images to Gaussians of latents, and a decoder from latents to images."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config, Z = config, config.n_latent
@@ -205,29 +209,33 @@ class AutoencoderKL(nn.Module):
         initialize(self)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return m and ln s^2 (B, Z, h, w) of images (B, C, H, W) with pixels in [-1, 1]."""
+        """Return m and ln s^2, float32 (B, Z, h, w), of images (B, C, H, W) with pixels in [-1, 1]."""
         found = self.encoder(images)
         found = self.quant_conv(found) if self.config.quant_conv else found
         mean, log_variance = found.float().chunk(2, dim=1)
         return mean, log_variance.clamp(LOWEST, HIGHEST)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return images (B, C, H, W), with pixels around [-1, 1], of latents z (B, Z, h, w)."""
+        """Return images (B, C, H, W), in the dtype of the weights and with pixels that may exceed [-1, 1],
+        for latents z (B, Z, h, w)."""
+        z = z.to(self.decoder.conv_in.weight.dtype)
         return self.decoder(self.post_quant_conv(z) if self.config.post_quant_conv else z)
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return the latents of images that a diffusion model learns, scaled: drawn with a noise
-        (B, Z, h, w), or without one their mean."""
+        """Return scaled latents (B, Z, h, w), which a diffusion model learns, of images (B, C, H, W): drawn
+        from their Gaussians with a noise (B, Z, h, w), or their means if it is None."""
         mean, log_variance = self.encode(images)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def from_latents(self, latents: Tensor) -> Tensor:
-        """Return the images (B, C, H, W) of scaled latents (B, Z, h, w)."""
+        """Return images (B, C, H, W), with pixels that may exceed [-1, 1], for scaled latents (B, Z, h,
+        w)."""
         return self.decode(latents / self.config.scaling_factor + self.config.shift_factor)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the header's loss of "images" (B, C, H, W) with pixels in [-1, 1], and "noise", n.
+        """Return the mean over images of the reconstruction error plus beta times the KL, see the header, for
+        "images" (B, C, H, W) with pixels in [-1, 1] and "noise" (B, Z, h, w).
 
         Metrics: the mean squared error of a pixel, and the KL in nats per image.
         """
@@ -239,19 +247,20 @@ class AutoencoderKL(nn.Module):
         return loss.mean(), {"mse": error.detach().square().mean(), "kl": nats.detach().mean()}
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of convolutions and products, forward and backward, of one image."""
+        """Return the FLOPs of convolutions and matrix products, forward and backward, of one image of the
+        config's size. seq_len is not used."""
         return 6 * n_macs(self.config)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "AutoencoderKL":
-        """Return diffusers' AutoencoderKL in a directory, in its precision.
+        """Return diffusers' AutoencoderKL in a directory, in the dtype of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
         return autoencoder_kl.load(cls, Config, directory, kernels)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write it as diffusers' AutoencoderKL."""
+        """Write the model as diffusers' AutoencoderKL into a directory."""
         autoencoder_kl.save(self, directory)
 
 
@@ -259,8 +268,8 @@ Model = AutoencoderKL
 
 
 def n_macs(config: Config) -> int:
-    """Return the multiplications of rebuilding one image: those of each convolution at each of its places,
-    and of the attention in the middle."""
+    """Return the multiplications of encoding and decoding one image of the config's size: those of each
+    convolution at each place, and of the attention."""
     Z, C, c = config.n_latent, config.n_channels, config.channels
     places = [config.size[0] * config.size[1] // 4**i for i in range(len(c))]
     down, up = widths(config)
@@ -269,7 +278,8 @@ def n_macs(config: Config) -> int:
     for i, own in enumerate(c):
         blocks = [*down[i], *up[len(c) - 1 - i]]
         total += places[i] * sum(block_macs(*block) for block in blocks)
-        if i + 1 < len(c):  # both changes of resolution compute at this level's neighbour
+        # The encoder's halving computes at the smaller resolution, the decoder's doubling at the larger.
+        if i + 1 < len(c):
             total += 9 * own**2 * places[i + 1] + 9 * c[i + 1] ** 2 * places[i]
     return total
 
@@ -278,7 +288,8 @@ def n_macs(config: Config) -> int:
 
 
 def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images, and how far the mean image is from those held out."""
+    """Return images without their classes, with a trivial guess in one line: the error of the mean training
+    image on held-out images."""
     found = load_images(args, config)
     every = -(-len(found.train) // SAMPLE)
     known = stack([found.train[i] for i in range(0, len(found.train), every)])["image"].float() / 127.5 - 1
@@ -290,15 +301,15 @@ def load_data(args: Namespace, config: Config) -> Dataset:
 def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, tokenizer: None
 ) -> dict[str, Tensor]:
-    """Return "images" (B, C, H, W) with pixels in [-1, 1], and "noise" (B, Z, h, w), normal."""
+    """Return "images" (B, C, H, W) with pixels in [-1, 1], and normal "noise" (B, Z, h, w)."""
     images = stack(rows)["image"].float() / 127.5 - 1
     return {"images": images, "noise": torch.randn(len(rows), *config.latent_shape, generator=generator)}
 
 
 @torch.no_grad()
 def draw(model: AutoencoderKL, images: Tensor, out: Path) -> float:
-    """Draw images (n, C, H, W) with pixels in [-1, 1], above them rebuilt from the mean of their latents.
-    Return the mean squared error of a pixel."""
+    """Write a picture of images (n, C, H, W) with pixels in [-1, 1], and below them the same images rebuilt
+    from the means of their latents. Return the mean squared error of a pixel."""
     rebuilt = model.from_latents(model.to_latents(images))
     pictures.save(out, [list(some / 2 + 0.5) for some in (images, rebuilt)])
     return (rebuilt - images).square().mean().item()
@@ -306,7 +317,8 @@ def draw(model: AutoencoderKL, images: Tensor, out: Path) -> float:
 
 @torch.no_grad()
 def show(model: AutoencoderKL, dataset: Dataset, out: Path) -> str:
-    """Draw some held-out images, evenly spaced, above them as rebuilt, and return the scale of latents."""
+    """Write a picture of some held-out images and their reconstructions, and return two lines: the standard
+    deviations of the latents, and the error of the reconstructions."""
     device, n = next(model.parameters()).device, min(SHOWN, len(dataset.val))
     rows = [dataset.val[i * len(dataset.val) // n] for i in range(n)]
     images = stack(rows)["image"].to(device).float() / 127.5 - 1

@@ -1,13 +1,13 @@
-"""What an image is drawn by: words of its caption, its class, or nothing; as rows for denoisers.
+"""Conditions of a denoiser: the words of an image's caption, its class, or none, as rows of numbers.
 
-    "bold serif latin small letter g"   ->  the numbers of its words, in any order, each once
-    a class folder                      ->  the number of the class
-    a folder of images                  ->  nothing
+    images with captions     the numbers of the caption's words, each once
+    a folder for each class  the number of the class
+    a folder of images       no condition
 
 A model has a learned vector for each word and sums them (vision/unet.py), so it can draw combinations that it
-has never seen. Their order is lost: "a red bar above a blue ring" is drawn as "a blue bar above a red ring"
-is. A last row stands for no words at all. Words of held-out captions that occur in none to learn from are
-left out.
+has never seen. The order of words is lost: "a red bar above a blue ring" and "a blue bar above a red ring"
+are the same condition. One more number, the last, stands for no words at all. Words that occur only in
+held-out captions are left out.
 
 Shapes: N images, W words of the longest caption.
 """
@@ -40,47 +40,52 @@ WORD = re.compile(r"[\w'-]+")
 
 
 def split(text: str) -> list[str]:
-    """Return the words of a text, in small letters, each once."""
+    """Return the words of a text in lower case, each once, in the order of their first use."""
     return list(dict.fromkeys(WORD.findall(text.lower())))
 
 
 class Words(NamedTuple):
-    """The words, or the classes, of a model, in the place of a tokenizer. A word's number is its place."""
+    """The words or the classes that a model has learned. A data set holds them in place of a tokenizer; the
+    number of a word is its index in `names`."""
 
     names: tuple[str, ...]
     are_classes: bool = False
 
     @property
     def n_vocab(self) -> int:
-        """Return the number of rows: the words, and none."""
+        """Return how many numbers there are: one for each word, and one for no words."""
         return len(self.names) + 1
 
     @property
     def none(self) -> int:
-        """Return the number of the row that stands for no words."""
+        """Return the number that stands for no words."""
         return len(self.names)
 
     def split(self, text: str) -> list[str]:
+        """Return the words of a text; the name of a class is not split."""
         return [text] if self.are_classes else split(text)
 
     def encode(self, text: str) -> list[int]:
-        """Return the numbers of a text's words. Raises ValueError for one that is not known, or none."""
+        """Return the numbers of a text's words. Raises ValueError for an unknown word, and if there is
+        none."""
         number = {name: i for i, name in enumerate(self.names)}
         found = self.split(text)
         for word in found:
             if word not in number:
                 what = "class" if self.are_classes else "word"
-                near = difflib.get_close_matches(word, self.names, 3, 0.5) or self.names[:3]
+                near = difflib.get_close_matches(word, self.names, 3, 0.5)
+                some = f"near it: {', '.join(near)}" if near else f"such as {', '.join(self.names[:3])}"
                 among = f"none of the {len(self.names)} that this model has learned"
-                raise ValueError(f"{what} {word!r}: {among}; near it: {', '.join(near)}")
+                raise ValueError(f"{what} {word!r}: {among}; {some}")
         if not found:
             raise ValueError(f"{text!r}: no word; expected some that this model has learned")
         return [number[word] for word in found]
 
     def table(self, texts: Sequence[str], width: int | None = None) -> np.ndarray:
-        """Return the numbers of the known words of texts, int32 (N, W), with -1 behind them.
+        """Return the numbers of the known words of each text, int32 (N, W), padded with -1.
 
-        A text without any known word has the row of none."""
+        A text without any known word has the number of no words. width: W, the largest number of known words
+        of a text (default: that of these texts)."""
         number = {name: i for i, name in enumerate(self.names)}
         rows = [[number[word] for word in self.split(text) if word in number] for text in texts]
         rows = [row or [self.none] for row in rows]
@@ -90,12 +95,13 @@ class Words(NamedTuple):
         return found
 
     def save(self, directory: str | Path) -> None:
-        """Write words.json."""
+        """Write the words to words.json in a directory."""
         write_json(Path(directory) / FILE, {"names": self.names, "are_classes": self.are_classes})
 
 
 def read_words(directory: str | Path) -> Words | None:
-    """Return the words in a model's directory, None where there are none. Raises ValueError for damage."""
+    """Return the words of the model in a directory, or None if it has no words. Raises ValueError for a
+    damaged words.json."""
     path = Path(directory) / FILE
     if not path.is_file():
         return None
@@ -107,14 +113,14 @@ def read_words(directory: str | Path) -> Words | None:
 
 
 def nothing(numbers: Tensor, none: int) -> Tensor:
-    """Return rows of no words in the shape of numbers (B, W), the number `none` and then -1."""
+    """Return the condition without words in the shape of numbers (B, W): in each row `none`, and then -1."""
     found = torch.full_like(numbers, -1)
     found[:, 0] = none
     return found
 
 
 def learned(texts: Sequence[str]) -> Words:
-    """Return the words of texts, in alphabetical order."""
+    """Return the words of texts in alphabetical order; if there are more than MOST, the most frequent."""
     counts = Counter(word for text in texts for word in split(text))
     return Words(tuple(sorted(word for word, _ in counts.most_common(MOST))))
 
@@ -130,10 +136,12 @@ def have_captions(data: str) -> bool:
 
 
 def load(args: Namespace, config: Any) -> Dataset:
-    """Return the images that --data names, at the config's size, with Words as their tokenizer, or None.
+    """Return the images that --data names, at the config's size. Their tokenizer is a `Words`, or None
+    without captions and classes.
 
     With --init-from the words are those of the model's directory. Raises ValueError for what
-    `data.captions.read` and `data.images.prepare` refuse, and for other classes than a pretrained model's.
+    `data.captions.read` and `data.images.prepare` refuse, and for other classes than those of a pretrained
+    model.
     """
     own = read_words(args.init_from) if args.init_from else None
     if not have_captions(args.data):
@@ -152,10 +160,14 @@ def load(args: Namespace, config: Any) -> Dataset:
 
 
 def as_dataset(parts: Sequence[captions.Part], words: Words | None = None) -> Dataset:
-    """Return images with the words of their captions; words: those of a trained model."""
-    texts = [[text for captions in part.captions for text in captions] for part in parts]
+    """Return images with the words of their captions as rows.
+
+    parts: images with captions, for training and held out. words: those of a trained model (default: those of
+    the training captions).
+    """
+    texts = [[text for texts in part.captions for text in texts] for part in parts]
     words = words or learned(texts[0])
-    width = max(words.table(some).shape[1] for some in texts)  # one, so that a model sees one shape
+    width = max(words.table(some).shape[1] for some in texts)  # the same in both parts
     tables = [words.table(some, width) for some in texts]
     note = f"{len(words.names):,} words"
     return captions.with_tables(parts, tables, words, "words", json.dumps(words), note)

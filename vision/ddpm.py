@@ -1,21 +1,21 @@
-"""DDPM: images from noise, by a network that has learned to take noise away.
+"""DDPM: images from noise, by a network that has learned to remove noise.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                     t: drawn uniformly, eps: normal noise
-    loss = mean of (model(x_t, t, words) - target)^2            target: v, x_0 or eps
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                     t: uniform, eps: normal noise, a_t: the
+    schedule loss = mean of (model(x_t, t, words) - target)^2            target: v, x_0 or eps
 
-Denoising diffusion probabilistic models (Ho et al. 2020, arXiv 2006.11239). The network never learns to draw;
-it learns to say what a noisy image was. A sampler begins with noise alone and removes a little of it at each
-step, by what the network predicts. The tables and the samplers are in vision/noise.py, the network is the
-U-Net of vision/unet.py or any other denoiser, such as vision/dit.py.
+Denoising diffusion probabilistic models (Ho et al. 2020, arXiv 2006.11239). The network learns to predict the
+image that a noisy one was made from. A sampler begins with noise alone and at each step removes a little of
+it, according to this prediction. The schedules and the samplers are in vision/noise.py; the network is the
+U-Net of vision/unet.py, or another denoiser such as vision/dit.py.
 
-The paper predicts eps. Where little is known of x_0, at large t, eps is nearly x_t itself, so the loss says
-little about the image; v (Salimans and Ho 2022, 2202.00512) and x_0 do, and a small model learns several
-times faster. So v is the default here.
+The paper predicts eps. At large t, eps is nearly equal to x_t, so this loss is small even where nothing is
+known of the image. The errors of v (Salimans and Ho 2022, 2202.00512) and of x_0 are large there, so they
+teach what x_0 looks like. v is the default here; results/ddpm.py compares the three.
 
-A tenth of the images to learn from have their words taken away, all together. So one network learns with and
-without, and at sampling the difference of both is exaggerated by the guidance w (Ho and Salimans 2022,
-2207.12598): u + w (c - u). What draws are averages of the weights over the last updates (--ema), as in the
-paper.
+A tenth of the training images are shown without any of their words. So one network learns to predict with
+words (c) and without them (u), and sampling exaggerates the difference by the guidance w: u + w (c - u) (Ho
+and Salimans 2022, 2207.12598). Images are drawn with an average of the weights over the last updates (--ema),
+as in the paper.
 
     python train.py --model ddpm                                     letters from their names
     python -m vision.ddpm runs/ddpm/model --prompt "bold italic serif latin small letter g" --out g.png
@@ -45,10 +45,10 @@ from vision.unet import UNet
 MODEL, DATA = "unet", "glyphs"
 OPTIMIZER, BATCH_SIZE, STEPS, EMA, LEARNING_RATE = "adamw", 64, 2000, 0.999, 0.4
 LOSS, TOKEN_LOSS = "squared error", ""
-GUIDANCE = (1.0, 2.0)  # of the pictures that a run draws
-SAMPLER_STEPS = 25  # DDIM's, of these pictures
-SHOWN = 12  # of them, in a row
-MOST_DRAWN = 256  # of them, for the judge
+GUIDANCE = (1.0, 2.0)  # of the images that an evaluation draws
+SAMPLER_STEPS = 25  # of DDIM, for these images
+SHOWN = 12  # of these images in a row of the picture
+MOST_DRAWN = 256  # of these images at most, for the judge
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Config(Augmentation):
     target: str = "v"  # or "x0", or "eps"
     schedule: str = "cosine"  # or "linear", or "scaled_linear", see vision/noise.py
     n_steps: int = 1000  # T
-    zero_terminal: bool = False  # the last x_t holds nothing but noise
-    drop: float = 0.1  # share of the images that are learned without their words
+    zero_terminal: bool = False  # whether the last x_t is pure noise
+    drop: float = 0.1  # share of the training images that are shown without their words
     MAY_BE_ZERO = ("warp", "drop")
 
     def __post_init__(self):
@@ -72,17 +72,17 @@ class Config(Augmentation):
 
     @property
     def process(self) -> dict[str, Any]:
-        """Return the fields that are written beside a model."""
+        """Return the fields of the noise and the target, which are saved with a model."""
         return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
 
     @property
     def alpha_bar(self) -> Tensor:
-        """Return a_t (T,), float64."""
+        """Return a_t of all time steps (T,), float64."""
         return noise.schedule(self.schedule, self.n_steps, self.zero_terminal)
 
 
 class Diffusion(nn.Module):
-    """A denoiser, and what it is trained to predict."""
+    """A denoiser with the settings of its training: the schedule of the noise and the target."""
 
     def __init__(self, model: nn.Module, settings: Config):
         super().__init__()
@@ -90,10 +90,11 @@ class Diffusion(nn.Module):
         self.alpha_bar = settings.alpha_bar  # no buffer: it has to stay float64
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the squared error, a scalar, of a batch of `make_batch`."""
+        """Return the mean squared error, a scalar, for a batch of `make_batch`."""
         kind, t, eps = self.settings.target, batch["t"], batch["noise"]
         x0 = 2 * batch["images"] - 1
         x = noise.q_sample(x0, t, eps, self.alpha_bar)
+        # A published model may return a variance in further channels, which this loss does not train.
         output = self.model(x, t, batch.get("classes"))[:, : x.shape[1]]
         return (output.float() - noise.target(kind, x0, eps, t, self.alpha_bar)).square().mean()
 
@@ -109,9 +110,12 @@ class Diffusion(nn.Module):
         eta: float = 0.0,
         seed: int = 0,
     ) -> Tensor:
-        """Return n images (n, C, h, w) in [0, 1] with these classes (n, W), None where the model has none.
+        """Return n images (n, C, h, w) with pixels in [0, 1].
 
-        The noise is that of one generator on the CPU, so images are the same on every device.
+        classes: the words or the class of each image (n, W), -1 for padding; None if the model has none.
+        guidance and rescale: see `noise.guide`. steps: of the sampler. eta: 0 for DDIM, 1 for DDPM. The first
+        noise is drawn on the CPU with this seed, so that with eta = 0 all devices draw the same images, up to
+        rounding. Raises ValueError for more steps than the schedule has.
         """
         device, settings = next(self.model.parameters()).device, self.settings
         generator = torch.Generator().manual_seed(seed)
@@ -131,12 +135,13 @@ class Diffusion(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model, and its schedule as diffusers' scheduler_config.json."""
         self.model.save_pretrained(directory)
-        is_plain = isinstance(self.model, UNet) and not self.config.n_classes  # all that DDPMPipeline runs
+        # Diffusers' DDPMPipeline runs a U-Net without conditions only.
+        is_plain = isinstance(self.model, UNet) and not self.config.n_classes
         schedules.write(directory, **self.settings.process, pipeline=is_plain)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "Diffusion":
-        """Return the model in directory with its schedule. Raises ValueError for what is missing."""
+        """Return the model in a directory with its schedule. Raises ValueError if one of them is missing."""
         return cls(open_model(directory), Config(**schedules.read(directory)))
 
 
@@ -144,12 +149,13 @@ class Diffusion(nn.Module):
 
 
 def settings(config: Any) -> Config:
-    """Return the defaults: v, and the cosine schedule."""
+    """Return the default settings of the task: v, and the cosine schedule."""
     return Config()
 
 
 def load_data(args: Namespace, config: Any) -> Dataset:
-    """Return images, and as a guess the error of the mean image in the place of each x_0."""
+    """Return images, with a trivial guess in one line: the error if each x_0 is predicted by the mean image.
+    It is computed on about a thousand training images."""
     dataset = conditions.load(args, config)
     rows = [dataset.train[i] for i in range(0, len(dataset.train), -(-len(dataset.train) // 1000))]
     images = 2 * stack(rows)["image"].float() / 255 - 1
@@ -158,7 +164,7 @@ def load_data(args: Namespace, config: Any) -> Dataset:
 
 
 def wrap(model: nn.Module, config: Config) -> Diffusion:
-    """Return the model with what it predicts."""
+    """Return the model with the settings of its training."""
     return Diffusion(model, config)
 
 
@@ -168,7 +174,7 @@ def unwrap(module: Diffusion) -> nn.Module:
 
 
 def restore(module: Diffusion, directory: str) -> None:
-    """Raise ValueError where a trained model was trained with another schedule or target."""
+    """Raise ValueError if the model in a directory was trained with another schedule or target."""
     if not (Path(directory) / schedules.FILE).is_file():
         return
     for name, value in schedules.read(directory).items():
@@ -178,17 +184,15 @@ def restore(module: Diffusion, directory: str) -> None:
 
 
 def classes_of(batch: dict[str, Tensor]) -> Tensor:
-    """Return the words, or the class, of each row of a batch (B, W)."""
+    """Return the words or the class (B, W) of each row of a batch; a class is a row with W = 1."""
     return batch["tokens"] if "tokens" in batch else batch["label"][:, None]
 
 
 def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, words: Words | None
 ) -> dict[str, Tensor]:
-    """Return "images" (B, C, h, w) with pixels in [0, 1], "noise" like them, times "t" (B,), and with words
-    or classes "classes" (B, W).
-
-    The times are evenly spread, see `noise.even_times`. Those of held-out images are always the same.
+    """Return "images" (B, C, h, w) with pixels in [0, 1], normal "noise" of the same shape, times "t" (B,),
+    and "classes" (B, W) if the data have words or classes. The times are those of `noise.even_times`.
     """
     batch = stack(rows)
     n = len(rows)
@@ -204,12 +208,12 @@ def make_batch(
 
 
 def loss(module: Diffusion, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the header's loss of a batch of `make_batch`, and no other metrics."""
+    """Return the mean squared error of the target, for a batch of `make_batch`, and no other metrics."""
     return module(batch), {}
 
 
 def save(module: Diffusion, dataset: Dataset, directory: Path) -> None:
-    """Write the model and its schedule."""
+    """Write the model and its schedule into a directory."""
     module.save_pretrained(directory)
 
 
@@ -219,15 +223,16 @@ def flops_per_token(module: Diffusion, config: Config, seq_len: int) -> int:
 
 
 def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
-    """Draw the held-out captions, whose images the model has not seen, beside these images; return what a
-    judge of real images recognises in them. Without captions, draw some images."""
+    """Draw images for held-out captions, whose images the model has not seen, below these images. Return how
+    often a classifier of real images (vision/judge.py) recognises them. Without captions, draw some images.
+    """
     val = dataset.val
     if dataset.tokenizer is None:
         images = module.draw(None, 3 * SHOWN)
         pictures.save(out, [list(row) for row in images.split(SHOWN)])
         return f"picture.png: drawn from noise, by {SAMPLER_STEPS} steps of DDIM"
 
-    # Draw those that the judge sees, or else only those of the picture.
+    # Draw as many as the judge classifies, or without a judge those of the picture.
     opinion = judge.of(dataset)
     most = MOST_DRAWN if opinion else SHOWN
     chosen = list(range(0, len(val), -(-len(val) // most)))
@@ -236,7 +241,8 @@ def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
     drawn = {w: module.draw(classes, len(chosen), guidance=w).cpu() for w in GUIDANCE}
 
     # The picture, and below it the figures.
-    shown = [i * len(chosen) // SHOWN for i in range(min(SHOWN, len(chosen)))]
+    n_shown = min(SHOWN, len(chosen))
+    shown = [i * len(chosen) // n_shown for i in range(n_shown)]
     pictures.save(out, [[images[i] for i in shown] for images in (true, *drawn.values())])
     lines = [f"picture.png: true, and drawn with guidance {', '.join(f'{w:g}' for w in GUIDANCE)}"]
     lines.append(judge.in_words("real  ", true, None, opinion, chosen))
@@ -255,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", nargs="+", default=[], help="words, or a class, of each row of images (default: none)")
     add("--n", type=int, default=8, help="images for each prompt (default %(default)s)")
     add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
-    add("--rescale", type=float, default=0.0, help="share of the contrast taken back (default %(default)s)")
+    add("--rescale", type=float, default=0.0, help="0 to 1: undo contrast of w (default %(default)s)")
     add(
         "--steps",
         type=int,
@@ -268,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.n < 1 or not 0 <= args.eta <= 1 or not 0 <= args.rescale <= 1:
         given = f"--n {args.n} --eta {args.eta} --rescale {args.rescale}"
-        raise ValueError(f"{given}: expected at least 1 image, and 0 to 1 of the others")
+        raise ValueError(f"{given}: expected at least 1 image, and --eta and --rescale from 0 to 1")
     if args.out.suffix != ".png":
         raise ValueError(f"--out {args.out}: expected a name that ends in .png")
 

@@ -1,9 +1,9 @@
-"""A judge of drawn pictures: a small classifier, trained on real ones, that says what a picture shows.
+"""A judge of drawn pictures: a small classifier, trained on real ones, that recognises what a picture shows.
 
-A generated picture has no true pixels, but it has a caption. How often a classifier that has seen only real
-pictures recognises what the caption names is a measure that needs no downloaded network. Beside it stands how
-often the judge is right on the real held-out pictures, which a generator can hardly exceed, and how often by
-chance. A judge does not see variety: a model that draws one good picture for each caption satisfies it.
+There is no single right picture for a caption, so pixels cannot be compared. The measure here is how often a
+classifier, trained on real pictures only, recognises what the caption names. It needs no downloaded network.
+The same classifier's accuracy on the real held-out pictures is the figure to compare with: a generator can
+hardly exceed it. The measure does not include variety: one good picture for each caption is enough.
 
 Shapes: B images, C channels, H x W pixels.
 """
@@ -22,20 +22,21 @@ from data.rows import Dataset, seed_of
 
 STEPS, BATCH_SIZE, RATE = 200, 128, 3e-3
 WIDTHS = (32, 64, 128)
-JUDGED = ("character", "style")  # of the ways in which data/captions.py classifies
+JUDGED = ("character", "style")  # the classifications of data/captions.py that the judge learns
 
 
 class Question(NamedTuple):
-    """A question to a judge: the number of answers, those of the pictures to learn from, and held out."""
+    """A classification that a judge learns, such as that by character."""
 
     name: str
-    n: int
-    train: Tensor
-    held: Tensor
+    n: int  # classes
+    train: Tensor  # int64 (pictures,), the class of each training picture
+    held: Tensor  # and of each held-out one
 
 
 class Judge(nn.Module):
-    """Convolutions, the mean and the largest value of each map, and an answer to each question."""
+    """Three convolutions, means of the feature maps in 4 x 4 parts of the picture, a hidden layer, and a
+    linear classifier for each question."""
 
     def __init__(self, n_channels: int, questions: Sequence[Question]):
         super().__init__()
@@ -58,20 +59,21 @@ class Judge(nn.Module):
 
 
 def questions_of(train: CaptionRows, held: CaptionRows) -> list[Question]:
-    """Return the questions that drawn sets answer for each picture, none for others."""
+    """Return the questions of JUDGED that these captions answer: for sets that data/captions.py draws, all or
+    some of them, and none for others."""
     ways = [way for way in held.part.classes if way.name in JUDGED]
     return [Question(w.name, len(w.prompts), answers(w, train), torch.tensor(w.answers)) for w in ways]
 
 
 def answers(way: ZeroShot, rows: CaptionRows) -> Tensor:
-    """Return the class (N,) of each picture by its caption, which is one of the prompts of its class."""
+    """Return the class of each picture, int64 (pictures,): the class that has its caption as a prompt."""
     number = {prompt: i for i, prompts in enumerate(way.prompts) for prompt in prompts}
     return torch.tensor([number[texts[0]] for texts in rows.part.captions])
 
 
 def train(pictures: np.ndarray, questions: Sequence[Question], steps: int) -> Judge:
-    """Return a judge trained on real pictures, uint8 (N, C, H, W). It is always the same one, and no random
-    number of the caller is used."""
+    """Return a judge trained on real pictures, uint8 (n, C, H, W). The same pictures give the same judge, and
+    the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         judge = Judge(pictures.shape[1], questions)
@@ -101,18 +103,21 @@ class Opinion(NamedTuple):
 
     @torch.no_grad()
     def rights(self, images: Tensor, chosen: Sequence[int]) -> dict[str, float]:
-        """Return how often each answer is right in images (n, C, H, W), drawn by the captions of the held-out
-        pictures with the numbers `chosen`."""
-        found, places = self.judge(images.float()), torch.tensor(chosen)
-        pairs = zip(found, self.questions, strict=True)
-        return {q.name: (logits.argmax(1) == q.held[places]).float().mean().item() for logits, q in pairs}
+        """Return by question the share of images (n, C, H, W) that the judge classifies as their captions
+        say. chosen: the indices of the held-out pictures whose captions they were drawn for."""
+        pairs = zip(self.judge(images.float()), self.questions, strict=True)
+        true = torch.tensor(chosen)
+        return {q.name: (logits.argmax(1) == q.held[true]).float().mean().item() for logits, q in pairs}
 
 
 def in_words(
     label: str, images: Tensor, true: Tensor | None, opinion: Opinion | None, chosen: Sequence[int]
 ) -> str:
-    """Return a line of figures of images (n, C, H, W), drawn by the held-out captions with the numbers
-    `chosen`: how often the judge recognises them, and how far they are from the true ones, where given."""
+    """Return a line of figures for images (n, C, H, W): after the label how often the judge recognises them,
+    if there is one, and their mean squared error, if `true` images are given.
+
+    chosen: the indices of the held-out pictures whose captions the images were drawn for.
+    """
     line = [label]
     if opinion:
         line += [f"{what} {share:.1%}" for what, share in opinion.rights(images, chosen).items()]
@@ -125,7 +130,8 @@ TRAINED: dict[str, Opinion | None] = {}  # by the fingerprint of the data
 
 
 def of(dataset: Dataset) -> Opinion | None:
-    """Return the judge of a set that can be judged, None of others. It is trained when it is first needed."""
+    """Return the judge for a data set, or None if no question of JUDGED is about it. It is trained at the
+    first call and kept for the later ones."""
     if dataset.fingerprint not in TRAINED:
         is_captions = isinstance(dataset.train, CaptionRows)
         questions = tuple(questions_of(dataset.train, dataset.val)) if is_captions else ()

@@ -2,23 +2,25 @@
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps         eps ~ N(0, 1), t = 0 ... T - 1, a_t falls from 1 towards 0
 
-DDPM (Ho et al. 2020, 2006.11239) adds noise in T small steps; x_t can be drawn at once, since a sum of
-Gaussians is one (equation 4; a_t is its alpha bar). A network reads x_t and t and predicts one of three
-targets, each of which gives the other two by the line above:
+DDPM (Ho et al. 2020, arXiv 2006.11239) adds noise in T small steps. Sums of independent Gaussian noise are
+Gaussian, so x_t can be drawn from x_0 in one step (equation 4; a_t is the paper's alpha bar). A network reads
+x_t and t and predicts one of three targets, each of which gives the other two by the equation above. (Here
+x_0 is always the data, not x_t at t = 0, which is the data with the least noise.)
 
     eps    the noise; what DDPM predicts
     x0     the data
     v      sqrt(a_t) eps - sqrt(1 - a_t) x_0   (Salimans and Ho 2022, 2202.00512)
 
-A sampler begins with noise. At each step it computes x_0 and eps from the prediction and draws x at a smaller
-t, with a' in the place of a (DDIM, Song et al. 2021, 2010.02502, equation 12):
+A sampler begins with noise. At each step it computes x_0 and eps from the prediction, and from them x' at a
+smaller t, where a_t is a' (DDIM, Song et al. 2021, 2010.02502, equation 12; z ~ N(0, 1) is new noise):
 
     x' = sqrt(a') x_0 + sqrt(1 - a' - s^2) eps + s z          s^2 = eta^2 (1 - a') / (1 - a) (1 - a / a')
 
-eta 0 is DDIM, which draws nothing. eta 1 is DDPM: its s^2 is the variance of q(x_{t-1} | x_t, x_0). Both may
-leave out time steps; a' is that of the next time step that is visited, and 1 behind the last.
+With eta = 0 this is DDIM, whose steps add no noise. With eta = 1 it is DDPM, where s^2 is the variance of
+q(x_{t-1} | x_t, x_0). Both may skip time steps: a' belongs to the next time step that is visited, and is 1
+after the last one.
 
-All tables are float64: at small t, 1 - a / a' loses half of the digits of float32.
+All tables are float64: at small t, a / a' is so close to 1 that 1 - a / a' loses half of float32's digits.
 
 Shapes: B batch, C channels, T time steps; x has the shape (B, ...), and channels are its dimension 1.
 """
@@ -35,7 +37,7 @@ KINDS = ("v", "x0", "eps")
 SCHEDULES = ("linear", "scaled_linear", "cosine")
 SPACINGS = ("leading", "trailing", "linspace")
 VARIANCES = ("small", "large", "learned")
-MAX_BETA = 0.999  # of a step (2102.09672, section 3.2)
+MAX_BETA = 0.999  # upper limit of beta, the noise of a single step (2102.09672, section 3.2)
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -48,12 +50,15 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def schedule(kind: str = "cosine", steps: int = 1000, zero_terminal: bool = False) -> Tensor:
-    """Return alpha bar (T,), float64: the share of the data in the variance of x_t.
+    """Return alpha bar (T,), float64: the data's share of the variance of x_t. It is the cumulative product
+    of 1 - beta_t, where beta_t is the variance of the noise that step t adds.
 
-    kind: "linear", betas from 1e-4 to 0.02 (DDPM, section 4); "scaled_linear", their roots evenly spaced from
-    .00085 to .012 (Stable Diffusion); "cosine" (Nichol and Dhariwal 2021, equation 17). The first two are for
-    1,000 steps, and with others betas grow so that as much noise is added. zero_terminal: shift and scale the
-    roots so that the last x_t is nothing but noise (Lin et al. 2023, 2305.08891, algorithm 1).
+    kind: "linear", betas evenly spaced from 1e-4 to 0.02 (DDPM, section 4); "scaled_linear", the square roots
+    of betas evenly spaced between those of 0.00085 and 0.012 (Stable Diffusion); "cosine" (Nichol and
+    Dhariwal 2021, 2102.09672, equation 17). The first two are defined for 1,000 steps; for another number,
+    betas are multiplied by 1,000 / steps, so that about as much noise is added in total. zero_terminal: shift
+    and scale sqrt(alpha bar) so that the last x_t is pure noise (Lin et al. 2023, 2305.08891, algorithm 1).
+    Raises ValueError for another kind, and for less than 2 steps.
     """
     one_of("schedule", kind, SCHEDULES)
     if steps < 2:
@@ -74,21 +79,23 @@ def schedule(kind: str = "cosine", steps: int = 1000, zero_terminal: bool = Fals
 
 
 def shares(alpha_bar: Tensor, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(a_t) and sqrt(1 - a_t), for t (B,) or one for all, in the shape and dtype of `like`."""
+    """Return sqrt(a_t) and sqrt(1 - a_t), for times t (B,) or one t for all images, in the dtype of `like`
+    (B, ...) and in a shape that is broadcast against it."""
     shape = (-1, *[1] * (like.ndim - 1))
-    tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # in float64, before they are gathered
+    tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # float64, rounded below
     data, noise = (table.to(like.device, like.dtype)[t].view(shape) for table in tables)
     return data, noise
 
 
 def q_sample(x0: Tensor, t: Tensor | int, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return x_t (B, ...): data with the noise of time t (B,) added."""
+    """Return x_t (B, ...): the data x0 (B, ...), mixed with standard normal noise (B, ...) for time t
+    (B,)."""
     of_data, of_noise = shares(alpha_bar, t, x0)
     return of_data * x0 + of_noise * noise
 
 
 def target(kind: str, x0: Tensor, noise: Tensor, t: Tensor | int, alpha_bar: Tensor) -> Tensor:
-    """Return what a network of this kind has to predict from x_t."""
+    """Return what a network of this kind ("v", "x0" or "eps") has to predict from x_t, in the shape of x0."""
     one_of("target", kind, KINDS)
     if kind != "v":
         return x0 if kind == "x0" else noise
@@ -99,9 +106,9 @@ def target(kind: str, x0: Tensor, noise: Tensor, t: Tensor | int, alpha_bar: Ten
 def to_x0_and_noise(
     kind: str, output: Tensor, x: Tensor, t: Tensor | int, alpha_bar: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return x_0 and eps according to a network's output for x_t.
+    """Return x_0 and eps, each (B, ...), that follow from a network's output (B, ...) for x = x_t.
 
-    Where x_t holds no noise (or no data), it does not determine the noise (or the data): a division by zero.
+    For "eps", x_0 is not finite where a_t = 0: x_t then holds no data. For "x0" likewise eps where a_t = 1.
     """
     one_of("target", kind, KINDS)
     of_data, of_noise = shares(alpha_bar, t, x)
@@ -113,21 +120,25 @@ def to_x0_and_noise(
 
 
 def even_times(n: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Return n of the time steps 0 ... steps - 1, int64 (n,), evenly spread from a random beginning, so that
-    a batch holds all of them (Kingma et al. 2021, arXiv 2107.00630, appendix I.1)."""
+    """Return n of the time steps 0 ... steps - 1, int64 (n,), evenly spaced from a random start, modulo
+    steps.
+
+    Each is uniformly distributed, but a batch covers the whole range, so its loss has a smaller variance
+    (Kingma et al. 2021, 2107.00630, appendix I.1).
+    """
     places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
     return (places * steps).long()
 
 
-# --- taking it away
+# --- removing noise
 
 
 def spaced(steps: int, count: int, spacing: str = "trailing") -> list[int]:
     """Return `count` of the time steps 0 ... steps - 1, from the largest to the smallest.
 
-    For 50 of 1,000: "leading" 980, 960 ... 0, which never visits the noisiest steps; "trailing" 999, 979 ...
-    19, which begins where sampling begins; "linspace" 999 ... 0, evenly between both ends. Raises ValueError
-    for more steps than there are.
+    For 50 of 1,000: "leading" is 980, 960 ... 0, which never visits the noisiest steps; "trailing" is 999,
+    979 ... 19, which begins at the noisiest step; "linspace" is 999 ... 0, evenly spaced with both ends (Lin
+    et al. 2023, section 3.3). Raises ValueError for more steps than there are.
     """
     one_of("spacing", spacing, SPACINGS)
     if not 1 <= count <= steps:
@@ -160,11 +171,12 @@ def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def deviation(variance: str, now: float, before: float, learned: Tensor) -> Tensor | float:
-    """Return the standard deviation of DDPM's noise in a step.
+    """Return the standard deviation of the noise that DDPM adds in a step.
 
-    "small" is the posterior's, "large" sqrt(beta), between which the true one lies (DDPM, section 3.2). A
-    network that learns where (Nichol and Dhariwal 2021, equation 15) returns `learned` (B, C, ...), from -1
-    for the small to 1 for the large, beside its prediction.
+    variance: "small" gives that of the posterior q(x' | x, x_0), "large" gives sqrt(beta); the best one lies
+    between them (DDPM, section 3.2). "learned": the network has returned `learned` (B, C, ...) beside its
+    prediction, from -1 for the small to 1 for the large variance, between which log variances are
+    interpolated (Nichol and Dhariwal 2021, equation 15).
     """
     small, large = posterior_variance(now, before), 1 - now / before
     if variance != "learned":
@@ -188,16 +200,20 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """Yield x (B, C, ...) after each step of a sampler, from noise to data.
 
-    denoise(x, t): the prediction (B, C, ...) of this kind at the time steps t (B,); channels behind the first
-    C are a learned variance. steps: from the largest to the smallest, see `spaced`. eta: 0 for DDIM, 1 for
-    DDPM, whose noise may have another `variance`. clip: keep x_0 from -clip to clip, for pixels only (never
-    for latents). Nothing is drawn in the last step. Raises ValueError for steps that do not fall, and for
-    "eps" from a time step without data (zero_terminal), which leaves x_0 open.
+    denoise(x, t): the prediction (B, C, ...) of this kind at the time steps t (B,); C more channels are a
+    learned variance. steps: from the largest to the smallest, see `spaced`. eta: 0 for DDIM, 1 for DDPM,
+    whose noise may have another `variance`, see `deviation`. clip: keep the predicted x_0 from -clip to clip,
+    which suits data of a known range, such as pixels. The last step adds no noise. Raises ValueError for
+    steps that do not fall or are no time steps, for "eps" at a time step without data (zero_terminal), from
+    which x_0 cannot be computed, and for a denoiser without the learned variance that is asked for.
     """
     one_of("target", kind, KINDS)
     one_of("variance", variance, VARIANCES)
-    if any(a <= b for a, b in pairwise(steps)):
-        raise ValueError(f"time steps {list(steps)[:5]} ...: expected each smaller than the one before")
+    T = len(alpha_bar)
+    if not steps or any(a <= b for a, b in pairwise(steps)) or not 0 <= steps[-1] <= steps[0] < T:
+        raise ValueError(
+            f"time steps {list(steps)[:5]} ...: expected some of {T - 1} ... 0, in falling order"
+        )
     if kind == "eps" and alpha_bar[steps[0]] == 0:
         raise ValueError(f"time step {steps[0]} holds nothing but noise: expected a target v or x0, not eps")
 
@@ -205,12 +221,16 @@ def trajectory(
     visited = [alpha_bar[t].item() for t in steps]
     for t, now, before in zip(steps, visited, [*visited[1:], 1.0], strict=True):
         output = denoise(x, torch.full((len(x),), t, device=x.device))
+        if variance == "learned" and output.shape[1] != 2 * C:
+            raise ValueError(
+                f"variance learned: {output.shape[1]} channels, expected {2 * C} of the denoiser"
+            )
         x0, eps = to_x0_and_noise(kind, output[:, :C], x, t, alpha_bar)
-        if clip is not None:  # eps, too, must be that of the clipped x_0
+        if clip is not None:  # eps is computed again, from the clipped x_0
             x0 = x0.clamp(-clip, clip)
             eps = (x - now**0.5 * x0) / (1 - now) ** 0.5
 
-        # DDIM's step; at eta 1 its mean is `posterior_mean`.
+        # The step of the header. At eta = 1 its mean is `posterior_mean`.
         drawn = eta**2 * posterior_variance(now, before)
         x = before**0.5 * x0 + max(1 - before - drawn, 0.0) ** 0.5 * eps
         if eta and before < 1:
@@ -227,9 +247,9 @@ def sample(denoise: Denoise, x: Tensor, alpha_bar: Tensor, steps: Sequence[int],
 def guide(conditional: Tensor, unconditional: Tensor, w: float, rescale: float = 0.0) -> Tensor:
     """Return the prediction u + w (c - u) of classifier-free guidance (Ho and Salimans 2022, 2207.12598).
 
-    w is 1 without guidance, as in DiT and diffusers; the paper counts from 0. rescale: the share, such as
-    0.7, of a prediction whose standard deviation is brought back to the conditional's, since a large w gives
-    too much contrast (Lin et al. 2023, section 3.4).
+    w = 1 is no guidance, as in DiT and diffusers; the paper's w is smaller by 1. rescale: a large w gives too
+    much contrast. So mix the result, in this share (such as 0.7), with itself scaled to the standard
+    deviation of the conditional prediction (Lin et al. 2023, section 3.4).
     """
     guided = unconditional + w * (conditional - unconditional)
     if not rescale:
@@ -240,8 +260,9 @@ def guide(conditional: Tensor, unconditional: Tensor, w: float, rescale: float =
 
 
 def guided(conditional: Denoise, unconditional: Denoise, w: float, rescale: float = 0.0) -> Denoise:
-    """Return the function denoise(x, t) with guidance on all channels of x, of one with the condition and one
-    without, which is not computed where w is 1. A learned variance remains that with the condition."""
+    """Return the guided denoise(x, t), made of one denoiser with the condition and one without it, which is
+    not called where w = 1. A learned variance is not guided: it is that of the denoiser with the
+    condition."""
     if w == 1:
         return conditional
 
@@ -260,26 +281,29 @@ def guided_at_once(
     w: float,
     rescale: float = 0.0,
 ) -> Denoise:
-    """Return what `guided` does, of one model(x, t, condition) that computes both predictions as one batch.
+    """Return the guided denoise(x, t) of a model(x, t, condition), as `guided` does, but with both
+    predictions computed as one batch.
 
-    condition and none: (B, ...), those of each image, and those of no condition.
+    condition: (B, ...), of each image. none: (B, ...), what stands for no condition.
     """
     if w == 1:
         return lambda x, t: model(x, t, condition)
     both = torch.cat((condition, none))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        output = model(torch.cat((x, x)), torch.cat((t, t)), both)[:, : x.shape[1]]
-        return guide(*output.chunk(2), w, rescale)
+        C, output = x.shape[1], model(torch.cat((x, x)), torch.cat((t, t)), both)
+        prediction = guide(*output[:, :C].chunk(2), w, rescale)
+        return torch.cat((prediction, output[: len(x), C:]), dim=1)
 
     return denoise
 
 
-# --- the bound of the likelihood
+# --- the bound on the likelihood
 
 
 def prior_term(x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return KL(q(x_T | x_0) || N(0, 1)) (B,), in nats per dimension: what the last x_t reveals of x_0."""
+    """Return KL(q(x_T | x_0) || N(0, 1)) (B,), in nats per dimension, of the last and noisiest x_t: the first
+    term of DDPM's equation 5."""
     kept = alpha_bar[-1].item()
     return ((kept * x0.double() ** 2 - kept - math.log1p(-kept)) / 2).flatten(1).mean(1)
 
@@ -287,12 +311,13 @@ def prior_term(x0: Tensor, alpha_bar: Tensor) -> Tensor:
 def bound_term(
     denoise: Denoise, x0: Tensor, noise: Tensor, t: int, alpha_bar: Tensor, kind: str = "v"
 ) -> Tensor:
-    """Return a term (B,) of the bound of -log p(x_0), in nats per dimension: that of one time step.
+    """Return the term (B,) of time step t in the upper bound on -log p(x_0), in nats per dimension.
 
-    The sum over all t, and `prior_term`, is the bound (DDPM, equation 5). For t > 0 it is KL(q(x_{t-1} | x_t,
-    x_0) || p), with p's variance that of q; at 0 it is -log of the probability that a Gaussian around the
-    predicted x_0, with the variance of t = 1, gives to the pixel's interval of width 1/127.5, which at both
-    ends is open (equation 13). Pixels are k / 127.5 - 1.
+    The bound is the sum of these terms over all t, plus `prior_term` (DDPM, equation 5). For t > 0 the term
+    is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), where p has the variance of q. For t = 0 it is -log
+    p(data | x_t): pixels are k / 127.5 - 1, and each has the probability that a Gaussian around its
+    prediction, with the variance of step t = 1, gives to the interval of width 1 / 127.5 around it; the
+    intervals of the darkest and the brightest level extend to infinity (equation 13).
     """
     x = q_sample(x0, t, noise, alpha_bar)
     output = denoise(x, torch.full((len(x),), t, device=x.device))[:, : x.shape[1]]

@@ -1,28 +1,30 @@
-"""The U-Net of DDPM: a noisy image and a time to a prediction of the image's size.
+"""The U-Net of DDPM: from a noisy image and its time to a prediction of the image's size.
 
-    down     residual blocks at each resolution, then half the height and width; every map is kept
-    middle   two residual blocks, attention between them
-    up       residual blocks, each of which also reads the kept map of its place; then double the size
+    down     residual blocks at each resolution, then half the height and width; every feature map is kept
+    middle   two residual blocks, with attention between them
+    up       residual blocks, each of which also reads the last kept map and removes it; then double the size
     t        (sin, cos) of t at many frequencies -> MLP -> added in each residual block
 
-Denoising diffusion (Ho et al. 2020, arXiv 2006.11239, appendix B), after PixelCNN++ and the U-Net
-(Ronneberger et al. 2015). The blocks are in vision/convolutions.py. At small resolutions each residual block
-is followed by attention of all places to each other. The last convolution, and the last layer of each block,
-start at zero: a new model predicts zeros.
+Denoising diffusion (Ho et al. 2020, arXiv 2006.11239, appendix B) took this network from PixelCNN++ and the
+U-Net (Ronneberger et al. 2015, 1505.04597). The blocks are in vision/convolutions.py. At small resolutions
+each residual block is followed by self-attention over all places. The last convolution, and the last layer of
+each block, start at zero: a new model predicts zeros.
 
-Two kinds of conditions are read, or none:
+A model reads one of two kinds of conditions, or none:
 
-    classes   a learned vector for each is added to that of the time. Several are summed, so an image may have
-              one class or a set of words; the last row stands for none, as guidance needs it
-    texts     states of a text encoder, to which places attend (vision/spatial_transformer.py), as in Stable
+    classes   a learned vector for each class is added to that of the time. Those of several classes are
+              summed, so that an image may have one class or a set of words. The last row of the embedding
+              stands for no class: guidance needs predictions without a condition
+    texts     states of a text encoder, read by cross-attention (vision/spatial_transformer.py), as in Stable
               Diffusion 1
 
-What is predicted, and what is done with it, is in vision/noise.py and vision/ddpm.py.
+What is predicted is said in vision/noise.py, and how the network is trained in vision/ddpm.py.
 
     python -m vision.unet                  print the sizes
     python train.py --model ddpm           train one to draw letters by their names
 
-Shapes: B batch, C channels, h x w places, D width of the time's vector, T text states, W classes of an image.
+Shapes: B batch, C channels, h x w places, D width of the vector of a time, T text states, W classes of an
+image.
 """
 
 import math
@@ -51,24 +53,28 @@ class Config:
     n_channels: int = 3  # of the image
     n_out: int = 3  # of the prediction
     image_size: int = 32  # pixels, both ways
-    n_classes: int = 0  # rows of the classes' matrix; 0: none
+    n_classes: int = 0  # rows of the embedding of classes; 0: no classes
     d_text: int = 0  # width of a text's states; 0: no texts are read
-    n_heads: int = 1  # of attention
-    d_head: int | None = None  # with a value: so many channels a head, in the place of n_heads
-    n_groups: int = 32  # of channels, of group normalisation
+    n_heads: int = 1  # of each attention
+    d_head: int | None = None  # width of a head, which then gives the number of heads; without texts only
+    n_groups: int = 32  # groups of channels in each group normalisation
     norm_eps: float = 1e-6
-    cos_first: bool = False  # in the time's vector
-    freq_shift: int = 1  # 1: frequencies end at 1 / 10,000, as in DDPM; 0: just above it
-    padding: int = 0  # of halving: 0 at the end only, as in DDPM; 1 on all sides
+    cos_first: bool = False  # whether a time's cosines precede its sines
+    freq_shift: int = 1  # 1: the frequencies end at 1 / 10,000, as in DDPM; 0: just above it
+    padding: int = 0  # of halving, see convolutions.Half: 0 as in DDPM, 1 as in Stable Diffusion
     dropout: float = 0.0  # rate, in residual blocks
     kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
     MAY_BE_ZERO = ("n_classes", "d_text", "freq_shift", "padding", "dropout")
 
     def __post_init__(self):
-        check_values(self)
+        check_values(self, padding=(0, 1))
         if len(self.channels) != len(self.attention) or not self.channels:
             sizes = f"channels {self.channels} with attention {self.attention}"
             raise ValueError(f"{sizes}: expected a number of each for every resolution")
+        if self.d_head and self.d_text:
+            raise ValueError(f"d_head {self.d_head}: a U-Net that reads texts has n_heads; leave d_head out")
+        if self.channels[0] <= 2 * self.freq_shift:  # the steps between frequencies are 1 / (half - shift)
+            raise ValueError(f"channels {self.channels}: expected more than {2 * self.freq_shift} at first")
         if self.image_size % self.factor:
             raise ValueError(f"image_size {self.image_size}: expected a multiple of {self.factor}")
         for width in self.channels:
@@ -77,17 +83,17 @@ class Config:
                 raise ValueError(f"channels {self.channels}: expected multiples of {groups}, and of 2")
 
     def heads(self, width: int) -> int:
-        """Return the number of heads of attention over so many channels."""
+        """Return the number of heads of an attention over `width` channels."""
         return max(1, width // self.d_head) if self.d_head else self.n_heads
 
     @property
     def factor(self) -> int:
-        """Return by how much the smallest resolution is smaller than the image, both ways."""
+        """Return the height of an image divided by that of the smallest feature map."""
         return 2 ** (len(self.channels) - 1)
 
     @property
     def d_time(self) -> int:
-        """Return D."""
+        """Return D, the width of the vector that a time becomes."""
         return 4 * self.channels[0]
 
     @property
@@ -97,7 +103,7 @@ class Config:
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of rows that conditions have."""
+        """Return the number of rows of the embedding of classes: what a vocabulary is for a text model."""
         return self.n_classes
 
     @property
@@ -121,8 +127,8 @@ SIZES = {
 
 
 def time_embedding(t: Tensor, width: int, cos_first: bool = True, freq_shift: int = 0) -> Tensor:
-    """Return sines and cosines (B, width), float32, of times t (B,) at width / 2 frequencies, which fall from
-    1 to 1 / 10,000."""
+    """Return sines and cosines (B, width), float32, of times t (B,) at width / 2 frequencies, which fall
+    geometrically from 1 to 1 / 10,000; cos_first and freq_shift as in `Config`."""
     half = width // 2
     exponents = -math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32)
     angles = t[:, None].float() * torch.exp(exponents / (half - freq_shift))  # rounded as in diffusers
@@ -131,7 +137,7 @@ def time_embedding(t: Tensor, width: int, cos_first: bool = True, freq_shift: in
 
 
 class TimeMLP(nn.Module):
-    """Two linear layers on a time's sines and cosines."""
+    """Two linear layers, from the sines and cosines of a time to its vector (B, D)."""
 
     def __init__(self, d_in: int, d_time: int):
         super().__init__()
@@ -145,35 +151,40 @@ class TimeMLP(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, with attention after each or without."""
+    """Residual blocks at one resolution, each with an attention after it or none.
+
+    widths: the input and output channels of each residual block.
+    """
 
     def __init__(self, config: Config, widths: list[tuple[int, int]], has_attention: bool):
-        """widths: channels that each residual block reads, and returns."""
         super().__init__()
         of_block = {"d_time": config.d_time, "eps": config.norm_eps, "dropout": config.dropout}
         self.resnets = nn.ModuleList(
             ResidualBlock(n_in, n_out, config.n_groups, **of_block) for n_in, n_out in widths
         )
         if has_attention:
-            self.attentions = nn.ModuleList(look(config, n_out) for _, n_out in widths)
+            self.attentions = nn.ModuleList(attention_layer(config, n_out) for _, n_out in widths)
 
     def block(self, i: int, x: Tensor, time: Tensor, text: Tensor | None) -> Tensor:
-        """Return the output (B, C, h, w) of block i, and of the attention behind it, for x."""
+        """Return the output (B, n_out, h, w) of residual block i, and of the attention after it if there is
+        one, for x (B, n_in, h, w), the time's vector (B, D) and the states of a text (B, T, d_text)."""
         x = self.resnets[i](x, time)
         if not hasattr(self, "attentions") or i >= len(self.attentions):
             return x
         return self.attentions[i](x) if text is None else self.attentions[i](x, text)
 
 
-def look(config: Config, width: int) -> nn.Module:
-    """Return a module of attention: to a text too, where the model reads texts."""
+def attention_layer(config: Config, width: int) -> nn.Module:
+    """Return a new self-attention over `width` channels, with cross-attention to a text if the model reads
+    texts."""
     if config.d_text:
         return SpatialTransformer(width, config.d_text, config.n_heads, config.n_groups, config.kernels)
     return Attention(width, config.heads(width), config.n_groups, config.kernels, eps=config.norm_eps)
 
 
 class UNet(nn.Module):
-    """A noisy image, its time and its condition to a prediction of the same size."""
+    """From a noisy image, its time and its condition to a prediction of the same size. Parameters have the
+    names of diffusers' UNet2DModel and UNet2DConditionModel."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -183,7 +194,7 @@ class UNet(nn.Module):
         if config.n_classes:
             self.class_embedding = nn.Embedding(config.n_classes, config.d_time)
 
-        # Down. `kept` are the channels of the maps that the way up reads.
+        # The way down. `kept`: the channels of the feature maps that the way up will read.
         self.down_blocks, kept, last = nn.ModuleList(), [widths[0]], len(widths) - 1
         for i, width in enumerate(widths):
             pairs = [(kept[-1], width), *[(width, width)] * (n - 1)]
@@ -194,11 +205,11 @@ class UNet(nn.Module):
                 kept.append(width)
             self.down_blocks.append(level)
 
-        # The middle has attention at all events, behind the first of two blocks.
+        # The middle always has attention, between its two blocks.
         self.mid_block = Level(config, [(widths[-1], widths[-1])] * 2, False)
-        self.mid_block.attentions = nn.ModuleList([look(config, widths[-1])])
+        self.mid_block.attentions = nn.ModuleList([attention_layer(config, widths[-1])])
 
-        # Up, in the reverse order of the maps.
+        # The way up reads the kept maps in reverse order, one in each block.
         self.up_blocks, before = nn.ModuleList(), widths[-1]
         for i, width in reversed(list(enumerate(widths))):
             pairs = []
@@ -215,7 +226,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def condition(self, t: Tensor, classes: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the vector (B, D) of times t (B,) and classes (B,) or (B, W)."""
+        """Return the vector (B, D) of times t (B,) and classes (B,) or (B, W), see `forward`."""
         of_time = time_embedding(t, self.config.channels[0], self.config.cos_first, self.config.freq_shift)
         vector = self.time_embedding(of_time.to(dtype))
         if not self.config.n_classes:
@@ -231,16 +242,19 @@ class UNet(nn.Module):
     ) -> Tensor:
         """Return the prediction (B, n_out, h, w) for noisy images x (B, n_channels, h, w).
 
-        t: times (B,). classes: (B,), or several to be summed (B, W), where -1 stands for none and is left
-        out. text: states (B, T, d_text). Raises ValueError for a condition that is missing, and for sizes
-        that cannot be halved often enough.
+        t: times (B,). classes: one for each image (B,), or several (B, W), whose vectors are summed; -1 is
+        padding. A model without classes ignores them. text: states (B, T, d_text). Raises ValueError for a
+        condition that is missing, for a text that the model cannot read, and for sizes that cannot be halved
+        often enough.
         """
         if any(side % self.config.factor for side in x.shape[2:]):
             raise ValueError(f"images of {tuple(x.shape[2:])}: expected multiples of {self.config.factor}")
         if (text is None) == bool(self.config.d_text):
-            raise ValueError(f"text {type(text)}: expected {'states' if self.config.d_text else 'none'}")
+            d, given = self.config.d_text, "none" if text is None else tuple(text.shape)
+            raise ValueError(f"states of a text: {given}; expected {f'(B, T, {d})' if d else 'none'}")
         time = self.condition(t, classes, x.dtype)
 
+        # The way down keeps the first map and the output of each block and of each halving.
         x = self.conv_in(x)
         kept = [x]
         for level in self.down_blocks:
@@ -251,6 +265,7 @@ class UNet(nn.Module):
                 x = level.downsamplers[0](x)
                 kept.append(x)
 
+        # The middle, and the way up, where each block reads one of the kept maps beside x.
         for i in range(2):
             x = self.mid_block.block(i, x, time, text)
 
@@ -262,20 +277,21 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of convolutions and matrix products, forward and backward, of one image, with one
-        state of a text."""
+        """Return the FLOPs of convolutions and matrix products, forward and backward, of one image, with a
+        text of one state if the model reads texts. seq_len is not used."""
         return 6 * n_macs(self)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "UNet":
-        """Return the UNet2DModel or UNet2DConditionModel in a directory, in its precision.
+        """Return the model in a directory with diffusers' UNet2DModel or UNet2DConditionModel, in the dtype
+        of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
         return formats_unet.load(cls, Config, directory, kernels)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a UNet2DModel, or with texts a UNet2DConditionModel."""
+        """Write diffusers' UNet2DModel, or if it reads texts a UNet2DConditionModel, into a directory."""
         formats_unet.save(self, directory)
 
 
@@ -283,14 +299,15 @@ Model = UNet
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for images of these channels, and conditions of these words, if there are any."""
+    """Return the config for the channels of a data set's images, and for its words or classes if it has any.
+    seq_len is not used."""
     C = dataset.train[0]["image"].shape[0]
     n_classes = dataset.tokenizer.n_vocab if dataset.tokenizer is not None else 0
     return replace(config, n_channels=C, n_out=C, n_classes=n_classes)
 
 
 def level_macs(level: Level, n_places: int, n_states: int) -> int:
-    """Return the multiplications of a level with so many places, and texts of so many states."""
+    """Return the multiplications of a level for feature maps of n_places and texts of n_states."""
     total = 0
     for name, p in level.named_parameters():
         if p.ndim < 2:
@@ -305,7 +322,8 @@ def level_macs(level: Level, n_places: int, n_states: int) -> int:
         elif name.startswith("upsamplers"):
             n_rows = 4 * n_places
         total += n_rows * p.numel()
-    for inner in getattr(level, "attentions", ()):  # scores, and means of values
+    # Attention also multiplies queries by keys, and weights by values.
+    for inner in getattr(level, "attentions", ()):
         is_text = isinstance(inner, SpatialTransformer)
         width = (inner.norm if is_text else inner.group_norm).num_channels
         total += 2 * n_places * width * (n_places + n_states * is_text)
@@ -313,7 +331,7 @@ def level_macs(level: Level, n_places: int, n_states: int) -> int:
 
 
 def n_macs(model: UNet, n_states: int = 1) -> int:
-    """Return the multiplications of a forward pass over one image, with a text of so many states."""
+    """Return the multiplications of a forward pass over one image, with a text of n_states."""
     n_places, last = math.prod(model.config.size), len(model.down_blocks) - 1
     total = n_places * (model.conv_in.weight.numel() + model.conv_out.weight.numel())
     total += sum(p.numel() for p in model.time_embedding.parameters() if p.ndim == 2)

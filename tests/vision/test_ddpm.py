@@ -3,6 +3,7 @@
 import json
 import signal
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +239,15 @@ def test_a_judge_learns_to_recognise_pictures_and_disturbs_no_random_numbers():
     images = torch.from_numpy(pictures[:6]).float() / 255
     assert opinion.rights(images, range(6)) == {"half": 1.0}
     assert opinion.rights(images[:4], [1, 0, 3, 2]) == {"half": 0.0}
+
+
+def test_a_picture_of_few_held_out_images_shows_each_once(monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(ddpm.pictures, "save", lambda out, rows, **_: shown.extend(rows))
+    rows = [{"image": np.full((1, 4, 4), 51 * i, np.uint8), "label": np.array(0)} for i in range(5)]
+    data = SimpleNamespace(train=rows, val=rows, tokenizer=WORDS, fingerprint="few")
+    ddpm.show(SimpleNamespace(draw=lambda classes, n, guidance: torch.zeros(n, 1, 4, 4)), data, tmp_path)
+    assert [round(5 * image.mean().item()) for image in shown[0]] == [0, 1, 2, 3, 4]
 
 
 # --- runs

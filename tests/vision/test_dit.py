@@ -167,7 +167,7 @@ def test_conditions_and_sizes_that_do_not_fit_are_refused():
     for arguments, words in (
         ((torch.randn(1, 3, 6, 6), t), "4 classes: expected those of each image"),
         ((torch.randn(1, 3, 8, 6), t, t), r"images of \(8, 6\): expected \(6, 6\)"),
-        ((torch.randn(1, 3, 6, 6), t, t, torch.randn(1, 2, 8)), "without texts"),
+        ((torch.randn(1, 3, 6, 6), t, t, torch.randn(1, 2, 8)), "a DiT reads no texts"),
     ):
         with pytest.raises(ValueError, match=words):
             model(*arguments)

@@ -211,7 +211,7 @@ def test_the_network_reads_the_original_times_and_the_last_step_draws_nothing():
         trajectory(denoise, x, alpha_bar, steps, kind="x0", eta=1, generator=torch.Generator().manual_seed(1))
     )
     assert not torch.equal(other, states[0])
-    with pytest.raises(ValueError, match="expected each smaller"):
+    with pytest.raises(ValueError, match="in falling order"):
         sample(denoise, x, alpha_bar, [1, 1, 0])
 
 
@@ -242,6 +242,24 @@ def test_guidance_reaches_all_channels_but_those_of_a_learned_variance():
     of = (1, 2, 3)
     torch.testing.assert_close(half.std(of), (strong.std(of) + c.std(of)) / 2)
     torch.testing.assert_close(noise.guide(c, u, 5.0, rescale=1.0).std(of), c.std(of))
+
+
+def test_guidance_in_one_batch_is_guidance_in_two_with_a_learned_variance_too():
+    x, t = torch.zeros(2, 1, 3, 3), torch.zeros(2, dtype=torch.long)
+    g = torch.Generator().manual_seed(0)
+    condition, none = (torch.randn(2, 2, 3, 3, generator=g) for _ in range(2))
+    at_once = noise.guided_at_once(lambda x, t, c: c, condition, none, 3.0, 0.7)(x, t)
+    apart = noise.guided(lambda x, t: condition, lambda x, t: none, 3.0, 0.7)(x, t)
+    torch.testing.assert_close(at_once, apart, rtol=0, atol=0)
+
+
+def test_steps_that_do_not_exist_and_a_variance_that_is_not_there_are_refused():
+    x, alpha_bar = torch.zeros(2, 1, 3, 3), schedule("linear", 10)
+    for steps in ([], [10, 5], [5, -1]):
+        with pytest.raises(ValueError, match=r"expected some of 9 ... 0"):
+            sample(lambda x, t: x, x, alpha_bar, steps)
+    with pytest.raises(ValueError, match="variance learned: 1 channels, expected 2"):
+        sample(lambda x, t: x, x, alpha_bar, [8, 5], eta=1.0, variance="learned")
 
 
 def test_guidance_is_the_same_for_each_target():

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_vit import TOLERANCE, assert_gradients, assert_same_weights, shaken
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from formats import unet as formats_unet
 from formats.diffusers import WEIGHTS
 from formats.open_model import open_model
 from vision import unet
+from vision.convolutions import initialize
 from vision.unet import Config, UNet
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -149,7 +151,7 @@ def test_a_text_changes_the_prediction_and_a_missing_condition_is_named():
     model, x, t = small(d_text=6, n_classes=0), torch.randn(1, 1, 8, 8), torch.tensor([70])
     one, other = (model(x, t, text=torch.randn(1, 3, 6)) for _ in range(2))
     assert not torch.allclose(one, other)
-    with pytest.raises(ValueError, match="expected states"):
+    with pytest.raises(ValueError, match=r"states of a text: none; expected \(B, T, "):
         model(x, t)
     with pytest.raises(ValueError, match="6 classes: expected those of each image"):
         small()(x, t)
@@ -157,6 +159,26 @@ def test_a_text_changes_the_prediction_and_a_missing_condition_is_named():
         small()(x, t, torch.tensor([1]), torch.randn(1, 3, 6))
     with pytest.raises(ValueError, match="expected multiples of 2"):
         small()(torch.randn(1, 1, 9, 8), t, torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_text": 8, "d_head": 4}, "d_head 4: a U-Net that reads texts has n_heads"),
+        ({"channels": (2, 4), "attention": (0, 0), "n_groups": 2}, "expected more than 2 at first"),
+        ({"padding": 2}, "padding"),
+    ],
+)
+def test_settings_that_would_be_left_out_or_give_no_number_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        unet.Config(**{"channels": (8, 16), "attention": (0, 1), "n_groups": 4} | changes)
+
+
+def test_a_parameter_without_a_rule_of_initialisation_is_named():
+    module = nn.Linear(2, 2)
+    module.gain = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="parameter gain: no rule"):
+        initialize(module)
 
 
 def test_dropout_acts_in_training_alone():

@@ -9,8 +9,8 @@
 
 (Romera-Paredes et al. 2023, doi 10.1038/s41586-023-06924-6; there islands restart every four hours.) The
 programs of an island with the same scores on all inputs are a cluster. A cluster is drawn by softmax of its
-score / temperature, with a temperature that falls as the island grows, and in it a program by softmax of minus
-its length, so that short programs are preferred.
+score / temperature, with a temperature that falls as the island grows, and in it a program by softmax of
+minus its length, so that short programs are preferred.
 
 In the paper a language model of billions of parameters makes the child. Here it is made in four ways, which
 are compared at equal evaluations:

@@ -13,6 +13,7 @@ import pytest
 from conftest import run_command
 
 from data import clean, parts
+from data.parts import write_records
 from formats import atomic
 
 
@@ -149,6 +150,16 @@ def test_parts_in_each_format_are_read_again_as_the_same_records(crawl, suffix):
     clean.main([f"packed/part-*.{suffix}", "--out", "again", "--preset", "none", "--stages"])
     records = rows_of(Path("plain"))
     assert rows_of(Path("again")) == records and len(records) > 40
+
+
+def test_parquet_has_the_fields_of_all_records(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [{"text": "one"}, {"text": "two", "url": "u"}, {"label": 1, "text": "three"}]
+    write_records(tmp_path / "part.parquet", records)
+    rows = parquet.read_table(tmp_path / "part.parquet").to_pylist()
+    assert [{name: value for name, value in row.items() if value is not None} for row in rows] == records
+    with pytest.raises(ValueError, match="fields do not fit into columns"):
+        write_records(tmp_path / "part.parquet", [{"a": "text"}, {"a": [1]}])
 
 
 def test_test_items_are_reported_and_the_documents_that_hold_them_removed(tmp_path, monkeypatch):

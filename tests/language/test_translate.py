@@ -100,6 +100,8 @@ def test_a_run_learns_draws_and_translates(tmp_path, monkeypatch, capsys):
     assert len(printed) == 4 and printed[-1].startswith("BLEU ") and printed[-1].endswith("of 3 texts")
     with pytest.raises(ValueError, match="expected one of --text"):
         translate.main(["whole/model"])
+    with pytest.raises(ValueError, match="--beams 0: expected at least 1"):
+        translate.main(["whole/model", "--text", "eins", "--beams", "0"])
 
 
 @pytest.mark.parametrize(

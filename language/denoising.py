@@ -53,8 +53,7 @@ class Config:
 
 
 def span_lengths(n: int, mean: float, generator: Generator) -> Tensor:
-    """Return lengths (k,), int64, that add up to n: draws from a Poisson distribution, the last one
-    shortened.
+    """Return lengths (k,), int64, that add up to n: Poisson draws, of which the last is shortened.
 
     Spans of no tokens are among them, but only so many that k <= n: masks never lengthen a text.
     """

@@ -72,8 +72,7 @@ def scores(sentences: list[str]) -> list[float]:
 
 
 def gap_sentences(sentences: list[str], rate: float = 0.3) -> list[int]:
-    """Return the numbers, ascending, of the sentences with the best `scores`: the share `rate`, at least
-    one."""
+    """Return the numbers, ascending, of the best sentences by `scores`: the share `rate`, at least one."""
     found = scores(sentences)
     order = sorted(range(len(sentences)), key=lambda i: -found[i])
     return sorted(order[: max(1, round(rate * len(sentences)))])

@@ -216,8 +216,8 @@ class BART(t5.T5):
     ) -> list[list[int]]:
         """Return the output of each input, as t5.py's `generate`; the default length is the checkpoint's.
 
-        With `rules` in the checkpoint, temperature must be 0, which takes the likeliest token that they allow.
-        Raises ValueError for other temperatures and options with such a checkpoint.
+        With `rules` in the checkpoint, temperature must be 0, which takes the likeliest token that they
+        allow. Raises ValueError for other temperatures and options with such a checkpoint.
         """
         if self.rules == writing.Rules():
             return writing.generate(self, inputs, self.length(max_new_tokens), **options)

@@ -265,10 +265,10 @@ def parser() -> command.Parser:
     add("--stages", nargs="*", choices=known, default=DEFAULT, help="stages (default rules exact near)")
     add("--repair", action="store_true", help="mend wrongly decoded characters first, with ftfy")
     add("--html", action="store_true", help="take the main text out of pages first, with trafilatura")
-    add("--against", nargs="*", default=[], help="files of test items that the text must not hold")
+    add("--against", nargs="+", default=[], help="files of test items that the text must not hold")
     add(
         "--item-fields",
-        nargs="*",
+        nargs="+",
         default=[],
         help="fields of an item that are searched (all strings if not given)",
     )

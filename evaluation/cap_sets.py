@@ -75,8 +75,8 @@ def is_cap_set(points: np.ndarray) -> bool:
 
 
 def greedy(n: int, priority: np.ndarray) -> np.ndarray:
-    """Return the cap set (m, n) that a priority (P,) gives. Points of equal priority are in lexicographic
-    order."""
+    """Return the cap set (m, n) that a priority (P,), int64, gives. Points of equal priority are in
+    lexicographic order."""
     points, third = points_of(n), third_points(n)
     blocked, taken = np.zeros(len(points), dtype=bool), np.zeros(len(points), dtype=np.int64)
     m = 0

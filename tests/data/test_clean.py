@@ -214,6 +214,8 @@ def test_mistakes_are_one_line_before_any_work(crawl, monkeypatch):
     crawl = str(crawl)
     assert "--similarity 0.0: expected a number above 0" in refused(crawl, "--out", "o", "--similarity", "0")
     assert "--rows 0: expected at least 1" in refused(crawl, "--out", "o", "--rows", "0")
+    with pytest.raises(SystemExit):  # such as a variable of the shell that is empty
+        clean.main([crawl, "--out", "o", "--against"])
     assert "no field 'q'" in refused(crawl, "--out", "o", "--against", crawl, "--item-fields", "q")
     assert "input nowhere: no such file" in refused("nowhere", "--out", "o")
     assert "no field 'body'" in refused(crawl, "--out", "o", "--text-field", "body")

@@ -88,6 +88,12 @@ def as_lists(inputs: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
     return inputs.tolist() if isinstance(inputs, Tensor) else [list(row) for row in inputs]
 
 
+def longest_output(model: nn.Module, n: int) -> int:
+    """Return n, or the number of tokens that a model with absolute positions can write, if that is less."""
+    config = model.config
+    return min(n, config.max_seq_len) if config.positions == "absolute" else n
+
+
 @torch.inference_mode()
 def generate(
     model: nn.Module, inputs: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options

@@ -37,6 +37,7 @@ from data.text_pairs import Pair
 from data.tokenizer import get_tokenizer, train_bpe
 from engine.settings import with_fields
 from formats import command
+from language.beam_search import longest_output
 from language.overlap import f1, rouge_1, words
 
 MODEL = "t5"
@@ -149,7 +150,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     and the first outputs."""
     tokenizer, val = dataset.tokenizer, dataset.val
     pairs = [text_pairs.sides_of(val[i]) for i in range(min(N_SCORED, len(val)))]
-    longest = max(len(target) for _, target in pairs) + 8
+    longest = longest_output(model, max(len(target) for _, target in pairs) + 8)
     written = []
     for start in range(0, len(pairs), 32):
         outputs = model.generate([source for source, _ in pairs[start : start + 32]], longest, temperature=0)

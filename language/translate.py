@@ -45,6 +45,7 @@ from data.tokenizer import get_tokenizer, train_bpe
 from formats import command
 from formats.atomic import replace_file
 from kernels import linear_cross_entropy
+from language.beam_search import longest_output
 from language.overlap import bleu
 
 MODEL = "t5"
@@ -216,7 +217,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     """
     tokenizer, val = dataset.tokenizer, dataset.val
     pairs = [text_pairs.sides_of(val[i]) for i in range(min(N_SCORED, len(val)))]
-    longest = 2 * max(len(target) for _, target in pairs)
+    longest = longest_output(model, 2 * max(len(target) for _, target in pairs))
     outputs = list(translations(model, [source for source, _ in pairs], longest))
     sources, targets = ([tokenizer.decode(side[:-1]) for side in both] for both in zip(*pairs, strict=True))
     written = list(map(tokenizer.decode, outputs))

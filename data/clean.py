@@ -1,17 +1,18 @@
-"""Cleaning: from raw text to documents that are worth training on, and an account of everything that left.
+"""Cleaning: from raw text to documents that are worth training on, and an account of all that is removed.
 
     python -m data.clean crawl/*.jsonl.gz --out cleaned --preset fineweb --keep-rejected
 
 reads documents from files, folders and globs as `--data` of train.py does, and sends them through the stages
-of data/cleaning_stages.py. What stays is in
+of data/cleaning_stages.py. The result is in
 
     cleaned/part-00000.jsonl ...     the records as they came in, with the text that is left of them
     cleaned/report.json              documents and bytes before and after each stage, and by reason
-    cleaned/rejected/                with --keep-rejected: what left, its stage, its reason, what it is like
+    cleaned/rejected/                with --keep-rejected: what was removed, its stage, its reason, and the
+                                     document or test item that it resembles
     cleaned/items.jsonl              with --against: each test item, and what the documents hold of it
 
-Nothing leaves uncounted: in every stage, what comes in is what goes out and what the reasons add up to. The
-same input and flags give the same bytes, also after a `kill -9`, on several processes and on a Ray cluster:
+In every stage, documents and bytes before it are those after it plus those that the reasons count. The same
+input and flags give the same bytes, also after a `kill -9`, on several processes and on a Ray cluster:
 started again, the command goes on with the part of the stage at which it was stopped. Memory holds a part of
 the text (16 MB), some 300 bytes for each document, and for `substrings` at most a gigabyte of hashes.
 
@@ -48,9 +49,10 @@ DEFAULT = ("rules", "exact", "near")
 
 
 def rows_in(files: Files, text_field: str) -> Iterator[tuple[dict, str | None]]:
-    """Yield each document of the files, with None; or what is no document, with the reason.
+    """Yield (row, None) for each document of the files, and (row, reason) for what cannot be used.
 
-    The record keeps its fields in order, the text of the document has the place of its own field.
+    In the record of a row the text field is None, so that the text, when it is put back, keeps its place
+    among the fields.
     """
     for name, path in files:
         bad: list[str] = []
@@ -70,7 +72,7 @@ def rows_in(files: Files, text_field: str) -> Iterator[tuple[dict, str | None]]:
 
 
 def unreadable(problems: list[str]) -> Iterator[tuple[dict, str]]:
-    """Yield a row for each problem of reading, and forget them."""
+    """Yield a row and its reason for each problem of reading, and empty the list."""
     for problem in problems:
         yield {"place": problem, "text": "", "record": {}}, "unreadable"
     problems.clear()
@@ -220,7 +222,7 @@ def check(args: argparse.Namespace, stages: list[str], files: Files) -> None:
     needs_arrow = args.format == "parquet" or any(suffix_of(path) == ".parquet" for _, path in files)
     if needs_arrow and importlib.util.find_spec("pyarrow") is None:
         raise ValueError("parquet needs pyarrow: pip install pyarrow")
-    for path in [*(path for _, path in files), Path(f"--format {args.format}".replace("jsonl.zst", "x.zst"))]:
+    for path in [path for _, path in files] + [Path(f"--format {args.format}")]:
         if path.suffix == ".zst":
             zstandard_for(path)
     for path in args.against:
@@ -228,8 +230,9 @@ def check(args: argparse.Namespace, stages: list[str], files: Files) -> None:
 
 
 def begin(out: Path, made_with: dict) -> bool:
-    """Return whether out holds the finished result of the same flags and files. A new folder gets a note of
-    these. Raises ValueError if out holds anything else.
+    """Return whether out holds the finished result of the same flags and files.
+
+    In a new folder they are written to settings.json. Raises ValueError if out holds anything else.
     """
     path = out / "settings.json"
     if not path.exists():
@@ -262,10 +265,10 @@ def parser() -> command.Parser:
     add("--stages", nargs="*", choices=known, default=DEFAULT, help="stages (default rules exact near)")
     add("--repair", action="store_true", help="mend wrongly decoded characters first, with ftfy")
     add("--html", action="store_true", help="take the main text out of pages first, with trafilatura")
-    add("--against", nargs="*", default=[], help="files of test items that the text must not hold")
+    add("--against", nargs="+", default=[], help="files of test items that the text must not hold")
     add(
         "--item-fields",
-        nargs="*",
+        nargs="+",
         default=[],
         help="fields of an item that are searched (all strings if not given)",
     )

@@ -1,21 +1,23 @@
-"""Stages of cleaning: each decides for every document whether it stays, and what of its text.
+"""Stages of cleaning: each decides for every document whether it stays, and how much of its text.
 
     stage           a document is rejected, or shortened, if                           looks at
     repair          (mended: characters that were decoded wrongly; needs ftfy)         one document
     html            there is no main text in the page (needs trafilatura)              one document
     rules           a rule of the preset does not hold (data/quality_rules.py)         one document
     exact           an earlier one has the same text                                   all documents
-    lines           a line of it is in many documents: all but its first go            all documents
+    lines           a line of it is in many documents: all but the first lose it       all documents
     near            it is alike to an earlier one that stays (data/near_duplicates.py) all documents
     substrings      50 words of it have come before (data/exact_substrings.py)         all documents
     decontaminate   it holds an item of a test (data/decontaminate.py)                 all documents
 
-They run in this order. A stage that looks at all documents works in three steps: `summarise` reads a part,
-`decide` sees the summaries of all, `apply` carries out the decisions in a part. The first and the last are
-done for each part alone, so on several processes or machines; each writes one file, all or nothing.
+They run in this order. The documents are on disk in parts (data/parts.py). A stage that looks at all
+documents works in three steps: `summarise_part` writes a summary of a part, a function of DECIDE makes the
+decisions from the summaries of all parts, and `apply_part` carries them out in a part. The first and the last
+step read one part only, so several processes or machines share them. No file is ever half-written.
 
-A decision is {} (the document stays), {"reason": ..., "like": ...} (it goes), or {"cuts": [(start, end)...],
-"reason": ...} (bytes of it go).
+A decision is {} (the document stays), {"reason": ..., "like": ...} (it is rejected; like: the place of the
+document or test item that it resembles), or {"cuts": [(start, end)...], "reason": ...} (these bytes of its
+UTF-8 text are removed).
 """
 
 import json
@@ -38,7 +40,7 @@ from formats.json_file import write_json
 LOCAL = ("repair", "html", "rules")
 GLOBAL = ("exact", "lines", "near", "substrings", "decontaminate")
 PACKAGES = {"repair": "ftfy", "html": "trafilatura"}
-SETS_IN_MEMORY = 512  # of shingles, of documents that others are compared with
+SETS_IN_MEMORY = 512  # documents whose shingles or text are kept, as others may be compared with them
 
 Decision = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -55,7 +57,7 @@ class Settings:
     shingle: int = near_duplicates.SHINGLE
     words: int = exact_substrings.WORDS
     line_copies: int = 10
-    against: tuple[str, ...] = ()  # files of test items
+    against: tuple[str, ...] = ()  # files of test items for `decontaminate`
     item_fields: tuple[str, ...] = ()
     contaminated: str = "remove"
     keep_rejected: bool = False
@@ -98,7 +100,12 @@ def signatures_of(bands: int, rows: int) -> near_duplicates.Signatures:
 
 
 def summary(stage: str, settings: Settings, texts: Iterator[str]) -> Arrays:
-    """Return what a stage has to know of the documents of a part."""
+    """Return what a stage that looks at all documents keeps of the n documents of a part, by name.
+
+    exact: digests (n, 2) uint64. near: bands (n, b) uint64. lines, k in all: hashes (k,) uint64, the number
+    of the document of each (k,), places (k, 2) in bytes. decontaminate: grams, the runs of words that test
+    items have too, uint64, and how many of them each document has, lengths (n,). substrings: nothing.
+    """
     if stage == "exact":
         digests = b"".join(blake2b(text.encode(), digest_size=16).digest() for text in texts)
         return {"digests": np.frombuffer(digests, np.uint64).reshape(-1, 2)}
@@ -123,10 +130,11 @@ def summary(stage: str, settings: Settings, texts: Iterator[str]) -> Arrays:
     return {}
 
 
-# All documents: the decisions, one for each document, in order.
+# All documents: each function of DECIDE yields the decisions, one for each document, in order.
 
 
 def decide_exact(documents: Documents, summaries: list[Arrays], settings: Settings) -> Iterator[Decision]:
+    """Reject every document whose digest an earlier one has."""
     digests = np.concatenate([one["digests"] for one in summaries])
     _, first, inverse = np.unique(
         np.ascontiguousarray(digests).view("V16").ravel(), return_index=True, return_inverse=True
@@ -136,6 +144,7 @@ def decide_exact(documents: Documents, summaries: list[Arrays], settings: Settin
 
 
 def decide_near(documents: Documents, summaries: list[Arrays], settings: Settings) -> Iterator[Decision]:
+    """Reject every document that is alike to an earlier one that stays."""
     bands = np.concatenate([one["bands"] for one in summaries])
 
     @lru_cache(SETS_IN_MEMORY)
@@ -152,9 +161,11 @@ def decide_near(documents: Documents, summaries: list[Arrays], settings: Setting
 
 
 def decide_lines(documents: Documents, summaries: list[Arrays], settings: Settings) -> Iterator[Decision]:
+    """Cut the lines that are in many documents, in all but the first of these."""
+
     def once_each() -> Iterator[np.ndarray]:
         for one in summaries:
-            # Lines are in order of their documents; each counts once in a document.
+            # A line that a document has several times counts once.
             pairs = np.unique(np.stack([one["documents"].astype(np.uint64), one["hashes"]], 1), axis=0)
             yield pairs[:, 1]
 
@@ -162,7 +173,7 @@ def decide_lines(documents: Documents, summaries: list[Arrays], settings: Settin
     many = exact_substrings.repeated_hashes(once_each, total, settings.line_copies, settings.memory)
     is_new = np.ones(len(many), bool)
     for number, one in enumerate(summaries):
-        # The first document that has a line keeps it, in all places.
+        # The first document that has a line keeps it, wherever it stands in there.
         place_of = np.searchsorted(many, one["hashes"])
         found = (
             np.flatnonzero(many[np.minimum(place_of, max(0, len(many) - 1))] == one["hashes"])
@@ -185,6 +196,8 @@ def decide_lines(documents: Documents, summaries: list[Arrays], settings: Settin
 def decide_substrings(
     documents: Documents, summaries: list[Arrays], settings: Settings
 ) -> Iterator[Decision]:
+    """Cut the substrings that have come before."""
+
     def hashes() -> Iterator[np.ndarray]:
         for row in documents.in_order():
             yield exact_substrings.windows(np.frombuffer(row["text"].encode(), np.uint8), settings.words)[2]
@@ -203,7 +216,7 @@ def decide_substrings(
 
 
 def grams_of(summaries: list[Arrays]) -> Iterator[np.ndarray]:
-    """Yield the runs of words of test items that are in each document."""
+    """Yield the hashes, uint64, of the runs of words of test items that are in each document."""
     for one in summaries:
         yield from np.split(one["grams"], np.cumsum(one["lengths"])[:-1]) if len(one["lengths"]) else ()
 
@@ -211,6 +224,7 @@ def grams_of(summaries: list[Arrays]) -> Iterator[np.ndarray]:
 def decide_decontaminate(
     documents: Documents, summaries: list[Arrays], settings: Settings
 ) -> Iterator[Decision]:
+    """Reject the documents that hold a run of words of a test item, unless they are only to be reported."""
     items = search_for(settings)[1]
     item_of = {gram: item.place for item in reversed(items) for gram in item.grams.tolist()}
     common = decontaminate.common(grams_of(summaries))
@@ -236,7 +250,7 @@ DECIDE = {
 }
 
 
-# Files: what is called for each part.
+# Files: functions that are called for each part, by its number.
 
 
 def summary_file(folder: Path, number: int) -> Path:
@@ -272,9 +286,9 @@ def apply_part(
         return
     rows = read_lines(part(before, number))
     if stage in LOCAL:
-        outcomes = map(partial(judged, stage, settings), rows)
+        outcomes = map(partial(judge_row, stage, settings), rows)
     else:
-        outcomes = map(decided, rows, read_lines(decisions_file(after, number)))
+        outcomes = map(carry_out, rows, read_lines(decisions_file(after, number)))
     kept, gone, counts = [], [], Counts()
     for row, left, out in outcomes:
         counts.add(row["text"], left, out)
@@ -287,8 +301,9 @@ def apply_part(
     write_json(counts_of(after, number), counts.as_dict())
 
 
-def judged(stage: str, settings: Settings, row: dict) -> tuple[dict, str | None, list[dict]]:
-    """Return a document, what is left of it (None if it goes), and what goes with the reason."""
+def judge_row(stage: str, settings: Settings, row: dict) -> tuple[dict, str | None, list[dict]]:
+    """Return a document, the text that a stage leaves of it (None: it is rejected), and a list of what the
+    stage takes away, each with its "reason" and "text". The stage looks at one document."""
     text, reason = judge(stage, settings, row["text"])
     if reason is None and not text.strip():
         reason = f"{stage}: nothing is left"
@@ -297,8 +312,8 @@ def judged(stage: str, settings: Settings, row: dict) -> tuple[dict, str | None,
     return row, text, []
 
 
-def decided(row: dict, decision: Decision) -> tuple[dict, str | None, list[dict]]:
-    """Return the same as `judged`, by a decision."""
+def carry_out(row: dict, decision: Decision) -> tuple[dict, str | None, list[dict]]:
+    """Return the same as `judge_row`, for a stage that looks at all documents: what its decision leaves."""
     if not decision:
         return row, row["text"], []
     if "cuts" not in decision:
@@ -312,14 +327,16 @@ def decided(row: dict, decision: Decision) -> tuple[dict, str | None, list[dict]
 
 
 class Counts:
-    """Documents and bytes that come in and go out, and by reason: documents rejected and shortened, bytes."""
+    """Documents and bytes before and after a stage; for each reason, documents rejected and shortened, and
+    the bytes that they lose."""
 
     def __init__(self):
         self.before, self.after = Counter(), Counter()
         self.reasons: dict[str, Counter] = {}
 
     def add(self, text: str, left: str | None, out: list[dict]) -> None:
-        """Count a document, what is left of it, and what goes."""
+        """Count a document. left: what is left of its text, None if it is rejected; out: what was taken
+        away."""
         n_before, n_after = len(text.encode()), 0 if left is None else len(left.encode())
         self.before.update(documents=1, bytes=n_before)
         if left is not None:

@@ -2,13 +2,13 @@
 
 An item is contaminated if a run of 13 of its words is in a document (GPT-3: Brown et al. 2020,
 arXiv:2005.14165, appendix C). An item of fewer words has no such run, so a filter of 13 misses every short
-question that was copied word by word; here all of its words together are searched for, if they are at least
-four. Items below that are too short to be told from chance, and are reported as not searched.
+question that was copied word by word. Here all words of a short item together are one run, if they are at
+least four. Items of fewer words are not searched for, since they may occur by chance, and the report says so.
 
 A run that is in more than ten documents is a common phrase (a licence, an idiom) and is no sign of a leak.
 
-Both directions use the same search: documents that hold an item are removed from the training text, or stay,
-and each item is reported with what was found of it, so that a model is also scored on the clean ones alone.
+The documents that hold an item are removed from the training text, or stay; in both cases the report has a
+row for each item with what was found of it, so that a model can also be scored on the clean items alone.
 
 Words are those of data/near_duplicates.py: without case, accents, punctuation and the values of numbers.
 """
@@ -35,7 +35,7 @@ class Item:
 
     place: str  # in its file
     n_words: int
-    grams: np.ndarray  # (k,) uint64, hashes of its runs of words; none for an item that is too short
+    grams: np.ndarray  # (k,) uint64, hashes of its runs of words; k = 0 for an item that is too short
 
     def report(self, found: set[int]) -> dict:
         """Return the row of the item in a report. found: the hashes of runs that are in documents."""
@@ -45,11 +45,12 @@ class Item:
 
 
 def length_for(n_words: int) -> int:
-    """Return the words of a run that is searched of an item of so many words, 0 for none."""
+    """Return the length in words of the runs of an item of n_words words, 0 for an item that is too short."""
     return min(N_GRAM, n_words) if n_words >= FEWEST else 0
 
 
 def as_item(place: str, text: str) -> Item:
+    """Return the item with the runs of words of a text. place: where the text is in its file."""
     words = words_of(text)
     n = length_for(len(words))
     return Item(place, len(words), np.unique(n_grams(words, n)) if n else np.zeros(0, np.uint64))
@@ -65,7 +66,8 @@ def strings_in(value: Any) -> Iterable[str]:
 
 
 def read_items(path: Path, fields: list[str], on_bad: OnBad) -> list[Item]:
-    """Return the items in a file of records, from these fields in order, or from all strings of a record.
+    """Return the items in a file of records: the text of these fields in order, or of all strings if there
+    are no fields.
 
     Raises ValueError for a file that is not of records or has no items, and for a record without a field.
     """
@@ -85,7 +87,7 @@ def read_items(path: Path, fields: list[str], on_bad: OnBad) -> list[Item]:
 
 
 class Search:
-    """The runs of words of all items, looked up in documents."""
+    """The runs of words of all items, by their length in words, which are looked up in documents."""
 
     def __init__(self, items: list[Item]):
         by_length: dict[int, list[np.ndarray]] = {}

@@ -1,18 +1,22 @@
 """Exact substrings: text of fifty words or more that has come before is cut out; its first occurrence stays.
 
 Lee et al. 2021 (arXiv:2107.06499, section 4.1) find repeated substrings by a suffix array and remove all of
-them. Here a rolling hash of every window of W words finds the same ones, and all but the first stay out:
+them. Here a rolling hash of every window of W words finds them, and the first occurrence stays:
 
     S[i] = sum of c[j] B^j for j < i,     hash(start, end) = (S[end] - S[start]) B^-start     modulo 2^64
 
-c are random numbers for the 256 bytes, B is odd. So the hashes of all windows of a text are a few operations
-on arrays. Hashes that come twice are sorted out in passes over ranges of them, so that memory is bounded;
-then each window with such a hash is compared, byte for byte, with the first that had it.
+c[j] is the random number that stands for the value of byte j, one of 256, and B is odd. So the hashes of all
+windows of a text are a few operations on arrays. The hashes that come twice or more are found by sorting, a
+range of values in each pass over the texts, so that memory is bounded. Then each window with such a hash is
+compared, byte for byte, with the first that had it.
 
-A window begins and ends with a word, so no line is cut inside a word, nor a character inside its bytes. Words
-are what is between spaces. A character of three bytes or more is a word, as the scripts without spaces need.
+A window begins and ends with a word, so no cut is inside a word or inside the bytes of a character. Words are
+what is between spaces. A character of three bytes or more begins a word, for scripts without spaces.
 
-`lines` is the same idea for lines that many documents share: menus, licences, notices of cookies.
+`lines` returns the hashes of lines, to find those that many documents share: menus, licences, notices of
+cookies.
+
+Shapes: n bytes of a text, k windows or lines.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +27,8 @@ import numpy as np
 
 from data.near_duplicates import mix, odd_numbers
 
-WORDS = 50  # of a window (Lee et al.: 50 tokens)
-LINE_CHARACTERS = 30  # of the shortest line that is compared: "else:" is in every program
+WORDS = 50  # W, of a window (Lee et al.: 50 tokens)
+LINE_BYTES = 30  # of the shortest line that is compared: "else:" is in every program
 MEMORY = 512 << 20  # bytes of hashes that are sorted at a time; collecting them takes as much again
 
 BASE = 0x9E3779B97F4A7C15  # odd
@@ -36,7 +40,7 @@ Cuts = list[tuple[int, int]]  # intervals of bytes
 
 
 class Powers:
-    """B^i and B^-i modulo 2^64, as many as the longest text needed so far."""
+    """The powers B^i and B^-i modulo 2^64, for i up to the length of the longest text so far."""
 
     def __init__(self):
         self.up = self.down = np.ones(1, np.uint64)
@@ -66,7 +70,10 @@ def words_in(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def windows(raw: np.ndarray, n_words: int = WORDS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (starts, ends, hashes) of all windows of n_words words in a text, each (k,)."""
+    """Return (starts, ends, hashes), each (k,), of all windows of n_words words in raw, (n,) uint8.
+
+    starts and ends are bytes, hashes are uint64.
+    """
     starts, ends = words_in(raw)
     k = max(0, len(starts) - n_words + 1)
     starts, ends = starts[:k], ends[n_words - 1 :]
@@ -81,10 +88,11 @@ def windows(raw: np.ndarray, n_words: int = WORDS) -> tuple[np.ndarray, np.ndarr
 def repeated_hashes(
     hashes: Callable[[], Iterable[np.ndarray]], n_total: int, times: int = 2, memory: int = MEMORY
 ) -> np.ndarray:
-    """Return the hashes that come at least so many times, sorted.
+    """Return the hashes that come at least `times` times, sorted.
 
-    hashes: yields all of them, once in each pass. n_total: their number at most. Each pass sorts those in one
-    of equal ranges, about `memory` bytes.
+    hashes: a function that yields all of them in arrays; it is called once in each pass. n_total: how many
+    there are at most. A pass sorts those of one range of values; the ranges are equal, and so many that the
+    hashes of one take about `memory` bytes.
     """
     n_passes = max(1, -(-n_total * 8 // memory))
     found = []
@@ -102,7 +110,7 @@ def repeated_hashes(
 
 
 class Repeats:
-    """The windows that have come before, of texts given in order."""
+    """The first place of each repeated hash, by which the repeats in texts, given in order, are found."""
 
     def __init__(self, repeated: np.ndarray, raw_of: Callable[[int], bytes], n_words: int = WORDS):
         """repeated: the sorted hashes of `repeated_hashes`. raw_of: returns an earlier text by its number."""
@@ -122,7 +130,8 @@ class Repeats:
         places = np.minimum(np.searchsorted(self.repeated, hashes), len(self.repeated) - 1)
         hits = np.flatnonzero(self.repeated[places] == hashes)
 
-        # Of hashes that are new here, the first window of the text stays: in reverse, it is written last.
+        # A hash that no earlier text had belongs to its first window here. Of equal hashes the last that is
+        # written stays, so the windows are written in reverse.
         new = hits[self.texts[places[hits]] < 0][::-1]
         self.texts[places[new]] = number
         self.starts[places[new]] = starts[new]
@@ -132,7 +141,8 @@ class Repeats:
         if not len(hits):
             return []
 
-        # Windows in a row that came in a row before are compared at once, and one by one if that fails.
+        # Successive windows whose sources are successive too are compared at once, or one by one if they
+        # differ.
         shift = starts[hits] - source_starts
         breaks = (np.diff(hits) != 1) | (np.diff(sources) != 0) | (np.diff(shift) != 0)
         edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(hits)]
@@ -145,7 +155,7 @@ class Repeats:
             for a, b in rows:
                 start, end = int(starts[hits[a]]), int(ends[hits[b - 1]])
                 if same_bytes(text, start, end, source, source_starts[a]):
-                    # Where a text repeats itself with overlap, the first occurrence stays as a whole.
+                    # Where the window overlaps with its source in the same text, the source stays whole.
                     if sources[a] == number:
                         start = max(start, int(ends[hits[a]] - shift[a]))
                     found.append((start, end))
@@ -191,7 +201,7 @@ def lines(text: bytes) -> tuple[np.ndarray, Cuts]:
     hashes, places, start = [], [], 0
     for line in text.splitlines(keepends=True):
         bare = line.strip()
-        if len(bare) >= LINE_CHARACTERS:
+        if len(bare) >= LINE_BYTES:
             hashes.append(int.from_bytes(blake2b(bare, digest_size=8).digest()))
             places.append((start, start + len(line)))
         start += len(line)

@@ -4,20 +4,22 @@ Two texts are alike if their sets of *shingles*, runs of five words, overlap (Br
 
     J(A, B) = |A and B| / |A or B|                                           the Jaccard similarity
 
-Comparing all pairs is out of reach. But in a random order of all shingles, the first of A and the first of B
-are the same with probability J. A signature holds the first of K = b r such orders, cut into b bands
-of r; two texts are a candidate if they agree in a whole band (locality-sensitive hashing):
+There are too many pairs to compare them all. But in a random order of all shingles, the first of A and the
+first of B are the same with probability J. A signature of a text holds its first shingle in each of K = b r
+random orders, cut into b bands of r. A pair of texts is a candidate if they agree in a whole band
+(locality-sensitive hashing):
 
     P(candidate) = 1 - (1 - J^r)^b             an S-curve; with FineWeb's b 14, r 8: .21 at J .6, .92 at .8
 
-A candidate is no proof. Here J of each is computed from the two sets, and only a text that is alike to a
-*representative*, an earlier one that stays, is removed. So each cluster has one survivor, its first text, and
-every other is alike to that one. In a chain a ~ b ~ c in which a and c differ, b alone is removed. (Pipelines
-that joined all candidates have removed whole sources: 859,091 of 859,092 documents in one report.)
+A candidate is no proof. Here J of each candidate is computed from the two sets, and only a text that is alike
+to a *representative*, an earlier text that stays, is removed. So of each cluster its first text stays, and
+every other is alike to that one. In a chain a ~ b ~ c in which a and c differ, b alone is removed. (A
+pipeline that joined all candidates kept 2 documents of the 859,092 of a source:
+github.com/marin-community/marin/issues/6854.)
 
 Words are compared without case, accents, punctuation and values of numbers. In scripts without spaces each
-character is a word, and so is each emoji. A text of fewer words than a shingle has the run of all its words,
-a text without words itself; only the empty text has no shingle, and is like nothing.
+character is a word, and so is each emoji. A text of fewer words than a shingle has one shingle, all of its
+words; a text without words has itself as its shingle. Only the empty text has none, and is alike to no other.
 
     python -m data.near_duplicates        the S-curve, and how often candidates are found
 
@@ -37,10 +39,10 @@ import regex
 
 from formats import command
 
-BANDS, ROWS, SHINGLE = 14, 8, 5  # of FineWeb
+BANDS, ROWS, SHINGLE = 14, 8, 5  # those of FineWeb (arXiv:2406.17557)
 SIMILARITY = 0.75  # J from which on a text is removed
-MOST_COMPARED = 100  # representatives in a bucket, and that a text is compared with
-MOST_WORDS = 1 << 20  # whose hashes are kept
+MOST_COMPARED = 100  # representatives that a bucket holds at most, and that a text is compared with at most
+MOST_WORDS = 1 << 20  # words whose hashes are kept in memory
 BLOCK = 2048  # shingles that are hashed at a time; with K orders they fit into the cache of a core
 
 DIGITS, ASCII_WORD = re.compile(r"\d+"), re.compile(r"[a-z0-9]+")
@@ -49,7 +51,7 @@ WORD = regex.compile(rf"(?V1)[{WITHOUT_SPACES}\p{{So}}]|[[\p{{L}}\p{{N}}]--[{WIT
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text: small letters without accents; digits are 0; no punctuation."""
+    """Return the words of a text: small letters without accents, 0 for each run of digits, no punctuation."""
     text = DIGITS.sub("0", text.lower())
     if text.isascii():
         return ASCII_WORD.findall(text)
@@ -71,7 +73,10 @@ HASHES = Hashes()
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """Return uint64 of which every bit depends on all bits of x, one to one (the end of SplitMix64)."""
+    """Return uint64 of which every bit depends on all bits of x; different x give different results.
+
+    These are the last steps of SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195).
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -79,13 +84,16 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 @cache
 def odd_numbers(n: int, seed: int, dtype=np.uint64) -> np.ndarray:
-    """Return (n,) random odd numbers: to multiply by one is one to one modulo a power of two."""
+    """Return (n,) random odd numbers. Multiplication by one keeps different x different modulo 2^k."""
     generator = np.random.Generator(np.random.PCG64(seed))
     return generator.integers(0, np.iinfo(dtype).max, n, dtype, endpoint=True) | dtype(1)
 
 
 def n_grams(words: list[str], n: int) -> np.ndarray:
-    """Return (max(0, len(words) - n + 1),) uint64, the hashes of all runs of n words, in order."""
+    """Return (max(0, len(words) - n + 1),) uint64, the hashes of all runs of n words, in order.
+
+    The hash of a run is mix(sum_i a_i h_i), of the hashes h_i of its words and n odd numbers a_i.
+    """
     hashes = np.fromiter(map(HASHES.__getitem__, words), np.uint64, len(words))
     m = max(0, len(words) - n + 1)
     total = np.zeros(m, np.uint64)
@@ -112,7 +120,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def s_curve(similarity, bands: int = BANDS, rows: int = ROWS):
-    """Return the probability that texts of this similarity become a candidate."""
+    """Return the probability that two texts of this similarity J are a candidate, 1 - (1 - J^r)^b."""
     return 1 - (1 - similarity**rows) ** bands
 
 
@@ -120,7 +128,7 @@ class Signatures:
     """The functions that make signatures of K = bands x rows hashes."""
 
     def __init__(self, bands: int = BANDS, rows: int = ROWS, seed: int = 0):
-        """Draw the K orders: x -> (x xor c) a modulo 2^32, with random c and odd a."""
+        """Draw the K orders: x comes at the place (x xor c) a modulo 2^32, with random odd c and a."""
         self.bands, self.rows = bands, rows
         self.factors = odd_numbers(bands * rows, seed, np.uint32)[:, None]  # (K, 1)
         self.offsets = odd_numbers(bands * rows, seed + 1, np.uint32)[:, None]
@@ -143,12 +151,12 @@ class Signatures:
         if not len(shingles):
             return np.zeros(self.bands, np.uint64)
         rows = self.of(shingles).reshape(self.bands, self.rows).astype(np.uint64)
-        numbers = np.arange(1, self.bands + 1, dtype=np.uint64)  # bands are never confused
+        numbers = np.arange(1, self.bands + 1, dtype=np.uint64)  # so that equal rows differ in other bands
         return mix((rows * odd_numbers(self.rows, 2)).sum(1, dtype=np.uint64) + mix(numbers))
 
 
 class Alike(NamedTuple):
-    """A text that is removed, the earlier one that stays for it, and how similar the two are."""
+    """A text that is removed, the earlier one that stays, by their numbers, and the similarity of the two."""
 
     text: int
     representative: int
@@ -168,7 +176,7 @@ def find(
     """
     counts = Counter() if counts is None else counts
     is_shared = shared(bands)
-    buckets: dict[int, list[int]] = {}  # the representatives that have a hash in a band
+    buckets: dict[int, list[int]] = {}  # for each hash of a band, the representatives that have it
     for text in np.flatnonzero(is_shared.any(1)).tolist():
         keys = bands[text, is_shared[text]].tolist()
         near = Counter(other for key in keys for other in buckets.get(key, ()))

@@ -1,10 +1,10 @@
-"""Parts: documents on disk in pieces of some megabytes, which stages of cleaning read and write one by one.
+"""Parts: files with some megabytes of documents each, which stages of cleaning read and write one by one.
 
     folder/part-00000.jsonl      a document on each line: {"place": ..., "text": ..., "record": {...}}
     folder/counts-00000.json     what happened to the documents of that part; it is written last
 
-So memory holds one part, and after an interruption every part with its counts is done. `each` does the work
-for all parts: here, in several processes, or on a Ray cluster whose machines share the folder.
+So memory holds one part, and after an interruption only the parts without counts are made again. `each` does
+the work for all parts: in this process, in several, or on a Ray cluster whose machines share the folder.
 """
 
 import gzip
@@ -45,7 +45,8 @@ def n_parts(folder: Path) -> int:
 
 
 def as_line(row: dict) -> str:
-    # Lone surrogates, which have no UTF-8, stay escapes. Values that JSON lacks, such as dates, are strings.
+    """Return a row as a line of JSON. Values that JSON lacks, such as dates, become strings."""
+    # Lone surrogates cannot be written as UTF-8: such a row is written with escapes.
     line = json.dumps(row, ensure_ascii=False, default=str)
     try:
         line.encode()
@@ -61,6 +62,7 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict]:
+    """Yield the rows of a file that `write_lines` wrote."""
     with open(path, encoding="utf-8", newline="\n") as file:
         yield from map(json.loads, file)
 
@@ -74,7 +76,7 @@ class Documents:
             with open(part(folder, number), "rb") as file:
                 lengths = np.fromiter(map(len, file), np.int64)
             self.starts.append(np.cumsum(lengths) - lengths)
-        # The number of the first document of each part, and of all.
+        # The number of the first document of each part, and at the end the number of all documents.
         self.first = [0, *np.cumsum([len(starts) for starts in self.starts]).tolist()]
 
     def __len__(self) -> int:
@@ -92,10 +94,10 @@ class Documents:
 
 
 def each(work: Callable[[int], None], n: int, what: str, engine: str, workers: int) -> None:
-    """Call work(0) ... work(n - 1), which read and write files. what: is done, for the progress.
+    """Call work(0) ... work(n - 1), which read and write files. what: the label of the progress bar.
 
-    engine: "local", or "ray" with the cluster that the environment names, or one here. Raises ValueError if
-    Ray is missing.
+    engine: "local" with so many processes (workers), or "ray" with the cluster that the environment names, or
+    one here. Raises ValueError if Ray is missing.
     """
     bar = partial(progress_bar, total=n, desc=what, unit="part")
     if engine == "ray":
@@ -146,13 +148,21 @@ def write_records(path: Path, records: list[dict]) -> None:
 
 
 def write_parquet(path: Path, new: Path, records: list[dict]) -> None:
+    """Write records to the file `new` as parquet, with a column for each field that any of them has.
+
+    path: the file of the messages. Raises ValueError without pyarrow, and for a field with values of several
+    types.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: writing parquet needs pyarrow: pip install pyarrow") from None
+    # `Table.from_pylist` would take the fields of the first record alone.
+    fields = dict.fromkeys(name for record in records for name in record)
+    columns = {name: [record.get(name) for record in records] for name in fields}
     try:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), new)
+        pyarrow.parquet.write_table(pyarrow.table(columns), new)
     except pyarrow.ArrowException as error:
         raise ValueError(
             f"{path}: fields do not fit into columns ({str(error)[:200]}); write --format jsonl"

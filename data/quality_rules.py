@@ -6,7 +6,8 @@ is a list of rules in order; the first that rejects a text decides.
     gopher     Rae et al. 2021 (arXiv:2112.11446), appendix A.1.1 and table A1: words, symbols, repetition
     c4         Raffel et al. 2020 (arXiv:1910.10683), section 2.2: keeps sentences, line by line
     fineweb    Penedo et al. 2024 (arXiv:2406.17557), section 3: Gopher, C4 without its rule about the ends of
-               lines, and three rules about lines
+               lines, and four rules about lines with the limits of its code, datatrove: 1% of characters in
+               repeated lines, where the paper has 10%, and a rule about line breaks that the paper lacks
     code       the rules of The Stack (arXiv:2211.15533) and StarCoder (arXiv:2305.06161): long lines, few
                letters, generated files
 
@@ -29,8 +30,8 @@ PARAGRAPH, LINE = re.compile(r"\n{2,}"), re.compile(r"\n+")
 SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’)\]]*(?:\s+|$)")
 
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
-TOP_N_GRAMS = {2: 0.20, 3: 0.18, 4: 0.16}  # n: the largest share of characters in the most frequent n-gram
-REPEATED_N_GRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # and in all repeated ones
+TOP_N_GRAMS = {2: 0.20, 3: 0.18, 4: 0.16}  # n: limit of the share of characters in the most frequent n-gram
+REPEATED_N_GRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # n: that in all repeated n-grams
 POLICIES = (
     "terms of use",
     "privacy policy",
@@ -95,8 +96,8 @@ def gopher_quality(text: str) -> tuple[str, str | None]:
 def gopher_repetition(text: str) -> tuple[str, str | None]:
     """Return the text and the reason for which Gopher's rules of repetition (table A1) reject it, or None.
 
-    Shares are of all characters of the text. The most frequent n-gram counts only if it comes twice. Of
-    repeated n-grams, the first occurrence does not count, and the next is searched for behind the last.
+    Shares are of all characters of the text. The most frequent n-gram counts only if it comes twice. The
+    first occurrence of a repeated n-gram does not count; see `characters_repeated`.
     """
     if not text.strip():
         return text, "empty"
@@ -123,7 +124,7 @@ def gopher_repetition(text: str) -> tuple[str, str | None]:
 
 
 def repeated(parts: Sequence[str]) -> tuple[int, int]:
-    """Return how many parts have come before, and how many characters these have."""
+    """Return how many parts are equal to an earlier one, and how many characters these have together."""
     seen: set[str] = set()
     n, n_characters = 0, 0
     for part in parts:
@@ -134,7 +135,10 @@ def repeated(parts: Sequence[str]) -> tuple[int, int]:
 
 
 def characters_repeated(words: Sequence[str], n: int) -> int:
-    """Return the characters of the words in n-grams that have come before, each word once."""
+    """Return how many characters are in n-grams of words that have come before.
+
+    The search goes on behind a repeated n-gram, so that each word counts once at most.
+    """
     seen: set[tuple[str, ...]] = set()
     i = n_characters = 0
     while i + n <= len(words):
@@ -152,8 +156,8 @@ def c4(text: str, ends: bool = True) -> tuple[str, str | None]:
     """Return the lines that C4 keeps of a text, and the reason for which it rejects the rest, or None.
 
     ends: whether lines without a mark of the end of a sentence are dropped, as in C4 itself. Marks like [1],
-    which are citations on Wikipedia, are taken out of lines. A rule about a whole text looks only at lines
-    that no rule has dropped before.
+    which are citations on Wikipedia, are taken out of lines. Rules that reject a whole text look only at the
+    lines that are not dropped.
     """
     kept, n_sentences = [], 0
     for line in map(str.strip, text.splitlines()):
@@ -179,12 +183,16 @@ def c4(text: str, ends: bool = True) -> tuple[str, str | None]:
 
 
 def c4_all_ends(text: str) -> tuple[str, str | None]:
-    """Return the same as `c4`, with lines of any end kept, as FineWeb uses it."""
+    """Return the lines that C4 keeps, and the reason to reject the text or None, with lines of any end
+    kept."""
     return c4(text, ends=False)
 
 
 def fineweb_lines(text: str) -> tuple[str, str | None]:
-    """Return the text and the reason for which FineWeb's own rules about lines reject it, or None."""
+    """Return the text and the reason for which FineWeb's own rules about lines reject it, or None.
+
+    The limits are those of datatrove's FineWebQualityFilter.
+    """
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         return text, "empty"

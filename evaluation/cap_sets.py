@@ -6,8 +6,8 @@
                known has 236 and 512. That of n = 8 was found by FunSearch (Romera-Paredes et al. 2023)
 
 A greedy algorithm goes through the points in the order of their priority, the highest first, and takes each
-that is on no line with two points taken before. Only the priority is searched for: an expression of the point
-(expressions.py), which is evaluated for all points at once:
+that is on no line with two points taken before. The search is for the priority alone: an expression of the
+point x (expressions.py), which is evaluated for all points at once:
 
     sum(x[i] == 2 for i in range(n)) == 2           x[i]: coordinate i; x[-1] is the last
 
@@ -26,7 +26,7 @@ from formats import command
 
 BEST_KNOWN = {1: 2, 2: 4, 3: 9, 4: 20, 5: 45, 6: 112, 7: 236, 8: 512}
 
-# Priorities. In a loop over the coordinates i, x[i - 1] and x[-i] are other coordinates, counted cyclically.
+# The grammar of priorities. In a loop over i, x[i - 1] and x[-i] are other coordinates, counted cyclically.
 PRIORITIES = Grammar(
     {
         "number": 4 * "sum({term} for i in range(n)) | " + "({number} + {number}) | ({number} - {number})"
@@ -51,7 +51,8 @@ def points_of(n: int) -> np.ndarray:
 
 @cache
 def third_points(n: int) -> np.ndarray:
-    """Return int16 (P, P): the number of the third point on the line through two points; a and a give a.
+    """Return int16 (P, P): the number of the third point on the line through two points, for equal ones their
+    own number.
 
     A point's number has its coordinates as digits in base 3, so the table is made coordinate by coordinate.
     For n = 8 it takes 86 MB.
@@ -65,7 +66,7 @@ def third_points(n: int) -> np.ndarray:
 
 
 def is_cap_set(points: np.ndarray) -> bool:
-    """Return whether points (m, n) are different, and no three of them are on a line."""
+    """Return whether m points (m, n) are all different, and no three of them are on a line."""
     base = 3 ** np.arange(points.shape[1])[::-1]
     numbers = points @ base
     third = -(points[:, None] + points) % 3 @ base  # (m, m), on the line through two points
@@ -74,7 +75,8 @@ def is_cap_set(points: np.ndarray) -> bool:
 
 
 def greedy(n: int, priority: np.ndarray) -> np.ndarray:
-    """Return the cap set (m, n) that a priority (P,) gives. Equal points are taken in lexicographic order."""
+    """Return the cap set (m, n) that a priority (P,), int64, gives. Points of equal priority are in
+    lexicographic order."""
     points, third = points_of(n), third_points(n)
     blocked, taken = np.zeros(len(points), dtype=bool), np.zeros(len(points), dtype=np.int64)
     m = 0
@@ -102,7 +104,8 @@ def size(program: str | ast.expr, n: int) -> int:
 
 
 # The published construction (Romera-Paredes et al. 2023, figure 4c). A point's support is the coordinates
-# that are not 0, its reflections are the i from 1 to 3 with x[i] == x[-i]. These are supports by reflections.
+# that are not 0, and it has a reflection for each i from 1 to 3 with x[i] == x[-i]. Points with these
+# supports are in the set if they have any number of reflections, one, or at most one.
 ANY_REFLECTION = "0123 0125 0367 0567 1346 1456 2347 2457"
 ONE_REFLECTION = "0127 0126 0137 0167 0157 0236 0267 0256 1247 1246 1347 1467 1457 2346 2467 2456"
 FEW_REFLECTIONS = "12356 13567 23567 12357 03457 01345 03456 02345"
@@ -114,7 +117,7 @@ def published_cap_set() -> np.ndarray:
     x = points.T
     support = np.array(["".join(str(i) for i in range(8) if point[i]) for point in points])
     reflections = sum((x[i] == x[-i]).astype(int) for i in (1, 2, 3))
-    chosen = (support == "01234567") & (reflections >= 2)
+    chosen = (support == "01234567") & (reflections >= 2)  # points without a 0
     chosen |= np.isin(support, ANY_REFLECTION.split())
     chosen |= np.isin(support, ONE_REFLECTION.split()) & (reflections == 1)
     apart = (x[1] * x[7] % 3 != 1) & (x[2] * x[6] % 3 != 1)

@@ -3,9 +3,9 @@
     [3 1 2] -> [2 1 3] ;  [5 0] -> [0 5] ;  [7 7 1 4] -> [4 1 7 7] ;            x[::-1]
 
 The functions are expressions of the grammar `expressions.LISTS`, the inputs random lists of 2 to 5 digits.
-The examples seldom determine a function, so a program is tested on more inputs, which the question hides. One
-function in eight is held out from training. It is known by its values on fixed inputs, not by its text, since
-many texts are the same function.
+The examples seldom determine a function, so a program is tested on more inputs, which the question does not
+show. One function in eight is held out from training. Functions are told apart by their values on fixed
+inputs, not by their texts, since many texts are the same function.
 
     python -m evaluation.functions_to_find        a few problems, and how often chance solves them
 """
@@ -43,7 +43,9 @@ def draw_input(generator: random.Random) -> list[int]:
 
 
 def output(tree: ast.expr, x: list[int]) -> Value | None:
-    """Return the value of a program for an input, None where it has none or one too large for a question."""
+    """Return the value of a program for an input, None if it has none, or one that is too large to be shown:
+    more than 10 numbers, or one beyond 99.
+    """
     try:
         value = evaluate(tree, {"x": x})
     except ValueError:
@@ -54,7 +56,8 @@ def output(tree: ast.expr, x: list[int]) -> Value | None:
 
 
 def draw_examples(tree: ast.expr, n: int, generator: random.Random) -> list[tuple[list[int], Value]] | None:
-    """Return n inputs with their outputs; None for a program that seldom has a value."""
+    """Return n inputs with their outputs; None for a program that has no value for two thirds of the
+    inputs."""
     found = []
     for _ in range(3 * n):
         x = draw_input(generator)
@@ -69,9 +72,9 @@ PROBES = [draw_input(random.Random(i)) for i in range(12)]  # functions with equ
 
 
 def draw_programs(n: int, generator: random.Random) -> tuple[dict[str, ast.expr], dict[str, ast.expr]]:
-    """Return n programs with their trees, as training and test: one function in eight is held out.
+    """Return n programs with their trees, those of training and those of the test, one function in eight.
 
-    Of the programs that compute the same function, all are in one part; the test has only the first of them.
+    All programs that compute the same function are in the same part; the test has only the first of them.
     Functions that lack a value for more than 3 of the 12 PROBES, or have fewer than 3 values, are left out.
     """
     training, test, known = {}, {}, set()
@@ -93,7 +96,8 @@ def draw_programs(n: int, generator: random.Random) -> tuple[dict[str, ast.expr]
 
 
 def draw_problem(text: str, tree: ast.expr, generator: random.Random) -> Problem | None:
-    """Return a problem with the function of a program, None if its examples are all alike."""
+    """Return a problem with the function of a program, None if its examples all have the same output, or it
+    has too few values."""
     found = draw_examples(tree, N_EXAMPLES + N_HIDDEN, generator)
     if found is None or len({str(y) for _, y in found[:N_EXAMPLES]}) < 2:
         return None

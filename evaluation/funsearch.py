@@ -1,15 +1,16 @@
 """FunSearch: a search for programs, whose proposals come from the best programs so far.
 
-    repeat   an island   one of ten, drawn at random
+    repeat   an island   one of ten populations of programs, drawn at random
              parents     two of its programs, better ones more often
-             child       a proposal that is made from the parents
+             child       a new program that is made from the parents
              score       the child is run; it joins the island
-    and every 2,000 evaluations the worse half of the islands restarts, each from the best of a better one
+    and every 2,000 evaluations the worse half of the islands restarts: each of them begins again with one
+    program, the best one of an island of the better half
 
-(Romera-Paredes et al. 2023, doi 10.1038/s41586-023-06924-6; there islands restart every four hours.) On an
-island the programs with the same scores on all inputs are a cluster. A cluster is drawn by softmax of its
-score with a temperature that falls, and in it a program by softmax of minus its length, so that short
-programs are preferred.
+(Romera-Paredes et al. 2023, doi 10.1038/s41586-023-06924-6; there islands restart every four hours.) The
+programs of an island with the same scores on all inputs are a cluster. A cluster is drawn by softmax of its
+score / temperature, with a temperature that falls as the island grows, and in it a program by softmax of
+minus its length, so that short programs are preferred.
 
 In the paper a language model of billions of parameters makes the child. Here it is made in four ways, which
 are compared at equal evaluations:
@@ -43,23 +44,23 @@ from formats import command
 from formats.progress import progress_bar
 
 N_ISLANDS, N_PARENTS = 10, 2
-RESET = 2000  # evaluations between two restarts
+RESET = 2000  # evaluations between two restarts of islands
 DEPTH = 6  # of a drawn expression
-TEMPERATURE, PERIOD = 0.1, 30_000  # of the draw of a cluster, which falls to 0 over a period of programs
-LONGEST_PROGRAM, LONGEST_ROW = 50, 150  # pieces that the model writes, and reads and writes
+TEMPERATURE, PERIOD = 0.1, 30_000  # the temperature falls from 0.1 to 0 with the programs of an island
+LONGEST_PROGRAM, LONGEST_ROW = 50, 150  # tokens of a child that the model writes; of parents and child
 
 
 class Program(NamedTuple):
     """A program that has been scored."""
 
     text: str
-    scores: tuple[int, ...]  # of each input; the last one counts
+    scores: tuple[int, ...]  # one for each input; the last one is the score that the search increases
     tree: Tree | None = None  # None for one that the model has written
 
 
 @dataclass
 class Island:
-    """Programs whose parents are from the same island, by their scores."""
+    """A population of programs, which become parents with each other only, in clusters of equal scores."""
 
     clusters: dict[tuple[int, ...], list[Program]] = field(default_factory=dict)
     n_programs: int = 0
@@ -92,18 +93,19 @@ def draw(logits: Sequence[float], n: int, generator: random.Random) -> list[int]
     return generator.choices(range(len(logits)), [math.exp(x - largest) for x in logits], k=n)
 
 
-# --- proposals: from pairs of parents, children as trees, or as texts where a model wrote them
+# --- proposals
 
+# A proposer returns a child for each pair of parents: a tree, or a text if a model wrote it.
 Proposer = Callable[[list[list[Program]], random.Random], list[Tree | str]]
 
 
 def at_random(parents: list[list[Program]], generator: random.Random) -> list[Tree | str]:
-    """Return expressions that have nothing to do with the parents."""
+    """Return a random expression for each pair of parents, which is not used."""
     return [PRIORITIES.draw(generator, generator.randint(3, DEPTH)) for _ in parents]
 
 
 def mutated(parents: list[list[Program]], generator: random.Random) -> list[Tree | str]:
-    """Return the better parents, each with a part changed."""
+    """Return the better parent of each pair with a part changed, which may come from the other parent."""
     return [PRIORITIES.change(better.tree, other.tree, generator) for other, better in parents]
 
 
@@ -126,7 +128,10 @@ class Model:
         return self.prompt(parents), [*self.vocabulary.encode(child), Vocabulary.end]
 
     def example(self) -> Row:
-        """Return the row of two drawn expressions, and the second one with a part changed, all unscored."""
+        """Return a training row: two random expressions as parents, the second with a part changed as child.
+
+        None of them is scored.
+        """
         while True:
             a, b = (PRIORITIES.draw(self.generator, self.generator.randint(3, DEPTH)) for _ in range(2))
             row = self.row((str(a), str(b)), str(PRIORITIES.change(b, a, self.generator)))
@@ -188,8 +193,8 @@ def search(
     """Return the result of a search for a cap set of dimension n; method: one of METHODS.
 
     A program's scores are the sizes for the dimensions n - 2 to n. Parents are drawn for `batch` children at
-    a time, and a Model learns after every `learn_every` evaluations. A search ends early once it has made
-    twenty proposals for each of n_evaluations.
+    a time, and a Model learns after every `learn_every` evaluations. A search that repeats itself ends early,
+    after 20 n_evaluations proposals.
     """
     generator, inputs = random.Random(f"{seed} {method}"), range(max(1, n - 2), n + 1)
     n_islands, make_proposer = METHODS[method]
@@ -204,9 +209,9 @@ def search(
     bar = progress_bar(total=n_evaluations, desc=f"{method}, n = {n}", leave=False)
     while result.n_evaluations < n_evaluations and n_proposals < 20 * n_evaluations:
         # Propose children, and score those that are new.
-        chosen = [generator.choice(islands) for _ in range(batch)]
-        parents = [island.parents(generator) for island in chosen]
-        for island, pair, child in zip(chosen, parents, propose(parents, generator), strict=True):
+        chosen = [generator.randrange(n_islands) for _ in range(batch)]
+        parents = [islands[i].parents(generator) for i in chosen]
+        for i, pair, child in zip(chosen, parents, propose(parents, generator), strict=True):
             n_proposals += 1
             if str(child) in seen or result.n_evaluations == n_evaluations:
                 result.n_repeated += str(child) in seen
@@ -218,7 +223,7 @@ def search(
                 continue
             result.n_evaluations += 1
             bar.update()
-            island.add(program)
+            islands[i].add(program)  # by number: the island may have restarted since its parents were drawn
             if program.scores[-1] > result.best.scores[-1]:
                 result.best = program
                 result.curve.append((result.n_evaluations, program.scores[-1]))
@@ -235,7 +240,10 @@ def search(
 
 
 def restart(islands: list[Island], generator: random.Random) -> None:
-    """Begin the worse half of the islands anew, each with the best program of one of the better half."""
+    """Replace each island of the worse half by a new one, in place in the list.
+
+    A new island has one program, the best one of an island of the better half.
+    """
     order = list(range(len(islands)))
     generator.shuffle(order)  # islands with equal scores are in random order
     order.sort(key=lambda i: islands[i].best().scores[-1])
@@ -246,7 +254,7 @@ def restart(islands: list[Island], generator: random.Random) -> None:
         islands[i].add(founder)
 
 
-# The number of islands, and the proposer for a seed.
+# The number of islands of each method, and a function that makes its proposer from a seed.
 METHODS: dict[str, tuple[int, Callable[[int], Proposer]]] = {
     "random": (1, lambda seed: at_random),
     "mutation": (1, lambda seed: mutated),

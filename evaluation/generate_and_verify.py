@@ -5,7 +5,8 @@
     cluster    run the rest on generated inputs; programs with the same outputs are a cluster
     submit     one program from each of the n largest clusters
 
-n@k is the share of problems that n submissions from k samples solve; pass@k is that with a right sample.
+n@k is the share of problems that are solved by one of n submissions out of k samples; pass@k is the share of
+problems with a right program among k samples.
 
 This is AlphaCode's selection (Li et al. 2022, arXiv:2203.07814, sections 4.5 and 4.6). Clusters help where
 wrong programs disagree more than right ones do. The question here is a list of examples, the program an
@@ -14,11 +15,11 @@ expression of x:
     [3 1 2] -> [2 1 3] ;  [5 0] -> [0 5] ;  [7 7 1 4] -> [4 1 7 7] ;            x[::-1]
 
 The model is a small GPT (small_models.py) that learns from such functions and is tested on others
-(functions_to_find.py). Their programs are safe to run in this process; expressions.py says why. A program is
-right if it gives the outputs on hidden inputs, too.
+(functions_to_find.py). Expressions are safe to run in this process; expressions.py says why. A program is
+right if it gives the outputs of the examples, and those of 20 more inputs that the question does not show.
 
-Where nothing can be executed, a verifier can be learned (Cobbe et al. 2021, arXiv:2110.14168, section 4.2):
-the same model goes on to learn whether a program of its own is right, and picks the best of n by that.
+Where nothing can be executed, a verifier can be learned (Cobbe et al. 2021, arXiv:2110.14168, section 4.2): a
+copy of the model is trained to predict whether a sample is right, and the likeliest ones are submitted.
 
     python -m evaluation.generate_and_verify             one seed, small: three minutes on two cores
     python -m results.generate_and_verify                three seeds, with all controls
@@ -90,8 +91,8 @@ def train_verifier(
 ) -> GPT:
     """Return a copy of the writer that has learned which of its programs are right.
 
-    rows: a question and a program, and whether it is right; right and wrong ones are drawn equally often.
-    shuffled: labels are exchanged among the rows, as a control. Raises ValueError if all rows have one label.
+    rows: a question with a program, and whether this is right; right and wrong ones are drawn equally often.
+    shuffled: labels are permuted among the rows, as a control. Raises ValueError if all rows have one label.
     """
     generator = random.Random(f"{seed} verifier")
     labels = [right for _, right in rows]
@@ -137,14 +138,15 @@ class Candidate(NamedTuple):
     log_p: float
     passes: bool  # gives the outputs of the examples
     values: str  # on the generated inputs
-    right: bool  # on the hidden ones; of no use for a selection
-    odds: dict[str, float] = {}  # by each verifier
+    right: bool  # gives the hidden outputs too; no rule of selection reads it
+    odds: dict[str, float] = {}  # log-odds that it is right, by the name of a verifier
 
 
 def candidates(
     problem: Problem, samples: Sequence[Answer], generated: Sequence[list[int]], verifiers: dict[str, GPT]
 ) -> list[Candidate]:
-    """Return the different programs among samples, in the order of their first appearance."""
+    """Return the different programs among samples, in the order of their first appearance, executed on the
+    problem and on the generated inputs, and judged by the verifiers."""
     counts, log_p = Counter(sample.tokens for sample in samples), {s.tokens: s.log_p for s in samples}
     read, programs = question(problem.examples), list(counts)
     odds = {name: verify(model, read, programs) for name, model in verifiers.items()}
@@ -206,7 +208,8 @@ RULES: dict[str, Rule] = {
 
 
 def first_right(found: list[Candidate], rule: str, generator: random.Random) -> int | None:
-    """Return which submission of a rule is the first right one, from 1; None if none of SUBMISSIONS is."""
+    """Return the rank, from 1, of the first right program that a rule submits; None if none of SUBMISSIONS
+    is."""
     submitted = RULES[rule](found, generator)[:SUBMISSIONS]
     return next((i for i, c in enumerate(submitted, 1) if c.right), None)
 
@@ -229,7 +232,7 @@ def measure(
         used = [rule for rule in RULES if judges or "verifier" not in rule]
         ranks[k] = {rule: first_right(found, rule, generator) for rule in used}
 
-    # Shares of all samples: the last candidates are those of all.
+    # Counts of all samples: the candidates found last are those of all samples.
     n_right, n_passing = (sum(c.count for c in found if getattr(c, name)) for name in ("right", "passes"))
     n = len(samples)
     pass_at = {k: pass_at_k(n, n_right, k) for k in ks}
@@ -246,7 +249,8 @@ def samples_of_grammar(n: int, generator: random.Random) -> list[Answer]:
 def labelled_samples(
     writer: GPT, programs: dict[str, ast.expr], n_problems: int, n: int, seed: int
 ) -> list[tuple[Row, bool]]:
-    """Return n samples of the writer for each of so many training problems, and whether they are right."""
+    """Return a question with a program, and whether this is right: the different programs among n samples of
+    the writer for each of n_problems training problems."""
     generator, draws, pairs = random.Random(f"{seed} labelled"), torch.Generator().manual_seed(seed), []
     problems = draw_problems(programs, n_problems, generator)
     for first in range(0, len(problems), 32):

@@ -6,13 +6,14 @@
     the model goes on   335
 
 So the model needs to translate, not to calculate (Toolformer: Schick et al. 2023, arXiv:2302.04761; the
-calculator of GSM8K: Cobbe et al. 2021, appendix C). Four ways to answer, of two models that are trained for
-as many steps on the same questions:
+calculator of GSM8K: Cobbe et al. 2021, arXiv:2110.14168, appendix C). Two models are trained for the same
+number of steps on the same kind of questions, and answer in four ways:
 
     direct      trained on the answer alone
     tool        trained on the expression, its value and the answer; the expression is executed
-    no tool     the same model writes the value itself: what is the expression worth without execution?
-    wrong tool  the value is off by 10: does the answer follow the tool, or does the model calculate?
+    no tool     the model of "tool" writes the value itself: what is the expression worth without execution?
+    wrong tool  the same with a value that is 10 too large: does the answer follow the tool, or does the model
+                calculate?
 
 Numbers are written digit by digit. Values in training texts come from execution, and the model learns to
 write them too, so that "no tool" is a fair control.
@@ -39,7 +40,7 @@ QUESTIONS = {  # how a question is put, and the expression that answers it
     "{b} friends of {n} have {a} and {c} each :": "{b} * ({a} + {c})",
     "{n} has {a} and finds {c} :": "{a} + {c}",
 }
-LONGEST = 40  # pieces of an answer
+LONGEST = 40  # tokens that the model writes at a time
 WORDS = "has gets boxes of gives away friends have each finds and :"
 VOCABULARY = Vocabulary([*NAMES, WORDS, "<< -> >> - + * ( ) 0 1 2 3 4 5 6 7 8 9"])
 
@@ -115,9 +116,9 @@ def train(row: Callable[[Problem], Row], held_out: set[str], steps: int, seed: i
 
 
 def last_number(text: str) -> int | None:
-    """Return the number that ends a text, None if there is none."""
-    word = text.replace(">>", " ").split()[-1:]
-    return int(word[0]) if word and word[0].isdigit() else None
+    """Return the number that ends a text, None if there is none. One after a minus is no answer."""
+    before, word = ["", "", *text.replace(">>", " ").split()][-2:]
+    return int(word) if word.isdigit() and before != "-" else None
 
 
 def write(model: GPT, texts: Sequence[str], stop: str) -> list[str]:
@@ -128,9 +129,10 @@ def write(model: GPT, texts: Sequence[str], stop: str) -> list[str]:
 
 
 def with_tool(model: GPT, questions: Sequence[str], tool: Callable[[str], int]) -> list[str]:
-    """Return the texts after one call of the tool: it gets the expression, and the model goes on.
+    """Return for each question the text that the model writes with one call of the tool.
 
-    A text without an expression, or with one that has no value, stays as it is.
+    The model writes an expression, the tool's value is added, and the model goes on. A text without an
+    expression, or with one that has no value, stays as it is.
     """
     texts = write(model, questions, "->")
     called, finished = [], list(texts)
@@ -148,7 +150,7 @@ def with_tool(model: GPT, questions: Sequence[str], tool: Callable[[str], int]) 
 
 
 def execute(expression: str) -> int:
-    """Return the value of an expression. Raises ValueError if it has none, or is not about numbers."""
+    """Return the value of an expression. Raises ValueError if it has none, or one that is no number."""
     value = evaluate(expression.strip(), {})
     if not isinstance(value, int):
         raise ValueError(f"expression {expression}: expected a number")

@@ -1,21 +1,22 @@
 """BART and PEGASUS: encoder-decoders with absolute positions, pretrained to write texts or sentences.
 
     BART       LayerNorm after the sums:   x = LN(x + f(x))         embeddings  LN(E[token] + P[position + 2])
-    PEGASUS    LayerNorm before layers:    x = x + f(LN(x))         embeddings  sqrt(D) E[token] + S[position]
+    PEGASUS    LayerNorm before layers:    x = x + f(LN(x))         embeddings  sqrt(D) E[token] + P[position]
                and one at the end of each stack
 
-Both are the encoder-decoder of t5.py, whose classes this file builds on: only the parts differ. All matrices
-have biases, scores are divided by sqrt(K), the head is the embedding matrix, and `final_logits_bias` is added
-to the logits (zeros in what their authors published). MLPs have gelu in BART, relu in PEGASUS. There are no
-relative positions, so a text is at most max_seq_len tokens long.
+f is attention or an MLP, E the table of the tokens, P that of the positions.
+
+Both are the encoder-decoder of t5.py, and this file subclasses its classes. All matrices have biases, scores
+are divided by sqrt(K), the head is the embedding matrix, and `final_logits_bias` is added to the logits
+(zeros in what their authors published). MLPs have gelu in BART, relu in PEGASUS. There are no relative
+positions, so a text is at most max_seq_len tokens long.
 
     BART       Lewis et al. 2019, arXiv:1910.13461. It learns to restore a damaged text:
-               language/denoising.py. Its decoder starts with the end token. Positions are learned, and the
-               first two rows of their table P are never used: fairseq gave the first token the position
-               pad_token_id + 1 = 2
+               language/denoising.py. Its decoder starts with the end token. P is learned, and its first two
+               rows are never used: in fairseq the first token has the position pad_token_id + 1 = 2
     PEGASUS    Zhang et al. 2019, arXiv:1912.08777. It learns to write the sentences that are missing in a
-               text: language/pegasus.py. Its decoder starts with the padding token. S has all sines, then all
-               cosines: S[p] = [sin(p f_0), sin(p f_1) ... cos(p f_0), cos(p f_1) ...], f_i = 10000^(-2 i / D)
+               text: language/pegasus.py. Its decoder starts with the padding token. P has all sines, then all
+               cosines: P[p] = [sin(p w_0), sin(p w_1) ... cos(p w_0), cos(p w_1) ...], w_i = 10000^(-2 i / D)
 
     python -m language.bart                                           print the sizes
     python -m language.bart runs/bart/model --text "..." --beams 4    write
@@ -78,7 +79,7 @@ class Config:
     flops = t5.Config.flops
 
     def sinusoids(self) -> Tensor:
-        """Return the positions of PEGASUS, (max_seq_len, D)."""
+        """Return the table P of PEGASUS, (max_seq_len, D) float32."""
         frequencies = 10000.0 ** (-torch.arange(0, self.d_model, 2, dtype=torch.float64) / self.d_model)
         angles = torch.arange(self.max_seq_len, dtype=torch.float64)[:, None] * frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=1).float()
@@ -201,8 +202,8 @@ class BART(t5.T5):
 
     @property
     def head_weight(self) -> Tensor:
-        """Return the matrix (V, D) of the head. With a bias it is (V, D + 1) and its last column the bias,
-        so that kernels for a head without a bias compute it too."""
+        """Return the matrix (V, D) of the head. With a bias it is (V, D + 1), and its last column is the
+        bias, so that kernels for a head without a bias compute it too: see `scaled`."""
         weight = self.shared.weight
         return torch.cat((weight, self.final_logits_bias.T.to(weight.dtype)), 1) if self.has_bias else weight
 
@@ -215,8 +216,8 @@ class BART(t5.T5):
     ) -> list[list[int]]:
         """Return the output of each input, as t5.py's `generate`; the default length is the checkpoint's.
 
-        Rules of the checkpoint are followed at temperature 0, which takes the likeliest token. Raises
-        ValueError for other temperatures with such rules.
+        With `rules` in the checkpoint, temperature must be 0, which takes the likeliest token that they
+        allow. Raises ValueError for other temperatures and options with such a checkpoint.
         """
         if self.rules == writing.Rules():
             return writing.generate(self, inputs, self.length(max_new_tokens), **options)

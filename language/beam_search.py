@@ -1,8 +1,8 @@
 """Writing with an encoder-decoder: one token after another, greedy, sampled, or by beam search.
 
-The encoder reads the input once, and the keys and values of cross attention are computed once, for all
-layers of the decoder. What is left is a decoder with a cache, for which the sampling of generate.py works
-unchanged: its prompt is the start token.
+The encoder reads the input once, and the keys and values of cross attention are computed once, for all layers
+of the decoder. Then the decoder, with a cache, writes as any language model does: the sampling of generate.py
+works unchanged, with the start token as the prompt.
 
 Beam search keeps the n most probable beginnings of an output instead of one. An output y that has ended, with
 T tokens including the end token, has the score
@@ -31,7 +31,7 @@ from language.span_corruption import SENTINELS, restore
 
 
 class Decoder(nn.Module):
-    """The decoder of a model with encoded inputs: it has the methods that generate.py needs of a model."""
+    """The decoder of a model, with the encoded inputs: it has the methods that generate.py calls."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Sequence[int]], times: int = 1):
         """Encode inputs, B lists of tokens. Each is repeated `times` times, once for each beam.
@@ -88,6 +88,12 @@ def as_lists(inputs: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
     return inputs.tolist() if isinstance(inputs, Tensor) else [list(row) for row in inputs]
 
 
+def longest_output(model: nn.Module, n: int) -> int:
+    """Return n, or the number of tokens that a model with absolute positions can write, if that is less."""
+    config = model.config
+    return min(n, config.max_seq_len) if config.positions == "absolute" else n
+
+
 @torch.inference_mode()
 def generate(
     model: nn.Module, inputs: Tensor | Sequence[Sequence[int]], max_new_tokens: int, **options
@@ -105,7 +111,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Rules:
-    """Tokens that an output must or must not have at a place, as Hugging Face's `generate` names them."""
+    """Tokens that an output must or must not have at a place. The fields are named as in Hugging Face."""
 
     no_repeat_ngram_size: int = 0  # no sequence of so many tokens comes twice; 0: no such rule
     min_length: int = 0  # tokens before which no output ends, the start token included
@@ -146,8 +152,8 @@ class Search:
     def step(self, log_p: list[float], origin: list[int], tokens: list[int], is_last: bool) -> list[int]:
         """Take the 2 n best continuations, the best first, and return the numbers of the n that go on.
 
-        Continuation c is beam origin[c] with tokens[c] behind it; its log-probability is log_p[c]. Those of
-        the n best with an end token have ended; beyond the n best they are dropped. In the last step all of
+        Continuation c is beam origin[c] with tokens[c] behind it; its log-probability is log_p[c]. One with
+        an end token has ended if it is among the n best, and is dropped otherwise. In the last step all of
         the n best have ended.
         """
         outputs = [[*self.beams[i], token] for i, token in zip(origin, tokens, strict=True)]
@@ -194,7 +200,8 @@ def beam_search(
     log_p[:, 0] = 0.0
 
     for step in range(max_new_tokens):
-        # The 2 n best continuations. A beam has one that ends, so at most n end and at least n can go on.
+        # The 2 n best continuations. One of each beam has the end token, so at most n of them end, and at
+        # least n can go on.
         logits = decoder.logits(decoder.hidden(token, cache=cache)[:, -1]).float()
         each, is_last = logits.log_softmax(-1), step == max_new_tokens - 1
         if rules is not None:
@@ -235,6 +242,8 @@ def main(kind: type[nn.Module], sizes: dict, argv: list[str] | None = None) -> N
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--seed", type=int, default=0, help="start of the random draws (default 0)")
     args = parser.parse_args(argv)
+    if args.beams < 1:
+        raise ValueError(f"--beams {args.beams}: expected at least 1")
     if args.checkpoint is None:
         print_sizes(kind, sizes)
         return

@@ -7,8 +7,8 @@
 
 These are the two kinds of noise of the published models (section 2.2): text infilling removes 30 % of the
 tokens, in spans whose lengths have the Poisson distribution of mean 3; sentence permutation comes before it.
-A mask does not show how many tokens it replaces, or that it replaces none. The decoder writes every token,
-not only those that are missing: about five times as many as T5's decoder for the same text
+A mask does not show how many tokens it replaces; it may be none. The decoder writes the whole text, not only
+what is missing: about five times as many tokens as T5's decoder for the same text
 (language/span_corruption.py). In source code a line is a sentence.
 
     python -m language.denoising                       a sentence, damaged
@@ -48,14 +48,14 @@ class Config:
     def __post_init__(self):
         if not 0 < self.noise_rate < 1:
             raise ValueError(f"noise_rate {self.noise_rate}: expected between 0 and 1")
-        if not 0 < self.mean_span < math.inf:
-            raise ValueError(f"mean_span {self.mean_span}: expected more than 0")
+        if not 0.01 <= self.mean_span < math.inf:  # with smaller ones nearly all draws are spans of no tokens
+            raise ValueError(f"mean_span {self.mean_span}: expected at least 0.01")
 
 
 def span_lengths(n: int, mean: float, generator: Generator) -> Tensor:
-    """Return lengths (k,) that add up to n: draws from a Poisson distribution, the last of them cut.
+    """Return lengths (k,), int64, that add up to n: Poisson draws, of which the last is shortened.
 
-    Spans of no tokens are among them, but only as many as keep k <= n: so masks never lengthen a text.
+    Spans of no tokens are among them, but only so many that k <= n: masks never lengthen a text.
     """
     lengths = torch.empty(0, dtype=torch.int64)
     while lengths.sum() < n:
@@ -83,7 +83,7 @@ def infill(
     covered = torch.ones(n_items, dtype=torch.int64)
     covered[masks] = lengths
     first = covered.cumsum(0) - covered  # the place in the text where an item begins
-    result = tokens[first.clamp(max=N - 1)]  # N, behind the text, is that of an empty span at the end
+    result = tokens[first.clamp(max=N - 1)]  # an empty span at the end begins at N, behind the text
     result[masks] = mask_id
     return result
 
@@ -160,8 +160,8 @@ def likeness(a: list[int], b: list[int]) -> float:
 
 
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Return the mean `likeness` to the original of 8 held-out texts that the model restored, and of the same
-    texts damaged; and the first of them, damaged and restored."""
+    """Return the mean `likeness` of 8 held-out texts to what the model restored of them, and to the damaged
+    inputs; and the first of them, damaged and restored. The damage is that of the default Config."""
     tokenizer, generator, val = dataset.tokenizer, torch.Generator().manual_seed(0), dataset.val
     ends = line_ends(tokenizer)
     texts = [torch.from_numpy(val[i]["tokens"]).long() for i in range(min(8, len(val)))]

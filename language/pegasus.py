@@ -1,6 +1,6 @@
 """Gap sentences: whole sentences of a document are masked, and the model writes them (PEGASUS, Zhang et al.
-2019, arXiv:1912.08777). What it writes resembles a summary, because the masked sentences are those most like
-the rest.
+2019, arXiv:1912.08777). The masked sentences are those that are most like the rest of the document, so that
+together they resemble a summary.
 
     document  Dogs run. It rained. Dogs run in the wet grass. Nobody came.
     input     Dogs run. It rained. <mask_1> Nobody came.
@@ -11,8 +11,8 @@ with repeated words counted as often as they occur ("Ind-Orig", section 3.1). Th
 of them are in the target, in the order of the document. In the input nine of ten become a mask, as in the
 authors' code; the others stay, so that the model also learns to copy.
 
-By default the documents are functions of Python's standard library. There nothing is scored: the gap is the
-first sentence of the docstring, which sums up the function; the rest of the docstring is left out.
+By default the documents are functions of Python's standard library, for which no sentence is scored: the gap
+is the first sentence of the docstring, which sums up the function. The rest of the docstring is left out.
 
     python -m language.pegasus                                 the gaps of a document
     python train.py --model t5 --task pegasus                  write what a function does, from its code
@@ -37,6 +37,7 @@ from data.text_pairs import Pair
 from data.tokenizer import get_tokenizer, train_bpe
 from engine.settings import with_fields
 from formats import command
+from language.beam_search import longest_output
 from language.overlap import f1, rouge_1, words
 
 MODEL = "t5"
@@ -58,7 +59,7 @@ class Config:
 
 
 def sentences_of(text: str) -> list[str]:
-    """Return the sentences of a text: parts that end with . ! or ? before a space, and paragraphs."""
+    """Return the sentences of a text. One ends at . ! or ? before white space, or at a blank line."""
     parts = re.split(r"(?<=[.!?])\s+|\n\s*\n", text)
     return [" ".join(part.split()) for part in parts if part.strip()]
 
@@ -72,14 +73,14 @@ def scores(sentences: list[str]) -> list[float]:
 
 
 def gap_sentences(sentences: list[str], rate: float = 0.3) -> list[int]:
-    """Return the numbers of the gaps of a document, ascending: the best by `scores`, at least one."""
+    """Return the numbers, ascending, of the best sentences by `scores`: the share `rate`, at least one."""
     found = scores(sentences)
     order = sorted(range(len(sentences)), key=lambda i: -found[i])
     return sorted(order[: max(1, round(rate * len(sentences)))])
 
 
 def gap_pair(sentences: list[str], generator: Generator, config: Config) -> Pair:
-    """Return the input and the target made of the sentences of a document."""
+    """Return the input and the target of a document: gaps become MASK in the input, or stay (keep_rate)."""
     gaps = gap_sentences(sentences, config.gap_rate)
     draws = torch.rand(len(sentences), generator=generator).tolist()
     masked = {i for i in gaps if draws[i] >= config.keep_rate}
@@ -149,7 +150,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     and the first outputs."""
     tokenizer, val = dataset.tokenizer, dataset.val
     pairs = [text_pairs.sides_of(val[i]) for i in range(min(N_SCORED, len(val)))]
-    longest = max(len(target) for _, target in pairs) + 8
+    longest = longest_output(model, max(len(target) for _, target in pairs) + 8)
     written = []
     for start in range(0, len(pairs), 32):
         outputs = model.generate([source for source, _ in pairs[start : start + 32]], longest, temperature=0)

@@ -4,15 +4,16 @@
     input     Thank you <X> me to your party <Y> week .        each gap is one sentinel token
     target    <X> for inviting <Y> last                        each sentinel, and what was there
 
-The loss is the ordinary one of t5.py, over the target. The target is short, so a step is cheap: of 568 tokens
-the encoder reads 512 and the decoder writes 114 (with end tokens). Tables 3 to 7 of the paper compare it with
-other ways to make an input and a target of a text; these are functions here:
+The loss is the one of t5.py, over the target. The target is short, so a step is cheap: for a text of 568
+tokens the encoder reads 512 and the decoder writes 114, with sentinels and end tokens. (In the paper's figure
+2 one more sentinel ends the target; in its code, and here, the end token does.) Tables 3 to 7 of the paper
+compare this with other ways to make an input and a target of a text:
 
-    replace_spans      spans of mean length 3, at 15 % of the tokens: T5's own ("random spans")
+    replace_spans      15 % of the tokens, in spans of mean length 3: T5's own ("random spans")
     replace_tokens     tokens chosen one by one ("i.i.d. noise, replace spans"); neighbours share a sentinel
     drop_tokens        tokens one by one, without sentinels in input and target ("i.i.d. noise, drop tokens")
     bert_style         90 % of the chosen tokens become a mask, 10 % a random token; the target is the text
-    mass_style         all of them become a mask; the target is the text (simpler than Song et al. 2019)
+    mass_style         all chosen tokens become a mask; the target is the text (simpler than Song et al. 2019)
     deshuffle          the input is the text in random order, the target is the text (Liu et al. 2019)
     prefix_lm          the text is cut at a random place: the input is the first part, the target the second
 
@@ -62,7 +63,7 @@ class Config:
 
 
 def n_noise(n: int, rate: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
-    """Return (how many of n tokens are cut out, in how many spans), each at least 1.
+    """Return how many of n tokens are cut out, and in how many spans, each at least 1.
 
     Halves are rounded to even, as in T5's code. At least as many tokens remain as there are spans. Raises
     ValueError for n below 2.
@@ -106,10 +107,10 @@ def expected_lengths(n: int, config: Config) -> tuple[int, int]:
 
 
 def expected_gaps(n: int, config: Config) -> int:
-    """Return the mean number of gaps that sentinels stand for in a text of n tokens, 0 without sentinels."""
+    """Return the mean number of gaps with a sentinel in a text of n tokens, 0 for objectives without them."""
     if config.objective == "replace_spans":
         return n_noise(n, config.noise_rate, config.mean_span)[1]
-    independent = round(n * config.noise_rate * (1 - config.noise_rate))  # a gap after a token that stays
+    independent = round(n * config.noise_rate * (1 - config.noise_rate))  # chosen, and the one before not
     return max(1, independent) if config.objective == "replace_tokens" else 0
 
 
@@ -121,9 +122,9 @@ def composition(total: int, n: int, generator: Generator) -> Tensor:
 
 
 def spans(n: int, generator: Generator, rate: float = 0.15, mean_span: float = 3.0) -> Tensor:
-    """Return which of n tokens are cut out, bool (n,): parts that stay and parts that go, in turn.
+    """Return which of n tokens are cut out, bool (n,): stretches that stay and stretches that go, in turn.
 
-    A text begins with a part that stays and ends with one that goes: the first token is never cut out, and
+    A text begins with a stretch that stays and ends with one that goes: the first token is never cut out, and
     the last always is (t5/data/preprocessors.py, random_spans_noise_mask).
     """
     noise, n_spans = n_noise(n, rate, mean_span)
@@ -163,7 +164,7 @@ def replace_noise(tokens: Tensor, gone: Tensor, sentinels: Tensor) -> tuple[Tens
 
 
 def gaps(target: list[int], sentinels: set[int]) -> dict[int, list[int]]:
-    """Return {sentinel: the tokens behind it} of a target, without what stands before the first sentinel."""
+    """Return {sentinel: the tokens behind it} of a target. Tokens before the first sentinel are left out."""
     found: dict[int, list[int]] = {}
     last = None
     for token in target:
@@ -175,7 +176,7 @@ def gaps(target: list[int], sentinels: set[int]) -> dict[int, list[int]]:
 
 
 def restore(text: list[int], target: list[int], sentinels: set[int]) -> list[int]:
-    """Return the tokens of an input in which the gaps of the target take the places of their sentinels."""
+    """Return the tokens of an input with each sentinel replaced by the tokens that the target has for it."""
     found = gaps(target, sentinels)
     return [t for token in text for t in (found.get(token, []) if token in sentinels else [token])]
 
@@ -299,8 +300,11 @@ def load_data(args: Namespace, model_config) -> Dataset:
 
 
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Return a held-out text with the gaps that the model filled, and how many of 16 texts' gaps are right:
-    beside the share that the commonest gap of 256 training texts would have right."""
+    """Return the share of the gaps of 16 held-out texts that the model fills right, beside the share that is
+    right with the commonest gap of 256 training texts in all of them; and the first text with its gaps.
+
+    The gaps are those of T5's own objective, also for a model that was trained with another one.
+    """
     tokenizer, generator = dataset.tokenizer, torch.Generator().manual_seed(0)
     sentinels = sentinel_ids(tokenizer)
     known = set(sentinels.tolist())
@@ -311,7 +315,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
         pairs = [replace_noise(text, spans(len(text), generator), sentinels) for text in texts]
         return [(text.tolist(), target.tolist()) for text, target in pairs]
 
-    # The trivial guess, and the model's.
+    # The commonest gap, and what the model writes.
     seen = Counter(
         tuple(gap) for _, target in cut(dataset.train, 256) for gap in gaps(target, known).values()
     )

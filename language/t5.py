@@ -135,11 +135,11 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 def buckets(distance: Tensor, n: int, longest: int, both_sides: bool) -> Tensor:
-    """Return the bucket, 0 to n - 1, of each distance j - i from a query to a key.
+    """Return the bucket, 0 to n - 1, of each distance j - i from a query i to a key j.
 
     both_sides: keys after the query have the upper half of the buckets; otherwise, in a decoder, all keys
-    after it are in bucket 0. Of the m buckets of a side, distances d below m / 2 have one each. The others
-    grow with the logarithm of d, up to `longest` (Raffel et al. 2019, section 2.1; their code's rounding).
+    after it are in bucket 0. Of the m buckets of a side, distances d below m / 2 have one each; for larger d
+    the bucket grows with log d, up to `longest` (Raffel et al. 2019, section 2.1; their code's rounding).
     """
     side = torch.zeros_like(distance)
     if both_sides:
@@ -162,7 +162,7 @@ def sinusoids(start: Tensor, T: int, D: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention of H heads of width K; same_input: which layers read the same, see kernels/few_rows.py."""
+    """Attention of H heads of width K. same_input: layers with the same input, for kernels/few_rows.py."""
 
     def __init__(self, config: Config, same_input: tuple[str, ...] = ()):
         super().__init__()
@@ -203,7 +203,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: self attention, in a decoder cross attention, and an MLP, each added to its input."""
+    """One layer: self attention, in a decoder also cross attention, and an MLP, each added to its input."""
 
     def __init__(self, config: Config, layer: int, is_decoder: bool):
         super().__init__()
@@ -253,7 +253,7 @@ class Stack(nn.Module):
         self.relative_attention_bias = table
 
     def bias(self, reach: int = 0) -> Tensor | None:
-        """Return the bias of self attention by distance, (H, 2 R + 1) with R at least reach, or None."""
+        """Return the bias of self attention by distance, -R to R with R >= reach, (H, 2 R + 1), or None."""
         if self.relative_attention_bias is None:
             return None
         config, table = self.config, self.relative_attention_bias.weight
@@ -282,7 +282,7 @@ class T5(nn.Module):
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw matrices from N(0, s^2) with s = 1 / sqrt(width of the input), and for queries of T5 another
-        1 / sqrt(K), which takes the place of the scale of the scores. Raises ValueError without a rule.
+        1 / sqrt(K) in place of the scale of the scores. Raises ValueError for a parameter without a rule.
 
         T5 draws embeddings from N(0, 1) for Adafactor, whose steps are in proportion to the weights. AdamW's
         are not: embeddings so large would hardly move.
@@ -317,7 +317,7 @@ class T5(nn.Module):
         B, S = tokens.shape
         x, mask = self.embed(tokens, tokens.new_zeros(()), self.encoder), {}
         if lengths is not None:
-            # The rows become one, in which the tokens of each input are a document, and its padding is one.
+            # The rows become one row of 2 B documents: the tokens of each input, and its padding.
             starts = S * torch.arange(B, device=tokens.device)
             ends = torch.stack((starts, starts + lengths), 1).flatten()
             mask = {"cu_seqlens": torch.cat((ends, ends.new_tensor([B * S]))).int()}

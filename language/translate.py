@@ -4,7 +4,7 @@
 
 This is what the Transformer was made for (Vaswani et al. 2017). With e > 0 the target is smoothed: the right
 token has the probability 1 - e + e / V, every other one e / V (section 5.4, e = 0.1). The model then learns
-less extreme probabilities, which costs perplexity and gains BLEU. Held-out loss is without smoothing. Both
+less extreme probabilities: perplexity is worse and BLEU better. The held-out loss is not smoothed. Both
 languages share one vocabulary, learned from the pairs.
 
 The sum over the vocabulary needs no second pass over the logits x = W h of a hidden state h, because the log
@@ -45,6 +45,7 @@ from data.tokenizer import get_tokenizer, train_bpe
 from formats import command
 from formats.atomic import replace_file
 from kernels import linear_cross_entropy
+from language.beam_search import longest_output
 from language.overlap import bleu
 
 MODEL = "t5"
@@ -86,8 +87,8 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
 
 
 def above_mean(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return by how much logits of targets are above the mean logit: the mean of x_y - mean_v x_v over the
-    targets y (B, T) that are not -100. hidden: h, (B, T, D). weight: W, (V, D)."""
+    """Return how far the logits of the targets are above the mean logit: the mean of x_y - mean_v x_v over
+    the targets y (B, T) that are not -100. hidden: h, (B, T, D). weight: W, (V, D)."""
     predicted = targets >= 0
     right = weight[targets.clamp(min=0)] - weight.mean(0)  # (B, T, D)
     return (hidden * right).sum(-1)[predicted].mean()
@@ -137,7 +138,7 @@ def load_data(args: argparse.Namespace, model_config) -> Dataset:
     return text_pairs.as_dataset(train, held_out, tokenizer, args.seq_len, counts)
 
 
-# --- what it has learned
+# --- translations of a trained model
 
 
 def translations(
@@ -197,7 +198,7 @@ def draw(weights: list[Tensor], source: list[str], target: list[str], path: Path
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (1.5 + 0.22 * len(source) * len(weights), 1.5 + 0.22 * len(target))
+    size = (1.5 + 0.22 * len(source) * len(weights), 1.5 + 0.22 * len(target))  # inches
     figure, panels = pyplot.subplots(1, len(weights), figsize=size, layout="constrained", squeeze=False)
     for layer, (axes, of_layer) in enumerate(zip(panels[0], weights, strict=True)):
         axes.imshow(of_layer.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
@@ -216,7 +217,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     """
     tokenizer, val = dataset.tokenizer, dataset.val
     pairs = [text_pairs.sides_of(val[i]) for i in range(min(N_SCORED, len(val)))]
-    longest = 2 * max(len(target) for _, target in pairs)
+    longest = longest_output(model, 2 * max(len(target) for _, target in pairs))
     outputs = list(translations(model, [source for source, _ in pairs], longest))
     sources, targets = ([tokenizer.decode(side[:-1]) for side in both] for both in zip(*pairs, strict=True))
     written = list(map(tokenizer.decode, outputs))
@@ -246,6 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--beams", type=int, default=1, help="beam search with so many beams (default 1: none)")
     add("--length-penalty", type=float, default=1.0, help="0 prefers short ones (default 1; with --beams)")
     args = parser.parse_args(argv)
+    if args.beams < 1:
+        raise ValueError(f"--beams {args.beams}: expected at least 1")
     if (args.text is None) == (args.score is None):
         raise ValueError("expected one of --text, a text to translate, and --score, a file of pairs")
 

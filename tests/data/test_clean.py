@@ -13,6 +13,7 @@ import pytest
 from conftest import run_command
 
 from data import clean, parts
+from data.parts import write_records
 from formats import atomic
 
 
@@ -151,6 +152,16 @@ def test_parts_in_each_format_are_read_again_as_the_same_records(crawl, suffix):
     assert rows_of(Path("again")) == records and len(records) > 40
 
 
+def test_parquet_has_the_fields_of_all_records(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    records = [{"text": "one"}, {"text": "two", "url": "u"}, {"label": 1, "text": "three"}]
+    write_records(tmp_path / "part.parquet", records)
+    rows = parquet.read_table(tmp_path / "part.parquet").to_pylist()
+    assert [{name: value for name, value in row.items() if value is not None} for row in rows] == records
+    with pytest.raises(ValueError, match="fields do not fit into columns"):
+        write_records(tmp_path / "part.parquet", [{"a": "text"}, {"a": [1]}])
+
+
 def test_test_items_are_reported_and_the_documents_that_hold_them_removed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     generator = random.Random(1)
@@ -203,6 +214,8 @@ def test_mistakes_are_one_line_before_any_work(crawl, monkeypatch):
     crawl = str(crawl)
     assert "--similarity 0.0: expected a number above 0" in refused(crawl, "--out", "o", "--similarity", "0")
     assert "--rows 0: expected at least 1" in refused(crawl, "--out", "o", "--rows", "0")
+    with pytest.raises(SystemExit):  # such as a variable of the shell that is empty
+        clean.main([crawl, "--out", "o", "--against"])
     assert "no field 'q'" in refused(crawl, "--out", "o", "--against", crawl, "--item-fields", "q")
     assert "input nowhere: no such file" in refused("nowhere", "--out", "o")
     assert "no field 'body'" in refused(crawl, "--out", "o", "--text-field", "body")

@@ -64,6 +64,20 @@ def test_a_search_counts_its_evaluations_and_is_the_same_for_the_same_seed(metho
     assert result.best.scores[-1] == result.curve[-1][1] == size(result.best.text, 3) >= 8
 
 
+def test_children_of_an_island_that_restarts_within_a_batch_join_the_new_island(monkeypatch):
+    seen = []
+
+    def counted(islands, generator):
+        restart(islands, generator)
+        seen.append((islands, sum(island.n_programs for island in islands)))
+
+    monkeypatch.setattr(funsearch, "RESET", 60)
+    monkeypatch.setattr(funsearch, "restart", counted)
+    search("islands", 3, 80, seed=0)
+    ((islands, n_after_restart),) = seen
+    assert sum(island.n_programs for island in islands) == n_after_restart + 20
+
+
 def test_expressions_at_random_find_forty_points_in_five_dimensions():
     assert search("random", 5, 800, seed=0).best.scores[-1] >= 40
 

@@ -40,6 +40,7 @@ def test_the_value_of_the_written_expression_goes_back_into_the_text(monkeypatch
     ]
     assert read[3:] == ["anna has 7 and finds 5 : << 7 + 5 -> 12 >>"]
     assert [last_number(text) for text in texts] == [12, None, 15]
+    assert last_number("ben : - 5") is None and last_number("ben : << 13 - 5") is None
     assert "-> 22 >>" in with_tool(None, questions[:1], lambda expression: execute(expression) + 10)[0]
 
 

@@ -117,6 +117,11 @@ def test_the_command_prints_the_sizes(capsys):
     assert "60,506,624" in capsys.readouterr().out
 
 
+def test_the_command_refuses_a_search_without_beams():
+    with pytest.raises(ValueError, match="--beams 0: expected at least 1"):
+        beam_search.main(t5.T5, t5.SIZES, ["nowhere", "--beams", "0"])
+
+
 def test_a_directory_of_another_concept_is_refused():
     with pytest.raises(ValueError, match=r"open it by python gpt\.py"):
         beam_search.main(t5.T5, t5.SIZES, [str(FIXTURES / "gpt2")])

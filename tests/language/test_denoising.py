@@ -92,7 +92,8 @@ def held_out_losses(run):
 
 
 @pytest.mark.parametrize(
-    "changes, message", [({"noise_rate": 1.0}, "noise_rate 1.0"), ({"mean_span": 0.0}, "mean")]
+    "changes, message",
+    [({"noise_rate": 1.0}, "noise_rate 1.0"), ({"mean_span": 0.0}, "mean"), ({"mean_span": 1e-9}, "mean")],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

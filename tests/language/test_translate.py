@@ -100,6 +100,19 @@ def test_a_run_learns_draws_and_translates(tmp_path, monkeypatch, capsys):
     assert len(printed) == 4 and printed[-1].startswith("BLEU ") and printed[-1].endswith("of 3 texts")
     with pytest.raises(ValueError, match="expected one of --text"):
         translate.main(["whole/model"])
+    with pytest.raises(ValueError, match="--beams 0: expected at least 1"):
+        translate.main(["whole/model", "--text", "eins", "--beams", "0"])
+
+
+def test_a_model_with_few_positions_writes_translations_no_longer_than_these(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"eins {i % 10} zwei {i}\tone {i % 10} two {i}\n" for i in range(40)]
+    (tmp_path / "pairs.tsv").write_text("".join(lines))
+    sizes = "--set n_layers=1 d_model=32 d_ff=32 n_heads=2"
+    flags = f"--model bart --task translate --data pairs.tsv --tokenizer bytes --seq-len 24 {sizes}"
+    # Targets have 11 to 13 tokens, of which translations may have twice as many: more than 24.
+    assert train.main(f"{flags} --steps 1 --eval-every 1 --out run".split()) == 0
+    assert "BLEU" in (tmp_path / "run" / "samples.txt").read_text()
 
 
 @pytest.mark.parametrize(

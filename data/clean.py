@@ -216,7 +216,7 @@ def check(args: argparse.Namespace, stages: list[str], files: Files) -> None:
                 why = str(error).splitlines()[0]
                 raise ValueError(f"--{stage} needs {package}: pip install {package} ({why})") from None
     if args.engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise ValueError("--engine ray needs Ray: pip install 'ray[data]'")
+        raise ValueError("--engine ray needs Ray: pip install ray")
     needs_arrow = args.format == "parquet" or any(suffix_of(path) == ".parquet" for _, path in files)
     if needs_arrow and importlib.util.find_spec("pyarrow") is None:
         raise ValueError("parquet needs pyarrow: pip install pyarrow")

@@ -100,7 +100,7 @@ def score_part(stage: Stage, seed: int, before: Path, after: Path, number: int) 
     elif score == "classifier":
         found = Classifier.load(Path(directory)).scores(texts)
     else:
-        bar = progress_bar(texts, f"{score}, part {number}", unit="doc", leave=False)
+        bar = progress_bar(texts, f"{score}, part {number}", unit="doc", leave=False, position=0)
         found = np.fromiter(model_scores.scores(score, Path(directory), bar), np.float64, len(texts))
     with replace_file(path) as new, open(new, "wb") as file:
         np.savez(file, scores=found, draws=draws)

@@ -4,6 +4,7 @@ r"""Rules of selection: which documents stay, by a score of each.
     least=T         score >= T                     FineWeb-Edu keeps an educational score of 3 of 5 or more
     most=T          score <= T
     top=SHARE       the SHARE of all documents with the highest scores (DCLM: a tenth; Ask-LLM: 10 to 60 %)
+    lowest=SHARE    the SHARE of all documents with the lowest scores, as of perplexity
     head            the third of all documents with the lowest scores; middle, tail: the two others (CCNet,
                     Wenzek et al. 2019, arXiv:1911.00359, whose scores are perplexities: the head reads best)
 
@@ -19,14 +20,15 @@ from hashlib import blake2b
 
 import numpy as np
 
-RULES = ("pareto", "least", "most", "top", "head", "middle", "tail")
+RULES = ("pareto", "least", "most", "top", "lowest", "head", "middle", "tail")
+SHARES = ("top", "lowest")
 THIRDS = ("head", "middle", "tail")
 
 
 def parse(text: str) -> tuple[str, float | None]:
     """Return the name and the number of a rule such as "top=0.1". Raises ValueError for another."""
     name, _, number = text.partition("=")
-    expected = "pareto=ALPHA, least=T, most=T, top=SHARE, head, middle or tail"
+    expected = "pareto=ALPHA, least=T, most=T, top=SHARE, lowest=SHARE, head, middle or tail"
     if name not in RULES or bool(number) == (name in THIRDS):
         raise ValueError(f"rule {text!r}: expected {expected}")
     if name in THIRDS:
@@ -35,8 +37,9 @@ def parse(text: str) -> tuple[str, float | None]:
         value = float(number)
     except ValueError:
         raise ValueError(f"rule {text!r}: {number!r} is no number; expected {expected}") from None
-    if not np.isfinite(value) or (name == "top" and not 0 < value <= 1) or (name == "pareto" and value <= 0):
-        within = {"top": "a share above 0, at most 1", "pareto": "a number above 0"}
+    if not np.isfinite(value) or (name in SHARES and not 0 < value <= 1) or (name == "pareto" and value <= 0):
+        share = "a share above 0, at most 1"
+        within = {"top": share, "lowest": share, "pareto": "a number above 0"}
         raise ValueError(f"rule {text!r}: expected {within.get(name, 'a finite number')}")
     return name, value
 
@@ -74,11 +77,12 @@ def kept(rule: str, scores: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     # The others keep a part of the documents in the order of their scores.
     places = np.flatnonzero(finite)
     n = len(places)
-    if name == "top":
-        chosen = np.argsort(-scores[places], kind="stable")[: round(value * n)]
+    sign = -1 if name == "top" else 1
+    order = np.argsort(sign * scores[places], kind="stable")
+    if name in SHARES:
+        chosen = order[: round(value * n)]
     else:
         third = THIRDS.index(name)
-        order = np.argsort(scores[places], kind="stable")
         chosen = order[round(n * third / 3) : round(n * (third + 1) / 3)]
     stays = np.zeros(len(scores), bool)
     stays[places[chosen]] = True
@@ -94,4 +98,5 @@ def reason(rule: str, score: float) -> str:
         return f"not drawn, Pareto({value:g})"
     if name in ("least", "most"):
         return f"score {'below' if name == 'least' else 'above'} {value:g}"
-    return f"not in the top {value:.4g} of scores" if name == "top" else f"not in the {name} of scores"
+    share = f" {value:g}" if name in SHARES else ""
+    return f"not in the {name}{share} of scores"

@@ -38,11 +38,13 @@ from pathlib import Path
 import torch
 
 import data.text
-from data import clean
+from data import clean, curate, quality_classifier
 from data.corpus import stdlib_files
 from data.rows import Loader, in_order
+from data.tokenizer import get_tokenizer
 from engine.optim import make_optimizers, set_learning_rate
 from formats import command
+from formats.atomic import replace_directory
 from gpt import GPT, Config, make_batch
 from results import dirty_text
 from results.keep import Ended
@@ -52,7 +54,13 @@ VOCABULARY, SEQ_LEN, BATCH, RATE, WARMUP = 1024, 128, 16, 4e-3, 20
 SETTINGS = ("steps", "texts", "longest")  # that a file's runs must share
 SIZE = {"n_layers": 2, "n_heads": 4, "d_model": 96, "d_ff": 256, "qk_norm": True}
 CLEANING = ("clean", "dirty", "dirty, less", "cleaned")
-CHOOSING = ("random half", "perplexity half", "Ask-LLM half", "classifier half")
+JUDGED = {  # the score and the rule of data/curate.py
+    "Ask-LLM half": ("ask_llm", "top=0.5"),
+    "perplexity half": ("perplexity", "lowest=0.5"),
+    "classifier half": ("classifier", "top=0.5"),
+}
+CHOOSING = ("random half", *JUDGED)
+JUDGE_SEED, JUDGE_STEPS, JUDGE_CONTEXT = 1000, 300, 512
 
 Record = dict
 
@@ -119,31 +127,54 @@ class Texts:
         if name == "cleaned":
             flags = ["--preset", "code", "--stages", "rules", "exact", "near", "substrings"]
             return self.made_by(clean, "cleaned", [*flags, "--against", str(self.paths["items"])])
+        if name in JUDGED:
+            score, rule = JUDGED[name]
+            return self.made_by(curate, score, ["--stage", f"{score}={self.judge(score)}", rule])
         raise ValueError(f"arm {name!r}: expected one of {', '.join((*CLEANING, *CHOOSING))}")
+
+    def judge(self, score: str) -> Path:
+        """Return the folder of the classifier, or of a model trained on the dirty text."""
+        folder = self.folder / ("classifier" if score == "classifier" else "judge")
+        if score == "classifier" and not folder.exists():
+            flags = [word for side in ("good=others", "other=dirty") for word in self.side(*side.split("="))]
+            with redirect_stdout(None):
+                quality_classifier.main([*flags, "--out", str(folder)])
+        elif not folder.exists():
+            model, _ = train(self.dirty, self, JUDGE_SEED, JUDGE_STEPS, JUDGE_CONTEXT)
+            with replace_directory(folder) as new:
+                model.save_pretrained(new)
+                get_tokenizer(str(self.tokenizer)).save(new)
+        return folder
+
+    def side(self, flag: str, name: str) -> list[str]:
+        return [f"--{flag}", str(self.paths[name])]
 
     def made_by(self, door, name: str, flags: list[str]) -> list[Record]:
         """Return what a command leaves of the dirty documents."""
         out = self.folder / name
         with redirect_stdout(None):
-            door.main([str(self.paths["dirty"]), "--out", str(out), *flags])
+            door.main([str(self.paths["dirty"]), "--out", str(out), "--keep-rejected", *flags])
         return [record for record in read(out) if "text" in record]
 
 
-def train(records: list[Record], texts: Texts, seed: int, steps: int) -> tuple[GPT, dict]:
-    """Return a model trained on documents, and the figures of the run."""
+def train(
+    records: list[Record], texts: Texts, seed: int, steps: int, context: int = SEQ_LEN
+) -> tuple[GPT, dict]:
+    """Return a model trained on documents, in rows of `context` tokens, and the figures of the run."""
     path = write(texts.folder / "arm.jsonl", records)
     with redirect_stdout(None):
         cache, held_out = texts.folder / "cache", str(texts.paths["held_out"])
         corpus = data.text.prepare(str(path), str(texts.tokenizer), cache, val=held_out)
-    dataset = data.text.as_rows(corpus, SEQ_LEN)
+    dataset = data.text.as_rows(corpus, context)
     torch.manual_seed(seed)
-    model = GPT(Config(**SIZE, vocab_size=corpus.tokenizer.n_vocab, max_seq_len=2 * SEQ_LEN))
+    model = GPT(Config(**SIZE, vocab_size=corpus.tokenizer.n_vocab, max_seq_len=context))
     schedule = Namespace(lr=RATE, warmup=WARMUP, schedule="cosine", schedule_from=0, steps=steps)
     optimizers = make_optimizers(model, Namespace(optimizer="adamw", lr=RATE, weight_decay=0.1, device="cpu"))
+    n_rows = BATCH * SEQ_LEN // context
     loader, start = Loader(dataset.train, seed), time.process_time()
     for step in range(steps):
         set_learning_rate(optimizers, step, schedule)
-        loss, _ = model.loss(make_batch(loader.read(step * BATCH, BATCH), model.config, None))
+        loss, _ = model.loss(make_batch(loader.read(step * n_rows, n_rows), model.config, None))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -14,6 +14,7 @@ those documents that come first in an order drawn from the seed, up to and with 
 budget. So each document is there floor(epochs) or floor(epochs) + 1 times, and the bytes are the budget
 plus less than a document."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,13 +62,13 @@ def by_temperature(sizes: dict[str, int], alpha: float) -> dict[str, float]:
     return {name: power / sum(powers.values()) for name, power in powers.items()}
 
 
-def draw_source(sizes: np.ndarray, budget: float, generator: np.random.Generator) -> np.ndarray:
+def draw_source(sizes: np.ndarray, budget: int, generator: np.random.Generator) -> np.ndarray:
     """Return (m,) int64, numbers of documents of one source: whole epochs, and the beginning of another.
 
     sizes: (n,) bytes of its documents. budget: bytes.
     """
     total = int(sizes.sum())
-    n_epochs = int(budget // total)
+    n_epochs = budget // total
     some = generator.permutation(len(sizes))
     left = budget - n_epochs * total
     n_more = int(np.searchsorted(np.cumsum(sizes[some]), left)) + 1 if left > 0 else 0
@@ -95,7 +96,9 @@ def draw(
             raise ValueError(f"--mix {name}={weights[name]:.3g}: no document of it is left; give it weight 0")
         picked = places[:0]
         if weights[name]:
-            picked = places[draw_source(sizes[places], weights[name] * budget, generator)]
+            # In whole bytes: products such as 72 / 172 * 172 may miss theirs by a rounding.
+            share = math.ceil(round(weights[name] * budget, 6))
+            picked = places[draw_source(sizes[places], share, generator)]
         n_bytes = int(sizes[picked].sum())
         report[name] = {"weight": weights[name], "size": size, "bytes": n_bytes, "documents": len(picked)}
         report[name]["epochs"] = n_bytes / size if size else 0.0

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from data import clean, mixture, model_scores, parts, selection
+from data import clean, mixture, parts, selection
 from data.cleaning_stages import Counts, read_counts
 from data.corpus import Files, find_files
 from data.parts import Documents, n_parts, part, read_lines, write_lines
@@ -100,6 +100,8 @@ def score_part(stage: Stage, seed: int, before: Path, after: Path, number: int) 
     elif score == "classifier":
         found = Classifier.load(Path(directory)).scores(texts)
     else:
+        from data import model_scores  # which loads PyTorch, and every file of formats/
+
         bar = progress_bar(texts, f"{score}, part {number}", unit="doc", leave=False, position=0)
         found = np.fromiter(model_scores.scores(score, Path(directory), bar), np.float64, len(texts))
     with replace_file(path) as new, open(new, "wb") as file:
@@ -121,16 +123,19 @@ def choose_part(
     before: Path,
     after: Path,
     rejected: Path | None,
-    kept: list[np.ndarray],
     number: int,
+    kept: np.ndarray,
 ) -> None:
-    """Write the documents of a part that stay, those that do not, and the counts, unless they are there."""
+    """Write the documents of a part that stay, those that do not, and the counts, unless they are there.
+
+    kept: (n,) bool, which documents of the part stay.
+    """
     if parts.counts_of(after, number).exists():
         return
     with np.load(after / f"scores-{number:05}.npz", allow_pickle=False) as arrays:
         scores = arrays["scores"].tolist()
     stay, gone, counts = [], [], Counts()
-    for row, score, stays in zip(read_lines(part(before, number)), scores, kept[number], strict=True):
+    for row, score, stays in zip(read_lines(part(before, number)), scores, kept, strict=True):
         row["scores"] = row.get("scores", {}) | {name: score if np.isfinite(score) else None}
         out = [] if stays else [{"stage": name, "reason": selection.reason(rule, score)} | row]
         counts.add(row["text"], row["text"] if stays else None, out)
@@ -153,13 +158,13 @@ def run_stage(
     sizes = np.cumsum([len(one["scores"]) for one in found])
     scores = np.concatenate([one["scores"] for one in found])
     kept = selection.kept(rule, scores, np.concatenate([one["draws"] for one in found]))
-    for number, some in enumerate(np.split(kept, sizes[:-1])):
-        choose_part(name, rule, before, after, rejected, {number: some}, number)
-    counts = read_counts(after, n)
     if not kept.any():
-        low, high = np.nanmin(scores), np.nanmax(scores)
-        raise ValueError(f"--stage {stage[0]} {rule}: no document stays; scores are {low:.4g} to {high:.4g}")
-    return counts
+        finite = scores[np.isfinite(scores)]
+        span = f"from {finite.min():.4g} to {finite.max():.4g}" if len(finite) else "not finite"
+        raise ValueError(f"--stage {stage[0]} {rule}: no document stays; the scores are {span}")
+    for number, some in enumerate(np.split(kept, sizes[:-1])):
+        choose_part(name, rule, before, after, rejected, number, some)
+    return read_counts(after, n)
 
 
 def mix(
@@ -189,11 +194,10 @@ def mix(
     again = np.maximum(times - 1, 0)
     lost = {"rejected": int((times == 0).sum()), "shortened": 0, "bytes": int(sizes[times == 0].sum())}
     more = {"rejected": -int(again.sum()), "shortened": 0, "bytes": -int((again * sizes).sum())}
-    before_, after_ = (
-        {"documents": int(t.sum()), "bytes": int((t * sizes).sum())} for t in (times**0, times)
-    )
+    once = np.ones_like(times)
+    total = [{"documents": int(n.sum()), "bytes": int((n * sizes).sum())} for n in (once, times)]
     reasons = {"not drawn": lost, "read again": more}
-    return {"before": before_, "after": after_, "reasons": reasons, "mixture": drawn.sources}
+    return {"before": total[0], "after": total[1], "reasons": reasons, "mixture": drawn.sources}
 
 
 def composition(folder: Path) -> dict[str, dict[str, int]]:
@@ -351,6 +355,8 @@ def check(args: argparse.Namespace, sources: dict[str, Files], stages: list[Stag
         if score == "classifier":
             Classifier.load(Path(directory))
         elif score != "random":
+            from data import model_scores
+
             model_scores.check(Path(directory), score)
     return weights
 

@@ -116,10 +116,11 @@ def each(work: Callable[[int], None], n: int, what: str, engine: str, workers: i
 
 def on_ray(work: Callable[[int], None], n: int, workers: int) -> Iterator[None]:
     """Yield after each of work(0) ... work(n - 1), which are tasks of a Ray cluster. Raises their errors."""
-    ray = ray_for(workers)
+    ray, folder = ray_for(workers), os.getcwd()
 
     @ray.remote
     def task(number: int) -> None:
+        os.chdir(folder)  # relative paths mean the same on every machine
         work(number)
 
     for done in [task.remote(number) for number in range(n)]:

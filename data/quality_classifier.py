@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
 from data.corpus import documents, find_files
@@ -134,6 +133,8 @@ def fit(
 
     Raises ValueError unless there are documents of both labels.
     """
+    import torch  # here, since scores need none of it
+
     if len(set(labels.tolist())) < 2:
         raise ValueError(f"{len(labels)} documents of one kind: expected good ones and others")
     classifier = Classifier(np.zeros(n_features), 0.0, n_words)

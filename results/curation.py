@@ -1,7 +1,7 @@
 """Does clean text make a better model? A small GPT trained at equal tokens on dirty, cleaned and chosen
 text.
 
-    python -m results.curation --out results/curation.json          20 minutes of one core
+    python -m results.curation --out results/curation.json          15 minutes of one core
 
 The dirt is that of results/dirty_text.py: exact and near copies, a licence at the head of half of the
 modules, junk and test items, planted in 160 modules of Python's library, each cut to 6,000 characters. A

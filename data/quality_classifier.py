@@ -194,7 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=command.path, required=True, help="folder for the classifier")
     add("--text-field", default="text", help="field of a record that holds the text (default %(default)s)")
     add("--words", type=int, default=WORDS, help="words of a document that count (default %(default)s)")
-    add("--weight-decay", type=float, default=WEIGHT_DECAY, help="of the weights (default %(default)g)")
+    add(
+        "--weight-decay",
+        type=float,
+        default=WEIGHT_DECAY,
+        help="how much large weights cost (default %(default)g)",
+    )
     args = parser.parse_args(argv)
     if args.words < 1:
         raise ValueError(f"--words {args.words}: expected at least 1")

@@ -193,5 +193,7 @@ def test_mistakes_are_one_line_before_any_work(corpus):
     assert "input nowhere: no such file" in refused("wiki=nowhere", "--out", "o")
     assert not Path("o").exists()
     # A rule that leaves nothing, and a folder that was made with other flags.
-    assert "no document stays; the scores are from" in refused(*shared, "--stage", "classifier=quality", "least=2")
+    assert "no document stays; the scores are from" in refused(
+        *shared, "--stage", "classifier=quality", "least=2"
+    )
     assert "was made with other stages" in refused(*shared, "--stage", "random", "top=0.5")

@@ -8,7 +8,8 @@ labelled read files of chats and of labelled texts, and stdlib_questions makes s
 documentation.
 
 clean takes what is worth training on out of raw text, by cleaning_stages over parts on disk: quality_rules,
-near_duplicates, exact_substrings, decontaminate.
+near_duplicates, exact_substrings, decontaminate. curate then chooses documents by scores and mixes sources:
+quality_classifier and model_scores give scores, selection has the rules, mixture the weights.
 
 Images: glyphs draws characters from fonts, scenes two objects with a caption, images reads folders,
 published_images MNIST's and CIFAR's files, captions and tar_images images with captions, image_conversations

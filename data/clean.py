@@ -26,7 +26,7 @@ import importlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -78,8 +78,8 @@ def unreadable(problems: list[str]) -> Iterator[tuple[dict, str]]:
     problems.clear()
 
 
-def read_all(files: Files, text_field: str, folder: Path, rejected: Path | None) -> None:
-    """Write the documents of the files into parts, except those that are there."""
+def read_all(rows: Iterable[tuple[dict, str | None]], folder: Path, rejected: Path | None) -> dict:
+    """Write rows, as `rows_in` yields them, into parts, except those that are there. Return their counts."""
     number, kept, gone, counts, size = 0, [], [], Counts(), 0
 
     def end_part() -> None:
@@ -93,7 +93,8 @@ def read_all(files: Files, text_field: str, folder: Path, rejected: Path | None)
         kept.clear()
         gone.clear()
 
-    for row, reason in progress_bar(rows_in(files, text_field), "read", unit="doc"):
+    folder.mkdir(exist_ok=True)
+    for row, reason in progress_bar(rows, "read", unit="doc"):
         out = [] if reason is None else [{"stage": "read", "reason": reason, **row}]
         counts.add(row["text"], row["text"] if reason is None else None, out)
         gone += out
@@ -104,6 +105,7 @@ def read_all(files: Files, text_field: str, folder: Path, rejected: Path | None)
             end_part()
     if size:
         end_part()
+    return cleaning_stages.read_counts(folder, n_parts(folder))
 
 
 def run_stage(
@@ -135,44 +137,58 @@ def clean(
 ) -> dict:
     """Send the documents of the files through the stages, and return the report.
 
-    engine: the name of one of parts.ENGINES and the number of processes. Each stage that is done has its
-    counts in STAGE.json of the folder "work", and then the documents of the one before are removed.
+    engine: the name of one of parts.ENGINES and the number of processes.
     """
-    work, rejected = out / "work", out / "rejected"
-    work.mkdir(parents=True, exist_ok=True)
-    done: dict[str, dict] = {}
-    before = work / "read"
+    rejected = out / "rejected"
     if settings.keep_rejected:
         rejected.mkdir(exist_ok=True)
-    for stage in ["read", *stages]:
-        path, after = work / f"{stage}.json", work / stage
-        if not path.exists():
-            if stage == "read":
-                after.mkdir(exist_ok=True)
-                read_all(files, text_field, after, rejected if settings.keep_rejected else None)
-                counts = cleaning_stages.read_counts(after, n_parts(after))
-                check_some(counts, files, text_field)
-            else:
-                counts = run_stage(stage, settings, before, after, rejected, engine)
-            write_json(path, counts)
-        done[stage] = read_json(path)
-        if before != after:
-            shutil.rmtree(before, ignore_errors=True)
-        before = after
 
-    # The records of what stays, with their texts.
-    for number in range(n_parts(before)):
-        rows = read_lines(part(before, number))
-        records = [row["record"] | {text_field: row["text"]} for row in rows]
-        if records:
-            parts.write_records(out / f"part-{number:05}.{suffix}", records)
-    items = before / "items.jsonl"
+    def run(stage: str, before: Path, after: Path) -> dict:
+        if stage != "read":
+            return run_stage(stage, settings, before, after, rejected, engine)
+        counts = read_all(rows_in(files, text_field), after, rejected if settings.keep_rejected else None)
+        check_some(counts, files, text_field)
+        return counts
+
+    done, last = through(["read", *stages], out / "work", run)
+    write_parts(last, out, text_field, suffix)
+    items = last / "items.jsonl"
     if items.exists():
         items.replace(out / "items.jsonl")
     report = {"stages": done}
     write_json(out / "report.json", report)
-    shutil.rmtree(work)
+    shutil.rmtree(out / "work")
     return report
+
+
+def through(stages: list[str], work: Path, run: Callable[[str, Path, Path], dict]) -> tuple[dict, Path]:
+    """Return the counts of each stage, and the folder with the parts that the last one left.
+
+    run(stage, before, after) reads the parts in one folder, writes those in another and returns the counts.
+    Each stage that is done has its counts in STAGE.json of the folder `work`, and then the documents of the
+    one before are removed.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    done: dict[str, dict] = {}
+    before = work / stages[0]
+    for stage in stages:
+        path, after = work / f"{stage}.json", work / stage
+        if not path.exists():
+            write_json(path, run(stage, before, after))
+        done[stage] = read_json(path)
+        if before != after:
+            shutil.rmtree(before, ignore_errors=True)
+        before = after
+    return done, before
+
+
+def write_parts(folder: Path, out: Path, text_field: str, suffix: str) -> None:
+    """Write the records of the documents in the parts of a folder, with their texts, to files in `out`."""
+    for number in range(n_parts(folder)):
+        rows = read_lines(part(folder, number))
+        records = [row["record"] | {text_field: row["text"]} for row in rows]
+        if records:
+            parts.write_records(out / f"part-{number:05}.{suffix}", records)
 
 
 def check_some(counts: dict, files: Files, text_field: str) -> None:
@@ -217,16 +233,21 @@ def check(args: argparse.Namespace, stages: list[str], files: Files) -> None:
                 # A package may be there and lack one that it needs, as trafilatura without lxml_html_clean.
                 why = str(error).splitlines()[0]
                 raise ValueError(f"--{stage} needs {package}: pip install {package} ({why})") from None
-    if args.engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise ValueError("--engine ray needs Ray: pip install 'ray[data]'")
-    needs_arrow = args.format == "parquet" or any(suffix_of(path) == ".parquet" for _, path in files)
-    if needs_arrow and importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("parquet needs pyarrow: pip install pyarrow")
-    for path in [path for _, path in files] + [Path(f"--format {args.format}")]:
-        if path.suffix == ".zst":
-            zstandard_for(path)
+    check_packages(args.engine, args.format, files)
     for path in args.against:
         read_items(Path(path), args.item_fields, refuse)
+
+
+def check_packages(engine: str, format: str, files: Files) -> None:
+    """Raise ValueError for a missing package that the engine, the format to write or a file needs."""
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError("--engine ray needs Ray: pip install ray")
+    needs_arrow = format == "parquet" or any(suffix_of(path) == ".parquet" for _, path in files)
+    if needs_arrow and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("parquet needs pyarrow: pip install pyarrow")
+    for path in [*(path for _, path in files), Path(f"--format {format}")]:
+        if path.suffix == ".zst":
+            zstandard_for(path)
 
 
 def begin(out: Path, made_with: dict) -> bool:

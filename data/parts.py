@@ -10,6 +10,7 @@ the work for all parts: in this process, in several, or on a Ray cluster whose m
 import gzip
 import io
 import json
+import logging
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,9 @@ from formats.progress import progress_bar
 PART_BYTES = 16 << 20  # of text in a part
 FORMATS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 ENGINES = ("local", "ray")
+RAY_STORE_BYTES = (
+    100 << 20
+)  # of memory that a cluster here shares: documents go through files, not through it
 
 Document = dict[str, Any]  # "place": where it came from; "text"; "record": its other fields
 
@@ -101,9 +105,8 @@ def each(work: Callable[[int], None], n: int, what: str, engine: str, workers: i
     """
     bar = partial(progress_bar, total=n, desc=what, unit="part")
     if engine == "ray":
-        ray = ray_for(workers)
-        numbers = ray.data.range(n, override_num_blocks=max(1, n))  # a block, and so a task, for each part
-        numbers.map(lambda row: {"id": row["id"], "done": work(int(row["id"])) is None}).materialize()
+        for _ in bar(on_ray(work, n, workers)):
+            pass
     elif workers == 1:
         for i in bar(range(n)):
             work(i)
@@ -113,17 +116,32 @@ def each(work: Callable[[int], None], n: int, what: str, engine: str, workers: i
                 pass
 
 
+def on_ray(work: Callable[[int], None], n: int, workers: int) -> Iterator[None]:
+    """Yield after each of work(0) ... work(n - 1), which are tasks of a Ray cluster. Raises their errors."""
+    ray, folder = ray_for(workers), os.getcwd()
+
+    @ray.remote
+    def task(number: int) -> None:
+        os.chdir(folder)  # relative paths mean the same on every machine
+        work(number)
+
+    for done in [task.remote(number) for number in range(n)]:
+        try:
+            yield ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # the error itself, without the trace of the worker in its message
+
+
 def ray_for(workers: int) -> Any:
-    """Return the package of Ray, connected to a cluster."""
+    """Return the package of Ray, connected to the cluster of RAY_ADDRESS, or to one that it starts here."""
     try:
         import ray
-        import ray.data
     except ImportError:
-        raise ValueError("--engine ray needs Ray: pip install 'ray[data]'") from None
+        raise ValueError("--engine ray needs Ray: pip install ray") from None
     if not ray.is_initialized():
-        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(log_to_driver=False, **here)
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        here = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": RAY_STORE_BYTES}
+        here = {} if os.environ.get("RAY_ADDRESS") else here
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
     return ray
 
 

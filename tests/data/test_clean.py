@@ -135,11 +135,37 @@ def test_several_processes_write_the_same_bytes(crawl):
     assert contents(Path("one")) == contents(Path("two"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
-def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(crawl):
+@pytest.fixture(scope="module")
+def ray():
+    """Return Ray, which ends its cluster behind the tests."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of the cluster's processes
+        yield ray
+    ray.shutdown()
+
+
+def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(crawl, ray, monkeypatch):
     clean.main([str(crawl), "--out", "one", *ALL])
-    clean.main([str(crawl), "--out", "two", *ALL, "--workers", "2", "--engine", "ray"])
+    on_ray = [str(crawl), "--out", "two", *ALL, "--workers", "2", "--engine", "ray"]
+    with monkeypatch.context() as patch:  # interrupted between two stages, it goes on
+        patch.setitem(clean.cleaning_stages.DECIDE, "near", None)
+        with pytest.raises(TypeError):
+            clean.main(on_ray)
+    clean.main(on_ray)
     assert contents(Path("one")) == contents(Path("two"))
+    assert ray.cluster_resources()["CPU"] == 2
+
+
+def test_work_on_a_ray_cluster_is_done_by_other_processes_and_its_errors_come_as_they_are(ray, tmp_path):
+    def write_process(number: int) -> None:
+        if number == 3:
+            raise OSError(28, "No space left on device", f"part {number}")
+        (tmp_path / str(number)).write_text(str(os.getpid()))
+
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: 'part 3'$"):
+        parts.each(write_process, 4, "write", "ray", 2)
+    assert str(os.getpid()) not in [(tmp_path / str(i)).read_text() for i in range(3)]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "parquet"])

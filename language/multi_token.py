@@ -206,8 +206,10 @@ class MultiToken(GPT):
 
     def in_sequence(self, z, rotation, tokens, targets, cu_seqlens) -> tuple[Tensor, list[Tensor]]:
         """Return the total and the losses of the decoder and of all modules."""
+        if (T := tokens.shape[1]) < self.config.n_future:
+            raise ValueError(f"rows of {T} tokens: expected at least n_future {self.config.n_future}")
         h = self.model.layers[-1](z, rotation, None, cu_seqlens)
-        losses, T = [self.nats(self.model.norm(h), targets)], tokens.shape[1]
+        losses = [self.nats(self.model.norm(h), targets)]
         embedded = self.model.embed_tokens(tokens)
         for k, module in enumerate(self.further, 1):
             # Position i reads the token at i + k, so that the last k positions are left out.

@@ -16,10 +16,10 @@ projections to keys and values, so that what one branch learns does not disturb 
 
     phi(x_0 ... x_{l-1}) = mean_j x_j + W_2 gelu(W_1 [x_0 + e_0 | ... | x_{l-1} + e_{l-1}])
 
-with learned e_j. In the paper phi is just an MLP, and so is the gate. The mean is our addition: with it a
-summary is a sensible one before anything is learned. Keys are compressed before they are rotated; a summary is rotated to
-the position of its first token. No gradient goes through the choice of blocks. It improves as the compressed
-branch learns, whose weights it uses.
+with learned e_j. In the paper phi is an MLP without the mean. We add it so that a summary is a sensible one
+before anything is learned. Keys are compressed before they are rotated; a summary is rotated to the position
+of its first token. No gradient goes through the choice of blocks. It improves as the compressed branch
+learns, whose weights it uses.
 
 A query sees about T / d summaries; the number of its other keys does not depend on T.
 
@@ -338,8 +338,8 @@ show = gpt.show
 
 
 def width_factors(name: str, ratio: float) -> tuple[float, float]:
-    """Return the factors of `optim.width_factors` for --mup. The matrices of a summary have factors of 1: they
-    do not grow with the model's width."""
+    """Return the factors of `optim.width_factors` for --mup. The matrices of a summary have factors of 1,
+    since they do not grow with the model's width."""
     return (1.0, 1.0) if "inner_proj" in name or "outer_proj" in name else optim.width_factors(name, ratio)
 
 

@@ -121,7 +121,8 @@ def yarn(scaling: dict, theta: float, width: int, device: torch.device) -> tuple
 
     A pair of features that turns more than beta_fast times within the original context keeps its frequency.
     The frequency of one that turns less than beta_slow times is divided by `factor`. In between the two are
-    blended, with weights that are linear in the number of the pair (Peng et al. 2023, section 3.2).
+    blended (Peng et al. 2023, section 3.2), with weights that are linear in the number of the pair, as in the
+    authors' code; in the paper they are linear in the turns.
 
     In the paper cos and sin are multiplied by `magnitude`, so that the scores of rotated features grow by its
     square. DeepSeek lets all scores grow, by `growth_of_scores`: there the factor of cos and sin is the ratio

@@ -56,7 +56,7 @@ class Proposal(NamedTuple):
 
 
 class Draft(Protocol):
-    """What a draft must have."""
+    """The functions that a draft must have."""
 
     vocab_size: int
 

@@ -1,9 +1,12 @@
 """DeepSeek-V2 and V3: the latent attention of latent.py in the mixture of experts of moe.py.
 
-    V2    softmax router; of 236B parameters also a choice of groups of experts by their best one
-    V3    sigmoid router with a bias that balances, groups by their two best experts
+    V2    softmax router. In the large model (236B parameters) a token first chooses groups of experts, by the
+          best score in each, and then experts of these groups
+    V3    sigmoid router with a bias that balances the experts. Groups are chosen by the sum of their two best
+          scores
 
-Both begin with dense layers and have experts that all tokens share. DeepSeek-V2 (2024), DeepSeek-V3 (2024).
+In both, the first layers are dense, and some experts are shared by all tokens. DeepSeek-V2 (2024, section 2),
+DeepSeek-V3 (2024, section 2.1).
 
     python -m attention_variants.deepseek                       the sizes
     python -m attention_variants.deepseek DIR --prompt "def "   continue a text
@@ -25,11 +28,11 @@ from moe import MoEGPT
 
 @dataclass(frozen=True)
 class Config(latent.Fields, moe.Config):
-    """The fields of moe.py's Config and those of the latent."""
+    """The fields of moe.py's Config and those of latent.py's attention."""
 
 
 def yarn(mscale: float) -> dict:
-    """Return the settings of YaRN that extend 4,096 tokens to 163,840."""
+    """Return the rope_scaling that extends 4,096 tokens to 163,840 by YaRN. mscale: see `latent.yarn`."""
     return dict(
         rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, beta_fast=32, beta_slow=1,
         mscale=mscale, mscale_all_dim=mscale,
@@ -40,8 +43,10 @@ V2 = dict(
     vocab_size=102_400, max_seq_len=163_840, tie_embeddings=False, rope_scaling=yarn(0.707), top_k=6,
     n_shared_experts=2, dense_layers=(0,), renormalize=False, aux_loss_coef=0.0, eos_token_id=100_001,
 )  # fmt: skip
+# sequence_loss_coef is the coefficient of one layer, times the number of layers with experts: the papers add
+# up the losses of the layers, and moe.py takes their mean.
 SIZES = {
-    # The experts of moe.py's tiny, with a first layer that is dense.
+    # The experts of moe.py's tiny, with a first layer that is dense, and the latent of latent.py's tiny.
     "tiny": Config(
         4, 4, 128, 352, 4096, 256, n_experts=15, top_k=3, d_expert=88, n_shared_experts=1, router="sigmoid",
         dense_layers=(0,), routed_scale=3.0, kv_rank=32, d_nope=32, d_rope=16, d_value=32,
@@ -79,7 +84,7 @@ class DeepSeek(MoEGPT):
         what is missing, damaged, of another shape, or not implemented here."""
         model = deepseek.load(cls, Config, directory, kernels)
         for layer in model.sparse_layers:
-            if model.config.router == "sigmoid":  # checkpoints do not contain the loads
+            if model.config.router == "sigmoid":  # checkpoints do not have the counts of tokens per expert
                 layer.gate.load = torch.zeros_like(layer.gate.e_score_correction_bias)
         return model
 

@@ -2,11 +2,12 @@
 
     S_t = lambda S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        lambda = exp(-s), a decay for each head
 
-There is no softmax, so the sum over earlier tokens can be kept as one K x K matrix per head. The same o in
-three ways, which cost O(T^2), O(T c) and O(T):
+There is no softmax, so the sum over earlier tokens can be kept as one K x K matrix per head. There are three
+ways to compute the same o; they cost O(T^2), O(T c) and O(T):
 
-    parallel     o = ((Q K^T) * D) V,  D_ij = exp(-s (i - j)) for j <= i, else 0
-    chunked      inside a chunk of c tokens as parallel, and of all chunks before it through their state:
+    parallel     o = ((Q K^T) * M) V,  M_ij = exp(-s (i - j)) for j <= i, else 0;  * is elementwise
+    chunked      inside a chunk of c tokens as in parallel; all chunks before it add to o through the state S
+                 that they leave. For token i of the chunk, counted from 0:
                  o_i += exp(-s (i + 1)) S^T q_i,   S <- exp(-s c) S + sum_j exp(-s (c - 1 - j)) k_j v_j^T
     recurrent    the equation above, token by token: for generation
 
@@ -83,7 +84,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Config(Fields, gpt.Config):
-    """The fields of gpt.py's Config, and which layers keep its attention."""
+    """The fields of gpt.py's Config, which layers keep its attention, and the length of a chunk."""
 
 
 SIZES = {
@@ -93,8 +94,8 @@ SIZES = {
 
 
 def slopes(n_heads: int, layer: int, n_layers: int, like: Tensor) -> Tensor:
-    """Return the decay rates s of a layer's heads, (H,) in float32 at least, on the device of like. These are
-    MiniMax-01's, with its two small constants."""
+    """Return the decay rates s of a layer's heads, (H,) in float32 at least, on the device of like. The two
+    constants of 1e-5 are MiniMax-01's: without them the last layer would not decay at all."""
     wide = torch.promote_types(like.dtype, torch.float32)
     of_heads = 2.0 ** (-8 * torch.arange(1, n_heads + 1, dtype=wide, device=like.device) / n_heads)
     return of_heads * (1 - layer / (n_layers - 1 + 1e-5) + 1e-5)
@@ -178,7 +179,7 @@ class LinearAttention(nn.Module):
         self.layer, self.n_heads, self.chunk, self.n_layers = layer, H, config.chunk, config.n_layers
 
     def forward(self, x: Tensor, rotation, cache, cu_seqlens: Tensor | None) -> Tensor:
-        """Return (B, T, D) of x (B, T, D). rotation is not used: a decay is the position."""
+        """Return (B, T, D) of x (B, T, D). rotation is not used: positions act through the decay alone."""
         B, T, _ = x.shape
         q, k, v = F.silu(self.qkv_proj(x)).view(B, T, self.n_heads, -1).chunk(3, dim=-1)  # (B, T, H, K)
         s = slopes(self.n_heads, self.layer, self.n_layers, like=q)
@@ -199,7 +200,7 @@ class LinearAttention(nn.Module):
 class HybridCache(KVCache):
     """Keys and values of the layers with softmax, and a state (B, H, K, K) of each linear layer.
 
-    A state cannot forget its last tokens: unlike keys and values, it cannot be cut back to fewer.
+    Unlike keys and values, a state cannot be cut back to fewer tokens.
     """
 
     def __init__(self, config: Config, lengths: list[int], max_len: int, like: Tensor):
@@ -265,7 +266,7 @@ show = gpt.show
 
 
 def width_factors(name: str, ratio: float) -> tuple[float, float]:
-    """Return the factors of `optim.width_factors`; the gate is a hidden matrix."""
+    """Return the factors of `optim.width_factors` for --mup, in which output_gate is a hidden matrix."""
     return optim.width_factors(name.replace("output_gate", "output_gate_proj"), ratio)
 
 

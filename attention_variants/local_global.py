@@ -1,20 +1,20 @@
-"""Local and global attention: most layers see only the last tokens, and a few see everything (Gemma 2 and 3).
+"""Local and global attention: most layers see only the last tokens, a few see all of them (Gemma 2 and 3).
 
-    layer l sees the keys  j <= i                   if l is one of full_layers (global)
-                           i - window < j <= i      else (local)
+    query i sees the keys  j <= i                   in the layers of full_layers (global)
+                           i - window < j <= i      in the others (local)
 
-A local layer keeps `window` keys and values per row in generation, however long the text. One global layer of
-six is enough to look far back: Gemma 3 (2025, sections 2 and 5.2) measured almost no loss of perplexity.
+In generation a local layer keeps `window` keys and values per row, however long the text is. Gemma 3 has one
+global layer in six, and its authors measured almost no loss of perplexity (Kamath et al. 2025, section 5.2).
 
-What else Gemma does differently from Llama, and this file from gpt.py:
+Gemma differs from Llama, and so this file from gpt.py, in five more things:
 
-    scores         q . k / sqrt(query_scale), which need not be the head width K; Gemma 2 limits them then:
-                   cap * tanh(scores / cap)
-    positions      local and global layers have rotary bases of their own (Gemma 3: 10,000 and 1,000,000)
+    scores         q . k / sqrt(query_scale), where query_scale need not be the head width K. Gemma 2 also
+                   caps the scores, at cap * tanh(scores / cap)
+    positions      in Gemma 3 local and global layers have different rotary bases, 10,000 and 1,000,000
     norms          x / rms(x) * (1 + w), computed in float32 and rounded once; four per layer:
                    x = x + norm(attention(norm(x))),  x = x + norm(mlp(norm(x)))
-    embeddings     times sqrt(D), a factor that is itself rounded to the dtype of the weights; the head is the
-                   same matrix without it
+    embeddings     times sqrt(D), a factor that is rounded to the dtype of the weights. The head is the same
+                   matrix without the factor
     MLP            down(gelu(gate(x)) * up(x))
 
 Gemma 2 (Riviere et al. 2024, section 2), Gemma 3 (Kamath et al. 2025, section 2).
@@ -42,13 +42,13 @@ from kernels import attention, gelu, products, rms_norm
 
 @dataclass(frozen=True)
 class Config(gpt.Config):
-    """The fields of gpt.py's Config, of which `mlp` stays "swiglu", although the gate is a GELU here, and:"""
+    """The fields of gpt.py's Config, and those of Gemma. `mlp` must be "swiglu", which means a gated MLP; the
+    gate's activation is a GELU here."""
 
     query_scale: float | None = None  # scores are divided by its square root; None: K
-    attention_softcap: float | None = None  # scores become c * tanh(scores / c)
-    local_theta: float | None = (
-        None  # rope_theta of the layers with a window, unscaled; None: as in the others
-    )
+    attention_softcap: float | None = None  # c: scores become c * tanh(scores / c)
+    # rope_theta of the local layers, without rope_scaling; None: theta and scaling of the global layers.
+    local_theta: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,12 +62,12 @@ class Config(gpt.Config):
 
 
 def every(n: int, n_layers: int) -> tuple[int, ...]:
-    """Return every n-th of n_layers layers, the first of which is number n - 1."""
+    """Return the numbers n - 1, 2 n - 1, ... of every n-th of n_layers layers, counted from 0."""
     return tuple(range(n - 1, n_layers, n))
 
 
 def gemma2(n_layers: int, n_heads: int, d_model: int, d_ff: int, **changes) -> Config:
-    """Return a Gemma 2: every other layer is global."""
+    """Return the Config of a Gemma 2, in which every other layer is global."""
     shape = dict(vocab_size=256_000, max_seq_len=8192, d_head=256, window=4096)
     shape |= dict(attention_softcap=50.0, logit_softcap=30.0, eos_token_id=1)
     full = every(2, n_layers)
@@ -75,14 +75,14 @@ def gemma2(n_layers: int, n_heads: int, d_model: int, d_ff: int, **changes) -> C
 
 
 def gemma3(n_layers: int, n_heads: int, d_model: int, d_ff: int, **changes) -> Config:
-    """Return a Gemma 3: every sixth layer is global."""
+    """Return the Config of a Gemma 3, in which every sixth layer is global."""
     shape = dict(vocab_size=262_144, max_seq_len=32_768, d_head=256, window=512, qk_norm=True)
     shape |= dict(rope_theta=1_000_000.0, local_theta=10_000.0, eos_token_id=1)
     full = every(6, n_layers)
     return Config(n_layers, n_heads, d_model, d_ff, **shape | {"full_layers": full} | changes)
 
 
-# The language models of Gemma 3 from 4b on, which also read images.
+# What the language models of Gemma 3 have from 4b on. The published models of these sizes also read images.
 LONG = dict(
     vocab_size=262_208, max_seq_len=131_072, window=1024, rope_scaling={"rope_type": "linear", "factor": 8.0}
 )
@@ -105,7 +105,7 @@ SIZES = {
 
 
 class Norm(nn.Module):
-    """RMSNorm whose factor is 1 + w, so that w = 0 at the start and decay pulls the factor towards 1."""
+    """RMSNorm with the factor 1 + w: w is 0 at the start, and weight decay pulls the factor towards 1."""
 
     kind = "rms of 1 + w"  # see kernels/few_rows.py
 
@@ -115,23 +115,24 @@ class Norm(nn.Module):
         self.width, self.eps, self.backend = width, config.norm_eps, config.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float32, and float64, up to the end: Llama rounds x / rms(x) before it multiplies.
+        # Computed in float32 (float64 stays so) and rounded once. Llama also rounds x / rms(x), before the
+        # product with the factor.
         wide = torch.promote_types(x.dtype, torch.float32)
         factor = 1 + self.weight.to(wide)
         return rms_norm(x.to(wide), factor, self.eps, backend=self.backend).to(x.dtype)
 
 
 class Embedding(nn.Embedding):
-    """Embeddings times sqrt(D)."""
+    """Token embeddings, multiplied by sqrt(D)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = super().forward(tokens)
-        # In bfloat16 the factor is rounded too, as in the original: sqrt(3072) = 55.43 becomes 55.5.
+        # The factor is rounded to the dtype of x, as in Gemma: in bfloat16 sqrt(3072) = 55.43 becomes 55.5.
         return x * torch.full((), math.sqrt(x.shape[-1]), dtype=x.dtype, device=x.device)
 
 
 class Attention(gpt.Attention):
-    """gpt.py's attention with another scale of the scores, and a limit for them."""
+    """gpt.py's attention with another scale of the scores, a cap for them, and Gemma's norms."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
@@ -189,14 +190,14 @@ class LocalGlobal(GPT):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the matrices as gpt.py does, and let all norms multiply by 1 + 0."""
+        """Draw the matrices as gpt.py does, and set w of all norms to 0, so that their factor is 1."""
         super().initialize()
         for module in self.modules():
             if isinstance(module, Norm):
                 module.weight.zero_()
 
     def rotation(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Return cos and sin of `rope` at positions (B, T) of global layers, and those of local layers."""
+        """Return two pairs of cos and sin of `rope` at positions (B, T): of global and of local layers."""
         c = self.config
         of_global = rope(positions, c.rope_theta, c.K, c.rope_scaling)
         return of_global, of_global if c.local_theta is None else rope(positions, c.local_theta, c.K)

@@ -9,10 +9,11 @@ blur near positions, which fast pairs tell apart. Three ways to choose which pai
     llama3     those that turn less than `high_freq_factor` times within L, fully those below
                `low_freq_factor`; between them w is mixed linearly in the number of turns        Llama 3.1
     yarn       those that turn less than `beta_fast` times within L, fully those below `beta_slow`; between
-               them w is mixed linearly in i                             Peng et al. 2023, 2309.00071, 3.2
+               them w is mixed linearly in i, as in the authors' code; in the paper linearly in the turns
+               (Peng et al. 2023, 2309.00071, section 3.2)
 
 More keys make a softmax flatter. YaRN makes up for it by larger scores: cos and sin, of queries and of keys,
-grow by 0.1 ln(s) + 1 (section 3.4). DeepSeek puts this into the scale of its scores instead
+are multiplied by 0.1 ln(s) + 1 (section 3.4), so that scores grow by its square. DeepSeek puts this into the scale of its scores instead
 (attention_variants/latent.py), and its ratio of `mscale` to `mscale_all_dim` remains for cos and sin.
 
 The settings have the names of Hugging Face's rope_scaling, which formats/decoders.py checks. As published for
@@ -68,5 +69,5 @@ def yarn_factor(scaling: dict) -> float:
 
 
 def magnitude(s: float, weight: float) -> float:
-    """Return YaRN's growth of scores, 0.1 weight ln(s) + 1, and 1 where nothing is slowed down."""
+    """Return 0.1 weight ln(s) + 1, by which YaRN multiplies queries and keys; 1 where nothing is slowed down."""
     return 0.1 * weight * math.log(s) + 1 if s > 1 else 1.0

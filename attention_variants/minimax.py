@@ -3,9 +3,14 @@
     x = norm(x),  x = alpha x + beta attention(x)
     x = norm(x),  x = alpha x + beta experts(x)
 
-The normalised x is what goes on, as in DeepNorm (Wang et al. 2022), and alpha > 1 keeps it from fading in 80
-layers. Seven linear layers, then one with softmax and rotary positions; two of 32 experts (MiniMax 2025,
-sections 2.1 and 2.2).
+The residual stream is normalised itself, as in DeepNorm (Wang et al. 2022): a post-norm, written here as the
+norm of the next sublayer. Each norm would shrink what earlier layers wrote; alpha = (2 L)^(1/4), with L
+layers, makes them weigh more, and is DeepNorm's value for a decoder.
+
+After seven linear layers comes one with softmax and rotary positions. A token uses 2 of 32 experts (MiniMax
+2025, sections 2.1 and 2.2). The published weights belong to a model that rotates half of the features of each
+head (rotary_dim 64 of 128 in its config.json). transformers' MiniMaxForCausalLM rotates all of them, whatever
+that key is, and so does this file; formats/minimax.py refuses a config.json that has the key.
 
     python -m attention_variants.minimax                       the sizes
     python -m attention_variants.minimax DIR --prompt "def "   continue a text
@@ -27,7 +32,8 @@ from moe import MoEGPT
 
 @dataclass(frozen=True)
 class Config(linear.Fields, moe.Config):
-    """The fields of moe.py's Config and of linear.py's, and alpha and beta of each kind of layer."""
+    """The fields of moe.py's Config and of linear.py's, and the factors alpha and beta of each kind of
+    sublayer: attention with softmax, linear attention, experts."""
 
     softmax_alpha: float = 1.0
     softmax_beta: float = 1.0
@@ -37,9 +43,9 @@ class Config(linear.Fields, moe.Config):
     mlp_beta: float = 1.0
 
 
-ALPHA = 3.5565588200778455  # of all kinds of layers
+ALPHA = 3.5565588200778455  # (2 * 80) ** 0.25
 SIZES = {
-    # moe.py's tiny with Mixtral's router, three linear layers and one with softmax.
+    # Mixtral's router, three linear layers and one with softmax; alpha is about (2 * 4) ** 0.25.
     "tiny": Config(
         4, 4, 128, 176, 4096, 256, n_kv_heads=2, n_experts=8, softmax_layers=(3,), softmax_alpha=1.7,
         linear_alpha=1.7, mlp_alpha=1.7,
@@ -53,7 +59,7 @@ SIZES = {
 
 
 class Block(moe.Block):
-    """Attention and experts, each on a residual stream that is normalised itself."""
+    """Attention and experts, on a residual stream that is normalised before each of them."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)

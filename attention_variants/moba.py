@@ -2,24 +2,25 @@
 
     score of block b     q . mean of the keys of block b
     keys that are seen   those of the query's own block up to itself, and of the n - 1 best blocks before it
-    out                  softmax(q . keys / sqrt(K)) values, over these
+    out                  softmax(q . keys / sqrt(K)) values, over the keys that are seen
 
-MoBA (Lu et al. 2025, section 2.2) is to attention what a mixture of experts is to an MLP, with blocks of
-keys as the experts. Each head chooses for each query on its own, from keys that already have their positions,
-and no gradient goes through the choice. There are no new parameters: a layer can be changed between full
-attention and this at any time. The last layers of large models stay full, `full_layers` here.
+MoBA (Lu et al. 2025, section 2.2) is to attention what a mixture of experts is to an MLP: the blocks of keys
+are the experts. Each head chooses for each query separately, by the keys after they are rotated, and no
+gradient goes through the choice. There are no new parameters, so a layer can be changed between full
+attention and this one at any time. Large models keep full attention in their last layers, `full_layers` here.
 
-The own block counts as one of the n and is always seen: its mean would contain later keys, so it must not
-compete. Of equal scores the earlier block wins. An early query has fewer blocks before it than it may choose.
+The query's own block is one of the n and is always seen. It has no score, because its mean would contain
+later keys. Of equal scores the earlier block wins. A query near the beginning sees fewer than n blocks.
 
-Attention costs n N keys per query, however long the text is; the scores still grow with T / N.
+Attention reads at most n N keys per query, however long the text is. The choice computes one product per
+block before the query, so its cost per query grows as T / N.
 
     python -m attention_variants.moba                       the sizes
     python -m attention_variants.moba DIR --prompt "def "   continue a text
     python train.py --model moba                            train one
 
 Shapes as in gpt.py: B batch, T queries, S keys, D model width, H heads, G key/value heads, K head width; N
-keys of a block, n blocks that a query sees.
+keys of a block, n blocks that a query sees, t queries of a chunk.
 """
 
 import math
@@ -37,15 +38,15 @@ from gpt import GPT, rotate
 from kernels import products
 from kernels.selected_attention import selected_attention, strongest
 
-CHUNK = 1024  # queries that choose at a time, so that their scores of all blocks take little memory
+CHUNK = 1024  # t, queries that choose at a time: the scores of all blocks are in memory for these alone
 
 
 @dataclass(frozen=True)
 class Fields:
     """The fields of the attention, for the Config of a decoder, dense or with experts."""
 
-    block_size: int = 16  # keys of a block
-    n_selected: int = 4  # blocks that a query sees, its own included
+    block_size: int = 16  # N, keys of a block
+    n_selected: int = 4  # n, blocks that a query sees, its own included
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,11 +54,11 @@ class Fields:
             raise ValueError(f"window {self.window}: expected None; a query chooses the blocks that it sees")
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the matmul FLOPs of training on one token: as in gpt.py for the keys that are seen, and
-        2 H K for each block before the query's own, once, since a choice has no gradient."""
+        """Return the matmul FLOPs of training on one token: as in gpt.py for the keys that are seen, and for
+        each block before the query's own 2 H K for its score, which has no backward pass."""
         ordinary = super().flops_per_token(seq_len)
         N, HK = self.block_size, self.n_heads * self.K
-        n_sparse = self.n_layers - len(set(self.full_layers))
+        n_sparse = len(set(range(self.n_layers)) - set(self.full_layers))
         every_key = 12 * HK * (seq_len * (seq_len + 1) // 2) // seq_len
         before = [p // N for p in range(seq_len)]  # blocks before that of each query
         seen = sum(p % N + 1 + min(self.n_selected - 1, b) * N for p, b in enumerate(before))
@@ -66,7 +67,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Config(Fields, gpt.Config):
-    """The fields of gpt.py's Config, and the blocks; full_layers see everything."""
+    """The fields of gpt.py's Config and those of the blocks. full_layers have full attention."""
 
 
 SIZES = {"tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True)}  # gpt.py's tiny
@@ -74,11 +75,12 @@ SIZES = {"tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True)} 
 
 @torch.no_grad()
 def choose(q: Tensor, k: Tensor, p: Tensor, block_size: int, n: int) -> Tensor:
-    """Return the blocks (B, T, H, n) that each head of q (B, T, H, K) sees among k (B, S, G, K), -1 where
-    there are fewer. p: the positions (B, T) or (1, T) of the queries."""
+    """Return the numbers (B, T, H, n) of the blocks of k (B, S, G, K) that each head of each query of q
+    (B, T, H, K) sees; -1 where it sees fewer than n. p: the positions (B, T) or (1, T) of the queries."""
     B, S, G, K = k.shape
     wide = torch.promote_types(k.dtype, torch.float32)
-    # The last block may be cut short. It is nobody's earlier block, so its mean is never compared.
+    # Zeros fill up the last block, and make its mean wrong. No query has this block before its own, so the
+    # mean is never used.
     means = F.pad(k.to(wide), (0, 0, 0, 0, 0, -S % block_size)).view(B, -1, block_size, G, K).mean(dim=2)
     n, chosen = min(n, means.shape[1]), []
     number = torch.arange(means.shape[1], device=k.device)
@@ -92,14 +94,14 @@ def choose(q: Tensor, k: Tensor, p: Tensor, block_size: int, n: int) -> Tensor:
 
 
 class Attention(gpt.Attention):
-    """gpt.py's attention to the blocks that are chosen."""
+    """gpt.py's attention, in which each query sees only the blocks that it chose."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
         self.block_size, self.n_selected = config.block_size, config.n_selected
 
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Return (B, T, D) of x (B, T, D), as in gpt.py up to the choice."""
+        """Return (B, T, D) of x (B, T, D). As in gpt.py, but `attend` takes the place of `attention`."""
         B, T, _ = x.shape
         q, k, v = products(self, x)
         if self.q_norm is not None:
@@ -122,7 +124,8 @@ class Attention(gpt.Attention):
         return self.o_proj(y.reshape(B, T, -1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor | None = None) -> Tensor:
-        """Return (B, T, H, K) of q (B, T, H, K) over k and v (B, S, G, K); queries are the last T tokens."""
+        """Return the attention (B, T, H, K) of q (B, T, H, K) to the chosen blocks of k and v (B, S, G, K).
+        The queries are the last T tokens of a row, which has seqlens_k (B,) tokens, or S if that is None."""
         T, S = q.shape[1], k.shape[1]
         end = torch.tensor([S], device=q.device) if seqlens_k is None else seqlens_k
         p = end[:, None] - T + torch.arange(T, device=q.device)  # (B or 1, T)
@@ -136,7 +139,7 @@ class Block(gpt.Block):
 
 
 class MoBA(GPT):
-    """gpt.py's decoder with the attention above, saved natively: Hugging Face has no such architecture."""
+    """gpt.py's decoder with the attention above, saved natively: transformers has no such architecture."""
 
     block = Block
     save_pretrained = native.save

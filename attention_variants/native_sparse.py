@@ -1,31 +1,34 @@
-"""Native sparse attention: every query reads a summary of all blocks, a few blocks in full, and a window.
+"""Native sparse attention: every query sees summaries of all tokens, a few blocks in full, and a window.
 
     out = g_1 compressed + g_2 selected + g_3 window        g = sigmoid(W_g x), for each token and head
 
-NSA (Yuan et al. 2025, sections 3.2 and 3.3). Each branch has keys and values of its own, made by its own
-projections, so that none learns to take another's part:
+NSA (Yuan et al. 2025, sections 3.2 and 3.3). Each of the three branches is an attention with its own
+projections to keys and values, so that what one branch learns does not disturb the others:
 
-    compressed   attention to summaries: block i is the l tokens from i d on, and its key is phi of their
-                 keys. A query sees a summary if the last of its tokens has come, i d + l - 1 <= t
-    selected     attention to n blocks of l' tokens: the first, the last two, and those that matter most in
-                 the compressed attention. The weight of a summary counts for every block that it overlaps, in
-                 proportion to the overlap, summed over all heads that share a key head: one choice for them
+    compressed   attention to summaries. Summary i stands for the l tokens from i d on; its key and value are
+                 phi of their keys and of their values. A query at t sees it if its last token is not later
+                 than the query, i d + l - 1 <= t
+    selected     attention to n blocks of l' tokens: the first, the last two, and those with the largest
+                 importance. The importance of a block is the sum of the weights that the compressed attention
+                 gives to the summaries that overlap the block, each times the overlap, over all heads that
+                 share a key head: these heads make one choice
     window       attention to the last w tokens
 
     phi(x_0 ... x_{l-1}) = mean_j x_j + W_2 gelu(W_1 [x_0 + e_0 | ... | x_{l-1} + e_{l-1}])
 
-with learned e_j. The paper gives phi as an MLP; the mean is ours, and makes a new layer a sensible one. Keys
-are compressed before they are rotated, to the position of their first token. No gradient goes through the
-choice: what the selection needs to learn, the compressed branch learns.
+with learned e_j. In the paper phi is an MLP without the mean. We add it so that a summary is a sensible one
+before anything is learned. Keys are compressed before they are rotated; a summary is rotated to the position
+of its first token. No gradient goes through the choice of blocks. It improves as the compressed branch
+learns, whose weights it uses.
 
-The summaries cost T / d keys per query, the rest a number that does not depend on T.
+A query sees about T / d summaries; the number of its other keys does not depend on T.
 
     python -m attention_variants.native_sparse                       the sizes
     python -m attention_variants.native_sparse DIR --prompt "def "   continue a text
     python train.py --model native_sparse                            train one
 
-Shapes: B batch, T queries, S keys, D model width, H heads, G key/value heads, K head width, M summaries, n
-selected blocks.
+Shapes: B batch, T queries, S keys, D model width, H heads, G key/value heads, K head width, M summaries, l
+tokens of a summary, n selected blocks.
 """
 
 import math
@@ -46,19 +49,19 @@ from gpt import GPT, rope, rotate
 from kernels import attention, products
 from kernels.selected_attention import selected_attention, strongest
 
-FIRST, LATEST = 1, 2  # blocks that are always selected, at the beginning and at the query
+FIRST, LATEST = 1, 2  # blocks that are always selected: the first, and the last, the query's own included
 CHUNK = 1024  # queries whose weights of all summaries are in memory at a time
 
 
 @dataclass(frozen=True)
 class Config(gpt.Config):
-    """The fields of gpt.py's Config, and the blocks; window is that of the third branch."""
+    """The fields of gpt.py's Config, and those of the summaries and blocks. window is the third branch's."""
 
     summary_size: int = 16  # l, tokens of a summary
     summary_stride: int = 8  # d, tokens from one summary to the next
     block_size: int = 16  # l', tokens of a selected block
-    n_selected: int = 4  # blocks that a query selects
-    window: int = 32
+    n_selected: int = 4  # n, blocks that a query selects
+    window: int = 32  # w, tokens
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,7 +81,7 @@ class Config(gpt.Config):
             )
 
     def n_summaries(self, n_tokens: int) -> int:
-        """Return how many summaries are complete after so many tokens."""
+        """Return how many summaries are complete after n_tokens tokens."""
         return max(0, (n_tokens - self.summary_size) // self.summary_stride + 1)
 
     @property
@@ -88,9 +91,8 @@ class Config(gpt.Config):
         return super().n_matmul_params + self.n_layers * (D * 4 * G * K + D * 3 * H)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the matmul FLOPs of training on one token: as in gpt.py with a window, and for the selected
-        keys and the summaries that a query sees, and the MLP that makes a summary of keys and one of values
-        for each key head."""
+        """Return the matmul FLOPs of training on one token: those of gpt.py with a window, of the attention
+        to selected keys and to summaries, and of the MLPs that make the summaries of keys and of values."""
         l, G, K, N = self.summary_size, self.G, self.K, self.block_size
         seen = sum(p % N + 1 + min(self.n_selected - 1, p // N) * N for p in range(seq_len))
         seen += sum(map(self.n_summaries, range(1, seq_len + 1)))
@@ -103,7 +105,7 @@ SIZES = {"tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True)} 
 
 
 class Summary(nn.Module):
-    """phi of the header."""
+    """phi of the header: one vector from the l vectors of a summary's keys, or of its values."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -120,14 +122,16 @@ class Summary(nn.Module):
 
 
 def overlaps(size: int, stride: int, block_size: int) -> list[float]:
-    """Return how many strides a block and each summary that overlaps it have in common: of the summaries from
-    size / stride - 1 before the block's first one on. Of 32, 16 and 64 tokens: 1, 2, 2, 2, 1."""
+    """Return for each summary that overlaps a block the length of the overlap, in strides. The first of these
+    summaries begins size - stride tokens before the block. Example: 32, 16 and 64 tokens give 1, 2, 2, 2, 1.
+    """
     starts = range(stride - size, block_size, stride)
     return [(min(start + size, block_size) - max(start, 0)) / stride for start in starts]
 
 
 def importance(weights: Tensor, n_blocks: int, size: int, stride: int, block_size: int) -> Tensor:
-    """Return the weight (..., n_blocks) of each block from those of the summaries (..., M)."""
+    """Return the importance (..., n_blocks) of each block: the sum of the weights (..., M) of the summaries
+    that overlap it, each times its number in `overlaps`. size, stride and block_size are in tokens."""
     shares, step = overlaps(size, stride, block_size), block_size // stride
     before, length = size // stride - 1, (n_blocks - 1) * step + len(shares)
     padded = F.pad(weights, (before, max(0, length - before - weights.shape[-1])))
@@ -136,8 +140,9 @@ def importance(weights: Tensor, n_blocks: int, size: int, stride: int, block_siz
 
 
 def select(weights: Tensor, p: Tensor, n: int, block_size: int) -> Tensor:
-    """Return the blocks (B, T, G, n) with the largest weights (B, T, G, n_blocks), those that are always
-    selected among them, and -1 where fewer have begun. p: the positions (B, T) or (1, T) of the queries."""
+    """Return the numbers (B, T, G, n) of the blocks with the largest weights (B, T, G, n_blocks), with the
+    blocks that are always selected among them, and -1 where fewer than n have begun at the query. p: the
+    positions (B, T) or (1, T) of the queries."""
     block, own = torch.arange(weights.shape[-1], device=p.device), (p // block_size)[..., None, None]
     always = (block < FIRST) | (block > own - LATEST)
     return strongest(weights.masked_fill(always, math.inf).masked_fill(block > own, -math.inf), n)
@@ -162,16 +167,16 @@ def compressed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, n_blocks: int, config
 
 
 class Attention(nn.Module):
-    """The three branches. same_input: see kernels/few_rows.py."""
+    """The three branches, and the gates that add them up."""
 
-    same_input = ("q_proj", "k_proj", "v_proj", "gate_proj")
+    same_input = ("q_proj", "k_proj", "v_proj", "gate_proj")  # see kernels/few_rows.py
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.G, config.K
         biased = config.bias or config.qkv_bias
         self.q_proj = nn.Linear(D, H * K, bias=biased)
-        self.k_proj = nn.Linear(D, 3 * G * K, bias=biased)  # for each branch its keys
+        self.k_proj = nn.Linear(D, 3 * G * K, bias=biased)  # the keys of each branch
         self.v_proj = nn.Linear(D, 3 * G * K, bias=biased)
         self.gate_proj = nn.Linear(D, 3 * H, bias=biased)
         self.o_proj = nn.Linear(H * K, D, bias=config.bias)
@@ -181,7 +186,7 @@ class Attention(nn.Module):
         self.config, self.layer, self.backend = config, layer, config.kernels
 
     def forward(self, x: Tensor, rotation, cache: "SparseCache | None", cu_seqlens: Tensor | None) -> Tensor:
-        """Return (B, T, D) of x (B, T, D)."""
+        """Return (B, T, D) of x (B, T, D). rotation: from `rope`, None without rotary positions."""
         B, T, _ = x.shape
         q, k, v, gates = products(self, x)
         q = q.view(B, T, -1, self.config.K)  # (B, T, H, K)
@@ -189,12 +194,13 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
 
-        # Keys are rotated, but those of the first branch only after they are compressed.
+        # The keys of the first branch are rotated in `summaries`, after they are compressed.
         compressed_k, *others = k.unbind(dim=2)
         if rotation is not None:
             q, others = rotate(q, *rotation), [rotate(y, *rotation) for y in others]
         keys, values = (compressed_k, *others), v.unbind(dim=2)
 
+        # One token after those of the cache, documents packed in one row, or rows from their first tokens on.
         if cache is not None and cache.filled:
             branches = self.next_token(q, keys, values, cache)
         elif cu_seqlens is not None:
@@ -208,16 +214,16 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(B, T, -1))
 
     def summaries(self, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values (B, M, G, K) of blocks k and v (B, M, l, G, K); first: the positions of
-        their first tokens, (M,) or (B, M)."""
+        """Return the keys and values (B, M, G, K) of the summaries of k and v (B, M, l, G, K), their tokens'
+        keys and values. first: the positions of their first tokens, (M,) or (B, M)."""
         k, v, c = self.of_keys(k), self.of_values(v), self.config
         if c.positions == "rope":
             k = rotate(k, *rope(first, c.rope_theta, c.K, c.rope_scaling))
         return k, v
 
     def whole(self, q: Tensor, keys, values, cache: "SparseCache | None" = None) -> list[Tensor]:
-        """Return what the branches (B, T, H, K) of q (B, T, H, K) are, of a row from its first token on.
-        keys, values: (B, T, G, K) for each branch. The cache is filled with them."""
+        """Return the three branches, each (B, T, H, K), for rows from their first token on: q (B, T, H, K),
+        keys and values (B, T, G, K) for each branch. A cache is filled with the keys and values."""
         c, T = self.config, q.shape[1]
         M, n_blocks = c.n_summaries(T), -(-T // c.block_size)
         at = torch.arange(M, device=q.device) * c.summary_stride
@@ -226,7 +232,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache.fill_branches(self.layer, keys, values, k, v)
 
-        # In training, the weights of one chunk of queries at a time are in memory.
+        # Only one chunk of queries has its weights of all summaries in memory. In training they are dropped
+        # after the chunk, and computed again in the backward pass.
         p, parts = torch.arange(T, device=q.device)[None], []
         for start in range(0, T, CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -239,7 +246,8 @@ class Attention(nn.Module):
         return [first, second, third]
 
     def next_token(self, q: Tensor, keys, values, cache: "SparseCache") -> list[Tensor]:
-        """Return the branches (B, 1, H, K) of one token after those in the cache, and store it there."""
+        """Return the three branches, each (B, 1, H, K), for one token after those in the cache, and store its
+        keys and values there."""
         c = self.config
         p = torch.tensor(cache.lengths, device=q.device)[:, None]  # (B, 1)
         summaries = cache.summarise(self.layer, keys[0], values[0], self.summaries)
@@ -253,8 +261,9 @@ class Attention(nn.Module):
 
 
 class SparseCache(KVCache):
-    """The last `window` keys and values of the third branch, all of the second, and of the first branch all
-    summaries, and the last l tokens, of which the next summary is made."""
+    """The cache of the three branches: all summaries of the first, with the keys and values of the last l
+    tokens, from which the next summary is made; all keys and values of the second; the last `window` of the
+    third, in the fields of KVCache itself."""
 
     def __init__(self, config: Config, lengths: list[int], max_len: int, like: Tensor):
         super().__init__(config, lengths, max_len, like)
@@ -268,8 +277,9 @@ class SparseCache(KVCache):
         self.size, self.stride = config.summary_size, config.summary_stride
 
     def fill_branches(self, layer: int, keys, values, k: Tensor, v: Tensor) -> None:
-        """Store the prompts: keys and values (B, T, G, K) of the branches, and the summaries (B, M, G, K). A
-        summary that reaches over the end of a shorter prompt is replaced before it is seen."""
+        """Store the prompts: keys and values (B, T, G, K) of each branch, and those of the summaries, k and v
+        (B, M, G, K). In a row that is shorter than T some summaries are made of padding. Each is replaced
+        when its last token has come, before a query sees it."""
         for cache, branch in ((self.latest, 0), (self.selected, 1), (self, 2)):
             cache.fill(layer, keys[branch], values[branch])
         self.summary_keys[layer][:, : k.shape[1]] = k
@@ -277,7 +287,7 @@ class SparseCache(KVCache):
 
     def summarise(self, layer: int, k: Tensor, v: Tensor, summaries) -> tuple[Tensor, Tensor]:
         """Store one token's key and value (B, 1, G, K), and return the keys and values (B, M, G, K) of all
-        summaries. summaries: makes those that become complete with this token."""
+        summaries so far. summaries: `Attention.summaries`, to make those that this token completes."""
         self.latest.append(layer, k, v)
         rows = [b for b, n in enumerate(self.lengths) if n + 1 >= self.size and (n + 1) % self.stride == 0]
         if rows:
@@ -310,7 +320,7 @@ class Block(gpt.Block):
 
 
 class NativeSparse(GPT):
-    """gpt.py's decoder with the attention above, saved natively: Hugging Face has no such architecture."""
+    """gpt.py's decoder with the attention above, saved natively: transformers has no such architecture."""
 
     block, new_cache = Block, new_cache
     save_pretrained = native.save
@@ -328,7 +338,8 @@ show = gpt.show
 
 
 def width_factors(name: str, ratio: float) -> tuple[float, float]:
-    """Return the factors of `optim.width_factors`; the matrices of a summary do not grow with the width."""
+    """Return the factors of `optim.width_factors` for --mup. The matrices of a summary have factors of 1,
+    since they do not grow with the model's width."""
     return (1.0, 1.0) if "inner_proj" in name or "outer_proj" in name else optim.width_factors(name, ratio)
 
 

@@ -1,14 +1,15 @@
 """Talking heads: two small matrices let the heads of attention mix, before and after the softmax.
 
-    scores_h   = sum_g  P_l[h, g]  q_g . k_g / sqrt(K)      each head's scores are a mixture of all heads'
-    weights_h  = sum_g  P_w[h, g]  softmax(scores_g)        and so are its weights
-    out_h      = sum_j  weights_h[j] v_h[j]
+    scores_h   = sum_g  P_l[h, g]  q_g . k_g / sqrt(K)      a head's scores mix those of all heads
+    weights_h  = sum_g  P_w[h, g]  softmax(scores_g)        and so do its weights; softmax over keys
+    out_h      = sum_j  weights_h[j] v_h[j]                 j: the keys
 
-Ordinary heads are independent until their outputs are added up (Shazeer et al. 2020). The mask comes after
-P_l: before it, -inf would spread over the heads. Both matrices begin as the identity, which is ordinary
-attention; they have 2 H^2 weights per layer.
+In ordinary attention each head computes its output without the others (Shazeer et al. 2020). P_l mixes
+the logits, P_w the weights; both are H x H, and each layer has its own. They begin as the identity, with
+which this is ordinary attention. The mask is applied after P_l: entries of P_l that are 0 or negative would
+turn -inf into NaN or +inf.
 
-The mixture needs the scores of all heads at once, so that no fused kernel serves it: memory grows as H T^2.
+A mixture needs the scores of all heads at once, so no fused kernel computes it: memory grows as H T^2.
 
     python -m attention_variants.talking_heads                       the sizes
     python -m attention_variants.talking_heads DIR --prompt "def "   continue a text
@@ -37,8 +38,8 @@ class Config(gpt.Config):
     """The fields of gpt.py's Config."""
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the matmul FLOPs of training on one token: those of gpt.py, and per visible key 4 H^2
-        forward, where q . k and the sum of values cost 4 H K."""
+        """Return the matmul FLOPs of training on one token: those of gpt.py, and those of the two mixtures.
+        For each visible key the mixtures cost 4 H^2 forward, while q . k and the sum of values cost 4 H K."""
         ordinary = super().flops_per_token(seq_len)
         of_keys = ordinary - 6 * self.n_matmul_params
         return ordinary + of_keys * self.n_heads // self.K
@@ -48,7 +49,7 @@ SIZES = {"tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True)} 
 
 
 class Attention(gpt.Attention):
-    """gpt.py's attention with the two matrices."""
+    """gpt.py's attention, with the matrices P_l and P_w between the heads."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
@@ -57,7 +58,7 @@ class Attention(gpt.Attention):
         self.weights_mix_proj = nn.Linear(H, H, bias=False)  # P_w
 
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Return (B, T, D) of x (B, T, D), as in gpt.py up to the last two lines."""
+        """Return (B, T, D) of x (B, T, D). As in gpt.py, but `talk` takes the place of `attention`."""
         B, T, _ = x.shape
         q, k, v = products(self, x)
         if self.q_norm is not None:
@@ -74,14 +75,14 @@ class Attention(gpt.Attention):
         return self.o_proj(y.reshape(B, T, -1))
 
     def talk(self, q: Tensor, k: Tensor, v: Tensor, causal=False, window=None, **lengths) -> Tensor:
-        """Return the equations of the header, (B, T, H, K), for q (B, T, H, K) and k, v (B, S, G, K); the
-        mask as in `kernels.attention`."""
+        """Return the output (B, T, H, K) of the three equations above for q (B, T, H, K) and k, v
+        (B, S, G, K). causal, window and lengths are the mask, as in `kernels.attention`."""
         T, H, S, G = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         k, v = (y.repeat_interleave(H // G, dim=2) for y in (k, v))  # (B, S, H, K)
         scores = torch.einsum("bthk,bshk->btsh", q, k) / math.sqrt(self.d_head)
         scores = self.scores_mix_proj(scores)
 
-        # The mask is (T, S), or (B, 1, T, S) where rows differ in length; the softmax is in float32 at least.
+        # The mask is (T, S), or (B, 1, T, S) where rows differ in length. The softmax is in float32 at least.
         seen = visible(T, S, q.device, causal=causal, window=window, **lengths)
         seen = (seen if seen.ndim == 2 else seen[:, 0])[..., None]
         wide = torch.promote_types(scores.dtype, torch.float32)
@@ -102,7 +103,7 @@ class TalkingHeads(GPT):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the matrices as gpt.py does, and let no head mix with another."""
+        """Draw the matrices as gpt.py does, and make P_l and P_w the identity: no head mixes with another."""
         super().initialize()
         for block in self.model.layers:
             nn.init.eye_(block.self_attn.scores_mix_proj.weight)

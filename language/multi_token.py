@@ -1,21 +1,21 @@
-"""Multi-token prediction: at every position a decoder predicts the next token, and those that come after.
+"""Multi-token prediction: at every position a decoder predicts not only the next token, but n tokens.
 
-    parallel      n heads read one trunk z, each a layer of its own; all share the final norm and matrix W:
-                  p(t_{i+k}) = softmax(W norm(layer_k(z_i)))        k = 1 ... n
-                  (Gloeckle et al. 2024); the last layer of the decoder is head 1
-    sequential    module k adds the token that came k places later to the state of the module before it:
-                  h^k_i = block_k(W_k [norm(E(t_{i+k})) ; norm(h^{k-1}_i)])        k = 1 ... n - 1
-                  p(t_{i+k+1}) = softmax(W norm_k(h^k_i)),  h^0 the state of the decoder's last layer
-                  (DeepSeek-V3 2024, section 2.2); the embedding comes first, as in the published weights
+    parallel      n heads read the states z of one trunk. A head is one layer; all share the final norm and
+                  the matrix W:  p(t_{i+k}) = softmax(W norm(layer_k(z_i)))        k = 1 ... n
+                  The last layer of the decoder is head 1 (Gloeckle et al. 2024, section 2)
+    sequential    module k joins the state of the module before it with the embedding of the token k places
+                  later:  h^k_i = block_k(W_k [norm(E(t_{i+k})) ; norm(h^{k-1}_i)])        k = 1 ... n - 1
+                  p(t_{i+k+1}) = softmax(W norm_k(h^k_i));  h^0 is the state after the decoder's last layer
+                  (DeepSeek-V3 2024, section 2.2). The embedding comes first, as in the published weights
 
     loss = loss of the next token + weight * (sum over heads, or mean over modules, of the further losses)
 
-Without the further heads this is gpt.py's decoder to the bit, and generation leaves them out. At 7 billion
-parameters they made programs better (n = 4), and below one billion worse (Gloeckle et al. 2024, section 3.1).
-They are also a draft for speculative.py, at little cost.
+Without the further heads or modules this is exactly gpt.py's decoder, and ordinary generation leaves them
+out. With n = 4, models of 7 billion parameters wrote better programs, and those below one billion worse ones
+(Gloeckle et al. 2024, section 3.1). The heads are also a draft for speculative.py, at little cost.
 
-Parallel heads are trained in turn: the logits and the layer of one are gone before the next begins, so that
-the memory is that of one head. Names inside a module are those of DeepSeek-V3's checkpoint.
+Parallel heads are trained in turn: the activations and logits of one head are freed before the next begins,
+so that training needs the memory of one head. Names inside a module are those of DeepSeek-V3's checkpoint.
 
     python -m language.multi_token                                          the sizes
     python train.py --model multi_token                                     train parallel heads
@@ -45,11 +45,11 @@ from language.speculative import Proposal
 
 @dataclass(frozen=True)
 class Config(gpt.Config):
-    """The fields of gpt.py's Config, and what is predicted beyond the next token."""
+    """The fields of gpt.py's Config, and those of the tokens beyond the next one."""
 
     n_future: int = 4  # n, tokens predicted at a position; 1: the next alone
     modules: str = "parallel"  # or "sequential"
-    future_weight: float = 1.0  # of the further losses; DeepSeek-V3: 0.3, and 0.1 at the end
+    future_weight: float = 1.0  # of the further losses; DeepSeek-V3: 0.3, towards the end of training 0.1
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +59,7 @@ class Config(gpt.Config):
 
     @property
     def with_further_layers(self) -> gpt.Config:
-        """Return the Config of a decoder that has the layers of the further heads too."""
+        """Return the Config of a gpt.py decoder that also has the layers of the further heads or modules."""
         values = {field.name: getattr(self, field.name) for field in fields(gpt.Config)}
         return gpt.Config(**values | {"n_layers": self.n_layers + self.n_future - 1})
 
@@ -72,7 +72,7 @@ class Config(gpt.Config):
         return self.with_further_layers.n_matmul_params + (self.n_future - 1) * of_head
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the matmul FLOPs of training on one token, as in gpt.py, with the further heads."""
+        """Return the matmul FLOPs of training on one token: those of gpt.py and of the further heads."""
         deeper = self.with_further_layers
         return deeper.flops_per_token(seq_len) + 6 * (self.n_matmul_params - deeper.n_matmul_params)
 
@@ -84,15 +84,15 @@ SIZES = {
 
 
 class InTurn(torch.autograd.Function):
-    """A weighted sum of losses of heads that read the same z. The gradients are computed in the forward pass,
-    head by head, so that their sums alone are kept, and nothing of what a head has computed."""
+    """A weighted sum of the losses of heads that read the same z. Gradients are computed in the forward pass,
+    head by head. Only their sums are kept for the backward pass, and no activations of any head."""
 
     @staticmethod
     def forward(
         ctx, losses: list[Callable], weights: list[float], learn: bool, z: Tensor, *parameters: Tensor
     ):
-        """Return the sum, and the losses (n,). losses: functions of z; learn: compute gradients of z and of
-        the parameters."""
+        """Return the weighted sum, and the losses (n,), which have no gradient. losses: functions of z;
+        learn: whether to compute gradients with respect to z and the parameters."""
         values, sums = [], [torch.zeros_like(x) for x in (z, *parameters)] if learn else []
         for loss, weight in zip(losses, weights, strict=True):
             with torch.set_grad_enabled(learn):
@@ -116,7 +116,7 @@ class InTurn(torch.autograd.Function):
 
 
 class Module(gpt.Block):
-    """One of DeepSeek-V3's modules: a block that reads a state and the embedding of a later token."""
+    """One of DeepSeek-V3's modules: a block whose input joins a state and the embedding of a later token."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
@@ -126,13 +126,14 @@ class Module(gpt.Block):
         self.shared_head = nn.ModuleDict({"norm": Norm(D, config, config.norm)})
 
     def forward(self, h: Tensor, embedded: Tensor, rotation, cache, cu_seqlens: Tensor | None) -> Tensor:
-        """Return the states (B, T, D) of states h and embeddings (B, T, D)."""
+        """Return the module's states (B, T, D), from the states h and the embeddings, both (B, T, D)."""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), dim=-1))
         return super().forward(x, rotation, cache, cu_seqlens)
 
 
 class Further(nn.ModuleList):
-    """The further heads or modules, initialised as gpt.py's layers are, after all of those."""
+    """The further heads or modules. They are initialised by gpt.py's rules after its own layers, whose random
+    draws so stay the same."""
 
     matrices, initialize = GPT.matrices, GPT.initialize
 
@@ -156,7 +157,7 @@ class MultiToken(GPT):
     def trunk(
         self, tokens: Tensor, *, cache: KVCache | None = None, cu_seqlens=None
     ) -> tuple[Tensor, tuple | None]:
-        """Return z (B, T, D), what the last layer reads, and the rotation; as `GPT.hidden` up to there."""
+        """Return z (B, T, D), the input of the last layer, and the rotation. As `GPT.hidden` up to there."""
         T, device = tokens.shape[1], tokens.device
         positions = torch.arange(T, device=device)[None] if cache is None else cache.positions(T, device)
         if cu_seqlens is not None:
@@ -171,7 +172,7 @@ class MultiToken(GPT):
         return x, rotation
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean nats per target (B, T) of normalised states (B, T, D)."""
+        """Return the mean nats per target, a scalar, of normalised states (B, T, D) and targets (B, T)."""
         options = {"softcap": self.config.logit_softcap, "backend": self.config.kernels}
         return linear_cross_entropy(hidden, self.head_weight, targets, **options)[0]
 
@@ -186,7 +187,7 @@ class MultiToken(GPT):
         return total, dict(zip(names, losses, strict=True))
 
     def in_parallel(self, z, rotation, tokens, targets, cu_seqlens) -> tuple[Tensor, list[Tensor]]:
-        """Return the total and the losses of all heads, computed in turn."""
+        """Return the loss of the header, and the losses of all heads, which are computed in turn."""
         blocks, T = [self.model.layers[-1], *self.further], targets.shape[1]
 
         def loss_of(k: int) -> Callable[[Tensor], Tensor]:
@@ -205,9 +206,12 @@ class MultiToken(GPT):
     in_parallel._torchdynamo_disable = True  # a compiler cannot trace gradients in a forward pass
 
     def in_sequence(self, z, rotation, tokens, targets, cu_seqlens) -> tuple[Tensor, list[Tensor]]:
-        """Return the total and the losses of the decoder and of all modules."""
+        """Return the loss of the header, and the losses of the decoder and of all modules. Raises ValueError
+        for rows of fewer than n tokens, which leave a module without a position."""
+        if (T := tokens.shape[1]) < self.config.n_future:
+            raise ValueError(f"rows of {T} tokens: expected at least n_future {self.config.n_future}")
         h = self.model.layers[-1](z, rotation, None, cu_seqlens)
-        losses, T = [self.nats(self.model.norm(h), targets)], tokens.shape[1]
+        losses = [self.nats(self.model.norm(h), targets)]
         embedded = self.model.embed_tokens(tokens)
         for k, module in enumerate(self.further, 1):
             # Position i reads the token at i + k, so that the last k positions are left out.
@@ -224,7 +228,7 @@ class MultiToken(GPT):
 
 
 class WithFurther(Rewindable):
-    """The decoder as speculative.py runs it: each pass also computes what the guesses are made of."""
+    """The decoder as speculative.py runs it. Each pass keeps the states from which the guesses are made."""
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> Rewinding:
         """Return an empty cache, with the layers of the further heads."""
@@ -233,7 +237,7 @@ class WithFurther(Rewindable):
         return Rewinding(cache, max_len, config.max_seq_len if config.positions == "learned" else None)
 
     def hidden(self, tokens: Tensor, *, cache: Rewinding) -> Tensor:
-        """Return the hidden states (B, T, D) of the next tokens (B, T), and keep those of the heads."""
+        """Return the hidden states (B, T, D) of the next tokens (B, T), and keep what `guesses` needs."""
         self.starts = list(cache.lengths) if cache.filled else [0] * len(tokens)
         model, self.cache = self.model, cache
         z, self.rotation = model.trunk(tokens, cache=cache)
@@ -244,8 +248,8 @@ class WithFurther(Rewindable):
         return model.model.norm(self.last)
 
     def guesses(self, texts: list[list[int]], n: int) -> Tensor:
-        """Return normalised states (B, n or fewer, D) that predict what follows the last token of each text,
-        which no pass has read yet."""
+        """Return at most n normalised states of each row (B, up to n, D), which predict the tokens after the
+        last one of each text. No pass has read that last token yet."""
         rows = torch.arange(len(texts), device=self.last.device)
         place = [len(text) - 2 - start for text, start in zip(texts, self.starts, strict=True)]
         if self.model.config.modules == "parallel":
@@ -253,8 +257,8 @@ class WithFurther(Rewindable):
             return self.model.model.norm(states)
         module, T = self.model.further[0], self.last.shape[1]
 
-        # The first module reads, beside the states of the last pass, the token behind each; what it computes
-        # behind the end of a text is overwritten later.
+        # The first module joins each state of the last pass with the token after it, which is known by now.
+        # What it stores in the cache beyond the end of a text is overwritten by the next pass.
         found = [text[start + 1 : start + 1 + T] for text, start in zip(texts, self.starts, strict=True)]
         behind = torch.tensor([row + [0] * (T - len(row)) for row in found], device=self.last.device)
         lengths, self.cache.lengths = self.cache.lengths, self.starts
@@ -264,7 +268,7 @@ class WithFurther(Rewindable):
 
 
 class Heads:
-    """The draft of a MultiToken: its further heads, or the first of its modules, which guesses one token."""
+    """The draft that a MultiToken is for itself: all further heads guess, or the first module, one token."""
 
     target = staticmethod(WithFurther)
 

@@ -1,8 +1,8 @@
-"""A cache that goes back: generation in which tokens are read first, and taken back if they do not stay.
+"""A cache that can be cut back, for generation in which some tokens are removed again after a pass.
 
-The cache of generate.py reads the prompts, and then one token after another. This one reads any number of
-tokens in a pass, and forgets the last of them, in each row of a batch as many as it must. `Rewindable` gives
-it to a decoder: language/speculative.py needs it to check guesses.
+The cache of generate.py takes the prompts, and then one token per pass. This one takes any number of tokens
+per pass, and can drop the last of them, in each row of a batch a different number. language/speculative.py
+checks guesses with it, and drops those that are refused. `Rewindable` gives a decoder this cache.
 
 Shapes: B rows, T tokens of a pass, S slots of the cache, D model width, V vocabulary, G key/value heads, K
 head width.
@@ -16,29 +16,31 @@ from generate import KVCache
 
 
 class Rewinding(KVCache):
-    """A cache of keys and values that reads several tokens in a pass, and can be cut back to fewer.
+    """A cache of keys and values that takes several tokens in a pass, and can be cut back to fewer.
 
-    A layer with a window keeps all keys, and a mask hides the far ones: a ring would have lost those that
-    come back into sight.
+    A layer with a window keeps all keys here, and a mask hides those outside of the window. In KVCache's ring
+    buffer new tokens overwrite old ones, which the window would need again after the cache is cut back.
     """
 
     def __init__(self, cache: KVCache, max_len: int, n_positions: int | None):
-        """Take the place of a new cache. max_len: tokens to hold; n_positions: of the model, None: any."""
+        """Replace an empty cache. max_len: tokens to hold. n_positions: how many learned positions the model
+        has, None if its positions are not learned."""
         self.lengths, self.filled, self.n_positions, self.n_read = cache.lengths, False, n_positions, 0
-        self.keys, self.slots = [whole(x, max_len) for x in cache.keys], [max_len] * len(cache.keys)
+        self.keys, self.slots = [full_length(x, max_len) for x in cache.keys], [max_len] * len(cache.keys)
         shared = cache.values is cache.keys  # as in latent attention
-        self.values = self.keys if shared else [whole(x, max_len) for x in cache.values]
+        self.values = self.keys if shared else [full_length(x, max_len) for x in cache.values]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Return the positions of the next T tokens: (1, T), or (B, T) where the rows differ in length."""
         self.n_read = T
         starts = [0] if not self.filled else self.lengths[:1] if self.uniform else self.lengths
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
-        # Drafts behind the last token that fits are refused later; until then they need some position.
+        # Guesses may lie beyond the last position. They are never part of the text, so any position will do.
         return positions if self.n_positions is None else positions.clamp(max=self.n_positions - 1)
 
     def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
-        """Store a layer's new keys and values (B, T, G, K), and return those to attend to, and the mask."""
+        """Store a layer's new keys and values (B, T, G, K), and return those to attend to, and the mask with
+        the number of keys of each row where rows differ."""
         if not self.filled:
             self.fill(layer, k, v)
             return k, v, mask
@@ -59,21 +61,23 @@ class Rewinding(KVCache):
         self.filled = True
 
     def go_back(self, lengths: list[int]) -> None:
-        """Forget what lies behind these lengths, one per row: it is overwritten later."""
+        """Cut each row back to its length. What lies behind stays in memory until it is overwritten."""
         self.lengths = list(lengths)
 
 
 class RewindingStates(Rewinding):
-    """The same of linear attention, whose states cannot be cut: the state after each token is kept until the
-    cache goes back, which is possible to the last place where it went back to, and no further."""
+    """The same for linear attention. A state cannot be cut back, so the state after each token is kept until
+    the next call of `go_back`. The cache cannot go back beyond the place of the last call."""
 
     def __init__(self, cache: HybridCache, max_len: int, n_positions: int | None):
         super().__init__(cache, max_len, n_positions)
         self.current, self.start = cache, list(cache.lengths)
-        self.history: dict[int, list[Tensor]] = {}  # of each layer, from the start on: (B, H, K, K)
+        # For each layer its states (B, H, K, K) after `start` tokens, after one more, ...
+        self.history: dict[int, list[Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *decay) -> Tensor:
-        """Return o (B, T, H, K) of the prompts, or of T tokens of each row, one after the other."""
+        """Return o (B, T, H, K) of the prompts, or of T tokens of each row, computed one after the other.
+        decay: further arguments of `HybridCache.attend`."""
         states = self.current.states
         if not self.filled:
             o = self.current.attend(layer, q, k, v, *decay)
@@ -86,7 +90,7 @@ class RewindingStates(Rewinding):
         return torch.cat(outputs, dim=1)
 
     def go_back(self, lengths: list[int]) -> None:
-        """Take the states that the rows had at these lengths."""
+        """Cut each row back to its length, and take the states that the rows had there."""
         n = [max(0, length - start) for length, start in zip(lengths, self.start, strict=True)]
         for layer, states in self.history.items():
             state = torch.stack([states[i][row] for row, i in enumerate(n)])
@@ -94,8 +98,9 @@ class RewindingStates(Rewinding):
         self.lengths, self.start = list(lengths), list(lengths)
 
 
-def whole(x: Tensor | None, max_len: int) -> Tensor | None:
-    """Return keys or values (B, S, G, K) if S is max_len, else zeros of that length; None for None."""
+def full_length(x: Tensor | None, max_len: int) -> Tensor | None:
+    """Return the empty keys or values x (B, S, G, K) if S is max_len, else zeros of that length. A layer
+    without keys has None, and keeps it."""
     if x is None:
         return None
     B, S, G, K = x.shape
@@ -103,7 +108,7 @@ def whole(x: Tensor | None, max_len: int) -> Tensor | None:
 
 
 class Rewindable(nn.Module):
-    """A decoder as generate.py needs it, whose caches are `Rewinding`."""
+    """A decoder with the functions that generate.py calls, whose caches are `Rewinding`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -118,7 +123,7 @@ class Rewindable(nn.Module):
         return self.model.logits(hidden)
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> Rewinding:
-        """Return an empty cache. Raises ValueError for a model with a cache of another kind."""
+        """Return an empty cache, never static. Raises ValueError for a model with another kind of cache."""
         cache = self.model.new_cache(lengths, max_len)
         learned = self.config.positions == "learned"
         options = max_len, self.config.max_seq_len if learned else None

@@ -1,28 +1,29 @@
 """Speculative decoding: a cheap draft guesses several tokens, and the model checks all of them in one pass.
 
-    x_1 ... x_g ~ q        the draft's tokens
-    p_0 ... p_g            of the model, from one pass over the last token and the drafts
-    accept x_i with probability min(1, p_{i-1}(x_i) / q(x_i)), one after the other
-    at the first refusal draw from (p - q)+, normalised; if all are accepted, draw one more token from p_g
+    x_i ~ q_i,  i = 1 ... g     the draft's guesses, each drawn from its distribution at that place
+    p_1 ... p_{g+1}             the model's, there and at the next place, from one pass over the guesses
+    accept x_i with probability min(1, p_i(x_i) / q_i(x_i)), one after the other
+    at the first refusal draw from (p_i - q_i)+, normalised; if all are accepted, draw one more from p_{g+1}
 
-The texts have exactly the law of the model alone, whatever the draft is: a token comes from a draft with
-probability min(p, q), and from a refusal with the rest, p - min(p, q) (Leviathan et al. 2023, section 2.3 and
-appendix A.1; Chen et al. 2023). At temperature 0 they are the same text, up to ties of logits that round
-otherwise in passes of other lengths. If a draft is accepted with probability a, independently, a pass yields
+The text has exactly the distribution of the model's own, whatever the draft is: token x is a guess that is
+accepted with probability min(p(x), q(x)), and comes from a refusal with the rest, p(x) - min(p(x), q(x))
+(Leviathan et al. 2023, section 2.3 and appendix A.1; Chen et al. 2023). At temperature 0 it is the text of
+the model alone, except where rounding decides between two logits that are almost equal. If guesses are
+accepted independently with probability a, a pass yields on average
 
     (1 - a^(g+1)) / (1 - a)        tokens, at the cost of one pass of the model and g of the draft
 
-A pass over few tokens takes hardly longer than over one, because it waits for the weights. The drafts:
+A pass over a few tokens takes hardly longer than over one, because both wait for the weights. The drafts:
 
     DraftModel    a smaller model with the same vocabulary
-    Lookup        what followed the last few tokens when they occurred before: for texts that repeat
+    Lookup        copies what followed the last few tokens when they occurred before: for texts that repeat
                   themselves (prompt look-up, Saxena 2023)
     Heads         the model's own further heads: see multi_token.py
 
     python -m language.speculative runs/10m/model --draft runs/gpt/model --prompt "def "
     python -m language.speculative runs/gpt/model --lookup --prompt "def "
 
-Shapes: B rows, T tokens of a pass, g drafts, D model width, V vocabulary.
+Shapes: B rows, T tokens of a pass, g guesses, D model width, V vocabulary.
 """
 
 import argparse
@@ -47,30 +48,30 @@ from language.rewinding import Rewindable
 
 
 class Proposal(NamedTuple):
-    """The guesses of a draft."""
+    """The guesses of a draft, for one pass of the model."""
 
     tokens: Tensor  # int64 (B, g)
-    q: Tensor  # (B, g, V), the probabilities that they were drawn with
-    counts: Tensor  # int64 (B,), how many of a row's tokens are guesses: those behind only fill the row
+    q: Tensor  # (B, g, V), the probabilities from which they were drawn
+    counts: Tensor  # int64 (B,), how many of a row's tokens are guesses; those after them are padding
 
 
 class Draft(Protocol):
-    """The functions of a draft."""
+    """The functions that a draft must have."""
 
     vocab_size: int
 
     def target(self, model: nn.Module) -> "Rewindable":
-        """Return the model as it is run, to which a draft may add what it needs."""
+        """Return the model with a cache that can go back. The draft may add to it what its guesses need."""
 
     def begin(self, prompts: list[list[int]], n_new: int, target: nn.Module) -> None:
-        """Read the prompts; n_new: further tokens that texts may get, drafts included."""
+        """Read the prompts. n_new: tokens that may follow, guesses included. target: has read the prompts."""
 
     def propose(self, texts: list[list[int]], n: int, law: Callable, generator: Generator | None) -> Proposal:
         """Return at most n guesses of what follows each text. law: from logits (..., V) to probabilities."""
 
 
 class DraftModel:
-    """A model of the same vocabulary that is smaller, and so faster."""
+    """The draft is a smaller and so faster model of the same vocabulary."""
 
     target = staticmethod(Rewindable)
 
@@ -83,8 +84,8 @@ class DraftModel:
         self.device = hidden.device
 
     def propose(self, texts: list[list[int]], n: int, law: Callable, generator: Generator | None) -> Proposal:
-        # What it has not read: the last token of each text, and in a row where all of its guesses were
-        # accepted also the last of them.
+        # The draft has not read the last token of each text. Where all its guesses were accepted it has not
+        # read the last guess either, because it drew that one in its last pass.
         cache = self.cache
         read = [min(n, len(text) - 1) for n, text in zip(cache.lengths, texts, strict=True)]
         missing = max(len(text) - n for n, text in zip(read, texts, strict=True))
@@ -100,17 +101,17 @@ class DraftModel:
 
 
 class Lookup:
-    """Guesses are the tokens that followed when the last tokens of a text occurred in it before."""
+    """The draft copies the tokens that followed when the last tokens of the text occurred in it before."""
 
     target = staticmethod(Rewindable)
 
     def __init__(self, vocab_size: int, longest: int = 3):
-        """longest: tokens that must be the same; if these are new, fewer are tried, down to one."""
+        """longest: last tokens that are looked up. If they did not occur, fewer are tried, down to one."""
         self.vocab_size, self.longest = vocab_size, longest
 
     def begin(self, prompts: list[list[int]], n_new: int, target: nn.Module) -> None:
         self.device = next(target.parameters()).device
-        # For each row the place behind each of its n-grams, the latest, and how many tokens were read.
+        # For each row the place after the latest occurrence of each n-gram, and how many tokens were read.
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
         self.n_read = [1] * len(prompts)
 
@@ -119,11 +120,11 @@ class Lookup:
         counts, width = [len(guess) for guess in found], max(map(len, found))
         tokens = torch.tensor([guess + [0] * (width - len(guess)) for guess in found], device=self.device)
         tokens = tokens.long().view(len(texts), width)
-        q = F.one_hot(tokens, self.vocab_size).float()  # a guess without alternatives
+        q = F.one_hot(tokens, self.vocab_size).float()  # a copy is drawn with probability 1
         return Proposal(tokens, q, torch.tensor(counts, device=self.device))
 
     def copy(self, row: int, text: list[int], n: int) -> list[int]:
-        """Return the n tokens behind an earlier occurrence of the end of the text, or none."""
+        """Return the n tokens that followed the end of the text where it last occurred before, or none."""
         places, sizes = self.places[row], range(self.longest, 0, -1)
         for end in range(self.n_read[row], len(text)):
             places.update({tuple(text[end - size : end]): end for size in sizes if size <= end})
@@ -131,20 +132,20 @@ class Lookup:
         place = next((places[end] for size in sizes if (end := tuple(text[-size:])) in places), None)
         if place is None:
             return []
-        # A copy that reaches the end of the text goes on with what it has copied.
+        # A copy that reaches the end of the text goes on with the tokens that it has copied.
         guess = list(text)
         for i in range(place, place + n):
             guess.append(guess[i])
         return guess[len(text) :]
 
 
-# --- the law
+# --- the law: the probabilities from which a token is drawn
 
 
 def law(logits: Tensor, temperature: float, **cuts) -> Tensor:
-    """Return the probabilities (..., V) that `generate.sample` draws with from logits (..., V).
+    """Return the probabilities (..., V) with which `generate.sample` draws tokens, from logits (..., V).
 
-    Raises ValueError for logits that are not finite.
+    cuts: top_k, top_p and min_p, as in `generate.likely`. Raises ValueError for logits that are not finite.
     """
     rows = logits.flatten(0, -2).float()
     decoding.check_finite(rows)
@@ -154,9 +155,9 @@ def law(logits: Tensor, temperature: float, **cuts) -> Tensor:
 
 
 def accept(p: Tensor, proposal: Proposal, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Return how many guesses of each row are accepted, int64 (B,), and the token behind them, int64 (B, 1).
+    """Return how many guesses of each row are accepted, int64 (B,), and the token after them, int64 (B, 1).
 
-    p: (B, g + 1, V), the model's probabilities at the places of the guesses, and behind the last.
+    p: (B, g + 1, V), the model's probabilities at the places of the guesses, and at the next place.
     """
     tokens, q, counts = proposal
     B, g = tokens.shape
@@ -165,7 +166,8 @@ def accept(p: Tensor, proposal: Proposal, generator: Generator | None = None) ->
     passed = (u * of_q < of_p) & (torch.arange(g, device=p.device) < counts[:, None])
     n = passed.long().cumprod(dim=1).sum(dim=1)  # (B,), up to the first refusal
 
-    # After a refusal (p - q)+, else p. Where p and q are equal up to rounding, nothing may be left: then p.
+    # The token after them is drawn from (p - q)+ if the next guess was refused, else from p. Where p and q
+    # are equal up to rounding, (p - q)+ may be 0 everywhere: then too it is drawn from p.
     rows = torch.arange(B, device=p.device)
     p_behind, refused = p[rows, n], n < counts
     q_behind = F.pad(q, (0, 0, 0, 1))[rows, n] * refused[:, None]
@@ -178,13 +180,13 @@ def accept(p: Tensor, proposal: Proposal, generator: Generator | None = None) ->
 class Counts:
     """Counts of passes, tokens and accepted guesses, over all rows."""
 
-    passes: int = 0  # of the model, times the rows, without those over the prompts
-    tokens: int = 0  # that came from them
+    passes: int = 0  # passes of the model after the prompts; one over B unfinished rows counts B times
+    tokens: int = 0  # tokens that these passes gave
     tested: int = 0  # guesses that were accepted, or the first of their pass to be refused
-    accepted: int = 0
+    accepted: int = 0  # guesses
 
     def add(self, accepted: Tensor, given: Tensor, new: list[list[int]]) -> None:
-        """Add a pass, in which of given guesses (B,) so many were accepted (B,), and rows got new tokens."""
+        """Add a pass in which `accepted` (B,) of the `given` (B,) guesses were, and rows got new tokens."""
         for k, g, tokens in zip(accepted.tolist(), given.tolist(), new, strict=True):
             if tokens:
                 self.passes, self.tokens = self.passes + 1, self.tokens + len(tokens)
@@ -206,8 +208,7 @@ def expected_tokens(a: float, g: int) -> float:
 
 
 def penalised(logits: Tensor, texts: list[list[int]], guesses: Tensor, penalty: float) -> Tensor:
-    """Return logits (B, g + 1, V) with the repetition penalty, at each place for the tokens before it: those
-    of the texts, and of the guesses (B, g)."""
+    """Return logits (B, g + 1, V), penalised at each place for the tokens of the text and guesses before."""
     if penalty == 1.0:
         return logits
     seen = decoding.tokens_in(texts, logits.shape[-1], logits.device)
@@ -236,7 +237,7 @@ def check(model: nn.Module, draft: Draft, n_drafts: int) -> None:
 
 
 def no_guesses(B: int, V: int, device: torch.device) -> Proposal:
-    """Return a proposal of no tokens."""
+    """Return a proposal without guesses, g = 0."""
     counts = torch.zeros(B, dtype=torch.int64, device=device)
     return Proposal(counts[:, None][:, :0], torch.zeros(B, 0, V, device=device), counts)
 
@@ -260,9 +261,9 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """Continue the prompts: yield the new tokens of each row, pass by pass, none for a row that has ended.
 
-    n_drafts: guesses per pass, g. counts: where to add what was accepted. The other options are those of
-    `generate.stream`; the draft has no repetition penalty, which changes no law. Raises ValueError as that
-    function does, for a draft of another vocabulary, and for a cache that cannot go back.
+    n_drafts: guesses per pass, g. counts: the object to which each pass is added. The other options are those
+    of `generate.stream`; the repetition penalty applies to the model alone, as a draft may have any law.
+    Raises ValueError as there, and for a draft of another vocabulary and a cache that cannot go back.
     """
     texts = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     decoding._check(model, texts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
@@ -340,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_decoder(directory: str) -> nn.Module:
-    """Return the decoder in a directory, on the GPU if there is one. Raises ValueError for another model."""
+    """Return the decoder in a directory, on the GPU if there is one. Raises ValueError for no decoder."""
     from formats.open_model import open_model
 
     model = open_model(directory)
@@ -350,7 +351,7 @@ def open_decoder(directory: str) -> nn.Module:
 
 
 def same_tokens(model: str, draft: str) -> None:
-    """Raise ValueError unless the tokenizers in both directories give text the same numbers."""
+    """Raise ValueError unless the tokenizers in both directories encode a sample text to the same tokens."""
     from data.tokenizer import get_tokenizer
 
     ours, theirs = get_tokenizer(model), get_tokenizer(draft)
@@ -383,7 +384,7 @@ def compare(model: nn.Module, draft: Draft, args: argparse.Namespace) -> None:
     decoding.print_stream((taken.append(one) or one for one in each), tokenizer, options["stop"], tokens)
     rate = len(taken) / (time.perf_counter() - began)
 
-    # Alone, unseen.
+    # The model alone, without printing.
     began, options["generator"] = time.perf_counter(), Generator(device).manual_seed(args.seed)
     (alone,) = model.generate([tokens], n_new, **options)
     rate_alone = len(alone) / (time.perf_counter() - began)

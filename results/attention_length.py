@@ -1,4 +1,4 @@
-"""Time and memory of attention over the length of the text, for all kinds on this CPU, forward and backward.
+"""Time and memory of four kinds of attention over the length of the text, forward and backward, on a CPU.
 
     python -m results.attention_length --out results/attention_length.json          about four minutes
 
@@ -8,13 +8,13 @@
     native sparse   all branches of attention_variants/native_sparse.py without its projections, in the sizes
                     of the paper, but 8 blocks of 64 keys instead of 16, and a window of 256
 
-One row of T tokens, four heads of width 64, in float32, with one thread; queries and keys are random, so that
-neighbouring queries choose different blocks, which is the worst case. Seconds are those that the processor
-spends on this process: what else runs on the machine does not count. Each length is measured --rounds times,
-the kinds in turn, and the median is written. Memory is the most that tensors held at a time, beyond the
-inputs, by PyTorch's profiler.
+One row of T tokens, four heads of width 64, in float32, with one thread. Queries and keys are random, so
+neighbouring queries choose different blocks, which is the slowest case. Seconds are processor time of this
+process, which other programs on the machine lengthen little. Each length is measured --rounds times, the
+kinds in turn, and the median is written. Memory is the most that tensors take at a time beyond the inputs, by
+PyTorch's profiler.
 
-Every figure is written to --out when it is measured, and those in it are kept: a second start goes on.
+Each figure is written to --out when it is measured. Figures that are in it already are not measured again.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def of_native_sparse(layer: native_sparse.Attention, q: Tensor, k: Tensor, v: Te
 
 
 def kinds() -> dict[str, Callable]:
-    """Return the functions of q, k and v (1, T, H, K) that are measured."""
+    """Return the functions that are measured, by name. Each takes q, k and v, all (1, T, H, K)."""
     s = linear.slopes(H, 0, 2, like=torch.zeros(1))
     layer = native_sparse.Attention(SPARSE, 0)
     return {
@@ -69,7 +69,7 @@ def inputs(T: int) -> list[Tensor]:
 
 
 def seconds(f: Callable, T: int) -> tuple[float, float]:
-    """Return the processor's seconds of a forward pass, and of the backward pass after it."""
+    """Return the seconds of processor time of a forward pass of f, and of the backward pass after it."""
     leaves = inputs(T)
     began = time.process_time()
     out = f(*leaves)
@@ -79,7 +79,7 @@ def seconds(f: Callable, T: int) -> tuple[float, float]:
 
 
 def peak_memory(f: Callable, T: int) -> int:
-    """Return the largest number of bytes that were allocated at a time, forward and backward."""
+    """Return the largest number of bytes allocated at a time, beyond the inputs, forward and backward."""
     leaves = inputs(T)
     with torch.profiler.profile(profile_memory=True) as profile:
         out = f(*leaves)
@@ -117,7 +117,8 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def report(rows: list[dict]) -> None:
-    """Print a table, the ratio of linear to softmax at T 4096, and the growth of each from 1k to 16k."""
+    """Print a table, the growth of each kind from 1,024 to 16,384 tokens, and how many times as fast as
+    softmax linear attention is at each length."""
     total = {(row["kind"], row["T"]): row["forward"] + row["backward"] for row in rows}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of = [row for row in rows if row["kind"] == kind]
@@ -150,7 +151,8 @@ def main() -> None:
     functions = kinds()
     for T in args.lengths:
         missing = {kind: f for kind, f in functions.items() if not ended.has(kind=kind, T=T)}
-        # The first round of a short text is not counted: it pays for what only first calls do.
+        # Short texts have one more round. The first is not counted, because it contains what only the first
+        # call of a function does.
         rounds = [
             {kind: seconds(f, T) for kind, f in missing.items()} for _ in range(args.rounds + (T < 4096))
         ]

@@ -2,17 +2,18 @@
 
     python -m results.copying --out results/copying.json          three seeds, about 40 minutes of one core
 
-A row is a random segment of 12 to 32 tokens, repeated to the end of 64 tokens. From the second time on every
-token is determined by those before it: a model that finds the last place of the same token, and looks at what
-came after it, is right. The length is random, so that the position alone does not help. The figure is the
-share of these tokens that the likeliest one gets right, on rows never trained on.
+A row is a random segment of 12 to 32 tokens, repeated until the row has 64. From the second copy on every
+token is determined by those before it: find where the last few tokens occurred before, and predict the token
+that followed. The length of the segment is random, so the position alone does not tell where to look. The
+accuracy is the share of these determined tokens that the model's likeliest token gets right, on rows that it
+was not trained on.
 
-All decoders have two layers of width 64 with two heads, and get the same rows, so the same tokens, at the
-same learning rate. The curves are drawn over the FLOPs that they spend, of which native sparse attention
-spends half as much again as the others, for its summaries and three branches. What this does not show:
-whether another learning rate, a larger state or more steps would help a kind that fails here.
+All decoders have two layers of width 64 with two heads. They are trained on the same rows, at the same
+learning rate. The curves are drawn over FLOPs, because a token costs native sparse attention half as many
+again as softmax, for its summaries and three branches. What this does not show: whether another learning
+rate, a larger state or more steps would help a kind that fails here.
 
-The curves are written to --out after each run, and those in it are kept: a second start goes on.
+Each run is written to --out when it ends. Runs that are in it already are not repeated.
 """
 
 import argparse
@@ -50,7 +51,8 @@ KINDS = {  # a name, the model and its Config
 
 
 def make_batch(n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return inputs and targets (n, T) of n rows; the target is -100 until the row begins again."""
+    """Return inputs and targets, each (n, T), of n rows. Targets in the first copy of the segment are -100:
+    they are random, and not predicted."""
     length = torch.randint(SHORTEST, LONGEST + 1, (n, 1), generator=generator)
     segment = torch.randint(V, (n, LONGEST), generator=generator)
     row = segment.gather(1, torch.arange(T + 1) % length)  # (n, T + 1)
@@ -60,7 +62,7 @@ def make_batch(n: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """Return the share of the determined tokens that the likeliest token gets right, on the test's rows."""
+    """Return the share of determined tokens that the likeliest token gets right, on N_TEST rows."""
     batch = make_batch(N_TEST, torch.Generator().manual_seed(10**6))
     determined = batch["targets"] >= 0
     likeliest = model(batch["tokens"]).argmax(dim=-1)
@@ -68,7 +70,7 @@ def accuracy(model: nn.Module) -> float:
 
 
 def learn(name: str, seed: int, steps: int, lr: float) -> dict:
-    """Train a kind with a seed, and return a row: the accuracy after every EVERY steps, and the costs."""
+    """Train the kind called name, and return its results: the accuracy every EVERY steps, and the costs."""
     kind, config = KINDS[name]
     torch.manual_seed(seed)
     model, generator = kind(config), torch.Generator().manual_seed(seed)

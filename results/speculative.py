@@ -3,17 +3,18 @@
     python -m results.speculative --out results/speculative.json       about eight minutes of one core
 
 Two models learn Python's library, byte by byte: one of eight layers with three further heads
-(language/multi_token.py), and a draft of one layer. The first continues pieces of a file that neither has
-seen, one row at a time, with
+(language/multi_token.py), and a small one of a single layer. The first continues pieces of a file that
+neither was trained on, one row at a time, alone and with each of these drafts:
 
     draft      the small model
-    heads      its own further heads
-    look-up    what followed the last bytes before
+    heads      the model's own further heads
+    look-up    a copy of what followed when the last bytes occurred before
 
-at a number of guesses per pass, and alone; all sides in turn, so that a slow minute slows all. Beside the
-tokens per pass of the model stands the formula (1 - a^(g+1)) / (1 - a) of the acceptance a that was counted.
-Runs of train.py are in --work, and are not repeated if they are there, nor is a temperature that --out has.
-Time is that of the processor, by one thread, because other programs used the machine too.
+Each draft is measured with several numbers g of guesses per pass. All are measured in turn, so that a busy
+minute of the machine slows all of them. A row has the tokens per pass that were counted, and "formula", what
+(1 - a^(g+1)) / (1 - a) gives for the share a of guesses that were accepted. Time is processor time of one
+thread, because other programs used the machine too. Training runs in --work are not repeated, nor is a
+temperature that is in --out.
 """
 
 import argparse
@@ -49,7 +50,7 @@ PROMPT, NEW = 96, 128  # bytes
 
 
 def prompts_of(model: nn.Module, directory: Path, n: int) -> list[list[int]]:
-    """Return n pieces of the held-out file, evenly spaced."""
+    """Return n pieces of the held-out file, each of PROMPT tokens (bytes), evenly spaced."""
     tokens = get_tokenizer(str(directory)).encode(HELD_OUT.read_text(encoding="utf-8"))
     return [tokens[i * len(tokens) // n :][:PROMPT] for i in range(n)]
 
@@ -57,7 +58,7 @@ def prompts_of(model: nn.Module, directory: Path, n: int) -> list[list[int]]:
 def measure(
     model: nn.Module, drafts: dict[str, Draft], prompts, temperature: float, rounds: int
 ) -> list[dict]:
-    """Return a row for each of SIDES at a temperature."""
+    """Return the results at a temperature, a row for each of SIDES. rounds: measurements of each."""
     counts = {side: Counts() for side in SIDES}
     texts: dict[tuple | str, list] = {}
 

@@ -159,6 +159,12 @@ def test_flops_are_those_of_the_keys_that_are_seen():
     )
 
 
+def test_flops_count_no_full_layer_that_the_model_does_not_have():
+    assert replace(SMALL, full_layers=(0, 7)).flops_per_token(16) == replace(
+        SMALL, full_layers=(0,)
+    ).flops_per_token(16)
+
+
 def test_what_it_does_not_have_is_refused():
     with pytest.raises(ValueError, match="window 8"):
         replace(SMALL, window=8)

@@ -212,6 +212,10 @@ def test_mistakes_are_named():
         Config(**FIELDS, n_future=0)
     with pytest.raises(ValueError, match="modules"):
         Config(**FIELDS, modules="serial")
+    model = MultiToken(Config(**FIELDS, modules="sequential", n_future=4))
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows of 3 tokens: expected at least n_future 4"):
+        model.loss({"tokens": tokens, "targets": tokens})
 
 
 def test_it_trains_saves_opens_and_continues_a_text(tmp_path, monkeypatch):

@@ -285,14 +285,23 @@ def train(
     keep = keep_probability(counts, config.subsample).float() if config.subsample else None
     noise = Noise(counts, config.noise_power)
     tree = tree_of(corpus) if config.hierarchical else None
-    make = {(False, False): cbow, (True, False): skip_gram, (False, True): cbow_tree, (True, True): skip_gram_tree}
+    make = {
+        (False, False): cbow,
+        (True, False): skip_gram,
+        (False, True): cbow_tree,
+        (True, True): skip_gram_tree,
+    }
     terms_of = make[config.architecture == "skip_gram", config.hierarchical]
     what = tree if config.hierarchical else config.negatives
 
     vectors = new_vectors(corpus, config, Generator().manual_seed(seed))
     for epoch in range(config.epochs):
         generator = Generator().manual_seed(seed_of(seed, epoch))
-        kept = torch.ones_like(ids, dtype=torch.bool) if keep is None else torch.rand(len(ids), generator=generator) < keep[ids]
+        kept = (
+            torch.ones_like(ids, dtype=torch.bool)
+            if keep is None
+            else torch.rand(len(ids), generator=generator) < keep[ids]
+        )
         total, n, done, n_kept = torch.zeros(()), 0, 0, int(kept.sum())
         for i, batch in enumerate(batches(ids[kept], documents[kept], noise, config, generator)):
             progress = (epoch + done / n_kept) / config.epochs

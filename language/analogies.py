@@ -6,9 +6,9 @@ length 1, the word d that is nearest by cosine to
     b - a + c          3CosAdd
     c                  the control: a and b are ignored (Linzen 2016, 1606.07736)
 
-The three words of the question are no answers. Without that rule the answer is mostly c itself. And c's own neighbours are
-often d: `file` is nearest to `files` whatever a and b are. So an accuracy says something about the arithmetic
-only beside the control. Questions with words that have no vector are left out, and counted.
+The three words of the question are no answers. Without that rule the answer is mostly c itself. And c's own
+neighbours are often d: `file` is nearest to `files` whatever a and b are. So an accuracy says something about
+the arithmetic only beside the control. Questions with words that have no vector are left out, and counted.
 
     python -m language.analogies VECTORS                              the pairs below, on source text
     python -m language.analogies VECTORS --questions questions-words.txt
@@ -33,19 +33,26 @@ from formats import command, word_vectors
 Question = tuple[str, str, str, str]
 
 # The nouns, abbreviations included, that occur at least 150 times in the library, in singular and plural.
-NOUNS = """option line name file value error item key argument header method type object flag module string warning
-part result attribute field window event parameter function character byte command extension exception node
-handler content element number word member package variable sequence bit group instance task action future
-pair cookie chunk thread tuple tag keyword script token block"""
-OPPOSITES = """get:set open:close start:stop first:last left:right up:down in:out read:write add:remove true:false min:max
-before:after old:new encode:decode encoder:decoder input:output source:target enter:exit push:pop load:dump
-send:recv lower:upper width:height top:bottom head:tail row:column key:value client:server parent:child
-local:remote public:private success:failure pass:fail high:low long:short int:float more:less
-positive:negative internal:external insert:delete acquire:release request:response stdin:stdout prefix:suffix
-global:local forward:backward absolute:relative pack:unpack register:unregister above:below"""
-PARTICIPLES = """encode:encoding map:mapping run:running read:reading write:writing match:matching parse:parsing
-call:calling contain:containing include:including set:setting close:closing start:starting process:processing
-return:returning debug:debugging create:creating handle:handling wait:waiting check:checking add:adding"""
+NOUNS = """
+option line name file value error item key argument header method type object flag module string warning
+part result attribute field window event parameter function character byte command extension exception
+node handler content element number word member package variable sequence bit group instance task action
+future pair cookie chunk thread tuple tag keyword script token block
+"""
+OPPOSITES = """
+get:set open:close start:stop first:last left:right up:down in:out read:write add:remove true:false
+min:max before:after old:new encode:decode encoder:decoder input:output source:target enter:exit push:pop
+load:dump send:recv lower:upper width:height top:bottom head:tail row:column key:value client:server
+parent:child local:remote public:private success:failure pass:fail high:low long:short int:float
+more:less positive:negative internal:external insert:delete acquire:release request:response stdin:stdout
+prefix:suffix global:local forward:backward absolute:relative pack:unpack register:unregister above:below
+"""
+PARTICIPLES = """
+encode:encoding map:mapping run:running read:reading write:writing match:matching parse:parsing
+call:calling contain:containing include:including set:setting close:closing start:starting
+process:processing return:returning debug:debugging create:creating handle:handling wait:waiting
+check:checking add:adding
+"""
 PAIRS = {
     "plural": [(noun, f"{noun}s") for noun in NOUNS.split()],
     "opposite": [tuple(pair.split(":")) for pair in OPPOSITES.split()],
@@ -100,7 +107,7 @@ def unit(vectors: np.ndarray | Tensor) -> Tensor:
 
 
 def nearest(vectors: Tensor, targets: Tensor, excluded: Tensor, n: int = 1) -> Tensor:
-    """Return the n words, int64 (Q, n), whose unit vectors (V, D) are nearest to the targets (Q, D) by cosine.
+    """Return the n words, int64 (Q, n), whose unit vectors (V, D) are nearest by cosine to targets (Q, D).
 
     excluded: int64 (Q, any), words that are no answers.
     """

@@ -24,14 +24,14 @@ product has a minimum of its own (Levy and Goldberg 2014, section 3), reached wh
 **One batch.** Pair by pair, this is a hundred numbers at a time, and far from what a processor can do. Here a
 *block* of L neighbouring words is one product of matrices: its L words by the L + 2 window words of its span
 (of which a mask keeps the windows), and by L drawn words that the block shares. With shared negatives each
-counts k / L per pair, which leaves the expected gradient as it is. The file's four kinds of training differ in
-what predicts and what is predicted (`skip_gram`, `cbow`, `skip_gram_tree`, `cbow_tree`), and share the step:
+counts k / L per pair, which leaves the expected gradient as it is. Four kinds of training differ in what
+predicts and what is predicted (`skip_gram`, `cbow`, `skip_gram_tree`, `cbow_tree`), and share the step:
 
     error = positive - (positive + negative) * s(X Y^T),     X += lr error Y,     Y += lr error^T X
 
-CBOW's gradient is that of the mean: the error reaches each of n context words divided by n. The authors' code and
-gensim do not divide (gensim's issue 1873; Irsoy et al. 2020, 2012.15332), which is a larger step, longer the
-more words there are; `undivided` does the same.
+CBOW's gradient is that of the mean: the error reaches each of n context words divided by n. The authors'
+code and gensim do not divide (gensim's issue 1873; Irsoy et al. 2020, 2012.15332): their step for v is n
+times the gradient. `undivided` does the same.
 
     python -m language.word2vec                         two minutes on Python's library; neighbours, analogies
     python -m language.analogies runs/word2vec/vectors.bin --near encode
@@ -39,10 +39,11 @@ more words there are; `undivided` does the same.
 Shapes: V words, D width, N blocks, L words of a block, S = L + 2 window words of its span, P bits of a code.
 """
 
+import json
 import math
-import sys
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,12 +52,19 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from data.rows import seed_of
-from formats import command
+from formats import command, word_vectors
 from formats.progress import progress_bar
+from formats.safetensors_dir import read_tensors, write_tensors
+from language.analogies import PAIRS, all_questions, neighbours, table
 from language.huffman import huffman
-from language.word_corpus import WordCorpus, encode, words_of
+from language.noise import Noise
+from language.word_corpus import WordCorpus, read_corpus
 
 BLOCK = 16  # L, words
+PREPARED = 4096  # words whose windows and negatives are drawn at once, for several steps
+ARCHITECTURES = ("cbow", "skip_gram")
+CBOW_RATE = 0.25  # for the gradient of the mean, which is smaller than that of the authors' code
+SHOWN = ("encode", "json", "width", "thread")  # words whose neighbours are printed
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,22 @@ class Config:
     subsample: float = 1e-3  # t, a share of the text; 0 keeps every word
     undivided: bool = False  # CBOW with the gradient of the authors' code
     epochs: int = 15
-    lr: float = 0.075  # falls linearly to 1e-4 of it
-    batch_size: int = 512  # words
+    lr: float = CBOW_RATE  # falls linearly to 1e-4 of it
+    batch_size: int = 256  # words of a step
+
+    def __post_init__(self):
+        """Raise ValueError naming a field that is out of its range."""
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"architecture {self.architecture!r}: expected one of {', '.join(ARCHITECTURES)}"
+            )
+        for name in ("d_model", "window", "negatives", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if not 0 < self.lr < math.inf or not 0 <= self.subsample < math.inf:
+            raise ValueError(f"lr {self.lr}, subsample {self.subsample}: expected finite positive numbers")
+        if self.undivided and self.architecture != "cbow":
+            raise ValueError("undivided is about the mean of CBOW; leave it out for skip_gram")
 
 
 class Vectors(NamedTuple):
@@ -105,6 +127,12 @@ class Terms(NamedTuple):
     predicted: Tensor  # int64 (N, J): the words, or inner nodes, whose u are multiplied with it
     positive: Tensor  # (N, I, J): how often log s(u . v) counts
     total: Tensor  # (N, I, J): how often log s(u . v) or log s(-u . v) counts
+    n: Tensor  # (N, I): pairs, or with CBOW windows, which the terms of each prediction are the loss of
+
+    def split(self, n_blocks: int) -> Iterator["Terms"]:
+        """Yield the terms of so many blocks after another."""
+        for i in range(0, len(self.read), n_blocks):
+            yield Terms(*(None if part is None else part[i : i + n_blocks] for part in self))
 
 
 # --- what predicts, and what is predicted
@@ -117,7 +145,7 @@ def skip_gram(batch: Batch, k: int) -> Terms:
     total = batch.mask.new_empty(N, L, S + L)
     total[:, :, :S], total[:, :, S:] = batch.mask, pairs * (k / L)
     positive = F.pad(batch.mask, (0, L))
-    return Terms(centres, None, torch.cat((batch.spans, batch.drawn), 1), positive, total)
+    return Terms(centres, None, torch.cat((batch.spans, batch.drawn), 1), positive, total, pairs[:, :, 0])
 
 
 def cbow(batch: Batch, k: int) -> Terms:
@@ -127,7 +155,8 @@ def cbow(batch: Batch, k: int) -> Terms:
     total = batch.mask.new_empty(N, L, 2 * L)
     total[:, :, :L], total[:, :, L:] = torch.eye(L, dtype=mean.dtype) * filled, filled * (k / L)
     positive = F.pad(total[:, :, :L], (0, L))
-    return Terms(batch.spans, mean, torch.cat((centres_of(batch), batch.drawn), 1), positive, total)
+    predicted = torch.cat((centres_of(batch), batch.drawn), 1)
+    return Terms(batch.spans, mean, predicted, positive, total, filled[:, :, 0])
 
 
 def skip_gram_tree(batch: Batch, tree: Tree) -> Terms:
@@ -138,7 +167,7 @@ def skip_gram_tree(batch: Batch, tree: Tree) -> Terms:
     code = centres_of(batch)[:, 0]  # (N,)
     window = batch.mask.mT  # (N, S, 1)
     zeros, inside = tree.zeros[code][:, None], tree.inside[code][:, None]  # (N, 1, P)
-    return Terms(batch.spans, None, tree.nodes[code], window * zeros, window * inside)
+    return Terms(batch.spans, None, tree.nodes[code], window * zeros, window * inside, window[:, :, 0])
 
 
 def cbow_tree(batch: Batch, tree: Tree) -> Terms:
@@ -146,7 +175,7 @@ def cbow_tree(batch: Batch, tree: Tree) -> Terms:
     code = centres_of(batch)[:, 0]
     mean, filled = means(batch.mask)  # (N, 1, S), (N, 1, 1)
     zeros, inside = tree.zeros[code][:, None], tree.inside[code][:, None]
-    return Terms(batch.spans, mean, tree.nodes[code], filled * zeros, filled * inside)
+    return Terms(batch.spans, mean, tree.nodes[code], filled * zeros, filled * inside, filled[:, :, 0])
 
 
 def centres_of(batch: Batch) -> Tensor:
@@ -164,7 +193,7 @@ def means(mask: Tensor) -> tuple[Tensor, Tensor]:
 # --- a step
 
 
-def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -> tuple[Tensor, Tensor]:
+def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -> Tensor:
     """Make one step of gradient descent in place, on the sum of the terms.
 
     A word that occurs several times in the batch gets the sum of its gradients, all at the vectors before the
@@ -186,7 +215,7 @@ def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -
 
 
 def loss(scores: Tensor, terms: Terms) -> Tensor:
-    """Return the sum of the terms in nats: of -log s(score), and of -log s(-score), as often as each counts."""
+    """Return the sum of all terms in nats: -log s(score) or -log s(-score), as often as each counts."""
     return (terms.total * F.softplus(scores) - terms.positive * scores).sum()
 
 
@@ -197,37 +226,6 @@ def keep_probability(counts: Tensor, t: float) -> Tensor:
     """Return the probability (V,) with which an occurrence of each word is kept; from 1 on it always is."""
     share = counts.double() / counts.sum()
     return ((share / t).sqrt() + 1) * t / share
-
-
-class Noise:
-    """The distribution of negatives, count ** power: drawn in constant time (Walker 1977, Vose 1991).
-
-    The V words are V columns of height 1, cut from bars of height V P(n): each column has at most two words,
-    its own below, and above it a part of a word that has more than 1. A draw is a column, and a height in it.
-    """
-
-    def __init__(self, counts: Tensor, power: float):
-        height = counts.double() ** power
-        height = (height * (len(height) / height.sum())).tolist()
-        self.above = list(range(len(height)))
-        small = [i for i, h in enumerate(height) if h < 1]
-        large = [i for i, h in enumerate(height) if h >= 1]
-        while small and large:
-            low, high = small.pop(), large[-1]
-            self.above[low] = high
-            height[high] -= 1 - height[low]
-            if height[high] < 1:
-                small.append(large.pop())
-        # What is left is 1 up to rounding.
-        for i in small + large:
-            height[i] = 1.0
-        self.below, self.above = torch.tensor(height), torch.tensor(self.above)
-
-    def draw(self, *shape: int, generator: Generator) -> Tensor:
-        """Return words, int64 of this shape."""
-        column = torch.randint(len(self.above), shape, generator=generator)
-        height = torch.rand(shape, generator=generator)
-        return torch.where(height < self.below[column], column, self.above[column])
 
 
 def batches(
@@ -246,7 +244,7 @@ def batches(
 
     distance = (torch.arange(L)[:, None] + w - torch.arange(L + 2 * w)).abs().short()  # (L, S)
     distance[distance == 0] = w + 1  # no word is in its own window
-    for chosen in torch.randperm(n_blocks, generator=generator).split(max(1, config.batch_size // L)):
+    for chosen in torch.randperm(n_blocks, generator=generator).split(PREPARED // L):
         there = places[chosen]
         own = there[:, w : w + L, None]  # (N, L, 1)
         radius = torch.randint(1, w + 1, own.shape, generator=generator).short()
@@ -258,58 +256,164 @@ def batches(
 # --- training
 
 
-def new_vectors(corpus: WordCorpus, config: Config, generator: Generator) -> Vectors:
+def new_vectors(n_words: int, config: Config, generator: Generator) -> Vectors:
     """Return v, uniform within 0.5 / D of 0, and u, which is 0."""
-    V, D = len(corpus.words), config.d_model
-    v = (torch.rand(V, D, generator=generator) - 0.5) / D
-    return Vectors(v, torch.zeros(V - config.hierarchical, D))
+    v = (torch.rand(n_words, config.d_model, generator=generator) - 0.5) / config.d_model
+    return Vectors(v, torch.zeros(n_words - config.hierarchical, config.d_model))
 
 
 def tree_of(corpus: WordCorpus) -> Tree:
-    """Return the Huffman code of a corpus' words."""
+    """Return the Huffman codes of a corpus' words."""
     code = huffman(corpus.counts)
     inside = torch.arange(code.nodes.shape[1]) < torch.from_numpy(code.lengths)[:, None]
     zeros = torch.from_numpy(code.bits == 0) & inside
     return Tree(torch.from_numpy(code.nodes), zeros.float(), inside.float())
 
 
-MEASURED = 16  # the loss is that of each 16th batch
+def terms_by(config: Config, corpus: WordCorpus) -> Callable[[Batch], Terms]:
+    """Return the function that makes the terms of a batch, of the kind that config names."""
+    is_skip_gram = config.architecture == "skip_gram"
+    if config.hierarchical:
+        tree, kind = tree_of(corpus), skip_gram_tree if is_skip_gram else cbow_tree
+        return lambda batch: kind(batch, tree)
+    kind = skip_gram if is_skip_gram else cbow
+    return lambda batch: kind(batch, config.negatives)
 
 
 def train(
-    corpus: WordCorpus, config: Config, seed: int = 0, watch: Callable[[int, float], None] = lambda *_: None
+    corpus: WordCorpus,
+    config: Config,
+    seed: int = 0,
+    *,
+    vectors: Vectors | None = None,
+    first: int = 0,
+    watch: Callable[[int, float, Vectors], None] = lambda *_: None,
 ) -> Vectors:
-    """Return vectors learned from a corpus. watch(epoch, mean loss of a prediction) is called after each."""
-    counts, ids = torch.from_numpy(corpus.counts), torch.from_numpy(corpus.ids)
-    documents = torch.from_numpy(corpus.documents)
-    keep = keep_probability(counts, config.subsample).float() if config.subsample else None
-    noise = Noise(counts, config.noise_power)
-    tree = tree_of(corpus) if config.hierarchical else None
-    make = {
-        (False, False): cbow,
-        (True, False): skip_gram,
-        (False, True): cbow_tree,
-        (True, True): skip_gram_tree,
-    }
-    terms_of = make[config.architecture == "skip_gram", config.hierarchical]
-    what = tree if config.hierarchical else config.negatives
+    """Return vectors learned from a corpus.
 
-    vectors = new_vectors(corpus, config, Generator().manual_seed(seed))
-    for epoch in range(config.epochs):
+    vectors: trained in place from epoch `first` on, instead of new ones. watch(epochs that have ended, mean
+    loss of a prediction in the last of them, vectors) is called after each. Everything random is a function
+    of (seed, epoch), so a run that goes on computes what an uninterrupted one does. Raises ValueError if the
+    vectors are not finite any more.
+    """
+    counts, ids = torch.from_numpy(corpus.counts), torch.from_numpy(corpus.ids)
+    places, noise = torch.from_numpy(corpus.documents), Noise(counts, config.noise_power)
+    keep = torch.ones(len(counts))
+    if config.subsample:
+        keep = keep_probability(counts, config.subsample).float()
+    terms_of = terms_by(config, corpus)
+    if vectors is None:
+        vectors = new_vectors(len(counts), config, Generator().manual_seed(seed))
+
+    bar = progress_bar(
+        total=config.epochs * len(ids), initial=first * len(ids), desc="words", unit_scale=True
+    )
+    for epoch in range(first, config.epochs):
+        # Remove frequent words, by another draw in each epoch.
         generator = Generator().manual_seed(seed_of(seed, epoch))
-        kept = (
-            torch.ones_like(ids, dtype=torch.bool)
-            if keep is None
-            else torch.rand(len(ids), generator=generator) < keep[ids]
-        )
-        total, n, done, n_kept = torch.zeros(()), 0, 0, int(kept.sum())
-        for i, batch in enumerate(batches(ids[kept], documents[kept], noise, config, generator)):
-            progress = (epoch + done / n_kept) / config.epochs
-            terms = terms_of(batch, what)
-            scores = update(vectors, terms, config.lr * max(1 - progress, 1e-4), config.undivided)
-            if i % MEASURED == 0:
-                total += loss(scores, terms)
-                n += len(batch.spans) * batch.mask.shape[1]
-            done += len(batch.spans) * batch.mask.shape[1]
-        watch(epoch, total.item() / n)
+        kept = (torch.rand(len(ids), generator=generator) < keep[ids]).nonzero()[:, 0]
+        nats, n, done = torch.zeros(()), 0, 0
+        for batch in batches(ids[kept], places[kept], noise, config, generator):
+            terms = terms_of(batch)
+            for part in terms.split(max(1, config.batch_size // batch.mask.shape[1])):
+                # The rate falls linearly with the words read.
+                share = done / len(kept)
+                lr = config.lr * max(1 - (epoch + share) / config.epochs, 1e-4)
+                scores = update(vectors, part, lr, config.undivided)
+                done += len(part.read) * batch.mask.shape[1]
+            # The loss is that of the last step of each batch, before the step.
+            nats += loss(scores, part)
+            n += part.n.sum()
+            bar.update(int((epoch + done / len(kept)) * len(ids)) - bar.n)
+        if not all(w.isfinite().all() for w in vectors):
+            raise ValueError(f"epoch {epoch}: the vectors are not finite; take a smaller lr or batch_size")
+        watch(epoch + 1, float(nats / max(n, 1)), vectors)
+    bar.close()
     return vectors
+
+
+# --- the command
+
+
+def settings(args) -> Config:
+    """Return the Config of the flags. Its rate is by default one that suits the kind of training."""
+    lr = args.lr or (0.025 if args.architecture == "skip_gram" else 0.05 if args.undivided else CBOW_RATE)
+    given = {name: getattr(args, name) for name in asdict(Config()) if hasattr(args, name)}
+    return Config(**given | {"lr": lr})
+
+
+def fingerprint(corpus: WordCorpus, config: Config, seed: int) -> dict[str, str]:
+    """Return what a checkpoint must have in common with the run that goes on from it."""
+    text = zlib.crc32(corpus.ids, zlib.crc32(" ".join(corpus.words).encode()))
+    return {"config": json.dumps(asdict(config)), "seed": str(seed), "text": f"{text:08x}"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    config = settings(args)
+    corpus = read_corpus(args.data, args.min_count, args.phrases, print)
+    print(f"{len(corpus):,} words, {len(corpus.words):,} different ones", flush=True)
+    checkpoint, same = args.out / "checkpoint.safetensors", fingerprint(corpus, config, args.seed)
+
+    # Go on from the last epoch that has ended.
+    vectors, first = None, 0
+    if args.resume:
+        tensors, found = read_tensors(checkpoint)
+        if differing := [name for name in same if found.get(name) != same[name]]:
+            raise ValueError(f"{checkpoint}: another {' and '.join(differing)}; resume with the same flags")
+        vectors, first = Vectors(tensors["input"], tensors["output"]), int(found["epochs"])
+
+    def watch(epochs: int, nats: float, vectors: Vectors) -> None:
+        write_tensors(checkpoint, vectors._asdict(), same | {"epochs": str(epochs)})
+        print(f"epoch {epochs:3} of {config.epochs}  {nats:.4f} nats per prediction", flush=True)
+
+    vectors = train(corpus, config, args.seed, vectors=vectors, first=first, watch=watch)
+    file = args.out / "vectors.bin"
+    word_vectors.write(file, corpus.words, vectors.input.numpy())
+    for word in [word for word in SHOWN if word in corpus.words] or corpus.words[:3]:
+        print(f"{word:12} {' '.join(neighbours(corpus.words, vectors.input, word, 6))}")
+    print(table(corpus.words, vectors.input, {name: all_questions(pairs) for name, pairs in PAIRS.items()}))
+    print(f"saved to     {file}")
+
+
+def parser() -> command.Parser:
+    """Return the parser of the flags."""
+    found = command.Parser(description="word2vec: vectors of words, learned from their neighbours.")
+    add, default = found.add_argument, Config()
+    add(
+        "--data",
+        default="stdlib",
+        help="file, folder, glob, URL or stdlib, Python's source (default %(default)s)",
+    )
+    add("--architecture", default=default.architecture, choices=ARCHITECTURES, help="(default %(default)s)")
+    add("--hierarchical", action="store_true", help="hierarchical softmax instead of negative sampling")
+    add(
+        "--undivided", action="store_true", help="CBOW with the authors' gradient instead of that of the mean"
+    )
+    for name, kind, text in (
+        ("d_model", int, "numbers in a vector"),
+        ("window", int, "words on either side, at most"),
+        ("negatives", int, "drawn words for each pair"),
+        ("subsample", float, "share of the text from which on a word is thinned out; 0 keeps all"),
+        ("epochs", int, "passes over the text"),
+        ("batch_size", int, "words of a step"),
+    ):
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=kind, default=getattr(default, name), help=f"{text} (default %(default)s)")
+    add("--lr", type=float, help="learning rate (default: one for each kind; 0.025 for skip-gram)")
+    add(
+        "--min-count",
+        type=int,
+        default=5,
+        help="occurrences of a word in the vocabulary (default %(default)s)",
+    )
+    add("--phrases", type=int, default=0, help="passes that join pairs to phrases (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of all draws (default %(default)s)")
+    add("--resume", action="store_true", help="go on after the last epoch that has ended")
+    out = "folder of vectors.bin and the checkpoint (default %(default)s)"
+    add("--out", type=command.path, default=Path("runs/word2vec"), help=out)
+    return found
+
+
+if __name__ == "__main__":
+    command.run(main)

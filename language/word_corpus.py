@@ -9,19 +9,22 @@ their own counts suggest, such as `return_value`. With N words in the corpus,
 
     score(a, b) = (count(a b) - min_count) / (count(a) count(b)) * N           joined where it is > threshold
 
-(The paper leaves out N; the authors' code has it.) min_count discounts pairs of rare words. A second pass, over text in
-which the first has joined pairs, finds phrases of up to four words.
+(The paper leaves out N; the authors' code has it.) min_count discounts pairs of rare words. A second pass,
+over text in which the first has joined pairs, finds phrases of up to four words.
 
 Shapes: V words of the vocabulary, T words of the corpus.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from data.corpus import documents, find_files
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
@@ -92,3 +95,21 @@ def join_phrases(text: Sequence[str], phrases: Iterable[tuple[str, str]]) -> lis
         joined.append("_".join(text[i : i + 1 + is_phrase]))
         i += 1 + is_phrase
     return joined
+
+
+def read_corpus(
+    data: str, min_count: int = 5, passes: int = 0, notify: Callable[[str], None] = lambda line: None
+) -> WordCorpus:
+    """Return the words of the text that `--data` names, with phrases joined in so many passes.
+
+    notify is called with a line for each text that cannot be read, and for the phrases of each pass.
+    """
+    if passes < 0:
+        raise ValueError(f"phrases {passes}: expected 0 passes or more")
+    texts = [words_of(text) for text in documents(find_files(data, Path("cache"), notify), notify)]
+    for _ in range(passes):
+        phrases = find_phrases(texts, min_count)
+        texts = [join_phrases(text, phrases) for text in texts]
+        best = sorted(phrases, key=phrases.get, reverse=True)[:6]
+        notify(f"{len(phrases):,} phrases, such as {' '.join('_'.join(pair) for pair in best)}")
+    return encode(texts, min_count)

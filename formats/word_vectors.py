@@ -21,7 +21,7 @@ import numpy as np
 
 from formats.atomic import replace_file
 
-TEXT_LINE = re.compile(rb"[^\s]+(?: +[-+.0-9eEinfatyINFATY]+)* *")  # a word and numbers, maybe too few
+TEXT_LINE = re.compile(rb"[^\s]+(?: +[-+.0-9eEinfatyINFATY]+)+ *")  # a word and numbers, maybe too few
 LONGEST_WORD = 10_000  # bytes
 
 
@@ -104,7 +104,8 @@ def text_entries(
         if len(numbers) != width:
             raise ValueError(f"{path}: line {i + 2} has {len(numbers)} numbers; expected {width}")
         try:
-            yield word, np.array([float(number) for number in numbers]).astype(np.float32)
+            with np.errstate(over="ignore"):  # an infinity is found below
+                yield word, np.array([float(number) for number in numbers]).astype(np.float32)
         except ValueError:
             raise ValueError(f"{path}: line {i + 2}: {line[:60]!r}: expected a word and numbers") from None
 

@@ -1,6 +1,7 @@
 """language/huffman.py: the code is prefix-free, and no code has a smaller total length."""
 
 import heapq
+import itertools
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_the_code_is_optimal_and_prefix_free(counts):
     code = code_of(np.array(counts))
     assert counts @ code.lengths == smallest_total(counts)
     found = sorted(texts(code))  # where one is a prefix of another, it is so of its neighbour
-    assert not any(b.startswith(a) for a, b in zip(found, found[1:], strict=False))
+    assert not any(b.startswith(a) for a, b in itertools.pairwise(found))
     assert sum(2.0 ** -int(n) for n in code.lengths) == 1.0  # Kraft: the code is complete
 
 

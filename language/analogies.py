@@ -32,12 +32,16 @@ from formats import command, word_vectors
 
 Question = tuple[str, str, str, str]
 
-# The nouns, abbreviations included, that occur at least 150 times in the library, in singular and plural.
+# The nouns of Python's library, abbreviations aside, whose singular and plural both occur at least 250 times,
+# and those of 150 to 250 times. Words that are mainly verbs or adjectives, such as calls, are left out.
 NOUNS = """
 option line name file value error item key argument header method type object flag module string warning
-part result attribute field window event parameter function character byte command extension exception
-node handler content element number word member package variable sequence bit group instance task action
-future pair cookie chunk thread tuple tag keyword script token block
+part result attribute field window event parameter function character path byte command extension
+exception node handler content element
+"""
+RARER = """
+number word member package variable sequence bit group instance task action filename future pair cookie
+chunk thread tuple tag keyword script token block
 """
 OPPOSITES = """
 get:set open:close start:stop first:last left:right up:down in:out read:write add:remove true:false
@@ -55,6 +59,7 @@ check:checking add:adding
 """
 PAIRS = {
     "plural": [(noun, f"{noun}s") for noun in NOUNS.split()],
+    "rarer plural": [(noun, f"{noun}s") for noun in RARER.split()],
     "opposite": [tuple(pair.split(":")) for pair in OPPOSITES.split()],
     "-ing": [tuple(pair.split(":")) for pair in PARTICIPLES.split()],
 }
@@ -156,11 +161,11 @@ def number_of(words: Sequence[str], word: str) -> int:
 
 def table(words: Sequence[str], vectors: np.ndarray, sections: dict[str, list[Question]]) -> str:
     """Return the accuracy of each section as lines of text, each beside its control."""
-    lines = [f"{'analogies':30} {'3CosAdd':>8} {'c alone':>8} {'asked':>7} {'unknown':>8}"]
+    lines = [f"{'analogies':24} {'3CosAdd':>8} {'c alone':>8} {'asked':>7} {'unknown':>8}"]
     for name, questions in sections.items():
         found = accuracy(words, vectors, questions)
         shares = f"{found.right:8.1%} {found.control:8.1%}" if found.n else f"{'-':>8} {'-':>8}"
-        lines.append(f"{name:30} {shares} {found.n:7,} {found.n_unknown:8,}")
+        lines.append(f"{name:24} {shares} {found.n:7,} {found.n_unknown:8,}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,6 @@ import torch
 from engine import cpu
 from formats import command, word_vectors
 from formats.atomic import replace_file
-from formats.progress import progress_bar
 from language.analogies import PAIRS, accuracy, all_questions, neighbours
 from language.ppmi import svd_vectors
 from language.word2vec import Config, train
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     corpus, load = read_corpus("stdlib"), os.getloadavg()[0]
     runs = [(kind, seed) for seed in range(args.seeds) for kind in (*KINDS, COUNTED)]
-    rows = [run(kind, seed, corpus, args.work) for kind, seed in progress_bar(runs, "runs")]
+    rows = [run(kind, seed, corpus, args.work) for kind, seed in runs]
 
     for kind in (*KINDS, COUNTED):
         print(kind)
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             shares = [
                 [row[name][which] for row in rows if row["kind"] == kind] for which in ("right", "control")
             ]
-            print(f"  {name:9} {mean_and_range(shares[0])}   c alone {mean_and_range(shares[1])}")
+            print(f"  {name:12} {mean_and_range(shares[0])}   c alone {mean_and_range(shares[1])}")
     if args.out:
         about = {"command": "python -m results.word2vec --out results/word2vec.json", "cpu": cpu.name()}
         about |= {"load_average": load, "words": len(corpus), "vocabulary": len(corpus.words)}

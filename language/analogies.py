@@ -47,7 +47,7 @@ OPPOSITES = """
 get:set open:close start:stop first:last left:right up:down in:out read:write add:remove true:false
 min:max before:after old:new encode:decode encoder:decoder input:output source:target enter:exit push:pop
 load:dump send:recv lower:upper width:height top:bottom head:tail row:column key:value client:server
-parent:child local:remote public:private success:failure pass:fail high:low long:short int:float
+parent:child public:private success:failure pass:fail high:low long:short int:float
 more:less positive:negative internal:external insert:delete acquire:release request:response stdin:stdout
 prefix:suffix global:local forward:backward absolute:relative pack:unpack register:unregister above:below
 """

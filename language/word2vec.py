@@ -21,13 +21,13 @@ product has a minimum of its own (Levy and Goldberg 2014, section 3), reached wh
 
     u_c . v_w = log(n(w, c) / (n(w) P(c))) - log k          the pointwise mutual information, less log k
 
-**One batch.** Pair by pair, this is a hundred numbers at a time, and far from what a processor can do. Here a
-*block* of L neighbouring words is one product of matrices: its L words by the L + 2 window words of its span
-(of which a mask keeps the windows), and by L drawn words that the block shares. With shared negatives each
-counts k / L per pair, which leaves the expected gradient as it is. Four kinds of training differ in what
-predicts and what is predicted (`skip_gram`, `cbow`, `skip_gram_tree`, `cbow_tree`), and share the step:
-
-    error = positive - (positive + negative) * s(X Y^T),     X += lr error Y,     Y += lr error^T X
+**One step.** Pair by pair, this is a hundred numbers at a time, and far from what a processor can do. Here a
+step has N *blocks* of L neighbouring words, from random places of the text. The words of a block and those of
+its span, L + 2 window words, are multiplied as two matrices, of which a mask keeps the windows. Negatives are
+shared: the i-th words of all blocks, which have nothing to do with each other, share N drawn words, of which
+each counts k / N per pair. This leaves the expected gradient as it is. (Neighbours must not share them: their
+windows are nearly the same, so that a drawn word would learn from one window instead of N.) The four kinds of
+training, `skip_gram`, `cbow`, `skip_gram_tree` and `cbow_tree`, differ in what predicts and what is predicted.
 
 CBOW's gradient is that of the mean: the error reaches each of n context words divided by n. The authors'
 code and gensim do not divide (gensim's issue 1873; Irsoy et al. 2020, 2012.15332): their step for v is n
@@ -116,7 +116,7 @@ class Batch(NamedTuple):
 
     spans: Tensor  # int64 (N, S): the words of each block, with `window` more on either side
     mask: Tensor  # (N, L, S): 1 where a word of the span is in the window of a word of the block
-    drawn: Tensor  # int64 (N, L): negatives, shared by the words of a block
+    drawn: Tensor  # int64 (N, L): negatives; the i-th of all blocks are for the i-th words of all blocks
 
 
 class Terms(NamedTuple):
@@ -124,15 +124,17 @@ class Terms(NamedTuple):
 
     read: Tensor  # int64 (N, R): the words whose v the predictions are made of
     mix: Tensor | None  # (N, I, R): their weights in each prediction; None: I = R, each predicts alone
-    predicted: Tensor  # int64 (N, J): the words, or inner nodes, whose u are multiplied with it
+    predicted: Tensor  # int64 (N, J): the words, or inner nodes, whose u are multiplied with them
     positive: Tensor  # (N, I, J): how often log s(u . v) counts
     total: Tensor  # (N, I, J): how often log s(u . v) or log s(-u . v) counts
     n: Tensor  # (N, I): pairs, or with CBOW windows, which the terms of each prediction are the loss of
+    drawn: Tensor | None = None  # int64 (N, I): negatives of the i-th predictions of all blocks
+    k: int = 0  # negatives for each of n
 
     def split(self, n_blocks: int) -> Iterator["Terms"]:
         """Yield the terms of so many blocks after another."""
         for i in range(0, len(self.read), n_blocks):
-            yield Terms(*(None if part is None else part[i : i + n_blocks] for part in self))
+            yield Terms(*(part[i : i + n_blocks] if torch.is_tensor(part) else part for part in self))
 
 
 # --- what predicts, and what is predicted
@@ -140,23 +142,15 @@ class Terms(NamedTuple):
 
 def skip_gram(batch: Batch, k: int) -> Terms:
     """Return the terms of skip-gram: each word of a block predicts those of its window, and no drawn one."""
-    centres, pairs = centres_of(batch), batch.mask.sum(-1, keepdim=True)  # (N, L), (N, L, 1)
-    N, L, S = batch.mask.shape
-    total = batch.mask.new_empty(N, L, S + L)
-    total[:, :, :S], total[:, :, S:] = batch.mask, pairs * (k / L)
-    positive = F.pad(batch.mask, (0, L))
-    return Terms(centres, None, torch.cat((batch.spans, batch.drawn), 1), positive, total, pairs[:, :, 0])
+    pairs = batch.mask.sum(-1)  # (N, L)
+    return Terms(centres_of(batch), None, batch.spans, batch.mask, batch.mask, pairs, batch.drawn, k)
 
 
 def cbow(batch: Batch, k: int) -> Terms:
     """Return the terms of CBOW: the mean of a window predicts the word in its middle, and no drawn one."""
     mean, filled = means(batch.mask)  # (N, L, S), (N, L, 1)
-    N, L, _ = batch.mask.shape
-    total = batch.mask.new_empty(N, L, 2 * L)
-    total[:, :, :L], total[:, :, L:] = torch.eye(L, dtype=mean.dtype) * filled, filled * (k / L)
-    positive = F.pad(total[:, :, :L], (0, L))
-    predicted = torch.cat((centres_of(batch), batch.drawn), 1)
-    return Terms(batch.spans, mean, predicted, positive, total, filled[:, :, 0])
+    own = torch.eye(filled.shape[1], dtype=mean.dtype) * filled  # (N, L, L)
+    return Terms(batch.spans, mean, centres_of(batch), own, own, filled[:, :, 0], batch.drawn, k)
 
 
 def skip_gram_tree(batch: Batch, tree: Tree) -> Terms:
@@ -193,30 +187,45 @@ def means(mask: Tensor) -> tuple[Tensor, Tensor]:
 # --- a step
 
 
-def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -> Tensor:
+def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -> None:
     """Make one step of gradient descent in place, on the sum of the terms.
 
-    A word that occurs several times in the batch gets the sum of its gradients, all at the vectors before the
-    step. undivided: see the header. Returns the scores X Y^T (N, I, J) before the step, for `loss`.
+    A word that occurs several times in the step gets the sum of its gradients, all at the vectors before it.
+    undivided: see the header. (The loss of the same terms is `loss`, of the vectors before the step.)
     """
     # What predicts (N, I, D), what is predicted (N, J, D), and lr times minus the derivative of the loss.
     read, y = F.embedding(terms.read, vectors.input), F.embedding(terms.predicted, vectors.output)
     x = read if terms.mix is None else terms.mix @ read
     scores = x @ y.mT
     error = torch.addcmul(terms.positive, terms.total, scores.sigmoid(), value=-1).mul_(lr)
+    dx, dy = error @ y, error.mT @ x
+
+    # The same with drawn words, for the i-th predictions of all blocks at once: the first index is i.
+    if terms.drawn is not None:
+        drawn, weight = terms.drawn.T, terms.n.T * (terms.k / len(terms.drawn))  # (I, N)
+        others, z = x.transpose(0, 1), F.embedding(drawn, vectors.output)  # (I, N, D)
+        drawn_scores = others @ z.mT  # (I, N, N)
+        error = drawn_scores.sigmoid().mul_(weight[:, :, None]).mul_(-lr)
+        dx += (error @ z).transpose(0, 1)
+        vectors.output.index_add_(0, drawn.flatten(), (error.mT @ others).flatten(0, 1))
+    vectors.output.index_add_(0, terms.predicted.flatten(), dy.flatten(0, 1))
 
     # The gradient of a mean goes back to its words in the shares that they have in it.
-    dx, dy = error @ y, error.mT @ x
     if terms.mix is not None:
         dx = ((terms.mix > 0).to(dx.dtype) if undivided else terms.mix).mT @ dx
     vectors.input.index_add_(0, terms.read.flatten(), dx.flatten(0, 1))
-    vectors.output.index_add_(0, terms.predicted.flatten(), dy.flatten(0, 1))
-    return scores
 
 
-def loss(scores: Tensor, terms: Terms) -> Tensor:
-    """Return the sum of all terms in nats: -log s(score) or -log s(-score), as often as each counts."""
-    return (terms.total * F.softplus(scores) - terms.positive * scores).sum()
+def loss(vectors: Vectors, terms: Terms) -> Tensor:
+    """Return the sum of the terms in nats: -log s(score) or -log s(-score), as often as each counts."""
+    x = vectors.input[terms.read]
+    x = x if terms.mix is None else terms.mix @ x
+    scores = x @ vectors.output[terms.predicted].mT
+    nats = (terms.total * F.softplus(scores) - terms.positive * scores).sum()
+    if terms.drawn is not None:
+        scores = x.transpose(0, 1) @ vectors.output[terms.drawn.T].mT
+        nats = nats + (terms.n.T[:, :, None] * (terms.k / len(terms.drawn)) * F.softplus(scores)).sum()
+    return nats
 
 
 # --- the data of an epoch
@@ -315,15 +324,16 @@ def train(
         nats, n, done = torch.zeros(()), 0, 0
         for batch in batches(ids[kept], places[kept], noise, config, generator):
             terms = terms_of(batch)
-            for part in terms.split(max(1, config.batch_size // batch.mask.shape[1])):
+            steps = list(terms.split(max(1, config.batch_size // batch.mask.shape[1])))
+            # The loss is that of the first step of each batch, before the step.
+            nats += loss(vectors, steps[0])
+            n += steps[0].n.sum()
+            for part in steps:
                 # The rate falls linearly with the words read.
                 share = done / len(kept)
                 lr = config.lr * max(1 - (epoch + share) / config.epochs, 1e-4)
-                scores = update(vectors, part, lr, config.undivided)
+                update(vectors, part, lr, config.undivided)
                 done += len(part.read) * batch.mask.shape[1]
-            # The loss is that of the last step of each batch, before the step.
-            nats += loss(scores, part)
-            n += part.n.sum()
             bar.update(int((epoch + done / len(kept)) * len(ids)) - bar.n)
         if not all(w.isfinite().all() for w in vectors):
             raise ValueError(f"epoch {epoch}: the vectors are not finite; take a smaller lr or batch_size")

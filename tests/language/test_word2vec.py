@@ -88,7 +88,7 @@ def expected_step(batch: Batch, v, u, architecture: str, hierarchical: bool, und
                         (code.nodes[predicted, j], 1 - code.bits[predicted, j], 1.0) for j in range(n)
                     ]
                 else:
-                    decisions = [(predicted, 1, 1.0)] + [(word, 0, K / L) for word in drawn[block]]
+                    decisions = [(predicted, 1, 1.0)] + [(word, 0, K / len(drawn)) for word in drawn[:, i]]
                 gradient = np.zeros(D)
                 for row, label, weight in decisions:
                     p = sigmoid(u[row] @ h)
@@ -110,11 +110,11 @@ def test_a_step_is_that_of_the_equations(architecture, hierarchical, undivided):
     before = [w.numpy().copy() for w in vectors]
     v, u, nats = expected_step(batch, *before, architecture, hierarchical, undivided)
     terms = terms_of(architecture, hierarchical, batch)
-    scores = update(vectors, terms, LR, undivided)
+    assert loss(vectors, terms).item() == pytest.approx(nats, rel=1e-12)
+    update(vectors, terms, LR, undivided)
     # Sums of 400 terms in another order: 1e-12 of numbers around 10.
     np.testing.assert_allclose(vectors.input.numpy(), v, rtol=0, atol=1e-11)
     np.testing.assert_allclose(vectors.output.numpy(), u, rtol=0, atol=1e-11)
-    assert loss(scores, terms).item() == pytest.approx(nats, rel=1e-12)
     assert np.abs(v - before[0]).max() > 0.1
 
 
@@ -123,9 +123,7 @@ def test_a_step_goes_down_the_gradient_of_its_loss(architecture, hierarchical):
     batch, (v, u) = a_batch(hierarchical), some_vectors(V - hierarchical)
     terms = terms_of(architecture, hierarchical, batch)
     v.requires_grad_(), u.requires_grad_()
-    read = v[terms.read]
-    x = read if terms.mix is None else terms.mix @ read
-    loss(x @ u[terms.predicted].mT, terms).backward()
+    loss(Vectors(v, u), terms).backward()
     moved = Vectors(v.detach().clone(), u.detach().clone())
     update(moved, terms, LR)
     torch.testing.assert_close(moved.input, v.detach() - LR * v.grad, rtol=0, atol=1e-11)
@@ -151,7 +149,7 @@ def test_the_loss_at_the_start_is_that_of_fair_coins(architecture, hierarchical)
     batch = a_batch(hierarchical)
     terms = terms_of(architecture, hierarchical, batch)
     vectors = Vectors(some_vectors(V).input, torch.zeros(V, D, dtype=torch.float64))
-    nats = loss(update(vectors, terms, 0.0), terms) / terms.n.sum()
+    nats = loss(vectors, terms) / terms.n.sum()
     if hierarchical:  # ln 2 for each bit of the codes that are predicted
         lengths = torch.from_numpy(huffman(CORPUS.counts).lengths).double()
         weight = terms.n.sum(1)
@@ -189,9 +187,11 @@ def test_drawn_windows_and_negatives_have_the_expectation_of_the_exact_objective
         generator = Generator().manual_seed(seed)
         (batch,) = batches(ids, documents, noise, config, generator, torch.float64)
         terms = word2vec.skip_gram(batch, K)
-        cell = (terms.read[:, :, None] * V + terms.predicted[:, None]).flatten()
-        parts = (terms.positive, terms.total - terms.positive)
-        found.append([np.bincount(cell, part.flatten(), V * V).reshape(V, V) for part in parts])
+        pairs = terms.read[:, :, None] * V + terms.predicted[:, None]
+        others = terms.read.T[:, :, None] * V + terms.drawn.T[:, None]  # (I, N, N)
+        weight = (terms.n.T[:, :, None] * (K / len(terms.drawn))).expand(others.shape)
+        parts = ((pairs, terms.positive), (others, weight))
+        found.append([np.bincount(c.flatten(), n.flatten(), V * V).reshape(V, V) for c, n in parts])
     found = np.array(found)  # (seeds, 2, V, V)
     error = found.std(0) / math.sqrt(len(found))
     z = (found.mean(0) - np.array(expected_terms(W, K))) / error.clip(1e-9)
@@ -215,8 +215,8 @@ def test_the_optimum_is_the_mutual_information_less_log_k():
         *(torch.randn(V, 4 * V, generator=generator, dtype=torch.float64) / 2 for _ in range(2))
     )
     for _ in range(3000):
-        scores = update(vectors, terms, 0.5)
-    np.testing.assert_allclose(scores[0].numpy(), expected, rtol=0, atol=1e-8)
+        update(vectors, terms, 0.5)
+    np.testing.assert_allclose((vectors.input @ vectors.output.T).numpy(), expected, rtol=0, atol=1e-8)
 
 
 def test_training_with_draws_comes_close_to_the_mutual_information():
@@ -230,9 +230,9 @@ def test_training_with_draws_comes_close_to_the_mutual_information():
     pairs[w, c] = n
     expected = np.log(pairs / (pairs.sum(1, keepdims=True) * p / p.sum())) - math.log(K)
     found = (vectors.input @ vectors.output.T).numpy()
-    # A cell has about 1,500 pairs, and 12 draws of its negatives: an error of a few percent.
-    assert expected.std() > 0.3
-    assert np.abs(found - expected).max() < 0.15
+    # A cell has about 1,000 pairs, and twelve times draws of its negatives.
+    assert expected.std() > 0.2
+    assert np.abs(found - expected).max() < 0.12
 
 
 def test_frequent_words_are_kept_with_the_probability_of_the_authors_code():
@@ -254,7 +254,7 @@ def test_no_window_leaves_its_document_and_every_word_is_in_one_block():
         i, j = own[:, :, None].expand(N, L, S), batch.spans[:, None].expand(N, L, S)
         i, j = i[batch.mask > 0], j[batch.mask > 0]
         assert (
-            (documents[i] == documents[j]).all() and (1 <= (i - j).abs()).all() and ((i - j).abs() <= 4).all()
+            (documents[i] == documents[j]).all() and ((i - j).abs() >= 1).all() and ((i - j).abs() <= 4).all()
         )
         centres.append(own[batch.mask.any(-1)])
     # Each document has several words, and so each word a neighbour.
@@ -298,7 +298,8 @@ def test_a_run_goes_on_where_it_was_interrupted_to_the_bit(text, tmp_path, monke
             raise KeyboardInterrupt
 
     monkeypatch.setattr(word2vec, "write_tensors", die_after_two)
-    assert run_command(*command, "--out", str(tmp_path / "cut")).code == 130
+    with pytest.raises(KeyboardInterrupt):
+        word2vec.main([*command[2:], "--out", str(tmp_path / "cut")])
     monkeypatch.undo()
     assert run_command(*command, "--out", str(tmp_path / "cut"), "--resume").code == 0
     both = [(tmp_path / name / "vectors.bin").read_bytes() for name in ("whole", "cut")]

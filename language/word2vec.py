@@ -12,9 +12,8 @@ by the bits of its Huffman code instead (huffman.py), with a vector u for each i
 
     -sum over the nodes j on the way to c of log s(+-u_j . v_w)         + for bit 0, - for bit 1
 
-The window of each word is drawn from 1 to `window`, so that near words count more. Frequent words are removed
-before that, each occurrence kept with probability (sqrt(f / t) + 1) t / f for a share f of the text (the
-authors' code; the paper has sqrt(t / f)), and windows reach across what is removed.
+The window of each word is drawn from 1 to `window`, so that near words count more, and frequent words are
+thinned out before that (windows.py).
 
 What it converges to is known. Let n(w, c) be the pairs, and P(c) what negatives are drawn from. Then each dot
 product has a minimum of its own (Levy and Goldberg 2014, section 3), reached where vectors are long enough:
@@ -26,8 +25,8 @@ step has N *blocks* of L neighbouring words, from random places of the text. The
 its span, L + 2 window words, are multiplied as two matrices, of which a mask keeps the windows. Negatives are
 shared: the i-th words of all blocks, which have nothing to do with each other, share N drawn words, of which
 each counts k / N per pair. This leaves the expected gradient as it is. (Neighbours must not share them: their
-windows are nearly the same, so that a drawn word would learn from one window instead of N.) The four kinds of
-training, `skip_gram`, `cbow`, `skip_gram_tree` and `cbow_tree`, differ in what predicts and what is predicted.
+windows are nearly the same, so that a drawn word would learn from one window instead of N.) The four kinds,
+`skip_gram`, `cbow`, `skip_gram_tree` and `cbow_tree`, differ in what predicts and what is predicted.
 
 CBOW's gradient is that of the mean: the error reaches each of n context words divided by n. The authors'
 code and gensim do not divide (gensim's issue 1873; Irsoy et al. 2020, 2012.15332): their step for v is n
@@ -58,10 +57,10 @@ from formats.safetensors_dir import read_tensors, write_tensors
 from language.analogies import PAIRS, all_questions, neighbours, table
 from language.huffman import huffman
 from language.noise import Noise
+from language.windows import Batch, batches, centres_of, keep_probability, means
 from language.word_corpus import WordCorpus, read_corpus
 
 BLOCK = 16  # L, words
-PREPARED = 4096  # words whose windows and negatives are drawn at once, for several steps
 ARCHITECTURES = ("cbow", "skip_gram")
 CBOW_RATE = 0.25  # for the gradient of the mean, which is smaller than that of the authors' code
 SHOWN = ("encode", "json", "width", "thread")  # words whose neighbours are printed
@@ -109,14 +108,6 @@ class Tree(NamedTuple):
     nodes: Tensor  # int64 (V, P)
     zeros: Tensor  # (V, P): 1 where the bit is 0, else 0
     inside: Tensor  # (V, P): 1 within the code, 0 behind its end
-
-
-class Batch(NamedTuple):
-    """Blocks of neighbouring words."""
-
-    spans: Tensor  # int64 (N, S): the words of each block, with `window` more on either side
-    mask: Tensor  # (N, L, S): 1 where a word of the span is in the window of a word of the block
-    drawn: Tensor  # int64 (N, L): negatives; the i-th of all blocks are for the i-th words of all blocks
 
 
 class Terms(NamedTuple):
@@ -172,18 +163,6 @@ def cbow_tree(batch: Batch, tree: Tree) -> Terms:
     return Terms(batch.spans, mean, tree.nodes[code], filled * zeros, filled * inside, filled[:, :, 0])
 
 
-def centres_of(batch: Batch) -> Tensor:
-    """Return the words (N, L) of the blocks, without the rest of their spans."""
-    L, S = batch.mask.shape[1:]
-    return batch.spans[:, (S - L) // 2 : (S + L) // 2]
-
-
-def means(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights (N, L, S) of the mean of each window, and 1 or 0 (N, L, 1): does it hold a word?"""
-    n = mask.sum(-1, keepdim=True)
-    return mask / n.clamp(min=1), (n > 0).to(mask.dtype)
-
-
 # --- a step
 
 
@@ -226,40 +205,6 @@ def loss(vectors: Vectors, terms: Terms) -> Tensor:
         scores = x.transpose(0, 1) @ vectors.output[terms.drawn.T].mT
         nats = nats + (terms.n.T[:, :, None] * (terms.k / len(terms.drawn)) * F.softplus(scores)).sum()
     return nats
-
-
-# --- the data of an epoch
-
-
-def keep_probability(counts: Tensor, t: float) -> Tensor:
-    """Return the probability (V,) with which an occurrence of each word is kept; from 1 on it always is."""
-    share = counts.double() / counts.sum()
-    return ((share / t).sqrt() + 1) * t / share
-
-
-def batches(
-    ids: Tensor, documents: Tensor, noise: Noise, config: Config, generator: Generator, dtype=torch.float32
-) -> Iterator[Batch]:
-    """Yield the batches of one epoch: all blocks of the words ids (T,), in random order.
-
-    No window leaves the document of its word: documents (T,) has the number of each word's, 0 or more.
-    """
-    # Cut the words into blocks of L, each with a margin. The text ends in words of no document.
-    w, L = config.window, 1 if config.hierarchical else BLOCK
-    n_blocks = math.ceil(len(ids) / L)
-    margin = (w, n_blocks * L - len(ids) + w)
-    spans = F.pad(ids, margin).unfold(0, L + 2 * w, L)  # (n_blocks, S)
-    places = F.pad(documents.int(), margin, value=-1).unfold(0, L + 2 * w, L)
-
-    distance = (torch.arange(L)[:, None] + w - torch.arange(L + 2 * w)).abs().short()  # (L, S)
-    distance[distance == 0] = w + 1  # no word is in its own window
-    for chosen in torch.randperm(n_blocks, generator=generator).split(PREPARED // L):
-        there = places[chosen]
-        own = there[:, w : w + L, None]  # (N, L, 1)
-        radius = torch.randint(1, w + 1, own.shape, generator=generator).short()
-        mask = (distance <= radius) & (there[:, None] == own) & (own >= 0)
-        drawn = noise.draw(len(chosen), L, generator=generator)
-        yield Batch(spans[chosen], mask.to(dtype), drawn)
 
 
 # --- training
@@ -310,7 +255,7 @@ def train(
     keep = torch.ones(len(counts))
     if config.subsample:
         keep = keep_probability(counts, config.subsample).float()
-    terms_of = terms_by(config, corpus)
+    terms_of, length = terms_by(config, corpus), 1 if config.hierarchical else BLOCK
     if vectors is None:
         vectors = new_vectors(len(counts), config, Generator().manual_seed(seed))
 
@@ -322,9 +267,9 @@ def train(
         generator = Generator().manual_seed(seed_of(seed, epoch))
         kept = (torch.rand(len(ids), generator=generator) < keep[ids]).nonzero()[:, 0]
         nats, n, done = torch.zeros(()), 0, 0
-        for batch in batches(ids[kept], places[kept], noise, config, generator):
+        for batch in batches(ids[kept], places[kept], noise, config.window, length, generator):
             terms = terms_of(batch)
-            steps = list(terms.split(max(1, config.batch_size // batch.mask.shape[1])))
+            steps = list(terms.split(max(1, config.batch_size // length)))
             # The loss is that of the first step of each batch, before the step.
             nats += loss(vectors, steps[0])
             n += steps[0].n.sum()
@@ -333,7 +278,7 @@ def train(
                 share = done / len(kept)
                 lr = config.lr * max(1 - (epoch + share) / config.epochs, 1e-4)
                 update(vectors, part, lr, config.undivided)
-                done += len(part.read) * batch.mask.shape[1]
+                done += len(part.read) * length
             bar.update(int((epoch + done / len(kept)) * len(ids)) - bar.n)
         if not all(w.isfinite().all() for w in vectors):
             raise ValueError(f"epoch {epoch}: the vectors are not finite; take a smaller lr or batch_size")

@@ -13,7 +13,8 @@ from language import word2vec
 from language.huffman import huffman
 from language.noise import Noise
 from language.ppmi import pair_counts
-from language.word2vec import Batch, Config, Terms, Vectors, batches, keep_probability, loss, train, update
+from language.windows import Batch, batches, centres_of
+from language.word2vec import Config, Terms, Vectors, loss, train, update
 from language.word_corpus import WordCorpus, encode
 
 V, D, W, K = 7, 5, 2, 3  # words, width, window, negatives
@@ -43,11 +44,10 @@ def sigmoid(x):
 
 def a_batch(hierarchical: bool) -> Batch:
     """Return the one batch of an epoch, in float64."""
-    config = Config(hierarchical=hierarchical, window=W, d_model=D)
     noise = Noise(torch.from_numpy(CORPUS.counts), 0.75)
     ids, documents = torch.from_numpy(CORPUS.ids), torch.from_numpy(CORPUS.documents)
-    generator = Generator().manual_seed(3)
-    return next(batches(ids, documents, noise, config, generator, torch.float64))
+    length, generator = 1 if hierarchical else 16, Generator().manual_seed(3)
+    return next(batches(ids, documents, noise, W, length, generator, torch.float64))
 
 
 def some_vectors(n_output: int) -> Vectors:
@@ -153,7 +153,7 @@ def test_the_loss_at_the_start_is_that_of_fair_coins(architecture, hierarchical)
     if hierarchical:  # ln 2 for each bit of the codes that are predicted
         lengths = torch.from_numpy(huffman(CORPUS.counts).lengths).double()
         weight = terms.n.sum(1)
-        centres = word2vec.centres_of(batch)[:, 0]
+        centres = centres_of(batch)[:, 0]
         expected = math.log(2) * (weight * lengths[centres]).sum() / weight.sum()
     else:
         expected = (1 + K) * math.log(2)
@@ -179,13 +179,12 @@ def expected_terms(window: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_drawn_windows_and_negatives_have_the_expectation_of_the_exact_objective():
-    config = Config(architecture="skip_gram", window=W)
     ids, documents = torch.from_numpy(CORPUS.ids), torch.from_numpy(CORPUS.documents)
     noise = Noise(torch.from_numpy(CORPUS.counts), 0.75)
     found = []
     for seed in range(300):
         generator = Generator().manual_seed(seed)
-        (batch,) = batches(ids, documents, noise, config, generator, torch.float64)
+        (batch,) = batches(ids, documents, noise, W, 16, generator, torch.float64)
         terms = word2vec.skip_gram(batch, K)
         pairs = terms.read[:, :, None] * V + terms.predicted[:, None]
         others = terms.read.T[:, :, None] * V + terms.drawn.T[:, None]  # (I, N, N)
@@ -233,32 +232,6 @@ def test_training_with_draws_comes_close_to_the_mutual_information():
     # A cell has about 1,000 pairs, and twelve times draws of its negatives.
     assert expected.std() > 0.2
     assert np.abs(found - expected).max() < 0.12
-
-
-def test_frequent_words_are_kept_with_the_probability_of_the_authors_code():
-    counts = torch.tensor([50_000, 10_000, 5_000, 2_618, 932_382])
-    kept = keep_probability(counts, 1e-3)
-    assert kept[:3].tolist() == pytest.approx([0.1614, 0.4162, 0.6472], abs=5e-5)
-    assert kept[3].item() == pytest.approx(1, abs=1e-4)  # the golden ratio squared times t
-
-
-def test_no_window_leaves_its_document_and_every_word_is_in_one_block():
-    corpus = a_corpus(203, n_documents=9)
-    noise, generator = Noise(torch.from_numpy(corpus.counts), 0.75), Generator().manual_seed(0)
-    # Numbers in the place of words: a pair shows which places it joins.
-    places, documents = torch.arange(203), torch.from_numpy(corpus.documents)
-    centres = []
-    for batch in batches(places, documents, noise, Config(window=4), generator):
-        own = word2vec.centres_of(batch)
-        N, L, S = batch.mask.shape
-        i, j = own[:, :, None].expand(N, L, S), batch.spans[:, None].expand(N, L, S)
-        i, j = i[batch.mask > 0], j[batch.mask > 0]
-        assert (
-            (documents[i] == documents[j]).all() and ((i - j).abs() >= 1).all() and ((i - j).abs() <= 4).all()
-        )
-        centres.append(own[batch.mask.any(-1)])
-    # Each document has several words, and so each word a neighbour.
-    assert torch.cat(centres).sort().values.tolist() == list(range(203))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
 All read the same words of Python's library, in 15 passes with one thread. The vectors of each run are kept in
 --work, and read again where they are there: an interrupted study goes on. Each accuracy stands beside that of
 the nearest word to c, which ignores a and b. word2vec.png shows the plurals: the first two principal
-components of the vectors of --picture, seed 0.
+components of the vectors of --picture, seed 0. --kinds and --seeds make a part of the study.
 """
 
 import json
@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         default=Path("runs/word2vec_study"),
         help="keeps vectors (default %(default)s)",
     )
+    every = [*KINDS, COUNTED]
+    add("--kinds", nargs="+", default=every, choices=every, help="kinds of vectors (default %(default)s)")
     add(
         "--picture",
         default="CBOW",
@@ -110,10 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     corpus, load = read_corpus("stdlib"), os.getloadavg()[0]
-    runs = [(kind, seed) for seed in range(args.seeds) for kind in (*KINDS, COUNTED)]
+    runs = [(kind, seed) for seed in range(args.seeds) for kind in args.kinds]
     rows = [run(kind, seed, corpus, args.work) for kind, seed in runs]
 
-    for kind in (*KINDS, COUNTED):
+    for kind in args.kinds:
         print(kind)
         for name in PAIRS:
             shares = [
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         about |= {"settings": {kind: asdict(config) for kind, config in KINDS.items()}, "rows": rows}
         with replace_file(args.out) as new:
             new.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        drawn = next(row for row in rows if row["kind"] == args.picture)
+        drawn = next((row for row in rows if row["kind"] == args.picture), rows[0])
         picture(*word_vectors.read(args.work / drawn["vectors"]), args.out.with_suffix(".png"))
 
 

@@ -62,7 +62,7 @@ from language.word_corpus import WordCorpus, read_corpus
 
 BLOCK = 16  # L, words
 ARCHITECTURES = ("cbow", "skip_gram")
-CBOW_RATE = 0.25  # for the gradient of the mean, which is smaller than that of the authors' code
+CBOW_RATE = 0.15  # for the gradient of the mean, which is smaller than that of the authors' code
 SHOWN = ("encode", "json", "width", "thread")  # words whose neighbours are printed
 
 

@@ -26,6 +26,7 @@ from language.word2vec import Config, train
 from language.word_corpus import encode, words_of
 from results.in_turn import compared, measure_in_turn
 
+COMMAND = "python -m results.word2vec_speed --out results/word2vec_speed.json"
 LONGEST = 10_000  # words of a document that gensim reads
 KINDS = [("cbow", False), ("skip_gram", False), ("cbow", True), ("skip_gram", True)]
 
@@ -71,13 +72,18 @@ def main(argv: list[str] | None = None) -> None:
         figures = measure_in_turn(sides, args.rounds)
         labels = {"architecture": architecture, "hierarchical": hierarchical}
         rows += compared(figures, "gensim", unit="words", **labels)
-
-    if args.out:
-        about = {"command": "python -m results.word2vec_speed --out results/word2vec_speed.json"}
-        about |= {"cpu": cpu.name(), "threads": 1, "load_average": load, "torch": torch.__version__}
-        about |= {"gensim": gensim.__version__, "words": len(corpus), "rounds": args.rounds, "results": rows}
-        with replace_file(args.out) as new:
-            new.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        # After each kind, so that an interruption leaves what was measured.
+        if args.out:
+            about = {"command": f"{COMMAND} --words {args.words} --rounds {args.rounds}"}
+            about |= {"cpu": cpu.name(), "threads": 1, "load_average": load, "torch": torch.__version__}
+            about |= {
+                "gensim": gensim.__version__,
+                "words": len(corpus),
+                "rounds": args.rounds,
+                "results": rows,
+            }
+            with replace_file(args.out) as new:
+                new.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,10 @@ def main(argv: list[str] | None = None) -> None:
             ]
             print(f"  {name:12} {mean_and_range(shares[0])}   c alone {mean_and_range(shares[1])}")
     if args.out:
-        about = {"command": "python -m results.word2vec --out results/word2vec.json", "cpu": cpu.name()}
+        command_line = (
+            f"python -m results.word2vec --seeds {args.seeds} --kinds {args.kinds} --out {args.out}"
+        )
+        about = {"command": command_line, "cpu": cpu.name()}
         about |= {"load_average": load, "words": len(corpus), "vocabulary": len(corpus.words)}
         about |= {"settings": {kind: asdict(config) for kind, config in KINDS.items()}, "rows": rows}
         with replace_file(args.out) as new:

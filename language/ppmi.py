@@ -59,7 +59,8 @@ def svd_vectors(corpus: WordCorpus, window: int = 5, d_model: int = 100, seed: i
     w, c, values = pmi(corpus, window)
     positive = values > 0
     places = torch.from_numpy(np.stack((w, c))[:, positive])
-    matrix = torch.sparse_coo_tensor(places, torch.from_numpy(values[positive]).float(), (V, V)).coalesce()
+    known = torch.from_numpy(values[positive]).float()
+    matrix = torch.sparse_coo_tensor(places, known, (V, V), check_invariants=True).coalesce()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         u, s, _ = torch.svd_lowrank(matrix, min(V, d_model + 20), niter=4)

@@ -69,5 +69,5 @@ def yarn_factor(scaling: dict) -> float:
 
 
 def magnitude(s: float, weight: float) -> float:
-    """Return 0.1 weight ln(s) + 1, by which YaRN multiplies queries and keys; 1 where nothing is slowed down."""
+    """Return 0.1 weight ln(s) + 1, by which YaRN multiplies queries and keys, and 1 where s is 1."""
     return 0.1 * weight * math.log(s) + 1 if s > 1 else 1.0

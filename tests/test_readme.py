@@ -41,6 +41,8 @@ GIVEN = [
 # Long measurements, and programs that need a GPU or a compiler: their own tests run them smaller.
 LONG = re.compile(
     r"chinchilla\.py sweep|-m kernels\.bench|-m results\.|nanoGPT"
+    # Which ask for words of the library.
+    r"|language\.analogies .*--(near|solve)"
     # Which train another model first, or a judge of what is drawn.
     r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.ddpm"
 )
@@ -120,6 +122,8 @@ def run(command: str, n_steps: int) -> str:
         arguments = small(arguments, n_steps)
     if name == "vision.visual_questions":
         arguments[arguments.index("-n") + 1] = "1"
+    if name in ("language.word2vec", "language.ppmi"):
+        arguments += ["--data", "book.txt", "--d-model", "4"]
     if name == "evaluation.probe":
         arguments += ["--data", "photos"]
     ended = run_command(*["-m"] * as_module, name, *arguments)

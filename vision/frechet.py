@@ -164,7 +164,7 @@ def of(dataset: Dataset) -> Measure | None:
 
 
 def in_words(dataset: Dataset, draw: Callable[[int], Tensor]) -> str:
-    """Return lines of figures: of baselines, and of the images (n, C, H, W) in [0, 1] that draw(n) returns."""
+    """Return lines of figures: of baselines, and of images (n, C, H, W) in [0, 1] that draw(n) returns."""
     measure = of(dataset)
     if measure is None:
         n = len(dataset.val)

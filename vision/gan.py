@@ -157,6 +157,12 @@ def r1(judged: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tens
     return logits, slope.square().flatten(1).sum(1).mean()
 
 
+def macs(network: nn.Module, places: list[int]) -> int:
+    """Return the multiplications of a network for one image, with the number of places of each layer."""
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    return sum(w.numel() * n for w, n in zip(weights, places, strict=True))
+
+
 class GAN(nn.Module):
     """A generator and its discriminator."""
 
@@ -196,6 +202,18 @@ class GAN(nn.Module):
         """Return the images (n, C, H, W) of codes (n, Z), with values in [0, 1]."""
         return (self.generator(z).float() + 1) / 2
 
+    def flops_per_token(self, seq_len: int = 1) -> int:
+        """Return the FLOPs of matrix products, forward and backward, of one real and one drawn image.
+
+        G takes 3 passes: forward, and backward by weights and by inputs. D takes 11: with real images 2 for
+        the logits and their slope, and 4 backward; with drawn ones 3, and 2 without gradients of weights.
+        """
+        steps = [math.prod(self.config.smallest[1:]) * 4**i for i in range(self.config.n_halvings)]
+        all_pixels = math.prod(self.config.image_size)
+        g = macs(self.generator, [1, *steps, all_pixels])
+        d = macs(self.discriminator, [all_pixels, *reversed(steps), 1])
+        return 2 * (3 * g + 11 * d)
+
     from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
     save_pretrained = native.save
 
@@ -207,7 +225,10 @@ Model = GAN
 
 
 def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images, whose classes are for the judge of vision/frechet.py alone."""
+    """Return images, whose classes are for the judge of vision/frechet.py alone. ValueError for --parallel
+    fsdp, whose shards of D's weights cannot be read as constants."""
+    if args.parallel == "fsdp":
+        raise ValueError("--parallel fsdp: the discriminator needs all of its weights; expected none or ddp")
     return drawing.load_data(args, config, describe)
 
 

@@ -163,13 +163,14 @@ def of(dataset: Dataset) -> Measure | None:
     return MEASURES[dataset.fingerprint]
 
 
-def in_words(dataset: Dataset, draw: Callable[[int], Tensor]) -> str:
-    """Return lines of figures: of baselines, and of images (n, C, H, W) in [0, 1] that draw(n) returns."""
+def in_words(dataset: Dataset, draw: Callable[[int], Tensor], name: str = "drawn") -> str:
+    """Return lines of figures: of baselines, and under a name of images (n, C, H, W) in [0, 1] that draw(n)
+    returns."""
     measure = of(dataset)
     if measure is None:
         n = len(dataset.val)
         return f"no Fréchet distance: {n} images held out; expected at least {LEAST}, and their classes"
-    rows = measure.baselines() | {"drawn": measure(draw(measure.n))}
+    rows = measure.baselines() | {name: measure(draw(measure.n))}
     return "\n".join(f"{name:13}{figures}" for name, figures in rows.items())
 
 

@@ -18,8 +18,8 @@ default.
 
 gamma weighs R1, the squared slope of D at real images (Mescheder et al. 2018, 1801.04406, equation 9).
 Without it the two networks may circle around the fixed point for ever; with it both converge near that point.
-It takes the place of batch norm and of spectral norm. Adam's beta_1 is 0 (as for most of the experiments
-there): with 0.9, this size draws one image only.
+It takes the place of batch norm and of spectral norm. Adam's beta_1 is 0, as in RMSProp, which they use: with
+0.9, this size draws one image only.
 
 There is one loss, the sum of both, and one optimizer, whose gradients are those of two: D's term reads drawn
 images as constants, and G's term reads the weights of D as constants. AdamW adapts each number alone, so this

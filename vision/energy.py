@@ -192,14 +192,26 @@ class Chains(nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
         self.register_buffer("images", 2 * torch.rand(model.config.n_chains, *model.config.shape) - 1)
+        self.ended: list[tuple[Tensor, Tensor]] = []  # chains of an update, and where they are now
 
     def advance(self, chosen: Tensor, is_new: Tensor, fresh: Tensor) -> Tensor:
         """Walk on with the chosen chains, int64 (B,), and return where they are, (B, C, H, W). Where is_new
-        (B,) they begin anew, with the images fresh (B, C, H, W)."""
+        (B,) they begin anew, with the images fresh (B, C, H, W). The buffer changes in `after_step`."""
         start = torch.where(is_new[:, None, None, None], fresh, self.images[chosen])
         ended = self.model.walk(start, self.config.n_steps)
-        self.images[chosen] = ended.to(self.images.dtype)
+        self.ended.append((chosen, ended.to(self.images.dtype)))
         return ended
+
+
+@torch.no_grad()
+def after_step(module: Chains, finite: Tensor) -> None:
+    """Put the chains of an update back into the buffer, unless the update was left out (finite: bool ()).
+
+    Not in the loss, which is also computed without an update: before the first one, to time it.
+    """
+    for chosen, ended in module.ended:
+        module.images[chosen] = torch.where(finite, ended, module.images[chosen])
+    module.ended.clear()
 
 
 # --- the task

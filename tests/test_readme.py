@@ -42,7 +42,7 @@ GIVEN = [
 LONG = re.compile(
     r"chinchilla\.py sweep|-m kernels\.bench|-m results\.|nanoGPT"
     # Which train another model first, or a judge of what is drawn.
-    r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.ddpm"
+    r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.(ddpm|frechet)"
 )
 INSTEAD = {  # in blocks of Python
     "Qwen3-0.6B": "runs/gpt/model",

@@ -171,7 +171,8 @@ def in_words(dataset: Dataset, draw: Callable[[int], Tensor], name: str = "drawn
         n = len(dataset.val)
         return f"no Fréchet distance: {n} images held out; expected at least {LEAST}, and their classes"
     rows = measure.baselines() | {name: measure(draw(measure.n))}
-    return "\n".join(f"{name:13}{figures}" for name, figures in rows.items())
+    judged = f"a judge of letters, right about {measure.right:.1%} of {measure.n} held-out images:"
+    return "\n".join([judged, *(f"{name:13}{figures}" for name, figures in rows.items())])
 
 
 # --- the command

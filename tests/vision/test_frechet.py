@@ -102,7 +102,8 @@ def test_few_images_and_images_without_classes_are_not_measured(monkeypatch):
     assert found.startswith("no Fréchet distance: 40 images held out; expected at least 512")
     monkeypatch.setattr(frechet, "LEAST", 30)
     monkeypatch.setattr(judge, "STEPS", 2)
-    lines = frechet.in_words(dataset(61), lambda n: torch.rand(n, 1, 12, 12)).splitlines()
+    first, *lines = frechet.in_words(dataset(61), lambda n: torch.rand(n, 1, 12, 12)).splitlines()
+    assert first.startswith("a judge of letters, right about ") and first.endswith("of 40 held-out images:")
     assert [line.split("Fréchet")[0].strip() for line in lines] == ["real", "pixels mixed", "drawn"]
     without = dataset(62)
     without.labels = ()

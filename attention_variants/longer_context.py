@@ -13,8 +13,9 @@ blur near positions, which fast pairs tell apart. Three ways to choose which pai
                (Peng et al. 2023, 2309.00071, section 3.2)
 
 More keys make a softmax flatter. YaRN makes up for it by larger scores: cos and sin, of queries and of keys,
-are multiplied by 0.1 ln(s) + 1 (section 3.4), so that scores grow by its square. DeepSeek puts this into the scale of its scores instead
-(attention_variants/latent.py), and its ratio of `mscale` to `mscale_all_dim` remains for cos and sin.
+are multiplied by 0.1 ln(s) + 1 (section 3.4), so that scores grow by its square. DeepSeek puts this into the
+scale of its scores instead (attention_variants/latent.py), and for cos and sin the ratio remains of what
+`mscale` and `mscale_all_dim` make.
 
 The settings have the names of Hugging Face's rope_scaling, which formats/decoders.py checks. As published for
 Qwen2.5 and Qwen3, to reach 131,072 tokens:

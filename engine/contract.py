@@ -240,6 +240,7 @@ class Task:
     STEPS: int = 1000  # of the default run, about five minutes on two CPU cores
     LEARNING_RATE: float = 1.0  # times optim.default_learning_rate
     OPTIMIZER: str = "adamw"  # the default of --optimizer
+    BETAS: tuple[float, float] = (0.9, 0.95)  # AdamW's, of the running means of gradients and their squares
     BATCH_SIZE: int = 8  # the default of --batch-size
     EMA: float = 0.0  # the default of --ema; 0: no averages
     LOSS: str = "nats per token"  # what the loss measures

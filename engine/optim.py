@@ -10,7 +10,8 @@ every direction moves equally far. Both come from torch.optim, but for Muon's pr
 decides:
 
     rule              Muon for hidden matrices; AdamW for embeddings, head, norms and biases (Jordan et al.)
-    momentum          AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B); Muon 0.95, Nesterov's
+    momentum          AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B), or the task's BETAS; Muon
+                      0.95, Nesterov's
     weight decay      on matrices only, as in BERT's code (Devlin et al. 2018); 0.1 by default, as in GPT-3
     shared rate       an orthogonal A x B matrix has entries of size 1 / sqrt(max(A, B)) (root mean square),
                       and an update of AdamW has entries of 0.2 to 0.4. Muon's factor makes the two equal, so
@@ -196,12 +197,14 @@ def make_optimizers(
     width_factors: Callable[[str, float], tuple[float, float]] = width_factors,
     lr_factor: Callable[[str], float] = lr_factor,
     decays: Callable[[str, nn.Parameter], bool] = decays,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> list[torch.optim.Optimizer]:
     """Return AdamW, and with args.optimizer "muon" also Muon for the hidden matrices. Each parameter group
     has an "lr_factor": its learning rate as a multiple of the scheduled one.
 
-    lr_factor and decays come from an adapter's file, width_factors from the model's file. Stacked experts
-    (3-dimensional) stay with AdamW, because torch's Muon takes matrices only.
+    lr_factor and decays come from an adapter's file, width_factors from the model's file, and AdamW's betas
+    from the task's. Stacked experts (3-dimensional) stay with AdamW, because torch's Muon takes matrices
+    only.
 
     With args.mup (the base width) AdamW's factors are those of width_factors. Muon's is sqrt(r), with
     r = base width / width: an update's spectral norm should be proportional to sqrt(fan-out / fan-in), the
@@ -235,7 +238,7 @@ def make_optimizers(
     if args.optimizer == "muon" and not muon:
         raise ValueError("--optimizer muon: it trains hidden matrices, and none learns here; use adamw")
 
-    optimizers = [make_adamw(groups, args)] if groups else []
+    optimizers = [make_adamw(groups, args, betas)] if groups else []
     if muon:
         factor = math.sqrt(ratio)
         group = {"params": muon, "weight_decay": args.weight_decay / factor, "lr_factor": factor}
@@ -248,7 +251,7 @@ def make_optimizers(
 
 
 def make_adamw(
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]], args: Namespace
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]], args: Namespace, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """Return AdamW for parameters by (has decay, factor of the learning rate, factor from width transfer)."""
     described = [
@@ -259,4 +262,4 @@ def make_adamw(
         }
         for (decayed, factor, of_width), params in groups.items()
     ]
-    return torch.optim.AdamW(described, lr=args.lr, betas=(0.9, 0.95), fused=args.device in ("cpu", "cuda"))
+    return torch.optim.AdamW(described, lr=args.lr, betas=betas, fused=args.device in ("cpu", "cuda"))

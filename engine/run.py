@@ -423,8 +423,9 @@ def set_rates(
 def make_optimizers(
     concept: contract.Concept, model: nn.Module, adapter_config: Any, args: argparse.Namespace
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers, with the rates and decays of the adapter's file if there is one."""
-    rules = {"width_factors": concept.model_file.width_factors}
+    """Return the optimizers, with the betas of the task's file, and the rates and decays of the adapter's
+    file if there is one."""
+    rules = {"width_factors": concept.model_file.width_factors, "betas": concept.task.BETAS}
     if concept.adapter is not None:
         rules["lr_factor"] = partial(concept.adapter.lr_factor, adapter_config)
         rules["decays"] = partial(concept.adapter.decays, adapter_config)

@@ -44,7 +44,7 @@ LONG = re.compile(
     # Which ask for words of the library.
     r"|language\.analogies .*--(near|solve)"
     # Which train another model first, or a judge of what is drawn.
-    r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.ddpm"
+    r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.(ddpm|frechet)"
 )
 INSTEAD = {  # in blocks of Python
     "Qwen3-0.6B": "runs/gpt/model",

@@ -30,13 +30,13 @@ def fit(config: Any, dataset: Dataset, seq_len: int) -> Any:
 
 
 def load_data(args: Namespace, config: Any, guess: Callable[[Tensor, Tensor], str]) -> Dataset:
-    """Return images without their classes. guess: returns the line about baselines of images to learn from
-    and held out, each (N, C, H, W) with values in [0, 1].
+    """Return images, whose classes are read by vision/frechet.py alone. guess: returns the line about
+    baselines of images to learn from and held out, each (N, C, H, W) with values in [0, 1].
 
     Raises ValueError for what `data.images.prepare` refuses.
     """
     dataset = load_images(args, config)
-    return replace(dataset, labels=(), guess=guess(*(some(rows) for rows in (dataset.train, dataset.val))))
+    return replace(dataset, guess=guess(*(some(rows) for rows in (dataset.train, dataset.val))))
 
 
 def some(rows: Rows, most: int = MOST) -> Tensor:
@@ -57,10 +57,17 @@ def main(model_class: type[nn.Module]) -> None:
     add("checkpoint", type=command.filled, help="directory of a model")
     add("-n", type=int, default=4 * SHOWN, help="how many images (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
-    add("--out", type=command.path, default=Path(), help="folder for picture.png (default: the current one)")
+    add(
+        "--out",
+        type=command.path,
+        default=Path(PICTURE),
+        help="file to write, whose name ends in .png, or a folder for picture.png (default %(default)s)",
+    )
     args = parser.parse_args()
     if args.n < 1:
         parser.error(f"-n {args.n}: expected at least 1 image")
     model = model_class.from_pretrained(args.checkpoint).eval().float()
-    pictures.save(args.out, in_rows(model.draw(args.n, torch.Generator().manual_seed(args.seed))))
-    print(f"{args.out / PICTURE}: {args.n} images")
+    path = args.out if args.out.suffix == ".png" else args.out / PICTURE
+    images = model.draw(args.n, torch.Generator().manual_seed(args.seed))
+    pictures.save(path.parent, in_rows(images), name=path.name)
+    print(f"{path}: {args.n} images")

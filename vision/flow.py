@@ -218,9 +218,10 @@ def load_data(args: Namespace, config: Config) -> Dataset:
     return drawing.load_data(args, config, lambda train, held: describe(train, held, config))
 
 
-def describe(train: Tensor, held: Tensor, config: Config) -> str:
-    """Return one line: the bits per dimension of held-out levels (N, C, H, W) that are all alike, as often as
-    they occur at each pixel, and by a Gaussian of the logits with all covariances."""
+def densities(train: Tensor, held: Tensor, config: Config) -> dict[str, float]:
+    """Return the bits per dimension of held-out images (N, C, H, W) by densities without a network: levels
+    that are all alike, as often as they occur at each pixel, and a Gaussian of the logits with all
+    covariances."""
     L = config.n_levels
     train, held = (to_levels(images, L).flatten(1) for images in (train, held))
     counts = F.one_hot(train.long(), L).sum(0) + 0.5  # (N, L)
@@ -236,9 +237,16 @@ def describe(train: Tensor, held: Tensor, config: Config) -> str:
     covariance = known.T.cov() + 1e-4 * torch.eye(known.shape[1])  # few images alone leave it singular
     gaussian = torch.distributions.MultivariateNormal(known.mean(0), covariance)
     bits = bits_per_dimension(gaussian.log_prob(y) + log_det, y.shape[1], L).mean()
+    return {"alike": math.log2(L), "each pixel": independent.item(), "Gaussian": bits.item()}
+
+
+def describe(train: Tensor, held: Tensor, config: Config) -> str:
+    """Return one line: the bits per dimension of `densities`."""
+    bits = densities(train, held, config)
     return (
-        f"on held-out images, {L} levels alike have {math.log2(L):.3f} bits per dimension, as often as they "
-        f"occur at each pixel {independent:.3f}, a Gaussian of all pixels together {bits:.3f}"
+        f"on held-out images, {config.n_levels} levels alike have {bits['alike']:.3f} bits per dimension, as "
+        f"often as they occur at each pixel {bits['each pixel']:.3f}, a Gaussian of all pixels together "
+        f"{bits['Gaussian']:.3f}"
     )
 
 

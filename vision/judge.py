@@ -48,13 +48,17 @@ class Judge(nn.Module):
         self.hidden = nn.Linear(16 * WIDTHS[-1], 256)
         self.heads = nn.ModuleList(nn.Linear(256, question.n) for question in questions)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the logits (B, n) of each question for images (B, C, H, W) in [0, 1]."""
+    def features(self, images: Tensor) -> Tensor:
+        """Return the last hidden layer (B, 256) for images (B, C, H, W) in [0, 1]."""
         x = 2 * images - 1
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             x = F.relu(norm(convolution(x)))
             x = F.max_pool2d(x, 2) if i < 2 else x
-        x = F.relu(self.hidden(F.adaptive_avg_pool2d(x, 4).flatten(1)))
+        return F.relu(self.hidden(F.adaptive_avg_pool2d(x, 4).flatten(1)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the logits (B, n) of each question for images (B, C, H, W) in [0, 1]."""
+        x = self.features(images)
         return [head(F.dropout(x, 0.3, self.training)) for head in self.heads]
 
 

@@ -10,8 +10,8 @@ next coupling the squares change places. s and t need not be invertible. They ar
 here one with two hidden layers, whose last layer starts at 0, so that a new flow is the identity. s is a tanh
 times a learned factor for each pixel, so that the scale stays within bounds.
 
-Pixels have a few discrete levels, and a density on them could grow without limit. So they are dequantised: x
-= (level + u) / L with u uniform in [0, 1). The mean log density of x is then a lower bound on the log
+Pixels have a few discrete levels, and a density on them could grow without limit. So they are dequantised
+to x = (level + u) / L with u uniform in [0, 1). The mean log density of x is then a lower bound on the log
 probability of the level (Theis et al. 2015, 1511.01844, section 3.1). A logit maps the unit interval to the
 real numbers (RealNVP, section 4.1, which has 1 - alpha for 1 - 2 alpha; its code has the latter):
 

@@ -10,8 +10,8 @@ one on their images.
 
 An evaluation draws images for held-out captions, whose images the model has not seen. Their picture also
 shows these images, and what the autoencoder rebuilds of them, which is the best that a denoiser of its
-latents can do. For glyphs it reports how often a classifier of real images recognises the drawn ones
-(vision/judge.py).
+latents can do. For glyphs the evaluation reports how often a classifier of real images recognises the drawn
+ones (vision/judge.py).
 
     python train.py --model latent_diffusion
     python train.py --model latent_diffusion --data captions.jsonl --set autoencoder=DIR text_tower=CLIP

@@ -7,8 +7,8 @@
 
 Auto-encoding variational Bayes (Kingma and Welling 2013, arXiv 1312.6114; Rezende et al. 2014, 1401.4082),
 and importance weighted autoencoders (Burda et al. 2015, 1509.00519). The first bound is the second with
-K = 1; it rises with K, to log p(x) in the limit. The gap of the ELBO is KL(q(z | x) || p(z | x)): q is a
-Gaussian with independent entries, but the true posterior p(z | x) is not.
+K = 1, and the second rises with K, to log p(x) in the limit. The gap of the ELBO is KL(q(z | x) || p(z | x)):
+q is a Gaussian with independent entries, but the true posterior p(z | x) is not.
 
 Both terms of the ELBO are summed over their dimensions, and only images are averaged. With a mean over pixels
 the KL would weigh as many times more as there are pixels, and all codes would become N(0, 1). p(x | z) is a

@@ -140,7 +140,7 @@ def test_flops_are_those_of_the_matrix_products():
     [
         ({"n_levels": 1}, "n_levels 1: expected 2 to 256"),
         ({"alpha": 0.5}, "alpha 0.5: expected less than 0.5"),
-        ({"image_size": (1, 1)}, "expected at least two pixels"),
+        ({"image_size": (1, 1)}, "at least two pixels"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, words):

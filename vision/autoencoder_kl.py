@@ -9,7 +9,7 @@ High-resolution image synthesis with latent diffusion models (Rombach et al. 202
 3.1): a diffusion model then draws latents, which are many times fewer numbers than pixels. The autoencoder is
 a variational one (vision/vae.py) with a small beta: for p = 2 the loss is, up to a constant, beta times the
 negative ELBO with a Gaussian likelihood of variance beta / 2. Errors are summed over pixels and the KL over
-latents, and only images are averaged: with a mean over pixels, beta would have to be as many times smaller.
+latents, and only images are averaged: a mean over pixels would make the KL far too heavy.
 
 With a small beta the variance of the latents is not 1, as diffusion expects. So latents are multiplied by
 `scaling_factor`, 1 over their standard deviation, after encoding, and divided by it before decoding.

@@ -1,7 +1,7 @@
 """DDPM: images from noise, by a network that has learned to remove noise.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                     t: uniform, eps: normal noise, a_t: the
-    schedule loss = mean of (model(x_t, t, words) - target)^2            target: v, x_0 or eps
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps              t: uniform, eps: normal noise, a_t: a schedule
+    loss = mean of (model(x_t, t, words) - target)^2     target: v, x_0 or eps
 
 Denoising diffusion probabilistic models (Ho et al. 2020, arXiv 2006.11239). The network learns to predict the
 image that a noisy one was made from. A sampler begins with noise alone and at each step removes a little of

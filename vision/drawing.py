@@ -1,7 +1,7 @@
-"""Drawing: the parts that all models which draw images share.
+"""Drawing: the shared parts of models that draw images without a condition, such as vae.py and flow.py.
 
-Each of them has `draw(n, generator)`, which returns n new images. Here are their data, images without
-classes, and their command, which draws some from a trained model.
+Such a model has a method `draw(n, generator)`, which returns n new images. Here are the loading of its data,
+images without classes, and its command, which draws images from a trained model.
 """
 
 from argparse import Namespace
@@ -20,38 +20,38 @@ from formats import command
 from vision.classify_images import load_images
 
 SHOWN = 12  # images in a row of a picture
-MOST = 5_000  # images of each part that baselines are computed from
+MOST = 5_000  # images at most, of training and held-out ones each, that baselines are computed from
 
 
 def fit(config: Any, dataset: Dataset, seq_len: int) -> Any:
-    """Return the config for images of this data's size and number of channels."""
+    """Return the config for the size and the channels of a data set's images. seq_len is not used."""
     C, height, width = dataset.train[0]["image"].shape
     return replace(config, image_size=(height, width), n_channels=C)
 
 
 def load_data(args: Namespace, config: Any, guess: Callable[[Tensor, Tensor], str]) -> Dataset:
-    """Return images, whose classes are read by vision/frechet.py alone. guess: returns the line about
-    baselines of images to learn from and held out, each (N, C, H, W) with values in [0, 1].
+    """Return images, whose classes are read by vision/frechet.py alone, with a line about baselines.
 
-    Raises ValueError for what `data.images.prepare` refuses.
+    guess: returns this line for some training images and some held-out images, each (n, C, height, width)
+    with values in [0, 1]. Raises ValueError for what `data.images.prepare` refuses.
     """
     dataset = load_images(args, config)
     return replace(dataset, guess=guess(*(some(rows) for rows in (dataset.train, dataset.val))))
 
 
 def some(rows: Rows, most: int = MOST) -> Tensor:
-    """Return images (N, C, H, W) with values in [0, 1], evenly spaced among rows, at most `most`."""
+    """Return at most `most` images (n, C, height, width) of evenly spaced rows, with values in [0, 1]."""
     n = min(most, len(rows))
     return stack([rows[i * len(rows) // n] for i in range(n)])["image"].float() / 255
 
 
 def in_rows(images: Tensor) -> list[list[Tensor]]:
-    """Return images (N, C, H, W) as rows of a picture."""
+    """Return images (n, C, height, width) as rows of SHOWN images, for `pictures.save`."""
     return [list(row) for row in images.split(SHOWN)]
 
 
 def main(model_class: type[nn.Module]) -> None:
-    """Draw images from the trained model that the command line names."""
+    """Draw images from the trained model that the command line names; model_class: its class."""
     parser = command.Parser(description="Draw images from a trained model.")
     add = parser.add_argument
     add("checkpoint", type=command.filled, help="directory of a model")

@@ -1,8 +1,8 @@
-"""A first stage: the trained model that another one is built on, and that a default run makes by itself.
+"""First stages: trained models that other models are built on, and that default runs train by themselves.
 
-LLaVA needs a CLIP, latent diffusion an autoencoder, the prior of DALL-E 2 a CLIP. A user names its directory.
-Where none is named and the data are drawn, the run first trains one, in a process of its own, and keeps it
-below --cache for all later runs.
+LLaVA and the prior of DALL-E 2 need a CLIP, latent diffusion needs an autoencoder. A user names its directory
+by a flag. If none is named and the data are drawn, the run first trains one in a separate process, and keeps
+it below --cache for later runs.
 """
 
 import os
@@ -14,16 +14,18 @@ from pathlib import Path
 from engine import parallel
 
 ROOT = Path(__file__).parents[1]
-# How the variables begin that torchrun sets for its ranks, to which a run of its own does not belong.
+# Prefixes of the environment variables that torchrun sets for its ranks. The first stage is no rank of that
+# group, so it is started without them.
 OF_TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_RANK", "MASTER_", "TORCHELASTIC_")
 
 
 def trained(args: Namespace, model: str, data: str, steps: int, what: str, flag: str) -> str:
-    """Return the directory of a model of that --model, trained on data: the one below --cache, or one that
-    this trains first. One process of each machine does so.
+    """Return the directory of a model that was trained on data. If it is not yet below --cache, one process
+    of each machine trains it.
 
-    what: the line that explains it, such as "a CLIP learns captions". flag: how a user names another.
-    Raises ValueError if that run fails.
+    model, data, steps: the flags --model, --data and --steps of its run; other flags are those of args. what:
+    what the run says that it does, such as "a CLIP learns captions". flag: how a user names another model.
+    Raises ValueError if the run fails.
     """
     out = args.cache / f"{model}-{data.replace(':', '-')}-{steps}-{args.seed}"
     with parallel.one_per_machine_first():

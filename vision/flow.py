@@ -2,21 +2,23 @@
 
     log p(x) = log N(f(x); 0, I) + log |det df/dx|                     change of variables
     f: y_1 = x_1,  y_2 = x_2 exp(s(x_1)) + t(x_1)                      coupling; log |det| = sum of s(x_1)
-    x_1 = y_1,  x_2 = (y_2 - t(y_1)) exp(-s(y_1))                      its inverse, as cheap as itself
+    x_1 = y_1,  x_2 = (y_2 - t(y_1)) exp(-s(y_1))                      its inverse costs as much
 
-RealNVP (Dinh et al. 2016, arXiv 1605.08803). Half of the pixels, the white squares of a checkerboard, decide
-how the other half is scaled and shifted; in the next coupling the halves change places. s and t need not be
-invertible: they are a network of any kind, here of two hidden layers. Its last layer starts at 0, so that a
-new flow is the identity. s is bounded by a tanh, times a learned factor for each pixel.
+RealNVP (Dinh et al. 2016, arXiv 1605.08803). f is a chain of couplings. In each, x_1 is the pixels on the
+white squares of a checkerboard, which stay, and decide how the others, x_2, are scaled and shifted; in the
+next coupling the squares change places. s and t need not be invertible. They are computed by any network,
+here one with two hidden layers, whose last layer starts at 0, so that a new flow is the identity. s is a tanh
+times a learned factor for each pixel, so that the scale stays within bounds.
 
-Pixels have a few whole levels, of which a density could be infinite. So they are dequantised: (level + u) / L
-with u uniform in [0, 1), whose density bounds the probability of the level from below (Theis et al. 2015,
-1511.01844, section 3.1). Then a logit takes the unit interval to all numbers (RealNVP, section 4.1):
+Pixels have a few discrete levels, and a density on them could grow without limit. So they are dequantised
+to x = (level + u) / L with u uniform in [0, 1). The mean log density of x is then a lower bound on the log
+probability of the level (Theis et al. 2015, 1511.01844, section 3.1). A logit maps the unit interval to the
+real numbers (RealNVP, section 4.1, which has 1 - alpha for 1 - 2 alpha; its code has the latter):
 
-    p = alpha + (1 - 2 alpha) x,  y = log p / (1 - p),  log dy/dx = log (1 - 2 alpha) - log p - log (1 - p)
+    p = alpha + (1 - 2 alpha) x,  y = log(p / (1 - p)),  log dy/dx = log(1 - 2 alpha) - log p - log(1 - p)
 
-What is reported is bits per dimension of the levels: -(log2 p(x)) / N + log2 L. Without the second term,
-which the scaling to [0, 1] calls for, it would be log2 L too low.
+The loss is in bits per dimension of the levels: -(log2 p(x)) / N + log2 L. The second term accounts for the
+division by L.
 
     python train.py --model flow                     letters of 8 x 8 pixels and 32 levels
     python -m vision.flow runs/flow/model            draw images
@@ -50,8 +52,8 @@ class Config:
     n_couplings: int = 8
     width: int = 192  # of the two hidden layers of each coupling
     n_levels: int = 32  # L of a pixel
-    alpha: float = 0.05  # of the logit
-    image_size: tuple[int, ...] = (8, 8)  # height and width in pixels; for data only
+    alpha: float = 0.05  # keeps p of the header within alpha ... 1 - alpha, where the logit is finite
+    image_size: tuple[int, ...] = (8, 8)  # height and width in pixels
     n_channels: int = 1
     max_seq_len = 1  # a row of the data is one image
 
@@ -61,8 +63,8 @@ class Config:
             raise ValueError(f"n_levels {self.n_levels}: expected 2 to 256")
         if self.alpha >= 0.5:
             raise ValueError(f"alpha {self.alpha}: expected less than 0.5")
-        if math.prod(self.image_size) < 2:
-            raise ValueError(f"image_size {self.image_size}: expected at least two pixels")
+        if len(self.image_size) != 2 or math.prod(self.image_size) < 2:
+            raise ValueError(f"image_size {self.image_size}: expected height and width, at least two pixels")
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ class Config:
 
     @property
     def n_values(self) -> int:
-        """Return N."""
+        """Return N, the number of values of an image."""
         return self.n_channels * math.prod(self.image_size)
 
 
@@ -82,32 +84,39 @@ SIZES = {"tiny": Config(), "small": Config(n_couplings=16, width=512, n_levels=2
 
 
 def dequantized(levels: Tensor, noise: Tensor, n_levels: int) -> Tensor:
-    """Return x in (0, 1) of whole levels, for noise in [0, 1). By the number of levels, not by one less."""
+    """Return x in [0, 1) for levels 0 ... n_levels - 1 and noise in [0, 1). The divisor is n_levels, since
+    each level takes an interval of 1 / n_levels."""
     return (levels + noise) / n_levels
 
 
 def to_logits(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Return y of the header and log |det dy/dx| (B,) of x (B, N) in [0, 1]."""
+    """Return the logits y (B, N) of the header and log |det dy/dx| (B,), for x (B, N) in [0, 1]."""
     p = alpha + (1 - 2 * alpha) * x
     log_p, log_q = p.log(), (-p).log1p()
     return log_p - log_q, (math.log(1 - 2 * alpha) - log_p - log_q).sum(1)
 
 
 def from_logits(y: Tensor, alpha: float) -> Tensor:
-    """Return x in [0, 1] of y: the inverse of `to_logits`. What lies outside is moved to the ends."""
+    """Return x for logits y: the inverse of `to_logits`. Values outside [0, 1] are clamped."""
     return ((y.sigmoid() - alpha) / (1 - 2 * alpha)).clamp(0, 1)
 
 
 def bits_per_dimension(log_density: Tensor, n_values: int, n_levels: int) -> Tensor:
-    """Return bits per dimension of levels (B,) of the log density (B,) in nats of x in [0, 1]^N."""
+    """Return the bits per dimension of the levels (B,), for the log density (B,) in nats of x in [0, 1]^N."""
     return -log_density / (n_values * math.log(2)) + math.log2(n_levels)
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """Return log N(z; 0, I) in nats (B,) for z (B, N)."""
+    return -(z.square().sum(1) + z.shape[1] * math.log(2 * math.pi)) / 2
 
 
 # --- the model
 
 
 class Coupling(nn.Module):
-    """One half of the pixels, which stays, scales and shifts the other half."""
+    """One coupling: half of the pixels stay as they are, and the other half is scaled and shifted by a
+    network that reads them. Couplings with an even and an odd number `layer` have opposite halves."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -122,23 +131,23 @@ class Coupling(nn.Module):
         self.bound = nn.Parameter(torch.ones(n_move))
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s and t (B, moves) of the pixels (B, N) that stay."""
+        """Return s and t (B, pixels that move) for all pixels x (B, N), of which those that stay are read."""
         s, t = self.decoder_pred(self.hidden(x[:, self.stays])).to(x.dtype).chunk(2, dim=1)
         return self.bound * s.tanh(), t
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y (B, N) and log |det dy/dx| (B,) of x (B, N)."""
+        """Return y (B, N) and log |det dy/dx| (B,) for x (B, N)."""
         s, t = self.scale_and_shift(x)
         return x.index_copy(1, self.moves, x[:, self.moves] * s.exp() + t), s.sum(1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return x (B, N) of y (B, N)."""
+        """Return the x (B, N) from which `forward` computes y (B, N)."""
         s, t = self.scale_and_shift(y)
         return y.index_copy(1, self.moves, (y[:, self.moves] - t) * (-s).exp())
 
 
 class Flow(nn.Module):
-    """Couplings one after another."""
+    """A chain of couplings, from the logits of images to noise."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -151,7 +160,7 @@ class Flow(nn.Module):
                 nn.init.xavier_normal_(p)
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z (B, N) and log |det dz/dy| (B,) of logits y (B, N)."""
+        """Return z (B, N) and log |det dz/dy| (B,) for logits y (B, N)."""
         total = y.new_zeros(len(y))
         for coupling in self.couplings:
             y, log_det = coupling(y)
@@ -159,32 +168,32 @@ class Flow(nn.Module):
         return y, total
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Return logits y (B, N) of z (B, N)."""
+        """Return the logits y (B, N) from which `forward` computes z (B, N)."""
         for coupling in reversed(self.couplings):
             z = coupling.inverse(z)
         return z
 
     def log_density(self, x: Tensor) -> Tensor:
-        """Return log p(x) in nats (B,) of x (B, N) in [0, 1]."""
+        """Return log p(x) in nats (B,) for x (B, N) in [0, 1]."""
         y, log_det_logit = to_logits(x, self.config.alpha)
         z, log_det = self(y)
         return log_normal(z) + log_det + log_det_logit
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the bits per dimension of "levels" and "noise" in [0, 1), each (B, C, height, width)."""
+        """Return the mean bits per dimension, and no metrics, for "levels" and the "noise" in [0, 1) that
+        dequantises them, each (B, C, height, width)."""
         c = self.config
         x = dequantized(batch["levels"], batch["noise"], c.n_levels).flatten(1)
         return bits_per_dimension(self.log_density(x), c.n_values, c.n_levels).mean(), {}
 
     @torch.no_grad()
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Return n new images (n, C, height, width) with values in [0, 1]."""
+        """Return n new images (n, C, height, width), drawn from z ~ N(0, I), with values in [0, 1]."""
         z = torch.randn(n, self.config.n_values, generator=generator, device=generator.device)
         return self.images(z.to(self.couplings[0].bound.device))
 
     def images(self, z: Tensor) -> Tensor:
-        """Return the images (n, C, height, width) of z (n, N), with values in [0, 1]: their levels over the
-        highest."""
+        """Return images (n, C, height, width) for z (n, N): their levels divided by the highest level."""
         c = self.config
         x = from_logits(self.inverse(z), c.alpha).unflatten(1, (c.n_channels, *c.image_size))
         return (x * c.n_levels).floor().clamp(max=c.n_levels - 1) / (c.n_levels - 1)
@@ -200,16 +209,11 @@ class Flow(nn.Module):
 Model = Flow
 
 
-def log_normal(z: Tensor) -> Tensor:
-    """Return log N(z; 0, I) in nats (B,) of z (B, N)."""
-    return -(z.square().sum(1) + z.shape[1] * math.log(2 * math.pi)) / 2
-
-
 # --- the task
 
 
 def to_levels(images: Tensor, n_levels: int) -> Tensor:
-    """Return the levels, whole numbers below n_levels, of images with 256 values from 0 to 1."""
+    """Return the levels 0 ... n_levels - 1, as floats, of images with the values k / 255."""
     return ((images * 255).round() * n_levels / 256).floor()
 
 
@@ -219,16 +223,20 @@ def load_data(args: Namespace, config: Config) -> Dataset:
 
 
 def densities(train: Tensor, held: Tensor, config: Config) -> dict[str, float]:
-    """Return the bits per dimension of held-out images (N, C, H, W) by densities without a network: levels
-    that are all alike, as often as they occur at each pixel, and a Gaussian of the logits with all
-    covariances."""
+    """Return the bits per dimension of held-out images under three densities without a network. All levels
+    are equally likely ("alike"); or a level is as likely as it is frequent at its pixel in training images
+    ("each pixel"); or the logits have a Gaussian distribution with the mean and covariance of training images
+    ("Gaussian").
+
+    train, held: images (B, C, height, width) in [0, 1].
+    """
     L = config.n_levels
     train, held = (to_levels(images, L).flatten(1) for images in (train, held))
     counts = F.one_hot(train.long(), L).sum(0) + 0.5  # (N, L)
     log_p = (counts / counts.sum(1, keepdim=True)).log2()
     independent = -log_p.T.gather(0, held.long()).mean()
 
-    # A linear flow of the logits reaches the likelihood of this Gaussian.
+    # The Gaussian is the best that a flow can reach whose f is linear in the logits.
     generator, logits = torch.Generator().manual_seed(0), []
     for levels in (train, held):
         noise = torch.rand(levels.shape, generator=generator)
@@ -244,9 +252,9 @@ def describe(train: Tensor, held: Tensor, config: Config) -> str:
     """Return one line: the bits per dimension of `densities`."""
     bits = densities(train, held, config)
     return (
-        f"on held-out images, {config.n_levels} levels alike have {bits['alike']:.3f} bits per dimension, as "
-        f"often as they occur at each pixel {bits['each pixel']:.3f}, a Gaussian of all pixels together "
-        f"{bits['Gaussian']:.3f}"
+        f"on held-out images, {config.n_levels} equally likely levels have {bits['alike']:.3f} bits per "
+        f"dimension, their frequencies at each pixel {bits['each pixel']:.3f}, a Gaussian of all pixels "
+        f"together {bits['Gaussian']:.3f}"
     )
 
 
@@ -260,8 +268,8 @@ def make_batch(
 
 @torch.no_grad()
 def show(model: Flow, dataset: Dataset, out: Path) -> str:
-    """Draw held-out images, new images, and a walk from one image to another through z; return how exactly
-    images are found again from their z."""
+    """Write a picture of held-out images, new images, and images on the straight line between the z of two
+    images. Return the largest error of logits that are computed back from their z."""
     c, device, n = model.config, model.couplings[0].bound.device, drawing.SHOWN
     some = drawing.some(dataset.val, n).to(device)
     levels = to_levels(some, c.n_levels)

@@ -1,13 +1,14 @@
-"""Image embeddings from texts: the task that trains the prior of DALL-E 2, and what it draws.
+"""Image embeddings from texts: the task that trains the prior of DALL-E 2, and the drawing of embeddings.
 
-    loss = |z - f(text states, text embedding, t, z_t)|^2       z: the whitened CLIP embedding of the image
+    loss = mean of (z - f(text states, text embedding, t, z_t))^2
 
-Ramesh et al. 2022, arXiv 2204.06125, section 2.2; f is vision/prior.py, and the noise that of
-vision/noise.py. CLIP is frozen, and no part of the model: `--set clip=DIR` names it. Where the data are drawn
-and none is named, the run first trains one on the same captions, and keeps it below --cache.
+Ramesh et al. 2022, arXiv 2204.06125, section 2.2. z is the CLIP embedding of the image with each entry
+shifted and scaled to mean 0 and variance 1; f is vision/prior.py, and the noise in z_t that of
+vision/noise.py. CLIP is frozen and not saved with the prior: `--set clip=DIR` names it. If the data are drawn
+and no CLIP is named, the run first trains one on the same captions and keeps it below --cache.
 
-What it is worth: the cosine of a drawn embedding to the true one of a held-out image, beside that of the
-text's own embedding, which a decoder of image embeddings would read without a prior.
+A prior is measured by the cosine of a drawn embedding to the true one of a held-out image. Beside it stands
+the cosine of the text's own embedding, which is what a decoder would be given without a prior.
 
     python train.py --model prior
     python train.py --model prior --data captions.jsonl --set clip=DIR
@@ -43,17 +44,17 @@ OPTIMIZER, BATCH_SIZE, STEPS, EMA = "muon", 128, 600, 0.99
 LOSS, TOKEN_LOSS = "squared error of whitened embeddings", ""
 TIMES = 1000  # T of vision/noise.py, with the cosine schedule
 STEPS_TO_DRAW = 25  # of DDIM
-CLIP_STEPS = 600  # of the CLIP that the default run makes
-LIMIT = 10.0  # of drawn z, in standard deviations
-MOST = 2_000  # images to learn from, for mean and deviation, and pairs held out, for the figures
+CLIP_STEPS = 600  # training steps of the CLIP that a run trains first
+LIMIT = 10.0  # of the entries of a drawn z, which are in standard deviations
+MOST = 2_000  # at most: training images for mean and standard deviation, and held-out pairs for the figures
 
 
 class Read(NamedTuple):
-    """Texts as the prior reads them."""
+    """What the prior reads of texts."""
 
     text: Tensor  # embeddings (B, E), times sqrt(E)
-    states: Tensor  # (B, T, E)
-    lengths: Tensor  # (B,)
+    states: Tensor  # of the tokens, (B, T, E)
+    lengths: Tensor  # tokens without padding (B,)
 
 
 class WithCLIP(nn.Module):
@@ -67,7 +68,7 @@ class WithCLIP(nn.Module):
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Read:
-        """Return what the prior reads of tokens (B, T)."""
+        """Return what the prior reads of texts, tokens (B, T): the output of CLIP's text tower."""
         tower = self.clip.text_model
         states, places = tower.states(tokens), tower.places(tokens)
         last = states[torch.arange(len(states), device=states.device), places]
@@ -75,14 +76,14 @@ class WithCLIP(nn.Module):
         return Read(text * math.sqrt(text.shape[1]), states, places + 1)
 
     @torch.no_grad()
-    def see(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, E), of length 1, of images (B, C, H, W) with pixels in [0, 1]."""
         return self.clip.of_images(self.clip.normalized(images))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared error of z of "images", from "noise" (B, E) at times "t" (B,), with the
-        texts "tokens" (B, T); and the cosine of predicted and true embeddings."""
-        seen, t = self.see(batch["images"]), batch["t"]
+        """Return the mean squared error of predicted z for "images" (B, C, H, W), with "noise" (B, E) of
+        times "t" (B,) and the texts "tokens" (B, T); and the mean cosine of predicted and true embeddings."""
+        seen, t = self.embed_images(batch["images"]), batch["t"]
         z = self.model.whitened(seen)
         noisy = noise.q_sample(z, t, batch["noise"], self.alpha_bar)
         found = self.model(noisy, t, *self.read(batch["tokens"])).float()
@@ -93,8 +94,8 @@ class WithCLIP(nn.Module):
     def draw(
         self, tokens: Tensor, empty: Tensor, generator: torch.Generator, *, w: float = 1.0, n: int = 2
     ) -> Tensor:
-        """Return drawn image embeddings (B, E), of length 1, for texts (B, T): of n draws each the nearest to
-        the text's embedding (section 2.2, with n = 2).
+        """Return image embeddings (B, E), of length 1, drawn for texts, tokens (B, T). For each text n are
+        drawn, and the nearest to the text's embedding is kept (section 2.2, with n = 2).
 
         empty: tokens (1, T) of the empty text. w: the guidance, see `noise.guide`; 1: none.
         """
@@ -113,7 +114,8 @@ class WithCLIP(nn.Module):
 
 @dataclass
 class PairDataset(Dataset):
-    """Images with captions, a CLIP, and the mean and deviation of its embeddings of these images."""
+    """Images with captions, the directory of a CLIP, and the mean and standard deviation (E,) of its
+    embeddings of these images."""
 
     clip: str = ""
     mean: tuple[float, ...] = ()
@@ -121,7 +123,7 @@ class PairDataset(Dataset):
 
 
 class WithEmpty(Rows):
-    """Rows of captions, with the tokens "empty" of the empty text in each."""
+    """Rows of captions, each with the tokens of the empty text as "empty", int64 (T,)."""
 
     def __init__(self, rows: captions.CaptionRows, empty: np.ndarray):
         super().__init__(rows)
@@ -132,7 +134,8 @@ class WithEmpty(Rows):
 
 
 def open_clip(directory: str, kernels: str = "auto") -> CLIP:
-    """Return the CLIP in a directory. Raises ValueError for a SigLIP, whose texts have no states to read."""
+    """Return the CLIP in a directory, in float32. Raises ValueError for a SigLIP, and for a CLIP whose text
+    states have another width than its embeddings: the prior reads both with one width."""
     model = CLIP.from_pretrained(directory, kernels=kernels).float().eval()
     config = model.config
     if config.layout != "clip" or config.text_width != config.d_joint:
@@ -142,9 +145,10 @@ def open_clip(directory: str, kernels: str = "auto") -> CLIP:
 
 
 def load_data(args: Namespace, config: Config) -> PairDataset:
-    """Return images with captions as the CLIP reads them; --seq-len becomes the longest caption's.
+    """Return images with captions as the CLIP reads them. args.seq_len is set to the length of the longest
+    caption.
 
-    Raises ValueError for what `data.captions.read` refuses, and where no CLIP can be had.
+    Raises ValueError for what `data.captions.read` refuses, and if no CLIP is named and none can be trained.
     """
     if not (config.clip or captions.is_drawn(args.data)):
         raise ValueError(f"--data {args.data}: name the directory of a CLIP, --set clip=DIR")
@@ -160,14 +164,14 @@ def load_data(args: Namespace, config: Config) -> PairDataset:
     found = captions.as_dataset(parts, tokenizer, most, length)
     args.seq_len = found.train.tokens.shape[1]
 
-    # The scale of embeddings, and how near a text's is to that of its image.
+    # The scale of embeddings, and the cosine between a text's embedding and that of its image.
     module = WithCLIP(Prior(replace(SIZES["tiny"], d_embed=own.d_joint)), model)
     known, held = (embeddings(module, rows) for rows in (found.train, found.val))
     cosine = F.cosine_similarity(held.texts, held.images).mean()
     guess = f"a text's own embedding has a cosine of {cosine:.3f} to its image's"
     scales = {"mean": known.images.mean(0), "std": known.images.std(0).clamp(min=1e-3)}
 
-    # The empty text is in each row, since only the data have a tokenizer.
+    # Put the empty text into each row, since the model has no tokenizer to encode it.
     empty, _ = captions.encode([""], tokenizer, most, args.seq_len)
     found.train, found.val = (WithEmpty(rows, empty[0].astype(np.int64)) for rows in (found.train, found.val))
     scales = {name: tuple(values.tolist()) for name, values in scales.items()}
@@ -175,23 +179,23 @@ def load_data(args: Namespace, config: Config) -> PairDataset:
 
 
 class Embeddings(NamedTuple):
-    """Embeddings, of length 1, of pairs: both (n, E)."""
+    """Embeddings of the images and of the texts of pairs, both (n, E) and of length 1."""
 
     images: Tensor
     texts: Tensor
 
 
 def embeddings(module: WithCLIP, rows: Rows) -> Embeddings:
-    """Return those of evenly spaced rows, at most MOST of them."""
+    """Return the embeddings of evenly spaced rows, at most MOST of them."""
     images, texts = [], []
     for batch in batches(rows, next(module.parameters()).device):
-        images.append(module.see(batch["image"].float() / 255))
+        images.append(module.embed_images(batch["image"].float() / 255))
         texts.append(F.normalize(module.read(batch["tokens"]).text, dim=1))
     return Embeddings(torch.cat(images), torch.cat(texts))
 
 
 def batches(rows: Rows, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Yield evenly spaced rows, at most MOST, as batches."""
+    """Yield evenly spaced rows, at most MOST, in batches of 256."""
     chosen = range(0, len(rows), -(-len(rows) // MOST))
     for start in range(0, len(chosen), 256):
         batch = stack([rows[i] for i in chosen[start : start + 256]])
@@ -199,7 +203,8 @@ def batches(rows: Rows, device: torch.device) -> Iterator[dict[str, Tensor]]:
 
 
 def wrap(model: Prior, config: Config) -> WithCLIP:
-    """Return the prior with its CLIP. Raises ValueError where none is named, or one of another width."""
+    """Return the prior with its CLIP. Raises ValueError if none is named, or one with embeddings of another
+    width."""
     directory = model.config.clip
     if not directory:
         raise ValueError("a trained prior reads the CLIP that it was trained with; name it, --set clip=DIR")
@@ -218,8 +223,9 @@ def unwrap(module: WithCLIP) -> Prior:
 def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Tokenizer
 ) -> dict[str, Tensor]:
-    """Return "images" (B, C, H, W), augmented, with pixels in [0, 1], "tokens" (B, T), some of them those of
-    the empty text, "noise" (B, E), and times "t" (B,), spread evenly from a random beginning."""
+    """Return "images" (B, C, H, W), augmented, with pixels in [0, 1], "tokens" (B, T) of the captions, of
+    which a share of config.drop is replaced by the empty text in training rows, normal "noise" (B, E), and
+    times "t" (B,) of `noise.even_times`."""
     batch, n = stack(rows), len(rows)
     pixels = augment(batch["image"].float() / 255, batch["augment"], Augmentation(config.warp), generator)
     dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
@@ -230,22 +236,24 @@ def make_batch(
 
 
 def save(module: WithCLIP, dataset: Dataset, directory: Path) -> None:
-    """Write the prior alone."""
+    """Write the prior into a directory, without the CLIP."""
     module.model.save_pretrained(directory)
 
 
 def flops_per_token(module: WithCLIP, config: Config, seq_len: int) -> int:
-    """Return the FLOPs of training on one pair: both towers of CLIP compute forward only."""
+    """Return the FLOPs of training on one pair: the prior forward and backward, and both towers of CLIP
+    forward only."""
     own = module.clip.config
     towers = tower_flops.n_macs(own.vision) + tower_flops.n_macs(own.text, config.max_seq_len)
-    # The engine subtracts the gradients of the frozen matrices.
+    # The engine subtracts the gradients of frozen matrices, so those of CLIP are added here.
     return module.model.flops_per_token() + 2 * towers + trainable.frozen_flops(module.clip)
 
 
 @torch.no_grad()
 def figures(module: WithCLIP, rows: Rows, guidance: tuple[float, ...] = (1.0, 2.0)) -> str:
-    """Return a table: how near to the true image's are drawn embeddings of held-out pairs, that of the text,
-    and the one drawn for another text; and how often the nearest image is the right one."""
+    """Return a table for held-out pairs. Its rows are the text's own embedding, embeddings that were drawn
+    with each guidance, and those drawn for another text. Its columns are the mean cosine to the embedding of
+    the true image, and how often the true image is the nearest of all."""
     true = embeddings(module, rows)
     ways = {"the text's embedding": true.texts}
     for w in guidance:
@@ -263,7 +271,7 @@ def figures(module: WithCLIP, rows: Rows, guidance: tuple[float, ...] = (1.0, 2.
 
 
 def show(module: WithCLIP, dataset: Dataset, out: Path) -> str:
-    """Return the figures of held-out pairs."""
+    """Return the table of `figures` for the held-out pairs; no picture is drawn."""
     return figures(module, dataset.val)
 
 

@@ -1,20 +1,22 @@
-"""Latent diffusion: a denoiser of latents, an autoencoder that makes images of them, and a reader of texts.
+"""Latent diffusion: a text encoder, a denoiser of latents that reads its states, and an autoencoder.
 
-    z_0 = scale * encoder(image)               frozen, vision/autoencoder_kl.py
+    z_0 = scale encoder(image)                 frozen, vision/autoencoder_kl.py
     z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps    noise on latents, vision/noise.py
     loss = mean of (unet(z_t, t, states of the text) - target)^2      target: v, eps or z_0
     image = decoder(z_0 / scale)
 
 High-resolution image synthesis with latent diffusion models (Rombach et al. 2021, arXiv 2112.10752). Latents
-have many times fewer numbers than pixels, and what they leave out is what the eye hardly sees, so a denoiser
-of latents costs a fraction. The parts are those of Stable Diffusion: the U-Net of vision/unet.py, whose
-places attend to the states of the text tower of CLIP (vision/clip_towers.py). `scale` is 1 over the standard
-deviation of latents of the training set (section D.1), so that they have the variance of the noise.
+are many times fewer numbers than pixels and leave out details that the eye hardly sees, so a denoiser of
+latents costs a fraction of one of pixels. The parts are those of Stable Diffusion: the KL autoencoder, and
+the U-Net of vision/unet.py, whose places attend to the states of CLIP's text tower (vision/clip_towers.py).
+`scale` is 1 over the standard deviation of the training set's latents (appendix G), so that they have
+variance 1, as the noise has.
 
-The text tower learns along, as in section 4.3.1 of the paper. With `--set text_tower=DIR` it is that of a
-trained CLIP, and frozen, as in Stable Diffusion. A tenth of the texts to learn from is empty, for guidance.
+The text tower is trained together with the U-Net, as in section 4.3.1 of the paper. With `--set
+text_tower=DIR` it is that of a trained CLIP, and frozen, as in Stable Diffusion. A tenth of the training
+texts is replaced by the empty text, so that the model also predicts without a text, as guidance needs.
 
-The task that trains it, and its data, are in vision/text_to_image.py.
+The task that trains the model, and its data, are in vision/text_to_image.py.
 
     python -m vision.latent_diffusion                                print the sizes
     python train.py --model latent_diffusion                         letters from their names
@@ -54,10 +56,10 @@ class Config:
     target: str = "v"  # or "x0", or "eps", of the latents
     schedule: str = "cosine"  # or "linear", or "scaled_linear", see vision/noise.py
     n_steps: int = 1000  # time steps
-    zero_terminal: bool = False  # the last z_t holds nothing but noise
-    drop: float = 0.1  # share of texts that are replaced by an empty one
-    autoencoder: str = ""  # of a new model: the directory of its autoencoder
-    text_tower: str = ""  # and of the CLIP whose text tower it gets; "": a new one, which learns
+    zero_terminal: bool = False  # whether the last z_t is pure noise
+    drop: float = 0.1  # share of training texts that are replaced by the empty text
+    autoencoder: str = ""  # directory of the autoencoder that a new model gets
+    text_tower: str = ""  # directory of the CLIP whose text tower a new model gets; "": a new tower
     MAY_BE_ZERO = ("drop",)
 
     def __post_init__(self):
@@ -71,7 +73,8 @@ class Config:
 
     @property
     def process(self) -> dict[str, Any]:
-        """Return the fields that scheduler/ holds."""
+        """Return the fields of the noise and the target, which the folder scheduler/ of a saved model
+        holds."""
         return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
 
     @property
@@ -89,7 +92,7 @@ class Config:
 
     @property
     def max_seq_len(self) -> int:
-        """Return T, the tokens of a text at most."""
+        """Return T, the number of tokens of a text, with padding."""
         return self.text.max_seq_len
 
 
@@ -111,8 +114,9 @@ SIZES = {
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for the autoencoder and the vocabulary of dataset, which is that of
-    vision/text_to_image.py, and texts of seq_len tokens."""
+    """Return the config for the autoencoder and the vocabulary of a data set, a
+    `text_to_image.LatentDataset`, and for texts of seq_len tokens, or with a trained text tower as many as
+    that reads."""
     vae, tokenizer, text = dataset.vae, dataset.tokenizer, config.text
     if config.text_tower:
         text = TextTower.from_pretrained(config.text_tower).config
@@ -124,7 +128,8 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 class LatentDiffusion(nn.Module):
-    """The three networks, under the names of a pipeline's folders."""
+    """The autoencoder, the U-Net and the text encoder, under the names of diffusers'
+    StableDiffusionPipeline."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -139,8 +144,8 @@ class LatentDiffusion(nn.Module):
         self.alpha_bar = noise.schedule(config.schedule, config.n_steps, config.zero_terminal)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the header's loss of "latents" (B, Z, h, w), not yet scaled, with "noise" of times "t" (B,),
-        and the texts "tokens" (B, T); and no metrics."""
+        """Return the mean squared error of the target, and no metrics, for "latents" (B, Z, h, w), not yet
+        scaled, their "noise" (B, Z, h, w) at times "t" (B,), and the texts "tokens" (B, T)."""
         vae, t, eps = self.config.vae, batch["t"], batch["noise"]
         z = (batch["latents"] - vae.shift_factor) * vae.scaling_factor
         noisy = noise.q_sample(z, t, eps, self.alpha_bar)
@@ -161,8 +166,9 @@ class LatentDiffusion(nn.Module):
     ) -> Tensor:
         """Return an image (B, C, H, W), with pixels in [0, 1], for each text of tokens (B, T).
 
-        empty: tokens (1, T) of the empty text, for guidance other than 1. x: the noise (B, Z, h, w); None: of
-        a generator on the CPU with this seed.
+        empty: tokens (1, T) of the empty text, which guidance other than 1 needs. guidance: w of
+        `noise.guide`. steps: of the sampler. eta: 0 for DDIM, 1 for DDPM. x: the first noise (B, Z, h, w); if
+        it is None, it is drawn on the CPU with this seed.
         """
         B, device, config = len(tokens), self.device, self.config
         if x is None:
@@ -183,13 +189,15 @@ class LatentDiffusion(nn.Module):
         return self.unet.conv_in.weight.device
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs of training on one image with a text of seq_len tokens; its latents are given."""
+        """Return the FLOPs of training the U-Net and the text tower on one image with a text of seq_len
+        tokens. Its latents are computed before training."""
         of_text = text_macs(self.config.text, seq_len)
         return 6 * (unet.n_macs(self.unet, seq_len) + of_text)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "LatentDiffusion":
-        """Return the StableDiffusionPipeline in a directory, in its precision.
+        """Return the model in a directory with diffusers' StableDiffusionPipeline, in the dtype of its
+        weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
@@ -199,6 +207,7 @@ class LatentDiffusion(nn.Module):
         parts = {
             name: kind.from_pretrained(directory / name, kernels=kernels) for name, kind in kinds.items()
         }
+        # Build the model without numbers, then put in the parts and a schedule that has numbers.
         configs = (parts[name].config for name in kinds)
         with torch.device("meta"):
             model = cls(Config(*configs, **schedules.read(directory / pipelines.SCHEDULER)))
@@ -210,8 +219,8 @@ class LatentDiffusion(nn.Module):
         return model
 
     def save_pretrained(self, directory: str | Path, has_tokenizer: bool = True) -> None:
-        """Write a StableDiffusionPipeline without its tokenizer, which the data have; has_tokenizer: whether
-        that will be written into the directory, too."""
+        """Write diffusers' StableDiffusionPipeline into a directory, without its tokenizer, which belongs to
+        the data. has_tokenizer: whether the caller writes a tokenizer into the same directory."""
         directory = Path(directory)
         for name in pipelines.PARTS:
             getattr(self, name).save_pretrained(directory / name)
@@ -225,7 +234,8 @@ Model = LatentDiffusion
 
 
 def text_macs(config: TextConfig, seq_len: int) -> int:
-    """Return the multiplications for the states of a text: L (T (4 D^2 + 2 D F) + 2 T^2 D)."""
+    """Return the multiplications of a text tower for the states of a text: L (T (4 D^2 + 2 D F) + 2 T^2 D),
+    with L layers of width D, F hidden units and T = seq_len."""
     T, D = seq_len, config.d_model
     return config.n_layers * (T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D)
 

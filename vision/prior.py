@@ -1,27 +1,28 @@
-"""The prior of DALL-E 2: from the embedding of a text to that of an image which it could be of.
+"""The prior of DALL-E 2: from the embedding of a text to the embedding of an image that the text describes.
 
     p(image | text) = p(image | z) p(z | text)             z: CLIP's embedding of the image
     z_t = sqrt(a_t) z + sqrt(1 - a_t) eps                  noise on it, as on pixels (vision/noise.py)
-    loss = |z - f(text states, text embedding, t, z_t)|^2  f predicts z itself
+    loss = mean of (z - f(text states, text embedding, t, z_t))^2           f predicts z itself
 
 Hierarchical text-conditional image generation with CLIP latents (Ramesh et al. 2022, arXiv 2204.06125,
-section 2.2). CLIP places an image near its caption, but apart from all captions: a decoder of image
-embeddings should not read a text's in their place. The prior draws an image's embedding for a text. f is a
-causal Transformer over a row of tokens: a state for each token of the text, its embedding, the time, the
-noisy embedding, and a learned query, whose output is the prediction.
+section 2.2). The image whose embedding is nearest to that of a caption is mostly the right one, but all
+embeddings of images lie in another region than those of texts. So a decoder, which has learned to make images
+of image embeddings, should not be given a text's embedding. The prior draws an image embedding for the text.
+f is a causal Transformer over a row of tokens: a state for each token of the text, the text's embedding, the
+time, the noisy embedding, and a learned query, whose output is the prediction.
 
-Embeddings of length 1 and width E have entries of 1 / sqrt(E), next to which noise of variance 1 is
-everything. So z is the embedding minus `clip_mean`, divided by `clip_std`, both over the training set; and a
-text's embedding is multiplied by sqrt(E). A tenth of the texts is replaced by an empty one, for guidance.
+An embedding of length 1 and width E has entries of about 1 / sqrt(E), which noise of variance 1 would drown.
+So z is the embedding minus `clip_mean`, divided by `clip_std`, the mean and the standard deviation of each
+entry over the training set; and a text's embedding is multiplied by sqrt(E). A tenth of the training texts is
+replaced by the empty text, so that f also predicts without a text, as guidance needs.
 
-Parameters have the names of diffusers' PriorTransformer.
-
-The task that trains it, and the embeddings that it draws, are in vision/image_embeddings.py.
+Parameters have the names of diffusers' PriorTransformer. The task that trains the prior, and the drawing of
+embeddings, are in vision/image_embeddings.py.
 
     python -m vision.prior                                     print the sizes
     python train.py --model prior                              embeddings of letters from their names
 
-Shapes: B pairs, E width of embeddings, T states of a text, S = T + 4 tokens, D model width.
+Shapes: B pairs, E width of embeddings, T states of a text, S = T + 4 tokens, D model width, L layers.
 """
 
 import math
@@ -50,10 +51,10 @@ class Config:
     d_head: int  # width of a head
     d_embed: int = 768  # E, also the width of a text's states
     max_seq_len: int = 77  # T
-    drop: float = 0.1  # share of texts that are replaced by an empty one
-    warp: float = 0.5  # of the images to learn from, see data/augment.py
+    drop: float = 0.1  # share of training texts that are replaced by the empty text
+    warp: float = 0.5  # of the training images, see data/augment.py
     clip: str = ""  # directory of the CLIP
-    # Of the embeddings of images to learn from; fit sets them, and the weights hold them.
+    # Mean and standard deviation of the training images' embeddings: `fit` sets them, the weights hold them.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
@@ -71,7 +72,7 @@ class Config:
 
     @property
     def vocab_size(self) -> int:
-        """Return a number that no vocabulary exceeds: tokens are CLIP's."""
+        """Return a number that no vocabulary exceeds: the tokens are those of CLIP, which checks them."""
         return 1 << 31
 
 
@@ -82,14 +83,14 @@ SIZES = {
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for texts of seq_len tokens and the embeddings of a CLIP. dataset: of
-    vision/image_embeddings.py."""
+    """Return the config for texts of seq_len tokens and the embeddings of the CLIP of a data set, an
+    `image_embeddings.PairDataset`."""
     found = {name: getattr(dataset, name) for name in ("clip", "mean", "std")}
     return replace(config, d_embed=len(dataset.mean), max_seq_len=seq_len, **found)
 
 
 class Block(nn.Module):
-    """One layer: causal attention and an MLP, each added to its input, with the norms before them."""
+    """One layer: causal attention and an MLP, each after a LayerNorm and added to its input."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -98,12 +99,15 @@ class Block(nn.Module):
         self.attn1, self.ff = Attention(config, causal=True), feed_forward(D)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output (B, S, D) for x (B, S, D)."""
         x = x + self.attn1(self.norm1(x))
         up, _, down = self.ff.net
         return x + down(F.gelu(up.proj(self.norm3(x))))
 
 
 class Prior(nn.Module):
+    """From a noisy image embedding, its time and a text to the image embedding without noise."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config, D, E = config, config.d_model, config.d_embed
@@ -122,8 +126,9 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw matrices so that they keep the variance of their input, and the sum of 2 L outputs of blocks;
-        positions and the query N(0, 0.02^2). The last layer is 0: a new prior predicts the mean.
+        """Draw the parameters. Matrices keep the variance of their input, and those whose output is added to
+        x are divided by sqrt(2 L), since there are 2 L of them. Positions and the query are N(0, 0.02^2). The
+        last layer is 0, so a new prior predicts z = 0, the mean embedding.
 
         Raises ValueError for a parameter without a rule.
         """
@@ -144,8 +149,8 @@ class Prior(nn.Module):
     def forward(self, z: Tensor, t: Tensor, text: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
         """Return the predicted z (B, E) for noisy z (B, E) at times t (B,).
 
-        text: embeddings (B, E). states: (B, T, E), of which the first lengths (B,) are the text's, and the
-        others padding. Raises ValueError for another T than the config's.
+        text: embeddings of the texts, times sqrt(E), (B, E). states: of their tokens (B, T, E); the first
+        `lengths` (B,) are of the text, the others padding. Raises ValueError for another T than the config's.
         """
         T, D = self.config.max_seq_len, self.config.d_model
         if states.shape[1] != T:
@@ -155,8 +160,8 @@ class Prior(nn.Module):
         four = torch.stack((*four, self.prd_embedding[0].expand(len(z), D)), dim=1)  # (B, 4, D)
         x = torch.cat((self.encoder_hidden_states_proj(states), four), dim=1) + self.positional_embedding
 
-        # Padding is moved behind the query, where causal attention does not see it: of S places the first
-        # `lengths` stay, the last four follow, and then the padding.
+        # Move the padding behind the query, where causal attention does not reach it: of the S tokens first
+        # come the first `lengths`, then the last four, then the padding.
         places, lengths = torch.arange(T + 4, device=z.device), lengths[:, None]
         after = torch.where(places < lengths + 4, places - lengths + T, places - 4)
         x = take(x, torch.where(places < lengths, places, after))
@@ -165,27 +170,27 @@ class Prior(nn.Module):
         return self.proj_to_clip_embeddings(self.norm_out(take(x, lengths + 3)[:, 0]))
 
     def whitened(self, embeddings: Tensor) -> Tensor:
-        """Return z (B, E) of image embeddings (B, E)."""
+        """Return z (B, E), image embeddings (B, E) that are shifted and scaled to mean 0 and variance 1."""
         return (embeddings - self.clip_mean) / self.clip_std
 
     def unwhitened(self, z: Tensor) -> Tensor:
-        """Return the image embeddings (B, E) of z (B, E), as diffusers' post_process_latents does."""
+        """Return the image embeddings (B, E) for z (B, E), as diffusers' post_process_latents does."""
         return z * self.clip_std + self.clip_mean
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one pair."""
+        """Return the FLOPs of matrix products, forward and backward, of one pair. seq_len is not used."""
         return 6 * n_macs(self.config)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "Prior":
-        """Return the PriorTransformer in a directory, in its precision.
+        """Return the prior in a directory with diffusers' PriorTransformer, in the dtype of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
         return formats_prior.load(cls, Config, directory, kernels)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write it as diffusers' PriorTransformer."""
+        """Write the prior as diffusers' PriorTransformer into a directory."""
         formats_prior.save(self, directory)
 
 

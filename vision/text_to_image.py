@@ -1,15 +1,17 @@
 """Text to image: the task that trains latent diffusion on images with captions.
 
-    (image, caption)  ->  mean and deviation of the latents, once  ->  a batch: latents drawn, noise, times
+    once         image -> mean and standard deviation of its latents
+    each batch   latents drawn from these Gaussians, noise, times, tokens of the captions
 
-The autoencoder is frozen, and its latents do not change: they are computed once, and kept below --cache. A
-batch draws them anew from their Gaussians. Their scale is measured on the images to learn from (vision/
-latent_diffusion.py). The autoencoder is that of `--set autoencoder=DIR`; where the data are glyphs and none
-is named, the run first trains one on their images.
+The autoencoder is frozen, so the Gaussians of the latents do not change: they are computed once and kept
+below --cache. The scale of latents is measured on the training images (vision/latent_diffusion.py). The
+autoencoder is that of `--set autoencoder=DIR`; if the data are glyphs and none is named, the run first trains
+one on their images.
 
-A run draws held-out captions, whose images it has not seen, beside these images and beside what the
-autoencoder rebuilds of them, which is the best that a denoiser of its latents can do. Of glyphs a classifier
-of real ones says how often they are recognised (vision/judge.py).
+An evaluation draws images for held-out captions, whose images the model has not seen. Their picture also
+shows these images, and what the autoencoder rebuilds of them, which is the best that a denoiser of its
+latents can do. For glyphs the evaluation reports how often a classifier of real images recognises the drawn
+ones (vision/judge.py).
 
     python train.py --model latent_diffusion
     python train.py --model latent_diffusion --data captions.jsonl --set autoencoder=DIR text_tower=CLIP
@@ -33,23 +35,23 @@ from engine import parallel, pictures
 from formats import atomic, pipelines, safetensors_dir
 from vision import autoencoder_kl, first_stage, judge, noise
 from vision.autoencoder_kl import AutoencoderKL
-from vision.clip import loss_bytes  # noqa: F401  this task's, too
+from vision.clip import loss_bytes  # noqa: F401  engine/contract.py finds it here
 from vision.clip_towers import TextTower
 from vision.latent_diffusion import CHUNK, SAMPLER_STEPS, Config, LatentDiffusion
 
 MODEL, DATA = "latent_diffusion", "glyphs"
 OPTIMIZER, BATCH_SIZE, STEPS, EMA = "adamw", 64, 600, 0.99
 LOSS, TOKEN_LOSS = "squared error", ""
-VAE_STEPS = 300  # of the autoencoder that the default run makes
-GUIDANCE = (1.0, 2.0)  # of the pictures that a run draws
-SHOWN, MOST_DRAWN = 12, 256  # images of the picture, and for the judge
-MOST = 1_000  # images by which latents are scaled
+VAE_STEPS = 300  # training steps of the autoencoder that a run trains first
+GUIDANCE = (1.0, 2.0)  # of the images that an evaluation draws
+SHOWN, MOST_DRAWN = 12, 256  # images in a row of the picture; at most for the judge
+MOST = 1_000  # images at most by which the scale of latents is measured
 
 
 class LatentRows(Rows):
-    """Rows of captions with the mean and the deviation of each image's latents, and the empty text.
+    """Rows of captions with the mean and the standard deviation of each image's latents, and the empty text.
 
-    moments: float32 (N, 2, Z, h, w), perhaps memory-mapped. empty: int64 (T,)."""
+    moments: float32 (images, 2, Z, h, w), perhaps memory-mapped. empty: its tokens, int64 (T,)."""
 
     def __init__(self, rows: captions.CaptionRows, moments: np.ndarray, empty: np.ndarray):
         super().__init__(rows)
@@ -63,20 +65,21 @@ class LatentRows(Rows):
 
 @dataclass
 class LatentDataset(Dataset):
-    """Images with captions as latents."""
+    """Captions with the latents of their images."""
 
-    vae: autoencoder_kl.Config | None = None  # with the scale of these latents
-    autoencoder: str = ""  # the directory of the autoencoder that they are of
-    pairs: Dataset | None = None  # the images with captions
+    vae: autoencoder_kl.Config | None = None  # the autoencoder's config, with the scale of these latents
+    autoencoder: str = ""  # the autoencoder's directory
+    pairs: Dataset | None = None  # the captions with the images themselves
 
 
 def load_data(args: Namespace, config: Config) -> LatentDataset:
-    """Return images with captions as latents; --seq-len becomes the longest caption's, or with a trained text
-    tower the longest that it reads, as in Stable Diffusion.
+    """Return captions with the latents of their images. args.seq_len is set to the length of the longest
+    caption, or with a trained text tower to the length that it reads, as in Stable Diffusion.
 
-    Raises ValueError for what `data.captions.read` refuses, and where no autoencoder can be had.
+    Raises ValueError for what `data.captions.read` refuses, and if no autoencoder is named and none is
+    trained.
     """
-    directory = Path(args.init_from) / "vae" if args.init_from else config.autoencoder or default(args)
+    directory = Path(args.init_from) / "vae" if args.init_from else config.autoencoder or of_glyphs(args)
     vae = AutoencoderKL.from_pretrained(directory).float().eval()
     if len(set(vae.config.size)) > 1:
         raise ValueError(f"{directory}: images of {vae.config.size}: expected square ones")
@@ -84,7 +87,7 @@ def load_data(args: Namespace, config: Config) -> LatentDataset:
         options = {"channels": vae.config.n_channels, "val": args.val, "bad": args.bad_text}
         parts = captions.read(args.data, vae.config.size, args.cache, **options)
 
-    # The texts, and the tokenizer, which may learn from them.
+    # The texts, and the tokenizer, which may be trained on them.
     length = None
     if args.init_from:
         tokenizer, length = get_tokenizer(str(Path(args.init_from) / pipelines.TOKENIZER)), config.max_seq_len
@@ -98,7 +101,7 @@ def load_data(args: Namespace, config: Config) -> LatentDataset:
     args.seq_len = pairs.train.tokens.shape[1]
     empty = captions.encode([""], tokenizer, most, args.seq_len)[0][0].astype(np.int64)
 
-    # The latents, their scale, and what is lost by rebuilding images from them.
+    # The latents, their scale, and the error of images that are rebuilt from them.
     made_of = f"{pairs.fingerprint} {safetensors_dir.fingerprint(vae)}"
     name = f"latents-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
     train, val = (moments(vae, part.images, args.cache / f"{name}-{i}.npy") for i, part in enumerate(parts))
@@ -110,8 +113,9 @@ def load_data(args: Namespace, config: Config) -> LatentDataset:
     return LatentDataset(**fields)
 
 
-def default(args: Namespace) -> str:
-    """Return the directory of an autoencoder of glyphs. Raises ValueError where the data are no glyphs."""
+def of_glyphs(args: Namespace) -> str:
+    """Return the directory of an autoencoder of glyphs, which is trained if there is none yet below --cache.
+    Raises ValueError if the data are no glyphs."""
     if args.data.partition(":")[0] != "glyphs":
         raise ValueError(f"--data {args.data}: name the directory of an autoencoder, --set autoencoder=DIR")
     what = "an autoencoder learns the images"
@@ -120,8 +124,9 @@ def default(args: Namespace) -> str:
 
 @torch.no_grad()
 def moments(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarray:
-    """Return the mean and the deviation of latents, float32 (N, 2, Z, h, w), of images, uint8 (N, C, H, W),
-    memory-mapped from a file, which one process of each machine writes if there is none."""
+    """Return the means and standard deviations of latents, float32 (n, 2, Z, h, w), of images, uint8
+    (n, C, H, W). They are memory-mapped from the file at path, which one process of each machine writes if it
+    does not exist."""
     with parallel.one_per_machine_first():
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,8 @@ def moments(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarray:
 
 
 def deviation_of(table: np.ndarray) -> float:
-    """Return the standard deviation of latents that are drawn by a table of moments (N, 2, Z, h, w)."""
+    """Return the standard deviation of latents that are drawn with the means and deviations of a table
+    (n, 2, Z, h, w), over at most MOST images and all numbers of their latents."""
     some = torch.from_numpy(table[:: -(-len(table) // MOST)].copy())
     generator = torch.Generator().manual_seed(0)
     return (some[:, 0] + some[:, 1] * torch.randn(some[:, 0].shape, generator=generator)).std().item()
@@ -146,15 +152,16 @@ def deviation_of(table: np.ndarray) -> float:
 
 @torch.no_grad()
 def error_of(vae: AutoencoderKL, images: np.ndarray, table: np.ndarray) -> float:
-    """Return the mean squared error of a pixel in [0, 1] of some images (N, C, H, W), rebuilt from the mean
-    of their latents."""
+    """Return the mean squared error of a pixel in [0, 1], of at most MOST_DRAWN images, uint8 (n, C, H, W),
+    that are rebuilt from the means of their latents in a table (n, 2, Z, h, w)."""
     step = -(-len(images) // MOST_DRAWN)
-    rebuilt = vae.decode(torch.from_numpy(table[::step, 0].copy())) / 2 + 0.5
-    return (rebuilt - torch.from_numpy(np.array(images[::step])) / 255).square().mean().item()
+    means, true = (torch.from_numpy(np.array(some[::step])) for some in (table[:, 0], images))
+    rebuilt = torch.cat([vae.decode(some) for some in means.split(CHUNK)]) / 2 + 0.5
+    return (rebuilt - true / 255).square().mean().item()
 
 
 def wrap(model: LatentDiffusion, config: Config) -> LatentDiffusion:
-    """Return the model with a frozen autoencoder, and a frozen text tower if it is a trained CLIP's."""
+    """Return the model with its autoencoder frozen, and its text tower too if that is a trained CLIP's."""
     model.vae.requires_grad_(False)
     model.text_encoder.requires_grad_(not config.text_tower)
     return model
@@ -163,8 +170,9 @@ def wrap(model: LatentDiffusion, config: Config) -> LatentDiffusion:
 def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Tokenizer
 ) -> dict[str, Tensor]:
-    """Return "latents" (B, Z, h, w), drawn and not yet scaled, "noise" like them, times "t" (B,), spread
-    evenly from a random beginning, and "tokens" (B, T), some of them those of the empty text."""
+    """Return "latents" (B, Z, h, w), drawn from their Gaussians and not yet scaled, normal "noise" of the
+    same shape, times "t" (B,) of `noise.even_times`, and "tokens" (B, T) of the captions, of which a share of
+    config.drop is replaced by the empty text in training rows."""
     batch, n = stack(rows), len(rows)
     draws = torch.randn(2, *batch["mean"].shape, generator=generator)
     dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
@@ -177,14 +185,16 @@ def make_batch(
 
 
 def save_tokenizer(dataset: LatentDataset, directory: Path) -> None:
-    """Write the tokenizer as a part of the pipeline."""
+    """Write the tokenizer into its folder of the pipeline in a directory."""
     (directory / pipelines.TOKENIZER).mkdir(parents=True, exist_ok=True)
     dataset.tokenizer.save(directory / pipelines.TOKENIZER)
 
 
 def show(model: LatentDiffusion, dataset: LatentDataset, out: Path) -> str:
-    """Draw held-out captions with each guidance, below the true images and those rebuilt from their latents.
-    Return how far they are from the true ones, and for glyphs how often a judge recognises them."""
+    """Draw images for held-out captions with each guidance, below the true images and those rebuilt from
+    their latents. Return the squared errors to the true images, and for glyphs how often a judge recognises
+    them."""
+    # Choose as many as the judge classifies, or without a judge those of the picture.
     images, opinion = dataset.pairs.val.part.images, judge.of(dataset.pairs)
     n = len(images)
     chosen = list(range(0, n, -(-n // (MOST_DRAWN if opinion else SHOWN))))
@@ -197,7 +207,9 @@ def show(model: LatentDiffusion, dataset: LatentDataset, out: Path) -> str:
         how = {"guidance": w, "steps": SAMPLER_STEPS}
         drawn[f"w = {w:g}"] = model.draw(batch["tokens"], batch["empty"][:1], **how).cpu()
 
-    shown = [i * len(chosen) // SHOWN for i in range(min(SHOWN, len(chosen)))]
+    # The picture, and below it the figures.
+    n_shown = min(SHOWN, len(chosen))
+    shown = [i * len(chosen) // n_shown for i in range(n_shown)]
     pictures.save(out, [[some[i] for i in shown] for some in drawn.values()])
     lines = [f"picture.png: {', '.join(drawn)}, by {SAMPLER_STEPS} steps of DDIM"]
     lines += [judge.in_words(f"{name:8}", some, true, opinion, chosen) for name, some in drawn.items()]

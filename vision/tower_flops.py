@@ -1,4 +1,4 @@
-"""The multiplications of the towers in vision/clip_towers.py; a test compares them with PyTorch's count.
+"""The multiplications of the towers of vision/clip_towers.py; a test compares them with PyTorch's count.
 
 Shapes: T tokens, D model width, F inner width of the MLP, L layers, C channels, P patch size.
 """
@@ -7,11 +7,12 @@ from vision.clip_towers import TextConfig, VisionConfig
 
 
 def n_macs(config: VisionConfig | TextConfig, seq_len: int | None = None) -> int:
-    """Return the multiplications of one forward pass over one image, or a text of seq_len (max_seq_len)
-    tokens.
+    """Return the multiplications of one forward pass over one image, or over a text of seq_len tokens
+    (default: max_seq_len).
 
-    They are T (4 D^2 + 2 D F) + 2 T^2 D for each of the L layers, the matrix (D, C P^2) of the patches, and
-    SigLIP's pooling. In CLIP's last layer one token is computed: 2 T D^2 for keys and values, the rest once.
+    They are T (4 D^2 + 2 D F) + 2 T^2 D for each of the L layers, D C P^2 for each patch, and for SigLIP the
+    pooling of images and the last linear layer of texts. The last layer of a CLIP computes one token only:
+    keys and values of all tokens are 2 T D^2, its attention 2 T D, and its other products 2 D^2 + 2 D F.
     """
     D, siglip = config.d_model, config.layout == "siglip"
     if isinstance(config, TextConfig):
@@ -19,7 +20,7 @@ def n_macs(config: VisionConfig | TextConfig, seq_len: int | None = None) -> int
     else:
         T = config.n_tokens
         around = config.n_patches * D * config.n_channels * config.patch_size**2
-        if siglip:  # the probe's query is one for all images
+        if siglip:  # the pooling attends to all tokens from a learned query, computed once for all images
             around += T * 2 * D * D + 2 * T * D + D * D + 2 * D * config.d_ff
     layer = T * (4 * D * D + 2 * D * config.d_ff) + 2 * T * T * D
     last = layer if siglip else 2 * T * D * D + 2 * D * D + 2 * D * config.d_ff + 2 * T * D

@@ -1,27 +1,28 @@
-"""VAE: images from codes of a few numbers, by a lower bound on their likelihood.
+"""VAE: images from codes of a few numbers, trained by a lower bound on the likelihood.
 
     z ~ N(0, I),  x ~ p(x | z)                                 the decoder: how an image is made
     q(z | x) = N(mu(x), diag sigma(x)^2)                       the encoder: which codes may have made it
     log p(x) >= E_q [log p(x | z)] - KL(q(z | x) || N(0, I))   the ELBO
-    log p(x) >= E log 1/K sum_k p(x, z_k) / q(z_k | x)         IWAE-K, z_1 ... z_K ~ q
+    log p(x) >= E log (1/K sum_k p(x, z_k) / q(z_k | x))       IWAE-K, z_1 ... z_K ~ q(z | x)
 
 Auto-encoding variational Bayes (Kingma and Welling 2013, arXiv 1312.6114; Rezende et al. 2014, 1401.4082),
 and importance weighted autoencoders (Burda et al. 2015, 1509.00519). The first bound is the second with
-K = 1; it rises with K, to log p(x) itself. The gap of the ELBO is KL(q(z | x) || p(z | x)): q is a Gaussian
-with independent numbers, and the codes that may have made an image are not distributed so.
+K = 1, and the second rises with K, to log p(x) in the limit. The gap of the ELBO is KL(q(z | x) || p(z | x)):
+q is a Gaussian with independent entries, but the true posterior p(z | x) is not.
 
-Two traps. Both terms are sums over all dimensions, and means over images alone: a mean over pixels beside a
-sum over codes multiplies the KL by the number of pixels, and the codes collapse. And p(x | z) is Bernoulli,
-so pixels are black or white: those above one half are white. Nats of other binarisations do not compare.
+Both terms of the ELBO are summed over their dimensions, and only images are averaged. With a mean over pixels
+the KL would weigh as many times more as there are pixels, and all codes would become N(0, 1). p(x | z) is a
+Bernoulli distribution of each pixel, so pixels are binarised: those above one half are white, the others
+black. Nats under another binarisation are not comparable.
 
-A unit of the code is active where its mean changes with the image: variance of mu_j over images above 0.01
-(Burda et al., section 5.2). The others have learned to be N(0, 1) always; they hold nothing.
+A unit j of the code is active if its mean changes with the image: if the variance of mu_j over images is
+above 0.01 (Burda et al., section 5.2). The other units are N(0, 1) for every image and hold no information.
 
     python train.py --model vae                            codes of letters
     python train.py --model vae --set n_samples=10         trained by IWAE-10
     python -m vision.vae runs/vae/model                    draw images
 
-Shapes: B batch, C channels, N numbers of an image, Z of a code, K codes for each image.
+Shapes: B batch, C channels, N numbers of an image, Z numbers of a code, K codes for each image.
 """
 
 import math
@@ -44,10 +45,10 @@ from vision.drawing import fit  # noqa: F401, the trainer calls it
 KIND, DATA = "variational autoencoder", "glyphs:all"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 2000
 LOSS, TOKEN_LOSS = "nats per image", ""
-BOUNDS = (1, 10, 100)  # K of the bounds that are measured
-MEASURED = 500  # held-out images that they are measured on
-ACTIVE = 0.01  # the variance of mu_j, above which unit j is active
-MOST_LOG_VARIANCE = (-30.0, 20.0)  # clamped, as in LDM's code
+BOUNDS = (1, 10, 100)  # K of the bounds that an evaluation measures
+MEASURED = 500  # held-out images at most that they are measured on
+ACTIVE = 0.01  # the variance of mu_j above which unit j is active
+LOG_VARIANCES = (-30.0, 20.0)  # log sigma^2 is clamped between them, as in the code of latent diffusion
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class Config:
     width: int = 256  # of the hidden layers, two in the encoder and two in the decoder
     n_latents: int = 24  # Z
     n_samples: int = 1  # K of the bound that is trained
-    image_size: tuple[int, ...] = (16, 16)  # height and width in pixels; for data only
+    image_size: tuple[int, ...] = (16, 16)  # height and width in pixels
     n_channels: int = 1
     max_seq_len = 1  # a row of the data is one image
 
     def __post_init__(self):
         check_values(self)
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size {self.image_size}: expected a height and a width")
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -69,15 +72,35 @@ class Config:
 
     @property
     def n_values(self) -> int:
-        """Return N."""
+        """Return N, the number of values of an image."""
         return self.n_channels * math.prod(self.image_size)
 
 
 SIZES = {"tiny": Config(), "small": Config(width=1024, n_latents=64, image_size=(28, 28))}
 
 
+class Sample(NamedTuple):
+    """What the bounds need of K codes that were drawn from q(z | x) for each of B images."""
+
+    logits: Tensor  # (B, K, N) of white pixels
+    log_p: Tensor  # log p(x | z) in nats, (B, K)
+    log_ratio: Tensor  # log p(z) / q(z | x) in nats, (B, K)
+    kl: Tensor  # KL(q(z | x) || p(z)) in nats, (B,)
+
+
+def kl_to_standard(mu: Tensor, log_variance: Tensor) -> Tensor:
+    """Return KL(N(mu, diag sigma^2) || N(0, I)) in nats, (B,), for mu and log sigma^2 (B, Z)."""
+    return (mu.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+
+
+def iwae(log_weights: Tensor) -> Tensor:
+    """Return log (1/K sum_k w_k), (...), for the logarithms (..., K) of w_k = p(x, z_k) / q(z_k | x)."""
+    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
+
+
 class VAE(nn.Module):
-    """An encoder and a decoder, of two hidden layers each."""
+    """An encoder from images to Gaussians of codes and a decoder from codes to images, each with two hidden
+    layers."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -93,16 +116,17 @@ class VAE(nn.Module):
                 nn.init.xavier_normal_(p)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mu and log sigma^2 (B, Z) of images (B, C, height, width) of zeros and ones."""
+        """Return mu and log sigma^2, float32 (B, Z), of images (B, C, height, width) of zeros and ones."""
         mu, log_variance = self.to_code(self.encoder(x.flatten(1))).float().chunk(2, dim=1)
-        return mu, log_variance.clamp(*MOST_LOG_VARIANCE)
+        return mu, log_variance.clamp(*LOG_VARIANCES)
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the logits (..., N) of white pixels for codes (..., Z)."""
         return self.decoder_pred(self.decoder(z)).float()
 
-    def sample(self, x: Tensor, noise: Tensor) -> "Sample":
-        """Return codes z = mu + sigma noise of images (B, C, height, width), for noise (B, K, Z)."""
+    def sample(self, x: Tensor, noise: Tensor) -> Sample:
+        """Return what the bounds need of codes z = mu + sigma noise, for images (B, C, height, width) of
+        zeros and ones and standard normal noise (B, K, Z)."""
         mu, log_variance = self.encode(x)
         z = mu[:, None] + (log_variance / 2).exp()[:, None] * noise
         # log N(z; 0, I) - log q(z | x), in which the factors 2 pi cancel
@@ -113,28 +137,30 @@ class VAE(nn.Module):
         return Sample(logits, -nats, log_ratio, kl_to_standard(mu, log_variance))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return minus the bound with K = n_samples in nats per image, of "images" (B, C, height, width) and
-        "noise" (B, K, Z); and the KL in nats and the squared error of a pixel's probability."""
+        """Return minus the bound with K codes, in nats per image, for "images" (B, C, height, width) and
+        "noise" (B, K, Z); and as metrics the KL in nats and the squared error of a pixel's probability."""
         x, K = batch["images"], batch["noise"].shape[1]
         logits, log_p, log_ratio, kl = self.sample(x, batch["noise"])
-        # With one code the KL is exact, so that only the likelihood has to be sampled.
+        # With one code, take the KL in closed form: only the likelihood is then estimated by sampling.
         bounds = log_p[:, 0] - kl if K == 1 else iwae(log_p + log_ratio)
         error = (logits.detach().sigmoid() - x.flatten(1)[:, None]).square().mean()
         return -bounds.mean(), {"kl": kl.detach().mean(), "squared_error": error}
 
     @torch.no_grad()
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """Return n new images (n, C, height, width): the probability that a pixel is white."""
+        """Return n new images (n, C, height, width), drawn from codes z ~ N(0, I): the probability that a
+        pixel is white."""
         device = self.decoder_pred.weight.device
         z = torch.randn(n, self.config.n_latents, generator=generator, device=generator.device)
         return self.images(z.to(device))
 
     def images(self, z: Tensor) -> Tensor:
-        """Return the images (n, C, height, width) of codes (n, Z): the probability that a pixel is white."""
+        """Return images (n, C, height, width) for codes (n, Z): the probability that a pixel is white."""
         return self.decode(z).sigmoid().unflatten(1, (self.config.n_channels, *self.config.image_size))
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image: the decoder's K times."""
+        """Return the FLOPs of matrix products, forward and backward, of one image; the decoder runs K
+        times."""
         n = {name: p.numel() for name, p in self.named_parameters() if p.ndim == 2}
         decoded = sum(size for name, size in n.items() if name.startswith("decoder"))
         return 6 * (sum(n.values()) + (self.config.n_samples - 1) * decoded)
@@ -146,40 +172,22 @@ class VAE(nn.Module):
 Model = VAE
 
 
-class Sample(NamedTuple):
-    """Codes that were drawn from q(z | x), as far as the bounds need them."""
-
-    logits: Tensor  # (B, K, N) of white pixels
-    log_p: Tensor  # log p(x | z) in nats, (B, K)
-    log_ratio: Tensor  # log p(z) / q(z | x) in nats, (B, K)
-    kl: Tensor  # KL(q(z | x) || p(z)) in nats, (B,)
-
-
-def kl_to_standard(mu: Tensor, log_variance: Tensor) -> Tensor:
-    """Return KL(N(mu, sigma^2) || N(0, I)) in nats, (B,), of mu and log sigma^2 (B, Z)."""
-    return (mu.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
-
-
-def iwae(log_weights: Tensor) -> Tensor:
-    """Return log 1/K sum_k w_k (...) of log w (..., K)."""
-    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
-
-
 # --- the task
 
 
 def binarized(images: Tensor) -> Tensor:
-    """Return images with ones where values in [0, 1] are above one half, and zeros elsewhere."""
+    """Return images of ones where the values in [0, 1] are above one half, and of zeros elsewhere."""
     return (images > 0.5).float()
 
 
 def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images without their classes, and how well guesses do that know no other pixel."""
+    """Return images without their classes, and the figures of two guesses without a network."""
     return drawing.load_data(args, config, describe)
 
 
 def describe(train: Tensor, held: Tensor) -> str:
-    """Return one line: the nats of independent pixels, and the squared error of the mean image."""
+    """Return one line for images (B, C, height, width) in [0, 1]: the nats of held-out images if each pixel
+    is white as often as in training images, and the squared error of the mean training image."""
     known, held = binarized(train), binarized(held)
     mean = known.mean(0)
     p = (known.sum(0) + 0.5) / (len(known) + 1)
@@ -203,17 +211,18 @@ def make_batch(
 
 
 class Bounds(NamedTuple):
-    """The bounds of images, and the units of their codes."""
+    """The bounds of some images, and the number of active units of their codes."""
 
-    nats: dict[int, float]  # by K, per image
+    nats: dict[int, float]  # by K, per image: lower bounds on log p(x)
     n_active: int
 
 
 @torch.no_grad()
 def measure(model: VAE, images: Tensor, seed: int = 0) -> Bounds:
-    """Return the bounds of images (B, C, height, width) of zeros and ones, for each K of BOUNDS.
+    """Return the bounds for images (B, C, height, width) of zeros and ones, for each K of BOUNDS.
 
-    All are means over the same draws, 100 for each image. So their order is that of the bounds, exactly.
+    All bounds are means over the same 100 codes of each image, in groups of K. By Jensen's inequality the
+    measured bounds then never fall as K grows.
     """
     generator, log_w = torch.Generator().manual_seed(seed), []
     for part in images.split(50):
@@ -227,8 +236,8 @@ def measure(model: VAE, images: Tensor, seed: int = 0) -> Bounds:
 
 @torch.no_grad()
 def show(model: VAE, dataset: Dataset, out: Path) -> str:
-    """Draw held-out images, their reconstructions, new images, and a walk between two codes; return the
-    bounds of held-out images."""
+    """Write a picture of held-out images, their reconstructions, new images, and images on the straight line
+    between two codes. Return the bounds on held-out images."""
     device, n = model.decoder_pred.weight.device, drawing.SHOWN
     some = binarized(drawing.some(dataset.val, MEASURED)).to(device)
     shown = some[:: max(1, len(some) // n)][:n]

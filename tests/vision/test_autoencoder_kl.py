@@ -158,6 +158,12 @@ def test_a_new_model_begins_without_residual_blocks():
     assert torch.equal(model.encoder.mid_block(x), x)
 
 
+def test_latents_of_a_model_in_bfloat16_are_decoded():
+    model, images = small().bfloat16(), batch_of()["images"].bfloat16()
+    rebuilt = model.from_latents(model.to_latents(images))
+    assert rebuilt.dtype == torch.bfloat16 and rebuilt.shape == images.shape
+
+
 @pytest.mark.parametrize("attention", [True, False])
 def test_flops_are_those_of_convolutions_and_products(attention):
     model, batch = small(attention=attention), batch_of()

@@ -140,7 +140,7 @@ def test_flops_are_those_of_the_matrix_products():
     [
         ({"n_levels": 1}, "n_levels 1: expected 2 to 256"),
         ({"alpha": 0.5}, "alpha 0.5: expected less than 0.5"),
-        ({"image_size": (1, 1)}, "expected at least two pixels"),
+        ({"image_size": (1, 1)}, "at least two pixels"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, words):
@@ -153,7 +153,7 @@ def test_a_run_learns_and_its_model_draws(tmp_path, few_glyphs):
     flags += ["--set", "width=32", "n_couplings=4", "image_size=(6,6)"]
     ended = run_command("train.py", "--model", "flow", *flags, "--out", tmp_path / "run")
     assert ended.code == 0, ended.err
-    assert "32 levels alike have 5.000 bits per dimension" in ended.out
+    assert "32 equally likely levels have 5.000 bits per dimension" in ended.out
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     before, after = (row["val_loss"] for row in rows if "val_loss" in row)
     assert after < 0.9 * before
@@ -162,3 +162,8 @@ def test_a_run_learns_and_its_model_draws(tmp_path, few_glyphs):
     assert drawn.shape == (3, 1, 6, 6) and drawn.min() >= 0 and drawn.max() <= 1
     ended = run_command("-m", "vision.flow", tmp_path / "run" / "model", "--out", tmp_path)
     assert ended.code == 0 and "picture.png: 48 images" in ended.out
+
+
+def test_a_size_that_is_no_height_and_width_is_refused():
+    with pytest.raises(ValueError, match="expected height and width"):
+        flow.Config(image_size=(8,))

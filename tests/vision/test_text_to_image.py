@@ -75,6 +75,19 @@ def test_a_batch_draws_latents_anew_and_empties_a_tenth_of_the_texts_to_learn_fr
     assert batch["t"].sort().values.diff().max() <= 3
 
 
+def test_images_are_rebuilt_in_chunks_and_their_error_is_that_of_all(monkeypatch):
+    vae, sizes = small_vae(), []
+    images = np.random.default_rng(0).integers(0, 256, (70, 1, 8, 8), np.uint8)
+    table = np.random.default_rng(1).normal(size=(70, 2, 3, 4, 4)).astype(np.float32)
+    with torch.no_grad():
+        rebuilt = vae.decode(torch.from_numpy(table[:, 0])) / 2 + 0.5
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    expected = (rebuilt.numpy() - images / 255) ** 2
+    assert text_to_image.error_of(vae, images, table) == pytest.approx(expected.mean(), rel=1e-5)
+    assert sizes == [64, 6]
+
+
 def test_the_autoencoder_is_frozen_and_a_trained_text_tower_too():
     model = text_to_image.wrap(LatentDiffusion(SMALL), SMALL)
     assert not any(p.requires_grad for p in model.vae.parameters())
@@ -86,10 +99,10 @@ def test_the_autoencoder_is_frozen_and_a_trained_text_tower_too():
 def test_an_autoencoder_of_glyphs_is_made_first_where_none_is_named(monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(first_stage, "trained", lambda *arguments: made.append(arguments) or "there")
-    assert text_to_image.default(Namespace(data="glyphs:all", cache=tmp_path)) == "there"
+    assert text_to_image.of_glyphs(Namespace(data="glyphs:all", cache=tmp_path)) == "there"
     assert made[0][1:4] == ("autoencoder_kl", "glyphs:all", text_to_image.VAE_STEPS)
     with pytest.raises(ValueError, match=r"--data a\.jsonl: name the directory of an autoencoder, --set"):
-        text_to_image.default(Namespace(data="a.jsonl"))
+        text_to_image.of_glyphs(Namespace(data="a.jsonl"))
 
 
 @pytest.mark.usefixtures("few_glyphs")

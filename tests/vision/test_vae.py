@@ -123,3 +123,8 @@ def test_a_run_learns_and_its_model_draws(tmp_path, few_glyphs):
     assert ended.code == 0 and "picture.png: 5 images" in ended.out
     ended = run_command("-m", "vision.vae", tmp_path / "run" / "model", "-n", "0")
     assert ended.code == 2 and "-n 0: expected at least 1 image" in ended.err
+
+
+def test_a_size_that_is_no_height_and_width_is_refused():
+    with pytest.raises(ValueError, match="expected a height and a width"):
+        vae.Config(image_size=(8,))

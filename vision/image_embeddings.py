@@ -50,7 +50,7 @@ MOST = 2_000  # at most: training images for mean and standard deviation, and he
 
 
 class Read(NamedTuple):
-    """What the prior reads of texts."""
+    """The output of CLIP's text tower, as the prior reads it."""
 
     text: Tensor  # embeddings (B, E), times sqrt(E)
     states: Tensor  # of the tokens, (B, T, E)

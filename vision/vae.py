@@ -80,7 +80,7 @@ SIZES = {"tiny": Config(), "small": Config(width=1024, n_latents=64, image_size=
 
 
 class Sample(NamedTuple):
-    """What the bounds need of K codes that were drawn from q(z | x) for each of B images."""
+    """Figures of K codes that were drawn from q(z | x) for each of B images, as the bounds need them."""
 
     logits: Tensor  # (B, K, N) of white pixels
     log_p: Tensor  # log p(x | z) in nats, (B, K)

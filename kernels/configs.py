@@ -51,6 +51,16 @@ class Backward(NamedTuple):
     dq: Attention
 
 
+class Linear(NamedTuple):
+    """Linear attention, forward or backward: see kernels/linear_chunks.py."""
+
+    chunk: int  # tokens
+    columns: int  # a tile of the state has so many rows and columns
+    warps: int
+    stages: int
+    tma: bool = True
+
+
 class Norm(NamedTuple):
     """RMSNorm's backward pass: at most `elements` per tile, unless a row is longer, and 4 to 16 warps."""
 
@@ -86,7 +96,7 @@ class Grouped(NamedTuple):
     weight: Product
 
 
-Config = Attention | Backward | Norm | CrossEntropy | Grouped
+Config = Attention | Backward | Linear | Norm | CrossEntropy | Grouped
 
 # --- the defaults
 
@@ -112,6 +122,13 @@ ATTENTION = {
         512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
     "interpreter": {512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
+}
+# Linear attention, forward and backward, in 16 bits and in float32.
+LINEAR = {
+    "Hopper": {2: ((64, 64, 4, 3), (64, 64, 8, 3)), 4: ((32, 32, 4, 2), (32, 32, 8, 2))},
+    "NVIDIA": {2: ((64, 64, 4, 2), (64, 64, 8, 2)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
+    "AMD": {2: ((64, 64, 4, 1), (32, 64, 8, 1)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
+    "interpreter": {2: ((16, 16, 4, 1), (16, 16, 4, 1)), 4: ((16, 16, 4, 1), (16, 16, 4, 1))},
 }
 # Grouped products, by the smallest average number of rows per group; then the gradient of the matrices. Per
 # operation, a tile of 128 x 256 reads a quarter less from the L2 cache, whose speed limits Hopper, than a
@@ -254,6 +271,13 @@ def attention(arch: str, K: int, element_size: int) -> tuple[Attention, Attentio
     forward = chosen("attention_forward", arch, width, element_size) or forward
     backward = chosen("attention_backward", arch, width, element_size) or Backward(dkdv, dq)
     return forward, *backward
+
+
+def linear(operation: str, arch: str, K: int, element_size: int) -> Linear:
+    """Return the configuration of linear_attention_forward or linear_attention_backward at head width K."""
+    forward, backward = LINEAR[family(arch)][element_size]
+    default = forward if operation == "linear_attention_forward" else backward
+    return chosen(operation, arch, K, element_size) or Linear(*default)
 
 
 def grouped(arch: str, E: int, rows: float, element_size: int) -> Grouped:

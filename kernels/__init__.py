@@ -5,14 +5,12 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.few_rows import products
 from kernels.gelu import gelu, quick_gelu
 from kernels.grouped_matmul import grouped_matmul
-from kernels.linear_attention import linear_attention
 from kernels.rmsnorm import rms_norm
 
 __all__ = [
     "attention",
     "gelu",
     "grouped_matmul",
-    "linear_attention",
     "linear_cross_entropy",
     "products",
     "quick_gelu",

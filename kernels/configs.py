@@ -125,9 +125,9 @@ ATTENTION = {
 }
 # Linear attention, forward and backward, in 16 bits and in float32.
 LINEAR = {
-    "Hopper": {2: ((64, 64, 4, 3), (64, 64, 8, 3)), 4: ((32, 32, 4, 2), (32, 32, 8, 2))},
-    "NVIDIA": {2: ((64, 64, 4, 2), (64, 64, 8, 2)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
-    "AMD": {2: ((64, 64, 4, 1), (32, 64, 8, 1)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
+    "Hopper": {2: ((64, 64, 4, 3), (64, 64, 4, 3)), 4: ((32, 32, 4, 2), (16, 32, 8, 1, False))},
+    "NVIDIA": {2: ((64, 64, 8, 2), (64, 64, 8, 2)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
+    "AMD": {2: ((64, 64, 4, 1), (64, 64, 4, 1)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
     "interpreter": {2: ((16, 16, 4, 1), (16, 16, 4, 1)), 4: ((16, 16, 4, 1), (16, 16, 4, 1))},
 }
 # Grouped products, by the smallest average number of rows per group; then the gradient of the matrices. Per
@@ -177,6 +177,24 @@ CONFIGS: dict[str, dict[str, Config]] = {
             Attention(32, 128, 8, 2, tma=False), Attention(128, 64, 8, 2, tma=False)
         ),
     },
+    "linear_attention_forward": {
+        "chunks of 64": Linear(64, 64, 4, 3),
+        "chunks of 64, 8 warps": Linear(64, 64, 8, 3),
+        "chunks of 64, pointers": Linear(64, 64, 4, 3, tma=False),
+        "chunks of 64, states of 32": Linear(64, 32, 4, 3),
+        "chunks of 64, 2 stages": Linear(64, 64, 4, 2),
+        "chunks of 128": Linear(128, 64, 8, 3),
+        "chunks of 128, 2 stages": Linear(128, 64, 8, 2),
+        "chunks of 128, pointers": Linear(128, 64, 8, 3, tma=False),
+    },
+    "linear_attention_backward": {
+        "chunks of 64": Linear(64, 64, 4, 3),
+        "chunks of 64, 8 warps": Linear(64, 64, 8, 3),
+        "chunks of 64, pointers": Linear(64, 64, 4, 3, tma=False),
+        "chunks of 64, states of 32": Linear(64, 32, 4, 3),
+        "chunks of 64, 2 stages": Linear(64, 64, 4, 2),
+        "chunks of 128": Linear(128, 64, 8, 3),
+    },
     "rms_norm_backward": {
         "2048 elements": Norm(),
         "4096 elements": Norm(elements=4096),
@@ -218,6 +236,7 @@ NOT_ON_HOPPER = {
     "attention_backward: 64x128 and 128x64": (128,),
     "attention_backward: 64x64 and 64x64": (128,),
     "attention_backward: 64x128 and 128x128": (128,),
+    "linear_attention_backward: chunks of 128": (128,),
 }
 
 # --- which one runs

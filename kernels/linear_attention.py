@@ -34,7 +34,8 @@ def linear_attention(
     chunk: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Return o (B, T, H, K), like q, and the state (B, H, K, K) after the last token, of q, k, v (B, T, H, K).
+    """Return o (B, T, H, K), like q, and the state (B, H, K, K) after the last token, for q, k and v
+    (B, T, H, K).
 
     rates: (H,), the rates r, at least 0, in float32 or float64. state: (B, H, K, K), that before the first
     token, in float32 at least, as the one returned; None stands for zeros. It hands a text over from one call
@@ -52,7 +53,7 @@ def linear_attention(
     backend = _choose(backend, q, v, rates)
     state = _no_state(k, v) if state is None else state
     with torch.autocast(q.device.type, enabled=False):  # it would round the state
-        if backend == "reference":
+        if backend == "reference" or q.shape[1] == 0:
             return _reference(q, k, v, rates, state)
         if backend == "torch":
             return _chunked(q, k, v, rates, state, chunk)
@@ -69,8 +70,8 @@ def _check(q, k, v, rates, state, chunk) -> None:
         )
     if rates.shape != (H,) or rates.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"linear_attention: rates {tuple(rates.shape)} {rates.dtype}: expected ({H},), one for each head, "
-            "in float32 or float64"
+            f"linear_attention: rates {tuple(rates.shape)} {rates.dtype}: expected ({H},), a number for "
+            "each head, in float32 or float64"
         )
     wide, shape = torch.promote_types(q.dtype, torch.float32), (B, H, K, v.shape[3])
     if state is not None and (state.shape != shape or state.dtype != wide):
@@ -85,9 +86,10 @@ def _choose(backend: str, q: Tensor, v: Tensor, rates: Tensor) -> str:
     """Return the backend that runs. Raise ValueError if it does not exist or cannot compute this."""
     asked, chosen, K = backend, choose("linear_attention", backend, q), q.shape[3]
     fits = K <= WIDEST and K % 8 == 0 and v.shape[3] == K and q.dtype != torch.float64 and multiplies(q)
+    # In float32 a tile takes more registers than a program has: PyTorch's matrix products, as for attention.
+    if asked == "auto" and chosen == "triton" and not (fits and q.element_size() == 2):
+        return "torch"
     if chosen == "triton" and not fits:
-        if asked == "auto":
-            return "torch"
         raise ValueError(
             f"linear_attention: head widths {K} and {v.shape[3]} in {q.dtype}: backend 'triton' takes equal "
             f"multiples of 8 up to {WIDEST} in float16, bfloat16 or float32, and in Triton's interpreter no "
@@ -127,8 +129,6 @@ def _reference(q, k, v, rates, state):
 
 def _chunked(q, k, v, rates, state, chunk):
     B, T, H, K = q.shape
-    if T == 0:
-        return torch.empty_like(v), state
     c = min(chunk, T)
     n = -(-T // c)
     # Zeros before the first token add nothing to a state, so that all chunks are full.

@@ -1,6 +1,6 @@
 """Linear attention in Triton, chunk by chunk: the states between the chunks first, then all chunks at once.
 
-With the equations of linear_attention.py, for a chunk of n tokens i, j = 0 ... n - 1 and the state S before it:
+With the equations of linear_attention.py, for a chunk of tokens i, j = 0 ... n - 1 and the state S before it:
 
     states    S' = exp(-r n) S + sum_j exp(-r (n - 1 - j)) k_j v_j^T           S' goes to the next chunk
     output    o_i = exp(-r (i + 1)) S^T q_i + sum_(j <= i) exp(-r (i - j)) (q_i . k_j) v_j
@@ -30,7 +30,6 @@ Shapes: B batch, T tokens, H heads, K head width, N chunks.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernels import configs
@@ -79,8 +78,8 @@ def decays(rate, CHUNK: tl.constexpr):
 
 @triton.jit
 def states_kernel(k, v, rates, first, states, last, T, H, N, REVERSED: tl.constexpr, const: tl.constexpr):
-    """Compute one tile of the state that every chunk meets, and of that after the last. With REVERSED, k and v
-    are q and do, and the state is E, from the last chunk to the first."""
+    """Compute one tile of the state that every chunk meets, and of that after the last. With REVERSED, k and
+    v are q and do, and the state is E, from the last chunk to the first."""
     COLUMNS: tl.constexpr = const.COLUMNS
     CHUNK: tl.constexpr = const.CHUNK
     K: tl.constexpr = const.K
@@ -97,7 +96,7 @@ def states_kernel(k, v, rates, first, states, last, T, H, N, REVERSED: tl.conste
         n = N - 1 - step if REVERSED else step
         place = (bh.to(tl.int64) * N + n) * K * K
         tl.store(states + place + at, state.to(states.dtype.element_ty), mask=inside)
-        # The tokens after the last are zeros, and their power of exp(-r), which counts for nothing, at most 1.
+        # Tokens after the last are zeros; their power of exp(-r) must only be finite.
         length = tl.minimum(CHUNK, T - n * CHUNK)
         token = tl.arange(0, CHUNK)
         distance = token + 1 if REVERSED else tl.maximum(length - 1 - token, 0)
@@ -171,7 +170,7 @@ def configured(q: Tensor, operation: str) -> tuple[Constants, dict]:
     # TMA would read rows of the next state where the width is no power of two.
     tma = config.tma and uses_tma(q) and K == BLOCK_K
     const = Constants(K, BLOCK_K, config.chunk, min(config.columns, BLOCK_K), precision(q), tma)
-    return const, dict(num_warps=config.warps, num_stages=config.stages)
+    return const, dict(num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
 
 def states_of(k, v, rates, first, const, launch, reversed_=False) -> tuple[Tensor, Tensor]:
@@ -193,7 +192,7 @@ def as_state_rows(states: Tensor, const: Constants):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return o (B, T, H, K) of `kernels.linear_attention`, like q, and the last state, float32 (B, H, K, K)."""
+    """Return o (B, T, H, K) of `linear_attention`, like q, and the last state, float32 (B, H, K, K)."""
     B, T, H, _ = q.shape
     out = q.new_empty(q.shape)
     if out.numel() == 0:

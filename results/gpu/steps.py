@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from kernels.bench import cases
+from kernels.bench import cases, long_rows
 from results.gpu import measure
 
 
@@ -44,6 +44,7 @@ class Sizes:
     tokens: int  # of a batch, in attention
     head_widths: tuple[int, ...]
     lengths: tuple[int, ...]  # T
+    long: int  # T of one long row, in linear attention
     cache_lengths: tuple[int, ...]  # S, in decoding
     norms: tuple[tuple[int, int], ...]  # elements, D
     vocabularies: tuple[tuple[int, int, int], ...]  # tokens, D, V
@@ -84,6 +85,7 @@ FULL = Sizes(
     tokens=16384,
     head_widths=(64, 128),
     lengths=(1024, 4096, 16384),
+    long=65536,
     cache_lengths=(4096, 65536),
     norms=((2**26, 4096), (2**26, 768)),
     vocabularies=((16384, 768, 50304),),
@@ -113,6 +115,7 @@ TOY = Sizes(
     tokens=8,
     head_widths=(16,),
     lengths=(4, 8),
+    long=24,
     cache_lengths=(300,),
     norms=((192, 24),),
     vocabularies=((16, 16, 40),),
@@ -201,6 +204,10 @@ def decoding_case(sizes: Sizes, K: int, S: int) -> Callable:
     return partial(cases.attention_case, 8, 1, S, H, H // 4, K, False)
 
 
+def linear_case(sizes: Sizes, K: int, T: int) -> Callable:
+    return partial(long_rows.linear_attention_case, max(1, sizes.tokens // T), T, sizes.width // K, K)
+
+
 def small_cases(sizes: Sizes) -> dict[str, Callable]:
     """Return a case of every kernel, with all that it can do."""
     K, T = sizes.head_widths[-1], sizes.lengths[0]
@@ -208,6 +215,7 @@ def small_cases(sizes: Sizes) -> dict[str, Callable]:
     return {
         **{f"attention, width {K}": attention_case(sizes, K, T, group=4) for K in sizes.head_widths},
         "decoding": decoding_case(sizes, K, sizes.cache_lengths[0]),
+        "linear attention": linear_case(sizes, K, sizes.lengths[1]),
         "RMSNorm": partial(cases.rms_norm_case, n, D, True),
         "cross entropy": partial(cases.cross_entropy_case, *sizes.vocabularies[0]),
         "grouped product": partial(cases.grouped_matmul_case, *sizes.experts[-1]),
@@ -227,6 +235,8 @@ def other_cases(sizes: Sizes) -> dict[str, Callable]:
     for K in sizes.head_widths:
         for S in sizes.cache_lengths:
             found[f"decoding, width {K}, S {S}"] = decoding_case(sizes, K, S)
+        for T in (sizes.lengths[1], sizes.long):
+            found[f"linear attention, width {K}, T {T}"] = linear_case(sizes, K, T)
     return found
 
 
@@ -238,6 +248,9 @@ def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
         case = attention_case(sizes, K, sizes.lengths[-1])
         found["attention_forward", K] = "forward", case
         found["attention_backward", K] = "backward", case
+        linear = linear_case(sizes, K, sizes.lengths[-1])
+        found["linear_attention_forward", K] = "forward", linear
+        found["linear_attention_backward", K] = "backward", linear
     for n, D in sizes.norms:
         found["rms_norm_backward", D] = "backward", partial(cases.rms_norm_case, n, D, True)
     for N, D, V in sizes.vocabularies:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kernels.attention import visible
 from kernels.bench import __main__ as bench
 from kernels.bench import cases as bench_cases
+from kernels.bench import long_rows
 
 NO_GPU = not torch.cuda.is_available()
 TINY = {
@@ -43,6 +44,7 @@ def tiny(monkeypatch):
 
     replace(bench, MATMUL=64, COPY=1024)
     replace(bench_cases, **TINY)
+    replace(long_rows, LONGEST=24)
     if NO_GPU:
         replace(bench, INTERPRETED=False, device_name=lambda: "A GPU")
         replace(bench, median_ms=lambda run: 0.25, extra_mib=lambda run: 1.5)
@@ -95,6 +97,11 @@ def test_bytes_are_those_of_the_tensors(tiny, residual):
     x, _, *added = inputs
     assert case.work["forward"] == size(x, *added, *results)
     assert case.work["backward"] == size(x, *gradients, input_gradients[0])  # the sum is as large as x
+    linear = long_rows.linear_attention_case(2, 12, 2, 16)
+    inputs, gradients = linear.inputs()
+    results, input_gradients = linear.exact(inputs, gradients)
+    assert linear.work["forward"] == size(*inputs, *results)
+    assert linear.work["backward"] == size(*inputs, *gradients, *input_gradients)
     q, k, v = (decoding := bench_cases.attention_case(2, 1, 48, 4, 1, 16, False)).inputs()[0]
     assert decoding.work == {"forward": size(k, v)}
 
@@ -239,6 +246,8 @@ def test_a_whole_run(tiny, tmp_path, capsys):
     assert all(row["failed"] for row in attention if row["backend"] == "SDPA cuDNN")
     decoding = [row for row in attention if row["shape"]["T"] == 1]
     assert {(row["unit"], row["shape"]["S"]) for row in decoding} == {("GB/s", 16), ("GB/s", 48)}
+    linear = [row for row in rows if row["operation"] == "linear_attention"]
+    assert len(linear) == 3 * (3 + 2 + 2) and {row["unit"] for row in linear} == {"GB/s"}
     norms = [row for row in rows if row["operation"] == "rmsnorm"]
     assert len(norms) == 2 * 2 * 2 * 4 and {row["unit"] for row in norms} == {"GB/s"}
     losses = [row for row in rows if row["operation"] == "cross_entropy"]
@@ -305,9 +314,11 @@ def test_mistakes_are_one_line(tiny, capsys, tmp_path):
 
 def test_compiling_only_is_left_to_machine_code(monkeypatch, capsys):
     asked = []
-    module = SimpleNamespace(report=lambda operation, out: asked.append((operation, out)))
+    module = SimpleNamespace(TARGETS=("sm_80", "sm_90"), report=lambda *given: asked.append(given))
     monkeypatch.setitem(sys.modules, "kernels.bench.machine_code", module)
     monkeypatch.setattr(bench, "INTERPRETED", False)
     assert bench.main(["--compile-only"]) == 0
     assert bench.main(["rmsnorm", "--compile-only", "--out", "x.json"]) == 0
-    assert asked == [(None, None), ("rmsnorm", Path("x.json"))]
+    assert bench.main(["rmsnorm", "--compile-only", "--target", "sm_90"]) == 0
+    both = ("sm_80", "sm_90")
+    assert asked == [(None, None, both), ("rmsnorm", Path("x.json"), both), ("rmsnorm", None, ("sm_90",))]

@@ -130,6 +130,16 @@ LINEAR = {
     "AMD": {2: ((64, 64, 4, 1), (64, 64, 4, 1)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
     "interpreter": {2: ((16, 16, 4, 1), (16, 16, 4, 1)), 4: ((16, 16, 4, 1), (16, 16, 4, 1))},
 }
+# Attention over selected blocks, likewise; the queries are rows of gathered heads.
+SELECTED = {
+    "Hopper": {
+        64: ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2)),
+        256: ((64, 32, 4, 2), (16, 64, 8, 2), (64, 32, 4, 2)),
+        512: ((64, 16, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1)),
+    },
+    **{name: ATTENTION[name] for name in ("NVIDIA", "AMD", "interpreter")},
+}
 # Grouped products, by the smallest average number of rows per group; then the gradient of the matrices. Per
 # operation, a tile of 128 x 256 reads a quarter less from the L2 cache, whose speed limits Hopper, than a
 # tile of 128 x 128.
@@ -289,6 +299,15 @@ def attention(arch: str, K: int, element_size: int) -> tuple[Attention, Attentio
     forward, dkdv, dq = (Attention(*tile) for tile in table[min(limit for limit in table if width <= limit)])
     forward = chosen("attention_forward", arch, width, element_size) or forward
     backward = chosen("attention_backward", arch, width, element_size) or Backward(dkdv, dq)
+    return forward, *backward
+
+
+def selected(arch: str, K: int, element_size: int) -> tuple[Attention, Attention, Attention]:
+    """Return the configurations of attention over selected blocks: forward, dk and dv, and dq."""
+    table, width = SELECTED[family(arch)], K * max(1, element_size // 2)
+    forward, dkdv, dq = (Attention(*tile) for tile in table[min(limit for limit in table if width <= limit)])
+    forward = chosen("selected_attention_forward", arch, width, element_size) or forward
+    backward = chosen("selected_attention_backward", arch, width, element_size) or Backward(dkdv, dq)
     return forward, *backward
 
 

@@ -38,7 +38,7 @@ from kernels.flash_tiles import as_rows, packed, uses_tma
 
 
 class Constants(NamedTuple):
-    """What is fixed when a kernel is compiled: one argument, of type tl.constexpr."""
+    """The constants that are fixed when a kernel is compiled: one argument, of type tl.constexpr."""
 
     K: int  # head width
     BLOCK_K: int  # the same, rounded up to a power of two

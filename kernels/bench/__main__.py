@@ -4,8 +4,8 @@
     python -m kernels.bench attention --out results/kernels.json     one of them; save the figures and a chart
     python -m kernels.bench --compile-only                           registers, spills ..., without a GPU
 
-kernels/bench/cases.py and long_rows.py list what is measured. A row of the table is one pass of one backend at
-one shape; all backends of a shape get the same normal random numbers in bfloat16. The columns:
+kernels/bench/cases.py and long_rows.py list what is measured. A row of the table is one pass of one backend
+at one shape; all backends of a shape get the same normal random numbers in bfloat16. The columns:
 
     pass        forward, as in training, so it keeps what backward needs; backward, alone; both, in one call
     ms          the median of triton.testing.do_bench, which uses the GPU's own clock and empties its L2 cache

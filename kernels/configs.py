@@ -205,6 +205,41 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "chunks of 64, 2 stages": Linear(64, 64, 4, 2),
         "chunks of 128": Linear(128, 64, 8, 3),
     },
+    # Of selected blocks by query: tiles of 16 rows, but for dk and dv.
+    "selected_attention_forward": {
+        "64 keys": Attention(16, 64, 4, 3),
+        "64 keys, 2 stages": Attention(16, 64, 4, 2),
+        "64 keys, 4 stages": Attention(16, 64, 4, 4),
+        "64 keys, 2 warps": Attention(16, 64, 2, 3),
+        "64 keys, 8 warps": Attention(16, 64, 8, 3),
+        "32 keys, 2 warps": Attention(16, 32, 2, 4),
+        "64 keys, pointers": Attention(16, 64, 4, 3, tma=False),
+    },
+    "selected_attention_backward": {
+        "64x64, 8 warps": Backward(Attention(64, 64, 8, 2), Attention(16, 64, 4, 2)),
+        "64x64, 4 warps": Backward(Attention(64, 64, 4, 2), Attention(16, 64, 4, 3)),
+        "32x64, 4 warps": Backward(Attention(32, 64, 4, 2), Attention(16, 64, 2, 2)),
+        "128x64, 8 warps": Backward(Attention(128, 64, 8, 2), Attention(16, 64, 4, 2)),
+        "64x64, 3 stages": Backward(Attention(64, 64, 8, 3), Attention(16, 64, 4, 3)),
+        "64x64, pointers": Backward(Attention(64, 64, 8, 2, tma=False), Attention(16, 64, 4, 2, tma=False)),
+    },
+    # By block: tiles of gathered queries.
+    "gathered_attention_forward": {
+        "128x64": Attention(128, 64, 8, 3),
+        "128x64, 2 stages": Attention(128, 64, 8, 2),
+        "128x128": Attention(128, 128, 8, 2),
+        "64x64, 4 warps": Attention(64, 64, 4, 3),
+        "64x128, 4 warps": Attention(64, 128, 4, 2),
+        "128x64, pointers": Attention(128, 64, 8, 3, tma=False),
+    },
+    "gathered_attention_backward": {
+        "64x64 and 128x64": Backward(Attention(64, 64, 8, 2), Attention(128, 64, 8, 2)),
+        "64x128 and 128x64": Backward(Attention(64, 128, 8, 2), Attention(128, 64, 8, 2)),
+        "32x128 and 128x64": Backward(Attention(32, 128, 8, 2), Attention(128, 64, 8, 2)),
+        "64x64 and 64x64": Backward(Attention(64, 64, 4, 2), Attention(64, 64, 4, 2)),
+        "32x64 and 64x64": Backward(Attention(32, 64, 4, 2), Attention(64, 64, 4, 2)),
+        "64x64, pointers": Backward(Attention(64, 64, 8, 2, tma=False), Attention(128, 64, 8, 2, tma=False)),
+    },
     "rms_norm_backward": {
         "2048 elements": Norm(),
         "4096 elements": Norm(elements=4096),
@@ -302,12 +337,15 @@ def attention(arch: str, K: int, element_size: int) -> tuple[Attention, Attentio
     return forward, *backward
 
 
-def selected(arch: str, K: int, element_size: int) -> tuple[Attention, Attention, Attention]:
+def selected(arch: str, K: int, element_size: int, by_query: bool) -> tuple[Attention, Attention, Attention]:
     """Return the configurations of attention over selected blocks: forward, dk and dv, and dq."""
     table, width = SELECTED[family(arch)], K * max(1, element_size // 2)
     forward, dkdv, dq = (Attention(*tile) for tile in table[min(limit for limit in table if width <= limit)])
-    forward = chosen("selected_attention_forward", arch, width, element_size) or forward
-    backward = chosen("selected_attention_backward", arch, width, element_size) or Backward(dkdv, dq)
+    if by_query:  # a tile has the rows of one choice, most often 16: few for more warps
+        forward, dq = (tile._replace(queries=16, warps=4) for tile in (forward, dq))
+    name = "selected_attention" if by_query else "gathered_attention"
+    forward = chosen(f"{name}_forward", arch, width, element_size) or forward
+    backward = chosen(f"{name}_backward", arch, width, element_size) or Backward(dkdv, dq)
     return forward, *backward
 
 

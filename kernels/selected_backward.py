@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.backend import architecture, on_device, tl, triton
+from kernels.block_lists import lists_of, segments
 from kernels.flash_tiles import as_rows, packed
 from kernels.selected_blocks import (
     Lists,
@@ -26,11 +27,9 @@ from kernels.selected_blocks import (
     configured,
     gathered,
     keys_of_step,
-    lists_of,
     load_keys,
     load_queries,
     programs_of,
-    segments,
     shared_arguments,
     store_part,
     tile_of_program,
@@ -153,7 +152,7 @@ def backward(
     blocks, sizes, common = shared_arguments(q, k, blocks, block_size, scale, seqlens_k)
     n_blocks, wide = sizes["n_blocks"], torch.float32
     delta = torch.einsum("bthk,bthk->bth", dout.to(wide), out.to(wide)).contiguous()
-    _, for_dkdv, for_dq = configs.selected(architecture(q), K, q.element_size())
+    _, for_dkdv, for_dq = configs.selected(architecture(q), K, q.element_size(), direct)
     with on_device(q):
         const, launch = configured(common, for_dq, direct)
         programs, walk = programs_of(blocks, G, n_blocks, const)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import configs
+from kernels import block_lists, configs
 from kernels.backend import architecture, block_width, on_device, precision, tl, triton
 from kernels.flash_tiles import as_rows, load_rows, packed, uses_tma
 
@@ -166,7 +166,7 @@ def place_of(tile, const: tl.constexpr):
 
 
 class Lists(NamedTuple):
-    """The entries by block; see `lists_of`."""
+    """The entries by block; see block_lists.py."""
 
     order: Any  # (E,)
     starts: Any  # (B G (n_blocks + 1) + 1,)
@@ -213,49 +213,10 @@ def forward_kernel(
 # --- on the host
 
 
-def cleaned(blocks: Tensor, block_size: int, S: int, seqlens_k: Tensor | None) -> tuple[Tensor, int]:
-    """Return the blocks (B, T, C, n) as int32 in ascending order, and their number n_blocks, which also
-    stands for one that selects nothing, that is there twice, or that begins after the query."""
-    T, n_blocks = blocks.shape[1], -(-S // block_size)
-    end = torch.full((1,), S, device=blocks.device) if seqlens_k is None else seqlens_k
-    p = end[:, None] - T + torch.arange(T, device=blocks.device)  # (B or 1, T)
-    blocks = blocks.long().sort(dim=-1).values
-    twice = torch.zeros_like(blocks, dtype=torch.bool)
-    twice[..., 1:] = blocks[..., 1:] == blocks[..., :-1]
-    unseen = twice | (blocks < 0) | (blocks * block_size > p[..., None, None])
-    return blocks.masked_fill(unseen, n_blocks).int(), n_blocks
-
-
-def lists_of(blocks: Tensor, n_blocks: int, G: int) -> tuple[Tensor, Tensor]:
-    """Return order (E,), the entries sorted by row of the batch, key head and block, and starts, where those
-    of each of these B G (n_blocks + 1) keys begin."""
-    B, _, C, _ = blocks.shape
-    b, c = (torch.arange(n, device=blocks.device) for n in (B, C))
-    bg = b[:, None, None, None] * G + (c // (C // G))[:, None]  # (B, 1, C, 1)
-    key, order = (bg * (n_blocks + 1) + blocks).flatten().sort(stable=True)
-    every = torch.arange(B * G * (n_blocks + 1) + 1, device=blocks.device)
-    return order.int(), torch.searchsorted(key, every).int()
-
-
-def segments(starts: Tensor, n_blocks: int, E: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return owner (R,) and begin (R,), the key and the first entry of every part of at most `length` entries
-    of a list, -1 for no part, and ends, the parts up to the last of each key. R is the most there can be."""
-    counts = (starts[1:] - starts[:-1]).view(-1, n_blocks + 1)
-    n_parts = (counts + length - 1) // length
-    n_parts[:, -1] = 0  # of what selects nothing
-    n_parts = n_parts.flatten()
-    ends = n_parts.cumsum(0)
-    part = torch.arange(E // length + len(ends), device=starts.device)
-    owner = torch.searchsorted(ends, part, right=True)
-    own = owner.clamp(max=len(ends) - 1)
-    begin = starts[own] + (part - (ends - n_parts)[own]) * length
-    return owner.masked_fill(owner == len(ends), -1).int(), begin.int(), ends.int()
-
-
 def shared_arguments(q: Tensor, k: Tensor, blocks: Tensor, block_size: int, scale: float, seqlens_k):
     """Return the blocks as `cleaned` gives them, and the arguments and constants that the kernels share."""
     (T, H, K), (S, G), (C, n) = q.shape[1:], k.shape[1:3], blocks.shape[2:]
-    blocks, n_blocks = cleaned(blocks, block_size, S, seqlens_k)
+    blocks, n_blocks = block_lists.cleaned(blocks, block_size, S, seqlens_k)
     sizes = dict(seqlens_k=seqlens_k, T=T, S=S, C=C, G=G, n_blocks=n_blocks, scale=scale)
     const = Constants(
         K, block_width(K), precision(q), uses_tma(q), seqlens_k is not None, H // C,
@@ -279,8 +240,8 @@ def programs_of(blocks: Tensor, G: int, n_blocks: int, const: Constants) -> tupl
     begin; by query only the first is read."""
     if const.BY_QUERY:
         return blocks.numel() // const.SELECTED, (blocks, *[None] * 4)
-    order, starts = lists_of(blocks, n_blocks, G)
-    owner, begin, _ = segments(starts, n_blocks, len(order), const.BLOCK_M // const.PAD)
+    order, starts = block_lists.lists_of(blocks, n_blocks, G)
+    owner, begin, _ = block_lists.segments(starts, n_blocks, len(order), const.BLOCK_M // const.PAD)
     return len(owner), (blocks, order, starts, owner, begin)
 
 
@@ -298,7 +259,9 @@ def forward(
         return q.new_zeros(q.shape), q.new_full((B, T, H), -math.inf, dtype=torch.float32)
     q, k, v, direct = q.contiguous(), packed(k), packed(v), by_query(q, blocks)
     blocks, sizes, const = shared_arguments(q, k, blocks, block_size, scale, seqlens_k)
-    const, launch = configured(const, configs.selected(architecture(q), K, q.element_size())[0], direct)
+    const, launch = configured(
+        const, configs.selected(architecture(q), K, q.element_size(), direct)[0], direct
+    )
     programs, walk = programs_of(blocks, k.shape[2], sizes["n_blocks"], const)
     if direct:
         out, lse = q.new_empty(q.shape), q.new_empty(B, T, H, dtype=torch.float32)
@@ -308,13 +271,4 @@ def forward(
     with on_device(q):
         keys = [as_rows(x, const.BLOCK_N, const.TMA) for x in (k, v)]
         forward_kernel[(programs,)](q, *keys, out, lse, *walk, const=const, **launch, **sizes)
-    return (out, lse) if direct else merged(out, lse, q)
-
-
-def merged(parts: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out, like q, and lse (B, T, H) of the parts (B, T, C, n, h, K) and their lse (B, T, C, n, h)."""
-    most = lse.amax(3, keepdim=True)
-    share = torch.exp2(lse - most.masked_fill(most == -math.inf, 0))
-    total = share.sum(3)  # (B, T, C, h)
-    out = torch.einsum("btcnh,btcnhk->btchk", share / total.masked_fill(total == 0, 1)[:, :, :, None], parts)
-    return out.reshape(q.shape).to(q.dtype), (most[:, :, :, 0] + total.log2()).reshape(q.shape[:3])
+    return (out, lse) if direct else block_lists.merged(out, lse, q)

@@ -63,6 +63,7 @@ COLUMNS = {  # of the table: key of a row's figure, heading, width and format
 DRAWN = {  # figures in the chart, by operation and pass
     "attention": {"forward": ["rate"], "backward": ["rate"]},
     "linear_attention": {"forward": ["rate"], "backward": ["rate"]},
+    "selected_attention": {"forward": ["rate"], "backward": ["rate"]},
     "rmsnorm": {"forward": ["rate"], "backward": ["rate"]},
     "cross_entropy": {"both": ["rate", "extra_mib"]},
     "grouped_matmul": {"forward": ["rate"], "backward": ["rate"]},

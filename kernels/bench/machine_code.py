@@ -42,6 +42,8 @@ from kernels import (
     flash_decoding,
     linear_chunks,
     rmsnorm,
+    selected_backward,
+    selected_blocks,
 )
 from kernels.backend import triton
 from kernels.grouped_matmul import product_triton, weight_gradient_triton
@@ -185,6 +187,18 @@ def linear(K: int, dtype: torch.dtype, *, forward: bool = True, backward: bool =
         linear_chunks.backward(x, state, x, x, x, torch.zeros(8), state)
 
 
+def selected(K: int, dtype: torch.dtype, by_query: bool, *, forward: bool = True, backward: bool = True):
+    """Launch attention over selected blocks at head width K, as in native sparse attention or as in MoBA."""
+    torch.set_float32_matmul_precision("high")
+    H, C, N, n = (32, 2, 64, 16) if by_query else (8, 8, 512, 3)
+    q, k = torch.zeros(1, 256, H, K, dtype=dtype), torch.zeros(1, 256, 2, K, dtype=dtype)
+    blocks = torch.zeros(1, 256, C, n, dtype=torch.int64)
+    if forward:
+        selected_blocks.forward(q, k, k, blocks, N, 0.1, None)
+    if backward:
+        selected_backward.backward(q, q, k, k, blocks, q, torch.zeros(1, 256, H), N, 0.1, None)
+
+
 def norm(D: int) -> None:
     """Launch forward with a residual, and backward, at width D."""
     x, weight = torch.zeros(64, D, dtype=torch.bfloat16), torch.ones(D)
@@ -242,6 +256,17 @@ CASES = {
         **{f"bf16, width {K}": partial(linear, K, BF16) for K in (64, 128)},
         "TF32, width 128": partial(linear, 128, FP32),
     },
+    "selected_attention": {
+        **{
+            f"bf16, width {K}, {'16 heads' if by_query else 'a head'} a choice": partial(
+                selected, K, BF16, by_query
+            )
+            for K in (64, 128)
+            for by_query in (True, False)
+        },
+        "TF32, width 128, 16 heads a choice": partial(selected, 128, FP32, True),
+        "TF32, width 128, a head a choice": partial(selected, 128, FP32, False),
+    },
     "rmsnorm": {f"bf16, width {D}, residual": partial(norm, D) for D in (768, 2048, 4096, 8192, 16384)},
     "cross_entropy": {
         "bf16, vocabulary 50257": partial(cross_entropy_rows, BF16, None),
@@ -279,6 +304,13 @@ def linear_configured(operation: str, name: str, K: int) -> None:
         linear(K, BF16, forward=forward, backward=not forward)
 
 
+def selected_configured(operation: str, name: str, K: int) -> None:
+    """Launch the forward pass or the gradient of attention over selected blocks under a configuration."""
+    by_query, forward = operation.startswith("selected"), operation.endswith("forward")
+    with configs.timed(operation, configs.CONFIGS[operation][name]):
+        selected(K, BF16, by_query, forward=forward, backward=not forward)
+
+
 def norm_configured(name: str, D: int) -> None:
     h, weight, rstd = torch.zeros(8192, D, dtype=BF16), torch.ones(D), torch.ones(8192)
     with configs.timed("rms_norm_backward", configs.CONFIGS["rms_norm_backward"][name]):
@@ -311,6 +343,15 @@ CASES |= {
             for name in configs.CONFIGS[operation]
         }
         for operation in ("linear_attention_forward", "linear_attention_backward")
+    },
+    **{
+        operation: {
+            f"width {K}: {name}": partial(selected_configured, operation, name, K)
+            for K in (64, 128)
+            for name in configs.CONFIGS[operation]
+        }
+        for operation in configs.CONFIGS
+        if operation.startswith(("selected", "gathered"))
     },
     "rms_norm_backward": {
         f"width {D}: {name}": partial(norm_configured, name, D)
@@ -355,6 +396,8 @@ def report(operation: str | None, out: Path | None, targets: tuple[str, ...] = T
     """Print the table of an operation with its configurations, or of all, and write it as JSON if `out` is
     given. Where that file exists, these rows take the place of those of the same operations and targets."""
     names = [name for name in CASES if name.startswith(operation or "")]
+    if operation == "selected_attention":
+        names += [name for name in CASES if name.startswith("gathered_attention")]
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     before = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else None
     if before and (found := {key: before[key] for key in versions}) != versions:

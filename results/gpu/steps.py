@@ -44,7 +44,8 @@ class Sizes:
     tokens: int  # of a batch, in attention
     head_widths: tuple[int, ...]
     lengths: tuple[int, ...]  # T
-    long: int  # T of one long row, in linear attention
+    long: int  # T of one long row, in linear attention and of selected blocks
+    selected: tuple[tuple[int, int, int], ...]  # heads that choose together, keys of a block, blocks
     cache_lengths: tuple[int, ...]  # S, in decoding
     norms: tuple[tuple[int, int], ...]  # elements, D
     vocabularies: tuple[tuple[int, int, int], ...]  # tokens, D, V
@@ -86,6 +87,7 @@ FULL = Sizes(
     head_widths=(64, 128),
     lengths=(1024, 4096, 16384),
     long=65536,
+    selected=long_rows.KINDS,
     cache_lengths=(4096, 65536),
     norms=((2**26, 4096), (2**26, 768)),
     vocabularies=((16384, 768, 50304),),
@@ -116,6 +118,7 @@ TOY = Sizes(
     head_widths=(16,),
     lengths=(4, 8),
     long=24,
+    selected=((16, 4, 3), (1, 4, 2)),
     cache_lengths=(300,),
     norms=((192, 24),),
     vocabularies=((16, 16, 40),),
@@ -208,6 +211,16 @@ def linear_case(sizes: Sizes, K: int, T: int) -> Callable:
     return partial(long_rows.linear_attention_case, max(1, sizes.tokens // T), T, sizes.width // K, K)
 
 
+def selected_cases(sizes: Sizes, K: int, T: int) -> dict[str, Callable]:
+    """Return a case for the heads that choose blocks together, and for each head that chooses alone."""
+    B, H = max(1, sizes.tokens // T), sizes.width // K
+    make = long_rows.selected_attention_case
+    return {
+        f"{n} blocks of {N}, width {K}, T {T}": partial(make, B, T, H, K, heads, N, n)
+        for heads, N, n in sizes.selected
+    }
+
+
 def small_cases(sizes: Sizes) -> dict[str, Callable]:
     """Return a case of every kernel, with all that it can do."""
     K, T = sizes.head_widths[-1], sizes.lengths[0]
@@ -216,6 +229,7 @@ def small_cases(sizes: Sizes) -> dict[str, Callable]:
         **{f"attention, width {K}": attention_case(sizes, K, T, group=4) for K in sizes.head_widths},
         "decoding": decoding_case(sizes, K, sizes.cache_lengths[0]),
         "linear attention": linear_case(sizes, K, sizes.lengths[1]),
+        **selected_cases(sizes, K, sizes.lengths[1]),
         "RMSNorm": partial(cases.rms_norm_case, n, D, True),
         "cross entropy": partial(cases.cross_entropy_case, *sizes.vocabularies[0]),
         "grouped product": partial(cases.grouped_matmul_case, *sizes.experts[-1]),
@@ -237,6 +251,7 @@ def other_cases(sizes: Sizes) -> dict[str, Callable]:
             found[f"decoding, width {K}, S {S}"] = decoding_case(sizes, K, S)
         for T in (sizes.lengths[1], sizes.long):
             found[f"linear attention, width {K}, T {T}"] = linear_case(sizes, K, T)
+            found |= selected_cases(sizes, K, T)
     return found
 
 
@@ -251,6 +266,10 @@ def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
         linear = linear_case(sizes, K, sizes.lengths[-1])
         found["linear_attention_forward", K] = "forward", linear
         found["linear_attention_backward", K] = "backward", linear
+        selected = selected_cases(sizes, K, sizes.lengths[-1]).values()
+        for way, of_blocks in zip(("selected", "gathered"), selected, strict=True):
+            found[f"{way}_attention_forward", K] = "forward", of_blocks
+            found[f"{way}_attention_backward", K] = "backward", of_blocks
     for n, D in sizes.norms:
         found["rms_norm_backward", D] = "backward", partial(cases.rms_norm_case, n, D, True)
     for N, D, V in sizes.vocabularies:

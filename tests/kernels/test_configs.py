@@ -20,9 +20,11 @@ from kernels import (
     linear_cross_entropy,
     rms_norm,
     rmsnorm,
+    selected_blocks,
 )
 from kernels.configs import CONFIGS, Attention, CrossEntropy
 from kernels.linear_attention import linear_attention
+from kernels.selected_attention import selected_attention
 
 MACHINE_CODE = Path(__file__).parents[2] / "results" / "machine_code.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,6 +50,19 @@ def attend_linearly(backend, dtype):
     )[0]
 
 
+def attend_to_blocks(heads):
+    def make(backend, dtype):
+        H, T, blocks = max(2, heads), 70, torch.arange(3, device=DEVICE)
+        arguments = (
+            normal(1, T, H, 16, dtype=dtype),
+            *normal(2, 1, T, 2 if heads == 1 else 1, 16, dtype=dtype),
+        )
+        blocks = blocks.expand(1, T, H // heads, 3)
+        return arguments, lambda q, k, v: selected_attention(q, k, v, blocks, 20, backend=backend)
+
+    return make
+
+
 def normalise(backend, dtype):
     return (normal(37, 96, dtype=dtype), normal(96)), lambda x, w: rms_norm(x, w.to(x.dtype), backend=backend)
 
@@ -69,6 +84,10 @@ RUN = {
     "attention_backward": attend,
     "linear_attention_forward": attend_linearly,
     "linear_attention_backward": attend_linearly,
+    "selected_attention_forward": attend_to_blocks(8),
+    "selected_attention_backward": attend_to_blocks(8),
+    "gathered_attention_forward": attend_to_blocks(1),
+    "gathered_attention_backward": attend_to_blocks(1),
     "rms_norm_backward": normalise,
     "linear_cross_entropy": predict,
     "grouped_matmul": multiply,
@@ -91,7 +110,7 @@ def results(operation, backend, dtype, exact=False):
 def test_every_configuration_computes_the_same(operation, name, monkeypatch):
     """The error is at most twice that of plain PyTorch, plus a few roundings. Programs own several tiles."""
     dtype = torch.float16 if "attention" in operation else torch.float32
-    for module in (flash_tiles, linear_chunks):
+    for module in (flash_tiles, linear_chunks, selected_blocks):
         monkeypatch.setattr(module, "uses_tma", lambda q: True)
     for module in (flash_attention, rmsnorm):
         monkeypatch.setattr(module, "n_multiprocessors", lambda device: 2)
@@ -181,7 +200,7 @@ def test_every_configuration_for_hopper_fits_its_registers_and_shared_memory(ope
         assert len(named) >= (8 if operation == "attention_forward" else 5)
         for name in named:
             cases = [row for row in rows if row["case"].endswith(f"{key}: {name}" if key else name)]
-            cases = [row for row in cases if row["kernel"] != "delta_kernel"]
+            cases = [row for row in cases if row["kernel"] not in ("delta_kernel", "sum_kernel")]
             assert cases, f"{operation}: {name} is not in results/machine_code.json; compile it"
             for row in cases:
                 assert row["spills"] == 0 and row["shared"] <= LARGEST_SHARED["sm_90"], row

@@ -52,13 +52,10 @@ def attend_linearly(backend, dtype):
 
 def attend_to_blocks(heads):
     def make(backend, dtype):
-        H, T, blocks = max(2, heads), 70, torch.arange(3, device=DEVICE)
-        arguments = (
-            normal(1, T, H, 16, dtype=dtype),
-            *normal(2, 1, T, 2 if heads == 1 else 1, 16, dtype=dtype),
-        )
-        blocks = blocks.expand(1, T, H // heads, 3)
-        return arguments, lambda q, k, v: selected_attention(q, k, v, blocks, 20, backend=backend)
+        H, C = max(2, heads), max(2, heads) // heads
+        arguments = normal(1, 6, H, 16, dtype=dtype), *normal(2, 1, 160, C, 16, dtype=dtype)
+        blocks = torch.arange(2, device=DEVICE).expand(1, 6, C, 2)
+        return arguments, lambda q, k, v: selected_attention(q, k, v, blocks, 150, backend=backend)
 
     return make
 

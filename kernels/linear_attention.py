@@ -57,7 +57,7 @@ def linear_attention(
             return _reference(q, k, v, rates, state)
         if backend == "torch":
             return _chunked(q, k, v, rates, state, chunk)
-        return _triton(q, k, v, rates.float(), state)
+        return _triton(q, k, v, rates.float().contiguous(), state)
 
 
 def _check(q, k, v, rates, state, chunk) -> None:

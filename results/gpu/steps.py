@@ -156,7 +156,7 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
         # 5. Correct, all of it.
         "tests": [Measurement("pytest -m gpu", 120, partial(measure.tests, sizes))],
         # 6. Tune.
-        "tuning": tuning(sizes),
+        "tuning": tuning(tuned_cases(sizes), sizes),
         # 7. Learning and decoding.
         "learning": [
             Measurement(name, 90, partial(measure.learning, sizes, work, name)) for name in ("adamw", "muon")
@@ -167,6 +167,10 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
         # 8. Profile. The three largest costs of a training step are in the rows of "training".
         "profile": [Measurement("ncu, attention forward", 60, partial(measure.counters, sizes))],
         # If time is left.
+        "long rows": [
+            Measurement(name, 8, partial(compared, case)) for name, case in long_cases(sizes).items()
+        ],
+        "more tuning": tuning(long_tuned_cases(sizes), sizes),
         "more training": [
             Measurement("gpt, --kernels triton", 75, partial(train, "gpt", sizes.gpt, "triton")),
             Measurement("bert, --kernels auto", 75, partial(train, "bert", sizes.bert, "auto")),
@@ -249,6 +253,13 @@ def other_cases(sizes: Sizes) -> dict[str, Callable]:
     for K in sizes.head_widths:
         for S in sizes.cache_lengths:
             found[f"decoding, width {K}, S {S}"] = decoding_case(sizes, K, S)
+    return found
+
+
+def long_cases(sizes: Sizes) -> dict[str, Callable]:
+    """Return cases of attention whose time grows in proportion to T."""
+    found = {}
+    for K in reversed(sizes.head_widths):
         for T in (sizes.lengths[1], sizes.long):
             found[f"linear attention, width {K}, T {T}"] = linear_case(sizes, K, T)
             found |= selected_cases(sizes, K, T)
@@ -263,13 +274,6 @@ def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
         case = attention_case(sizes, K, sizes.lengths[-1])
         found["attention_forward", K] = "forward", case
         found["attention_backward", K] = "backward", case
-        linear = linear_case(sizes, K, sizes.lengths[-1])
-        found["linear_attention_forward", K] = "forward", linear
-        found["linear_attention_backward", K] = "backward", linear
-        selected = selected_cases(sizes, K, sizes.lengths[-1]).values()
-        for way, of_blocks in zip(("selected", "gathered"), selected, strict=True):
-            found[f"{way}_attention_forward", K] = "forward", of_blocks
-            found[f"{way}_attention_backward", K] = "backward", of_blocks
     for n, D in sizes.norms:
         found["rms_norm_backward", D] = "backward", partial(cases.rms_norm_case, n, D, True)
     for N, D, V in sizes.vocabularies:
@@ -279,14 +283,28 @@ def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
     return found
 
 
-def tuning(sizes: Sizes) -> list[Measurement]:
-    """Return a measurement for every named configuration of every case."""
+def long_tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
+    """Return the same for attention whose time grows in proportion to T, by head width."""
+    found = {}
+    for K in reversed(sizes.head_widths):
+        linear = linear_case(sizes, K, sizes.lengths[-1])
+        found["linear_attention_forward", K] = "forward", linear
+        found["linear_attention_backward", K] = "backward", linear
+        selected = selected_cases(sizes, K, sizes.lengths[-1]).values()
+        for way, of_blocks in zip(("selected", "gathered"), selected, strict=True):
+            found[f"{way}_attention_forward", K] = "forward", of_blocks
+            found[f"{way}_attention_backward", K] = "backward", of_blocks
+    return found
+
+
+def tuning(found: dict, sizes: Sizes) -> list[Measurement]:
+    """Return a measurement for every named configuration of every case found."""
     return [
         Measurement(
             f"{operation} {key}: {name}",
             3,
             partial(measure.configuration, operation, str(key), name, which, case),
         )
-        for (operation, key), (which, case) in tuned_cases(sizes).items()
+        for (operation, key), (which, case) in found.items()
         for name in measure.configs.names(operation, key)[: sizes.configurations]
     ]

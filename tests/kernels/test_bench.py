@@ -322,3 +322,28 @@ def test_compiling_only_is_left_to_machine_code(monkeypatch, capsys):
     assert bench.main(["rmsnorm", "--compile-only", "--target", "sm_90"]) == 0
     both = ("sm_80", "sm_90")
     assert asked == [(None, None, both), ("rmsnorm", Path("x.json"), both), ("rmsnorm", None, ("sm_90",))]
+
+
+def test_compiled_rows_take_the_place_of_those_before(tmp_path, monkeypatch):
+    """Of the same operation and target; the rows of another compiler are not mixed with them."""
+    from kernels.bench import machine_code
+
+    def machines(names, targets):
+        cases = [(target, name) for target in targets for name in names]
+        return [machine_code.Machine(*case, "a case", "a_kernel", *numbers) for case in cases]
+
+    numbers, out = (1, 0, 0, "", 0, 4, 1), tmp_path / "machine_code.json"
+    monkeypatch.setattr(machine_code, "compile_all", machines)
+    machine_code.report("rms", out)
+    numbers = 2, *numbers[1:]
+    machine_code.report("rmsnorm", out, ("sm_90",))
+    content = json.loads(out.read_text())
+    rows = [(row["target"], row["operation"], row["registers"]) for row in content["results"]]
+    others = [(t, name, 1) for t in machine_code.TARGETS for name in ("rmsnorm", "rms_norm_backward")]
+    others.remove(("sm_90", "rmsnorm", 1))
+    assert rows == [*others, ("sm_90", "rmsnorm", 2)]
+    with pytest.raises(ValueError, match="--target sm_1: expected one of sm_80"):
+        machine_code.report("rmsnorm", out, ("sm_1",))
+    out.write_text(json.dumps(content | {"triton": "0"}))
+    with pytest.raises(ValueError, match=r"compiled by .*'0'.*name another file"):
+        machine_code.report("rmsnorm", out)

@@ -12,7 +12,8 @@ ways to compute the same o; they cost O(T^2), O(T c) and O(T):
     recurrent    the equation above, token by token: for generation
 
 All exponents are <= 0, so nothing overflows, and the state is in float32 at least: rounding it to bfloat16 at
-every token would add up. Training is chunked; its time grows in proportion to T.
+every token would add up. Training is chunked; its time grows in proportion to T. The first two ways are in
+kernels/linear_attention.py, with a kernel for GPUs; `recurrent` below is the third.
 
 A state of fixed size cannot hold an arbitrary text, so that every n-th layer is ordinary attention:
 MiniMax-01 (2025, section 2.2) has 7 linear layers and then one with softmax. Its linear layer, lightning
@@ -42,6 +43,7 @@ from engine import optim
 from formats import command, native
 from generate import KVCache, main
 from gpt import GPT, Norm
+from kernels.linear_attention import linear_attention
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Fields:
     """The fields of the attention, for the Config of a decoder, dense or with experts."""
 
     softmax_layers: tuple[int, ...] = ()  # MiniMax-01: every eighth
-    chunk: int = 64  # tokens of a chunk
+    chunk: int = 64  # tokens of a chunk in PyTorch; that of the kernel for GPUs is in kernels/configs.py
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,69 +103,19 @@ def slopes(n_heads: int, layer: int, n_layers: int, like: Tensor) -> Tensor:
     return of_heads * (1 - layer / (n_layers - 1 + 1e-5) + 1e-5)
 
 
-def no_state(k: Tensor, v: Tensor) -> Tensor:
-    """Return the state before the first token: zeros (B, H, K, K), in float32 at least."""
-    B, _, H, K = k.shape
-    return k.new_zeros(B, H, K, v.shape[-1], dtype=torch.promote_types(k.dtype, torch.float32))
-
-
-def parallel(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
-    """Return o (B, T, H, K) of q, k, v (B, T, H, K) and s (H,), with all scores at once."""
-    i = torch.arange(q.shape[1], device=q.device)
-    distance = i[:, None] - i
-    decay = torch.exp(-s[:, None, None] * distance.clamp(min=0)) * (distance >= 0)  # (H, T, T)
-    scores = torch.einsum("bthk,bshk->bhts", q, k) * decay.to(q.dtype)
-    return torch.einsum("bhts,bshk->bthk", scores, v)
-
-
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return o (B, T, H, K), token by token, and the state (B, H, K, K) after the last."""
-    state = no_state(k, v) if state is None else state
+    """Return o (B, T, H, K), token by token, and the state (B, H, K, K) after the last, in float32 at least.
+    state: that before the first, None for zeros."""
+    (B, _, H, K), wide = k.shape, torch.promote_types(k.dtype, torch.float32)
+    state = k.new_zeros(B, H, K, v.shape[-1], dtype=wide) if state is None else state
     decay, outputs = torch.exp(-s).to(state.dtype)[:, None, None], []
     for t in range(q.shape[1]):
         written = torch.einsum("bhk,bhv->bhkv", k[:, t].to(state.dtype), v[:, t].to(state.dtype))
         state = decay * state + written
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t].to(state.dtype), state))
     return torch.stack(outputs, dim=1).to(q.dtype), state
-
-
-def chunked(
-    q: Tensor, k: Tensor, v: Tensor, s: Tensor, chunk: int, state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return o (B, T, H, K), in chunks of so many tokens, and the state (B, H, K, K) after the last."""
-    B, T, H, K = q.shape
-    state = no_state(k, v) if state is None else state
-    c = min(chunk, T)
-    n = -(-T // c)
-    # Zeros before the first token add nothing to a state, so that all chunks are full.
-    missing = n * c - T
-    q, k, v = (F.pad(x, (0, 0, 0, 0, missing, 0)).view(B, n, c, H, -1) for x in (q, k, v))
-    j = torch.arange(c, device=q.device)
-    wide = state.dtype
-
-    # What each chunk adds to the state, and the state before each chunk: the only loop, over N chunks. The
-    # first chunk is shorter by the zeros, which a given state must not decay for.
-    to_end = torch.exp(-s[:, None] * (c - 1 - j)).to(wide)  # (H, c)
-    added = torch.einsum("bnjhk,hj,bnjhv->nbhkv", k.to(wide), to_end, v.to(wide))
-    before = []
-    # By unbind, since the gradient of each added[i] would be as large as all of added.
-    for i, of_chunk in enumerate(added.unbind()):
-        before.append(state)
-        length = c - missing if i == 0 else c
-        state = torch.exp(-s * length).to(wide)[:, None, None] * state + of_chunk
-
-    # Inside the chunks, and from the states before them.
-    distance = j[:, None] - j
-    decay = torch.exp(-s[:, None, None] * distance.clamp(min=0)) * (distance >= 0)  # (H, c, c)
-    scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * decay.to(q.dtype)
-    inside = torch.einsum("bnhij,bnjhv->bnihv", scores, v)
-    since = torch.stack([(j + 1 - missing).clamp(min=0)] + [j + 1] * (n - 1))  # (N, c)
-    from_start = torch.exp(-s[:, None, None] * since).to(wide)  # (H, N, c)
-    earlier = torch.einsum("bnihk,hni,nbhkv->bnihv", q.to(wide), from_start, torch.stack(before))
-    out = inside + earlier.to(q.dtype)
-    return out.reshape(B, n * c, H, -1)[:, missing:], state
 
 
 class LinearAttention(nn.Module):
@@ -176,7 +128,8 @@ class LinearAttention(nn.Module):
         self.output_gate = nn.Linear(D, H * K, bias=False)
         self.out_norm = Norm(H * K, replace(config, norm_eps=1e-6), "rms")  # whatever rms_norm_eps is
         self.o_proj = nn.Linear(H * K, D, bias=False)
-        self.layer, self.n_heads, self.chunk, self.n_layers = layer, H, config.chunk, config.n_layers
+        self.layer, self.n_heads, self.n_layers = layer, H, config.n_layers
+        self.options = {"chunk": config.chunk, "backend": config.kernels}  # of linear_attention
 
     def forward(self, x: Tensor, rotation, cache, cu_seqlens: Tensor | None) -> Tensor:
         """Return (B, T, D) of x (B, T, D). rotation is not used: positions act through the decay alone."""
@@ -186,13 +139,13 @@ class LinearAttention(nn.Module):
         # Autocast would round the state.
         with torch.autocast(x.device.type, enabled=False):
             if cache is not None:
-                o = cache.attend(self.layer, q, k, v, s, self.chunk)
+                o = cache.attend(self.layer, q, k, v, s, self.options)
             elif cu_seqlens is not None:
                 parts = [(a, b) for a, b in pairwise(cu_seqlens.tolist()) if a < b]
-                o = [chunked(q[:, a:b], k[:, a:b], v[:, a:b], s, self.chunk)[0] for a, b in parts]
-                o = torch.cat(o, dim=1)
+                cut = [[y[:, a:b] for y in (q, k, v)] for a, b in parts]
+                o = torch.cat([linear_attention(*y, s, **self.options)[0] for y in cut], dim=1)
             else:
-                o, _ = chunked(q, k, v, s, self.chunk)
+                o, _ = linear_attention(q, k, v, s, **self.options)
         o = self.out_norm(o.reshape(B, T, -1))
         return self.o_proj(torch.sigmoid(self.output_gate(x)) * o)
 
@@ -214,17 +167,18 @@ class HybridCache(KVCache):
         for i in linear:
             self.keys[i] = self.values[i] = None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: Tensor, chunk: int) -> Tensor:
-        """Return o (B, T, H, K) of the prompts, or of one token of each row, and update the state."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: Tensor, options: dict) -> Tensor:
+        """Return o (B, T, H, K) of the prompts, or of one token of each row, and update the state. options:
+        those of `linear_attention`."""
         if self.filled:
             out, self.states[layer] = recurrent(q, k, v, s, self.states[layer])
             return out
         if self.uniform:
-            out, self.states[layer] = chunked(q, k, v, s, chunk)
+            out, self.states[layer] = linear_attention(q, k, v, s, **options)
             return out
         # Rows of prompts are padded on the right, and a state ends with the last token of its row.
         rows = [
-            chunked(q[b : b + 1, :n], k[b : b + 1, :n], v[b : b + 1, :n], s, chunk)
+            linear_attention(*(y[b : b + 1, :n] for y in (q, k, v)), s, **options)
             for b, n in enumerate(self.lengths)
         ]
         self.states[layer] = torch.cat([state for _, state in rows])

@@ -51,6 +51,16 @@ class Backward(NamedTuple):
     dq: Attention
 
 
+class Linear(NamedTuple):
+    """Linear attention, forward or backward: see kernels/linear_chunks.py."""
+
+    chunk: int  # tokens
+    columns: int  # a tile of the state has so many rows and columns
+    warps: int
+    stages: int
+    tma: bool = True
+
+
 class Norm(NamedTuple):
     """RMSNorm's backward pass: at most `elements` per tile, unless a row is longer, and 4 to 16 warps."""
 
@@ -86,7 +96,7 @@ class Grouped(NamedTuple):
     weight: Product
 
 
-Config = Attention | Backward | Norm | CrossEntropy | Grouped
+Config = Attention | Backward | Linear | Norm | CrossEntropy | Grouped
 
 # --- the defaults
 
@@ -112,6 +122,23 @@ ATTENTION = {
         512: ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
     "interpreter": {512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
+}
+# Linear attention, forward and backward, in 16 bits and in float32.
+LINEAR = {
+    "Hopper": {2: ((64, 64, 4, 3), (64, 64, 4, 3)), 4: ((32, 32, 4, 2), (16, 32, 8, 1, False))},
+    "NVIDIA": {2: ((64, 64, 8, 2), (64, 64, 8, 2)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
+    "AMD": {2: ((64, 64, 4, 1), (64, 64, 4, 1)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
+    "interpreter": {2: ((16, 16, 4, 1), (16, 16, 4, 1)), 4: ((16, 16, 4, 1), (16, 16, 4, 1))},
+}
+# Attention over selected blocks, likewise; the queries are rows of gathered heads.
+SELECTED = {
+    "Hopper": {
+        64: ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2)),
+        256: ((64, 32, 4, 2), (16, 64, 8, 2), (64, 32, 4, 2)),
+        512: ((64, 16, 8, 1), (16, 16, 8, 1), (64, 16, 8, 1)),
+    },
+    **{name: ATTENTION[name] for name in ("NVIDIA", "AMD", "interpreter")},
 }
 # Grouped products, by the smallest average number of rows per group; then the gradient of the matrices. Per
 # operation, a tile of 128 x 256 reads a quarter less from the L2 cache, whose speed limits Hopper, than a
@@ -160,6 +187,59 @@ CONFIGS: dict[str, dict[str, Config]] = {
             Attention(32, 128, 8, 2, tma=False), Attention(128, 64, 8, 2, tma=False)
         ),
     },
+    "linear_attention_forward": {
+        "chunks of 64": Linear(64, 64, 4, 3),
+        "chunks of 64, 8 warps": Linear(64, 64, 8, 3),
+        "chunks of 64, pointers": Linear(64, 64, 4, 3, tma=False),
+        "chunks of 64, states of 32": Linear(64, 32, 4, 3),
+        "chunks of 64, 2 stages": Linear(64, 64, 4, 2),
+        "chunks of 128": Linear(128, 64, 8, 3),
+        "chunks of 128, 2 stages": Linear(128, 64, 8, 2),
+        "chunks of 128, pointers": Linear(128, 64, 8, 3, tma=False),
+    },
+    "linear_attention_backward": {
+        "chunks of 64": Linear(64, 64, 4, 3),
+        "chunks of 64, 8 warps": Linear(64, 64, 8, 3),
+        "chunks of 64, pointers": Linear(64, 64, 4, 3, tma=False),
+        "chunks of 64, states of 32": Linear(64, 32, 4, 3),
+        "chunks of 64, 2 stages": Linear(64, 64, 4, 2),
+        "chunks of 128": Linear(128, 64, 8, 3),
+    },
+    # Of selected blocks by query: tiles of 16 rows, but for dk and dv.
+    "selected_attention_forward": {
+        "64 keys": Attention(16, 64, 4, 3),
+        "64 keys, 2 stages": Attention(16, 64, 4, 2),
+        "64 keys, 4 stages": Attention(16, 64, 4, 4),
+        "64 keys, 2 warps": Attention(16, 64, 2, 3),
+        "64 keys, 8 warps": Attention(16, 64, 8, 3),
+        "32 keys, 2 warps": Attention(16, 32, 2, 4),
+        "64 keys, pointers": Attention(16, 64, 4, 3, tma=False),
+    },
+    "selected_attention_backward": {
+        "64x64, 8 warps": Backward(Attention(64, 64, 8, 2), Attention(16, 64, 4, 2)),
+        "64x64, 4 warps": Backward(Attention(64, 64, 4, 2), Attention(16, 64, 4, 3)),
+        "32x64, 4 warps": Backward(Attention(32, 64, 4, 2), Attention(16, 64, 4, 2)),
+        "32x64, 8 warps": Backward(Attention(32, 64, 8, 2), Attention(16, 64, 4, 3)),
+        "64x64, 3 stages": Backward(Attention(64, 64, 8, 3), Attention(16, 64, 4, 3)),
+        "64x64, pointers": Backward(Attention(64, 64, 8, 2, tma=False), Attention(16, 64, 4, 2, tma=False)),
+    },
+    # By block: tiles of gathered queries.
+    "gathered_attention_forward": {
+        "128x64": Attention(128, 64, 8, 3),
+        "128x64, 2 stages": Attention(128, 64, 8, 2),
+        "128x128": Attention(128, 128, 8, 2),
+        "64x64, 4 warps": Attention(64, 64, 4, 3),
+        "64x128, 4 warps": Attention(64, 128, 4, 2),
+        "128x64, pointers": Attention(128, 64, 8, 3, tma=False),
+    },
+    "gathered_attention_backward": {
+        "64x64 and 128x64": Backward(Attention(64, 64, 8, 2), Attention(128, 64, 8, 2)),
+        "64x128 and 128x64": Backward(Attention(64, 128, 8, 2), Attention(128, 64, 8, 2)),
+        "32x128 and 128x64": Backward(Attention(32, 128, 8, 2), Attention(128, 64, 8, 2)),
+        "64x64 and 64x64": Backward(Attention(64, 64, 4, 2), Attention(64, 64, 4, 2)),
+        "32x64 and 64x64": Backward(Attention(32, 64, 4, 2), Attention(64, 64, 4, 2)),
+        "64x64, pointers": Backward(Attention(64, 64, 8, 2, tma=False), Attention(128, 64, 8, 2, tma=False)),
+    },
     "rms_norm_backward": {
         "2048 elements": Norm(),
         "4096 elements": Norm(elements=4096),
@@ -201,6 +281,8 @@ NOT_ON_HOPPER = {
     "attention_backward: 64x128 and 128x64": (128,),
     "attention_backward: 64x64 and 64x64": (128,),
     "attention_backward: 64x128 and 128x128": (128,),
+    "linear_attention_backward: chunks of 128": (128,),
+    "selected_attention_backward: 64x64, 4 warps": (128,),
 }
 
 # --- which one runs
@@ -254,6 +336,25 @@ def attention(arch: str, K: int, element_size: int) -> tuple[Attention, Attentio
     forward = chosen("attention_forward", arch, width, element_size) or forward
     backward = chosen("attention_backward", arch, width, element_size) or Backward(dkdv, dq)
     return forward, *backward
+
+
+def selected(arch: str, K: int, element_size: int, by_query: bool) -> tuple[Attention, Attention, Attention]:
+    """Return the configurations of attention over selected blocks: forward, dk and dv, and dq."""
+    table, width = SELECTED[family(arch)], K * max(1, element_size // 2)
+    forward, dkdv, dq = (Attention(*tile) for tile in table[min(limit for limit in table if width <= limit)])
+    if by_query:  # a tile has the rows of one choice, most often 16: few for more warps
+        forward, dq = (tile._replace(queries=16, warps=4) for tile in (forward, dq))
+    name = "selected_attention" if by_query else "gathered_attention"
+    forward = chosen(f"{name}_forward", arch, width, element_size) or forward
+    backward = chosen(f"{name}_backward", arch, width, element_size) or Backward(dkdv, dq)
+    return forward, *backward
+
+
+def linear(operation: str, arch: str, K: int, element_size: int) -> Linear:
+    """Return the configuration of linear_attention_forward or linear_attention_backward at head width K."""
+    forward, backward = LINEAR[family(arch)][element_size]
+    default = forward if operation == "linear_attention_forward" else backward
+    return chosen(operation, arch, K, element_size) or Linear(*default)
 
 
 def grouped(arch: str, E: int, rows: float, element_size: int) -> Grouped:

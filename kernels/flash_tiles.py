@@ -172,15 +172,16 @@ def packed(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
-def as_rows(x: Tensor, n_rows: int, tma: bool) -> "Rows | TensorDescriptor":
-    """Return x (B, T, H, K), packed, as `load_rows` needs it to load tiles of n_rows."""
+def as_rows(x: Tensor, n_rows: int, tma: bool, n_columns: int | None = None) -> "Rows | TensorDescriptor":
+    """Return x (B, T, H, K), packed, as `load_rows` needs it to load tiles of n_rows, or of n_rows and
+    n_columns."""
     B, T, H, K = x.shape
     strides = [step if n > 1 else K for step, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
     if not tma:
         return Rows(x, *strides)
     # Heads come before rows: a tile then is the last two dimensions, which TMA copies in one piece.
     strides = [strides[0], strides[2], strides[1], 1]
-    return TensorDescriptor(x, [B, H, T, K], strides, [1, 1, n_rows, block_width(K)])
+    return TensorDescriptor(x, [B, H, T, K], strides, [1, 1, n_rows, n_columns or block_width(K)])
 
 
 def arguments(

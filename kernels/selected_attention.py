@@ -15,7 +15,8 @@ selected block b, gathered in tiles of M, meet its keys in one product,
 
 and at the end the n parts of each query are added with the weights of an online softmax, as in
 kernels/flash_decoding.py. The gradient follows FlashAttention's: it computes the scores again, and keeps
-nothing but lse. Time and memory are in proportion to T n N, and every run gives the same bits.
+nothing but lse. Time and memory are in proportion to T n N, and every run gives the same bits. `triton` is in
+selected_blocks.py and selected_backward.py.
 
 Shapes: B batch, T query length, S key length, H query heads, G key/value heads, C choices per token, K head
 width, N keys of a block, n selected blocks, R tiles of M queries.
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from kernels.attention import visible
-from kernels.backend import choose, refuse_second_derivative
+from kernels.backend import choose, multiplies, refuse_second_derivative
 
 DENSE = 1 << 20  # scores of a head up to which a mask is faster than to leave out scores
 TILE = 64  # queries of a tile
@@ -54,18 +55,17 @@ def selected_attention(
     in `kernels.attention`: row b has its first seqlens_k[b] keys, and its queries are the last T of these. A
     query that sees no key gives zeros.
 
-    backend: "reference", "torch", or "auto", which is "torch"; only "reference" has a second derivative.
-    Raises ValueError if shapes, dtypes or options contradict each other, and for the backend "triton".
+    backend: see kernels/backend.py; "triton" takes head widths up to 256 that are multiples of 8, in float16,
+    bfloat16 or float32. Only "reference" has a second derivative.
+    Raises ValueError if shapes, dtypes or options contradict each other or the backend cannot compute them.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, blocks, block_size, scale, seqlens_k)
-    if backend == "triton":
-        raise ValueError(
-            "selected_attention: there is no kernel in Triton; use 'auto', 'torch' or 'reference'"
-        )
-    chosen = choose("selected_attention", backend, q)
+    chosen = _choose(backend, q)
     scale = scale or 1 / math.sqrt(q.shape[3])
+    if chosen == "triton":
+        return _triton(q, k, v, blocks, block_size, scale, seqlens_k)[0]
     if chosen == "reference":
         return _reference(q, k, v, blocks, block_size, scale, seqlens_k)
     if q.shape[1] * k.shape[1] <= DENSE:
@@ -95,6 +95,19 @@ def _check(q, k, v, blocks, block_size, scale, seqlens_k) -> None:
             f"selected_attention: seqlens_k {tuple(seqlens_k.shape)} {seqlens_k.dtype}: expected integers "
             f"({B},)"
         )
+
+
+def _choose(backend: str, q: Tensor) -> str:
+    """Return the backend that runs. Raise ValueError if it does not exist or cannot compute this."""
+    chosen, K = choose("selected_attention", backend, q), q.shape[3]
+    fits = K <= 256 and K % 8 == 0 and q.dtype != torch.float64 and multiplies(q)
+    if chosen == "triton" and not fits and backend != "auto":
+        raise ValueError(
+            f"selected_attention: head width {K} in {q.dtype}: backend 'triton' takes multiples of 8 up to "
+            "256 in float16, bfloat16 or float32, and in Triton's interpreter no bfloat16; use 'torch' or "
+            "'reference'"
+        )
+    return chosen if fits or chosen == "reference" else "torch"
 
 
 def strongest(scores: Tensor, n: int) -> Tensor:
@@ -321,3 +334,61 @@ def _backward(ctx, dout, _):
 
 _by_block.register_autograd(_backward, setup_context=_save)
 refuse_second_derivative("selected_attention", _by_block_backward)
+
+
+# --- in Triton
+
+
+@library.custom_op("plinth::selected_attention_triton", mutates_args=())
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    scale: float,
+    seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out, like q, and lse (B, T, H), float32, in base 2."""
+    from kernels import selected_blocks  # what runs without Triton imports no kernel
+
+    return selected_blocks.forward(q, k, v, blocks, block_size, scale, seqlens_k)
+
+
+@_triton.register_fake
+def _(q, k, v, blocks, block_size, scale, seqlens_k):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@library.custom_op("plinth::selected_attention_triton_backward", mutates_args=())
+def _triton_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    scale: float,
+    seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv), like q, k and v."""
+    from kernels import selected_backward
+
+    return selected_backward.backward(dout, q, k, v, blocks, out, lse, block_size, scale, seqlens_k)
+
+
+@_triton_backward.register_fake
+def _(dout, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _backward_triton(ctx, dout, _):
+    *saved, seqlens_k = ctx.saved_tensors
+    grads = _triton_backward(dout, *saved, ctx.block_size, ctx.scale, seqlens_k)
+    return *grads, *[None] * 4
+
+
+_triton.register_autograd(_backward_triton, setup_context=_save)
+refuse_second_derivative("selected_attention", _triton_backward)

@@ -3,7 +3,7 @@
     python -m results.attention_length --out results/attention_length.json          about four minutes
 
     softmax         PyTorch's fused causal attention, as `kernels.attention` calls it
-    linear          the chunked way of attention_variants/linear.py
+    linear          the chunked way of attention_variants/linear.py, by kernels/linear_attention.py
     MoBA            the choice, and attention to 8 blocks of 64 keys, of attention_variants/moba.py
     native sparse   all branches of attention_variants/native_sparse.py without its projections, in the sizes
                     of the paper, but 8 blocks of 64 keys instead of 16, and a window of 256
@@ -32,6 +32,7 @@ from attention_variants import linear, moba, native_sparse
 from formats import command
 from formats.atomic import replace_file
 from kernels import attention
+from kernels.linear_attention import linear_attention
 from kernels.selected_attention import selected_attention
 from results.keep import Ended
 
@@ -57,7 +58,7 @@ def kinds() -> dict[str, Callable]:
     layer = native_sparse.Attention(SPARSE, 0)
     return {
         "softmax": partial(attention, causal=True, backend="torch"),
-        "linear": lambda q, k, v: linear.chunked(q, k, v, s, 64)[0],
+        "linear": lambda q, k, v: linear_attention(q, k, v, s, backend="torch")[0],
         "MoBA": of_moba,
         "native sparse": partial(of_native_sparse, layer),
     }

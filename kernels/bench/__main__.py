@@ -4,14 +4,15 @@
     python -m kernels.bench attention --out results/kernels.json     one of them; save the figures and a chart
     python -m kernels.bench --compile-only                           registers, spills ..., without a GPU
 
-kernels/bench/cases.py lists what is measured. A row of the table is one pass of one backend at one shape; all
-backends of a shape get the same normal random numbers in bfloat16. The columns:
+kernels/bench/cases.py and long_rows.py list what is measured. A row of the table is one pass of one backend
+at one shape; all backends of a shape get the same normal random numbers in bfloat16. The columns:
 
     pass        forward, as in training, so it keeps what backward needs; backward, alone; both, in one call
     ms          the median of triton.testing.do_bench, which uses the GPU's own clock and empties its L2 cache
                 before every call; then the median over the rounds, in which the backends take turns (A B A B)
     rate        work per time. Work is what the operation needs, however a backend computes it: see
-                attention_flops, rms_norm_bytes, cross_entropy_flops and grouped_matmul_flops in cases.py;
+                attention_flops, linear_attention_bytes, rms_norm_bytes, cross_entropy_flops and
+                grouped_matmul_flops in cases.py;
                 for decoding, the bytes of the cache
     limit       the rate as a share of what this device reaches in a bfloat16 matrix product of 8192 x 8192 x
                 8192 (TFLOP/s), or in copying 1 GiB, which is read and written (GB/s)
@@ -42,9 +43,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.backend import HAS_TRITON, INTERPRETED, triton
-from kernels.bench import cases
-from kernels.bench.cases import CASES, Case, normal, timed
+from kernels.bench import cases, long_rows
+from kernels.bench.cases import Case, normal, timed
 
+CASES = cases.CASES | long_rows.CASES
 MATMUL, COPY = 8192, 2**30  # for the limits of the device: sides of a product, bytes of a copy
 PER_MS = {"TFLOP/s": 1e9, "GB/s": 1e6}  # FLOPs per millisecond in a TFLOP/s, bytes in a GB/s
 
@@ -60,6 +62,8 @@ COLUMNS = {  # of the table: key of a row's figure, heading, width and format
 }
 DRAWN = {  # figures in the chart, by operation and pass
     "attention": {"forward": ["rate"], "backward": ["rate"]},
+    "linear_attention": {"forward": ["rate"], "backward": ["rate"]},
+    "selected_attention": {"forward": ["rate"], "backward": ["rate"]},
     "rmsnorm": {"forward": ["rate"], "backward": ["rate"]},
     "cross_entropy": {"both": ["rate", "extra_mib"]},
     "grouped_matmul": {"forward": ["rate"], "backward": ["rate"]},
@@ -364,17 +368,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE.json", help="save rows as JSON, a chart as FILE.png"
     )
+    parser.add_argument(
+        "--target", action="append", metavar="sm_90", help="with --compile-only: compile for this one alone"
+    )
     args = parser.parse_args(argv)
     try:
         check(args)
+        if args.compile_only:
+            from kernels.bench.machine_code import TARGETS, report
+
+            report(args.operation, args.out, tuple(args.target or TARGETS))
+            return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.compile_only:
-        from kernels.bench.machine_code import report
-
-        report(args.operation, args.out)
-        return 0
     limits = device_limits()
     print(f"{device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print("limits: " + ", ".join(f"{limit:,.1f} {unit}" for unit, limit in limits.items()) + "\n", flush=True)

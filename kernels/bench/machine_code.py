@@ -1,6 +1,7 @@
 """What the compiler makes of the kernels, visible without a GPU.
 
-    python -m kernels.bench --compile-only
+    python -m kernels.bench --compile-only                                            all, in about 70 minutes
+    python -m kernels.bench linear_attention --compile-only --target sm_90 --out results/machine_code.json
 
 Triton's compiler needs the name of a GPU, not the GPU. So the ordinary host code runs here with CPU tensors,
 under a driver that only names the target, and every kernel is compiled where it would be launched. The
@@ -39,7 +40,10 @@ from kernels import (
     flash_backward,
     flash_bias,
     flash_decoding,
+    linear_chunks,
     rmsnorm,
+    selected_backward,
+    selected_blocks,
 )
 from kernels.backend import triton
 from kernels.grouped_matmul import product_triton, weight_gradient_triton
@@ -173,6 +177,28 @@ def attention(K: int, dtype: torch.dtype, *, group: int = 4, documents: bool = F
         flash_decoding.forward(q[:, :1], k, k, *options)
 
 
+def linear(K: int, dtype: torch.dtype, *, forward: bool = True, backward: bool = True) -> None:
+    """Launch linear attention at head width K."""
+    torch.set_float32_matmul_precision("high")
+    x, state = torch.zeros(2, 1024, 8, K, dtype=dtype), torch.zeros(2, 8, K, K)
+    if forward:
+        linear_chunks.forward(x, x, x, torch.zeros(8), state)
+    if backward:
+        linear_chunks.backward(x, state, x, x, x, torch.zeros(8), state)
+
+
+def selected(K: int, dtype: torch.dtype, by_query: bool, *, forward: bool = True, backward: bool = True):
+    """Launch attention over selected blocks at head width K, as in native sparse attention or as in MoBA."""
+    torch.set_float32_matmul_precision("high")
+    H, C, N, n = (32, 2, 64, 16) if by_query else (8, 8, 512, 3)
+    q, k = torch.zeros(1, 256, H, K, dtype=dtype), torch.zeros(1, 256, 2, K, dtype=dtype)
+    blocks = torch.zeros(1, 256, C, n, dtype=torch.int64)
+    if forward:
+        selected_blocks.forward(q, k, k, blocks, N, 0.1, None)
+    if backward:
+        selected_backward.backward(q, q, k, k, blocks, q, torch.zeros(1, 256, H), N, 0.1, None)
+
+
 def norm(D: int) -> None:
     """Launch forward with a residual, and backward, at width D."""
     x, weight = torch.zeros(64, D, dtype=torch.bfloat16), torch.ones(D)
@@ -226,6 +252,21 @@ CASES = {
         },
         **{f"TF32, width {K}, causal, 4 heads a group": partial(attention, K, FP32) for K in (64, 128)},
     },
+    "linear_attention": {
+        **{f"bf16, width {K}": partial(linear, K, BF16) for K in (64, 128)},
+        "TF32, width 128": partial(linear, 128, FP32),
+    },
+    "selected_attention": {
+        **{
+            f"bf16, width {K}, {'16 heads' if by_query else 'a head'} a choice": partial(
+                selected, K, BF16, by_query
+            )
+            for K in (64, 128)
+            for by_query in (True, False)
+        },
+        "TF32, width 128, 16 heads a choice": partial(selected, 128, FP32, True),
+        "TF32, width 128, a head a choice": partial(selected, 128, FP32, False),
+    },
     "rmsnorm": {f"bf16, width {D}, residual": partial(norm, D) for D in (768, 2048, 4096, 8192, 16384)},
     "cross_entropy": {
         "bf16, vocabulary 50257": partial(cross_entropy_rows, BF16, None),
@@ -256,6 +297,20 @@ def attention_configured(operation: str, name: str, K: int) -> None:
             flash_backward.backward(q, q, q, q, q, lse, *options)
 
 
+def linear_configured(operation: str, name: str, K: int) -> None:
+    """Launch the forward pass or the gradient of linear attention under a configuration."""
+    forward = operation == "linear_attention_forward"
+    with configs.timed(operation, configs.CONFIGS[operation][name]):
+        linear(K, BF16, forward=forward, backward=not forward)
+
+
+def selected_configured(operation: str, name: str, K: int) -> None:
+    """Launch the forward pass or the gradient of attention over selected blocks under a configuration."""
+    by_query, forward = operation.startswith("selected"), operation.endswith("forward")
+    with configs.timed(operation, configs.CONFIGS[operation][name]):
+        selected(K, BF16, by_query, forward=forward, backward=not forward)
+
+
 def norm_configured(name: str, D: int) -> None:
     h, weight, rstd = torch.zeros(8192, D, dtype=BF16), torch.ones(D), torch.ones(8192)
     with configs.timed("rms_norm_backward", configs.CONFIGS["rms_norm_backward"][name]):
@@ -281,6 +336,23 @@ CASES |= {
         }
         for operation in ("attention_forward", "attention_backward")
     },
+    **{
+        operation: {
+            f"width {K}: {name}": partial(linear_configured, operation, name, K)
+            for K in (64, 128)
+            for name in configs.CONFIGS[operation]
+        }
+        for operation in ("linear_attention_forward", "linear_attention_backward")
+    },
+    **{
+        operation: {
+            f"width {K}: {name}": partial(selected_configured, operation, name, K)
+            for K in (64, 128)
+            for name in configs.CONFIGS[operation]
+        }
+        for operation in configs.CONFIGS
+        if operation.startswith(("selected", "gathered"))
+    },
     "rms_norm_backward": {
         f"width {D}: {name}": partial(norm_configured, name, D)
         for D in (768, 4096)
@@ -304,14 +376,14 @@ def compile_case(target: str, operation: str, case: str) -> list[Machine]:
 
 
 def compile_all(operations: Iterable[str] = CASES, targets: tuple[str, ...] = TARGETS) -> list[Machine]:
-    """Compile every case of these operations in one process per core; configurations for NVIDIA only."""
+    """Compile every case of these operations in one process per core; configurations for Hopper only."""
     if backend.INTERPRETED:
         raise ValueError("--compile-only: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it")
     work = [
         (target, operation, case)
         for target in targets
         for operation in operations
-        if operation in SHIPPED or target.startswith("sm_")
+        if operation in SHIPPED or target == "sm_90"
         for case in CASES[operation]
     ]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
@@ -320,19 +392,30 @@ def compile_all(operations: Iterable[str] = CASES, targets: tuple[str, ...] = TA
         return list(dict.fromkeys(machine for future in bar for machine in future.result()))
 
 
-def report(operation: str | None, out: Path | None) -> None:
-    """Print the table, and write it as JSON if `out` is given."""
-    machines = compile_all([operation] if operation else CASES)
+def report(operation: str | None, out: Path | None, targets: tuple[str, ...] = TARGETS) -> None:
+    """Print the table of an operation with its configurations, or of all, and write it as JSON if `out` is
+    given. Where that file exists, these rows take the place of those of the same operations and targets."""
+    names = [name for name in CASES if name.startswith(operation or "")]
+    if operation == "selected_attention":
+        names += [name for name in CASES if name.startswith("gathered_attention")]
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    before = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else None
+    if before and (found := {key: before[key] for key in versions}) != versions:
+        raise ValueError(f"--out {out}: compiled by {found}, not {versions}; name another file")
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(f"--target {min(unknown)}: expected one of {', '.join(TARGETS)}")
+    machines = compile_all(names, targets)
     case = max(len(m.case) for m in machines)
     print(f"{'':37}{'':{case}}  registers spills shared TMA  matrix instructions")
     for m in machines:
         print(f"{m.target:6} {m.operation:14} {m.case:{case}} {m.kernel:18}", end="")
         print(f"{m.registers:7} {m.spills:6} {m.shared // 1024:3} kB {m.tma:3}  {m.matrix}")
     if out:
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
         command = " ".join(["python -m kernels.bench", *filter(None, [operation]), "--compile-only"])
-        results = [asdict(machine) for machine in machines]
-        out.write_text(
-            json.dumps({"command": command, **versions, "results": results}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+        kept = before["results"] if before else []
+        kept = [row for row in kept if row["target"] not in targets or row["operation"] not in names]
+        rows = [*kept, *map(asdict, machines)]
+        content = {"command": before["command"] if before else command, **versions, "results": rows}
+        new = out.with_name(out.name + ".new")
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        new.replace(out)

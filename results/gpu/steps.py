@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from kernels.bench import cases
+from kernels.bench import cases, long_rows
 from results.gpu import measure
 
 
@@ -44,6 +44,8 @@ class Sizes:
     tokens: int  # of a batch, in attention
     head_widths: tuple[int, ...]
     lengths: tuple[int, ...]  # T
+    long: int  # T of one long row, in linear attention and of selected blocks
+    selected: tuple[tuple[int, int, int], ...]  # heads that choose together, keys of a block, blocks
     cache_lengths: tuple[int, ...]  # S, in decoding
     norms: tuple[tuple[int, int], ...]  # elements, D
     vocabularies: tuple[tuple[int, int, int], ...]  # tokens, D, V
@@ -84,6 +86,8 @@ FULL = Sizes(
     tokens=16384,
     head_widths=(64, 128),
     lengths=(1024, 4096, 16384),
+    long=65536,
+    selected=long_rows.KINDS,
     cache_lengths=(4096, 65536),
     norms=((2**26, 4096), (2**26, 768)),
     vocabularies=((16384, 768, 50304),),
@@ -113,6 +117,8 @@ TOY = Sizes(
     tokens=8,
     head_widths=(16,),
     lengths=(4, 8),
+    long=24,
+    selected=((16, 4, 3), (1, 4, 2)),
     cache_lengths=(300,),
     norms=((192, 24),),
     vocabularies=((16, 16, 40),),
@@ -150,7 +156,7 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
         # 5. Correct, all of it.
         "tests": [Measurement("pytest -m gpu", 120, partial(measure.tests, sizes))],
         # 6. Tune.
-        "tuning": tuning(sizes),
+        "tuning": tuning(tuned_cases(sizes), sizes),
         # 7. Learning and decoding.
         "learning": [
             Measurement(name, 90, partial(measure.learning, sizes, work, name)) for name in ("adamw", "muon")
@@ -161,6 +167,10 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
         # 8. Profile. The three largest costs of a training step are in the rows of "training".
         "profile": [Measurement("ncu, attention forward", 60, partial(measure.counters, sizes))],
         # If time is left.
+        "long rows": [
+            Measurement(name, 8, partial(compared, case)) for name, case in long_cases(sizes).items()
+        ],
+        "more tuning": tuning(long_tuned_cases(sizes), sizes),
         "more training": [
             Measurement("gpt, --kernels triton", 75, partial(train, "gpt", sizes.gpt, "triton")),
             Measurement("bert, --kernels auto", 75, partial(train, "bert", sizes.bert, "auto")),
@@ -201,6 +211,20 @@ def decoding_case(sizes: Sizes, K: int, S: int) -> Callable:
     return partial(cases.attention_case, 8, 1, S, H, H // 4, K, False)
 
 
+def linear_case(sizes: Sizes, K: int, T: int) -> Callable:
+    return partial(long_rows.linear_attention_case, max(1, sizes.tokens // T), T, sizes.width // K, K)
+
+
+def selected_cases(sizes: Sizes, K: int, T: int) -> dict[str, Callable]:
+    """Return a case for the heads that choose blocks together, and for each head that chooses alone."""
+    B, H = max(1, sizes.tokens // T), sizes.width // K
+    make = long_rows.selected_attention_case
+    return {
+        f"{n} blocks of {N}, width {K}, T {T}": partial(make, B, T, H, K, heads, N, n)
+        for heads, N, n in sizes.selected
+    }
+
+
 def small_cases(sizes: Sizes) -> dict[str, Callable]:
     """Return a case of every kernel, with all that it can do."""
     K, T = sizes.head_widths[-1], sizes.lengths[0]
@@ -208,6 +232,8 @@ def small_cases(sizes: Sizes) -> dict[str, Callable]:
     return {
         **{f"attention, width {K}": attention_case(sizes, K, T, group=4) for K in sizes.head_widths},
         "decoding": decoding_case(sizes, K, sizes.cache_lengths[0]),
+        "linear attention": linear_case(sizes, K, sizes.lengths[1]),
+        **selected_cases(sizes, K, sizes.lengths[1]),
         "RMSNorm": partial(cases.rms_norm_case, n, D, True),
         "cross entropy": partial(cases.cross_entropy_case, *sizes.vocabularies[0]),
         "grouped product": partial(cases.grouped_matmul_case, *sizes.experts[-1]),
@@ -230,6 +256,16 @@ def other_cases(sizes: Sizes) -> dict[str, Callable]:
     return found
 
 
+def long_cases(sizes: Sizes) -> dict[str, Callable]:
+    """Return cases of attention whose time grows in proportion to T."""
+    found = {}
+    for K in reversed(sizes.head_widths):
+        for T in (sizes.lengths[1], sizes.long):
+            found[f"linear attention, width {K}, T {T}"] = linear_case(sizes, K, T)
+            found |= selected_cases(sizes, K, T)
+    return found
+
+
 def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
     """Return the pass and the case by which the configuration of an operation is chosen, for each key of
     kernels/tuned.json: head width, D, V or E."""
@@ -247,14 +283,28 @@ def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
     return found
 
 
-def tuning(sizes: Sizes) -> list[Measurement]:
-    """Return a measurement for every named configuration of every case."""
+def long_tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
+    """Return the same for attention whose time grows in proportion to T, by head width."""
+    found = {}
+    for K in reversed(sizes.head_widths):
+        linear = linear_case(sizes, K, sizes.lengths[-1])
+        found["linear_attention_forward", K] = "forward", linear
+        found["linear_attention_backward", K] = "backward", linear
+        selected = selected_cases(sizes, K, sizes.lengths[-1]).values()
+        for way, of_blocks in zip(("selected", "gathered"), selected, strict=True):
+            found[f"{way}_attention_forward", K] = "forward", of_blocks
+            found[f"{way}_attention_backward", K] = "backward", of_blocks
+    return found
+
+
+def tuning(found: dict, sizes: Sizes) -> list[Measurement]:
+    """Return a measurement for every named configuration of every case found."""
     return [
         Measurement(
             f"{operation} {key}: {name}",
             3,
             partial(measure.configuration, operation, str(key), name, which, case),
         )
-        for (operation, key), (which, case) in tuned_cases(sizes).items()
+        for (operation, key), (which, case) in found.items()
         for name in measure.configs.names(operation, key)[: sizes.configurations]
     ]

@@ -127,7 +127,7 @@ def winners(rows: Rows, within: float = 1.03) -> dict[str, dict[str, str]]:
     the simplest, whose time is within 3 percent of the best."""
     timed: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        if row["step"] == "tuning" and not row["failed"]:
+        if row["step"] in ("tuning", "more tuning") and not row["failed"]:
             timed.setdefault((row["operation"], row["key"]), {})[row["config"]] = row["ms"]
     chosen: dict[str, dict[str, str]] = {}
     for (operation, key), times in timed.items():

@@ -14,13 +14,12 @@ from attention_variants.linear import (
     Config,
     LinearAttention,
     LinearGPT,
-    chunked,
-    parallel,
     recurrent,
     slopes,
 )
 from formats.open_model import concept_of, open_model
 from gpt import GPT
+from kernels.linear_attention import linear_attention
 
 SMALL = Config(3, 4, 32, 24, vocab_size=61, max_seq_len=64, n_kv_heads=2, softmax_layers=(1,), chunk=5)
 RATES = torch.tensor([0.0, 0.05, 0.4, 3.0], dtype=torch.float64)
@@ -29,6 +28,14 @@ RATES = torch.tensor([0.0, 0.05, 0.4, 3.0], dtype=torch.float64)
 def small(**changes):
     torch.manual_seed(0)
     return shake(LinearGPT(replace(SMALL, **changes)).double())
+
+
+def parallel(q, k, v, s):
+    return linear_attention(q, k, v, s, backend="reference")[0]
+
+
+def chunked(q, k, v, s, chunk, state=None):
+    return linear_attention(q, k, v, s, state, chunk=chunk, backend="torch")
 
 
 def inputs(T, B=2):
@@ -141,7 +148,7 @@ def test_the_chunk_does_not_change_the_logits():
     expected = model(tokens_of(13))
     for block in model.model.layers:
         if isinstance(block.self_attn, LinearAttention):
-            block.self_attn.chunk = 64
+            block.self_attn.options["chunk"] = 64
     assert (model(tokens_of(13)) - expected).abs().max() < 1e-12
 
 
@@ -182,6 +189,9 @@ def test_what_it_does_not_have_is_refused():
 def test_flops_are_those_of_the_products_that_pytorch_counts():
     """But for masked scores, which need none: of a chunk here, of the row in gpt.py."""
     model, T, c = LinearGPT(replace(SMALL, kernels="reference", chunk=4)), 16, 4
+    for block in model.model.layers:
+        if isinstance(block.self_attn, LinearAttention):  # of the reference, all tokens are one chunk
+            block.self_attn.options["backend"] = "torch"
     with FlopCounterMode(display=False) as counter:
         model(tokens_of(T)).sum().backward()
     per_key = 12 * model.config.n_heads * model.config.K

@@ -6,6 +6,8 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, vmap
 
 from kernels import attention, attention_cpu, gelu, grouped_matmul, linear_cross_entropy, rms_norm
+from kernels.linear_attention import linear_attention
+from kernels.selected_attention import selected_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,12 +17,22 @@ def normal(*shape):
 
 
 K, V = normal(1, 5, 2, 8), normal(2, 5, 2, 8)[:1]
+BLOCKS = torch.tensor([0, 1, 2], device=DEVICE).expand(1, 5, 2, 3)
+RATES = torch.tensor([0.1, 0.5], device=DEVICE)
 W, HEAD = normal(2, 6, 8), normal(11, 8)
 ENDS = torch.tensor([2, 5], dtype=torch.int32, device=DEVICE)
 TARGETS = torch.tensor([3, 10, -100, 0, 5], device=DEVICE)
 # A function of x and a backend, and x.
 OPERATIONS = {
     "attention": (lambda x, b: attention(x, K.to(x), V.to(x), causal=True, backend=b), normal(1, 5, 2, 8)),
+    "linear_attention": (
+        lambda x, b: linear_attention(x, V.to(x), V.to(x) + 1, RATES, backend=b)[0],
+        normal(1, 5, 2, 8),
+    ),
+    "selected_attention": (
+        lambda x, b: selected_attention(x, V.to(x), V.to(x) + 1, BLOCKS, 2, backend=b),
+        normal(1, 5, 2, 8),
+    ),
     "rms_norm": (lambda x, b: rms_norm(x, HEAD[0].to(x), backend=b), normal(5, 8)),
     "grouped_matmul": (lambda x, b: grouped_matmul(x, W.to(x), ENDS, backend=b), normal(5, 8)),
     "linear_cross_entropy": (

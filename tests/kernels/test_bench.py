@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kernels.attention import visible
 from kernels.bench import __main__ as bench
 from kernels.bench import cases as bench_cases
+from kernels.bench import long_rows
 
 NO_GPU = not torch.cuda.is_available()
 TINY = {
@@ -43,6 +44,7 @@ def tiny(monkeypatch):
 
     replace(bench, MATMUL=64, COPY=1024)
     replace(bench_cases, **TINY)
+    replace(long_rows, LONGEST=24)
     if NO_GPU:
         replace(bench, INTERPRETED=False, device_name=lambda: "A GPU")
         replace(bench, median_ms=lambda run: 0.25, extra_mib=lambda run: 1.5)
@@ -95,6 +97,11 @@ def test_bytes_are_those_of_the_tensors(tiny, residual):
     x, _, *added = inputs
     assert case.work["forward"] == size(x, *added, *results)
     assert case.work["backward"] == size(x, *gradients, input_gradients[0])  # the sum is as large as x
+    linear = long_rows.linear_attention_case(2, 12, 2, 16)
+    inputs, gradients = linear.inputs()
+    results, input_gradients = linear.exact(inputs, gradients)
+    assert linear.work["forward"] == size(*inputs, *results)
+    assert linear.work["backward"] == size(*inputs, *gradients, *input_gradients)
     q, k, v = (decoding := bench_cases.attention_case(2, 1, 48, 4, 1, 16, False)).inputs()[0]
     assert decoding.work == {"forward": size(k, v)}
 
@@ -239,6 +246,8 @@ def test_a_whole_run(tiny, tmp_path, capsys):
     assert all(row["failed"] for row in attention if row["backend"] == "SDPA cuDNN")
     decoding = [row for row in attention if row["shape"]["T"] == 1]
     assert {(row["unit"], row["shape"]["S"]) for row in decoding} == {("GB/s", 16), ("GB/s", 48)}
+    linear = [row for row in rows if row["operation"] == "linear_attention"]
+    assert len(linear) == 3 * (3 + 2 + 2) and {row["unit"] for row in linear} == {"GB/s"}
     norms = [row for row in rows if row["operation"] == "rmsnorm"]
     assert len(norms) == 2 * 2 * 2 * 4 and {row["unit"] for row in norms} == {"GB/s"}
     losses = [row for row in rows if row["operation"] == "cross_entropy"]
@@ -305,9 +314,36 @@ def test_mistakes_are_one_line(tiny, capsys, tmp_path):
 
 def test_compiling_only_is_left_to_machine_code(monkeypatch, capsys):
     asked = []
-    module = SimpleNamespace(report=lambda operation, out: asked.append((operation, out)))
+    module = SimpleNamespace(TARGETS=("sm_80", "sm_90"), report=lambda *given: asked.append(given))
     monkeypatch.setitem(sys.modules, "kernels.bench.machine_code", module)
     monkeypatch.setattr(bench, "INTERPRETED", False)
     assert bench.main(["--compile-only"]) == 0
     assert bench.main(["rmsnorm", "--compile-only", "--out", "x.json"]) == 0
-    assert asked == [(None, None), ("rmsnorm", Path("x.json"))]
+    assert bench.main(["rmsnorm", "--compile-only", "--target", "sm_90"]) == 0
+    both = ("sm_80", "sm_90")
+    assert asked == [(None, None, both), ("rmsnorm", Path("x.json"), both), ("rmsnorm", None, ("sm_90",))]
+
+
+def test_compiled_rows_take_the_place_of_those_before(tmp_path, monkeypatch):
+    """Of the same operation and target; the rows of another compiler are not mixed with them."""
+    from kernels.bench import machine_code
+
+    def machines(names, targets):
+        cases = [(target, name) for target in targets for name in names]
+        return [machine_code.Machine(*case, "a case", "a_kernel", *numbers) for case in cases]
+
+    numbers, out = (1, 0, 0, "", 0, 4, 1), tmp_path / "machine_code.json"
+    monkeypatch.setattr(machine_code, "compile_all", machines)
+    machine_code.report("rms", out)
+    numbers = 2, *numbers[1:]
+    machine_code.report("rmsnorm", out, ("sm_90",))
+    content = json.loads(out.read_text())
+    rows = [(row["target"], row["operation"], row["registers"]) for row in content["results"]]
+    others = [(t, name, 1) for t in machine_code.TARGETS for name in ("rmsnorm", "rms_norm_backward")]
+    others.remove(("sm_90", "rmsnorm", 1))
+    assert rows == [*others, ("sm_90", "rmsnorm", 2)]
+    with pytest.raises(ValueError, match="--target sm_1: expected one of sm_80"):
+        machine_code.report("rmsnorm", out, ("sm_1",))
+    out.write_text(json.dumps(content | {"triton": "0"}))
+    with pytest.raises(ValueError, match=r"compiled by .*'0'.*name another file"):
+        machine_code.report("rmsnorm", out)

@@ -16,11 +16,15 @@ from kernels import (
     flash_attention,
     flash_tiles,
     grouped_matmul,
+    linear_chunks,
     linear_cross_entropy,
     rms_norm,
     rmsnorm,
+    selected_blocks,
 )
 from kernels.configs import CONFIGS, Attention, CrossEntropy
+from kernels.linear_attention import linear_attention
+from kernels.selected_attention import selected_attention
 
 MACHINE_CODE = Path(__file__).parents[2] / "results" / "machine_code.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +41,23 @@ def attend(backend, dtype):
     return (q, k[:, :, :1], v[:, :, :1]), lambda q, k, v: attention(
         q, k, v, causal=True, window=100, backend=backend
     )
+
+
+def attend_linearly(backend, dtype):
+    rates = torch.tensor([0.01, 0.1], device=DEVICE)
+    return tuple(normal(3, 1, 140, 2, 64, dtype=dtype) / 8), lambda q, k, v: linear_attention(
+        q, k, v, rates, backend=backend
+    )[0]
+
+
+def attend_to_blocks(heads):
+    def make(backend, dtype):
+        H, C = max(2, heads), max(2, heads) // heads
+        arguments = normal(1, 6, H, 16, dtype=dtype), *normal(2, 1, 160, C, 16, dtype=dtype)
+        blocks = torch.arange(2, device=DEVICE).expand(1, 6, C, 2)
+        return arguments, lambda q, k, v: selected_attention(q, k, v, blocks, 150, backend=backend)
+
+    return make
 
 
 def normalise(backend, dtype):
@@ -58,6 +79,12 @@ def multiply(backend, dtype):
 RUN = {
     "attention_forward": attend,
     "attention_backward": attend,
+    "linear_attention_forward": attend_linearly,
+    "linear_attention_backward": attend_linearly,
+    "selected_attention_forward": attend_to_blocks(8),
+    "selected_attention_backward": attend_to_blocks(8),
+    "gathered_attention_forward": attend_to_blocks(1),
+    "gathered_attention_backward": attend_to_blocks(1),
     "rms_norm_backward": normalise,
     "linear_cross_entropy": predict,
     "grouped_matmul": multiply,
@@ -68,9 +95,9 @@ def results(operation, backend, dtype, exact=False):
     """Return the result of an operation, and the gradients of its arguments."""
     arguments, run = RUN[operation](backend, dtype)
     leaves = [x.double() if exact else x for x in arguments]
-    leaves = [x.detach().requires_grad_(operation != "attention_forward") for x in leaves]
+    leaves = [x.detach().requires_grad_(not operation.endswith("_forward")) for x in leaves]
     y = run(*leaves)
-    if operation == "attention_forward":
+    if operation.endswith("_forward"):
         return [y]
     gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient)]
@@ -79,8 +106,9 @@ def results(operation, backend, dtype, exact=False):
 @pytest.mark.parametrize(("operation", "name"), EVERY)
 def test_every_configuration_computes_the_same(operation, name, monkeypatch):
     """The error is at most twice that of plain PyTorch, plus a few roundings. Programs own several tiles."""
-    dtype = torch.float16 if operation.startswith("attention") else torch.float32
-    monkeypatch.setattr(flash_tiles, "uses_tma", lambda q: True)
+    dtype = torch.float16 if "attention" in operation else torch.float32
+    for module in (flash_tiles, linear_chunks, selected_blocks):
+        monkeypatch.setattr(module, "uses_tma", lambda q: True)
     for module in (flash_attention, rmsnorm):
         monkeypatch.setattr(module, "n_multiprocessors", lambda device: 2)
     with configs.timed(operation, CONFIGS[operation][name]):
@@ -164,12 +192,12 @@ def compiled(target):
 def test_every_configuration_for_hopper_fits_its_registers_and_shared_memory(operation):
     """By results/machine_code.json, which the compiler wrote; at least eight of attention at each width."""
     rows = [row for row in compiled("sm_90") if row["operation"].startswith(operation)]
-    for key in (64, 128) if operation.startswith("attention") else (0,):
+    for key in (64, 128) if "attention" in operation else (0,):
         named = configs.names(operation, key)
         assert len(named) >= (8 if operation == "attention_forward" else 5)
         for name in named:
             cases = [row for row in rows if row["case"].endswith(f"{key}: {name}" if key else name)]
-            cases = [row for row in cases if row["kernel"] != "delta_kernel"]
+            cases = [row for row in cases if row["kernel"] not in ("delta_kernel", "sum_kernel")]
             assert cases, f"{operation}: {name} is not in results/machine_code.json; compile it"
             for row in cases:
                 assert row["spills"] == 0 and row["shared"] <= LARGEST_SHARED["sm_90"], row

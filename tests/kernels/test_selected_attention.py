@@ -1,12 +1,17 @@
-"""Attention over selected blocks against a loop over queries that lists the keys each sees, in float64."""
+"""Attention over selected blocks against a loop over queries that lists the keys each sees, in float64.
+
+Without a GPU the kernels run in Triton's interpreter, in tiles of 16 x 16.
+"""
 
 import math
 
 import pytest
 import torch
+from torch import library
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention
+from kernels import attention, selected_backward, selected_blocks
 from kernels import selected_attention as module
 from kernels.selected_attention import selected_attention, strongest
 
@@ -148,9 +153,179 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             selected_attention(*wrong)
-    with pytest.raises(ValueError, match="there is no kernel in Triton"):
+    with pytest.raises(ValueError, match=r"head width 8 in torch\.float64: backend 'triton' takes"):
+        selected_attention(q, k, v, blocks, 3, backend="triton")
+    with pytest.raises(ValueError, match=r"head width 12 in torch\.float32"):
+        q, k, v = (torch.cat((x, x[..., :4]), -1).float() for x in (q, k, v))
         selected_attention(q, k, v, blocks, 3, backend="triton")
     with pytest.raises(ValueError, match="seqlens_k"):
         selected_attention(q, k, v, blocks, 3, seqlens_k=torch.tensor([3]))
     with pytest.raises(ValueError, match="scale 0"):
         selected_attention(q, k, v, blocks, 3, scale=0)
+
+
+# --- in Triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_CASES = {
+    "each head chooses": (7, 7, 4, 2, 4, 3, 2),
+    "fewer queries than keys": (3, 17, 4, 1, 2, 4, 3),
+    "16 heads choose, a block is longer than a tile": (4, 21, 16, 1, 1, 19, 2),
+    "3 heads choose together": (5, 9, 6, 2, 2, 4, 2),
+}
+WAYS = {"by query": 1, "by block": 1000}  # the fewest heads of a choice that are a tile of their own
+
+
+def on_the_device(case, dtype=torch.float32):
+    q, k, v, blocks = inputs(*case)
+    return [x.to(DEVICE, dtype) for x in (q, k, v)], blocks.to(DEVICE)
+
+
+def run(leaves, blocks, N, dout, **options):
+    """Return the result and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = selected_attention(*leaves, blocks, N, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def assert_as_exact_as_pytorch(leaves, blocks, N, **options):
+    """The errors are at most twice those of plain PyTorch, plus a few roundings of the largest number."""
+    dout = leaves[0].cos()
+    ours, plain = (run(leaves, blocks, N, dout, **options, backend=b) for b in ("triton", "reference"))
+    exact = [x.double() for x in leaves], blocks, N, dout.double()
+    exact = run(*exact, **options, backend="reference")
+    eps = torch.finfo(dout.dtype).eps
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        error, allowed = ((x.double() - c).abs().max() for x in (a, b))
+        assert a.dtype == dout.dtype and error <= 2 * allowed + 4 * eps * max(1, c.abs().max())
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES.values(), ids=KERNEL_CASES)
+@pytest.mark.parametrize("shorter", [False, True], ids=["", "rows of different lengths"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_kernels_compute_values_and_gradients(case, shorter, way, monkeypatch):
+    """With lists in several parts, and with lengths also through tensor descriptors."""
+    monkeypatch.setattr(selected_blocks, "FEW_HEADS", WAYS[way])
+    monkeypatch.setattr(selected_backward, "SEGMENT", 48)
+    monkeypatch.setattr(selected_blocks, "uses_tma", lambda q: shorter)
+    leaves, blocks = on_the_device(case)
+    lengths = torch.tensor([case[1], case[1] - 2], device=DEVICE) if shorter else None
+    assert_as_exact_as_pytorch(leaves, blocks, case[5], seqlens_k=lengths)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_stands_after_the_last_key_is_not_read(way, monkeypatch):
+    monkeypatch.setattr(selected_blocks, "FEW_HEADS", WAYS[way])
+    monkeypatch.setattr(selected_blocks, "uses_tma", lambda q: True)
+    case = KERNEL_CASES["fewer queries than keys"]
+    leaves, blocks = on_the_device(case)
+    options = {"seqlens_k": torch.tensor([17, 15], device=DEVICE), "backend": "triton"}
+    clean = run(leaves, blocks, case[5], leaves[0].cos(), **options)
+    for x in leaves[1:]:
+        x[1, -2:] = math.nan
+    again = run(leaves, blocks, case[5], leaves[0].cos(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
+    assert all((x[1, -2:] == 0).all() for x in again[2:])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_the_kernels_in_16_bits(way, dtype, monkeypatch):
+    monkeypatch.setattr(selected_blocks, "FEW_HEADS", WAYS[way])
+    leaves, blocks = on_the_device(KERNEL_CASES["3 heads choose together"], dtype)
+    assert_as_exact_as_pytorch(leaves, blocks, 4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_changed_key_changes_nothing_before_it_nor_where_it_is_not_chosen(way, monkeypatch):
+    """Not by a bit. A query that chose nothing gives zeros and no gradient."""
+    monkeypatch.setattr(selected_blocks, "FEW_HEADS", WAYS[way])
+    (q, k, v), blocks = on_the_device((12, 12, 2, 1, 1, 4, 2))
+    blocks[:, 5] = -1
+    dout = q.cos()
+    before = run([q, k, v], blocks, 4, dout, backend="triton")
+    assert (before[0][:, 5] == 0).all() and (before[1][:, 5] == 0).all()
+    p = torch.arange(12, device=DEVICE)
+    for j in (0, 7, 11):
+        other = [x.clone() for x in (k, v)]
+        for x in other:
+            x[:, j] += 1
+        after = selected_attention(q, *other, blocks, 4, backend="triton")
+        sees = (blocks[:, :, 0] == j // 4).any(-1) & (p >= j)  # (B, T)
+        assert ((after != before[0]).flatten(2).any(-1) == sees).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_element_is_written_and_every_run_gives_the_same_bits(way, monkeypatch):
+    monkeypatch.setattr(selected_blocks, "FEW_HEADS", WAYS[way])
+    leaves, blocks = on_the_device(KERNEL_CASES["fewer queries than keys"])
+    first = run(leaves, blocks, 4, leaves[0].cos(), backend="triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+    try:
+        again = run(leaves, blocks, 4, leaves[0].cos(), backend="triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+def test_memory_of_the_kernels_grows_as_the_text(heads):
+    largest = []
+    for T in (64, 128):
+        (q, k, v), _ = on_the_device((T, T, 8, 1, 8 // heads, 8, 2))
+        own = torch.arange(T, device=DEVICE)[None, :, None, None] // 8
+        blocks = (own - torch.arange(2, device=DEVICE)).expand(1, T, 8 // heads, 2)
+        q, k, v = q[:1], k[:1], v[:1]
+        with Largest() as found:
+            out, lse = selected_blocks.forward(q, k, v, blocks, 8, 0.3, None)
+            selected_backward.backward(out, q, k, v, blocks, out, lse, 8, 0.3, None)
+        largest.append(found.n)
+    assert largest[1] < 2.2 * largest[0]
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2), (5, 5, 0)], ids=["no queries", "no blocks"])
+def test_the_kernels_of_nothing(shape):
+    T, S, n = shape
+    (q, k, v), blocks = on_the_device((T, S, 2, 1, 1, 4, n))
+    for x in run([q, k, v], blocks, 4, q, backend="triton"):
+        assert (x == 0).all()
+
+
+def test_registered_operations():
+    """Check the schema, fake tensors, and gradients traced with unknown sizes."""
+    (q, k, v), blocks = on_the_device((5, 5, 2, 1, 1, 4, 2))
+    out, lse = module._triton(q, k, v, blocks, 4, 0.3, None)
+    library.opcheck(module._triton_backward, (out, q, k, v, blocks, out, lse, 4, 0.3, None))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    library.opcheck(module._triton, (*leaves, blocks, 4, 0.3, None))
+
+
+def test_compiled_in_one_graph():
+    torch.compiler.reset()
+    leaves, blocks = on_the_device((9, 9, 2, 1, 1, 4, 2))
+    attend = torch.compile(selected_attention, fullgraph=True, backend=CompileCounterWithBackend("aot_eager"))
+    results = []
+    for f in (selected_attention, attend):
+        q, k, v = (x.detach().requires_grad_() for x in leaves)
+        out = f(q, k, v, blocks, 4, backend="triton")
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# Heads, choices, keys of a block, blocks and tokens, as in native sparse attention and in MoBA.
+SETTINGS = (
+    [(32, 2, 64, 16, 3000), (8, 8, 512, 3, 3000)]
+    if DEVICE == "cuda"
+    else [(8, 1, 4, 2, 12), (2, 2, 4, 2, 12)]
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("K", [64, 128] if DEVICE == "cuda" else [16])
+def test_long_rows(setting, K):
+    """Of 3,000 tokens on a GPU; of 12 in a rehearsal."""
+    H, C, N, n, T = setting
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    q, k, v, blocks = inputs(T, T, H, 2 if C > 1 else 1, C, N, n, B=1, K=K, dtype=torch.float32)
+    assert_as_exact_as_pytorch([x.to(DEVICE, dtype) for x in (q, k, v)], blocks.to(DEVICE), N)

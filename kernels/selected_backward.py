@@ -1,0 +1,180 @@
+"""The gradient of attention over selected blocks, with the scores computed again tile by tile.
+
+With the equations of flash_backward.py, over the keys j in the blocks of row i:
+
+    ds_ij = p_ij (dout_i . v_j - delta_i)
+    dv_j  = sum_i p_ij dout_i             dk_j = scale sum_i ds_ij q_i            dq_i = scale sum_j ds_ij k_j
+
+dq goes through tiles of rows as the forward pass in selected_blocks.py does, by query or by block. dk and dv
+need for each block the list of who chose it: the choices sorted by block, in which the forward pass by block
+finds its tiles. The lists differ in length, as every query may choose the first block. So a program sums over
+at most SEGMENT rows of a list, and `sum_kernel` adds the sums of each block, in order: nothing is atomic.
+
+Shapes: as in selected_blocks.py; R sums.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import configs
+from kernels.backend import architecture, on_device, tl, triton
+from kernels.block_lists import lists_of, segments
+from kernels.flash_tiles import as_rows, packed
+from kernels.selected_blocks import (
+    Lists,
+    Sizes,
+    by_query,
+    configured,
+    gathered,
+    keys_of_step,
+    load_keys,
+    load_queries,
+    programs_of,
+    shared_arguments,
+    store_part,
+    tile_of_program,
+)
+
+SEGMENT = 16384  # rows
+
+
+@triton.jit
+def dq_kernel(
+    q, k, v, dout, lse, delta, dq, blocks, order, starts, owner, begin, seqlens_k, T, S, C, G, n_blocks,
+    scale, const: tl.constexpr,
+):  # fmt: skip
+    """Compute dq of one tile of rows, or its part of it, by the equations of flash_backward.py."""
+    BLOCK_M: tl.constexpr = const.BLOCK_M
+    BLOCK_K: tl.constexpr = const.BLOCK_K
+    sizes = Sizes(T, S, C, G, n_blocks, seqlens_k)
+    tile, n_met = tile_of_program(Lists(order, starts, owner, begin), sizes, const)
+    q_tile, do = load_queries(q, tile, const), load_queries(dout, tile, const)
+    base = tl.load(lse + tile.row, mask=tile.exists, other=0.0)
+    d = tl.load(delta + tile.row, mask=tile.exists, other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for step in range(0, n_met * tl.cdiv(const.KEYS, const.BLOCK_N)):
+        start, end = keys_of_step(step, tile, blocks, const)
+        j = start + tl.arange(0, const.BLOCK_N)[None, :]
+        k_tile = load_keys(k, tile.b, tile.g, start, end, const)
+        v_tile = load_keys(v, tile.b, tile.g, start, end, const)
+        s = tl.dot(q_tile, k_tile.T, input_precision=const.PRECISION) * (scale * 1.4426950408889634)
+        seen = (j <= tile.p[:, None]) & (j < end)
+        weights = tl.where(seen, tl.math.exp2(s - base[:, None]), 0.0)
+        dp = tl.dot(do, v_tile.T, input_precision=const.PRECISION)
+        ds = (weights * (dp - d[:, None])).to(k_tile.dtype)
+        acc = tl.dot(ds, k_tile, acc, input_precision=const.PRECISION)
+    store_part(dq, acc * scale, tile, const)
+
+
+@triton.jit
+def dkdv_kernel(
+    q, k, v, dout, lse, delta, dk, dv, order, starts, owner, begin, seqlens_k, T, S, C, G, n_blocks, scale,
+    LENGTH: tl.constexpr, const: tl.constexpr,
+):  # fmt: skip
+    """Compute the sums for dk and dv of one tile of keys over at most LENGTH entries that chose its block."""
+    BLOCK_N: tl.constexpr = const.BLOCK_N
+    BLOCK_K: tl.constexpr = const.BLOCK_K
+    sizes = Sizes(T, S, C, G, n_blocks, seqlens_k)
+    per_block: tl.constexpr = (const.KEYS + BLOCK_N - 1) // BLOCK_N
+    segment, part = tl.program_id(0) // per_block, tl.program_id(0) % per_block
+    key = tl.load(owner + segment)
+    if key < 0:
+        return
+    first = tl.load(begin + segment)
+    last = tl.minimum(first + LENGTH, tl.load(starts + key + 1))
+    own = gathered(order, first, last, key, sizes, const)
+    start = own.block * const.KEYS + part * BLOCK_N
+    end = tl.minimum((own.block + 1) * const.KEYS, own.n_keys)
+    k_tile = load_keys(k, own.b, own.g, start, end, const)
+    v_tile = load_keys(v, own.b, own.g, start, end, const)
+    j = start + tl.arange(0, BLOCK_N)[:, None]
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+
+    # All tiles are transposed, keys by rows.
+    for i in range(first, last, const.BLOCK_M // const.PAD):
+        tile = gathered(order, i, last, key, sizes, const)
+        q_tile, do = load_queries(q, tile, const), load_queries(dout, tile, const)
+        base = tl.load(lse + tile.row, mask=tile.exists, other=0.0)
+        d = tl.load(delta + tile.row, mask=tile.exists, other=0.0)
+        s = tl.dot(k_tile, q_tile.T, input_precision=const.PRECISION) * (scale * 1.4426950408889634)
+        seen = (j <= tile.p[None, :]) & (j < end)
+        weights = tl.where(seen, tl.math.exp2(s - base[None, :]), 0.0)
+        dv_tile = tl.dot(weights.to(do.dtype), do, dv_tile, input_precision=const.PRECISION)
+        dp = tl.dot(v_tile, do.T, input_precision=const.PRECISION)
+        ds = (weights * (dp - d[None, :])).to(q_tile.dtype)
+        dk_tile = tl.dot(ds, q_tile, dk_tile, input_precision=const.PRECISION)
+
+    row, column = part * BLOCK_N + tl.arange(0, BLOCK_N)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
+    at = (segment.to(tl.int64) * const.KEYS + row) * const.K + column
+    mask = (row < const.KEYS) & (column < const.K)
+    tl.store(dk + at, dk_tile * scale, mask=mask)
+    tl.store(dv + at, dv_tile, mask=mask)
+
+
+@triton.jit
+def sum_kernel(sums, ends, dx, S, G, n_blocks, ROWS: tl.constexpr, const: tl.constexpr):
+    """Add the sums (R, N, K) of each block to ROWS rows of its gradient in dx (B, S, G, K)."""
+    BLOCK_K: tl.constexpr = const.BLOCK_K
+    per_block: tl.constexpr = (const.KEYS + ROWS - 1) // ROWS
+    number, part = tl.program_id(0) // per_block, tl.program_id(0) % per_block
+    bg, block = number // n_blocks, number % n_blocks
+    key = bg * (n_blocks + 1) + block
+    row, column = part * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
+    mask = (row < const.KEYS) & (column < const.K)
+    total = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    first = tl.load(ends + key - 1, mask=key > 0, other=0)
+    for i in range(0, tl.load(ends + key) - first):
+        at = ((first.to(tl.int64) + i) * const.KEYS + row) * const.K + column
+        total += tl.load(sums + at, mask=mask, other=0.0)
+    j = block * const.KEYS + row
+    at = ((bg // G).to(tl.int64) * S + j) * G + bg % G
+    tl.store(dx + at * const.K + column, total.to(dx.dtype.element_ty), mask=mask & (j < S))
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    scale: float,
+    seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dq, dk, dv), like q, k and v, from the gradient of `out` and the results of `forward`."""
+    if q.numel() == 0 or k.numel() == 0 or blocks.shape[3] == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    (S, G, K), h = k.shape[1:], q.shape[2] // blocks.shape[2]
+    dout, q, k, v, direct = dout.contiguous(), q.contiguous(), packed(k), packed(v), by_query(q, blocks)
+    blocks, sizes, common = shared_arguments(q, k, blocks, block_size, scale, seqlens_k)
+    n_blocks, wide = sizes["n_blocks"], torch.float32
+    delta = torch.einsum("bthk,bthk->bth", dout.to(wide), out.to(wide)).contiguous()
+    _, for_dkdv, for_dq = configs.selected(architecture(q), K, q.element_size(), direct)
+    with on_device(q):
+        const, launch = configured(common, for_dq, direct)
+        programs, walk = programs_of(blocks, G, n_blocks, const)
+        dq = q.new_empty(q.shape) if direct else q.new_zeros(*blocks.shape, h, K, dtype=wide)
+        keys = [as_rows(x, const.BLOCK_N, const.TMA) for x in (k, v)]
+        dq_kernel[(programs,)](q, *keys, dout, lse, delta, dq, *walk, const=const, **launch, **sizes)
+        dq = dq if direct else dq.sum(3).reshape(q.shape).to(q.dtype)
+
+        # Sums over parts of the lists, then those of each block.
+        const, launch = configured(common, for_dkdv, False)
+        length = max(1, SEGMENT // const.PAD)
+        order, starts = lists_of(blocks, n_blocks, G)
+        owner, begin, ends = segments(starts, n_blocks, len(order), length)
+        keys = [as_rows(x, const.BLOCK_N, const.TMA) for x in (k, v)]
+        sums = [q.new_empty(len(owner), block_size, K, dtype=wide) for _ in range(2)]
+        dkdv_kernel[(len(owner) * triton.cdiv(block_size, const.BLOCK_N),)](
+            q, *keys, dout, lse, delta, *sums, order, starts, owner, begin,
+            LENGTH=length, const=const, **launch, **sizes,
+        )  # fmt: skip
+        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+        for x, dx in zip(sums, (dk, dv), strict=True):
+            sum_kernel[(k.shape[0] * G * n_blocks * triton.cdiv(block_size, 16),)](
+                x, ends, dx, S, G, n_blocks, ROWS=16, const=const
+            )
+    return dq, dk, dv

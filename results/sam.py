@@ -1,13 +1,13 @@
-"""SAM beside AdamW on few labels: how flat the minimum is that they find, and what they read of unseen fonts.
+"""SAM beside Muon on few labels: how flat the minimum is that they find, and what they read of unseen fonts.
 
     python -m results.sam --out results/sam.json            about a quarter of an hour of one core
 
 A ViT learns 62 letters and digits from 186 pictures in three fonts, and reads 558 in nine fonts never seen
 (`--model vit --data glyphs:few`, 64 pictures in a batch, the default learning rate for all). Compared are
 
-    adamw            --steps updates
-    adamw, twice     twice as many: the same number of passes, forward and backward, as SAM
-    sam, RHO         --steps updates with --sam-rho RHO
+    muon             --steps updates with Muon, the default of images
+    muon, twice      twice as many: the same number of passes, forward and backward, as SAM
+    sam, RHO         --steps updates with Muon and --sam-rho RHO
 
 Measured are the accuracy and the loss on the unseen fonts, and of the 186 pictures, as they are: the loss,
 the loss at the worst point at a distance of 0.05, w + 0.05 g / |g|, and the largest eigenvalue of the Hessian
@@ -36,7 +36,7 @@ from results.pretext import run
 from vision.vit import ViT
 
 RADIUS = 0.05  # of the worst point that is measured, for all runs
-TASK = ("--model", "vit", "--data", "glyphs:few", "--batch-size", "64", "--optimizer", "adamw")
+TASK = ("--model", "vit", "--data", "glyphs:few", "--batch-size", "64", "--optimizer", "muon")
 
 
 def largest_eigenvalue(loss: Callable[[], Tensor], weights: Sequence[Tensor], n_iterations: int) -> float:
@@ -100,12 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--work", type=command.path, default=Path("runs/sam"), help="folder of runs (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add("--rho", type=float, nargs="+", default=[0.05, 0.2], help="radii of SAM (default 0.05 0.2)")
-    add("--steps", type=int, default=150, help="updates (default %(default)s)")
+    add("--steps", type=int, default=200, help="updates (default %(default)s)")
     add("--iterations", type=int, default=15, help="of the power iteration (default %(default)s)")
     args = parser.parse_args(argv)
 
-    flags = {"adamw": ["--steps", str(args.steps)], "adamw, twice": ["--steps", str(2 * args.steps)]}
-    flags |= {f"sam, {rho:g}": [*flags["adamw"], "--sam-rho", str(rho)] for rho in args.rho}
+    flags = {"muon": ["--steps", str(args.steps)], "muon, twice": ["--steps", str(2 * args.steps)]}
+    flags |= {f"sam, {rho:g}": [*flags["muon"], "--sam-rho", str(rho)] for rho in args.rho}
     about = {"steps": args.steps, "iterations": args.iterations}
     ended = Ended(args.out, about, same=tuple(about))
     for seed in args.seeds:

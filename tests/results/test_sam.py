@@ -41,7 +41,7 @@ def test_a_comparison_measures_each_run_once_and_keeps_its_rows(tmp_path, capsys
     argv += ["--steps", "7", "--iterations", "2", "--rho", "0.05"]
     sam.main(argv)
     found = json.loads((tmp_path / "sam.json").read_text())
-    assert [row["name"] for row in found["rows"]] == ["adamw", "adamw, twice", "sam, 0.05"]
+    assert [row["name"] for row in found["rows"]] == ["muon", "muon, twice", "sam, 0.05"]
     for row in found["rows"]:
         # By the slope |g| along g and the curvature: above the loss here, and not by much.
         assert 0 < row["loss at the worst point"] - row["loss"] < 1

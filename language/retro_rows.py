@@ -2,8 +2,8 @@
 
     facts            "kazemo is 4821": a key of six letters and a value of four digits, drawn at random. A row
                      asks for eight of them, one at the end of each chunk; only the values are predicted.
-                     The facts that are held out never occur in a row to learn from. All stand, one in a
-                     line, in the text that is searched, as a new page would in an encyclopedia
+                     The facts that are held out never occur in a row to learn from. All stand, in
+                     another order, in the text that is searched, as a new page would in an encyclopedia
     any other        the text of --data. A row is T tokens, and its chunks' neighbours are found in the
                      training part, outside of their own document; those of held-out text likewise
 
@@ -72,9 +72,12 @@ def load_data(args: Namespace, config: Any) -> Dataset:
 # --- facts
 
 
-def line_of(key: str, value: str, m: int) -> str:
-    """Return the line of m characters that states a fact."""
-    return f"{key} is {value}.".ljust(m - 1) + "\n"
+def text_of(facts: list[tuple[str, str]], m: int) -> str:
+    """Return the lines "KEY is VALUE." of facts, of m characters each, as one text that begins with a line's
+    end: so each chunk of m ends with "KEY is ", and the next one begins with the value."""
+    answers = ["-" * VALUE, *(value for _, value in facts)]
+    asked = [f"{key} is ".rjust(m - VALUE - 2) for key, _ in facts]
+    return "".join(f"{answer}.\n{key}" for answer, key in zip(answers, [*asked, ""], strict=True))
 
 
 def draw_facts(n: int) -> list[tuple[str, str]]:
@@ -101,10 +104,8 @@ class Facts(Rows):
 
     @staticmethod
     def row(facts: list[tuple[str, str]], m: int) -> Row:
-        question = [f"{key} is ".rjust(m - VALUE - 2) for key, _ in facts]
-        answers = ["-" * VALUE, *(value for _, value in facts)]
-        text = "".join(f"{answer}.\n{asked}" for answer, asked in zip(answers, question, strict=False))
-        tokens = np.frombuffer((text + answers[-1][0]).encode(), np.uint8).astype(np.int64)
+        text = text_of(facts, m)[: len(facts) * m]
+        tokens = np.frombuffer((text + facts[-1][1][0]).encode(), np.uint8).astype(np.int64)
         place = np.arange(len(tokens) - 1)  # of the token that predicts
         is_value = (place >= m - 1) & ((place + 1) % m < VALUE) & (place + 1 < len(text))
         return {"tokens": tokens, "targets": np.where(is_value, tokens[1:], -100)}
@@ -116,7 +117,7 @@ def load_facts(seq_len: int, m: int, k: int) -> Dataset:
     if m < least:
         raise ValueError(f"chunk {m}: expected at least {least} tokens, for a fact; or name a text by --data")
     facts, tokenizer = draw_facts(N_FACTS + N_HELD_OUT), get_tokenizer("bytes")
-    text = "".join(line_of(*fact, m) for fact in facts)
+    text = text_of(facts, m)
     index = Index.build(np.frombuffer(text.encode(), np.uint8).astype(np.uint16), m, tokenizer.eot_id)
     parts = {}
     for name, some in (("train", facts[:N_FACTS]), ("val", facts[N_FACTS:])):
@@ -201,9 +202,8 @@ def accuracy(model, batch: dict[str, Tensor], neighbours: Tensor | None) -> floa
 def show(model, dataset: Dataset) -> str:
     """Return what retro.py's `show` does."""
     val, device = dataset.val, next(model.parameters()).device
-    batch = {
-        name: t.to(device) for name, t in batch_of([val[i] for i in range(min(SHOWN, len(val)))]).items()
-    }
+    n = min(SHOWN, len(val)) if isinstance(val.rows, Facts) else 1
+    batch = {name: t.to(device) for name, t in batch_of([val[i] for i in range(n)]).items()}
     neighbours = batch["neighbours"]
     if isinstance(val.rows, Facts):
         of_others = neighbours.roll(1, 0)
@@ -212,11 +212,11 @@ def show(model, dataset: Dataset) -> str:
         found = ", ".join(f"{share:.1%} {name}" for share, name in zip(shares, names, strict=True))
         return f"{found}, of {int((batch['targets'] >= 0).sum()) // VALUE} facts never seen in training"
 
-    # A continuation of the first half of a row.
+    # Of a text, a continuation of the first half of a row, and a neighbour of the last chunk before it.
+    decode, prompt = dataset.tokenizer.decode, batch["tokens"][0][: batch["tokens"].shape[1] // 2].tolist()
     before, model.index = model.index, val.index
-    prompt = batch["tokens"][0][: batch["tokens"].shape[1] // 2].tolist()
     generator = torch.Generator(device).manual_seed(0)
     new = model.generate([prompt], len(prompt), temperature=0.8, top_p=0.95, generator=generator)[0]
     model.index = before
-    last = dataset.tokenizer.decode(neighbours[0, len(prompt) // val.index.m - 1, 0].tolist())
-    return f"{dataset.tokenizer.decode(prompt)}|||{dataset.tokenizer.decode(new)}\n\n--- a neighbour\n{last}"
+    text, u = f"{decode(prompt)}|||{decode(new)}", len(prompt) // val.index.m - 1
+    return f"{text}\n\n--- a neighbour\n{decode(neighbours[0, u, 0].tolist())}" if u >= 0 else text

@@ -243,9 +243,8 @@ def test_a_row_of_facts_asks_at_the_end_of_a_chunk_and_predicts_values_alone(mon
             assert chunks[0] == f"----.\n{keys[0]} is "
             for u in range(3):
                 assert chunks[u + 1].startswith(known[keys[u]] + ".\n")
-                # Its own line is found first.
-                line = decode(row["neighbours"][u, 0].tolist())
-                assert line.startswith(f"{keys[u]} is {known[keys[u]]}.\n")
+                # The line that states it is found first.
+                assert f"{keys[u]} is {known[keys[u]]}.\n" in decode(row["neighbours"][u, 0].tolist())
             targets = row["targets"].tolist()
             assert decode([t for t in targets if t >= 0]) == "".join(known[key] for key in keys[:3])
             assert [i % 16 for i, t in enumerate(targets) if t >= 0] == [15, 0, 1, 2] * 3
@@ -253,11 +252,10 @@ def test_a_row_of_facts_asks_at_the_end_of_a_chunk_and_predicts_values_alone(mon
     assert len(asked["train"]) == 320 and not asked["train"] & asked["val"]
 
 
-@pytest.mark.parametrize("more", [{}, {"checkpoint_activations": True}])
-def test_a_run_of_facts_is_saved_opened_and_shown(more, text, tmp_path, monkeypatch, request):
+def test_a_run_of_facts_is_saved_opened_and_shown(text, tmp_path, monkeypatch):
     few_facts(monkeypatch)
     options = dict(model="retro", data="facts", tokenizer=None, seq_len=64, batch_size=4)
-    assert train.main(flags(text, tmp_path / "run", **options, **more)) == 0
+    assert train.main(flags(text, tmp_path / "run", **options)) == 0
     model = open_model(tmp_path / "run" / "model")
     assert isinstance(model, retro.Retro) and isinstance(model.index.tokens, np.memmap)
     assert "facts never seen in training" in (tmp_path / "run" / "samples.txt").read_text()
@@ -270,11 +268,6 @@ def test_a_run_of_facts_is_saved_opened_and_shown(more, text, tmp_path, monkeypa
         given = torch.from_numpy(dataset.val[0]["neighbours"][None, :1])
         expected = model.hidden(torch.tensor([prompt]), neighbours=given)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-6)
-    losses = request.config.cache.get("retro/losses", None) if more else None
-    found = [
-        line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "val_loss" in line
-    ]
-    assert found and losses is None
 
 
 def test_recomputed_activations_give_the_same_gradient(text, tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ what comes. The last token itself may read N_u, as it predicts the first of C_{u
 waste a prediction, one earlier would leak.
 
 What is known of it: a model learns to copy from the neighbours, and most of the gain is where they overlap
-with what comes (`bits_per_byte` by overlap, results/retro.py). Facts that it was never trained on can be
-looked up: the default task. A new fact is a new line of the text that is searched; no weight changes.
+with what comes (results/retro.py measures bits per byte by overlap). Facts that it was never trained on can
+be looked up, which is the default task: a new fact is a new line of the text that is searched.
 
 RETROfit (section 4.3): --init-from a trained gpt.py freezes it, and trains the encoder and CCA alone.
 Without neighbours such a model is the gpt.py to the bit; with them it is so at the start, since CCA's last
@@ -109,8 +109,8 @@ SIZES = {
 
 
 class CrossAttention(nn.Module):
-    """softmax(q k^T / sqrt(K)) v with queries of one sequence and keys and values of another, without a mask,
-    with rotary positions, which are given for each of the two."""
+    """softmax(q k^T / sqrt(K)) v with queries of one sequence and keys and values of another, without a mask.
+    The rotary positions of each of the two are given. With qk_norm each head has RMSNorm."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -118,6 +118,7 @@ class CrossAttention(nn.Module):
         self.q_proj = nn.Linear(D, H * K, bias=config.bias)
         self.k_proj, self.v_proj = (nn.Linear(D, G * K, bias=config.bias) for _ in range(2))
         self.o_proj = nn.Linear(H * K, D, bias=config.bias)
+        self.q_norm, self.k_norm = (Norm(K, config, "rms") if config.qk_norm else None for _ in range(2))
         self.d_head, self.theta, self.backend = K, config.rope_theta, config.kernels
 
     def forward(self, x: Tensor, context: Tensor, at: Tensor, context_at: Tensor) -> Tensor:
@@ -125,6 +126,8 @@ class CrossAttention(nn.Module):
         (B, T, _), S, K = x.shape, context.shape[1], self.d_head
         q = self.q_proj(x).view(B, T, -1, K)
         k, v = (project(context).view(B, S, -1, K) for project in (self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, *rope(at[None], self.theta, K))
         k = rotate(k, *rope(context_at[None], self.theta, K))
         return self.o_proj(attention(q, k, v, backend=self.backend).reshape(B, T, -1))
@@ -303,8 +306,8 @@ class Retro(GPT):
             return found
 
         retrieves = isinstance(cache, RetroCache) or (neighbours is not None and neighbours.shape[1] > 0)
-        positions = torch.arange(T, device=tokens.device)[None]
-        positions = positions if cache is None else cache.positions(T, tokens.device)
+        at = torch.arange(T, device=tokens.device)[None]
+        positions = at if cache is None else cache.positions(T, tokens.device)
         x = self.model.embed_tokens(tokens)
         if c.positions == "learned":
             x = x + self.model.embed_positions(positions)
@@ -333,9 +336,8 @@ class Retro(GPT):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean nats per target of a batch of `make_batch`, and no metrics."""
-        hidden = self.hidden(
-            batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), neighbours=batch.get("neighbours")
-        )
+        given = {name: batch.get(name) for name in ("cu_seqlens", "neighbours")}
+        hidden = self.hidden(batch["tokens"], **given)
         options = {"softcap": self.config.logit_softcap, "backend": self.config.kernels}
         return linear_cross_entropy(hidden, self.head_weight, batch["targets"], **options)[0], {}
 
@@ -391,8 +393,7 @@ def save(model: Retro, dataset, directory: Path) -> None:
 
 @torch.no_grad()
 def show(model: Retro, dataset, out: Path) -> str:
-    """Return how many held-out facts are right with retrieval, without, and with the neighbours of others; of
-    a text the continuation of a held-out row."""
+    """Return what `retro_rows.show` does: facts that are looked up, or the continuation of a text."""
     return retro_rows.show(model, dataset)
 
 

@@ -55,12 +55,16 @@ def attend(layer, x, context, at, context_at):
         pairs = pairs * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((pairs.real, pairs.imag))
 
+    def normalised(vector, norm):
+        return norm.weight * vector / (vector.square().mean() + 1e-6).sqrt()
+
     q, heads = layer.q_proj.weight @ x, []
     for h in range(H):
         g = h // (H // G)
         rows = slice(g * width, (g + 1) * width)
-        query = turned(q[h * width : (h + 1) * width], at)
-        keys = [turned(layer.k_proj.weight[rows] @ c, p) for c, p in zip(context, context_at, strict=True)]
+        query = turned(normalised(q[h * width : (h + 1) * width], layer.q_norm), at)
+        keys = [normalised(layer.k_proj.weight[rows] @ c, layer.k_norm) for c in context]
+        keys = [turned(key, p) for key, p in zip(keys, context_at, strict=True)]
         p = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(width), 0)
         heads.append(sum(p_i * (layer.v_proj.weight[rows] @ c) for p_i, c in zip(p, context, strict=True)))
     return layer.o_proj.weight @ torch.cat(heads)

@@ -115,8 +115,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, H, G, K = config.d_model, config.n_heads, config.G, config.K
-        self.q_proj = nn.Linear(D, H * K, bias=config.bias)
-        self.k_proj, self.v_proj = (nn.Linear(D, G * K, bias=config.bias) for _ in range(2))
+        bias = config.bias or config.qkv_bias
+        self.q_proj = nn.Linear(D, H * K, bias=bias)
+        self.k_proj, self.v_proj = (nn.Linear(D, G * K, bias=bias) for _ in range(2))
         self.o_proj = nn.Linear(H * K, D, bias=config.bias)
         self.q_norm, self.k_norm = (Norm(K, config, "rms") if config.qk_norm else None for _ in range(2))
         self.d_head, self.theta, self.backend = K, config.rope_theta, config.kernels

@@ -83,9 +83,8 @@ def estimate(
 ) -> Estimate:
     """Return what one of n_processes needs to train a model, which may be on torch.device("meta").
 
-    args: of train.py's flags batch_size, grad_accum, seq_len, dtype, optimizer, parallel, kernels,
-    checkpoint_activations, ema and sam_rho count. config: the task's, for tokens_per_row and loss_bytes.
-    Raises ValueError as `check` does.
+    args: of train.py's flags those count that change a step. config: the task's, for tokens_per_row and
+    loss_bytes. Raises ValueError as `check` does.
     """
     check(args, n_processes)
     n_rows, fsdp, low = args.batch_size // n_processes, args.parallel == "fsdp", args.dtype == "bfloat16"

@@ -9,6 +9,7 @@ Those in BY_CONTENT name files, which may move: what is in them is compared inst
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from engine import contract, optim, parallel, trainable, watch
@@ -156,19 +157,7 @@ def add_how(group) -> None:
         metavar="T",
         help="tokens of a sequence (default: the longest that the model reads)",
     )
-    add(
-        "--optimizer",
-        choices=("adamw", "muon", "sam"),
-        help="AdamW, or Muon for the matrices and AdamW for the rest (default: muon for images, else adamw); "
-        f"sam is short for --optimizer adamw --sam-rho {optim.SAM_RHO}",
-    )
-    add(
-        "--sam-rho",
-        type=float,
-        metavar="RADIUS",
-        help="step by the gradient at the worst point within this distance of the weights, in two passes "
-        f"(SAM, engine/optim.py); 0: at the weights (default 0, with --optimizer sam {optim.SAM_RHO})",
-    )
+    add_optimizer(add)
     add("--lr", type=float, help="peak learning rate (default: by the model's size)")
     add(
         "--mup",
@@ -203,6 +192,22 @@ def add_how(group) -> None:
     )
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 for none (default 1)")
     add("--seed", type=int, default=0, help="start of all random numbers (default 0)")
+
+
+def add_optimizer(add: Callable) -> None:
+    add(
+        "--optimizer",
+        choices=("adamw", "muon", "sam"),
+        help="AdamW, or Muon for the matrices and AdamW for the rest (default: muon for images, else adamw); "
+        f"sam is short for --optimizer adamw --sam-rho {optim.SAM_RHO}",
+    )
+    add(
+        "--sam-rho",
+        type=float,
+        metavar="RADIUS",
+        help="step by the gradient at the worst point within this distance of the weights, in two passes "
+        f"(SAM, engine/optim.py); 0: at the weights (default 0, with --optimizer sam {optim.SAM_RHO})",
+    )
 
 
 def add_where(group) -> None:

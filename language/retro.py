@@ -26,7 +26,7 @@ matrix is 0.
 
 The decoder is gpt.py's. Differences from the paper: neighbours are found by TF-IDF (retrieval.py), not by
 BERT; positions are rotary, aligned so that a chunk and its neighbour begin at 0 and the continuation at m;
-the encoder has the decoder's width and embeddings; the end of a document is a token, not the end of a row.
+the encoder has the decoder's width and embeddings.
 
     python train.py --model retro                                       look up facts never seen
     python train.py --model retro --data stdlib --size text             the standard library's own source
@@ -97,10 +97,13 @@ class Config(gpt.Config):
         return super().flops_per_token(seq_len) + (per_chunk + len(self.retrieval_layers) * cross) // m
 
 
+ONE = dict(chunk=16, n_neighbours=1, retrieval_layers=(1,), encoder_layers=1)
 SIZES = {
-    "tiny": Config(2, 4, 64, 176, 257, 128, qk_norm=True, chunk=16, retrieval_layers=(1,), encoder_layers=1),
+    # Attention by position alone (biases, and angles that tell 32 places apart) is what copying begins with.
+    "tiny": Config(2, 2, 64, 176, 257, 64, rope_theta=100.0, qkv_bias=True, **ONE),
     "text": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True, chunk=32),  # gpt.py's tiny
-    # Borgeaud et al. 2022, table 2, with this file's encoder.
+    # The shapes of Borgeaud et al. 2022, table 2, whose encoders are narrower. Without embeddings they
+    # count 172M, 425M, 1451M and 7532M parameters.
     "172m": Config(12, 16, 896, 3584, 32000, 2048, mlp="gelu", d_head=64, retrieval_layers=(5, 8, 11)),
     "425m": Config(12, 12, 1536, 6144, 32000, 2048, mlp="gelu", retrieval_layers=(5, 8, 11)),
     "1.5b": Config(24, 16, 2048, 8192, 32000, 2048, mlp="gelu", retrieval_layers=tuple(range(5, 24, 3))),
@@ -135,7 +138,7 @@ class CrossAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention in both directions, in the first layer attention to the chunk's states, and an MLP."""
+    """Attention in both directions, then in the first layer to the chunk's states, and an MLP."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -160,7 +163,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder of neighbours (section 2.4). Each neighbour is read alone."""
+    """The encoder (section 2.4), which reads each neighbour alone."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -218,8 +221,7 @@ class Block(gpt.Block):
 
 
 class RetroCache(KVCache):
-    """The cache of one text or several of equal length: it also holds the last E, and the tokens and states
-    of the chunk that is not whole yet."""
+    """The cache of texts of one length, with the last E, and tokens and states of the chunk begun."""
 
     def __init__(self, config: Config, lengths: list[int], max_len: int, like: Tensor, index: Index):
         if len(set(lengths)) > 1:
@@ -252,8 +254,7 @@ class RetroCache(KVCache):
 
 
 class Retro(GPT):
-    """The decoder with neighbours. `index`, where generation finds them, is None at first: then `generate`
-    retrieves nothing."""
+    """The decoder with neighbours. Generation finds them in `index`, and none where that is None."""
 
     block = Block
     save_pretrained = native.save
@@ -337,8 +338,7 @@ class Retro(GPT):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean nats per target of a batch of `make_batch`, and no metrics."""
-        given = {name: batch.get(name) for name in ("cu_seqlens", "neighbours")}
-        hidden = self.hidden(batch["tokens"], **given)
+        hidden = self.hidden(batch["tokens"], **{n: batch.get(n) for n in ("cu_seqlens", "neighbours")})
         options = {"softcap": self.config.logit_softcap, "backend": self.config.kernels}
         return linear_cross_entropy(hidden, self.head_weight, batch["targets"], **options)[0], {}
 
@@ -353,7 +353,7 @@ class Retro(GPT):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "Retro":
-        """Load a Retro, with its index if the directory has one; or a gpt.py's model, to be retrofitted."""
+        """Load a Retro, with its index if there is one, or a gpt.py's model, to be retrofitted."""
         if native.is_native(directory):
             model = native.load(directory, kernels)
             if (Path(directory) / DATABASE).is_dir():
@@ -370,8 +370,8 @@ class Retro(GPT):
 # --- what train.py looks up by name, see engine/contract.py: the model, and its task
 
 Model = Retro
-DATA, STEPS, BATCH_SIZE, LEARNING_RATE = "facts", 600, 32, 1.0
-load_data = retro_rows.load_data
+DATA, STEPS, BATCH_SIZE = "facts", 400, 16
+load_data, show = retro_rows.load_data, retro_rows.show
 
 
 def make_batch(rows: list[dict], config: Config, generator, tokenizer=None) -> dict[str, Tensor]:
@@ -382,7 +382,8 @@ def make_batch(rows: list[dict], config: Config, generator, tokenizer=None) -> d
 def wrap(model: Retro, config: Config) -> Retro:
     """Return the model; of a retrofitted one only the encoder and CCA learn."""
     for name, p in model.named_parameters():
-        p.requires_grad_(not config.retrofit or name.startswith("encoder.") or ".cross_" in name)
+        if config.retrofit and not (name.startswith("encoder.") or ".cross_" in name):
+            p.requires_grad_(False)
     return model
 
 
@@ -390,12 +391,6 @@ def save(model: Retro, dataset, directory: Path) -> None:
     """Write the model, and beside it the text to retrieve from with its index."""
     model.save_pretrained(directory)
     dataset.train.index.save(Path(directory) / DATABASE)
-
-
-@torch.no_grad()
-def show(model: Retro, dataset, out: Path) -> str:
-    """Return what `retro_rows.show` does: facts that are looked up, or the continuation of a text."""
-    return retro_rows.show(model, dataset)
 
 
 if __name__ == "__main__":

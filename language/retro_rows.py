@@ -199,8 +199,9 @@ def accuracy(model, batch: dict[str, Tensor], neighbours: Tensor | None) -> floa
     return right[asked].view(-1, VALUE).all(-1).double().mean().item()
 
 
-def show(model, dataset: Dataset) -> str:
-    """Return what retro.py's `show` does."""
+def show(model, dataset: Dataset, out: Path | None = None) -> str:
+    """Return how many held-out facts are right with their neighbours, without, and with those of others; of a
+    text the continuation of a held-out row, and a neighbour. Nothing is written to out."""
     val, device = dataset.val, next(model.parameters()).device
     n = min(SHOWN, len(val)) if isinstance(val.rows, Facts) else 1
     batch = {name: t.to(device) for name, t in batch_of([val[i] for i in range(n)]).items()}

@@ -208,6 +208,9 @@ def test_without_retrieval_a_retrofitted_model_is_its_base_to_the_bit(tmp_path):
         assert not torch.equal(model(tokens, neighbours=neighbours), base(tokens))
     learning = {name for name, p in retro.wrap(model, model.config).named_parameters() if p.requires_grad}
     assert learning == set(model.state_dict()) - set(base.state_dict())
+    # What --train has frozen stays so.
+    model.encoder.norm.weight.requires_grad_(False)
+    assert not retro.wrap(model, replace(model.config, retrofit=False)).encoder.norm.weight.requires_grad
 
 
 @pytest.mark.parametrize("changes", [{}, {"mlp": "gelu"}, {"encoder_layers": 1, "retrieval_layers": (0, 2)}])

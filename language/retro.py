@@ -100,7 +100,7 @@ class Config(gpt.Config):
 ONE = dict(chunk=16, n_neighbours=1, retrieval_layers=(1,), encoder_layers=1)
 SIZES = {
     # Attention by position alone (biases, and angles that tell 32 places apart) is what copying begins with.
-    "tiny": Config(2, 2, 64, 176, 257, 64, rope_theta=100.0, qkv_bias=True, **ONE),
+    "tiny": Config(2, 2, 64, 176, 257, 64, rope_theta=10.0, qkv_bias=True, **ONE),
     "text": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True, chunk=32),  # gpt.py's tiny
     # The shapes of Borgeaud et al. 2022, table 2, whose encoders are narrower. Without embeddings they
     # count 172M, 425M, 1451M and 7532M parameters.

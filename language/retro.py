@@ -370,7 +370,7 @@ class Retro(GPT):
 # --- what train.py looks up by name, see engine/contract.py: the model, and its task
 
 Model = Retro
-DATA, STEPS, BATCH_SIZE = "facts", 400, 16
+DATA, STEPS, BATCH_SIZE = "facts", 1000, 16
 load_data, show = retro_rows.load_data, retro_rows.show
 
 

@@ -39,7 +39,7 @@ from engine import cpu, parallel
 from engine.batches import Part, seed_of, to_device
 from engine.checkpoint import last_saved, save
 from engine.log import Diverged, Failed, Log, UpdateResult, evaluate_and_save, time_and_announce
-from engine.optim import set_learning_rate, step_optimizers
+from engine.optim import set_learning_rate, sharpness_aware, step_optimizers
 from engine.options import parse_arguments
 from engine.run import Interrupted, Run, prepare, signals
 from formats import command
@@ -68,7 +68,7 @@ def update(run: Run) -> UpdateResult:
     """
     lr = set_learning_rate(run.optimizers, run.step, run.args)
     parts = run.batches.next()  # this rank's part of each batch, prepared by a thread; by default one
-    loss, metrics = gradient(run, parts)
+    loss, metrics = sharpness_aware(gradient, run, parts)  # with --sam-rho a second pass
     norm = descend(run)
     return UpdateResult(loss, norm, lr, metrics, parts[-1].n_targets)
 

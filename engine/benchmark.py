@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from engine import parallel
 from engine.device import mfu, wait_for
 from engine.log import UpdateResult, row_of
-from engine.optim import set_learning_rate
+from engine.optim import set_learning_rate, sharpness_aware
 from engine.run import Run
 
 WARM_UP, STEPS = 5, 50
@@ -93,7 +93,7 @@ def update(run: Run, gradient: Callable, descend: Callable, mark: Callable[[str]
     mark("rest")
     parts = run.batches.next()
     mark("batch")
-    loss, metrics = gradient(run, parts)
+    loss, metrics = sharpness_aware(gradient, run, parts)
     mark("gradient")
     norm = descend(run)
     mark("update")

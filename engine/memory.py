@@ -83,9 +83,8 @@ def estimate(
 ) -> Estimate:
     """Return what one of n_processes needs to train a model, which may be on torch.device("meta").
 
-    args: of train.py's flags batch_size, grad_accum, seq_len, dtype, optimizer, parallel, kernels and
-    checkpoint_activations count. config: the task's, for tokens_per_row and loss_bytes. Raises
-    ValueError as `check` does.
+    args: of train.py's flags those count that change a step. config: the task's, for tokens_per_row and
+    loss_bytes. Raises ValueError as `check` does.
     """
     check(args, n_processes)
     n_rows, fsdp, low = args.batch_size // n_processes, args.parallel == "fsdp", args.dtype == "bfloat16"
@@ -122,6 +121,7 @@ def estimate(
         "gradients": (remaining + loss.ready, in_last, later, later, gradients),
         "optimizer states": (states,) * 5,
         **({"averages": (gradients,) * 5} if args.ema else {}),
+        **({"copies of SAM": (gradients,) * 4 + (0,)} if args.sam_rho else {}),
         **({"inputs": (loss.inputs,) * 4 + (0,)} if loss.inputs else {}),
         "activations": (at_loss + loss.kept, at_loss + again, blocks[0].kept if blocks else 0, 0, 0),
         "temporary": (loss.temporary + released, backward, backward, at_end, copies),
@@ -278,7 +278,7 @@ def plan(args: Namespace) -> str:
 
     # What has to be computed, since the time of a run is that over the FLOP/s that a GPU reaches.
     n_params, n_trained = count(model.parameters())
-    flops = flops_per_token(concept, model, settings, adapter_config, args.seq_len)
+    flops = flops_per_token(concept, model, settings, adapter_config, args.seq_len) * (1 + bool(args.sam_rho))
     unit = "token" if model.config.max_seq_len > 1 else "image (or second of sound)"
     rate = f"{1e12 / flops:,.0f} a second for each TFLOP/s"
     return (

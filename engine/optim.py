@@ -1,13 +1,17 @@
 """Optimizers: which rule updates each parameter, and with which learning rate.
 
     AdamW    m, v = running means of g, g^2     w -= lr * (m / (sqrt(v) + eps) + weight_decay * w)
-             (both divided by 1 - beta^step, since they start at zero)
+             (both divided by 1 - beta^step, since they start at zero; engine/adam.py is its code)
     Muon     M = running mean of the matrix G   W -= lr * (0.2 sqrt(max(shape)) ortho(M) + weight_decay * W)
 
 AdamW (Loshchilov and Hutter 2019) treats each number alone. Muon (Jordan et al. 2024) treats a matrix as one
 thing: it replaces the momentum by the nearest orthogonal matrix, found by a Newton-Schulz iteration, so that
-every direction moves equally far. Both come from torch.optim, but for Muon's products on a CPU. This file
-decides:
+every direction moves equally far. Both come from torch.optim, but for Muon's products on a CPU. Either can be
+given the gradient of SAM (Foret et al. 2021), which is that at the worst point nearby:
+
+    SAM      g <- gradient at w + rho g / |g|   w <- a step of the optimizer from w, not from there
+
+This file decides:
 
     rule              Muon for hidden matrices; AdamW for embeddings, head, norms and biases (Jordan et al.)
     momentum          AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B), or the task's BETAS; Muon
@@ -22,11 +26,16 @@ decides:
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine import parallel
+
+SAM_RHO = 0.05  # the radius of --optimizer sam (Foret et al. 2021, section 3)
 HEADS = ("lm_head", "classifier", "decoder_pred")  # ends of the names of linear layers that are outputs
 
 
@@ -73,6 +82,54 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> 
             del optimizer.grad_scale, optimizer.found_inf
         elif finite:
             optimizer.step()
+
+
+def sharpness_aware(gradient: Callable, run: Any, parts: list) -> Any:
+    """Return gradient(run, parts), which adds gradients to p.grad; with --sam-rho call it a second time, and
+    leave in p.grad the gradient of SAM in the place of that of the first call.
+
+    SAM minimises the largest loss within a distance rho of the weights, to find minima that are flat (Foret
+    et al. 2021, equation 1). To first order that loss is at w + rho g / |g|, and its gradient is taken there,
+    without that of g itself (equations 2 and 3). It costs a second forward and backward pass.
+
+    |g| is the norm over all weights that learn, of the gradient of the whole update: of all its batches on
+    all ranks. (In the paper each accelerator has its own, of its part of the batch.) Both calls see the same
+    batches and, because `gradient` seeds it by the step, the same dropout. Clipping, weight decay and --ema
+    come after, and read nothing of the first gradient.
+    """
+    result = gradient(run, parts)
+    if run.args.sam_rho:
+        with at_worst_point(run.model, run.args.sam_rho):
+            gradient(run, parts)
+    return result
+
+
+@contextmanager
+def at_worst_point(model: nn.Module, rho: float) -> Iterator[None]:
+    """Let a model have the weights w + rho g / |g| and no gradients, and afterwards its own w, to the bit.
+
+    g: p.grad of all parameters that have one; of sharded ones |g| is the norm over all shards. Buffers that
+    the passes change, such as the loads that moe.py counts, keep what they were before this. If g is not
+    finite, nor is the gradient at this point, so that the step is left out. No GPU is waited for.
+    """
+    # Copies, because adding and subtracting the same number does not give the same bits.
+    learning = [p for p in model.parameters() if p.grad is not None]
+    kept = [parallel.local(p).detach() for p in learning]
+    kept += [b for b in model.buffers() if b.is_floating_point()]
+    copies = [tensor.clone() for tensor in kept]
+
+    with torch.no_grad():
+        norm = parallel.unshard(nn.utils.get_total_norm([p.grad for p in learning]))
+        scale = rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a gradient of 0 moves nothing
+        for p in learning:
+            parallel.local(p).add_(parallel.local(p.grad) * scale)
+    model.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(kept, copies, strict=True):
+                tensor.copy_(copy)
 
 
 class Muon(torch.optim.Muon):

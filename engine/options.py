@@ -9,9 +9,10 @@ Those in BY_CONTENT name files, which may move: what is in them is compared inst
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from engine import contract, parallel, trainable, watch
+from engine import contract, optim, parallel, trainable, watch
 from formats import command
 
 # These change no number that a run computes.
@@ -156,11 +157,7 @@ def add_how(group) -> None:
         metavar="T",
         help="tokens of a sequence (default: the longest that the model reads)",
     )
-    add(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        help="AdamW, or Muon for the matrices and AdamW for the rest (default: muon for images, else adamw)",
-    )
+    add_optimizer(add)
     add("--lr", type=float, help="peak learning rate (default: by the model's size)")
     add(
         "--mup",
@@ -195,6 +192,22 @@ def add_how(group) -> None:
     )
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 for none (default 1)")
     add("--seed", type=int, default=0, help="start of all random numbers (default 0)")
+
+
+def add_optimizer(add: Callable) -> None:
+    add(
+        "--optimizer",
+        choices=("adamw", "muon", "sam"),
+        help="AdamW, or Muon for the matrices and AdamW for the rest (default: muon for images, else adamw); "
+        f"sam is short for --optimizer adamw --sam-rho {optim.SAM_RHO}",
+    )
+    add(
+        "--sam-rho",
+        type=float,
+        metavar="RADIUS",
+        help="step by the gradient at the worst point within this distance of the weights, in two passes "
+        f"(SAM, engine/optim.py); 0: at the weights (default 0, with --optimizer sam {optim.SAM_RHO})",
+    )
 
 
 def add_where(group) -> None:
@@ -299,7 +312,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 1")
-    for flag in ("lr", "warmup", "weight_decay", "grad_clip", "seed"):
+    for flag in ("lr", "warmup", "weight_decay", "grad_clip", "sam_rho", "seed"):
         value = getattr(args, flag)
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
@@ -332,11 +345,16 @@ def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
         raise ValueError(f"{flag}: {concept.task.name} has a loop of its own, which it does not time")
     if concept.task.train is not None and args.ema:
         raise ValueError(f"--ema: {concept.task.name} has a loop of its own, which averages no weights")
+    if concept.task.train is not None and (args.sam_rho or args.optimizer == "sam"):
+        flag = "--sam-rho" if args.sam_rho else "--optimizer sam"
+        raise ValueError(f"{flag}: {concept.task.name} has a loop of its own, which makes one pass")
     if args.size is None and not (args.init_from or args.base):
         sizes = concept.model_file.SIZES
         args.size = concept.task.SIZE if concept.task.SIZE in sizes else next(iter(sizes))
     args.steps = args.steps or (concept.adapter or concept.task).STEPS
-    args.optimizer = args.optimizer or concept.task.OPTIMIZER
+    if args.sam_rho is None:
+        args.sam_rho = optim.SAM_RHO if args.optimizer == "sam" else 0.0
+    args.optimizer = "adamw" if args.optimizer == "sam" else args.optimizer or concept.task.OPTIMIZER
     args.batch_size = args.batch_size or concept.task.BATCH_SIZE
     args.ema = concept.task.EMA if args.ema is None else args.ema
     n = parallel.world_size()

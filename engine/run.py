@@ -97,9 +97,10 @@ class Run:
 
     @property
     def flops_per_token(self) -> int:
-        """Return the FLOPs of training on one token, or image: without gradients of frozen weights."""
+        """Return the FLOPs of training on one token, or image: without gradients of frozen weights, and with
+        both passes of --sam-rho."""
         what = (self.concept, self.model, self.settings, self.adapter_config)
-        return trainable.flops_per_token(*what, self.args.seq_len)
+        return trainable.flops_per_token(*what, self.args.seq_len) * (1 + bool(self.args.sam_rho))
 
     @property
     def is_first(self) -> bool:
@@ -181,7 +182,7 @@ def prepare(args: argparse.Namespace) -> Run:
     """
     flags = {flag: str(value) for flag, value in vars(args).items()}  # before defaults are filled in
     concept = check(args)
-    for flag in ("size", "batch_size", "optimizer"):  # whose defaults are the concept's
+    for flag in ("size", "batch_size", "optimizer", "sam_rho"):  # whose defaults are the concept's
         flags[flag] = str(getattr(args, flag))
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()

@@ -100,6 +100,10 @@ def small(command: list[str], n_steps: int) -> list[str]:
         if model in command:
             data = [] if "--data" in command else ["--data", examples]
             return [*command, *data, "--batch-size", "4", "--steps", str(n_steps), "--eval-every", "50"]
+    if "retro" in command:
+        text = ["--data", "texts", "--tokenizer", "bytes"] if "--data" in command else []
+        text += ["--set", "chunk=16"] if text else []
+        return [*command, *text, "--seq-len", "32", "--batch-size", "2", "--steps", str(n_steps)]
     if ON_THE_CHAIN & set(command):
         if "--init-from" not in command:  # by default they have data and a small model of their own
             return [*command, "--batch-size", "16", "--steps", str(n_steps)]
@@ -158,6 +162,9 @@ def fill(folder: Path) -> None:
     (folder / "documents").mkdir(exist_ok=True)
     for i in range(4):
         (folder / "documents" / f"{i}.txt").write_text(f"Dogs run. Dogs eat. {i} came.")
+    (folder / "texts").mkdir(exist_ok=True)
+    for i in range(20):
+        (folder / "texts" / f"{i}.txt").write_text(f"Dogs run, and {i} cats sleep under the old tree.\n" * 3)
     pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(40)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     for kind, level in (("cats", 60), ("dogs", 200)):

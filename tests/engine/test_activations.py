@@ -32,7 +32,7 @@ MODELS = {vit.Config: "vit", igpt.Config: "igpt", spectrogram.Config: "spectrogr
 def flags(**changes) -> Namespace:
     args = dict(batch_size=8, grad_accum=1, seq_len=1, dtype="float32", optimizer="adamw", parallel="none")
     args |= dict(checkpoint_activations=False, kernels="auto", lr=1e-3, weight_decay=0.1, device="cpu")
-    return Namespace(**args | dict(ema=None) | changes)
+    return Namespace(**args | dict(ema=None, sam_rho=0.0) | changes)
 
 
 def made(task, args):

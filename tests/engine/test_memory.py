@@ -53,7 +53,7 @@ FUNCTIONS = {
 def flags(**changes) -> Namespace:
     args = dict(batch_size=2, grad_accum=1, seq_len=128, dtype="float32", optimizer="adamw", parallel="none")
     args |= dict(checkpoint_activations=False, kernels="auto", lr=1e-3, weight_decay=0.1, device="cpu")
-    args |= dict(mask_rate=0.15, ema=None)
+    args |= dict(mask_rate=0.15, ema=None, sam_rho=0.0)
     return Namespace(**args | changes)
 
 

@@ -1,6 +1,8 @@
-"""Width transfer against the table of the paper and by a coordinate check; updates that are skipped."""
+"""Width transfer against the table of the paper and by a coordinate check; updates that are skipped; SAM
+against its closed form, and in runs."""
 
 import math
+import signal
 from argparse import Namespace
 from copy import deepcopy
 from dataclasses import replace
@@ -8,13 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import rows_of
+from conftest import SHARD, rows_of
+from safetensors.torch import load_file
+from small_gpt import die_in, flags, forked, prepared, refused, rows, same_run
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import bert
 import gpt
 import moe
+import train
 from engine import optim
 from engine.optim import step_optimizers
 
@@ -283,3 +289,195 @@ def test_muon_on_a_cpu_is_torchs_but_in_float32(shape):
     # The iteration's own aim: singular values near 1 (Jordan et al.: 0.7 to 1.2), but for the smallest.
     values = torch.linalg.svdvals(optim.orthogonalized(gradient, ours.param_groups[0]))
     assert values.dtype == torch.float32 and values.median() > 0.6 and values.max() < 1.3
+
+
+# --- SAM
+
+
+class Quadratic(nn.Module):
+    """1/2 (w - c)^T A (w - c) of w in two parameters, whose gradient is A (w - c)."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        root = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+        self.A = root @ root.T
+        self.c = torch.randn(5, generator=generator, dtype=torch.float64)
+        self.first = nn.Parameter(torch.randn(2, generator=generator, dtype=torch.float64))
+        self.second = nn.Parameter(torch.randn(3, generator=generator, dtype=torch.float64))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.float64))
+
+    @property
+    def w(self):
+        return torch.cat((self.first, self.second))
+
+    def loss(self, share):
+        """Return a share of the function, and count the pass."""
+        self.passes += 1
+        return share * (self.w - self.c) @ self.A @ (self.w - self.c) / 2
+
+
+def add_gradients(run, parts):
+    """Add up the gradients of parts, as train.gradient does, and return the loss before."""
+    losses = [run.model.loss(share) for share in parts]
+    sum(losses).backward()
+    return sum(losses).item()
+
+
+@pytest.mark.parametrize("parts", [[1.0], [0.25, 0.75]], ids=["one batch", "two batches"])
+def test_a_step_of_sam_is_its_closed_form_on_a_quadratic(parts):
+    model, rho = Quadratic(), 0.7
+    run = Namespace(model=model, args=Namespace(sam_rho=rho))
+    before = model.w.detach().clone()
+    gradient = model.A @ (before - model.c)
+    worst = before + rho * gradient / gradient.norm()
+    loss = optim.sharpness_aware(add_gradients, run, parts)
+
+    assert torch.equal(model.w.detach(), before)  # restored to the bit
+    assert loss == pytest.approx((0.5 * (before - model.c) @ gradient).item(), rel=1e-14)
+    found = torch.cat((model.first.grad, model.second.grad))
+    torch.testing.assert_close(found, model.A @ (worst - model.c), rtol=1e-13, atol=1e-13)
+    assert model.passes == len(parts)  # those of the first gradient alone
+
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    expected = before - 0.1 * model.A @ (worst - model.c)
+    torch.testing.assert_close(model.w.detach(), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_weights_are_restored_to_the_bit_after_an_error_too():
+    model = fresh()
+    with_gradients(model, 0)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(KeyError), optim.at_worst_point(model, 1e3):
+        assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert all(p.grad is None for p in model.parameters())
+        moved = sum((p - before[name]).double().square().sum() for name, p in model.named_parameters())
+        assert moved.sqrt().item() == pytest.approx(1e3, rel=1e-6)
+        raise KeyError
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+def test_without_a_gradient_the_weights_stay_and_with_nan_they_are_nan():
+    model = Quadratic()
+    before = model.w.detach().clone()
+    for value in (0.0, math.nan):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        with optim.at_worst_point(model, 0.1):
+            expected = before if value == 0 else torch.full_like(before, math.nan)
+            torch.testing.assert_close(model.w.detach(), expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(model.w.detach(), before)
+
+
+def test_with_a_radius_of_0_a_second_pass_changes_no_bit(text, tmp_path, monkeypatch):
+    options = dict(model="moe", ema=0.5, grad_accum=2)
+    assert train.main(flags(text, tmp_path / "adamw", **options)) == 0
+    assert train.main(flags(text, tmp_path / "none", sam_rho=0, **options)) == 0
+    assert same_run(tmp_path / "adamw", tmp_path / "none")
+
+    def twice(gradient, run, parts):
+        result = gradient(run, parts)
+        with optim.at_worst_point(run.model, 0.0):
+            gradient(run, parts)
+        return result
+
+    monkeypatch.setattr(train, "sharpness_aware", twice)
+    assert train.main(flags(text, tmp_path / "twice", **options)) == 0
+    assert same_run(tmp_path / "adamw", tmp_path / "twice")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_with_sam_steps_by_the_gradient_at_the_worst_point(optimizer, text, tmp_path):
+    options = dict(optimizer=optimizer, grad_accum=2, grad_clip=0.5)
+    run = prepared(text, tmp_path / "sam", sam_rho=0.1, **options)
+    other = prepared(text, tmp_path / "by-hand", **options)
+    for _ in range(2):
+        result = train.update(run)
+
+        parts = other.batches.next()
+        optim.set_learning_rate(other.optimizers, other.step, other.args)
+        train.gradient(other, parts)
+        own = [p.detach().clone() for p in other.model.parameters()]
+        norm = torch.cat([p.grad.flatten() for p in other.model.parameters()]).norm()
+        with torch.no_grad():
+            for p in other.model.parameters():
+                p += 0.1 * p.grad / norm
+        other.model.zero_grad()
+        train.gradient(other, parts)
+        with torch.no_grad():
+            for p, w in zip(other.model.parameters(), own, strict=True):
+                p.copy_(w)
+        assert result.norm.item() == pytest.approx(train.descend(other).item(), rel=1e-4)
+        for p, q in zip(run.model.parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+    run.close()
+    other.close()
+
+
+def test_killed_and_resumed_a_run_with_sam_is_equal_to_the_bit(text, tmp_path, capsys):
+    options = dict(steps=8, eval_every=4, save_every=3, ema=0.9)
+    short = dict(optimizer="sam", **options)
+    process = forked(flags(text, tmp_path / "killed", **short), prepare=die_in, arguments=("save", 2))
+    assert process.end() == -signal.SIGKILL, process.said()
+    long = dict(optimizer="adamw", sam_rho=0.05, **options)  # what --optimizer sam is short for
+    assert train.main(flags(text, tmp_path / "killed", resume=True, **long)) == 0
+    assert train.main(flags(text, tmp_path / "whole", **short)) == 0
+    assert same_run(tmp_path / "whole", tmp_path / "killed")
+    assert train.main(flags(text, tmp_path / "plain", **options)) == 0
+    assert rows(tmp_path / "plain") != rows(tmp_path / "whole")
+    capsys.readouterr()
+    error = refused(capsys, flags(text, tmp_path / "killed", resume=True, **options))
+    assert "was started with --sam-rho 0.05, not 0.0" in error
+
+
+def test_a_step_of_sam_that_is_not_finite_changes_no_weight(text, tmp_path):
+    run = prepared(text, tmp_path / "run", optimizer="sam")
+    before = snapshot(run.model, run.optimizers)[0]
+    hook = run.model.model.norm.weight.register_hook(lambda g: g * math.nan)
+    train.update(run)
+    hook.remove()
+    assert run.n_skipped == 1
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), before, strict=True))
+    train.update(run)
+    assert run.n_skipped == 1
+    assert not any(torch.equal(p, q) for p, q in zip(run.model.parameters(), before, strict=True))
+    run.close()
+
+
+def test_an_adapter_alone_is_moved(text, tmp_path):
+    assert train.main(flags(text, tmp_path / "base")) == 0
+    lora = dict(init_from=tmp_path / "base" / "model", adapter="lora", tokenizer=None, optimizer="sam")
+    assert train.main(flags(text, tmp_path / "run", **lora)) == 0
+    assert all(w.isfinite().all() for w in load_file(tmp_path / "run" / SHARD).values())
+
+
+def test_both_passes_are_counted_as_work(text, tmp_path):
+    plain, sam = prepared(text, tmp_path / "a"), prepared(text, tmp_path / "b", optimizer="sam")
+    assert sam.flops_per_token == 2 * plain.flops_per_token
+    plain.close()
+    sam.close()
+
+
+@pytest.mark.parametrize(
+    "options, flag", [(["--optimizer", "sam"], "--optimizer sam"), (["--sam-rho", "1"], "--sam-rho")]
+)
+def test_a_task_with_a_loop_of_its_own_refuses_sam(options, flag, tmp_path, capsys):
+    error = refused(capsys, ["--model", "ppo", *options, "--out", str(tmp_path / "run")])
+    assert error.endswith(f"{flag}: posttraining.ppo has a loop of its own, which makes one pass")
+
+
+@pytest.mark.parametrize("value", ["-0.1", "nan", "inf"])
+def test_a_radius_that_is_none_is_refused(value, text, tmp_path, capsys):
+    error = refused(capsys, flags(text, tmp_path / "run", sam_rho=value))
+    assert f"--sam-rho {float(value)}: expected at least 0" in error
+
+
+def test_a_dry_run_counts_the_copies_of_sam(capsys):
+    totals = []
+    for more in ([], ["--optimizer", "sam"]):
+        assert train.main(["--model", "gpt", "--size", "124m", "--dry-run", *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        totals.append(next(float(line.split()[1]) for line in lines if line.startswith("together")))
+        found = [line.split() for line in lines if line.startswith("copies of SAM")]
+        assert len(found) == bool(more)
+    assert totals[1] - totals[0] == pytest.approx(float(found[0][3]), abs=0.011)

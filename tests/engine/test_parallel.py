@@ -82,6 +82,7 @@ def pair(folder):
         run(f"compiled-{mode}", mode, "--compile", "--checkpoint-activations")
         run(f"told-{mode}", mode, steps=6, spoilt=(1, 2, "sigterm"))
         run(f"averaged-{mode}", mode, "--ema", "0.9", steps=4)
+        run(f"sam-{mode}", mode, "--optimizer", "sam", "--grad-accum", "2", steps=4)
     run("spoilt", "ddp", steps=3, spoilt=(1, 2, "nan"))
     run("alone", "ddp", "--eval-every", str(LONG), "--save-every", "20", steps=LONG)
     run("mistaken", "ddp", "--size", "huge", expected=2)
@@ -176,6 +177,19 @@ def test_the_averages_of_two_processes_are_those_of_one(folder):
     for mode in MODES:
         assert_close(one, rows(folder / f"averaged-{mode}"), loss=1e-5, val_loss=1e-5, grad_norm=1e-4)
         many = load_file(folder / f"averaged-{mode}" / "model" / "model.safetensors")
+        for name, w in weights.items():
+            torch.testing.assert_close(many[name], w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("pair")
+def test_sam_of_two_processes_is_that_of_one(folder):
+    more = ("--optimizer", "sam", "--grad-accum", "2")
+    assert train.main(argv(folder, "gpt", folder / "sam-one", *more, steps=4)) == 0
+    one = rows(folder / "sam-one")
+    weights = load_file(folder / "sam-one" / "model" / "model.safetensors")
+    for mode in MODES:
+        assert_close(one, rows(folder / f"sam-{mode}"), loss=1e-5, val_loss=1e-5, grad_norm=1e-4)
+        many = load_file(folder / f"sam-{mode}" / "model" / "model.safetensors")
         for name, w in weights.items():
             torch.testing.assert_close(many[name], w, rtol=1e-4, atol=1e-6)
 

@@ -1,0 +1,202 @@
+"""Retrieval: find the chunks of a text that are most like a given one, by the rare words they share (TF-IDF).
+
+    terms of a chunk     its runs of three tokens, but for those that a tenth of all chunks have
+    idf(t)               ln(chunks / chunks with t) + 1             a rare term counts more
+    w(c, t)              times that t is in c * idf(t), divided by the norm of these over all t
+    score(q, c)          sum over t of w(q, t) w(c, t)              the cosine of their vectors
+
+(Salton and Buckley 1988; it is scikit-learn's TfidfVectorizer with smooth_idf=False and max_df=0.1.) retro.py
+reads the neighbours that are found so. Its paper finds them by the mean of BERT's states, which needs a BERT
+and an index of billions of vectors. Shared rare terms need neither, and give a decoder more: what it gains
+from its neighbours is mostly what it can copy (Doostmohammadi et al. 2023).
+
+The index is an inverted one: of each term, the chunks that hold it, and their weights. Four arrays and the
+text's own tokens lie in a directory as .npy files, and are memory-mapped.
+
+A neighbour must not come from the document of the chunk that it is for, or a model learns to copy from the
+text it is asked to predict. So a search excludes a range of chunks: all that overlap the documents which the
+chunk overlaps, and the chunk before those, whose continuation does.
+
+Shapes: C chunks of the text, m tokens of a chunk, k neighbours.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from formats.atomic import damage, replace_directory, write_checksums
+from formats.progress import progress_bar
+
+N = 3  # tokens of a term
+MOST = 1 / 10  # share of the chunks that may have a term, or else it is left out ...
+FEW = 10  # unless these are not more chunks than this
+BITS = 21  # of a token in a term, three of which are one int64
+
+
+def terms_of(tokens: np.ndarray) -> np.ndarray:
+    """Return the terms of tokens (..., m) as numbers, int64 (..., m - 2): a different one for each run."""
+    wide = np.asarray(tokens, np.int64)
+    m = wide.shape[-1]
+    return sum(wide[..., i : m - N + 1 + i] << (BITS * (N - 1 - i)) for i in range(N))
+
+
+@dataclass
+class Index:
+    """The chunks of a text by their terms. A search is deterministic: of equal scores the first chunk wins.
+
+    A copy of it by copy.deepcopy is itself, since nothing changes it.
+    """
+
+    tokens: np.ndarray  # (n,) of the whole text; its chunks are the C whole ones
+    m: int  # tokens of a chunk
+    filler: int  # the token that fills what is behind the end of the text, and neighbours that are not found
+    terms: np.ndarray  # int64, sorted
+    starts: np.ndarray  # int64 (terms + 1,): where a term's entries begin in the two arrays below
+    chunks: np.ndarray  # int32: the chunks with the term, in ascending order
+    weights: np.ndarray  # float32: w(c, t)
+
+    @classmethod
+    def build(cls, tokens: np.ndarray, m: int, filler: int) -> "Index":
+        """Return the index of the chunks of m tokens of a text (n,). Raises ValueError for a text of less
+        than one chunk, for chunks below three tokens and for tokens of 2^21 or more."""
+        C = len(tokens) // m
+        if C == 0 or m < N:
+            raise ValueError(
+                f"chunks of {m} tokens of a text of {len(tokens)}: expected chunks of at least {N} tokens, "
+                "and a text of at least one chunk"
+            )
+        if tokens.max() >= 1 << BITS:
+            raise ValueError(f"token {tokens.max()}: expected numbers below {1 << BITS}")
+
+        # The pairs of a term and a chunk, sorted, each once with its count.
+        found = terms_of(tokens[: C * m].reshape(C, m)).ravel()
+        owner = np.repeat(np.arange(C, dtype=np.int32), m - N + 1)
+        order = np.argsort(found, kind="stable")  # owners stay in ascending order
+        found, owner = found[order], owner[order]
+        first = np.flatnonzero(np.r_[True, (found[1:] != found[:-1]) | (owner[1:] != owner[:-1])])
+        counts = np.diff(np.r_[first, len(found)])
+        found, owner = found[first], owner[first]
+
+        # Leave out frequent terms, which take most of the time of a search and tell little.
+        _, place, frequency = np.unique(found, return_inverse=True, return_counts=True)
+        kept = frequency[place] <= max(FEW, MOST * C)
+        found, owner, counts = found[kept], owner[kept], counts[kept]
+
+        # The weights of the others.
+        terms, starts, frequency = np.unique(found, return_index=True, return_counts=True)
+        weights = counts * np.repeat(np.log(C / frequency) + 1, frequency)
+        norms = np.sqrt(np.bincount(owner, weights**2, minlength=C))
+        weights = (weights / norms[owner]).astype(np.float32)
+        starts = np.r_[starts, len(found)].astype(np.int64)
+        return cls(tokens, m, filler, terms, starts, owner, weights)
+
+    def __deepcopy__(self, memo) -> "Index":
+        return self
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.m
+
+    def scores(self, query: np.ndarray) -> np.ndarray:
+        """Return the score of each chunk for a query of some tokens, float64 (C,). Terms that the text does
+        not have count for nothing."""
+        wanted, counts = np.unique(terms_of(query), return_counts=True)
+        at = np.searchsorted(self.terms, wanted)
+        known = self.terms[np.minimum(at, len(self.terms) - 1)] == wanted
+        at, counts = at[known], counts[known]
+        if not len(at):  # nothing in common
+            return np.zeros(len(self))
+        begins, ends = self.starts[at], self.starts[at + 1]
+        weights = counts * (np.log(len(self) / (ends - begins)) + 1)
+        weights /= np.sqrt((weights**2).sum())
+        spans = [slice(b, e) for b, e in zip(begins, ends, strict=True)]
+        chunks = np.concatenate([self.chunks[span] for span in spans])
+        parts = [w * self.weights[span] for w, span in zip(weights, spans, strict=True)]
+        return np.bincount(chunks, np.concatenate(parts), minlength=len(self))
+
+    def search(self, query: np.ndarray, k: int, excluded: tuple[int, int] = (0, 0)) -> np.ndarray:
+        """Return the k best chunks for a query, int64 (k,), the best first; -1 where fewer share a term.
+
+        excluded: the first of the chunks that are left out, and the one behind the last.
+        """
+        scores = self.scores(query)
+        scores[excluded[0] : excluded[1]] = 0
+        candidates = np.flatnonzero(scores)
+        if len(candidates) > k:
+            least = np.partition(scores[candidates], -k)[-k]
+            candidates = candidates[scores[candidates] >= least]
+        best = candidates[np.lexsort((candidates, -scores[candidates]))][:k]
+        return np.r_[best, np.full(k - len(best), -1)]
+
+    def read(self, chunks: np.ndarray) -> np.ndarray:
+        """Return each chunk and the m tokens behind it, int64 (..., 2 m), of chunks (...); -1 is filled."""
+        place = chunks[..., None] * self.m + np.arange(2 * self.m)
+        outside = (place >= len(self.tokens)) | (chunks[..., None] < 0)
+        return np.where(outside, self.filler, self.tokens[np.where(outside, 0, place)]).astype(np.int64)
+
+    def neighbours(self, query: np.ndarray, k: int) -> np.ndarray:
+        """Return the tokens of the k best neighbours of a query, int64 (k, 2 m)."""
+        return self.read(self.search(query, k))
+
+    def save(self, directory: Path) -> None:
+        """Write the arrays and their checksums to a directory, all or nothing."""
+        with replace_directory(directory) as new:
+            np.save(new / "sizes.npy", np.array([self.m, self.filler]))
+            for name in ("tokens", "terms", "starts", "chunks", "weights"):
+                np.save(new / f"{name}.npy", getattr(self, name))
+            write_checksums(new)
+
+    @classmethod
+    def open(cls, directory: Path) -> "Index":
+        """Return the index in a directory, memory-mapped. Raises ValueError if it is missing or damaged."""
+        problem = damage(directory) if directory.is_dir() else f"{directory}: no such directory"
+        if problem is not None:
+            raise ValueError(f"{problem}; expected the text to retrieve from, which train.py writes")
+        names = ("tokens", "terms", "starts", "chunks", "weights")
+        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
+        m, filler = np.load(directory / "sizes.npy").tolist()
+        return cls(m=m, filler=filler, **arrays)
+
+
+def own_chunks(tokens: np.ndarray, m: int, eot_id: int) -> np.ndarray:
+    """Return for each chunk of a text (n,) the range of chunks that its neighbours must not be in, (C, 2).
+
+    A document begins at each eot_id. The range holds all chunks that overlap the first or the last document
+    of the chunk, and what is between, and one chunk more in front, since its continuation overlaps them.
+    """
+    C = len(tokens) // m
+    begins = np.flatnonzero(np.asarray(tokens) == eot_id)
+    begins = np.unique(np.r_[0, begins, len(tokens)])
+    first = np.searchsorted(begins, np.arange(C) * m, side="right") - 1
+    last = np.searchsorted(begins, np.arange(C) * m + m - 1, side="right")
+    low, high = begins[first] // m - 1, -(-begins[last] // m)
+    return np.stack([low.clip(min=0), high.clip(max=C)], axis=1)
+
+
+def find_all(
+    index: Index, tokens: np.ndarray, k: int, excluded: Iterable[tuple[int, int]], title: str
+) -> np.ndarray:
+    """Return the k neighbours of every whole chunk of a text (n,), int32 (chunks of it, k), with a progress
+    bar. excluded: the range of each, as `Index.search` takes it."""
+    m = index.m
+    queries = tokens[: len(tokens) // m * m].reshape(-1, m)
+    found = np.empty((len(queries), k), np.int32)
+    with progress_bar(len(queries), title) as bar:
+        for i, (query, span) in enumerate(zip(queries, excluded, strict=True)):
+            found[i] = index.search(query, k, tuple(span))
+            bar.update(1)
+    return found
+
+
+def common_run(chunk: np.ndarray, neighbours: np.ndarray) -> int:
+    """Return the length of the longest run of tokens that a chunk (m,) shares with one of the neighbours
+    (k, r): the overlap r(C) of Borgeaud et al. 2022, section 2.6, times m."""
+    longest = 0
+    for row in neighbours:
+        # ends[j]: the length of the longest common run that ends at chunk[i] and row[j].
+        ends = np.zeros(len(row) + 1, np.int64)
+        for token in chunk:
+            ends[1:] = np.where(row == token, ends[:-1] + 1, 0)
+            longest = max(longest, int(ends.max()))
+    return longest

@@ -1,0 +1,154 @@
+"""RETRO: facts never seen in training, and bits per byte over what a chunk shares with its neighbours.
+
+    python -m results.retro --out results/retro.json --parts facts         three default runs
+    python -m results.retro --out results/retro.json --parts text          two models of the same text
+
+    facts    the default run of --model retro, with --seeds seeds: the share of held-out facts whose value is
+             right with their neighbours, without, and with the neighbours of other questions
+    text     `--model retro --size text` beside gpt.py's tiny, which is the same decoder without the encoder
+             and CCA: the same text, tokenizer, number of tokens and learning rate. Bits per byte of the
+             held-out chunks of which at most a share alpha of the tokens is one common run with a neighbour
+             (Borgeaud et al. 2022, section 2.6): with their neighbours, without, with those of other chunks
+
+The gain at a small alpha is what was not copied. RETRO has more parameters and FLOPs per token, both printed.
+Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
+after each run, and those in it are kept.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.rows import in_order
+from data.tokenizer import get_tokenizer
+from formats import command
+from formats.open_model import open_model
+from language import retro_rows
+from language.retrieval import common_run
+from results.keep import Ended
+from results.pretext import run
+
+ALPHAS = (0.125, 0.25, 0.5, 1.0)
+BATCH = 16  # rows at once
+
+
+def of_facts(work: Path, seed: int, steps: list[str]) -> dict:
+    """Return the shares of held-out facts that the default run of a seed gets right, and its losses."""
+    out = work / f"facts-{seed}"
+    last = run(out, seed, "--model", "retro", *steps)
+    model = open_model(out / "model").eval()
+    c = model.config
+    val = retro_rows.load_facts(c.max_seq_len, c.chunk, c.n_neighbours).val
+    batch = retro_rows.batch_of([val[i] for i in range(len(val))])
+    given = {"with": batch["neighbours"], "without": None, "of others": batch["neighbours"].roll(1, 0)}
+    shares = {name: retro_rows.accuracy(model, batch, n) for name, n in given.items()}
+    n_asked = int((batch["targets"] >= 0).sum()) // retro_rows.VALUE
+    return {"loss": last["val_loss"], "facts": n_asked, "steps": last["step"]} | shares
+
+
+@torch.no_grad()
+def nats_of(model, rows, given: str) -> np.ndarray:
+    """Return the nats of each token of held-out rows but the first, in order, float64 (n - 1,).
+
+    given: "with" their neighbours, "without", or "of others": of the row before.
+    """
+    found = []
+    for some in in_order(rows, BATCH):
+        batch = retro_rows.batch_of(some)
+        neighbours = {
+            "with": batch["neighbours"],
+            "without": None,
+            "of others": batch["neighbours"].roll(1, 0),
+        }[given]
+        options = {} if neighbours is None else {"neighbours": neighbours}
+        logits: Tensor = model(batch["tokens"], **options).double().log_softmax(-1)
+        found.append(-logits.gather(-1, batch["targets"][..., None]).flatten().numpy())
+    return np.concatenate(found)
+
+
+def by_overlap(nats: np.ndarray, n_bytes: np.ndarray, overlap: np.ndarray, m: int) -> dict[str, float]:
+    """Return the bits per byte of the chunks whose overlap is at most each alpha.
+
+    nats: (n,) of each token; n_bytes: (n,); overlap: (C,) of the C whole chunks, in tokens.
+    """
+    C = len(overlap)
+    bits = nats[: C * m].reshape(C, m).sum(1) / math.log(2)
+    size = n_bytes[: C * m].reshape(C, m).sum(1)
+    kept = {alpha: overlap <= alpha * m for alpha in ALPHAS}
+    return {str(alpha): float(bits[k].sum() / size[k].sum()) for alpha, k in kept.items() if k.any()}
+
+
+def of_text(work: Path, seed: int, data: str, steps: list[str]) -> list[dict]:
+    """Return a row of figures for gpt.py's tiny and for RETRO with each kind of neighbours."""
+    shared = ["--data", data, "--cache", str(work / "cache"), "--lr", "0.004", *steps]
+    outs = {"gpt": work / f"gpt-{seed}", "retro": work / f"retro-{seed}"}
+    run(outs["gpt"], seed, "--model", "gpt", "--batch-size", "8", *shared)
+    run(outs["retro"], seed, "--model", "retro", "--size", "text", "--batch-size", "8", *shared)
+    models = {name: open_model(out / "model").eval() for name, out in outs.items()}
+
+    # The held-out rows, and of each chunk its bytes and its overlap.
+    args = contract_args(data, work, models["retro"].config.max_seq_len)
+    val = retro_rows.load_text(args, models["retro"].config.chunk, models["retro"].config.n_neighbours).val
+    tokens, m = np.asarray(val.rows.tokens, np.int64), val.index.m
+    token_bytes = get_tokenizer(str(outs["retro"] / "model")).token_bytes
+    n_bytes = np.array([len(token_bytes[t]) for t in tokens.tolist()])
+    C = len(val.found)
+    chunks = tokens[: C * m].reshape(C, m)
+    passages = val.index.read(np.asarray(val.found, np.int64))
+    overlap = np.array([common_run(chunk, row) for chunk, row in zip(chunks, passages, strict=True)])
+
+    rows = []
+    for name, model in models.items():
+        for given in ("with", "without", "of others") if name == "retro" else ("without",):
+            nats = np.r_[0.0, nats_of(model, val, given)]  # the first token is not predicted
+            size = {"parameters": sum(p.numel() for p in model.parameters())}
+            size["FLOPs per token"] = model.flops_per_token(args.seq_len)
+            shares = {str(alpha): float((overlap <= alpha * m).mean()) for alpha in ALPHAS}
+            of_run = {"part": "text", "model": name, "neighbours": given, "seed": seed, "share": shares}
+            rows.append(of_run | size | {"bits per byte": by_overlap(nats, n_bytes, overlap, m)})
+    return rows
+
+
+def contract_args(data: str, work: Path, seq_len: int) -> argparse.Namespace:
+    """Return the flags that the data of a text are loaded by."""
+    return argparse.Namespace(
+        data=data,
+        val=None,
+        text_field="text",
+        bad_text="refuse",
+        tokenizer="bpe:4096",
+        cache=work / "cache",
+        seq_len=seq_len,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=command.path, required=True, help="file for the figures")
+    add(
+        "--work", type=command.path, default=Path("runs/results"), help="folder of runs (default %(default)s)"
+    )
+    add("--parts", nargs="+", choices=("facts", "text"), default=["facts"], help="parts (default facts)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
+    add("--data", default="stdlib", help="the text, as for train.py (default %(default)s)")
+    add("--steps", type=int, help="updates of each run (default: the model's)")
+    args = parser.parse_args(argv)
+    steps = ["--steps", str(args.steps)] if args.steps else []
+    ended = Ended(args.out)
+    for seed in args.seeds:
+        if "facts" in args.parts and not ended.has(part="facts", seed=seed):
+            ended.add({"part": "facts", "seed": seed} | of_facts(args.work, seed, steps))
+        if "text" in args.parts and not ended.has(part="text", seed=seed):
+            ended.add(*of_text(args.work, seed, args.data, steps))
+    for row in ended.rows:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -7,6 +7,6 @@ with denoising; other tasks are pegasus and translate, which are measured by ove
 prefix_lm makes one decoder of both. In multi_token a decoder predicts several tokens ahead; in
 speculative these or a smaller model guess, with the cache of rewinding. routing, expert_usage and upcycle
 belong to moe.py. retro reads passages that retrieval finds; its rows are in retro_rows. word2vec gives words
-vectors: read word_corpus, windows, noise and huffman, then analogies and ppmi. backprop is where gradients come
-from, in NumPy alone.
+vectors: read word_corpus, windows, noise and huffman, then analogies and ppmi. backprop is where gradients
+come from, in NumPy alone.
 """

@@ -34,7 +34,9 @@ def test_outputs_and_gradients_are_those_of_diffusers():
     model = open_model(FOLDER)
     assert type(model) is DiT and model.config.n_classes == 5 and model.config.norm_eps == 1e-5
     output = model(expected["x"], expected["t"], expected["classes"])
-    torch.testing.assert_close(output, expected["output"], **TOLERANCE)
+    # The recorded outputs, up to 4.2 in size, are themselves 1.03e-5 from the same model in float64; ours were
+    # 2.2e-6 from it where they differed most from the recorded ones.
+    torch.testing.assert_close(output, expected["output"], rtol=0, atol=2e-5)
     loss = (output - expected["target"]).square().mean()
     torch.testing.assert_close(loss, expected["loss"], **TOLERANCE)
     loss.backward()

@@ -370,7 +370,8 @@ class Retro(GPT):
 # --- what train.py looks up by name, see engine/contract.py: the model, and its task
 
 Model = Retro
-DATA, STEPS, BATCH_SIZE = "facts", 1000, 16
+DATA, STEPS, BATCH_SIZE = "facts", 600, 16
+LEARNING_RATE = 0.25  # times the default rate of a decoder of this size, with which the loss rises again
 load_data, show = retro_rows.load_data, retro_rows.show
 
 

@@ -34,8 +34,8 @@ def test_outputs_and_gradients_are_those_of_diffusers():
     model = open_model(FOLDER)
     assert type(model) is DiT and model.config.n_classes == 5 and model.config.norm_eps == 1e-5
     output = model(expected["x"], expected["t"], expected["classes"])
-    # The recorded outputs, up to 4.2 in size, are themselves 1.03e-5 from the same model in float64; ours were
-    # 2.2e-6 from it where they differed most from the recorded ones.
+    # Angles of times near 1,000 are rounded to 6e-5, by an exponential that differs from CPU to CPU. The
+    # recorded outputs, up to 4.2, are 1.03e-5 from those of float64, and gradients of the embedder 8e-6.
     torch.testing.assert_close(output, expected["output"], rtol=0, atol=2e-5)
     loss = (output - expected["target"]).square().mean()
     torch.testing.assert_close(loss, expected["loss"], **TOLERANCE)
@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_those_of_diffusers():
             block, found, own = name.removeprefix("gradient.").partition("norm1.emb.")
             key = f"gradient.emb.{own}" if found else f"gradient.{block}"
             gradients[key] = gradients[key] + g if key in gradients else g
-    assert_gradients(model, gradients)
+    assert_gradients(model, gradients, atol=2e-5)
 
 
 def test_a_written_model_has_the_same_files_as_diffusers_writes(tmp_path):

@@ -1,7 +1,7 @@
 """Rows for retro.py: tokens with the neighbours of each chunk, of random facts or of any text.
 
     facts            "kazemo is 4821": a key of six letters and a value of four digits, drawn at random. A row
-                     asks for eight of them, one at the end of each chunk; only the values are predicted.
+                     asks for one at the end of each chunk but the last; only the values are predicted.
                      The facts that are held out never occur in a row to learn from. All stand, in
                      another order, in the text that is searched, as a new page would in an encyclopedia
     any other        the text of --data. A row is T tokens, and its chunks' neighbours are found in the

@@ -267,7 +267,7 @@ def test_a_run_of_facts_is_saved_opened_and_shown(text, tmp_path, monkeypatch):
     assert isinstance(model, retro.Retro) and isinstance(model.index.tokens, np.memmap)
     assert "facts never seen in training" in (tmp_path / "run" / "samples.txt").read_text()
     # Generation retrieves from the text beside the weights.
-    dataset = retro_rows.load_facts(64, 16, 2)
+    dataset = retro_rows.load_facts(64, 16, model.config.n_neighbours)
     prompt = dataset.val[0]["tokens"][:16].tolist()
     cache = model.new_cache([16], 20)
     with torch.no_grad():

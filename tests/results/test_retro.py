@@ -36,7 +36,7 @@ def test_both_parts_write_their_rows(tmp_path, monkeypatch, capsys):
     argv += ["--steps", "2", "--data", str(folder), "--parts", "facts", "text"]
     retro.main(argv)
     facts, *text = json.loads((tmp_path / "retro.json").read_text())["rows"]
-    assert 0 <= facts["with"] <= 1 and facts["facts"] == 56  # eight rows of seven
+    assert 0 <= facts["with"] <= 1 and facts["facts"] == 48  # 16 rows of three
     names = [(row["model"], row["neighbours"]) for row in text]
     assert names == [("gpt", "without"), ("retro", "with"), ("retro", "without"), ("retro", "of others")]
     for row in text:

@@ -31,7 +31,6 @@ RUNS = {name: ["--model", name] for name in MODELS} | {
     "pegasus": ["--model", "t5", "--task", "pegasus"],
     "translate": ["--model", "t5", "--task", "translate"],
 }
-NOT_FIGURES = ("step", "tokens", "images", "seconds", "pairs")
 
 
 def measure(work: Path, name: str, seed: int) -> dict:
@@ -49,7 +48,7 @@ def measure(work: Path, name: str, seed: int) -> dict:
         "parameters": start["n_params"],
         "loss": start["loss"],
         "guess": start["guess"],
-        "held out": {key: value for key, value in last.items() if key not in NOT_FIGURES},
+        "held out": {key: last[key] for key in last if key.startswith("val_") or key == "bits_per_byte"},
     }
 
 

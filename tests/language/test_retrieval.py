@@ -1,12 +1,13 @@
-"""The index against scikit-learn's TF-IDF, what a search leaves out, and the overlap by brute force."""
+"""The index against TF-IDF term by term, and scikit-learn's; what a search leaves out; overlaps by brute force."""
 
+import math
+from collections import Counter
 from difflib import SequenceMatcher
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from language.retrieval import Index, common_run, find_all, own_chunks, terms_of
 
@@ -23,11 +24,35 @@ def test_terms_are_numbers_of_their_own():
     assert len(np.unique(terms_of(runs))) == len(runs) and terms_of(runs).shape == (6, 1)
 
 
+def runs(chunk):
+    return Counter(tuple(chunk[i : i + 3].tolist()) for i in range(len(chunk) - 2))
+
+
 @pytest.mark.parametrize("n_vocab", [4, 7, 60])  # nearly all terms frequent, some, none
+def test_scores_are_those_of_the_equation_term_by_term(n_vocab):
+    m, tokens = 10, text(1505, n_vocab)
+    chunks = [runs(chunk) for chunk in tokens[:1500].reshape(-1, m)]
+    n_chunks_with = Counter(term for chunk in chunks for term in chunk)
+    idf = {term: math.log(150 / n) + 1 for term, n in n_chunks_with.items() if n <= 15}  # a tenth
+
+    def weights(chunk):
+        found = {term: n * idf[term] for term, n in chunk.items() if term in idf}
+        norm = math.sqrt(sum(w * w for w in found.values())) or 1.0
+        return {term: w / norm for term, w in found.items()}
+
+    index = Index.build(tokens, m, EOT)
+    for query in (tokens[30:40], text(m, n_vocab, 1), text(m, n_vocab, 2)):
+        own = weights(runs(query))
+        expected = [sum(own.get(t, 0) * w for t, w in weights(chunk).items()) for chunk in chunks]
+        np.testing.assert_allclose(index.scores(query), expected, atol=1e-6)  # weights are float32
+
+
+@pytest.mark.parametrize("n_vocab", [4, 7, 60])
 def test_scores_are_those_of_scikit_learn(n_vocab):
+    peers = pytest.importorskip("sklearn.feature_extraction.text")
     m, tokens = 10, text(1505, n_vocab)
     chunks = tokens[:1500].reshape(-1, m)
-    peer = TfidfVectorizer(
+    peer = peers.TfidfVectorizer(
         analyzer=lambda row: [tuple(row[i : i + 3].tolist()) for i in range(m - 2)],
         smooth_idf=False,
         max_df=15,  # a tenth

@@ -1,4 +1,4 @@
-"""The index against TF-IDF term by term, and scikit-learn; what a search leaves out; overlaps by brute force."""
+"""The index against TF-IDF by its equation and scikit-learn; what a search leaves out; overlaps."""
 
 import math
 from collections import Counter

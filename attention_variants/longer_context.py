@@ -39,11 +39,11 @@ def stretched(frequencies: Tensor, theta: float, scaling: dict) -> tuple[Tensor,
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * frequencies + (1 - keep) * frequencies / s, 1.0
-    ramp = yarn_ramp(len(frequencies), theta, scaling).to(frequencies.device)
+    ramp = yarn_ramp(len(frequencies), theta, scaling, frequencies.device)
     return frequencies / s * ramp + frequencies * (1 - ramp), yarn_factor(scaling)
 
 
-def yarn_ramp(n: int, theta: float, scaling: dict) -> Tensor:
+def yarn_ramp(n: int, theta: float, scaling: dict, device: torch.device | None = None) -> Tensor:
     """Return how far each of n pairs is slowed down by YaRN, (n,): 0 not at all, 1 by the whole factor."""
     width, original = 2 * n, scaling["original_max_position_embeddings"]
 
@@ -55,7 +55,8 @@ def yarn_ramp(n: int, theta: float, scaling: dict) -> Tensor:
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    return ((torch.arange(n).float() - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    pairs = torch.arange(n, device=device).float()  # made there: a copy would wait for the GPU
+    return ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
 
 
 def yarn_factor(scaling: dict) -> float:

@@ -27,7 +27,7 @@ from data.tokenizer import get_tokenizer
 from engine import cpu
 from formats import command
 from formats.atomic import replace_file
-from results.pretext import run
+from results.training_runs import run
 from vision import zero_shot
 from vision.clip import CLIP
 

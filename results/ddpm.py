@@ -23,7 +23,7 @@ from data.rows import Dataset, stack
 from engine import pictures
 from formats import command
 from results.keep import Ended
-from results.training_runs import last_evaluation, trained
+from results.training_runs import run
 from vision import conditions, ddpm, judge
 
 MODELS = {"U-Net": "ddpm", "DiT": "dit"}
@@ -55,10 +55,10 @@ def measure(work: Path, network: str, target: str, seed: int, steps: int, shown:
     """Return the figures of one run; its images go to `shown`, under its name."""
     flags = ["--model", MODELS[network], "--set", f"target={target}", "--steps", str(steps)]
     out = work / f"{MODELS[network]}-{target}-{seed}"
-    model = trained(out, *flags, "--seed", str(seed), "--cache", str(work / "cache"))
-    module = ddpm.Diffusion.from_pretrained(model).float().eval()
+    last = run(out, seed, *flags, "--cache", str(work / "cache"))
+    module = ddpm.Diffusion.from_pretrained(out / "model").float().eval()
     found, shown[network, target] = figures(module, pairs(module.config.size, work / "cache"))
-    return {"loss": last_evaluation(out)["val_loss"]} | found
+    return {"loss": last["val_loss"]} | found
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from formats import command
 from results.keep import Ended
-from results.training_runs import last_evaluation, trained
+from results.training_runs import run
 
 MODELS = (
     "gpt", "moe", "bert", "electra", "deberta", "deberta_v3", "t5", "bart", "prefix_lm", "multi_token",
@@ -36,10 +36,9 @@ RUNS = {name: ["--model", name] for name in MODELS} | {
 def measure(work: Path, name: str, seed: int) -> dict:
     """Return the figures of a default run with a seed."""
     out = work / f"{name}-{seed}"
-    trained(out, *RUNS[name], "--seed", str(seed), "--cache", str(work / "cache"))
+    last = run(out, seed, *RUNS[name], "--cache", str(work / "cache"))
     start = json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"][0]
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = last_evaluation(out)
     return {
         "command": " ".join(["python train.py", *RUNS[name]]),
         "steps": last["step"],

@@ -32,7 +32,7 @@ from data.rows import Dataset
 from formats import command
 from formats.open_model import open_model
 from results.keep import Ended
-from results.pretext import run
+from results.training_runs import run
 from vision import drawing, flow, frechet, vae
 
 PARTS = ("gan", "energy", "vae", "flow")

@@ -24,7 +24,7 @@ from engine import cpu
 from formats import command
 from formats.atomic import replace_file
 from formats.open_model import open_model
-from results.pretext import run
+from results.training_runs import run
 from vision.visual_questions import scores
 
 RUNS = {"llava": [], "blind": ["--set", "blind=True"], "random tower": ["--tower", "random"]}

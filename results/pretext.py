@@ -32,7 +32,7 @@ from evaluation import probe
 from formats import command
 from formats.open_model import open_model
 from results.keep import Ended
-from results.training_runs import last_evaluation, trained
+from results.training_runs import run
 from vision import colorize
 
 ENCODERS = {  # the flags of each, and the size of the model
@@ -46,12 +46,6 @@ RATIOS = (0.2, 0.4, 0.6, 0.75, 0.9)
 TARGETS = ("hog", "pixels")
 FINE_TUNING = ["--model", "vit", "--data", "glyphs:few", "--steps", "200", "--batch-size", "64"]
 N_PICTURES = 200  # held-out landscapes whose balls are measured
-
-
-def run(out: Path, seed: int, *flags: str) -> dict:
-    """Make a run of train.py in out with a seed; return the last row of its held-out metrics."""
-    trained(out, *flags, "--seed", str(seed))
-    return last_evaluation(out)
 
 
 def fine_tuned(out: Path, seed: int, start: list[str]) -> float:

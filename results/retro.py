@@ -31,7 +31,7 @@ from formats.open_model import open_model
 from language import retro_rows
 from language.retrieval import common_run
 from results.keep import Ended
-from results.pretext import run
+from results.training_runs import run
 
 ALPHAS = (0.125, 0.25, 0.5, 1.0)
 BATCH = 16  # rows at once

@@ -32,7 +32,7 @@ from data.rows import stack
 from engine.optim import at_worst_point
 from formats import command
 from results.keep import Ended
-from results.pretext import run
+from results.training_runs import run
 from vision.vit import ViT
 
 RADIUS = 0.05  # of the worst point that is measured, for all runs

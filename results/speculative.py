@@ -34,7 +34,7 @@ from language.multi_token import Heads
 from language.speculative import Counts, Draft, DraftModel, Lookup, expected_tokens, generate
 from results.in_turn import measure_in_turn, rate
 from results.keep import Ended
-from results.pretext import run
+from results.training_runs import run
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 HELD_OUT = LIBRARY / "textwrap.py"  # its name is beyond those of the training text, a to s

@@ -39,3 +39,9 @@ def last_evaluation(out: Path) -> dict:
     """Return the last row of held-out figures that the run in the folder `out` has logged."""
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "val_loss" in row][-1]
+
+
+def run(out: Path, seed: int, *flags: str) -> dict:
+    """Make a run of train.py with a seed in the folder `out`, see `trained`; return its `last_evaluation`."""
+    trained(out, *flags, "--seed", str(seed))
+    return last_evaluation(out)

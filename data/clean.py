@@ -250,6 +250,25 @@ def check_packages(engine: str, format: str, files: Files) -> None:
             zstandard_for(path)
 
 
+def made_once(out: Path, made_with: dict, make: Callable[[], dict]) -> dict:
+    """Return the report of the finished result in the folder out, or else that of make(), which makes it there
+    now.
+
+    made_with: the flags and files that the result depends on. Raises ValueError if out holds the result of
+    others, or if another process is at work there.
+    """
+    made_with = json.loads(json.dumps(made_with))  # as it will be read: tuples become lists
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / "lock", timeout=1):
+            if not begin(out, made_with):
+                return make()
+            shutil.rmtree(out / "work", ignore_errors=True)
+            return read_json(out / "report.json")
+    except Timeout:
+        raise ValueError(f"--out {out}: another process is at work there; wait for it") from None
+
+
 def begin(out: Path, made_with: dict) -> bool:
     """Return whether out holds the finished result of the same flags and files.
 
@@ -374,18 +393,9 @@ def main(argv: list[str] | None = None) -> None:
     stats = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
     made_with = {"input": stats, "stages": stages, "text field": args.text_field, "format": args.format}
     made_with |= {"settings": {name: value for name, value in vars(settings).items() if name != "memory"}}
-    made_with = json.loads(json.dumps(made_with))
-    args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(args.out / "lock", timeout=1):
-            if begin(args.out, made_with):
-                report = read_json(args.out / "report.json")
-                shutil.rmtree(args.out / "work", ignore_errors=True)
-            else:
-                engine = (args.engine, args.workers)
-                report = clean(files, args.out, stages, settings, args.text_field, args.format, engine)
-    except Timeout:
-        raise ValueError(f"--out {args.out}: another process is at work there; wait for it") from None
+    engine = (args.engine, args.workers)
+    work = partial(clean, files, args.out, stages, settings, args.text_field, args.format, engine)
+    report = made_once(args.out, made_with, work)
     print(table(report))
 
 

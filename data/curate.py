@@ -19,7 +19,6 @@ and flags give the same bytes, and an interrupted command goes on. Memory holds 
 numbers for each document."""
 
 import argparse
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from data import clean, mixture, parts, selection
 from data.cleaning_stages import Counts, read_counts
@@ -36,7 +34,7 @@ from data.parts import Documents, n_parts, part, read_lines, write_lines
 from data.quality_classifier import Classifier
 from formats import command
 from formats.atomic import replace_file
-from formats.json_file import read_json, write_json
+from formats.json_file import write_json
 from formats.progress import progress_bar
 
 SCORES = ("classifier", "perplexity", "ask_llm", "random")
@@ -376,17 +374,8 @@ def main(argv: list[str] | None = None) -> None:
     models = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in directories]
     flags = ("mix", "temperature", "bytes", "seed", "text_field", "format", "keep_rejected", "keep_scores")
     made_with = {"input": stats, "sources": list(sources), "stages": args.stage, "models": models}
-    made_with = json.loads(json.dumps(made_with | {name: getattr(args, name) for name in flags}))
-    args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(args.out / "lock", timeout=1):
-            if clean.begin(args.out, made_with):
-                report = read_json(args.out / "report.json")
-                shutil.rmtree(args.out / "work", ignore_errors=True)
-            else:
-                report = curate(sources, stages, weights, args)
-    except Timeout:
-        raise ValueError(f"--out {args.out}: another process is at work there; wait for it") from None
+    made_with |= {name: getattr(args, name) for name in flags}
+    report = clean.made_once(args.out, made_with, partial(curate, sources, stages, weights, args))
     print(table(report, list(sources)))
 
 

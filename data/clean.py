@@ -251,8 +251,7 @@ def check_packages(engine: str, format: str, files: Files) -> None:
 
 
 def made_once(out: Path, made_with: dict, make: Callable[[], dict]) -> dict:
-    """Return the report of the finished result in the folder out, or else that of make(), which makes it there
-    now.
+    """Return the report of the finished result in the folder out, or of make(), which makes it there.
 
     made_with: the flags and files that the result depends on. Raises ValueError if out holds the result of
     others, or if another process is at work there.

@@ -32,6 +32,15 @@ def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.p
     return times * n_tokens / (clock() - began)
 
 
+def one_thread() -> str:
+    """Set one thread, and memory and products as train.py has them; return the setting by which PyTorch then
+    multiplies float32 matrices."""
+    cpu.keep_memory()
+    torch.set_num_threads(1)
+    cpu.multiply_by_onednn()
+    return torch.get_float32_matmul_precision()
+
+
 def measure_in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Return for each side its figure in each round, such as tokens per second."""
     figures = {side: [] for side in sides}

@@ -20,9 +20,8 @@ from functools import partial
 
 import torch
 
-from engine import cpu
 from formats import command
-from results.in_turn import compared, measure_in_turn, rate, write_figures
+from results.in_turn import compared, measure_in_turn, one_thread, rate, write_figures
 from vision import ddpm, unet
 
 SHAPES = {  # the size of the U-Net, images that are drawn at once, and steps
@@ -96,11 +95,7 @@ def main() -> None:
     args = parser.parse_args()
 
     load = os.getloadavg()[0]
-    cpu.keep_memory()
-    torch.set_num_threads(1)
-    cpu.multiply_by_onednn()
-    onednn = torch.get_float32_matmul_precision()
-    results = []
+    onednn, results = one_thread(), []
     for name in args.shapes:
         results += measure(name, args.rounds, onednn)
         if args.out:

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine import cpu
-from results.in_turn import compared, measure_in_turn, opened_by, rate, write_figures
+from results.in_turn import compared, measure_in_turn, one_thread, opened_by, rate, write_figures
 from vision import mae, vit
 
 SHAPES = {  # the model, and images of a step
@@ -118,11 +117,7 @@ def main() -> None:
     args = parser.parse_args()
 
     load = os.getloadavg()[0]
-    cpu.keep_memory()
-    torch.set_num_threads(1)
-    cpu.multiply_by_onednn()
-    onednn = torch.get_float32_matmul_precision()
-    results = []
+    onednn, results = one_thread(), []
     for name in args.models:
         results += measure(name, args.rounds, onednn)
         if args.out:

@@ -242,20 +242,23 @@ def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k, b
 
 def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
     T, K, S = q.shape[1], q.shape[3], k.shape[1]
-    # One call per document: the scores between different documents are never computed.
+    scale = scale or 1 / math.sqrt(K)
     if cu_seqlens is not None:
-        documents = [
-            _torch(q[:, a:b], k[:, a:b], v[:, a:b], causal, window, scale, None, None, bias)
-            for a, b in pairwise(cu_seqlens.tolist())
-        ]
-        return torch.cat(documents, dim=1)
+        return _documents(q, k, v, causal, window, scale, cu_seqlens, bias)
     # One call per row, which reads no key that does not exist, or one with a mask where few do not exist.
     if seqlens_k is not None and readable(seqlens_k):
         lengths = seqlens_k.tolist()
+        sees_all = not causal and window is None and bias is None and T > 1 and min(lengths, default=0) > 0
+        if sees_all and attention_cpu.at_once_is_faster(q, [(T, n) for n in lengths], T, S):
+            k, v = _without_missing(k, v, seqlens_k)
+            return attention_cpu.attend(q, k, v, False, scale, lengths=seqlens_k)
         if not attention_cpu.mask_is_faster(q, k, v, lengths):
-            parts = [(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n]) for b, n in enumerate(lengths)]
-            rows = [_torch(*part, causal, window, scale, None, None, bias) for part in parts]
-            return torch.cat(rows) if rows else torch.empty_like(q)
+            rows = zip(q.split(1), k.split(1), v.split(1), lengths, strict=True)
+            parts = [
+                _torch(row, k[:, :n], v[:, :n], causal, window, scale, None, None, bias)
+                for row, k, v, n in rows
+            ]
+            return torch.cat(parts) if parts else torch.empty_like(q)
     elif seqlens_k is not None:
         k, v = _without_missing(k, v, seqlens_k)
 
@@ -274,7 +277,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
 
     if mask is None and attention_cpu.applies(q, k):
         by_distance = None if bias is None else bias_by_distance(bias, T, S)
-        return attention_cpu.attend(q, k, v, square_causal, scale or 1 / math.sqrt(K), by_distance)
+        return attention_cpu.attend(q, k, v, square_causal, scale, by_distance)
     if bias is not None:
         # PyTorch's operation takes a bias of every score, with the mask in it.
         if square_causal:
@@ -292,6 +295,21 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
             enable_gqa=k.shape[2] != q.shape[2],
         )
     return out.transpose(1, 2)  # (B, T, H, K)
+
+
+def _documents(q, k, v, causal, window, scale, cu_seqlens, bias):
+    """Return attention within each document: one call for each, in which the scores between different
+    documents are never computed, or one call for all where they are short and of similar lengths."""
+    sizes = [b - a for a, b in pairwise(cu_seqlens.tolist())]
+    if window is None and readable(cu_seqlens):
+        longest = max(sizes)
+        if attention_cpu.at_once_is_faster(q, [(n, n) for n in sizes if n], longest, longest):
+            by_distance = None if bias is None else bias_by_distance(bias, longest, longest)
+            return attention_cpu.attend_documents(q, k, v, sizes, causal, scale, by_distance)
+    # split, not slices: the gradient of a slice is as large as the whole tensor
+    documents = zip(*(x.split(sizes, dim=1) for x in (q, k, v)), strict=True)
+    parts = [_torch(*document, causal, window, scale, None, None, bias) for document in documents]
+    return torch.cat(parts, dim=1)
 
 
 def _windows(q, k, v, window, scale, bias):

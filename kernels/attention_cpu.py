@@ -46,8 +46,23 @@ onednn_multiplies._dynamo_marked_constant = True
 
 def applies(q: Tensor, k: Tensor) -> bool:
     """Return True if `attend` is the faster way for q (B, T, H, K) and k (B, S, G, K), and gives the same."""
-    short = q.shape[1] > 1 and k.shape[1] <= SHORT and not transformed()
-    return short and q.device.type == "cpu" and q.dtype != torch.float64 and onednn_multiplies()
+    return q.shape[1] > 1 and k.shape[1] <= SHORT and _possible(q) and onednn_multiplies()
+
+
+def _possible(q: Tensor) -> bool:
+    """Return True if `attend` gives for q what PyTorch's own attention gives."""
+    return q.device.type == "cpu" and q.dtype != torch.float64 and not transformed()
+
+
+def at_once_is_faster(q: Tensor, shapes: list[tuple[int, int]], T: int, S: int) -> bool:
+    """Return True if one call of `attend` for all rows, each padded to T queries and S keys, takes less time
+    than a call for each. shapes: the queries and keys of each row without padding. q: (B, T, H, K).
+
+    Measured with gradients: a call costs as much as 200,000 products or more. Longer rows gain nothing.
+    """
+    more = len(shapes) * T * S - sum(t * s for t, s in shapes)  # scores that a mask hides
+    worth = len(shapes) > 1 and more * q.shape[2] * q.shape[3] <= 200_000 * len(shapes)
+    return worth and S <= BLOCK and _possible(q)
 
 
 def mask_is_faster(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> bool:
@@ -61,15 +76,45 @@ def mask_is_faster(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> bool:
     return least == S or all(bool(x[:, least:].abs().amax() < 1e10) for x in (k, v))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q. causal: T = S. bias: None, or
-    (H, T + S - 1), the numbers of `attention.bias_by_distance`."""
+    (H, T + S - 1), the numbers of `attention.bias_by_distance`. lengths: None, or (B,), at least 1: the keys
+    from lengths[b] on are hidden in row b; they and their values have to be finite."""
     B, H, dtype, n_shared = q.shape[0], q.shape[2], q.dtype, q.shape[2] // k.shape[2]
     if n_shared > 1:
         k, v = (x.repeat_interleave(n_shared, dim=2) for x in (k, v))  # (B, S, H, K)
     heads = (x.transpose(1, 2).flatten(0, 1).float() for x in (q, k, v))  # (B H, T or S, K)
-    out, _ = _all_heads(*heads, causal, scale, None if bias is None else bias.float())
+    hidden = None
+    if lengths is not None:
+        missing = torch.arange(k.shape[1], device=q.device) >= lengths[:, None]
+        hidden = torch.zeros_like(missing, dtype=torch.float32).masked_fill(missing, -math.inf)
+    out, _ = _all_heads(*heads, causal, scale, None if bias is None else bias.float(), hidden)
     return out.to(dtype).unflatten(0, (B, H)).transpose(1, 2)  # (B, T, H, K)
+
+
+def attend_documents(q, k, v, sizes: list[int], causal: bool, scale: float, bias=None) -> Tensor:
+    """Return the attention, like q, of documents that lie one after another in q (1, T, H, K) and in k and v
+    (1, T, G, K), at once: each becomes a row as long as the longest. sizes: of the documents, T together.
+    bias: None, or (H, 2 L - 1) for the longest, L."""
+    lengths = torch.tensor([n for n in sizes if n])
+    ends, L = lengths.cumsum(0), int(lengths.max())
+    exists = torch.arange(L) < lengths[:, None]  # (N, L)
+    index = (torch.arange(L) + (ends - lengths)[:, None]).where(exists, 0)
+
+    def rows(x: Tensor) -> Tensor:
+        x = x[0].flatten(1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:])  # (N, L, H, K)
+        return x.masked_fill(~exists[..., None, None], 0)
+
+    out = attend(rows(q), rows(k), rows(v), causal, scale, bias, lengths)
+    return out.flatten(0, 1).index_select(0, exists.flatten().nonzero().flatten())[None]
 
 
 def _n_weights(T: int, S: int, causal: bool) -> int:
@@ -110,9 +155,16 @@ def _distances(rows: slice, seen: slice, T: int) -> slice:
 @library.custom_op("plinth::attention_all_heads", mutates_args=())
 @torch.autocast("cpu", enabled=False)
 def _all_heads(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention of q (N, T, K) over k and v (N, S, K) in float32, and the weights, flat."""
+    """Return the attention of q (N, T, K) over k and v (N, S, K) in float32, and the weights, flat. hidden:
+    None, or (B, S), 0 for the keys that a row sees and -inf for the others."""
     N, T, _ = q.shape
     out, weights = torch.empty_like(q), q.new_empty(N * _n_weights(T, k.shape[1], causal))
     q, later = q * scale, torch.full((BLOCK, BLOCK), -math.inf).triu(1)
@@ -120,6 +172,8 @@ def _all_heads(
         torch.bmm(q[:, rows], k[:, seen].mT, out=p)
         if bias is not None:
             p.unflatten(0, (-1, len(bias))).add_(toeplitz(bias[:, _distances(rows, seen, T)], *p.shape[1:]))
+        if hidden is not None:
+            p.view(len(hidden), -1, p.shape[2]).add_(hidden[:, None, seen])
         if causal:
             # The last keys of a block are its own queries: a square with later keys above the diagonal.
             n = p.shape[1]
@@ -130,7 +184,7 @@ def _all_heads(
 
 
 @_all_heads.register_fake
-def _(q, k, v, causal, scale, bias=None):
+def _(q, k, v, causal, scale, bias=None, hidden=None):
     return torch.empty_like(q), q.new_empty(q.shape[0] * _n_weights(q.shape[1], k.shape[1], causal))
 
 
@@ -168,7 +222,7 @@ def _(dout, q, k, v, weights, causal, scale, bias=None):
 
 
 def _save(ctx, inputs, output):
-    *qkv, ctx.causal, ctx.scale, bias = inputs
+    *qkv, ctx.causal, ctx.scale, bias, _ = inputs
     ctx.save_for_backward(*qkv, output[1], bias)
     ctx.set_materialize_grads(False)  # the weights get no gradient: pass None, not a tensor of zeros
 
@@ -176,7 +230,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, _):
     *saved, bias = ctx.saved_tensors
     dq, dk, dv, dbias = _all_heads_backward(dout, *saved, ctx.causal, ctx.scale, bias)
-    return dq, dk, dv, None, None, None if bias is None else dbias
+    return dq, dk, dv, None, None, None if bias is None else dbias, None
 
 
 _all_heads.register_autograd(_backward, setup_context=_save)

@@ -305,6 +305,36 @@ def test_rows_of_nearly_equal_lengths_take_one_call_unless_a_mask_could_not_hide
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=0)
 
 
+AT_ONCE = {  # rows or documents that one call computes, with what a mask hides between them
+    "documents": {"cu_seqlens": [0, 3, 3, 20, 35]},
+    "causal documents": {"cu_seqlens": [0, 1, 12, 35], "causal": True},
+    "lengths": {"seqlens_k": [18, 35, 1]},
+    "fewer queries": {"seqlens_k": [18, 35, 30], "T": 7},
+}
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_rows_at_once_give_what_a_call_for_each_row_gives(name, has_bias, monkeypatch):
+    options = dict(AT_ONCE[name])
+    if has_bias and "seqlens_k" in options:
+        pytest.skip("a bias counts distances from the end of each row: one call for each")
+    T, B = options.pop("T", 35), len(options.get("seqlens_k", [0]))
+    q, k, v, options = inputs(options, T, 35, B=B, H=4, G=2)
+    leaves = [q, k, v] + ([torch.randn(4, 71)] if has_bias else [])
+    found, decisions, decide = [], [], attention_cpu.at_once_is_faster
+    for rule in (lambda *shapes: decisions.append(decide(*shapes)) or decisions[-1], lambda *shapes: False):
+        monkeypatch.setattr(attention_cpu, "at_once_is_faster", rule)
+        of_run = [x.clone().requires_grad_() for x in leaves]
+        bias = {"bias": of_run[3]} if has_bias else {}
+        out = attention(*of_run[:3], **options, **bias, backend="torch")
+        out.square().sum().backward()
+        found.append([out, *(x.grad for x in of_run)])
+    assert decisions == [True]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)  # float32, sums over 35 keys
+
+
 def test_large_magnitudes():
     q, k, v, _ = inputs({}, 20, 20)
     out = attention(300 * q, 300 * k, v, causal=True, backend="triton")  # scores of order 1e5

@@ -35,6 +35,7 @@ from results.training_runs import run
 
 ALPHAS = (0.125, 0.25, 0.5, 1.0)
 BATCH = 16  # rows at once
+TEXT_STEPS = 600  # updates of both models of a text, of 8 rows
 
 
 def of_facts(work: Path, seed: int, steps: list[str]) -> dict:
@@ -85,6 +86,7 @@ def by_overlap(nats: np.ndarray, n_bytes: np.ndarray, overlap: np.ndarray, m: in
 
 def of_text(work: Path, seed: int, data: str, steps: list[str]) -> list[dict]:
     """Return a row of figures for gpt.py's tiny and for RETRO with each kind of neighbours."""
+    steps = steps or ["--steps", str(TEXT_STEPS)]
     shared = ["--data", data, "--cache", str(work / "cache"), "--lr", "0.004", *steps]
     outs = {"gpt": work / f"gpt-{seed}", "retro": work / f"retro-{seed}"}
     run(outs["gpt"], seed, "--model", "gpt", "--batch-size", "8", *shared)
@@ -137,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--parts", nargs="+", choices=("facts", "text"), default=["facts"], help="parts (default facts)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add("--data", default="stdlib", help="the text, as for train.py (default %(default)s)")
-    add("--steps", type=int, help="updates of each run (default: the model's)")
+    add("--steps", type=int, help="updates of each run (default: the model's, or 600 on a text)")
     args = parser.parse_args(argv)
     steps = ["--steps", str(args.steps)] if args.steps else []
     ended = Ended(args.out)

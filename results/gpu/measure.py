@@ -104,8 +104,8 @@ def image_flags(sizes, work: Path, model: str) -> list[str]:
         captions.append({"image": f"{path.parent.name}/{path.name}", "caption": f"noise, number {i}"})
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
     (work / "pictures" / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    flags = ["--model", model, *sizes.images, "--device", sizes.device, "--data", str(work / "pictures")]
-    return [*flags, "--cache", str(work / "cache")]
+    paths = ["--data", str(work / "pictures"), "--cache", str(work / "cache")]
+    return ["--model", model, *sizes.images[model], "--device", sizes.device, *paths]
 
 
 def train_speed(sizes, work: Path, model: str, size_flags: tuple[str, ...], kernels: str) -> dict:

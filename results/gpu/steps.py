@@ -34,7 +34,7 @@ class Sizes:
     gpt: tuple[str, ...]  # flags of train.py
     bert: tuple[str, ...]
     moe: tuple[str, ...]
-    images: tuple[str, ...]
+    images: dict[str, tuple[str, ...]]  # flags for each model of images
     pictures: tuple[int, int]  # how many to train on, and their height and width
     updates: tuple[int, int, int]  # to warm up, measured, profiled
     learning_steps: int
@@ -67,7 +67,7 @@ def source_of(package: str) -> str:
 BF16 = ("--dtype", "bfloat16", "--compile")
 FLAGS = "--dtype float32 --no-compile --seq-len 16 --batch-size 2 --size tiny --set n_layers=1"
 FP32 = tuple(FLAGS.split())
-IMAGES = "--dtype float32 --no-compile --batch-size 2 --size tiny --set n_layers=1"
+TINY = ("--dtype", "float32", "--no-compile", "--batch-size", "2", "--size", "tiny")
 FULL = Sizes(
     device="cuda",
     data=source_of("transformers"),
@@ -76,7 +76,11 @@ FULL = Sizes(
     gpt=("--size", "124m", "--seq-len", "1024", "--batch-size", "64", *BF16),
     bert=("--size", "roberta-base", "--seq-len", "512", "--batch-size", "128", *BF16),
     moe=("--size", "switch-base-8-like", "--seq-len", "512", "--batch-size", "128", *BF16),
-    images=("--size", "b-16", "--batch-size", "128", *BF16),
+    images={
+        **dict.fromkeys(("vit", "mae", "simclr", "clip"), ("--size", "b-16", "--batch-size", "128", *BF16)),
+        "unet": ("--size", "ddpm-32", "--batch-size", "128", *BF16),
+        "dit": ("--size", "b-4", "--batch-size", "256", *BF16),
+    },
     pictures=(256, 224),
     updates=(5, 40, 5),
     learning_steps=200,
@@ -107,7 +111,10 @@ TOY = Sizes(
     gpt=FP32,
     bert=FP32,
     moe=FP32,
-    images=tuple(IMAGES.split()),
+    images={
+        **dict.fromkeys(("vit", "mae", "simclr", "clip", "dit"), (*TINY, "--set", "n_layers=1")),
+        "unet": TINY,
+    },
     pictures=(8, 32),
     updates=(1, 1, 1),
     learning_steps=2,
@@ -177,7 +184,7 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
             Measurement("moe, --kernels auto", 90, partial(train, "moe", sizes.moe, "auto")),
             *(
                 Measurement(f"{model}, images", 60, partial(measure.image_speed, sizes, work, model))
-                for model in ("vit", "mae", "simclr", "clip")
+                for model in sizes.images
             ),
         ],
         "flex": [

@@ -134,7 +134,7 @@ class Texts:
 
     def judge(self, score: str) -> Path:
         """Return the folder of the classifier, or of a model trained on the dirty text."""
-        folder = self.folder / ("classifier" if score == "classifier" else "judge")
+        folder = self.folder / ("judge of quality" if score == "classifier" else "judge")
         if score == "classifier" and not folder.exists():
             flags = [word for side in ("good=others", "other=dirty") for word in self.side(*side.split("="))]
             with redirect_stdout(None):

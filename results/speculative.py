@@ -1,20 +1,20 @@
 """Speculative decoding: tokens per second with each kind of draft, beside the model alone.
 
-    python -m results.speculative --out results/speculative.json       about eight minutes of one core
+    python -m results.speculative --out results/speculative.json       about 25 minutes of one core
 
-Two models learn Python's library, byte by byte: one of eight layers with three further heads
-(language/multi_token.py), and a small one of a single layer. The first continues pieces of a file that
-neither was trained on, one row at a time, alone and with each of these drafts:
+Three models learn Python's library, byte by byte: "small", of eight layers of width 96 with three further
+heads (language/multi_token.py), "large", of eight layers of width 320, and "draft", of one layer of width 96.
+Small and large continue pieces of a file that none was trained on, one row at a time, alone and with guesses:
 
-    draft      the small model
-    heads      the model's own further heads
+    draft      of the model of this name
+    heads      of the model's own further heads, which only "small" has
     look-up    a copy of what followed when the last bytes occurred before
 
 Each draft is measured with several numbers g of guesses per pass. All are measured in turn, so that a busy
 minute of the machine slows all of them. A row has the tokens per pass that were counted, and "formula", what
 (1 - a^(g+1)) / (1 - a) gives for the share a of guesses that were accepted. Time is processor time of one
 thread, because other programs used the machine too. Training runs in --work are not repeated, nor is a
-temperature that is in --out.
+model at a temperature that is in --out.
 """
 
 import argparse
@@ -39,27 +39,37 @@ from results.training_runs import run
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 HELD_OUT = LIBRARY / "textwrap.py"  # its name is beyond those of the training text, a to s
 DATA = ["--data", f"{LIBRARY}/[a-s]*.py", "--val", str(HELD_OUT), "--tokenizer", "bytes"]
-SHAPE = ["--seq-len", "128", "--batch-size", "16", "--eval-every", "1000", "--set", "d_model=96", "d_ff=256"]
+SHAPE = ["--seq-len", "128", "--batch-size", "16", "--eval-every", "1000", "--set"]
+NARROW = ["d_model=96", "d_ff=256"]
 RUNS = {
-    "model": ["--model", "multi_token", "--steps", "300", *DATA, *SHAPE, "n_layers=8"],
-    "draft": ["--model", "gpt", "--steps", "400", *DATA, *SHAPE, "n_layers=1"],
+    "small": ["--model", "multi_token", "--steps", "300", *DATA, *SHAPE, *NARROW, "n_layers=8"],
+    "large": ["--model", "gpt", "--steps", "300", *DATA, *SHAPE, "d_model=320", "d_ff=864", "n_layers=8"],
+    "draft": ["--model", "gpt", "--steps", "1000", *DATA, *SHAPE, *NARROW, "n_layers=1"],
 }
-SIDES = [("draft", 1), ("draft", 2), ("draft", 4), ("draft", 6), ("heads", 1), ("heads", 2), ("heads", 3)]
-SIDES += [("look-up", 2), ("look-up", 4), ("look-up", 8)]
+DRAFTS = {  # of each model, with their guesses per pass
+    "small": {"draft": (1, 2, 4, 6), "heads": (1, 2, 3), "look-up": (2, 4, 8)},
+    "large": {"draft": (1, 2, 3, 4, 6), "look-up": (2, 4, 8)},
+}
 PROMPT, NEW = 96, 128  # bytes
 
 
-def prompts_of(model: nn.Module, directory: Path, n: int) -> list[list[int]]:
+def prompts_of(directory: Path, n: int) -> list[list[int]]:
     """Return n pieces of the held-out file, each of PROMPT tokens (bytes), evenly spaced."""
     tokens = get_tokenizer(str(directory)).encode(HELD_OUT.read_text(encoding="utf-8"))
     return [tokens[i * len(tokens) // n :][:PROMPT] for i in range(n)]
 
 
 def measure(
-    model: nn.Module, drafts: dict[str, Draft], prompts, temperature: float, rounds: int
+    model: nn.Module,
+    sides: list[tuple[str, int]],
+    drafts: dict[str, Draft],
+    prompts,
+    temperature,
+    rounds: int,
 ) -> list[dict]:
-    """Return the results at a temperature, a row for each of SIDES. rounds: measurements of each."""
-    counts = {side: Counts() for side in SIDES}
+    """Return the results at a temperature, a row for each side: the name of a draft, and guesses per pass.
+    rounds: measurements of each."""
+    counts = {side: Counts() for side in sides}
     texts: dict[tuple | str, list] = {}
 
     def alone() -> None:
@@ -72,7 +82,7 @@ def measure(
         texts[side] = [generate(model, drafts[side[0]], [prompt], NEW, **options) for prompt in prompts]
 
     # All sides in turn, after a first round that is not counted.
-    calls = {"alone": alone} | {side: partial(guessed, side) for side in SIDES}
+    calls = {"alone": alone} | {side: partial(guessed, side) for side in sides}
     for call in calls.values():
         call()
     n = len(prompts) * NEW
@@ -80,7 +90,7 @@ def measure(
     figures = measure_in_turn(timed, rounds)
 
     rows = []
-    for side in SIDES:
+    for side in sides:
         ratios = [mine / plain for mine, plain in zip(figures[side], figures["alone"], strict=True)]
         a, found = counts[side].acceptance, counts[side].tokens_per_pass
         row = {"temperature": temperature, "draft": side[0], "n_drafts": side[1], "acceptance": round(a, 3)}
@@ -109,20 +119,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
 
-    # Train both.
+    # Train all.
     cache = ["--cache", str(args.work / "cache")]
     last = {name: run(args.work / name, 0, *flags, *cache) for name, flags in RUNS.items()}
-    losses = {"model": last["model"]["val_next_token"], "draft": last["draft"]["val_loss"]}
-    model, small = (open_model(args.work / name / "model").eval() for name in RUNS)
-    drafts = {"draft": DraftModel(small), "heads": Heads(model), "look-up": Lookup(model.config.vocab_size)}
+    losses = {name: figures.get("val_next_token", figures["val_loss"]) for name, figures in last.items()}
+    models = {name: open_model(args.work / name / "model").eval() for name in RUNS}
+    drafts = {"draft": DraftModel(models["draft"]), "heads": Heads(models["small"])}
+    drafts["look-up"] = Lookup(models["small"].config.vocab_size)
 
     # Measure.
     about = {"nats_per_byte": losses, "prompts": args.prompts, "rounds": args.rounds, "threads": 1}
     ended = Ended(args.out, about, same=("prompts", "rounds", "nats_per_byte"))
-    for temperature in (0.0, 1.0):
-        if not ended.has(temperature=temperature):
-            prompts = prompts_of(model, args.work / "model" / "model", args.prompts)
-            ended.add(*measure(model, drafts, prompts, temperature, args.rounds))
+    prompts = prompts_of(args.work / "small" / "model", args.prompts)
+    for name, guesses in DRAFTS.items():
+        sides = [(draft, n) for draft, numbers in guesses.items() for n in numbers]
+        for temperature in (0.0, 1.0):
+            if not ended.has(model=name, temperature=temperature):
+                rows = measure(models[name], sides, drafts, prompts, temperature, args.rounds)
+                ended.add(*({"model": name} | row for row in rows))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Make a step in place of each parameter w that has a gradient w.grad; nothing of the others changes."""
+        """Make a step, in place, of each parameter w that has a gradient w.grad, and none of the others."""
         beta1, beta2 = self.betas
         for i, (w, m, v) in enumerate(zip(self.params, self.means, self.squares, strict=True)):
             if w.grad is None:

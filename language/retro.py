@@ -231,8 +231,8 @@ class RetroCache(KVCache):
         self.n_read, self.tokens, self.states, self.encoded = 0, None, None, None
 
     def encode(self, x: Tensor, tokens: Tensor, encoder) -> tuple[Tensor | None, int]:
-        """Return what a Block's `encode` does, for the prompts (B, T), or later T = 1 token of each, and their
-        states x (B, T, D). Retrieve for each chunk that they complete. encoder: (neighbours, states) -> E."""
+        """Return what a Block's `encode` does, for the prompts (B, T), or later the next token (B, 1), and
+        their states x. Retrieve for each chunk that they complete. encoder: (neighbours, states) -> E."""
         m, done = self.m, self.n_read
         tokens = tokens if self.tokens is None else torch.cat((self.tokens, tokens), dim=1)
         states = x if self.states is None else torch.cat((self.states, x), dim=1)

@@ -14,7 +14,7 @@ in [0, 1] stays with probability (2 - score)^-a: with a = 9 that is 1 for a scor
 for 0. Nearly all documents of the highest scores stay, and a few of all others, for variety.
 
 The number that is drawn for a document is a hash of its text and the seed. So it does not depend on the order
-of the documents or the number of processes, and of equal texts all stay or none."""
+of the documents or the number of processes, and of equal texts `pareto` keeps all or none."""
 
 from collections.abc import Iterable
 from hashlib import blake2b

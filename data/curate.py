@@ -319,7 +319,7 @@ def parser() -> command.Parser:
         "input",
         nargs="+",
         type=command.filled,
-        help="NAME=WHAT, or WHAT, for each source: a file, a folder, a glob or `stdlib`, as --data of train.py",
+        help="NAME=WHAT or WHAT for each source: a file, a folder, a glob or `stdlib`, as --data of train.py",
     )
     add("--out", type=command.path, required=True, help="folder for what stays, the report, and the work")
     add(

@@ -34,7 +34,7 @@ The gradient of CBOW is that of a mean: each of the n words of a window gets 1 /
 code and gensim do not divide by n (gensim's issue 1873; Irsoy et al. 2020, 2012.15332), so their step for v
 is n times the gradient. `undivided` makes their step.
 
-    python -m language.word2vec                         two minutes on Python's library; neighbours, analogies
+    python -m language.word2vec                         on Python's library; prints neighbours and analogies
     python -m language.analogies runs/word2vec/vectors.bin --near encode
 
 Shapes: V words, D width, N blocks, L words of a block, S = L + 2 window words of its span, P bits of a code,

@@ -4,19 +4,20 @@
         --stage classifier=quality pareto=9 --stage perplexity=runs/gpt/model head \\
         --mix wiki=0.3 web=0.7 --bytes 1e9 --keep-rejected
 
-reads documents of named sources as data/clean.py does, and sends them through the stages in the order in
-which they are named. A stage is a score and a rule (data/selection.py) that decides by it:
+reads documents of sources, each with a name, as data/clean.py does, and sends them through the stages in the
+order of the flags. A stage is a score and a rule (data/selection.py) that decides by it which documents stay:
 
     classifier=DIR      p(good) by data/quality_classifier.py
-    perplexity=MODEL    of a decoder, data/model_scores.py
+    perplexity=MODEL    of the text under a decoder, data/model_scores.py
     ask_llm=MODEL       p("yes") of a language model that is asked about the text, data/model_scores.py
-    random              a number drawn for each document: the control of all others, with top=SHARE
+    random              a number drawn for each document; with top=SHARE the control for the other scores
 
-Then, with --mix or --temperature, documents are drawn from the sources by weights (data/mixture.py). In the
-folder --out are, as of data/clean.py, part-00000.jsonl ..., report.json and rejected/; and composition.png,
-which shows what the corpus is made of before and after each stage. Nothing leaves uncounted, the same input
-and flags give the same bytes, and an interrupted command goes on. Memory holds a part of the text, and two
-numbers for each document."""
+Then, with --mix or --temperature, documents are drawn from the sources by weights (data/mixture.py). The
+folder --out holds part-00000.jsonl ..., report.json and rejected/, as after data/clean.py, and
+composition.png, a picture of the bytes of each source after each stage. Every document that leaves is
+counted, the same input and flags give the same bytes, also with several processes or on a Ray cluster, and an
+interrupted command continues where it was. Memory holds a part of the text, and a few numbers for each
+document."""
 
 import argparse
 import shutil
@@ -39,7 +40,7 @@ from formats.progress import progress_bar
 
 SCORES = ("classifier", "perplexity", "ask_llm", "random")
 
-Stage = tuple[str, str, str]  # the score, the directory that it is made with ("" for none), the rule
+Stage = tuple[str, str, str]  # the score, the directory of its model ("" for none), the rule
 
 
 def parse_stage(words: list[str]) -> Stage:
@@ -58,9 +59,10 @@ def parse_stage(words: list[str]) -> Stage:
 
 
 def find_sources(words: list[str]) -> dict[str, Files]:
-    """Return the files of each source from words NAME=WHAT, or WHAT alone, which is its own name.
+    """Return the files of each source from words NAME=WHAT, or WHAT alone, which is then the name too.
 
-    A file counts for the first source that names it.
+    WHAT is as --data of train.py. A name may come several times. A file that several words name belongs to
+    the source of the first one. Raises ValueError for an empty name, and for WHAT without files.
     """
     sources: dict[str, Files] = {}
     seen: set[Path] = set()
@@ -68,6 +70,8 @@ def find_sources(words: list[str]) -> dict[str, Files]:
         name, equals, what = word.partition("=")
         if not equals or Path(word).exists() or "/" in name:
             name, what = word, word
+        if not name:
+            raise ValueError(f"input {word}: expected NAME=WHAT, with the name of a source before the =")
         files = find_files(what, Path("cache"), print, flag="input")
         new = {path.resolve(): (file, path) for file, path in files if path.resolve() not in seen}
         seen |= new.keys()
@@ -76,17 +80,17 @@ def find_sources(words: list[str]) -> dict[str, Files]:
 
 
 def rows_of(sources: dict[str, Files], text_field: str) -> Iterator[tuple[dict, str | None]]:
-    """Yield the rows of data/clean.py with the name of their source."""
+    """Yield (row, reason) as `clean.rows_in` does, with "source" in the row, the name of its source."""
     for name, files in sources.items():
         for row, reason in clean.rows_in(files, text_field):
             yield row | {"source": name}, reason
 
 
-# A stage: scores of each part, a decision about all, what stays of each part.
+# A stage: the scores of each part, a decision about all documents, what stays of each part.
 
 
 def score_part(stage: Stage, seed: int, before: Path, after: Path, number: int) -> None:
-    """Write the scores and the draws of the documents of a part, unless they are there."""
+    """Write the scores and the draws of the documents of a part, unless the file is there already."""
     path = after / f"scores-{number:05}.npz"
     if path.exists():
         return
@@ -107,7 +111,7 @@ def score_part(stage: Stage, seed: int, before: Path, after: Path, number: int) 
 
 
 def read_scores(folder: Path, n: int) -> list[dict[str, np.ndarray]]:
-    """Return {"scores", "draws"} of each of n parts."""
+    """Return for each of n parts {"scores", "draws"}, float64, as `score_part` wrote them."""
     found = []
     for number in range(n):
         with np.load(folder / f"scores-{number:05}.npz", allow_pickle=False) as arrays:
@@ -124,9 +128,10 @@ def choose_part(
     number: int,
     kept: np.ndarray,
 ) -> None:
-    """Write the documents of a part that stay, those that do not, and the counts, unless they are there.
+    """Write the documents of a part that stay, those that do not, and the counts, unless these are there.
 
-    kept: (n,) bool, which documents of the part stay.
+    name: of the stage. kept: (n,) bool, which documents of the part stay. rejected: the folder for the
+    others, None to leave them out.
     """
     if parts.counts_of(after, number).exists():
         return
@@ -148,7 +153,11 @@ def choose_part(
 def run_stage(
     name: str, stage: Stage, seed: int, before: Path, after: Path, rejected: Path | None, engine: tuple
 ) -> dict:
-    """Return the counts of a stage, which reads the parts in one folder and writes them to another."""
+    """Return the counts of a stage, which reads the parts in one folder and writes them to another.
+
+    engine: one of parts.ENGINES, and the number of processes, which compute the scores. Raises ValueError if
+    no document stays.
+    """
     n, rule = n_parts(before), stage[2]
     after.mkdir(exist_ok=True)
     parts.each(partial(score_part, stage, seed, before, after), n, f"{name}: score", *engine)
@@ -168,7 +177,12 @@ def run_stage(
 def mix(
     before: Path, after: Path, names: list[str], weights, alpha: float, budget: int | None, seed: int
 ) -> dict:
-    """Write the parts of a mixture, and return its counts. weights: by source; None for those by alpha."""
+    """Write the parts of a mixture, and return its counts.
+
+    weights: by source, with the sum 1; None for those in proportion to size^alpha. budget: bytes of the
+    mixture; None for as many as there are.
+    """
+    # Find the source and the size of each document, and draw.
     documents = Documents(before)
     source_of, sizes = np.zeros(len(documents), np.int64), np.zeros(len(documents), np.int64)
     for i, row in enumerate(progress_bar(documents.in_order(), "mix: read", total=len(documents))):
@@ -177,6 +191,7 @@ def mix(
     weights = weights or mixture.by_temperature(dict(zip(names, of_each, strict=True)), alpha)
     drawn = mixture.draw(source_of, sizes, names, weights, budget or int(sizes.sum()), seed)
 
+    # Write the documents in the order that was drawn.
     after.mkdir(exist_ok=True)
     number, rows, size = 0, [], 0
     for i in progress_bar(drawn.order.tolist(), "mix: write", unit="doc"):
@@ -187,7 +202,8 @@ def mix(
             number, rows, size = number + 1, [], 0
     write_lines(part(after, number), rows)
 
-    # Documents that are not drawn leave; those that are read again come in, which are negative losses.
+    # A document that is not drawn is a loss. Each further copy of one that is drawn again is a negative loss,
+    # so that the bytes before less all losses are the bytes after.
     times = np.bincount(drawn.order, minlength=len(documents))
     again = np.maximum(times - 1, 0)
     lost = {"rejected": int((times == 0).sum()), "shortened": 0, "bytes": int(sizes[times == 0].sum())}
@@ -199,7 +215,7 @@ def mix(
 
 
 def composition(folder: Path) -> dict[str, dict[str, int]]:
-    """Return {"documents", "bytes"} of each source in the parts of a folder."""
+    """Return {"documents", "bytes"} by source, of the documents in the parts of a folder."""
     found: dict[str, Counter] = {}
     for number in range(n_parts(folder)):
         for row in read_lines(part(folder, number)):
@@ -210,7 +226,8 @@ def composition(folder: Path) -> dict[str, dict[str, int]]:
 def curate(
     sources: dict[str, Files], stages: list[Stage], weights: dict | None, args: argparse.Namespace
 ) -> dict:
-    """Send the documents of the sources through the stages, mix them, and return the report."""
+    """Send the documents of the sources through the stages, mix them, write all results, and return the
+    report. weights: of --mix, None without it."""
     rejected = args.out / "rejected" if args.keep_rejected else None
     if rejected is not None:
         rejected.mkdir(exist_ok=True)
@@ -242,7 +259,7 @@ def curate(
 
 
 def keep_scores(folder: Path) -> None:
-    """Put the scores of the documents in the parts of a folder into their records."""
+    """Put the scores of the documents in the parts of a folder into the field "scores" of their records."""
     for number in range(n_parts(folder)):
         rows = [row | {"record": row["record"] | {"scores": row.get("scores", {})}}
                 for row in read_lines(part(folder, number))]  # fmt: skip
@@ -253,7 +270,7 @@ def keep_scores(folder: Path) -> None:
 
 
 def table(report: dict, names: list[str]) -> str:
-    """Return what left, the size and share of each source after each stage, and the epochs, as lines."""
+    """Return the report as lines: what left, the bytes and share of each source by stage, and the epochs."""
     stages, width = report["stages"], max(12, *map(len, names)) + 2
     lines = [clean.table(report), "", f"{'MB after':14}" + "".join(f"{name:>{width}}" for name in names)]
     for stage, counts in stages.items():
@@ -302,7 +319,7 @@ def parser() -> command.Parser:
         "input",
         nargs="+",
         type=command.filled,
-        help="NAME=WHAT for each source; WHAT is a file, a folder, a glob or `stdlib`, as --data of train.py",
+        help="NAME=WHAT or WHAT for each source: a file, a folder, a glob or `stdlib`, as --data of train.py",
     )
     add("--out", type=command.path, required=True, help="folder for what stays, the report, and the work")
     add(

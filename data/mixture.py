@@ -1,18 +1,18 @@
-"""Mixing: how often each source of a corpus is read, and in which order its documents come.
+"""Mixing: how often each source of a corpus is read, and in which order the documents of all sources come.
 
-    epochs of a source = weight x budget / size of the source                        bytes over bytes
-    weight_i proportional to size_i^alpha                                            by a temperature
+    epochs of source i = weight_i x budget / size_i          budget: bytes of the mixture; size_i: of source i
+    weight_i proportional to size_i^alpha                    if weights are not given (temperature sampling)
 
-A source with a large weight is read again and again, one with a small weight in part. GPT-3 read Wikipedia
-3.4 times and its Common Crawl .44 times (Brown et al. 2020, table 2.2). alpha 1 keeps the shares as they
-are, 0 makes all sources equal; .3 to .7 is in use for languages (Conneau et al. 2020, arXiv:1911.02116). Up
-to four epochs of the same text are nearly as good as new text, and beyond that each adds less (Muennighoff
-et al. 2023, arXiv:2305.16264).
+A source with a large weight may be read several times, one with a small weight only in part. GPT-3 read
+Wikipedia 3.4 times and its Common Crawl .44 times (Brown et al. 2020, table 2.2). With alpha = 1 sources keep
+their shares of the bytes, with alpha = 0 all have the same share; .3 to .7 is in use for languages (Conneau
+et al. 2020, arXiv:1911.02116). Up to four epochs of the same text are nearly as good as new text, and each
+further one adds less (Muennighoff et al. 2023, arXiv:2305.16264).
 
-Documents are drawn whole. A source is read in as many whole epochs as fit into its budget, and of one more
-those documents that come first in an order drawn from the seed, up to and with the one that reaches the
-budget. So each document is there floor(epochs) or floor(epochs) + 1 times, and the bytes are the budget
-plus less than a document."""
+The share of a source is weight x budget. It is filled with whole documents: with as many whole epochs of the
+source as fit, and then with the first documents of a random order, up to and including the one that reaches
+the share. So each document comes floor(epochs) or floor(epochs) + 1 times, and a source exceeds its share by
+less than a document."""
 
 import math
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ MOST_EPOCHS = 4  # up to which repeated text is nearly as good as new text
 
 @dataclass
 class Drawn:
-    """The documents of a mixture: their numbers in order, and by source what was drawn."""
+    """The m documents of a mixture: their numbers in order, and by source what was drawn."""
 
     order: np.ndarray  # (m,) int64, numbers of documents in the order in which they are read
-    sources: dict[str, dict]  # name: {"weight", "size", "bytes", "documents", "epochs"}
+    sources: dict[str, dict]  # name: {"weight", "size", "bytes", "documents", "epochs"}; bytes: those drawn
 
 
 def parse_weights(words: list[str], sources: list[str]) -> dict[str, float]:
@@ -57,15 +57,18 @@ def parse_weights(words: list[str], sources: list[str]) -> dict[str, float]:
 
 
 def by_temperature(sizes: dict[str, int], alpha: float) -> dict[str, float]:
-    """Return weights in proportion to size^alpha, of the sources that hold anything."""
+    """Return weights in proportion to size^alpha, with the sum 1; 0 for a source without text.
+
+    sizes: bytes by name, at least one above 0.
+    """
     powers = {name: size**alpha if size else 0.0 for name, size in sizes.items()}
     return {name: power / sum(powers.values()) for name, power in powers.items()}
 
 
 def draw_source(sizes: np.ndarray, budget: int, generator: np.random.Generator) -> np.ndarray:
-    """Return (m,) int64, numbers of documents of one source: whole epochs, and the beginning of another.
+    """Return (m,) int64, numbers of documents of one source: whole epochs, and a random part of another.
 
-    sizes: (n,) bytes of its documents. budget: bytes.
+    sizes: (n,) bytes of its documents, with a sum above 0. budget: bytes to fill.
     """
     total = int(sizes.sum())
     n_epochs = budget // total
@@ -96,7 +99,7 @@ def draw(
             raise ValueError(f"--mix {name}={weights[name]:.3g}: no document of it is left; give it weight 0")
         picked = places[:0]
         if weights[name]:
-            # In whole bytes: products such as 72 / 172 * 172 may miss theirs by a rounding.
+            # Round, so that 0.07 * 100, which is a little more than 7 in float64, does not become 8 bytes.
             share = math.ceil(round(weights[name] * budget, 6))
             picked = places[draw_source(sizes[places], share, generator)]
         n_bytes = int(sizes[picked].sum())

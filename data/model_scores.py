@@ -1,16 +1,17 @@
-"""Scores of documents by language models: perplexity, and the answer to the question of Ask-LLM.
+"""Scores of documents by language models: perplexity, and the answer to Ask-LLM's question.
 
     perplexity(x) = exp(-mean_i log p(x_i | x_<i))
     Ask-LLM(x) = p("yes" | PROMPT with x)
 
-Perplexity under a model of good text is low for text that is like it, and low too for text that repeats
-itself; it is high for noise (CCNet, Wenzek et al. 2019, arXiv:1911.00359, with 5-grams of Wikipedia as the
-model). So keep the head or the middle, and look at what is in both tails.
+Under a model that was trained on good text, the perplexity of similar text is low, and that of noise is high
+(CCNet, Wenzek et al. 2019, arXiv:1911.00359; there the model is of 5-grams of Wikipedia). It is low too for
+text that repeats itself. So keep the documents of low or middle perplexity (`head`, `middle` of
+data/selection.py), and read some from both ends.
 
-Ask-LLM (Sachdeva et al. 2024, arXiv:2402.09668, section 3.1 and figure 3) asks an instruction-tuned model
-whether the text is worth training on, and takes the probability of the first token of "yes", over the whole
-vocabulary. The paper's judges are Flan-T5 of 60M to 11B parameters. A small model that has not learned to
-follow instructions answers this question no better than chance.
+Ask-LLM (Sachdeva et al. 2024, arXiv:2402.09668, section 3.1 and figure 3) puts the text x into a PROMPT,
+which asks whether x is worth training on. The score is the probability that the answer begins with the first
+token of "yes", out of the whole vocabulary. The paper's models are Flan-T5 of 60M to 11B parameters; a model
+that has not learned to follow instructions cannot be expected to answer the question.
 
 A model is any directory that formats/open_model.py opens: a decoder, or for Ask-LLM also an
 encoder-decoder."""
@@ -41,7 +42,7 @@ OPTIONS:
 - no
 """
 ANSWER = "yes"
-TOKENS_PER_PASS = 4096  # of the windows of one document that go through a decoder together
+TOKENS_PER_PASS = 4096  # in the windows of a document that pass through a decoder as one batch
 
 
 @lru_cache(1)
@@ -52,14 +53,17 @@ def judge_in(directory: Path) -> tuple[nn.Module, Any]:
 
 
 def is_decoder(model: nn.Module) -> bool:
+    """Return whether a model has the cache of a decoder that generates text."""
     return hasattr(model, "new_cache")
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether a model reads a text and writes an answer, as T5 does."""
     return hasattr(model, "encode") and hasattr(model, "decode")
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters."""
     return next(model.parameters()).device
 
 
@@ -67,10 +71,11 @@ def device_of(model: nn.Module) -> torch.device:
 def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Return the perplexity of a text per token under a decoder; NaN for a text without tokens.
 
-    The text is read in windows of max_seq_len tokens side by side, the first of which begins with the token
-    that separates documents, as in training. Each token is predicted once, from those
-    before it in its window.
+    The text is cut into windows of max_seq_len tokens. The first begins with the token that separates
+    documents, as in training, and each further one with the last token of the window before. So each token is
+    predicted once, from those before it in its window. Values above e^700 are returned as e^700.
     """
+    # Whole windows make batches, and the rest is one of its own.
     tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(text)], device=device_of(model))
     n, T = len(tokens) - 1, model.config.max_seq_len
     if n == 0:
@@ -88,20 +93,20 @@ def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
 
 
 def answer_token(tokenizer: Any, answer: str = ANSWER) -> int:
-    """Return the first token of an answer behind the prompt, which ends with a line break."""
+    """Return the first token of an answer that follows the prompt, which ends with a line break."""
     before = tokenizer.encode(PROMPT)
     both = tokenizer.encode(PROMPT + answer)
     if both[: len(before)] == before and len(both) > len(before):
         return both[len(before)]
-    return tokenizer.encode(answer)[0]  # a tokenizer that adds an end, or knows no line breaks
+    return tokenizer.encode(answer)[0]  # of a tokenizer that adds an end token, or drops line breaks
 
 
 def ask_tokens(tokenizer: Any, text: str, room: int) -> list[int]:
-    """Return the tokens of the prompt with a text, of which as much is there as `room` tokens hold.
+    """Return the tokens of the prompt with a text, which is cut at its end so that there are at most `room`.
 
     Raises ValueError if the prompt alone does not fit.
     """
-    # Find how much of the text fits: tokens at its end may merge with those of the prompt.
+    # Try fewer and fewer tokens of the text: next to the prompt it may be encoded by more tokens than alone.
     tokens = tokenizer.encode(PROMPT.format(text))
     if len(tokens) <= room:
         return tokens
@@ -118,7 +123,8 @@ def ask_tokens(tokenizer: Any, text: str, room: int) -> list[int]:
 
 @torch.no_grad()
 def ask(model: nn.Module, tokenizer: Any, text: str) -> float:
-    """Return the probability that a model's answer to Ask-LLM's question about a text begins with "yes".
+    """Return the probability that the first token of a model's answer to the PROMPT with a text is that of
+    "yes".
 
     A text that is too long is cut at its end. Raises ValueError if the prompt alone is too long.
     """
@@ -128,11 +134,12 @@ def ask(model: nn.Module, tokenizer: Any, text: str) -> float:
 
 
 def first_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return (V,) float64, the probabilities of the token that follows tokens (1, T), or answers them."""
+    """Return the probabilities (V,), float64, of the next token of a decoder after tokens (1, T), or of the
+    first token that an encoder-decoder writes after reading them."""
     if is_encoder_decoder(model):
         end = tokens.new_tensor([[model.config.eos_token_id]])
         inputs = tokens if tokens[0, -1] == end else torch.cat((tokens, end), 1)
-        return model(inputs, end)[0, 0].double().softmax(0)  # the first target is predicted from none
+        return model(inputs, end)[0, 0].double().softmax(0)  # the first target does not depend on targets
     return model(tokens)[0, -1].double().softmax(0)
 
 

@@ -1,19 +1,20 @@
-r"""Rules of selection: which documents stay, by a score of each.
+r"""Rules of selection: which documents stay, by the score of each.
 
     pareto=ALPHA    Pareto(ALPHA) > 1 - score      drawn; GPT-3 with ALPHA 9 (Brown et al. 2020, appendix A)
     least=T         score >= T                     FineWeb-Edu keeps an educational score of 3 of 5 or more
     most=T          score <= T
     top=SHARE       the SHARE of all documents with the highest scores (DCLM: a tenth; Ask-LLM: 10 to 60 %)
     lowest=SHARE    the SHARE of all documents with the lowest scores, as of perplexity
-    head            the third of all documents with the lowest scores; middle, tail: the two others (CCNet,
-                    Wenzek et al. 2019, arXiv:1911.00359, whose scores are perplexities: the head reads best)
+    head            the third of all documents with the lowest scores
+    middle, tail    the second and the last third (CCNet, Wenzek et al. 2019, arXiv:1911.00359, whose scores
+                    are perplexities, so that its head is most like good text)
 
-Pareto(a) is NumPy's, with P(Pareto(a) > x) = (1 + x)^-a. So a document with a score in [0, 1] stays with
-probability (2 - score)^-a: 1 for a score of 1, .026 for .5, .002 for 0 with a = 9. Nearly all of what the
-classifier likes stays, and a little of everything else, so that the text keeps its variety.
+Pareto(a) is a random number as NumPy draws it, with P(Pareto(a) > x) = (1 + x)^-a. So a document with a score
+in [0, 1] stays with probability (2 - score)^-a: with a = 9 that is 1 for a score of 1, .026 for .5 and .002
+for 0. Nearly all documents of the highest scores stay, and a few of all others, for variety.
 
-The draw of a document is a hash of its text: it is the same for every order of the documents and every
-number of processes, and a copy has the fate of its original."""
+The number that is drawn for a document is a hash of its text and the seed. So it does not depend on the order
+of the documents or the number of processes, and of equal texts `pareto` keeps all or none."""
 
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -45,22 +46,27 @@ def parse(text: str) -> tuple[str, float | None]:
 
 
 def draws(texts: Iterable[str], seed: int) -> np.ndarray:
-    """Return (n,) float64, numbers in [0, 1) that are uniform over texts, and a function of text and seed."""
+    """Return (n,) float64, a number in [0, 1) for each text, a hash of the text and the seed.
+
+    Over different texts the numbers are uniformly distributed. seed: from 0 to 2^64 - 1.
+    """
+    # The upper 53 bits of a hash, as many as a float64 holds.
     key = seed.to_bytes(8, "little")
     hashes = [blake2b(text.encode(), digest_size=8, key=key).digest() for text in texts]
     return (np.frombuffer(b"".join(hashes), "<u8") >> np.uint64(11)) * 2.0**-53
 
 
 def pareto(uniform: np.ndarray, alpha: float) -> np.ndarray:
-    """Return (n,) Pareto(alpha) as numpy.random.pareto draws them, from uniform (n,) in [0, 1)."""
+    """Return draws (n,) from Pareto(alpha), distributed as those of numpy.random.pareto: the inverse of its
+    distribution function at uniform (n,) in [0, 1)."""
     return np.expm1(-np.log1p(-uniform) / alpha)
 
 
 def kept(rule: str, scores: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Return (n,) bool, which documents stay. A score that is not finite does not.
+    """Return (n,) bool, which documents stay. One whose score is not finite does not.
 
-    scores: (n,) float64. uniform: (n,) numbers of `draws`. Of equal scores at the border of a share, the
-    first documents stay. Raises ValueError for scores outside [0, 1] with `pareto`.
+    scores: (n,) float64. uniform: (n,) float64, from `draws`. If not all documents of one score fit into a
+    share or a third, the first ones come first. Raises ValueError for scores outside [0, 1] with `pareto`.
     """
     name, value = parse(rule)
     finite = np.isfinite(scores)
@@ -74,7 +80,7 @@ def kept(rule: str, scores: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     if name == "most":
         return finite & (scores <= value)
 
-    # The others keep a part of the documents in the order of their scores.
+    # The other rules sort the documents by their scores, and keep a part of that order.
     places = np.flatnonzero(finite)
     n = len(places)
     sign = -1 if name == "top" else 1
@@ -90,7 +96,7 @@ def kept(rule: str, scores: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 
 
 def reason(rule: str, score: float) -> str:
-    """Return the reason for which a document with this score does not stay."""
+    """Return the reason, for the report, why a document with this score does not stay."""
     name, value = parse(rule)
     if not np.isfinite(score):
         return "no finite score"

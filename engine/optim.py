@@ -4,18 +4,19 @@
              (both divided by 1 - beta^step, since they start at zero; engine/adam.py is its code)
     Muon     M = running mean of the matrix G   W -= lr * (0.2 sqrt(max(shape)) ortho(M) + weight_decay * W)
 
-AdamW (Loshchilov and Hutter 2019) treats each number alone. Muon (Jordan et al. 2024) treats a matrix as one
-thing: it replaces the momentum by the nearest orthogonal matrix, found by a Newton-Schulz iteration, so that
-every direction moves equally far. Both come from torch.optim, but for Muon's products on a CPU. Either can be
-given the gradient of SAM (Foret et al. 2021), which is that at the worst point nearby:
+AdamW (Loshchilov and Hutter 2019) updates each number by itself. Muon (Jordan et al. 2024) updates a matrix
+as a whole: it replaces the momentum M by the nearest orthogonal matrix, ortho(M), found by a Newton-Schulz
+iteration, so that all singular values of the update are about 1. Both come from torch.optim, except for
+Muon's products on a CPU. With either, SAM (Foret et al. 2021) replaces the gradient g by that at the point
+nearby where the loss is largest:
 
-    SAM      g <- gradient at w + rho g / |g|   w <- a step of the optimizer from w, not from there
+    SAM      g <- gradient at w + rho g / |g|   then a step of the optimizer from w, not from that point
 
 This file decides:
 
     rule              Muon for hidden matrices; AdamW for embeddings, head, norms and biases (Jordan et al.)
-    momentum          AdamW 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B), or the task's BETAS; Muon
-                      0.95, Nesterov's
+    momentum          AdamW's betas 0.9 and 0.95 (GPT-3, Brown et al. 2020, appendix B), or the task's BETAS;
+                      Muon's momentum 0.95, Nesterov's
     weight decay      on matrices only, as in BERT's code (Devlin et al. 2018); 0.1 by default, as in GPT-3
     shared rate       an orthogonal A x B matrix has entries of size 1 / sqrt(max(A, B)) (root mean square),
                       and an update of AdamW has entries of 0.2 to 0.4. Muon's factor makes the two equal, so
@@ -40,11 +41,12 @@ HEADS = ("lm_head", "classifier", "decoder_pred")  # ends of the names of linear
 
 
 def learning_rate(step: int, args: Namespace) -> float:
-    """Return the learning rate of a step: after a linear warm-up one of three schedules.
+    """Return the learning rate of a step: a linear warm-up to args.lr, and then what args.schedule names.
 
-    cosine: to a tenth of args.lr (Hoffmann et al. 2022, appendix B). constant. wsd (warm-up, stable, decay):
-    constant until the last fifth, which falls linearly to zero (Hägele et al. 2024). It begins at step
-    args.schedule_from, which is 0 but for --extend, and ends at args.steps.
+    "cosine": down to a tenth of args.lr (Hoffmann et al. 2022, appendix B). "constant": args.lr. "wsd"
+    (warm-up, stable, decay): args.lr, and in the last fifth of the steps linearly to zero (Hägele et al.
+    2024). The warm-up begins at step args.schedule_from, which is 0 except with --extend; the schedule ends
+    at args.steps.
     """
     step, n_steps = step - args.schedule_from, args.steps - args.schedule_from
     if step < args.warmup:
@@ -69,8 +71,8 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> 
     """Make one step of each optimizer if finite, a bool () on their device, is True. If it is False, weights
     and optimizer states keep every bit.
 
-    The device makes the decision, so the host does not wait for it. The exception is AdamW that is not fused:
-    it counts its steps on the host. Muon needs memory for a copy of its matrices and momenta.
+    The device makes the decision, so that the host need not wait for it. It waits for an AdamW that is not
+    fused, whose steps are counted on the host. Muon needs memory for a copy of its matrices and momenta.
     """
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Muon):
@@ -85,17 +87,18 @@ def step_optimizers(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> 
 
 
 def sharpness_aware(gradient: Callable, run: Any, parts: list) -> Any:
-    """Return gradient(run, parts), which adds gradients to p.grad; with --sam-rho call it a second time, and
-    leave in p.grad the gradient of SAM in the place of that of the first call.
+    """Call gradient(run, parts), which adds gradients to p.grad, and return its result. With --sam-rho, call
+    it again at the worst point nearby, and leave in p.grad the gradient of that second call alone.
 
     SAM minimises the largest loss within a distance rho of the weights, to find minima that are flat (Foret
-    et al. 2021, equation 1). To first order that loss is at w + rho g / |g|, and its gradient is taken there,
-    without that of g itself (equations 2 and 3). It costs a second forward and backward pass.
+    et al. 2021, equation 1). To first order the largest loss is at w + rho g / |g|. The gradient is taken at
+    that point, which is held fixed: the derivative of g by w is left out (equations 2 and 3). SAM costs a
+    second forward and backward pass.
 
-    |g| is the norm over all weights that learn, of the gradient of the whole update: of all its batches on
-    all ranks. (In the paper each accelerator has its own, of its part of the batch.) Both calls see the same
-    batches and, because `gradient` seeds it by the step, the same dropout. Clipping, weight decay and --ema
-    come after, and read nothing of the first gradient.
+    |g| is the norm over all weights that learn, of the gradient of the whole update: of all its micro-batches
+    on all ranks. (In the paper each accelerator has its own g, of its part of the batch.) Both calls use the
+    same batches and the same dropout, which `gradient` seeds by the step. Clipping, weight decay and --ema
+    come after, and depend on the second gradient alone.
     """
     result = gradient(run, parts)
     if run.args.sam_rho:
@@ -106,13 +109,14 @@ def sharpness_aware(gradient: Callable, run: Any, parts: list) -> Any:
 
 @contextmanager
 def at_worst_point(model: nn.Module, rho: float) -> Iterator[None]:
-    """Let a model have the weights w + rho g / |g| and no gradients, and afterwards its own w, to the bit.
+    """Within the context a model has the weights w + rho g / |g| and no gradients; after it, w to the bit.
 
-    g: p.grad of all parameters that have one; of sharded ones |g| is the norm over all shards. Buffers that
-    the passes change, such as the loads that moe.py counts, keep what they were before this. If g is not
-    finite, nor is the gradient at this point, so that the step is left out. No GPU is waited for.
+    g: p.grad of all parameters that have one; of sharded ones |g| is the norm over all shards. Floating-point
+    buffers that the passes change, such as the loads that moe.py counts, get their values back too. If g is
+    not finite, the gradient at this point is not finite either, so that the step is left out. The host does
+    not wait for the device.
     """
-    # Copies, because adding and subtracting the same number does not give the same bits.
+    # Copy the weights, because adding and subtracting the same number does not give back the same bits.
     learning = [p for p in model.parameters() if p.grad is not None]
     kept = [parallel.local(p).detach() for p in learning]
     kept += [b for b in model.buffers() if b.is_floating_point()]
@@ -133,9 +137,9 @@ def at_worst_point(model: nn.Module, rho: float) -> Iterator[None]:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with its iteration in float32 on a CPU.
+    """torch's Muon, on a CPU with its Newton-Schulz iteration in float32.
 
-    On a GPU it is torch's own, in bfloat16. Most CPUs have no arithmetic for that: a product of 128 x 128
+    On a GPU it is torch's own, in bfloat16. Most CPUs have no instructions for that: a product of 128 x 128
     matrices took 20 times as long as in float32 (AMD EPYC, one core), and a step longer than the gradient.
     """
 
@@ -158,8 +162,13 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrix: Tensor, group: dict) -> Tensor:
-    """Return about the nearest orthogonal matrix, by the Newton-Schulz iteration X <- a X + (b A + c A A) X
-    with A = X X^T. group: Muon's, with a, b, c, the number of iterations and eps."""
+    """Return nearly the orthogonal matrix that is nearest to a matrix, of the same shape.
+
+    The Newton-Schulz iteration is X <- a X + (b A + c A A) X with A = X X^T. It maps each singular value s to
+    a s + b s^3 + c s^5, and brings all of them near 1. group: Muon's, with a, b, c, the number of iterations
+    and eps.
+    """
+    # A = X X^T is smaller if X has more columns than rows.
     a, b, c = group["ns_coefficients"]
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
@@ -173,7 +182,7 @@ def orthogonalized(matrix: Tensor, group: dict) -> Tensor:
 @torch.no_grad()
 def step_muon(optimizer: torch.optim.Muon, finite: Tensor) -> None:
     """Make one step of Muon, and undo it if finite is False: torch's Muon itself cannot skip a step."""
-    # Copy the weights and momenta; before its first step Muon has no momenta, so make them as it would.
+    # Copy the weights and momenta. Before its first step Muon has no momenta: they are zero.
     tensors = []
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
         if "momentum_buffer" not in optimizer.state[p]:
@@ -188,26 +197,30 @@ def step_muon(optimizer: torch.optim.Muon, finite: Tensor) -> None:
 
 
 def default_learning_rate(n_params: int) -> float:
-    """Return the peak learning rate of a power law through two of GPT-3's: 6e-4 at 125M parameters and
-    1.2e-4 at 6.7B (Brown et al. 2020, table 2.1). Extrapolated down, it is close to the best for the tiny
-    size too."""
+    """Return the peak learning rate by a power law of the number of parameters.
+
+    It goes through two points of GPT-3: 6e-4 at 125M parameters and 1.2e-4 at 6.7B (Brown et al. 2020, table
+    2.1). Extrapolated down, it is close to the best rate of the size "tiny" too.
+    """
     return 6e-4 * (125e6 / n_params) ** 0.4
 
 
 def width_factors(name: str, ratio: float) -> tuple[float, float]:
     """Return the factors of a parameter's initial values and of AdamW's learning rate for width transfer with
-    ratio r = base width / width (muP: Tensor Programs V, Yang et al. 2022, tables 3 and 8). For moe.py too.
+    ratio r = base width / width (muP: Tensor Programs V, Yang et al. 2022, tables 3 and 8). For gpt.py and
+    moe.py.
 
+                                     initial    learning rate
         embeddings, norms, biases    1          1
         hidden matrices              sqrt(r)    r    outputs are sums over the width. At the start their terms
                                                      are independent; what is learned points in one direction
         router                       r          r    an output: the number of experts does not grow
         final norm                   r          r    in place of the multiplier r of the logits in table 8
 
-    The final norm is equivalent to that multiplier: the logits are W (r g x), where g starts at 1, and since
-    AdamW's steps do not depend on the scale of the gradient, a learning rate of r for r g is a learning rate
-    of 1 for g. So the head, which may be the embedding matrix, stays as it is. Attention keeps its
-    1 / sqrt(K), because a wider model has more heads and no wider ones.
+    The factors of the final norm have the effect of that multiplier. The logits are W (r g x), where g starts
+    at 1, and since AdamW's steps do not depend on the scale of the gradient, a learning rate of r for r g is
+    a learning rate of 1 for g. So the head, which may be the embedding matrix, needs no factor. Attention
+    keeps its 1 / sqrt(K), because a wider model has more heads, not wider ones.
 
     Raises ValueError for a parameter without a rule.
     """
@@ -222,13 +235,14 @@ def width_factors(name: str, ratio: float) -> tuple[float, float]:
 
 
 def lr_factor(name: str) -> float:
-    """Return 1: without an adapter, whose file may decide otherwise, all have the same learning rate."""
+    """Return 1, the same factor of the learning rate for all parameters; an adapter's file may have another
+    function."""
     return 1.0
 
 
 def decays(name: str, p: nn.Parameter) -> bool:
-    """Return True for matrices: norms and biases have no weight decay, unless an adapter's file decides
-    otherwise."""
+    """Return True for tensors of 2 or more dimensions: norms and biases have no weight decay. An adapter's
+    file may have another function."""
     return p.ndim >= 2
 
 
@@ -295,12 +309,14 @@ def make_optimizers(
     if args.optimizer == "muon" and not muon:
         raise ValueError("--optimizer muon: it trains hidden matrices, and none learns here; use adamw")
 
+    # Of Muon's matrices one group; the decay is divided by the factor, see above.
     optimizers = [make_adamw(groups, args, betas)] if groups else []
     if muon:
         factor = math.sqrt(ratio)
         group = {"params": muon, "weight_decay": args.weight_decay / factor, "lr_factor": factor}
         optimizers.append(Muon([group], lr=args.lr, adjust_lr_fn="match_rms_adamw"))
 
+    # Check that nothing is left out or updated twice.
     held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     learning = [id(p) for p in model.parameters() if p.requires_grad]
     assert sorted(held) == sorted(learning), "each parameter that learns belongs to exactly one group"
@@ -310,7 +326,7 @@ def make_optimizers(
 def make_adamw(
     groups: dict[tuple[bool, float, float], list[nn.Parameter]], args: Namespace, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Return AdamW for parameters by (has decay, factor of the learning rate, factor from width transfer)."""
+    """Return AdamW with a group for each (has decay, factor of the learning rate, factor of the width)."""
     described = [
         {
             "params": params,

@@ -5,10 +5,11 @@ Both formats begin with a line `V D`, the number of words and of numbers in each
     text      a line for each word:   word 0.12 -0.5 ...\n
     binary    for each word:          word, a space, D little-endian float32, and in most files \n
 
-Words are UTF-8 and hold no white space. Text is written with as many digits as a float32 needs, so both
-formats give back equal vectors. `read` tells them apart by their content, and unpacks a file named .gz.
-gensim opens both by `KeyedVectors.load_word2vec_format(path, binary=...)`; the files of its `save` are
-pickles, which could run any code, and are not read here: write them out by its `save_word2vec_format`.
+Words are UTF-8 and hold no ASCII white space, which separates them from the numbers. Text is written with as
+many digits as a float32 needs, so both formats give back equal vectors. `read` recognises the format by the
+first word and its numbers, and unpacks a file named .gz. gensim opens both formats by
+`KeyedVectors.load_word2vec_format(path, binary=...)`. The files of its `save` are pickles, which could run
+any code, and are not read here: its `save_word2vec_format` writes vectors in these formats.
 """
 
 import gzip
@@ -28,8 +29,8 @@ LONGEST_WORD = 10_000  # bytes
 def write(path: str | Path, words: Sequence[str], vectors: np.ndarray, *, binary: bool = True) -> None:
     """Write words and their vectors (V, D), as float32, to a file that replaces the old one when complete.
 
-    Raises ValueError, before anything is written, for words that a reader would not find again: empty ones,
-    such with white space, and one that comes twice.
+    Raises ValueError, before anything is written, for words that could not be read again (an empty one, one
+    with white space, one that comes twice), and for vectors that are not finite or not one for each word.
     """
     vectors = np.asarray(vectors, dtype="<f4")
     if vectors.ndim != 2 or len(words) != len(vectors) or not vectors.size:
@@ -46,8 +47,8 @@ def write(path: str | Path, words: Sequence[str], vectors: np.ndarray, *, binary
 def read(path: str | Path) -> tuple[list[str], np.ndarray]:
     """Return the words and the vectors, float32 (V, D), of a file in either format.
 
-    Raises ValueError naming the file and the place for one that is no such file, that ends too early or goes
-    on behind its last word, and for vectors that are not finite.
+    Raises ValueError naming the file, and the place in it, if it is of another format, ends too early or goes
+    on after its last word, and for vectors that are not finite.
     """
     path = Path(path)
     data = content(path)
@@ -59,16 +60,18 @@ def read(path: str | Path) -> tuple[list[str], np.ndarray]:
             "their vectors (a file of gensim's `save` is another format: use its save_word2vec_format)"
         )
     n, width = int(header[1]), int(header[2])
-    line = data[end + 1 : data.find(b"\n", end + 1) % (len(data) + 1)].rstrip(b"\r")
+    stop = data.find(b"\n", end + 1)
+    line = data[end + 1 : stop if stop >= 0 else len(data)].rstrip(b"\r")  # the first word, as text
     is_text = TEXT_LINE.fullmatch(line) is not None
 
-    # The smallest file of this header, so that no memory is taken for numbers that are not there.
+    # Compare with the smallest file of this header, so that no memory is taken for numbers that are missing.
     least = n * (2 * width + 1 if is_text else 4 * width + 2)
     if n < 1 or width < 1 or len(data) - end - 1 < least:
         raise ValueError(
             f"{path}: the first line promises {n} words of {width} numbers, at least {least:,} bytes as "
             f"{'text' if is_text else 'binary'}; found {len(data) - end - 1:,}: write or download it again"
         )
+
     words, vectors = [], np.empty((n, width), np.float32)
     entries = text_entries if is_text else binary_entries
     for i, (word, vector) in enumerate(entries(path, data, end + 1, n, width)):
@@ -95,7 +98,7 @@ def content(path: Path) -> bytes:
 def text_entries(
     path: Path, data: bytes, start: int, n: int, width: int
 ) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yield the words and vectors of a text that begins at a byte of data."""
+    """Yield the words and vectors (D,) of a text, whose first entry begins at byte `start` of data."""
     lines = data[start:].rstrip().split(b"\n")
     if len(lines) != n:
         raise ValueError(f"{path}: {len(lines)} lines behind the first; expected {n}: download it again")
@@ -113,7 +116,7 @@ def text_entries(
 def binary_entries(
     path: Path, data: bytes, start: int, n: int, width: int
 ) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yield the words and vectors of a binary file, from a byte of data on."""
+    """Yield the words and vectors (D,) of a binary file, whose first entry begins at byte `start` of data."""
     for i in range(n):
         space = data.find(b" ", start, start + LONGEST_WORD)
         begin, start = start, space + 1 + 4 * width
@@ -125,10 +128,12 @@ def binary_entries(
 
 
 def check_words(path: str | Path, words: Sequence[str]) -> None:
-    """Raise ValueError for a word that is empty, has white space or comes twice."""
+    """Raise ValueError for a word that is empty, too long, has white space or comes twice."""
     seen = set()
     for i, word in enumerate(words):
-        if not word or word.split() != [word] or len(word.encode()) >= LONGEST_WORD:
+        # Of bytes, so that only ASCII white space counts: published words may hold a no-break space.
+        raw = word.encode()
+        if raw.split() != [raw] or len(raw) >= LONGEST_WORD:
             raise ValueError(f"{path}: word {i + 1} is {word[:40]!r}; expected one without white space")
         if word in seen:
             raise ValueError(f"{path}: word {i + 1}, {word[:40]!r}, comes twice; expected each word once")

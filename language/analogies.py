@@ -1,14 +1,15 @@
-"""Analogies of word vectors, and the control that shows how much of the answer is arithmetic.
+"""Analogies of word vectors, and a control that shows how many answers need the arithmetic.
 
-"a is to b as c is to ...?" is answered by 3CosAdd (Mikolov et al. 2013a, 1301.3781): with all vectors of
-length 1, the word d that is nearest by cosine to
+"a is to b as c is to ...?" is answered by the word d whose vector is nearest by cosine, with all vectors of
+length 1, to
 
-    b - a + c          3CosAdd
-    c                  the control: a and b are ignored (Linzen 2016, 1606.07736)
+    b - a + c          3CosAdd (Mikolov et al. 2013a, 1301.3781; named by Levy and Goldberg 2014)
+    c                  the control, which ignores a and b (Linzen 2016, 1606.07736)
 
-The three words of the question are no answers. Without that rule the answer is mostly c itself. And c's own
-neighbours are often d: `file` is nearest to `files` whatever a and b are. So an accuracy says something about
-the arithmetic only beside the control. Questions with words that have no vector are left out, and counted.
+The three words of the question are excluded from the answers; otherwise the answer is mostly c itself. Even
+so the nearest word to c is often d: `files` is near `file`, whatever a and b are. So only the difference
+between the two accuracies is due to the arithmetic. Questions with a word that has no vector are left out,
+and counted.
 
     python -m language.analogies VECTORS                              the pairs below, on source text
     python -m language.analogies VECTORS --questions questions-words.txt
@@ -66,24 +67,25 @@ PAIRS = {
 
 
 class Accuracy(NamedTuple):
-    """The shares of questions that are answered rightly."""
+    """The shares of questions whose answer is right."""
 
     right: float  # by 3CosAdd
     control: float  # by the nearest word to c
-    n: int  # questions that were asked
-    n_unknown: int  # questions left out, because a word has no vector
+    n: int  # questions of which all words have a vector
+    n_unknown: int  # the other questions, which are left out
 
 
 def all_questions(pairs: Iterable[tuple[str, str]]) -> list[Question]:
-    """Return every pair of two pairs as a question, in both orders."""
+    """Return a question (a, b, c, d) for each ordered choice of two different pairs (a, b) and (c, d)."""
     return [(*one, *other) for one, other in permutations(pairs, 2)]
 
 
 def read_questions(path: Path) -> dict[str, list[Question]]:
-    """Return the questions of each section of a file like questions-words.txt, maybe named .gz.
+    """Return the questions of each section of a file like questions-words.txt, which is unpacked if its name
+    ends in .gz.
 
     A section begins with `: name`; each other line has four words. Raises ValueError naming a line that is
-    neither.
+    neither, and for a file without questions.
     """
     sections: dict[str, list[Question]] = {}
     try:
@@ -114,7 +116,7 @@ def unit(vectors: np.ndarray | Tensor) -> Tensor:
 def nearest(vectors: Tensor, targets: Tensor, excluded: Tensor, n: int = 1) -> Tensor:
     """Return the n words, int64 (Q, n), whose unit vectors (V, D) are nearest by cosine to targets (Q, D).
 
-    excluded: int64 (Q, any), words that are no answers.
+    excluded: int64 (Q, any), words that must not be answers.
     """
     found = []
     for some, out in zip(targets.split(512), excluded.split(512), strict=True):
@@ -124,9 +126,10 @@ def nearest(vectors: Tensor, targets: Tensor, excluded: Tensor, n: int = 1) -> T
 
 
 def accuracy(words: Sequence[str], vectors: np.ndarray | Tensor, questions: Sequence[Question]) -> Accuracy:
-    """Return how many of the questions (a, b, c, d) are answered by d, and by the control.
+    """Return the shares of questions (a, b, c, d) to which 3CosAdd and the control answer d.
 
-    A word that has no vector as it is written counts in lower case. Without a question both shares are NaN.
+    vectors: (V, D), of the V words. A word that has no vector as it is written is looked up in lower case.
+    Without a question both shares are NaN.
     """
     index = {word: i for i, word in enumerate(words)}
     known = [[index.get(w, index.get(w.lower())) for w in question] for question in questions]
@@ -159,8 +162,8 @@ def number_of(words: Sequence[str], word: str) -> int:
     return words.index(word)
 
 
-def table(words: Sequence[str], vectors: np.ndarray, sections: dict[str, list[Question]]) -> str:
-    """Return the accuracy of each section as lines of text, each beside its control."""
+def table(words: Sequence[str], vectors: np.ndarray | Tensor, sections: dict[str, list[Question]]) -> str:
+    """Return a line of text for each section: the accuracies of 3CosAdd and of the control."""
     lines = [f"{'analogies':24} {'3CosAdd':>8} {'c alone':>8} {'asked':>7} {'unknown':>8}"]
     for name, questions in sections.items():
         found = accuracy(words, vectors, questions)
@@ -190,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.solve:
         v, asked = unit(vectors), torch.tensor([[number_of(words, word) for word in args.solve]])
         a, b, c = v[asked[0]]
-        n = min(8, len(words) - 3)
+        n = min(8, len(words) - len(set(args.solve)))  # of few words fewer are left
         for name, target in (("3CosAdd", b - a + c), ("c alone", c)):
             print(f"{name:12} {' '.join(words[i] for i in nearest(v, target[None], asked, n)[0])}")
     if not args.near and not args.solve:

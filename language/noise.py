@@ -1,9 +1,10 @@
-"""Draws from a distribution of many words in constant time: the alias method (Walker 1977, Vose 1991).
+"""Draws from a distribution over V words in constant time: the alias method (Walker 1977, Vose 1991).
 
-Negatives of word2vec (word2vec.py) come from P(n) ~ count(n)^0.75, one draw for each word of the text. A
-search in cumulative sums takes log2 V steps for a draw. Here the V words are V columns of height 1, cut from
-bars of height V P(n): each column has at most two words, its own below, and above it a part of a word that
-has more than 1. A draw is a column, and a height in it.
+The negatives of word2vec.py are drawn from P(n) ~ count(n)^0.75, one for each word of the text. A search in
+the cumulative sums of P would take log2 V steps for each draw. Here each word n has a bar of height V P(n),
+1 in the mean. Bars above 1 are cut, and their pieces put on bars below 1, until there are V columns of height
+1. Column n then holds word n below, and above it at most one other word. A draw is a uniform column and a
+uniform height in it, and takes the word that is there.
 """
 
 import torch
@@ -11,16 +12,16 @@ from torch import Generator, Tensor
 
 
 class Noise:
-    """The distribution of V words in proportion to count ** power."""
+    """The distribution over V words in proportion to count ** power: p (V,) float64, and its columns."""
 
     def __init__(self, counts: Tensor, power: float):
-        """counts: (V,), positive. Takes time in proportion to V."""
+        """Make the columns in time proportional to V. counts: (V,), positive."""
         self.p = counts.double() ** power  # (V,)
         self.p /= self.p.sum()
         height = (self.p * len(self.p)).tolist()
         above = list(range(len(height)))
 
-        # A column that is not full is filled up from a bar that is too high, as long as there are both.
+        # Fill a column below 1 with a piece of a bar above 1, as long as there are both.
         small = [i for i, h in enumerate(height) if h < 1]
         large = [i for i, h in enumerate(height) if h >= 1]
         while small and large:
@@ -29,13 +30,13 @@ class Noise:
             height[high] -= 1 - height[low]
             if height[high] < 1:
                 small.append(large.pop())
-        # What is left is 1 up to rounding.
+        # The columns that are left have height 1 but for rounding.
         for i in small + large:
             height[i] = 1.0
         self.below, self.above = torch.tensor(height), torch.tensor(above)
 
     def draw(self, *shape: int, generator: Generator) -> Tensor:
-        """Return words, int64 of this shape."""
+        """Return words drawn from the distribution, int64 of this shape."""
         column = torch.randint(len(self.above), shape, generator=generator)
         height = torch.rand(shape, generator=generator)
         return torch.where(height < self.below[column], column, self.above[column])

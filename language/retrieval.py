@@ -1,21 +1,22 @@
 """Retrieval: find the chunks of a text that are most like a given one, by the rare words they share (TF-IDF).
 
-    terms of a chunk     its runs of three tokens, but for those that a tenth of all chunks have
+    terms of a chunk     its runs of three tokens, without the terms that more than a tenth of all chunks have
     idf(t)               ln(chunks / chunks with t) + 1             a rare term counts more
-    w(c, t)              times that t is in c * idf(t), divided by the norm of these over all t
+    w(c, t)              (times that t is in c) * idf(t), divided by the norm of these over all t
     score(q, c)          sum over t of w(q, t) w(c, t)              the cosine of their vectors
 
-(Salton and Buckley 1988; it is scikit-learn's TfidfVectorizer with smooth_idf=False and max_df=0.1.) retro.py
-reads the neighbours that are found so. Its paper finds them by the mean of BERT's states, which needs a BERT
-and an index of billions of vectors. Shared rare terms need neither, and give a decoder more: what it gains
-from its neighbours is mostly what it can copy (Doostmohammadi et al. 2023).
+(Salton and Buckley 1988; it is scikit-learn's TfidfVectorizer with smooth_idf=False and max_df=0.1.) The
+chunks of the highest score are the neighbours that retro.py reads. Its paper finds neighbours by the mean of
+BERT's states, which needs a BERT and an index of billions of vectors. Neighbours by shared terms need
+neither, and lower the loss more (Doostmohammadi et al. 2023, 2305.16243, by BM25), since most of what a
+decoder gains from neighbours is what it copies.
 
-The index is an inverted one: of each term, the chunks that hold it, and their weights. Four arrays and the
-text's own tokens lie in a directory as .npy files, and are memory-mapped.
+The index is an inverted one: for each term the chunks that hold it, and their weights. Four arrays and the
+tokens of the text are in a directory as .npy files, and are memory-mapped.
 
 A neighbour must not come from the document of the chunk that it is for, or a model learns to copy from the
-text it is asked to predict. So a search excludes a range of chunks: all that overlap the documents which the
-chunk overlaps, and the chunk before those, whose continuation does.
+text that it has to predict. So a search excludes a range of chunks: all that overlap a document which the
+chunk overlaps, and the one before them, whose continuation overlaps it too.
 
 Shapes: C chunks of the text, m tokens of a chunk, k neighbours.
 """
@@ -30,13 +31,13 @@ from formats.atomic import damage, replace_directory, write_checksums
 from formats.progress import progress_bar
 
 N = 3  # tokens of a term
-MOST = 1 / 10  # share of the chunks that may have a term, or else it is left out ...
-FEW = 10  # unless these are not more chunks than this
-BITS = 21  # of a token in a term, three of which are one int64
+MOST = 1 / 10  # a term in more than this share of the chunks is left out ...
+FEW = 10  # ... if it is in more chunks than this, too
+BITS = 21  # of a token: three of them fill the 63 bits of a positive int64, a term
 
 
 def terms_of(tokens: np.ndarray) -> np.ndarray:
-    """Return the terms of tokens (..., m) as numbers, int64 (..., m - 2): a different one for each run."""
+    """Return the terms of tokens (..., m) as numbers, int64 (..., m - 2): the same run is the same number."""
     wide = np.asarray(tokens, np.int64)
     m = wide.shape[-1]
     return sum(wide[..., i : m - N + 1 + i] << (BITS * (N - 1 - i)) for i in range(N))
@@ -46,21 +47,24 @@ def terms_of(tokens: np.ndarray) -> np.ndarray:
 class Index:
     """The chunks of a text by their terms. A search is deterministic: of equal scores the first chunk wins.
 
-    A copy of it by copy.deepcopy is itself, since nothing changes it.
+    copy.deepcopy returns the index itself, since nothing changes it, so that copies of a model share it.
     """
 
-    tokens: np.ndarray  # (n,) of the whole text; its chunks are the C whole ones
+    tokens: np.ndarray  # (n,): the whole text; tokens after the last whole chunk are in continuations only
     m: int  # tokens of a chunk
-    filler: int  # the token that fills what is behind the end of the text, and neighbours that are not found
-    terms: np.ndarray  # int64, sorted
-    starts: np.ndarray  # int64 (terms + 1,): where a term's entries begin in the two arrays below
-    chunks: np.ndarray  # int32: the chunks with the term, in ascending order
-    weights: np.ndarray  # float32: w(c, t)
+    filler: int  # the token in place of those after the end of the text, and of neighbours that are not found
+    terms: np.ndarray  # int64 (n_terms,): sorted
+    starts: np.ndarray  # int64 (n_terms + 1,): where the entries of a term begin in the two arrays below
+    chunks: np.ndarray  # int32 (n_entries,): the chunks with the term, in ascending order
+    weights: np.ndarray  # float32 (n_entries,): w(c, t)
 
     @classmethod
     def build(cls, tokens: np.ndarray, m: int, filler: int) -> "Index":
-        """Return the index of the chunks of m tokens of a text (n,). Raises ValueError for a text of less
-        than one chunk, for chunks below three tokens and for tokens of 2^21 or more."""
+        """Return the index of the chunks of m tokens of a text (n,).
+
+        Raises ValueError for a text of less than one chunk, for chunks of fewer than three tokens and for
+        tokens of 2^21 or more.
+        """
         C = len(tokens) // m
         if C == 0 or m < N:
             raise ValueError(
@@ -70,7 +74,7 @@ class Index:
         if tokens.max() >= 1 << BITS:
             raise ValueError(f"token {tokens.max()}: expected numbers below {1 << BITS}")
 
-        # The pairs of a term and a chunk, sorted, each once with its count.
+        # List the pairs of a term and a chunk (its owner), sorted, each once with its count.
         found = terms_of(tokens[: C * m].reshape(C, m)).ravel()
         owner = np.repeat(np.arange(C, dtype=np.int32), m - N + 1)
         order = np.argsort(found, kind="stable")  # owners stay in ascending order
@@ -79,12 +83,12 @@ class Index:
         counts = np.diff(np.r_[first, len(found)])
         found, owner = found[first], owner[first]
 
-        # Leave out frequent terms, which take most of the time of a search and tell little.
+        # Leave out frequent terms, which take most of the time of a search and distinguish few chunks.
         _, place, frequency = np.unique(found, return_inverse=True, return_counts=True)
         kept = frequency[place] <= max(FEW, MOST * C)
         found, owner, counts = found[kept], owner[kept], counts[kept]
 
-        # The weights of the others.
+        # Compute the weights of the others.
         terms, starts, frequency = np.unique(found, return_index=True, return_counts=True)
         weights = counts * np.repeat(np.log(C / frequency) + 1, frequency)
         norms = np.sqrt(np.bincount(owner, weights**2, minlength=C))
@@ -99,11 +103,13 @@ class Index:
         return len(self.tokens) // self.m
 
     def scores(self, query: np.ndarray) -> np.ndarray:
-        """Return the score of each chunk for a query of some tokens, float64 (C,). Terms that the text does
-        not have count for nothing."""
+        """Return the score of each chunk, float64 (C,), for a query of any number of tokens (q,).
+
+        Terms of the query that are not in the index are ignored, in its norm too.
+        """
         wanted, counts = np.unique(terms_of(query), return_counts=True)
         at = np.searchsorted(self.terms, wanted)
-        known = self.terms[np.minimum(at, len(self.terms) - 1)] == wanted
+        known = np.searchsorted(self.terms, wanted, side="right") > at
         at, counts = at[known], counts[known]
         if not len(at):  # nothing in common
             return np.zeros(len(self))
@@ -116,9 +122,9 @@ class Index:
         return np.bincount(chunks, np.concatenate(parts), minlength=len(self))
 
     def search(self, query: np.ndarray, k: int, excluded: tuple[int, int] = (0, 0)) -> np.ndarray:
-        """Return the k best chunks for a query, int64 (k,), the best first; -1 where fewer share a term.
+        """Return the k chunks of the highest scores, int64 (k,), the best first; -1 if fewer share a term.
 
-        excluded: the first of the chunks that are left out, and the one behind the last.
+        excluded: a range of chunks that are left out: the first, and the one after the last.
         """
         scores = self.scores(query)
         scores[excluded[0] : excluded[1]] = 0
@@ -130,7 +136,7 @@ class Index:
         return np.r_[best, np.full(k - len(best), -1)]
 
     def read(self, chunks: np.ndarray) -> np.ndarray:
-        """Return each chunk and the m tokens behind it, int64 (..., 2 m), of chunks (...); -1 is filled."""
+        """Return each of the chunks (...) and the m tokens after it, int64 (..., 2 m); -1 gives fillers."""
         place = chunks[..., None] * self.m + np.arange(2 * self.m)
         outside = (place >= len(self.tokens)) | (chunks[..., None] < 0)
         return np.where(outside, self.filler, self.tokens[np.where(outside, 0, place)]).astype(np.int64)
@@ -160,10 +166,11 @@ class Index:
 
 
 def own_chunks(tokens: np.ndarray, m: int, eot_id: int) -> np.ndarray:
-    """Return for each chunk of a text (n,) the range of chunks that its neighbours must not be in, (C, 2).
+    """Return for each chunk of a text (n,) the range of chunks that its neighbours must not be in, (C, 2):
+    the first, and the one after the last.
 
-    A document begins at each eot_id. The range holds all chunks that overlap the first or the last document
-    of the chunk, and what is between, and one chunk more in front, since its continuation overlaps them.
+    A document begins at each eot_id. The range holds all chunks that overlap a document which the chunk
+    overlaps, and one chunk before them, since its continuation overlaps the first document.
     """
     C = len(tokens) // m
     begins = np.flatnonzero(np.asarray(tokens) == eot_id)
@@ -177,8 +184,10 @@ def own_chunks(tokens: np.ndarray, m: int, eot_id: int) -> np.ndarray:
 def find_all(
     index: Index, tokens: np.ndarray, k: int, excluded: Iterable[tuple[int, int]], title: str
 ) -> np.ndarray:
-    """Return the k neighbours of every whole chunk of a text (n,), int32 (chunks of it, k), with a progress
-    bar. excluded: the range of each, as `Index.search` takes it."""
+    """Return the k neighbours in an index of every whole chunk of a text (n,), int32 (n // m, k).
+
+    excluded: the range for each chunk, as `Index.search` takes it. title: of the progress bar.
+    """
     m = index.m
     queries = tokens[: len(tokens) // m * m].reshape(-1, m)
     found = np.empty((len(queries), k), np.int32)

@@ -1,32 +1,31 @@
-"""RETRO: a decoder that reads, beside its own text, passages found in a large one (Borgeaud et al. 2022).
+"""RETRO: a decoder that also reads passages retrieved from a large text (Borgeaud et al. 2022, 2112.04426).
 
     C_u    chunk u of the text, m tokens                 N_u    its k neighbours: passages of r = 2 m tokens,
                                                                 each a chunk like C_u and its continuation
-    E_u = encoder(N_u, given the states of C_u)          both directions
+    E_u = encoder(N_u, given the states of C_u)          attention in both directions
     x = x + attention(norm(x));  in some layers x = x + CCA(norm(x), E);  x = x + mlp(norm(x))
 
-Chunked cross attention (CCA, section 2.4, equation 5). Counted from 1, the tokens u m ... u m + m - 1 attend
-to all k r states of E_u: the last token of chunk u, and all but the last of chunk u + 1. The first m - 1
-tokens of a text have no neighbours yet, and pass unchanged.
+CCA is chunked cross attention (section 2.4, equation 5). Counted from 1, the tokens u m ... u m + m - 1
+attend to all k r states of E_u: the last token of chunk u, and all but the last of chunk u + 1. The first
+m - 1 tokens of a text have no neighbours yet, and CCA adds nothing to them.
 
     tokens    1 ... m-1  |  m ... 2m-1  |  2m ... 3m-1  |  ...
     attend    nothing    |  E_1         |  E_2          |  ...
 
-N_u is chosen by all tokens of C_u, so it must not influence a token before the last of C_u, which would know
-what comes. The last token itself may read N_u, as it predicts the first of C_{u+1}: one place later would
-waste a prediction, one earlier would leak.
+N_u is chosen by all tokens of C_u. If a token before the last of C_u read N_u, it would get information about
+the tokens that it has to predict. The last token may read it, since it predicts the first token of C_{u+1}.
 
-What is known of it: a model learns to copy from the neighbours, and most of the gain is where they overlap
-with what comes (results/retro.py measures bits per byte by overlap). Facts that it was never trained on can
-be looked up, which is the default task: a new fact is a new line of the text that is searched.
+The model learns to copy from the neighbours, and most of the gain is in chunks that overlap with them
+(results/retro.py measures bits per byte by overlap). It can also look up facts that it was not trained on.
+That is the default task: a new fact is a new line of the text that is searched.
 
-RETROfit (section 4.3): --init-from a trained gpt.py freezes it, and trains the encoder and CCA alone.
-Without neighbours such a model is the gpt.py to the bit; with them it is so at the start, since CCA's last
-matrix is 0.
+RETROfit (section 4.2): --init-from a trained gpt.py freezes it, and trains the encoder and CCA alone. Without
+neighbours such a model is equal to that gpt.py to the bit; with them it is at the start, since CCA's last
+matrix is 0 then.
 
 The decoder is gpt.py's. Differences from the paper: neighbours are found by TF-IDF (retrieval.py), not by
-BERT; positions are rotary, aligned so that a chunk and its neighbour begin at 0 and the continuation at m;
-the encoder has the decoder's width and embeddings.
+BERT; positions are rotary, those of a chunk and of its neighbours from 0 on, so that a continuation begins at
+m; the encoder has the decoder's width and embeddings.
 
     python train.py --model retro                                       look up facts never seen
     python train.py --model retro --data stdlib --size text             the standard library's own source
@@ -59,7 +58,7 @@ DATABASE = "database"  # the folder beside the weights with the text to retrieve
 
 @dataclass(frozen=True)
 class Config(gpt.Config):
-    """The fields of gpt.py's Config, and what is retrieved."""
+    """The fields of gpt.py's Config, and those of retrieval and the encoder."""
 
     chunk: int = 64  # m, tokens
     n_neighbours: int = 2  # k
@@ -83,8 +82,8 @@ class Config(gpt.Config):
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least {least}")
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the matmul FLOPs of training on one token, as in gpt.py, with those of its share of the
-        encoder, whose k r tokens belong to m of the decoder, and of CCA."""
+        """Return the FLOPs of the matrix products of training on one token, as gpt.py does, with those of CCA
+        and of the encoder, which reads k r tokens for m of the decoder."""
         D, H, G, K, m = self.d_model, self.n_heads, self.G, self.K, self.chunk
         n_encoded = 2 * m * self.n_neighbours  # tokens of the encoder per chunk
         queries, keys = 2 * D * H * K, 2 * D * G * K  # weights of the projections of each side
@@ -99,7 +98,7 @@ class Config(gpt.Config):
 
 ONE = dict(chunk=16, n_neighbours=1, retrieval_layers=(1,), encoder_layers=1)
 SIZES = {
-    # Attention by position alone (biases, and angles that tell 32 places apart) is what copying begins with.
+    # To copy, a head must attend by position alone: biases, and angles that distinguish 32 places.
     "tiny": Config(2, 2, 64, 176, 257, 64, rope_theta=10.0, qkv_bias=True, **ONE),
     "text": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True, chunk=32),  # gpt.py's tiny
     # The shapes of Borgeaud et al. 2022, table 2, whose encoders are narrower. Without embeddings they
@@ -113,7 +112,7 @@ SIZES = {
 
 class CrossAttention(nn.Module):
     """softmax(q k^T / sqrt(K)) v with queries of one sequence and keys and values of another, without a mask.
-    The rotary positions of each of the two are given. With qk_norm each head has RMSNorm."""
+    Both have rotary positions. With qk_norm the queries and keys of each head have RMSNorm."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -138,7 +137,7 @@ class CrossAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention in both directions, then in the first layer to the chunk's states, and an MLP."""
+    """Attention within a neighbour in both directions, in the first layer also to the chunk, and an MLP."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -151,7 +150,8 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, states: Tensor) -> Tensor:
-        """Return (n, k, r, D) of the neighbours x (n, k, r, D) of n chunks with the states (n, m, D)."""
+        """Return the states (n, k, r, D) after x (n, k, r, D), of the k neighbours of n chunks, whose own
+        states (n, m, D) are the decoder's."""
         (n, k, r, D), m = x.shape, states.shape[1]
         at = torch.arange(r, device=x.device)
         h = self.input_layernorm(x).view(n * k, r, D)
@@ -163,7 +163,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder (section 2.4), which reads each neighbour alone."""
+    """The encoder (section 2.4), which reads each neighbour by itself, and the chunk that it is for."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -173,8 +173,8 @@ class Encoder(nn.Module):
         self.norm = Norm(config.d_model, config, config.norm)
 
     def forward(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """Return the states (B, U, k r, D) of embeddings (B, U, k, r, D), given the decoder's states
-        (B, U, m, D) of the chunks."""
+        """Return E (B, U, k r, D) of the embeddings of neighbours (B, U, k, r, D), given the decoder's
+        states (B, U, m, D) of the chunks."""
         (B, U, k, r, D) = embedded.shape
         x, states = embedded.flatten(0, 1), self.states_norm(states).flatten(0, 1)
         for layer in self.layers:
@@ -195,9 +195,9 @@ class Block(gpt.Block):
     def forward(self, x: Tensor, rotation, cache, cu_seqlens=None, encode=None) -> Tensor:
         """Return (B, T, D) of x (B, T, D).
 
-        encode: function of the states after the attention and of the layer's number that returns E
-        (B, U, k r, D), and the place of the first token of x among those that attend to E_1, which is 1 - m
-        at the start of a text. None: nothing is retrieved.
+        encode: function of the states after the attention and of the layer's number. It returns E
+        (B, U, k r, D) and the place of the first token of x among the m tokens that attend to the first of
+        these E, which is 1 - m at the start of a text. None: nothing is retrieved.
         """
         x = x + self.self_attn(self.input_layernorm(x), rotation, cache, cu_seqlens)
         if encode is not None and self.cross_attn is not None:
@@ -207,21 +207,21 @@ class Block(gpt.Block):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def chunked(self, x: Tensor, encoded: Tensor, place: int) -> Tensor:
-        """Return CCA (B, T, D) of x (B, T, D): the first -place tokens get 0, and then each m tokens in turn
-        attend to one of encoded (B, U, k r, D)."""
+        """Return CCA (B, T, D) of x (B, T, D): the first -place tokens get 0, and of the others each m in
+        turn attend to the next of encoded (B, U, k r, D), beginning at the given place of the first m."""
         (B, T, D), (_, U, n, _), m = x.shape, encoded.shape, self.chunk
-        before, into = max(0, -place), max(0, place)  # tokens without neighbours, and those of E_1 before x
+        before, into = max(0, -place), max(0, place)  # tokens without neighbours, and earlier ones of E_1
         rest = F.pad(x[:, before:], (0, 0, into, U * m - into - (T - before)))  # (B, U m, D)
-        # Places as in a neighbour: its first token at 0, so the last token of the chunk is at m - 1.
+        # Positions begin at 0 in a chunk and in its neighbours: the m tokens are at m - 1 ... 2 m - 2.
         at = torch.arange(m, device=x.device) + m - 1
-        places = torch.arange(2 * m, device=x.device).repeat(n // (2 * m))  # alike in all neighbours
+        places = torch.arange(2 * m, device=x.device).repeat(n // (2 * m))  # the same in all neighbours
         y = self.cross_attn(rest.view(B * U, m, D), encoded.flatten(0, 1), at, places)
         y = y.view(B, U * m, D)[:, into : into + T - before]
         return F.pad(y, (0, 0, before, 0))
 
 
 class RetroCache(KVCache):
-    """The cache of texts of one length, with the last E, and tokens and states of the chunk begun."""
+    """The cache of texts of one length, with the last E, and tokens and states of the unfinished chunk."""
 
     def __init__(self, config: Config, lengths: list[int], max_len: int, like: Tensor, index: Index):
         if len(set(lengths)) > 1:
@@ -231,8 +231,8 @@ class RetroCache(KVCache):
         self.n_read, self.tokens, self.states, self.encoded = 0, None, None, None
 
     def encode(self, x: Tensor, tokens: Tensor, encoder) -> tuple[Tensor | None, int]:
-        """Return what a Block's `encode` does, for the next tokens (B, T) and their states x (B, T, D), and
-        retrieve neighbours for each chunk that they complete. encoder: (neighbours, states) -> E."""
+        """Return what a Block's `encode` does, for the prompts (B, T), or later the next token (B, 1), and
+        their states x. Retrieve for each chunk that they complete. encoder: (neighbours, states) -> E."""
         m, done = self.m, self.n_read
         tokens = tokens if self.tokens is None else torch.cat((self.tokens, tokens), dim=1)
         states = x if self.states is None else torch.cat((self.states, x), dim=1)
@@ -254,7 +254,7 @@ class RetroCache(KVCache):
 
 
 class Retro(GPT):
-    """The decoder with neighbours. Generation finds them in `index`, and none where that is None."""
+    """The decoder with neighbours. Generation finds them in `index`; if that is None, there are none."""
 
     block = Block
     save_pretrained = native.save
@@ -266,7 +266,7 @@ class Retro(GPT):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw all weights as gpt.py does, and let CCA add nothing at first."""
+        """Draw all weights as gpt.py does, but set CCA's last matrices to 0, so that it adds nothing yet."""
         super().initialize()
         for block in self.model.layers:
             if block.cross_attn is not None:
@@ -282,8 +282,8 @@ class Retro(GPT):
     ) -> Tensor:
         """Return the normalised hidden states (B, T, D) of tokens (B, T).
 
-        neighbours: int64 (B, U, k, r), of the whole chunks of tokens; None without retrieval. A cache of
-        `new_cache` finds its own. Raises ValueError for neighbours of another shape, and for cu_seqlens.
+        neighbours: int64 (B, U, k, r), of the whole chunks of tokens; None without retrieval. A RetroCache
+        retrieves by itself. Raises ValueError for neighbours of another shape, and for cu_seqlens.
         """
         if cu_seqlens is not None:
             raise ValueError("--document-mask: neighbours belong to chunks of whole rows; leave it out")
@@ -298,7 +298,7 @@ class Retro(GPT):
                 f"neighbours {tuple(neighbours.shape)}: expected {expected} for {B} x {T} tokens"
             )
 
-        # The first retrieval layer computes E; the others use the same.
+        # The first layer with CCA computes E from its states; the others use the same E.
         found = None
 
         def encode(x: Tensor, layer: int) -> tuple[Tensor | None, int]:
@@ -321,7 +321,7 @@ class Retro(GPT):
         return self.model.norm(x)
 
     def encode(self, x, tokens, neighbours, cache) -> tuple[Tensor | None, int]:
-        """Return E (B, U, k r, D) and the place of the first token, as `Block.forward` takes them."""
+        """Return E (B, U, k r, D) and the place of the first token, as `Block.forward` needs them."""
 
         def encoder(neighbours: Tensor, states: Tensor) -> Tensor:
             return self.encoder(self.model.embed_tokens(neighbours), states)
@@ -344,7 +344,7 @@ class Retro(GPT):
 
     def new_cache(self, lengths: list[int], max_len: int, static: bool = False) -> KVCache:
         """Return an empty cache; with an index one that retrieves at the end of each chunk. Raises ValueError
-        for prompts of several lengths, and for a compiled step."""
+        then for prompts of several lengths, and for a compiled step (static)."""
         if self.index is None:
             return super().new_cache(lengths, max_len, static)
         if static:
@@ -353,7 +353,8 @@ class Retro(GPT):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "Retro":
-        """Load a Retro, with its index if there is one, or a gpt.py's model, to be retrofitted."""
+        """Return the Retro in a directory, with its index if there is one; or of a model of gpt.py the Retro
+        that is to be retrofitted, with CCA in every second layer."""
         if native.is_native(directory):
             model = native.load(directory, kernels)
             if (Path(directory) / DATABASE).is_dir():
@@ -371,7 +372,7 @@ class Retro(GPT):
 
 Model = Retro
 DATA, STEPS, BATCH_SIZE = "facts", 600, 16
-LEARNING_RATE = 0.25  # times the default rate of a decoder of this size, with which the loss rises again
+LEARNING_RATE = 0.25  # times the default rate of a decoder of this size: with 1 the loss rises again
 load_data, show = retro_rows.load_data, retro_rows.show
 
 

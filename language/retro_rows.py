@@ -1,13 +1,15 @@
 """Rows for retro.py: tokens with the neighbours of each chunk, of random facts or of any text.
 
-    facts            "kazemo is 4821": a key of six letters and a value of four digits, drawn at random. A row
-                     asks for one at the end of each chunk but the last; only the values are predicted.
-                     The facts that are held out never occur in a row to learn from. All stand, in
-                     another order, in the text that is searched, as a new page would in an encyclopedia
-    any other        the text of --data. A row is T tokens, and its chunks' neighbours are found in the
-                     training part, outside of their own document; those of held-out text likewise
+    facts            "kazemo is 4821": a key of six letters and a value of four digits, drawn at random. Each
+                     chunk of a row but the last ends with a key, and the next begins with its value; only
+                     the values are targets. No held-out fact is in a row of the training part. The text that
+                     is searched holds all facts, in another order
+    any other        the text of --data. A row is T tokens. The neighbours of its chunks are found in the
+                     training part, outside of their own documents; those of held-out text too
 
-Neighbours depend on the text alone, so they are found once and kept in --cache, with the index.
+Neighbours depend on the text alone, so those of a text are found once and kept in --cache, with the index.
+
+Shapes: T tokens of a row, U = T / m chunks of m tokens, k neighbours of r = 2 m tokens.
 """
 
 import hashlib
@@ -28,19 +30,21 @@ from language.retrieval import Index, find_all, own_chunks
 
 N_FACTS, N_HELD_OUT, FACTS_SEED = 20_000, 2_000, 0
 KEY, VALUE = 6, 4  # letters of a key, digits of a value
-SHOWN = 64  # rows of held-out facts that are asked at an evaluation
+SHOWN = 64  # rows of held-out facts of which an evaluation measures the accuracy
 
 
 class WithNeighbours(Rows):
     """Rows {"tokens": (T + 1,), "targets": (T,), "neighbours": (U, k, 2 m)} of other rows."""
 
     def __init__(self, rows: Rows, index: Index, found: np.ndarray):
-        """rows: "tokens", and perhaps "targets". found: int32 (chunks, k), the neighbours of the chunks of
-        all rows, one after the other."""
+        """Add neighbours to rows, which have "tokens" (T + 1,) and perhaps "targets" (T,).
+
+        found: int32 (chunks, k), the neighbours of the chunks of all rows, one row after the other.
+        """
         super().__init__(rows)
         self.index, self.found = index, found
         self.n_targets, self.n_bytes = rows.n_targets, rows.n_bytes
-        self.per_row = len(rows[0]["tokens"][:-1]) // index.m  # U, of all rows but perhaps the last
+        self.per_row = len(rows[0]["tokens"][:-1]) // index.m  # U; the last row may have fewer
 
     def __getitem__(self, i: int) -> Row:
         i %= len(self.rows)
@@ -73,15 +77,18 @@ def load_data(args: Namespace, config: Any) -> Dataset:
 
 
 def text_of(facts: list[tuple[str, str]], m: int) -> str:
-    """Return the lines "KEY is VALUE." of facts, of m characters each, as one text that begins with a line's
-    end: so each chunk of m ends with "KEY is ", and the next one begins with the value."""
+    """Return a text with the line "KEY is VALUE." for each of the facts, of m characters with its line break.
+
+    It begins with the end of a line, "----.", so that each chunk of m characters ends with "KEY is ", and the
+    next one begins with the value.
+    """
     answers = ["-" * VALUE, *(value for _, value in facts)]
     asked = [f"{key} is ".rjust(m - VALUE - 2) for key, _ in facts]
     return "".join(f"{answer}.\n{key}" for answer, key in zip(answers, [*asked, ""], strict=True))
 
 
 def draw_facts(n: int) -> list[tuple[str, str]]:
-    """Return n facts, the same at each call, with different keys."""
+    """Return n facts (key, value) with different keys, the same at each call."""
     rng = np.random.default_rng(FACTS_SEED)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     keys = dict.fromkeys("".join(word) for word in rng.choice(letters, (n + n // 100 + 9, KEY)))
@@ -89,10 +96,11 @@ def draw_facts(n: int) -> list[tuple[str, str]]:
 
 
 class Facts(Rows):
-    """Questions for facts as rows of U chunks of m bytes: each chunk ends with "KEY is ", and the next begins
-    with the value. Targets are the values' digits, but for the question in the last chunk."""
+    """Rows of U chunks of m bytes: each chunk ends with "KEY is ", and the next begins with the value. The
+    targets are the digits of the values, except of that of the last key, which would be in the next row."""
 
     def __init__(self, facts: list[tuple[str, str]], seq_len: int, m: int):
+        """Shuffle the facts, and put U = seq_len / m of them into each row."""
         rng, U = np.random.default_rng(FACTS_SEED), seq_len // m
         order = rng.permutation(len(facts))
         super().__init__(
@@ -104,6 +112,7 @@ class Facts(Rows):
 
     @staticmethod
     def row(facts: list[tuple[str, str]], m: int) -> Row:
+        """Return "tokens" (T + 1,) and "targets" (T,), int64; -100 where nothing is predicted."""
         text = text_of(facts, m)[: len(facts) * m]
         tokens = np.frombuffer((text + facts[-1][1][0]).encode(), np.uint8).astype(np.int64)
         place = np.arange(len(tokens) - 1)  # of the token that predicts
@@ -117,14 +126,14 @@ def load_facts(seq_len: int, m: int, k: int) -> Dataset:
     if m < least:
         raise ValueError(f"chunk {m}: expected at least {least} tokens, for a fact; or name a text by --data")
     facts, tokenizer = draw_facts(N_FACTS + N_HELD_OUT), get_tokenizer("bytes")
-    # Without its first chunk, whose "----" would be like that of every row.
+    # Without its first chunk, whose "----" would match the first chunk of every row.
     text = text_of([("a" * KEY, "0" * VALUE), *facts], m)[m:]
     index = Index.build(np.frombuffer(text.encode(), np.uint8).astype(np.uint16), m, tokenizer.eot_id)
     parts = {}
     for name, some in (("train", facts[:N_FACTS]), ("val", facts[N_FACTS:])):
         rows = Facts(some, seq_len, m)
         tokens = np.concatenate([rows[i]["tokens"][:-1] for i in range(len(rows))])
-        nothing = np.zeros((len(tokens) // m, 2), np.int64)
+        nothing = np.zeros((len(tokens) // m, 2), np.int64)  # nothing is excluded
         parts[name] = WithNeighbours(rows, index, find_all(index, tokens, k, nothing, f"neighbours, {name}"))
     return Dataset(
         hashlib.sha256(f"{text} {seq_len} {m} {k}".encode()).hexdigest(),
@@ -139,20 +148,25 @@ def load_facts(seq_len: int, m: int, k: int) -> Dataset:
 
 
 def load_text(args: Namespace, m: int, k: int) -> Dataset:
-    """Return rows of T = --seq-len tokens of the text in --data, with the neighbours of their chunks."""
+    """Return rows of T = --seq-len tokens of the text in --data, with the neighbours of their chunks.
+
+    Raises ValueError if a part of the text has no more than T tokens, or as `prepare` does.
+    """
     corpus = contract.load_corpus(args)
+    splits = {"train": corpus.train, "val": corpus.val}
+    for name, split in splits.items():
+        if len(split.tokens) <= args.seq_len:
+            raise ValueError(
+                f"--seq-len {args.seq_len}: {name} has {len(split.tokens)} tokens; give more text"
+            )
     home = args.cache / f"{corpus.name}-chunks-{m}-{k}"
     with parallel.one_per_machine_first():
         if damage(home) is not None:
             prepare(home, corpus, m, k)
     index = Index.open(home.with_name(f"{home.name}-index"))
     parts = {}
-    for name, split in (("train", corpus.train), ("val", corpus.val)):
+    for name, split in splits.items():
         rows = HeldOut(split.tokens, args.seq_len, split.n_bytes, only_whole=name == "train")
-        if len(split.tokens) <= args.seq_len:
-            raise ValueError(
-                f"--seq-len {args.seq_len}: {name} has {len(split.tokens)} tokens; give more text"
-            )
         parts[name] = WithNeighbours(rows, index, np.load(home / f"{name}.npy", mmap_mode="r"))
     return Dataset(
         f"{corpus.name} {m} {k}",
@@ -164,15 +178,16 @@ def load_text(args: Namespace, m: int, k: int) -> Dataset:
 
 
 def prepare(home: Path, corpus, m: int, k: int) -> None:
-    """Write the index of the training text, and the neighbours of all chunks of both parts, all or nothing.
+    """Write the index of the training part, and to `home` the neighbours of all chunks of both parts.
 
-    Raises ValueError for a text of one document, in which nothing could be retrieved.
+    Each of the two directories is written all or nothing. Raises ValueError for a training part of one
+    document, since neighbours come from other documents.
     """
     train, val, eot_id = corpus.train.tokens, corpus.val.tokens, corpus.tokenizer.eot_id
     if corpus.train.n_documents < 2:
         raise ValueError("--data: one document; neighbours come from other documents, so give several")
     index, own = Index.build(np.asarray(train), m, eot_id), own_chunks(train, m, eot_id)
-    # The first document that is held out may be the end of the last one to learn from.
+    # The held-out part may begin within the last document of the training part, which these chunks exclude.
     first = np.flatnonzero(np.asarray(val[1:]) == eot_id)
     n_first = -(-(1 + first[0]) // m) if len(first) else len(val) // m
     of_val = np.zeros((len(val) // m, 2), np.int64)
@@ -193,16 +208,19 @@ def prepare(home: Path, corpus, m: int, k: int) -> None:
 
 @torch.no_grad()
 def accuracy(model, batch: dict[str, Tensor], neighbours: Tensor | None) -> float:
-    """Return the share of values in a batch of facts whose digits are all the likeliest, given the digits
-    before, with these neighbours (B, U, k, r), or none."""
+    """Return the share of the values in a batch of facts whose digits all have the largest logits, each given
+    the right digits before it. neighbours: (B, U, k, r), or None for a pass without retrieval."""
     right = model(batch["tokens"], neighbours=neighbours).argmax(-1) == batch["targets"]
     asked = batch["targets"] >= 0
     return right[asked].view(-1, VALUE).all(-1).double().mean().item()
 
 
 def show(model, dataset: Dataset, out: Path | None = None) -> str:
-    """Return how many held-out facts are right with their neighbours, without, and with those of others; of a
-    text the continuation of a held-out row, and a neighbour. Nothing is written to out."""
+    """Return lines that show what a model does with held-out rows. Nothing is written to out.
+
+    Of facts: the shares of values that are right with their neighbours, without, and with those of other
+    questions. Of a text: the continuation of the first half of a row, and a neighbour.
+    """
     val, device = dataset.val, next(model.parameters()).device
     n = min(SHOWN, len(val)) if isinstance(val.rows, Facts) else 1
     batch = {name: t.to(device) for name, t in batch_of([val[i] for i in range(n)]).items()}
@@ -214,7 +232,7 @@ def show(model, dataset: Dataset, out: Path | None = None) -> str:
         found = ", ".join(f"{share:.1%} {name}" for share, name in zip(shares, names, strict=True))
         return f"{found}, of {int((batch['targets'] >= 0).sum()) // VALUE} facts never seen in training"
 
-    # Of a text, a continuation of the first half of a row, and a neighbour of the last chunk before it.
+    # Continue the first half of a row, and show a neighbour of its last chunk.
     decode, prompt = dataset.tokenizer.decode, batch["tokens"][0][: batch["tokens"].shape[1] // 2].tolist()
     before, model.index = model.index, val.index
     generator = torch.Generator(device).manual_seed(0)

@@ -1,41 +1,44 @@
 r"""word2vec: vectors of words, learned from which words stand near each other.
 
-Every word w has two vectors: v_w, with which it predicts, and u_w, with which it is predicted. A pair of a
-word and one that stands near it is told from pairs with a drawn word n (Mikolov et al. 2013b, 1310.4546,
-equation 4):
+Every word w has two vectors: v_w, with which it predicts, and u_w, with which it is predicted. They learn to
+distinguish a pair of a word w and a word c near it from pairs of w and a drawn word n, a *negative*. The loss
+of a pair is (Mikolov et al. 2013b, 1310.4546, equation 4)
 
     skip-gram    -log s(u_c . v_w) - sum over k drawn n of log s(-u_n . v_w)          s: the sigmoid
     CBOW         the same with c the word in the middle, and for v_w the mean of the v of the words around it
 
-This is *negative sampling*. The drawn words come from P(n) ~ count(n)^0.75. *Hierarchical softmax* predicts c
-by the bits of its Huffman code instead (huffman.py), with a vector u for each inner node of the tree:
+This is *negative sampling*. Negatives are drawn from P(n) ~ count(n)^0.75. *Hierarchical softmax* predicts c
+by the bits of its Huffman code instead (huffman.py), with a vector u_j for each inner node j of the tree:
 
     -sum over the nodes j on the way to c of log s(+-u_j . v_w)         + for bit 0, - for bit 1
 
-The window of each word is drawn from 1 to `window`, so that near words count more, and frequent words are
-thinned out before that (windows.py).
+How far the window of a word reaches is drawn from 1 to `window`, so that near words count more. Before that,
+some occurrences of frequent words are removed (windows.py).
 
-What it converges to is known. Let n(w, c) be the pairs, and P(c) what negatives are drawn from. Then each dot
-product has a minimum of its own (Levy and Goldberg 2014, section 3), reached where vectors are long enough:
+The optimum is known. Let n(w, c) be the number of pairs of w and c, n(w) its sum over all c, and P(c) the
+distribution of negatives. If D is large enough, each dot product is at its own minimum of the expected loss
+(Levy and Goldberg 2014, section 3):
 
     u_c . v_w = log(n(w, c) / (n(w) P(c))) - log k          the pointwise mutual information, less log k
 
-**One step.** Pair by pair, this is a hundred numbers at a time, and far from what a processor can do. Here a
-step has N *blocks* of L neighbouring words, from random places of the text. The words of a block and those of
-its span, L + 2 window words, are multiplied as two matrices, of which a mask keeps the windows. Negatives are
-shared: the i-th words of all blocks, which have nothing to do with each other, share N drawn words, of which
-each counts k / N per pair. This leaves the expected gradient as it is. (Neighbours must not share them: their
-windows are nearly the same, so that a drawn word would learn from one window instead of N.) The four kinds,
-`skip_gram`, `cbow`, `skip_gram_tree` and `cbow_tree`, differ in what predicts and what is predicted.
+**One step.** The dot products of a single pair are too small for a processor to compute them fast. Here a
+step has N *blocks* of L neighbouring words, from random places of the text. The *span* of a block is the
+block and `window` more words on either side. One matrix product gives the dot products of all words of a
+block with all words of its span, and a mask keeps those of the windows. Negatives are shared: the i-th words
+of all blocks share N drawn words, of which each counts k / N per pair, so that the expected gradient stays as
+it is. (Words of one block do not share them: their windows are nearly the same, so that a drawn word would
+learn from about one window instead of N.) The four kinds, `skip_gram`, `cbow`, `skip_gram_tree` and
+`cbow_tree`, differ in what predicts and what is predicted.
 
-CBOW's gradient is that of the mean: the error reaches each of n context words divided by n. The authors'
-code and gensim do not divide (gensim's issue 1873; Irsoy et al. 2020, 2012.15332): their step for v is n
-times the gradient. `undivided` does the same.
+The gradient of CBOW is that of a mean: each of the n words of a window gets 1 / n of the error. The authors'
+code and gensim do not divide by n (gensim's issue 1873; Irsoy et al. 2020, 2012.15332), so their step for v
+is n times the gradient. `undivided` makes their step.
 
-    python -m language.word2vec                         two minutes on Python's library; neighbours, analogies
+    python -m language.word2vec                         on Python's library; prints neighbours and analogies
     python -m language.analogies runs/word2vec/vectors.bin --near encode
 
-Shapes: V words, D width, N blocks, L words of a block, S = L + 2 window words of its span, P bits of a code.
+Shapes: V words, D width, N blocks, L words of a block, S = L + 2 window words of its span, P bits of a code,
+I predictions in a block, J decisions of each.
 """
 
 import json
@@ -111,19 +114,22 @@ class Tree(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The terms of a loss: I predictions in each block, of J binary decisions each."""
+    """The terms of a loss: in each block I predictions, which make J binary decisions each.
 
-    read: Tensor  # int64 (N, R): the words whose v the predictions are made of
-    mix: Tensor | None  # (N, I, R): their weights in each prediction; None: I = R, each predicts alone
-    predicted: Tensor  # int64 (N, J): the words, or inner nodes, whose u are multiplied with them
-    positive: Tensor  # (N, I, J): how often log s(u . v) counts
-    total: Tensor  # (N, I, J): how often log s(u . v) or log s(-u . v) counts
-    n: Tensor  # (N, I): pairs, or with CBOW windows, which the terms of each prediction are the loss of
-    drawn: Tensor | None = None  # int64 (N, I): negatives of the i-th predictions of all blocks
+    A prediction is a vector x, one v or a mean of several. It decides for 1 with probability s(u . x).
+    """
+
+    read: Tensor  # int64 (N, R): the words whose v are read
+    mix: Tensor | None  # (N, I, R): the weights of these v in each x; None: I = R, and each v is an x
+    predicted: Tensor  # int64 (N, J): the words, or inner nodes, of whose u each decision is made
+    positive: Tensor  # (N, I, J): how often -log s(u . x) counts
+    total: Tensor  # (N, I, J): how often -log s(u . x) counts, and -log s(-u . x), together
+    n: Tensor  # (N, I): how many words each prediction predicts: those of a window, or 1, or none
+    drawn: Tensor | None = None  # int64 (N, I): negatives; column i is for the i-th predictions of all blocks
     k: int = 0  # negatives for each of n
 
     def split(self, n_blocks: int) -> Iterator["Terms"]:
-        """Yield the terms of so many blocks after another."""
+        """Yield the terms of the first n_blocks blocks, of the next n_blocks, and so on."""
         for i in range(0, len(self.read), n_blocks):
             yield Terms(*(part[i : i + n_blocks] if torch.is_tensor(part) else part for part in self))
 
@@ -132,14 +138,14 @@ class Terms(NamedTuple):
 
 
 def skip_gram(batch: Batch, k: int) -> Terms:
-    """Return the terms of skip-gram: each word of a block predicts those of its window, and no drawn one."""
+    """Return the terms of skip-gram: each word of a block predicts each of its window, with k negatives."""
     pairs = batch.mask.sum(-1)  # (N, L)
     return Terms(centres_of(batch), None, batch.spans, batch.mask, batch.mask, pairs, batch.drawn, k)
 
 
 def cbow(batch: Batch, k: int) -> Terms:
-    """Return the terms of CBOW: the mean of a window predicts the word in its middle, and no drawn one."""
-    mean, filled = means(batch.mask)  # (N, L, S), (N, L, 1)
+    """Return the terms of CBOW: the mean of a window predicts the word in its middle, with k negatives."""
+    mean, filled = means(batch.mask)  # (N, L, S), (N, L, 1); filled: 1 where a window holds a word
     own = torch.eye(filled.shape[1], dtype=mean.dtype) * filled  # (N, L, L)
     return Terms(batch.spans, mean, centres_of(batch), own, own, filled[:, :, 0], batch.drawn, k)
 
@@ -147,7 +153,8 @@ def cbow(batch: Batch, k: int) -> Terms:
 def skip_gram_tree(batch: Batch, tree: Tree) -> Terms:
     """Return the terms of skip-gram for blocks of one word: the words of its window predict its code.
 
-    So does the authors' code. Over a whole text the pairs are the same either way.
+    In the header the word predicts its window; the authors' code turns that round, as here. The pairs of a
+    whole text have the same expectation, since both words of a pair draw how far their windows reach alike.
     """
     code = centres_of(batch)[:, 0]  # (N,)
     window = batch.mask.mT  # (N, S, 1)
@@ -167,19 +174,19 @@ def cbow_tree(batch: Batch, tree: Tree) -> Terms:
 
 
 def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -> None:
-    """Make one step of gradient descent in place, on the sum of the terms.
+    """Make one step of gradient descent in place, on `loss`, the sum of the terms.
 
-    A word that occurs several times in the step gets the sum of its gradients, all at the vectors before it.
-    undivided: see the header. (The loss of the same terms is `loss`, of the vectors before the step.)
+    A word that occurs several times in the step gets the sum of its gradients, all at the vectors before the
+    step. undivided: each word of a mean gets the whole gradient of the mean, as in the authors' code.
     """
-    # What predicts (N, I, D), what is predicted (N, J, D), and lr times minus the derivative of the loss.
+    # Predictions x (N, I, D), predicted y (N, J, D), and -lr times the derivative of the loss by the scores.
     read, y = F.embedding(terms.read, vectors.input), F.embedding(terms.predicted, vectors.output)
     x = read if terms.mix is None else terms.mix @ read
     scores = x @ y.mT
     error = torch.addcmul(terms.positive, terms.total, scores.sigmoid(), value=-1).mul_(lr)
     dx, dy = error @ y, error.mT @ x
 
-    # The same with drawn words, for the i-th predictions of all blocks at once: the first index is i.
+    # The same with negatives. The i-th predictions of all blocks share theirs, so i is the first index.
     if terms.drawn is not None:
         drawn, weight = terms.drawn.T, terms.n.T * (terms.k / len(terms.drawn))  # (I, N)
         others, z = x.transpose(0, 1), F.embedding(drawn, vectors.output)  # (I, N, D)
@@ -189,7 +196,7 @@ def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -
         vectors.output.index_add_(0, drawn.flatten(), (error.mT @ others).flatten(0, 1))
     vectors.output.index_add_(0, terms.predicted.flatten(), dy.flatten(0, 1))
 
-    # The gradient of a mean goes back to its words in the shares that they have in it.
+    # Each word of a mean gets the gradient of the mean times its weight.
     if terms.mix is not None:
         dx = ((terms.mix > 0).to(dx.dtype) if undivided else terms.mix).mT @ dx
     vectors.input.index_add_(0, terms.read.flatten(), dx.flatten(0, 1))
@@ -197,6 +204,7 @@ def update(vectors: Vectors, terms: Terms, lr: float, undivided: bool = False) -
 
 def loss(vectors: Vectors, terms: Terms) -> Tensor:
     """Return the sum of the terms in nats: -log s(score) or -log s(-score), as often as each counts."""
+    # -log s(-z) = softplus(z), and -log s(z) = softplus(z) - z.
     x = vectors.input[terms.read]
     x = x if terms.mix is None else terms.mix @ x
     scores = x @ vectors.output[terms.predicted].mT
@@ -225,7 +233,7 @@ def tree_of(corpus: WordCorpus) -> Tree:
 
 
 def terms_by(config: Config, corpus: WordCorpus) -> Callable[[Batch], Terms]:
-    """Return the function that makes the terms of a batch, of the kind that config names."""
+    """Return the function of a batch that returns its terms, of the four kinds the one that config names."""
     is_skip_gram = config.architecture == "skip_gram"
     if config.hierarchical:
         tree, kind = tree_of(corpus), skip_gram_tree if is_skip_gram else cbow_tree
@@ -245,13 +253,13 @@ def train(
 ) -> Vectors:
     """Return vectors learned from a corpus.
 
-    vectors: trained in place from epoch `first` on, instead of new ones. watch(epochs that have ended, mean
-    loss of a prediction in the last of them, vectors) is called after each. Everything random is a function
-    of (seed, epoch), so a run that goes on computes what an uninterrupted one does. Raises ValueError if the
-    vectors are not finite any more.
+    vectors: trained in place from epoch `first` on, instead of new ones. watch is called after each epoch,
+    with the number of epochs that have ended, the mean loss of a pair in this one, and the vectors. All
+    draws are a function of (seed, epoch), so a resumed run computes what an uninterrupted one does. Raises
+    ValueError if subsampling leaves no word, and if the vectors are not finite any more.
     """
     counts, ids = torch.from_numpy(corpus.counts), torch.from_numpy(corpus.ids)
-    places, noise = torch.from_numpy(corpus.documents), Noise(counts, config.noise_power)
+    documents, noise = torch.from_numpy(corpus.documents), Noise(counts, config.noise_power)
     keep = torch.ones(len(counts))
     if config.subsample:
         keep = keep_probability(counts, config.subsample).float()
@@ -263,14 +271,17 @@ def train(
         total=config.epochs * len(ids), initial=first * len(ids), desc="words", unit_scale=True
     )
     for epoch in range(first, config.epochs):
-        # Remove frequent words, by another draw in each epoch.
+        # Remove some occurrences of frequent words, others in each epoch.
         generator = Generator().manual_seed(seed_of(seed, epoch))
         kept = (torch.rand(len(ids), generator=generator) < keep[ids]).nonzero()[:, 0]
+        if not len(kept):
+            raise ValueError(
+                f"subsample {config.subsample:g}: keeps no word; expected more, or 0 to keep all"
+            )
         nats, n, done = torch.zeros(()), 0, 0
-        for batch in batches(ids[kept], places[kept], noise, config.window, length, generator):
-            terms = terms_of(batch)
-            steps = list(terms.split(max(1, config.batch_size // length)))
-            # The loss is that of the first step of each batch, before the step.
+        for batch in batches(ids[kept], documents[kept], noise, config.window, length, generator):
+            steps = list(terms_of(batch).split(max(1, config.batch_size // length)))
+            # The loss that is reported is a sample: that of the first step of each batch, before the step.
             nats += loss(vectors, steps[0])
             n += steps[0].n.sum()
             for part in steps:
@@ -291,14 +302,16 @@ def train(
 
 
 def settings(args) -> Config:
-    """Return the Config of the flags. Its rate is by default one that suits the kind of training."""
-    lr = args.lr or (0.025 if args.architecture == "skip_gram" else 0.05 if args.undivided else CBOW_RATE)
+    """Return the Config of the flags. Without --lr the learning rate depends on the kind of training."""
+    lr = args.lr
+    if lr is None:
+        lr = 0.025 if args.architecture == "skip_gram" else 0.05 if args.undivided else CBOW_RATE
     given = {name: getattr(args, name) for name in asdict(Config()) if hasattr(args, name)}
     return Config(**given | {"lr": lr})
 
 
 def fingerprint(corpus: WordCorpus, config: Config, seed: int) -> dict[str, str]:
-    """Return what a checkpoint must have in common with the run that goes on from it."""
+    """Return the config, the seed and a hash of the text, which must be those of the checkpoint to resume."""
     text = zlib.crc32(corpus.ids, zlib.crc32(" ".join(corpus.words).encode()))
     return {"config": json.dumps(asdict(config)), "seed": str(seed), "text": f"{text:08x}"}
 
@@ -306,11 +319,13 @@ def fingerprint(corpus: WordCorpus, config: Config, seed: int) -> dict[str, str]
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     config = settings(args)
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     corpus = read_corpus(args.data, args.min_count, args.phrases, print)
     print(f"{len(corpus):,} words, {len(corpus.words):,} different ones", flush=True)
     checkpoint, same = args.out / "checkpoint.safetensors", fingerprint(corpus, config, args.seed)
 
-    # Go on from the last epoch that has ended.
+    # With --resume, begin after the last epoch that has ended.
     vectors, first = None, 0
     if args.resume:
         tensors, found = read_tensors(checkpoint)
@@ -320,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def watch(epochs: int, nats: float, vectors: Vectors) -> None:
         write_tensors(checkpoint, vectors._asdict(), same | {"epochs": str(epochs)})
-        print(f"epoch {epochs:3} of {config.epochs}  {nats:.4f} nats per prediction", flush=True)
+        print(f"epoch {epochs:3} of {config.epochs}  {nats:.4f} nats per pair", flush=True)
 
     vectors = train(corpus, config, args.seed, vectors=vectors, first=first, watch=watch)
     file = args.out / "vectors.bin"
@@ -349,22 +364,24 @@ def parser() -> command.Parser:
         ("d_model", int, "numbers in a vector"),
         ("window", int, "words on either side, at most"),
         ("negatives", int, "drawn words for each pair"),
-        ("subsample", float, "share of the text from which on a word is thinned out; 0 keeps all"),
+        ("subsample", float, "share of the text above which a word loses occurrences; 0 keeps all"),
         ("epochs", int, "passes over the text"),
         ("batch_size", int, "words of a step"),
     ):
         flag = "--" + name.replace("_", "-")
         add(flag, type=kind, default=getattr(default, name), help=f"{text} (default %(default)s)")
-    add("--lr", type=float, help="learning rate (default: one for each kind; 0.025 for skip-gram)")
+    add(
+        "--lr", type=float, help="learning rate (default: 0.025 for skip-gram, 0.15 for CBOW, 0.05 undivided)"
+    )
     add(
         "--min-count",
         type=int,
         default=5,
-        help="occurrences of a word in the vocabulary (default %(default)s)",
+        help="fewest occurrences of a word in the vocabulary (default %(default)s)",
     )
     add("--phrases", type=int, default=0, help="passes that join pairs to phrases (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of all draws (default %(default)s)")
-    add("--resume", action="store_true", help="go on after the last epoch that has ended")
+    add("--resume", action="store_true", help="continue after the last epoch that has ended")
     out = "folder of vectors.bin and the checkpoint (default %(default)s)"
     add("--out", type=command.path, default=Path("runs/word2vec"), help=out)
     return found

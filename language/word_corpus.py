@@ -1,23 +1,24 @@
-r"""Text as a stream of words: identifiers split into words, a vocabulary, phrases.
+r"""Text as a sequence of words: identifiers split into words, a vocabulary, phrases.
 
-Source text is cut at everything that is no letter, and at humps: `readHTTPHeader_line` is read, http, header,
-line. Words that occur fewer than `min_count` times are removed before anything else, so that windows reach
-across them. What is left is one array of numbers, with the number of each word's document beside it.
+Text is cut at everything that is not an ASCII letter, and where a small letter precedes a capital:
+`readHTTPHeader_line` becomes read, http, header, line. (So it is meant for source code and English; `naïve`
+becomes na, ve.) Words that occur fewer than `min_count` times are removed, so that windows (windows.py) reach
+across them. The corpus is one array of word numbers, and beside it the number of each word's document.
 
 Phrases (Mikolov et al. 2013b, 1310.4546, section 4) are pairs of words that occur together more often than
 their own counts suggest, such as `return_value`. With N words in the corpus,
 
     score(a, b) = (count(a b) - min_count) / (count(a) count(b)) * N           joined where it is > threshold
 
-(The paper leaves out N; the authors' code has it.) min_count discounts pairs of rare words. A second pass,
-over text in which the first has joined pairs, finds phrases of up to four words.
+(The paper leaves out N; the authors' code has it.) Subtracting min_count keeps pairs of rare words from being
+joined. A second pass, over text in which the first has joined pairs, finds phrases of up to four words.
 
 Shapes: V words of the vocabulary, T words of the corpus.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -30,24 +31,25 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a source text in lower case, identifiers split at underscores and humps."""
+    """Return the words of a source text in lower case, with identifiers split into their words."""
     return [word.lower() for word in WORD.findall(text)]
 
 
 class WordCorpus(NamedTuple):
-    """Words as numbers, and what the numbers stand for."""
+    """A text of T words as numbers, and the vocabulary of V words."""
 
     words: list[str]  # V, the most frequent first
-    counts: np.ndarray  # int64 (V,)
-    ids: np.ndarray  # int64 (T,): indices of words
-    documents: np.ndarray  # int64 (T,): which document each of them is in
+    counts: np.ndarray  # int64 (V,): occurrences of each
+    ids: np.ndarray  # int64 (T,): the text, as indices of words
+    documents: np.ndarray  # int64 (T,): the number of the document that each is in, 0 or more
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def encode(texts: Iterable[Sequence[str]], min_count: int = 5) -> WordCorpus:
-    """Return documents of words as numbers, without the words that occur fewer than min_count times.
+    """Return documents, each a sequence of words, as a WordCorpus without the words that occur fewer than
+    min_count times.
 
     Words of equal count are in the order of their first occurrence. Raises ValueError if fewer than two words
     are frequent enough.
@@ -72,9 +74,9 @@ def encode(texts: Iterable[Sequence[str]], min_count: int = 5) -> WordCorpus:
 def find_phrases(
     texts: Sequence[Sequence[str]], min_count: int = 5, threshold: float = 100.0
 ) -> dict[tuple[str, str], float]:
-    """Return the pairs of neighbours that score above the threshold, with their scores.
+    """Return the pairs of neighbouring words that score above the threshold, with their scores.
 
-    Pairs that occur fewer than min_count times do not count. No pair crosses the end of a document.
+    Pairs that occur fewer than min_count times are left out. No pair crosses the end of a document.
     """
     single = Counter(word for text in texts for word in text)
     pairs = Counter(pair for text in texts for pair in pairwise(text))
@@ -87,8 +89,8 @@ def find_phrases(
     return {pair: score for pair, score in scores.items() if score > threshold}
 
 
-def join_phrases(text: Sequence[str], phrases: Iterable[tuple[str, str]]) -> list[str]:
-    """Return a document in which each pair that is a phrase is one word, from the left: a_b."""
+def join_phrases(text: Sequence[str], phrases: Container[tuple[str, str]]) -> list[str]:
+    """Return the document with each pair (a, b) in phrases joined to one word a_b, from left to right."""
     joined, i = [], 0
     while i < len(text):
         is_phrase = tuple(text[i : i + 2]) in phrases
@@ -100,9 +102,10 @@ def join_phrases(text: Sequence[str], phrases: Iterable[tuple[str, str]]) -> lis
 def read_corpus(
     data: str, min_count: int = 5, passes: int = 0, notify: Callable[[str], None] = lambda line: None
 ) -> WordCorpus:
-    """Return the words of the text that `--data` names, with phrases joined in so many passes.
+    """Return the words of the text that `data` names, as find_files of data/corpus.py reads it.
 
-    notify is called with a line for each text that cannot be read, and for the phrases of each pass.
+    passes: how often phrases are found and joined. notify is called with a line for each text that cannot be
+    read, and one for each pass. Raises ValueError for passes below 0, and as `encode` does.
     """
     if passes < 0:
         raise ValueError(f"phrases {passes}: expected 0 passes or more")

@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -222,6 +223,16 @@ def text(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpt.SIZES, "tiny", small_gpt.SMALL)
     return small_gpt.write_text(tmp_path / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """Return Ray, and end its cluster after the tests of a file; skip them where it is not installed."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of the cluster's processes
+        yield ray
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -135,16 +135,6 @@ def test_several_processes_write_the_same_bytes(crawl):
     assert contents(Path("one")) == contents(Path("two"))
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """Return Ray, which ends its cluster behind the tests."""
-    ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of the cluster's processes
-        yield ray
-    ray.shutdown()
-
-
 def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(crawl, ray, monkeypatch):
     clean.main([str(crawl), "--out", "one", *ALL])
     on_ray = [str(crawl), "--out", "two", *ALL, "--workers", "2", "--engine", "ray"]

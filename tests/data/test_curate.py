@@ -153,6 +153,20 @@ def test_several_processes_write_the_same_bytes(corpus):
     assert contents("one") == contents("two")
 
 
+def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(corpus, ray, monkeypatch):
+    curate.main([*ALL, "--out", "one"])
+    on_ray = [*ALL, "--out", "two", "--workers", "2", "--engine", "ray"]
+    monkeypatch.setattr(quality.Classifier, "scores", None)  # scores come from the processes of the cluster
+    with monkeypatch.context() as patch:  # interrupted between the scores and the decision, it goes on
+        patch.setattr(selection, "kept", None)
+        with pytest.raises(TypeError):
+            curate.main(on_ray)
+    assert len(list(Path("two/work/1-classifier").glob("scores-*.npz"))) > 2
+    curate.main(on_ray)
+    assert contents("one") == contents("two")
+    assert ray.cluster_resources()["CPU"] == 2
+
+
 def test_models_give_scores(corpus):
     from data.tokenizer import get_tokenizer  # here, since the others need no PyTorch
     from gpt import GPT, Config
@@ -191,6 +205,7 @@ def test_mistakes_are_one_line_before_any_work(corpus):
     assert "--bytes is of a mixture" in refused(*shared, "--bytes", "10")
     assert "--workers 0: expected at least 1" in refused(*shared, "--workers", "0")
     assert "input nowhere: no such file" in refused("wiki=nowhere", "--out", "o")
+    assert "input =web.jsonl: expected NAME=WHAT" in refused("=web.jsonl", "--out", "o")
     assert not Path("o").exists()
     # A rule that leaves nothing, and a folder that was made with other flags.
     assert "no document stays; the scores are from" in refused(

@@ -108,6 +108,19 @@ def test_the_command_learns_saves_and_names_the_words_that_weigh_most(tmp_path, 
     assert run_command(*flags).code == 0 and Path("model/model.safetensors").read_bytes() == first
 
 
+def test_a_damaged_classifier_is_refused_by_name(tmp_path):
+    quality.Classifier(np.ones(F)).save(tmp_path / "model")
+    whole = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for damaged in (whole[:1000], b""):
+        (tmp_path / "model" / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model: damaged .*make it again"):
+            quality.Classifier.load(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(whole)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"kind": quality.KIND}))
+    with pytest.raises(ValueError, match=r"model: damaged .'n_words'"):
+        quality.Classifier.load(tmp_path / "model")
+
+
 def test_mistakes_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("few.jsonl").write_text('{"text": "a"}\n')
@@ -120,8 +133,16 @@ def test_mistakes_are_refused(tmp_path, monkeypatch):
 
     assert "--good: 1 documents; expected at least 20" in refused()
     assert "--words 0: expected at least 1" in refused("--words", "0")
-    assert "--weight-decay 0.0: expected a number above 0" in refused("--weight-decay", "0")
+    for value in ("0.0", "nan", "inf"):
+        expected = f"--weight-decay {value}: expected a finite number above 0"
+        assert expected in refused("--weight-decay", value)
     with pytest.raises(ValueError, match="no classifier of quality"):
         quality.Classifier.load(tmp_path)
+    # A folder of something else is not replaced.
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("mine")
+    assert "--out notes: holds something else" in refused("--out", "notes")
+    assert "--out few.jsonl: holds something else" in refused("--out", "few.jsonl")
+    assert Path("notes/a.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="documents of one kind"):
         quality.fit(quality.features(["a", "b"], n_features=F), np.ones(2), n_features=F)

@@ -31,6 +31,19 @@ def test_a_hundred_steps_are_torchs_to_the_bit_in_float64(options):
         assert all(torch.equal(p, q) for p, q in zip(ours.params, params, strict=True)), step
 
 
+def test_a_parameter_without_a_gradient_makes_no_step_as_in_torch():
+    ours, theirs = pair()
+    params = theirs.param_groups[0]["params"]
+    for step in range(6):
+        for i, (p, q) in enumerate(zip(ours.params, params, strict=True)):
+            p.grad = q.grad = torch.randn_like(p) if step >= i and step != 4 else None
+        before = ours.params[0].clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(before, ours.params[0]) == (step == 4)
+        assert all(torch.equal(p, q) for p, q in zip(ours.params, params, strict=True)), step
+
+
 def test_three_steps_are_those_by_hand():
     w = torch.tensor(0.5, dtype=torch.float64)
     optimizer = adam.AdamW([w], lr=0.1, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.2)

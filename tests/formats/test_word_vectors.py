@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from formats import word_vectors
 
-WORDS = ["self", "naïve", "中文", "a-b.c", "12"]
+WORDS = ["self", "naïve", "10\u00a0km", "a-b.c", "中文"]  # one has a no-break space, which is not ASCII
 VECTORS = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
 VECTORS[0, :4] = [0.1, -1e-38, 3.4e38, 1e-45]  # the smallest and the largest float32
 BOTH = pytest.mark.parametrize("binary", [True, False])

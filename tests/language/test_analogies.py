@@ -87,5 +87,12 @@ def test_the_command_prints_a_table_and_neighbours(tmp_path):
         "-m", "language.analogies", str(path), "--near", "file", "--solve", "file", "files", "name"
     )
     assert ended.code == 0 and "3CosAdd" in ended.out and ended.out.startswith("file ")
+    # Of three words none is left to answer a question about two of them but the third.
+    word_vectors.write(path, WORDS[:3], VECTORS[:3])
+    ended = run_command("-m", "language.analogies", str(path), "--solve", "w0", "w1", "w0")
+    assert ended.code == 0 and ended.out.split() == ["3CosAdd", "w2", "c", "alone", "w2"]
+    word_vectors.write(path, WORDS[:2], VECTORS[:2])
+    ended = run_command("-m", "language.analogies", str(path), "--solve", "w0", "w1", "w0")
+    assert ended.code == 0 and ended.out.split() == ["3CosAdd", "c", "alone"]
     ended = run_command("-m", "language.analogies", str(path), "--near", "missing")
     assert ended.code == 2 and "'missing' has no vector" in ended.err

@@ -64,5 +64,7 @@ def test_counts_that_have_no_code_are_refused():
 
 
 def test_the_command_prints_a_code(capsys):
-    huffman.main()  # the inner nodes: 8 + 20 + 39 + 60 + 100 = 227, of 100 words
+    huffman.main([])  # the inner nodes: 8 + 20 + 39 + 60 + 100 = 227, of 100 words
     assert "mean length 2.270 bits; entropy 2.192" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        huffman.main(["--words", "6"])

@@ -55,6 +55,8 @@ def test_the_command_writes_vectors(tmp_path):
     assert ended.code == 0 and word_vectors.read(tmp_path / "vectors.bin")[1].shape == (7, 3)
     ended = run_command("-m", "language.ppmi", "--data", str(tmp_path / "text.txt"), "--window", "0")
     assert ended.code == 2 and "window 0: expected at least 1" in ended.err
+    ended = run_command("-m", "language.ppmi", "--data", str(tmp_path / "text.txt"), "--d-model", "8")
+    assert ended.code == 2 and "d_model 8: expected at most 7" in ended.err
 
 
 def test_a_wrong_power_would_be_seen():

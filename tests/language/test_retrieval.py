@@ -71,6 +71,8 @@ def test_a_search_returns_the_best_first_and_of_equal_ones_the_first():
     assert index.search(np.array(a), 2, (0, 1)).tolist() == [3, 1]
     assert index.search(np.array(a), 4).tolist() == [0, 3, 1, -1]  # the third shares no term
     assert index.search(np.array([5, 5, 5, 5]), 2).tolist() == [-1, -1]
+    # A text whose terms are all too frequent has an index without terms, in which nothing is found.
+    assert Index.build(np.zeros(500, np.int64), 5, EOT).search(np.zeros(5, np.int64), 2).tolist() == [-1, -1]
     found = index.read(np.array([1, 3, -1])).tolist()
     assert found == [b + c, d + [EOT] * 4, [EOT] * 8]
 

@@ -335,6 +335,16 @@ def test_text_never_retrieves_from_its_own_document(documents, tmp_path):
     run.close()
 
 
+def test_a_row_longer_than_the_text_is_refused_before_neighbours_are_found(documents, tmp_path, capsys):
+    for path in sorted(documents.iterdir())[3:]:
+        path.unlink()
+    for path in documents.iterdir():
+        path.write_text(path.read_text()[:140])
+    options = dict(model="retro", data=documents, size="text", seq_len=256, cache=tmp_path / "cache")
+    error = refused(capsys, flags(documents, tmp_path / "run", **options))
+    assert "--seq-len 256: val has" in error and not list((tmp_path / "cache").glob("*-index"))
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

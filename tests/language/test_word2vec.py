@@ -286,6 +286,9 @@ def test_a_run_goes_on_where_it_was_interrupted_to_the_bit(text, tmp_path, monke
     [
         (["--window", "0"], "window 0: expected at least 1"),
         (["--lr", "nan"], "lr nan"),
+        (["--lr", "0"], "lr 0.0"),
+        (["--seed", "-1"], "--seed -1: expected a number from 0"),
+        (["--subsample", "1e-12"], "subsample 1e-12: keeps no word"),
         (["--subsample", "-1"], "subsample -1.0"),
         (["--architecture", "skip_gram", "--undivided"], "leave it out for skip_gram"),
         (["--phrases", "-1"], "phrases -1"),

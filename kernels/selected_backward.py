@@ -145,8 +145,6 @@ def backward(
     seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), like q, k and v, from the gradient of `out` and the results of `forward`."""
-    if q.numel() == 0 or k.numel() == 0 or blocks.shape[3] == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     (S, G, K), h = k.shape[1:], q.shape[2] // blocks.shape[2]
     dout, q, k, v, direct = dout.contiguous(), q.contiguous(), packed(k), packed(v), by_query(q, blocks)
     blocks, sizes, common = shared_arguments(q, k, blocks, block_size, scale, seqlens_k)

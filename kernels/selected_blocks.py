@@ -254,9 +254,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float, seqlens_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, T, H, K) of `selected_attention`, like q, and lse (B, T, H), float32, in base 2."""
-    (B, T, H, K), n = q.shape, blocks.shape[3]
-    if q.numel() == 0 or k.numel() == 0 or n == 0:
-        return q.new_zeros(q.shape), q.new_full((B, T, H), -math.inf, dtype=torch.float32)
+    B, T, H, K = q.shape
     q, k, v, direct = q.contiguous(), packed(k), packed(v), by_query(q, blocks)
     blocks, sizes, const = shared_arguments(q, k, blocks, block_size, scale, seqlens_k)
     const, launch = configured(

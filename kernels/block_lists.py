@@ -18,8 +18,8 @@ from torch import Tensor
 def cleaned(blocks: Tensor, block_size: int, S: int, seqlens_k: Tensor | None) -> tuple[Tensor, int]:
     """Return the blocks (B, T, C, n) as int32 in ascending order, and n_blocks, how many blocks a row has.
 
-    An entry that selects nothing, repeats the entry before it, or begins after the query becomes n_blocks, the
-    number of no block.
+    An entry that selects nothing, repeats the entry before it, or begins after the query becomes n_blocks,
+    the number of no block.
     """
     T, n_blocks = blocks.shape[1], -(-S // block_size)
     end = torch.full((1,), S, device=blocks.device) if seqlens_k is None else seqlens_k.clamp(max=S)

@@ -166,7 +166,7 @@ def _chunked(q, k, v, rates, state, chunk):
 @library.custom_op("plinth::linear_attention", mutates_args=())
 def _triton(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return o, like q, and the last state, like state: see `linear_attention`."""
-    from kernels import linear_chunks  # only where Triton runs
+    from kernels import linear_chunks  # imported only where Triton runs
 
     return linear_chunks.forward(q, k, v, rates, state)
 

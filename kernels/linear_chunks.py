@@ -1,18 +1,18 @@
-"""Linear attention in Triton: first the states between the chunks, one after the other, then all chunks at once.
+"""Linear attention in Triton: the states between the chunks one after the other, then all chunks at once.
 
-With the equations of linear_attention.py, for a chunk of tokens i, j = 0 ... n - 1 and the state S before it:
+With the equations of linear_attention.py, for a chunk of tokens i, j = 0 ... c - 1 and the state S before it:
 
-    states    S' = exp(-r n) S + sum_j exp(-r (n - 1 - j)) k_j v_j^T           S' goes to the next chunk
+    states    S' = exp(-r c) S + sum_j exp(-r (c - 1 - j)) k_j v_j^T           S' goes to the next chunk
     output    o_i = exp(-r (i + 1)) S^T q_i + sum_(j <= i) exp(-r (i - j)) (q_i . k_j) v_j
 
 The gradient has the same two passes. Let E be the gradient of S' and do that of o. E goes through the chunks
 from the last to the first. Its equation is the first one with q for k, do for v, and exp(-r (i + 1)) for
-exp(-r (n - 1 - j)):
+exp(-r (c - 1 - j)):
 
-    states    E' = exp(-r n) E + sum_i exp(-r (i + 1)) q_i do_i^T               E' goes to the chunk before
+    states    E' = exp(-r c) E + sum_i exp(-r (i + 1)) q_i do_i^T               E' goes to the chunk before
     output    dq_i = exp(-r (i + 1)) S do_i          + sum_(j <= i) exp(-r (i - j)) (do_i . v_j) k_j
-              dk_j = exp(-r (n - 1 - j)) E v_j       + sum_(i >= j) exp(-r (i - j)) (do_i . v_j) q_i
-              dv_j = exp(-r (n - 1 - j)) E^T k_j     + sum_(i >= j) exp(-r (i - j)) (q_i . k_j) do_i
+              dk_j = exp(-r (c - 1 - j)) E v_j       + sum_(i >= j) exp(-r (i - j)) (do_i . v_j) q_i
+              dv_j = exp(-r (c - 1 - j)) E^T k_j     + sum_(i >= j) exp(-r (i - j)) (q_i . k_j) do_i
 
 Why two passes. One pass would read every tensor once, but compute all products of a head one after the
 other, in B H programs. At T = 64k a batch often is one row of 16 to 64 heads, too few programs for the 132
@@ -27,7 +27,7 @@ tensor cores multiply them. The chunks are those of Lightning Attention-2 (Qin e
 Gu 2024, section 6) and flash-linear-attention also use two passes. There are no atomic additions, so every
 run gives the same bits.
 
-Shapes: B batch, T tokens, H heads, K head width, N chunks of n tokens (CHUNK; the last chunk may have fewer).
+Shapes: B batch, T tokens, H heads, K head width, N chunks of c tokens (CHUNK; the last chunk may have fewer).
 """
 
 from typing import NamedTuple
@@ -80,9 +80,9 @@ def decays(rate, CHUNK: tl.constexpr):
 
 @triton.jit
 def states_kernel(k, v, rates, first, states, last, T, H, N, REVERSED: tl.constexpr, const: tl.constexpr):
-    """Compute one tile of the states S before the chunks of one head, and of the state `last` after them, from
-    the state `first`. With REVERSED, k and v are q and do, and the states are E, from the last chunk to the
-    first.
+    """Compute one tile of the states S before the chunks of one head, and of the state `last` after them,
+    from the state `first`. With REVERSED, k and v are q and do, and the states are E, from the last chunk to
+    the first.
 
     first, last: (B, H, K, K). states: (B, H, N K, K), the states of the N chunks below each other.
     """

@@ -129,7 +129,7 @@ def strongest(scores: Tensor, n: int) -> Tensor:
 
 
 def selected_keys(blocks: Tensor, block_size: int, S: int, seqlens_k: Tensor | None = None) -> Tensor:
-    """Return the mask of blocks (B, T, C, n): bool (B, C, T, S), True where the queries of a choice see a key."""
+    """Return the mask bool (B, C, T, S) of blocks (B, T, C, n): True where a query sees a key."""
     B, T, C, _ = blocks.shape
     n_blocks = -(-S // block_size)
     # Numbers that select nothing go to one more block, which is then cut off.
@@ -325,7 +325,7 @@ def _operation(
         wide = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(q.shape), q.new_full(q.shape[:3], -math.inf, dtype=wide)
     if backend == "triton":
-        from kernels import selected_blocks  # only where Triton runs
+        from kernels import selected_blocks  # imported only where Triton runs
 
         return selected_blocks.forward(q, k, v, blocks, block_size, scale, seqlens_k)
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores

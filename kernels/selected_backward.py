@@ -57,9 +57,7 @@ def dq_kernel(
         j = start + tl.arange(0, const.BLOCK_N)[None, :]
         k_tile = load_keys(k, tile.b, tile.g, start, end, const)
         v_tile = load_keys(v, tile.b, tile.g, start, end, const)
-        s = tl.dot(q_tile, k_tile.T, input_precision=const.PRECISION) * (
-            scale * 1.4426950408889634
-        )  # log2(e)
+        s = tl.dot(q_tile, k_tile.T, input_precision=const.PRECISION) * (scale * 1.4426950408889634)
         seen = (j <= tile.p[:, None]) & (j < end)
         weights = tl.where(seen, tl.math.exp2(s - base[:, None]), 0.0)
         dp = tl.dot(do, v_tile.T, input_precision=const.PRECISION)
@@ -102,9 +100,7 @@ def dkdv_kernel(
         q_tile, do = load_queries(q, tile, const), load_queries(dout, tile, const)
         base = tl.load(lse + tile.row, mask=tile.exists, other=0.0)
         d = tl.load(delta + tile.row, mask=tile.exists, other=0.0)
-        s = tl.dot(k_tile, q_tile.T, input_precision=const.PRECISION) * (
-            scale * 1.4426950408889634
-        )  # log2(e)
+        s = tl.dot(k_tile, q_tile.T, input_precision=const.PRECISION) * (scale * 1.4426950408889634)
         seen = (j <= tile.p[None, :]) & (j < end)
         weights = tl.where(seen, tl.math.exp2(s - base[None, :]), 0.0)
         dv_tile = tl.dot(weights.to(do.dtype), do, dv_tile, input_precision=const.PRECISION)

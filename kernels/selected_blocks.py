@@ -203,9 +203,7 @@ def forward_kernel(
         j = start + tl.arange(0, const.BLOCK_N)[None, :]
         k_tile = load_keys(k, tile.b, tile.g, start, end, const)
         # The scores are in base 2: the number is log2(e).
-        s = tl.dot(q_tile, k_tile.T, input_precision=const.PRECISION) * (
-            scale * 1.4426950408889634
-        )  # log2(e)
+        s = tl.dot(q_tile, k_tile.T, input_precision=const.PRECISION) * (scale * 1.4426950408889634)
         s = tl.where((j <= tile.p[:, None]) & (j < end), s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         base = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: -inf - -inf would be NaN

@@ -101,7 +101,7 @@ class Measure:
     """A judge of the letters in a data set, and the features of the held-out images."""
 
     def __init__(self, dataset: Dataset):
-        """Train the judge: ten seconds of one core for 15,000 images of 16 x 16 pixels."""
+        """Train the judge, which takes some ten seconds of one core for 15,000 images of 16 x 16 pixels."""
         parts = [stack([rows[i] for i in range(len(rows))]) for rows in (dataset.train, dataset.val)]
         letters = [letter_of(label) for label in dataset.labels]
         numbers = {letter: i for i, letter in enumerate(sorted(set(letters)))}

@@ -9,20 +9,20 @@ ways to compute the same o; they cost O(T^2), O(T c) and O(T):
     chunked      inside a chunk of c tokens as in parallel; all chunks before it add to o through the state S
                  that they leave. For token i of the chunk, counted from 0:
                  o_i += exp(-s (i + 1)) S^T q_i,   S <- exp(-s c) S + sum_j exp(-s (c - 1 - j)) k_j v_j^T
-    recurrent    the equation above, token by token: for generation
+    recurrent    the equation above, token by token, as in generation
 
-All exponents are <= 0, so nothing overflows, and the state is in float32 at least: rounding it to bfloat16 at
-every token would add up. Training is chunked; its time grows in proportion to T. The first two ways are in
-kernels/linear_attention.py, with a kernel for GPUs; `recurrent` below is the third.
+All exponents are <= 0, so nothing overflows. The state is in float32 at least: rounded to bfloat16 after each
+token, its errors would add up. Training is chunked; its time grows in proportion to T. The first two ways are
+in kernels/linear_attention.py, with a kernel for GPUs; `recurrent` below is the third.
 
-A state of fixed size cannot hold an arbitrary text, so that every n-th layer is ordinary attention:
-MiniMax-01 (2025, section 2.2) has 7 linear layers and then one with softmax. Its linear layer, lightning
-attention (Qin et al. 2024), is
+A state of fixed size cannot hold an arbitrary text. So some layers keep attention with a softmax: in
+MiniMax-01 (2025, 2501.08313, section 2.2) every eighth layer. Its other layers are lightning attention (Qin
+et al. 2024, 2401.04658):
 
     q, k, v = silu(W x)         out = W_o (sigmoid(W_g x) * norm(o))        norm: over all heads together
 
-without positions and without a scale. In layer l of L, counted from 0, head h has the decay rate
-s = 2^(-8 (h + 1) / H) (1 - l / (L - 1)): heads remember for different times, and later layers for longer.
+There are no rotary positions and no scale. In layer l of L, counted from 0, head h has the decay rate
+s = 2^(-8 (h + 1) / H) (1 - l / (L - 1)). So heads remember for different times, and later layers for longer.
 
     python -m attention_variants.linear                       the sizes
     python -m attention_variants.linear DIR --prompt "def "   continue a text
@@ -57,6 +57,8 @@ class Fields:
         super().__post_init__()
         if self.window is not None:
             raise ValueError(f"window {self.window}: expected None; linear layers have a decay instead")
+        if self.full_layers:
+            raise ValueError(f"full_layers {self.full_layers}: expected none; set softmax_layers instead")
         if beyond := [layer for layer in self.softmax_layers if layer >= self.n_layers]:
             raise ValueError(f"softmax_layers {beyond[0]}: expected 0 to {self.n_layers - 1}")
 
@@ -74,8 +76,8 @@ class Fields:
     def flops_per_token(self, seq_len: int) -> int:
         """Return the matmul FLOPs of training on one token, as in gpt.py for the layers with softmax.
 
-        A linear layer costs forward 4 H K for each visible key of its chunk, and 4 H K^2 for the state: what
-        the token reads from it, and what it writes into it.
+        The forward pass of a linear layer costs 4 H K for each key of the chunk that the token sees, and
+        4 H K^2 for reading from the state and writing to it. Training costs three times the forward pass.
         """
         H, K, c = self.n_heads, self.K, min(self.chunk, seq_len)
         of_softmax = 12 * H * K * (seq_len + 1) // 2
@@ -96,8 +98,9 @@ SIZES = {
 
 
 def slopes(n_heads: int, layer: int, n_layers: int, like: Tensor) -> Tensor:
-    """Return the decay rates s of a layer's heads, (H,) in float32 at least, on the device of like. The two
-    constants of 1e-5 are MiniMax-01's: without them the last layer would not decay at all."""
+    """Return the decay rates s of the heads of a layer, (H,), on the device of `like`, and in its dtype or
+    float32 if that is wider. The two constants of 1e-5 are MiniMax-01's: without them the last layer would
+    not decay at all."""
     wide = torch.promote_types(like.dtype, torch.float32)
     of_heads = 2.0 ** (-8 * torch.arange(1, n_heads + 1, dtype=wide, device=like.device) / n_heads)
     return of_heads * (1 - layer / (n_layers - 1 + 1e-5) + 1e-5)
@@ -106,8 +109,9 @@ def slopes(n_heads: int, layer: int, n_layers: int, like: Tensor) -> Tensor:
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return o (B, T, H, K), token by token, and the state (B, H, K, K) after the last, in float32 at least.
-    state: that before the first, None for zeros."""
+    """Return o (B, T, H, K), computed token by token, and the state (B, H, K, K) after the last token, for q,
+    k and v (B, T, H, K) and decay rates s (H,). state: before the first token, in float32 at least; None for
+    zeros."""
     (B, _, H, K), wide = k.shape, torch.promote_types(k.dtype, torch.float32)
     state = k.new_zeros(B, H, K, v.shape[-1], dtype=wide) if state is None else state
     decay, outputs = torch.exp(-s).to(state.dtype)[:, None, None], []
@@ -124,9 +128,9 @@ class LinearAttention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         D, H, K = config.d_model, config.n_heads, config.K
-        self.qkv_proj = nn.Linear(D, 3 * H * K, bias=False)  # for each head its q, k and v
+        self.qkv_proj = nn.Linear(D, 3 * H * K, bias=False)  # q, k and v of each head, head after head
         self.output_gate = nn.Linear(D, H * K, bias=False)
-        self.out_norm = Norm(H * K, replace(config, norm_eps=1e-6), "rms")  # whatever rms_norm_eps is
+        self.out_norm = Norm(H * K, replace(config, norm_eps=1e-6), "rms")  # 1e-6 at any rms_norm_eps
         self.o_proj = nn.Linear(H * K, D, bias=False)
         self.layer, self.n_heads, self.n_layers = layer, H, config.n_layers
         self.options = {"chunk": config.chunk, "backend": config.kernels}  # of linear_attention
@@ -136,7 +140,7 @@ class LinearAttention(nn.Module):
         B, T, _ = x.shape
         q, k, v = F.silu(self.qkv_proj(x)).view(B, T, self.n_heads, -1).chunk(3, dim=-1)  # (B, T, H, K)
         s = slopes(self.n_heads, self.layer, self.n_layers, like=q)
-        # Autocast would round the state.
+        # Autocast would round the state. Documents packed in one row have states of their own.
         with torch.autocast(x.device.type, enabled=False):
             if cache is not None:
                 o = cache.attend(self.layer, q, k, v, s, self.options)
@@ -168,15 +172,16 @@ class HybridCache(KVCache):
             self.keys[i] = self.values[i] = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, s: Tensor, options: dict) -> Tensor:
-        """Return o (B, T, H, K) of the prompts, or of one token of each row, and update the state. options:
-        those of `linear_attention`."""
+        """Return o (B, T, H, K) of the prompts, or of one token of each row after them, and update the state
+        of the layer. options: of `linear_attention`."""
         if self.filled:
             out, self.states[layer] = recurrent(q, k, v, s, self.states[layer])
             return out
         if self.uniform:
             out, self.states[layer] = linear_attention(q, k, v, s, **options)
             return out
-        # Rows of prompts are padded on the right, and a state ends with the last token of its row.
+        # Prompts of different lengths are padded on the right. Compute each alone, so that the padding does
+        # not enter its state.
         rows = [
             linear_attention(*(y[b : b + 1, :n] for y in (q, k, v)), s, **options)
             for b, n in enumerate(self.lengths)

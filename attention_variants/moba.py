@@ -1,13 +1,14 @@
-"""Mixture of block attention: every query sees a few blocks of earlier keys, which it chooses by their means.
+"""Mixture of block attention: every query sees a few blocks of earlier keys, chosen by the means of blocks.
 
     score of block b     q . mean of the keys of block b
     keys that are seen   those of the query's own block up to itself, and of the n - 1 best blocks before it
     out                  softmax(q . keys / sqrt(K)) values, over the keys that are seen
 
-MoBA (Lu et al. 2025, section 2.2) is to attention what a mixture of experts is to an MLP: the blocks of keys
-are the experts. Each head chooses for each query separately, by the keys after they are rotated, and no
-gradient goes through the choice. There are no new parameters, so a layer can be changed between full
-attention and this one at any time. Large models keep full attention in their last layers, `full_layers` here.
+MoBA (Lu et al. 2025, 2502.13189, section 2.2) is to attention what a mixture of experts is to an MLP: the
+blocks of keys are the experts. Each head has its own choice for each query, by the keys after they are
+rotated, and no gradient goes through the choice. There are no new parameters, so a layer can be changed
+between full attention and this one at any time. The paper keeps full attention in the last layers for
+fine-tuning; here `full_layers` names such layers.
 
 The query's own block is one of the n and is always seen. It has no score, because its mean would contain
 later keys. Of equal scores the earlier block wins. A query near the beginning sees fewer than n blocks.
@@ -76,11 +77,12 @@ SIZES = {"tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True)} 
 @torch.no_grad()
 def choose(q: Tensor, k: Tensor, p: Tensor, block_size: int, n: int) -> Tensor:
     """Return the numbers (B, T, H, n) of the blocks of k (B, S, G, K) that each head of each query of q
-    (B, T, H, K) sees; -1 where it sees fewer than n. p: the positions (B, T) or (1, T) of the queries."""
+    (B, T, H, K) sees; -1 where it sees fewer than n. If k has fewer than n blocks, n is their number. p: the
+    positions (B, T) or (1, T) of the queries."""
     B, S, G, K = k.shape
     wide = torch.promote_types(k.dtype, torch.float32)
-    # Zeros fill up the last block, and make its mean wrong. No query has this block before its own, so the
-    # mean is never used.
+    # Zeros fill up the last block, which makes its mean wrong. No query sees this block unless it is its own,
+    # which needs no score, so the mean is never used.
     means = F.pad(k.to(wide), (0, 0, 0, 0, 0, -S % block_size)).view(B, -1, block_size, G, K).mean(dim=2)
     n, chosen = min(n, means.shape[1]), []
     number = torch.arange(means.shape[1], device=k.device)

@@ -2,8 +2,8 @@
 
     out = g_1 compressed + g_2 selected + g_3 window        g = sigmoid(W_g x), for each token and head
 
-NSA (Yuan et al. 2025, sections 3.2 and 3.3). Each of the three branches is an attention with its own
-projections to keys and values, so that what one branch learns does not disturb the others:
+NSA (Yuan et al. 2025, 2502.11089, sections 3.2 and 3.3). Each of the three branches is an attention with its
+own projections to keys and values, so that what one branch learns does not disturb the others:
 
     compressed   attention to summaries. Summary i stands for the l tokens from i d on; its key and value are
                  phi of their keys and of their values. A query at t sees it if its last token is not later
@@ -16,10 +16,10 @@ projections to keys and values, so that what one branch learns does not disturb 
 
     phi(x_0 ... x_{l-1}) = mean_j x_j + W_2 gelu(W_1 [x_0 + e_0 | ... | x_{l-1} + e_{l-1}])
 
-with learned e_j. In the paper phi is an MLP without the mean. We add it so that a summary is a sensible one
-before anything is learned. Keys are compressed before they are rotated; a summary is rotated to the position
-of its first token. No gradient goes through the choice of blocks. It improves as the compressed branch
-learns, whose weights it uses.
+with learned e_j. In the paper phi is an MLP without the mean. The mean is added here so that a new summary,
+before any training, resembles its tokens. Keys are compressed before they are rotated; a summary is rotated
+to the position of its first token. No gradient goes through the choice of blocks. It improves as the
+compressed branch is trained, whose weights it uses.
 
 A query sees about T / d summaries; the number of its other keys does not depend on T.
 
@@ -28,7 +28,7 @@ A query sees about T / d summaries; the number of its other keys does not depend
     python train.py --model native_sparse                            train one
 
 Shapes: B batch, T queries, S keys, D model width, H heads, G key/value heads, K head width, M summaries, l
-tokens of a summary, n selected blocks.
+tokens of a summary, d tokens from one summary to the next, l' tokens of a block, n selected blocks.
 """
 
 import math
@@ -49,7 +49,7 @@ from gpt import GPT, rope, rotate
 from kernels import attention, products
 from kernels.selected_attention import selected_attention, strongest
 
-FIRST, LATEST = 1, 2  # blocks that are always selected: the first, and the last, the query's own included
+FIRST, LATEST = 1, 2  # always selected: the first block, and the last two, of which one is the query's own
 CHUNK = 1024  # queries whose weights of all summaries are in memory at a time
 
 
@@ -105,33 +105,33 @@ SIZES = {"tiny": Config(4, 4, 128, 352, 4096, 256, n_kv_heads=2, qk_norm=True)} 
 
 
 class Summary(nn.Module):
-    """phi of the header: one vector from the l vectors of a summary's keys, or of its values."""
+    """phi of the header: a network from the l keys, or the l values, of a summary to one."""
 
     def __init__(self, config: Config):
         super().__init__()
         K, self.size = config.K, config.summary_size
-        self.embed_positions = nn.Embedding(self.size, K)  # e
+        self.embed_positions = nn.Embedding(self.size, K)  # e_j
         self.inner_proj = nn.Linear(self.size * K, K, bias=False)  # W_1
         self.outer_proj = nn.Linear(K, K, bias=False)  # W_2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, M, G, K) of blocks x (B, M, l, G, K)."""
+        """Return the summaries (B, M, G, K) of x (B, M, l, G, K), the keys or values of their tokens."""
         x = x.transpose(2, 3)  # (B, M, G, l, K)
         inner = self.inner_proj((x + self.embed_positions.weight).flatten(3))
         return x.mean(dim=3) + self.outer_proj(F.gelu(inner))
 
 
 def overlaps(size: int, stride: int, block_size: int) -> list[float]:
-    """Return for each summary that overlaps a block the length of the overlap, in strides. The first of these
-    summaries begins size - stride tokens before the block. Example: 32, 16 and 64 tokens give 1, 2, 2, 2, 1.
-    """
+    """Return the length of the overlap, in strides, of a block with each summary that overlaps it. The first
+    of these summaries begins size - stride tokens before the block. Example: 32, 16 and 64 tokens give
+    1, 2, 2, 2, 1."""
     starts = range(stride - size, block_size, stride)
     return [(min(start + size, block_size) - max(start, 0)) / stride for start in starts]
 
 
 def importance(weights: Tensor, n_blocks: int, size: int, stride: int, block_size: int) -> Tensor:
     """Return the importance (..., n_blocks) of each block: the sum of the weights (..., M) of the summaries
-    that overlap it, each times its number in `overlaps`. size, stride and block_size are in tokens."""
+    that overlap it, each times the overlap of `overlaps`. size, stride and block_size are in tokens."""
     shares, step = overlaps(size, stride, block_size), block_size // stride
     before, length = size // stride - 1, (n_blocks - 1) * step + len(shares)
     padded = F.pad(weights, (before, max(0, length - before - weights.shape[-1])))
@@ -140,9 +140,9 @@ def importance(weights: Tensor, n_blocks: int, size: int, stride: int, block_siz
 
 
 def select(weights: Tensor, p: Tensor, n: int, block_size: int) -> Tensor:
-    """Return the numbers (B, T, G, n) of the blocks with the largest weights (B, T, G, n_blocks), with the
-    blocks that are always selected among them, and -1 where fewer than n have begun at the query. p: the
-    positions (B, T) or (1, T) of the queries."""
+    """Return the numbers (B, T, G, n) of the selected blocks: those that are always selected, and those with
+    the largest weights (B, T, G, n_blocks). -1 stands where fewer than n blocks begin at or before the query.
+    p: the positions (B, T) or (1, T) of the queries."""
     block, own = torch.arange(weights.shape[-1], device=p.device), (p // block_size)[..., None, None]
     always = (block < FIRST) | (block > own - LATEST)
     return strongest(weights.masked_fill(always, math.inf).masked_fill(block > own, -math.inf), n)
@@ -150,7 +150,7 @@ def select(weights: Tensor, p: Tensor, n: int, block_size: int) -> Tensor:
 
 def compressed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, n_blocks: int, config: Config):
     """Return the attention (B, T, H, K) of q (B, T, H, K) to the summaries k and v (B, M, G, K), and the
-    blocks (B, T, G, n) that are selected of n_blocks. p: as for `select`."""
+    numbers (B, T, G, n) of the selected blocks, of n_blocks in all. p: as for `select`."""
     M, G = k.shape[1:3]
     size, stride, block_size = config.summary_size, config.summary_stride, config.block_size
     complete = torch.arange(M, device=p.device) * stride + size - 1 <= p[..., None]  # (B or 1, T, M)
@@ -167,7 +167,7 @@ def compressed(q: Tensor, k: Tensor, v: Tensor, p: Tensor, n_blocks: int, config
 
 
 class Attention(nn.Module):
-    """The three branches, and the gates that add them up."""
+    """The three branches, and the gates with which they are added."""
 
     same_input = ("q_proj", "k_proj", "v_proj", "gate_proj")  # see kernels/few_rows.py
 
@@ -200,7 +200,8 @@ class Attention(nn.Module):
             q, others = rotate(q, *rotation), [rotate(y, *rotation) for y in others]
         keys, values = (compressed_k, *others), v.unbind(dim=2)
 
-        # One token after those of the cache, documents packed in one row, or rows from their first tokens on.
+        # In generation, a pass after the prompts has one token for each row. Documents packed in one row are
+        # computed one by one. All other rows are computed from their first token on.
         if cache is not None and cache.filled:
             branches = self.next_token(q, keys, values, cache)
         elif cu_seqlens is not None:
@@ -214,8 +215,8 @@ class Attention(nn.Module):
         return self.o_proj(y.reshape(B, T, -1))
 
     def summaries(self, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values (B, M, G, K) of the summaries of k and v (B, M, l, G, K), their tokens'
-        keys and values. first: the positions of their first tokens, (M,) or (B, M)."""
+        """Return the keys and values (B, M, G, K) of the summaries of k and v (B, M, l, G, K), the keys and
+        values of their tokens. first: the positions of their first tokens, (M,) or (B, M)."""
         k, v, c = self.of_keys(k), self.of_values(v), self.config
         if c.positions == "rope":
             k = rotate(k, *rope(first, c.rope_theta, c.K, c.rope_scaling))
@@ -261,12 +262,13 @@ class Attention(nn.Module):
 
 
 class SparseCache(KVCache):
-    """The cache of the three branches: all summaries of the first, with the keys and values of the last l
-    tokens, from which the next summary is made; all keys and values of the second; the last `window` of the
-    third, in the fields of KVCache itself."""
+    """The cache of the three branches. It holds all summaries of the first branch, and the keys and values of
+    the last l tokens, from which the next summary is made; all keys and values of the second; and in the
+    fields of KVCache itself the last `window` keys and values of the third."""
 
     def __init__(self, config: Config, lengths: list[int], max_len: int, like: Tensor):
         super().__init__(config, lengths, max_len, like)
+        # The config of a cache with as many layers and key heads, and heads as wide. d_ff is not read.
         plain = gpt.Config(config.n_layers, config.G, config.G * config.K, 1, d_head=config.K)
         self.selected = KVCache(plain, lengths, max_len, like)
         self.latest = KVCache(replace(plain, window=config.summary_size), lengths, max_len, like)
@@ -274,7 +276,7 @@ class SparseCache(KVCache):
         self.summary_keys, self.summary_values = (
             [like.new_zeros(shape) for _ in range(config.n_layers)] for _ in range(2)
         )
-        self.size, self.stride = config.summary_size, config.summary_stride
+        self.config = config
 
     def fill_branches(self, layer: int, keys, values, k: Tensor, v: Tensor) -> None:
         """Store the prompts: keys and values (B, T, G, K) of each branch, and those of the summaries, k and v
@@ -289,19 +291,22 @@ class SparseCache(KVCache):
         """Store one token's key and value (B, 1, G, K), and return the keys and values (B, M, G, K) of all
         summaries so far. summaries: `Attention.summaries`, to make those that this token completes."""
         self.latest.append(layer, k, v)
-        rows = [b for b, n in enumerate(self.lengths) if n + 1 >= self.size and (n + 1) % self.stride == 0]
+        size, stride = self.config.summary_size, self.config.summary_stride
+        rows = [b for b, n in enumerate(self.lengths) if n + 1 >= size and (n + 1) % stride == 0]
         if rows:
-            first = torch.tensor([self.lengths[b] + 1 - self.size for b in rows], device=k.device)
-            slots = (first[:, None] + torch.arange(self.size, device=k.device)) % self.size  # of a ring
+            # The tokens of the new summaries are those in the ring buffers; position p is in slot p mod l.
+            first = torch.tensor([self.lengths[b] + 1 - size for b in rows], device=k.device)
+            slots = (first[:, None] + torch.arange(size, device=k.device)) % size
             row = torch.tensor(rows, device=k.device)
             blocks = (x[layer][row[:, None], slots][:, None] for x in (self.latest.keys, self.latest.values))
             k, v = summaries(*blocks, first[:, None])
-            self.summary_keys[layer][row, first // self.stride] = k[:, 0]
-            self.summary_values[layer][row, first // self.stride] = v[:, 0]
-        n = max(0, (max(self.lengths) + 1 - self.size) // self.stride + 1)
+            self.summary_keys[layer][row, first // stride] = k[:, 0]
+            self.summary_values[layer][row, first // stride] = v[:, 0]
+        n = self.config.n_summaries(max(self.lengths) + 1)
         return self.summary_keys[layer][:, :n], self.summary_values[layer][:, :n]
 
     def advance(self) -> None:
+        """Count the tokens of a pass in all three caches, as `KVCache.advance` does in one."""
         for cache in (self.selected, self.latest):
             cache.advance()
         super().advance()

@@ -3,14 +3,15 @@
     S_t = exp(-r) S_(t-1) + k_t v_t^T        o_t = S_t^T q_t        r >= 0, the rate of decay of each head
 
 There is no softmax and no scale: lightning attention (Qin et al. 2024) as in MiniMax-01 (2025, section 2.2).
-`_reference` below computes the same in parallel, which costs O(T^2), and defines the result:
+`_reference` below computes all tokens in parallel, which costs O(T^2), and defines the result. With tokens
+i, j = 0 ... T - 1, the state S_0 before the first, and * elementwise:
 
     o = ((Q K^T) * D) V,  D_ij = exp(-r (i - j)) for j <= i, else 0;    o_i += exp(-r (i + 1)) S_0^T q_i
 
-`torch` and `triton` go by chunks of c tokens, in O(T c): inside a chunk as in parallel, and what all chunks
-before it add comes from their state. `torch` is below, `triton` in linear_chunks.py. All exponents are <= 0,
-so nothing overflows. The state that goes from chunk to chunk is in float32 at least: rounding it to bfloat16
-each time would add up.
+`torch` and `triton` cost O(T c) with chunks of c tokens. They compute the tokens of a chunk in parallel, and
+read all chunks before it from the state that these leave. `torch` is below, `triton` in linear_chunks.py. All
+exponents are <= 0, so nothing overflows. The state that goes from chunk to chunk is in float32 at least:
+rounded to bfloat16 after each chunk, its errors would add up.
 
 Shapes: B batch, T tokens, H heads, K head width, c tokens of a chunk, N chunks.
 """
@@ -37,14 +38,14 @@ def linear_attention(
     """Return o (B, T, H, K), like q, and the state (B, H, K, K) after the last token, for q, k and v
     (B, T, H, K).
 
-    rates: (H,), the rates r, at least 0, in float32 or float64. state: (B, H, K, K), that before the first
-    token, in float32 at least, as the one returned; None stands for zeros. It hands a text over from one call
-    to the next, as in generation. Gradients reach q, k, v and state, not the rates.
+    rates: (H,), the rates r, at least 0, in float32 or float64. state: (B, H, K, K), the state before the
+    first token; None stands for zeros. To continue a text, as in generation, pass the state that the call
+    before returned. Both states are in float32, or float64 for q in float64.
     chunk: tokens of a chunk of the backend "torch"; that of "triton" is in kernels/configs.py.
 
     backend: see kernels/backend.py; "triton" takes head widths up to 128 that are multiples of 8, in float16,
-    bfloat16 or float32. In float16 a state above 65,504 becomes infinite where the kernels read it. Only
-    "reference" has a second derivative, and gradients of the rates.
+    bfloat16 or float32. In float16 a state above 65,504 becomes infinite where the kernels read it. "triton"
+    has no second derivative, and no gradient of the rates.
     Raises ValueError if shapes, dtypes or options contradict each other or the backend cannot compute them.
     """
     if torch.is_autocast_enabled(q.device.type):
@@ -53,7 +54,7 @@ def linear_attention(
     backend = _choose(backend, q, v, rates)
     state = _no_state(k, v) if state is None else state
     with torch.autocast(q.device.type, enabled=False):  # it would round the state
-        if backend == "reference" or q.shape[1] == 0:
+        if backend == "reference" or q.numel() == 0:
             return _reference(q, k, v, rates, state)
         if backend == "torch":
             return _chunked(q, k, v, rates, state, chunk)
@@ -62,6 +63,10 @@ def linear_attention(
 
 def _check(q, k, v, rates, state, chunk) -> None:
     """Raise ValueError if shapes, dtypes or options contradict each other."""
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(
+            f"linear_attention: q, k and v have {q.ndim}, {k.ndim} and {v.ndim} dimensions: expected 4"
+        )
     B, _, H, K = q.shape
     if k.shape != q.shape or v.shape[:3] != q.shape[:3] or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
@@ -86,7 +91,7 @@ def _choose(backend: str, q: Tensor, v: Tensor, rates: Tensor) -> str:
     """Return the backend that runs. Raise ValueError if it does not exist or cannot compute this."""
     asked, chosen, K = backend, choose("linear_attention", backend, q), q.shape[3]
     fits = K <= WIDEST and K % 8 == 0 and v.shape[3] == K and q.dtype != torch.float64 and multiplies(q)
-    # In float32 a tile takes more registers than a program has: PyTorch's matrix products, as for attention.
+    # In float32 a tile takes more registers than a program has, so PyTorch's matrix products are faster.
     if asked == "auto" and chosen == "triton" and not (fits and q.element_size() == 2):
         return "torch"
     if chosen == "triton" and not fits:
@@ -109,7 +114,7 @@ def _no_state(k: Tensor, v: Tensor) -> Tensor:
 
 
 def _decays(rates: Tensor, n: int) -> Tensor:
-    """Return D (H, n, n) of the header."""
+    """Return D (H, n, n) of the header for n tokens."""
     i = torch.arange(n, device=rates.device)
     distance = i[:, None] - i
     return torch.exp(-rates[:, None, None] * distance.clamp(min=0)) * (distance >= 0)
@@ -131,24 +136,24 @@ def _chunked(q, k, v, rates, state, chunk):
     B, T, H, K = q.shape
     c = min(chunk, T)
     n = -(-T // c)
-    # Zeros before the first token add nothing to a state, so that all chunks are full.
+    # Put zeros before the first token, so that all chunks are full: they add nothing to a state.
     missing = n * c - T
     q, k, v = (F.pad(x, (0, 0, 0, 0, missing, 0)).view(B, n, c, H, -1) for x in (q, k, v))
     j = torch.arange(c, device=q.device)
     wide = state.dtype
 
-    # What each chunk adds to the state, and the state before each chunk: the only loop, over N chunks. The
-    # first chunk is shorter by the zeros, which a given state must not decay for.
+    # Compute what each chunk adds to the state, and then the state before each chunk, in the only loop. A
+    # given state does not decay during the zeros of the first chunk.
     to_end = torch.exp(-rates[:, None] * (c - 1 - j)).to(wide)  # (H, c)
     added = torch.einsum("bnjhk,hj,bnjhv->nbhkv", k.to(wide), to_end, v.to(wide))
     before = []
-    # By unbind, since the gradient of each added[i] would be as large as all of added.
+    # Take the parts by unbind: the gradient of each added[i] would be as large as all of added.
     for i, of_chunk in enumerate(added.unbind()):
         before.append(state)
         length = c - missing if i == 0 else c
         state = torch.exp(-rates * length).to(wide)[:, None, None] * state + of_chunk
 
-    # Inside the chunks, and from the states before them.
+    # Add what comes from inside each chunk and what comes from the state before it.
     scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * _decays(rates, c).to(q.dtype)
     inside = torch.einsum("bnhij,bnjhv->bnihv", scores, v)
     since = torch.stack([(j + 1 - missing).clamp(min=0)] + [j + 1] * (n - 1))  # (N, c)
@@ -160,7 +165,8 @@ def _chunked(q, k, v, rates, state, chunk):
 
 @library.custom_op("plinth::linear_attention", mutates_args=())
 def _triton(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    from kernels import linear_chunks  # what runs without Triton imports no kernel
+    """Return o, like q, and the last state, like state: see `linear_attention`."""
+    from kernels import linear_chunks  # imported only where Triton runs
 
     return linear_chunks.forward(q, k, v, rates, state)
 

@@ -1,31 +1,33 @@
-"""Linear attention in Triton, chunk by chunk: the states between the chunks first, then all chunks at once.
+"""Linear attention in Triton: the states between the chunks one after the other, then all chunks at once.
 
-With the equations of linear_attention.py, for a chunk of tokens i, j = 0 ... n - 1 and the state S before it:
+With the equations of linear_attention.py, for a chunk of tokens i, j = 0 ... c - 1 and the state S before it:
 
-    states    S' = exp(-r n) S + sum_j exp(-r (n - 1 - j)) k_j v_j^T           S' goes to the next chunk
+    states    S' = exp(-r c) S + sum_j exp(-r (c - 1 - j)) k_j v_j^T           S' goes to the next chunk
     output    o_i = exp(-r (i + 1)) S^T q_i + sum_(j <= i) exp(-r (i - j)) (q_i . k_j) v_j
 
-The gradient has the same two passes. Let E be the gradient of S'. It goes through the chunks from the last to
-the first, which is the first equation with q for k, do for v, and both powers exchanged:
+The gradient has the same two passes. Let E be the gradient of S' and do that of o. E goes through the chunks
+from the last to the first. Its equation is the first one with q for k, do for v, and exp(-r (i + 1)) for
+exp(-r (c - 1 - j)):
 
-    states    E' = exp(-r n) E + sum_i exp(-r (i + 1)) q_i do_i^T               E' goes to the chunk before
+    states    E' = exp(-r c) E + sum_i exp(-r (i + 1)) q_i do_i^T               E' goes to the chunk before
     output    dq_i = exp(-r (i + 1)) S do_i          + sum_(j <= i) exp(-r (i - j)) (do_i . v_j) k_j
-              dk_j = exp(-r (n - 1 - j)) E v_j       + sum_(i >= j) exp(-r (i - j)) (do_i . v_j) q_i
-              dv_j = exp(-r (n - 1 - j)) E^T k_j     + sum_(i >= j) exp(-r (i - j)) (q_i . k_j) do_i
+              dk_j = exp(-r (c - 1 - j)) E v_j       + sum_(i >= j) exp(-r (i - j)) (do_i . v_j) q_i
+              dv_j = exp(-r (c - 1 - j)) E^T k_j     + sum_(i >= j) exp(-r (i - j)) (q_i . k_j) do_i
 
 Why two passes. One pass would read every tensor once, but compute all products of a head one after the
-other, in B H programs: at T = 64k a batch often is one row of 16 to 64 heads, and a GPU has 132
-multiprocessors. Here only one product per chunk is in that chain. A tile of the state, `columns` x `columns`,
-has a program of its own, so that there are (K / columns)^2 B H of them; and the programs of the output, one
-for each chunk, are many at any T. The price: k and v are read twice, and a state of K x K numbers per chunk
-is written and read, with chunks of K tokens as much as one of q, k, v. The gradient computes the states again
-instead of keeping them.
+other, in B H programs. At T = 64k a batch often is one row of 16 to 64 heads, too few programs for the 132
+multiprocessors of an H200. With two passes only one product per chunk waits for the chunk before it. The
+first pass has a program for each tile of the state, of `columns` x `columns` numbers: (K / columns)^2 B H
+programs. The second has one for each chunk and head: N B H programs. The price: k and v are read twice, and a
+state of K x K numbers per chunk is written and read. With chunks of K tokens all states together are as large
+as q. The backward pass computes the states again instead of keeping them.
 
-The chain is in float32. The states that the output reads have the dtype of the inputs, in which the tensor
-cores multiply them. Lightning Attention-2 (Qin et al. 2024) has the chunks; Mamba-2 (Dao and Gu 2024, section
-6) and flash-linear-attention compute them in two passes. Nothing is atomic: every run gives the same bits.
+The first pass adds up in float32. The states that the second reads have the dtype of the inputs, in which the
+tensor cores multiply them. The chunks are those of Lightning Attention-2 (Qin et al. 2024); Mamba-2 (Dao and
+Gu 2024, section 6) and flash-linear-attention also use two passes. There are no atomic additions, so every
+run gives the same bits.
 
-Shapes: B batch, T tokens, H heads, K head width, N chunks.
+Shapes: B batch, T tokens, H heads, K head width, N chunks of c tokens (CHUNK; the last chunk may have fewer).
 """
 
 from typing import NamedTuple
@@ -41,17 +43,17 @@ class Constants(NamedTuple):
     """The constants that are fixed when a kernel is compiled: one argument, of type tl.constexpr."""
 
     K: int  # head width
-    BLOCK_K: int  # the same, rounded up to a power of two
-    CHUNK: int
-    COLUMNS: int  # of a tile of the state
-    PRECISION: str
-    TMA: bool
+    BLOCK_K: int  # K rounded up to a power of two
+    CHUNK: int  # tokens of a chunk
+    COLUMNS: int  # rows and columns of a tile of the state
+    PRECISION: str  # how float32 tiles are multiplied: see `backend.precision`
+    TMA: bool  # True: tiles are loaded by the tensor memory accelerator
 
 
 @triton.jit
 def load(x, b, start, h, column, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr, const: tl.constexpr):
-    """Return x[b, start : start + ROWS, h, column : column + COLUMNS], with zeros from row `end` and from
-    column K on."""
+    """Return x[b, start : start + ROWS, h, column : column + COLUMNS] of x (B, T, H, K), with zeros from row
+    `end` and from column K on. x: from `as_rows`."""
     if const.TMA:
         tile = x.load([b, h, start, column]).reshape(ROWS, COLUMNS)
     else:
@@ -63,7 +65,7 @@ def load(x, b, start, h, column, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 
 @triton.jit
 def store(x, tile, bh, start, T, H, const: tl.constexpr):
-    """Store a tile (CHUNK, BLOCK_K) to x[b, start :, h] of a contiguous x (B, T, H, K)."""
+    """Store a tile (CHUNK, BLOCK_K) to x[b, start :, h] of a contiguous x (B, T, H, K); bh: b H + h."""
     i, j = start + tl.arange(0, const.CHUNK)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
     row = ((bh // H).to(tl.int64) * T + i) * H + bh % H
     tl.store(x + row * const.K + j, tile.to(x.dtype.element_ty), mask=(i < T) & (j < const.K))
@@ -71,15 +73,19 @@ def store(x, tile, bh, start, T, H, const: tl.constexpr):
 
 @triton.jit
 def decays(rate, CHUNK: tl.constexpr):
-    """Return exp(-r (i - j)) for j <= i, else 0: (CHUNK, CHUNK)."""
+    """Return (CHUNK, CHUNK): exp(-r (i - j)) for j <= i, else 0."""
     distance = tl.arange(0, CHUNK)[:, None] - tl.arange(0, CHUNK)[None, :]
     return tl.where(distance >= 0, tl.exp(-rate * tl.maximum(distance, 0)), 0.0)
 
 
 @triton.jit
 def states_kernel(k, v, rates, first, states, last, T, H, N, REVERSED: tl.constexpr, const: tl.constexpr):
-    """Compute one tile of the state that every chunk meets, and of that after the last. With REVERSED, k and
-    v are q and do, and the state is E, from the last chunk to the first."""
+    """Compute one tile of the states S before the chunks of one head, and of the state `last` after them,
+    from the state `first`. With REVERSED, k and v are q and do, and the states are E, from the last chunk to
+    the first.
+
+    first, last: (B, H, K, K). states: (B, H, N K, K), the states of the N chunks below each other.
+    """
     COLUMNS: tl.constexpr = const.COLUMNS
     CHUNK: tl.constexpr = const.CHUNK
     K: tl.constexpr = const.K
@@ -96,7 +102,8 @@ def states_kernel(k, v, rates, first, states, last, T, H, N, REVERSED: tl.conste
         n = N - 1 - step if REVERSED else step
         place = (bh.to(tl.int64) * N + n) * K * K
         tl.store(states + place + at, state.to(states.dtype.element_ty), mask=inside)
-        # Tokens after the last are zeros; their power of exp(-r) must only be finite.
+        # In the last chunk, tokens after the end are loaded as zeros. Their distance is clamped, so that its
+        # power of exp(-r) is finite.
         length = tl.minimum(CHUNK, T - n * CHUNK)
         token = tl.arange(0, CHUNK)
         distance = token + 1 if REVERSED else tl.maximum(length - 1 - token, 0)
@@ -109,7 +116,7 @@ def states_kernel(k, v, rates, first, states, last, T, H, N, REVERSED: tl.conste
 
 @triton.jit
 def output_kernel(q, k, v, rates, states, out, T, H, N, const: tl.constexpr):
-    """Compute o of one chunk of one head."""
+    """Compute o of one chunk of one head. states: S before every chunk, (B, H, N K, K)."""
     CHUNK: tl.constexpr = const.CHUNK
     BLOCK_K: tl.constexpr = const.BLOCK_K
     n, bh = tl.program_id(0) % N, tl.program_id(0) // N
@@ -130,7 +137,8 @@ def output_kernel(q, k, v, rates, states, out, T, H, N, const: tl.constexpr):
 def gradient_kernel(
     q, k, v, do, rates, states, ends, dq, dk, dv, T, H, N, const: tl.constexpr
 ):  # fmt: skip
-    """Compute dq, dk and dv of one chunk of one head. ends: E after every chunk."""
+    """Compute dq, dk and dv of one chunk of one head. states, ends: S before and E after every chunk, each
+    (B, H, N K, K)."""
     CHUNK: tl.constexpr = const.CHUNK
     BLOCK_K: tl.constexpr = const.BLOCK_K
     n, bh = tl.program_id(0) % N, tl.program_id(0) // N
@@ -164,7 +172,8 @@ def gradient_kernel(
 
 
 def configured(q: Tensor, operation: str) -> tuple[Constants, dict]:
-    """Return the constants and the options of the launch, of "linear_attention_forward" or "..._backward"."""
+    """Return the constants of the kernels and the options of their launch. operation:
+    "linear_attention_forward" or "linear_attention_backward"."""
     K, BLOCK_K = q.shape[3], block_width(q.shape[3])
     config = configs.linear(operation, architecture(q), K, q.element_size())
     # TMA would read rows of the next state where the width is no power of two.
@@ -174,8 +183,8 @@ def configured(q: Tensor, operation: str) -> tuple[Constants, dict]:
 
 
 def states_of(k, v, rates, first, const, launch, reversed_=False) -> tuple[Tensor, Tensor]:
-    """Return the states (B, H, N K, K) that the N chunks meet, in the dtype of k, and that after the last,
-    like `first`: (B, H, K, K)."""
+    """Run `states_kernel`: return the states (B, H, N K, K) before the N chunks, in the dtype of k, and the
+    state after the last, (B, H, K, K) like `first`."""
     B, T, H, K = k.shape
     N = triton.cdiv(T, const.CHUNK)
     states, last = k.new_empty(B, H, N * K, K), first.new_empty(first.shape)
@@ -188,6 +197,7 @@ def states_of(k, v, rates, first, const, launch, reversed_=False) -> tuple[Tenso
 
 
 def as_state_rows(states: Tensor, const: Constants):
+    """Return states (B, H, N K, K) as `load` needs them, to load one state at a time."""
     return as_rows(states.transpose(1, 2), const.BLOCK_K, const.TMA)
 
 
@@ -211,7 +221,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor) -> tu
 def backward(
     do: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, rates: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv, dstate), like q, k, v and state, from the gradients of the results of `forward`."""
+    """Return (dq, dk, dv, dstate), like q, k, v and state, from the gradients do and dlast of the two results
+    of `forward`."""
     B, T, H, _ = q.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel() == 0:

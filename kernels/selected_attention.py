@@ -1,25 +1,25 @@
-"""Attention over selected blocks of keys: every query names a few blocks, and sees no key outside of them.
+"""Attention over selected blocks of keys: every query sees the keys of a few blocks, and no others.
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j    over the keys j <= p_i in the blocks of query i
 
 Block b holds the keys from b N to (b + 1) N - 1, and p_i = S - T + i is the position of query i, as in
-kernels/attention.py. A choice belongs to H / C heads of queries at once: to each of them in mixture of block
-attention (Lu et al. 2025), where C = H, and to all that share a key head in native sparse attention (Yuan et
-al. 2025), where C = G. `strongest` makes such a choice from scores.
+kernels/attention.py. h = H / C heads share a choice of blocks. In mixture of block attention (Lu et al. 2025)
+each head has its own choice, C = H. In native sparse attention (Yuan et al. 2025) the heads that share a key
+head also share the choice, C = G. `strongest` makes a choice from scores.
 
-`_reference` below is the equation with a mask, and defines the result. For long rows, `torch` never computes
-a score that is not seen. It goes through the blocks of keys rather than through the queries: all queries that
-selected block b, gathered in tiles of M, meet its keys in one product,
+`_reference` below is the equation with a mask, and defines the result. `torch` is the same for short rows.
+For long rows it computes the scores of selected blocks alone, block by block: all queries that selected block
+b, gathered in tiles of M, are multiplied by its keys in one product,
 
     s = scale q[rows] k_b^T    m_i = max_j s_ij    p_ij = exp(s_ij - m_i)    l_i = sum_j p_ij    o = p v_b
 
-and at the end the n parts of each query are added with the weights of an online softmax, as in
-kernels/flash_decoding.py. The gradient follows FlashAttention's: it computes the scores again, and keeps
-nothing but lse. Time and memory are in proportion to T n N, and every run gives the same bits. `triton` is in
-selected_blocks.py and selected_backward.py.
+At the end the n parts of each query are added with their shares of the softmax, as in
+kernels/flash_decoding.py. The gradient is computed as in FlashAttention: from the scores, which are computed
+again, and lse, the logarithm of the softmax's denominator. Time and memory grow as T n N, and every run gives
+the same bits. `triton` is in selected_blocks.py and selected_backward.py.
 
-Shapes: B batch, T query length, S key length, H query heads, G key/value heads, C choices per token, K head
-width, N keys of a block, n selected blocks, R tiles of M queries.
+Shapes: B batch, T query length, S key length, H query heads, G key/value heads, C choices per token, h heads
+of a choice, K head width, N keys of a block, n selected blocks, R tiles of M queries.
 """
 
 import math
@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from kernels.attention import visible
-from kernels.backend import choose, multiplies, refuse_second_derivative
+from kernels.backend import choose, multiplies, readable, refuse_second_derivative
 
-DENSE = 1 << 20  # scores of a head up to which a mask is faster than to leave out scores
+DENSE = 1 << 20  # up to this many scores T S, attention with a mask is faster than block by block
 TILE = 64  # queries of a tile
-SEGMENT = 4096  # queries for which the scores are in memory at a time
+SEGMENT = 4096  # queries whose scores are in memory at a time
 
 
 def selected_attention(
@@ -51,32 +51,38 @@ def selected_attention(
     """Return the attention of q (B, T, H, K) over the selected blocks of k and v (B, S, G, K), like q.
 
     blocks: integers (B, T, C, n), in any order; C is a multiple of G, and H of C. A number below 0 selects
-    nothing, and one that is there twice counts once. scale: 1 / sqrt(K) if None. seqlens_k: integers (B,), as
-    in `kernels.attention`: row b has its first seqlens_k[b] keys, and its queries are the last T of these. A
-    query that sees no key gives zeros.
+    nothing, and one that is there twice counts once. scale: 1 / sqrt(K) if None. seqlens_k: integers (B,), 0
+    to S. Row b has only its first seqlens_k[b] keys, whatever k and v hold after them, and its queries are
+    the last T of these. A query that sees no key gives zeros.
 
     backend: see kernels/backend.py; "triton" takes head widths up to 256 that are multiples of 8, in float16,
     bfloat16 or float32. Only "reference" has a second derivative.
-    Raises ValueError if shapes, dtypes or options contradict each other or the backend cannot compute them.
+    Raises ValueError if shapes, dtypes or options contradict each other or the backend cannot compute them;
+    on a CPU also if the values of seqlens_k do not fit.
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, blocks, block_size, scale, seqlens_k)
     chosen = _choose(backend, q)
     scale = scale or 1 / math.sqrt(q.shape[3])
-    if chosen == "triton":
-        return _triton(q, k, v, blocks, block_size, scale, seqlens_k)[0]
+    if chosen != "triton" and seqlens_k is not None:
+        k, v = _without_missing(k, v, seqlens_k)
     if chosen == "reference":
         return _reference(q, k, v, blocks, block_size, scale, seqlens_k)
-    if q.shape[1] * k.shape[1] <= DENSE:
+    if chosen == "torch" and q.shape[1] * k.shape[1] <= DENSE:
         return _dense(q, k, v, blocks, block_size, scale, seqlens_k)
-    return _by_block(q, k, v, blocks, block_size, scale, seqlens_k)[0]
+    return _operation(q, k, v, blocks, block_size, scale, seqlens_k, chosen)[0]
 
 
 def _check(q, k, v, blocks, block_size, scale, seqlens_k) -> None:
     """Raise ValueError if shapes, dtypes or options contradict each other."""
-    (B, T, H, K), (S, G), C = q.shape, k.shape[1:3], blocks.shape[2] if blocks.ndim == 4 else 0
-    if k.shape != v.shape or k.shape != (B, S, G, K) or not q.dtype == k.dtype == v.dtype:
+    if [x.ndim for x in (q, k, v, blocks)] != [4] * 4:
+        raise ValueError(
+            f"selected_attention: q, k, v and blocks have {q.ndim}, {k.ndim}, {v.ndim} and {blocks.ndim} "
+            "dimensions: expected 4"
+        )
+    (B, T, H, K), (S, G), C = q.shape, k.shape[1:3], blocks.shape[2]
+    if not k.shape == v.shape == (B, S, G, K) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"selected_attention: q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, v "
             f"{tuple(v.shape)} {v.dtype}: expected q (B, T, H, K) and k, v (B, S, G, K) of one dtype"
@@ -95,6 +101,10 @@ def _check(q, k, v, blocks, block_size, scale, seqlens_k) -> None:
             f"selected_attention: seqlens_k {tuple(seqlens_k.shape)} {seqlens_k.dtype}: expected integers "
             f"({B},)"
         )
+    if seqlens_k is not None and readable(seqlens_k) and not all(0 <= n <= S for n in seqlens_k.tolist()):
+        raise ValueError(
+            f"selected_attention: seqlens_k {seqlens_k.tolist()}: expected numbers from 0 to S = {S}"
+        )
 
 
 def _choose(backend: str, q: Tensor) -> str:
@@ -111,23 +121,29 @@ def _choose(backend: str, q: Tensor) -> str:
 
 
 def strongest(scores: Tensor, n: int) -> Tensor:
-    """Return the indices (..., n) of the largest of scores (..., N), the first one of equals, and -1 where
-    fewer than n are above -inf."""
+    """Return the indices (..., n) of the n largest of scores (..., n_blocks), the largest first; of equal
+    scores the earlier one. -1 stands where fewer than n scores are above -inf."""
     values, order = scores.sort(dim=-1, descending=True, stable=True)
     order = order.masked_fill(values == -math.inf, -1)[..., :n]
     return F.pad(order, (0, n - order.shape[-1]), value=-1)
 
 
 def selected_keys(blocks: Tensor, block_size: int, S: int, seqlens_k: Tensor | None = None) -> Tensor:
-    """Return which keys each choice sees: bool (B, C, T, S), of blocks (B, T, C, n)."""
+    """Return the mask bool (B, C, T, S) of blocks (B, T, C, n): True where a query sees a key."""
     B, T, C, _ = blocks.shape
     n_blocks = -(-S // block_size)
-    # What selects nothing goes to one more block, at the end.
+    # Numbers that select nothing go to one more block, which is then cut off.
     index = torch.where((blocks < 0) | (blocks >= n_blocks), n_blocks, blocks).long()
     chosen = torch.zeros(B, T, C, n_blocks + 1, dtype=torch.bool, device=blocks.device)
     chosen = chosen.scatter(-1, index, True)[..., :n_blocks].transpose(1, 2)  # (B, C, T, n_blocks)
     chosen = chosen.repeat_interleave(block_size, dim=-1)[..., :S]
     return chosen & visible(T, S, blocks.device, causal=True, window=None, seqlens_k=seqlens_k)
+
+
+def _without_missing(k: Tensor, v: Tensor, seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return k and v with zeros for the keys that do not exist, as 0 times NaN there would be NaN."""
+    missing = torch.arange(k.shape[1], device=k.device) >= seqlens_k[:, None]  # (B, S)
+    return tuple(x.masked_fill(missing[:, :, None, None], 0) for x in (k, v))
 
 
 def _reference(q, k, v, blocks, block_size, scale, seqlens_k):
@@ -143,7 +159,7 @@ def _reference(q, k, v, blocks, block_size, scale, seqlens_k):
 
 
 def _dense(q, k, v, blocks, block_size, scale, seqlens_k):
-    """Return the same by PyTorch's own attention with a mask."""
+    """Return the result of `_reference`, computed by PyTorch's fused attention with a mask."""
     H, G, S = q.shape[2], k.shape[2], k.shape[1]
     mask = selected_keys(blocks, block_size, S, seqlens_k).repeat_interleave(H // blocks.shape[2], dim=1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -151,26 +167,26 @@ def _dense(q, k, v, blocks, block_size, scale, seqlens_k):
     return out.transpose(1, 2)
 
 
-# --- without a score that nobody sees
+# --- block by block in PyTorch
 
 
 class Tiles(NamedTuple):
     """The queries of each block, in tiles of M; the last tile is empty."""
 
-    rows: Tensor  # (R, M), a query, or T where a tile has no more
+    rows: Tensor  # (R, M), the query of each row, or T for an empty row
     block: Tensor  # (R,), the block of each tile
-    parts: Tensor  # (T, n), where the tiles, flat, hold the part of each query's n-th block
+    parts: Tensor  # (T, n), for each query and each of its blocks the row, from 0 to R M - 1
 
 
 def _tiles(blocks: Tensor, n_blocks: int) -> Tiles:
-    """Return the tiles of blocks (T, n), the choices of one head."""
+    """Return the tiles of one choice for each of T queries, blocks (T, n)."""
     (T, n), device = blocks.shape, blocks.device
     # A block that is there twice counts once.
     blocks = blocks.long().sort(dim=-1).values
     is_new = F.pad(blocks[:, 1:] != blocks[:, :-1], (1, 0), value=True)
     rows, slots = (is_new & (blocks >= 0) & (blocks < n_blocks)).nonzero(as_tuple=True)
 
-    # Sort by block, and give every block as many tiles as it needs.
+    # Sort by block, and give every block as many tiles as it needs. place: the row of each part.
     block, order = blocks[rows, slots].sort(stable=True)
     rows, slots = rows[order], slots[order]
     counts = torch.bincount(block, minlength=n_blocks)
@@ -178,6 +194,7 @@ def _tiles(blocks: Tensor, n_blocks: int) -> Tiles:
     first_tile, first = n_tiles.cumsum(0) - n_tiles, counts.cumsum(0) - counts
     place = first_tile[block] * TILE + torch.arange(len(block), device=device) - first[block]
 
+    # A part that does not exist is in the last tile, which is empty.
     tiles = torch.full((int(n_tiles.sum()) + 1, TILE), T, device=device)
     tiles.view(-1)[place] = rows
     parts = torch.full((T, n), tiles.numel() - 1, device=device)
@@ -187,13 +204,13 @@ def _tiles(blocks: Tensor, n_blocks: int) -> Tiles:
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
-    """Return x[index], for which PyTorch takes several times as long on a CPU."""
+    """Return x[index]. On a CPU this is several times as fast as the brackets."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 def _scores(q: Tensor, k: Tensor, tiles: Tiles, first: int, scale: float) -> Tensor:
-    """Return the scores (R, M h, N) of q (T + 1, h, K), whose last row is not a query, and the blocks k
-    (n_blocks, N, K). first: the position of the first query."""
+    """Return the scores (R, M h, N) of q (T + 1, h, K) and the blocks k (n_blocks, N, K). The last row of q
+    is zeros, for the empty rows of tiles. first: the position of the first query."""
     N, h = k.shape[1], q.shape[1]
     scores = _at(q, tiles.rows).flatten(1, 2) @ _at(k, tiles.block).mT
     j = tiles.block[:, None] * N + torch.arange(N, device=q.device)  # (R, N)
@@ -204,7 +221,7 @@ def _scores(q: Tensor, k: Tensor, tiles: Tiles, first: int, scale: float) -> Ten
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return out (T, h, K) and lse (T, h), of arguments as for `_scores`."""
+    """Return out (T, h, K) and lse (T, h), for arguments as of `_scores`."""
     h, K = q.shape[1:]
     scores = _scores(q, k, tiles, first, scale)
     m = scores.amax(-1, keepdim=True)
@@ -222,8 +239,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, first: int, scale: fl
 
 
 def _pairs(q: Tensor, k: Tensor, blocks: Tensor, block_size: int, seqlens_k: Tensor | None):
-    """Yield for each row b, each choice and each segment of its queries: b, the queries, the heads of the
-    choice, its key head, its Tiles, and the position of its first query."""
+    """Yield for each row b, each choice and each segment of SEGMENT queries: b, the slice of the queries, the
+    slice of the heads that share the choice, their key head, the Tiles, and the position of the first query.
+    """
     (B, T, H), (S, G), C = q.shape[:3], k.shape[1:3], blocks.shape[2]
     lengths = [S] * B if seqlens_k is None else seqlens_k.tolist()
     for b, n_keys in enumerate(lengths):
@@ -247,20 +265,10 @@ def _with_empty_row(x: Tensor, wide: torch.dtype) -> Tensor:
     return F.pad(x.to(wide), (0, 0, 0, 0, 0, 1))
 
 
-@library.custom_op("plinth::selected_attention", mutates_args=())
-@torch.autocast("cpu", enabled=False)
-def _by_block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    block_size: int,
-    scale: float,
-    seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _by_block(q, k, v, blocks, block_size, scale, seqlens_k) -> tuple[Tensor, Tensor]:
     """Return out, like q, and lse (B, T, H), in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
     in_blocks = [_in_blocks(x, block_size, wide) for x in (k, v)]
     for b, queries, heads, g, tiles, first in _pairs(q, k, blocks, block_size, seqlens_k):
         part = _with_empty_row(q[b, queries, heads], wide)
@@ -269,28 +277,10 @@ def _by_block(
     return out, lse
 
 
-@_by_block.register_fake
-def _(q, k, v, blocks, block_size, scale, seqlens_k):
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
-
-
-@library.custom_op("plinth::selected_attention_backward", mutates_args=())
-def _by_block_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    scale: float,
-    seqlens_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _by_block_backward(dout, q, k, v, blocks, out, lse, block_size, scale, seqlens_k):
     """Return (dq, dk, dv), like q, k and v."""
     wide, S = lse.dtype, k.shape[1]
-    dq = torch.empty_like(q)
+    dq = q.new_empty(q.shape)
     keys, values = (_in_blocks(x, block_size, wide) for x in (k, v))
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     delta = torch.einsum("bthk,bthk->bth", dout.to(wide), out.to(wide))
@@ -315,32 +305,11 @@ def _by_block_backward(
     return dq, dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
 
 
-@_by_block_backward.register_fake
-def _(dout, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+# --- the operation
 
 
-def _save(ctx, inputs, output):
-    q, k, v, blocks, ctx.block_size, ctx.scale, seqlens_k = inputs
-    ctx.save_for_backward(q, k, v, blocks, *output, seqlens_k)
-    ctx.set_materialize_grads(False)  # lse gets no gradient: pass None, not a tensor of zeros
-
-
-def _backward(ctx, dout, _):
-    *saved, seqlens_k = ctx.saved_tensors
-    grads = _by_block_backward(dout, *saved, ctx.block_size, ctx.scale, seqlens_k)
-    return *grads, *[None] * 4
-
-
-_by_block.register_autograd(_backward, setup_context=_save)
-refuse_second_derivative("selected_attention", _by_block_backward)
-
-
-# --- in Triton
-
-
-@library.custom_op("plinth::selected_attention_triton", mutates_args=())
-def _triton(
+@library.custom_op("plinth::selected_attention", mutates_args=())
+def _operation(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -348,20 +317,29 @@ def _triton(
     block_size: int,
     scale: float,
     seqlens_k: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return out, like q, and lse (B, T, H), float32, in base 2."""
-    from kernels import selected_blocks  # what runs without Triton imports no kernel
+    """Return out, like q, and lse (B, T, H) in float32 at least; lse is in base e by the backend "torch", and
+    in base 2 by "triton"."""
+    if q.numel() == 0 or k.numel() == 0 or blocks.numel() == 0:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.new_zeros(q.shape), q.new_full(q.shape[:3], -math.inf, dtype=wide)
+    if backend == "triton":
+        from kernels import selected_blocks  # imported only where Triton runs
 
-    return selected_blocks.forward(q, k, v, blocks, block_size, scale, seqlens_k)
+        return selected_blocks.forward(q, k, v, blocks, block_size, scale, seqlens_k)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+        return _by_block(q, k, v, blocks, block_size, scale, seqlens_k)
 
 
-@_triton.register_fake
-def _(q, k, v, blocks, block_size, scale, seqlens_k):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+@_operation.register_fake
+def _(q, k, v, blocks, block_size, scale, seqlens_k, backend):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
 
 
-@library.custom_op("plinth::selected_attention_triton_backward", mutates_args=())
-def _triton_backward(
+@library.custom_op("plinth::selected_attention_backward", mutates_args=())
+def _operation_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -372,23 +350,36 @@ def _triton_backward(
     block_size: int,
     scale: float,
     seqlens_k: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv), like q, k and v."""
-    from kernels import selected_backward
+    """Return (dq, dk, dv), like q, k and v, from the gradient of out and the results of `_operation`."""
+    if q.numel() == 0 or k.numel() == 0 or blocks.numel() == 0:
+        return tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    arguments = dout, q, k, v, blocks, out, lse, block_size, scale, seqlens_k
+    if backend == "triton":
+        from kernels import selected_backward
 
-    return selected_backward.backward(dout, q, k, v, blocks, out, lse, block_size, scale, seqlens_k)
+        return selected_backward.backward(*arguments)
+    with torch.autocast(q.device.type, enabled=False):
+        return _by_block_backward(*arguments)
 
 
-@_triton_backward.register_fake
+@_operation_backward.register_fake
 def _(dout, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _backward_triton(ctx, dout, _):
+def _save(ctx, inputs, output):
+    q, k, v, blocks, ctx.block_size, ctx.scale, seqlens_k, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, blocks, *output, seqlens_k)
+    ctx.set_materialize_grads(False)  # lse gets no gradient: pass None, not a tensor of zeros
+
+
+def _backward(ctx, dout, _):
     *saved, seqlens_k = ctx.saved_tensors
-    grads = _triton_backward(dout, *saved, ctx.block_size, ctx.scale, seqlens_k)
-    return *grads, *[None] * 4
+    grads = _operation_backward(dout, *saved, ctx.block_size, ctx.scale, seqlens_k, ctx.backend)
+    return *grads, *[None] * 5
 
 
-_triton.register_autograd(_backward_triton, setup_context=_save)
-refuse_second_derivative("selected_attention", _triton_backward)
+_operation.register_autograd(_backward, setup_context=_save)
+refuse_second_derivative("selected_attention", _operation_backward)

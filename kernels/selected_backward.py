@@ -5,12 +5,12 @@ With the equations of flash_backward.py, over the keys j in the blocks of row i:
     ds_ij = p_ij (dout_i . v_j - delta_i)
     dv_j  = sum_i p_ij dout_i             dk_j = scale sum_i ds_ij q_i            dq_i = scale sum_j ds_ij k_j
 
-dq goes through tiles of rows as the forward pass in selected_blocks.py does, by query or by block. dk and dv
-need for each block the list of who chose it: the choices sorted by block, in which the forward pass by block
-finds its tiles. The lists differ in length, as every query may choose the first block. So a program sums over
-at most SEGMENT rows of a list, and `sum_kernel` adds the sums of each block, in order: nothing is atomic.
+dq is computed from tiles of rows as in the forward pass of selected_blocks.py, by query or by block. dk and
+dv of a block are sums over the queries that selected it, which are in the lists of block_lists.py. The lists
+differ in length: every query may select the first block. So a program sums over at most SEGMENT rows of a
+list, and `sum_kernel` adds the sums of each block, in order. There are no atomic additions.
 
-Shapes: as in selected_blocks.py; R sums.
+Shapes: as in selected_blocks.py; R parts of lists, each with a sum for dk and one for dv.
 """
 
 import torch
@@ -35,7 +35,7 @@ from kernels.selected_blocks import (
     tile_of_program,
 )
 
-SEGMENT = 16384  # rows
+SEGMENT = 16384  # rows of a list at most that one program sums over
 
 
 @triton.jit
@@ -43,16 +43,16 @@ def dq_kernel(
     q, k, v, dout, lse, delta, dq, blocks, order, starts, owner, begin, seqlens_k, T, S, C, G, n_blocks,
     scale, const: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of one tile of rows, or its part of it, by the equations of flash_backward.py."""
+    """Compute dq of one tile of rows or, by block, its part of it."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
     sizes = Sizes(T, S, C, G, n_blocks, seqlens_k)
-    tile, n_met = tile_of_program(Lists(order, starts, owner, begin), sizes, const)
+    tile, n_read = tile_of_program(Lists(order, starts, owner, begin), sizes, const)
     q_tile, do = load_queries(q, tile, const), load_queries(dout, tile, const)
     base = tl.load(lse + tile.row, mask=tile.exists, other=0.0)
     d = tl.load(delta + tile.row, mask=tile.exists, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for step in range(0, n_met * tl.cdiv(const.KEYS, const.BLOCK_N)):
+    for step in range(0, n_read * tl.cdiv(const.KEYS, const.BLOCK_N)):
         start, end = keys_of_step(step, tile, blocks, const)
         j = start + tl.arange(0, const.BLOCK_N)[None, :]
         k_tile = load_keys(k, tile.b, tile.g, start, end, const)
@@ -71,18 +71,21 @@ def dkdv_kernel(
     q, k, v, dout, lse, delta, dk, dv, order, starts, owner, begin, seqlens_k, T, S, C, G, n_blocks, scale,
     LENGTH: tl.constexpr, const: tl.constexpr,
 ):  # fmt: skip
-    """Compute the sums for dk and dv of one tile of keys over at most LENGTH entries that chose its block."""
+    """Compute dk and dv of one tile of keys, summed over one part of the list of its block.
+
+    dk, dv: (R, N, K), the sums. LENGTH: the most entries of a part.
+    """
     BLOCK_N: tl.constexpr = const.BLOCK_N
     BLOCK_K: tl.constexpr = const.BLOCK_K
     sizes = Sizes(T, S, C, G, n_blocks, seqlens_k)
     per_block: tl.constexpr = (const.KEYS + BLOCK_N - 1) // BLOCK_N
     segment, part = tl.program_id(0) // per_block, tl.program_id(0) % per_block
-    key = tl.load(owner + segment)
-    if key < 0:
+    number = tl.load(owner + segment)
+    if number < 0:
         return
     first = tl.load(begin + segment)
-    last = tl.minimum(first + LENGTH, tl.load(starts + key + 1))
-    own = gathered(order, first, last, key, sizes, const)
+    last = tl.minimum(first + LENGTH, tl.load(starts + number + 1))
+    own = gathered(order, first, last, number, sizes, const)
     start = own.block * const.KEYS + part * BLOCK_N
     end = tl.minimum((own.block + 1) * const.KEYS, own.n_keys)
     k_tile = load_keys(k, own.b, own.g, start, end, const)
@@ -91,9 +94,9 @@ def dkdv_kernel(
     dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
 
-    # All tiles are transposed, keys by rows.
+    # Scores and weights are transposed here: a row is a key, a column a row of the tile of queries.
     for i in range(first, last, const.BLOCK_M // const.PAD):
-        tile = gathered(order, i, last, key, sizes, const)
+        tile = gathered(order, i, last, number, sizes, const)
         q_tile, do = load_queries(q, tile, const), load_queries(dout, tile, const)
         base = tl.load(lse + tile.row, mask=tile.exists, other=0.0)
         d = tl.load(delta + tile.row, mask=tile.exists, other=0.0)
@@ -114,17 +117,18 @@ def dkdv_kernel(
 
 @triton.jit
 def sum_kernel(sums, ends, dx, S, G, n_blocks, ROWS: tl.constexpr, const: tl.constexpr):
-    """Add the sums (R, N, K) of each block to ROWS rows of its gradient in dx (B, S, G, K)."""
+    """Write ROWS keys of dx (B, S, G, K): the total of the sums (R, N, K) of their block. ends: from
+    `segments`."""
     BLOCK_K: tl.constexpr = const.BLOCK_K
     per_block: tl.constexpr = (const.KEYS + ROWS - 1) // ROWS
-    number, part = tl.program_id(0) // per_block, tl.program_id(0) % per_block
-    bg, block = number // n_blocks, number % n_blocks
-    key = bg * (n_blocks + 1) + block
+    bg_block, part = tl.program_id(0) // per_block, tl.program_id(0) % per_block
+    bg, block = bg_block // n_blocks, bg_block % n_blocks
+    number = bg * (n_blocks + 1) + block  # of the list
     row, column = part * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, const.BLOCK_K)[None, :]
     mask = (row < const.KEYS) & (column < const.K)
     total = tl.zeros((ROWS, BLOCK_K), tl.float32)
-    first = tl.load(ends + key - 1, mask=key > 0, other=0)
-    for i in range(0, tl.load(ends + key) - first):
+    first = tl.load(ends + number - 1, mask=number > 0, other=0)
+    for i in range(0, tl.load(ends + number) - first):
         at = ((first.to(tl.int64) + i) * const.KEYS + row) * const.K + column
         total += tl.load(sums + at, mask=mask, other=0.0)
     j = block * const.KEYS + row
@@ -145,8 +149,6 @@ def backward(
     seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv), like q, k and v, from the gradient of `out` and the results of `forward`."""
-    if q.numel() == 0 or k.numel() == 0 or blocks.shape[3] == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     (S, G, K), h = k.shape[1:], q.shape[2] // blocks.shape[2]
     dout, q, k, v, direct = dout.contiguous(), q.contiguous(), packed(k), packed(v), by_query(q, blocks)
     blocks, sizes, common = shared_arguments(q, k, blocks, block_size, scale, seqlens_k)
@@ -161,7 +163,7 @@ def backward(
         dq_kernel[(programs,)](q, *keys, dout, lse, delta, dq, *walk, const=const, **launch, **sizes)
         dq = dq if direct else dq.sum(3).reshape(q.shape).to(q.dtype)
 
-        # Sums over parts of the lists, then those of each block.
+        # Sum over each part of the lists, then add the sums of each block.
         const, launch = configured(common, for_dkdv, False)
         length = max(1, SEGMENT // const.PAD)
         order, starts = lists_of(blocks, n_blocks, G)

@@ -4,16 +4,16 @@
     f: y_1 = x_1,  y_2 = x_2 exp(s(x_1)) + t(x_1)                      coupling; log |det| = sum of s(x_1)
     x_1 = y_1,  x_2 = (y_2 - t(y_1)) exp(-s(y_1))                      its inverse costs as much
 
-RealNVP (Dinh et al. 2016, arXiv 1605.08803). f is a chain of couplings. In each, x_1 is the pixels on the
-white squares of a checkerboard, which stay, and decide how the others, x_2, are scaled and shifted; in the
-next coupling the squares change places. s and t need not be invertible. They are computed by any network,
-here one with two hidden layers, whose last layer starts at 0, so that a new flow is the identity. s is a tanh
-times a learned factor for each pixel, so that the scale stays within bounds.
+RealNVP (Dinh et al. 2016, arXiv 1605.08803). f is a chain of couplings. In each, x_1 are the pixels on the
+white squares of a checkerboard. They do not change, and from them s and t are computed, which scale and shift
+the other pixels, x_2. In the next coupling the squares change places. s and t need not be invertible, so any
+network can compute them. Here it has two hidden layers, and its last layer starts at 0, so that a new flow is
+the identity. s is a tanh times a learned factor for each pixel, so that the scale stays within bounds.
 
 Pixels have a few discrete levels, and a density on them could grow without limit. So they are dequantised
 to x = (level + u) / L with u uniform in [0, 1). The mean log density of x is then a lower bound on the log
-probability of the level (Theis et al. 2015, 1511.01844, section 3.1). A logit maps the unit interval to the
-real numbers (RealNVP, section 4.1, which has 1 - alpha for 1 - 2 alpha; its code has the latter):
+probability of the level (Theis et al. 2015, 1511.01844, section 3.1). A logit maps x to the real numbers
+(RealNVP, section 4.1; its text has 1 - alpha in place of 1 - 2 alpha, its code is as here):
 
     p = alpha + (1 - 2 alpha) x,  y = log(p / (1 - p)),  log dy/dx = log(1 - 2 alpha) - log p - log(1 - p)
 
@@ -23,7 +23,7 @@ division by L.
     python train.py --model flow                     letters of 8 x 8 pixels and 32 levels
     python -m vision.flow runs/flow/model            draw images
 
-Shapes: B batch, C channels, N numbers of an image, L levels.
+Shapes: B batch, C channels, N values of an image, L levels.
 """
 
 import math
@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.rows import Dataset, Row, stack
@@ -84,8 +83,8 @@ SIZES = {"tiny": Config(), "small": Config(n_couplings=16, width=512, n_levels=2
 
 
 def dequantized(levels: Tensor, noise: Tensor, n_levels: int) -> Tensor:
-    """Return x in [0, 1) for levels 0 ... n_levels - 1 and noise in [0, 1). The divisor is n_levels, since
-    each level takes an interval of 1 / n_levels."""
+    """Return x in [0, 1) for levels 0 ... n_levels - 1 and noise in [0, 1). Level i takes the interval from
+    i / n_levels to (i + 1) / n_levels."""
     return (levels + noise) / n_levels
 
 
@@ -97,7 +96,7 @@ def to_logits(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def from_logits(y: Tensor, alpha: float) -> Tensor:
-    """Return x for logits y: the inverse of `to_logits`. Values outside [0, 1] are clamped."""
+    """Return x (B, N) for logits y (B, N): the inverse of `to_logits`. Values outside [0, 1] are clamped."""
     return ((y.sigmoid() - alpha) / (1 - 2 * alpha)).clamp(0, 1)
 
 
@@ -115,8 +114,8 @@ def log_normal(z: Tensor) -> Tensor:
 
 
 class Coupling(nn.Module):
-    """One coupling: half of the pixels stay as they are, and the other half is scaled and shifted by a
-    network that reads them. Couplings with an even and an odd number `layer` have opposite halves."""
+    """One coupling: half of the pixels stay as they are, and a network that reads them scales and shifts the
+    other half. Couplings with an even and an odd number `layer` have opposite halves."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -131,7 +130,7 @@ class Coupling(nn.Module):
         self.bound = nn.Parameter(torch.ones(n_move))
 
     def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s and t (B, pixels that move) for all pixels x (B, N), of which those that stay are read."""
+        """Return s and t, each (B, n_move), for x (B, N), of which only the values that stay are read."""
         s, t = self.decoder_pred(self.hidden(x[:, self.stays])).to(x.dtype).chunk(2, dim=1)
         return self.bound * s.tanh(), t
 
@@ -180,8 +179,8 @@ class Flow(nn.Module):
         return log_normal(z) + log_det + log_det_logit
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean bits per dimension, and no metrics, for "levels" and the "noise" in [0, 1) that
-        dequantises them, each (B, C, height, width)."""
+        """Return the mean bits per dimension, and no metrics, for "levels" 0 ... L - 1 and the "noise" in
+        [0, 1) that dequantises them, each (B, C, height, width)."""
         c = self.config
         x = dequantized(batch["levels"], batch["noise"], c.n_levels).flatten(1)
         return bits_per_dimension(self.log_density(x), c.n_values, c.n_levels).mean(), {}
@@ -199,7 +198,7 @@ class Flow(nn.Module):
         return (x * c.n_levels).floor().clamp(max=c.n_levels - 1) / (c.n_levels - 1)
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image."""
+        """Return the FLOPs of matrix products, forward and backward, of one image: 6 per weight."""
         return 6 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
     from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
@@ -218,31 +217,31 @@ def to_levels(images: Tensor, n_levels: int) -> Tensor:
 
 
 def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images without their classes, and the bits per dimension of densities without a network."""
+    """Return images, and a line with the bits per dimension of densities without a network."""
     return drawing.load_data(args, config, lambda train, held: describe(train, held, config))
 
 
 def densities(train: Tensor, held: Tensor, config: Config) -> dict[str, float]:
-    """Return the bits per dimension of held-out images under three densities without a network. All levels
-    are equally likely ("alike"); or a level is as likely as it is frequent at its pixel in training images
-    ("each pixel"); or the logits have a Gaussian distribution with the mean and covariance of training images
-    ("Gaussian").
+    """Return the bits per dimension of held-out images under three densities without a network, by name.
 
-    train, held: images (B, C, height, width) in [0, 1].
+    "alike": all levels are equally likely. "each pixel": a level has the probability of its frequency at this
+    pixel in training images, with half a count added. "Gaussian": the logits have a Gaussian distribution
+    with the mean and covariance of training images. train, held: images (B, C, height, width) in [0, 1].
     """
     L = config.n_levels
     train, held = (to_levels(images, L).flatten(1) for images in (train, held))
-    counts = F.one_hot(train.long(), L).sum(0) + 0.5  # (N, L)
+    counts = torch.full((train.shape[1], L), 0.5)  # (N, L)
+    counts.scatter_add_(1, train.T.long(), torch.ones_like(train.T))
     log_p = (counts / counts.sum(1, keepdim=True)).log2()
     independent = -log_p.T.gather(0, held.long()).mean()
 
-    # The Gaussian is the best that a flow can reach whose f is linear in the logits.
+    # No flow whose f is linear in the logits has a higher likelihood on training images than this Gaussian.
     generator, logits = torch.Generator().manual_seed(0), []
     for levels in (train, held):
         noise = torch.rand(levels.shape, generator=generator)
         logits.append([part.double() for part in to_logits(dequantized(levels, noise, L), config.alpha)])
     (known, _), (y, log_det) = logits
-    covariance = known.T.cov() + 1e-4 * torch.eye(known.shape[1])  # few images alone leave it singular
+    covariance = known.T.cov() + 1e-4 * torch.eye(known.shape[1])  # of few images it is singular
     gaussian = torch.distributions.MultivariateNormal(known.mean(0), covariance)
     bits = bits_per_dimension(gaussian.log_prob(y) + log_det, y.shape[1], L).mean()
     return {"alike": math.log2(L), "each pixel": independent.item(), "Gaussian": bits.item()}
@@ -269,7 +268,7 @@ def make_batch(
 @torch.no_grad()
 def show(model: Flow, dataset: Dataset, out: Path) -> str:
     """Write a picture of held-out images, new images, and images on the straight line between the z of two
-    images. Return the largest error of logits that are computed back from their z."""
+    images. Return a line with the largest error of logits that are computed back from their z."""
     c, device, n = model.config, model.couplings[0].bound.device, drawing.SHOWN
     some = drawing.some(dataset.val, n).to(device)
     levels = to_levels(some, c.n_levels)

@@ -1,30 +1,32 @@
-"""GAN: a generator that learns from a classifier, which learns to tell its images from real ones.
+"""GAN: a generator of images, trained against a discriminator that tells its images from real ones.
 
-    z ~ N(0, I),  x = G(z)                                          how an image is made
-    D:  E_data softplus(-D(x)) + E_z softplus(D(G(z))) + gamma/2 E_data |dD/dx|^2
-    G:  E_z softplus(-D(G(z)))                                      non-saturating
-    G:  -E_z softplus(D(G(z)))                                      minimax, the same game as D's
+    z ~ N(0, I),  x = G(z)                                          how an image is drawn
+    loss of D:  E_data softplus(-D(x)) + E_z softplus(D(G(z))) + gamma/2 E_data |dD/dx|^2
+    loss of G:  E_z softplus(-D(G(z)))                              non-saturating
+            or  -E_z softplus(D(G(z)))                              minimax: minus G's term in the loss of D
 
-Generative adversarial nets (Goodfellow et al. 2014, arXiv 1406.2661). D is the logit of "real":
--log sigmoid(D) = softplus(-D). For a fixed generator the best discriminator is sigmoid(D) = p / (p + q), for
-the density p of the data and q of drawn images, and its loss is 2 ln 2 - 2 JSD(p, q): 2 ln 2 = 1.386 where
-both are equal. A loss of D that falls to 0 is failure, since then G learns nothing; and no loss here measures
-how good images are. vision/frechet.py does.
+Generative adversarial nets (Goodfellow et al. 2014, arXiv 1406.2661). D(x) is the logit of "real", so that
+-log sigmoid(D) = softplus(-D). For a fixed generator the best discriminator is sigmoid(D) = p / (p + q), with
+the density p of the data and q of drawn images. Without R1, its loss is 2 ln 2 - 2 JSD(p, q). The
+Jensen-Shannon divergence JSD is 0 where p = q; there the loss is 2 ln 2 = 1.386. A loss of D near 0 means
+that D separates real and drawn images perfectly: the training has failed. No loss here measures how good
+images are; vision/frechet.py does.
 
-Two losses for G have the same fixed point (section 3 of the paper). Their slopes by the logit of a drawn
-image are -sigmoid(D) for minimax and -sigmoid(-D) for the other. At the start, D is sure that drawn images
-are not real, D(G(z)) << 0. There the first slope vanishes and the second is nearly -1, so the second is the
-default.
+The two losses of G have the same fixed point (section 3 of the paper). Their derivatives with respect to the
+logit of a drawn image are -sigmoid(D) for minimax and -sigmoid(-D) for non-saturating. Early in training D is
+sure that drawn images are not real, D(G(z)) << 0. There the first derivative vanishes and the second is
+nearly -1, so non-saturating is the default.
 
-gamma weighs R1, the squared slope of D at real images (Mescheder et al. 2018, 1801.04406, equation 9).
-Without it the two networks may circle around the fixed point for ever; with it both converge near that point.
-It takes the place of batch norm and of spectral norm. Adam's beta_1 is 0, as in RMSProp, which they use: with
-0.9, this size draws one image only.
+gamma is the weight of R1, the squared gradient of D at real images (Mescheder et al. 2018, 1801.04406,
+equation 9). Without it the two networks may circle around the fixed point for ever; with it both converge
+near that point. It takes the place of batch norm and spectral norm. Adam's beta_1 is 0, as in RMSProp, which
+Mescheder et al. use. With 0.9 a prototype of this model drew a single letter (docs/generative.md).
 
-There is one loss, the sum of both, and one optimizer, whose gradients are those of two: D's term reads drawn
-images as constants, and G's term reads the weights of D as constants. AdamW adapts each number alone, so this
-is what two optimizers do that step at the same time, but for --grad-clip, which clips one norm of both. What
-draws is an average of the weights over the last updates (--ema), as in Mescheder et al.
+The loss of a run is the sum of both losses, for one optimizer. Each network gets the gradient of its own loss
+alone: drawn images are constants in the loss of D, and the weights of D are constants in the loss of G. AdamW
+adapts the step of each weight by its own gradients, so the result is that of two optimizers that step at the
+same time. Only --grad-clip differs: it clips the norm of both gradients together. Images are drawn with an
+average of the weights over the last updates (--ema), as in Mescheder et al.
 
     python train.py --model gan                                letters, 16 x 16
     python train.py --model gan --set objective=minimax --out runs/minimax
@@ -62,21 +64,22 @@ SLOPE = 0.2  # of the leaky ReLU below zero
 @dataclass(frozen=True)
 class Config:
     width: int = 32  # channels at the full size of an image; each halving of the size doubles them
-    n_halvings: int = 2  # down to 4 x 4 places of an image of 16 x 16
+    n_halvings: int = 2  # of height and width: two make 4 x 4 of 16 x 16
     n_latents: int = 32  # Z
     objective: str = "non_saturating"  # of the generator; or "minimax"
     gamma: float = 1.0  # weight of R1
-    image_size: tuple[int, ...] = (16, 16)  # height and width in pixels; for data only
+    image_size: tuple[int, ...] = (16, 16)  # height and width in pixels
     n_channels: int = 1
     max_seq_len = 1  # a row of the data is one image
     MAY_BE_ZERO = ("gamma",)
 
     def __post_init__(self):
         check_values(self, objective=OBJECTIVES)
-        if any(side % 2**self.n_halvings for side in self.image_size):
+        factor = 2**self.n_halvings
+        if len(self.image_size) != 2 or any(side < 1 or side % factor for side in self.image_size):
             raise ValueError(
-                f"image_size {self.image_size}: expected multiples of {2**self.n_halvings} pixels for "
-                f"n_halvings={self.n_halvings}"
+                f"image_size {self.image_size}: expected multiples of {factor} pixels for "
+                f"n_halvings={self.n_halvings}, height and width"
             )
 
     @property
@@ -86,7 +89,7 @@ class Config:
 
     @property
     def smallest(self) -> tuple[int, int, int]:
-        """Return the channels, height and width where the image is smallest."""
+        """Return the channels, height and width of the smallest feature maps."""
         height, width = (side // 2**self.n_halvings for side in self.image_size)
         return self.width * 2**self.n_halvings, height, width
 
@@ -98,7 +101,7 @@ SIZES = {"tiny": Config(), "small": Config(width=64, n_halvings=3, n_latents=64,
 
 
 def generator(config: Config) -> nn.Sequential:
-    """Return G: codes (B, Z) to images (B, C, H, W) with values from -1 to 1."""
+    """Return G, a network from codes (B, Z) to images (B, C, H, W) with values from -1 to 1."""
     n = config.smallest[0]
     layers = [nn.Linear(config.n_latents, math.prod(config.smallest)), nn.Unflatten(1, config.smallest)]
     for _ in range(config.n_halvings):  # each doubles height and width
@@ -109,7 +112,7 @@ def generator(config: Config) -> nn.Sequential:
 
 
 def discriminator(config: Config) -> nn.Sequential:
-    """Return D: images (B, C, H, W) with values from -1 to 1 to the logits (B,) of "real"."""
+    """Return D, a network from images (B, C, H, W), with values from -1 to 1, to logits (B,) of "real"."""
     n = config.width
     layers = [nn.Conv2d(config.n_channels, n, 3, padding=1), nn.LeakyReLU(SLOPE)]
     for _ in range(config.n_halvings):  # each halves height and width
@@ -124,41 +127,42 @@ def initialize(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             fan_in = module.weight[0].numel()
-            if isinstance(module, nn.ConvTranspose2d):  # an output pixel is reached by a quarter of 4 x 4
+            if isinstance(module, nn.ConvTranspose2d):  # each output adds up a quarter of the kernel
                 fan_in = module.in_channels * math.prod(module.kernel_size) // math.prod(module.stride)
             nn.init.normal_(module.weight, 0.0, math.sqrt(2 / (1 + SLOPE**2) / fan_in))
             nn.init.zeros_(module.bias)
 
 
-# --- the game
+# --- the losses
 
 
 def discriminator_loss(real: Tensor, drawn: Tensor) -> Tensor:
-    """Return D's loss in nats, without R1, for its logits of real images and of drawn ones, each (B,)."""
+    """Return D's loss in nats, without R1, for D's logits of real images and of drawn ones, each (B,)."""
     return F.softplus(-real).mean() + F.softplus(drawn).mean()
 
 
 def generator_loss(drawn: Tensor, objective: str) -> Tensor:
-    """Return G's loss in nats for D's logits (B,) of drawn images, by one of OBJECTIVES."""
+    """Return G's loss in nats for D's logits (B,) of drawn images; objective: one of OBJECTIVES."""
     return -F.softplus(drawn).mean() if objective == "minimax" else F.softplus(-drawn).mean()
 
 
-def r1(judged: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits (B,) of images (B, C, H, W), and R1 (), the mean of |dD/dx|^2.
+def r1(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return D's logits (B,) of images (B, C, H, W), and R1 (), the mean of |dD/dx|^2.
 
-    The gradient of R1 by D's weights is taken through the gradient by images. In an evaluation, which takes
-    no gradients, the first one is taken all the same, and nothing is kept for a second.
+    R1 can be differentiated by D's weights. Under torch.no_grad, as in an evaluation, dD/dx is computed all
+    the same, but no graph is kept to differentiate it.
     """
     learns = torch.is_grad_enabled()
     with torch.enable_grad():
         images = images.detach().requires_grad_()
-        logits = judged(images)
-        (slope,) = torch.autograd.grad(logits.sum(), images, create_graph=learns, retain_graph=learns)
-    return logits, slope.square().flatten(1).sum(1).mean()
+        logits = discriminator(images)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=learns, retain_graph=learns)
+    return logits, gradient.square().flatten(1).sum(1).mean()
 
 
 def macs(network: nn.Module, places: list[int]) -> int:
-    """Return the multiplications of a network for one image, with the number of places of each layer."""
+    """Return the multiplications of a network for one image. places: for each layer, how many positions of an
+    image its weights are applied at."""
     weights = [p for p in network.parameters() if p.ndim > 1]
     return sum(w.numel() * n for w, n in zip(weights, places, strict=True))
 
@@ -172,24 +176,24 @@ class GAN(nn.Module):
         self.generator, self.discriminator = generator(config), discriminator(config)
         initialize(self)
 
-    def judged_by_constants(self, images: Tensor) -> Tensor:
-        """Return D's logits (B,), through which gradients reach the images and not D's weights."""
+    def frozen_discriminator(self, images: Tensor) -> Tensor:
+        """Return D's logits (B,) of images (B, C, H, W). Gradients reach the images, but not D's weights."""
         weights = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         return functional_call(self.discriminator, weights, (images,))
 
-    @torch.compiler.disable  # which cannot take the gradient of a gradient
+    @torch.compiler.disable  # torch.compile cannot take the gradient of a gradient
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum of both losses in nats of "images" (B, C, H, W) in [0, 1] and "codes" (B, Z), and as
-        metrics each loss, R1, and how often D is right. Each half of the weights has gradients by its own
-        loss alone."""
+        """Return the sum of both losses in nats for "images" (B, C, H, W) in [0, 1] and "codes" (B, Z), and
+        as metrics each loss, R1, and the accuracy of D ("right"). Each network gets gradients of its own loss
+        alone."""
         c, drawn = self.config, self.generator(batch["codes"])
-        real_logits, slope = r1(self.discriminator, 2 * batch["images"] - 1)
+        real_logits, penalty = r1(self.discriminator, 2 * batch["images"] - 1)
         logits = self.discriminator(drawn.detach())
-        of_d = discriminator_loss(real_logits, logits)
-        of_g = generator_loss(self.judged_by_constants(drawn), c.objective)
+        d_loss = discriminator_loss(real_logits, logits)
+        g_loss = generator_loss(self.frozen_discriminator(drawn), c.objective)
         right = torch.cat((real_logits > 0, logits < 0)).float().mean()
-        metrics = {"discriminator": of_d, "generator": of_g, "r1": slope, "right": right}
-        loss = of_d + c.gamma / 2 * slope + of_g
+        metrics = {"discriminator": d_loss, "generator": g_loss, "r1": penalty, "right": right}
+        loss = d_loss + c.gamma / 2 * penalty + g_loss
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
@@ -205,8 +209,9 @@ class GAN(nn.Module):
     def flops_per_token(self, seq_len: int = 1) -> int:
         """Return the FLOPs of matrix products, forward and backward, of one real and one drawn image.
 
-        G takes 3 passes: forward, and backward by weights and by inputs. D takes 11: with real images 2 for
-        the logits and their slope, and 4 backward; with drawn ones 3, and 2 without gradients of weights.
+        G computes 3 products per weight: forward, and backward for weights and for inputs. D computes 11. Of
+        these 6 are for the real image: 2 for its logit and dD/dx, and 4 for the gradients of both. 3 are for
+        the drawn image in D's own loss, and 2 in the loss of G, without gradients of D's weights.
         """
         steps = [math.prod(self.config.smallest[1:]) * 4**i for i in range(self.config.n_halvings)]
         all_pixels = math.prod(self.config.image_size)
@@ -225,19 +230,19 @@ Model = GAN
 
 
 def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images, whose classes are for the judge of vision/frechet.py alone. ValueError for --parallel
-    fsdp, whose shards of D's weights cannot be read as constants."""
+    """Return images with their classes, which only vision/frechet.py reads. Raises ValueError for --parallel
+    fsdp: the loss of G needs all weights of D, and not a shard of them."""
     if args.parallel == "fsdp":
         raise ValueError("--parallel fsdp: the discriminator needs all of its weights; expected none or ddp")
     return drawing.load_data(args, config, describe)
 
 
 def describe(train: Tensor, held: Tensor) -> str:
-    """Return one line: the losses where drawn images cannot be told from real ones."""
+    """Return one line: the losses where drawn images cannot be told from real ones, whatever the images."""
     d, g = 2 * math.log(2), math.log(2)
     return (
-        f"where drawn images are as real ones, the discriminator's loss is {d:.3f} nats and the generator's "
-        f"{g:.3f}; neither says how good images are"
+        f"where drawn images are distributed as real ones, the discriminator's loss is {d:.3f} nats and the "
+        f"generator's {g:.3f}; neither says how good images are"
     )
 
 
@@ -251,8 +256,8 @@ def make_batch(
 
 @torch.no_grad()
 def show(model: GAN, dataset: Dataset, out: Path) -> str:
-    """Draw held-out images, new ones, and a walk from one code to another; return how far new images are from
-    real ones."""
+    """Write a picture of held-out images, new images, and images on an arc from one code to another. Return
+    lines of figures that compare new images with real ones."""
     n, draws = drawing.SHOWN, torch.Generator().manual_seed(0)
     new = drawing.in_rows(model.draw(3 * n, draws))
     ends = torch.randn(2, model.config.n_latents, generator=draws)

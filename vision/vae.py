@@ -1,7 +1,7 @@
-"""VAE: images from codes of a few numbers, trained by a lower bound on the likelihood.
+"""VAE: an encoder and a decoder of images, trained by a lower bound on the likelihood.
 
-    z ~ N(0, I),  x ~ p(x | z)                                 the decoder: how an image is made
-    q(z | x) = N(mu(x), diag sigma(x)^2)                       the encoder: which codes may have made it
+    z ~ N(0, I),  x ~ p(x | z)                                 the decoder: how an image is made from a code z
+    q(z | x) = N(mu(x), diag sigma(x)^2)                       the encoder: which codes may have made image x
     log p(x) >= E_q [log p(x | z)] - KL(q(z | x) || N(0, I))   the ELBO
     log p(x) >= E log (1/K sum_k p(x, z_k) / q(z_k | x))       IWAE-K, z_1 ... z_K ~ q(z | x)
 
@@ -10,19 +10,20 @@ and importance weighted autoencoders (Burda et al. 2015, 1509.00519). The first 
 K = 1, and the second rises with K, to log p(x) in the limit. The gap of the ELBO is KL(q(z | x) || p(z | x)):
 q is a Gaussian with independent entries, but the true posterior p(z | x) is not.
 
-Both terms of the ELBO are summed over their dimensions, and only images are averaged. With a mean over pixels
-the KL would weigh as many times more as there are pixels, and all codes would become N(0, 1). p(x | z) is a
+Both terms of the ELBO are summed over their dimensions; the mean is over images alone. With a mean over N
+pixels the KL would have N times its weight, and q(z | x) would become N(0, I) for every image. p(x | z) is a
 Bernoulli distribution of each pixel, so pixels are binarised: those above one half are white, the others
 black. Nats under another binarisation are not comparable.
 
 A unit j of the code is active if its mean changes with the image: if the variance of mu_j over images is
-above 0.01 (Burda et al., section 5.2). The other units are N(0, 1) for every image and hold no information.
+above 0.01 (Burda et al., section 5.2). The other units are close to N(0, 1) for every image and hold almost
+no information.
 
     python train.py --model vae                            codes of letters
     python train.py --model vae --set n_samples=10         trained by IWAE-10
     python -m vision.vae runs/vae/model                    draw images
 
-Shapes: B batch, C channels, N numbers of an image, Z numbers of a code, K codes for each image.
+Shapes: B batch, C channels, N values of an image, Z numbers of a code, K codes for each image.
 """
 
 import math
@@ -46,7 +47,7 @@ KIND, DATA = "variational autoencoder", "glyphs:all"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 2000
 LOSS, TOKEN_LOSS = "nats per image", ""
 BOUNDS = (1, 10, 100)  # K of the bounds that an evaluation measures
-MEASURED = 500  # held-out images at most that they are measured on
+MEASURED = 500  # held-out images, at most, on which the bounds are measured
 ACTIVE = 0.01  # the variance of mu_j above which unit j is active
 LOG_VARIANCES = (-30.0, 20.0)  # log sigma^2 is clamped between them, as in the code of latent diffusion
 
@@ -80,9 +81,9 @@ SIZES = {"tiny": Config(), "small": Config(width=1024, n_latents=64, image_size=
 
 
 class Sample(NamedTuple):
-    """Figures of K codes that were drawn from q(z | x) for each of B images, as the bounds need them."""
+    """The terms of the bounds for K codes drawn from q(z | x) for each of B images."""
 
-    logits: Tensor  # (B, K, N) of white pixels
+    logits: Tensor  # (B, K, N), of the probability that a pixel is white
     log_p: Tensor  # log p(x | z) in nats, (B, K)
     log_ratio: Tensor  # log p(z) / q(z | x) in nats, (B, K)
     kl: Tensor  # KL(q(z | x) || p(z)) in nats, (B,)
@@ -121,15 +122,15 @@ class VAE(nn.Module):
         return mu, log_variance.clamp(*LOG_VARIANCES)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the logits (..., N) of white pixels for codes (..., Z)."""
+        """Return the logits (..., N) of the probabilities that pixels are white, for codes (..., Z)."""
         return self.decoder_pred(self.decoder(z)).float()
 
     def sample(self, x: Tensor, noise: Tensor) -> Sample:
-        """Return what the bounds need of codes z = mu + sigma noise, for images (B, C, height, width) of
-        zeros and ones and standard normal noise (B, K, Z)."""
+        """Return the terms of the bounds for codes z = mu + sigma noise (the reparametrisation trick), for
+        images (B, C, height, width) of zeros and ones and standard normal noise (B, K, Z)."""
         mu, log_variance = self.encode(x)
         z = mu[:, None] + (log_variance / 2).exp()[:, None] * noise
-        # log N(z; 0, I) - log q(z | x), in which the factors 2 pi cancel
+        # log N(z; 0, I) - log q(z | x): the factors 2 pi cancel, and (z - mu) / sigma is the noise.
         log_ratio = (noise.square() - z.square() + log_variance[:, None]).sum(-1) / 2
         logits = self.decode(z)  # (B, K, N)
         targets = x.flatten(1)[:, None].expand_as(logits)
@@ -141,7 +142,7 @@ class VAE(nn.Module):
         "noise" (B, K, Z); and as metrics the KL in nats and the squared error of a pixel's probability."""
         x, K = batch["images"], batch["noise"].shape[1]
         logits, log_p, log_ratio, kl = self.sample(x, batch["noise"])
-        # With one code, take the KL in closed form: only the likelihood is then estimated by sampling.
+        # With one code, take the KL in closed form. Only the likelihood is then estimated by sampling.
         bounds = log_p[:, 0] - kl if K == 1 else iwae(log_p + log_ratio)
         error = (logits.detach().sigmoid() - x.flatten(1)[:, None]).square().mean()
         return -bounds.mean(), {"kl": kl.detach().mean(), "squared_error": error}
@@ -181,7 +182,7 @@ def binarized(images: Tensor) -> Tensor:
 
 
 def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images without their classes, and the figures of two guesses without a network."""
+    """Return images, and a line with the figures of two guesses without a network."""
     return drawing.load_data(args, config, describe)
 
 
@@ -211,18 +212,18 @@ def make_batch(
 
 
 class Bounds(NamedTuple):
-    """The bounds of some images, and the number of active units of their codes."""
+    """The bounds on log p(x), as means over images, and the number of active units of the codes."""
 
-    nats: dict[int, float]  # by K, per image: lower bounds on log p(x)
-    n_active: int
+    nats: dict[int, float]  # lower bound in nats per image, by K
+    n_active: int  # of Z
 
 
 @torch.no_grad()
 def measure(model: VAE, images: Tensor, seed: int = 0) -> Bounds:
     """Return the bounds for images (B, C, height, width) of zeros and ones, for each K of BOUNDS.
 
-    All bounds are means over the same 100 codes of each image, in groups of K. By Jensen's inequality the
-    measured bounds then never fall as K grows.
+    Each image has 100 codes. They are split into groups of K, and the bound is the mean over groups. As all K
+    use the same codes, by Jensen's inequality the measured bounds never fall as K grows.
     """
     generator, log_w = torch.Generator().manual_seed(seed), []
     for part in images.split(50):
@@ -237,7 +238,7 @@ def measure(model: VAE, images: Tensor, seed: int = 0) -> Bounds:
 @torch.no_grad()
 def show(model: VAE, dataset: Dataset, out: Path) -> str:
     """Write a picture of held-out images, their reconstructions, new images, and images on the straight line
-    between two codes. Return the bounds on held-out images."""
+    between two codes. Return a line with the bounds on held-out images."""
     device, n = model.decoder_pred.weight.device, drawing.SHOWN
     some = binarized(drawing.some(dataset.val, MEASURED)).to(device)
     shown = some[:: max(1, len(some) // n)][:n]

@@ -1,10 +1,12 @@
 """Cases of attention whose time grows in proportion to T. cases.py explains what a case is.
 
-    linear_attention      as in MiniMax-01's first layer, beside the reference and the chunks in PyTorch
-    selected_attention    over 16 blocks of 64 keys, which 16 heads choose together, as in native sparse
-                          attention; and over 3 blocks of 512, which each head chooses, as in mixture of block
-                          attention: the own block, in the first case the first, and random ones; beside the
-                          reference and PyTorch
+    linear_attention      with the rates of MiniMax-01's first layer
+    selected_attention    over 16 blocks of 64 keys, with one choice for 16 heads, as in native sparse
+                          attention: the query's own block, the first block, and random ones; and over 3
+                          blocks of 512 keys, with a choice for each head, as in mixture of block attention:
+                          the own block and random ones
+
+Each kernel is timed beside the backends "reference" and "torch".
 
 Shapes: B batch, T tokens, H heads, G key/value heads, C choices per token, n blocks of N keys, K head width.
 """
@@ -20,28 +22,31 @@ from kernels.bench.cases import Case, normal
 from kernels.linear_attention import linear_attention
 from kernels.selected_attention import selected_attention, strongest
 
-LONGEST = 65536  # tokens of one row, beside the lengths of attention
-# Selected blocks: heads of a choice, keys of a block, blocks.
+LONGEST = 65536  # tokens of one row, in addition to cases.LENGTHS
+# Selected attention: heads of a choice, keys N of a block, selected blocks n.
 KINDS = ((16, 64, 16), (1, 512, 3))
 
 
 def linear_attention_bytes(B: int, T: int, H: int, K: int, backward: bool) -> int:
     """Return the bytes that a pass reads and writes: forward q, k, v and o; backward q, k, v, the gradient of
-    o and three gradients. A state of K x K numbers per head does not count."""
+    o and three gradients. The states of K x K numbers per head are left out."""
     return (7 if backward else 4) * B * T * H * K * cases.DTYPE.itemsize
 
 
 def linear_attention_cases() -> list[Case]:
+    """Return the cases of linear attention, for each head width and length."""
     shapes = [(cases.TOKENS // T, T) for T in cases.LENGTHS] + [(1, LONGEST)]
     return [linear_attention_case(B, T, cases.WIDTH // K, K) for K in cases.HEAD_WIDTHS for B, T in shapes]
 
 
 def linear_attention_case(B: int, T: int, H: int, K: int) -> Case:
+    """Return the case of linear attention for these shapes."""
     rates = 2.0 ** (-8 * torch.arange(1, H + 1, device=cases.DEVICE) / H)
 
     def inputs():
         return [normal(B, T, H, K) for _ in range(3)], [normal(B, T, H, K)]
 
+    # The error is measured on the last head alone, which has the last rate.
     def ours(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return linear_attention(q, k, v, rates[-q.shape[2] :], backend=backend)[0]
 
@@ -64,6 +69,7 @@ def linear_attention_case(B: int, T: int, H: int, K: int) -> Case:
 
 
 def last_head(x: Tensor) -> Tensor:
+    """Return the last head of the last row of x (B, T, H, K): (1, T, 1, K)."""
     return x[-1:, :, -1:]
 
 
@@ -71,6 +77,7 @@ def last_head(x: Tensor) -> Tensor:
 
 
 def selected_attention_cases() -> list[Case]:
+    """Return the cases of attention over selected blocks, for each head width, length and kind."""
     found = []
     for K in cases.HEAD_WIDTHS:
         H, shapes = cases.WIDTH // K, [(cases.TOKENS // T, T) for T in cases.LENGTHS] + [(1, LONGEST)]
@@ -80,8 +87,8 @@ def selected_attention_cases() -> list[Case]:
 
 
 def random_blocks(B: int, T: int, C: int, N: int, n: int, with_first: bool) -> Tensor:
-    """Return blocks (B, T, C, n): the own one, perhaps the first, others before the own one at random, and -1
-    where there are fewer."""
+    """Return blocks (B, T, C, n): the query's own block, with_first also the first, random ones before the
+    own, and -1 where there are fewer than n."""
     number, p = torch.arange(-(-T // N), device=cases.DEVICE), torch.arange(T, device=cases.DEVICE)
     own = (p // N)[:, None, None]  # (T, 1, 1)
     always = (number == own) | (with_first & (number == 0))
@@ -93,18 +100,19 @@ def random_blocks(B: int, T: int, C: int, N: int, n: int, with_first: bool) -> T
 
 
 def selected_attention_case(B: int, T: int, H: int, K: int, heads: int, N: int, n: int) -> Case:
-    """heads: those of a choice."""
+    """Return the case of attention over n selected blocks of N keys; heads: how many share a choice."""
     heads = min(heads, H)
     C = H // heads
     G = C if heads > 1 else max(1, H // 4)
     blocks = random_blocks(B, T, C, N, n, with_first=heads > 1)
-    # Of the own block a query sees half on average, of the others all.
+    # A query sees its own block up to itself, and all keys of the others.
     seen = (blocks >= 0).sum().item() * N - sum(N - 1 - p % N for p in range(T)) * B * C
     flops = 4 * K * heads * seen
 
     def inputs():
         return [normal(B, T, H, K), normal(B, T, G, K), normal(B, T, G, K)], [normal(B, T, H, K)]
 
+    # The error is measured on the last key head of the last row, which has the last choices.
     def ours(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own = blocks[-q.shape[0] :, :, -(q.shape[2] // heads) :]
         return selected_attention(q, k, v, own, N, backend=backend)

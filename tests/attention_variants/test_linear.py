@@ -180,6 +180,8 @@ def test_documents_in_one_row_do_not_see_each_other():
 def test_what_it_does_not_have_is_refused():
     with pytest.raises(ValueError, match="window 8"):
         replace(SMALL, window=8)
+    with pytest.raises(ValueError, match=r"full_layers .1,.: expected none; set softmax_layers instead"):
+        replace(SMALL, full_layers=(1,))
     with pytest.raises(ValueError, match="softmax_layers 3: expected 0 to 2"):
         replace(SMALL, softmax_layers=(3,))
     with pytest.raises(ValueError, match="leave out --compile"):

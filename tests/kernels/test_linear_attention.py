@@ -165,6 +165,24 @@ def test_no_tokens(backend):
     assert out.shape == (2, 0, 2, 16) and torch.equal(last, leaves[3]) and torch.equal(dstate, gradients[1])
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_no_rows(backend):
+    leaves, rates, gradients = inputs(0, 3, 2, 16, True)
+    out, last, *_ = run(linear_attention, leaves, rates, gradients, backend=backend)
+    assert out.shape == (0, 3, 2, 16) and last.shape == (0, 2, 16, 16)
+
+
+def test_backend_torch_has_gradients_of_the_rates_and_second_derivatives():
+    generator, rates = torch.Generator().manual_seed(0), torch.tensor([0.1, 0.3]).double().requires_grad_()
+    q, k, v = (torch.randn(1, 5, 2, 4, generator=generator).double() for _ in range(3))
+    found = []
+    for backend in ("reference", "torch"):
+        out, _ = linear_attention(q, k, v, rates, chunk=2, backend=backend)
+        (first,) = torch.autograd.grad(out.sin().sum(), rates, create_graph=True)
+        found.append(torch.stack([first, *torch.autograd.grad(first.square().sum(), rates)]))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 def test_every_element_is_written_and_every_run_gives_the_same_bits():
     example = inputs(*CASES["a width that is no power of two"])
     first = run(linear_attention, *example, backend="triton")
@@ -210,6 +228,7 @@ def test_what_does_not_fit_is_refused():
             linear_attention(*arguments, **options)
 
     error(r"expected q, k and v \(B, T, H, K\)", q, k[:, :4], v, rates)
+    error("q, k and v have 3, 4 and 4 dimensions: expected 4", q[0], k, v, rates)
     error("of one dtype", q, k.half(), v, rates)
     error(r"rates \(1,\) .*expected \(2,\)", q, k, v, rates[:1])
     error(r"rates \(2,\) torch\.float16", q, k, v, rates.half())

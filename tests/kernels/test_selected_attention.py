@@ -50,7 +50,7 @@ def by_hand(q, k, v, blocks, N, lengths=None):
 
 
 def by_block(q, k, v, blocks, N, seqlens_k=None):
-    return module._by_block(q, k, v, blocks, N, 1 / math.sqrt(q.shape[3]), seqlens_k)[0]
+    return module._operation(q, k, v, blocks, N, 1 / math.sqrt(q.shape[3]), seqlens_k, "torch")[0]
 
 
 def dense(q, k, v, blocks, N, seqlens_k=None):
@@ -103,6 +103,37 @@ def test_bfloat16_is_summed_in_float32():
     exact = by_hand(q.double(), k.double(), v.double(), blocks, 4)
     out = by_block(q, k, v, blocks, 4)
     assert out.dtype == torch.bfloat16 and (out.double() - exact).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("scores", [1 << 20, -1], ids=["with a mask", "block by block"])
+def test_keys_that_do_not_exist_are_not_read(scores, monkeypatch):
+    monkeypatch.setattr(module, "DENSE", scores)
+    q, k, v, blocks = inputs(*CASES["fewer queries than keys"])
+    options = {"seqlens_k": torch.tensor([17, 15])}
+    for backend in ("torch", "reference"):
+        clean = run([q, k, v], blocks, 4, q.cos(), **options, backend=backend)
+        dirty = [k.clone(), v.clone()]
+        for x in dirty:
+            x[1, -2:] = math.nan
+        again = run([q, *dirty], blocks, 4, q.cos(), **options, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(clean, again, strict=True))
+
+
+@pytest.mark.parametrize("B, n", [(0, 2), (2, 0)], ids=["no rows", "no blocks"])
+def test_nothing_block_by_block_gives_zeros(B, n, monkeypatch):
+    monkeypatch.setattr(module, "DENSE", -1)
+    q, k, v, blocks = inputs(5, 5, 2, 1, 1, 4, n, B=B)
+    for x in run([q, k, v], blocks, 4, q.cos(), backend="torch"):
+        assert (x == 0).all()
+
+
+def test_autocast_around_the_backward_pass_changes_nothing(monkeypatch):
+    monkeypatch.setattr(module, "DENSE", -1)
+    q, k, v, blocks = inputs(*CASES["each head chooses"], dtype=torch.bfloat16)
+    expected = run([q, k, v], blocks, 3, q.cos())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run([q, k, v], blocks, 3, q.cos())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 class Largest(TorchDispatchMode):
@@ -160,6 +191,11 @@ def test_what_does_not_fit_is_refused():
         selected_attention(q, k, v, blocks, 3, backend="triton")
     with pytest.raises(ValueError, match="seqlens_k"):
         selected_attention(q, k, v, blocks, 3, seqlens_k=torch.tensor([3]))
+    for n in (-1, 14):
+        with pytest.raises(ValueError, match=rf"seqlens_k \[3, {n}\]: expected numbers from 0 to S = 13"):
+            selected_attention(q, k, v, blocks, 3, seqlens_k=torch.tensor([3, n]))
+    with pytest.raises(ValueError, match="q, k, v and blocks have 3, 4, 4 and 4 dimensions"):
+        selected_attention(q[0], k, v, blocks, 3)
     with pytest.raises(ValueError, match="scale 0"):
         selected_attention(q, k, v, blocks, 3, scale=0)
 
@@ -291,13 +327,14 @@ def test_the_kernels_of_nothing(shape):
         assert (x == 0).all()
 
 
-def test_registered_operations():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_registered_operations(backend):
     """Check the schema, fake tensors, and gradients traced with unknown sizes."""
     (q, k, v), blocks = on_the_device((5, 5, 2, 1, 1, 4, 2))
-    out, lse = module._triton(q, k, v, blocks, 4, 0.3, None)
-    library.opcheck(module._triton_backward, (out, q, k, v, blocks, out, lse, 4, 0.3, None))
+    out, lse = module._operation(q, k, v, blocks, 4, 0.3, None, backend)
+    library.opcheck(module._operation_backward, (out, q, k, v, blocks, out, lse, 4, 0.3, None, backend))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    library.opcheck(module._triton, (*leaves, blocks, 4, 0.3, None))
+    library.opcheck(module._operation, (*leaves, blocks, 4, 0.3, None, backend))
 
 
 def test_compiled_in_one_graph():

@@ -176,6 +176,7 @@ def test_flops_are_those_of_the_matrix_products():
     "changes, words",
     [
         ({"image_size": (6, 8)}, "image_size .6, 8.: expected multiples of 4 pixels"),
+        ({"image_size": (8, 8, 8)}, "image_size .8, 8, 8.: expected multiples of 4 pixels, height and width"),
         ({"restart": 1.5}, "restart 1.5: expected at most 1"),
         ({"n_chains": 0}, "n_chains 0: expected at least 1"),
     ],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import run_command
 from small_vit import shaken
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from formats.open_model import open_model
@@ -125,6 +126,26 @@ def test_baselines_are_those_of_their_definitions():
     assert 3 < gaussian < 3.1
     same = train.expand(-1, -1, 1, 2)
     assert "Gaussian of all pixels together" in flow.describe(same, held, Config(n_levels=8))
+
+
+class Largest(TorchDispatchMode):
+    """Record the number of elements of the largest tensor that any operation returns."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.n = max(self.n, out.numel() if torch.is_tensor(out) else 0)
+        return out
+
+
+def test_levels_are_counted_in_memory_that_does_not_grow_with_images_times_levels():
+    images, sizes = torch.rand(400, 1, 4, 4, generator=torch.Generator().manual_seed(0)), []
+    for L in (8, 256):
+        with Largest() as found:
+            flow.densities(images, images[:10], Config(n_levels=L, image_size=(4, 4)))
+        sizes.append(found.n)
+    assert sizes == [400 * 16, 400 * 16]
 
 
 def test_flops_are_those_of_the_matrix_products():

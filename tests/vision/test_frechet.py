@@ -99,7 +99,7 @@ def test_few_images_and_images_without_classes_are_not_measured(monkeypatch):
         raise AssertionError("nothing needs to be drawn")
 
     found = frechet.in_words(dataset(), never)
-    assert found.startswith("no Fréchet distance: 40 images held out; expected at least 512")
+    assert found.startswith("no Fréchet distance: 40 images held out, 60 to learn from; expected at least")
     monkeypatch.setattr(frechet, "LEAST", 30)
     monkeypatch.setattr(judge, "STEPS", 2)
     first, *lines = frechet.in_words(dataset(61), lambda n: torch.rand(n, 1, 12, 12)).splitlines()

@@ -148,6 +148,11 @@ def test_flops_are_those_of_the_matrix_products():
     "changes, words",
     [
         ({"image_size": (6, 8)}, "image_size .6, 8.: expected multiples of 4 pixels for n_halvings=2"),
+        (
+            {"image_size": (8,)},
+            "image_size .8,.: expected multiples of 4 .* n_halvings=2, height and",
+        ),
+        ({"image_size": (0, 8)}, "image_size .0, 8.: expected multiples of 4"),
         ({"objective": "hinge"}, "objective 'hinge': expected non_saturating or minimax"),
         ({"gamma": -1.0}, "gamma -1.0"),
     ],

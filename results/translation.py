@@ -1,10 +1,10 @@
-"""How well does a small Transformer translate photo captions after half an hour?
+"""How well does a small Transformer translate captions of photos?
 
     paste train.de train.en > train.tsv                 likewise val.tsv and test.tsv, of Multi30k
     python -m results.translation --train train.tsv --val val.tsv --test test.tsv \\
         --out results/translation.json
 
-trains `--model t5 --task translate` for 3,600 steps of 64 pairs, about half an hour on two cores: four layers
+trains `--model t5 --task translate` for 3,600 steps of 64 pairs, about 50 minutes of one core: four layers
 on either side, of width 128, with four heads. Then it translates --test and measures BLEU as sacreBLEU does
 by default, greedily and with four beams, for the model after the last step and for that of the smallest
 held-out loss, and beside them the sources as they are. Multi30k (Elliott et al. 2016) has 29,000 captions of

@@ -213,7 +213,7 @@ def bias_of_scores(bias: Tensor, T: int, S: int, seqlens_k: Tensor | None = None
     return bias[:, distance.clamp(-reach, reach) + reach].transpose(0, 1)
 
 
-def _without_missing(k: Tensor, v: Tensor, seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+def without_missing(k: Tensor, v: Tensor, seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
     """Return k and v with zeros for the keys that do not exist, as 0 times NaN there would be NaN."""
     missing = torch.arange(k.shape[1], device=k.device) >= seqlens_k[:, None]  # (B, S)
     return tuple(x.masked_fill(missing[:, :, None, None], 0) for x in (k, v))
@@ -223,7 +223,7 @@ def _reference(q, k, v, causal, window, softcap, scale, cu_seqlens, seqlens_k, b
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
     if seqlens_k is not None:
-        k, v = _without_missing(k, v, seqlens_k)
+        k, v = without_missing(k, v, seqlens_k)
     k = k.repeat_interleave(H // G, dim=2)  # (B, S, H, K): H / G query heads share a key head
     v = v.repeat_interleave(H // G, dim=2)
     scores = torch.einsum("bthk,bshk->bhts", q, k) * (scale or 1 / math.sqrt(K))
@@ -250,7 +250,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
         lengths = seqlens_k.tolist()
         sees_all = not causal and window is None and bias is None and T > 1 and min(lengths, default=0) > 0
         if sees_all and attention_cpu.at_once_is_faster(q, [(T, n) for n in lengths], T, S):
-            k, v = _without_missing(k, v, seqlens_k)
+            k, v = without_missing(k, v, seqlens_k)
             return attention_cpu.attend(q, k, v, False, scale, lengths=seqlens_k)
         if not attention_cpu.mask_is_faster(q, k, v, lengths):
             rows = zip(q.split(1), k.split(1), v.split(1), lengths, strict=True)
@@ -260,7 +260,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
             ]
             return torch.cat(parts) if parts else torch.empty_like(q)
     elif seqlens_k is not None:
-        k, v = _without_missing(k, v, seqlens_k)
+        k, v = without_missing(k, v, seqlens_k)
 
     # Make a mask only where one is needed, as PyTorch is faster without. Its own causal flag is aligned to
     # the top left corner, so it is right only if T = S. A single query is the last: it sees every key.

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from kernels.attention import visible
+from kernels.attention import visible, without_missing
 from kernels.backend import choose, multiplies, readable, refuse_second_derivative
 
 DENSE = 1 << 20  # up to this many scores T S, attention with a mask is faster than block by block
@@ -66,7 +66,7 @@ def selected_attention(
     chosen = _choose(backend, q)
     scale = scale or 1 / math.sqrt(q.shape[3])
     if chosen != "triton" and seqlens_k is not None:
-        k, v = _without_missing(k, v, seqlens_k)
+        k, v = without_missing(k, v, seqlens_k)
     if chosen == "reference":
         return _reference(q, k, v, blocks, block_size, scale, seqlens_k)
     if chosen == "torch" and q.shape[1] * k.shape[1] <= DENSE:
@@ -138,12 +138,6 @@ def selected_keys(blocks: Tensor, block_size: int, S: int, seqlens_k: Tensor | N
     chosen = chosen.scatter(-1, index, True)[..., :n_blocks].transpose(1, 2)  # (B, C, T, n_blocks)
     chosen = chosen.repeat_interleave(block_size, dim=-1)[..., :S]
     return chosen & visible(T, S, blocks.device, causal=True, window=None, seqlens_k=seqlens_k)
-
-
-def _without_missing(k: Tensor, v: Tensor, seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Return k and v with zeros for the keys that do not exist, as 0 times NaN there would be NaN."""
-    missing = torch.arange(k.shape[1], device=k.device) >= seqlens_k[:, None]  # (B, S)
-    return tuple(x.masked_fill(missing[:, :, None, None], 0) for x in (k, v))
 
 
 def _reference(q, k, v, blocks, block_size, scale, seqlens_k):

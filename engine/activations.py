@@ -15,15 +15,15 @@ For GPT-2 with fsdp in bfloat16 the sum is 32 D + 4 H: the 34 D of Korthikanti e
 without the masks of two dropouts, and without their 5 H T for attention scores, which fused attention does
 not keep.
 
-These are attention, a dense MLP and a decoder's loss. Files of other models, tasks and adapters define their
-own functions of these names:
+The functions below are for attention, a dense MLP and a decoder's loss. The files of other models, tasks and
+adapters define their own under the same names:
 
     model      mlp_bytes(block, config, precision) -> (kept, gradients)
     task       tokens_per_row(model, config, seq_len) -> a number for each stack of blocks
                loss_bytes(model, config, n, seq_len, precision) -> fields of `Loss`
     adapter    adapter_bytes(block, config, precision) -> kept
 
-Left out is what amounts to less than a percent: statistics of norms, angles of rotary positions.
+Statistics of norms and angles of rotary positions are left out: together they are less than a percent.
 
 Shapes: D model width, H heads, G key/value heads, K head width, F inner width of the MLP, V vocabulary.
 """

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.trainable import count
 from kernels.cross_entropy import rows_per_chunk
 
 
@@ -58,12 +59,6 @@ class Loss(NamedTuple):
     ready: int = 0  # bytes of the head's gradient where forward computes it already
     head: int = 0  # size of the head's gradient; 0 if the head does not learn
     tied: int = 0  # size of the gradients that are summed, if the head is tied to the embeddings; else 0
-
-
-def count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """Return how many numbers the parameters have, and how many of these learn."""
-    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
-    return sum(size for size, _ in sizes), sum(learns for _, learns in sizes)
 
 
 def unpacked_bytes(buffers: Iterable[Tensor]) -> int:

@@ -273,7 +273,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Concept:
-    """What a run trains: the answers to the three questions."""
+    """The answers to the three questions: the files that a run is made of, and an adapter's base."""
 
     model_file: ModelFile
     task: Task

@@ -34,13 +34,13 @@ import torch
 from torch import nn
 
 from engine import activations
-from engine.activations import Loss, Precision, count, reached_by_backward, stacks, unpacked_bytes
+from engine.activations import Loss, Precision, reached_by_backward, stacks, unpacked_bytes
 from engine.contract import resolve
 from engine.optim import make_optimizers
 from engine.options import check_arguments, fill_defaults
 from engine.run import choose_weights, configure
 from engine.settings import task_settings
-from engine.trainable import flops_per_token
+from engine.trainable import count, flops_per_token
 
 MOMENTS = ("loss", "last block", "first block", "embeddings", "update")
 GPUS = (24, 40, 80, 141, 192)  # GB

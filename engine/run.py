@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from data.rows import Dataset
 from engine import checkpoint, contract, cpu, optim, parallel, trainable
-from engine.activations import count
 from engine.averages import Averages
 from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
 from engine.settings import adapter_fields, check_set, task_settings, with_fields
+from engine.trainable import count
 
 
 class Interrupted(Exception):

@@ -9,6 +9,7 @@ stay. With last:N such a head stays as it is, like the embeddings.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,12 @@ def freeze(model: nn.Module, train: str) -> None:
         p.requires_grad_(above or id(p) in in_last)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--train {train}: this model has nothing above its blocks that could learn")
+
+
+def count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Return how many numbers the parameters have, and how many of these learn."""
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
+    return sum(size for size, _ in sizes), sum(learns for _, learns in sizes)
 
 
 def beside(module: nn.Module, model: nn.Module) -> dict[str, Tensor]:

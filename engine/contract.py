@@ -31,6 +31,7 @@ from engine import optim, parallel
 
 ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
+# A line that defines one of these names in a file's text, so that no file is imported to look for them.
 OFFER = re.compile(r"^(?:class |def )?(Model|SIZES|ADAPTERS|make_batch)\b", re.M)
 
 
@@ -61,7 +62,7 @@ def offers(path: Path) -> set[str]:
 
 
 def names(what: str = "") -> list[str]:
-    """Return the names of all concepts' files, or of those that offer Model, ADAPTERS or make_batch."""
+    """Return the names of all concepts' files, or of those that offer `what`, as `offers` names it."""
     paths = [path for shelf in ("", *SHELVES) for path in sorted((ROOT / shelf).glob("*.py"))]
     return [path.stem for path in paths if (what in offers(path) if what else offers(path))]
 

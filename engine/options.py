@@ -2,8 +2,9 @@
 
 Every flag is part of what a run computes, except those in FREE_ON_RESUME: --resume compares the others with
 those of the run that it continues. Three of the free ones are checked in other ways: --steps is the end of
-the learning-rate schedule, see `checkpoint.continue_schedule`; --batch-size and --grad-accum must keep their
-product. The flags in BY_CONTENT name files, which may move, so the content of the files is compared instead.
+the learning-rate schedule, see `checkpoint.continue_schedule`; --batch-size and --grad-accum decide which
+rows one make_batch reads together, and must keep their product. The flags in BY_CONTENT name files, which may
+move, so the content of the files is compared instead.
 """
 
 import argparse

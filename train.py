@@ -223,6 +223,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run train.py with these arguments, by default those of the command line. Return the exit code."""
     args = parse_arguments(argv)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; engine/cpu.py chooses on a CPU

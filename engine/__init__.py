@@ -2,6 +2,6 @@
 
 It finds the files that a run is made of, reads flags, prepares batches, updates weights on one or many
 processes, saves and resumes, and reports. It imports no concept: contract.py looks them up by name. Read
-contract, options, settings, run, trainable, device, batches, parallel, optim, adam, checkpoint, log,
-progress, report, charts, watch, activations, memory, benchmark, cpu.
+contract, options, settings, run, trainable, device, batches, parallel, optim, adam, averages, checkpoint,
+log, progress, pictures, report, charts, compare, watch, activations, memory, benchmark, cpu.
 """

@@ -15,15 +15,15 @@ For GPT-2 with fsdp in bfloat16 the sum is 32 D + 4 H: the 34 D of Korthikanti e
 without the masks of two dropouts, and without their 5 H T for attention scores, which fused attention does
 not keep.
 
-These are attention, a dense MLP and a decoder's loss. Files of other models, tasks and adapters define their
-own functions of these names:
+The functions below are for attention, a dense MLP and a decoder's loss. The files of other models, tasks and
+adapters define their own under the same names:
 
     model      mlp_bytes(block, config, precision) -> (kept, gradients)
     task       tokens_per_row(model, config, seq_len) -> a number for each stack of blocks
                loss_bytes(model, config, n, seq_len, precision) -> fields of `Loss`
     adapter    adapter_bytes(block, config, precision) -> kept
 
-Left out is what amounts to less than a percent: statistics of norms, angles of rotary positions.
+Statistics of norms and angles of rotary positions are left out: together they are less than a percent.
 
 Shapes: D model width, H heads, G key/value heads, K head width, F inner width of the MLP, V vocabulary.
 """
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.trainable import count
 from kernels.cross_entropy import rows_per_chunk
 
 
@@ -58,12 +59,6 @@ class Loss(NamedTuple):
     ready: int = 0  # bytes of the head's gradient where forward computes it already
     head: int = 0  # size of the head's gradient; 0 if the head does not learn
     tied: int = 0  # size of the gradients that are summed, if the head is tied to the embeddings; else 0
-
-
-def count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """Return how many numbers the parameters have, and how many of these learn."""
-    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
-    return sum(size for size, _ in sizes), sum(learns for _, learns in sizes)
 
 
 def unpacked_bytes(buffers: Iterable[Tensor]) -> int:

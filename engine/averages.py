@@ -4,13 +4,14 @@
 
 Such an exponential moving average reaches back about 1 / (1 - d) updates. It takes out the noise of the last
 updates, as a falling learning rate does. Diffusion models are sampled with it (Ho et al. 2020, appendix B);
-the idea is of Polyak and Juditsky (1992). The training does not read it, so its loss is the same without.
+the idea is that of Polyak and Juditsky (1992). Training does not read the averages, so they do not change its
+loss. The decay rises to that of --ema:
 
     d = min(decay, (1 + t) / (10 + t))          t: updates so far
 
-so that a short run does not average over its random start: at first the average reaches back over a ninth of
-the updates so far (TensorFlow's ExponentialMovingAverage). An update that is left out, because its gradient
-is not finite, leaves the average as it is.
+At first the average reaches back over a ninth of the updates so far, so that in a short run it forgets the
+random start (TensorFlow's ExponentialMovingAverage). An update that is left out, because its gradient is not
+finite, leaves the average as it is.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Averages:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the averages and the weights, in their places: other modules hold these tensors, too."""
+        """Exchange the values of averages and weights in place: other modules hold these tensors too."""
         for module in self.model.modules():
             if hasattr(module, "reshard"):  # FSDP's, which may still hold gathered weights
                 module.reshard()

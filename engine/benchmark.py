@@ -2,9 +2,10 @@
 
     MFU = tokens per second * FLOPs per token / dense bf16 peak of the device
 
-Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts what the model's equations ask for,
-not what is computed a second time: it compares machines and implementations alike. For a CPU no peak is
-published: there the FLOP/s are divided by those of a product of two matrices, measured in the same process.
+Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts the FLOPs of the model's equations,
+and not those of activations that are computed a second time. So it compares implementations as well as
+machines. No peak is published for a CPU: there the FLOP/s are divided by those of a product of two matrices,
+measured in the same process.
 
     python train.py --model gpt --benchmark     50 steps: tokens per second, MFU, memory, and the share of
                                                 each part of a step; on a GPU also how long it has no kernel
@@ -37,7 +38,7 @@ PROFILED = 5  # updates of `kernel_times`
 
 
 class Clock:
-    """A stop watch: each call names the part that has just ended. On a GPU it never waits."""
+    """A stop watch: each call ends a part and gives it a name. On a GPU it records events and never waits."""
 
     def __init__(self, device: str):
         self.device, self.marks = device, []
@@ -76,7 +77,7 @@ def run(args: Namespace, prepare: Callable, gradient: Callable, descend: Callabl
 
 @contextmanager
 def prepared(args: Namespace, prepare: Callable) -> Iterator[Run]:
-    """Yield a run that is ready to be measured, and leaves no directory behind."""
+    """Yield a run that is ready to be measured, in a directory that is removed afterwards."""
     with tempfile.TemporaryDirectory() as aside:
         args.out = Path(aside)
         run = prepare(args)
@@ -88,7 +89,8 @@ def prepared(args: Namespace, prepare: Callable) -> Iterator[Run]:
 
 
 def update(run: Run, gradient: Callable, descend: Callable, mark: Callable[[str], None]) -> tuple:
-    """Make an update as train.py does, and call mark with the name of each part after it."""
+    """Make an update as train.py does, and call mark(name) after each part. Returns a tuple of the fields of
+    log.UpdateResult."""
     lr = set_learning_rate(run.optimizers, run.step, run.args)
     mark("rest")
     parts = run.batches.next()
@@ -101,12 +103,15 @@ def update(run: Run, gradient: Callable, descend: Callable, mark: Callable[[str]
 
 
 def measure(run: Run, gradient: Callable, descend: Callable) -> dict:
-    """Return figures of STEPS updates, logging included, evaluation and saving not.
+    """Return figures of STEPS updates, with their logging, without evaluation and saving.
 
-    tokens_per_second, of the data's unit, which may be images; mfu, flops_per_second; product_flops, see
-    there, of all processes, on a CPU, else None; peak_memory in bytes (with CUDA that of these steps, else of
-    the process until now); shares of the time: "batch" until the data is there, "gradient" forward and
-    backward, "update" clipping and optimizer, "rest" all else.
+    tokens_per_second    or images, or another unit of the data, whose name is in `unit`
+    mfu                  None where the peak of the device is not known
+    flops_per_second     of the model's equations
+    product_flops        on a CPU, of all processes, see the function of that name; else None
+    peak_memory          bytes: with CUDA of these steps, else of the process until now
+    shares               of the time: "batch" waiting for data, "gradient" forward and backward, "update"
+                         clipping and optimizer, "rest" all else
     """
     args, clock = run.args, Clock(run.args.device)
     for _ in range(WARM_UP):
@@ -156,9 +161,9 @@ def product_flops(dtype: str) -> float:
 
 
 def kernel_times(run: Run, gradient: Callable, descend: Callable) -> dict:
-    """Return figures of the kernels of PROFILED updates, without a GPU of PyTorch's operations.
+    """Return figures of the kernels of PROFILED updates. On a CPU they are those of PyTorch's operations.
 
-    idle: the share of the time from the first kernel to the end of the last in which none runs, while the
+    idle: the share of the time, from the first kernel to the end of the last, in which none runs because the
     device waits for the host. kernels: each kernel's share of the sum of their times, the largest first.
     """
     on_gpu = run.args.device == "cuda"

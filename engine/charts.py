@@ -1,9 +1,9 @@
 """Curves and tables as HTML, for pages that need no network, no other file and no script.
 
-A picture is an SVG that is stretched to the width of the window. Its labels are text beside it, which is not
-stretched, so they have the same size on a telephone and on a wide screen. A curve of many points is thinned:
-drawn are the means of groups of consecutive points, and a band from the smallest to the largest value of each
-group. So the page stays small, and a spike remains visible.
+A chart is an SVG that is stretched to the width of the window. Its labels are HTML text beside the SVG, which
+is not stretched, so they have the same size on a telephone and on a wide screen. Of a curve of many points
+only the means of groups of consecutive points are drawn, and a band from the smallest to the largest value of
+each group. So the page stays small, and a spike remains visible.
 
     chart("Loss", [Curve("training", HUES[0], tokens, loss)])        a figure
     page("gpt tiny", figure, table([("steps", 1400)]))               a page
@@ -37,15 +37,17 @@ class Curve(NamedTuple):
 
 
 def settled(curves: list[Curve]) -> float | None:
-    """Return the largest y after the first twentieth of each curve, None if there is none. A loss axis ends
-    there, because the fall from chance would leave no room for the rest."""
+    """Return the largest y after the first twentieth of each curve, None if there is none.
+
+    The axis of a loss ends there. If it went up to the loss of a random model, the rest would be a flat line.
+    """
     late = [curve.y[curve.x >= 0.05 * curve.x[-1]] for curve in curves if len(curve.x)]
     return max((y for part in late for y in part[np.isfinite(part)]), default=None)
 
 
 def usual(y: np.ndarray) -> float | None:
-    """Return five times the median, None if there is none: an end for a y axis, so that a single spike does
-    not flatten the curve."""
+    """Return five times the median of y, None if no y is finite. A y axis ends there, so that a single spike
+    does not flatten the curve."""
     finite = y[np.isfinite(y)]
     return 5 * np.median(finite) if len(finite) else None
 
@@ -84,7 +86,7 @@ def path(kind: str, x: np.ndarray, y: np.ndarray) -> str:
 
 
 def four_digits(value: float) -> str:
-    """Return the value as a legend writes it, where a chart does not say how."""
+    """Return a number with four digits, by default the text of a value in a chart's legend."""
     return short(value, 4)
 
 
@@ -127,7 +129,7 @@ def chart(
         drawn.append(f'<path class="grid" d="M{2000 * mark / width:.0f} 0V1000"/>')
         labels.append(f'<span class="x" style="left:{mark / width:.2%}">{short(mark, 6)}</span>')
 
-    # Draw each curve in a system of 2000 x 1000; values far outside of the picture are clipped.
+    # Draw each curve in coordinates of 2000 x 1000. Values far outside of the chart are clipped.
     for curve, points in zip(curves, thin, strict=True):
         ys = np.clip(1000 * (high - points[1:]) / (high - low), -1000, 2000)
         drawn.append(curve_drawn(curve, 2000 * points[0] / width, *ys, band=band))
@@ -172,8 +174,10 @@ def page(title: str, *parts: str) -> str:
 
 
 def table(rows: list[tuple], headed: bool = False) -> str:
-    """Return rows of cells as an HTML table; the first cell of each row is its heading. headed: the first row
-    holds the headings of the columns; a narrow window shows each row as a block, with them before its cells.
+    """Return rows of cells as an HTML table; the first cell of each row is its heading.
+
+    headed: the first row holds the headings of the columns. A narrow window shows each row as a block, with
+    the column's heading before each cell.
     """
     lines, names = [], rows[0][1:] if headed else ()
     for i, (heading, *cells) in enumerate(rows):

@@ -7,9 +7,9 @@ A run's checkpoint/ is a directory of
     state.json           the step, the flags of the run, the lengths of its logs
     checksums.json       SHA-256 of each of these
 
-and `checkpoint.previous` beside it is the one before. Whenever a process dies, one of the two is undamaged. A
-checkpoint that is found damaged on resuming is renamed `checkpoint.damaged`. Beside it, model/ holds the
-model as other programs read it.
+and checkpoint.previous/ beside it is the one before. Whenever a process dies, one of the two is undamaged. If
+checkpoint/ is found damaged on resuming, it is renamed to checkpoint.damaged/. Beside them, model/ holds the
+model in the layout that other programs read.
 
 The shards are torch.distributed.checkpoint's, in its safetensors format: each records which part of a tensor
 it holds, so that every rank can read its own part from whatever files hold it.
@@ -37,7 +37,6 @@ from engine.settings import value_of
 from formats.atomic import damage, replace_directory, sha256, sync
 
 LOGS = ("metrics.jsonl", "samples.txt")
-VERSION = 2  # of what state.json and the tensors' names mean
 
 
 # --- directories of tensors
@@ -82,7 +81,7 @@ def write(run: Path, tensors: dict[str, Tensor], state: dict) -> None:
             except CheckpointException as error:
                 raise OSError(next(iter(error.failures.values()))[0]) from None
 
-        # Each rank reads back what it has written itself.
+        # Each rank hashes the files that it has written.
         own = {path.name: sha256(path) for path in new.glob(f"shard-{parallel.rank() + 1:05}-*")}
         checksums = {name: digest for part in parallel.all_gather(own) for name, digest in part.items()}
         if parallel.rank() == 0:
@@ -125,7 +124,7 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
         # The older one takes its place, so that the next save keeps it until there is a newer one.
         problem = damage(previous) if previous.is_dir() else problem
         if problem is not None:
-            raise ValueError(f"{run}: no checkpoint is whole: {problem}; start again with another --out")
+            raise ValueError(f"{run}: no checkpoint is undamaged: {problem}; start again with another --out")
         previous.rename(current)
     return current, json.loads((current / "state.json").read_text(encoding="utf-8"))
 
@@ -134,7 +133,7 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
 
 
 def clear_logs(out: Path) -> None:
-    """Begin the logs of a new run, and remove the pictures that an earlier one has left in out."""
+    """Make the logs of a new run, empty, and remove the pictures that an earlier run has left in out."""
     for log in LOGS:
         (out / log).write_text("", encoding="utf-8")
     shutil.rmtree(out / "pictures", ignore_errors=True)
@@ -153,17 +152,8 @@ def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
 
     directory, state = parallel.on_rank_0(lambda: newest(out, warn))
     before = state["flags"]
-    if state.get("version", 1) < VERSION and before["model"] == "lora":
-        method = before["size"]
-        raise ValueError(
-            f"--resume: the run in {out} was started by an older version, as --model lora --size {method}, "
-            f"which cannot be continued; start it anew as --model lora --base {before['base']} "
-            f"--adapter {method}"
-        )
-    # Checkpoints of before have no configuration, so that the path of the model is all there is to compare.
-    compared = flags.keys() - free | (set() if "config" in state else {"init_from", "base"})
-    for flag in sorted(compared):
-        # Runs that were saved before a flag existed were computed with its default.
+    for flag in sorted(flags.keys() - free):
+        # A checkpoint of an older version may lack a flag, which that version did not have.
         if flag in before and meaning(flag, before[flag]) != meaning(flag, flags[flag]):
             raise ValueError(
                 f"--resume: the run in {out} was started with --{flag.replace('_', '-')} {before[flag]}, not "
@@ -179,7 +169,8 @@ def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
 
 
 def meaning(flag: str, text: str) -> Any:
-    """Return what a flag means, as it was recorded: of --set the fields and values, whatever their order."""
+    """Return what to compare of a recorded flag: its text, and of --set {field: value}, so that neither the
+    order nor the spelling of numbers counts."""
     if flag != "set":
         return text
     values = {}
@@ -190,21 +181,20 @@ def meaning(flag: str, text: str) -> Any:
 
 
 def config_of(run) -> dict:
-    """Return the configuration of a run's model as JSON holds it, but for --kernels, which may change."""
+    """Return the Config of a run's model as JSON holds it, without `kernels`, which may change."""
     config = json.loads(json.dumps(asdict(run.model.config), default=str))
     return {name: value for name, value in config.items() if name != "kernels"}
 
 
 def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> None:
-    """Set args.steps and args.schedule_from, the ends of the schedule of the learning rate, of a resumed run.
+    """Set args.steps and args.schedule_from of a resumed run: the last and the first step of the schedule of
+    the learning rate.
 
-    They stay as they were. With --extend, a second schedule follows on the first. given: --steps was typed.
+    They stay as they were, but with --extend a second schedule follows the first. given: --steps was typed.
     Raises ValueError for an --extend before the end, and for another --steps, under which the schedule would
     jump, unless it is constant.
     """
-    # Checkpoints of before have only the flags.
-    before = state["flags"]["steps"]
-    end = state.get("steps") or (int(before) if before != "None" else args.steps)
+    end = state["steps"]
     if args.extend:
         if state["step"] < end:
             raise ValueError(
@@ -213,7 +203,7 @@ def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> Non
             )
         args.schedule_from, args.steps = state["step"], state["step"] + args.extend
         return
-    args.schedule_from = state.get("schedule_from", 0)
+    args.schedule_from = state["schedule_from"]
     if not given:
         args.steps = end
     elif args.steps != end and args.schedule != "constant":
@@ -226,7 +216,7 @@ def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> Non
 def resume(run, directory: Path, state: dict) -> None:
     """Bring an engine.run.Run to the step of a checkpoint.
 
-    Raises ValueError if the base, the model's configuration or the data are others than when it was started.
+    Raises ValueError if the base, the model's Config or the data are not those with which it was started.
     """
     if state.get("base") != run.base_fingerprint:
         raise ValueError(
@@ -239,7 +229,7 @@ def resume(run, directory: Path, state: dict) -> None:
             f"was started; its command was: {state['command']}"
         )
     now = config_of(run)
-    for name, value in state.get("config", {}).items():
+    for name, value in state["config"].items():
         if name in now and now[name] != value:
             where = run.args.init_from or run.args.base
             raise ValueError(
@@ -282,7 +272,6 @@ def save(run) -> None:
         for log in LOGS:
             sync(out / log)
         state = {
-            "version": VERSION,
             "step": run.step,
             "steps": run.args.steps,
             "schedule_from": run.args.schedule_from,
@@ -323,7 +312,7 @@ def kept_models(out: Path) -> list[Path]:
 
 
 def last_saved(out: Path) -> str:
-    """Return a sentence on where the last good state of a run is."""
+    """Return a sentence that names the directory with the last good state of a run."""
     for where in (out / "checkpoint", out / "checkpoint.previous"):
         if where.is_dir():
             return f"the last good state is in {where}; go on with --resume"

@@ -1,15 +1,16 @@
-"""The contract: everything that the trainer knows of a concept's file.
+"""The contract: everything that the trainer reads in a concept's file.
 
-Three questions, three flags. Each file of the house answers one of them, or several:
+Three questions, three flags. Each concept's file answers one of them, or several:
 
-    --model    which architecture?   SIZES, Model and the functions of `ModelFile`
-    --task     what is it asked?     make_batch and the functions of `Task`
-    --adapter  which weights learn?  ADAPTERS and the functions of `Adapter`
+    --model    which architecture?          SIZES, Model and the functions of `ModelFile`
+    --task     what is it trained to do?    make_batch and the functions of `Task`
+    --adapter  which weights learn?         ADAPTERS and the functions of `Adapter`
 
-`find` looks the file up by its name, so a new concept is one new file and nothing else. What a file leaves
-out is one of the defaults below: next-token prediction on text, a loss that is a method of the model, all
-weights learning. Where a task is the default of a model, functions in the model's file go before those in
-the task's file.
+`find` looks the file up by its name, so a new concept is one new file and nothing else. For a name that a
+file leaves out there is a default below: next-token prediction on text, a loss that is a method of the model,
+all weights learning. The docstring of a default says what such a function is for and, after a colon, what the
+default does. Where a task is the default of a model, a function in the model's file replaces that in the
+task's file.
 """
 
 import importlib
@@ -30,6 +31,7 @@ from engine import optim, parallel
 
 ROOT = Path(__file__).parents[1]
 SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
+# A line that defines one of these names in a file's text, so that no file is imported to look for them.
 OFFER = re.compile(r"^(?:class |def )?(Model|SIZES|ADAPTERS|make_batch)\b", re.M)
 
 
@@ -60,7 +62,7 @@ def offers(path: Path) -> set[str]:
 
 
 def names(what: str = "") -> list[str]:
-    """Return the names of all files of the house that offer something, or this one thing."""
+    """Return the names of all concepts' files, or of those that offer `what`, as `offers` names it."""
     paths = [path for shelf in ("", *SHELVES) for path in sorted((ROOT / shelf).glob("*.py"))]
     return [path.stem for path in paths if (what in offers(path) if what else offers(path))]
 
@@ -82,21 +84,21 @@ def after_step(model: nn.Module, finite: Tensor) -> None:
 
 
 def n_active_params(model: nn.Module) -> int:
-    """Return how many parameters a token passes through: all of them."""
+    """Return how many parameters the forward pass of one token uses: all of them."""
     return sum(p.numel() for p in model.parameters())
 
 
 def references(config: Any) -> dict[str, str]:
-    """Return for metrics, by name, a value to compare them with, in words, such as that of chance: none."""
+    """Return {metric: a value to compare it with, in words}, such as the value at chance: for no metric."""
     return {}
 
 
 def separate_head(model: nn.Module) -> None:
-    """Give the model a head of its own where it shares the embeddings' matrix: it shares nothing."""
+    """Give the model a head of its own if that is the embedding matrix: nothing, since it has one already."""
 
 
 def recomputation(block: nn.Module) -> AbstractContextManager:
-    """Return the context in which --checkpoint-activations computes a block a second time: none."""
+    """Return the context in which --checkpoint-activations computes a block a second time: an empty one."""
     return nullcontext()
 
 
@@ -105,9 +107,9 @@ class ModelFile:
     """The names in a model's file. A value here stands for a name that is left out."""
 
     name: str  # of the module
-    Model: type[nn.Module]  # Model(config); .config; .flops_per_token(seq_len); save_ and from_pretrained
+    Model: type[nn.Module]  # Model(config); .config; .loss; .flops_per_token; save_ and from_pretrained
     SIZES: dict[str, Any]  # name: Config; the first is the default
-    TASK: str = ""  # the default task; "": the file itself is it
+    TASK: str = ""  # the default task; "": the one in this file
     KIND: str = "decoder"  # what it computes: a task fits the models of one kind, see `check_fit`
     fit: Callable[[Any, Dataset, int], Any] = fit
     after_step: Callable[[nn.Module, Tensor], None] = after_step
@@ -123,15 +125,15 @@ class ModelFile:
 
 
 def settings(config: Any) -> Any:
-    """Return the task's own Config for a model of this config: a task without one reads the model's."""
+    """Return the task's own Config for a model of this config: the model's, for a task without settings."""
     return config
 
 
 def load_text(args: Namespace, config: Any) -> Dataset:
     """Return windows of --seq-len tokens of the text that --data names.
 
-    One process of each machine tokenises, and the others wait for it, for parallel.TIMEOUT at most: a large
-    corpus is better prepared before, by `python -m data.text`.
+    One process of each machine tokenises, and the others wait for it, for parallel.TIMEOUT at most. So a
+    large corpus is better prepared before the run, by `python -m data.text`.
     """
     from data import text
 
@@ -167,8 +169,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def restore(module: nn.Module, directory: str) -> None:
-    """Copy into a module that `wrap` has made what the directory of --init-from holds beside the model:
-    nothing."""
+    """Copy into the module that `wrap` has made those of its weights beside the model's that the directory of
+    --init-from holds: none."""
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,7 +179,7 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
 
 
 def count(batch: dict[str, Tensor]) -> int:
-    """Return by how many predictions a batch is weighted: its targets from 0 on, or else its rows."""
+    """Return the weight of a batch in a mean over several: its targets from 0 on, or else its rows."""
     if "targets" in batch:
         return int((batch["targets"] >= 0).sum())
     return len(next(iter(batch.values())))
@@ -189,23 +191,23 @@ def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
 
 
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Return what the model has to show at an evaluation: nothing."""
+    """Return a text for samples.txt at an evaluation, perhaps with a picture written to out: an empty one."""
     return ""
 
 
 def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
-    """Write the model to a directory."""
+    """Write the model to a directory: by its save_pretrained."""
     model.save_pretrained(directory)
 
 
 def save_tokenizer(dataset: Dataset, directory: Path) -> None:
-    """Write the files that belong beside the weights: the tokenizer's, if there is one."""
+    """Write the files that belong beside the weights: those of the tokenizer, if there is one."""
     if dataset.tokenizer is not None:
         dataset.tokenizer.save(directory)
 
 
 def flops_per_token(model: nn.Module, config: Any, seq_len: int) -> int:
-    """Return the FLOPs of training on one token, forward and backward, with all weights learning."""
+    """Return the FLOPs of training on one token, forward and backward, if all weights learn: the model's."""
     return model.flops_per_token(seq_len)
 
 
@@ -244,7 +246,7 @@ class Task:
     BATCH_SIZE: int = 8  # the default of --batch-size
     EMA: float = 0.0  # the default of --ema; 0: no averages
     LOSS: str = "nats per token"  # what the loss measures
-    TOKEN_LOSS: str = "loss"  # the metric that is nats per token, where the loss has other terms; "": none
+    TOKEN_LOSS: str = "loss"  # the metric in nats per token, of which perplexity is computed; "": none
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class Adapter:
 
     name: str  # of the module
     ADAPTERS: dict[str, Any]  # --adapter NAME: Config
-    TASK_FOR: dict[str, str]  # the task of `--model NAME --base DIR`, by the base's own; others keep theirs
+    TASK_FOR: dict[str, str]  # {task of the base: task of `--model NAME --base DIR`}; others stay as they are
     prepare_base: Callable
     apply: Callable
     load_adapter: Callable
@@ -272,7 +274,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Concept:
-    """The answers to the three questions: what a run trains."""
+    """The answers to the three questions: the files that a run is made of, and an adapter's base."""
 
     model_file: ModelFile
     task: Task
@@ -281,7 +283,7 @@ class Concept:
 
 
 def resolve(args: Namespace) -> Concept:
-    """Return the files that --model, --task, --adapter and --base name; ValueError where they make no sense.
+    """Return the files that --model, --task, --adapter and --base name; ValueError where these do not fit.
 
     Fills in --data and --init-from where they are left out and the task names a default of its own.
     `--model lora --base DIR` is short for the model in DIR with --adapter lora.
@@ -307,7 +309,7 @@ def resolve(args: Namespace) -> Concept:
     elif args.base:
         raise ValueError(f"--base {args.base}: for --model lora; did you mean --init-from?")
 
-    # What the task decides where flags are left out.
+    # The task, and its defaults of --data and --init-from.
     task = read_task(file, task)
     args.data = args.data or task.DATA
     if not base:
@@ -325,27 +327,21 @@ def resolve(args: Namespace) -> Concept:
 
 
 def base_in(directory: str) -> str:
-    """Return the directory of the model to adapt: this one, or the base of the adapter in it."""
+    """Return the directory of the model to adapt: this one, or if it holds an adapter, that of its base."""
     formats = open_model()
     return str(formats.base_of(directory, None)) if formats.is_adapter(directory) else directory
 
 
 def open_model() -> ModuleType:
-    """Return formats.open_model, which imports every format, so that only runs with an adapter do."""
+    """Return the module formats.open_model. It imports every format, so only runs with an adapter load it."""
     return importlib.import_module("formats.open_model")
 
 
 def check_short_form(args: Namespace, file: ModuleType) -> None:
-    """Raise ValueError for `--model lora` without a base, or with --size, which named methods in the past."""
+    """Raise ValueError for `--model lora` without a base, or with --size, which the base decides."""
     short = f"--model {args.model}"
     if args.size in vars(file)["ADAPTERS"]:
         raise ValueError(f"--size {args.size}: methods are named by --adapter: {short} --adapter {args.size}")
-    if args.size in ("full", "head", "last"):
-        train = "" if args.size == "full" else f" --train {args.size}{':1' if args.size == 'last' else ''}"
-        base = args.base or "DIR"
-        raise ValueError(
-            f"--size {args.size}: no adapter; use --model gpt --init-from {base} --task instruct{train}"
-        )
     if args.size:
         raise ValueError(f"--size {args.size}: the model in --base has its size; leave out --size")
     if not (args.base or args.init_from):
@@ -353,7 +349,8 @@ def check_short_form(args: Namespace, file: ModuleType) -> None:
 
 
 def read(kind: type, *files: ModuleType) -> Any:
-    """Return a ModelFile, Task or Adapter from the names that files define; the first file goes first."""
+    """Return a ModelFile, Task or Adapter from the names that files define; of a name in several files, that
+    of the first."""
     found: dict[str, Any] = {}
     for file in reversed(files):
         found |= {field.name: vars(file)[field.name] for field in fields(kind) if field.name in vars(file)}
@@ -366,7 +363,7 @@ def read(kind: type, *files: ModuleType) -> Any:
 
 
 def read_task(model_file: ModuleType, name: str | None) -> Task:
-    """Return the task of that name, None for the default one, for a model of this file."""
+    """Return the task of that name, or if it is None the default task, for a model of this file."""
     own = model_file.__name__.rpartition(".")[2]
     default = vars(model_file).get("TASK", own)
     if name in (None, default):
@@ -382,7 +379,10 @@ def read_task(model_file: ModuleType, name: str | None) -> Task:
 
 
 def check_fit(model_file: ModuleType, task_file: ModuleType) -> None:
-    """Raise ValueError for a task that other models than this one can do: those of the kind of its own."""
+    """Raise ValueError unless the model is of the kind that the task is for, see `ModelFile`.
+
+    That is the kind of the model in the task's file, or of the one that it names as MODEL, or of gpt.py.
+    """
     own, task = (file.__name__.rpartition(".")[2] for file in (model_file, task_file))
     its_model = task if "SIZES" in vars(task_file) else vars(task_file).get("MODEL", "gpt")
     kind, expected = (vars(file).get("KIND", "decoder") for file in (model_file, find(its_model)))

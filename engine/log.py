@@ -1,8 +1,8 @@
 """The log of a run: what is printed, written and drawn while it goes on.
 
     metrics.jsonl    one object per logged step and per evaluation
-    samples.txt      what the model had to show at each evaluation
-    pictures/        what it had to show as a picture, N.png at step N; picture.png is the last one
+    samples.txt      a sample of what the model does, such as a text, at each evaluation
+    pictures/        the same as a picture, N.png at step N; picture.png is the last one
     loss.png         training and validation loss over tokens, or images
     report.html      curves, samples, configuration and environment on one page
     run.json         how and where the run was started, each time
@@ -47,7 +47,7 @@ class UpdateResult(NamedTuple):
     norm: Tensor  # of the gradient, before clipping
     lr: float
     metrics: dict[str, Tensor]  # means over this rank's targets of the last batch
-    n_targets: int  # of which there are so many
+    n_targets: int  # the number of those targets
 
 
 class Log:
@@ -61,7 +61,7 @@ class Log:
         # Since the last logged step: seconds of training, CPU seconds, updates made, updates skipped.
         self.interval, self.cpu_interval = 0.0, 0.0
         self.logged_step, self.logged_skipped = run.step, run.n_skipped
-        self.advised = run.args.device != "cpu"  # of crowded cores, once
+        self.advised = run.args.device != "cpu"  # whether the advice about busy cores is printed, or needless
         self.begin_step()
         # The lowest validation loss, and the number of evaluations since.
         self.lowest, self.n_since_lowest = math.inf, 0
@@ -78,7 +78,7 @@ class Log:
         self.began, self.cpu_began = time.perf_counter(), time.process_time()
 
     def step(self, step: UpdateResult) -> None:
-        """Note an update. Raises Diverged where a run should give up."""
+        """Log an update. Raises Diverged after MAX_SKIPPED updates in a row without a finite gradient."""
         run, args = self.run, self.run.args
         self.progress.update(run.step)
         log = run.is_due(args.log_every)
@@ -119,7 +119,7 @@ class Log:
             self.evaluation(evaluate(self.run))
 
     def evaluation(self, result: dict[str, float]) -> None:
-        """Write an evaluation, what the model has to show, and the report. Called by all ranks."""
+        """Write an evaluation, a sample of the model, and the report. Called by all ranks."""
         run, out = self.run, self.run.args.out
         self.count_evaluation(result["val_loss"])
         parallel.update_unsharded(run.model, run.unsharded)
@@ -150,8 +150,8 @@ class Log:
         self.n_since_lowest = 0 if is_lower else self.n_since_lowest + 1
 
     def patience_ends(self) -> bool:
-        """Return whether --patience evaluations in a row have found no lower loss; then print so."""
-        if self.n_since_lowest != self.run.args.patience:
+        """Return whether --patience evaluations in a row have found no lower loss. If so, print it."""
+        if self.run.args.patience is None or self.n_since_lowest < self.run.args.patience:
             return False
         self.progress.note(
             f"stopped at step {self.run.step}: {self.n_since_lowest} evaluations, no lower loss"
@@ -183,7 +183,7 @@ class Log:
 def evaluate_and_save(run: Run, log: Log, evaluate: Callable[[Run], dict[str, float]]) -> bool:
     """Evaluate and save after a step, where the flags call for it. Return whether --patience ends the run.
 
-    The caller of a loop saves the last step. While updates are skipped the last checkpoint is not
+    The last step is not saved here, but after the loop. While updates are skipped the last checkpoint is not
     overwritten.
     """
     if run.is_due(run.args.eval_every):
@@ -217,7 +217,7 @@ def row_of(run: Run, step: UpdateResult, steps_per_second: float) -> dict:
 
 
 def start_logs(run: Run) -> list:
-    """Note in run.json how the run is started, and return the watchers that --watch names."""
+    """Write to run.json how the run is started, and return the watchers that --watch names."""
     args, config = run.args, asdict(run.model.config)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     start = {"step": run.step, "command": checkpoint.command(), "flags": flags, "config": config}
@@ -232,7 +232,7 @@ def start_logs(run: Run) -> list:
 
 
 def data_of(run: Run) -> str:
-    """Return what --data is and how large."""
+    """Return a description of the data set: --data, and its size where the data set gives it."""
     return f"{run.args.data}, {run.dataset.summary}" if run.dataset.summary else str(run.args.data)
 
 
@@ -261,7 +261,8 @@ def time_and_announce(run: Run) -> None:
 
     left, n_rows = args.steps - run.step, len(run.dataset.val)
     evaluations = (left // args.eval_every + 1) * n_rows / args.batch_size
-    n_passes = left * args.grad_accum + evaluations / 3  # forward alone: a third
+    per_step = args.grad_accum * (1 + bool(args.sam_rho))  # SAM makes a second pass
+    n_passes = left * per_step + evaluations / 3  # forward alone: a third
     minutes = min(passes) * n_passes / 60 if passes else None
     n = parallel.world_size()
     where = f"{n} x {args.device} ({args.parallel})" if n > 1 else args.device

@@ -10,16 +10,17 @@
     activations  what forward keeps for backward, see engine/activations.py; with autocast also a copy of each
                  matrix in 16 bits; with --checkpoint-activations the input of each block, and the rest of one
 
-The first three are the 16 bytes that ZeRO counts for Adam in mixed precision (Rajbhandari et al. 2020,
-section 3.1); its copies in 16 bits are made here when they are needed. With --parallel fsdp each of N
-processes holds ceil(rows / N) rows of every parameter, gradient, moment and average, and all weights of the
-block at work.
+With AdamW the first three rows add up to 16 bytes per parameter, as for Adam in mixed precision with ZeRO
+(Rajbhandari et al. 2020, section 3.1). ZeRO keeps gradients and a copy of the weights in 16 bits; here
+gradients are float32, and a copy is made when it is needed. With --parallel fsdp each of N processes holds
+ceil(rows / N) rows of every parameter, gradient, moment and average, and all weights of the block that it
+computes.
 
 During backward, gradients replace activations block by block, so the peak is the maximum over five moments:
 at the loss, in the last block, in the first block, at the embeddings, in the optimizer's update. With ddp, or
 between the batches of --grad-accum, all gradients exist all the time (with fsdp between batches: unsharded).
 
-The estimate is for the kernels of this package. With torch.compile it is an upper bound, because that
+The estimate is for the kernels in kernels/. With --compile it is an upper bound, because torch.compile
 computes cheap activations again.
 """
 
@@ -33,13 +34,13 @@ import torch
 from torch import nn
 
 from engine import activations
-from engine.activations import Loss, Precision, count, reached_by_backward, stacks, unpacked_bytes
+from engine.activations import Loss, Precision, reached_by_backward, stacks, unpacked_bytes
 from engine.contract import resolve
 from engine.optim import make_optimizers
 from engine.options import check_arguments, fill_defaults
 from engine.run import choose_weights, configure
 from engine.settings import task_settings
-from engine.trainable import flops_per_token
+from engine.trainable import count, flops_per_token
 
 MOMENTS = ("loss", "last block", "first block", "embeddings", "update")
 GPUS = (24, 40, 80, 141, 192)  # GB
@@ -67,7 +68,7 @@ class Block(NamedTuple):
     input: int  # what --checkpoint-activations keeps
     copies: int  # autocast's copies of its matrices
     kept: int  # all that forward keeps, with the copies
-    backward: int  # gradients of activations, and an unpacked weight
+    backward: int  # gradients of activations, and a 4-bit weight that is unpacked
 
 
 def estimate(
@@ -83,8 +84,8 @@ def estimate(
 ) -> Estimate:
     """Return what one of n_processes needs to train a model, which may be on torch.device("meta").
 
-    args: of train.py's flags those count that change a step. config: the task's, for tokens_per_row and
-    loss_bytes. Raises ValueError as `check` does.
+    args: the flags of train.py. config: the task's, for tokens_per_row and loss_bytes. The four functions are
+    described in engine/activations.py. Raises ValueError as `check` does.
     """
     check(args, n_processes)
     n_rows, fsdp, low = args.batch_size // n_processes, args.parallel == "fsdp", args.dtype == "bfloat16"
@@ -245,11 +246,12 @@ def advice(model: nn.Module, args: Namespace, n_processes: int, total: int, **fu
 
 
 def plan(args: Namespace) -> str:
-    """Return what --dry-run prints: the memory that the run would need, with no memory for its weights.
+    """Return what --dry-run prints: the memory that the run would need on GPUs, which need not be there.
 
-    It is planned for GPUs, on a machine that need not have one. The base of an adapter is read from disk. The
-    vocabulary or the classes are those of --size, whatever the data has, and --dtype is by default that of a
-    GPU. Raises ValueError for flags that make no sense, and for a model whose layers read no tokens.
+    A new model is made without memory for its weights; a pretrained one, such as an adapter's base, is read
+    from disk. The vocabulary or the classes are those of --size, whatever the data has, and --dtype is by
+    default that of a GPU. Raises ValueError for flags that do not fit, and for a model whose layers read no
+    tokens.
     """
     check_arguments(args)
     concept = resolve(args)
@@ -268,7 +270,7 @@ def plan(args: Namespace) -> str:
     with torch.device("meta"):
         model = concept.task.wrap(model, settings)
 
-    # What the concept's files add to the estimate.
+    # Functions of the concept's files take the place of those in engine/activations.py.
     functions = {"mlp_bytes": concept.model_file.mlp_bytes, "loss_bytes": concept.task.loss_bytes}
     functions["tokens_per_row"] = concept.task.tokens_per_row
     if concept.adapter is not None:
@@ -276,7 +278,7 @@ def plan(args: Namespace) -> str:
     of_concept = {name: function for name, function in functions.items() if function is not None}
     described = describe(model, args, args.dry_run, config=settings, **of_concept)
 
-    # What has to be computed, since the time of a run is that over the FLOP/s that a GPU reaches.
+    # The FLOPs: divided by the FLOP/s that a GPU reaches, they are the time of a run.
     n_params, n_trained = count(model.parameters())
     flops = flops_per_token(concept, model, settings, adapter_config, args.seq_len) * (1 + bool(args.sam_rho))
     unit = "token" if model.config.max_seq_len > 1 else "image (or second of sound)"

@@ -1,10 +1,10 @@
 """The flags of train.py: their defaults, and checks of values that make no sense together.
 
 Every flag is part of what a run computes, except those in FREE_ON_RESUME: --resume compares the others with
-those of the run that it continues. Of the free ones --steps is the end of the learning-rate schedule, which
-`checkpoint.continue_schedule` checks, and --batch-size with --grad-accum, whose product must stay, decides
-which rows one make_batch sees together.
-Those in BY_CONTENT name files, which may move: what is in them is compared instead.
+those of the run that it continues. Three of the free ones are checked in other ways: --steps is the end of
+the learning-rate schedule, see `checkpoint.continue_schedule`; --batch-size and --grad-accum decide which
+rows one make_batch reads together, and must keep their product. The flags in BY_CONTENT name files, which may
+move, so the content of the files is compared instead.
 """
 
 import argparse
@@ -22,19 +22,19 @@ NO_EFFECT = {
 }  # fmt: skip
 # A checkpoint has hashes of the text and its tokenizer, and the configuration of the model.
 BY_CONTENT = {"data", "val", "text_field", "bad_text", "tokenizer", "init_from", "base"}
-# A resumed run may change those, and these.
+# A resumed run may change the flags of both sets, and these.
 FREE_ON_RESUME = NO_EFFECT | BY_CONTENT | {
     "steps", "device", "compile", "kernels", "parallel", "checkpoint_activations", "batch_size", "grad_accum",
     "extend", "patience",
 }  # fmt: skip
+# A run with --extend may have these of its own too, for its second schedule.
+FREE_ON_EXTEND = FREE_ON_RESUME | {"lr", "warmup", "schedule"}
 # --NAME VALUE is short for --set NAME=VALUE, for the models that have such a field.
 SHORT = {
     "stage": "1: the projector alone learns, 2: the language model too (--model llava; default 2)",
     "tower": "directory of a CLIP whose image tower a new llava gets (default: one trained on scenes first)",
     "images": "folder of the images that the conversations in --data name (--model llava)",
 }
-# A second schedule, of --extend, may have these of its own too.
-FREE_ON_EXTEND = FREE_ON_RESUME | {"lr", "warmup", "schedule"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,7 +67,10 @@ def add_what(group) -> None:
         help=f"the concept's file, always needed: {', '.join(contract.names())}",
     )
     add("--size", help="a size in the model's file, see `python gpt.py` (default: the task's, or the first)")
-    add("--task", help="what is asked, a file's name such as masking or instruct (default: the model's own)")
+    add(
+        "--task",
+        help="what the model is trained to do, a file's name such as masking or instruct (default: its own)",
+    )
     add(
         "--adapter",
         metavar="NAME",
@@ -315,7 +318,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag in ("lr", "warmup", "weight_decay", "grad_clip", "sam_rho", "seed"):
         value = getattr(args, flag)
         if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0")
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected at least 0, and a finite number")
     if args.seed >= 1 << 31:  # 32 bits of a batch's seed count the batches
         raise ValueError(f"--seed {args.seed}: expected less than {1 << 31}")
     if args.cache.is_file():

@@ -5,19 +5,19 @@
     torchrun --nproc_per_node=8 train.py --model gpt --parallel ddp
     torchrun --nproc_per_node=8 train.py --model gpt --size llama3-8b --parallel fsdp --checkpoint-activations
 
-    ddp     every rank holds the whole model; gradients are averaged while the backward pass still runs
+    ddp     every rank holds all of the model; gradients are averaged while the backward pass still runs
             (Li et al. 2020, PyTorch Distributed)
     fsdp    every rank holds a shard, an N-th of each weight, gradient and optimizer state, and a block's
             weights are gathered just before they are needed (ZeRO stage 3, Rajbhandari et al. 2020; FSDP,
-            Zhao et al. 2023; here fully_shard, PyTorch's second one)
+            Zhao et al. 2023; here fully_shard, PyTorch's second implementation)
 
---batch-size counts the sequences of all ranks: what is computed does not depend on the world size N. Rank r
-takes the r-th N-th of each batch, which every rank draws as a whole. Three things do depend on N: dropout;
+--batch-size counts the sequences of all ranks, so the update does not depend on the world size N. Every rank
+draws the same batch, and rank r takes the r-th of its N equal parts. Three things do depend on N: dropout;
 the tokens among which the experts of a Switch and of expert choice are filled; and the weight of losses other
 than that of the targets, where ranks have unequally many targets.
 
-With fsdp each rank makes the whole model in the host's memory before it is sharded, and rank 0 keeps a copy
-there, to show and to save. In a single process all functions here return at once.
+With fsdp each rank makes the unsharded model in the host's memory first, and rank 0 keeps a copy there, to
+show and to save. In a single process the functions that communicate return at once.
 """
 
 import argparse
@@ -72,15 +72,15 @@ def initialize(args: argparse.Namespace) -> None:
 
 
 def shut_down() -> None:
-    """Leave the process group. For success only: ranks that have failed would be waited for."""
+    """Leave the process group. Called after success only, because it waits for ranks that have failed."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def first_to_fail() -> bool:
-    """Return True on exactly one rank, the first to call: used to print an error once.
+    """Return True on the first rank that calls this and False on all others, to print an error once.
 
-    Where the store of the process group is gone, the process that held it has ended before: return False.
+    If the store of the process group cannot be reached, the process that holds it has ended: return False.
     """
     if not dist.is_initialized():
         return True
@@ -136,7 +136,7 @@ def barrier() -> None:
 
 @contextmanager
 def one_per_machine_first() -> Iterator[bool]:
-    """Enter on one rank of each machine, which gets True, and when these have left it on the others."""
+    """Run the body on one rank of each machine, which gets True, and then on the others, which get False."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         barrier()
@@ -259,7 +259,7 @@ def distribute(
 
 def shard(objective: Objective, args: argparse.Namespace) -> None:
     """Shard every block, and then the rest of the objective, over the ranks (FSDP)."""
-    # Importing these takes as long as importing torch, so only runs that shard do it.
+    # These imports take as long as that of torch, so only runs that shard make them.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -285,7 +285,7 @@ def sync_gradients(synced_module: nn.Module, enabled: bool) -> None:
 
 
 def unshard(x: Tensor) -> Tensor:
-    """Return x itself, or if it is sharded its whole content on every rank."""
+    """Return x itself, or if it is sharded the unsharded tensor, on every rank."""
     return x.full_tensor() if is_sharded(x) else x
 
 

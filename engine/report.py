@@ -82,8 +82,8 @@ def describe_run(
 
 
 def environment() -> dict:
-    """Return what a run's speed and the last bits of its numbers depend on besides its flags: strings,
-    numbers, and None for what is missing."""
+    """Return the versions and the hardware on which a run's speed, and the last bits of its numbers, depend:
+    strings, numbers, and None for what this machine does not have."""
     try:
         import triton
     except ImportError:
@@ -143,8 +143,10 @@ def unit_of(starts: list[dict]) -> str:
 
 
 def parsed(lines: list[str], key: str, unit: str) -> list[dict]:
-    """Return the rows that have this key, a step and a number of units (those of posttraining/classify.py
-    have none), with the names of `read_rows`."""
+    """Return the rows that have this key, a step and a number of units, with the names of `read_rows`.
+
+    The runs of posttraining/classify.py count no units.
+    """
     names = {unit: "count", f"{unit}_per_second": "rate"}
     rows = []
     for line in lines:
@@ -240,9 +242,9 @@ def title_of(name: str) -> str:
 def figures(
     steps: list[dict], evaluations: list[dict], references: dict[str, str], unit: str
 ) -> list[tuple[str, ...]]:
-    """Return (name, value, what to compare it with, perhaps "") of the figures of a run at its last row.
+    """Return (name, value, what to compare it with, or "") of the figures of a run at its last row.
 
-    references: by a metric's name, a value that gives it a meaning, such as that of chance. unit: what the
+    references: {metric: a value to compare it with, in words}, such as the value at chance. unit: what the
     run counts.
     """
     found = []
@@ -279,7 +281,7 @@ def write(out: Path) -> None:
     title = out.resolve().name
     if starts:
         flags = starts[-1]["flags"]
-        title = f"{flags['model']} {flags['size'] or flags['init_from']}"
+        title = f"{flags['model']} {flags['size'] or flags['init_from'] or flags.get('base')}"
     references = starts[-1].get("references", {}) if starts else {}
     tiles = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{value}</dd><dd class=note>{escape(note)}</dd></div>\n"
@@ -296,7 +298,7 @@ def write(out: Path) -> None:
 
 
 def summary(steps: list[dict], evaluations: list[dict], starts: list[dict]) -> str:
-    """Return one line: size of the model, and how far the run is."""
+    """Return one line: the number of parameters, and how much of the run is done."""
     start = {"step": 0, "count": 0}
     last = max([*steps[-1:], *evaluations[-1:]], key=lambda row: row["step"], default=start)
     parts = [f"{starts[-1]['n_params']:,} parameters"] if starts else []

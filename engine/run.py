@@ -3,7 +3,7 @@
     check     flags, device, the directory in --out, the checkpoint of --resume
     load      the concept's files, the data, the configuration
     build     the model, its adapter or frozen parts, the module that is trained
-    start     the ranks' shares, optimizers, the state of a checkpoint
+    start     the shards of each rank, optimizers, the state of a checkpoint
 
 `prepare` does all of it, so that whatever can fail fails before any work that costs time. What it returns, a
 `Run`, holds the state of a training in progress; engine/checkpoint.py saves and restores it.
@@ -33,6 +33,7 @@ from engine.batches import Batches
 from engine.device import choose_device
 from engine.options import FREE_ON_EXTEND, FREE_ON_RESUME, check_arguments, fill_defaults, fill_intervals
 from engine.settings import adapter_fields, check_set, task_settings, with_fields
+from engine.trainable import count
 
 
 class Interrupted(Exception):
@@ -46,7 +47,7 @@ class Sizes(NamedTuple):
     """Numbers of parameters."""
 
     n_params: int  # in all
-    n_active: int  # that a token passes through, without an adapter's
+    n_active: int  # that the forward pass of one token uses, without an adapter's
     n_trained: int  # that learn
 
 
@@ -104,6 +105,7 @@ class Run:
 
     @property
     def is_first(self) -> bool:
+        """Return whether this is rank 0, which writes and prints."""
         return parallel.rank() == 0
 
     def autocast(self) -> torch.autocast:
@@ -133,10 +135,11 @@ class Run:
         self.skipped[1] *= ~finite
 
     def is_due(self, every: int) -> bool:
+        """Return whether this step is a multiple of `every`, or the last one."""
         return self.step % every == 0 or self.step == self.args.steps
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights that a checkpoint holds: all, or without those that an adapter's base has."""
+        """Return the weights that a checkpoint holds: all, or with an adapter those that its base lacks."""
         task, adapter = self.concept.task, self.concept.adapter
         if adapter is None:
             return self.model.state_dict()
@@ -161,7 +164,8 @@ class Run:
 
 @contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """Note SIGINT and SIGTERM in run.signal, so that the step is finished. A second SIGINT ends it."""
+    """Store the number of SIGINT or SIGTERM in run.signal, so that the step is finished. A second SIGINT
+    raises KeyboardInterrupt at once."""
 
     def note(number: int, _) -> None:
         run.signal = number
@@ -193,15 +197,15 @@ def prepare(args: argparse.Namespace) -> Run:
     pretrained, config = configure(concept, args)
     dataset = load_data(concept, config, args)
     model = build(concept, config, pretrained, dataset, args)
-    n_base, n_active = count_parameters(model)[0], concept.model_file.n_active_params(model)
+    n_base, n_active = count(model.parameters())[0], concept.model_file.n_active_params(model)
     adapter_config, base_fingerprint = choose_weights(concept, model, args)
     set_rates(concept, model, n_active, pretrained is None, adapter_config, args)
 
-    # What the task asks of it.
+    # The objective that the task makes of it, and its batches.
     settings = task_settings(concept, model.config, args.set)
     objective = wrap(concept, model, settings, args, is_new=saved is None)
     batches = Batches(args, concept.task, settings, dataset)
-    n_params, n_trained = count_parameters(objective.model)
+    n_params, n_trained = count(objective.model.parameters())
     if concept.adapter is not None:  # a base in 4 bits has no parameters any more
         n_params = n_base + n_trained
     sizes = Sizes(n_params, n_active, n_trained)
@@ -238,7 +242,8 @@ def prepare(args: argparse.Namespace) -> Run:
 
 
 def wrap(concept: contract.Concept, model: nn.Module, settings, args, is_new: bool) -> parallel.Objective:
-    """Return the task's objective around the model, with what --init-from holds of it at the start."""
+    """Return the task's objective around the model. If is_new, its further weights are read from --init-from,
+    where that holds any."""
     objective = parallel.Objective(concept.task.wrap(model, settings), concept.task.loss)
     if args.init_from and is_new:
         with redirect_stdout(sys.stdout if parallel.rank() == 0 else None):
@@ -350,15 +355,9 @@ def build(
     return model
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters a model has, and how many of them learn."""
-    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in sizes), sum(learns for _, learns in sizes)
-
-
 def start_from(model: nn.Module, weights: dict[str, Tensor], changes: list[str]) -> None:
-    """Copy pretrained weights into a model. A head that --set has added, or made another size, keeps its new
-    ones."""
+    """Copy pretrained weights into a model. A head that --set has added, or given another size, keeps its
+    initial weights."""
     places = model.state_dict()
     for name, w in list(weights.items()):
         is_head = name.rpartition(".")[0].endswith(optim.HEADS)
@@ -373,9 +372,10 @@ def start_from(model: nn.Module, weights: dict[str, Tensor], changes: list[str])
 def choose_weights(
     concept: contract.Concept, model: nn.Module, args: argparse.Namespace
 ) -> tuple[Any, str | None]:
-    """Let only the parameters learn that --adapter or --train names; an adapter is put in, in place.
+    """Put in the adapter, and freeze all parameters but those that --adapter or --train names, in place.
 
-    Returns the adapter's Config or None, and the fingerprint of the model of the start if that one stays too.
+    Returns the adapter's Config or None, and the fingerprint of the model at the start if a checkpoint leaves
+    it out (an adapter's base, the reference of DPO), else None.
     """
     adapter = concept.adapter
     if adapter is None:
@@ -435,13 +435,16 @@ def make_optimizers(
 
 def check_saving(run: Run, is_new: bool) -> None:
     """Raise ValueError if the disk lacks the room for checkpoints, or if no format can hold a new model."""
-    free = shutil.disk_usage(run.args.out).free
-    # Three checkpoints, each of weights, two moments and averages, while one is replaced; and model/.
-    needed = 4 * run.sizes.n_trained * (3 * (3 + bool(run.args.ema)) + 1)
+    args, sizes, free = run.args, run.sizes, shutil.disk_usage(run.args.out).free
+    # Three checkpoints while one is replaced, each of the weights, and of two moments and the average of each
+    # weight that learns. Beside them model/, best/ and models/.
+    saved = sizes.n_params if run.concept.adapter is None else sizes.n_trained
+    models = saved * (1 + args.keep_best + (args.keep_models or 0))
+    needed = 4 * (3 * (saved + (2 + bool(args.ema)) * sizes.n_trained) + models)
     if free < needed:
         raise ValueError(
-            f"--out {run.args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
+            f"--out {args.out}: {free / 1e9:.1f} GB free on its disk, {needed / 1e9:.1f} GB needed"
         )
     if is_new and run.is_first:
-        with tempfile.TemporaryDirectory(dir=run.args.out) as aside:
+        with tempfile.TemporaryDirectory(dir=args.out) as aside:
             run.save_model(Path(aside))

@@ -12,11 +12,12 @@ DECIDED = ("vocab_size", "max_seq_len", "eos_token_id", "pad_token_id", "kernels
 
 
 def field_names(config: Any) -> list[str]:
+    """Return the names of the fields of a Config, a dataclass."""
     return [field.name for field in fields(config)]
 
 
 def value_of(text: str) -> Any:
-    """Return the value of FIELD=VALUE: a number, None, True or a tuple, and otherwise the text itself."""
+    """Return the VALUE of FIELD=VALUE: a number, a tuple, True, False or None, or else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -38,9 +39,10 @@ def check_set(concept: Concept, config: Any, changes: list[str]) -> None:
 
 
 def adapter_fields(concept: Concept, config: Any, args: Namespace, start: Any = None) -> Any:
-    """Return the adapter's Config with the values of --set, but for fields that the task has too.
+    """Return the adapter's Config with the values of --set. A field that the task has too is the task's.
 
-    config: of the model. start: the values where --set names none, by default those of --adapter.
+    config: the model's. start: the Config with the values that --set does not name, by default that of
+    --adapter.
     """
     adapters, settings = concept.adapter.ADAPTERS, concept.task.settings(config)
     start = start or adapters[args.adapter or next(iter(adapters))]
@@ -49,7 +51,7 @@ def adapter_fields(concept: Concept, config: Any, args: Namespace, start: Any = 
 
 
 def with_fields(config: Any, changes: list[str], known: set[str] | None = None) -> Any:
-    """Return the config with those values of --set whose fields it has (of those in known, if given).
+    """Return the config with the values of --set for its fields, or for those of its fields in `known`.
 
     Raises ValueError for a value of another type, or one that the config refuses.
     """
@@ -71,7 +73,10 @@ def with_fields(config: Any, changes: list[str], known: set[str] | None = None) 
 
 
 def task_settings(concept: Concept, config: Any, changes: list[str]) -> Any:
-    """Return the task's own Config with the values of --set, or the model's Config if the task has none."""
+    """Return the task's own Config with the values of --set, or the model's Config if the task has none.
+
+    A field that the model has too is the model's.
+    """
     settings = concept.task.settings(config)
     known = {name for name in field_names(settings) if name not in field_names(config)}
     return settings if settings is config else with_fields(settings, changes, known)

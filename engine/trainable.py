@@ -1,21 +1,23 @@
 """Which weights learn: `--train all`, `head` or `last:N`, the classical ways to fine-tune a part of a model.
 
     all       every weight
-    head      what stands above the blocks: the last norm and the head, or an encoder's heads
-    last:N    and the last N blocks
+    head      what follows the blocks: the last norm and the head, or an encoder's heads
+    last:N    the same, and the last N blocks
 
-A head that is the embedding matrix becomes a copy of it first, so that it can move alone.
+With `head`, a head that is the embedding matrix becomes a copy of it first, which learns while the embeddings
+stay. With last:N such a head stays as it is, like the embeddings.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from engine.parallel import blocks
 
-# How much faster fewer weights learn, as a factor of the learning rate of all: near the best of three rates
-# each on `tiny` (results/adapters.json).
+# Factors of the learning rate by which fewer weights learn. Each is near the best of three rates on `tiny`
+# (results/adapters.json).
 LEARNING_RATE = {"all": 1.0, "head": 1.0, "last": 6.0}
 
 
@@ -32,11 +34,11 @@ def freeze(model: nn.Module, train: str) -> None:
     part, n = parse(train)
     if part == "all":
         return
-    piled = blocks(model)
-    if n > len(piled):
-        raise ValueError(f"--train {train}: this model has {len(piled)} blocks")
-    in_blocks = {id(p) for block in piled for p in block.parameters()}
-    in_last = {id(p) for block in piled[len(piled) - n :] for p in block.parameters()}
+    stack = blocks(model)
+    if n > len(stack):
+        raise ValueError(f"--train {train}: this model has {len(stack)} blocks")
+    in_blocks = {id(p) for block in stack for p in block.parameters()}
+    in_last = {id(p) for block in stack[len(stack) - n :] for p in block.parameters()}
     for name, p in model.named_parameters():
         above = id(p) not in in_blocks and "embed" not in name
         p.requires_grad_(above or id(p) in in_last)
@@ -44,23 +46,32 @@ def freeze(model: nn.Module, train: str) -> None:
         raise ValueError(f"--train {train}: this model has nothing above its blocks that could learn")
 
 
+def count(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """Return how many numbers the parameters have, and how many of these learn."""
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in parameters]
+    return sum(size for size, _ in sizes), sum(learns for _, learns in sizes)
+
+
 def beside(module: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """Return the state of a module without that of the model in it, such as a value head's."""
-    inner = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    return {name: tensor for name, tensor in module.state_dict().items() if tensor.data_ptr() not in inner}
+    """Return the tensors in a module's state dict that are not in its model's, such as a value head's."""
+    # Tensors are compared as objects, because the shards of FSDP have no address: their data_ptr() is 0.
+    inner = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    own = module.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in own.items() if id(tensor) not in inner}
 
 
 def frozen_flops(model: nn.Module) -> int:
-    """Return the FLOPs per token that are saved where no gradients of weights are computed: 2 per weight.
+    """Return the FLOPs per token that training saves on frozen weights, whose gradients it does not compute:
+    2 per weight.
 
-    Matrices of linear layers are counted, and a head that is the embedding matrix is not.
+    Counted are the matrices of linear layers. A head that is the embedding matrix is no such layer.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return 2 * sum(layer.weight.numel() for layer in layers if not layer.weight.requires_grad)
 
 
 def flops_per_token(concept: Any, model: nn.Module, settings: Any, adapter_config: Any, seq_len: int) -> int:
-    """Return the FLOPs of training on one token, or image: without gradients of frozen weights.
+    """Return the FLOPs of training on one token, or image, without the gradients of frozen weights.
 
     concept: a contract.Concept. settings and adapter_config: the Configs of its task and its adapter.
     """

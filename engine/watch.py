@@ -46,6 +46,8 @@ def finite(row: dict) -> dict:
 
 
 class TensorBoard:
+    """Writes rows to event files in out/tensorboard."""
+
     def __init__(self, out: Path, config: dict, resumed_at: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -64,6 +66,8 @@ class TensorBoard:
 
 
 class WandB:
+    """Sends rows to wandb.ai. The id of the run is kept in out/wandb.id."""
+
     def __init__(self, out: Path, config: dict, resumed_at: int | None):
         import wandb
 

@@ -3,8 +3,8 @@
 Each family has a table {key of config.json: field of the Config}, and the values of keys that the file leaves
 out. `read_fields` goes through all keys of a file. A key that is in no table might change what the model
 computes, so it is an error that names it: a checkpoint that is read only in part gives a wrong model that
-looks like a right one. Known to change nothing are the keys in INERT, and unknown keys whose value is null,
-false, {} or [], which switch nothing on.
+looks like a right one. Ignored are only the keys in INERT, and unknown keys whose value is null, false, {} or
+[], because such a value switches nothing on.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from formats.json_file import read_json
 
 # The fields without which no Config of a transformer can be made.
 REQUIRED = {"n_layers", "n_heads", "d_model", "d_ff", "vocab_size", "max_seq_len"}
-# Fields that are no whole numbers, with the types of their values. "flag": see `flag`.
+# Fields whose values are not whole numbers, with the types of these values. "flag": see `flag`.
 KINDS = {
     "norm_eps": (float, int), "rope_theta": (float, int), "rope_scaling": (dict,), "tie_embeddings": (bool,),
     "eos_token_id": (int, list), "aux_loss_coef": (float, int), "renormalize": (bool,),
@@ -30,9 +30,10 @@ KINDS = {
     "dropout": (float, int),
 }  # fmt: skip
 MOST_LAYERS = 100_000  # more would take minutes to build, before the weights show that there are fewer
-# Whole numbers that may be 0, and fields that may be null, with its meaning.
+# Whole numbers that may be 0; "" stands for a key that is no field, see `whole_number`.
 MAY_BE_ZERO = {"n_segments", "n_shared_experts", "pad_token_id", "start_token_id", "freq_shift", ""}
 MAY_BE_ZERO |= {"padding", "dropout"}
+# Fields that may be null, with the value that null means.
 NULL = {
     "n_kv_heads": None, "d_head": None, "d_ff": None, "rope_scaling": None, "eos_token_id": None,
     "n_shared_experts": 0, "window": None, "pad_token_id": 0, "n_groups": 1, "top_groups": 1,
@@ -119,9 +120,9 @@ def read_fields(
 
 
 def checked(path: Path, key: str, field: str, value: Any) -> Any:
-    """Return the value of a key as its field takes it: null as its meaning, a list as a tuple.
+    """Return the value of a key for the field of a Config: the meaning of null, and a tuple for a list.
 
-    Raises ValueError for a value of a type that the field does not have.
+    Raises ValueError for a value of another type than the field has, and for a number out of its range.
     """
     if value is None and field in NULL:
         return NULL[field]
@@ -146,9 +147,10 @@ def checked(path: Path, key: str, field: str, value: Any) -> Any:
 
 
 def whole_number(path: Path, hf: dict, key: str, default: int | None, field: str = "", least: int = 0) -> Any:
-    """Return the value of a key that no table has, or its default.
+    """Return the whole number of a key that is in no table, or its default.
 
-    field: as which `checked` reads it. Raises ValueError for anything but a whole number of at least `least`.
+    field: the one whose rules `checked` applies. Raises ValueError for another value, and for one below
+    `least`.
     """
     value = checked(path, key, field, hf.get(key, default))
     if value is not None and value < least:
@@ -157,13 +159,15 @@ def whole_number(path: Path, hf: dict, key: str, default: int | None, field: str
 
 
 def flag(path: Path, hf: dict, key: str) -> bool:
-    """Return the value of a key that no table has, by default False. Raises ValueError for other values."""
+    """Return the truth value of a key that is in no table, False without that key. Raises ValueError for
+    another value."""
     return checked(path, key, "flag", hf.get(key, False))
 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Raise ValueError, with the file at path in front, for what its values cause, also in a Config."""
+    """Turn an error that values of the file at path cause, also in a Config, into a ValueError that begins
+    with the path."""
     try:
         yield
     except ValueError as error:

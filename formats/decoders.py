@@ -59,7 +59,7 @@ GPT2_FIELDS = {
 }
 GPT2_CONFIG = {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True, "norm_eps": 1e-5}
 
-# Fields that make the family, and the values of absent keys where they differ from Config's own defaults.
+# Fields that distinguish the family, and values of keys that are left out where Config's defaults differ.
 LLAMA_DEFAULTS = {"tie_embeddings": False, "norm_eps": 1e-6, "rope_theta": 10_000.0}
 DEFAULTS = {
     "GPT2LMHeadModel": {**GPT2_CONFIG, "tie_embeddings": True, "eos_token_id": 50256},
@@ -154,7 +154,7 @@ def decoder_fields(directory: str | Path, path: Path, hf: dict, architecture: st
 
 
 def ordinary_widths(fields: dict) -> dict:
-    """Return fields with None for head widths and numbers of heads that would follow from the others."""
+    """Return the fields with None for n_kv_heads and d_head where they are what Config would derive."""
     ordinary = {"n_kv_heads": fields["n_heads"], "d_head": fields["d_model"] // fields["n_heads"]}
     return fields | {name: None for name, value in ordinary.items() if fields.get(name) == value}
 
@@ -208,8 +208,8 @@ def flatten_rope(path: Path, hf: dict) -> dict:
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is not implemented; expected 1.0")
 
-    # What is left are the parameters of the scaling, which must be exactly those of its kind. YaRN's that are
-    # null are as those left out.
+    # The keys that are left are parameters of the scaling, and must be exactly those of its kind. An optional
+    # one that is null counts as left out.
     if kind not in ("default", *SCALINGS):
         expected = ", ".join(["default", *SCALINGS])
         raise ValueError(f"{path}: rope_type {kind!r} is not implemented; expected {expected}")
@@ -234,7 +234,7 @@ def flatten_rope(path: Path, hf: dict) -> dict:
 
 
 def end_of_text(directory: str | Path, fields: dict) -> dict:
-    """Return the field `eos_token_id`: of generation_config.json, which goes first, or as it is in fields."""
+    """Return the field `eos_token_id`: that of generation_config.json if it has one, else that of fields."""
     path = Path(directory) / "generation_config.json"
     if path.is_file() and "eos_token_id" in (generation := read_json(path)):
         fields = {"eos_token_id": checked(path, "eos_token_id", "eos_token_id", generation["eos_token_id"])}

@@ -43,11 +43,11 @@ TABLES = {
     "modernbert": MODERN_FIELDS,
 }
 MODERN = {"n_segments": 0, "positions": "rope", "mlp": "geglu", "pre_norm": True, "bias": False}
-ELECTRA = {  # every discriminator's
+ELECTRA = {  # fields of every discriminator
     "positions": "learned", "position_offset": 0, "window": None, "share_layers": False, "pre_norm": False,
     "mlp": "gelu", "bias": True, "pooler": False, "mlm_head": False, "pair": "none",
 }  # fmt: skip
-# Fields that make the family, and the values of absent keys where they differ from Config's own defaults.
+# Fields that distinguish the family, and values of keys that are left out where Config's defaults differ.
 DEFAULTS = {
     "bert": {},
     "roberta": {"pad_token_id": 1},
@@ -83,7 +83,7 @@ INERT = config_json.INERT | {
     "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers",
     "pooler_size_per_head", "pooler_type", "output_past",
 }  # fmt: skip
-# Keys of ModernBERT that `read_local` reads, and two at the end that its files have without any effect.
+# Keys of ModernBERT that `read_local` reads, and at the end two that have no effect in its files.
 MODERN_KEYS = {
     "local_attention", "layer_types", "global_attn_every_n_layers", "rope_parameters", "global_rope_theta",
     "local_rope_theta", "layer_norm_eps", "position_embedding_type",
@@ -159,7 +159,7 @@ PREFIXES = {
 }
 # In classifiers of RoBERTa and ELECTRA, the pooler is part of the classifier.
 CLASSIFIER_NAMES = {"classifier.out_proj.": "classifier.", "classifier.dense.": "bert.pooler.dense."}
-# Ends of names: constants, which a file may hold or leave out.
+# Ends of the names of constants, which a file may hold or leave out.
 CONSTANTS = ("position_ids", "token_type_ids")
 EMBEDDING_AND_HEAD = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
 
@@ -231,7 +231,7 @@ def read_config(directory: str | Path) -> tuple[str, dict]:
 
 def read_keys(path: Path, hf: dict, family: str) -> dict:
     """Return the fields of `bert.Config` but those of heads. hf: the content of the config.json at path."""
-    # ModernBERT's files have keys of the other families, without any effect.
+    # In files of ModernBERT some keys of the other families have no effect.
     modern = family == "modernbert"
     only = {key: values for key, values in ONLY.items() if not modern or key not in MODERN_KEYS}
     only |= {} if modern else {"hidden_act": tuple(ACTIVATIONS)}
@@ -243,7 +243,7 @@ def read_keys(path: Path, hf: dict, family: str) -> dict:
     if family == "roberta":
         if hf.get("pad_token_id", 1) is None:
             raise ValueError(
-                f"{path}: pad_token_id null: expected a whole number, behind which positions begin"
+                f"{path}: pad_token_id null: expected a whole number, after which positions begin"
             )
         fields["position_offset"] = fields["pad_token_id"] + 1
         fields["max_seq_len"] -= fields["position_offset"]
@@ -368,9 +368,10 @@ def save(
 ) -> None:
     """Write config.json, and model.safetensors with the weights, which have our names.
 
-    family: one of those in TABLES. head: the end of the architecture's name, such as "ForMaskedLM". None
-    means those of the config. more: further keys of config.json. Each file is replaced only once the new one
-    is complete. Raises ValueError where no Hugging Face architecture has these features together.
+    family: one of those in TABLES. head: the end of the architecture's name, such as "ForMaskedLM". Both
+    follow from the config if they are None. more: further keys of config.json. Each file is replaced only
+    once the new one is complete. Raises ValueError where no Hugging Face architecture has these features
+    together.
     """
     family = family or family_of(config)
     if head is None:
@@ -402,7 +403,7 @@ def to_hf(weights: dict[str, Tensor], family: str, head: str) -> dict[str, Tenso
         if head == "Model":
             name = name.removeprefix(PREFIXES[family])
         theirs[name] = w
-    # An untied head of these has a bias of its own, beside the one that has its old name.
+    # In these families, files with an untied head have its bias under a second name too.
     untied = head != "Model" and "cls.predictions.decoder.weight" in weights
     if untied and family in ("bert", "roberta", "albert"):
         name = rename("cls.predictions.decoder.bias", inverse(names))

@@ -1,6 +1,6 @@
 """Mixtures of experts in Hugging Face's layout; formats/decoders.py has the dense decoders.
 
-    MixtralForCausalLM      Mistral; softmax router, a token's weights add up to 1; names of its own
+    MixtralForCausalLM      Mistral with experts: softmax router, a token's weights add up to 1; other names
     OlmoeForCausalLM        Llama with one QK-norm over all heads
     Qwen3MoeForCausalLM     Qwen3; any layers may be dense
     Dots1ForCausalLM        Qwen3 with DeepSeek-V3's sigmoid router and shared experts; the first layers dense
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from formats import config_json, decoders, safetensors_dir
-from formats.config_json import damage_named, flag, named_architecture, read_fields, whole_number
+from formats.config_json import checked, damage_named, flag, named_architecture, read_fields, whole_number
 from formats.decoders import LLAMA_FIELDS
 from formats.safetensors_dir import rename
 
@@ -108,7 +108,7 @@ ONLY_HERE = {
 }  # fmt: skip
 # Keys that do not change the logits; the jitter, like dropout, is off outside training.
 INERT = config_json.INERT | {"output_router_logits", "router_jitter_noise", "auto_map", "ep_size"}
-# Keys that `dense_layers`, `windows` and `balance` read, and use_sliding_window, which Dots1's code does not.
+# Keys that `dense_layers`, `windows` and `balance` read, and Dots1's use_sliding_window, which has no effect.
 READ_BELOW = {
     "MixtralForCausalLM": {"sliding_window"},
     "OlmoeForCausalLM": set(),
@@ -150,7 +150,7 @@ def read_config(directory: str | Path) -> dict:
 
 def read_keys(path: Path, hf: dict, architecture: str) -> dict:
     """Return the fields of `moe.Config` from hf, the content of the config.json at path."""
-    # Spell keys that transformers spells in several ways in one.
+    # Give keys that transformers spells in several ways one spelling.
     table = TABLES[architecture]
     hf = decoders.flatten_rope(path, hf)
     experts_key = next(key for key, field in table.items() if field == "n_experts")
@@ -164,14 +164,15 @@ def read_keys(path: Path, hf: dict, architecture: str) -> dict:
     if architecture == "DeepseekForCausalLM" and fields["top_k"] == 1:
         fields["renormalize"] = False
     fields["dense_layers"] = dense_layers(path, hf, fields["n_layers"])
-    fields |= windows(path, hf, fields["n_layers"], architecture) | balance(hf, fields, architecture)
+    fields |= windows(path, hf, fields["n_layers"], architecture)
+    fields |= balance(path, hf, fields, architecture)
     if fields.get("d_expert") == fields["d_ff"]:
         fields["d_expert"] = None
     return fields
 
 
 def dense_layers(path: Path, hf: dict, n_layers: int) -> tuple[int, ...]:
-    """Return the layers without experts: a list or every so many (Qwen3-MoE), or the first (DeepSeek)."""
+    """Return the layers without experts: those of a list, all but every so many, or the first (DeepSeek)."""
     only = hf.get("mlp_only_layers") or ()
     step = whole_number(path, hf, "decoder_sparse_step", 1, least=1)
     first = whole_number(path, hf, "first_k_dense_replace", 0)
@@ -200,18 +201,19 @@ def windows(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
     return {"window": None}
 
 
-def balance(hf: dict, fields: dict, architecture: str) -> dict:
-    """Return the coefficients of the balance losses from DeepSeek's keys, which have one for either loss.
+def balance(path: Path, hf: dict, fields: dict, architecture: str) -> dict:
+    """Return the coefficients of the balance losses: DeepSeek has one, and seq_aux names the loss it is of.
 
     DeepSeek's code adds up the losses of the layers, ours takes the mean.
     """
     if architecture not in ("Dots1ForCausalLM", "DeepseekForCausalLM"):
         return {}
     default = 0.0001 if architecture == "Dots1ForCausalLM" else 0.001
-    alpha = hf.get("aux_loss_alpha", default) * (fields["n_layers"] - len(fields["dense_layers"]))
-    if hf.get("seq_aux", True):
+    alpha = checked(path, "aux_loss_alpha", "aux_loss_coef", hf.get("aux_loss_alpha", default))
+    alpha *= fields["n_layers"] - len(fields["dense_layers"])
+    if flag(path, {"seq_aux": True} | hf, "seq_aux"):
         return {"aux_loss_coef": 0.0, "sequence_loss_coef": alpha}
-    # With an even load their loss is 1, ours top_k.
+    # With an even load the loss of DeepSeek's code is 1, and that of moe.py is top_k.
     return {"aux_loss_coef": alpha / fields["top_k"]}
 
 
@@ -313,7 +315,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     fields = read_config(directory)
     path, hf = config_json.read_config(directory)
     mixtral = named_architecture(path, hf) == "MixtralForCausalLM"
-    # transformers 5 can also write stacks; take these apart.
+    # transformers 5 can also write one tensor for all experts of a layer: split it into those of the experts.
     with damage_named(Path(directory)):
         stored = split_experts(safetensors_dir.read_weights(directory), mixtral)
     safetensors_dir.tie(fields, stored, *decoders.EMBEDDING_AND_HEAD)
@@ -334,9 +336,10 @@ def filled(
     directory: str | Path,
     mixtral: bool = False,
 ) -> nn.Module:
-    """Return make() with exactly the stored weights, read from directory, which have an expert's own tensors.
+    """Return make() with exactly the stored weights, read from directory: one matrix for each expert.
 
-    fields: of the Config; mixtral: the names are Mixtral's. Raises ValueError as safetensors_dir.filled does.
+    fields: those of the Config. mixtral: the names are Mixtral's. Raises ValueError as safetensors_dir.filled
+    does.
     """
     model = safetensors_dir.build(make, fields, stored, directory)
     expected = model.state_dict()
@@ -394,7 +397,7 @@ def split_experts(weights: dict[str, Tensor], mixtral: bool = False) -> dict[str
 def stack_experts(
     stored: dict[str, Tensor], expected: dict[str, Tensor], mixtral: bool = False
 ) -> dict[str, Tensor]:
-    """Return the weights of a file, checked before, under our names and with the shapes in expected.
+    """Return the weights of a file, which `filled` has checked, with the names and shapes in expected.
 
     They are removed from `stored` one by one, so that memory holds one stack twice at most.
     """

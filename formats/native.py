@@ -10,8 +10,8 @@ for each direction:
     from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
     save_pretrained = native.save
 
-JSON has no tuples. So arrays become tuples again when they are read, and a Config that this would change,
-such as one with a list in it, cannot be saved.
+JSON has no tuples: it stores a tuple as an array, and every array becomes a tuple when it is read. So a
+Config with a list in it cannot be saved.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from formats.config_json import named_architecture, read_config
+from formats.config_json import damage_named, named_architecture, read_config
 from formats.json_file import write_json
 from formats.safetensors_dir import check_weights, read_weights, write_tensors
 
@@ -84,18 +84,17 @@ def load(directory: str | Path, kernels: str = "auto") -> nn.Module:
     missing, damaged or unknown.
     """
     path, content = read_config(directory)
-    module = find(path, named_architecture(path, content))
+    module, stored = find(path, named_architecture(path, content)), content.get("config") or {}
     if not (getattr(module, "SIZES", None) and hasattr(module, "Model")):
         raise ValueError(f"{path}: {module.__name__} has no Model and SIZES; expected a model's concept file")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: config {stored!r:.100}: expected an object")
     config_class = type(next(iter(module.SIZES.values())))
-    try:
-        config = with_kernels(make_config(config_class, content.get("config") or {}), kernels)
-        with torch.random.fork_rng(devices=[]):  # the initialisation draws numbers in vain
-            model = module.Model(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    # The initial values are replaced below, so drawing them leaves the random numbers of the caller alone.
+    with damage_named(path), torch.random.fork_rng(devices=[]):
+        model = module.Model(with_kernels(make_config(config_class, stored), kernels))
 
-    # Only the data of parameters is replaced, so that modules which share one still do.
+    # Only the data of parameters is replaced, so that modules that share a parameter still share it.
     weights = read_weights(directory)
     places = unshared(model)
     check_weights(places, weights, directory)
@@ -110,7 +109,7 @@ def find(path: Path, architecture: str) -> ModuleType:
     It must be NAME.py or SHELF/NAME.py, in the project or in the current directory, because a downloaded
     model must not import arbitrary modules. Raises ValueError for any other name.
     """
-    name = str(architecture).removeprefix(PREFIX)
+    name = architecture.removeprefix(PREFIX)
     parts = name.split(".")
     is_name = name != architecture and len(parts) <= 2 and all(map(str.isidentifier, parts))
     file = f"{'/'.join(parts)}.py"
@@ -123,7 +122,8 @@ def find(path: Path, architecture: str) -> ModuleType:
 
 
 def module_name(model_class: type) -> str:
-    """Return the dotted name of a class's module, also if that is the file that Python was started with."""
+    """Return the dotted name of a class's module, also where Python was started with that file and calls it
+    "__main__"."""
     if model_class.__module__ != "__main__":
         return model_class.__module__
     main = sys.modules["__main__"]
@@ -165,7 +165,7 @@ def with_kernels(config: typing.Any, kernels: str) -> typing.Any:
 
 
 def unshared(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a model, in which a tensor with several names has only the first."""
+    """Return the state dict of a model, each tensor under the first of its names."""
     first: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)
     return {name: w for name, w in state.items() if first.setdefault(id(w), name) == name}

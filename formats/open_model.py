@@ -1,4 +1,4 @@
-"""Open any saved model: the directory itself tells which class reads it.
+"""Open any saved model: the files in its directory name the class that reads it.
 
 adapter_config.json              an adapter: open its base, then put the adapter in
 config.json, "architectures"     the concept file whose `Model.from_pretrained` reads the directory
@@ -37,11 +37,10 @@ from formats.json_file import read_json
 
 
 def open_model(directory: str | Path, *, base: str | Path | None = None, kernels: str = "auto") -> nn.Module:
-    """Return the model in directory: decoder, mixture, encoder, encoder-decoder, classifier, reward model,
-    native, or adapted.
+    """Return the model in directory, of any kind that `concept_of` finds, or a base with its adapter.
 
-    base: the directory of the model that an adapter is for, if not the one that adapter_config.json names.
-    kernels: the backend of kernels/.
+    base: the directory of an adapter's base, if not the one that adapter_config.json names. kernels: the
+    backend of kernels/.
 
     Raises ValueError for an architecture that is not implemented, and for files that are missing, damaged, or
     do not fit.
@@ -55,9 +54,9 @@ def open_model(directory: str | Path, *, base: str | Path | None = None, kernels
 
 
 def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
-    """Return the name of the module for directory, such as "gpt" or "posttraining.classify".
+    """Return the name of the concept file whose Model reads directory, as "gpt" or "posttraining.classify".
 
-    For an adapter that is the module of its base. Raises ValueError as `open_model` does.
+    For an adapter it is that of its base. Raises ValueError as `open_model` does.
     """
     if is_adapter(directory):
         return concept_of(base_of(directory, base))
@@ -94,12 +93,12 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
     if architecture.startswith(native.PREFIX):
         return native.find(path, architecture).__name__
 
-    # The heads of an encoder follow from its tensors, but two kinds have concept files of their own.
+    # The heads of an encoder follow from its tensors, but two kinds of head have concept files of their own.
     if str(hf.get("model_type")) in encoders.TABLES:
         if architecture.endswith("ForSequenceClassification"):
             return "posttraining.classify"
         return "language.electra" if architecture == "ElectraForPreTraining" else "bert"
-    # So do those of a DeBERTa: published files name no architecture.
+    # The heads of a DeBERTa follow from its tensors too: published files name no architecture.
     is_deberta = str(hf.get("model_type")) in disentangled_encoders.CLASSES
     if is_deberta and architecture.endswith(disentangled_encoders.ARCHITECTURES):
         return disentangled_encoders.concept_of(directory)
@@ -117,7 +116,7 @@ def concept_of(directory: str | Path, *, base: str | Path | None = None) -> str:
 
 
 def check_concept(directory: str | Path, kind: type[nn.Module]) -> None:
-    """Raise ValueError, which names the right command, unless directory holds a model of the file of kind."""
+    """Raise ValueError, which names the right command, unless directory holds a model of the class `kind`."""
     own = native.module_name(kind)
     concept = "lora" if is_adapter(directory) else concept_of(directory)
     if concept != own:

@@ -1,10 +1,10 @@
 """The directory of a saved model: config.json, and model.safetensors with the weights.
 
 Hugging Face's libraries use this layout, and so does formats/native.py. Large models have several files of
-weights, which model.safetensors.index.json lists. The files of diffusers are named diffusion_pytorch_model
-instead of model. This file holds what all families of models share:
+weights, which model.safetensors.index.json lists. Those of the library diffusers are named
+diffusion_pytorch_model instead of model. The functions here are for models of all families:
 
-    reading    read_weights -> rename (their names to ours) -> check_weights or assign
+    reading    read_weights -> rename (their names to ours) -> build, assign; `filled` is both
     writing    write, or write_decoder for models that generate text
 
 Weights are read from safetensors only: unlike a pickle, such a file cannot run code.
@@ -54,15 +54,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         try:
             save_file(tensors, new, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))  # the system's, which only the message holds
+            code = re.search(r"os error (\d+)", str(error))  # the system's error code is in the message only
             if code is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
-    """Return all tensors of model.safetensors, or of the files that model.safetensors.index.json names, or of
-    diffusers' files.
+    """Return all tensors in the files of weights in directory, see `weight_files`.
 
     Raises ValueError naming a file that is missing or damaged, or a tensor that is not finite.
     """
@@ -76,7 +75,10 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files of weights in directory. Raises ValueError naming what is missing or damaged."""
+    """Return the files of weights in directory: the single one, or those that an index names.
+
+    Raises ValueError for a damaged index, and for a model that is a pickle. The files may be missing.
+    """
     stem = next((stem for stem in STEMS if any(directory.glob(f"{stem}.safetensors*"))), STEMS[0])
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file():
@@ -106,7 +108,7 @@ def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError for a tensor, read from path, with a value that is NaN or infinite."""
     for name, w in tensors.items():
         if w.dtype in PRECISIONS and w.numel():
-            least, most = w.aminmax()  # NaN if there is one; 30 times as fast as looking at w.isfinite()
+            least, most = w.aminmax()  # NaN if there is one; 30 times as fast as w.isfinite().all()
             if not (least.isfinite() and most.isfinite()):
                 raise ValueError(f"{path}: {name} is not finite; the training that wrote it has diverged")
 
@@ -145,8 +147,10 @@ def tie(fields: dict, weights: dict[str, Tensor], embedding: str, head: str) -> 
     """Make fields["tie_embeddings"] and the weights agree, in place, on whether the head is the embedding.
 
     The stored head decides: config.json often says "tied" where the two matrices differ, as in a model with a
-    merged adapter or an enlarged vocabulary. Then both are used, as transformers 5 does.
-    Where only the head of a tied pair is stored, it is the embedding too. embedding, head: names in weights.
+    merged adapter or an enlarged vocabulary. Then both are used, as transformers 5 does. Where only the head
+    of a tied pair is stored, it is the embedding too.
+
+    fields: of a Config. embedding, head: the names of the two matrices in weights.
     """
     if not fields.get("tie_embeddings", True):
         return
@@ -171,8 +175,8 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], direc
 
 
 def check_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
-    """Raise ValueError unless weights, read from directory, have the shapes of expected, where both have a
-    tensor of that name, and are numbers of 16 bits or more where those are."""
+    """Raise ValueError unless weights, read from directory, have the shapes of the tensors in expected of the
+    same names, and a dtype of PRECISIONS where those are floating-point numbers."""
     for name in sorted(weights.keys() & expected.keys()):
         w, place = weights[name], expected[name]
         if w.shape != place.shape:
@@ -188,8 +192,8 @@ def build(
 ) -> nn.Module:
     """Return make(), built on the meta device, where parameters take no memory before `assign`.
 
-    fields: of its Config; weights: that it will get, read from directory. Raises ValueError, which names
-    config.json, for fields that the Config refuses and for sizes beyond those of the weights.
+    fields: those of its Config. weights: those that it will get, read from directory. Raises ValueError,
+    which names config.json, for fields that the Config refuses and for sizes beyond those of the weights.
     """
     path, n_layers = Path(directory) / "config.json", fields.get("n_layers", 0)
     if n_layers > len(weights) and not fields.get("share_layers"):
@@ -239,7 +243,7 @@ def rename(name: str, table: dict[str, str]) -> str:
 
 
 def inverse(table: dict[str, str]) -> dict[str, str]:
-    """Return the table that undoes the renaming of a table."""
+    """Return the table of the opposite direction: {new: old} for {old: new}."""
     return {new: old for old, new in table.items()}
 
 

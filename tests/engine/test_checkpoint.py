@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     for run in ("checkpoint", "checkpoint.previous"):
         harm(tmp_path / "harmed" / run / name)
     assert train.main(again) == 2
-    assert "no checkpoint is whole" in capsys.readouterr().err
+    assert "no checkpoint is undamaged" in capsys.readouterr().err
 
 
 def test_a_longer_run_can_follow_a_finished_one(text, uninterrupted, tmp_path):

@@ -227,10 +227,7 @@ def test_a_task_may_bring_its_data_its_start_and_its_loop_and_state_beside_an_ad
         (["--model", "gpt", "--train", "some"], ["--train some: expected all, head, or last:N"]),
         (["--model", "lora"], ["--model lora needs --base DIR"]),
         (["--model", "lora", "--base", "runs/gpt/model", "--size", "dora"], ["--model lora --adapter dora"]),
-        (
-            ["--model", "lora", "--base", "B", "--size", "last"],
-            ["--init-from B --task instruct --train last:1"],
-        ),
+        (["--model", "lora", "--base", "B", "--size", "last"], ["--size last", "leave out --size"]),
         (["--model", "gpt", "--base", "B"], ["--base B", "--init-from"]),
         (["--model", "gpt", "--set", "colour=3"], ["--set colour=3", "n_layers"]),
         (["--model", "bert", "--set", "mask_rate=0"], ["mask_rate 0"]),

@@ -37,6 +37,12 @@ def test_the_page_has_figures_settings_and_samples_escaped(tmp_path):
     assert page.tags.count("b") == 5 + 4  # the bold ones are titles and values of curves, none from a sample
 
 
+def test_the_page_of_an_adapter_names_its_base(tmp_path):
+    flags = START["flags"] | {"model": "lora", "size": None, "base": "runs/gpt/model"}
+    page = written(make_run(tmp_path / "a", start=START | {"flags": flags}))
+    assert "lora runs/gpt/model" in page.text
+
+
 def test_curves_have_a_point_for_each_row(tmp_path):
     page = written(make_run(tmp_path / "a"))
     training, validation, *others = page.paths["line"]

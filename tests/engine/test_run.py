@@ -2,16 +2,19 @@
 the models that are kept on the way."""
 
 import argparse
+import itertools
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_gpt import die_in, flags, forked, rows, same_run
+from small_gpt import die_in, flags, forked, prepared, rows, same_run
 
 import train
 from engine import checkpoint, log, optim
+from engine.run import check_saving
 
 
 def test_a_crashed_run_ends_where_it_would_have_ended(text, tmp_path):
@@ -78,3 +81,45 @@ def test_the_best_model_and_the_last_ones_are_kept_beside_the_last(text, tmp_pat
     assert any(not torch.equal(two[name], last[name]) for name in two)
     three = load_file(out / "models" / "step-3" / "model.safetensors")
     assert all(torch.equal(three[name], last[name]) for name in last)
+
+
+def test_a_resumed_run_may_have_less_patience_than_it_has_waited_already(text, tmp_path, monkeypatch, capsys):
+    losses = itertools.chain([5.0, 3.0], itertools.repeat(4.0))
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run: real(run) | {"val_loss": next(losses)})
+    out, every = tmp_path / "run", dict(eval_every=1, save_every=1)
+    assert train.main(flags(text, out, steps=8, patience=3, **every)) == 0
+    assert "stopped at step 4: 3 evaluations, no lower loss" in capsys.readouterr().out
+    assert train.main(flags(text, out, steps=8, patience=2, resume=True, **every)) == 0
+    assert "stopped at step 5: 4 evaluations, no lower loss" in capsys.readouterr().out
+
+
+def test_the_room_that_a_run_needs_on_the_disk_counts_frozen_weights_too(text, tmp_path, monkeypatch):
+    run = prepared(text, tmp_path / "run", train="head", keep_best=True, keep_models=4)
+    try:
+        n, trained = run.sizes.n_params, run.sizes.n_trained
+        assert trained < n / 4
+        # Three checkpoints of all weights and two moments of those that learn, and six models.
+        needed = 4 * (3 * (n + 2 * trained) + 6 * n)
+        for free in (needed, needed - 1):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: argparse.Namespace(free=free))
+            if free == needed:
+                check_saving(run, is_new=False)
+        with pytest.raises(ValueError, match="GB needed"):
+            check_saving(run, is_new=False)
+    finally:
+        run.close()
+
+
+def test_both_passes_of_sam_are_in_the_time_that_is_announced(text, tmp_path, monkeypatch, capsys):
+    minutes_for = {}
+    monkeypatch.setattr(log, "time", argparse.Namespace(perf_counter=itertools.count().__next__))
+    monkeypatch.setattr(
+        log.report, "describe_run", lambda minutes, **_: minutes_for.update({rho: minutes}) or []
+    )
+    for rho in (0.0, 0.05):
+        run = prepared(text, tmp_path / f"{rho}", sam_rho=rho, steps=60, eval_every=60)
+        log.time_and_announce(run)
+        run.close()
+    # A pass takes a second; an evaluation is the same with and without SAM.
+    assert minutes_for[0.05] - minutes_for[0.0] == pytest.approx(1.0)

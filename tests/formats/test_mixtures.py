@@ -463,6 +463,8 @@ def test_a_model_no_architecture_describes_is_refused_before_anything_is_written
         ("dots1", {"first_k_dense_replace": 2}, "dense_layers"),
         ("dots1", {"n_routed_experts": 16}, r"mlp\.gate\..* has shape \(12"),
         ("dots1", {"n_shared_experts": None}, "shared_experts.* has no place"),
+        ("dots1", {"aux_loss_alpha": "0.1"}, "aux_loss_alpha '0.1': expected a number"),
+        ("dots1", {"seq_aux": "no"}, "seq_aux 'no': expected true or false"),
         ("dots1", {"moe_intermediate_size": 6}, r"has shape \(.*config\.json says"),
         ("mixtral", {"num_local_experts": 7}, r"block_sparse_moe\.experts\.7\.w1\.weight has no place"),
         ("mixtral", {"num_hidden_layers": 3}, r"model\.layers\.2\..* is missing"),

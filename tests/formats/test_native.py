@@ -138,6 +138,8 @@ def test_parameters_in_whole_numbers_are_refused(concept, tmp_path):
         ({"config": {"widths": [4, 6, 8]}}, r"layers\.2\.bias is missing"),
         ({"config": {"widths": [4, 7]}}, r"layers\.1\.bias has shape \(6,\), config\.json says \(7,\)"),
         ({"config": {"widths": "4"}}, r"config\.json: "),
+        ({"config": [4, 6]}, r"config\.json: config \[4, 6\]: expected an object"),
+        ({"config": {"inner": {"widths": -1}}}, r"config\.json: "),
     ],
 )
 def test_what_does_not_fit_is_named(concept, tmp_path, changes, message):

@@ -24,7 +24,7 @@ import numpy as np
 from data.labelled import hold_out, read_examples
 from formats import command
 
-FEW = 50  # held-out texts; of fewer, the accuracy says little
+FEW = 50  # held-out texts; with fewer, the accuracy is imprecise
 
 
 class NaiveBayes(NamedTuple):

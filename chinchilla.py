@@ -157,8 +157,8 @@ LAWS = {
         "Hoffmann et al. 2022, approach 3",
         "arXiv 2203.15556, TeX source of equation 10",
         (1.4e18, 1.3e22),
-        "its search stopped before the optimum, and the interval of a, 0.454 to 0.455, is far too narrow for its points "
-        "(Besiroglu et al. 2024)",
+        "its search stopped before the optimum, and the interval of a, 0.454 to 0.455, is far too narrow for "
+        "its points (Besiroglu et al. 2024)",
     ),
     "kaplan": Published(
         Kaplan(k=1.3e9 / PF_DAY**0.73, a=0.73),

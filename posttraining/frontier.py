@@ -167,7 +167,8 @@ def exact_value(model: nn.Module, chain: Chain = Chain()) -> Value:
     """Return the exact value of a decoder's policy, summed over all S^T sequences.
 
     The policy is the softmax of the model's logits over the S states alone; the probability of other tokens
-    is `outside`. Raises ValueError for a model with a smaller vocabulary, and for one that mostly writes outside.
+    is `outside`. Raises ValueError for a model with a smaller vocabulary, and for one that mostly writes
+    outside.
     """
     if model.config.vocab_size <= chain.S:
         raise ValueError(

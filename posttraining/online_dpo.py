@@ -4,8 +4,8 @@
     loss = -log sigmoid(beta h), or (h - 1/(2 beta))^2 with method=ipo; h as in posttraining/dpo.py
 
 The pairs of offline DPO come from the model that training starts from, so that a policy far from it learns
-from answers that it no longer gives. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are as
-for PPO, see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and
+from answers that it no longer gives. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are
+as for PPO, see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and
 counted, and likewise those with an answer that has no score.
 
     python train.py --model online_dpo                                     a Markov chain with a known optimum
@@ -70,16 +70,14 @@ class Config:
 def draw(model: nn.Module, dataset: prompts.Prompts, batch: dict, n: int, seed: int) -> tuple[Tensor, ...]:
     """Return n answers to each prompt in a batch: tokens (N, T), mask (N, T) of the answers, scores (N,)."""
     settings = model.objective
-    given_prompts = [p for p in prompts.unpadded(batch, "prompt") for _ in range(n)]
+    prompt_ids = [p for p in prompts.unpadded(batch, "prompt") for _ in range(n)]
     given = [a for a in prompts.unpadded(batch, "answer") for _ in range(n)]
-    room = min(settings.max_new_tokens, model.config.max_seq_len - max(map(len, given_prompts)))
+    room = min(settings.max_new_tokens, model.config.max_seq_len - max(map(len, prompt_ids)))
     device = next(model.parameters()).device
     options = {"temperature": settings.temperature, "stop": dataset.stop}
-    drawn = model.generate(
-        given_prompts, room, **options, generator=torch.Generator(device).manual_seed(seed)
-    )
-    found = scores.score(dataset.scorer, scores.Completions(given_prompts, drawn, given))
-    tokens, of_next = laid_out(given_prompts, drawn)
+    drawn = model.generate(prompt_ids, room, **options, generator=torch.Generator(device).manual_seed(seed))
+    found = scores.score(dataset.scorer, scores.Completions(prompt_ids, drawn, given))
+    tokens, of_next = laid_out(prompt_ids, drawn)
     mask = torch.cat([torch.zeros(len(tokens), 1, dtype=torch.bool), of_next], dim=1)
     return tokens.to(device), mask.to(device), found.to(device)
 
@@ -209,8 +207,6 @@ def show(model: nn.Module, dataset: prompts.Prompts, out: Path) -> str:
     if dataset.tokenizer is None:
         of_reward = model.objective.method == "dpo"
         return chain_preferences.placed(model, model.objective.beta if of_reward else None)
-    given_prompts = prompts.unpadded(
-        stack([dataset.val[i] for i in range(min(len(dataset.val), 4))]), "prompt"
-    )
-    found = instruct.answers(model, dataset.tokenizer, given_prompts, model.objective.max_new_tokens)
-    return "\n\n".join(f"{dataset.tokenizer.decode(p)}{a}" for p, a in zip(given_prompts, found, strict=True))
+    prompt_ids = prompts.unpadded(stack([dataset.val[i] for i in range(min(len(dataset.val), 4))]), "prompt")
+    found = instruct.answers(model, dataset.tokenizer, prompt_ids, model.objective.max_new_tokens)
+    return "\n\n".join(f"{dataset.tokenizer.decode(p)}{a}" for p, a in zip(prompt_ids, found, strict=True))

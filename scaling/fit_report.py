@@ -45,8 +45,8 @@ def predict_largest(fitted: Fit) -> dict:
 
 
 def optimum_at(law: Law, laws: Law, C: float) -> dict[str, list[float]]:
-    """Return value and 95 % interval of N*, D*, D*/N* and the loss at C. laws: those of all resamples, one Law
-    whose fields are arrays."""
+    """Return value and 95 % interval of N*, D*, D*/N* and the loss at C. laws: those of all resamples, one
+    Law whose fields are arrays."""
     (N, D), (many_N, many_D) = law.optimal(C), laws.optimal(C)
     pairs = {"N": (N, many_N), "D": (D, many_D), "D/N": (D / N, many_D / many_N)}
     pairs["loss"] = law.loss(N, D), laws.loss(many_N, many_D)
@@ -86,8 +86,8 @@ def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | Non
 
 
 def other_approaches(fitted: Fit, largest_budget: float) -> tuple[dict, IsoFLOP | None]:
-    """Return approaches 1 and 2 with the prediction of the largest runs, and the result of approach 2 if there
-    is one. Where the points do not allow one of the three, its entry is {"none": the reason}."""
+    """Return approaches 1 and 2 with the prediction of the largest runs, and the result of approach 2 if
+    there is one. Where the points do not allow one of the three, its entry is {"none": the reason}."""
     found, valleys = {}, None
     try:
         found["approach1"] = vars(envelope(fitted.N, fitted.D, fitted.L))

@@ -2,8 +2,9 @@
 
     GPU-hours = C / (peak FLOP/s x MFU x 3600)        kWh = GPU-hours x kW x PUE        CO2 = kWh x kg per kWh
 
-MFU, the model FLOPs utilisation, is the share of the peak that is reached. PUE, the power usage effectiveness,
-is the power of a data centre over that of its computers. Units: C FLOPs, power watts, prices US dollars.
+MFU, the model FLOPs utilisation, is the share of the peak that is reached. PUE, the power usage
+effectiveness, is the power of a data centre over that of its computers. Units: C FLOPs, power watts, prices
+US dollars.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def energy(hours: float, watts: float, pue: float = PUE) -> float:
 
 
 def hardware_cost(C: float, device: Device, gpus: int, mfu: float, price: float | None) -> dict:
-    """Return time, rent, energy and CO2 of C FLOPs on `gpus` devices. price: dollars an hour of one, or None."""
+    """Return time, rent, energy and CO2 of C FLOPs on `gpus` devices. price: dollars an hour of each."""
     hours = gpu_hours(C, device, mfu)
     kwh = energy(hours, device.watts)
     return {

@@ -4,10 +4,10 @@
 
 is the objective of approach 3 of Hoffmann et al. 2022, section 3.3: x, y, z are the logarithms of N, D and
 the loss, r is the error of the predicted logarithm, and Huber's function grows only linearly where |r| is
-above delta. Here e, a, b are the logarithms of E, A, B, and not the exponents a and b of chinchilla.py. The usual way starts L-BFGS-B from thousands of points, most of which end in a flat region. Here
-a grid over (alpha, beta) alone gives the start, because the law is linear in the other three parameters once
-the exponents are given (variable projection). Newton's method, damped and with the exact Hessian, does the
-rest.
+above delta. Here e, a, b are the logarithms of E, A, B, and not the exponents a and b of chinchilla.py. The
+usual way starts L-BFGS-B from thousands of points, most of which end in a flat region. Here a grid over
+(alpha, beta) alone gives the start, because the law is linear in the other three parameters once the
+exponents are given (variable projection). Newton's method, damped and with the exact Hessian, does the rest.
 
 x, y and z are centred. That changes a, b and e but not f, and brings the five unknowns to similar scales. w_i
 is the number of times that a resample contains point i.

@@ -74,8 +74,8 @@ def bootstrap_interval(C: float, seed: int = 0) -> dict[str, list[float]]:
 
 
 def same_loss(law: Law, C: float, size: float) -> tuple[float, float, float]:
-    """Return (N, D, extra) of the model of `size` times N* that reaches the least loss of C; its training takes
-    (1 + extra) C FLOPs. D and extra are inf where no number of tokens is enough.
+    """Return (N, D, extra) of the model of `size` times N* that reaches the least loss of C. Its training
+    takes (1 + extra) C FLOPs. D and extra are inf where no number of tokens is enough.
 
     For half of N*, extra is 0.21 by the coefficients of de Vries 2023 ("Go smol or go home"), and 0.26 by
     those of Besiroglu et al.
@@ -346,7 +346,7 @@ def make_plan(
             f"choose one of {laws}"
         )
 
-    # Each part of the plan has a key, which is left out where the law lacks a loss or no flag asks for the part.
+    # Each part of the plan has a key, which is left out where the law or the flags give no such part.
     plan = {"compute": C, "law": law_name, "laws": plan_laws(C, seed)}
     if isinstance(law, Law):
         plan["same_loss"] = plan_other_sizes(law, C)

@@ -343,7 +343,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def check_exist(layers: dict[str, Adapted], names: Sequence[str | None]) -> None:
-    """Raise ValueError unless there are names and each, except None, is that of an adapter in these layers."""
+    """Raise ValueError unless there are names, and each but None is that of an adapter in these layers."""
     if not names:
         raise ValueError("no adapter is named; give one name, or one for each row of a batch")
     existing = adapter_names(layers)

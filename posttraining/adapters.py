@@ -367,9 +367,10 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 def use(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Use an adapter within this block, none (None), or with a sequence of names one for each row of a batch.
 
-    A sequence takes the memory of one adapter per row, allows one backward pass to its adapters, and leaves out
-    their dropout. A compiled model compiles again for each single name, but only once for all sequences of one length.
-    Raises ValueError for an unknown name, and for a sequence of several names if experts are adapted.
+    A sequence takes the memory of one adapter per row, allows one backward pass to its adapters, and leaves
+    out their dropout. A compiled model compiles again for each single name, but only once for all sequences
+    of one length. Raises ValueError for an unknown name, for no names, and for a sequence of several names if
+    experts are adapted.
     """
     layers = adapted_layers(model)
     before = [(layer.active, layer.row_factors) for layer in layers.values()]

@@ -49,7 +49,7 @@ from scaling.points import (
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta. Arguments and fields: numbers, or arrays that broadcast."""
+    """L(N, D) = E + A / N^alpha + B / D^beta. Fields and arguments are numbers, or arrays that broadcast."""
 
     E: float
     A: float
@@ -58,16 +58,17 @@ class Law:
     beta: float
 
     def loss(self, N, D):
+        """Return the loss of N parameters after D tokens, nats per token."""
         return self.E + self.A / np.power(N, self.alpha) + self.B / np.power(D, self.beta)
 
     @property
     def a(self) -> float:
-        """Exponent of the best N over compute."""
+        """Return the exponent of N* as a power of C."""
         return self.beta / (self.alpha + self.beta)
 
     @property
     def b(self) -> float:
-        """Exponent of the best D over compute."""
+        """Return the exponent of D* as a power of C."""
         return self.alpha / (self.alpha + self.beta)
 
     def optimal(self, C):
@@ -84,7 +85,7 @@ class Law:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N* = k C^a and D* = C / (6 N*): an allocation of compute, without a law of the loss."""
+    """N* = k C^a and D* = C / (6 N*): how to divide compute, without a law of the loss."""
 
     k: float
     a: float
@@ -99,8 +100,9 @@ class PowerLaw:
 class Kaplan(PowerLaw):
     """L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D of Kaplan et al. 2020, equation 1.5.
 
-    N is counted without embeddings and head. Their allocation k C^a does not follow from this law: it is a
-    fit of its own (section 6)."""
+    The constants are those of equations 1.1 and 1.2; the joint fit in table 2 has slightly different ones. N
+    is counted without embeddings and head. N* = k C^a does not follow from this law: it is a fit of its own
+    (section 6)."""
 
     alpha_N: float = 0.076
     N_c: float = 8.8e13
@@ -108,13 +110,14 @@ class Kaplan(PowerLaw):
     D_c: float = 5.4e13
 
     def loss(self, N, D):
+        """Return the loss of N parameters after D tokens, nats per token."""
         of_N = np.power(self.N_c / N, self.alpha_N / self.alpha_D)
         return np.power(of_N + self.D_c / D, self.alpha_D)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A law, where it comes from, and what to know before believing it."""
+    """A published law with its source, the compute of the runs behind it, and its limits."""
 
     law: Law | PowerLaw
     title: str
@@ -154,8 +157,8 @@ LAWS = {
         "Hoffmann et al. 2022, approach 3",
         "arXiv 2203.15556, TeX source of equation 10",
         (1.4e18, 1.3e22),
-        "stopped before the optimum, and the interval of a, 0.454 to 0.455, is far too narrow for its points "
-        "(Besiroglu et al. 2024)",
+        "its search stopped before the optimum, and the interval of a, 0.454 to 0.455, is far too narrow for "
+        "its points (Besiroglu et al. 2024)",
     ),
     "kaplan": Published(
         Kaplan(k=1.3e9 / PF_DAY**0.73, a=0.73),
@@ -190,21 +193,22 @@ class Fit:
 
     law: Law
     objective: float  # f of scaling/huber_fit.py at the optimum
-    N: np.ndarray
+    N: np.ndarray  # float64 (n,), like D and L
     D: np.ndarray
     L: np.ndarray
-    delta: float
+    delta: float  # of Huber's function, as `fit` took it
     clusters: np.ndarray  # (n,) int64: the bootstrap by size draws points of one label together
     theta: np.ndarray  # (1, 5): the optimum in the unknowns of scaling/huber_fit.py
     warnings: list[str]  # reasons to doubt the law
 
     @property
     def residuals(self) -> np.ndarray:
-        """ln predicted - ln measured (n,)."""
+        """Return ln predicted - ln measured loss of each point, float64 (n,)."""
         return np.log(self.law.loss(self.N, self.D) / self.L)
 
     @property
     def residual_rms(self) -> float:
+        """Return the root mean square of the residuals."""
         return float(np.sqrt(np.mean(self.residuals**2)))
 
     def bootstrap(self, n: int = 4000, seed: int = 0, by_size: bool = False) -> np.ndarray:
@@ -212,10 +216,10 @@ class Fit:
 
         Law(*samples.T) holds all n laws at once: `interval(Law(*samples.T).optimal(C)[0])` is that of N*.
         by_size resamples whole sizes instead of points, for points of one size that may err together (one
-        run, or one learning rate). Resamples with less than 3 sizes or 3 D are drawn again; those whose
-        optimum is on the border keep it, and widen the intervals. Both are added to `warnings`.
+        run, or one learning rate). Resamples with fewer than 3 sizes or 3 values of D are drawn again; those
+        whose optimum is on the border keep it, and widen the intervals. `warnings` gets a line for each.
 
-        Raises ValueError for less than one resample, and for by_size with less than 4 sizes."""
+        Raises ValueError for fewer than one resample, and for by_size with fewer than 4 sizes."""
         units = self.clusters if by_size else np.arange(len(self.N))
         w, n_redrawn = draw_resamples(units, (self.clusters, group_equal(self.D)), n, seed)
 
@@ -225,7 +229,7 @@ class Fit:
 
         # Note what was wrong with some of the resamples, once.
         counts = {
-            "were drawn anew: they had less than 3 sizes, or 3 D": n_redrawn,
+            "were drawn anew: they had fewer than 3 sizes or 3 values of D": n_redrawn,
             f"have no optimum within the border ({BORDER})": on_border(theta).any(axis=1).sum(),
             "stopped before the gradient vanished": (~solved).sum(),
         }
@@ -251,7 +255,7 @@ def fit(N, D, L, delta: float = 1e-3, *, clusters=None) -> Fit:
     the width, 5e-9 on our scale, where f is in effect the sum of absolute errors. With a delta of 1e-6 or
     less, `fit` returns their numbers.
 
-    Raises ValueError for less than 6 points, a single size or D, and numbers that are not positive."""
+    Raises ValueError for fewer than 6 points, a single size or D, and numbers that are not positive."""
     N, D, L = (np.asarray(values, dtype=np.float64) for values in (N, D, L))
     if not 0 < delta < math.inf:
         raise ValueError(f"fit: delta {delta}: expected a positive number")

@@ -10,7 +10,7 @@ is trained. The methods differ in which letters they train, and in their initial
     rsLoRA    s = alpha / sqrt(r), so that a large r learns as fast          Kalajdzievski 2023, section 3
     LoRA+     B learns at lr_ratio times the rate of A                       Hayou et al. 2024, section 4
     PiSSA     A, B start as the r largest singular directions of W           Meng et al. 2024, section 3
-    DoRA      and g = m / |W + s B A|, a trained length m of each row        Liu et al. 2024, section 4.1
+    DoRA      LoRA and g = m / |W + s B A|, m a trained length of each row   Liu et al. 2024, section 4.1
     IA3       g = c of keys and values, u of the MLP's last matrix; no A, B  Liu et al. 2022, section 3.3
     QLoRA     LoRA on a W in 4 bits, see posttraining/nf4.py                 Dettmers et al. 2023
 
@@ -366,7 +366,7 @@ def print_table() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, or with arguments do what the flags in posttraining/adapter_command.py say."""
+    """Print the table, or with arguments run the command of posttraining/adapter_command.py."""
     argv = sys.argv[1:] if argv is None else argv
     if argv:
         return importlib.import_module("posttraining.adapter_command").main(argv)

@@ -24,7 +24,7 @@ def open_adapted(directory: Path, base: str | None) -> tuple[nn.Module, Tokenize
     """Return the model and the tokenizer of a run or of its model/: a base with its adapter, or a model that
     was trained without one. They are in full precision, on the GPU if there is one.
 
-    base: the directory of the base, if it is not where the adapter says.
+    base: the directory of the base, if it is not the one that the adapter names.
     """
     directory = directory / "model" if (directory / "model").is_dir() else directory
     if not any((directory / file).exists() for file in ("adapter_config.json", "config.json")):
@@ -56,7 +56,7 @@ def merge_into(directory: Path, model: nn.Module, tokenizer: Tokenizer | WordPie
 
 
 def main(argv: list[str]) -> int:
-    """Do what the flags say, and return the exit code."""
+    """Run the command line `argv`, and return the exit code."""
     parser = command.Parser(
         prog="lora.py", description="Ask an adapted model, or merge it; without arguments, list the methods."
     )
@@ -71,7 +71,11 @@ def main(argv: list[str]) -> int:
     add("--chat", action="store_true", help="talk to it")
     add("--prompt", help="ask one question")
     add("--merge", type=command.path, metavar="DIR", help="write base and adapter as one ordinary model")
-    add("--image", type=command.path, help="an image to ask about, for a model that sees (default: none)")
+    add(
+        "--image",
+        type=command.path,
+        help="an image to ask about, for a model that reads images (default: none)",
+    )
     add("--system", help="a system message, which comes before all questions")
     add("--max-new-tokens", type=int, default=100, help="longest answer, in tokens (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default 0)")
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> int:
 def do(args: argparse.Namespace) -> None:
     """Merge the adapter, chat, or answer one question."""
     if [args.chat, args.prompt is not None, args.merge is not None].count(True) != 1:
-        raise ValueError(f"what with {args.adapter}? give one of --chat, --prompt and --merge")
+        raise ValueError(f"{args.adapter}: nothing to do; give one of --chat, --prompt and --merge")
     model, tokenizer = open_adapted(args.adapter, args.base)
     if args.merge is not None:
         merge_into(args.merge, model, tokenizer)

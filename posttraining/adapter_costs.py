@@ -50,8 +50,8 @@ def flops_per_token(model: nn.Module, config: Any, full: int) -> int:
 def adapter_bytes(block: nn.Module, config: Any, precision: tuple[int, int, bool]) -> int:
     """Return the bytes per token that the adapters in a block of the base keep for backward.
 
-    They keep A x, or the outputs that they scale. config: of the base. precision: (e, r, autocast) as in
-    engine/memory.py. An upper bound for IA3.
+    They keep A x, or the outputs that they scale. config: of the base. precision: (e, r, autocast) of
+    engine/activations.py. For IA3 this is an upper bound.
     """
     kept = 0
     for name, p in block.named_parameters():

@@ -343,7 +343,9 @@ def check_name(model: nn.Module, name: str) -> None:
 
 
 def check_exist(layers: dict[str, Adapted], names: Sequence[str | None]) -> None:
-    """Raise ValueError unless each of the names, except None, is that of an adapter in these layers."""
+    """Raise ValueError unless there are names, and each but None is that of an adapter in these layers."""
+    if not names:
+        raise ValueError("no adapter is named; give one name, or one for each row of a batch")
     existing = adapter_names(layers)
     for name in names:
         if name is not None and name not in existing:
@@ -365,9 +367,10 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 def use(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Use an adapter within this block, none (None), or with a sequence of names one for each row of a batch.
 
-    A sequence takes the memory of one adapter per row, and allows one backward pass to its adapters. A
-    compiled model compiles again for each single name, but only once for all sequences of one length.
-    Raises ValueError for an unknown name, and for a sequence of several names if experts are adapted.
+    A sequence takes the memory of one adapter per row, allows one backward pass to its adapters, and leaves
+    out their dropout. A compiled model compiles again for each single name, but only once for all sequences
+    of one length. Raises ValueError for an unknown name, for no names, and for a sequence of several names if
+    experts are adapted.
     """
     layers = adapted_layers(model)
     before = [(layer.active, layer.row_factors) for layer in layers.values()]

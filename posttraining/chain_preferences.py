@@ -41,7 +41,7 @@ def dataset(chain: Chain, n: int = N_TRAIN, n_held_out: int = N_HELD_OUT) -> Dat
 def placed(model: nn.Module, beta: float | None) -> str:
     """Return the exact reward and KL of a model of the chain beside the best that its KL allows, as text.
 
-    beta: also beside the optimum of reward - beta KL; None for a method with another one.
+    beta: the optimum of reward - beta KL is added; None for a method that has another optimum.
     """
     reward, kl, outside = frontier.exact_value(model)
     start = frontier.optimum(math.inf)[0]

@@ -1,7 +1,7 @@
 """Talk to an instruction-tuned model at the terminal, as `python lora.py runs/lora --chat` does.
 
-With `--image FILE` a model that sees (vision/llava.py) is asked about an image, which stands in front of the
-first question: `python lora.py runs/llava --chat --image photo.png`.
+With `--image FILE` a model that reads images (vision/llava.py) answers about an image, which stands in front
+of the first question: `python lora.py runs/llava --chat --image photo.png`.
 """
 
 from argparse import Namespace
@@ -19,7 +19,7 @@ from generate import end_tokens, print_stream
 def look_at(model: nn.Module, args: Namespace) -> Tensor | None:
     """Return the image args.image (1, C, H, W) as the model reads it; None without one.
 
-    Raises ValueError for a model that does not see, and for a file that is no image.
+    Raises ValueError for a model that reads no images, and for a file that is no image.
     """
     if args.image is None:
         return None
@@ -39,8 +39,8 @@ def tokens_of(
     if image is None:
         return prompt_tokens(messages, tokenizer)
     first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    asked = messages[first] | {"content": f"{IMAGE}\n{messages[first]['content']}"}
-    messages = [*messages[:first], asked, *messages[first + 1 :]]
+    question = messages[first] | {"content": f"{IMAGE}\n{messages[first]['content']}"}
+    messages = [*messages[:first], question, *messages[first + 1 :]]
     return prompt_tokens(messages, tokenizer, model.config.image_tokens)
 
 
@@ -71,7 +71,7 @@ def begin(args: Namespace) -> list[dict]:
 
 
 def talk(model: nn.Module, tokenizer: Tokenizer, args: Namespace) -> None:
-    """Question and answer in turns, until the end of input.
+    """Read a question and print its answer, in turns, until the end of input.
 
     The oldest turns are dropped when all of them and an answer would be longer than the model reads.
     """

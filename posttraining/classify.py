@@ -199,9 +199,9 @@ def parameter_groups(model: Classifier, lr: float, layer_decay: float) -> list[d
 
 
 def default_rate(model: Classifier) -> float:
-    """Return the peak learning rate 5e-5 (85e6 / N)^0.6 for N weights in the layers of a model.
+    """Return the peak learning rate 5e-5 (85e6 / n)^0.6 for n weights in the layers of a model.
 
-    BERT base, N = 85 million, is fine-tuned at 5e-5 (Devlin et al. 2018, appendix A.3). Smaller models need
+    BERT base, n = 85 million, is fine-tuned at 5e-5 (Devlin et al. 2018, appendix A.3). Smaller models need
     more: the exponent is from a search with our own, see docs/bert.md.
     """
     n_weights = model.flops_per_token(1) / 6

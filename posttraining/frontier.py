@@ -4,8 +4,9 @@ Every method that learns from a reward R trades two things, and the best trade i
 
     max over pi  E[R] - beta KL(pi || ref)        pi*(y) = ref(y) exp(R(y) / beta) / Z
 
-For a language model Z is a sum over all texts. Here the reference is a Markov chain and the reward is a sum
-over tokens. So Z is summed token by token from the last one back, and V_t needs only the token s before:
+For a language model Z is a sum over all texts. Here the reference is a Markov chain with the transition
+probabilities P(a | s), and R is a sum of the rewards r(a) of the tokens a. So Z is summed token by token from
+the last one back, and the value V_t depends only on the token s before:
 
     V_t(s) = beta log sum_a P(a | s) exp((r(a) + V_{t+1}(a)) / beta),       V_{T+1} = 0
     pi*_t(a | s) = P(a | s) exp((r(a) + V_{t+1}(a) - V_t(s)) / beta)
@@ -39,8 +40,8 @@ from formats.atomic import damage, replace_directory, replace_file, write_checks
 from formats.open_model import open_model
 from gpt import GPT, Config
 
-BETAS = (math.inf, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
-NS = (1, 2, 4, 8, 16, 64)
+BETAS = (math.inf, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)  # of the table
+NS = (1, 2, 4, 8, 16, 64)  # samples of best-of-n, of the table
 WIDTH = Config(2, 4, 64, 128, qk_norm=True, tie_embeddings=False)  # of the model that computes the chain
 
 
@@ -165,8 +166,9 @@ def value_of(model: nn.Module, chain: Chain = Chain()) -> tuple[float, float]:
 def exact_value(model: nn.Module, chain: Chain = Chain()) -> Value:
     """Return the exact value of a decoder's policy, summed over all S^T sequences.
 
-    The policy is the softmax of the model's logits over the S states, so that of what is `outside` nothing
-    counts. Raises ValueError for a model with a smaller vocabulary, and for one that mostly writes outside.
+    The policy is the softmax of the model's logits over the S states alone; the probability of other tokens
+    is `outside`. Raises ValueError for a model with a smaller vocabulary, and for one that mostly writes
+    outside.
     """
     if model.config.vocab_size <= chain.S:
         raise ValueError(

@@ -24,7 +24,7 @@ import numpy as np
 from data.labelled import hold_out, read_examples
 from formats import command
 
-FEW = 50  # held-out texts; of fewer, the accuracy says little
+FEW = 50  # held-out texts; with fewer, the accuracy is imprecise
 
 
 class NaiveBayes(NamedTuple):
@@ -68,9 +68,11 @@ def accuracy(examples: list[tuple[str, str]], held_out: list[tuple[str, str]]) -
 
 
 def simple_guesses(examples: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> list[str]:
-    """Return lines with the numbers of texts, and how well two simple guesses do on those held out."""
+    """Return lines with the numbers of texts, and how well two simple guesses do on those held out: the label
+    that is most frequent in the examples, and naive Bayes fitted to them."""
     labels = ", ".join(sorted({label for _, label in examples}))
-    most = Counter(label for _, label in held_out).most_common(1)[0][1] / len(held_out)
+    most_frequent = Counter(label for _, label in examples).most_common(1)[0][0]
+    most = sum(label == most_frequent for _, label in held_out) / len(held_out)
     few = f"; so few that each is {1 / len(held_out):.1%} of an accuracy" if len(held_out) < FEW else ""
     return [
         f"{len(examples):,} texts, {len(held_out):,} held out; labels {labels}{few}",

@@ -109,9 +109,8 @@ def quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     if flat.numel() % BLOCK:
         flat = F.pad(flat, (0, -flat.numel() % BLOCK))
     packed, absmax = [], []
-    for part in flat.view(-1, BLOCK).split(
-        2**17
-    ):  # 8 million weights at a time, to bound the memory of copies
+    # Take 8 million weights at a time, to bound the memory of copies.
+    for part in flat.view(-1, BLOCK).split(2**17):
         part = part.float()
         absmax.append(part.abs().amax(dim=1))
         q = nearest(part, absmax[-1], nf4_code())

@@ -3,9 +3,9 @@
     y_1, y_2 ~ pi(. | x);   y_c the one with the higher reward, y_r the other
     loss = -log sigmoid(beta h), or (h - 1/(2 beta))^2 with method=ipo; h as in posttraining/dpo.py
 
-The pairs of offline DPO come from the model of the start, so that a policy far from it learns from answers
-that it does not give any more. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are as
-for PPO, see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and
+The pairs of offline DPO come from the model that training starts from, so that a policy far from it learns
+from answers that it no longer gives. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are
+as for PPO, see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and
 counted, and likewise those with an answer that has no score.
 
     python train.py --model online_dpo                                     a Markov chain with a known optimum
@@ -70,14 +70,14 @@ class Config:
 def draw(model: nn.Module, dataset: prompts.Prompts, batch: dict, n: int, seed: int) -> tuple[Tensor, ...]:
     """Return n answers to each prompt in a batch: tokens (N, T), mask (N, T) of the answers, scores (N,)."""
     settings = model.objective
-    asked = [p for p in prompts.unpadded(batch, "prompt") for _ in range(n)]
+    prompt_ids = [p for p in prompts.unpadded(batch, "prompt") for _ in range(n)]
     given = [a for a in prompts.unpadded(batch, "answer") for _ in range(n)]
-    room = min(settings.max_new_tokens, model.config.max_seq_len - max(map(len, asked)))
+    room = min(settings.max_new_tokens, model.config.max_seq_len - max(map(len, prompt_ids)))
     device = next(model.parameters()).device
     options = {"temperature": settings.temperature, "stop": dataset.stop}
-    drawn = model.generate(asked, room, **options, generator=torch.Generator(device).manual_seed(seed))
-    found = scores.score(dataset.scorer, scores.Completions(asked, drawn, given))
-    tokens, of_next = laid_out(asked, drawn)
+    drawn = model.generate(prompt_ids, room, **options, generator=torch.Generator(device).manual_seed(seed))
+    found = scores.score(dataset.scorer, scores.Completions(prompt_ids, drawn, given))
+    tokens, of_next = laid_out(prompt_ids, drawn)
     mask = torch.cat([torch.zeros(len(tokens), 1, dtype=torch.bool), of_next], dim=1)
     return tokens.to(device), mask.to(device), found.to(device)
 
@@ -135,7 +135,7 @@ def train(run: Run, log: Log) -> None:
         model.eval()  # no dropout
         lr = set_learning_rate(run.optimizers, step, args)
         batch, generator = ppo.prompts_of_step(run), None
-        if model.objective.preferred == "drawn":  # by draws that are those of no answer
+        if model.objective.preferred == "drawn":  # with a seed that no answer is drawn with
             generator = torch.Generator(args.device).manual_seed(seed_of(-1 - args.seed, step))
         with run.autocast():
             drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, seed_of(args.seed, step))
@@ -207,6 +207,6 @@ def show(model: nn.Module, dataset: prompts.Prompts, out: Path) -> str:
     if dataset.tokenizer is None:
         of_reward = model.objective.method == "dpo"
         return chain_preferences.placed(model, model.objective.beta if of_reward else None)
-    asked = prompts.unpadded(stack([dataset.val[i] for i in range(min(len(dataset.val), 4))]), "prompt")
-    found = instruct.answers(model, dataset.tokenizer, asked, model.objective.max_new_tokens)
-    return "\n\n".join(f"{dataset.tokenizer.decode(p)}{a}" for p, a in zip(asked, found, strict=True))
+    prompt_ids = prompts.unpadded(stack([dataset.val[i] for i in range(min(len(dataset.val), 4))]), "prompt")
+    found = instruct.answers(model, dataset.tokenizer, prompt_ids, model.objective.max_new_tokens)
+    return "\n\n".join(f"{dataset.tokenizer.decode(p)}{a}" for p, a in zip(prompt_ids, found, strict=True))

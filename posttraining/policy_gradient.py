@@ -4,7 +4,7 @@
     its clipped form   loss_t = max(-A_t ratio_t, -A_t clip(ratio_t, 1 - e, 1 + e)),  ratio_t = pi / pi_old
 
 PPO, GRPO, RLOO and their relatives are one loop (posttraining/ppo.py) with other answers to four questions.
-R is the reward of a completion; its group are the completions of the same prompt. METHODS is this table:
+R is the reward of a completion, whose group is all completions of the same prompt. METHODS is this table:
 
     method    advantage of a token          KL penalty        ratio of          mean over
     ppo       GAE with a value head         in each reward    a token           all tokens
@@ -31,7 +31,7 @@ et al. 2022), and the details that Huang et al. 2024 found (arXiv:2403.17031). G
 GRPO: Liu et al. 2025. DAPO: Yu et al. 2025. GSPO: Zheng et al. 2025. RLOO: Ahmadian et al. 2024.
 
 Shapes: B completions, T tokens. Every mask is bool (B, T): True at the tokens that were sampled. Values at
-the other tokens (prompt, padding, what a tool wrote) change no result, not even NaN.
+the other tokens (prompt, padding) change no result, not even if they are NaN.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Method:
     penalty: str  # where the KL penalty is: "reward" or "loss"
     ratio: str  # a kind of `ratios`
     average: str  # a kind of `token_weights`
-    clip_high: float | None = None  # the upper clip if it is another one than the lower
+    clip_high: float | None = None  # the upper clip, if it differs from the lower
 
 
 METHODS = {
@@ -191,7 +191,8 @@ def token_weights(mask: Tensor, kind: str, longest: int | None = None, n_parts: 
     if kind == "dapo":
         return m / m.sum().clamp(min=1)
     if kind == "bnpo":
-        return torch.cat([part / part.sum().clamp(min=1) for part in m.chunk(n_parts)]) / n_parts
+        parts = m.chunk(n_parts)  # fewer than n_parts where these do not divide B
+        return torch.cat([part / part.sum().clamp(min=1) for part in parts]) / len(parts)
     if kind == "dr_grpo":
         return m / (n_rows * (longest or mask.shape[1]))
     raise ValueError(f"token_weights {kind!r}: expected grpo, bnpo, dapo or dr_grpo")

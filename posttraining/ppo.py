@@ -15,9 +15,9 @@ does not change.
     python train.py --model ppo --init-from DIR --data stdlib --lr 1e-4 --set reward=exact beta=0.05
     python train.py --model ppo --init-from DIR --data questions.jsonl --lr 1e-4 --set reward=my.py:polite
 
-posttraining/rollout.py samples completions and computes their rewards, which the code calls scores, as
-opposed to the rewards of tokens. Before the first update of a step every ratio is exactly 1, and before the
-first of a run the KL is exactly 0; both are logged, since most mistakes show there first.
+posttraining/rollout.py samples completions and computes their rewards. The code calls the reward of a
+completion its score; `rewards` are those of tokens. Before the first update of a step every ratio is exactly
+1, and before the first of a run the KL is exactly 0; both are logged, since most mistakes show there first.
 
 Everything random is a function of (seed, step): a run that is killed and resumed computes the same as one
 that is not.

@@ -6,9 +6,10 @@ The reference is the model that training starts from, and it never changes. So o
 the first step takes the place of a second model in memory and of a second forward pass in every step. The
 results are kept under a hash of all that decides them: the weights of the reference, the rows, the precision.
 
-One rule for all tasks with a reference: it is the model that training starts from, as training sees it. That
-includes the fields of --set, the precision, perhaps 4 bits, of an adapter's base, and an adapter that is
-trained further, as it is at the start. A new adapter changes nothing yet, so that its reference is the base.
+In all tasks the reference is the model that training starts from, in the form in which it is trained: with
+the fields of --set; with an adapter's base in the precision of training, 4 bits for example; and with an
+adapter that is trained further as it is at the start. A new adapter changes nothing yet, so its reference is
+the base.
 
 Shapes: C answers of a row, T tokens.
 """

@@ -4,7 +4,7 @@
 
 Log-probabilities are computed by the forward pass of training, at the temperature of sampling, without
 dropout; those that the sampler computes on its way, token by token, differ in their last bits. So the ratio
-of the first update is exactly 1, and so is the KL 0 as long as the policy is the reference. With one
+of the first update is exactly 1, and the KL is exactly 0 as long as the policy is the reference. With one
 minibatch that pass is the forward pass of the first update, too: it keeps its graph, and is computed once.
 
 Completions are laid out behind their prompts and padded on the right. The mask is made of their lengths: a

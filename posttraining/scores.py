@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data.tokenizer import get_tokenizer
 from engine.log import Failed
 from posttraining.frontier import Chain
 
@@ -52,6 +53,7 @@ def find(reward: str, tokenizer: Any, stop: int | None) -> Scorer:
             float(a == b) for a, b in zip(texts(rows.completions), texts(rows.answers), strict=True)
         ]
     if Path(reward).is_dir():
+        check_tokenizer(reward, tokenizer)
         model = open_reward_model(reward)
         return lambda rows: model([p + c for p, c in zip(rows.prompts, rows.completions, strict=True)])
     function = find_function(reward)
@@ -77,6 +79,17 @@ def find_function(reward: str) -> Callable:
     if not callable(function):
         raise ValueError(f"--set reward={reward}: {source} has no function {name}")
     return function
+
+
+def check_tokenizer(directory: str, tokenizer: Any) -> None:
+    """Raise ValueError if the reward model in directory was saved with another tokenizer than the policy's.
+
+    The token ids of completions would mean other texts to it.
+    """
+    saved = (Path(directory) / "tokenizer.json").exists()
+    if saved and get_tokenizer(directory).fingerprint != tokenizer.fingerprint:
+        expected = "expected a reward model with the same one"
+        raise ValueError(f"--set reward={directory}: another tokenizer than the policy's; {expected}")
 
 
 def open_reward_model(directory: str) -> Callable[[list[list[int]]], list[float]]:

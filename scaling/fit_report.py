@@ -23,7 +23,7 @@ from formats.quantities import quantity, short
 from scaling import identified
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
 from scaling.outliers import Chosen, describe, leave_out_highest, leave_out_outliers, print_outliers
-from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, say_no_frontier
+from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, write_no_frontier
 from scaling.points import Table, group_equal, interval, read_table
 
 OUT = Path("runs/fit")
@@ -33,7 +33,8 @@ LEAST_RESAMPLES = 20  # fewer do not give a 95 % interval
 
 
 def predict_largest(fitted: Fit) -> dict:
-    """Fit the law without the tenth of the points of most compute, and return its relative error on these."""
+    """Fit the law to all points but the tenth of most compute, and return the relative error of its loss on
+    that tenth: the mean and the root mean square, beside the numbers and the compute of the points."""
     C = 6 * fitted.N * fitted.D
     last = np.quantile(C, 0.9) <= C
     law = fit(fitted.N[~last], fitted.D[~last], fitted.L[~last], fitted.delta).law
@@ -44,7 +45,8 @@ def predict_largest(fitted: Fit) -> dict:
 
 
 def optimum_at(law: Law, laws: Law, C: float) -> dict[str, list[float]]:
-    """Return value and 95 % interval of N*, D*, D*/N* and the loss at C. laws: the resampled laws, in one."""
+    """Return value and 95 % interval of N*, D*, D*/N* and the loss at C. laws: those of all resamples, one
+    Law whose fields are arrays."""
     (N, D), (many_N, many_D) = law.optimal(C), laws.optimal(C)
     pairs = {"N": (N, many_N), "D": (D, many_D), "D/N": (D / N, many_D / many_N)}
     pairs["loss"] = law.loss(N, D), laws.loss(many_N, many_D)
@@ -52,7 +54,7 @@ def optimum_at(law: Law, laws: Law, C: float) -> dict[str, list[float]]:
 
 
 def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | None]:
-    """Return what is printed and written to fit.json, and the valleys of approach 2 if there are any."""
+    """Return what is printed and written to fit.json, and the result of approach 2 if there is one."""
     law, laws = fitted.law, Law(*fitted.bootstrap(args.bootstrap, args.seed, args.by_size).T)
     C = 6 * fitted.N * fitted.D
 
@@ -84,8 +86,8 @@ def findings(fitted: Fit, args: argparse.Namespace) -> tuple[dict, IsoFLOP | Non
 
 
 def other_approaches(fitted: Fit, largest_budget: float) -> tuple[dict, IsoFLOP | None]:
-    """Return approaches 1 and 2 and the prediction of the largest runs, and approach 2's valleys. Of what the
-    points do not allow, the reason is returned, under "none"."""
+    """Return approaches 1 and 2 with the prediction of the largest runs, and the result of approach 2 if
+    there is one. Where the points do not allow one of the three, its entry is {"none": the reason}."""
     found, valleys = {}, None
     try:
         found["approach1"] = vars(envelope(fitted.N, fitted.D, fitted.L))
@@ -106,6 +108,7 @@ def other_approaches(fitted: Fit, largest_budget: float) -> tuple[dict, IsoFLOP 
 
 
 def print_findings(found: dict) -> None:
+    """Print the rows, the law, the optimum at each budget, the other approaches and the warnings."""
     print(found["described_columns"])
     print_outliers(found)
     ends = [f"{name} {short(found[name][0])} to {short(found[name][1])}" for name in ("N", "D", "C", "D/N")]
@@ -190,14 +193,14 @@ def plot_fit(fitted: Fit, found: dict, left_out: tuple, valleys: IsoFLOP | None,
     figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, 4.4), layout="constrained")
     C = 6 * fitted.N * fitted.D
 
-    # Left the points and the law's least loss, in the middle the residuals.
+    # The left panel has the points and the law's least loss, the next one the residuals.
     for panel, height in zip(axes, (fitted.L, 100 * fitted.residuals), strict=False):
         dots = panel.scatter(C, height, c=np.log10(fitted.N), s=14)
         panel.set(xscale="log", xlabel="compute C = 6 N D (FLOPs)")
     if len(left_out[0]):
         axes[0].plot(*left_out, "x", color="tab:red", label="left out of the fit")
     if found["undetermined"]:
-        say_no_frontier(axes[0])
+        write_no_frontier(axes[0])
     else:
         shown = [row["C"] for row in found["budgets"] if "no_optimum" not in row]
         low, high = (end([*found["C"], *shown]) for end in (min, max))
@@ -241,12 +244,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=command.path,
         help="columns N, loss, and D or C (default: the 240 runs of the paper)",
     )
-    add("--delta", type=quantity, default=1e-3, help="relative error above which f is linear (default 1e-3)")
+    add(
+        "--delta",
+        type=quantity,
+        default=1e-3,
+        help="relative error above which errors count linearly (default 1e-3)",
+    )
     add("--drop", type=int, metavar="K", help="leave out the K highest losses (default: what is an outlier)")
     add("--bootstrap", type=int, default=4000, metavar="N", help="resamples for intervals (default 4000)")
     add("--by-size", action="store_true", help="resample whole sizes: the points of one may err together")
     add("--seed", type=int, default=0, help="seed of the resamples (default 0)")
-    add("--at", type=quantity, nargs="+", metavar="C", help="budgets (default: the greatest, x10, x100)")
+    budgets = "budgets in FLOPs (default: the greatest compute of the points, and 10 and 100 times that)"
+    add("--at", type=quantity, nargs="+", metavar="C", help=budgets)
     add(
         "--out",
         type=command.path,

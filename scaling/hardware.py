@@ -2,7 +2,9 @@
 
     GPU-hours = C / (peak FLOP/s x MFU x 3600)        kWh = GPU-hours x kW x PUE        CO2 = kWh x kg per kWh
 
-Units: C FLOPs, power in watts, prices US dollars.
+MFU, the model FLOPs utilisation, is the share of the peak that is reached. PUE, the power usage
+effectiveness, is the power of a data centre over that of its computers. Units: C FLOPs, power watts, prices
+US dollars.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, with what a plan needs to know of it."""
+    """A GPU: its peak, its power and its price."""
 
     name: str
     peak: float  # FLOP/s of dense bf16 matrix products, float32 accumulation
@@ -34,7 +36,7 @@ DEVICES = {
 }
 DEFAULT_MFU = 0.4  # the GPU-hours of Llama 2 (Touvron et al. 2023, table 2) imply 0.38 to 0.43
 # Touvron et al. 2023 (LLaMA, arXiv 2302.13971), section 6; the model card of Llama 2 counts in the same way.
-PUE = 1.1  # power of the whole data centre over that of its computers
+PUE = 1.1
 CO2 = 0.385  # kg per kWh, the average of the USA
 
 
@@ -52,7 +54,7 @@ def energy(hours: float, watts: float, pue: float = PUE) -> float:
 
 
 def hardware_cost(C: float, device: Device, gpus: int, mfu: float, price: float | None) -> dict:
-    """Return time, rent, energy and CO2 of C FLOPs on that many devices. price: dollars an hour of one."""
+    """Return time, rent, energy and CO2 of C FLOPs on `gpus` devices. price: dollars an hour of each."""
     hours = gpu_hours(C, device, mfu)
     kwh = energy(hours, device.watts)
     return {
@@ -67,5 +69,6 @@ def hardware_cost(C: float, device: Device, gpus: int, mfu: float, price: float 
 
 
 def check_mfu(mfu: float) -> None:
+    """Raise ValueError unless mfu is from 0.0001 to 1."""
     if not 1e-4 <= mfu <= 1:
         raise ValueError(f"mfu {mfu:g}: expected a share of the peak, from 0.0001 to 1, such as 0.4")

@@ -4,10 +4,10 @@
 
 is the objective of approach 3 of Hoffmann et al. 2022, section 3.3: x, y, z are the logarithms of N, D and
 the loss, r is the error of the predicted logarithm, and Huber's function grows only linearly where |r| is
-above delta. The usual way starts L-BFGS-B from thousands of points, most of which end in a flat region. Here
-a grid over (alpha, beta) alone gives the start, because the law is linear in the other three parameters once
-the exponents are given (variable projection). Newton's method, damped and with the exact Hessian, does the
-rest.
+above delta. Here e, a, b are the logarithms of E, A, B, and not the exponents a and b of chinchilla.py. The
+usual way starts L-BFGS-B from thousands of points, most of which end in a flat region. Here a grid over
+(alpha, beta) alone gives the start, because the law is linear in the other three parameters once the
+exponents are given (variable projection). Newton's method, damped and with the exact Hessian, does the rest.
 
 x, y and z are centred. That changes a, b and e but not f, and brings the five unknowns to similar scales. w_i
 is the number of times that a resample contains point i.
@@ -87,10 +87,10 @@ def derivatives(p, q, r, w, logs, delta: float) -> tuple[np.ndarray, np.ndarray,
     M = (J * (w * delta / np.maximum(np.abs(r), delta))[:, None]) @ J.transpose(0, 2, 1)
 
     # Their parts in m m^T, where m is (1,) for e, (1, -x) for (a, alpha) and (1, -y) for (b, beta).
-    for into, pull in ((H, w * psi), (M, w * np.abs(psi))):
-        into[:, 0, 0] += (pull * (1 - p - q)).sum(axis=1)
+    for into, weight in ((H, w * psi), (M, w * np.abs(psi))):
+        into[:, 0, 0] += (weight * (1 - p - q)).sum(axis=1)
         for share, log, i, j in ((p, x, 1, 3), (q, y, 2, 4)):
-            moments = (pull * share) @ np.stack((np.ones_like(log), -log, log * log), axis=1)  # (K, 3)
+            moments = (weight * share) @ np.stack((np.ones_like(log), -log, log * log), axis=1)  # (K, 3)
             into[:, i, i] += moments[:, 0]
             into[:, i, j] += moments[:, 1]
             into[:, j, i] += moments[:, 1]
@@ -139,7 +139,7 @@ def newton(theta, w, logs, delta: float, steps: int = 300) -> tuple[np.ndarray, 
         damping = np.where(better, np.maximum(damping / 10, 1e-12), damping * 10)
         solution[which], least[which], solved[which] = theta, f, flat
 
-        # Continue with the problems that are not solved, nor stuck.
+        # Continue with the problems that are neither solved nor stuck.
         on = ~flat & (damping < 1e12)
         if not on.any():
             break
@@ -197,8 +197,8 @@ def anneal_delta(theta, w, logs, delta: float, first: float) -> np.ndarray:
 
 
 def search(logs, delta: float) -> tuple[np.ndarray, float, bool]:
-    """Return the global optimum theta (1, 5) with a weight of 1 for every point, f there, and whether its
-    gradient vanishes."""
+    """Return the best optimum theta (1, 5) from all starts, with a weight of 1 for every point, f there, and
+    whether the gradient vanishes there."""
     theta = starting_points(logs, delta)
     w = np.ones((len(theta), logs.shape[1]))
     theta = anneal_delta(theta, w, logs, delta, first=0.1)
@@ -209,7 +209,7 @@ def search(logs, delta: float) -> tuple[np.ndarray, float, bool]:
 
 
 def search_near(theta, w, logs, delta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the optima (K, 5) for other weights w (K, n), and whether their gradients vanish (K,), bool.
+    """Return the optima (K, 5) for weights w (K, n), and whether the gradient vanishes there, bool (K,).
     theta (1, 5): a start that is near all of them."""
     found = []
     for part in np.array_split(w, math.ceil(w.size / 12000)):  # parts that fit into the CPU's cache

@@ -1,14 +1,14 @@
-"""What the points of a fit determine: no law and no optimum is shown that they leave open.
+"""Checks of what the points of a fit determine: a law or an optimum that they leave open is not shown.
 
 A law is determined if its points have 3 sizes and 3 numbers of tokens, and D does not follow from N; if no
-parameter is on the border of the search; and if the 95 % interval of the exponent a is less than WIDE_A.
+parameter is on the border of the search; and if the 95 % interval of the exponent a is at most WIDE_A wide.
 
 An optimum (N*, D*, loss) at a budget C is shown if the law is determined and
 
     C          at most FAR times the greatest compute of the points, at least 1 / FAR of the least
     N*         the ends of its 95 % interval are less than a factor WIDE_N apart
     D*/N*      at most ABSURD times the greatest of the points, at least 1 / ABSURD of the least
-    loss       more than LEAST of the least that was measured: no text is known whose entropy is so far below
+    loss       at least LEAST times the least measured loss: no text is known to have an entropy so far below
 """
 
 import numpy as np
@@ -19,12 +19,13 @@ from scaling.huber_fit import BORDER, on_border
 from scaling.points import beyond, group_equal, interval, on_one_line
 
 FAR, WIDE_N, ABSURD, LEAST = 1000, 100, 100, 0.5
-WIDE_A, UNSURE_A = 0.5, 0.15  # wider than the second, the interval of a is marked
+WIDE_A, UNSURE_A = 0.5, 0.15  # an interval of a that is wider than the second is marked as uncertain
 NAMES = ("E", "A", "B", "alpha", "beta")
 
 
 def reasons_against_law(fitted: Fit, laws: Law) -> list[str]:
-    """Return why the points do not determine the law; empty if they do. laws: the resampled laws, in one."""
+    """Return why the points do not determine the law, an empty list if they do. laws: those of all resamples,
+    one Law whose fields are arrays."""
     reasons = []
     for name, values in (("size", fitted.N), ("number of tokens", fitted.D)):
         count = group_equal(values).max() + 1
@@ -54,6 +55,7 @@ def determined_law(N, D, L) -> Law:
 
 
 def on_the_border(fitted: Fit) -> list[str]:
+    """Return the names of the parameters that are on the border of the search."""
     return [name for name, out in zip(NAMES, on_border(fitted.theta)[0], strict=True) if out]
 
 
@@ -86,7 +88,7 @@ def far_in_words(C: float, compute: tuple[float, float]) -> str:
 
 
 def doubts_of_optimum(row: dict, found: dict) -> str:
-    """Return what to know of an optimum that is shown: how far it is extrapolated; empty if it is not."""
+    """Return the reasons to doubt an optimum that is shown, extrapolation first; empty if there are none."""
     doubts = [far_in_words(row["C"], found["C"])]
     if row["D/N"][0] > MANY_TOKENS:
         doubts.append(f"above {MANY_TOKENS} tokens per parameter laws overstate what more are worth")
@@ -94,7 +96,7 @@ def doubts_of_optimum(row: dict, found: dict) -> str:
 
 
 def doubt_of_parameter(name: str, low: float, high: float) -> str:
-    """Return what to know of a parameter of a law that is determined, from its 95 % interval."""
+    """Return the reason to doubt a parameter, by its 95 % interval low to high; empty if there is none."""
     if name in ("a", "b") and high - low > UNSURE_A:
         return f"uncertain: the interval is wider than {UNSURE_A}"
     if name in ("E", "A", "B") and high > 3 * low:

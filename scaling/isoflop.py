@@ -5,7 +5,7 @@
 
 Both give an allocation, N* = k C^a (sections 3.1 and 3.2). They assume less about the data than approach 3,
 the fit of chinchilla.py, and are a check on it. But a *valley*, the loss over N at equal compute, is not
-exactly a parabola if the law is true: `parabola_bias` computes by how much the parabola misleads.
+exactly a parabola if the law is true: `parabola_bias` computes the error that this causes.
 """
 
 import math
@@ -18,7 +18,7 @@ from scaling.points import group_equal
 
 
 def curves(N, D, L) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """Return for every size its training curve: N, ln C ascending, and the loss there, where C = 6 N D."""
+    """Return the training curve of every size: N, ln C (n,) ascending, and the loss there (n,); C = 6 N D."""
     N, D, L = (np.asarray(values, dtype=np.float64) for values in (N, D, L))
     labels, found = group_equal(N), []
     for label in range(labels.max() + 1):
@@ -109,7 +109,7 @@ def fit_valley(found, log_C: float, within: float):
     """Return for one budget the valley (N, loss), its parabola (3,), ln N of the minimum, and how far in ln N
     the valley reaches to either side.
 
-    Return None for a budget with less than 4 sizes, or with the least loss at either end of its sizes, where
+    Return None for a budget with fewer than 4 sizes, or with the least loss at either end of its sizes, where
     the minimum may lie beyond."""
     row = [(n, loss_at(log_C, curve, loss)) for n, curve, loss in found]
     row = [(n, loss) for n, loss in row if loss is not None]
@@ -135,7 +135,7 @@ def isoflop(N, D, L, budgets=None, within: float = 8.0) -> IsoFLOP:
     sizes within a factor `within` of the best are used, because the valley is no parabola further out.
     Budgets without a clear minimum are left out (`fit_valley`).
 
-    Raises ValueError where less than 2 budgets remain, and as `power_law` does."""
+    Raises ValueError where fewer than 2 budgets remain, and as `power_law` does."""
     found = curves(N, D, L)
     if budgets is None:
         budgets = common_budgets(found)

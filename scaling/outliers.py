@@ -19,9 +19,9 @@ from formats.quantities import short
 from scaling.points import Table
 
 LEFT_OUT, SUSPECT = 11, 5  # times s
-LEAST_POINTS = 20  # of fewer, the law's five parameters follow many exactly, and s means nothing
+LEAST_POINTS = 20  # through fewer, a law of five parameters passes too closely for s to mean anything
 MOST = 0.05  # share of the points; where more are far, it is the law that does not describe the points
-MOST_PRINTED = 10  # rows of a kind
+MOST_PRINTED = 10  # rows that are left out, and rows that are named
 LEAST_S = 1e-3  # relative error: points without noise have no outliers
 
 
@@ -34,6 +34,7 @@ class Chosen:
 
 
 def robust_deviation(r: np.ndarray) -> float:
+    """Return s of the residuals r (n,), at least LEAST_S."""
     return max(float(1.4826 * np.median(np.abs(r))), LEAST_S)
 
 

@@ -11,7 +11,7 @@ EXTRAPOLATED = "extrapolated"  # the label of what lies outside of the points
 
 
 def load_pyplot():
-    """Return pyplot, for pictures in files. It is imported here, since --help does without it."""
+    """Return pyplot, for pictures in files. It is imported here, so that --help does not wait for it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,14 +56,14 @@ def plot_frontier(axes, law, compute: tuple[float, float], low: float, high: flo
         axes.axvspan(outside[0], outside[-1], color="grey", alpha=0.12, linewidth=0)
 
 
-def say_no_frontier(axes) -> None:
+def write_no_frontier(axes) -> None:
     """Write into the picture, in the place of the frontier, why there is none."""
     text = "No frontier: these points\ndo not determine the law."
     axes.text(0.03, 0.04, text, transform=axes.transAxes, color="tab:red")
 
 
 def save_figure(figure, path: Path, dpi: int = 110) -> None:
-    """Write a figure to a PNG file and forget it."""
+    """Write a figure to a PNG file and close it."""
     from matplotlib import pyplot
 
     with atomic.replace_file(path) as new:

@@ -45,7 +45,7 @@ def minimise(f, low: float, high: float) -> float:
 
 
 def budget_for(law: Law | PowerLaw, params: float | None = None, tokens: float | None = None):
-    """Return the C for which N* is `params`, or else D* is `tokens`. Both are powers of C."""
+    """Return the C for which N* is `params`, or for which D* is `tokens`: give one. Both are powers of C."""
     N1, D1 = law.optimal(1.0)
     if params is not None:
         return np.power(params / N1, 1 / law.a)
@@ -74,8 +74,8 @@ def bootstrap_interval(C: float, seed: int = 0) -> dict[str, list[float]]:
 
 
 def same_loss(law: Law, C: float, size: float) -> tuple[float, float, float]:
-    """Return (N, D, extra) of the model of `size` times N* that reaches the least loss of C: it takes
-    (1 + extra) C FLOPs. D and extra are inf where no number of tokens is enough.
+    """Return (N, D, extra) of the model of `size` times N* that reaches the least loss of C. Its training
+    takes (1 + extra) C FLOPs. D and extra are inf where no number of tokens is enough.
 
     For half of N*, extra is 0.21 by the coefficients of de Vries 2023 ("Go smol or go home"), and 0.26 by
     those of Besiroglu et al.
@@ -106,7 +106,7 @@ def inference_optimal(law: Law, C: float, served: float) -> tuple[float, float, 
 
 
 def effective(total, unique, R: float):
-    """Return how many new tokens `total` tokens are worth of which `unique` are different: all of them while
+    """Return how many new tokens `total` tokens are worth if only `unique` of them differ: nearly all while
     repetitions are few, and at most (1 + R) `unique` (Muennighoff et al. 2023, section 3).
 
     Parameters beyond those that are optimal for the unique tokens are discounted in the same way."""
@@ -143,7 +143,7 @@ class RepeatedData:
     largest: float  # FLOPs of the largest run that it was fitted to
 
     def loss(self, N, D, unique):
-        """Return the loss of N parameters after D tokens, of which `unique` are different."""
+        """Return the loss of N parameters after D tokens, of which `unique` are unique."""
         # Unique tokens that are never seen must not count: the optimum would become a huge model on almost
         # no tokens.
         unique = np.minimum(unique, D)
@@ -151,7 +151,7 @@ class RepeatedData:
         return self.law.loss(effective(N, N_unique, self.R_N), effective(D, unique, self.R_D))
 
     def optimal(self, C: float, unique: float) -> tuple[float, float]:
-        """Return (N, D) of least loss with 6 N D = C, and `unique` different tokens."""
+        """Return (N, D) of least loss with 6 N D = C, and `unique` unique tokens."""
         N0 = float(self.law.optimal(C)[0])
         N = minimise(lambda N: self.loss(N, C / (6 * N), unique), N0 / 1000, 10 * N0)
         return N, C / (6 * N)
@@ -228,15 +228,15 @@ def plan_inference(law: Law, C: float, served: float) -> dict:
 
 
 def repeated_run(N: float, D: float, unique: float) -> dict:
-    """Return a run (N, D) on so many different tokens: epochs, what its tokens are worth, and its loss."""
+    """Return a run (N, D) on `unique` unique tokens: epochs, what its tokens are worth, and its loss."""
     worth = float(effective(D, min(unique, D), REPEATED.R_D))
     more = {"epochs": D / unique, "worth": worth, "loss": float(REPEATED.loss(N, D, unique))}
     return allocation(N, D) | more
 
 
 def plan_repeated_data(C: float, unique_tokens: float, run: tuple[float, float] | None) -> dict:
-    """Return the best run at C with so many different tokens, the best with enough of them, and the run that
-    was given, if one was."""
+    """Return the best run at C on `unique_tokens`, the best with enough of them, and `run` (N, D) if it is
+    given."""
     N, D = (float(x) for x in REPEATED.law.optimal(C))
     part = {
         "unique": unique_tokens,
@@ -291,6 +291,7 @@ def list_warnings(plan: dict) -> list[str]:
 
 
 def list_warnings_of_repeated_data(plan: dict) -> list[str]:
+    """Return the reasons to doubt the part of a plan with repeated data."""
     found = []
     far, epochs = plan["repeated"]["beyond"], plan["repeated"]["limited"]["epochs"]
     if far:
@@ -323,7 +324,7 @@ def make_plan(
     """Return all that scaling/plan_report.py prints, as numbers for JSON; None where there is no such number.
 
     run: (N, D) of a run to compare with the optimum, with 6 N D = C. inference_tokens: tokens to be served in
-    the model's life. unique_tokens: how many different tokens there are to train on. seed: of the bootstrap.
+    the model's life. unique_tokens: how many unique tokens there are to train on. seed: of the bootstrap.
 
     Raises ValueError for unknown names, for numbers out of range, and for inference_tokens with a law that is
     an allocation alone.
@@ -345,7 +346,7 @@ def make_plan(
             f"choose one of {laws}"
         )
 
-    # Every part of the plan is a key of its own, and is there only if the law allows it and it is wanted.
+    # Each part of the plan has a key, which is left out where the law or the flags give no such part.
     plan = {"compute": C, "law": law_name, "laws": plan_laws(C, seed)}
     if isinstance(law, Law):
         plan["same_loss"] = plan_other_sizes(law, C)

@@ -30,6 +30,7 @@ MASS = {"t": 1e3, "kg": 1, "g": 1e-3}
 
 
 def cell(x: float | None) -> str:
+    """Return a number in three digits with its unit prefix, or "-" for None."""
     return "-" if x is None else short(x)
 
 
@@ -148,8 +149,8 @@ def over_budget(plan: dict) -> str:
 
 
 def repeated_section(plan: dict) -> list[str]:
-    """Return the best run with few different tokens, above the best run with enough of them."""
-    rows = [("different tokens", "N", "D", "epochs", "worth new tokens", "loss")]
+    """Return the best run with few unique tokens, above the best run with enough of them."""
+    rows = [("unique tokens", "N", "D", "epochs", "worth new tokens", "loss")]
     rows.append(("", "parameters", "tokens", "", "tokens", "nats/token"))
     unique = cell(plan["repeated"]["unique"])
     parts = {"limited": unique, "run": f"{unique}, your run", "unlimited": "enough"}
@@ -224,7 +225,7 @@ def spent_in_words(plan: dict, C: float) -> str:
 
 
 def in_short(plan: dict) -> str:
-    """Return the answer to what was requested, in a few sentences."""
+    """Return the answer to the question that the flags pose, in a few sentences."""
     sentences = []
     if "run" in plan:
         spent = spent_in_words(plan, plan["compute"])
@@ -278,20 +279,20 @@ def serving_in_short(plan: dict) -> str:
 
 
 def repeated_in_short(plan: dict) -> str:
-    """Return the best run on the different tokens that there are, beside the best with enough of them."""
+    """Return the best run on the unique tokens that there are, beside the best with enough of them."""
     part = plan["repeated"]
     limited, unlimited, unique = part["limited"], part["unlimited"], cell(part["unique"])
     run, text, spent = part.get("run"), "", f": {spent_in_words(plan, plan['compute'])}"
     if run:
         spent = ""
         if run["epochs"] > 1:
-            text = f"Your run sees {unique} different tokens {cell(run['epochs'])} times, which are worth "
+            text = f"Your run sees {unique} unique tokens {cell(run['epochs'])} times, which are worth "
             text += f"{cell(run['worth'])} new tokens. "
     if limited["epochs"] <= 1:
-        enough = f"{unique} different tokens are enough for the best model of {cell(plan['compute'])} FLOPs"
+        enough = f"{unique} unique tokens are enough for the best model of {cell(plan['compute'])} FLOPs"
         return f"{text}{enough}, {model_in_words(limited)}, without a second epoch{spent}."
     return (
-        f"{text}With {unique} different tokens, by Muennighoff et al. 2023{extrapolated(part['beyond'])}, "
+        f"{text}With {unique} unique tokens, by Muennighoff et al. 2023{extrapolated(part['beyond'])}, "
         f"{cell(plan['compute'])} FLOPs are best spent on {model_in_words(limited)}, in "
         f"{cell(limited['epochs'])} epochs{spent}. The loss is {loss_cell(limited)}; with enough tokens it "
         f"is {loss_cell(unlimited)} ({model_in_words(unlimited)})."
@@ -364,7 +365,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--price", type=float, help="dollars per hour of one --gpu")
     add("--law", type=str.lower, default=DEFAULT_LAW, help=f"{', '.join(LAWS)} (default {DEFAULT_LAW})")
     add("--inference-tokens", type=quantity, help="tokens to be served in the model's life: 2t")
-    add("--unique-tokens", type=quantity, help="how many different tokens there are: 25b")
+    add("--unique-tokens", type=quantity, help="unique tokens to train on: 25b (default: enough)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     add("--json", type=command.path, metavar="FILE", help="write all numbers to this file too")
 

@@ -156,21 +156,21 @@ def check_points(N: np.ndarray, D: np.ndarray, L: np.ndarray) -> None:
 
 
 def describe_weak_design(N: np.ndarray, logs: np.ndarray) -> list[str]:
-    """Return warnings of what these points, with the logarithms of N, D and L (3, n), cannot determine."""
+    """Return warnings of what these points cannot determine. N (n,); logs (3, n): ln N, ln D and ln L."""
     warnings = []
     n_sizes = group_equal(N).max() + 1
     if n_sizes < 4:
         warnings.append(f"only {n_sizes} sizes: E, A and alpha cannot be told apart; use 4 or more")
     if N.max() < 3 * N.min():
-        warnings.append(f"N varies by a factor of {N.max() / N.min():.3g} only: alpha wants 10 or more")
+        warnings.append(f"N varies by a factor of {N.max() / N.min():.3g} only: alpha takes 10 or more")
     if on_one_line(logs):
         warnings.append("one D for each N: A and alpha cannot be told from B and beta; vary D at equal N")
     return warnings
 
 
 def on_one_line(logs: np.ndarray) -> bool:
-    """Return True where D follows from N, as with 20 tokens per parameter throughout: logs (3, n) hold the
-    logarithms of N, D and L."""
+    """Return True where D follows from N, as with 20 tokens per parameter throughout. logs (2 or 3, n): ln N,
+    ln D."""
     return bool(abs(np.corrcoef(logs[:2])[0, 1]) > 0.999)
 
 

@@ -5,8 +5,8 @@ the last weights* replaces the decay at the end of a schedule (Hägele et al. 20
 
     D_i = D_max / 2^(i/2) tokens       the mean of the weights over [0.8 D_i, D_i] is evaluated
 
-so that one run per size gives a point at every budget. The windows do not overlap, since 0.8 > 1/sqrt(2): a
-run that is resumed at D_i needs no part of an average.
+so that one run per size gives a point at every budget. The windows do not overlap, since 0.8 > 1/sqrt(2). So
+a run that is resumed at D_i has no average to restore.
 
 Sizes differ in width alone. All are trained on the same text in the same order and evaluated on the same
 held-out rows, so that chance favours no size. Compute is counted exactly, with attention and the head, and a
@@ -74,7 +74,7 @@ def train_flags(design: Design, width: int, args: argparse.Namespace) -> list[st
     """Return train.py's flags for the run of one width, without its number of steps."""
     heads = width // design.d_head
     fields = dict(d_model=width, n_layers=design.n_layers, d_head=width // heads, n_heads=heads)
-    # Two thirds of the usual factor 4: the three matrices of SwiGLU then have the weights of a plain MLP.
+    # d_ff is 2/3 of the usual 4 d_model: SwiGLU's three matrices then have the weights of a plain MLP's two.
     fields |= dict(n_kv_heads=heads, d_ff=8 * round(width / 3))
     flags = {
         "model": "gpt",
@@ -97,8 +97,8 @@ def train_flags(design: Design, width: int, args: argparse.Namespace) -> list[st
 
 
 def points_of(steps: float, first: int) -> list[int]:
-    """Return the updates after which a run of so many is evaluated: the last, and each 1/sqrt(2) of the next,
-    as long as they are not below `first`."""
+    """Return the updates after which a run of `steps` updates is evaluated: the last, and before it each
+    1/sqrt(2) of the next one, down to `first`."""
     points = []
     while steps >= first * (1 - 1e-9):  # dividing twice by sqrt(2) is not quite halving
         points.append(round(steps))
@@ -107,8 +107,8 @@ def points_of(steps: float, first: int) -> list[int]:
 
 
 def runs_within(design: Design, speeds: list[dict], most_tokens: int, budget: float) -> list[dict]:
-    """Return how long each width can be trained on at most `budget` FLOPs and most_tokens tokens. Widths that
-    reach less than three points are left out."""
+    """Return for each width a run of at most `budget` FLOPs and most_tokens tokens. Widths that reach fewer
+    than three points are left out."""
     runs = []
     for width, speed in zip(design.widths, speeds, strict=True):
         tokens = min(most_tokens, budget / speed["flops_per_token"])
@@ -133,7 +133,7 @@ def plan_runs(design: Design, speeds: list[dict], most_tokens: int, budget: floa
 
 
 def makespan(seconds: list[float], n_workers: int) -> float:
-    """Return when the last of n_workers is done, if each takes the longest task that is left."""
+    """Return the seconds until the last of n_workers is done, if each takes the longest task that is left."""
     busy = [0.0] * n_workers
     for task in sorted(seconds, reverse=True):
         busy[busy.index(min(busy))] += task
@@ -141,9 +141,9 @@ def makespan(seconds: list[float], n_workers: int) -> float:
 
 
 def minutes(runs: list[dict], n_workers: int) -> float:
-    """Return how long the runs take, by the speeds that were measured."""
+    """Return the minutes that the runs take, by the speeds that were measured."""
     seconds = [run["points"][-1] * run["seconds"] + len(run["points"]) * run["evaluation"] for run in runs]
-    # The last run is trained alone. Several threads speed it up a little less than several runs are sped up.
+    # The last run is trained alone, with all threads, which is a little less efficient than runs in parallel.
     return (makespan(seconds[:-1], n_workers) + seconds[-1] / max(1, 0.8 * n_workers)) / 60
 
 

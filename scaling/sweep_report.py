@@ -19,7 +19,7 @@ from formats import atomic
 from formats.quantities import short
 from scaling import identified
 from scaling.isoflop import envelope, isoflop
-from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, say_no_frontier
+from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, write_no_frontier
 from scaling.points import interval
 
 RESAMPLES = 4000  # of the points, for intervals
@@ -123,7 +123,7 @@ def plot_curves(axes, found: dict, law: Law, rows: list[dict], largest: dict, pr
         (C,) = columns(rows, "C")
         plot_frontier(axes, law, (C.min(), C.max()), C.min(), 1.5 * largest["C"], "least loss, by the law")
     else:
-        say_no_frontier(axes)
+        write_no_frontier(axes)
 
     # The interval need not contain the prediction: its ends are percentiles of resamples.
     low, high = prediction["interval"]

@@ -37,8 +37,8 @@ WINDOW = 0.2  # the weights of this last share of the updates are averaged
 flops_done = None  # in a worker: FLOPs done by all workers, in shared memory
 
 
-# === All that is used of train.py, engine/ and data/ is in this section. ================================
-# Of the Run that `build_run` returns, the rest of this file reads args, model, step and n_skipped.
+# --- all that is used of train.py, engine/ and data/. Of the Run that `build_run` returns, the rest of this
+# file reads args, model, sizes, step and n_skipped.
 
 
 def default_device() -> str:
@@ -98,7 +98,7 @@ def keep_memory() -> None:
     cpu.keep_memory()
 
 
-# === End of the section. ================================================================================
+# --- the runs
 
 
 def held_out_rows(run: Run) -> Tensor:

@@ -419,6 +419,8 @@ def test_use_returns_to_what_was_before():
             use(model, wrong),
         ):
             pass
+    with pytest.raises(ValueError, match="no adapter is named; give one name"), use(model, []):
+        pass  # it would compute the base alone, for a batch of any size
     assert torch.equal(logits(model), other)
 
 

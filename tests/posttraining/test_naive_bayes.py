@@ -52,6 +52,11 @@ def test_a_tenth_is_held_out_but_no_label_loses_its_only_text():
     assert {label for _, label in train} == {"rare", "often"}
 
 
+def test_the_most_frequent_label_is_that_of_the_examples_and_not_of_the_held_out_texts():
+    held_out = [("good", "+")] * 3 + [("bad", "-")]
+    assert "always the most frequent label: 25.0% of" in naive_bayes.simple_guesses(EXAMPLES, held_out)[1]
+
+
 def test_the_command_prints_its_accuracy_beside_the_most_frequent_label(tmp_path, capsys):
     lines = [{"text": f"{i} {('good', 'bad')[i % 2]}", "label": "+-"[i % 2]} for i in range(60)]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))

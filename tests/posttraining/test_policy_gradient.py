@@ -175,6 +175,8 @@ def test_weights_of_tokens_are_the_four_means():
     assert mean("grpo") == pytest.approx((3 + 4) / 2)
     assert mean("dapo") == mean("bnpo") == pytest.approx(13 / 4)
     assert mean("bnpo", n_parts=3) == pytest.approx((3 + 4 + 0) / 3)
+    # Five rows in four parts make three micro-batches of 2, 2 and 1 rows; a mean has weights that sum to 1.
+    assert token_weights(torch.ones(5, 2, dtype=torch.bool), "bnpo", n_parts=4).sum() == pytest.approx(1)
     assert mean("dr_grpo", longest=10) == pytest.approx(13 / 20)
     with pytest.raises(ValueError, match="expected grpo"):
         mean("mean")

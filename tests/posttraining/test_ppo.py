@@ -360,6 +360,18 @@ def test_a_reward_model_scores_prompt_and_completion_whatever_stands_behind_them
     assert found.tolist() == pytest.approx(alone, abs=1e-6) and alone[0] != alone[1]
 
 
+def test_a_reward_model_with_another_tokenizer_is_refused(spoken, tmp_path):
+    model = RewardModel(gpt.GPT(gpt.Config(1, 2, 16, 32, vocab_size=257, max_seq_len=64)))
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer = Tokenizer.load(spoken / "model")
+    shifted = {bytes([byte]): (byte + 1) % 256 for byte in range(256)}  # each byte has another id
+    Tokenizer(shifted, tokenizer.pattern, tokenizer.special_tokens).save(tmp_path / "judge")
+    with pytest.raises(ValueError, match="another tokenizer than the policy's; expected a reward model with"):
+        scores.find(str(tmp_path / "judge"), tokenizer, 256)
+    tokenizer.save(tmp_path / "judge")
+    assert callable(scores.find(str(tmp_path / "judge"), tokenizer, 256))
+
+
 def test_exact_scores_1_where_the_text_is_the_answer():
     class Letters:
         def decode(self, tokens):

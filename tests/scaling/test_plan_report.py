@@ -157,13 +157,13 @@ def test_in_short_answers_what_was_requested():
     assert "takes 1.44e22 FLOPs, 44 % more than the budget of 1e22: 52.8 days on 8 h100 and $30.4k." in served
     assert "The budget is enough for 3B on 556B tokens, 185 per parameter, at a loss of 2.1664" in served
     unique = in_short("1e22", "--unique-tokens", "25b")
-    assert unique.startswith("With 25B different tokens") and "in 9.49 epochs: 36.6 days on 8 h100" in unique
+    assert unique.startswith("With 25B unique tokens") and "in 9.49 epochs: 36.6 days on 8 h100" in unique
     assert "The loss is 2.2221; with enough tokens it is 2.1880" in unique and "serve" not in unique
-    assert "25T different tokens are enough" in in_short("1e22", "--unique-tokens", "25t")
+    assert "25T unique tokens are enough" in in_short("1e22", "--unique-tokens", "25t")
     both = in_short("1e22", "--inference-tokens", "2t", "--unique-tokens", "25b")
     assert "3.9B on 616B" in both and "9.49 epochs" in both and "The two answers are separate" in both
     run = in_short("--params", "7b", "--tokens", "2t", "--unique-tokens", "100b")
-    assert "Your run sees 100B different tokens 20 times, which are worth 1.19T new tokens." in run
+    assert "Your run sees 100B unique tokens 20 times, which are worth 1.19T new tokens." in run
 
 
 def test_in_short_marks_what_is_extrapolated():

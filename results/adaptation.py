@@ -8,7 +8,7 @@ and for the same number of updates in every arm,
 
     general text        the text that it knows: the control for more training
     wrong domain        news
-    DAPT                sentences about films: reviews and plots, of both tasks and more
+    DAPT                sentences about films, of reviews and plots: those of both tasks, and more reviews
     TAPT                the unlabelled training sentences of the task, in more epochs
     other task's TAPT   those of the other task
     DAPT, then TAPT     one after the other, which is twice as many updates
@@ -17,8 +17,8 @@ or nothing (`no adaptation`). At last it is fine-tuned on few labels of a task: 
 examples, in the same order, for the same number of updates. Below all of them stand the same encoder without
 any pretraining, and naive Bayes. The tasks are
 
-    sst2                is a sentence of a review for or against the film? (6,920, 1,821 of them for the test)
-    subj                is a sentence from a review, or from a plot? (10,000, 2,000 drawn for the test)
+    sst2                is a sentence of a review for or against the film? 1,821 for the test
+    subj                is a sentence from a review, or from a plot? 2,000 for the test
 
 A seed decides the adaptation, the examples with labels, and the fine-tuning; the pretrained encoder is one
 and the same. Measured are the accuracy on the test, and the nats per masked token of text that is held out:
@@ -32,7 +32,6 @@ made again."""
 
 import argparse
 import csv
-import functools
 import gzip
 import json
 import random
@@ -63,7 +62,9 @@ ENCODER = ("n_layers=2", "mask_rate=0.3")  # of `--size tiny`; 0.3 learns faster
 VOCABULARY, SEQ_LEN, BATCH = 4096, 64, 16
 GENERAL_BYTES, PIECE = 8_000_000, 2000  # of general text, cut into pieces of so many characters
 RUN = 40  # letters in a row that a text may not have in common with a held-out sentence
-HELD_OUT_ROWS = 256  # rows of SEQ_LEN of each held-out text
+SUBJ_TEST = 2000  # sentences, drawn at random, since this data set has no split of its own
+GENERAL_HELD_OUT, NEWS_HELD_OUT, TASK_HELD_OUT = 60, 400, 800  # texts that are held out for the loss
+HELD_OUT_ROWS = 256  # of SEQ_LEN tokens are read of these at most
 EPOCHS, FINE_TUNING_BATCH = 6, 16
 ARMS = {  # what is read after pretraining, in turn
     "no adaptation": (),
@@ -81,7 +82,7 @@ Labelled = list[tuple[str, str]]  # (text, label)
 
 
 class Task(NamedTuple):
-    pool: Labelled  # to draw labelled examples from, and without labels the text of TAPT
+    pool: Labelled  # to draw examples with labels from; without labels, the text of TAPT
     held_out: list[str]  # text for the loss
     test: Labelled
 
@@ -95,9 +96,14 @@ def plain(text: str) -> str:
     return " ".join(naive_bayes.split_words(re.sub(r"\s+(n't\b|'\w)", r"\1", text)))
 
 
+def letters_of(text: str) -> str:
+    """Return the letters and digits of a text, without what stands between them."""
+    return re.sub(r"[\W_]", "", text)
+
+
 def letter_runs(text: str) -> set[str]:
     """Return all runs of RUN letters or digits of a text, or all of them together if they are fewer."""
-    letters = re.sub(r"[\W_]", "", text)
+    letters = letters_of(text)
     return {letters[i : i + RUN] for i in range(max(1, len(letters) - RUN + 1))}
 
 
@@ -130,8 +136,14 @@ def general_text(names: list[str], cache: Path) -> list[str]:
     return [piece for piece in pieces[:n] if piece]
 
 
+def read_news(path: Path) -> list[str]:
+    """Return the texts of AG News: a title and a description, without the label."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        return [plain(" ".join(fields).replace("\\", " ")) for _, *fields in csv.reader(file)]
+
+
 class Texts:
-    """All texts, as files in a folder, and the tasks."""
+    """The tasks, and all texts that are read or held out, as files in a folder."""
 
     def __init__(self, source: Path, general: list[str], folder: Path):
         """Raise ValueError, before anything is read, if a file is missing in source."""
@@ -141,43 +153,41 @@ class Texts:
             raise ValueError(f"--data {source}: no {', '.join(missing)}; expected {', '.join(wanted)}")
         read = {name: read_labelled(source / f"{name}.txt.gz") for name in LABELLED}
         random.Random(0).shuffle(read["subj"])
+        subj_test, subj_rest = read["subj"][:SUBJ_TEST], read["subj"][SUBJ_TEST:]
 
-        # Leave out what has come before, or resembles a held-out sentence of either task.
-        held_out = {"sst2": read["sst2_dev"], "subj": read["subj"][:2000]}
-        test = {"sst2": read["sst2_test"], "subj": held_out["subj"]}
-        forbidden = set().union(
-            *(letter_runs(text) for name in test for text, _ in (*held_out[name], *test[name]))
-        )
-        self.dropped = {}
-
-        def clean(name: str, texts: Labelled) -> Labelled:
-            kept = [(text, label) for text, label in texts if forbidden.isdisjoint(letter_runs(text))]
-            self.dropped[name] = len(texts) - len(kept)
-            return kept
-
-        pools = {"sst2": clean("sst2", read["sst2_train"]), "subj": clean("subj", read["subj"][2000:])}
+        # The tasks: nothing is read that resembles their held-out sentences.
+        held_out = (*read["sst2_dev"], *read["sst2_test"], *subj_test)
+        self.held_out_runs = set().union(*(letter_runs(text) for text, _ in held_out))
+        self.left_out = {}
+        pools = {"sst2": self.allowed("sst2", read["sst2_train"]), "subj": self.allowed("subj", subj_rest)}
+        splits = {"sst2": (read["sst2_dev"], read["sst2_test"]), "subj": (subj_test, subj_test)}
         self.tasks = {
-            name: Task(pools[name], [text for text, _ in held_out[name][:800]], test[name]) for name in pools
+            name: Task(pools[name], [text for text, _ in dev[:TASK_HELD_OUT]], test)
+            for name, (dev, test) in splits.items()
         }
 
-        # The texts that are read, and those that are held out for the loss.
-        films = {"".join(text.split()): text for text, _ in (*pools["sst2"], *pools["subj"])}
-        films |= {"".join(text.split()): text for text, _ in clean("mr", read["mr"])}
-        with gzip.open(source / NEWS, "rt", encoding="utf-8", newline="") as file:
-            news = [
-                (plain(" ".join(fields).replace("\\", " ")), label) for label, *fields in csv.reader(file)
-            ]
-        news = [text for text, _ in clean("news", news)]
-        prose = [text for text, _ in clean("general", [(t, "") for t in general_text(general, folder)])]
-        self.folder = folder
-        train = {"general": prose[60:], "news": news[400:], "films": list(films.values())}
+        # The other texts. Of a sentence that is in several files, one stays.
+        films = (*pools["sst2"], *pools["subj"], *self.allowed("mr", read["mr"]))
+        films = list({letters_of(text): text for text, _ in films}.values())
+        random.Random(0).shuffle(films)
+        news = [text for text, _ in self.allowed("news", [(text, "") for text in read_news(source / NEWS)])]
+        prose = general_text(general, folder)
+        prose = [text for text, _ in self.allowed("general", [(text, "") for text in prose])]
+
+        # What is read, and what is held out for the loss.
+        train = {"general": prose[GENERAL_HELD_OUT:], "news": news[NEWS_HELD_OUT:], "films": films}
+        val = {"general": prose[:GENERAL_HELD_OUT], "news": news[:NEWS_HELD_OUT]}
         train |= {name: [text for text, _ in task.pool] for name, task in self.tasks.items()}
-        val = {"general": prose[:60], "news": news[:400]}
         val |= {name: task.held_out for name, task in self.tasks.items()}
-        random.Random(0).shuffle(train["films"])
         self.train = {name: write(folder / f"{name}.jsonl", texts) for name, texts in train.items()}
         self.val = {name: write(folder / f"{name}-held-out.jsonl", texts) for name, texts in val.items()}
         self.n_bytes = {name: sum(len(text.encode()) for text in texts) for name, texts in train.items()}
+
+    def allowed(self, name: str, texts: Labelled) -> Labelled:
+        """Return the texts without those that have a run of letters of a held-out sentence; count these."""
+        kept = [pair for pair in texts if self.held_out_runs.isdisjoint(letter_runs(pair[0]))]
+        self.left_out[name] = len(texts) - len(kept)
+        return kept
 
 
 class Study:
@@ -185,6 +195,7 @@ class Study:
 
     def __init__(self, texts: Texts, args: Namespace):
         self.texts, self.args, self.work = texts, args, args.work
+        self.measured: dict[Path, dict[str, float]] = {}
 
     def flags(self, text: str, held_out: str, steps: int) -> list[str]:
         """Return the flags of train.py for a number of updates on a text."""
@@ -222,10 +233,12 @@ class Study:
                 get_tokenizer(str(base)).save(new)
         return folder
 
-    @functools.cache  # noqa: B019 (of a few models, in one study)
     def losses(self, directory: Path) -> dict[str, float]:
         """Return the nats per masked token of each held-out text, with the same masks for all models."""
-        return {name: masked_loss(directory, path) for name, path in self.texts.val.items()}
+        if directory not in self.measured:
+            texts = self.texts.val.items()
+            self.measured[directory] = {name: masked_loss(directory, path) for name, path in texts}
+        return self.measured[directory]
 
     def drawn(self, task: str, seed: int) -> Labelled:
         """Return the examples with labels that belong to a seed."""
@@ -368,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = Texts(args.data, args.general, args.work)
     about = {name: getattr(args, name) for name in SETTINGS[:-1]}
     about |= {"general": [Path(name).name for name in args.general]}
-    about |= {"bytes": texts.n_bytes, "left out as in a test": texts.dropped}
+    about |= {"bytes": texts.n_bytes, "left out as in a test": texts.left_out}
     kept, study = Ended(args.out, about, same=SETTINGS), Study(texts, args)
     for task in args.tasks:
         for seed in range(args.seeds):

@@ -309,23 +309,29 @@ def gains(rows: list[dict], task: str, arm: str) -> list[float]:
     return [of[seed] - without[seed] for seed in of if seed in without]
 
 
+def of_arms(rows: list[dict], task: str) -> dict[str, list[dict]]:
+    """Return the rows of each arm that has any, in the order of the arms."""
+    found = {
+        arm: [row for row in rows if (row["task"], row["arm"]) == (task, arm)] for arm in (*BELOW, *ARMS)
+    }
+    return {arm: of for arm, of in found.items() if of}
+
+
+def mean_losses(of: list[dict]) -> dict[str, float]:
+    """Return the mean loss on each held-out text over the rows of an arm, {} for an arm without losses."""
+    return {text: statistics.mean(row["loss"][text] for row in of) for text in of[0].get("loss", {})}
+
+
 def table(rows: list[dict]) -> str:
     """Return the rows of the table of each task: accuracy, gain, and the loss on each held-out text."""
     lines, texts = [], ("general", "news", "sst2", "subj")
     for task in dict.fromkeys(row["task"] for row in rows):
         lines += [f"| {task} | accuracy, % | gain, paired by seed | {' | '.join(texts)} |", "|---" * 7 + "|"]
-        for arm in (*BELOW, *ARMS):
-            of = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
-            if not of:
-                continue
-            gain = spread(gains(rows, task, arm), "+") if arm not in ("no adaptation", *BELOW) else ""
-            losses = [
-                f"{statistics.mean(row['loss'][text] for row in of):.3f}" if "loss" in of[0] else ""
-                for text in texts
-            ]
-            lines.append(
-                f"| {arm} | {spread([row['accuracy'] for row in of])} | {gain} | {' | '.join(losses)} |"
-            )
+        for arm, of in of_arms(rows, task).items():
+            gain = spread(gains(rows, task, arm), "+") if ARMS.get(arm) else ""
+            losses = [f"{loss:.3f}" for loss in mean_losses(of).values()] or [""] * len(texts)
+            accuracy = spread([row["accuracy"] for row in of])
+            lines.append(f"| {arm} | {accuracy} | {gain} | {' | '.join(losses)} |")
     return "\n".join(lines)
 
 
@@ -336,25 +342,23 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    tasks, arms = list(dict.fromkeys(row["task"] for row in rows)), (*BELOW, *ARMS)
-    figure, axes = pyplot.subplots(
-        2, len(tasks), figsize=(5.5 * len(tasks), 7), layout="constrained", sharey=True, squeeze=False
-    )
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    size = (5.5 * len(tasks), 7)
+    figure, axes = pyplot.subplots(2, len(tasks), figsize=size, layout="constrained", squeeze=False)
     for (top, bottom), task in zip(axes.T, tasks, strict=True):
-        for y, arm in enumerate(reversed(arms)):
-            of = [row for row in rows if (row["task"], row["arm"]) == (task, arm)]
-            if not of:
-                continue
+        arms = dict(reversed(of_arms(rows, task).items()))
+        for y, of in enumerate(arms.values()):
             values = [100 * row["accuracy"] for row in of]
             top.plot(values, [y] * len(values), "o", color="C0", alpha=0.4)
             top.plot(statistics.mean(values), y, "|", color="black", markersize=18)
-            for i, text in enumerate(of[0].get("loss", {})):
-                mean, label = statistics.mean(row["loss"][text] for row in of), text if y == 0 else None
-                bottom.plot(mean, y, "os^D"[i], color=f"C{i}", label=label, alpha=0.8)
-        top.set_yticks(range(len(arms)), reversed(arms))
         top.set(xlabel=f"{task}: accuracy on the test, %")
+        losses = {arm: mean_losses(of) for arm, of in arms.items() if "loss" in of[0]}
+        for i, text in enumerate(next(iter(losses.values()), {})):
+            means = [of[text] for of in losses.values()]
+            bottom.plot(means, range(len(means)), "os^D"[i], label=text, alpha=0.8)
         bottom.set(xlabel=f"{task}: nats per masked token of held-out text")
-        for axis in (top, bottom):
+        for axis, names in ((top, arms), (bottom, losses)):
+            axis.set_yticks(range(len(names)), names)
             axis.grid(alpha=0.3)
     axes[1, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -360,7 +360,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for axis, names in ((top, arms), (bottom, losses)):
             axis.set_yticks(range(len(names)), names)
             axis.grid(alpha=0.3)
-    axes[1, 0].legend(fontsize=8)
+    figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
 
 

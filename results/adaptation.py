@@ -20,11 +20,12 @@ any pretraining, and naive Bayes. The tasks are
     sst2                is a sentence of a review for or against the film? 1,821 for the test
     subj                is a sentence from a review, or from a plot? 2,000 for the test
 
-A seed decides the adaptation, the examples with labels, and the fine-tuning; the pretrained encoder is one
-and the same. Measured are the accuracy on the test, and the nats per masked token of text that is held out:
-of the general text (what is forgotten), of news, and of both tasks. All texts are in one form, small letters
-with a space between words and marks, or the domains would differ by their form, too. A sentence that has 40
-letters in a row in common with a held-out one of either task is in no text that is read.
+A seed decides the examples with labels and the fine-tuning, and by its remainder by --adaptations which of so
+many adaptations it starts from; the pretrained encoder is one and the same. Measured are the accuracy on the
+test, and the nats per masked token of text that is held out: of the general text (what is forgotten), of
+news, and of both tasks. All texts are in one form, small letters with a space between words and marks, or the
+domains would differ by their form, too. A sentence that has 40 letters in a row in common with a held-out one
+of either task is in no text that is read.
 
 In --data are sst2_train, sst2_dev, sst2_test, mr and subj (.txt.gz, a line is "LABEL TEXT"), and
 ag_news_test7600.csv.gz. --general is text as for --data of train.py. Runs and figures that are there are not
@@ -76,7 +77,7 @@ ARMS = {  # what is read after pretraining, in turn
     "DAPT, then TAPT": ("films", "own"),
 }
 BELOW = ("naive Bayes", "no pretraining")
-SETTINGS = ("labels", "pretraining_steps", "adaptation_steps", "rate", "general")  # that a file's rows share
+SETTINGS = ("labels", "pretraining_steps", "adaptation_steps", "adaptations", "rate", "general")
 
 Labelled = list[tuple[str, str]]  # (text, label)
 
@@ -252,9 +253,10 @@ class Study:
         if arm == "no pretraining":
             return {"accuracy": fine_tuned(self.untrained(seed), examples, test, seed, self.work)}
         places = {"own": task, "other": next(name for name in self.texts.tasks if name != task)}
-        directory = self.adapted(tuple(places.get(text, text) for text in ARMS[arm]), seed)
+        adaptation = seed % self.args.adaptations
+        directory = self.adapted(tuple(places.get(text, text) for text in ARMS[arm]), adaptation)
         accuracy = fine_tuned(directory, examples, test, seed, self.work)
-        return {"accuracy": accuracy, "loss": self.losses(directory)}
+        return {"adaptation": adaptation, "accuracy": accuracy, "loss": self.losses(directory)}
 
 
 @torch.no_grad()
@@ -377,7 +379,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--pretraining-steps", type=int, default=3600, help="of 1,024 tokens each (default %(default)s)")
     add("--adaptation-steps", type=int, default=300, help="of each text that is read (default %(default)s)")
     add("--rate", type=float, default=1e-3, help="peak learning rate of adaptation (default %(default)s)")
-    add("--seeds", type=int, default=5, help="runs of each arm (default %(default)s)")
+    add("--adaptations", type=int, default=2, help="adaptations of each arm (default %(default)s)")
+    add("--seeds", type=int, default=5, help="fine-tunings of each arm (default %(default)s)")
     add("--work", type=command.path, default=Path("runs/adaptation"), help="folder (default %(default)s)")
     add("--out", type=command.path, required=True, help="file for the figures, JSON; a plot is beside it")
     args = parser.parse_args(argv)

@@ -97,7 +97,9 @@ def test_every_arm_has_the_same_updates_and_starts_where_it_says(texts, tmp_path
         return out / "model"
 
     monkeypatch.setattr(adaptation, "trained", record)
-    args = Namespace(work=tmp_path, pretraining_steps=9, adaptation_steps=4, rate=0.5, labels=20)
+    args = Namespace(
+        work=tmp_path, pretraining_steps=9, adaptation_steps=4, adaptations=2, rate=0.5, labels=20
+    )
     study = adaptation.Study(texts, args)
     for read_in_turn in adaptation.ARMS.values():
         study.adapted(
@@ -111,6 +113,21 @@ def test_every_arm_has_the_same_updates_and_starts_where_it_says(texts, tmp_path
     for name in (*starts, "films-sst2-3"):
         assert (runs[name]["--steps"], runs[name]["--lr"], runs[name]["--seed"]) == ("4", "0.5", "3")
         assert runs[name]["--data"].endswith(f"/{name.split('-')[-2]}.jsonl")
+
+    # A seed has one of the adaptations, and the places of the own and the other task are those of the task.
+    monkeypatch.setattr(adaptation, "fine_tuned", lambda directory, *args: directory.parent.name)
+    monkeypatch.setattr(study, "losses", lambda directory: {})
+    for seed, (task, arm, name) in enumerate(
+        (
+            ("sst2", "DAPT", "films-0"),
+            ("sst2", "TAPT", "sst2-1"),
+            ("subj", "other task's TAPT", "sst2-0"),
+            ("subj", "DAPT, then TAPT", "films-subj-1"),
+            ("subj", "no adaptation", "base"),
+        )
+    ):
+        row = study.row(task, arm, seed)
+        assert (row["accuracy"], row["adaptation"]) == (name, seed % 2)
 
     # All arms of a seed have the same examples, which are none of the test.
     pool = texts.tasks["subj"].pool

@@ -13,16 +13,21 @@ Small decoders of width 64 with four heads, which differ in their attention alon
     latent              the keys and values of all heads are made of 32 numbers; no QK-norm
     talking heads       softmax, with the heads mixed before and after it
 
-There are two tasks. Within a task all models train for the same number of FLOPs, by their own flops_per_token,
-so that a kind which costs less per token reads more tokens:
+There are two tasks. Within a task all models train for the same number of FLOPs, by their flops_per_token, so
+that a kind which costs less per token reads more tokens:
 
-    text      Four layers, rows of 512 byte pairs of Python's standard library, 1,024 rows of vocabulary. On
-              held-out modules: bits per byte, and the loss by the position in the row, which falls as far as
-              a model makes use of what is further back.
-    needle    Two layers, and all sizes above halved. A row is random letters; at a random place among them
-              stands a key, whose next letter is the answer; the last token is the same key again. Rows of 16
-              to 256 tokens to train on, and of 256, 512, 1,024 and 2,048 in the test: the share of rows whose
-              answer is the likeliest token. A guess is right once in 32 rows.
+    text      Four layers. Rows of 512 tokens of Python's standard library, of 1,024 byte pairs. On held-out
+              modules: bits per byte, and the loss by the position in the row, which falls as far as a model
+              makes use of what is further back.
+    needle    Two layers; blocks, summaries and windows half as long. A row is random letters. At a random
+              place among them stands a key, and behind it the answer, a letter. The last token is the same
+              key again. The result is the share of rows whose answer is the likeliest token, in rows of 256,
+              512, 1,024 and 2,048 tokens. A guess is right once in 32 rows.
+
+The needle is simpler than a search in text: a row has only one key, so that a model need not compare keys,
+and the letters around it say nothing. To learn it in seconds, rows to train on are shorter, 16 to 256 tokens,
+and have the same key and answer up to 16 times, of which all but the first are to be predicted. So a kind can
+learn it from answers that are near, and is tested on one that is far.
 
 The learning rates, one for each task, are the best of a few for softmax alone, with a seed of its own (see
 `--help`). What this does not show: whether another rate, size or budget would change the order, and how fast
@@ -66,7 +71,7 @@ KINDS = (
     "talking heads",
 )
 TASKS = ("text", "needle")
-T, VOCABULARY, TEXT_BATCH, N_HELD_OUT = 512, 1024, 4, 128  # tokens of a row of text, rows of a batch
+T, VOCABULARY, N_HELD_OUT = 512, 1024, 128  # tokens of a row of text, and rows to measure on
 SHORTEST, LONGEST, LENGTHS = 16, 256, (256, 512, 1024, 2048)  # tokens of a row with a needle
 LETTERS, KEYS, NEEDLE_TOKENS, N_TEST = 32, 32, 2048, 128  # tokens of a batch, rows of a test
 GROUPS = (0, 8, 16, 32, 64, 128, 256, T)  # the loss is averaged over the positions between two of these
@@ -81,7 +86,7 @@ def make_model(kind: str, task: str) -> nn.Module:
     shape = dict(n_heads=4, d_model=64, d_ff=176, n_layers=4 if of_text else 2)
     shape |= dict(vocab_size=VOCABULARY, max_seq_len=T) if of_text else dict(vocab_size=LETTERS + KEYS)
     unit, last = 32 if of_text else 16, shape["n_layers"] - 1
-    grouped = shape | dict(n_kv_heads=2, qk_norm=True)
+    grouped = shape | dict(n_kv_heads=2)
     blocks = dict(block_size=unit, n_selected=4)
     summaries = dict(summary_size=unit, summary_stride=unit // 2, window=2 * unit)
     match kind:
@@ -120,19 +125,19 @@ def train(model: nn.Module, batches: Iterator[Batch], budget: float, lr: float) 
     batches: endless; {"tokens", "targets"}, each int64 (B, T), of any B and T. The rate rises to lr in WARMUP
     steps, and falls to a tenth of it as a cosine of the share of the budget that is spent.
     """
-    options = Namespace(optimizer="adamw", lr=lr, weight_decay=0.1, device="cpu")
-    (optimizer,) = make_optimizers(model, options)
+    optimizers = make_optimizers(model, Namespace(optimizer="muon", lr=lr, weight_decay=0.1, device="cpu"))
     spent = n_tokens = step = 0
     began = time.process_time()
     while spent < budget:
         batch = next(batches)
         rate = lr * (0.55 + 0.45 * math.cos(math.pi * spent / budget)) * min(1.0, (step + 1) / WARMUP)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
         model.loss(batch)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_factor"]
+            optimizer.step()
+            optimizer.zero_grad()
         spent += batch["tokens"].numel() * model.flops_per_token(batch["tokens"].shape[1])
         n_tokens, step = n_tokens + batch["tokens"].numel(), step + 1
     return {"flops": spent, "tokens": n_tokens, "steps": step, "seconds": time.process_time() - began}
@@ -142,9 +147,10 @@ def train(model: nn.Module, batches: Iterator[Batch], budget: float, lr: float) 
 
 
 def of_text(dataset: Dataset, seed: int) -> Iterator[Batch]:
+    """Yield batches of one row: with this few FLOPs many steps taught softmax more than large batches."""
     loader = Loader(dataset.train, seed)
     for step in count():
-        yield gpt.make_batch(loader.read(step * TEXT_BATCH, TEXT_BATCH), None, None)
+        yield gpt.make_batch(loader.read(step, 1), None, None)
 
 
 @torch.no_grad()
@@ -156,8 +162,8 @@ def losses(model: nn.Module, dataset: Dataset) -> dict:
         sizes[token] = 0 if token == dataset.tokenizer.eot_id else len(text)
     chosen = [rows[i * len(rows) // N_HELD_OUT] for i in range(N_HELD_OUT)]
     nats, n_bytes = torch.zeros(T, dtype=torch.float64), 0
-    for i in range(0, N_HELD_OUT, TEXT_BATCH):
-        batch = gpt.make_batch(chosen[i : i + TEXT_BATCH], None, None)
+    for row in chosen:
+        batch = gpt.make_batch([row], None, None)
         logits = model(batch["tokens"]).transpose(1, 2)  # (B, V, T)
         nats += F.cross_entropy(logits, batch["targets"], reduction="none").double().sum(dim=0)
         n_bytes += sizes[batch["targets"]].sum().item()
@@ -212,16 +218,16 @@ def found(model: nn.Module, length: int) -> float:
 # --- the comparison
 
 
-def measure(kind: str, task: str, seed: int, args: Namespace, dataset: Dataset | None) -> dict:
-    """Train a kind on a task, and return the row of the results."""
+def measure(kind: str, task: str, seed: int, budget: float, lr: float, dataset: Dataset | None) -> dict:
+    """Train a kind on a task for budget FLOPs, and return its figures. dataset: of the text."""
     torch.manual_seed(seed)
     model = make_model(kind, task)
-    row = {"task": task, "kind": kind, "seed": seed, "parameters": sum(p.numel() for p in model.parameters())}
+    row = {"parameters": sum(p.numel() for p in model.parameters())}
     if task == "text":
         row |= {"flops_per_token": model.flops_per_token(T), "cache_bytes": cache_bytes(model, T)}
-        row |= train(model, of_text(dataset, seed), args.text_flops, args.text_lr)
+        row |= train(model, of_text(dataset, seed), budget, lr)
         return row | losses(model.eval(), dataset)
-    row |= train(model, of_needles(seed), args.needle_flops, args.needle_lr)
+    row |= train(model, of_needles(seed), budget, lr)
     return row | {"found": {length: found(model.eval(), length) for length in LENGTHS}}
 
 
@@ -332,23 +338,25 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=command.path, required=True, help="file of the figures, JSON; pictures beside it")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    settings = ("text_flops", "text_lr", "needle_flops", "needle_lr")
-    about = {name: getattr(args, name) for name in settings}
-    ended = Ended(args.out, about, same=settings, indent=None)
+    settings = {task: (getattr(args, f"{task}_flops"), getattr(args, f"{task}_lr")) for task in TASKS}
+    ended = Ended(args.out, indent=None)
     dataset = None
     if "text" in args.parts:
         corpus = data.text.prepare("stdlib", f"bpe:{VOCABULARY}", args.cache, notify=lambda _: None)
         dataset = data.text.as_rows(corpus, T, only_whole=True)
     for seed, task, kind in product(args.seeds, args.parts, args.kinds):
-        if not ended.has(task=task, kind=kind, seed=seed):
-            row = measure(kind, task, seed, args, dataset)
+        budget, lr = settings[task]
+        run = {"task": task, "kind": kind, "seed": seed, "budget": budget, "lr": lr}
+        if not ended.has(**run):
+            row = run | measure(kind, task, seed, budget, lr, dataset)
             ended.add(row)
             result = row.get("bits_per_byte") or list(row["found"].values())
             print(f"{task:6} {kind:16} seed {seed}: {result}, {row['seconds']:.0f} s", flush=True)
-    print(tables(ended.rows))
-    stem = args.out.with_suffix("")
-    plot_text(ended.rows, stem.with_name(f"{stem.name}_text.png"))
-    plot_needles(ended.rows, stem.with_name(f"{stem.name}_needle.png"))
+    rows = [row for row in ended.rows if (row["budget"], row["lr"]) == settings[row["task"]]]
+    print(tables(rows))
+    for task, plot in (("text", plot_text), ("needle", plot_needles)):
+        if by_kind(rows, task):
+            plot(rows, args.out.with_name(f"{args.out.stem}_{task}.png"))
 
 
 if __name__ == "__main__":

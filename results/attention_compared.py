@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--parts", nargs="+", choices=TASKS, default=TASKS, help="tasks (default: both)")
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of attention (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the runs (default: 0 1 2)")
-    add("--text-flops", type=float, default=1e12, help="FLOPs of a run on text (default %(default)g)")
+    add("--text-flops", type=float, default=6e11, help="FLOPs of a run on text (default %(default)g)")
     add("--text-lr", type=float, default=4e-3, help="learning rate on text (default %(default)s)")
     add("--needle-flops", type=float, default=4e11, help="FLOPs of a run on needles (default %(default)g)")
     add("--needle-lr", type=float, default=4e-3, help="learning rate on needles (default %(default)s)")

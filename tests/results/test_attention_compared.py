@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from small_gpt import write_text
 from torch import Generator, nn
 
 import data.text
@@ -26,8 +25,9 @@ def small(monkeypatch):
 
 @pytest.fixture
 def dataset(tmp_path, small):
-    text = str(write_text(tmp_path / "text.txt"))
-    corpus = data.text.prepare(text, "bpe:300", tmp_path / "cache", notify=lambda _: None)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} is {i**3 % 997} and {'x' * (i % 7)} too\n" for i in range(1500)))
+    corpus = data.text.prepare(str(path), "bpe:300", tmp_path / "cache", notify=lambda _: None)
     return data.text.as_rows(corpus, 32, only_whole=True)
 
 

@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
 def do(args: argparse.Namespace) -> None:
     """Merge the adapter, chat, or answer one question."""
     if [args.chat, args.prompt is not None, args.merge is not None].count(True) != 1:
-        raise ValueError(f"{args.adapter}: nothing to do; give one of --chat, --prompt and --merge")
+        raise ValueError(f"{args.adapter}: give one of --chat, --prompt and --merge, and only one")
     model, tokenizer = open_adapted(args.adapter, args.base)
     if args.merge is not None:
         merge_into(args.merge, model, tokenizer)

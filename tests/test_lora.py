@@ -825,7 +825,7 @@ def test_merged_is_one_ordinary_model(trained, tmp_path, capsys):
 
 def test_mistakes_in_questions_are_named(trained, home, tmp_path, capsys):
     for argv, words in (
-        ([trained], ["nothing to do", "--chat, --prompt and --merge"]),
+        ([trained], ["give one of --chat, --prompt and --merge"]),
         ([trained, "--chat", "--prompt", "x"], ["give one of"]),
         ([tmp_path / "nowhere", "--chat"], ["nowhere: has no adapter_config.json or config.json"]),
         ([home / "other", "--prompt", "x"], ["tokenizer"]),

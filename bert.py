@@ -395,5 +395,5 @@ class BERT(nn.Module):
 Model = BERT
 
 if __name__ == "__main__":
-    # The command is on the shelf, whose files import this one: print the sizes, or fill in masks.
+    # The command is in language/, whose files import this one: print the sizes, or fill in masks.
     importlib.import_module("language.encoder_inference").main()

@@ -333,7 +333,7 @@ def loss_bytes(
     """Return the memory of the heads for n tokens in rows of seq_len, as the fields of engine.memory.Loss.
 
     Forward keeps a log-softmax at each masked place, of which backward makes two more, and the inputs of the
-    norms of embeddings and head. precision: (e, r, autocast) of engine/memory.py.
+    norms of embeddings and head. precision: (e, r, autocast) of engine/activations.py.
     """
     e, r, autocast = precision
     D, E, V = model.config.d_model, model.config.E, model.config.vocab_size

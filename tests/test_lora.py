@@ -556,7 +556,7 @@ def test_adapters_come_and_go_by_name(home, tmp_path):
         ({"base": "tests"}, ["config.json", "no such file"]),
         ({"model": "gpt"}, ["--base", "--model lora", "--init-from"]),
         ({"size": "dora"}, ["--size dora", "--adapter dora"]),
-        ({"size": "full"}, ["--size full", "--model gpt --init-from", "--task instruct"]),
+        ({"size": "full"}, ["--size full", "the model in --base has its size", "leave out --size"]),
         ({"size": "tiny"}, ["--size tiny"]),
         ({"init_from": "runs/x"}, ["--base", "--init-from", "cannot go together"]),
         ({"adapter": "loora"}, ["--adapter loora", "qlora"]),

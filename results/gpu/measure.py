@@ -105,7 +105,7 @@ def image_flags(sizes, work: Path, model: str) -> list[str]:
     lines = "".join(json.dumps(caption) + "\n" for caption in captions)
     (work / "pictures" / "metadata.jsonl").write_text(lines, encoding="utf-8")
     paths = ["--data", str(work / "pictures"), "--cache", str(work / "cache")]
-    return ["--model", model, *sizes.images[model], "--device", sizes.device, *paths]
+    return ["--model", model, *dict(sizes.images)[model], "--device", sizes.device, *paths]
 
 
 def train_speed(sizes, work: Path, model: str, size_flags: tuple[str, ...], kernels: str) -> dict:

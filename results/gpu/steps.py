@@ -34,7 +34,7 @@ class Sizes:
     gpt: tuple[str, ...]  # flags of train.py
     bert: tuple[str, ...]
     moe: tuple[str, ...]
-    images: dict[str, tuple[str, ...]]  # flags for each model of images
+    images: tuple[tuple[str, tuple[str, ...]], ...]  # models of images, each with its flags
     pictures: tuple[int, int]  # how many to train on, and their height and width
     updates: tuple[int, int, int]  # to warm up, measured, profiled
     learning_steps: int
@@ -76,11 +76,14 @@ FULL = Sizes(
     gpt=("--size", "124m", "--seq-len", "1024", "--batch-size", "64", *BF16),
     bert=("--size", "roberta-base", "--seq-len", "512", "--batch-size", "128", *BF16),
     moe=("--size", "switch-base-8-like", "--seq-len", "512", "--batch-size", "128", *BF16),
-    images={
-        **dict.fromkeys(("vit", "mae", "simclr", "clip"), ("--size", "b-16", "--batch-size", "128", *BF16)),
-        "unet": ("--size", "ddpm-32", "--batch-size", "128", *BF16),
-        "dit": ("--size", "b-4", "--batch-size", "256", *BF16),
-    },
+    images=(
+        *(
+            (name, ("--size", "b-16", "--batch-size", "128", *BF16))
+            for name in ("vit", "mae", "simclr", "clip")
+        ),
+        ("unet", ("--size", "ddpm-32", "--batch-size", "128", *BF16)),
+        ("dit", ("--size", "b-4", "--batch-size", "256", *BF16)),
+    ),
     pictures=(256, 224),
     updates=(5, 40, 5),
     learning_steps=200,
@@ -111,10 +114,10 @@ TOY = Sizes(
     gpt=FP32,
     bert=FP32,
     moe=FP32,
-    images={
-        **dict.fromkeys(("vit", "mae", "simclr", "clip", "dit"), (*TINY, "--set", "n_layers=1")),
-        "unet": TINY,
-    },
+    images=(
+        *((name, (*TINY, "--set", "n_layers=1")) for name in ("vit", "mae", "simclr", "clip", "dit")),
+        ("unet", TINY),
+    ),
     pictures=(8, 32),
     updates=(1, 1, 1),
     learning_steps=2,
@@ -184,7 +187,7 @@ def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
             Measurement("moe, --kernels auto", 90, partial(train, "moe", sizes.moe, "auto")),
             *(
                 Measurement(f"{model}, images", 60, partial(measure.image_speed, sizes, work, model))
-                for model in sizes.images
+                for model, _ in sizes.images
             ),
         ],
         "flex": [

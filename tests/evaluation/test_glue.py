@@ -118,7 +118,8 @@ PAIRS = [Example((f"text {i}", "other " * (i % 9)), str(i % 2)) for i in range(1
 def test_pairs_are_classified_as_by_transformers_with_segments_in_batches_of_any_size(classifier):
     model, tokenizer, _, theirs = classifier
     found = glue.logits_of(model, tokenizer, PAIRS, 5)
-    assert torch.allclose(found, glue.logits_of(model, tokenizer, PAIRS, 1), atol=1e-6)
+    # A batch of one row takes another way through attention: float32 with logits of about 4.
+    assert torch.allclose(found, glue.logits_of(model, tokenizer, PAIRS, 1), atol=1e-5)
     for example, logits in zip(PAIRS, found, strict=True):
         row, segments = glue.token_row(tokenizer, example.texts, model)
         assert row.count(tokenizer.sep_id) == 2 and len(row) <= 48 and len(row) == len(segments)

@@ -74,8 +74,11 @@ def modules(n: int) -> tuple[list[str], list[str], list[str]]:
 
 
 def write(path: Path, records: list[Record]) -> Path:
+    """Write records to path, unless it holds them already: clean.py and curate.py ask for an unchanged file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -26,6 +26,11 @@ def test_arms_are_parts_of_the_dirty_text(texts):
     assert len(half) == len(dirty) // 2 and half != texts.arm("random half", 1)
 
 
+def test_a_second_start_takes_what_was_cleaned_before(texts):
+    cleaned = texts.arm("cleaned", 0)
+    assert curation.Texts(texts.folder, 24).arm("cleaned", 0) == cleaned
+
+
 def test_held_out_modules_are_in_no_arm(texts):
     held_out = [json.loads(line)["text"] for line in texts.paths["held_out"].read_text().splitlines()]
     assert len(held_out) == 6

@@ -74,7 +74,7 @@ def modules(n: int) -> tuple[list[str], list[str], list[str]]:
 
 
 def write(path: Path, records: list[Record]) -> Path:
-    """Write records to path, unless it holds them already: clean.py and curate.py ask for an unchanged file."""
+    """Write records to path, unless it holds them: clean.py and curate.py ask for an unchanged file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
     if not path.exists() or path.read_text(encoding="utf-8") != text:

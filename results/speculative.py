@@ -1,6 +1,6 @@
 """Speculative decoding: tokens per second with each kind of draft, beside the model alone.
 
-    python -m results.speculative --out results/speculative.json       about 25 minutes of one core
+    python -m results.speculative --out results/speculative.json       about 20 minutes of one core
 
 Three models learn Python's library, byte by byte: "small", of eight layers of width 96 with three further
 heads (language/multi_token.py), "large", of eight layers of width 320, and "draft", of one layer of width 96.

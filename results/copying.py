@@ -1,6 +1,6 @@
 """What can each kind of attention copy? Seven small decoders learn to repeat a segment of random length.
 
-    python -m results.copying --out results/copying.json          three seeds, about 40 minutes of one core
+    python -m results.copying --out results/copying.json          three seeds, about 20 minutes of one core
 
 A row is a random segment of 12 to 32 tokens, repeated until the row has 64. From the second copy on every
 token is determined by those before it: find where the last few tokens occurred before, and predict the token

@@ -144,13 +144,19 @@ def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
     """Return the checkpoint to resume from and its state.
 
     flags: of this command, all as strings. free: those that may differ. Raises ValueError if the run was
-    started with other values of the rest.
+    started with other values of the rest, and for a state that lacks what `resume` reads.
     """
 
     def warn(problem: str) -> None:
         print(f"warning: {problem}; trying the checkpoint before it", file=sys.stderr)
 
     directory, state = parallel.on_rank_0(lambda: newest(out, warn))
+    lacking = ", ".join(sorted({"config", "steps", "schedule_from"} - state.keys()))
+    if lacking:
+        raise ValueError(
+            f"--resume: the run in {out} was saved by an older version, without {lacking}; "
+            f"train its model further with --init-from {out}/model and another --out"
+        )
     before = state["flags"]
     for flag in sorted(flags.keys() - free):
         # A checkpoint of an older version may lack a flag, which that version did not have.

@@ -31,6 +31,7 @@ from small_gpt import (
 
 import gpt
 import train
+from engine import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,13 @@ def test_resuming_another_run_than_was_started_is_refused(text, tmp_path, capsys
         assert word in error and "its command was" in error
     text.write_text(text.read_text().replace("line", "LINE"))
     assert "has changed" in refused(capsys, flags(text, tmp_path / "run", resume=True))
+
+
+def test_a_state_of_an_older_version_is_refused_by_what_it_lacks(monkeypatch):
+    old = {"flags": {}, "config": {}, "steps": 3}
+    monkeypatch.setattr(checkpoint, "newest", lambda out, warn: (out, old))
+    with pytest.raises(ValueError, match=r"older version, without schedule_from; .*--init-from run/model"):
+        checkpoint.find(Path("run"), {}, set())
 
 
 def test_a_run_resumes_after_its_files_have_moved(text, tmp_path, monkeypatch, capsys):

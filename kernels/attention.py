@@ -248,8 +248,8 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
     # One call per row, which reads no key that does not exist, or one with a mask where few do not exist.
     if seqlens_k is not None and readable(seqlens_k):
         lengths = seqlens_k.tolist()
-        sees_all = not causal and window is None and bias is None and T > 1 and min(lengths, default=0) > 0
-        if sees_all and attention_cpu.at_once_is_faster(q, [(T, n) for n in lengths], T, S):
+        every_key = not causal and window is None and bias is None and min(lengths, default=0) > 0
+        if every_key and T > 1 and attention_cpu.at_once_is_faster(q, [(T, n) for n in lengths], T, S):
             k, v = without_missing(k, v, seqlens_k)
             return attention_cpu.attend(q, k, v, False, scale, lengths=seqlens_k)
         if not attention_cpu.mask_is_faster(q, k, v, lengths):

@@ -161,7 +161,7 @@ def test_a_ray_cluster_of_two_workers_writes_the_same_bytes(corpus, ray, monkeyp
         patch.setattr(selection, "kept", None)
         with pytest.raises(TypeError):
             curate.main(on_ray)
-    assert len(list(Path("two/work/1-classifier").glob("scores-*.npz"))) > 2
+    assert len(list(Path("two", "work", "1-classifier").glob("scores-*.npz"))) > 2
     curate.main(on_ray)
     assert contents("one") == contents("two")
     assert ray.cluster_resources()["CPU"] == 2

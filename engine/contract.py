@@ -30,21 +30,21 @@ from data.rows import Dataset, Row
 from engine import optim, parallel
 
 ROOT = Path(__file__).parents[1]
-SHELVES = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
+FOLDERS = ("language", "attention_variants", "posttraining", "vision", "scaling", "evaluation")
 # A line that defines one of these names in a file's text, so that no file is imported to look for them.
 OFFER = re.compile(r"^(?:class |def )?(Model|SIZES|ADAPTERS|make_batch)\b", re.M)
 
 
 def find(name: str, flag: str = "--model") -> ModuleType:
-    """Import the concept's file `name`.py: from the top, from a shelf, or from anywhere on Python's path.
+    """Import the concept's file `name`.py: at the top, in FOLDERS, or anywhere on Python's path.
 
     Raises ValueError where there is none that offers a model, a task or an adapter.
     """
     if name.isidentifier():
-        for folder in (ROOT, *(ROOT / shelf for shelf in SHELVES)):
+        for folder in (ROOT, *(ROOT / name for name in FOLDERS)):
             if offers(folder / f"{name}.py"):
-                shelf = "" if folder == ROOT else f"{folder.name}."
-                return importlib.import_module(shelf + name)
+                package = "" if folder == ROOT else f"{folder.name}."
+                return importlib.import_module(package + name)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin and offers(Path(spec.origin)):
             return importlib.import_module(name)
@@ -63,7 +63,7 @@ def offers(path: Path) -> set[str]:
 
 def names(what: str = "") -> list[str]:
     """Return the names of all concepts' files, or of those that offer `what`, as `offers` names it."""
-    paths = [path for shelf in ("", *SHELVES) for path in sorted((ROOT / shelf).glob("*.py"))]
+    paths = [path for folder in ("", *FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))]
     return [path.stem for path in paths if (what in offers(path) if what else offers(path))]
 
 

@@ -106,7 +106,7 @@ def load(directory: str | Path, kernels: str = "auto") -> nn.Module:
 def find(path: Path, architecture: str) -> ModuleType:
     """Import the concept file of an architecture that the config.json at path names.
 
-    It must be NAME.py or SHELF/NAME.py, in the project or in the current directory, because a downloaded
+    It must be NAME.py or FOLDER/NAME.py, in the project or in the current directory, because a downloaded
     model must not import arbitrary modules. Raises ValueError for any other name.
     """
     name = architecture.removeprefix(PREFIX)

@@ -152,11 +152,11 @@ class Texts:
     def side(self, flag: str, name: str) -> list[str]:
         return [f"--{flag}", str(self.paths[name])]
 
-    def made_by(self, door, name: str, flags: list[str]) -> list[Record]:
+    def made_by(self, module, name: str, flags: list[str]) -> list[Record]:
         """Return what a command leaves of the dirty documents."""
         out = self.folder / name
         with redirect_stdout(None):
-            door.main([str(self.paths["dirty"]), "--out", str(out), "--keep-rejected", *flags])
+            module.main([str(self.paths["dirty"]), "--out", str(out), "--keep-rejected", *flags])
         return [record for record in read(out) if "text" in record]
 
 

@@ -14,32 +14,32 @@ from pathlib import Path
 
 import pytest
 
-from engine.contract import SHELVES
+from engine.contract import FOLDERS
 
 ROOT = Path(__file__).parents[1]
-PILLARS = ("gpt", "generate", "bert", "moe", "lora", "chinchilla")
-DOORS = ("data", "engine", "formats")
+TOP_CONCEPTS = ("gpt", "generate", "bert", "moe", "lora", "chinchilla")
+SUPPORT = ("data", "engine", "formats")
 TOP_FILES = {"README.md", "LICENSE", "requirements.txt", "pyproject.toml", "train.py", ".gitignore", ".ci"}
-TOP_FILES |= {f"{pillar}.py" for pillar in PILLARS}
-TOP_FOLDERS = {*DOORS, "kernels", "docs", "results", "tests"}  # and the shelves, as soon as they hold a file
+TOP_FILES |= {f"{name}.py" for name in TOP_CONCEPTS}
+TOP_FOLDERS = {*SUPPORT, "kernels", "docs", "results", "tests"}  # and FOLDERS, as soon as they hold a file
 
-# A folder may import itself and these folders. A shelf, a pillar and train.py have the rules of `may_import`.
+# A folder may import itself and these. The concepts and train.py have the rules of `may_import`.
 MAY_IMPORT = {
     "kernels": (),
     "formats": ("kernels",),
     "data": ("formats",),
     "engine": ("data", "formats", "kernels"),
-    "train": (*DOORS, "kernels"),
+    "train": (*SUPPORT, "kernels"),
 }
-# The files on a shelf that hold the rest of a pillar's own concept.
+# The files in FOLDERS that hold the rest of a concept at the top.
 REST_OF = {
     "gpt": {"attention_variants.longer_context"},
     "moe": {"language.routing", "language.expert_usage"},
     "lora": {"posttraining.adapters", "posttraining.adapter_costs", "posttraining.nf4"},
     "chinchilla": {"scaling.huber_fit", "scaling.points"},
 }
-# The shelf files that are made of concepts of other shelves. Classifiers pack their texts as inference does,
-# a defence against injected instructions is DPO, and linear attention goes back to its earlier states.
+# The files in FOLDERS that are made of concepts of other folders. Classifiers pack their texts as inference
+# does, a defence against injected instructions is DPO, and linear attention goes back to its earlier states.
 MADE_OF = {
     "language.rewinding": {"attention_variants.linear"},
     "posttraining.classify": {"language.encoder_inference"},
@@ -47,7 +47,7 @@ MADE_OF = {
     "evaluation.injection": {"posttraining.dpo"},
 }
 
-MAX_LINES = {"concept": 400, "door": 450, "train": 250, "moe": 430}
+MAX_LINES = {"concept": 400, "other": 450, "train": 250, "moe": 430}
 MAX_FUNCTION_LINES = 60
 MAX_FILES_OF_GPT = 14  # that `import gpt` loads, itself included
 MAX_FILES_OF_TRAIN = 24  # that `import train` loads, itself included
@@ -81,8 +81,8 @@ def top(name: str) -> str:
 
 
 def is_concept(name: str) -> bool:
-    """Return True for a pillar and for a file on a shelf (not for the shelf's __init__.py)."""
-    return name in PILLARS or (top(name) in SHELVES and name not in SHELVES)
+    """Return True for a concept at the top and for a file of FOLDERS (not for its __init__.py)."""
+    return name in TOP_CONCEPTS or (top(name) in FOLDERS and name not in FOLDERS)
 
 
 @cache
@@ -129,26 +129,26 @@ def may_import(importer: str, imported: str) -> bool:
         return True
     if ours in MAY_IMPORT:
         return theirs in MAY_IMPORT[ours]
-    if ours in PILLARS:
-        return theirs in (*PILLARS, "kernels", "data", "formats") or imported in REST_OF.get(ours, ())
-    # What is left is a shelf. scaling/sweep.py makes its runs by train.py.
-    return theirs in (*PILLARS, *DOORS, "kernels", "train") or imported in MADE_OF.get(importer, ())
+    if ours in TOP_CONCEPTS:
+        return theirs in (*TOP_CONCEPTS, "kernels", "data", "formats") or imported in REST_OF.get(ours, ())
+    # What is left is in FOLDERS. scaling/sweep.py makes its runs by train.py.
+    return theirs in (*TOP_CONCEPTS, *SUPPORT, "kernels", "train") or imported in MADE_OF.get(importer, ())
 
 
 def test_the_top_level_is_the_table_of_contents():
     names = {path.parts[0] for path in files()}
     expected = TOP_FILES | TOP_FOLDERS
-    report([f"unexpected {name}" for name in names - expected - set(SHELVES)])
+    report([f"unexpected {name}" for name in names - expected - set(FOLDERS)])
     report([f"missing {name}" for name in expected - names])
 
 
-def test_doors_pillars_and_shelves_import_only_what_they_may():
+def test_files_import_only_what_they_may():
     pairs = [(name, other) for name in code() for other in imports(name)]
     report(f"{name} imports {other}" for name, other in pairs if not may_import(name, other))
 
 
-def test_a_pillar_builds_on_at_most_one_other():
-    others = {name: (imports(name) & set(PILLARS)) - {"generate"} for name in PILLARS}
+def test_a_concept_at_the_top_builds_on_at_most_one_other():
+    others = {name: (imports(name) & set(TOP_CONCEPTS)) - {"generate"} for name in TOP_CONCEPTS}
     report(f"{name} imports {', '.join(sorted(found))}" for name, found in others.items() if len(found) > 1)
 
 
@@ -172,7 +172,7 @@ def test_no_circle_of_folders():
 def test_no_file_is_longer_than_a_reader_can_hold():
     offenders = []
     for name, path in code().items():
-        kind = name if name in MAX_LINES else "concept" if is_concept(name) else "door"
+        kind = name if name in MAX_LINES else "concept" if is_concept(name) else "other"
         n_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
         if n_lines > MAX_LINES[kind]:
             offenders.append(f"{path}: {n_lines} lines, at most {MAX_LINES[kind]}")

@@ -99,11 +99,16 @@ def random_blocks(B: int, T: int, C: int, N: int, n: int, with_first: bool) -> T
     return torch.stack(rows)
 
 
+def choices_and_groups(H: int, heads: int) -> tuple[int, int]:
+    """Return C and G for H heads, of which so many share a choice."""
+    C = max(1, H // heads)
+    return C, C if heads > 1 else max(1, H // 4)
+
+
 def selected_attention_case(B: int, T: int, H: int, K: int, heads: int, N: int, n: int) -> Case:
     """Return the case of attention over n selected blocks of N keys; heads: how many share a choice."""
-    heads = min(heads, H)
-    C = H // heads
-    G = C if heads > 1 else max(1, H // 4)
+    C, G = choices_and_groups(H, heads)
+    heads = H // C
     blocks = random_blocks(B, T, C, N, n, with_first=heads > 1)
     # A query sees its own block up to itself, and all keys of the others.
     seen = (blocks >= 0).sum().item() * N - sum(N - 1 - p % N for p in range(T)) * B * C

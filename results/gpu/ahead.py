@@ -1,7 +1,7 @@
 """Prepare on the processor, while the GPU already works, what later steps would wait for.
 
     python -m results.gpu.ahead data       a tokenizer and a tokenised corpus, without a download
-    python -m results.gpu.ahead kernels    attention's kernels, compiled into Triton's cache in many processes
+    python -m results.gpu.ahead kernels    attention, compiled into Triton's cache in many processes
 
 Both are started by __main__.py. Compilation needs the name of a GPU, not the GPU: see
 kernels/bench/machine_code.py.
@@ -11,6 +11,7 @@ import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,9 +22,16 @@ from data.text import prepare
 from data.tokenizer import Tokenizer, train_bpe
 from formats.atomic import replace_directory
 from formats.tokenizer_json import END_OF_TEXT
-from kernels import flash_attention, flash_backward
+from kernels import (
+    configs,
+    flash_attention,
+    flash_backward,
+    linear_chunks,
+    selected_backward,
+    selected_blocks,
+)
 from kernels.bench import machine_code
-from results.gpu import measure
+from kernels.bench.long_rows import choices_and_groups
 from results.gpu.steps import FULL, TOY, Sizes
 
 
@@ -54,27 +62,55 @@ def attention(K: int, H: int, causal: bool, group: int, backward: bool) -> None:
         flash_attention.forward(q, k, k, *options)
 
 
-def configured(operation: str, name: str, K: int, H: int) -> None:
-    """Launch causal attention under a configuration, as in tuning."""
-    with measure.configs.timed(operation, measure.configs.CONFIGS[operation][name]):
-        attention(K, H, True, 1, operation == "attention_backward")
+def linear(K: int, H: int, backward: bool) -> None:
+    """Launch a pass of linear attention. The number of chunks is a multiple of 16, as in the measurements."""
+    x, state = torch.zeros(1, 1024, H, K, dtype=torch.bfloat16), torch.zeros(1, H, K, K)
+    if backward:
+        linear_chunks.backward(x, state, x, x, x, torch.zeros(H), state)
+    else:
+        linear_chunks.forward(x, x, x, torch.zeros(H), state)
 
 
-def attention_jobs(sizes: Sizes) -> list[partial]:
-    """Return the calls whose kernels are compiled ahead: those of the measurements, then those of tuning."""
-    shapes = [(K, sizes.width // K) for K in reversed(sizes.head_widths)]
-    jobs = [
-        partial(attention, K, H, causal, group, backward)
-        for K, H in shapes
-        for causal, group in ((True, 1), (False, 1), (True, 4))
-        for backward in (False, True)
-    ]
-    return jobs + [
-        partial(configured, operation, name, K, H)
-        for operation in ("attention_forward", "attention_backward")
-        for K, H in shapes
-        for name in measure.configs.names(operation, K)
-    ]
+def selected(K: int, H: int, heads: int, N: int, n: int, backward: bool) -> None:
+    """Launch a pass of attention over n selected blocks of N keys, with one choice for so many heads. The
+    number of blocks is a multiple of 16, as in the measurements with the longest rows."""
+    (C, G), T = choices_and_groups(H, heads), 16 * N
+    q, k = torch.zeros(1, T, H, K, dtype=torch.bfloat16), torch.zeros(1, T, G, K, dtype=torch.bfloat16)
+    blocks = torch.zeros(1, T, C, n, dtype=torch.int64)
+    if backward:
+        selected_backward.backward(q, q, k, k, blocks, q, torch.zeros(1, T, H), N, K**-0.5, None)
+    else:
+        selected_blocks.forward(q, k, k, blocks, N, K**-0.5, None)
+
+
+def configured(operation: str, name: str, job: partial) -> None:
+    """Call the job under a configuration, as in tuning."""
+    with configs.timed(operation, configs.CONFIGS[operation][name]):
+        job()
+
+
+def jobs_of(sizes: Sizes, is_long: bool) -> list[partial]:
+    """Return the calls whose kernels are compiled ahead: those of the measurements, then those of tuning.
+
+    is_long: those of attention whose time grows in proportion to T, or else those of softmax attention.
+    """
+    measured, tuned = [], []
+    for K, backward in product(reversed(sizes.head_widths), (False, True)):
+        H = sizes.width // K
+        if is_long:
+            ways = {"linear_attention": partial(linear, K, H, backward)}
+            for way, kind in zip(("selected", "gathered"), sizes.selected, strict=True):
+                ways[f"{way}_attention"] = partial(selected, K, H, *kind, backward)
+        else:
+            ways = {"attention": partial(attention, K, H, True, 1, backward)}
+            measured += [
+                partial(attention, K, H, causal, group, backward) for causal, group in ((False, 1), (True, 4))
+            ]
+        measured += ways.values()
+        for way, job in ways.items():
+            operation = f"{way}_{'backward' if backward else 'forward'}"
+            tuned += [partial(configured, operation, name, job) for name in configs.names(operation, K)]
+    return measured + tuned
 
 
 def compile_job(target: str, job: partial) -> None:
@@ -87,7 +123,8 @@ def compile_kernels(sizes: Sizes, target: str) -> None:
 
     A failure is only printed: where the kernel is measured, it fails again, in its row.
     """
-    jobs = attention_jobs(sizes)[: 1 if sizes is TOY else None]
+    most = 1 if sizes is TOY else None
+    jobs = [job for is_long in (False, True) for job in jobs_of(sizes, is_long)[:most]]
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) // 2), get_context("spawn")) as pool:
         done = [pool.submit(compile_job, target, job) for job in jobs]
         for job, future in zip(jobs, done, strict=True):

@@ -1,0 +1,141 @@
+"""Cleaning a large text: the memory and the time of data/clean.py, and what it finds of what was planted.
+
+    python -m results.large_text --out results/large_text.json                 1 GB, about half an hour
+    python -m results.large_text --out results/large_text.json --bytes 4e7     a first try
+
+The text is made of words of Python's own library, drawn by how often they occur there, in sentences and
+paragraphs; a document has 2,000 to 6,000 characters. By chance, with labels, a document is
+
+    an exact copy   of one of the last RECENT documents, for 5 of 100
+    a near copy     of one, with every hundredth word exchanged, for 5 of 100
+    or it holds     one passage of 60 words, for 5 of 100
+
+so all documents but the copies are unlike each other, and the stages of data/clean.py have a known result:
+`exact` and `near` remove as many documents as there are copies, and `substrings` shortens those with the
+passage but for the first. The peak of memory is the resident set of the process, as the kernel counts it
+(`ru_maxrss`). The text is written to --work, and removed with what was made of it.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections import Counter
+from itertools import accumulate
+from pathlib import Path
+
+import regex
+
+from data.corpus import documents, stdlib_files
+from engine import cpu
+from formats import command
+from formats.json_file import read_json, write_json
+from formats.progress import progress_bar
+
+STAGES = ("rules", "exact", "near", "substrings")
+SHARE = 0.05  # of documents that are exact copies, near copies, or hold the passage
+RECENT = 2_000  # documents that may be copied
+CHANGED = 100  # every so many words of a near copy is another
+
+
+class Words:
+    """Random text of words of Python's library, drawn by how often they occur there."""
+
+    def __init__(self, seed: int):
+        self.generator = random.Random(seed)
+        texts = (text for _, text in zip(range(300), documents(stdlib_files(), print), strict=False))
+        counts = Counter(word for text in texts for word in regex.findall(r"\b[a-z]+\b", text.lower()))
+        self.words, occurrences = zip(*counts.most_common(20_000), strict=True)
+        self.cumulative = list(accumulate(occurrences))
+
+    def draw(self, n: int) -> list[str]:
+        """Return n words."""
+        return self.generator.choices(self.words, cum_weights=self.cumulative, k=n)
+
+    def sentence(self) -> str:
+        """Return a sentence of 8 to 20 words."""
+        return " ".join(self.draw(self.generator.randint(8, 20))).capitalize() + "."
+
+    def document(self) -> str:
+        """Return paragraphs of 2 to 6 sentences, together 2,000 to 6,000 characters or a few more."""
+        size, paragraphs = self.generator.randint(2_000, 6_000), []
+        while sum(map(len, paragraphs)) < size:
+            paragraphs.append(" ".join(self.sentence() for _ in range(self.generator.randint(2, 6))))
+        return "\n".join(paragraphs)
+
+    def near_copy(self, text: str) -> str:
+        """Return a text in which every CHANGED-th word is another one."""
+        words = text.split(" ")
+        for i in range(CHANGED // 2, len(words), CHANGED):
+            words[i] = self.draw(1)[0] + "ly"
+        return " ".join(words)
+
+
+def write_text(path: Path, n_bytes: int, seed: int) -> Counter:
+    """Write documents as .jsonl, n_bytes of text or a few more, and return how many have each label."""
+    words, recent, planted = Words(seed), [], Counter()
+    passage = " ".join(words.draw(60))
+    written = 0
+    with path.open("w", encoding="utf-8") as file, progress_bar(total=n_bytes, desc="write", unit="B") as bar:
+        while written < n_bytes:
+            kind = words.generator.random() // SHARE if recent else 3
+            if kind == 0:
+                label, text = "exact copies", words.generator.choice(recent)
+            elif kind == 1:
+                label, text = "near copies", words.near_copy(words.generator.choice(recent))
+            else:
+                label, text = "others", words.document()
+                if kind == 2:
+                    label, text = "with the passage", f"{text}\n{passage}"
+                elif len(recent) < RECENT:
+                    recent.append(text)
+                else:
+                    recent[words.generator.randrange(RECENT)] = text
+            file.write(json.dumps({"text": text}) + "\n")
+            planted[label] += 1
+            written += len(text)
+            bar.update(len(text))
+    return planted
+
+
+def clean(text: Path, out: Path, workers: int) -> dict:
+    """Clean a file in a process of its own, and return its report, minutes, CPU minutes, and peak bytes."""
+    flags = ["--out", str(out), "--stages", *STAGES, "--workers", str(workers)]
+    start = time.perf_counter()
+    pid = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-m", "data.clean", str(text), *flags])
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise RuntimeError(f"data.clean ended with status {status}")
+    scale = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss in bytes
+    return {
+        "minutes": (time.perf_counter() - start) / 60,
+        "CPU minutes": (usage.ru_utime + usage.ru_stime) / 60,
+        "peak MB": usage.ru_maxrss * scale / 1e6,
+        "report": read_json(out / "report.json"),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--bytes", type=float, default=1e9, help="bytes of the text (default 1e9)")
+    work = Path("runs/large_text")
+    add("--work", type=command.path, default=work, help="folder for the text (default %(default)s)")
+    add("--workers", type=int, default=1, help="processes of data.clean (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the text (default %(default)s)")
+    args = parser.parse_args(argv)
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    text = args.work / "text.jsonl"
+    planted = write_text(text, int(args.bytes), args.seed)
+    found = clean(text, args.work / "cleaned", args.workers)
+    write_json(args.out, {"cpu": cpu.name(), "workers": args.workers, "planted": planted} | found)
+    shutil.rmtree(args.work)
+
+
+if __name__ == "__main__":
+    command.run(main)

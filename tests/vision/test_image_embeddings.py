@@ -149,6 +149,6 @@ def test_mistakes_are_one_line(tmp_path, clip_folder, capsys):
     Prior(SMALL).save_pretrained(tmp_path / "prior")
     with pytest.raises(ValueError, match="reads the CLIP that it was trained with; name it"):
         image_embeddings.wrap(Prior(SMALL), SMALL)
-    with pytest.raises(ValueError, match="16 wide embeddings, the prior's are 8 wide"):
+    with pytest.raises(ValueError, match="16 wide embeddings, those of the model are 8 wide"):
         other = replace(SMALL, d_embed=8, clip=str(clip_folder))
         image_embeddings.wrap(Prior(other), other)

@@ -97,7 +97,7 @@ class Config:
 SIZES = {
     "tiny": Config(
         unet.Config(
-            (24, 48, 96), (0, 1, 1), 1, 1, 1, 16, class_vectors=True, d_text=96, n_heads=4, n_groups=8,
+            (16, 32, 64), (0, 0, 1), 1, 1, 1, 16, class_vectors=True, d_text=64, n_heads=4, n_groups=8,
             norm_eps=1e-5, cos_first=True, freq_shift=0, padding=1,
         ),
         96,

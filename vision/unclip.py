@@ -86,7 +86,7 @@ class Config:
     @property
     def alpha_bar(self) -> Tensor:
         """Return a_t of all time steps, float64."""
-        return noise.schedule(**{name: x for name, x in self.process.items() if name != "target"})
+        return noise.schedule(self.schedule, self.n_steps, self.zero_terminal)
 
     @property
     def max_seq_len(self) -> int:

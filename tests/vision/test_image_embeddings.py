@@ -6,25 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_clip import small_clip
 
 import train as train_py
 from data.tokenizer import get_tokenizer
 from vision import image_embeddings, noise
-from vision.clip import CLIP
-from vision.clip import Config as ClipConfig
 from vision.image_embeddings import TIMES, WithCLIP, make_batch
 from vision.prior import Config, Prior
 
-CLIP_CONFIG = ClipConfig(
-    *(2, 2, 16, 24, 1, 2, 16, 20, 16), image_size=8, patch_size=4, n_channels=1, vocab_size=257,
-    max_seq_len=60, eos_token_id=256, mean=(0.5,), std=(0.5,), kernels="reference",
-)  # fmt: skip
 SMALL = Config(1, 2, 8, 16, 6, kernels="reference")
-
-
-def small_clip(**changes):
-    torch.manual_seed(1)
-    return CLIP(replace(CLIP_CONFIG, **changes))
 
 
 @pytest.fixture

@@ -149,12 +149,15 @@ def flops_per_token(module: WithCLIP, config: Config, seq_len: int) -> int:
 
 @torch.no_grad()
 def compare(
-    module: WithCLIP, dataset: ImageDataset, prior: Tensor | None = None
+    module: WithCLIP,
+    dataset: ImageDataset,
+    prior: Tensor | None = None,
+    guidance: Sequence[float] = GUIDANCE,
 ) -> tuple[list[int], dict[str, Tensor]]:
     """Return the numbers of held-out images, and rows of as many images (n, C, H, W): the real ones, and by
     their names those drawn with each guidance from: their own embeddings; those of `prior`, which a prior has
     drawn for all held-out captions, if it is given; the captions' embeddings in the place of an image's; and
-    other images' embeddings."""
+    the embedding of another image, half of them further on."""
     n, device = len(dataset.val), module.model.null.device
     chosen = list(range(0, n, -(-n // (MOST_DRAWN if dataset.small else SHOWN))))
     batch = stack([dataset.val[i] for i in chosen])
@@ -163,10 +166,13 @@ def compare(
     ways = {"its own": own}
     if prior is not None:
         ways["the prior's"] = prior[chosen]
-    ways |= {"its text's": module.clip.of_texts(batch["tokens"].to(device)), "another's": own.roll(1, 0)}
+    ways |= {
+        "its text's": module.clip.of_texts(batch["tokens"].to(device)),
+        "another's": own.roll(len(own) // 2, 0),
+    }
     rows = {"real": reduced(true, module.config.unet.size).cpu()}
     for name, embeddings in ways.items():
-        for w in GUIDANCE:
+        for w in guidance:
             rows[f"{name}, w = {w:g}"] = module.model.draw(embeddings, guidance=w).cpu()
     return chosen, rows
 
@@ -180,9 +186,9 @@ def in_words(dataset: ImageDataset, chosen: Sequence[int], rows: dict[str, Tenso
 
 
 def show(module: WithCLIP, dataset: ImageDataset, out: Path) -> str:
-    """Draw held-out images, which the decoder has not seen, from embeddings, below these images. Return how
-    often a judge recognises them."""
-    chosen, rows = compare(module, dataset)
+    """Draw held-out images, which the decoder has not seen, from embeddings and without guidance, below these
+    images. Return how often a judge recognises them."""
+    chosen, rows = compare(module, dataset, guidance=GUIDANCE[:1])
     n_shown = min(SHOWN, len(chosen))
     shown = [i * len(chosen) // n_shown for i in range(n_shown)]
     pictures.save(out, [[images[i] for i in shown] for images in rows.values()])

@@ -8,7 +8,8 @@ vision/noise.py. CLIP is frozen and not saved with the prior: `--set clip=DIR` n
 and no CLIP is named, the run first trains one on the same captions and keeps it below --cache.
 
 A prior is measured by the cosine of a drawn embedding to the true one of a held-out image. Beside it stands
-the cosine of the text's own embedding, which is what a decoder would be given without a prior.
+the cosine of the text's own embedding, which is what the decoder (vision/unclip.py) would be given without a
+prior.
 
     python train.py --model prior
     python train.py --model prior --data captions.jsonl --set clip=DIR

@@ -117,20 +117,19 @@ def test_a_run_is_resumed_to_the_bit_and_its_model_is_measured(tmp_path, clip_fo
     out = capsys.readouterr().out
     assert "the mean image has a squared error of" in out
     lines = (tmp_path / "whole" / "samples.txt").read_text().splitlines()
-    for name in ("real", "its own, w = 1", "its text's, w = 2", "another's, w = 1"):
+    for name in ("real", "its own, w = 1", "its text's, w = 1", "another's, w = 1"):
         assert sum(line.startswith(name) and "character" in line for line in lines) == 3
-    with Image.open(tmp_path / "whole" / "picture.png") as picture:  # 6 held-out images, and 7 rows
-        assert picture.size == (6 * 70 + 6, 7 * 70 + 6)
+    with Image.open(tmp_path / "whole" / "picture.png") as picture:  # 6 held-out images, and 4 rows
+        assert picture.size == (6 * 70 + 6, 4 * 70 + 6)
 
     # The command gives the figures of the last evaluation, and those of a prior beside them.
     Prior(PriorConfig(1, 2, 8, 16, 60)).save_pretrained(tmp_path / "prior")
     argv = [str(tmp_path / "whole" / "model"), "--clip", str(clip_folder)]
     embedding_to_image.main([*argv, "--prior", str(tmp_path / "prior")])
     table = capsys.readouterr().out.splitlines()
-    assert [line for line in table if not line.startswith("the prior's")] == [line for line in lines if line][
-        -8:
-    ]
-    assert sum(line.startswith("the prior's") and "character" in line for line in table) == 2
+    known = {line for line in table if "w = 1" in line and "prior" not in line}
+    assert len(known) == 3 and known <= set(lines)
+    assert len(table) == 10 and sum(line.startswith("the prior's") for line in table) == 2
 
 
 def test_mistakes_are_one_line(tmp_path, clip_folder, capsys):

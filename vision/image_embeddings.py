@@ -36,6 +36,7 @@ from data.rows import Dataset, Row, Rows, stack
 from data.tokenizer import Tokenizer, get_tokenizer
 from engine import parallel, trainable
 from formats import command
+from formats.open_model import check_concept
 from vision import first_stage, noise, tower_flops
 from vision.clip import CLIP, loss_bytes  # noqa: F401  loss_bytes is this task's, too
 from vision.prior import SIZES, Config, Prior
@@ -135,9 +136,13 @@ class WithEmpty(Rows):
 
 
 def open_clip(directory: str, kernels: str = "auto", *, d_embed: int | None = None) -> CLIP:
-    """Return the CLIP in a directory, in float32. Raises ValueError for a SigLIP, for a CLIP whose text
-    states have another width than its embeddings, as the prior reads both with one width, and for embeddings
-    that are not d_embed wide (default: of any width)."""
+    """Return the CLIP in a directory, in float32.
+
+    Raises ValueError for another model, for a SigLIP, for a CLIP whose text states have another width than its
+    embeddings, as the prior reads both with one width, and for embeddings that are not d_embed wide (default:
+    of any width).
+    """
+    check_concept(directory, CLIP)
     model = CLIP.from_pretrained(directory, kernels=kernels).float().eval()
     config = model.config
     if config.layout != "clip" or config.text_width != config.d_joint:

@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         ("decoder", {"class_embed_type": "projection"}, "class_embed_type 'projection' is not implemented"),
         ("decoder", {"class_embed_type": None}, "expected class_vectors and d_text"),
         ("text_proj", {"_class_name": "ImageProjection"}, "class 'ImageProjection': expected UnCLIPText"),
-        ("text_proj", {"clip_extra_context_tokens": 2}, "clip_extra_context_tokens_proj.weight has shape"),
+        ("text_proj", {"clip_extra_context_tokens": 2}, "clip_extra_context_tokens_proj.* has shape"),
         ("text_proj", {"clip_embeddings_dim": 9}, "has shape"),
     ):
         folder = shutil.copytree(FOLDER, tmp_path / f"{part}-{words[:9]}-{next(iter(change))}")
@@ -249,7 +249,7 @@ def test_without_a_checkpoint_the_command_prints_the_sizes(capsys):
         (["--clip", "clip", "--image", "grey.png", "--out", "o.gif"], "a .png"),
         (["--clip", "clip", "--image", "grey.png", "--steps", "2000"], "2000 steps of a sampler"),
         (["--clip", "clip", "--image", "none.png"], "none.png: cannot be opened"),
-        (["--clip", "m", "--image", "grey.png"], "expected"),
+        (["--clip", "m", "--image", "grey.png"], "m: no model of vision.clip.py"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(flags, words, folders, capsys, monkeypatch):

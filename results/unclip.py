@@ -12,7 +12,8 @@ the 130 held-out letters are drawn, with guidance 1 and 2 of the decoder, from
     another's    another image's embedding: the control
 
 A classifier of real letters (vision/judge.py) says which character and which style it recognises; beside that
-stands what it recognises in the real letters, and the mean squared error of a pixel in [0, 1] to these.
+stands what it recognises in the real letters, and the mean squared error of a pixel in [0, 1] to these. Runs
+are evaluated at their start and their end alone, which leaves the weights what they are.
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
 after each seed, and those in it are kept. A picture of the first seed is drawn beside --out: the rows above
@@ -52,7 +53,8 @@ def measure(work: Path, seed: int, steps: dict[str, int], shown: list[list[Tenso
     found: dict = {}
     for name, out in outs.items():
         data = ["--data", "glyphs"] if name == "clip" else ["--set", f"clip={clip}"]
-        last = run(out, seed, "--model", name, *data, "--steps", str(steps[name]), *cache)
+        flags = ["--steps", str(steps[name]), "--eval-every", str(steps[name]), *cache]
+        last = run(out, seed, "--model", name, *data, *flags)
         found[name] = {"steps": steps[name], "minutes": minutes(out), "val_loss": last["val_loss"]}
 
     # What is drawn from each embedding, and what the judge recognises.

@@ -138,9 +138,9 @@ class WithEmpty(Rows):
 def open_clip(directory: str, kernels: str = "auto", *, d_embed: int | None = None) -> CLIP:
     """Return the CLIP in a directory, in float32.
 
-    Raises ValueError for another model, for a SigLIP, for a CLIP whose text states have another width than its
-    embeddings, as the prior reads both with one width, and for embeddings that are not d_embed wide (default:
-    of any width).
+    Raises ValueError for another model, for a SigLIP, for a CLIP whose text states have another width than
+    its embeddings, as the prior reads both with one width, and for embeddings that are not d_embed wide
+    (default: of any width).
     """
     check_concept(directory, CLIP)
     model = CLIP.from_pretrained(directory, kernels=kernels).float().eval()

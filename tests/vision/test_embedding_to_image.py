@@ -110,6 +110,7 @@ def test_a_run_is_resumed_to_the_bit_and_its_model_is_measured(tmp_path, clip_fo
     train("whole", 4)
     train("parts", 2)
     train("parts", 4, "--resume")
+    train("more", 1, "--init-from", str(tmp_path / "whole" / "model"))
     for part in ("decoder", "text_proj"):
         file = f"model/{part}/diffusion_pytorch_model.safetensors"
         one, two = (load_file(tmp_path / run / file) for run in ("whole", "parts"))

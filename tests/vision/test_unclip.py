@@ -63,8 +63,8 @@ def test_images_are_those_that_diffusers_draws_with_guidance():
     expected = load_file(FOLDER / "expected.safetensors")
     model, z = open_model(FOLDER), expected["z"] / math.sqrt(10)
     images = model.draw(z, guidance=1.5, steps=5, x=expected["x"])
-    # diffusers' tables are float32, which is 1e-5 in an image.
-    torch.testing.assert_close(images, expected["images"], rtol=0, atol=5e-5)
+    # diffusers' tables are float32. The difference is 4e-7, and 0.04 with another null row.
+    torch.testing.assert_close(images, expected["images"], rtol=0, atol=1e-5)
     assert (model.draw(z, steps=5, x=expected["x"]) - images).abs().max() > 0.01
 
 

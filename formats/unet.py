@@ -46,6 +46,7 @@ BLOCKS = {  # with attention, without
 }
 LEVELS = {PLAIN: (0, 1, 1, 1), TEXT: (1, 1, 1, 0)}  # of an absent key: 1 with attention
 MIDDLE = {PLAIN: "UNetMidBlock2D", TEXT: "UNetMidBlock2DCrossAttn"}
+VECTORS = "identity"  # "class_embed_type" where the labels of classes are vectors, and added as they are
 ONLY = {
     "act_fn": ("silu", "swish"),
     "center_input_sample": (False,),
@@ -62,6 +63,7 @@ ONLY = {
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
     "addition_embed_type_num_heads": (64,),
+    "class_embed_type": (None, VECTORS),
 }
 INERT = {"sample_size", "down_block_types", "up_block_types", "num_train_timesteps", "upcast_attention"}
 OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -82,6 +84,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         fields = config_json.read_fields(
             path, hf, table, OF_CLASS[kind], only, diffusers.INERT | INERT, set()
         )
+        fields["class_vectors"] = hf.get("class_embed_type") == VECTORS
         fields["attention"] = levels(path, hf, kind)
         fields["image_size"] = side(path, hf, 2 ** (len(fields["channels"]) - 1))
     if kind == PLAIN and "num_class_embeds" not in hf:
@@ -138,6 +141,7 @@ def described(config: Any) -> tuple[str, dict]:
     table = TEXT_FIELDS if kind == TEXT else PLAIN_FIELDS
     hf = {key: getattr(config, field) for key, field in table.items()}
     hf |= {"sample_size": config.image_size, "act_fn": "silu", "num_class_embeds": config.n_classes or None}
+    hf["class_embed_type"] = VECTORS if config.class_vectors else None
     if kind == PLAIN and config.d_head is None and config.n_heads > 1:  # null means one head
         raise ValueError(f"n_heads {config.n_heads}: {PLAIN} has heads of one width; set d_head instead")
     down, up = BLOCKS[kind]

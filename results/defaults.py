@@ -24,7 +24,7 @@ MODELS = (
     "gpt", "moe", "bert", "electra", "deberta", "deberta_v3", "t5", "bart", "prefix_lm", "multi_token",
     "talking_heads", "local_global", "latent", "deepseek", "linear", "minimax", "moba", "native_sparse",
     "vit", "mae", "maskfeat", "simclr", "igpt", "spectrogram", "colorize", "clip",
-    "ddpm", "dit", "autoencoder_kl", "latent_diffusion", "prior", "vae", "flow",
+    "ddpm", "dit", "autoencoder_kl", "latent_diffusion", "prior", "unclip", "vae", "flow",
     "dpo", "ppo", "reward",
 )  # fmt: skip
 RUNS = {name: ["--model", name] for name in MODELS} | {

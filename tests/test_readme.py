@@ -44,7 +44,8 @@ LONG = re.compile(
     # Which ask for words of the library.
     r"|language\.analogies .*--(near|solve)"
     # Which train another model first, or a judge of what is drawn.
-    r"|latent_diffusion|image_embeddings|--model (prior|dit|ddpm)|vision\.(ddpm|frechet)"
+    r"|latent_diffusion|image_embeddings|embedding_to_image|--model (prior|unclip|dit|ddpm)"
+    r"|vision\.(ddpm|frechet|unclip runs)"
 )
 INSTEAD = {  # in blocks of Python
     "Qwen3-0.6B": "runs/gpt/model",

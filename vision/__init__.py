@@ -12,6 +12,7 @@ hears.
 
 Models that draw images are a chapter of their own, docs/generative.md. Of latent diffusion read
 autoencoder_kl, then latent_diffusion and text_to_image, which trains it; dit is a denoiser of patches, and
-prior, which image_embeddings trains, draws embeddings. first_stage makes the model that another needs.
+prior, which image_embeddings trains, draws embeddings, of which unclip, which embedding_to_image trains,
+draws images. first_stage makes the model that another needs.
 vae, flow, gan and energy draw without words, and frechet measures how far what they draw is from real images.
 """

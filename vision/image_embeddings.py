@@ -8,7 +8,8 @@ vision/noise.py. CLIP is frozen and not saved with the prior: `--set clip=DIR` n
 and no CLIP is named, the run first trains one on the same captions and keeps it below --cache.
 
 A prior is measured by the cosine of a drawn embedding to the true one of a held-out image. Beside it stands
-the cosine of the text's own embedding, which is what a decoder would be given without a prior.
+the cosine of the text's own embedding, which is what the decoder (vision/unclip.py) would be given without a
+prior.
 
     python train.py --model prior
     python train.py --model prior --data captions.jsonl --set clip=DIR
@@ -19,10 +20,10 @@ Shapes: B pairs, E width of embeddings, T tokens of a text.
 
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from data.rows import Dataset, Row, Rows, stack
 from data.tokenizer import Tokenizer, get_tokenizer
 from engine import parallel, trainable
 from formats import command
+from formats.open_model import check_concept
 from vision import first_stage, noise, tower_flops
 from vision.clip import CLIP, loss_bytes  # noqa: F401  loss_bytes is this task's, too
 from vision.prior import SIZES, Config, Prior
@@ -133,15 +135,59 @@ class WithEmpty(Rows):
         return self.rows[i] | {"empty": self.empty}
 
 
-def open_clip(directory: str, kernels: str = "auto") -> CLIP:
-    """Return the CLIP in a directory, in float32. Raises ValueError for a SigLIP, and for a CLIP whose text
-    states have another width than its embeddings: the prior reads both with one width."""
+def open_clip(directory: str, kernels: str = "auto", *, d_embed: int | None = None) -> CLIP:
+    """Return the CLIP in a directory, in float32.
+
+    Raises ValueError for another model, for a SigLIP, for a CLIP whose text states have another width than
+    its embeddings, as the prior reads both with one width, and for embeddings that are not d_embed wide
+    (default: of any width).
+    """
+    check_concept(directory, CLIP)
     model = CLIP.from_pretrained(directory, kernels=kernels).float().eval()
     config = model.config
     if config.layout != "clip" or config.text_width != config.d_joint:
         sizes = f"layout {config.layout}, {config.text_width} wide texts, {config.d_joint} wide embeddings"
         raise ValueError(f"{directory}: {sizes}: expected a CLIP with one width of both")
+    if d_embed not in (None, config.d_joint):
+        widths = f"{config.d_joint} wide embeddings, those of the model are {d_embed} wide"
+        raise ValueError(f"{directory}: {widths}; expected the CLIP that it was trained with")
     return model
+
+
+def open_prior(directory: str, clip: str) -> WithCLIP:
+    """Return the prior in a directory with the CLIP in the directory `clip`, in float32. Raises ValueError if
+    they do not fit."""
+    model = Prior.from_pretrained(directory).float().eval()
+    model.config = replace(model.config, clip=clip)
+    return wrap(model, model.config)
+
+
+def of_texts(module: WithCLIP, texts: Sequence[str], *, w: float, seed: int) -> Tensor:
+    """Return an image embedding (B, E), of length 1, drawn for each of B texts.
+
+    w: the guidance; 1: none. seed: of the first noise.
+    """
+    tokenizer, T = get_tokenizer(module.config.clip), module.config.max_seq_len
+    tokens, empty = (
+        torch.from_numpy(captions.encode(some, tokenizer, T, T)[0]).long() for some in (texts, [""])
+    )
+    return module.draw(tokens, empty, torch.Generator().manual_seed(seed), w=w)
+
+
+def load_pairs(args: Namespace, config: Any) -> tuple[str, CLIP, list[captions.Part]]:
+    """Return the directory of the CLIP that config.clip names, or else of one that is first trained on these
+    captions; this CLIP; and images with captions, to learn from and held out, at the size that it reads.
+
+    Raises ValueError for what `data.captions.read` refuses, and if no CLIP is named and none can be trained.
+    """
+    if not (config.clip or captions.is_drawn(args.data)):
+        raise ValueError(f"--data {args.data}: name the directory of a CLIP, --set clip=DIR")
+    what = "a CLIP learns these captions"
+    clip = config.clip or first_stage.trained(args, "clip", args.data, CLIP_STEPS, what, "--set clip=DIR")
+    model = open_clip(clip)
+    with parallel.one_per_machine_first():
+        options = {"channels": model.config.n_channels, "val": args.val, "bad": args.bad_text}
+        return clip, model, captions.read(args.data, model.config.size, args.cache, **options)
 
 
 def load_data(args: Namespace, config: Config) -> PairDataset:
@@ -150,15 +196,8 @@ def load_data(args: Namespace, config: Config) -> PairDataset:
 
     Raises ValueError for what `data.captions.read` refuses, and if no CLIP is named and none can be trained.
     """
-    if not (config.clip or captions.is_drawn(args.data)):
-        raise ValueError(f"--data {args.data}: name the directory of a CLIP, --set clip=DIR")
-    what = "a CLIP learns these captions"
-    clip = config.clip or first_stage.trained(args, "clip", args.data, CLIP_STEPS, what, "--set clip=DIR")
-    model, tokenizer = open_clip(clip), get_tokenizer(clip)
-    own = model.config
-    with parallel.one_per_machine_first():
-        options = {"channels": own.n_channels, "val": args.val, "bad": args.bad_text}
-        parts = captions.read(args.data, own.size, args.cache, **options)
+    clip, model, parts = load_pairs(args, config)
+    own, tokenizer = model.config, get_tokenizer(clip)
     length = config.max_seq_len if args.init_from else None
     most = length or min(args.seq_len, own.max_seq_len)
     found = captions.as_dataset(parts, tokenizer, most, length)
@@ -208,11 +247,7 @@ def wrap(model: Prior, config: Config) -> WithCLIP:
     directory = model.config.clip
     if not directory:
         raise ValueError("a trained prior reads the CLIP that it was trained with; name it, --set clip=DIR")
-    clip = open_clip(directory, config.kernels)
-    if clip.config.d_joint != model.config.d_embed:
-        widths = f"{clip.config.d_joint} wide embeddings, the prior's are {model.config.d_embed} wide"
-        raise ValueError(f"--set clip={directory}: {widths}; expected the CLIP that it was trained with")
-    return WithCLIP(model, clip)
+    return WithCLIP(model, open_clip(directory, config.kernels, d_embed=model.config.d_embed))
 
 
 def unwrap(module: WithCLIP) -> Prior:
@@ -285,12 +320,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.clip is None:
         raise ValueError(f"{args.checkpoint}: name the CLIP that it was trained with, --clip DIR")
-    model = Prior.from_pretrained(args.checkpoint).float().eval()
+    module = open_prior(args.checkpoint, args.clip)
     names = {"data": args.data, "val": None, "bad_text": "refuse", "cache": args.cache}
-    options = Namespace(**names, init_from=args.checkpoint, seq_len=model.config.max_seq_len)
-    model.config = replace(model.config, clip=args.clip)
-    dataset = load_data(options, model.config)
-    print(dataset.guess, figures(wrap(model, model.config), dataset.val), sep="\n")
+    options = Namespace(**names, init_from=args.checkpoint, seq_len=module.config.max_seq_len)
+    dataset = load_data(options, module.config)
+    print(dataset.guess, figures(module, dataset.val), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
 
 Hierarchical text-conditional image generation with CLIP latents (Ramesh et al. 2022, arXiv 2204.06125,
 section 2.2). The image whose embedding is nearest to that of a caption is mostly the right one, but all
-embeddings of images lie in another region than those of texts. So a decoder, which has learned to make images
-of image embeddings, should not be given a text's embedding. The prior draws an image embedding for the text.
+embeddings of images lie in another region than those of texts. So a decoder (vision/unclip.py), which has
+learned to make images of image embeddings, should not be given a text's embedding. The prior draws an image
+embedding for the text.
 f is a causal Transformer over a row of tokens: a state for each token of the text, the text's embedding, the
 time, the noisy embedding, and a learned query, whose output is the prediction.
 

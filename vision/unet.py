@@ -18,6 +18,9 @@ A model reads one of two kinds of conditions, or none:
     texts     states of a text encoder, read by cross-attention (vision/spatial_transformer.py), as in Stable
               Diffusion 1
 
+Instead of numbers of classes it may read vectors, which are added to that of the time as they are: the
+decoder of DALL-E 2 (vision/unclip.py) makes them, and the states, of the embedding of an image.
+
 What is predicted is said in vision/noise.py, and how the network is trained in vision/ddpm.py.
 
     python -m vision.unet                  print the sizes
@@ -54,6 +57,7 @@ class Config:
     n_out: int = 3  # of the prediction
     image_size: int = 32  # pixels, both ways
     n_classes: int = 0  # rows of the embedding of classes; 0: no classes
+    class_vectors: bool = False  # whether a class is given as a vector (D,), not as a number
     d_text: int = 0  # width of a text's states; 0: no texts are read
     n_heads: int = 1  # of each attention
     d_head: int | None = None  # width of a head, which then gives the number of heads; without texts only
@@ -71,6 +75,8 @@ class Config:
         if len(self.channels) != len(self.attention) or not self.channels:
             sizes = f"channels {self.channels} with attention {self.attention}"
             raise ValueError(f"{sizes}: expected a number of each for every resolution")
+        if self.class_vectors and self.n_classes:
+            raise ValueError(f"n_classes {self.n_classes}: classes are vectors here; leave n_classes out")
         if self.d_head and self.d_text:
             raise ValueError(f"d_head {self.d_head}: a U-Net that reads texts has n_heads; leave d_head out")
         if self.channels[0] <= 2 * self.freq_shift:  # the steps between frequencies are 1 / (half - shift)
@@ -226,9 +232,14 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def condition(self, t: Tensor, classes: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the vector (B, D) of times t (B,) and classes (B,) or (B, W), see `forward`."""
+        """Return the vector (B, D) of times t (B,) and classes, see `forward`."""
         of_time = time_embedding(t, self.config.channels[0], self.config.cos_first, self.config.freq_shift)
         vector = self.time_embedding(of_time.to(dtype))
+        if self.config.class_vectors:
+            if classes is None or classes.shape != vector.shape:
+                given = "none" if classes is None else f"classes of {tuple(classes.shape)}"
+                raise ValueError(f"{given}: expected vectors of {tuple(vector.shape)}")
+            return vector + classes
         if not self.config.n_classes:
             return vector
         if classes is None:
@@ -243,9 +254,9 @@ class UNet(nn.Module):
         """Return the prediction (B, n_out, h, w) for noisy images x (B, n_channels, h, w).
 
         t: times (B,). classes: one for each image (B,), or several (B, W), whose vectors are summed; -1 is
-        padding. A model without classes ignores them. text: states (B, T, d_text). Raises ValueError for a
-        condition that is missing, for a text that the model cannot read, and for sizes that cannot be halved
-        often enough.
+        padding; with class_vectors, vectors (B, D). A model without classes ignores them. text: states
+        (B, T, d_text). Raises ValueError for a condition that is missing, for a text that the model cannot
+        read, and for sizes that cannot be halved often enough.
         """
         if any(side % self.config.factor for side in x.shape[2:]):
             raise ValueError(f"images of {tuple(x.shape[2:])}: expected multiples of {self.config.factor}")

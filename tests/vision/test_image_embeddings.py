@@ -6,25 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_clip import small_clip
 
 import train as train_py
 from data.tokenizer import get_tokenizer
 from vision import image_embeddings, noise
-from vision.clip import CLIP
-from vision.clip import Config as ClipConfig
 from vision.image_embeddings import TIMES, WithCLIP, make_batch
 from vision.prior import Config, Prior
 
-CLIP_CONFIG = ClipConfig(
-    *(2, 2, 16, 24, 1, 2, 16, 20, 16), image_size=8, patch_size=4, n_channels=1, vocab_size=257,
-    max_seq_len=60, eos_token_id=256, mean=(0.5,), std=(0.5,), kernels="reference",
-)  # fmt: skip
 SMALL = Config(1, 2, 8, 16, 6, kernels="reference")
-
-
-def small_clip(**changes):
-    torch.manual_seed(1)
-    return CLIP(replace(CLIP_CONFIG, **changes))
 
 
 @pytest.fixture
@@ -149,6 +139,6 @@ def test_mistakes_are_one_line(tmp_path, clip_folder, capsys):
     Prior(SMALL).save_pretrained(tmp_path / "prior")
     with pytest.raises(ValueError, match="reads the CLIP that it was trained with; name it"):
         image_embeddings.wrap(Prior(SMALL), SMALL)
-    with pytest.raises(ValueError, match="16 wide embeddings, the prior's are 8 wide"):
+    with pytest.raises(ValueError, match="16 wide embeddings, those of the model are 8 wide"):
         other = replace(SMALL, d_embed=8, clip=str(clip_folder))
         image_embeddings.wrap(Prior(other), other)

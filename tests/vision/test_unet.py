@@ -147,6 +147,17 @@ def test_several_classes_are_summed_and_minus_one_is_none():
     torch.testing.assert_close(words, model(x, t, torch.tensor([5])))
 
 
+def test_vectors_of_classes_are_added_to_that_of_the_time_and_checked():
+    model, x, t = small(class_vectors=True, n_classes=0), torch.randn(2, 1, 8, 8), torch.tensor([70, 3])
+    vectors = torch.randn(2, 16)
+    added = model.condition(t, vectors, torch.float32) - model.condition(t, 0 * vectors, torch.float32)
+    torch.testing.assert_close(added, vectors)
+    with pytest.raises(ValueError, match=r"none: expected vectors of \(2, 16\)"):
+        model(x, t)
+    with pytest.raises(ValueError, match=r"classes of \(2,\): expected vectors of \(2, 16\)"):
+        model(x, t, torch.tensor([1, 2]))
+
+
 def test_a_text_changes_the_prediction_and_a_missing_condition_is_named():
     model, x, t = small(d_text=6, n_classes=0), torch.randn(1, 1, 8, 8), torch.tensor([70])
     one, other = (model(x, t, text=torch.randn(1, 3, 6)) for _ in range(2))
@@ -167,6 +178,7 @@ def test_a_text_changes_the_prediction_and_a_missing_condition_is_named():
         ({"d_text": 8, "d_head": 4}, "d_head 4: a U-Net that reads texts has n_heads"),
         ({"channels": (2, 4), "attention": (0, 0), "n_groups": 2}, "expected more than 2 at first"),
         ({"padding": 2}, "padding"),
+        ({"class_vectors": True, "n_classes": 3}, "n_classes 3: classes are vectors here"),
     ],
 )
 def test_settings_that_would_be_left_out_or_give_no_number_are_refused(changes, message):

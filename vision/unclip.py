@@ -2,7 +2,7 @@
 
     p(image | text) = p(image | z) p(z | text)             z: CLIP's embedding of the image
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                noise on pixels, vision/noise.py
-    loss = mean of (unet(x_t, t, z) - target)^2            target: v, x_0 or eps
+    loss = mean of (unet(x_t, t, z) - target)^2            target: x_0, v or eps
 
 Hierarchical text-conditional image generation with CLIP latents (Ramesh et al. 2022, arXiv 2204.06125,
 section 2.1). The prior of vision/prior.py draws an embedding z for a text, and the decoder here draws an
@@ -60,7 +60,7 @@ class Config:
     unet: unet.Config
     d_embed: int = 768  # E
     n_context: int = 4  # N
-    target: str = "v"  # or "x0", or "eps"
+    target: str = "x0"  # or "v", or "eps"
     schedule: str = "cosine"  # or "linear", or "scaled_linear", see vision/noise.py
     n_steps: int = 1000  # time steps
     zero_terminal: bool = False  # whether the last x_t is pure noise

@@ -154,7 +154,7 @@ def test_guidance_of_one_is_no_guidance_and_others_start_from_the_null_row():
 
     def by_hand(w):
         denoise = lambda x, t: noise.guide(model(x, t, scaled), model(x, t, model.null.expand(2, -1)), w)  # noqa: E731
-        how = {"kind": "v", "clip": 1.0}
+        how = {"kind": "x0", "clip": 1.0}
         drawn = noise.sample(denoise, x, noise.schedule(), noise.spaced(1000, 3), **how)
         return (drawn.detach() + 1) / 2
 

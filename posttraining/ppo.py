@@ -40,6 +40,7 @@ from engine.optim import set_learning_rate, step_optimizers
 from engine.run import Run
 from engine.settings import with_fields
 from formats.config_values import check_values
+from moe import refuse_balance_losses
 from posttraining import frontier, instruct, scores
 from posttraining.policy_gradient import (
     METHODS,
@@ -55,7 +56,6 @@ from posttraining.policy_gradient import (
     value_loss,
     whiten,
 )
-from posttraining.preference_runs import refuse_balance_losses
 from posttraining.prompts import Prompts, of_chain, of_conversations, unpadded
 from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_out
 

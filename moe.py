@@ -356,14 +356,6 @@ def after_step(model: MoEGPT, finite: Tensor | bool = True) -> None:
                 layer.gate.update_bias(finite)
 
 
-def refuse_balance_losses(config: gpt.Config) -> None:
-    """Raise ValueError for a mixture with balance losses, for a task that does not compute them."""
-    own = [f"{loss}_coef" for loss in ("aux_loss", "z_loss", "sequence_loss")]
-    zeros = " ".join(f"{name}=0" for name in own if getattr(config, name, 0))
-    if zeros:
-        raise ValueError(f"a mixture's balance losses are no part of this task's loss; add --set {zeros}")
-
-
 @contextmanager
 def recomputation(block: Block):
     """Keep the block's routing while --checkpoint-activations computes the block a second time, and then drop

@@ -25,8 +25,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 import generate as decoding
-import moe
 from data.rows import Row, stack
+from engine.settings import refuse_balance_losses
 from kernels import linear_cross_entropy
 
 MODEL = "gpt"
@@ -102,7 +102,7 @@ def check(model: nn.Module) -> None:
 def wrap(model: nn.Module, config) -> nn.Module:
     """Return the model itself. Raises ValueError as `check`, and for one with balance losses."""
     check(model)
-    moe.refuse_balance_losses(model.config)
+    refuse_balance_losses(model.config)
     return model
 
 

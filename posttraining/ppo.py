@@ -38,9 +38,8 @@ from data.rows import Row, seed_of, stack
 from engine.log import Log, UpdateResult, evaluate_and_save
 from engine.optim import set_learning_rate, step_optimizers
 from engine.run import Run
-from engine.settings import with_fields
+from engine.settings import refuse_balance_losses, with_fields
 from formats.config_values import check_values
-from moe import refuse_balance_losses
 from posttraining import frontier, instruct, scores
 from posttraining.policy_gradient import (
     METHODS,

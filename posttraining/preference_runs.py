@@ -16,8 +16,8 @@ from torch import nn
 from data import preferences
 from data.rows import Dataset
 from data.tokenizer import get_tokenizer
+from engine.settings import refuse_balance_losses
 from formats.atomic import replace_file
-from moe import refuse_balance_losses
 from posttraining import chain_preferences, frontier, instruct
 
 

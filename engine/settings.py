@@ -40,7 +40,7 @@ def check_set(concept: Concept, config: Any, changes: list[str]) -> None:
 
 
 def refuse_balance_losses(config: Any) -> None:
-    """Raise ValueError for a mixture of experts with balance losses, for a task that does not compute them."""
+    """Raise ValueError for a mixture of experts with balance losses, which the task does not compute."""
     own = [name for name in BALANCE_LOSSES if getattr(config, name, 0)]
     if own:
         zeros = " ".join(f"{name}=0" for name in own)

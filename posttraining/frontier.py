@@ -107,7 +107,7 @@ def optimum(beta: float, chain: Chain = Chain()) -> tuple[float, float]:
         reward += (joint * chain.rewards).sum().item()
         kl += (joint * (policy - log_p)).sum().item()
         at = torch.cat([joint.sum(dim=0), torch.zeros(1, dtype=torch.float64)])
-    return reward, max(kl, 0.0)  # rounding of 0 may be below it
+    return reward, max(kl, 0.0)  # rounding may put a KL of 0 below 0
 
 
 def reward_at(kl: float, chain: Chain = Chain()) -> float:
@@ -122,10 +122,13 @@ def reward_at(kl: float, chain: Chain = Chain()) -> float:
 
 
 def share_of_gain(reward: float, kl: float, chain: Chain = Chain()) -> float:
-    """Return the gain over the reference, divided by the largest gain that is possible at this KL."""
+    """Return the gain over the reference, divided by the largest gain that is possible at this KL.
+
+    Where nothing can be gained, up to rounding, it is NaN.
+    """
     start = optimum(math.inf, chain)[0]
     possible = reward_at(kl, chain) - start
-    return (reward - start) / possible if possible > 1e-4 else math.nan  # below that it is rounding
+    return (reward - start) / possible if possible > 1e-4 else math.nan
 
 
 def best_of_n(n: int, chain: Chain = Chain()) -> tuple[float, float]:

@@ -98,6 +98,9 @@ class Config:
         if self.beta == 0 and (self.row.penalty == "reward" or self.target_kl is not None):
             where = self.method if self.target_kl is None else "target_kl, which multiplies it"
             raise ValueError(f"beta 0: expected a number above 0 with {where}; grpo and the like may have 0")
+        for name in ("gamma", "lam"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at most 1")
         if self.row.advantage != "gae" and self.samples < 2:
             raise ValueError(
                 f"samples {self.samples}: {self.method} compares completions; expected at least 2"

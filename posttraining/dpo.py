@@ -85,6 +85,8 @@ class Config:
             raise ValueError(
                 f"smoothing {self.smoothing}: expected less than 0.5, more right labels than wrong"
             )
+        if self.reference is not None and self.method in WITHOUT_REFERENCE:
+            raise ValueError(f"reference {self.reference}: {self.method} has no reference; leave it out")
 
     @property
     def scale(self) -> float:

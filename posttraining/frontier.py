@@ -170,9 +170,11 @@ def exact_value(model: nn.Module, chain: Chain = Chain()) -> Value:
     """Return the exact value of a decoder's policy, summed over all S^T sequences.
 
     The policy is the softmax of the model's logits over the S states alone; the probability of other tokens
-    is `outside`. Raises ValueError for a model with a smaller vocabulary, and for one that mostly writes
-    outside.
+    is `outside`. Raises ValueError for a model that is no decoder, for one with a smaller vocabulary, and for
+    one that mostly writes outside.
     """
+    if not hasattr(model, "new_cache"):
+        raise ValueError(f"a {type(model).__name__} has no policy of the chain; expected a decoder, as gpt")
     if model.config.vocab_size <= chain.S:
         raise ValueError(
             f"vocabulary of {model.config.vocab_size}: a model of the chain has {chain.S + 1} tokens"

@@ -9,6 +9,7 @@ from engine.contract import Concept
 
 # Fields that --set refuses, because other flags decide them.
 DECIDED = ("vocab_size", "max_seq_len", "eos_token_id", "pad_token_id", "kernels")
+BALANCE_LOSSES = ("aux_loss_coef", "z_loss_coef", "sequence_loss_coef")  # of moe.py
 
 
 def field_names(config: Any) -> list[str]:
@@ -36,6 +37,14 @@ def check_set(concept: Concept, config: Any, changes: list[str]) -> None:
             raise ValueError(f"--set {change}: --tokenizer, --seq-len and --kernels decide this")
         if not equals or name not in known:
             raise ValueError(f"--set {change}: expected FIELD=VALUE with a field of {', '.join(known)}")
+
+
+def refuse_balance_losses(config: Any) -> None:
+    """Raise ValueError for a mixture of experts with balance losses, which the task does not compute."""
+    own = [name for name in BALANCE_LOSSES if getattr(config, name, 0)]
+    if own:
+        zeros = " ".join(f"{name}=0" for name in own)
+        raise ValueError(f"a mixture's balance losses are no part of this task's loss; add --set {zeros}")
 
 
 def adapter_fields(concept: Concept, config: Any, args: Namespace, start: Any = None) -> Any:

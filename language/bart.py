@@ -1,4 +1,4 @@
-"""BART and PEGASUS: encoder-decoders with absolute positions, pretrained to write texts or sentences.
+"""BART and PEGASUS: encoder-decoders with absolute positions, pretrained to restore texts or write sentences.
 
     BART       LayerNorm after the sums:   x = LN(x + f(x))         embeddings  LN(E[token] + P[position + 2])
     PEGASUS    LayerNorm before layers:    x = x + f(LN(x))         embeddings  sqrt(D) E[token] + P[position]
@@ -7,13 +7,13 @@
 f is attention or an MLP, E the table of the tokens, P that of the positions.
 
 Both are the encoder-decoder of t5.py, and this file subclasses its classes. All matrices have biases, scores
-are divided by sqrt(K), the head is the embedding matrix, and `final_logits_bias` is added to the logits
-(zeros in what their authors published). MLPs have gelu in BART, relu in PEGASUS. There are no relative
-positions, so a text is at most max_seq_len tokens long.
+are divided by sqrt(K), the head is the embedding matrix, and `final_logits_bias` is added to the logits (in
+the published models it is 0). MLPs have gelu in BART, relu in PEGASUS. There are no relative positions, so a
+text is at most max_seq_len tokens long.
 
     BART       Lewis et al. 2019, arXiv:1910.13461. It learns to restore a damaged text:
                language/denoising.py. Its decoder starts with the end token. P is learned, and its first two
-               rows are never used: in fairseq the first token has the position pad_token_id + 1 = 2
+               rows are never used: its authors' library, fairseq, counts positions from pad_token_id + 1 = 2
     PEGASUS    Zhang et al. 2019, arXiv:1912.08777. It learns to write the sentences that are missing in a
                text: language/pegasus.py. Its decoder starts with the padding token. P has all sines, then all
                cosines: P[p] = [sin(p w_0), sin(p w_1) ... cos(p w_0), cos(p w_1) ...], w_i = 10000^(-2 i / D)
@@ -54,7 +54,7 @@ class Config:
     vocab_size: int = 50265
     max_seq_len: int = 1024  # tokens of an input or an output
     n_decoder_layers: int | None = None  # None: n_layers
-    pegasus: bool = False  # norms before layers, sinusoids
+    pegasus: bool = False  # norms before layers, sinusoids, embeddings that are not normalised
     mlp: str = "gelu"  # or "relu"
     scale_embedding: bool = False  # embeddings times sqrt(D)
     norm_eps: float = 1e-5
@@ -140,7 +140,7 @@ class Block(t5.Block):
 
 
 class Stack(t5.Stack):
-    """The encoder, or the decoder, with its own positions."""
+    """The encoder, or the decoder, with its own table of positions."""
 
     def __init__(self, config: Config, is_decoder: bool):
         nn.Module.__init__(self)
@@ -155,10 +155,12 @@ class Stack(t5.Stack):
 
 
 class BART(t5.T5):
+    """BART or PEGASUS: an encoder, a decoder, and the embeddings of tokens, which are also the head."""
+
     def __init__(self, config: Config):
         nn.Module.__init__(self)
         self.config = config
-        # As in the published code, the embedding of padding gets no gradient from what the stacks read, not
+        # As in the published code, the embedding of padding gets no gradient as an input of the stacks, not
         # even in PEGASUS, whose decoder starts with it.
         self.shared = nn.Embedding(config.vocab_size, config.d_model, padding_idx=config.pad_token_id)
         self.encoder, self.decoder = Stack(config, False), Stack(config.decoder, True)
@@ -170,7 +172,7 @@ class BART(t5.T5):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw matrices and embeddings from N(0, 0.02^2); biases are 0.
+        """Draw matrices and embeddings from N(0, 0.02^2), compute sinusoids, and set biases to 0, norms to 1.
 
         Raises ValueError for a parameter without a rule.
         """
@@ -187,7 +189,7 @@ class BART(t5.T5):
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to BART.initialize")
 
     def embed(self, tokens: Tensor, start: Tensor, stack: Stack) -> Tensor:
-        """Return what a stack reads (B, T, D) for tokens (B, T).
+        """Return the input (B, T, D) of a stack for tokens (B, T).
 
         start: the position of the first token, () for all rows or (B,). Raises ValueError for more tokens
         than there are positions.
@@ -202,8 +204,8 @@ class BART(t5.T5):
 
     @property
     def head_weight(self) -> Tensor:
-        """Return the matrix (V, D) of the head. With a bias it is (V, D + 1), and its last column is the
-        bias, so that kernels for a head without a bias compute it too: see `scaled`."""
+        """Return the matrix (V, D) of the head. With a bias it is (V, D + 1), the bias in its last column,
+        since the kernels of the loss take no bias; `scaled` appends the 1 that it is multiplied by."""
         weight = self.shared.weight
         return torch.cat((weight, self.final_logits_bias.T.to(weight.dtype)), 1) if self.has_bias else weight
 
@@ -214,9 +216,9 @@ class BART(t5.T5):
     def generate(
         self, inputs: Tensor | Sequence[Sequence[int]], max_new_tokens: int | None = None, **options
     ) -> list[list[int]]:
-        """Return the output of each input, as t5.py's `generate`; the default length is the checkpoint's.
+        """Return the output of each input, as `beam_search.generate`; the default length is the checkpoint's.
 
-        With `rules` in the checkpoint, temperature must be 0, which takes the likeliest token that they
+        Where the checkpoint has `rules`, temperature must be 0, which takes the likeliest token that they
         allow. Raises ValueError for other temperatures and options with such a checkpoint.
         """
         if self.rules == writing.Rules():
@@ -241,7 +243,7 @@ class BART(t5.T5):
 
     @property
     def rules(self) -> writing.Rules:
-        """Return the rules of the checkpoint."""
+        """Return the checkpoint's rules for outputs, such as forced tokens: see language/beam_search.py."""
         return writing.Rules(
             **{name: getattr(self.decoding, name) for name in writing.Rules.__dataclass_fields__}
         )

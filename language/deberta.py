@@ -13,10 +13,10 @@ the third term; its code, and so every published model, has i - j in both.
           and Qr are made by the projections of keys and queries; the largest models add a convolution
     v3    He et al. 2021, arXiv:2111.09543: v2 without the convolution, trained by language/deberta_v3.py
 
-Absolute positions enter only at the end, in the enhanced mask decoder (section 3.2 of the first paper). Let H
-be the input of the last layer, and P the embeddings of positions:
+Absolute positions enter only at the end, in the enhanced mask decoder (section 3.2 of the first paper). Let X
+be the input of the last layer, P the embeddings of positions, and E those of tokens:
 
-    z = H + P;   twice, with the weights of the last layer:  z = layer(queries z, keys and values H)
+    z = X + P;   twice, with the weights of the last layer:  z = layer(queries z, keys and values X)
     p(x_i) = softmax(E transform(z_i) + b)
 
 The scores need q_i . Kr[i - j] for all i and j. These are in one product, (T, 2T), of the queries with the
@@ -61,7 +61,7 @@ class Config:
     n_buckets: int | None = 256  # rows of the table for each direction; None: one per distance
     share_keys: bool = True  # Kr and Qr are made by the projections of keys and queries
     norm_table: bool = True  # LayerNorm of the table
-    conv_width: int = 0  # tokens that the convolution reads, an odd number; 0: there is none
+    conv_width: int = 0  # tokens that the convolution reads, an odd number; 0: no convolution
     original: bool = False  # the layers of v1: no bias for keys and Kr
     c2p: bool = True  # content to position
     p2c: bool = True  # position to content
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         """Return the mixed values (B, T, D), for queries from z, of keys and values from x, both (B, T, D).
 
         relative: the embeddings of the distances T ... 1 - T, (2T, D). padding: True for keys to leave out,
-        (B, 1, 1, T); None: for none.
+        (B, 1, 1, T); None: all are read.
         """
         q = self.heads(self.query_proj(z)) * self.scale  # (B, H, T, K)
         k, v = self.heads(self.key_proj(x)), self.heads(self.value_proj(x))  # (B, H, T, K)
@@ -225,7 +225,7 @@ class Convolution(nn.Module):
 
     def forward(self, embeddings: Tensor, x: Tensor, real: Tensor | None) -> Tensor:
         """Return the input (B, T, D) of the second layer. embeddings: the input of the first, (B, T, D). real
-        (B, T, 1): False for padding, whose output is 0; None: there is none."""
+        (B, T, 1): False for padding, whose output is 0; None: no padding."""
         local = self.conv(embeddings.mT).mT  # (B, T, D)
         local = local if real is None else local * real
         x = self.LayerNorm(x + F.gelu(local))

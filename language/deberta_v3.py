@@ -7,10 +7,10 @@
 
     embeddings of the discriminator = stop_gradient(embeddings of the generator) + Delta
 
-In ELECTRA both models train the same embeddings and pull at them: the generator's loss moves tokens of near
-meaning together, the discriminator's moves them apart. Here the discriminator reads what the generator has
-learned, but its gradient reaches Delta alone, which begins at 0 (gradient-disentangled embedding sharing; He
-et al. 2021, arXiv:2111.09543, section 3.3).
+In ELECTRA both models train the same embeddings, in opposite directions: the generator's loss moves tokens of
+similar meaning together, the discriminator's moves them apart. Here the discriminator reads the generator's
+embeddings, but its gradient reaches Delta alone, which begins at 0 (gradient-disentangled embedding sharing;
+He et al. 2021, arXiv:2111.09543, section 3.3).
 
 The generator is a DeBERTa with its mask decoder, as wide as the discriminator and half as deep. The
 discriminator has no absolute positions and no masked-language-model head; its logit that a token was replaced
@@ -88,6 +88,8 @@ SIZES = {name: sized(name) for name in deberta.SIZES if name == "tiny" or "v3-" 
 
 
 class ReplacedTokenHead(nn.Module):
+    """The discriminator's head: w . gelu(W norm(h_first + h_i))."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.LayerNorm = norm(config.d_model, config)
@@ -101,6 +103,8 @@ class ReplacedTokenHead(nn.Module):
 
 
 class Discriminator(DeBERTa):
+    """The encoder that is kept: it reads the generator's embeddings plus Delta."""
+
     def __init__(self, config: Config, generator: DeBERTa | None):
         super().__init__(config)
         self.discriminator_predictions = ReplacedTokenHead(config)
@@ -133,6 +137,8 @@ class Discriminator(DeBERTa):
 
 
 class DeBERTaV3(Electra):
+    """A discriminator, and in training the generator that draws the tokens it judges."""
+
     def __init__(self, config: Config):
         nn.Module.__init__(self)
         self.config = config

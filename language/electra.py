@@ -1,8 +1,9 @@
 """ELECTRA: an encoder that learns to detect which tokens of a text were replaced.
 
     x'_i ~ p_generator(x_i | masked text) at the masked i,    x'_i = x_i elsewhere
+    y_i  = 1 where x'_i differs from x_i, else 0
     loss = mean over masked i of -log p_generator(x_i | masked text)
-           + 50 * mean over all i of -log p_discriminator(whether x'_i = x_i | x')
+           + 50 * mean over all i of -log p_discriminator(y_i | x')
 
 ELECTRA (Clark et al. 2020, section 2). A small BERT, the generator, fills in the masks; the discriminator,
 which is the encoder that one keeps, judges every token of the result. So a text gives T predictions to learn
@@ -50,9 +51,7 @@ class Config(bert.Config):
     pooler: bool = False
     mlm_head: bool = False
     generator_size: float = 0.25  # its heads and widths as a share of the discriminator's; 0: no generator
-    rtd_weight: float = (
-        50.0  # weight of the discriminator's loss: of yes or no, so far smaller than of V tokens
-    )
+    rtd_weight: float = 50.0  # of the discriminator's loss, which is small: a choice of 2, not of V tokens
     masking: str = "token"  # as in language/masking.py
     mask_rate: float = 0.15
 
@@ -118,7 +117,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     # Rounding leaves the last sum a little off 1.
     uniform = uniform * cumulative[..., -1]
     token = torch.searchsorted(cumulative, uniform[..., None], right=True).squeeze(-1)
-    # With logits of NaN the search ends past the last token. The loss will be NaN; here is no error.
+    # With logits of NaN the search ends past the last token. The index stays valid, and the loss is NaN.
     return token.clamp(max=logits.shape[-1] - 1)
 
 
@@ -150,10 +149,10 @@ class Generator(BERT):
 
 
 def with_generator(config: Config, size: float, fields: dict, beside: Path) -> Config:
-    """Return a discriminator's config with the size of its generator, a share of its own.
+    """Return a discriminator's config with generator_size = size, at most 1.
 
-    fields: of the generator in the directory beside. Raises ValueError unless they are those that the
-    discriminator calls for.
+    fields: those of the generator in the directory beside. Raises ValueError unless they are those that
+    follow from the discriminator's and the size.
     """
     config = replace(config, generator_size=min(1.0, size))
     for field, expected in vars(config.generator()).items():
@@ -164,6 +163,8 @@ def with_generator(config: Config, size: float, fields: dict, beside: Path) -> C
 
 
 class Electra(nn.Module):
+    """A discriminator, and in training the generator that draws the tokens it judges."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -200,7 +201,8 @@ class Electra(nn.Module):
         logits = self.guess(tokens, positions, cu_seqlens)  # (B, n, V)
         mlm_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        # Fill in what it draws there. Where a row has fewer than n masks, position 0 keeps its token.
+        # Fill in what it draws there. A row with fewer than n masks has the position 0, with the target -100,
+        # in place of those that are missing; the token at 0 stays.
         masked = targets >= 0  # (B, n)
         drawn = draw(logits.detach(), batch["uniform"])  # (B, n)
         flat = tokens.flatten()  # (B T,)

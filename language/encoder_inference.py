@@ -1,7 +1,7 @@
 """Uses of a trained encoder: it fills in masks, turns texts into vectors, and scores sentences.
 
     fill_mask            softmax of the logits at the mask
-    embed                mean of a text's hidden states, scaled to length 1: texts of near meaning are near
+    embed                mean of a text's hidden states, scaled to length 1; texts of similar meaning are near
     pseudo_perplexity    exp(-mean log p(x_i | all others)), each token masked in turn
 
 Each takes a model of bert.py and its tokenizer. Texts of different lengths are packed end to end into one
@@ -36,7 +36,8 @@ def sequence(
 ) -> list[int]:
     """Return the token ids of [CLS] text [SEP], cut to cut_at tokens in all, if that is given.
 
-    The text may hold [MASK]. Raises ValueError if it is longer than the model reads.
+    The text may hold [MASK]. Raises ValueError if it is longer than the model reads, or if the tokenizer has
+    more tokens than the model.
     """
     mask = tokenizer.roles.get("mask_token")
     ids = tokenizer.encode(text, allowed_special={mask} if mask else frozenset())
@@ -82,7 +83,7 @@ def fill_mask(
 def fill_row(
     model: BERT, tokenizer: Tokenizer | WordPiece, row: list[int], k: int
 ) -> list[list[tuple[str, float]]]:
-    """Return what `fill_mask` does, for a row of token ids."""
+    """Return, for each mask in a row of token ids, the k likeliest tokens with their probabilities."""
     masks = [i for i, token in enumerate(row) if token == tokenizer.mask_id]
     hidden = model.head_input(torch.tensor([row], device=model.embedding_weight.device))  # (1, T, D)
     best = model.logits(hidden[0, masks]).float().softmax(-1).topk(k)  # (masks, k)
@@ -144,8 +145,8 @@ def pseudo_perplexity(
 ) -> float:
     """Return exp of the mean nats of each token when it alone is masked (Salazar et al. 2020, section 2.1).
 
-    It ranks texts, as perplexity does, but is no probability of a text: each token is predicted from all the
-    others. Raises ValueError for a text without tokens or longer than the model reads.
+    It ranks texts, as perplexity does, but does not follow from a probability of the text: each token is
+    predicted from all the others. Raises ValueError for a text without tokens or longer than the model reads.
     """
     row = torch.tensor(sequence(tokenizer, text, model.config))  # (T,)
     places = torch.arange(1, len(row) - 1)

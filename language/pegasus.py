@@ -2,17 +2,17 @@
 2019, arXiv:1912.08777). The masked sentences are those that are most like the rest of the document, so that
 together they resemble a summary.
 
-    document  Dogs run. It rained. Dogs run in the wet grass. Nobody came.
-    input     Dogs run. It rained. <mask_1> Nobody came.
+    document  Dogs run. The grass is wet. Dogs run in the wet grass. Nobody came.
+    input     Dogs run. The grass is wet. <mask_1> Nobody came.
     target    Dogs run in the wet grass.
 
-A sentence is scored by ROUGE-1 F1 between it and the rest of its document, independently of the others and
-with repeated words counted as often as they occur ("Ind-Orig", section 3.1). The best 30 % are the gaps. All
-of them are in the target, in the order of the document. In the input nine of ten become a mask, as in the
-authors' code; the others stay, so that the model also learns to copy.
+A sentence is scored by ROUGE-1 F1 between it and the rest of its document (language/overlap.py), each on its
+own, and with repeated words counted as often as they occur ("Ind-Orig", section 3.1). The best 30 % are the
+gaps. All of them are in the target, in the order of the document. In the input nine of ten become a mask, as
+in the authors' code; the others stay, so that the model also learns to copy.
 
-By default the documents are functions of Python's standard library, for which no sentence is scored: the gap
-is the first sentence of the docstring, which sums up the function. The rest of the docstring is left out.
+By default the documents are functions of Python's standard library, and no sentence is scored: the gap is the
+first sentence of the docstring, which sums up the function. The rest of the docstring is left out.
 
     python -m language.pegasus                                 the gaps of a document
     python train.py --model t5 --task pegasus                  write what a function does, from its code
@@ -97,7 +97,7 @@ def settings(model_config) -> Config:
 
 
 def document_pairs(data: str, cache: Path, bad_text: str, text_field: str, config: Config) -> list[Pair]:
-    """Return the pairs of the documents that --data names, without documents of fewer than 3 sentences.
+    """Return the pairs of the documents that --data names. Those of fewer than 3 sentences are left out.
 
     Raises ValueError if fewer than 2 pairs are left.
     """
@@ -113,7 +113,7 @@ def document_pairs(data: str, cache: Path, bad_text: str, text_field: str, confi
 
 
 def load_data(args: Namespace, model_config) -> Dataset:
-    """Return the pairs of --data, a twentieth of them held out; by default functions and their summaries.
+    """Return the pairs of --data, the last twentieth held out; by default functions and their summaries.
 
     Inputs are cut to --seq-len tokens. Raises ValueError for --document-mask.
     """

@@ -2,17 +2,19 @@
 
     x_1 ... x_P | x_{P+1} ... x_N           loss = -mean_{i > P} log p(x_i | x_1 ... x_{i-1})
 
-A decoder sees only what stands before a token, an encoder everything. Here a token of the prefix sees the
-whole prefix, and a later one all that stands before it, prefix included: the mask is j <= i or j < P (Raffel
-et al. 2019, section 3.2.1; Dong et al. 2019). One stack does the work of two; language/t5.py has two.
+In a decoder a token sees only those before it, in an encoder all. Here a token of the prefix sees the whole
+prefix, and a later token all before it, prefix included: token i sees token j if j <= i or j <= P (Raffel et
+al. 2019, section 3.2.1; Dong et al. 2019). One stack does the work of the two in language/t5.py.
 
 No new attention is needed. The prefix passes through the decoder first, without a causal mask, and its keys
-and values are kept. The rest passes second, with a causal mask, behind these keys: it is aligned to the last
-key, so each token sees the whole prefix. Gradients flow through both passes. With an empty prefix this is a
-decoder, and with nothing behind it an encoder.
+and values are kept. The rest passes second and attends to these keys and its own. Its causal mask is aligned
+to the last key, so each token sees the whole prefix. Gradients flow through both passes. If the prefix were
+empty, this would be a decoder, and with nothing behind the prefix an encoder.
 
     python train.py --model prefix_lm                                 a GPT that learns so
-    python train.py --model moe --task prefix_lm --out runs/prefix-moe
+    python train.py --model moe --task prefix_lm --set aux_loss_coef=0 --out runs/prefix-moe
+
+The balance losses of a mixture of experts are not computed, so their coefficients must be 0.
 
 Shapes: B rows, N tokens of a row, P of its prefix, D model width.
 """
@@ -24,13 +26,17 @@ from torch import Generator, Tensor, nn
 
 import generate as decoding
 from data.rows import Row, stack
+from engine.settings import refuse_balance_losses
 from kernels import linear_cross_entropy
 
 MODEL = "gpt"
 
 
 class Prefix:
-    """The keys and values of a prefix, for the two passes of a decoder in training: see the header."""
+    """The keys and values (B, P, G, K) of a prefix in each layer, for the two passes of training.
+
+    It has the methods of `generate.KVCache` that a decoder calls.
+    """
 
     def __init__(self):
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
@@ -49,12 +55,12 @@ class Prefix:
         return torch.cat((before_k, k), 1), torch.cat((before_v, v), 1), mask
 
     def advance(self) -> None:
-        """End a pass."""
+        """End a pass; after the first one, `n` is the length of the prefix."""
         self.n = next(iter(self.kept.values()))[0].shape[1]
 
 
 class PrefixCache(decoding.KVCache):
-    """The cache of generation in which the prompts see themselves from both sides."""
+    """The cache of generation, with prompts in which each token sees the whole prompt."""
 
     def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
         if self.filled:
@@ -65,8 +71,7 @@ class PrefixCache(decoding.KVCache):
 
 
 class PrefixModel(nn.Module):
-    """A decoder as generate.py needs it, whose prompts are prefixes. Raises ValueError for one with windows,
-    which would hide a part of a prefix from another."""
+    """A decoder as generate.py needs it, whose prompts are prefixes. Raises ValueError as `check`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -89,14 +94,21 @@ class PrefixModel(nn.Module):
 
 
 def check(model: nn.Module) -> None:
-    """Raise ValueError for a model with a sliding window."""
+    """Raise ValueError for a model with a sliding window, which would hide parts of a prefix."""
     if model.config.window is not None:
         raise ValueError(f"window {model.config.window}: a prefix is seen as a whole; expected None")
 
 
+def wrap(model: nn.Module, config) -> nn.Module:
+    """Return the model itself. Raises ValueError as `check`, and for one with balance losses."""
+    check(model)
+    refuse_balance_losses(model.config)
+    return model
+
+
 def make_batch(rows: list[Row], config, generator: Generator, tokenizer) -> dict[str, Tensor]:
     """Return a batch of B rows {"tokens": (N + 1,)}: "prefix" (B, P), "tokens" (B, N - P) behind it, and
-    "targets" (B, N - P + 1), the tokens that follow the last of the prefix and those behind it.
+    "targets" (B, N - P + 1): the token that follows the prefix, and that which follows each of "tokens".
 
     P is the same for all rows of a batch, and each number from 1 to N - 1 is equally likely.
     """

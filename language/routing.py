@@ -34,7 +34,8 @@ class Routing(NamedTuple):
     probs: Tensor  # (N, E), the scores; those of a token add up to 1
 
     def load(self) -> Tensor:
-        """Return the number of tokens of each expert, (E,) float32. bincount would wait for the GPU."""
+        """Return the number of tokens of each expert, (E,) float32."""
+        # bincount would wait for the GPU.
         ones = torch.ones_like(self.experts, dtype=torch.float32)
         return ones.new_zeros(self.logits.shape[-1]).scatter_add(0, self.experts, ones)
 
@@ -47,9 +48,10 @@ def token_choice(experts: Tensor, weights: Tensor, logits: Tensor, probs: Tensor
 
 
 def outside_groups(ranked: Tensor, n_groups: int, top_groups: int, n_best: int) -> Tensor:
-    """Return which experts are outside of a token's best groups: bool (N, E), of their scores ranked (N, E).
+    """Return which experts are outside of a token's best groups: bool (N, E). ranked: the scores (N, E).
 
-    The experts are in n_groups, of which the top_groups are best whose n_best best experts add up to most.
+    The E experts are in n_groups groups of equal size. The score of a group is the sum of its n_best highest
+    scores, and the top_groups groups with the highest are the best.
     """
     N, E = ranked.shape
     of_groups = ranked.view(N, n_groups, E // n_groups).topk(n_best, dim=-1).values.sum(dim=-1)
@@ -63,8 +65,8 @@ def softmax_top_k(
 ) -> Routing:
     """Return the k likeliest experts of each token, weighted by their probabilities; logits: (N, E).
 
-    With n_groups a token chooses from the top_groups whose best expert is the likeliest (DeepSeek-V2, 2024,
-    section 2.2.2).
+    With n_groups above 1 a token chooses from the top_groups groups whose best experts are the likeliest
+    (DeepSeek-V2, 2024, section 2.2.2).
 
     Renormalised weights are the softmax of the k best logits alone (Shazeer et al. 2017, equation 3; Mixtral,
     Jiang et al. 2024, section 2.1). The others (OLMoE, DeepSeekMoE) add up to less than 1: where the
@@ -101,9 +103,9 @@ def sigmoid_top_k(
 ) -> Routing:
     """Return the k experts of each token with the highest sigmoid(logits) + bias; logits: (N, E).
 
-    bias, (E,), balances the choice and is not in the weights. The experts are in n_groups; a token chooses
-    from the top_groups whose two best experts add up to the most (DeepSeek-V3, Liu et al. 2024, section
-    2.1.2).
+    bias, (E,), balances the choice and is not in the weights. The experts are in n_groups groups; a token
+    chooses from the top_groups of them whose two best experts add up to the most (DeepSeek-V3, Liu et al.
+    2024, section 2.1.2).
     """
     scores = logits.sigmoid()
     ranked = scores.detach() + bias
@@ -120,8 +122,9 @@ def expert_choice(logits: Tensor, k: int) -> Routing:
     """Return the N k / E tokens of each expert that have the highest scores for it; logits: (N, E).
 
     The load is balanced by construction. A token has k experts on average, and may have none (Zhou et al.
-    2022, section 3.2). They depend on all other tokens, also on later ones: a decoder trained like this sees
-    the future, so its loss is not that of a language model, and it cannot continue a text or be saved as one.
+    2022, section 3.2). Its experts depend on all other tokens, also on later ones: a decoder trained like
+    this sees the future, so its loss is not that of a language model, and it cannot continue a text or be
+    saved as one.
     """
     N, E = logits.shape
     probs = logits.softmax(dim=-1)
@@ -150,7 +153,7 @@ def aux_loss(routing: Routing, load: Tensor) -> Tensor:
 
 
 def references(config: Any) -> dict[str, str]:
-    """Return what the balance metrics are where every expert gets the same load and the same scores."""
+    """Return the values of the balance metrics if every expert had the same load and the same scores."""
     return {
         "aux_loss": f"{config.top_k} at perfect balance",
         "sequence_loss": "1 at perfect balance",

@@ -4,14 +4,14 @@
     input     Thank you <X> me to your party <Y> week .        each gap is one sentinel token
     target    <X> for inviting <Y> last                        each sentinel, and what was there
 
-The loss is the one of t5.py, over the target. The target is short, so a step is cheap: for a text of 568
+The loss is that of t5.py, over the target. The target is short, so a step is cheap: for a text of 568
 tokens the encoder reads 512 and the decoder writes 114, with sentinels and end tokens. (In the paper's figure
 2 one more sentinel ends the target; in its code, and here, the end token does.) Tables 3 to 7 of the paper
 compare this with other ways to make an input and a target of a text:
 
     replace_spans      15 % of the tokens, in spans of mean length 3: T5's own ("random spans")
     replace_tokens     tokens chosen one by one ("i.i.d. noise, replace spans"); neighbours share a sentinel
-    drop_tokens        tokens one by one, without sentinels in input and target ("i.i.d. noise, drop tokens")
+    drop_tokens        tokens chosen one by one, and no sentinels ("i.i.d. noise, drop tokens")
     bert_style         90 % of the chosen tokens become a mask, 10 % a random token; the target is the text
     mass_style         all chosen tokens become a mask; the target is the text (simpler than Song et al. 2019)
     deshuffle          the input is the text in random order, the target is the text (Liu et al. 2019)
@@ -20,7 +20,7 @@ compare this with other ways to make an input and a target of a text:
     python -m language.span_corruption                                each of them on one sentence
     python train.py --model t5 --set objective=deshuffle              train with one of them
 
-All randomness comes from the generator, a CPU one, so that the same state gives the same batch.
+All randomness comes from `generator`, on the CPU, so that the same state gives the same batch.
 Shapes: B rows, N tokens of a text, S of an input, T of a target.
 """
 
@@ -76,8 +76,8 @@ def n_noise(n: int, rate: float = 0.15, mean_span: float = 3.0) -> tuple[int, in
 
 def corrupted_lengths(n: int, rate: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
     """Return the lengths (S, T) of input and target of a text of n tokens, with the end token of each."""
-    noise, spans = n_noise(n, rate, mean_span)
-    return n - noise + spans + 1, noise + spans + 1
+    noise, n_spans = n_noise(n, rate, mean_span)
+    return n - noise + n_spans + 1, noise + n_spans + 1
 
 
 def text_length(S: int, rate: float = 0.15, mean_span: float = 3.0) -> int:
@@ -110,7 +110,7 @@ def expected_gaps(n: int, config: Config) -> int:
     """Return the mean number of gaps with a sentinel in a text of n tokens, 0 for objectives without them."""
     if config.objective == "replace_spans":
         return n_noise(n, config.noise_rate, config.mean_span)[1]
-    independent = round(n * config.noise_rate * (1 - config.noise_rate))  # chosen, and the one before not
+    independent = round(n * config.noise_rate * (1 - config.noise_rate))  # chosen, after one that is not
     return max(1, independent) if config.objective == "replace_tokens" else 0
 
 
@@ -122,15 +122,15 @@ def composition(total: int, n: int, generator: Generator) -> Tensor:
 
 
 def spans(n: int, generator: Generator, rate: float = 0.15, mean_span: float = 3.0) -> Tensor:
-    """Return which of n tokens are cut out, bool (n,): stretches that stay and stretches that go, in turn.
+    """Return which of n tokens are cut out, bool (n,): spans that stay and spans that are cut out, in turn.
 
-    A text begins with a stretch that stays and ends with one that goes: the first token is never cut out, and
-    the last always is (t5/data/preprocessors.py, random_spans_noise_mask).
+    A text begins with a span that stays and ends with one that is cut out: the first token is never cut out,
+    and the last always is (t5/data/preprocessors.py, random_spans_noise_mask).
     """
     noise, n_spans = n_noise(n, rate, mean_span)
     lengths = torch.stack(
         (composition(n - noise, n_spans, generator), composition(noise, n_spans, generator)), dim=1
-    )  # (spans, 2): what stays, what goes
+    )  # (spans, 2): tokens that stay, tokens that are cut out
     return (torch.arange(2 * n_spans) % 2 == 1).repeat_interleave(lengths.flatten())
 
 
@@ -210,9 +210,9 @@ def prefix_lm(tokens: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
 def corrupt(
     tokens: Tensor, config: Config, generator: Generator, sentinels: Tensor, ordinary: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (input, target) of tokens (N,) by config.objective, both without an end token.
+    """Return (input, target) of tokens (N,), N at least 2, by config.objective, both without an end token.
 
-    ordinary: the ids that may take the place of a token. The mask is the first sentinel.
+    ordinary: the ids that may take the place of a token in "bert_style". The mask is the first sentinel.
     """
     rate, name, n = config.noise_rate, config.objective, len(tokens)
     if name == "replace_spans":
@@ -279,7 +279,8 @@ def load_data(args: Namespace, model_config) -> Dataset:
     a padding token and 100 sentinels, of which the first has the last id, as in T5.
 
     A text is a window of the corpus, in which an end token separates documents. Raises ValueError for
-    --document-mask, for --seq-len below 3, and for more gaps than sentinels.
+    --document-mask, for --seq-len below 3, for more gaps than sentinels, and where an input or a target may
+    be longer than a model with absolute positions reads (BART).
     """
     if args.document_mask:
         raise ValueError(
@@ -288,11 +289,20 @@ def load_data(args: Namespace, model_config) -> Dataset:
     n, config = text_length(args.seq_len), with_fields(Config(), args.set)
     n_gaps = expected_gaps(n, config)
     if config.objective == "replace_tokens":
-        n_gaps += round(6 * n_gaps**0.5)  # texts differ; this many are in less than one of a million
+        n_gaps += round(6 * n_gaps**0.5)  # fewer than one text in a million has more
     if n_gaps > N_SENTINELS:
         raise ValueError(
             f"--seq-len {args.seq_len}: up to {n_gaps} gaps in a text with objective={config.objective} and "
             f"noise_rate={config.noise_rate}, and there are {N_SENTINELS} sentinels; lower one of them"
+        )
+    # A model with absolute positions reads and writes at most --seq-len tokens.
+    longest = n + 1  # the text and its end token
+    if config.objective == "replace_spans":
+        longest = max(corrupted_lengths(n, config.noise_rate, config.mean_span))
+    if getattr(model_config, "positions", None) == "absolute" and longest > args.seq_len:
+        raise ValueError(
+            f"--set objective={config.objective} noise_rate={config.noise_rate}: up to {longest} tokens of a "
+            f"text of {n}, and this model reads at most --seq-len {args.seq_len}; use --model t5"
         )
     dataset = data.text.as_rows(contract.load_corpus(args), n - 1, only_whole=True)
     tokenizer = dataset.tokenizer.with_special_tokens({"pad_token": "<pad>"}, reversed(SENTINELS))

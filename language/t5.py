@@ -12,20 +12,19 @@ the memory. One class is three models:
     the original    Attention Is All You Need (Vaswani et al. 2017): LayerNorm after the sums, sinusoids,
                     embeddings times sqrt(D), scores times 1 / sqrt(K), biases in MLP and norms
     T5              Raffel et al. 2019: RMSNorm before layers and at the end, relative positions, no biases,
-                    scores not divided by sqrt(K) (small initial queries), tied head of states / sqrt(D)
-    T5 1.1          the same with a gated MLP (GeGLU, Shazeer 2020) and a head of its own without that scale;
-                    mT5 (Xue et al. 2020) is this in 101 languages
+                    scores without 1 / sqrt(K); the head is the matrix of embeddings / sqrt(D)
+    T5 1.1          the same with a gated MLP (GeGLU, Shazeer 2020) and a head of its own, not divided;
+                    mT5 (Xue et al. 2020) is T5 1.1 in 101 languages
 
 Relative positions: the score of query i and key j gets a learned number that depends on the bucket of j - i.
-Near distances have a bucket each, far ones share: see `buckets`. So a text may be longer than those of
-training. A stack has one table, and cross attention none. Parameters are named as in Hugging Face's T5.
+Near distances have a bucket each, far ones share: see `buckets`. So a text may be longer than in training.
+The layers of a stack share one table; cross attention has none. Parameters are named as in Hugging Face's T5.
 
     python -m language.t5                                          print the sizes
     python -m language.t5 runs/t5/model --text "import <extra_id_0>" --beams 4
     python train.py --model t5                                     train one: language/span_corruption.py
 
-Shapes: B batch, S input tokens, T output tokens, D model width, H heads, K head width, V vocabulary,
-L layers.
+Shapes: B batch, S input and T output tokens, D model width, H heads, K head width, V vocabulary, L layers.
 """
 
 import math
@@ -74,8 +73,8 @@ class Config:
         check_values(self, mlp=("relu", "geglu"))
         if self.n_buckets % 4 or self.max_distance <= self.n_buckets // 2:
             raise ValueError(
-                f"n_buckets {self.n_buckets}, max_distance {self.max_distance}: expected a multiple of 4 "
-                "and more than half of it"
+                f"n_buckets {self.n_buckets}, max_distance {self.max_distance}: expected a multiple of 4, "
+                "and a distance above half of it"
             )
         if self.original and (self.mlp != "relu" or not self.tie_embeddings or self.d_model % 2):
             raise ValueError("original True: the Transformer of 2017 has mlp relu, tied head, even d_model")
@@ -85,9 +84,9 @@ class Config:
         """Return the config whose n_layers are those of the decoder."""
         return replace(self, n_layers=self.n_decoder_layers or self.n_layers)
 
-    G = property(lambda self: self.n_heads)
+    G = property(lambda self: self.n_heads)  # for `KVCache` of generate.py, as are K and `layer_window`
     K = property(lambda self: self.d_head)
-    positions = property(lambda self: "sinusoidal" if self.original else "relative")  # G, K: for a cache
+    positions = property(lambda self: "sinusoidal" if self.original else "relative")
 
     def layer_window(self, layer: int) -> None:
         """Return None: no layer has a window."""
@@ -95,14 +94,14 @@ class Config:
     def flops(self, S: int, T: int) -> int:
         """Return the FLOPs of matrix products, forward, for an input of S tokens and an output of T.
 
-        They are 2 per weight and token that passes through it, keys and values of cross attention by the S
-        input tokens, and 4 K per head, query and key.
+        A weight costs 2 for each token that it multiplies; those of the keys and values of cross attention
+        multiply the S input tokens. A pair of a query and a key costs 4 K in each head.
         """
         D, HK, L, L_d = self.d_model, self.n_heads * self.d_head, self.n_layers, self.decoder.n_layers
         mlp = (3 if self.mlp == "geglu" else 2) * D * self.d_ff
         encoder = 2 * S * L * (4 * D * HK + mlp) + 4 * S * S * HK * L
         decoder = 2 * T * L_d * (6 * D * HK + mlp) + 2 * S * L_d * 2 * D * HK
-        pairs = T * (T + 1) // 2 + S * T  # of queries and keys that they see: causal, then cross attention
+        pairs = T * (T + 1) // 2 + S * T  # of a query and a key that it sees: causal, then cross attention
         return encoder + decoder + 4 * pairs * HK * L_d + 2 * T * D * self.vocab_size
 
 
@@ -139,7 +138,7 @@ def buckets(distance: Tensor, n: int, longest: int, both_sides: bool) -> Tensor:
 
     both_sides: keys after the query have the upper half of the buckets; otherwise, in a decoder, all keys
     after it are in bucket 0. Of the m buckets of a side, distances d below m / 2 have one each; for larger d
-    the bucket grows with log d, up to `longest` (Raffel et al. 2019, section 2.1; their code's rounding).
+    the bucket grows with log d, up to `longest` (Raffel et al. 2019, section 2.1), rounded as in their code.
     """
     side = torch.zeros_like(distance)
     if both_sides:
@@ -162,7 +161,7 @@ def sinusoids(start: Tensor, T: int, D: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Attention of H heads of width K. same_input: layers with the same input, for kernels/few_rows.py."""
+    """Attention of H heads of width K. same_input: layers that kernels/few_rows.py may join."""
 
     def __init__(self, config: Config, same_input: tuple[str, ...] = ()):
         super().__init__()
@@ -221,8 +220,8 @@ class Block(nn.Module):
         return norm(x + f(x)) if self.post_norm else x + f(norm(x))
 
     def forward(self, x: Tensor, mask: dict, cache: KVCache | None, memory=None, memory_mask=None) -> Tensor:
-        """Return (B, T, D) of x (B, T, D). mask: of self attention. memory, in a decoder: that of the encoder
-        (B, S, D), or its keys and values from `T5.cross`; memory_mask: of cross attention."""
+        """Return (B, T, D) of x (B, T, D). mask: the options of self attention. memory, in a decoder: that of
+        the encoder (B, S, D), or `T5.cross` of it; memory_mask: the options of cross attention."""
 
         def attend(y: Tensor) -> Tensor:
             own, its_mask = self.layer[0].SelfAttention, mask
@@ -242,7 +241,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The encoder, or the decoder."""
+    """The encoder, or the decoder: L layers, and the table of relative positions that they share."""
 
     def __init__(self, config: Config, is_decoder: bool):
         super().__init__()
@@ -253,7 +252,8 @@ class Stack(nn.Module):
         self.relative_attention_bias = table
 
     def bias(self, reach: int = 0) -> Tensor | None:
-        """Return the bias of self attention by distance, -R to R with R >= reach, (H, 2 R + 1), or None."""
+        """Return the bias (H, 2 R + 1) of self attention at distances -R to R, or None. It is constant beyond
+        max_distance, so R is that, or reach if larger: attention then needs only a slice."""
         if self.relative_attention_bias is None:
             return None
         config, table = self.config, self.relative_attention_bias.weight
@@ -262,7 +262,7 @@ class Stack(nn.Module):
         return table[buckets(distance, config.n_buckets, config.max_distance, not self.is_decoder)].T
 
     def forward(self, x: Tensor, mask: dict, cache: KVCache | None = None, bias=None, **memory) -> Tensor:
-        """Return the last states (B, T, D) of embeddings x (B, T, D); bias: from `bias`; see `Block`."""
+        """Return the last states (B, T, D) of embeddings x (B, T, D). bias: `bias()`; memory: see `Block`."""
         mask = mask | {"bias": self.bias() if bias is None else bias}
         for block in self.block:
             x = block(x, mask, cache, **memory)
@@ -270,6 +270,8 @@ class Stack(nn.Module):
 
 
 class T5(nn.Module):
+    """The encoder-decoder: an encoder, a decoder, the embeddings that both read, and the head."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -281,11 +283,11 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw matrices from N(0, s^2) with s = 1 / sqrt(width of the input), and for queries of T5 another
-        1 / sqrt(K) in place of the scale of the scores. Raises ValueError for a parameter without a rule.
+        """Draw matrices from N(0, s^2) with s = 1 / sqrt(width of the input); queries of T5 get the factor
+        1 / sqrt(K) besides, which the scores lack. Raises ValueError for a parameter without a rule.
 
         T5 draws embeddings from N(0, 1) for Adafactor, whose steps are in proportion to the weights. AdamW's
-        are not: embeddings so large would hardly move.
+        are not: embeddings so large would hardly move. Here s is 1 / sqrt(D) for them.
         """
         D, K = self.config.d_model, self.config.d_head
         for name, p in self.named_parameters():
@@ -303,7 +305,7 @@ class T5(nn.Module):
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to T5.initialize")
 
     def embed(self, tokens: Tensor, start: Tensor, stack: Stack) -> Tensor:
-        """Return what a stack reads (B, T, D) for tokens (B, T), of which the first are at position start."""
+        """Return the input (B, T, D) of a stack for tokens (B, T), the first at `start`, () or (B,)."""
         x, config = self.shared(tokens), self.config
         if config.original:
             x = x * math.sqrt(config.d_model) + sinusoids(start, tokens.shape[1], config.d_model).to(x.dtype)
@@ -317,7 +319,7 @@ class T5(nn.Module):
         B, S = tokens.shape
         x, mask = self.embed(tokens, tokens.new_zeros(()), self.encoder), {}
         if lengths is not None:
-            # The rows become one row of 2 B documents: the tokens of each input, and its padding.
+            # Pack them into one row of 2 B documents: the tokens of each input, and its padding.
             starts = S * torch.arange(B, device=tokens.device)
             ends = torch.stack((starts, starts + lengths), 1).flatten()
             mask = {"cu_seqlens": torch.cat((ends, ends.new_tensor([B * S]))).int()}
@@ -329,8 +331,8 @@ class T5(nn.Module):
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.decoder.block]
 
     def decode(self, tokens: Tensor, memory, lengths=None, cache: KVCache | None = None, bias=None) -> Tensor:
-        """Return the hidden states (B, T, D) of the decoder for its tokens (B, T). memory: (B, S, D), or what
-        `cross` makes of it; lengths: as for `encode`; cache: of generation, see gpt.py; bias: see `Stack`."""
+        """Return the hidden states (B, T, D) of the decoder for its tokens (B, T). memory: (B, S, D), or
+        `cross` of it; lengths: as for `encode`; cache: see generate.py; bias: see `Stack.bias`."""
         T, mask = tokens.shape[1], {"seqlens_k": lengths}
         start = tokens.new_zeros(()) if cache is None else cache.positions(T, tokens.device)[:, 0]
         x = self.embed(tokens, start, self.decoder)
@@ -353,9 +355,7 @@ class T5(nn.Module):
 
     def shifted(self, targets: Tensor) -> Tensor:
         """Return what the decoder reads to predict targets (B, T): the start token, then all but the last.
-
-        A target of -100, which is not predicted, is read as padding.
-        """
+        A target of -100, which is not predicted, is read as padding."""
         start = targets.new_full((len(targets), 1), self.config.start_token_id)
         before = torch.cat((start, targets[:, :-1]), dim=1)
         return before.masked_fill(before < 0, self.config.pad_token_id)
@@ -365,7 +365,7 @@ class T5(nn.Module):
         return self.decode(self.shifted(targets), self.encode(tokens, lengths), lengths)
 
     def forward(self, tokens: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, V) of targets (B, T), each after those before it and the input (B, S)."""
+        """Return the logits (B, T, V) of targets (B, T), each given those before it and the tokens (B, S)."""
         return self.logits(self.hidden(tokens, targets, lengths))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -376,8 +376,8 @@ class T5(nn.Module):
         return linear_cross_entropy(hidden, self.head_weight, targets, backend=self.config.kernels)[0], {}
 
     def flops_per_token(self, seq_len: int, n_targets: int | None = None) -> int:
-        """Return the FLOPs of training on one token of an input of seq_len with n_targets outputs (None: as
-        many), forward and backward."""
+        """Return the FLOPs of training, forward and backward, per token of an input of seq_len tokens whose
+        output has n_targets (None: seq_len)."""
         return 3 * self.config.flops(seq_len, seq_len if n_targets is None else n_targets) // seq_len
 
     # Functions of language/beam_search.py with this model as their first argument.

@@ -1,10 +1,10 @@
-"""Upcycling: make a mixture of experts of a trained dense model (Sparse Upcycling, Komatsuzaki et al. 2022).
+"""Upcycling: turn a dense model into a mixture of experts (Sparse Upcycling, Komatsuzaki et al. 2022).
 
     y = sum over the k best e of  w_e MLP_e(x)  =  MLP(x),      if MLP_e = MLP for every e and sum of w_e = 1
 
 Every expert begins as a copy of the dense MLP, and the weights of a token's experts add up to 1, so the
-mixture begins with the outputs of the dense model. The router is random: the copies get different tokens and
-grow apart in training.
+mixture begins with the outputs of the dense model. The router is random, so in training the copies get
+different tokens and become different.
 
     python -m language.upcycle runs/gpt/model --experts 8 --out runs/upcycled
     python train.py --model moe --init-from runs/upcycled --out runs/further
@@ -62,7 +62,7 @@ def upcycle(directory: str, n_experts: int, out: Path) -> MoEGPT:
 
 
 def main() -> None:
-    parser = command.Parser(description="Make a mixture of experts of a trained dense model.")
+    parser = command.Parser(description="Turn a trained dense model into a mixture of experts.")
     parser.add_argument(
         "checkpoint", type=command.filled, metavar="DIR", help="the dense model, in Hugging Face layout"
     )

@@ -1,6 +1,6 @@
 """Text classification: a pretrained encoder is fine-tuned to label texts.
 
-    p(label | text) = softmax(W tanh(P h_[CLS]) + b)            h from a pretrained encoder
+    p(label | text) = softmax(W tanh(P h_[CLS]) + b)            h and the pooler P from a pretrained encoder
 
 BERT's recipe (Devlin et al. 2018, section 3.2): a new layer W on top, and all weights trained for a few
 epochs at a small learning rate. The lower layers hold what is common to all texts and should move less. So
@@ -9,9 +9,8 @@ section 3.2, divides by 2.6), or stay frozen until those above have settled (`--
 3.3: one layer more each epoch, from the top). The rate rises for a tenth of the steps and falls for the rest,
 ULMFiT's slanted triangle.
 
-This file has its own loop and does not use train.py. The recipe is a schedule by epochs over a small labelled
-set: which layers learn, and when the held-out texts are scored, goes by epochs and not by steps. A run takes
-minutes, so it cannot be resumed.
+This file has its own loop and does not use train.py, since layers are unfrozen and held-out texts are scored
+by epochs, not by steps. A run takes minutes, so it cannot be resumed.
 
     python -m posttraining.classify --data reviews.jsonl --init-from runs/bert/model       train
     python -m posttraining.classify runs/classify/model --text "a waste of two hours"      classify a text
@@ -97,9 +96,7 @@ class Classifier(BERT):
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, segments: Tensor | None = None) -> Tensor:
         """Return logits (n, labels) of n texts packed into one row (1, N), see `encoder_inference.pack`.
-
-        segments: 0 or 1 for each token (1, N); None: all 0.
-        """
+        segments: 0 or 1 for each token (1, N); None: all 0."""
         hidden = self.hidden(tokens, segments, cu_seqlens=cu_seqlens)  # (1, N, D)
         if self.config.pre_norm:
             mean = torch.segment_reduce(hidden[0], "mean", lengths=cu_seqlens.diff().long())  # (n, D)
@@ -204,7 +201,7 @@ def default_rate(model: Classifier) -> float:
     BERT base, n = 85 million, is fine-tuned at 5e-5 (Devlin et al. 2018, appendix A.3). Smaller models need
     more: the exponent is from a search with our own, see docs/bert.md.
     """
-    n_weights = model.flops_per_token(1) / 6
+    n_weights = model.flops_per_token(1) / 6  # a weight costs 6 FLOPs for each token
     return 5e-5 * (85e6 / n_weights) ** 0.6
 
 
@@ -295,6 +292,8 @@ def prepare(args: argparse.Namespace) -> tuple[Classifier, Tokenizer | WordPiece
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected more than 0")
     if args.layer_decay > 1:
         raise ValueError(f"--layer-decay {args.layer_decay}: expected at most 1; ULMFiT's is {1 / 2.6:.2f}")
+    if not 0 <= args.seed < 1 << 63:
+        raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     if (args.out / "model").exists():
         raise ValueError(f"--out {args.out}: there is a model in it; name another directory")
 

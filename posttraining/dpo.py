@@ -13,7 +13,7 @@ log-probabilities are computed once, see posttraining/reference.py.
     --set method=   loss, with h as above; l is the log-probability of an answer, n the number of its tokens
     dpo             -log sigmoid(beta h)
     conservative    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h), e the probability of a wrong
-                    label                                            (Mitchell 2023, a note of a DPO author)
+                    label                          (Mitchell 2023, "A note on DPO with noisy preferences")
     robust          (-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1-2e)    (Chowdhury et al. 2024)
     hinge           max(0, 1 - beta h)                                     (RSO's hinge-norm, Liu et al. 2024;
                     SLiC, Zhao et al. 2023, has max(0, margin - l_c + l_r), without a reference, and a second
@@ -85,6 +85,8 @@ class Config:
             raise ValueError(
                 f"smoothing {self.smoothing}: expected less than 0.5, more right labels than wrong"
             )
+        if self.reference is not None and self.method in WITHOUT_REFERENCE:
+            raise ValueError(f"reference {self.reference}: {self.method} has no reference; leave it out")
 
     @property
     def scale(self) -> float:

@@ -107,7 +107,7 @@ def optimum(beta: float, chain: Chain = Chain()) -> tuple[float, float]:
         reward += (joint * chain.rewards).sum().item()
         kl += (joint * (policy - log_p)).sum().item()
         at = torch.cat([joint.sum(dim=0), torch.zeros(1, dtype=torch.float64)])
-    return reward, max(kl, 0.0)  # rounding of 0 may be below it
+    return reward, max(kl, 0.0)  # rounding may put a KL of 0 below 0
 
 
 def reward_at(kl: float, chain: Chain = Chain()) -> float:
@@ -122,10 +122,13 @@ def reward_at(kl: float, chain: Chain = Chain()) -> float:
 
 
 def share_of_gain(reward: float, kl: float, chain: Chain = Chain()) -> float:
-    """Return the gain over the reference, divided by the largest gain that is possible at this KL."""
+    """Return the gain over the reference, divided by the largest gain that is possible at this KL.
+
+    Where nothing can be gained, up to rounding, it is NaN.
+    """
     start = optimum(math.inf, chain)[0]
     possible = reward_at(kl, chain) - start
-    return (reward - start) / possible if possible > 1e-4 else math.nan  # below that it is rounding
+    return (reward - start) / possible if possible > 1e-4 else math.nan
 
 
 def best_of_n(n: int, chain: Chain = Chain()) -> tuple[float, float]:
@@ -167,9 +170,11 @@ def exact_value(model: nn.Module, chain: Chain = Chain()) -> Value:
     """Return the exact value of a decoder's policy, summed over all S^T sequences.
 
     The policy is the softmax of the model's logits over the S states alone; the probability of other tokens
-    is `outside`. Raises ValueError for a model with a smaller vocabulary, and for one that mostly writes
-    outside.
+    is `outside`. Raises ValueError for a model that is no decoder, for one with a smaller vocabulary, and for
+    one that mostly writes outside.
     """
+    if not hasattr(model, "new_cache"):
+        raise ValueError(f"a {type(model).__name__} has no policy of the chain; expected a decoder, as gpt")
     if model.config.vocab_size <= chain.S:
         raise ValueError(
             f"vocabulary of {model.config.vocab_size}: a model of the chain has {chain.S + 1} tokens"

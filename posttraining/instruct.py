@@ -9,11 +9,11 @@ responses are targets (Tülu, Wang et al. 2023): the model should give answers, 
 
 A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}. A *template* turns it
 into tokens (formats/chat_template.py); a prompt must later be made by the same template, so it is also saved
-beside the tokenizer as Hugging Face's libraries read it. Conversations are *packed*: put whole into rows of T
-tokens, as many as fit, each attending to itself alone.
+beside the tokenizer as Hugging Face's libraries read it. Conversations are *packed*: put undivided into rows
+of T tokens, as many as fit, each attending to itself alone.
 
-    tokens   <|endoftext|> <|user|>\n What is 2 + 2? \n<|assistant|>\n 4 <|endoftext|>     the next one ...
-    targets                                                         4 <|endoftext|>
+    tokens      <|endoftext|> <|user|>\n What is 2 + 2? \n<|assistant|>\n 4 <|endoftext|>     the next one ...
+    predicted                                                          4 <|endoftext|>
 
     python -m posttraining.instruct                    the built-in conversations: how many, and some of them
     python -m posttraining.instruct questions.jsonl    the same for a file, see data/conversations.py
@@ -51,13 +51,13 @@ IGNORED = -100  # a target that is not predicted
 HELD_OUT = 1 / 10  # share of a file's conversations
 
 STEPS = 1000
-LEARNING_RATE = 0.25  # of all weights; adapters have rates of their own
+LEARNING_RATE = 0.25  # times the default rate, to train all weights; adapters have rates of their own
 
 
 def as_row(messages: Conversation, tokenizer: Tokenizer) -> Row:
     """Return a conversation of N tokens as arrays (N,).
 
-    "tokens" int64; "in_response" bool, the tokens that are predicted; "begins" bool, true for the first.
+    "tokens" int64; "in_response" bool, True for tokens that are predicted; "begins" bool, True for the first.
     """
     tokens, in_response = render(messages, tokenizer)
     begins = np.arange(len(tokens)) == 0
@@ -67,9 +67,9 @@ def as_row(messages: Conversation, tokenizer: Tokenizer) -> Row:
 def rows_within(
     conversations: list[Conversation], tokenizer: Tokenizer, seq_len: int
 ) -> tuple[list[Row], int]:
-    """Return the conversations of which some token of a response is in the first seq_len, cut to that many.
+    """Return (rows, how many of them are cut): conversations as arrays of `as_row`, cut to seq_len tokens.
 
-    Returns (rows with the arrays of `as_row`, how many of them are cut).
+    Those without a token of a response in their first seq_len are left out. Raises ValueError if all are.
     """
     rows = [as_row(messages, tokenizer) for messages in conversations]
     kept = [row for row in rows if row["in_response"][:seq_len].any()]
@@ -183,7 +183,7 @@ def prepare(
 
     notify is called with one line of what became of every conversation. longest: the tokens that the model
     reads, for that line. The fingerprint is a hash of all that decides the batches. Raises ValueError for a
-    file that `read_conversations` refuses, for less than two conversations, and for a seq_len too short for
+    file that `read_conversations` refuses, for fewer than two conversations, and for a seq_len too short for
     all of them.
     """
     *sides, counts = read(data, val, bad_text, notify)
@@ -291,7 +291,7 @@ def answers(
 
     prompts: token ids, from formats.chat_template.prompt_tokens. An answer ends by its end token, after
     max_new_tokens, or where the longest prompt of its batch and the answer would be longer than the model
-    reads.
+    reads; there may be room for none.
     """
     end, result = end_id(tokenizer), []
     for first in range(0, len(prompts), batch_size):

@@ -122,7 +122,7 @@ class NF4(nn.Module):
     """A tensor of any shape in 4 bits, without gradient.
 
     The constants a are quantised too: their mean is subtracted, the rest is divided by the largest of each
-    256, and rounded to the nearest value of `dynamic_code`, like bitsandbytes on a GPU. (On a CPU that rounds
+    256, and rounded to the nearest value of `dynamic_code`, like bitsandbytes on a GPU. (On a CPU it rounds
     to a grid of 2^16 points first, so that about 1 code in several hundred is a neighbour of ours.)
     """
 
@@ -161,6 +161,7 @@ class NF4(nn.Module):
         return self.like.dtype
 
     def numel(self) -> int:
+        """Return the number of weights."""
         return math.prod(self.shape)
 
     def absmax(self, block: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ higher reward always wins, so that h has no finite optimum: a long training pass
 With preferred=drawn the loss is least at the optimum for beta, as that of offline DPO is with infinitely many
 pairs. The scale of rewards then matters, since their differences become probabilities.
 
-Shapes: B prompts, T tokens of a prompt and an answer.
+Shapes: B pairs, N answers, T tokens of a prompt and an answer.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def draw(model: nn.Module, dataset: prompts.Prompts, batch: dict, n: int, seed: 
 
 
 def ranked(scores: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Return which of two answers is chosen, (B, 2) int64 with its index first, and which pairs count, (B,).
+    """Return the indices of each two answers, chosen first, (B, 2) int64, and which pairs count, bool (B,).
 
     scores (B, 2); NaN where there is none. The higher score is chosen, and pairs of equal ones do not count.
     With a generator the preference is drawn: the first is chosen with probability sigmoid(first - second).
@@ -125,7 +125,7 @@ def loss_of(
 
 
 def train(run: Run, log: Log) -> None:
-    """Train to the last step; see train.py's `train`, which it takes the place of."""
+    """Train to the last step, in place of train.py's `train`."""
     model, args = run.model, run.args
     if log.evaluation_is_missing():
         log.evaluation(evaluate(run))
@@ -135,7 +135,7 @@ def train(run: Run, log: Log) -> None:
         model.eval()  # no dropout
         lr = set_learning_rate(run.optimizers, step, args)
         batch, generator = ppo.prompts_of_step(run), None
-        if model.objective.preferred == "drawn":  # with a seed that no answer is drawn with
+        if model.objective.preferred == "drawn":  # its seeds are none of those of answers
             generator = torch.Generator(args.device).manual_seed(seed_of(-1 - args.seed, step))
         with run.autocast():
             drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, seed_of(args.seed, step))

@@ -38,7 +38,7 @@ from data.rows import Row, seed_of, stack
 from engine.log import Log, UpdateResult, evaluate_and_save
 from engine.optim import set_learning_rate, step_optimizers
 from engine.run import Run
-from engine.settings import with_fields
+from engine.settings import refuse_balance_losses, with_fields
 from formats.config_values import check_values
 from posttraining import frontier, instruct, scores
 from posttraining.policy_gradient import (
@@ -55,7 +55,6 @@ from posttraining.policy_gradient import (
     value_loss,
     whiten,
 )
-from posttraining.preference_runs import refuse_balance_losses
 from posttraining.prompts import Prompts, of_chain, of_conversations, unpadded
 from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_out
 
@@ -99,6 +98,9 @@ class Config:
         if self.beta == 0 and (self.row.penalty == "reward" or self.target_kl is not None):
             where = self.method if self.target_kl is None else "target_kl, which multiplies it"
             raise ValueError(f"beta 0: expected a number above 0 with {where}; grpo and the like may have 0")
+        for name in ("gamma", "lam"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at most 1")
         if self.row.advantage != "gae" and self.samples < 2:
             raise ValueError(
                 f"samples {self.samples}: {self.method} compares completions; expected at least 2"

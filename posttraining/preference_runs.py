@@ -16,6 +16,7 @@ from torch import nn
 from data import preferences
 from data.rows import Dataset
 from data.tokenizer import get_tokenizer
+from engine.settings import refuse_balance_losses
 from formats.atomic import replace_file
 from posttraining import chain_preferences, frontier, instruct
 
@@ -23,17 +24,6 @@ from posttraining import chain_preferences, frontier, instruct
 def start_model(args: argparse.Namespace) -> str | None:
     """Return the directory of a model that computes the chain, for --data chain without --init-from."""
     return frontier.reference_model(args.cache) if args.data == "chain" else None
-
-
-BALANCE_LOSSES = ("aux_loss_coef", "z_loss_coef", "sequence_loss_coef")  # of moe.py
-
-
-def refuse_balance_losses(config: Any) -> None:
-    """Raise ValueError for a mixture of experts with balance losses, which these tasks do not compute."""
-    own = [name for name in BALANCE_LOSSES if getattr(config, name, 0)]
-    if own:
-        zeros = " ".join(f"{name}=0" for name in own)
-        raise ValueError(f"a mixture's balance losses are no part of this task's loss; add --set {zeros}")
 
 
 def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Dataset:

@@ -2,16 +2,16 @@
 
     log ref(y | x) = sum over the tokens y_t of the answer  log ref(y_t | x, y_<t)
 
-The reference is the model that training starts from, and it never changes. So one pass over the data before
-the first step takes the place of a second model in memory and of a second forward pass in every step. The
-results are kept under a hash of all that decides them: the weights of the reference, the rows, the precision.
+The reference never changes. So one pass over the data before the first step takes the place of a second model
+in memory and of a second forward pass in every step. The results are kept under a hash of all that decides
+them: the weights of the reference, the rows, the precision.
 
-In all tasks the reference is the model that training starts from, in the form in which it is trained: with
-the fields of --set; with an adapter's base in the precision of training, 4 bits for example; and with an
-adapter that is trained further as it is at the start. A new adapter changes nothing yet, so its reference is
-the base.
+Unless another is named, the reference is the model that training starts from, in the form in which it is
+trained: with the fields of --set; with an adapter's base in the precision of training, 4 bits for example;
+and with an adapter that is trained further as it is at the start. A new adapter changes nothing yet, so its
+reference is the base.
 
-Shapes: C answers of a row, T tokens.
+Shapes: B rows, C answers of a row, T tokens, V vocabulary.
 """
 
 import hashlib

@@ -1,14 +1,15 @@
 """A reward model: it gives each answer a number, and learns from which of two answers people prefer.
 
     p(y_c preferred to y_r | x) = sigmoid(r(x, y_c) - r(x, y_r))            (Bradley and Terry 1952)
-    loss = -log sigmoid(r_c - r_r - margin) + c (r_c + r_r)^2
+    loss = -log sigmoid(r_c - r_r - margin) + a (r_c + r_r)^2
 
-r is a decoder whose head is replaced by one row of weights, `score`, on the hidden state of the text's last
-token (Stiennon et al. 2020; InstructGPT, Ouyang et al. 2022). Which token that is follows from lengths or a
-mask, and never from comparing with a padding id: the token that ends a text is often the one that pads.
+y_c is the chosen answer to the prompt x, y_r the rejected one, r_c and r_r are their scores. r is a decoder
+whose head is replaced by one row of weights, `score`, on the hidden state of the text's last token (Stiennon
+et al. 2020; InstructGPT, Ouyang et al. 2022). Which token that is follows from lengths or a mask, and never
+from comparing with a padding id: the token that ends a text is often the one that pads.
 
-Only differences of r have a meaning: with c = 0, a constant added to all scores of a prompt does not change
-the loss, so scores may drift. A small c keeps them near 0 (Eisenstein et al. 2023). The saved model is
+Only differences of r have a meaning: with a = 0, a constant added to all scores of a prompt does not change
+the loss, so scores may drift. A small a keeps them near 0 (Eisenstein et al. 2023). The saved model is
 calibrated: its scores of held-out answers have mean 0 and standard deviation 1, so that PPO's coefficient of
 the KL, which is in units of the reward, means the same for every reward model.
 
@@ -16,7 +17,7 @@ the KL, which is in units of the reward, means the same for every reward model.
     python train.py --model reward --init-from runs/sft/model --data pairs.jsonl      see data/preferences.py
     python -m posttraining.reward runs/reward/model --prompt "2+2?" 4 5                score two answers
 
-Shapes: B prompts, K answers of each, T tokens of a prompt and an answer, D model width.
+Shapes: B prompts, K answers of each, N texts, T tokens of a text (a prompt and an answer), D model width.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from formats.config_values import check_values
 from formats.safetensors_dir import assign, build
 from gpt import GPT
 from gpt import Config as DecoderConfig
+from kernels.backend import readable
 from posttraining.frontier import Chain
 from posttraining.preference_runs import load_preferences, save_tokenizer, start_model  # noqa: F401
 from posttraining.reference import trimmed
@@ -55,7 +57,7 @@ class Config:
     """The settings of the objective."""
 
     margin: float = 0.0  # by which the score of a chosen answer should be larger
-    centering: float = 0.0  # c; 0.01 keeps the mean of scores near 0
+    centering: float = 0.0  # a; 0.01 keeps the mean of scores near 0
 
     MAY_BE_ZERO = ("margin", "centering")
 
@@ -86,11 +88,14 @@ class RewardModel(nn.Module):
 
         tokens (..., T), int64, such as (B, K, T) for K answers of each prompt. lengths: how many tokens of
         each row are text, (...), with padding on the right; or a mask (..., T), True at the tokens that are
-        text, with padding on either side.
+        text, with padding on either side. Raises ValueError for a text without tokens or of more than T; on a
+        GPU, where the check would wait for it, such a text has a wrong score.
         """
         tokens, shape = tokens.reshape(-1, tokens.shape[-1]), tokens.shape[:-1]
         if lengths.shape == (*shape, tokens.shape[-1]):
             tokens, lengths = align(tokens, lengths.reshape(tokens.shape).bool())
+        if readable(lengths) and not ((lengths >= 1) & (lengths <= tokens.shape[1])).all():
+            raise ValueError(f"lengths {lengths.tolist()}: expected 1 to {tokens.shape[1]} for each text")
         last = lengths.reshape(-1).to(tokens.device) - 1
         hidden = self.decoder.hidden(tokens)  # (N, T, D)
         hidden = hidden[torch.arange(len(tokens), device=tokens.device), last]  # (N, D)

@@ -1,4 +1,4 @@
-"""Rollouts: a policy completes prompts, and everything is computed that learning from them takes.
+"""Rollouts: a policy completes prompts, and all that learning from the completions needs is computed.
 
     y ~ pi(. | x)  ->  score R(x, y),  log pi(y_t | .), log ref(y_t | .), values V_t and a mask of the y_t
 
@@ -60,7 +60,7 @@ class Reference:
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
-        """Within this block the layers of a model with adapters have those of the reference."""
+        """Give the layers of a model the adapters of the reference within a `with` block."""
         now = {layer: layer.adapters[layer.active] for layer in self.adapters}
         for layer, adapter in self.adapters.items():
             layer.adapters[layer.active] = adapter.to(next(layer.adapters.parameters()).device)
@@ -122,8 +122,8 @@ def chosen(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 
 def in_pieces(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """Return function(*columns), which works row by row, computed for 256 rows at a time: all intermediate
-    results then fit into a processor's cache."""
+    """Return function(*columns) for a function that works row by row, computed for 256 rows at a time: its
+    intermediate results then fit into a processor's cache."""
     pieces = zip(*(column.split(256) for column in columns), strict=True)
     return torch.cat([function(*piece) for piece in pieces])
 
@@ -167,7 +167,7 @@ def laid_out(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Te
 def roll_out(
     policy: Policy, batch: dict[str, Tensor], dataset: Prompts, seed: int, n: int, keep_graph: bool = False
 ) -> Rollout:
-    """Return n completions of each prompt in a batch of dataset's rows, drawn by the seed, and more.
+    """Return the Rollout of n completions of each prompt in a batch of dataset's rows, drawn by the seed.
 
     keep_graph: the log-probabilities and values can be differentiated, once.
     """
@@ -190,8 +190,8 @@ def roll_out(
     tokens, mask = (t.to(device) for t in laid_out(prompts, completions))
     mask = mask & found.isfinite()[:, None]
 
-    # Log-probabilities by the forward pass of training, in the batches of training. Weights that autocast
-    # has converted while sampling have no gradient, and are converted again.
+    # Log-probabilities by the forward pass of training, in the batches of training. The weights that autocast
+    # has converted while sampling pass no gradient on, so its cache of them is cleared first.
     torch.clear_autocast_cache()
     parts = []
     for rows, own in zip(tokens.chunk(settings.minibatches), mask.chunk(settings.minibatches), strict=True):

@@ -1,5 +1,7 @@
 """PEGASUS' gap sentences: chosen by ROUGE-1 with the rest of the document, and written by a model."""
 
+import re
+
 import pytest
 import torch
 
@@ -22,6 +24,11 @@ def test_a_sentence_is_scored_by_rouge_with_all_others():
 def test_the_best_third_are_the_gaps_in_the_order_of_the_document():
     assert gap_sentences(sentences_of(TEXT), 0.4) == [0, 2]
     assert gap_sentences(sentences_of(TEXT), 0.01) == [2]  # at least one
+
+
+def test_the_example_of_the_header_has_the_gap_that_it_shows():
+    document, *pair = re.findall(r"^    (?:document|input|target) +(.*)$", pegasus.__doc__, re.MULTILINE)
+    assert list(gap_pair(sentences_of(document), torch.Generator(), Config(keep_rate=0.0))) == pair
 
 
 def test_input_and_target_restore_the_document():

@@ -10,6 +10,7 @@ from small_gpt import SMALL
 from torch import Tensor
 
 import gpt
+import moe
 from generate import generate
 from gpt import GPT
 from language import prefix_lm
@@ -111,6 +112,14 @@ def test_generation_reads_prompts_of_different_lengths_from_both_sides():
     for prompt, new in zip(prompts, written, strict=True):
         hidden = hidden_behind(model, torch.tensor([prompt]), torch.tensor([new[:-1]]))
         assert model.logits(hidden)[0].argmax(-1).tolist() == new
+
+
+def test_a_mixture_with_balance_losses_is_refused_since_they_are_not_computed():
+    config = moe.Config(1, 2, 16, 32, 61, 64, n_experts=4, top_k=2, d_expert=8)
+    with pytest.raises(ValueError, match="no part of this task's loss; add --set aux_loss_coef=0"):
+        prefix_lm.wrap(moe.MoEGPT(config), config)
+    model = moe.MoEGPT(replace(config, aux_loss_coef=0.0))
+    assert prefix_lm.wrap(model, model.config) is model
 
 
 def test_windows_and_compiled_generation_are_refused():

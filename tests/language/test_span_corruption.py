@@ -143,7 +143,8 @@ def test_what_makes_no_sense_is_refused(call, message):
 
 def test_the_demonstration_shows_every_objective(capsys):
     sc.main()
-    assert all(name in capsys.readouterr().out for name in ("replace_spans",))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in OBJECTIVES)
 
 
 # --- training
@@ -197,6 +198,14 @@ def test_training_resumes_exactly(objective, tmp_path, monkeypatch):
     assert train.main([*flags(tmp_path, parts, **options), "--save-every", "3", "--resume"]) == 0
     a, b = (load_file(out / SHARD) for out in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("setting", ["objective=deshuffle", "noise_rate=0.05"])
+def test_texts_that_bart_cannot_read_are_refused_before_training(setting, tmp_path, capsys):
+    """A text of 27 tokens fits --seq-len 24 by T5's objective; as it is, it has 28 with the end token."""
+    argv = flags(tmp_path, tmp_path / "run", model="bart", task="span_corruption", set=setting)
+    assert train.main(argv) == 2
+    assert "this model reads at most --seq-len 24; use --model t5" in capsys.readouterr().err
 
 
 def test_documents_that_are_kept_apart_are_refused_in_one_line(tmp_path, capsys):

@@ -448,6 +448,7 @@ def refused(capsys, argv):
         ({"batch_size": -1}, ["--batch-size -1"]),
         ({"lr": "nan"}, ["--lr nan"]),
         ({"lr": 0}, ["--lr 0"]),
+        ({"seed": 10**23}, ["--seed 1000", "2^63"]),
         ({"layer_decay": 2.6}, ["--layer-decay 2.6", "at most 1"]),
         ({"unfreeze": "some"}, ["gradual"]),
     ],

@@ -205,6 +205,7 @@ def test_a_certain_answer_has_finite_log_odds():
         ({"beta": -1.0}, "beta -1.0: expected a number above 0"),
         ({"method": "ppo"}, "method 'ppo': expected dpo or conservative"),
         ({"smoothing": 0.5}, "smoothing 0.5: expected less than 0.5"),
+        ({"method": "orpo", "reference": "runs/a"}, "reference runs/a: orpo has no reference; leave it out"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values, expected):

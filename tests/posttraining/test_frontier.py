@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import run_command
 
+import bert
+from bert import BERT
 from formats.open_model import open_model
 from posttraining import frontier
 from posttraining.frontier import Chain
@@ -103,6 +105,12 @@ def test_a_model_that_writes_begin_and_one_without_it_have_no_value():
         frontier.value_of(model)
     with pytest.raises(ValueError, match="vocabulary of 5"):
         frontier.value_of(model, Chain(S=5))
+
+
+def test_a_model_that_is_no_decoder_has_no_policy(tmp_path):
+    BERT(bert.Config(1, 2, 16, 32, 40, 8)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a BERT has no policy of the chain; expected a decoder"):
+        frontier.main([str(tmp_path)])
 
 
 def test_what_is_written_outside_of_the_chain_is_measured_and_does_not_count():

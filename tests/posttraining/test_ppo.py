@@ -397,6 +397,7 @@ def test_exact_scores_1_where_the_text_is_the_answer():
         ({}, ["beta=-1.0"], ["beta -1.0"]),
         ({}, ["method=other"], ["method 'other'", "rloo"]),
         ({}, ["method=rloo", "samples=1"], ["samples 1", "at least 2"]),
+        ({}, ["lam=3"], ["lam 3", "at most 1"]),
         ({}, ["reward=exact"], ["reward=exact", "--data chain"]),
         ({"data": "stdlib"}, [], ["--data stdlib: needs --init-from DIR"]),
         ({"size": "tiny"}, [], ["--size tiny", "leave out --size"]),

@@ -62,6 +62,13 @@ def model():
     return RewardModel.from_pretrained(FIXTURE).eval()
 
 
+@pytest.mark.parametrize("lengths", [[0, 5], [6, 5], [[False] * 5, [True] * 5]])
+def test_a_text_without_a_last_token_is_refused(lengths, model):
+    """Position -1, the last of the row, is padding, and no token of the text."""
+    with pytest.raises(ValueError, match=r"lengths \[[06], 5\]: expected 1 to 5 for each text"):
+        model(torch.ones(2, 5, dtype=torch.int64), torch.tensor(lengths))
+
+
 def test_scores_agree_with_transformers_whatever_the_padding(model):
     tokens, mask = TRL["tokens"], TRL["mask"]
     assert (tokens[mask.bool()] == 0).any()  # inside the texts is the id that pads, too

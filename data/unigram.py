@@ -182,8 +182,8 @@ def digamma(x: np.ndarray) -> np.ndarray:
 
 
 def with_unknown(log_p: np.ndarray) -> np.ndarray:
-    """Return (V + 2,): log_p (V,), that of an unknown character, at index UNKNOWN = -2 of data/lattices.py, and
-    that of a missing edge, at NO_EDGE = -1."""
+    """Return (V + 2,): log_p (V,), that of an unknown character, at the index UNKNOWN = -2
+    and that of a missing edge, at NO_EDGE = -1."""
     return np.concatenate((log_p, [log_p.min() - UNKNOWN_PENALTY, -np.inf]))
 
 

@@ -187,5 +187,7 @@ def test_downloads_are_checked(tmp_path):
     assert corpus.download(url, None, tmp_path).read_text() == source.read_text()
     with pytest.raises(ValueError, match="SHA-256"):
         corpus.download(url, "0" * 64, tmp_path)
-    with pytest.raises(ValueError, match="cannot be downloaded"):
+    with pytest.raises(ValueError, match=r"--data \S+: cannot be downloaded"):
         corpus.download((tmp_path / "nothing.txt").as_uri(), None, tmp_path)
+    with pytest.raises(ValueError, match=r"--val http://\S+: cannot be downloaded"):
+        corpus.find_files("http://127.0.0.1:9/text.txt", tmp_path, flag="--val")

@@ -108,6 +108,8 @@ def test_a_system_message_in_the_prompt_goes_before_the_system_field():
         ({"prompt": "2+2?", "chosen": 4, "rejected": "5"}, "expected {\"prompt\", \"chosen\""),
         ({"chosen": said("a", 4), "rejected": said("a", "5")}, "assistant: 4: expected a string"),
         ([1], "expected {\"prompt\", \"chosen\""),
+        ({"chosen": [], "rejected": []}, "chosen: no messages; expected {\"prompt\""),
+        ({"instruction": ["a"], "input": "b", "chosen": "4", "rejected": "5"}, "['a'], input 'b': "),
     ],
 )  # fmt: skip
 def test_a_record_of_no_known_form_is_refused(record, problem):

@@ -18,7 +18,7 @@ A model reads one of two kinds of conditions, or none:
     texts     states of a text encoder, read by cross-attention (vision/spatial_transformer.py), as in Stable
               Diffusion 1
 
-What is predicted is said in vision/noise.py, and how the network is trained in vision/ddpm.py.
+The targets of the prediction are in vision/noise.py, the training is in vision/ddpm.py.
 
     python -m vision.unet                  print the sizes
     python train.py --model ddpm           train one to draw letters by their names

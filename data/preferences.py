@@ -271,9 +271,7 @@ def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) 
         fitting = (other for other in others if len(prompt) + len(other.answers[0]) <= seq_len)
         other = next((o for o in fitting if one_prompt or not np.array_equal(o.prompt, prompt)), None)
         if other is None:
-            raise ValueError(
-                "KTO needs beside each answer one to another prompt, and there is none that fits"
-            )
+            raise ValueError("KTO needs beside each answer one to another prompt, and none of them fits")
         found.append(Example(prompt, (answers[0], other.answers[0]), label))
     return found
 
@@ -386,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seq-len", type=int, default=1024, help="the longest that a model reads (default %(default)s)")
     add("-n", type=int, default=3, help="how many to show (default %(default)s)")
     args = parser.parse_args(argv)
+    if min(args.seq_len, args.n) < 1:
+        raise ValueError(f"--seq-len {args.seq_len} -n {args.n}: expected at least 1 of each")
     tokenizer = get_tokenizer(args.tokenizer)
     examples = prepare(str(args.file), tokenizer, args.seq_len).train.rows
     n = min(args.n, len(examples))

@@ -280,6 +280,12 @@ def test_the_command_shows_preferences_as_trained_on(tmp_path, capsys):
     assert "9 to train on, 1 held out" in out and "rejected: »no<|endoftext|>«" in out
 
 
+def test_the_command_refuses_numbers_below_one(tmp_path):
+    for flags in (["-n", "0"], ["--seq-len", "-5"]):
+        with pytest.raises(ValueError, match="expected at least 1 of each"):
+            preferences.main([str(tmp_path / "none.jsonl"), *flags])
+
+
 def test_a_row_of_two_lengths_is_read_again_as_it_was_written():
     rows = preferences.PreferenceRows([preferences.as_example(PAIR, BYTES)])
     rows.reference = np.array([[-1.0, -2.0]], np.float32)

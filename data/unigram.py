@@ -259,9 +259,7 @@ def learn_pieces(
     # Cut the words into runs of one script, without rare characters.
     chars = required(words, coverage)
     if len(chars) > n_pieces:
-        raise ValueError(
-            f"{n_pieces} pieces are too few for {len(chars)} characters, besides special tokens; ask for more"
-        )
+        raise ValueError(f"{n_pieces} pieces are too few for {len(chars)} characters, beside special tokens")
     runs: Counter[str] = Counter()
     for word, n in words.items():
         for run in RUNS.findall(word):
@@ -297,9 +295,7 @@ def learn_pieces(
     for piece in sorted(found.keys() - chars, key=found.__getitem__, reverse=True)[: n_pieces - len(pieces)]:
         pieces[piece] = found[piece]
     if len(pieces) < n_pieces:
-        raise ValueError(
-            f"besides special tokens there are {len(pieces)} useful pieces, not {n_pieces}; ask for fewer"
-        )
+        raise ValueError(f"the text has {len(pieces)} useful pieces, not {n_pieces}; ask for fewer")
     return sorted(pieces.items(), key=lambda item: (-item[1], item[0]))
 
 

@@ -64,7 +64,7 @@ class Lattices:
     ends     (N, W) in column j the piece of j + 1 characters that ends at a node, or UNKNOWN, or NO_EDGE
     place    (V,) a node at which each piece begins
     size     (V,) the characters of each piece
-    covers   (V,) size times occurrences of each piece; only for the pieces at the start, `keep` leaves it
+    covers   (V,) size times occurrences of each piece; only for the first pieces: `keep` does not update it
     """
 
     def __init__(self, words: Counter[str], n_seeds: int, longest: int) -> None:

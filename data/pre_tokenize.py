@@ -27,9 +27,8 @@ from formats.tokenizer_json import BYTE_TO_CHAR, GPT2_PATTERN
 # words.
 PreTokenizer = Callable[[list[str], bool], list[str]]
 BEHAVIORS = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
-SPACES = (
-    r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # what Rust counts as whitespace
-)
+# The characters that Rust counts as whitespace, and those that BERT counts as punctuation.
+SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 
 

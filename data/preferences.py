@@ -257,9 +257,9 @@ def single_answers(examples: list[Example]) -> list[Example]:
 def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) -> list[Example]:
     """Return each single answer with a second one: the answer of the next example with another prompt.
 
-    KTO estimates a KL divergence from the second answers (arXiv:2402.01306). "Next" is in a
-    shuffled order, always the same: in the order of the data, in which chosen and rejected answers alternate,
-    the next prompt's first answer would always be a chosen one. If all prompts are equal, any next answer is
+    KTO estimates a KL divergence from the second answers (arXiv:2402.01306). "Next" is in a shuffled order,
+    always the same: in the order of the data, in which chosen and rejected answers alternate, the first
+    answer to the next prompt would always be a chosen one. If all prompts are equal, any next answer is
     taken. more: further examples to choose from. Raises ValueError if no such answer fits behind a prompt.
     """
     found, n = [], len(examples)

@@ -282,11 +282,12 @@ def learned_tokenizer(
 
 
 class Windows(Rows):
-    """Training text as rows {"tokens": int64 (T + 1,)}, which visit every token once an epoch.
+    """Training text as rows {"tokens": int64 (T + 1,)}, in which every token is a target equally often.
 
     Think of the n tokens as a circle, tiled over and over by windows of T: window g predicts the T tokens
-    that follow token g T mod n. Epoch e consists of the windows that begin in turn e of the circle. In an
-    epoch no window comes twice and no token is left out; unless T divides n, the next one begins elsewhere.
+    that follow token g T mod n. Epoch e consists of the windows that begin in turn e of the circle. Windows
+    follow each other without gaps, also across epochs, so no token is left out at the end. Unless T divides
+    n, the windows of the next epoch begin at other tokens.
 
     tokens: (n,), of any integer type. seq_len: T. Raises ValueError if n is not above T.
     """

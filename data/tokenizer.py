@@ -5,7 +5,7 @@ bytes can write any text, but make it four times longer. Byte-pair encoding star
 learns frequent longer strings from a corpus (Sennrich et al. 2016, arXiv:1508.07909):
 
     V = {0, ..., 255}                                       the bytes
-    repeat:  (a, b) = argmax over pairs of ids  count(a b)     adjacent, in the corpus as it is now written
+    repeat:  (a, b) = argmax over pairs of ids  count(a b)      adjacent, in the corpus as it is now written
              V <- V + {ab};  write ab for every a b in the corpus
 
 The position of a token in the order of learning is its *rank*. To encode a new text, join the adjacent pair

@@ -1,6 +1,6 @@
 """Gaussian diffusion without a network: how noise is added to data, and how samplers take it away.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps         eps ~ N(0, 1), t = 0 ... T - 1, a_t falls from near 1 to 0
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps         eps ~ N(0, 1), t = 0 ... T - 1, a_t falls from 1 towards 0
 
 DDPM (Ho et al. 2020, arXiv 2006.11239) adds noise in T small steps. Sums of independent Gaussian noise are
 Gaussian, so x_t can be drawn from x_0 in one step (equation 4; a_t is the paper's alpha bar). A network reads

@@ -34,13 +34,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from data.records import RECORDS, check_is_file, decode, open_utf8, read_records, suffix_of, text_in
 from formats.atomic import replace_file, sha256
 from formats.progress import progress_bar
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files of a folder that are read; each also with .gz or .zst
+URL_CHARACTERS = ":/?#[]@!$&'()*+,;=%"  # besides letters and digits; others, such as é, are percent-encoded
+LONGEST_NAME = 60  # characters of a URL's last part in the name of a file, which may have 255 bytes
 PUBLIC = {  # name: (URL, SHA-256 of the file)
     "shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -197,14 +199,17 @@ def download(url: str, checksum: str | None, cache: Path, flag: str = "--data") 
     checksum: its SHA-256 in hexadecimal, or None to accept any file. flag: as for `find_files`. Raises
     ValueError if the file cannot be downloaded, or if its checksum differs; then the file is removed.
     """
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{urlsplit(url).path.rstrip('/').split('/')[-1]}"
-    path = cache / "downloads" / name
+    try:
+        last = urlsplit(url).path.rstrip("/").split("/")[-1]
+    except ValueError as error:
+        raise ValueError(f"{flag} {url}: not a URL ({error})") from None
+    path = cache / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{last[-LONGEST_NAME:]}"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with (
                 replace_file(path) as new,
-                urllib.request.urlopen(url, timeout=30) as response,
+                urllib.request.urlopen(quote(url, safe=URL_CHARACTERS), timeout=30) as response,
                 open(new, "wb") as file,
             ):
                 size = int(response.headers.get("Content-Length", 0)) or None

@@ -201,19 +201,22 @@ def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
         """Return the ids of a word."""
         if ignore_merges and word in vocab:
             return [vocab[word]]
+        # `waiting` holds an unknown token until a known character or the end. So it comes after the bytes of
+        # characters in between, as in Hugging Face's tokenizers.
         symbols: list[int] = []
-        was_unknown = False
+        waiting: list[int] = []
         for i, char in enumerate(word):
             name = (prefix if i else "") + char + (suffix if i == len(word) - 1 else "")
             token = vocab.get(name)
             if token is not None:
-                symbols.append(token)
-            elif fallback is not None:
-                symbols += fallback(name)
-            elif unknown is not None and not (fuse and was_unknown):
-                symbols.append(unknown)
-            was_unknown = token is None
-        return merge(symbols, merges)
+                symbols += [*waiting, token]
+                waiting = []
+            elif fallback is not None and (found := fallback(name)) != [unknown]:
+                symbols += found
+            elif unknown is not None:
+                symbols += [] if fuse else waiting
+                waiting = [unknown]
+        return merge(symbols + waiting, merges)
 
     return encode
 

@@ -1,7 +1,7 @@
 """Exact substrings: a run of fifty words or more that came before is cut out; its first occurrence stays.
 
 Lee et al. 2021 (arXiv:2107.06499, section 4.1) find repeated substrings by a suffix array and remove all of
-them. Here a rolling hash of every window of W words finds them, and the first occurrence stays:
+them. Here a polynomial hash of each window of W words finds them, and the first occurrence stays:
 
     S[i] = sum of c[j] B^j for j < i,     hash(start, end) = (S[end] - S[start]) B^-start     modulo 2^64
 

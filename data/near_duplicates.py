@@ -152,7 +152,7 @@ class Signatures:
         if not len(shingles):
             return np.zeros(self.bands, np.uint64)
         rows = self.of(shingles).reshape(self.bands, self.rows).astype(np.uint64)
-        numbers = np.arange(1, self.bands + 1, dtype=np.uint64)  # so that equal rows differ in other bands
+        numbers = np.arange(1, self.bands + 1, dtype=np.uint64)  # equal rows in other bands: other hashes
         return mix((rows * odd_numbers(self.rows, 2)).sum(1, dtype=np.uint64) + mix(numbers))
 
 

@@ -1,7 +1,7 @@
 """Stages of cleaning: each decides for every document whether it stays, and how much of its text.
 
     stage           a document is rejected, or shortened, if                           looks at
-    repair          (mended: characters that were decoded wrongly; needs ftfy)         one document
+    repair          (mends characters that were decoded wrongly; needs ftfy)           one document
     html            there is no main text in the page (needs trafilatura)              one document
     rules           a rule of the preset does not hold (data/quality_rules.py)         one document
     exact           an earlier one has the same text                                   all documents
@@ -50,18 +50,18 @@ Arrays = dict[str, np.ndarray]
 class Settings:
     """The settings of the stages, which are flags of data/clean.py."""
 
-    preset: str = "fineweb"
-    similarity: float = near_duplicates.SIMILARITY
+    preset: str = "fineweb"  # of quality_rules.PRESETS
+    similarity: float = near_duplicates.SIMILARITY  # J from which on two documents are alike
     bands: int = near_duplicates.BANDS
     rows: int = near_duplicates.ROWS
-    shingle: int = near_duplicates.SHINGLE
-    words: int = exact_substrings.WORDS
-    line_copies: int = 10
+    shingle: int = near_duplicates.SHINGLE  # words
+    words: int = exact_substrings.WORDS  # of the shortest repeated substring
+    line_copies: int = 10  # documents that share a line, from which on it is cut
     against: tuple[str, ...] = ()  # files of test items for `decontaminate`
-    item_fields: tuple[str, ...] = ()
-    contaminated: str = "remove"
-    keep_rejected: bool = False
-    memory: int = field(default=exact_substrings.MEMORY, compare=False)
+    item_fields: tuple[str, ...] = ()  # their fields of text; () means all
+    contaminated: str = "remove"  # or "report"
+    keep_rejected: bool = False  # write what is removed to a folder
+    memory: int = field(default=exact_substrings.MEMORY, compare=False)  # bytes of hashes sorted at a time
 
 
 # One document.
@@ -96,6 +96,7 @@ def search_for(settings: Settings) -> tuple[decontaminate.Search, list[decontami
 
 @lru_cache(1)
 def signatures_of(bands: int, rows: int) -> near_duplicates.Signatures:
+    """Return the functions that make signatures, which hold a buffer and so are made once."""
     return near_duplicates.Signatures(bands, rows)
 
 
@@ -173,13 +174,12 @@ def decide_lines(documents: Documents, summaries: list[Arrays], settings: Settin
     many = exact_substrings.repeated_hashes(once_each, total, settings.line_copies, settings.memory)
     is_new = np.ones(len(many), bool)
     for number, one in enumerate(summaries):
-        # The first document that has a line keeps it, wherever it stands in there.
-        place_of = np.searchsorted(many, one["hashes"])
-        found = (
-            np.flatnonzero(many[np.minimum(place_of, max(0, len(many) - 1))] == one["hashes"])
-            if len(many)
-            else []
-        )
+        # Find the lines of this part that are in many documents.
+        place_of, found = np.searchsorted(many, one["hashes"]), []
+        if len(many):
+            found = np.flatnonzero(many[np.minimum(place_of, len(many) - 1)] == one["hashes"])
+
+        # The first document that has a line keeps it, each time that it has it.
         cuts: dict[int, list] = {}
         owner: dict[int, int] = {}
         for i in found:
@@ -302,8 +302,10 @@ def apply_part(
 
 
 def judge_row(stage: str, settings: Settings, row: dict) -> tuple[dict, str | None, list[dict]]:
-    """Return a document, the text that a stage leaves of it (None: it is rejected), and a list of what the
-    stage takes away, each with its "reason" and "text". The stage looks at one document."""
+    """Return a document, the text that a stage of LOCAL leaves of it, and a list of what the stage removes.
+
+    The text is None for a document that is rejected. Each item of the list has a "reason" and a "text".
+    """
     text, reason = judge(stage, settings, row["text"])
     if reason is None and not text.strip():
         reason = f"{stage}: nothing is left"
@@ -313,7 +315,7 @@ def judge_row(stage: str, settings: Settings, row: dict) -> tuple[dict, str | No
 
 
 def carry_out(row: dict, decision: Decision) -> tuple[dict, str | None, list[dict]]:
-    """Return the same as `judge_row`, for a stage that looks at all documents: what its decision leaves."""
+    """Return the same as `judge_row` for a stage of GLOBAL, from its decision about the document."""
     if not decision:
         return row, row["text"], []
     if "cuts" not in decision:
@@ -335,8 +337,7 @@ class Counts:
         self.reasons: dict[str, Counter] = {}
 
     def add(self, text: str, left: str | None, out: list[dict]) -> None:
-        """Count a document. left: what is left of its text, None if it is rejected; out: what was taken
-        away."""
+        """Count a document. left: what is left of its text, None if it is rejected. out: what was removed."""
         n_before, n_after = len(text.encode()), 0 if left is None else len(left.encode())
         self.before.update(documents=1, bytes=n_before)
         if left is not None:

@@ -11,13 +11,13 @@ character or more, and a corpus is one of
     https://...         a URL: a file that is downloaded once and kept
     shakespeare         the name of a public corpus (PUBLIC), whose checksum is verified
 
-Any file may be compressed (.gz). Links are followed, and a file that several names lead to counts once. Files
-are sorted by name, so the same text gives the same documents in the same order on every machine.
+Any file may be compressed (.gz, .zst). Links are followed, and a file that several names lead to counts once.
+Files are sorted by name, so the same text gives the same documents in the same order on every machine.
 
-Text is UTF-8 without NUL bytes, or UTF-16 with a byte order mark. Anything else (another encoding, binary
-data, a record without the field that holds the text) is reported to the caller with the file and the place;
-the caller decides whether to stop or to leave it out. A file that cannot be read (missing, a cut .gz) is
-always an error.
+Text is UTF-8 without NUL bytes, or UTF-16 or UTF-32 with a byte order mark. Anything else (another encoding,
+binary data, a record without the field that holds the text) is reported to the caller with the file and the
+place; the caller decides whether to stop or to leave it out. A file that cannot be read (missing, a cut .gz)
+is always an error.
 
     files = find_files("texts/", Path("cache"))
     for text in documents(files, on_bad_text=print): ...
@@ -34,13 +34,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from data.records import RECORDS, check_is_file, decode, open_utf8, read_records, suffix_of, text_in
 from formats.atomic import replace_file, sha256
 from formats.progress import progress_bar
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files of a folder that are read; each also with .gz
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files of a folder that are read; each also with .gz or .zst
+URL_CHARACTERS = ":/?#[]@!$&'()*+,;=%"  # besides letters and digits; others, such as é, are percent-encoded
+LONGEST_NAME = 60  # characters of a URL's last part in the name of a file, which may have 255 bytes
 PUBLIC = {  # name: (URL, SHA-256 of the file)
     "shakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -73,9 +75,9 @@ def find_files(
 ) -> Files:
     """Return the files of the corpus that --data names, in a fixed order.
 
-    Downloads are kept in cache. notify is called with one line if files of a folder are left out. flag: of
-    the command line, for errors. Raises ValueError naming `data` if there is no file or it cannot be
-    downloaded.
+    Downloads are kept in cache. notify is called with one line if files of a folder are left out. flag: the
+    command line's flag for data, for errors. Raises ValueError naming `data` if there is no file or it cannot
+    be downloaded.
     """
     # Names and URLs.
     if not data:
@@ -89,9 +91,9 @@ def find_files(
         return files
     if data in PUBLIC:
         url, checksum = PUBLIC[data]
-        return [(data, download(url, checksum, cache))]
+        return [(data, download(url, checksum, cache, flag))]
     if data.startswith(("http://", "https://")):
-        return [(data, download(data, None, cache))]
+        return [(data, download(data, None, cache, flag))]
 
     # A folder, or one file.
     path = Path(data)
@@ -173,7 +175,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def each_once(files: Files, root: Path, notify: Callable[[str], None]) -> Files:
-    """Return the files sorted by name, of several names of one file only one: if possible no link.
+    """Return the files sorted by name, each real file under one name only: if possible one that is no link.
 
     root: the folder in which the names are. notify is called with one line if names are left out.
     """
@@ -181,7 +183,8 @@ def each_once(files: Files, root: Path, notify: Callable[[str], None]) -> Files:
     real = {name: os.path.realpath(path) for name, path in files}
 
     def is_link(name: str, path: Path) -> tuple[bool, bool]:
-        return path.is_symlink(), real[name] != os.path.join(own, name)  # the file; or a folder above it
+        """Return whether the file is a link, and whether it or a folder above it is one."""
+        return path.is_symlink(), real[name] != os.path.join(own, name)
 
     links_last = sorted(files, key=lambda file: (is_link(*file), file))
     first = {real[name]: (name, path) for name, path in reversed(links_last)}
@@ -190,20 +193,23 @@ def each_once(files: Files, root: Path, notify: Callable[[str], None]) -> Files:
     return sorted(first.values())
 
 
-def download(url: str, checksum: str | None, cache: Path) -> Path:
+def download(url: str, checksum: str | None, cache: Path, flag: str = "--data") -> Path:
     """Return the path of the file at url, downloaded into cache/downloads unless it is there already.
 
-    checksum: its SHA-256 in hexadecimal, or None to accept any file. Raises ValueError if the file cannot be
-    downloaded, or if its checksum differs; then the file is removed.
+    checksum: its SHA-256 in hexadecimal, or None to accept any file. flag: as for `find_files`. Raises
+    ValueError if the file cannot be downloaded, or if its checksum differs; then the file is removed.
     """
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{urlsplit(url).path.rstrip('/').split('/')[-1]}"
-    path = cache / "downloads" / name
+    try:
+        last = urlsplit(url).path.rstrip("/").split("/")[-1]
+    except ValueError as error:
+        raise ValueError(f"{flag} {url}: not a URL ({error})") from None
+    path = cache / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{last[-LONGEST_NAME:]}"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with (
                 replace_file(path) as new,
-                urllib.request.urlopen(url, timeout=30) as response,
+                urllib.request.urlopen(quote(url, safe=URL_CHARACTERS), timeout=30) as response,
                 open(new, "wb") as file,
             ):
                 size = int(response.headers.get("Content-Length", 0)) or None
@@ -214,10 +220,10 @@ def download(url: str, checksum: str | None, cache: Path) -> Path:
                 if size is not None and file.tell() != size:
                     raise OSError(f"received {file.tell()} of {size} bytes")
         except (OSError, HTTPException) as error:
-            raise ValueError(f"--data {url}: cannot be downloaded ({error})") from None
+            raise ValueError(f"{flag} {url}: cannot be downloaded ({error})") from None
     if checksum is not None and sha256(path) != checksum:
         path.unlink()
-        raise ValueError(f"--data {url}: the download's SHA-256 is not {checksum}; it was removed, try again")
+        raise ValueError(f"{flag} {url}: the download's SHA-256 is not {checksum}; it was removed, try again")
     return path
 
 

@@ -31,11 +31,11 @@ COMMON = 10  # documents: a run of words in more than these is a common phrase
 
 @dataclass
 class Item:
-    """An item of a test, and what is searched of it."""
+    """An item of a test, and the runs of its words that are searched for."""
 
     place: str  # in its file
     n_words: int
-    grams: np.ndarray  # (k,) uint64, hashes of its runs of words; k = 0 for an item that is too short
+    grams: np.ndarray  # (k,) uint64, hashes of the runs; k = 0 for an item that is too short
 
     def report(self, found: set[int]) -> dict:
         """Return the row of the item in a report. found: the hashes of runs that are in documents."""

@@ -1,14 +1,14 @@
-"""Exact substrings: text of fifty words or more that has come before is cut out; its first occurrence stays.
+"""Exact substrings: a run of fifty words or more that came before is cut out; its first occurrence stays.
 
 Lee et al. 2021 (arXiv:2107.06499, section 4.1) find repeated substrings by a suffix array and remove all of
-them. Here a rolling hash of every window of W words finds them, and the first occurrence stays:
+them. Here a polynomial hash of each window of W words finds them, and the first occurrence stays:
 
     S[i] = sum of c[j] B^j for j < i,     hash(start, end) = (S[end] - S[start]) B^-start     modulo 2^64
 
-c[j] is the random number that stands for the value of byte j, one of 256, and B is odd. So the hashes of all
-windows of a text are a few operations on arrays. The hashes that come twice or more are found by sorting, a
-range of values in each pass over the texts, so that memory is bounded. Then each window with such a hash is
-compared, byte for byte, with the first that had it.
+c[j] is a random number for the value of byte j, and B is odd, so that it has an inverse. So the hashes of all
+windows of a text are a few operations on arrays. The hashes that come twice or more are found by sorting.
+Each pass over the texts sorts those of one range of values, so that memory is bounded. Then each window with
+such a hash is compared, byte for byte, with the first that had it.
 
 A window begins and ends with a word, so no cut is inside a word or inside the bytes of a character. Words are
 what is between spaces. A character of three bytes or more begins a word, for scripts without spaces.
@@ -46,6 +46,7 @@ class Powers:
         self.up = self.down = np.ones(1, np.uint64)
 
     def reach(self, n: int) -> None:
+        """Compute the powers for i up to n - 1, if they are lacking."""
         if len(self.up) < n:
             for name, base in (("up", BASE), ("down", INVERSE)):
                 powers = np.full(max(n, 2 * len(self.up)), base, np.uint64)
@@ -104,7 +105,8 @@ def repeated_hashes(
         all_of_them = np.concatenate([np.zeros(0, np.uint64), *in_range])
         del in_range
         all_of_them.sort()
-        many = all_of_them[times - 1 :] == all_of_them[: len(all_of_them) - times + 1]
+        # A hash comes `times` times if it equals the one that is times - 1 places further on.
+        many = all_of_them[times - 1 :] == all_of_them[: max(0, len(all_of_them) - times + 1)]
         found.append(np.unique(all_of_them[times - 1 :][many]))
     return np.concatenate(found)
 
@@ -113,7 +115,8 @@ class Repeats:
     """The first place of each repeated hash, by which the repeats in texts, given in order, are found."""
 
     def __init__(self, repeated: np.ndarray, raw_of: Callable[[int], bytes], n_words: int = WORDS):
-        """repeated: the sorted hashes of `repeated_hashes`. raw_of: returns an earlier text by its number."""
+        """Prepare the search. repeated: the sorted hashes of `repeated_hashes`. raw_of: returns an earlier
+        text by its number."""
         self.repeated, self.raw_of, self.n_words = repeated, raw_of, n_words
         self.texts = np.full(len(repeated), -1, np.int64)  # where each hash came first: the text,
         self.starts = np.zeros(len(repeated), np.int64)  # and the byte of it
@@ -130,8 +133,8 @@ class Repeats:
         places = np.minimum(np.searchsorted(self.repeated, hashes), len(self.repeated) - 1)
         hits = np.flatnonzero(self.repeated[places] == hashes)
 
-        # A hash that no earlier text had belongs to its first window here. Of equal hashes the last that is
-        # written stays, so the windows are written in reverse.
+        # The source of a hash that no earlier text had is its first window here. NumPy keeps the last of
+        # several values that are written to one place, so the windows are written in reverse.
         new = hits[self.texts[places[hits]] < 0][::-1]
         self.texts[places[new]] = number
         self.starts[places[new]] = starts[new]
@@ -155,7 +158,7 @@ class Repeats:
             for a, b in rows:
                 start, end = int(starts[hits[a]]), int(ends[hits[b - 1]])
                 if same_bytes(text, start, end, source, source_starts[a]):
-                    # Where the window overlaps with its source in the same text, the source stays whole.
+                    # Where the window overlaps with its source in the same text, the source stays complete.
                     if sources[a] == number:
                         start = max(start, int(ends[hits[a]] - shift[a]))
                     found.append((start, end))
@@ -196,8 +199,10 @@ def remove(texts: list[str], n_words: int = WORDS) -> list[str]:
 
 
 def lines(text: bytes) -> tuple[np.ndarray, Cuts]:
-    """Return the hashes (k,) of the lines that are long enough, without the spaces around them, and where the
-    lines are, each with its line break."""
+    """Return the hashes (k,) uint64 of the lines of LINE_BYTES bytes or more, and the interval of each line.
+
+    A hash is that of the line without the spaces around it; an interval includes the line break.
+    """
     hashes, places, start = [], [], 0
     for line in text.splitlines(keepends=True):
         bare = line.strip()

@@ -1,7 +1,7 @@
 r"""Lattices: all segmentations of all words of a corpus, as arrays.
 
-A word of n characters has n + 1 nodes, the places before, between and behind its characters, and an edge from
-node i to node j where the characters from i to j are a piece. A path from the first node to the last is a
+A word of n characters has n + 1 nodes, the places before, between and after its characters, and an edge from
+node i to node j where the characters between i and j are a piece. A path from the first node to the last is a
 segmentation. An edge from i to j with the piece v has the score s(v) = log p(v), and
 
     forward      a(j) = log of the sum of exp(a(i) + s(v)) over the edges to j
@@ -10,8 +10,8 @@ segmentation. An edge from i to j with the piece v has the score s(v) = log p(v)
     backward     g(last) = count of the word;   for each edge to j:   g(i) += g(j) q,   c(v) += g(j) q
 
 g is the expected number of paths through a node, and c that of the pieces: the gradient of the sum of
-count * log P(word) by s. Viterbi's algorithm has a maximum in the place of the sum. One step of either treats
-one node of every word at once. data/unigram.py trains with these functions.
+count * log P(word) by s. Viterbi's algorithm has a maximum in the place of the sum. One step of either
+computes one node of every word at once. data/unigram.py trains with these functions.
 
 Shapes: N nodes of all words, W characters of the longest piece, V pieces.
 """
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Instead of a piece, Lattices.ends may have these numbers. As indices they are the last two of V + 2 scores.
+# Lattices.ends has these numbers where there is no piece. As indices they are the last two of V + 2 scores.
 UNKNOWN, NO_EDGE = -2, -1
 
 
@@ -33,7 +33,7 @@ def substrings(text: np.ndarray, counts: np.ndarray, longest: int) -> Iterator[t
     for each substring, how often it occurs, and the first place at which it begins.
     """
     N, n_chars = len(text), int(text.max()) + 1
-    # A substring of n + 1 characters is one of n characters and the character behind it. Its key is made of
+    # A substring of n + 1 characters is one of n characters and the character after it. Its key is made of
     # the number of the former and that of the latter.
     keys = text
     for n in range(1, longest + 1):
@@ -48,15 +48,15 @@ def substrings(text: np.ndarray, counts: np.ndarray, longest: int) -> Iterator[t
         which[at] = renumber[number]
         yield which, count[often], first[often]
 
-        behind = np.full(N, -1)
-        behind[: N - n] = text[n:]
-        keys = np.where((which >= 0) & (behind >= 0), which * n_chars + behind, -1)
+        after = np.full(N, -1)
+        after[: N - n] = text[n:]
+        keys = np.where((which >= 0) & (after >= 0), which * n_chars + after, -1)
 
 
 class Lattices:
     """The lattices of all words, the longest word first. Pieces are numbers, 0 to V - 1.
 
-    joined   all words, with a zero character behind each; its indices are the nodes
+    joined   all words, with a zero character after each; its indices are the nodes
     inside   (N,) True for nodes with a character of their word before them: all but the first of each word
     starts   (n_words,) the first node of each word
     lengths  (n_words,) the characters of each word
@@ -64,12 +64,15 @@ class Lattices:
     ends     (N, W) in column j the piece of j + 1 characters that ends at a node, or UNKNOWN, or NO_EDGE
     place    (V,) a node at which each piece begins
     size     (V,) the characters of each piece
-    covers   (V,) the characters of the text in all occurrences of each piece; only for the first pieces
+    covers   (V,) size times occurrences of each piece; only for the first pieces: `keep` does not update it
     """
 
     def __init__(self, words: Counter[str], n_seeds: int, longest: int) -> None:
-        """Make the lattices. The pieces are the n_seeds substrings that cover most of the text, of at most
-        `longest` characters; single characters are the first and all among them."""
+        """Make the lattices of words and their counts.
+
+        The pieces are substrings of at most `longest` characters: first all single characters, then those
+        that cover most of the text, until there are n_seeds.
+        """
         ordered = sorted(words, key=lambda word: (-len(word), word))
         self.joined = "\0".join([*ordered, ""])
         self.lengths = np.array([len(word) for word in ordered])
@@ -78,8 +81,8 @@ class Lattices:
         self.inside = np.ones(len(self.joined), bool)
         self.inside[self.starts] = False
 
-        # The substrings. One that is always followed by the same character is left out: the longer one with
-        # this character is as frequent.
+        # Find the substrings. One of two or more characters that is always followed by the same character
+        # gets the frequency 0, which leaves it out: the longer one with this character is as frequent.
         text = np.frombuffer(self.joined.encode("utf-32-le"), np.uint32).astype(np.int64)
         text = np.where(text == 0, -1, text)
         levels = list(substrings(text, np.repeat(self.weights, self.lengths + 1), longest))
@@ -92,7 +95,7 @@ class Lattices:
             np.maximum.at(most, shorter[at], count[longer[at]])
             found[most == found] = 0
 
-        # The n_seeds that cover most, after all single characters.
+        # Take all single characters, then the substrings that cover most, until there are n_seeds.
         size = np.concatenate([np.full(len(found), n) for n, found in enumerate(frequency, 1)])
         covers = np.concatenate(frequency) * size
         order = np.argsort(np.where(size == 1, -np.inf, -covers), kind="stable")
@@ -101,7 +104,7 @@ class Lattices:
         self.size, self.covers = size[order], covers[order]
         self.place = np.concatenate([first for _, _, first in levels])[order]
 
-        # The edges.
+        # Number the edges by the pieces that are taken.
         renumber = np.full(len(size), NO_EDGE, np.int32)
         renumber[order] = np.arange(len(order))
         self.ends = np.full((len(text), len(levels)), NO_EDGE, np.int32)
@@ -128,14 +131,15 @@ class Lattices:
         self.size, self.place = self.size[kept], self.place[kept]
 
     def steps(self) -> Iterator[np.ndarray]:
-        """Yield for step 1, 2, ... the nodes behind so many characters, of all words that are so long."""
+        """Yield for n = 1, 2, ... the node after n characters of each word that has at least n."""
         n_longer = np.searchsorted(-self.lengths, -np.arange(1, self.lengths[0] + 1), side="right")
         for step, n in enumerate(n_longer, 1):
             yield self.starts[:n] + step
 
     def expected_counts(self, log_p: np.ndarray) -> tuple[np.ndarray, float]:
-        """Return how often each piece occurs in all words, on average over their segmentations, (V,), and the
-        sum of count * log P(word).
+        """Return the expected number of each piece in all words, (V,), and the sum of count * log P(word).
+
+        The expectation is over the segmentations of each word, with their probabilities.
 
         log_p: (V + 2,), of the pieces, of an unknown character, and minus infinity where there is no edge.
         """

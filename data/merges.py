@@ -1,4 +1,4 @@
-"""Merges: the pairs that byte-pair encodings learn, and what they make of a word.
+"""Merges: the pairs that byte-pair encodings learn, and how a word is joined by them.
 
 Every byte-pair encoding, of bytes (data/tokenizer.py) or of characters (Llama 2, Mistral, Gemma), and a
 WordPiece vocabulary are learned by the same loop over words and their counts, `learn_tokens`. Its result is
@@ -7,8 +7,9 @@ arXiv:1508.07909):
 
     while a pair of neighbours is in merges:  join the pair with the lowest rank, the leftmost of equal ones
 
-`byte_pairs` is the model of a tokenizer.json. The symbols of a word are its characters. A character that is
-no token becomes the tokens of its bytes in UTF-8, "<0xE2>" and so on (*byte fallback*), or the unknown token.
+`byte_pairs` returns the BPE model of a tokenizer.json as a function. The symbols of a word are its
+characters. A character that is no token becomes the tokens of its bytes in UTF-8, "<0xE2>" and so on (*byte
+fallback*), or the unknown token.
 """
 
 import heapq
@@ -22,7 +23,7 @@ from data.words import UTF8_BYTES
 from formats.progress import progress_bar
 
 Token = TypeVar("Token", str, bytes)
-# Two neighbours by their ids, and what they make: the rank (the lowest is first), and the id of the union.
+# {(id, id) of two neighbours: (rank, id of their union)}; the lowest rank is joined first.
 Merges = dict[tuple[int, int], tuple[int, int]]
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -114,13 +115,15 @@ def learn_tokens(
 
 
 def merge(symbols: list[int], merges: Merges) -> list[int]:
-    """Return the ids that the merges make of a word's symbols, in O(n log n) steps for n symbols."""
-    # A linked list of the symbols, and a heap of the pairs that can be joined.
+    """Return the ids of a word after all merges of its n symbols, in O(n log n) steps."""
+    # A linked list of the symbols, and a heap of the pairs that can be joined. A -1 in the list is no
+    # neighbour; as a symbol, it is one that has been joined to the symbol before it.
     symbols = list(symbols)
     before, after = list(range(-1, len(symbols) - 1)), [*range(1, len(symbols)), -1]
     heap = []
 
     def push(i: int, j: int) -> None:
+        """Put the pair of the symbols at i and j on the heap, if it can be joined."""
         found = merges.get((symbols[i], symbols[j])) if i >= 0 and j >= 0 else None
         if found is not None:
             heapq.heappush(heap, (found[0], i, found[1]))
@@ -128,7 +131,7 @@ def merge(symbols: list[int], merges: Merges) -> list[int]:
     for i in range(len(symbols) - 1):
         push(i, i + 1)
 
-    # Join the first pair of the heap, unless one of the two has been joined with another since.
+    # Join the pair of the lowest rank, unless one of its symbols has been joined with another since.
     while heap:
         _, i, union = heapq.heappop(heap)
         j = after[i]
@@ -152,7 +155,7 @@ def read_merges(model: dict) -> Merges:
         for token in (left, right, left + right[n_prefix:]):
             if token not in vocab:
                 raise ValueError(f"merge {rank}, {left!r} and {right!r}: {token!r} is not in the vocabulary")
-        # The library keeps the last of equal entries.
+        # Of two entries for one pair the last counts, as in Hugging Face's tokenizers.
         merges[vocab[left], vocab[right]] = (rank, vocab[left + right[n_prefix:]])
     return merges
 
@@ -181,7 +184,8 @@ def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
     covered: the words have only characters of the byte alphabet, so that no unknown token is needed. Raises
     ValueError for dropout, and for a model without any token for unknown characters.
     """
-    # The options of the model. A prefix is in front of each symbol but the first, a suffix behind the last.
+    # The options of the model. Each symbol but the first has the prefix in front; the last ends in the
+    # suffix.
     vocab, merges = model["vocab"], read_merges(model)
     prefix = model.get("continuing_subword_prefix") or ""
     suffix = model.get("end_of_word_suffix") or ""
@@ -197,19 +201,22 @@ def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
         """Return the ids of a word."""
         if ignore_merges and word in vocab:
             return [vocab[word]]
+        # `waiting` holds an unknown token until a known character or the end. So it comes after the bytes of
+        # characters in between, as in Hugging Face's tokenizers.
         symbols: list[int] = []
-        was_unknown = False
+        waiting: list[int] = []
         for i, char in enumerate(word):
             name = (prefix if i else "") + char + (suffix if i == len(word) - 1 else "")
             token = vocab.get(name)
             if token is not None:
-                symbols.append(token)
-            elif fallback is not None:
-                symbols += fallback(name)
-            elif unknown is not None and not (fuse and was_unknown):
-                symbols.append(unknown)
-            was_unknown = token is None
-        return merge(symbols, merges)
+                symbols += [*waiting, token]
+                waiting = []
+            elif fallback is not None and (found := fallback(name)) != [unknown]:
+                symbols += found
+            elif unknown is not None:
+                symbols += [] if fuse else waiting
+                waiting = [unknown]
+        return merge(symbols + waiting, merges)
 
     return encode
 
@@ -217,8 +224,9 @@ def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
 def never_joins(model: dict, space: str) -> bool:
     """Return whether a text can be cut in front of each run of spaces without a change of its ids.
 
-    It can if no token has a space behind another character, and the space is a token: then no merge, and no
-    run of unknown characters, goes across such a place.
+    It can if no token has a space after another character, and the space is a token: then no merge, and no
+    run of unknown characters, goes across such a place. With ignore_merges it cannot, since that looks up
+    each word as a whole.
     """
     inside = any(space in piece.lstrip(space) for piece in model["vocab"] if len(piece) > 1)
     return space in model["vocab"] and not inside and not model.get("ignore_merges")

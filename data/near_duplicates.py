@@ -1,6 +1,7 @@
 r"""Near duplicates: MinHash signatures find pairs of texts that may be alike, and exact counts decide.
 
-Two texts are alike if their sets of *shingles*, runs of five words, overlap (Broder 1997):
+Two texts are similar if their sets of *shingles*, runs of five words, overlap (Broder 1997, "On the
+resemblance and containment of documents"):
 
     J(A, B) = |A and B| / |A or B|                                           the Jaccard similarity
 
@@ -11,15 +12,15 @@ random orders, cut into b bands of r. A pair of texts is a candidate if they agr
 
     P(candidate) = 1 - (1 - J^r)^b             an S-curve; with FineWeb's b 14, r 8: .21 at J .6, .92 at .8
 
-A candidate is no proof. Here J of each candidate is computed from the two sets, and only a text that is alike
-to a *representative*, an earlier text that stays, is removed. So of each cluster its first text stays, and
-every other is alike to that one. In a chain a ~ b ~ c in which a and c differ, b alone is removed. (A
-pipeline that joined all candidates kept 2 documents of the 859,092 of a source:
-github.com/marin-community/marin/issues/6854.)
+A candidate is no proof. Here J of each candidate is computed from the two sets. Two texts are *alike* if J is
+at least 0.75, and only a text that is alike to a *representative*, an earlier text that stays, is removed. So
+of each cluster its first text stays, and every other is alike to that one. In a chain a ~ b ~ c in which a
+and c differ, b alone is removed. (A pipeline that joined all candidates kept 2 documents of the 859,092 of a
+source: github.com/marin-community/marin/issues/6854.)
 
 Words are compared without case, accents, punctuation and values of numbers. In scripts without spaces each
-character is a word, and so is each emoji. A text of fewer words than a shingle has one shingle, all of its
-words; a text without words has itself as its shingle. Only the empty text has none, and is alike to no other.
+character is a word, and so is each emoji. A text of fewer than five words has one shingle, all of its words;
+a text without words has itself as its shingle. Only the empty text has none, and is alike to no other.
 
     python -m data.near_duplicates        the S-curve, and how often candidates are found
 
@@ -84,7 +85,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 @cache
 def odd_numbers(n: int, seed: int, dtype=np.uint64) -> np.ndarray:
-    """Return (n,) random odd numbers. Multiplication by one keeps different x different modulo 2^k."""
+    """Return (n,) random odd numbers. x -> a x modulo 2^k is one-to-one if a is odd."""
     generator = np.random.Generator(np.random.PCG64(seed))
     return generator.integers(0, np.iinfo(dtype).max, n, dtype, endpoint=True) | dtype(1)
 
@@ -128,7 +129,7 @@ class Signatures:
     """The functions that make signatures of K = bands x rows hashes."""
 
     def __init__(self, bands: int = BANDS, rows: int = ROWS, seed: int = 0):
-        """Draw the K orders: x comes at the place (x xor c) a modulo 2^32, with random odd c and a."""
+        """Draw the K orders. An order sorts the x by (x xor c) a modulo 2^32, with random odd c and a."""
         self.bands, self.rows = bands, rows
         self.factors = odd_numbers(bands * rows, seed, np.uint32)[:, None]  # (K, 1)
         self.offsets = odd_numbers(bands * rows, seed + 1, np.uint32)[:, None]
@@ -151,16 +152,16 @@ class Signatures:
         if not len(shingles):
             return np.zeros(self.bands, np.uint64)
         rows = self.of(shingles).reshape(self.bands, self.rows).astype(np.uint64)
-        numbers = np.arange(1, self.bands + 1, dtype=np.uint64)  # so that equal rows differ in other bands
+        numbers = np.arange(1, self.bands + 1, dtype=np.uint64)  # equal rows in other bands: other hashes
         return mix((rows * odd_numbers(self.rows, 2)).sum(1, dtype=np.uint64) + mix(numbers))
 
 
 class Alike(NamedTuple):
-    """A text that is removed, the earlier one that stays, by their numbers, and the similarity of the two."""
+    """A text that is removed, and why."""
 
-    text: int
-    representative: int
-    similarity: float
+    text: int  # its number
+    representative: int  # the number of the earlier text that stays
+    similarity: float  # J of the two
 
 
 def find(
@@ -196,7 +197,7 @@ def find(
 
 
 def shared(bands: np.ndarray) -> np.ndarray:
-    """Return (n, b) bool: True where another text has the same hash in a band. The empty set has no bands."""
+    """Return (n, b) bool: True where another text has the same hash in a band, unless the hash is 0."""
     result = np.zeros(bands.shape, bool)
     for j in range(bands.shape[1]):
         order = np.argsort(bands[:, j], kind="stable")

@@ -1,12 +1,12 @@
-r"""Normalizers: what happens to a text before it is cut into words.
+r"""Normalizers: how a text is changed before it is cut into words.
 
-A tokenizer.json describes it as a *part*, an object with a type and settings; `normalizer` returns the
-function of a part. Examples, with the families that use them:
+A tokenizer.json describes a normalizer as a *part*, a JSON object with a "type" and settings; `normalizer`
+returns the function that a part describes. Examples, with the families that use them:
 
-    BERT, uncased      BertNormalizer: without control characters, spaces around Chinese characters, no
-                       accents, small letters
+    BERT, uncased      BertNormalizer: no control characters, spaces around Chinese characters, no accents,
+                       small letters
     Qwen               NFC: a letter and its accent are one character
-    T5                 Precompiled, of data/charsmap.py
+    T5                 Precompiled: replacements from a table (data/charsmap.py)
     ALBERT             quotes replaced, NFKD, StripAccents, Lowercase, Precompiled
     DeBERTa v2, v3     Strip, Precompiled, Replace runs of spaces by one
     Llama 2, Mistral   Prepend "▁", Replace " " by "▁"
@@ -57,7 +57,7 @@ def pattern_of(part: dict) -> regex.Pattern:
 
 
 def replace(part: dict) -> Normalizer:
-    """Return the normalizer Replace; it is also a decoder."""
+    """Return the normalizer Replace, which writes `content` for each match. It is also a decoder."""
     content = part["content"]
     if "String" in part["pattern"]:
         return lambda text: text.replace(part["pattern"]["String"], content)
@@ -66,7 +66,7 @@ def replace(part: dict) -> Normalizer:
 
 
 def strip(part: dict) -> Normalizer:
-    """Return the normalizer Strip, which removes whitespace at the sides."""
+    """Return the normalizer Strip, which removes whitespace at the beginning, at the end, or at both."""
     left, right = part["strip_left"], part["strip_right"]
 
     def stripped(text: str) -> str:
@@ -125,9 +125,10 @@ NORMALIZERS: dict[str, Callable[[dict], Normalizer]] = {
 
 
 def maker(what: str, part: dict, table: dict[str, Callable]) -> Callable:
-    """Return the entry of a table for a part's type. Raises ValueError, which names the type, without one.
+    """Return the entry of a table for the type of a part.
 
-    what: the kind of part in the message, such as "normalizer".
+    what: the kind of part for the message, such as "normalizer". Raises ValueError, which names the type, if
+    the table has no entry.
     """
     if part["type"] not in table:
         kinds = ", ".join(table)
@@ -136,6 +137,8 @@ def maker(what: str, part: dict, table: dict[str, Callable]) -> Callable:
 
 
 def normalizer(part: dict | None) -> Normalizer:
-    """Return the function of a normalizer, or of None the identity. Raises ValueError for a type or a setting
-    that is not supported."""
+    """Return the function of a normalizer; that of None leaves the text as it is.
+
+    Raises ValueError for a type or a setting that is not supported.
+    """
     return maker("normalizer", part, NORMALIZERS)(part) if part else lambda text: text

@@ -1,6 +1,7 @@
 """Published tokenizers: whatever a tokenizer.json describes, part by part.
 
-Such a file is a list of parts. A text becomes tokens by these, in this order, and tokens a text by the last:
+Such a file is a list of parts. All but the last turn a text into tokens, in this order; the last turns tokens
+into a text:
 
     added tokens      names that are found in a text before anything else: [MASK], <extra_id_0>, "\\n\\n"
     normalizer        data/normalize.py: one form of accents, capitals and spaces
@@ -11,7 +12,8 @@ Such a file is a list of parts. A text becomes tokens by these, in this order, a
 
 Two kinds have a faster tokenizer of their own, which `get_tokenizer` of data/tokenizer.py prefers: byte-level
 BPE as GPT-2, Llama 3 and Qwen have it (tiktoken), and BERT's WordPiece. All others are a `Pipeline`: RoBERTa,
-ALBERT, T5, DeBERTa, Llama 2, Mistral, Gemma, DeepSeek. A part that is missing here is an error that names it.
+ALBERT, T5, DeBERTa, Llama 2, Mistral, Gemma, DeepSeek. A part that is not supported is an error that names
+it.
 
     tokenizer = Pipeline.load("t5-small")
     tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
@@ -139,8 +141,8 @@ class Pipeline(SpecialTokens):
         """Make the tokenizer. file: the content of a tokenizer.json. eot: the name of the token that ends a
         document. roles: {role: name}, such as "mask_token": "[MASK]".
 
-        Raises ValueError for a part, or a setting of a part, that is missing here, and for a vocabulary whose
-        pieces are not text or share an id.
+        Raises ValueError for a part, or a setting of a part, that is not supported, and for a vocabulary
+        whose pieces are not text or share an id.
         """
         # The vocabulary. Of the added tokens, the special ones and those with a role are found in a text only
         # where the caller allows them; all others are found in any text, like pieces.
@@ -165,7 +167,8 @@ class Pipeline(SpecialTokens):
             self.model = byte_pairs(model, covered)
             # Where a text is one long word, it is cut at spaces if no merge goes across them. That changes no
             # token, and the ids of the short words are found in the cache.
-            if never_joins(model, SPACE) and all(p["type"] == "Metaspace" and not p["split"] for p in parts):
+            unsplit = all(p["type"] == "Metaspace" and not p.get("split", True) for p in parts)
+            if unsplit and never_joins(model, SPACE):
                 whole, cut = self.pre_tokenize, split(WORDS, "Isolated")
                 self.pre_tokenize = lambda words, at_start: cut(whole(words, at_start), at_start)
         elif kind == "Unigram":
@@ -173,7 +176,7 @@ class Pipeline(SpecialTokens):
         else:
             self.model = longest_pieces(model)
 
-        # What follows from them.
+        # The other attributes, and the caches.
         self.pieces = {i: piece for piece, i in self.vocab.items()}
         self.pieces |= {token["id"]: token["content"] for token in added}
         self.n_vocab, self.eot_id = max(self.pieces) + 1, self.special_tokens[eot]
@@ -182,7 +185,7 @@ class Pipeline(SpecialTokens):
         self.searches: dict[frozenset[str], tuple[Added, Added]] = {}  # that of `search`
         content = [model, file.get("normalizer"), pre, added, eot]
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        self.decode(self.encode(PROBE, "all"))  # settings of a wrong type are errors here
+        self.decode(self.encode(PROBE, "all"))  # settings of a wrong type are errors here, not later
 
     def with_special_tokens(self, roles: dict[str, str], names: Iterable[str] = ()) -> "Pipeline":
         """Return this tokenizer with a special token for each of these roles, and for names without a role.
@@ -230,7 +233,8 @@ class Pipeline(SpecialTokens):
         Text that spells a special token is encoded as text. Only the names in allowed_special (or "all")
         become special tokens, as all of them do in Hugging Face's tokenizers. Lone surrogates become U+FFFD.
         """
-        # Cut the text at added tokens, normalise what is between them, cut that at others, then into words.
+        # Cut the text at added tokens, normalise the parts between them, cut these at the added tokens that
+        # are found in normalised text, then into words.
         before, after = self.search(frozenset(self.allowed(allowed_special)))
         ids: list[int] = []
         for i, part in enumerate(before.split(SURROGATES.sub("\ufffd", text))):

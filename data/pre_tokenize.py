@@ -12,7 +12,8 @@ returns its function, from words to smaller words. Examples, with the families t
     Gemma              Split at spaces
     Llama 2, Mistral   none: the text is one word
 
-Of the words, the first is at the start of the text, even where it is empty: there Metaspace may write a "▁".
+The first word of a list stays in it even if it is empty. So a later pre-tokenizer can tell the word at the
+start of the text from the others: Metaspace may write a "▁" in front of this word only.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,15 +23,17 @@ import regex
 from data.normalize import maker, pattern_of
 from formats.tokenizer_json import BYTE_TO_CHAR, GPT2_PATTERN
 
-# A list of words, and whether the first is at the start of the text, to smaller words.
+# A function of a list of words, and of whether the first is at the start of the text. It returns smaller
+# words.
 PreTokenizer = Callable[[list[str], bool], list[str]]
 BEHAVIORS = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
-SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # Rust's
+# The characters that Rust counts as whitespace, and those that BERT counts as punctuation.
+SPACES = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 PUNCTUATION = r"[\p{P}!-/:-@\[-`{-~]"
 
 
 def pieces(text: str, pattern: regex.Pattern, invert: bool) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of a text in order, with True for those that match the pattern; invert: with False."""
+    """Yield the pieces of a text in order, each with True if it matches the pattern (invert: if not)."""
     end = 0
     for match in pattern.finditer(text):
         if match.start() > end:
@@ -44,8 +47,8 @@ def pieces(text: str, pattern: regex.Pattern, invert: bool) -> Iterator[tuple[st
 def split(pattern: regex.Pattern, behavior: str, invert: bool = False) -> PreTokenizer:
     """Return the function that cuts words where the pattern matches (invert: where it does not).
 
-    behavior: what becomes of a match: it is removed, a word of its own ("Isolated"), a part of the word
-    before or after it, or of one word with the matches beside it ("Contiguous").
+    behavior: one of BEHAVIORS. A match is removed, becomes a word of its own ("Isolated"), is joined to the
+    word before or after it, or forms one word with the matches beside it ("Contiguous").
     """
 
     def cut(text: str) -> list[str]:
@@ -54,7 +57,8 @@ def split(pattern: regex.Pattern, behavior: str, invert: bool = False) -> PreTok
         if behavior == "Removed":
             return ["" if is_match else piece for piece, is_match in pieces(text, pattern, invert)]
 
-        # The other three join a piece to its neighbour. Backwards, the next one is the one before.
+        # The other three join a match to a neighbour. "MergedWithNext" is "MergedWithPrevious" from the end
+        # on.
         parts, words, was_match = list(pieces(text, pattern, invert)), [], False
         backwards = behavior == "MergedWithNext"
         for piece, is_match in reversed(parts) if backwards else parts:
@@ -80,7 +84,10 @@ def split_part(part: dict) -> PreTokenizer:
 
 
 def byte_level(part: dict) -> PreTokenizer:
-    """Return the pre-tokenizer ByteLevel. Files older than its field use_regex cut by GPT-2's pattern."""
+    """Return the pre-tokenizer ByteLevel: each byte of a word in UTF-8 is written as one character.
+
+    With use_regex (in older files, which lack the field, always) it first cuts by GPT-2's pattern.
+    """
     cut = split(regex.compile(GPT2_PATTERN), "Isolated") if part.get("use_regex", True) else None
 
     def function(words: list[str], at_start: bool) -> list[str]:
@@ -112,11 +119,8 @@ def metaspace(part: dict) -> PreTokenizer:
     def function(words: list[str], at_start: bool) -> list[str]:
         words = [word.replace(" ", mark) for word in words]
         for i, word in enumerate(words):
-            if (
-                word
-                and word[0] != mark
-                and (scheme == "always" or (scheme == "first" and at_start and i == 0))
-            ):
+            is_marked = scheme == "always" or (scheme == "first" and at_start and i == 0)
+            if is_marked and word and word[0] != mark:
                 words[i] = mark + word
         return cut(words, at_start) if part.get("split", True) else words
 
@@ -137,16 +141,15 @@ def sequence(part: dict) -> PreTokenizer:
 
 
 def by_pattern(pattern: str, behavior: str, invert: bool = False) -> Callable[[dict], PreTokenizer]:
-    """Return the entry of a pre-tokenizer without settings."""
+    """Return the entry of PRE_TOKENIZERS for one without settings, which always cuts by this pattern."""
     return lambda part: split(regex.compile(pattern), behavior, invert)
 
 
 def bert(part: dict) -> PreTokenizer:
     """Return BertPreTokenizer: cut at spaces, which vanish, and at punctuation marks."""
-    spaces, marks = regex.compile(SPACES), regex.compile(PUNCTUATION)
-    return lambda words, at_start: split(marks, "Isolated")(
-        split(spaces, "Removed")(words, at_start), at_start
-    )
+    at_spaces = split(regex.compile(SPACES), "Removed")
+    at_marks = split(regex.compile(PUNCTUATION), "Isolated")
+    return lambda words, at_start: at_marks(at_spaces(words, at_start), at_start)
 
 
 PRE_TOKENIZERS: dict[str, Callable[[dict], PreTokenizer]] = {
@@ -165,5 +168,8 @@ PRE_TOKENIZERS: dict[str, Callable[[dict], PreTokenizer]] = {
 
 
 def pre_tokenizer(part: dict | None) -> PreTokenizer:
-    """Return the function of a pre-tokenizer. Raises ValueError for a type or setting that is not here."""
+    """Return the function of a pre-tokenizer; that of None leaves the words as they are.
+
+    Raises ValueError for a type or a setting that is not supported.
+    """
     return maker("pre-tokenizer", part, PRE_TOKENIZERS)(part) if part else lambda words, at_start: words

@@ -1,7 +1,8 @@
 r"""Preferences: what people prefer among answers, in the record formats that are in common use.
 
-A preference is a prompt, a conversation of which the last message is the user's, with answers to it: two of
-which the first was chosen, or one that is labelled good or bad. As tokens, from formats/chat_template.py:
+A preference is a prompt (a conversation of which the last message is the user's) with two answers, of which
+the first was chosen, or with one answer that is labelled good or bad. As tokens, from
+formats/chat_template.py:
 
     tokens   <|endoftext|> <|user|>\n What is 2 + 2? \n<|assistant|>\n 4 <|endoftext|>
     mask                                                            1 1
@@ -95,6 +96,8 @@ def prompt_of(record: dict) -> Conversation | None:
     """
     if "instruction" in record:  # Alpaca's; "input" is the text that the instruction is about
         asked, about = record["instruction"], record.get("input")
+        if about and not (isinstance(asked, str) and isinstance(about, str)):
+            raise ValueError(f"instruction {asked!r:.60}, input {about!r:.60}: expected two texts")
         return messages_in(f"{asked}\n\n{about}" if about else asked, "user")
     for field in ("prompt", "conversations", "question"):
         if field in record:
@@ -104,7 +107,7 @@ def prompt_of(record: dict) -> Conversation | None:
 
 
 def with_system(turns: Conversation, record: dict) -> Conversation:
-    """Return the messages behind the text in the "system" field of their record, unless they have their own.
+    """Return the messages, with the text in the "system" field of their record in front if they have none.
 
     Raises ValueError for a field that is no text.
     """
@@ -142,6 +145,8 @@ def to_preference(record: Any) -> Preference:
             # Some files repeat the prompt in each conversation.
             own = [messages_in(record[name], "assistant") for name in names]
             whole = own if all(turns[: len(prompt)] == prompt for turns in own) else whole
+    if empty := [name for name, turns in zip(names, whole, strict=True) if not turns]:
+        raise ValueError(f"{empty[0]}: no messages; {EXPECTED}")
     whole = [with_system(turns, record) for turns in whole]
     prompt = whole[0][:-1]
     if any(turns[:-1] != prompt for turns in whole):
@@ -200,7 +205,7 @@ def as_example(preference: Preference, tokenizer: Tokenizer) -> Example:
 
 
 def why_not(preference: Preference, example: Example, seq_len: int) -> str | None:
-    """Return why a preference cannot be used, None if it can."""
+    """Return the reason for which a preference cannot be used, or None if it can."""
     if any(not answer.strip() for answer in preference.answers):
         return "with an empty answer"
     if len(preference.answers) == 2 and len({answer.tobytes() for answer in example.answers}) == 1:
@@ -215,8 +220,9 @@ def why_not(preference: Preference, example: Example, seq_len: int) -> str | Non
 class PreferenceRows(Rows):
     """Examples as rows of one shape, padded on the right.
 
-    "tokens" int64 and "mask" bool, (C, T): true for the tokens of the answer; "label" bool, a scalar, for
-    single answers; "reference" float32 (C,) once it is set: the log-probabilities of the reference.
+    A row has "tokens" int64 (C, T) and "mask" bool (C, T), true for the tokens of the answer. Rows of single
+    answers have a "label", bool. Once `reference` is set, a row has the log-probabilities "reference" (C,) of
+    its answers by the reference model, float32.
     """
 
     def __init__(self, examples: list[Example]):
@@ -249,12 +255,12 @@ def single_answers(examples: list[Example]) -> list[Example]:
 
 
 def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) -> list[Example]:
-    """Return single answers with a second answer each: that of the next example with another prompt.
+    """Return each single answer with a second one: the answer of the next example with another prompt.
 
-    KTO estimates a KL divergence from the second ones. The next one is that of a shuffled order, always the
-    same: in the order of the data, chosen and rejected in turn, it would always be a chosen one. Where all
-    prompts are one, any next answer is taken; `more` are further examples to choose from. Raises ValueError
-    where no such answer fits behind a prompt.
+    KTO estimates a KL divergence from the second answers (arXiv:2402.01306). "Next" is in a shuffled order,
+    always the same: in the order of the data, in which chosen and rejected answers alternate, the first
+    answer to the next prompt would always be a chosen one. If all prompts are equal, any next answer is
+    taken. more: further examples to choose from. Raises ValueError if no such answer fits behind a prompt.
     """
     found, n = [], len(examples)
     order = np.random.default_rng(0).permutation(n)
@@ -265,9 +271,7 @@ def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) 
         fitting = (other for other in others if len(prompt) + len(other.answers[0]) <= seq_len)
         other = next((o for o in fitting if one_prompt or not np.array_equal(o.prompt, prompt)), None)
         if other is None:
-            raise ValueError(
-                "KTO needs beside each answer one to another prompt, and there is none that fits"
-            )
+            raise ValueError("KTO needs beside each answer one to another prompt, and none of them fits")
         found.append(Example(prompt, (answers[0], other.answers[0]), label))
     return found
 
@@ -380,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--seq-len", type=int, default=1024, help="the longest that a model reads (default %(default)s)")
     add("-n", type=int, default=3, help="how many to show (default %(default)s)")
     args = parser.parse_args(argv)
+    if min(args.seq_len, args.n) < 1:
+        raise ValueError(f"--seq-len {args.seq_len} -n {args.n}: expected at least 1 of each")
     tokenizer = get_tokenizer(args.tokenizer)
     examples = prepare(str(args.file), tokenizer, args.seq_len).train.rows
     n = min(args.n, len(examples))

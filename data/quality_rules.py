@@ -4,10 +4,10 @@ A rule takes a text and returns what is left of it, and the reason for which it 
 is a list of rules in order; the first that rejects a text decides.
 
     gopher     Rae et al. 2021 (arXiv:2112.11446), appendix A.1.1 and table A1: words, symbols, repetition
-    c4         Raffel et al. 2020 (arXiv:1910.10683), section 2.2: keeps sentences, line by line
+    c4         Raffel et al. 2020 (arXiv:1910.10683), section 2.2: keeps sentences, line by line; see `c4`
     fineweb    Penedo et al. 2024 (arXiv:2406.17557), section 3: Gopher, C4 without its rule about the ends of
-               lines, and four rules about lines with the limits of its code, datatrove: 1% of characters in
-               repeated lines, where the paper has 10%, and a rule about line breaks that the paper lacks
+               lines, and four rules about lines with the limits of the authors' code, datatrove. It allows 1%
+               of characters in repeated lines, where the paper has 10%, and adds a rule about line breaks
     code       the rules of The Stack (arXiv:2211.15533) and StarCoder (arXiv:2305.06161): long lines, few
                letters, generated files
 
@@ -56,8 +56,8 @@ def apply(rules: Sequence[Rule], text: str) -> tuple[str, str | None]:
 def gopher_quality(text: str) -> tuple[str, str | None]:
     """Return the text and the reason for which Gopher's rules of quality (appendix A.1.1) reject it, or None.
 
-    The mean length of words is over those with a letter or a digit. Stop words count in either case, and
-    lines without a character do not count.
+    The number and the mean length of words are of those with a letter or a digit. Stop words also count in
+    capitals, and empty lines do not count.
     """
     words = WORD.findall(text)
     proper = [word for word in words if LETTER_OR_DIGIT.search(word)]
@@ -74,7 +74,7 @@ def gopher_quality(text: str) -> tuple[str, str | None]:
     if mean > 10:
         return text, "gopher: words longer than 10 letters on average"
 
-    # Symbols, and lines of lists and of previews.
+    # Symbols, bullet points, and lines that break off.
     n_ellipses = text.count("...") + text.count("…")
     if text.count("#") > 0.1 * len(words):
         return text, "gopher: more than 1 # in 10 words"
@@ -96,8 +96,8 @@ def gopher_quality(text: str) -> tuple[str, str | None]:
 def gopher_repetition(text: str) -> tuple[str, str | None]:
     """Return the text and the reason for which Gopher's rules of repetition (table A1) reject it, or None.
 
-    Shares are of all characters of the text. The most frequent n-gram counts only if it comes twice. The
-    first occurrence of a repeated n-gram does not count; see `characters_repeated`.
+    Shares are of all characters of the text. The most frequent n-gram counts only if it comes at least twice.
+    The first occurrence of a repeated n-gram does not count; see `characters_repeated`.
     """
     if not text.strip():
         return text, "empty"
@@ -137,7 +137,7 @@ def repeated(parts: Sequence[str]) -> tuple[int, int]:
 def characters_repeated(words: Sequence[str], n: int) -> int:
     """Return how many characters are in n-grams of words that have come before.
 
-    The search goes on behind a repeated n-gram, so that each word counts once at most.
+    After a repeated n-gram the search continues at the next word, so that each word counts once at most.
     """
     seen: set[tuple[str, ...]] = set()
     i = n_characters = 0
@@ -157,7 +157,9 @@ def c4(text: str, ends: bool = True) -> tuple[str, str | None]:
 
     ends: whether lines without a mark of the end of a sentence are dropped, as in C4 itself. Marks like [1],
     which are citations on Wikipedia, are taken out of lines. Rules that reject a whole text look only at the
-    lines that are not dropped.
+    lines that are not dropped. A line needs three words and a text five sentences, as in datatrove;
+    C4's own code and the last version of the paper have five words and three sentences. C4's list of bad
+    words and its detection of the language are left out.
     """
     kept, n_sentences = [], 0
     for line in map(str.strip, text.splitlines()):
@@ -183,8 +185,7 @@ def c4(text: str, ends: bool = True) -> tuple[str, str | None]:
 
 
 def c4_all_ends(text: str) -> tuple[str, str | None]:
-    """Return the lines that C4 keeps, and the reason to reject the text or None, with lines of any end
-    kept."""
+    """Return c4(text, ends=False): lines may end without a mark of the end of a sentence."""
     return c4(text, ends=False)
 
 
@@ -208,7 +209,7 @@ def fineweb_lines(text: str) -> tuple[str, str | None]:
 
 
 def code(text: str) -> tuple[str, str | None]:
-    """Return the text of a source file and the reason for which rules for code reject it, or None."""
+    """Return the text of a source file, and the reason for which the rules for code reject it, or None."""
     lines = text.splitlines()
     if not text.strip():
         return text, "empty"

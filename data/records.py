@@ -1,4 +1,4 @@
-"""Text and records: files in the forms in which people keep text.
+"""Text and records: reading text from files of the common formats.
 
     .jsonl .ndjson      a record is a JSON value on a line of its own
     .json               the records are the items of one array; or there is one on each line
@@ -7,7 +7,7 @@
     anything else       text without records
 
 Suffixes may be in capitals, and any file may be compressed: .gz, or .zst (needs zstandard). Text is UTF-8, or
-UTF-16 or UTF-32 with a byte order mark. Anything else, and a line that is not as its suffix promises, is
+UTF-16 or UTF-32 with a byte order mark. Anything else, and a line that is not of the suffix's format, is
 reported by calling on_bad with a message that names the file and the place; on_bad may raise an error to stop
 the reading. A file that cannot be read (missing, a cut .gz) is always a ValueError.
 """
@@ -36,7 +36,7 @@ NOT_TEXT = {  # first bytes: a kind of file that is often taken for text
     b"PAR1": "parquet; name it .parquet",
     b"BZh": "compressed by bzip2; unpack it, or use gzip",
     b"\xfd7zXZ": "compressed by xz; unpack it, or use gzip",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it, or use gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; name it .zst",
 }
 LONGEST_CELL = 1 << 30  # characters in a cell of a .csv
 
@@ -44,7 +44,7 @@ OnBad = Callable[[str], None]
 
 
 def suffix_of(path: Path) -> str:
-    """Return the suffix in small letters; of two suffixes of which the second is .gz or .zst, the first."""
+    """Return the suffix in small letters, without a .gz or .zst behind it: ".csv" for data.CSV.gz."""
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return Path(name).suffix
 
@@ -78,7 +78,7 @@ def unpacked(path: Path) -> BinaryIO:
 
 
 class Unpacked(io.RawIOBase):
-    """The content of a .zst, whose damage is an OSError; by itself it is an error of the package's own."""
+    """The content of a .zst. Damage to it raises OSError in the place of the package's own ZstdError."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -124,7 +124,7 @@ def open_utf8(path: Path, name: str, on_bad: OnBad) -> Iterator[BinaryIO]:
 
 
 def decode(raw: bytes, name: str, offset: int, on_bad: OnBad) -> str | None:
-    """Return the text of raw without its byte order mark; if it is no text, call on_bad, return None.
+    """Return the text of raw without its byte order mark; if it is no text, call on_bad and return None.
 
     name: the file's name. offset: the position of raw in the file, in bytes.
     """
@@ -220,9 +220,8 @@ def table_rows(file: BinaryIO, name: str, on_bad: OnBad, commas: bool) -> Iterat
 
 def rows_of(lines: Any, name: str, on_bad: OnBad, options: dict) -> Iterator[tuple[int, list[str]]]:
     """Yield (number of its first line, cells) of each row that is not empty."""
-    csv.field_size_limit(
-        LONGEST_CELL
-    )  # of this process; csv's own is 128 kB, less than a page of text may be
+    # A setting of the whole process. The default of 128 kB is less than a document may have.
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(lines, **options)
     while True:
         first = reader.line_num + 1
@@ -238,9 +237,10 @@ def rows_of(lines: Any, name: str, on_bad: OnBad, options: dict) -> Iterator[tup
 
 
 def tab_options(lines: list[str]) -> dict:
-    """Return the options of csv.reader for a .tsv: quotation marks have a meaning if all of them fit it.
+    """Return the options of csv.reader for a .tsv: with quoting if the whole table fits it, else without.
 
-    Tables of spreadsheets quote cells that hold tabs; most others have no quoting, and stray quotation marks.
+    Spreadsheets quote cells that hold tabs. Most other tables have no quoting, but stray quotation marks,
+    with which rows get an error or different numbers of cells.
     """
     quoted = {"strict": True, "quoting": csv.QUOTE_MINIMAL}
     problems: list[str] = []
@@ -273,11 +273,11 @@ def parquet_rows(file: BinaryIO, name: str, fields: tuple[str, ...]) -> Iterator
 
 
 def converted(path: Path, what: str, expected: str, convert: Callable[[Any], Any], on_bad: OnBad) -> list:
-    """Return the records of a file, each as `convert` makes it of its value, which may raise ValueError.
+    """Return convert(value) for each record of a file. convert raises ValueError for a record it refuses.
 
-    what, expected: what a file holds and the forms of a record, for messages. on_bad is called with a message
-    for a record that is none, and may raise an error; otherwise the record is left out. Raises ValueError for
-    a file that cannot be read, or without such records.
+    what, expected: what the file holds and the forms of a record, for messages. on_bad is called with a
+    message for a refused record, and may raise an error; otherwise the record is left out. Raises ValueError
+    for a file that cannot be read, or without such records.
     """
     if suffix_of(path) not in RECORDS:
         raise ValueError(f"{path}: expected a file of {what}: {', '.join(RECORDS)}, also .gz")

@@ -2,10 +2,10 @@
 
     documents -> tokens, each document led by <|endoftext|> -> shards on disk -> windows of T + 1 tokens
 
-data/corpus.py finds the documents. The last of them, a twentieth of the text, are *held out* (or a corpus of
-its own is): neither the model nor a learned tokenizer sees them in training, so the loss on them is the loss
-on new text. The tokens of the two splits, train and val, are kept as memory-mapped *shards* (data/shards.py),
-of which each run reads its rows.
+data/corpus.py finds the documents. The last of them, a twentieth of the text, are *held out*, unless a corpus
+of its own is named for that: neither the model nor a learned tokenizer sees them in training, so the loss on
+them is the loss on new text. The tokens of the two splits, train and val, are kept as memory-mapped *shards*
+(data/shards.py), of which each run reads its rows.
 
     python -m data.text [CORPUS] [--tokenizer bpe:4096]      build the shards, print what is in them
 
@@ -31,8 +31,8 @@ from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
 from formats import command
 from formats.atomic import replace_directory
 
-HELD_OUT = 1 / 20  # share of the text that is held out for validation ...
-HELD_OUT_BYTES = 4 << 20  # and at most this much: more would cost time and hardly add precision
+HELD_OUT = 1 / 20  # share of the text that is held out for validation
+HELD_OUT_BYTES = 4 << 20  # bytes held out at most: more would cost time and hardly add precision
 MIN_HELD_OUT = 20  # bytes of text: a loss on less says nothing
 BPE_BYTES = 64 << 20  # a tokenizer learns from about this much text: every k-th document of a larger corpus
 MOST_NAMED = 5  # texts that are skipped are named up to this number, and then counted
@@ -136,15 +136,17 @@ def check_sizes(data: str, val: str | None, n_train: int, total: int) -> None:
         return
     if val is not None and n_train >= MIN_HELD_OUT:
         raise ValueError(f"--val {val}: {n_val} bytes of text; expected at least {MIN_HELD_OUT}")
-    found, least = (total, math.ceil(MIN_HELD_OUT / HELD_OUT)) if val is None else (n_train, MIN_HELD_OUT)
+    if val is not None:
+        raise ValueError(f"--data {data}: {n_train} bytes of text; expected at least {MIN_HELD_OUT}")
+    least = math.ceil(MIN_HELD_OUT / HELD_OUT)
     raise ValueError(
-        f"--data {data}: {found} bytes of text; expected at least {least}, of which a twentieth is held out; "
+        f"--data {data}: {total} bytes of text; expected at least {least}, of which a twentieth is held out; "
         "give more text, or name held-out text by --val"
     )
 
 
 def survey(texts: Iterable[str]) -> tuple[str, list[int]]:
-    """Return the SHA-256 of a corpus and the size in bytes of each of its documents."""
+    """Return the SHA-256 of the documents of a corpus, and the size in bytes of each of them."""
     digest, sizes = hashlib.sha256(), []
     for text in texts:
         raw = text.encode()
@@ -178,7 +180,7 @@ def reopen(cache: Path, name: str, tokenizer: str) -> Corpus:
 
 @contextmanager
 def only_one_at(cache: Path, notify: Callable[[str], None]) -> Iterator[None]:
-    """Lock the cache: of two runs started together, one prepares the data and the other finds it."""
+    """Hold a lock on the cache: of two runs started together, one prepares the data and the other waits."""
     cache.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache / "lock")  # an operating system's lock: released even if the process is killed
     try:
@@ -193,7 +195,10 @@ def only_one_at(cache: Path, notify: Callable[[str], None]) -> Iterator[None]:
 
 
 def bpe_size(tokenizer: str) -> int | None:
-    """Return N of "bpe:N", or None for another tokenizer. ValueError if N is below 257 or no number."""
+    """Return N of "bpe:N", or None for another tokenizer.
+
+    Raises ValueError if N is below 257 or no whole number.
+    """
     if not tokenizer.startswith("bpe:"):
         return None
     size = tokenizer.removeprefix("bpe:")
@@ -254,9 +259,9 @@ def divide(text: str, start: int, size: int, cut: int, tolerance: int) -> tuple[
 def learned_tokenizer(
     home: Path, size: int, texts: Callable[[], Iterator[str]], n_bytes: int, notify: Callable[[str], None]
 ) -> Tokenizer:
-    """Return the encoding of `size` tokens learned from texts(), or the one kept in home by an earlier run.
+    """Return the tokenizer of `size` tokens that is saved in home, or learn it from texts() and save it.
 
-    n_bytes: of all the text. notify is called if the one kept is damaged.
+    n_bytes: the size of all the text. notify is called with one line if the saved one is damaged.
     """
     checksum = home / "fingerprint"
     if checksum.is_file():
@@ -277,11 +282,12 @@ def learned_tokenizer(
 
 
 class Windows(Rows):
-    """Training text as rows {"tokens": int64 (T + 1,)}, which visit every token once an epoch.
+    """Training text as rows {"tokens": int64 (T + 1,)}, in which every token is a target equally often.
 
-    Think of the tokens as a circle of n, tiled over and over by windows of T: window g predicts the T
-    tokens that follow token g T mod n. Epoch e is the windows that begin in the e-th turn. No window comes
-    twice, no token is left out at the end, and the seams fall elsewhere in each epoch.
+    Think of the n tokens as a circle, tiled over and over by windows of T: window g predicts the T tokens
+    that follow token g T mod n. Epoch e consists of the windows that begin in turn e of the circle. Windows
+    follow each other without gaps, also across epochs, so no token is left out at the end. Unless T divides
+    n, the windows of the next epoch begin at other tokens.
 
     tokens: (n,), of any integer type. seq_len: T. Raises ValueError if n is not above T.
     """

@@ -53,6 +53,7 @@ from data.words import (
     RUST_WHITESPACE,
     TIKTOKEN_PATTERNS,
     UTF8_BYTES,
+    check_texts,
     continues,
     cut_long_space,
 )
@@ -103,7 +104,7 @@ def check_parts(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str,
 
 
 class Tokenizer(SpecialTokens):
-    """A byte-level BPE tokenizer: ranks, split pattern and special tokens. Attributes besides these:
+    """A byte-level BPE tokenizer: ranks, split pattern and special tokens. Attributes besides the arguments:
 
     encoding      tiktoken's object
     token_bytes   {id: the bytes of the token}
@@ -133,7 +134,7 @@ class Tokenizer(SpecialTokens):
         """
         check_parts(ranks, pattern, special_tokens, eot)
 
-        # What was given. `runs` are special tokens of spaces only.
+        # Keep the arguments. `runs` are the special tokens that consist of spaces.
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.nfc, self.eot = nfc, eot
         self.runs = {name for name in special_tokens if name.isspace()}
@@ -152,7 +153,7 @@ class Tokenizer(SpecialTokens):
         if self.encoding.decode(self.encoding.encode_ordinary(PROBE)) != PROBE:
             raise ValueError(f"split pattern {pattern!r} leaves out some characters; it must match all text")
 
-        # What follows from it.
+        # The other attributes. `around` is not part of the fingerprint, as `encode` adds no tokens.
         self.token_bytes = {i: token for token, i in ranks.items()}
         self.token_bytes |= {i: name.encode() for name, i in special_tokens.items()}
         self.n_vocab = max(self.token_bytes) + 1
@@ -181,7 +182,7 @@ class Tokenizer(SpecialTokens):
     def begin_ids(self) -> list[int]:
         """Return the ids that stand in front of a prompt, such as Llama 3's <|begin_of_text|>; often none.
 
-        Tokens that the file puts behind a text are left out: a prompt goes on.
+        Tokens that the file puts behind a text are left out, since a model continues the prompt.
         """
         return [self.special_tokens[name] for name in self.around[0]]
 
@@ -254,6 +255,12 @@ class Tokenizer(SpecialTokens):
             raise ValueError(f"{directory}: {error}") from None
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError for a vocabulary without room for the 256 bytes and <|endoftext|>."""
+    if vocab_size < 257:
+        raise ValueError(f"vocabulary size {vocab_size} is too small; 256 bytes and {END_OF_TEXT} need 257")
+
+
 def train_bpe(
     texts: Iterable[str], vocab_size: int, *, pattern: str = GPT4_PATTERN, progress: bool = False
 ) -> Tokenizer:
@@ -263,10 +270,8 @@ def train_bpe(
     which too few pairs occur twice give a smaller vocabulary.
     Raises ValueError for a vocab_size below 257 or a pattern that is not a regular expression.
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocabulary size {vocab_size} is too small; 256 bytes and {END_OF_TEXT} need 257")
-    if isinstance(texts, str):
-        raise TypeError("texts must be an iterable of strings, got one string; put it in a list")
+    check_vocab_size(vocab_size)
+    check_texts(texts)
 
     pre_tokens = count_pre_tokens(texts, pattern, progress)
     words = [list(word.encode("utf-8", "replace")) for word in pre_tokens]
@@ -277,15 +282,17 @@ def train_bpe(
 
 
 def open_tokenizer(path: Path) -> "Tokenizer | WordPiece | Pipeline":
-    """Return the tokenizer in a directory or file, of the fastest class that reads it.
+    """Return the tokenizer in a directory or file, by the fastest of the three classes that reads it.
 
-    Raises ValueError, which names the part that is missing here, for a file that none of them reads.
+    Raises ValueError, which names the part that is not supported, for a file that none of them reads.
     """
+    # Imported here, as most tokenizers need neither.
     from data.pipeline import Pipeline
     from formats import pipeline_json
 
     if pipeline_json.tokenizer_file(path).suffix == ".model" and not (path / "vocab.txt").is_file():
         return Pipeline.load(path)
+    # A tokenizer.json that the faster classes refuse may be one for Pipeline; a vocab.txt is not.
     try:
         return (WordPiece if is_wordpiece(path) else Tokenizer).load(path)
     except ValueError:
@@ -298,8 +305,8 @@ def get_tokenizer(name: str) -> "Tokenizer | WordPiece | Pipeline":
     """Return the tokenizer of a name.
 
     The name is "bytes", a tiktoken encoding such as "gpt2", a directory with tokenizer.json, BERT's vocab.txt
-    or a SentencePiece model, or such a file. Raises ValueError for any other name, for a file that has a part
-    which is missing here (see data/pipeline.py), or if a download fails.
+    or a SentencePiece model, or the path of such a file. Raises ValueError for any other name, for a file
+    with a part that is not supported (see data/pipeline.py), or if a download fails.
     """
     if name == "bytes":
         return Tokenizer({bytes([byte]): byte for byte in range(256)}, GPT4_PATTERN, {END_OF_TEXT: 256})
@@ -339,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--vocab-size", type=int, default=4096, help="256 bytes, merges, end of text (default %(default)s)")
     add("--out", type=command.path, metavar="DIR", help="save tokenizer.json here")
     options = parser.parse_args(argv)
+    check_vocab_size(options.vocab_size)
 
     # Learn the tokenizer.
     files = [(str(path), path) for path in options.files]

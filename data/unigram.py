@@ -19,11 +19,11 @@ n(w) the count of a word:
            the most. A removed piece is then written as its best segmentation into others.
 
 The segmentations of a word are the paths through a lattice: its nodes are the places between characters, its
-edges the pieces. data/lattices.py has those of all distinct words as arrays; a step of NumPy goes on by one
-character in all of them. No piece has characters of two scripts, such as a letter and a bracket, so words are
-cut there before they are counted.
+edges the pieces. data/lattices.py has those of all distinct words as arrays; one NumPy operation advances
+by a character in all of them. No piece has characters of two scripts, such as a letter and a bracket, so
+words are cut there before they are counted.
 
-*Sampling* draws a segmentation with a probability proportional to P^alpha instead of taking the best, so that
+*Sampling* draws a segmentation with a probability proportional to P^alpha, instead of the best one, so that
 a model reads a word in several ways (*subword regularisation*, sections 2.1 and 3.3).
 
     python -m data.unigram FILE... --vocab-size 8000 --out my_tokenizer      learn one and look at it
@@ -46,6 +46,7 @@ from data.merges import BYTE_PIECES, byte_fallback
 from data.normalize import normalizer
 from data.pre_tokenize import pre_tokenizer
 from data.records import refuse
+from data.words import check_texts
 from formats import command, pipeline_json, tokenizer_json
 from formats.progress import progress_bar
 
@@ -63,8 +64,8 @@ SCRIPTS = (
     *("Hangul", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Ethiopic"),
 )
 JAPANESE = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]+"
-# The runs of one script in a word, each with the ▁ before it. If there are several ▁, all but the last are a
-# run of their own.
+# The runs of one script in a word, each with the ▁ before it. Of several ▁, all but the last form a run of
+# their own.
 RUNS = regex.compile(
     rf"{SPACE}+(?={SPACE})|{SPACE}?(?:{JAPANESE}|"
     + "|".join(rf"(?:(?![{SPACE}ー])\p{{Script={script}}})+" for script in SCRIPTS)
@@ -138,13 +139,14 @@ def best_pieces(model: dict, hidden: Iterable[str]) -> Callable[[str], list[int]
 def sample_pieces(word: str, scores: dict[str, float], alpha: float, draw: random.Random) -> list[str]:
     """Return a random segmentation of a word, with a probability proportional to P^alpha.
 
-    scores: {piece: log p}; characters without a piece are UNKNOWN_PENALTY below the least of them. alpha: 0
-    makes all segmentations equally likely, infinity the best one certain. The forward algorithm sums over all
-    segmentations of a beginning of the word; pieces are then drawn from the end (section 3.3 of the paper).
+    scores: {piece: log p}, for pieces of at most LONGEST_PIECE characters; a character without a piece is
+    UNKNOWN_PENALTY below the least of them. alpha: finite; 0 makes all segmentations equally likely, and the
+    larger it is, the more often the best one is drawn. The forward algorithm sums over all segmentations of
+    each beginning of the word; pieces are then drawn from the end (section 3.3 of the paper).
     """
     unknown_score = min(scores.values()) - UNKNOWN_PENALTY
-    # total[i]: log of the sum over segmentations of the first i characters. edges: of the pieces that end at
-    # i + 1, where they begin, and their weights.
+    # total[i]: log of the sum of P^alpha over the segmentations of the first i characters. edges[i]: where
+    # the pieces that end at i + 1 begin, and their weights.
     total, edges = [0.0], []
     for end in range(1, len(word) + 1):
         starts = [i for i in range(max(0, end - LONGEST_PIECE), end) if i == end - 1 or word[i:end] in scores]
@@ -166,7 +168,10 @@ def sample_pieces(word: str, scores: dict[str, float], alpha: float, draw: rando
 
 
 def digamma(x: np.ndarray) -> np.ndarray:
-    """Return the derivative of log Gamma at x > 0: by its recurrence up to 7, then by its asymptotics."""
+    """Return digamma, the derivative of log Gamma, at x > 0.
+
+    digamma(x) = digamma(x + 1) - 1 / x raises x to 7 or more, where the asymptotic series is exact enough.
+    """
     x, result = np.array(x, float), np.zeros(np.shape(x))
     for _ in range(7):
         low = x < 7
@@ -177,8 +182,8 @@ def digamma(x: np.ndarray) -> np.ndarray:
 
 
 def with_unknown(log_p: np.ndarray) -> np.ndarray:
-    """Return log_p (V,) with two more values, (V + 2,): of an unknown character and of a missing edge. These
-    are at the indices lattices.UNKNOWN = -2 and NO_EDGE = -1."""
+    """Return (V + 2,): log_p (V,), that of an unknown character, at the index UNKNOWN = -2
+    and that of a missing edge, at NO_EDGE = -1."""
     return np.concatenate((log_p, [log_p.min() - UNKNOWN_PENALTY, -np.inf]))
 
 
@@ -223,7 +228,7 @@ def prune(lattices: Lattices, log_p: np.ndarray, least: int) -> np.ndarray:
 
 
 def required(words: Counter[str], coverage: float) -> set[str]:
-    """Return the most frequent characters of the words, which make up this share of the text."""
+    """Return the most frequent characters of the words, which make up the share `coverage` of the text."""
     counts: Counter[str] = Counter()
     for word, n in words.items():
         for char in word:
@@ -254,24 +259,25 @@ def learn_pieces(
     # Cut the words into runs of one script, without rare characters.
     chars = required(words, coverage)
     if len(chars) > n_pieces:
-        raise ValueError(f"{n_pieces} pieces are too few for {len(chars)} characters; ask for more")
+        raise ValueError(f"{n_pieces} pieces are too few for {len(chars)} characters, beside special tokens")
     runs: Counter[str] = Counter()
     for word, n in words.items():
         for run in RUNS.findall(word):
             for part in regex.split(r"\0", "".join([char if char in chars else "\0" for char in run])):
                 runs[part] += n
     del runs[""]
+    if not runs:
+        raise ValueError("the words have no characters; give texts that are not empty")
 
-    # From many pieces to 1.1 n_pieces, or until nothing is removed any more.
+    # Go from many pieces to 1.1 n_pieces, or until pruning removes none.
     lattices = Lattices(runs, n_seeds, LONGEST_PIECE)
     log_p = np.log(lattices.covers / lattices.covers.sum())
     bar = progress_bar(desc="expectation maximisation", unit=" rounds", disable=not progress)
     while True:
         for _ in range(ROUNDS):
             log_p, likelihood = em_round(lattices, log_p)
-            bar.set_postfix_str(
-                f"{len(log_p):,} pieces, {likelihood / lattices.weights.sum():.4f} nats per word"
-            )
+            nats = likelihood / lattices.weights.sum()
+            bar.set_postfix_str(f"{len(log_p):,} pieces, {nats:.4f} nats per word")
             bar.update()
         n_before = len(log_p)
         if n_before <= int(1.1 * n_pieces):
@@ -280,7 +286,6 @@ def learn_pieces(
         if len(log_p) == n_before:
             break
     bar.close()
-
     # All required characters, then the most probable of the other pieces. A required character that training
     # removed gets a log p below all others.
     found = dict(zip(lattices.pieces(), log_p.tolist(), strict=True))
@@ -331,6 +336,7 @@ def train_unigram(
     vocab_size counts everything: <pad>, </s> and <unk> (ids 0, 1, 2), with byte_fallback 256 bytes, and the
     pieces. lossless: see `surroundings`. Raises ValueError as `learn_pieces`, and for texts without a word.
     """
+    check_texts(texts)
     # Count the words.
     described = surroundings(lossless)
     normalize, cut = normalizer(described["normalizer"]), pre_tokenizer(described["pre_tokenizer"])
@@ -342,7 +348,7 @@ def train_unigram(
         raise ValueError("no text to learn from; give texts that are not empty")
 
     # The model. The post-processor puts </s> behind a text, as in T5.
-    first = [(name, 0.0) for name in SPECIAL] + [(name, 0.0) for name in BYTE_PIECES if byte_fallback]
+    first = [(name, 0.0) for name in (*SPECIAL, *(BYTE_PIECES if byte_fallback else ()))]
     learned = learn_pieces(words, vocab_size - len(first), progress=progress)
     ids = {name: i for i, name in enumerate(SPECIAL)}
     return {
@@ -362,11 +368,8 @@ def main(argv: list[str] | None = None) -> None:
     add("files", nargs="+", type=command.path, metavar="FILE", help="files of text, or of records")
     add("--text-field", default="text", metavar="NAME", help="the field with the text (default %(default)s)")
     add("--vocab-size", type=int, default=8000, help="pieces and special tokens (default %(default)s)")
-    add(
-        "--like-t5",
-        action="store_true",
-        help="NFKC, any whitespace is one space; without it, nothing is lost",
-    )
+    like_t5 = "NFKC, any whitespace is one space; without it, nothing is lost"
+    add("--like-t5", action="store_true", help=like_t5)
     add("--byte-fallback", action="store_true", help="write unknown characters by 256 tokens for bytes")
     add("--out", type=command.path, metavar="DIR", help="save tokenizer.json here")
     args = parser.parse_args(argv)
@@ -387,9 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     for segmentation, n in drawn.most_common(4):
         print(f"{n:3} of 100       {segmentation}")
     if args.out:
-        pipeline_json.write(
-            args.out, file, eot=SPECIAL[1], roles={"pad_token": "<pad>", "unk_token": "<unk>"}
-        )
+        roles = {"pad_token": "<pad>", "unk_token": "<unk>"}
+        pipeline_json.write(args.out, file, eot=SPECIAL[1], roles=roles)
         print(f"saved to         {args.out}")
 
 

@@ -45,6 +45,7 @@ import numpy as np
 
 from data.merges import learn_tokens
 from data.special_tokens import SpecialTokens, split_at
+from data.words import check_texts
 from formats import command, wordpiece_json
 from formats.wordpiece_json import BERT_ROLES, LONGEST_WORD
 
@@ -100,8 +101,8 @@ def longest_match(
 ) -> list[int]:
     """Return the ids of a word's pieces: from the left, the longest that fits each time.
 
-    longest: characters of the longest piece. unknown: the id of a word in which no piece fits somewhere, or
-    that has more than `limit` characters. later: what is in front of a piece that does not begin its word.
+    longest: the number of characters of the longest piece. unknown: the id of a word with a place where no
+    piece fits, or of more than `limit` characters. later: the prefix of a piece that does not begin its word.
     """
     if len(word) > limit:
         return [unknown]
@@ -160,7 +161,7 @@ class WordPiece(SpecialTokens):
 
         Raises ValueError if ids are not distinct numbers, or if [UNK] or [SEP] is missing.
         """
-        # Special tokens.
+        # The special tokens, by default those of BERT that are in the vocabulary.
         if special_tokens is None:
             names = set((roles or BERT_ROLES).values())
             special_tokens = {name: i for name, i in vocab.items() if name in names}
@@ -276,6 +277,11 @@ class WordPiece(SpecialTokens):
             raise ValueError(f"{directory}: {error}") from None
 
 
+def join_pieces(left: str, right: str) -> str:
+    """Return the union of two pieces that stand side by side in a word: "##ab" and "##c" give "##abc"."""
+    return left + right.removeprefix("##")
+
+
 def train_wordpiece(
     texts: Iterable[str], vocab_size: int, *, lowercase: bool = True, progress: bool = False
 ) -> WordPiece:
@@ -286,7 +292,9 @@ def train_wordpiece(
     characters of the texts, as the first of a word and behind "##", and what is learned. Raises ValueError if
     these are more than vocab_size.
     """
-    # Count the words, as they are written in characters.
+    check_texts(texts)
+
+    # Count the words, and write each as a list of its characters, "##" in front of all but the first.
     names = list(BERT_ROLES.values())
     prepared = WordPiece({name: i for i, name in enumerate(names)}, lowercase=lowercase)
     counts: Counter[str] = Counter()
@@ -294,7 +302,7 @@ def train_wordpiece(
         counts.update(word for word in prepared.split(text) if len(word) <= LONGEST_WORD)
     written = [[word[0], *("##" + char for char in word[1:])] for word in counts]
 
-    # Learn the pieces.
+    # Learn the pieces. The special tokens come first.
     alphabet = sorted({piece for word in written for piece in word})
     if len(names) + len(alphabet) > vocab_size:
         least = len(names) + len(alphabet)
@@ -305,11 +313,6 @@ def train_wordpiece(
     arguments = (words, list(counts.values()), alphabet, n_pieces, progress, join_pieces)
     pieces = [*names, *learn_tokens(*arguments)]
     return WordPiece({piece: i for i, piece in enumerate(pieces)}, lowercase=lowercase)
-
-
-def join_pieces(left: str, right: str) -> str:
-    """Return the union of two pieces that stand side by side in a word."""
-    return left + right.removeprefix("##")
 
 
 def main() -> None:

@@ -3,11 +3,13 @@ r"""Words and characters: the facts about text that a tokenizer depends on.
 GPT4_PATTERN ...     regular expressions that cut text into pre-tokens
 PROBE                a text with every kind of character, to test such a pattern
 RUST_WHITESPACE      the characters that Rust's libraries strip as whitespace
+check_texts          refuses one string in the place of several
 continues            does a token begin inside a word? Masking of whole words depends on it
 cut_long_space       protects tiktoken's regex engine from runs of a million spaces
 """
 
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 
 import regex
@@ -50,6 +52,12 @@ RUST_WHITESPACE = "".join(chr(c) for c in range(0x3001) if chr(c).isspace() and 
 PROBE = "aZé中ـ͏ '9٣.,\u00a0_$😀\x00\t \r\n\n  x \u2028"
 
 LONGEST_SPACE = 250_000  # characters
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Raise TypeError for one string where an iterable of strings is expected; its items are characters."""
+    if isinstance(texts, str):
+        raise TypeError("texts must be an iterable of strings, got one string; put it in a list")
 
 
 def continues(token: bytes) -> bool:

@@ -57,7 +57,7 @@ class Config:
     n_groups: int = 32  # groups of channels in each group normalisation
     n_channels: int = 3  # C
     n_latent: int = 4  # Z
-    image_size: int | tuple[int, ...] = 512  # pixels, both ways, or (height, width); of the training images
+    image_size: int | tuple[int, ...] = 512  # of the training images in pixels: both ways, or (height, width)
     attention: bool = True  # whether there is attention at the lowest resolution
     quant_conv: bool = True  # a convolution of 1 x 1 after the encoder
     post_quant_conv: bool = True  # and one before the decoder
@@ -222,22 +222,24 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z) if self.config.post_quant_conv else z)
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return scaled latents (B, Z, h, w), which a diffusion model learns, of images (B, C, H, W): drawn
-        from their Gaussians with a noise (B, Z, h, w), or their means if it is None."""
+        """Return scaled latents (B, Z, h, w), which a diffusion model learns, of images (B, C, H, W).
+
+        They are drawn from their Gaussians with the normal `noise` (B, Z, h, w); if it is None, they are the
+        means.
+        """
         mean, log_variance = self.encode(images)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def from_latents(self, latents: Tensor) -> Tensor:
-        """Return images (B, C, H, W), with pixels that may exceed [-1, 1], for scaled latents (B, Z, h,
-        w)."""
+        """Return images (B, C, H, W) of scaled latents (B, Z, h, w). Pixels may exceed [-1, 1]."""
         return self.decode(latents / self.config.scaling_factor + self.config.shift_factor)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean over images of the reconstruction error plus beta times the KL, see the header, for
-        "images" (B, C, H, W) with pixels in [-1, 1] and "noise" (B, Z, h, w).
+        """Return the loss of the header, and as metrics the mean squared error of a pixel and the KL in nats.
 
-        Metrics: the mean squared error of a pixel, and the KL in nats per image.
+        batch: "images" (B, C, H, W) with pixels in [-1, 1], and normal "noise" (B, Z, h, w). Loss and KL are
+        means over images.
         """
         images = batch["images"]
         mean, log_variance = self.encode(images)
@@ -350,7 +352,7 @@ def main() -> None:
         print_sizes()
         return
     if not args.images:
-        raise ValueError(f"which images should {args.checkpoint} rebuild? name one or more files")
+        raise ValueError(f"{args.checkpoint}: expected files of images to rebuild after it, found none")
     model = AutoencoderKL.from_pretrained(args.checkpoint).float().eval()
     pixels = decode_all(args.images, (model.config.n_channels, *model.config.size))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,8 @@ from vision.conditions import Words
 from vision.unet import UNet
 
 MODEL, DATA = "unet", "glyphs"
-OPTIMIZER, BATCH_SIZE, STEPS, EMA, LEARNING_RATE = "adamw", 64, 2000, 0.999, 0.4
+OPTIMIZER, BATCH_SIZE, STEPS, EMA = "adamw", 64, 2000, 0.999
+LEARNING_RATE = 0.4  # times the optimizer's default
 LOSS, TOKEN_LOSS = "squared error", ""
 GUIDANCE = (1.0, 2.0)  # of the images that an evaluation draws
 SAMPLER_STEPS = 25  # of DDIM, for these images
@@ -112,7 +113,7 @@ class Diffusion(nn.Module):
     ) -> Tensor:
         """Return n images (n, C, h, w) with pixels in [0, 1].
 
-        classes: the words or the class of each image (n, W), -1 for padding; None if the model has none.
+        classes: the words or the class of each image (n, W), -1 for padding; None if the model reads none.
         guidance and rescale: see `noise.guide`. steps: of the sampler. eta: 0 for DDIM, 1 for DDPM. The first
         noise is drawn on the CPU with this seed, so that with eta = 0 all devices draw the same images, up to
         rounding. Raises ValueError for more steps than the schedule has.
@@ -154,8 +155,10 @@ def settings(config: Any) -> Config:
 
 
 def load_data(args: Namespace, config: Any) -> Dataset:
-    """Return images, with a trivial guess in one line: the error if each x_0 is predicted by the mean image.
-    It is computed on about a thousand training images."""
+    """Return images, with a trivial guess in one line: the error of the mean image as prediction of each x_0.
+
+    It is computed on at most a thousand training images.
+    """
     dataset = conditions.load(args, config)
     rows = [dataset.train[i] for i in range(0, len(dataset.train), -(-len(dataset.train) // 1000))]
     images = 2 * stack(rows)["image"].float() / 255 - 1
@@ -261,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", nargs="+", default=[], help="words, or a class, of each row of images (default: none)")
     add("--n", type=int, default=8, help="images for each prompt (default %(default)s)")
     add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
-    add("--rescale", type=float, default=0.0, help="0 to 1: undo contrast of w (default %(default)s)")
+    add("--rescale", type=float, default=0.0, help="0 to 1: less contrast at a large w (default %(default)s)")
     add(
         "--steps",
         type=int,

@@ -151,9 +151,9 @@ class Block(nn.Module):
         self.ff = feed_forward(D)
         self.norm_eps = config.norm_eps
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Return the layer's output (B, N, D) for x (B, N, D) and c = silu(the condition) (B, D)."""
-        shift, scale, gate, shift_2, scale_2, gate_2 = self.norm1.linear(c).chunk(6, dim=1)
+    def forward(self, x: Tensor, active: Tensor) -> Tensor:
+        """Return the layer's output (B, N, D) for x (B, N, D) and active = silu(c) (B, D)."""
+        shift, scale, gate, shift_2, scale_2, gate_2 = self.norm1.linear(active).chunk(6, dim=1)
         x = x + gate[:, None] * self.attn1(modulated(x, shift, scale))
         up, _, down = self.ff.net
         inner = gelu(up.proj(modulated(x, shift_2, scale_2, self.norm_eps)))  # the tanh form
@@ -166,7 +166,7 @@ class DiT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, D, P = config, config.d_model, config.patch_size
-        # A convolution in its parameters' names and shapes only: `forward` is a product with patches.
+        # A convolution only for its parameters' names and shapes: `forward` multiplies patches by its weight.
         self.pos_embed = nn.ModuleDict({"proj": nn.Conv2d(config.n_channels, D, P, P)})
         self.emb = nn.ModuleDict({"timestep_embedder": TimeMLP(FREQUENCIES, D)})
         if config.n_classes:
@@ -181,9 +181,11 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the parameters as the published code does: matrices by Glorot's rule, the embedding of times
-        and classes N(0, 0.02^2); biases, modulations and the last layer are 0. Raises ValueError for a
-        parameter without a rule."""
+        """Draw the parameters as the published code does. Raises ValueError for a parameter without a rule.
+
+        Matrices follow Glorot's rule, the embeddings of times and classes N(0, 0.02^2). Biases, modulations
+        and the last layer are 0.
+        """
         for name, p in self.named_parameters():
             if name.endswith("bias") or name.startswith("proj_out") or ".norm1.linear." in name:
                 p.zero_()
@@ -195,9 +197,11 @@ class DiT(nn.Module):
                 raise ValueError(f"parameter {name}: no rule of initialisation; add one to DiT.initialize")
 
     def condition(self, t: Tensor, classes: Tensor | None) -> Tensor:
-        """Return c (B, D) for times t (B,) and classes: one for each image (B,), or several (B, W), whose
-        embeddings are summed; -1 is padding. A model without classes ignores them. Raises ValueError if
-        classes are missing."""
+        """Return c (B, D) of the header for times t (B,) and classes.
+
+        classes: one for each image (B,), or several (B, W), whose embeddings are summed; -1 is padding. A
+        model without classes ignores them. Raises ValueError if classes are missing.
+        """
         sines = time_embedding(t, FREQUENCIES, cos_first=True, freq_shift=1)
         c = self.emb.timestep_embedder(sines.to(self.proj_out_1.weight.dtype))
         if not self.config.n_classes:
@@ -221,14 +225,14 @@ class DiT(nn.Module):
         if text is not None:
             raise ValueError(f"states of a text: {tuple(text.shape)}; expected none, a DiT reads no texts")
         P, proj = self.config.patch_size, self.pos_embed.proj
-        c = F.silu(self.condition(t, classes))
+        active = F.silu(self.condition(t, classes))
         x = F.linear(patches_of(x, P), proj.weight.flatten(1), proj.bias) + self.positions  # (B, N, D)
         for block in self.transformer_blocks:
-            x = block(x, c)
-        shift, scale = self.proj_out_1(c).chunk(2, dim=1)
+            x = block(x, active)
+        shift, scale = self.proj_out_1(active).chunk(2, dim=1)
         x = self.proj_out_2(modulated(x, shift, scale))  # (B, N, P P n_out)
 
-        # Put the patches, each ordered by row, column and channel, together to the image.
+        # Put the patches, each ordered by row, column and channel, together as the image.
         B, rows, columns = len(x), *self.config.grid
         x = x.view(B, rows, columns, P, P, self.config.n_out).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(B, self.config.n_out, rows * P, columns * P)

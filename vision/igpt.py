@@ -4,16 +4,18 @@
     loss = -mean_i log p(x_i | x_<i)              in nats per pixel
 
 Image GPT (Chen et al. 2020, Generative Pretraining from Pixels). The model is that of gpt.py, and nothing in
-it is made for images: that a pixel belongs to the one above it, the learned positions have to find out. In
-the place of words there are colours, found by k-means (section 2.1): 512 for the 16.7 million of 24 bits. A
-start vector stands in front of the first pixel; the head has a row for each colour, none for the start.
+it is made for images: the learned positions have to find out that a pixel is next to the one above it.
+Colours take the place of words. k-means finds 512 of them (section 2.1), which stand for the 16.7 million
+colours of 24 bits. A start vector is in front of the first pixel; the head has a row for each colour, none
+for the start.
 
-From gpt.py it differs in two details of the authors' code: the norm takes no mean away and has no bias, which
-is RMSNorm under another name; and GELU is x sigmoid(1.702 x).
+It differs from gpt.py in two details of the authors' code: the norm subtracts no mean and has no bias, which
+is RMSNorm; and GELU is x sigmoid(1.702 x).
 
-To predict a pixel, the layers must gather what the image shows. So the mean of their hidden states over all
-pixels are features of the image. The best are in the middle: the last layers prepare the next pixel (section
-4.1, figure 2). `python -m evaluation.probe` measures those of the middle, `--probe` here those of all layers.
+To predict a pixel, the layers must gather what the image shows. So the means of a layer's hidden states over
+all pixels are features of the image. The best are those of a layer in the middle: the last layers prepare the
+next pixel (section 4.1, figure 2). `python -m evaluation.probe` measures the features of the layer in the
+middle, `--probe` here those of every layer.
 
     python -m vision.igpt                                           print the sizes
     python train.py --model igpt                                    train one to write letters
@@ -128,6 +130,8 @@ class MLP(nn.Module):
 
 
 class Block(gpt.Block):
+    """A layer of gpt.py with the authors' form of GELU."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__(config, layer)
         self.mlp = MLP(config)
@@ -178,19 +182,22 @@ Model = ImageGPT
 
 
 def mlp_bytes(block: nn.Module, config: Config, precision: Precision) -> tuple[int, int]:
-    """Return what `engine.activations.mlp_bytes` does: u, its sigmoid and their product are kept."""
+    """Return the bytes per token that the MLP keeps for backward, and those of gradients that exist at once.
+
+    Kept are its input, u, the sigmoid and the product of the two; see `engine.activations.mlp_bytes`.
+    """
     D, F, e = config.d_model, config.d_ff, precision.e
     return (D + 3 * F) * e, 3 * F * e
 
 
 def inputs_of(ids: Tensor, start: int) -> Tensor:
-    """Return what is read to predict ids (B, N): the id of the start, and all but the last of them."""
+    """Return the ids (B, N) that are read to predict ids (B, N): the start, then all of them but the last."""
     return torch.cat((torch.full_like(ids[:, :1], start), ids[:, :-1]), dim=1)
 
 
 @torch.inference_mode()
 def complete(model: ImageGPT, given: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Return ids (B, N) that begin with those given (B, n), perhaps none, and go on by the model's draws."""
+    """Return ids (B, N) that begin with those given (B, n), n >= 0; the model draws the others."""
     config = model.config
     first = torch.full((len(given), 1), config.start, device=given.device)
     n_new, drawn = config.max_seq_len - given.shape[1], [given]
@@ -306,8 +313,8 @@ def loss_bytes(
 
 
 def examples(model: ImageGPT, images: Tensor, out: Path, seed: int = 0) -> None:
-    """Draw images (B, C, height, width) in the palette, their upper half, its completion, and as many images
-    from nothing."""
+    """Write a picture of four rows: images (B, C, height, width) in the colours of the palette, their upper
+    half, its completion, and as many images that are drawn from nothing."""
     config, generator = model.config, torch.Generator(images.device).manual_seed(seed)
     ids = encode(images, config.palette)
     height, width = config.image_size
@@ -357,7 +364,7 @@ def main() -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
     add("images", nargs="*", type=command.path, help="files of images, to complete (default: glyphs)")
-    add("--probe", metavar="DATA", help="classify images of --data's kinds by the features of each layer")
+    add("--probe", metavar="DATA", help="images as for --data, to classify by the features of each layer")
     add("--cache", type=command.path, default=Path("cache"), help="folder for pixels (default %(default)s)")
     add("--seed", type=int, default=0, help="start of the random draws (default %(default)s)")
     add("--out", type=command.path, default=Path(), help="folder for picture.png (default: the current one)")

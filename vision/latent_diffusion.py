@@ -84,10 +84,12 @@ class Config:
 
     @property
     def n_channels(self) -> int:
+        """Return C."""
         return self.vae.n_channels
 
     @property
     def vocab_size(self) -> int:
+        """Return the number of tokens of the text tower's vocabulary."""
         return self.text.vocab_size
 
     @property
@@ -114,9 +116,10 @@ SIZES = {
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for the autoencoder and the vocabulary of a data set, a
-    `text_to_image.LatentDataset`, and for texts of seq_len tokens, or with a trained text tower as many as
-    that reads."""
+    """Return the config for the autoencoder and the vocabulary of a `text_to_image.LatentDataset`.
+
+    Texts have seq_len tokens, or with a trained text tower as many as it reads.
+    """
     vae, tokenizer, text = dataset.vae, dataset.tokenizer, config.text
     if config.text_tower:
         text = TextTower.from_pretrained(config.text_tower).config
@@ -144,8 +147,11 @@ class LatentDiffusion(nn.Module):
         self.alpha_bar = noise.schedule(config.schedule, config.n_steps, config.zero_terminal)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared error of the target, and no metrics, for "latents" (B, Z, h, w), not yet
-        scaled, their "noise" (B, Z, h, w) at times "t" (B,), and the texts "tokens" (B, T)."""
+        """Return the mean squared error of the target, and no metrics.
+
+        batch: "latents" (B, Z, h, w), not yet scaled, "noise" (B, Z, h, w) and times "t" (B,) of the noise,
+        and the texts as "tokens" (B, T).
+        """
         vae, t, eps = self.config.vae, batch["t"], batch["noise"]
         z = (batch["latents"] - vae.shift_factor) * vae.scaling_factor
         noisy = noise.q_sample(z, t, eps, self.alpha_bar)
@@ -207,7 +213,7 @@ class LatentDiffusion(nn.Module):
         parts = {
             name: kind.from_pretrained(directory / name, kernels=kernels) for name, kind in kinds.items()
         }
-        # Build the model without numbers, then put in the parts and a schedule that has numbers.
+        # Build the model without storage, on the meta device, then put in the parts and a real schedule.
         configs = (parts[name].config for name in kinds)
         with torch.device("meta"):
             model = cls(Config(*configs, **schedules.read(directory / pipelines.SCHEDULER)))

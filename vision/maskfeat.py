@@ -1,6 +1,6 @@
 """MaskFeat: hide patches of an image, and predict in which directions the edges in them run.
 
-    loss = mean over hidden patches of mean over their numbers of (predicted - HOG)^2
+    loss = mean of (predicted - HOG)^2 over the F numbers of each hidden patch, and over hidden patches
 
 Masked feature prediction (Wei et al. 2021, arXiv 2112.09133). What is rebuilt is no longer the pixels, as in
 vision/mae.py, but histograms of oriented gradients (HOG, Dalal and Triggs 2005), which forget brightness and
@@ -12,8 +12,9 @@ place of the embedding of a hidden patch, and one linear layer predicts. 40 perc
     cell          a square of pixels: the lengths of its gradients are summed in the bins of their directions
     HOG           these 9 sums divided by the root of the sum of their squares
 
-So a constant image has HOG 0, and a mirrored one has the bins in reverse order. `target=pixels` rebuilds the
-pixels of the patches by the same network, for a comparison of what is asked alone (the paper's table 1).
+So a constant image has HOG 0, and a mirrored one has the bins in reverse order, except that exactly vertical
+gradients stay in their bin. `target=pixels` rebuilds the pixels of the patches by the same network, to
+compare the two targets alone (the paper's table 1).
 
     python train.py --model maskfeat                                                edges of hidden patches
     python train.py --model vit --init-from runs/maskfeat/model --set n_classes=62  then learn to read
@@ -48,14 +49,14 @@ OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 1000
 LOSS, TOKEN_LOSS = "squared error", ""
 BINS = 9
 STAMP = 8  # pixels of a cell in the picture
-ASPECT = 0.3  # of a hidden block, at least, and 1 / ASPECT at most
+ASPECT = 0.3  # height divided by width of a hidden block, at least; 1 / ASPECT at most
 
 
 @dataclass(frozen=True)
 class Config(Augmentation):
     """The hidden patches, and what is predicted of them. The defaults are the paper's, for ViT-B/16."""
 
-    warp: float = 0.0  # without other views: every epoch hides other patches
+    warp: float = 0.0  # no other views of the images, since every epoch hides other patches
     grid: tuple[int, ...] = (14, 14)  # rows and columns of patches, of the model's config
     mask_rate: float = 0.4
     smallest: float = 16 / 196  # share of the patches that a hidden block has at least
@@ -73,7 +74,7 @@ class Config(Augmentation):
 
     @property
     def n_hidden(self) -> int:
-        """Return how many patches are hidden, rounded down."""
+        """Return the number of patches that are hidden: the share mask_rate, rounded down."""
         return int(self.grid[0] * self.grid[1] * self.mask_rate)
 
 
@@ -114,8 +115,11 @@ def hog_of_patches(images: Tensor, patch_size: int, cell: int) -> Tensor:
 
 
 def hidden_blocks(config: Config, generator: torch.Generator) -> Tensor:
-    """Return which patches of an image are hidden, bool (N,): rectangles at random places, as in BEiT (Bao et
-    al. 2021, algorithm 1), until `n_hidden` are covered. Where no further rectangle fits, single patches."""
+    """Return a random mask of the patches of an image, bool (N,), True for the n_hidden hidden ones.
+
+    They are rectangles at random places, as in BEiT (Bao et al. 2021, arXiv 2106.08254, algorithm 1). If
+    after 40 draws fewer are hidden, single patches are added.
+    """
     rows, columns = config.grid
     mask, left = torch.zeros(rows, columns, dtype=torch.bool), config.n_hidden
     for u in torch.rand(40, 4, generator=generator).tolist():
@@ -178,7 +182,7 @@ class MaskFeat(nn.Module):
         return self.decoder.decoder_pred(self.model.vit.layernorm(z))[:, 1:]
 
     def target(self, images: Tensor) -> Tensor:
-        """Return what should be predicted (B, N, F) of normalized images."""
+        """Return the targets (B, N, F) of normalized images (B, C, height, width)."""
         if self.settings.target == "pixels":
             return pixels_of(images, self.config.patch_size)
         return hog_of_patches(images, self.config.patch_size, self.settings.cell)
@@ -201,12 +205,16 @@ def unwrap(module: MaskFeat) -> ViT:
 
 
 def load_data(args: Namespace, config: vit.Config) -> Dataset:
-    """Return images without their classes, and the errors of the mean HOG of each place and of the mean
-    image. Raises ValueError for what `data.images.prepare` refuses."""
+    """Return images without their classes, with trivial guesses: the errors of the mean HOG of each place and
+    of the mean image.
+
+    Raises ValueError for what `data.images.prepare` refuses, and for a cell that does not divide a patch.
+    """
     dataset = load_images(args, config)
     config = vit.fit(config, dataset, 1)
     cell = with_fields(settings(config), args.set).cell
     check_cell(cell, config.patch_size)
+    # The HOG and the normalized pixels of some training images and of some held-out ones.
     parts = []
     for rows, most in zip((dataset.train, dataset.val), MOST, strict=True):
         images = pixels(rows, most)[0].unflatten(1, (config.n_channels, *config.size))
@@ -248,7 +256,7 @@ def loss_bytes(
     (e, r, _), own = precision, module.config
     n_pixels, N = own.n_channels * math.prod(own.size), own.n_patches
     kept = own.d_model * (1 + N) * (r + e) + 4 * N * module.n_numbers
-    # While HOG is computed, each pixel has a whole number of 8 bytes and one or two of 4 for each bin.
+    # While HOG is computed, each pixel has an int64 and up to two float32 for each bin: 16 bytes.
     temporary = n_pixels * BINS * 16 if config.target == "hog" else 3 * 4 * n_pixels
     return {"inputs": input_bytes(own, n, e), "kept": n * kept, "temporary": n * temporary}
 

@@ -50,9 +50,9 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def schedule(kind: str = "cosine", steps: int = 1000, zero_terminal: bool = False) -> Tensor:
-    """Return alpha bar (T,), float64: the data's share of the variance of x_t. It is the cumulative product
-    of 1 - beta_t, where beta_t is the variance of the noise that step t adds.
+    """Return alpha bar (T,), float64: the data's share of the variance of x_t.
 
+    It is the cumulative product of 1 - beta_t, where beta_t is the variance of the noise that step t adds.
     kind: "linear", betas evenly spaced from 1e-4 to 0.02 (DDPM, section 4); "scaled_linear", the square roots
     of betas evenly spaced between those of 0.00085 and 0.012 (Stable Diffusion); "cosine" (Nichol and
     Dhariwal 2021, 2102.09672, equation 17). The first two are defined for 1,000 steps; for another number,
@@ -79,8 +79,10 @@ def schedule(kind: str = "cosine", steps: int = 1000, zero_terminal: bool = Fals
 
 
 def shares(alpha_bar: Tensor, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(a_t) and sqrt(1 - a_t), for times t (B,) or one t for all images, in the dtype of `like`
-    (B, ...) and in a shape that is broadcast against it."""
+    """Return sqrt(a_t) and sqrt(1 - a_t) in the dtype of `like` (B, ...), in a shape that broadcasts to it.
+
+    t: times (B,), or one time for all images.
+    """
     shape = (-1, *[1] * (like.ndim - 1))
     tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # float64, rounded below
     data, noise = (table.to(like.device, like.dtype)[t].view(shape) for table in tables)
@@ -88,8 +90,7 @@ def shares(alpha_bar: Tensor, t: Tensor | int, like: Tensor) -> tuple[Tensor, Te
 
 
 def q_sample(x0: Tensor, t: Tensor | int, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return x_t (B, ...): the data x0 (B, ...), mixed with standard normal noise (B, ...) for time t
-    (B,)."""
+    """Return x_t (B, ...): the data x0 (B, ...) mixed with normal noise (B, ...) for times t (B,)."""
     of_data, of_noise = shares(alpha_bar, t, x0)
     return of_data * x0 + of_noise * noise
 
@@ -120,11 +121,10 @@ def to_x0_and_noise(
 
 
 def even_times(n: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Return n of the time steps 0 ... steps - 1, int64 (n,), evenly spaced from a random start, modulo
-    steps.
+    """Return n time steps from 0 to steps - 1, int64 (n,), evenly spaced from a random start, modulo `steps`.
 
-    Each is uniformly distributed, but a batch covers the whole range, so its loss has a smaller variance
-    (Kingma et al. 2021, 2107.00630, appendix I.1).
+    Each of them is uniformly distributed, but together they cover the range, so the mean loss of a batch has
+    a smaller variance than with independent time steps (Kingma et al. 2021, 2107.00630, appendix I.1).
     """
     places = (torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(n) / n) % 1
     return (places * steps).long()
@@ -159,8 +159,11 @@ def posterior_variance(now: float, before: float) -> float:
 
 
 def posterior_mean(x0: Tensor, x: Tensor, now: float, before: float) -> Tensor:
-    """Return the mean of q(x' | x, x_0): beta sqrt(before) / (1 - now) x_0 + sqrt(now / before) (1 - before)
-    / (1 - now) x (DDPM, equation 7)."""
+    """Return the mean of q(x' | x, x_0), with alpha bar `before` at x' and `now` at x (DDPM, equation 7).
+
+    It is beta sqrt(before) / (1 - now) x_0 + sqrt(now / before) (1 - before) / (1 - now) x, with the step's
+    beta = 1 - now / before.
+    """
     of_x0 = (1 - now / before) * before**0.5 / (1 - now)
     return of_x0 * x0 + (now / before) ** 0.5 * (1 - before) / (1 - now) * x
 
@@ -260,9 +263,11 @@ def guide(conditional: Tensor, unconditional: Tensor, w: float, rescale: float =
 
 
 def guided(conditional: Denoise, unconditional: Denoise, w: float, rescale: float = 0.0) -> Denoise:
-    """Return the guided denoise(x, t), made of one denoiser with the condition and one without it, which is
-    not called where w = 1. A learned variance is not guided: it is that of the denoiser with the
-    condition."""
+    """Return the guided denoise(x, t), made of a denoiser with the condition and one without it.
+
+    The latter is not called if w = 1. A learned variance is not guided: it is that of the denoiser with the
+    condition.
+    """
     if w == 1:
         return conditional
 
@@ -284,7 +289,7 @@ def guided_at_once(
     """Return the guided denoise(x, t) of a model(x, t, condition), as `guided` does, but with both
     predictions computed as one batch.
 
-    condition: (B, ...), of each image. none: (B, ...), what stands for no condition.
+    condition: (B, ...), that of each image. none: (B, ...), the value that stands for no condition.
     """
     if w == 1:
         return lambda x, t: model(x, t, condition)

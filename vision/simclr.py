@@ -1,23 +1,24 @@
 """SimCLR: two views of one image should be alike, and unlike the views of all other images.
 
     l(i, j) = -log exp(s_ij / tau) / sum over k != i of exp(s_ik / tau)        s_ij: cosine of z_i and z_j
-    loss    = mean of l over all 2 B views, j the other view of i's image
+    loss    = mean of l(i, j) over all M views i, where j is the other view of i's image
 
 Contrastive learning of representations (Chen et al. 2020, arXiv 2002.05709; the loss is NT-Xent). Every image
-of a batch is seen in two views. Given one, the model has to find the other among 2 B - 1: a classification of
-which the batch is the classes, so it needs no labels. What the views share is what is learned, so the choice
-of the augmentation is the method. A character stays the same turned, thinner, blurred or paler. Mirrored it
-may be another one: b and d. So here views are warped, blurred, faded and noisy, and never mirrored, unlike
-the paper's crops and colours of photographs.
+of a batch is seen in two views. Given one, the model has to find the other among the M - 1 others: this is a
+classification whose classes are the views of the batch, so it needs no labels. The model learns what two
+views share, so the choice of the augmentation is the method. A character stays the same turned, thinner,
+blurred or paler. Mirrored it may be another one: b and d. So here views are warped, blurred, faded and noisy,
+and never mirrored, unlike the paper's crops and colours of photographs.
 
-z is the output of a small head, g(h), which is thrown away. The features h before it are better, since z must
-forget whatever differs between two views (section 4.2). The sum has the positive in it and leaves out only i
-itself. With several ranks it is over the views of all of them, with gradients to all: B is their whole batch.
+z = g(h) is the output of a small head, which is discarded after training. The features h before it are
+better, since z must forget whatever differs between two views (section 4.2). The sum over k includes j and
+leaves out only i itself. With several ranks it is over the views of all ranks, with gradients to all.
 
     python train.py --model simclr                       without labels, from the letters of twelve fonts
     python -m evaluation.probe runs/simclr/model         are the features of use in nine other fonts?
 
-Shapes: B images of this rank's part, C channels, M views of all ranks, D width of the features, Z of z.
+Shapes: B images of this rank, C channels, M views of all ranks (2 B with one rank), D width of h, Z width of
+z.
 """
 
 import math
@@ -74,7 +75,7 @@ def blurred(images: Tensor, sigma: Tensor) -> Tensor:
     squares = torch.arange(-reach, reach + 1).square()
     weights = torch.softmax(-squares / (2 * sigma.clamp(min=1e-2).square()[:, None]), dim=1)  # (B, 7)
     weights = weights.repeat_interleave(C, dim=0)[:, None]  # each channel of each image is a group
-    x = F.pad(images.view(1, B * C, height, width), (reach,) * 4, mode="replicate")
+    x = F.pad(images.reshape(1, B * C, height, width), (reach,) * 4, mode="replicate")
     x = F.conv2d(x, weights[:, :, :, None], groups=B * C)
     return F.conv2d(x, weights[:, :, None], groups=B * C).view_as(images)
 
@@ -94,8 +95,11 @@ def view(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
 
 
 def nt_xent(z: Tensor, others: Tensor, places: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the mean loss of views z (B, 2, Z), which are `others[places]`, among all views, others
-    (M / 2, 2, Z); and how often the most similar view is the right one. The lengths of z do not matter."""
+    """Return the mean loss of views, and the share of them whose most similar view is the right one.
+
+    z: the views (B, 2, Z) of this rank, which are others[places]. others: all views (M / 2, 2, Z). Vectors
+    are normalized here, so their lengths do not matter.
+    """
     rows, columns = (F.normalize(x.float().flatten(0, 1), dim=1) for x in (z, others))
     with torch.autocast(z.device.type, enabled=False):  # cosines of 8 bits, divided by tau, are too rough
         similarity = rows @ columns.T / temperature  # (2 B, M)
@@ -107,7 +111,7 @@ def nt_xent(z: Tensor, others: Tensor, places: Tensor, temperature: float) -> tu
 
 
 class SimCLR(nn.Module):
-    """An encoder and the head that is thrown away."""
+    """An encoder, and the head that is discarded after training."""
 
     def __init__(self, encoder: ViT, settings: Config):
         super().__init__()
@@ -189,8 +193,10 @@ def tokens_per_row(module: SimCLR, config: Config, seq_len: int) -> list[int]:
 
 
 def loss_bytes(module: SimCLR, config: Config, n: int, seq_len: int, precision: Precision) -> dict[str, int]:
-    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss. What is
-    left out is that of similarities to views of other ranks."""
+    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss.
+
+    The similarities to views of other ranks are left out.
+    """
     of_views = classify_images.loss_bytes(module.model, config, 2 * n, seq_len, precision)
     n_similarities = (2 * n) ** 2
     return of_views | {

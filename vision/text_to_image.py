@@ -51,7 +51,8 @@ MOST = 1_000  # images at most by which the scale of latents is measured
 class LatentRows(Rows):
     """Rows of captions with the mean and the standard deviation of each image's latents, and the empty text.
 
-    moments: float32 (images, 2, Z, h, w), perhaps memory-mapped. empty: its tokens, int64 (T,)."""
+    moments: float32 (images, 2, Z, h, w), perhaps memory-mapped. empty: tokens of the empty text, int64 (T,).
+    """
 
     def __init__(self, rows: captions.CaptionRows, moments: np.ndarray, empty: np.ndarray):
         super().__init__(rows)
@@ -73,11 +74,11 @@ class LatentDataset(Dataset):
 
 
 def load_data(args: Namespace, config: Config) -> LatentDataset:
-    """Return captions with the latents of their images. args.seq_len is set to the length of the longest
-    caption, or with a trained text tower to the length that it reads, as in Stable Diffusion.
+    """Return captions with the latents of their images.
 
-    Raises ValueError for what `data.captions.read` refuses, and if no autoencoder is named and none is
-    trained.
+    args.seq_len is set to the length of the longest caption, or with a trained text tower to the length that
+    it reads, as in Stable Diffusion. Raises ValueError for what `data.captions.read` refuses, and if no
+    autoencoder is named and none is trained.
     """
     directory = Path(args.init_from) / "vae" if args.init_from else config.autoencoder or of_glyphs(args)
     vae = AutoencoderKL.from_pretrained(directory).float().eval()
@@ -115,7 +116,9 @@ def load_data(args: Namespace, config: Config) -> LatentDataset:
 
 def of_glyphs(args: Namespace) -> str:
     """Return the directory of an autoencoder of glyphs, which is trained if there is none yet below --cache.
-    Raises ValueError if the data are no glyphs."""
+
+    Raises ValueError if the data are no glyphs.
+    """
     if args.data.partition(":")[0] != "glyphs":
         raise ValueError(f"--data {args.data}: name the directory of an autoencoder, --set autoencoder=DIR")
     what = "an autoencoder learns the images"
@@ -124,9 +127,11 @@ def of_glyphs(args: Namespace) -> str:
 
 @torch.no_grad()
 def moments(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarray:
-    """Return the means and standard deviations of latents, float32 (n, 2, Z, h, w), of images, uint8
-    (n, C, H, W). They are memory-mapped from the file at path, which one process of each machine writes if it
-    does not exist."""
+    """Return the means and standard deviations of the latents of images, float32 (n, 2, Z, h, w).
+
+    images: uint8 (n, C, H, W). The result is memory-mapped from the file at path. One process of each
+    machine writes it if it does not exist.
+    """
     with parallel.one_per_machine_first():
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,8 +148,10 @@ def moments(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarray:
 
 
 def deviation_of(table: np.ndarray) -> float:
-    """Return the standard deviation of latents that are drawn with the means and deviations of a table
-    (n, 2, Z, h, w), over at most MOST images and all numbers of their latents."""
+    """Return the standard deviation of all numbers of latents, drawn for at most MOST images.
+
+    table: the means and standard deviations of the latents (n, 2, Z, h, w).
+    """
     some = torch.from_numpy(table[:: -(-len(table) // MOST)].copy())
     generator = torch.Generator().manual_seed(0)
     return (some[:, 0] + some[:, 1] * torch.randn(some[:, 0].shape, generator=generator)).std().item()
@@ -152,8 +159,10 @@ def deviation_of(table: np.ndarray) -> float:
 
 @torch.no_grad()
 def error_of(vae: AutoencoderKL, images: np.ndarray, table: np.ndarray) -> float:
-    """Return the mean squared error of a pixel in [0, 1], of at most MOST_DRAWN images, uint8 (n, C, H, W),
-    that are rebuilt from the means of their latents in a table (n, 2, Z, h, w)."""
+    """Return the mean squared error of a pixel in [0, 1] of at most MOST_DRAWN images rebuilt from latents.
+
+    images: uint8 (n, C, H, W). table: (n, 2, Z, h, w), whose means are the latents.
+    """
     step = -(-len(images) // MOST_DRAWN)
     means, true = (torch.from_numpy(np.array(some[::step])) for some in (table[:, 0], images))
     rebuilt = torch.cat([vae.decode(some) for some in means.split(CHUNK)]) / 2 + 0.5
@@ -171,8 +180,10 @@ def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, tokenizer: Tokenizer
 ) -> dict[str, Tensor]:
     """Return "latents" (B, Z, h, w), drawn from their Gaussians and not yet scaled, normal "noise" of the
-    same shape, times "t" (B,) of `noise.even_times`, and "tokens" (B, T) of the captions, of which a share of
-    config.drop is replaced by the empty text in training rows."""
+    same shape, times "t" (B,) of `noise.even_times`, and "tokens" (B, T) of the captions.
+
+    In training rows a share of config.drop of the captions is replaced by the empty text.
+    """
     batch, n = stack(rows), len(rows)
     draws = torch.randn(2, *batch["mean"].shape, generator=generator)
     dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)

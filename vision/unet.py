@@ -21,7 +21,7 @@ A model reads one of two kinds of conditions, or none:
 Instead of numbers of classes it may read vectors, which are added to that of the time as they are: the
 decoder of DALL-E 2 (vision/unclip.py) makes them, and the states, of the embedding of an image.
 
-What is predicted is said in vision/noise.py, and how the network is trained in vision/ddpm.py.
+The targets of the prediction are in vision/noise.py, the training is in vision/ddpm.py.
 
     python -m vision.unet                  print the sizes
     python train.py --model ddpm           train one to draw letters by their names

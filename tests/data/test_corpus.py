@@ -187,5 +187,25 @@ def test_downloads_are_checked(tmp_path):
     assert corpus.download(url, None, tmp_path).read_text() == source.read_text()
     with pytest.raises(ValueError, match="SHA-256"):
         corpus.download(url, "0" * 64, tmp_path)
-    with pytest.raises(ValueError, match="cannot be downloaded"):
+    with pytest.raises(ValueError, match=r"--data \S+: cannot be downloaded"):
         corpus.download((tmp_path / "nothing.txt").as_uri(), None, tmp_path)
+    with pytest.raises(ValueError, match=r"--val http://\S+: cannot be downloaded"):
+        corpus.find_files("http://127.0.0.1:9/text.txt", tmp_path, flag="--val")
+
+
+@pytest.mark.parametrize("end", ["café.txt", "a b.txt", "x" * 300, "é" * 300, "?q=é"])
+def test_a_url_of_any_characters_and_length_is_asked_for(end, tmp_path):
+    with pytest.raises(ValueError, match=r"--data http://\S+.*: cannot be downloaded .*refused"):
+        corpus.find_files(f"http://127.0.0.1:9/{end}", tmp_path)
+
+
+def test_a_download_whose_url_is_not_ascii_arrives(tmp_path):
+    source = tmp_path / "café 1.txt"
+    source.write_text("some text\n")
+    found = corpus.download(f"file://{source}", None, tmp_path)
+    assert found.read_text() == "some text\n" and found.name.endswith("-café 1.txt")
+
+
+def test_what_is_no_url_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--data http://\[::1/x: not a URL"):
+        corpus.find_files("http://[::1/x", tmp_path)

@@ -68,6 +68,12 @@ def test_a_hash_that_two_windows_share_by_chance_cuts_nothing(monkeypatch):
     assert exact.remove([words(1, 50), words(2, 70), words(1, 50)])[2] == ""
 
 
+@pytest.mark.parametrize("n", range(13))
+def test_fewer_hashes_than_the_times_they_are_looked_for_are_no_error(n):
+    some = np.zeros(n, np.uint64)
+    assert exact.repeated_hashes(lambda: [some], n, 10).tolist() == [0] * (n >= 10)
+
+
 def test_hashes_are_counted_in_passes_over_ranges_of_them():
     generator = np.random.default_rng(0)
     some = [generator.integers(0, 1 << 64, 500, np.uint64) for _ in range(4)]

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from data.merges import byte_pairs, merge, never_joins
+from data.merges import BYTE_PIECES, byte_pairs, merge, never_joins
 from data.wordpiece import WordPiece, train_wordpiece
 
 
@@ -51,6 +51,21 @@ def test_unknown_characters_prefixes_and_suffixes():
     assert byte_pairs(plain, covered=False)("éa☃") == [6, 7, 1, 0]  # not all bytes of ☃ are tokens
     with pytest.raises(ValueError, match="byte_fallback without a token <0x00>"):
         byte_pairs(plain | {"unk_token": None}, covered=False)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("lacking", [(), ("<0xC3>",), ("<0xC3>", "<0xE2>")])
+def test_characters_whose_bytes_are_no_tokens_are_unknown_in_the_librarys_order(fuse, lacking):
+    library = pytest.importorskip("tokenizers")
+    vocab = {"<unk>": 0, "a": 1, "b": 2, "ab": 3}
+    vocab |= {piece: i for i, piece in enumerate(BYTE_PIECES, len(vocab)) if piece not in lacking}
+    options = {"unk_token": "<unk>", "fuse_unk": fuse, "byte_fallback": True}
+    theirs = library.Tokenizer(library.models.BPE(vocab=vocab, merges=[("a", "b")], **options))
+    encode = byte_pairs({"vocab": vocab, "merges": ["a b"], **options}, covered=False)
+    draw = random.Random(0)
+    for _ in range(200):
+        word = "".join(draw.choices("abxé…ü", k=draw.randrange(1, 9)))
+        assert encode(word) == theirs.encode(word).ids
 
 
 def test_wordpiece_learns_the_most_frequent_pairs():

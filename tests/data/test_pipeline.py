@@ -336,6 +336,14 @@ def test_a_bpe_without_any_token_for_the_unknown_is_refused(tmp_path):
         Pipeline(file, "</s>", {})
 
 
+def test_a_metaspace_of_an_older_file_has_no_setting_split(tmp_path):
+    older = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+    newer = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    files = [changed("llama2", ("pre_tokenizer",), part) | {"normalizer": None} for part in (older, newer)]
+    ids = [Pipeline(file, "</s>", {}).encode("def self (x):  y") for file in files]
+    assert ids[0] == ids[1]
+
+
 def test_the_command_shows_tokens_and_ids(capsys):
     module.main([str(FIXTURES / "t5"), "self<extra_id_0>"])
     shown = capsys.readouterr().out.splitlines()

@@ -108,6 +108,8 @@ def test_a_system_message_in_the_prompt_goes_before_the_system_field():
         ({"prompt": "2+2?", "chosen": 4, "rejected": "5"}, "expected {\"prompt\", \"chosen\""),
         ({"chosen": said("a", 4), "rejected": said("a", "5")}, "assistant: 4: expected a string"),
         ([1], "expected {\"prompt\", \"chosen\""),
+        ({"chosen": [], "rejected": []}, "chosen: no messages; expected {\"prompt\""),
+        ({"instruction": ["a"], "input": "b", "chosen": "4", "rejected": "5"}, "['a'], input 'b': "),
     ],
 )  # fmt: skip
 def test_a_record_of_no_known_form_is_refused(record, problem):
@@ -276,6 +278,12 @@ def test_the_command_shows_preferences_as_trained_on(tmp_path, capsys):
     preferences.main([write(tmp_path / "p.jsonl", pairs(10)), "-n", "1"])
     out = capsys.readouterr().out
     assert "9 to train on, 1 held out" in out and "rejected: »no<|endoftext|>«" in out
+
+
+def test_the_command_refuses_numbers_below_one(tmp_path):
+    for flags in (["-n", "0"], ["--seq-len", "-5"]):
+        with pytest.raises(ValueError, match="expected at least 1 of each"):
+            preferences.main([str(tmp_path / "none.jsonl"), *flags])
 
 
 def test_a_row_of_two_lengths_is_read_again_as_it_was_written():

@@ -171,6 +171,8 @@ def test_held_out_text_that_is_trained_on_or_too_short_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(ValueError, match=r"--val \S+short.txt: 5 bytes of text; expected at least 20"):
         prepare(folder, tmp_path, val=str(tmp_path / "short.txt"))
+    with pytest.raises(ValueError, match=r"--data \S+short.txt: 5 bytes of text; expected at least 20$"):
+        prepare(tmp_path / "short.txt", tmp_path, val=str(folder))
     with pytest.raises(ValueError, match=r"--val \S+gone: no such file or folder"):
         prepare(folder, tmp_path, val=str(tmp_path / "gone"))
 

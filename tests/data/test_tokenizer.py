@@ -336,6 +336,11 @@ def test_command_line_mistakes(tmp_path):
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_a_vocabulary_that_is_too_small_is_refused_before_any_file_is_read(tmp_path):
+    with pytest.raises(ValueError, match="vocabulary size 9 is too small"):
+        module.main([str(tmp_path / "none.txt"), "--vocab-size", "9"])
+
+
 def test_a_tokenizer_learns_from_the_files_that_a_run_reads_and_refuses_the_others(tmp_path, capsys):
     texts = ["one two two", "two one one"] * 30
     (tmp_path / "x.csv").write_text("id,body\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts)))

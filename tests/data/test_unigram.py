@@ -207,6 +207,13 @@ def test_sizes_that_cannot_be_are_refused():
         train_unigram([], 100)
 
 
+def test_one_string_and_text_without_a_character_are_refused():
+    with pytest.raises(TypeError, match="got one string; put it in a list"):
+        train_unigram("ab ab ab ab", 5)
+    with pytest.raises(ValueError, match="no characters; give texts that are not empty"):
+        train_unigram(["\0\0\0"], 8)
+
+
 def test_the_same_text_gives_the_same_tokenizer():
     first, second = (train_unigram([TEXT[:3000], TEXT[3000:6000]][::step], 200) for step in (1, -1))
     assert json.dumps(first) == json.dumps(second)

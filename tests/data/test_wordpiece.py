@@ -320,6 +320,11 @@ def test_byte_level_bpe_is_still_read_as_such(tmp_path):
     assert isinstance(get_tokenizer(str(tmp_path)), Tokenizer)
 
 
+def test_one_string_in_the_place_of_texts_is_refused():
+    with pytest.raises(TypeError, match="got one string; put it in a list"):
+        module.train_wordpiece("ab ab", 20)
+
+
 def test_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data/wordpiece.py", str(FIXTURE), "Hello[MASK]"])
     module.main()

@@ -113,6 +113,10 @@ def test_views_differ_by_the_settings_alone_and_are_a_function_of_the_generator(
     assert torch.equal(blurred[0], point[0])
     assert blurred[1].sum().item() == pytest.approx(1, abs=1e-5)
     assert (blurred[1, 0, 4, 5] / blurred[1, 0, 4, 4]).item() == pytest.approx(math.exp(-0.5), rel=1e-5)
+    channels_last = torch.rand(2, 9, 9, 3).permute(0, 3, 1, 2)
+    sigma = torch.tensor([0.5, 1.0])
+    found = simclr.blurred(channels_last, sigma)
+    assert torch.equal(found, simclr.blurred(channels_last.contiguous(), sigma))
 
 
 def test_flops_are_those_of_the_matrix_products():

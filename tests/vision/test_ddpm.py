@@ -219,7 +219,7 @@ def test_schedules_are_written_and_read(tmp_path):
 def test_a_model_of_another_schedule_or_target_is_refused(tmp_path):
     schedules.write(tmp_path, **Config().process, pipeline=False)
     ddpm.restore(Diffusion(Known([0.0]), Config()), str(tmp_path))
-    with pytest.raises(ValueError, match=r"--set target=eps: the model in .* has target=v; give that"):
+    with pytest.raises(ValueError, match=r"--set target=eps: the model in .* has target=x0; give that"):
         ddpm.restore(Diffusion(Known([0.0]), Config(target="eps")), str(tmp_path))
     ddpm.restore(Diffusion(Known([0.0]), Config(target="eps")), str(tmp_path / "none"))
 
@@ -289,7 +289,7 @@ def test_a_run_leaves_a_picture_and_a_model_that_draws_by_words(flags, tmp_path,
     assert "real    character" in text and "w = 2   character" in text and "squared error" in text
     assert np.asarray(Image.open(out / "picture.png")).shape[2] == 3
     settings = json.loads((out / "model" / schedules.FILE).read_text())
-    assert settings["prediction_type"] == "v_prediction" and settings["beta_schedule"] == "squaredcos_cap_v2"
+    assert settings["prediction_type"] == "sample" and settings["beta_schedule"] == "squaredcos_cap_v2"
     model = open_model(out / "model")
     assert (
         type(model) is unet.UNet
@@ -337,4 +337,4 @@ def test_only_a_u_net_without_classes_is_named_as_a_pipeline_of_diffusers(kind, 
     model = DiT(Config(1, 2, 8, 2, 1, 1, 4, 0)) if kind == "dit" else UNet(SIZES["tiny"])
     ddpm.Diffusion(model, ddpm.Config()).save_pretrained(tmp_path)
     assert (tmp_path / "model_index.json").is_file() == opens
-    assert ddpm.Diffusion.from_pretrained(tmp_path).settings.target == "v"
+    assert ddpm.Diffusion.from_pretrained(tmp_path).settings.target == "x0"

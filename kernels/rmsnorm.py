@@ -56,8 +56,8 @@ def rms_norm(
     residual: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the RMSNorm of x (..., D) over its last axis, with gain weight (D,): like x. Sums are in float32,
-    and in float64 for float64.
+    """Return the RMSNorm of x (..., D) over its last axis, with gain weight (D,): like x. It is computed in
+    float32, or in float64 for float64.
 
     With a residual, of the shape of x, the sum comes first: h = x + residual, in the wider dtype of the two.
     The result then is (rms_norm(h), h), because a transformer needs both. x may have any strides, and weight

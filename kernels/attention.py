@@ -268,7 +268,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
     # Make a mask only where one is needed, as PyTorch's operation is faster without one. Its own causal flag
     # is aligned to the top left corner, so it is right only if T = S. A single query has the last position
     # and sees every key.
-    if window is not None and window >= S:
+    if window is not None and window >= max(T, S):
         window = None  # no key is that far from any query
     few_seen = causal and window is not None and 4 * max(window, BLOCK) <= S
     if few_seen and seqlens_k is None and q.device.type == "cpu" and T * S >= LONG:

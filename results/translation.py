@@ -4,13 +4,13 @@
     python -m results.translation --train train.tsv --val val.tsv --test test.tsv \\
         --out results/translation.json
 
-`train.py --model t5 --task translate` trains for 3,600 steps of 64 pairs, in about 50 minutes of one core of an
-Intel Xeon with AMX. The encoder and the decoder have four layers each, of width 128, with four heads. Then it
-translates --test, greedily and with four beams, with the model after the last step and with that of the
-smallest held-out loss, and measures BLEU as sacreBLEU does by default. For comparison it measures the BLEU of
-the sources as they are. Multi30k (Elliott et al. 2016) has 29,000 captions of photos in English and their
-translations to German; it is no part of this project. A picture of the cross attention of the first held-out
-caption is written beside --out, as a PNG.
+`train.py --model t5 --task translate` trains for 3,600 steps of 64 pairs, in about 50 minutes of one core of
+an Intel Xeon with AMX. The encoder and the decoder have four layers each, of width 128, with four heads. Then
+--test is translated, greedily and with four beams, by the model after the last step and by that of the
+smallest held-out loss, and BLEU is measured as sacreBLEU does by default. For comparison the BLEU of the
+sources as they are is measured. Multi30k (Elliott et al. 2016) has 29,000 captions of photos in English and
+their translations to German; it is no part of this project. A picture of the cross attention of the first
+held-out caption is written beside --out, as a PNG.
 
 A run in --work that has ended is not repeated, and one that was interrupted is continued. A figure that is in
 --out already is not measured again.

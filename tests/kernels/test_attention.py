@@ -550,6 +550,14 @@ def test_queries_before_the_first_key_give_zeros_in_blocks_too(monkeypatch):
     assert (out[:, :40] == 0).all() and (out - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("options", [{"window": 3}, {"window": 4, "seqlens_k": [1, 3]}], ids=["", "lengths"])
+def test_a_window_wider_than_the_keys_still_hides_them_from_queries_far_before(options, backend):
+    q, k, v, options = inputs(options, T=9, S=3)
+    out = attention(q, k, v, **options, backend=backend)
+    torch.testing.assert_close(out.double(), by_hand(q, k, v, **options), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("T, window", [(30, 3), (30, 7), (9, 4)])
 def test_a_window_in_blocks_of_queries_is_the_same(T, window, monkeypatch):
     """As a CPU computes it for long rows, also of fewer queries than keys, and with a bias."""

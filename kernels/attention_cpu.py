@@ -1,20 +1,22 @@
 """Attention of short rows on a CPU where oneDNN multiplies float32 matrices: one product for all heads.
 
-PyTorch's own attention multiplies small matrices, of one head at a time. oneDNN, which engine/cpu.py turns on
-because it is faster at the large products of a model, is several times slower at these. So here each block of
-queries takes one batched product for all N = B H heads of the batch:
+PyTorch's own attention multiplies the small matrices of one head at a time. oneDNN, which engine/cpu.py turns
+on because it is faster at the large products of a model, is several times slower at such small ones. So here
+one batched product takes all N = B H heads, for BLOCK queries at a time:
 
     p   = softmax(scale q k^T + bias)         out = p v
     dv  = p^T dout                            ds  = p (dp - sum_j p_j dp_j),  dp = dout v^T
     dq  = scale ds k                          dk  = scale ds^T q              dbias = sums of ds's diagonals
 
-The weights p are kept for the backward pass. They take O(T S) memory, so rows longer than SHORT go to
-PyTorch's own operation. A causal block of queries leaves out the keys after its last query, so that about
-half of the scores are never computed.
+The weights p are kept for the backward pass. They take O(T S) memory, so PyTorch's own operation computes
+rows of more than SHORT keys. With a causal mask a block of queries leaves out the keys after its last query,
+so that about half of the scores are never computed.
 
 Inputs in bfloat16 or float16 are converted to float32 first: oneDNN is slower at these products in bfloat16.
 
 Which library multiplies is a setting of PyTorch, for the whole process: see `onednn_multiplies`.
+
+Shapes: B batch, T query length, S key length, H query heads, G key/value heads, K head width, N = B H.
 """
 
 import math
@@ -45,12 +47,13 @@ onednn_multiplies._dynamo_marked_constant = True
 
 
 def applies(q: Tensor, k: Tensor) -> bool:
-    """Return True if `attend` is the faster way for q (B, T, H, K) and k (B, S, G, K), and gives the same."""
+    """Return True if `attend` computes the same as PyTorch's own attention in less time, for q (B, T, H, K)
+    and k (B, S, G, K)."""
     return q.shape[1] > 1 and k.shape[1] <= SHORT and _possible(q) and onednn_multiplies()
 
 
 def _possible(q: Tensor) -> bool:
-    """Return True if `attend` gives for q what PyTorch's own attention gives."""
+    """Return True if `attend` computes for q the same as PyTorch's own attention."""
     return q.device.type == "cpu" and q.dtype != torch.float64 and not transformed()
 
 
@@ -58,21 +61,25 @@ def at_once_is_faster(q: Tensor, shapes: list[tuple[int, int]], T: int, S: int) 
     """Return True if one call of `attend` for all rows, each padded to T queries and S keys, takes less time
     than a call for each. shapes: the queries and keys of each row without padding. q: (B, T, H, K).
 
-    Measured with gradients: a call costs as much as 200,000 products or more. Longer rows gain nothing.
+    As measured, forward and backward: a call takes as long as 200,000 multiplications of numbers or more.
+    Rows of more than BLOCK keys gain nothing.
     """
-    more = len(shapes) * T * S - sum(t * s for t, s in shapes)  # scores that a mask hides
+    more = len(shapes) * T * S - sum(t * s for t, s in shapes)  # scores of the padding
     worth = len(shapes) > 1 and more * q.shape[2] * q.shape[3] <= 200_000 * len(shapes)
     return worth and S <= BLOCK and _possible(q)
 
 
 def mask_is_faster(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> bool:
-    """Return True if one call for all rows, in which a mask hides the keys that do not exist, is possible and
-    takes less time than a call for each row. A call costs as much as about 40,000 products."""
+    """Return True if one call of PyTorch's attention for all rows, with a mask over the keys after the end of
+    each, is possible and takes less time than a call for each row. lengths: the keys of each row.
+
+    A call takes as long as about 40,000 multiplications of numbers.
+    """
     T, S, width = q.shape[1], k.shape[1], q.shape[2] * q.shape[3]
     least = min(lengths, default=0)
     if least < T or (len(lengths) * S - sum(lengths)) * T * width > 40_000 * len(lengths):
         return False
-    # A mask hides neither NaN nor numbers so large that their scores overflow.
+    # Masked keys enter the products too: NaN, or numbers so large that scores overflow, would reach the sum.
     return least == S or all(bool(x[:, least:].abs().amax() < 1e10) for x in (k, v))
 
 
@@ -85,9 +92,11 @@ def attend(
     bias: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q. causal: T = S. bias: None, or
-    (H, T + S - 1), the numbers of `attention.bias_by_distance`. lengths: None, or (B,), at least 1: the keys
-    from lengths[b] on are hidden in row b; they and their values have to be finite."""
+    """Return the attention of q (B, T, H, K) over k and v (B, S, G, K), like q.
+
+    causal: only with T = S. bias: None, or (H, T + S - 1), from `attention.bias_by_distance`. lengths: None,
+    or (B,), each at least 1: row b sees only its first lengths[b] keys, and the others have to be finite.
+    """
     B, H, dtype, n_shared = q.shape[0], q.shape[2], q.dtype, q.shape[2] // k.shape[2]
     if n_shared > 1:
         k, v = (x.repeat_interleave(n_shared, dim=2) for x in (k, v))  # (B, S, H, K)
@@ -101,9 +110,11 @@ def attend(
 
 
 def attend_documents(q, k, v, sizes: list[int], causal: bool, scale: float, bias=None) -> Tensor:
-    """Return the attention, like q, of documents that lie one after another in q (1, T, H, K) and in k and v
-    (1, T, G, K), at once: each becomes a row as long as the longest. sizes: of the documents, T together.
-    bias: None, or (H, 2 L - 1) for the longest, L."""
+    """Return the attention, like q, within documents that lie one after another in q (1, T, H, K) and in k
+    and v (1, T, G, K). One call of `attend` computes all, each padded to the length L of the longest.
+
+    sizes: the tokens of each document, T in total. bias: None, or (H, 2 L - 1), as for `attend`.
+    """
     lengths = torch.tensor([n for n in sizes if n])
     ends, L = lengths.cumsum(0), int(lengths.max())
     exists = torch.arange(L) < lengths[:, None]  # (N, L)
@@ -137,7 +148,8 @@ def _blocks(weights: Tensor, q: Tensor, k: Tensor, causal: bool) -> Iterator[tup
 
 
 def toeplitz(by_distance: Tensor, T: int, S: int) -> Tensor:
-    """Return the matrices (H, T, S) whose row i holds by_distance[:, T - 1 - i :] of (H, T + S - 1)."""
+    """Return matrices (H, T, S) from by_distance (H, T + S - 1): row i is the S numbers from T - 1 - i on, so
+    that each diagonal holds one number."""
     return by_distance.unfold(1, S, 1).flip(1)
 
 
@@ -148,7 +160,7 @@ def _diagonal_sums(matrices: Tensor) -> Tensor:
 
 
 def _distances(rows: slice, seen: slice, T: int) -> slice:
-    """Return the part of the T + S - 1 distances that a block of queries and its keys have."""
+    """Return which of the T + S - 1 distances a block of queries and the keys that it sees have."""
     return slice(T - rows.stop, T - rows.start + seen.stop - 1)
 
 
@@ -163,8 +175,8 @@ def _all_heads(
     bias: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention of q (N, T, K) over k and v (N, S, K) in float32, and the weights, flat. hidden:
-    None, or (B, S), 0 for the keys that a row sees and -inf for the others."""
+    """Return the attention of q (N, T, K) over k and v (N, S, K) in float32, and the weights, flat, as
+    `_blocks` divides them. hidden: None, or (B, S), 0 where a row sees the key and -inf elsewhere."""
     N, T, _ = q.shape
     out, weights = torch.empty_like(q), q.new_empty(N * _n_weights(T, k.shape[1], causal))
     q, later = q * scale, torch.full((BLOCK, BLOCK), -math.inf).triu(1)

@@ -1,8 +1,8 @@
-"""Which implementation of an operation runs, and what the kernels need to know of the device.
+"""Which implementation of an operation runs, and the properties of the device on which kernels depend.
 
 The names that a caller may give as `backend`:
 
-    reference    plain PyTorch, the definition: any device, any float dtype
+    reference    plain PyTorch, which defines the result: any device, any float dtype
     torch        PyTorch's own fused operation
     triton       the kernels of this package: on a GPU, or, with TRITON_INTERPRET=1, on a CPU in Triton's
                  interpreter, which runs one program after the other (very slow, for tests)
@@ -23,7 +23,7 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # as on macOS: the kernels are defined all the same, but never run
+except ImportError:  # as on macOS: the kernels are defined there too, but never run
     triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl, TensorDescriptor = SimpleNamespace(constexpr=None), None
 
@@ -60,7 +60,7 @@ def transformed() -> bool:
 
 
 def refuse_transforms(operation: str, backend: str) -> None:
-    """Raise ValueError under a transform of torch.func, of which our registered operations have no rules."""
+    """Raise ValueError under a transform of torch.func, for which registered operations have no rules."""
     if transformed():
         raise ValueError(
             f"{operation}: backend {backend!r} does not run under torch.func or in forward-mode "
@@ -69,11 +69,11 @@ def refuse_transforms(operation: str, backend: str) -> None:
 
 
 def refuse_second_derivative(operation: str, backward) -> None:
-    """Make the derivative of `backward`, the registered gradient of an operation, an error that says so."""
+    """Make it an error with a clear message to differentiate `backward`, the gradient of an operation."""
 
     def refuse(ctx, *gradients):
         raise NotImplementedError(
-            f'{operation}: this backend has no second derivative; use backend="reference", which has all'
+            f'{operation}: this backend has no second derivative; use backend="reference", which has one'
         )
 
     backward.register_autograd(refuse)
@@ -105,8 +105,8 @@ def family(arch: str) -> str:
 def precision(x: Tensor) -> str:
     """Return how the kernels multiply float32 tiles, following torch.set_float32_matmul_precision.
 
-    On NVIDIA GPUs even the highest is a sum of three products in TF32, almost as exact: without tensor cores
-    the tiles would not fit the registers.
+    On NVIDIA GPUs even "highest" is a sum of three products in TF32, almost as exact as float32: tiles of
+    exact float32 products, which use no tensor cores, would not fit the registers.
     """
     if not architecture(x).startswith("sm_"):
         return "ieee"

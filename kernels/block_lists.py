@@ -1,9 +1,11 @@
 """Lists of the queries that selected each block, for the kernels of attention over selected blocks.
 
-An entry is one of the n blocks of one choice. There are E = B T C n entries, numbered as in blocks
-(B, T, C, n), flat. The list number of an entry is the row of the batch b, the key head g and the block in one
-number, (b G + g) (n_blocks + 1) + block. Sorted by it, the entries of each block are beside each other. How
-long the lists are stays in the memory of the GPU: to read it on the CPU would mean to wait.
+In kernels/selected_attention.py every token makes C choices of n blocks of keys each, and h heads share a
+choice. An entry is one block of one choice: the tensor blocks (B, T, C, n) has E = B T C n entries, numbered
+in its order. One list holds the entries that selected the same block of the same key head g in the same row b
+of the batch. Its number is (b G + g) (n_blocks + 1) + block, where block n_blocks stands for none. Sorted by
+list number, the entries of each list are beside each other. The lengths of the lists stay in the memory of
+the GPU: to read them on the CPU would mean to wait for the GPU.
 
 Shapes: B batch, T query length, S key length, G key heads, C choices per token, h heads of a choice,
 n selected blocks, n_blocks blocks of keys in a row, K head width, E entries, R parts of lists.
@@ -18,8 +20,8 @@ from torch import Tensor
 def cleaned(blocks: Tensor, block_size: int, S: int, seqlens_k: Tensor | None) -> tuple[Tensor, int]:
     """Return the blocks (B, T, C, n) as int32 in ascending order, and n_blocks, how many blocks a row has.
 
-    An entry that selects nothing, repeats the entry before it, or begins after the query becomes n_blocks,
-    the number of no block.
+    An entry becomes n_blocks, which stands for no block, if it is below 0, repeats the entry before it, or is
+    a block that begins after the position of the query.
     """
     T, n_blocks = blocks.shape[1], -(-S // block_size)
     end = torch.full((1,), S, device=blocks.device) if seqlens_k is None else seqlens_k.clamp(max=S)
@@ -45,9 +47,9 @@ def lists_of(blocks: Tensor, n_blocks: int, G: int) -> tuple[Tensor, Tensor]:
 def segments(starts: Tensor, n_blocks: int, E: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut the lists into parts of at most `length` entries; return int32 owner (R,), begin (R,) and ends.
 
-    owner: the number of the part's list, -1 for no part. begin: where the part begins in the order of
-    `lists_of`. ends, for each list: how many parts it and the lists before it have. R is the most parts that
-    E entries can have.
+    owner: the number of each part's list, -1 for no part. begin: where the part begins in the order of
+    `lists_of`. ends: for each list, how many parts it and the lists before it have. R is the most parts that
+    E entries can make. The list of no block has no parts.
     """
     counts = (starts[1:] - starts[:-1]).view(-1, n_blocks + 1)
     n_parts = (counts + length - 1) // length
@@ -62,8 +64,8 @@ def segments(starts: Tensor, n_blocks: int, E: int, length: int) -> tuple[Tensor
 
 
 def merged(parts: Tensor, lse: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out, like q, and lse (B, T, H), in base 2, from the n parts (B, T, C, n, h, K) of each row and
-    their lse (B, T, C, n, h): the mean of the parts, each weighted with 2^lse."""
+    """Return out, like q, and lse (B, T, H), in base 2, from the attention of each query to each of its n
+    blocks, parts (B, T, C, n, h, K), and its lse (B, T, C, n, h): the mean of parts with weights 2^lse."""
     most = lse.amax(3, keepdim=True)
     share = torch.exp2(lse - most.masked_fill(most == -math.inf, 0))
     total = share.sum(3)  # (B, T, C, h)

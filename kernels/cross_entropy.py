@@ -10,22 +10,22 @@ per token and before the mean:
     dx_iv = (1 + 2 z_loss lse_i) softmax_iv - [v = target_i],  softcap: times 1 - (x_iv / c)^2
     dhidden = dx W,  dW = dx^T hidden
 
-Where the memory goes. N tokens of width D are N D numbers of hidden and N V logits. At D = 768, V = 50257 the
-logits, their softmax and their gradient need more memory than the rest of a small model. But the loss of a
-token needs only its own V logits, and of the backward pass dx needs only one factor, the same for all tokens.
-So the forward pass takes one chunk of tokens after the other: it computes their logits, dx in the place of
-the logits, and from dx their rows of dhidden and their share of dW. The backward pass multiplies both by the
-factor. A chunk has about as many logits as all tokens have numbers of hidden; a larger V makes it shorter.
+Where the memory goes: N tokens of width D have N D numbers of hidden, and N V logits. With D = 768, V = 50257
+the logits, their softmax and their gradient need more memory than the rest of a small model. But the loss of
+a token needs only its own V logits, and so does its dx, up to one factor: the gradient of the loss, which the
+backward pass brings and which is the same for all tokens. So the forward pass takes one chunk of tokens after
+the other: it computes their logits, dx in the place of the logits, and from dx their rows of dhidden and
+their share of dW. The backward pass multiplies both by the factor.
 
     reference   the equations above, on all logits at once
     torch       PyTorch's own: F.cross_entropy, or for many logits F.linear_cross_entropy, which has chunks
-                too; no soft-cap, no z-loss
+                too; without soft-cap and z-loss
     triton      chunks, with one kernel that reads logits and writes the losses, and dx in their place
     chunked     chunks, in PyTorch operations
-    auto        triton on a GPU; elsewhere chunked, or torch if all logits fit the cache of a CPU
+    auto        triton on a GPU; elsewhere chunked, or, where it can, torch if all logits fit a CPU's cache
 
 Gradients in the forward pass, chunk by chunk: Liger-Kernel (Hsu et al. 2024, section 3.2). Cut Cross-Entropy
-(Wijmans et al. 2024) keeps even the chunk on chip, and multiplies hidden and W once more for it.
+(Wijmans et al. 2024) does not even store the logits of a chunk, but multiplies hidden and W once more.
 
 Shapes: N tokens, D model width, V vocabulary.
 """
@@ -70,25 +70,26 @@ def linear_cross_entropy(
     a GPU its row of hidden must be finite. If all targets are ignored, both results are 0, with zero
     gradients. Under autocast the products run in its dtype, like those of F.linear.
 
-    backend: see the top of this file. Only "reference" has a second derivative.
+    softcap: above 0. backend: see the top of this file. Only "reference" has a second derivative.
     Raises ValueError if shapes or dtypes do not fit each other or the backend cannot compute this; on a CPU
     also for a target out of range. On a GPU, where a check would wait for the GPU, such a target makes the
     loss NaN.
     """
-    N, D, V = targets.numel(), hidden.shape[-1], weight.shape[0]
-    if hidden.shape[:-1] != targets.shape or weight.shape != (V, D) or targets.dtype != torch.int64:
+    N, (V, D) = targets.numel(), weight.shape if weight.dim() == 2 else (0, 0)
+    if hidden.shape != (*targets.shape, D) or V == 0 or targets.dtype != torch.int64:
         raise ValueError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
-            f"{tuple(targets.shape)} {targets.dtype}: expected (..., D), (V, D) and (...) torch.int64"
+            f"{tuple(targets.shape)} {targets.dtype}: expected (..., D), (V, D), V > 0, and (...) torch.int64"
         )
-    # Autocast, as in F.linear.
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"linear_cross_entropy: softcap {softcap}: expected above 0, or None for none")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if hidden.dtype != weight.dtype:
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(
-            f"linear_cross_entropy: hidden {hidden.dtype}, weight {weight.dtype}: expected one dtype"
+            f"linear_cross_entropy: hidden {hidden.dtype}, weight {weight.dtype}: expected one float dtype"
         )
 
     # One row per token.
@@ -114,7 +115,7 @@ def linear_cross_entropy(
 
 
 def check_range(targets: Tensor, valid: Tensor, V: int, ignore_index: int) -> None:
-    """Raise ValueError for a valid target outside 0 ... V - 1, where the check does not wait for a device."""
+    """Raise ValueError for a valid target outside 0 ... V - 1, unless the check would wait for a GPU."""
     if readable(targets):
         outside = valid & ((targets < 0) | (targets >= V))
         if outside.any():
@@ -124,7 +125,7 @@ def check_range(targets: Tensor, valid: Tensor, V: int, ignore_index: int) -> No
 
 
 def without_ignored(hidden: Tensor, valid: Tensor) -> Tensor:
-    """Return hidden with zeros in the rows of ignored tokens, as 0 times NaN there would be NaN."""
+    """Return hidden (N, D) with zeros in the rows of ignored tokens: 0 times NaN there would be NaN."""
     return hidden if readable(valid) and valid.all() else hidden.masked_fill(~valid[:, None], 0)
 
 
@@ -166,8 +167,8 @@ def _torch(hidden, weight, targets, ignore_index):
     if hidden.shape[0] * weight.shape[0] <= IN_CACHE or not HAS_CHUNKS:
         logits = F.linear(hidden, weight).to(wide)
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    # Its loss has the dtype of hidden. A sum in 16 bits would be wrong by a percent, so it returns one loss
-    # per token, and these are added in float32.
+    # F.linear_cross_entropy returns the dtype of hidden. A sum in 16 bits would be wrong by a percent, so for
+    # 16 bits it returns one loss per token, and these are added in float32.
     reduction = "none" if hidden.dtype != wide else "sum"
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)
     return F.linear_cross_entropy(
@@ -179,10 +180,10 @@ def rows_per_chunk(N: int, D: int, V: int, device: str) -> int:
     """Return how many of N tokens a chunk has: a power of two, unless N is smaller.
 
     On a GPU at most N D / V, so that a chunk has no more logits than there are numbers of hidden; elsewhere
-    as many as fit the cache. But always enough to keep the matrix products fast. Adding the share of a chunk
-    to dW takes 2 V D operations per row, and reads and writes 8 V D bytes for any number of rows; below
-    several hundred rows the bytes take longer on an H100. (From D = 512 on, 1024 rows of bfloat16 logits
-    take no more memory than dW.)
+    as many as fit the cache. But always enough to keep the matrix products fast: to add the share of a chunk
+    to dW takes 2 V D operations per row, and reads and writes 8 V D bytes for any number of rows. By the data
+    sheet of an H100, 989 TFLOPS and 3.35 TB/s, the bytes take longer below about 1,200 rows. (From D = 512
+    on, 1024 rows of bfloat16 logits take no more memory than dW.)
     """
     fewest, logits = (1024, N * D) if device == "cuda" else (256, IN_CACHE)
     rows = 1 << (max(logits // V, 1).bit_length() - 1)
@@ -201,7 +202,8 @@ def _in_chunks(
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return sums over tokens, the loss with z and z, and the gradients of the first: dhidden and dweight.
+    """Return the sum over tokens of the loss with z, that of z, and the gradients of the first, dhidden and
+    dweight, by chunks; kernel: with the Triton kernel.
 
     dhidden is like hidden, dweight in float32 or wider; a gradient that is not needed is empty.
     """
@@ -219,15 +221,16 @@ def _in_chunks(
     stride = triton.cdiv(V, 64) * 64 if kernel else V
     logits = hidden.new_empty(rows, stride)
     to_gradient = to_gradient_triton if kernel else to_gradient_plain
-    rest = (ignore_index, softcap, z_loss, need_dhidden or need_dweight)
+    options = (ignore_index, softcap, z_loss, need_dhidden or need_dweight)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         h = hidden[part]
+        # dx is 0 for an ignored token, but 0 times NaN or infinity in its row would be NaN in dweight.
         if need_dweight and not hidden.is_cuda and not h.sum(dtype=wide).isfinite():
             h = without_ignored(h, targets[part] != ignore_index)
         x = logits[: len(h), :V]
         torch.mm(h, weight.T, out=x)
-        to_gradient(x, targets[part], nll[part], lse[part], *rest)
+        to_gradient(x, targets[part], nll[part], lse[part], *options)
         if need_dhidden:
             torch.mm(x, weight, out=dhidden[part])
         if need_dweight:
@@ -253,10 +256,8 @@ def config_of(x: Tensor, V: int) -> configs.CrossEntropy:
 
 
 def to_gradient_triton(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
-    """Write the losses of logits (rows, V), without z, to nll (rows,), and lse (rows,); both 0 if ignored.
-
-    If need_gradient, the gradient of the losses with z replaces the logits.
-    """
+    """Write the losses of logits (rows, V), without z, to nll (rows,), and lse (rows,); both are 0 for an
+    ignored target. If need_gradient, the gradient of the losses with z replaces the logits."""
     rows, V = logits.shape
     config = config_of(logits, V)
     block = min(triton.next_power_of_2(V), config.block)
@@ -269,7 +270,7 @@ def to_gradient_triton(logits, targets, nll, lse, ignore_index, softcap, z_loss,
 
 
 def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, need_gradient):
-    """Do the same in PyTorch operations; the logits are overwritten in any case."""
+    """Do the same as `to_gradient_triton` in PyTorch operations; the logits are overwritten in any case."""
     x = logits.to(nll.dtype)  # a copy only if logits have 16 bits
     valid = (targets != ignore_index)[:, None]
     if not (readable(valid) and valid.all()):
@@ -302,7 +303,7 @@ def to_gradient_plain(logits, targets, nll, lse, ignore_index, softcap, z_loss, 
 
 @triton.jit
 def _capped(x, softcap):
-    """Return softcap * tanh(x / softcap), for small |u| by the series, where 1 - exp(-2 |u|) loses digits."""
+    """Return softcap * tanh(x / softcap). A small |u| takes the series, as 1 - exp(-2 |u|) loses digits."""
     u = x / softcap
     e = tl.exp(-2 * tl.abs(u))
     large = tl.where(u < 0, e - 1, 1 - e) / (1 + e)
@@ -313,7 +314,7 @@ def _capped(x, softcap):
 
 @triton.jit
 def _load_logits(row, start, stride, V, valid, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Return a block of columns and their logits, with the soft-cap: 0 from V on, and in an ignored row."""
+    """Return the columns from start on and their logits, soft-capped: 0 from V on, and in an ignored row."""
     columns = start + tl.arange(0, BLOCK)
     # The bound is the stride, a multiple of 16; with the bound V, each number would be loaded by itself.
     x = tl.load(row + columns, mask=columns < stride, other=0.0).to(tl.float32)
@@ -326,7 +327,7 @@ def _to_gradient_kernel(
     Logits, Targets, NLL, LSE, stride, V, ignore_index, softcap, z_loss,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program reads one row twice, the second time from the L2 cache, which all rows in progress fit.
+    # A program reads its row twice, the second time from the L2 cache, which holds all rows in progress.
     i = tl.program_id(0)
     row = Logits + i.to(tl.int64) * stride
     target = tl.load(Targets + i)
@@ -375,7 +376,7 @@ def _save(ctx, inputs, output):
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient * factor in dtype."""
-    # A (1, 1) matrix, because PyTorch would first round a scalar to the dtype of a 16-bit gradient.
+    # The factor is a matrix (1, 1), as PyTorch would first round a scalar to the dtype of a 16-bit gradient.
     return torch.mul(gradient, factor[None, None], out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 

@@ -2,24 +2,28 @@
 
     y = x W^T        x (B, D), one token of each row; W (N, D)
 
-So few rows leave the cores waiting for W, and the time depends on how W lies in memory:
+With so few rows the cores wait until W is read, and the time depends on how W is stored in memory:
 
-    B = 1     by columns, if W has at least as many rows as columns: F.linear is up to twice as fast
-    B > 1     in the blocks that oneDNN reads in one go, as torch.compile lays out the weights of a model that
-              it freezes: all of generation with 8 rows was 1.2 times as fast as with (W x^T)^T in MKL, and
-              1.5 times as fast as with F.linear
-    B > 1     on an Intel CPU, for which MKL is made, by columns: a product of 2 to 9 rows with matrices of
-              width 320 took a half to a third of the time of oneDNN's, and of F.linear's down to a half
+    B = 1            by columns, if W has at least as many rows as columns: F.linear is up to twice as fast
+    B > 1            in the blocks that oneDNN reads in one go, as torch.compile stores the weights of a model
+                     that it freezes: generation with 8 rows was 1.2 times as fast as with (W x^T)^T in MKL,
+                     and 1.5 times as fast as with F.linear
+    B > 1, Intel     by columns, which MKL, made for these CPUs, multiplies fastest: a product of 2 to 9 rows
+                     with matrices of width 320 took a half to a third of the time that it takes with oneDNN,
+                     and down to half of the time of F.linear
 
-(two threads of an AMD EPYC of family 25, a model of 10M parameters, but for the last: one thread of an Intel
-Xeon with AMX, which other programs used too). Whatever its size, an operation has to
-be started, which takes longer than the arithmetic of a small one. So layers that read the same x, such as
-those of queries, keys and values, become one product with their weights below each other; and with n the
-Euclidean length of x, RMSNorm is
+The first two were measured on two threads of an AMD EPYC of family 25, with a model of 10M parameters; the
+last on one thread of an Intel Xeon with AMX, which other programs used too.
+
+To start an operation takes longer than the arithmetic of a small one. So layers that read the same x, such as
+those of queries, keys and values, become one product, with their weights stacked to one matrix. And RMSNorm,
+with n the Euclidean length of x, is computed as
 
     y = x / hypot(n, sqrt(D eps)) * (sqrt(D) weight)        4 operations; PyTorch's own norm takes 12
 
-`arrange` returns a copy of a model in which all this is done. `draw` chooses the next tokens.
+`arrange` returns a copy of a model with these changes. `draw` chooses the next tokens.
+
+Shapes: B rows of the batch, D width of x, N width of y, V vocabulary.
 """
 
 import copy
@@ -33,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGE = 1 << 17  # numbers of a matrix from which on its layout matters: smaller ones stay in the caches
-STEPS = 32  # tokens from which on: to arrange a model of 10M parameters takes as long as 10 to 15 steps save
+LARGE = 1 << 17  # the fewest numbers of a matrix whose layout matters; smaller matrices stay in the caches
+STEPS = 32  # the fewest tokens to arrange a model for: with 10M parameters it takes what 10 to 15 steps save
 
 
 @cache
@@ -46,9 +50,9 @@ def is_intel_with_mkl() -> bool:
 
 
 class Product(nn.Module):
-    """Linear layers of the same input as one layer (..., D) -> (..., N), N = N_1 + N_2 ..., for n_rows rows.
+    """Linear layers that read the same input, as one layer (..., D) -> (..., N), for inputs of n_rows rows.
 
-    Each has a weight (N_i, D) and a bias (N_i,), or all of them have the bias None.
+    Layer i has a weight (N_i, D) and a bias (N_i,), or all of them have the bias None; N = N_1 + N_2 + ...
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], n_rows: int):
@@ -73,7 +77,7 @@ class Product(nn.Module):
 
 
 class SmallNorm(nn.Module):
-    """RMSNorm over the last dimension, of few rows; see the header."""
+    """RMSNorm of x (..., D) over its last dimension, by the second equation at the top of this file."""
 
     def __init__(self, weight: Tensor, eps: float):
         super().__init__()
@@ -87,8 +91,8 @@ class SmallNorm(nn.Module):
 
 
 def products(module: nn.Module, x: Tensor) -> Sequence[Tensor]:
-    """Return what the linear layers that module.same_input names make of x (..., D): by one product, if
-    `arrange` has joined them."""
+    """Return the outputs (..., N_i) of the linear layers that module.same_input names, for x (..., D); by one
+    product, if `arrange` has joined them."""
     joined = getattr(module, "joined", None)
     if joined is None:
         return [getattr(module, name)(x) for name in module.same_input]
@@ -106,11 +110,12 @@ def is_plain(layer: nn.Module | None) -> bool:
 
 
 def gains_by_compiling(model: nn.Module) -> bool:
-    """Return False for a model of large matrices on a CPU.
+    """Return True if torch.compile makes generation faster: not on a CPU with large matrices, apart from
+    embeddings and head.
 
-    A compiled step attends to every slot of the cache, and masks those that are empty. This takes longer than
-    is saved where products are most of a step: with 8 rows it was slower from width 256 on, with one row at
-    10M parameters.
+    A compiled step attends to every slot of the cache and masks the empty ones. Where products are most of a
+    step, this takes longer than compiling saves: it was slower with 8 rows from width 256 on, and with one
+    row at 10M parameters.
     """
     names = (name for name, x in model.named_parameters() if x.ndim == 2 and on_cpu(x) and x.numel() >= LARGE)
     return all("embed" in name or "lm_head" in name or "shared" in name for name in names)
@@ -118,11 +123,12 @@ def gains_by_compiling(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def arrange(model: nn.Module, n_rows: int, n_steps: int) -> nn.Module:
-    """Return a copy of a model of generate.py that is faster in n_steps of n_rows tokens, or itself.
+    """Return a copy of a model for generate.py that generates n_steps tokens of n_rows rows faster, or the
+    model itself for fewer than STEPS tokens, and if it is not on a CPU in float32.
 
     In the copy linear layers are `Product`s: one for those that a module names in `same_input`, one for every
-    other layer, and one for a head that is the embedding matrix. Whatever is not rearranged is shared with
-    the model, which stays as it is; so there is at most one more copy of the weights.
+    other layer, and one for a head that is the embedding matrix. The copy shares all other tensors with the
+    model, which stays as it is; so there is at most one more copy of the weights.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if n_steps < STEPS or not on_cpu(tensors[0]):
@@ -133,7 +139,8 @@ def arrange(model: nn.Module, n_rows: int, n_steps: int) -> nn.Module:
     joined = set()
     for module in list(arranged.modules()):
         layers = [getattr(module, name) for name in getattr(module, "same_input", ())]
-        if len(layers) > 1 and all(map(is_plain, layers)):
+        alike = all(map(is_plain, layers)) and len({layer.bias is None for layer in layers}) == 1
+        if len(layers) > 1 and alike:
             module.joined = Product([x.weight for x in layers], [x.bias for x in layers], n_rows)
             joined.update(layers)
         if getattr(module, "lm_head", module) is None and on_cpu(module.head_weight):
@@ -156,5 +163,5 @@ def draw(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     ends = p.cumsum(dim=-1, dtype=torch.float64)
     u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
-    # The first index whose end is above u: one of probability 0 ends where the one before does.
+    # The first index whose end is above u: never one of probability 0, which ends where the one before ends.
     return torch.searchsorted(ends, u * ends[:, -1:], right=True).clamp(max=p.shape[-1] - 1)

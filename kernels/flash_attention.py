@@ -1,20 +1,23 @@
 """FlashAttention: exact attention that never stores the T x S scores. flash_backward.py is its gradient.
 
 A program owns a tile of queries and goes through the tiles of keys that they see. A softmax needs the largest
-score of its row before the first exponential. The *online* softmax keeps the largest score so far, m, and
-corrects its sums whenever a larger one appears. The exponentials are in base 2, which the hardware computes,
-with s_ij = scale log2(e) q_i . k_j:
+score of its row before the first exponential. The *online* softmax keeps the largest score so far, m, and two
+sums so far, l of the exponentials and acc of the values that they weight. Whenever a larger score appears, it
+corrects both sums. The exponentials are in base 2, which the hardware computes, with
+s_ij = scale log2(e) q_i . k_j:
 
     m'  = max(m, max_j s_ij)              p_ij = 2^(s_ij - m')
     l   = l 2^(m - m') + sum_j p_ij       acc  = acc 2^(m - m') + sum_j p_ij v_j
 
 At the end out_i = acc / l, and lse_i = m + log2(l) is kept for the backward pass.
 
-Every query sees an interval of keys, of which some tiles need no mask; flash_tiles.py has this, and what all
-kernels of attention share.
+Every query sees an interval of keys, and many tiles of keys need no mask: flash_tiles.py explains which, and
+has the parts that all kernels of attention share.
 
 FlashAttention-2 (Dao 2023, algorithm 1); online softmax (Milakov and Gimelshein 2018). Memory: q is read
 once, k and v once per tile of queries, mostly from the L2 cache; only out and lse are written, O(T).
+
+Shapes: as in flash_tiles.py. A tile has BLOCK_M queries or BLOCK_N keys, of BLOCK_K columns.
 """
 
 from typing import Any, NamedTuple
@@ -40,7 +43,7 @@ from kernels.flash_tiles import (
 
 
 class QueryTile(NamedTuple):
-    """A tile of queries, and how it goes through the tiles of keys: see the header."""
+    """A tile of queries, and which tiles of keys it goes through."""
 
     i0: Any  # its first query
     b: Any  # its row
@@ -61,9 +64,9 @@ class Keys(NamedTuple):
     k: Any
     v: Any
     n_keys: Any  # keys in the row
-    b: Any
-    g: Any
-    low: Any  # as in QueryTile
+    b: Any  # the row
+    g: Any  # the key/value head
+    low: Any  # (BLOCK_M,), as in QueryTile, like the next two
     high: Any
     p: Any
     h: Any  # the head of the queries, or that of each of them
@@ -72,7 +75,9 @@ class Keys(NamedTuple):
 
 @triton.jit
 def middle(low_last, high_first, end, BLOCK: tl.constexpr):
-    """Return (left, right): of the tiles up to `end`, those from left to right need no mask."""
+    """Return (left, right): of the tiles of BLOCK keys up to `end`, those from left to right need no mask, as
+    every query of a tile sees the keys from low_last to high_first. Likewise with keys and queries exchanged.
+    """
     left = tl.minimum(tl.cdiv(low_last, BLOCK) * BLOCK, end)
     return left, tl.maximum(high_first // BLOCK * BLOCK, left)
 
@@ -88,7 +93,7 @@ def query_tile(number, H, masks, const: tl.constexpr):
     b, h = bh // H, bh % H
     n_keys, offset = keys_of_row(b, masks)
 
-    # The intervals of all its queries; then those of the first and the last, which bound the walk.
+    # The intervals of all its queries; then those of the first and the last, which bound the loops over keys.
     i = tl.minimum(i0 + tl.arange(0, const.BLOCK_M), masks.n_queries - 1)
     i_last = tl.minimum(i0 + const.BLOCK_M, masks.n_queries) - 1
     low, high = keys_seen(i, offset, n_keys, masks, const)
@@ -103,7 +108,8 @@ def query_tile(number, H, masks, const: tl.constexpr):
 def scores(qk, scale, SOFTCAP: tl.constexpr):
     """Return (s, c): s * c is the score in base 2, with log2(e) = 1.4427 as a part of c.
 
-    They stay apart so that s * c minus the largest score is one instruction. With a soft-cap, s is the tanh.
+    They stay apart so that s * c minus the largest score is one instruction. With a soft-cap, s is the tanh,
+    computed as tanh(u) = 2 sigmoid(2 u) - 1.
     """
     if SOFTCAP is None:
         s, c = qk, scale * 1.4426950408889634
@@ -115,9 +121,9 @@ def scores(qk, scale, SOFTCAP: tl.constexpr):
 @triton.jit
 def load_keys(x, keys, start, INSIDE: tl.constexpr, const: tl.constexpr):
     """Return the keys or values from `start` on, (BLOCK_N, BLOCK_K), with zeros after the last key of the
-    row: what stands behind it may be NaN, which a product with zero does not remove."""
+    row: memory there may hold NaN, and a weight of 0 times NaN is NaN."""
     tile = load_rows(x, keys.b, start, keys.g, keys.n_keys, const.BLOCK_N, INSIDE, const)
-    # TMA writes zeros after row S alone.
+    # TMA fills in zeros only after key S, not after the last key of a shorter row.
     if const.TMA and const.LENGTHS and not INSIDE:
         tile = tl.where(start + tl.arange(0, const.BLOCK_N)[:, None] < keys.n_keys, tile, 0.0)
     return tile

@@ -1,19 +1,21 @@
 """FlashAttention backward: the gradients of q, k and v, with the scores computed again tile by tile.
 
 With s_ij = scale log2(e) q_i . k_j and lse_i of the forward pass, p_ij = 2^(s_ij - lse_i) is the softmax
-again, so one number per row is all that was kept. With delta_i = dout_i . out_i,
+again. So the forward pass keeps only one number per query besides out. With delta_i = dout_i . out_i,
 
     ds_ij = p_ij (dout_i . v_j - delta_i)
     dv_j  = sum_i p_ij dout_i             dk_j = scale sum_i ds_ij q_i            dq_i = scale sum_j ds_ij k_j
 
 For dk and dv a program owns a tile of keys and sums over the queries of all heads that share them; for dq
 another program owns a tile of queries. Each sum has one owner, so nothing is atomic and every run gives the
-same bits. The price is that the scores are computed twice: seven products of tiles instead of five.
+same bits. The price is that scores and dout_i . v_j are computed twice: seven products of tiles, not five.
 
-Which tiles are left out and which need no mask follows as in flash_attention.py: the queries that see key j
-are an interval too, and its ends grow with j.
+Which tiles are left out and which need no mask follows as in flash_tiles.py: the queries that see key j are
+an interval too, and its ends grow with j.
 
 FlashAttention-2 (Dao 2023, algorithm 2).
+
+Shapes: as in flash_tiles.py.
 """
 
 from typing import Any, NamedTuple
@@ -55,8 +57,8 @@ class KeyTile(NamedTuple):
 class Queries(NamedTuple):
     """The queries, and what the backward pass needs of each of them."""
 
-    q: Any
-    dout: Any
+    q: Any  # (B, T, H, K)
+    dout: Any  # (B, T, H, K)
     lse: Any  # (B, H, T), from the forward pass
     delta: Any  # (B, H, T)
     H: Any
@@ -114,7 +116,8 @@ def dkdv_over_queries(
         row = (keys.b * queries.H + h).to(tl.int64) * masks.n_queries + i
         q = load_rows(queries.q, keys.b, start, h, masks.n_queries, const.BLOCK_M, not MASKED, const)
         do = load_rows(queries.dout, keys.b, start, h, masks.n_queries, const.BLOCK_M, not MASKED, const)
-        # Rows after the last query have scores of 0, and the bias of 0 may be large: p is 0 with lse = inf.
+        # After the last query q and dout are zeros, so that with lse = 0 no term of p = 1 is left. But a bias
+        # could make p infinite, and infinity times 0 is NaN: with lse = inf, p is 0.
         missing: tl.constexpr = float("inf") if const.BIASED else 0.0
         lse = tl.load(queries.lse + row, mask=i < masks.n_queries, other=missing)
         delta = tl.load(queries.delta + row, mask=i < masks.n_queries, other=0.0)
@@ -159,15 +162,15 @@ def dkdv_kernel(
     b, g = bg // G, bg % G
     n_keys, offset = keys_of_row(b, masks)
 
-    # The queries that see its first and its last key bound the walk; a tile after the last key has none.
+    # The queries that see its first and its last key bound the loops; a tile after the last key has none.
     j_last = tl.minimum(j0 + BLOCK_N, n_keys) - 1
     begin, full_end = queries_seeing(j0, offset, masks, const)
     full_begin, end = queries_seeing(j_last, offset, masks, const)
     end, full_end = tl.where(j0 < n_keys, end, 0), tl.where(j0 < n_keys, full_end, 0)
     left, right = middle(full_begin, full_end, end, const.BLOCK_M)
 
-    # The tile of keys stays loaded, and the queries pass: with a mask, without, and with a mask again. What
-    # stands behind the last key, even NaN, reaches its own rows of dk and dv alone.
+    # The tile of keys stays loaded, and the queries pass: with a mask, without, and with a mask again. Memory
+    # after the last key, which may hold NaN, reaches only its own rows of dk and dv.
     k_tile = load_rows(k, b, j0, g, S, BLOCK_N, False, const)
     v_tile = load_rows(v, b, j0, g, S, BLOCK_N, False, const)
     keys, queries = (

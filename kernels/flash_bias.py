@@ -4,19 +4,21 @@ The bias of query i and key j depends on their distance r = j - p_i alone, so wi
 
     dbias[h, R + r] = sum of ds_ij over all rows and all i, j with j - p_i = r         -R < r < R
 
-and the two ends, r = -R and R, also take all that is farther away. A program owns a tile of queries, goes
-through the tiles of keys, computes ds again, and adds up the diagonals of each tile. A tile of n queries and
-n keys has 2 n - 1 diagonals. With row i turned by i to the left, each diagonal is part of a column:
+and the two ends, r = -R and R, also take all larger distances. A program owns a tile of queries, goes through
+the tiles of keys, computes ds again, and adds up the diagonals of each tile. A tile of n queries and n keys
+has 2 n - 1 diagonals. With row i rotated by i to the left, each diagonal is part of a column:
 
         a b c d           a b c d           unmarked: the diagonals 0 to n - 1
-        e f g h           f g h e*          marked: the diagonals -n to -1, of which the tile of keys before
-        i j k l           k l i*j*          this one has the other part
+        e f g h           f g h e*          marked: the diagonals -n to -1, whose other part is in the tile of
+        i j k l           k l i*j*          keys before this one
         m n o p           p m*n*o*
 
-So every diagonal is complete once two tiles have passed, and is stored once, to a vector that belongs to this
-program. The sum of these vectors is the gradient: nothing is atomic, and every run gives the same bits. The
-price is that the scores are computed once more, two products of tiles. Memory: one vector of 2 R + 1 numbers
-per tile of queries.
+So every diagonal is complete after two tiles, and is stored once, to a vector that belongs to this program.
+The sum of these vectors is the gradient: nothing is atomic, and every run gives the same bits. The price is
+that the scores are computed once more, two products of tiles. Memory: one vector of 2 R + 1 numbers per tile
+of queries.
+
+Shapes: as in flash_tiles.py, and R the largest distance of the bias.
 """
 
 import torch
@@ -41,13 +43,14 @@ from kernels.flash_tiles import (
 def diagonals(ds, N: tl.constexpr):
     """Return (lower, upper), (N,) each: sums along the diagonals -N to -1 and 0 to N - 1 of ds (N, N)."""
     column = tl.arange(0, N)[:, None] + tl.arange(0, N)[None, :]
-    turned = tl.gather(ds, column % N, 1)
-    return tl.sum(tl.where(column < N, 0.0, turned), 0), tl.sum(tl.where(column < N, turned, 0.0), 0)
+    rotated = tl.gather(ds, column % N, 1)
+    return tl.sum(tl.where(column < N, 0.0, rotated), 0), tl.sum(tl.where(column < N, rotated, 0.0), 0)
 
 
 @triton.jit
 def keep(values, r, part, left, right, reach):
-    """Store the values (N,) of the distances r to part, and return left and right plus those beyond reach."""
+    """Store the values (N,) of the distances r to part. Return left and right, the sums of its two ends, plus
+    the values from -reach down and from reach up."""
     tl.store(part + reach + r, values, mask=(r > -reach) & (r < reach))
     left += tl.sum(tl.where(r <= -reach, values, 0.0), 0)
     right += tl.sum(tl.where(r >= reach, values, 0.0), 0)

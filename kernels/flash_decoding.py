@@ -1,4 +1,4 @@
-"""Flash decoding: attention of few queries over many keys, as in generating one token after another.
+"""Flash decoding: attention of few queries over many keys, as in generation, one token after another.
 
 One program that goes through all keys would keep one multiprocessor busy and leave the others idle. So the
 keys are split: each program attends to one part of them and stores (out_s, lse_s). A second kernel adds the
@@ -21,7 +21,7 @@ from kernels.flash_tiles import Bias, Masks, arguments, as_rows, keys_of_row, ke
 
 MIN_KEYS = 256  # per split: to read fewer takes less time than to start a program
 MAX_ROWS = 64  # the most rows of a tile: queries times heads per key/value head
-LOADED = 16384  # bytes of keys read at a time; four of these (values too, and the next) fill AMD's 64 kB
+LOADED = 16384  # bytes of keys read at a time: with values, and the next of both, they fill AMD's 64 kB
 
 
 @triton.jit

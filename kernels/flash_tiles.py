@@ -1,4 +1,4 @@
-"""What the kernels of flash attention share: how they load tiles, which keys a query sees, their arguments.
+"""Shared by the kernels of flash attention: how they load tiles, which keys a query sees, their arguments.
 
 With every mask of kernels/attention.py query i sees one interval of keys, [low_i, high_i), and both ends grow
 with i. So a tile of queries sees the keys from low of its first query to high of its last: keys outside are
@@ -145,7 +145,7 @@ def tiles(q: Tensor) -> tuple[configs.Attention, configs.Attention, configs.Atte
 
 
 def configured(const: Constants, config: configs.Attention) -> tuple[Constants, dict]:
-    """Return the constants with those of a configuration, and the options of the launch."""
+    """Return the constants with the tiles of a configuration, and the options with which to launch it."""
     const = const._replace(
         BLOCK_M=config.queries, BLOCK_N=config.keys, TMA=const.TMA and config.tma,
         PERSISTENT=config.persistent > 0, INTERLEAVED=config.interleaved, SPECIALIZED=config.specialized,
@@ -173,9 +173,10 @@ def packed(x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor, n_rows: int, tma: bool, n_columns: int | None = None) -> "Rows | TensorDescriptor":
-    """Return x (B, T, H, K), packed, as `load_rows` needs it to load tiles of n_rows, or of n_rows and
-    n_columns."""
+    """Return x (B, T, H, K), packed, as `load_rows` takes it: with tma a tensor descriptor of tiles of n_rows
+    rows and n_columns columns (None: all), else a pointer with strides."""
     B, T, H, K = x.shape
+    # A dimension of size 1 may have any stride, also one that TMA does not take.
     strides = [step if n > 1 else K for step, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
     if not tma:
         return Rows(x, *strides)
@@ -187,7 +188,8 @@ def as_rows(x: Tensor, n_rows: int, tma: bool, n_columns: int | None = None) -> 
 def arguments(
     q, k, causal, window, softcap, scale, cu_seqlens, seqlens_k, bias=None
 ) -> tuple[dict, Constants]:
-    """Return the arguments that all kernels of a call share, and their constants, still without tiles."""
+    """Return the keyword arguments that all kernels of a call take, and their constants, which have no tile
+    sizes yet: see `configured`. The options are those of `kernels.attention`."""
     (T, H, K), (S, G) = q.shape[1:], k.shape[1:3]
     doc_start = doc_end = None
     if cu_seqlens is not None:

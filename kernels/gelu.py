@@ -7,9 +7,9 @@ Gaussian Error Linear Units (Hendrycks and Gimpel 2016, section 2). The gradient
 
     dx = dy * (s + x * s * (1 - s) * (a + 3 b x^2))
 
-PyTorch's own operation computes a tanh in the forward pass and again in the backward pass. On a CPU, in a
-small GPT-2, only the matrix products take longer. The sigmoid is cheaper there, and is kept for the backward
-pass.
+PyTorch's own operation computes a tanh in the forward pass and again in the backward pass. In a small GPT-2
+on a CPU, only the matrix products take longer. The sigmoid takes less time there, and it is kept for the
+backward pass.
 """
 
 import math
@@ -22,7 +22,7 @@ from kernels.backend import transformed
 
 A = 2 * math.sqrt(2 / math.pi)
 B = 0.044715 * A
-QUICK = 1.702
+QUICK = 1.702  # so that x sigmoid(1.702 x) is close to GELU
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _by_hand(x: Tensor) -> bool:
-    """Return whether x is trained with in float32 on a CPU, neither compiled nor under torch.func."""
+    """Return True in training in float32 on a CPU, neither compiled nor under torch.func."""
     learns = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
     return learns and not torch.compiler.is_compiling() and not transformed()
 
@@ -54,8 +54,9 @@ class _GELU(torch.autograd.Function):
         x, s = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph=True: a gradient that has derivatives itself
             return torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
-        slope = torch.addcmul(x.new_tensor(A), x, x, value=3 * B).mul_(x)
-        return torch.addcmul(s, s, s, value=-1).mul_(slope).add_(s).mul_(dy)
+        slope = torch.addcmul(x.new_tensor(A), x, x, value=3 * B)
+        # s (1 - s) is 0 for large x, so it comes before the power of x, which may overflow.
+        return torch.addcmul(s, s, s, value=-1).mul_(x).mul_(slope).add_(s).mul_(dy)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

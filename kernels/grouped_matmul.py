@@ -8,9 +8,9 @@ slice:
 
     dx_i = w_e^T dy_i        dw_e = dy_e^T x_e, zeros for an empty group
 
-`reference` takes one group after the other in plain PyTorch and defines what every other backend must
-compute. `torch` does the same on a CPU, but writes each product straight into its slice of the result and is
-a single node for autograd; on a GPU it runs PyTorch's own operation. `triton` has one kernel for y and dx,
+Backends: "reference" takes one group after the other in plain PyTorch and defines what the others must
+compute. "torch" does the same on a CPU, but writes each product straight into its slice of the result and is
+a single node for autograd; on a GPU it runs PyTorch's own operation. "triton" has one kernel for y and dx,
 which differ only in how w is read, and one for dw; each computes all groups in one launch.
 
 The number of rows of a group is in the memory of the GPU, and to read it on the CPU means to wait for the
@@ -82,9 +82,9 @@ def grouped_matmul(x: Tensor, w: Tensor, offsets: Tensor, *, backend: str = "aut
         x, w = x.to(dtype), w.to(dtype)
     if x.dtype != w.dtype or not x.is_floating_point():
         raise ValueError(f"grouped_matmul: x {x.dtype}, w {w.dtype}: expected one float dtype")
-    asked, backend = backend, choose("grouped_matmul", backend, x)
+    is_auto, backend = backend == "auto", choose("grouped_matmul", backend, x)
     obstacle = _obstacle(backend, x, N)
-    if obstacle and asked == "auto":
+    if obstacle and is_auto:
         backend = "reference"
     elif obstacle:
         raise ValueError(f"grouped_matmul: backend {backend!r} {obstacle}; use 'auto' or 'reference'")
@@ -127,7 +127,7 @@ def _reference(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def product_torch(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """Return x (M, K) times w (E, K, N), by groups."""
+    """Return the product (M, N) of x (M, K) and w (E, K, N) by groups; K is D for y and N for dx."""
     if x.is_cuda and x.numel() and w.numel():
         return F.grouped_mm(_aligned(x), _aligned(w), offs=offsets)
     y = x.new_empty(len(x), w.shape[2])
@@ -138,7 +138,7 @@ def product_torch(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def weight_gradient_torch(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """Return dw (E, N, D) of dy (M, N) and x (M, D)."""
+    """Return dw (E, N, D) from dy (M, N) and x (M, D), by groups."""
     if x.is_cuda and x.numel() and dy.numel():
         return F.grouped_mm(_aligned(dy).T, _aligned(x), offs=offsets)
     dw = x.new_empty(len(offsets), dy.shape[1], x.shape[1])
@@ -165,8 +165,8 @@ def _aligned(x: Tensor) -> Tensor:
 def _place(number, n_rows, n_columns, TOGETHER: tl.constexpr):
     """Return (row, column) of a tile in the grid of tiles.
 
-    Tiles are numbered down the columns of the first TOGETHER rows of the grid, then of the next TOGETHER
-    rows. So programs that run at the same time read few rows and few columns.
+    The grid is divided into bands of TOGETHER rows. Tiles are numbered band by band, and column by column
+    within a band. So programs that run at the same time read few rows and few columns.
     """
     above = number // (TOGETHER * n_columns) * TOGETHER
     height = tl.minimum(n_rows - above, TOGETHER)
@@ -180,6 +180,7 @@ def product_kernel(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """Compute one tile of y (M, N), the product of x (M, K) and w (E, K, N) by groups."""
     # The group e of this tile, from the number of tiles of every group.
     tile, column = _place(tl.program_id(0), n_tiles, tl.cdiv(N, BLOCK_N), TOGETHER)
     groups = tl.arange(0, BLOCK_E)
@@ -220,6 +221,7 @@ def weight_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """Compute one tile of the gradient dw_e (N, D) of one group."""
     n_rows, n_columns = tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D)
     e = tl.program_id(0) // (n_rows * n_columns)
     row, column = _place(tl.program_id(0) % (n_rows * n_columns), n_rows, n_columns, TOGETHER)
@@ -250,14 +252,14 @@ def depth(tile: configs.Product, x: Tensor) -> int:
 
 
 def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    """Return x (M, K) times w (E, K, N), by groups."""
+    """Return the product (M, N) of x (M, K) and w (E, K, N) by groups; K is D for y and N for dx."""
     (M, K), (E, _, N) = x.shape, w.shape
     y = x.new_empty(M, N)
     if y.numel() == 0:
         return y
     tile = configs.grouped(architecture(x), E, M / E, x.element_size()).product
     BLOCK_M, BLOCK_N = tile.rows, min(tile.columns, block_width(N))
-    n_tiles = (M + min(E, M) * (BLOCK_M - 1)) // BLOCK_M  # the most there can be; at most M groups have rows
+    n_tiles = (M + min(E, M) * (BLOCK_M - 1)) // BLOCK_M  # the most tiles of rows: at most M groups have rows
     with on_device(x):
         product_kernel[(n_tiles * triton.cdiv(N, BLOCK_N),)](
             x, w, y, offsets, *x.stride(), *w.stride(), M, N, K, E, n_tiles,
@@ -268,7 +270,7 @@ def product_triton(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def weight_gradient_triton(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """Return dw (E, N, D) of dy (M, N) and x (M, D)."""
+    """Return dw (E, N, D) from dy (M, N) and x (M, D), by groups."""
     (M, N), D, E = dy.shape, x.shape[1], len(offsets)
     dw = x.new_empty(E, N, D)
     if dw.numel() == 0:
@@ -286,6 +288,7 @@ def weight_gradient_triton(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
 
 @library.custom_op("plinth::grouped_matmul", mutates_args=())
 def _operation(x: Tensor, w: Tensor, offsets: Tensor, kernel: bool) -> Tensor:
+    """Return y (M, N) as `grouped_matmul` does; kernel: with the Triton kernel instead of PyTorch."""
     product = product_triton if kernel else product_torch
     return product(x, w.mT, offsets)
 

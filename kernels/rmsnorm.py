@@ -7,22 +7,23 @@ r = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
 
     dx = r * (g - n * mean(g * n))        dweight = sum over rows of dy * n
 
-`reference` is the equation in plain PyTorch and defines what every other backend must compute. `torch` runs
-PyTorch's own operation.
-
-`triton` does each direction in one pass. There are few operations per byte, so the time is memory traffic. A
-row stays in registers between its sum and its scaling, so it is read once. Bytes per element of e bytes:
+Backends: "reference" is the equation in plain PyTorch and defines what the others must compute, "torch" is
+PyTorch's own operation, and "triton" is the kernels below, one for each direction. There are few operations
+per byte, so reading and writing memory takes all the time. A row stays in registers between its sum and its
+scaling, so it is read once. Memory traffic in bytes per element, where an element has e bytes:
 
     forward     2 e    read x, write y                with a residual 4 e: read it too, write h = x + residual
     backward    3 e    read x and dy, write dx        with a residual 4 e: read dh too and add it to dx
 
-and 4 bytes per row for r. The forward pass keeps nothing else: to compute n = x * r again is cheaper than to
-store it. A program has a tile of ROWS x BLOCK_D elements, where BLOCK_D is D rounded up to a power of two:
-one wide row or several narrow ones. In the forward pass each program has one tile. In the backward pass
-dweight sums over all rows: a few programs on each multiprocessor go through the tiles, keep their part of
-the sum in registers and write it as one row, 4 D bytes; a second, small sum adds these rows. There are no
-locks, and the order of additions, and so every bit of the result, depends only on the shape and the number
-of multiprocessors.
+and 4 bytes per row for r. The forward pass stores nothing else for the backward pass: to compute n = x * r
+again takes less time than to store it.
+
+A program has a tile of ROWS x BLOCK_D elements, where BLOCK_D is D rounded up to a power of two: one wide row
+or several narrow ones. In the forward pass each program has one tile. In the backward pass dweight sums over
+all rows: a few programs on each multiprocessor go through the tiles, keep their part of the sum in registers
+and write it as one row, 4 D bytes; a second, small sum adds these rows. There are no atomic operations, and
+the order of additions, and so every bit of the result, depends only on the shape and the number of
+multiprocessors.
 """
 
 import math
@@ -55,18 +56,21 @@ def rms_norm(
     residual: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the RMSNorm of x (..., D) over its last axis with gain weight (D,): like x, sums in float32.
+    """Return the RMSNorm of x (..., D) over its last axis, with gain weight (D,): like x. It is computed in
+    float32, or in float64 for float64.
 
     With a residual, of the shape of x, the sum comes first: h = x + residual, in the wider dtype of the two.
     The result then is (rms_norm(h), h), because a transformer needs both. x may have any strides, and weight
     another float dtype than x. With backend "triton" there is no second derivative.
 
     backend: "reference", "torch", "triton" (float16, bfloat16 or float32, D up to 16384, a GPU) or "auto".
-    Raises ValueError if shapes do not fit each other, or the backend does not exist or cannot compute this.
+    Raises ValueError if shapes do not fit each other, x has no float dtype, or the backend does not exist or
+    cannot compute this.
     """
-    if weight.shape != x.shape[-1:]:
+    if weight.shape != x.shape[-1:] or weight.dim() != 1 or not x.is_floating_point():
         raise ValueError(
-            f"rms_norm: weight {tuple(weight.shape)} for x {tuple(x.shape)}: expected ({x.shape[-1]},)"
+            f"rms_norm: x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)}: expected x (..., D) of a "
+            "float dtype and weight (D,)"
         )
     if residual is not None:
         if residual.shape != x.shape:
@@ -76,7 +80,7 @@ def rms_norm(
         wide = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(wide), residual.to(wide)
 
-    # On a CPU, where the checks below would take longer than the norm of a row.
+    # The short way on a CPU: the checks below would take longer than the norm of a row.
     on_cpu = backend == "auto" and residual is None and x.device.type == "cpu" and x.dtype == weight.dtype
     if on_cpu and not transformed():
         return torch.rms_norm(x, weight.shape, weight, eps)
@@ -89,8 +93,8 @@ def rms_norm(
     if backend == "triton":
         if obstacle:
             raise ValueError(f"rms_norm: backend 'triton' {obstacle}; use 'auto', 'torch' or 'reference'")
-        # torch.compile needs the registered operation. To call it takes PyTorch tens of microseconds, longer
-        # than the kernels take on small inputs, so without torch.compile it is not used.
+        # torch.compile needs the registered operation. Without torch.compile it is not used: to call it takes
+        # PyTorch tens of microseconds, longer than the kernels take on small inputs.
         run = _operation if torch.compiler.is_compiling() else _RMSNorm.apply
         y, h, _ = run(x, weight, residual, eps)
         return y if residual is None else (y, h)
@@ -123,6 +127,7 @@ def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, x_stride, residual_stride, n_rows, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute y, the factor r of each row and, with a residual, h, for one tile of rows."""
     # int64, because a tensor may have more than 2^31 elements
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK_D)[None, :]
@@ -145,6 +150,7 @@ def _backward_kernel(
     dy_ptr, dh_ptr, h_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, dy_stride, dh_stride, h_stride, n_rows,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Compute dx of every n-th tile of rows, for n programs, and their part of dweight."""
     cols = tl.arange(0, BLOCK_D)[None, :]
     weight = tl.load(weight_ptr + cols, cols < D, other=0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -173,11 +179,11 @@ def _backward_kernel(
 def _tiling(D: int, element_size: int, norm: configs.Norm) -> tuple[int, int, int, int]:
     """Return ROWS, BLOCK_D, warps and stages, by a fixed rule: there is no tuning at run time.
 
-    2048 elements for 4 warps, and more warps for wider rows, are 16 elements per thread. It loads 16 bytes at
-    once, and the four float32 values that the backward kernel keeps of each element leave registers free. At
-    D = 16384 a thread has 32 elements, and 16 warps use all registers. stages - 1 tiles are loaded while one
-    is computed: as many as fit 16 KB of shared memory for each of up to three tensors, 48 KB in total, which
-    every GPU has.
+    By default a tile has 2048 elements for 4 warps, and a wider row has more warps: 16 elements per thread. A
+    thread loads 16 bytes at once, and the four float32 values that the backward kernel keeps of each element
+    leave registers free. At D = 16384 a thread has 32 elements, and 16 warps use all registers. stages - 1
+    tiles are loaded while one is computed: as many as fit 16 KB of shared memory for each of up to three
+    tensors, 48 KB in total, which every GPU has.
     """
     BLOCK_D = 1 << (D - 1).bit_length()
     ROWS = max(1, norm.elements // BLOCK_D)
@@ -188,7 +194,8 @@ def _tiling(D: int, element_size: int, norm: configs.Norm) -> tuple[int, int, in
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """Return x (..., D) in the layout that the kernels read, and its stride from row to row.
 
-    Elements of a row are adjacent, and there is one stride from row to row. x is copied only if it has to be.
+    In this layout the elements of a row are adjacent, and one stride leads from every row to the next. x is
+    copied only if its own layout is another.
     """
     if not x.is_contiguous():
         x = x.reshape(-1, x.shape[-1])
@@ -201,7 +208,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
 def launch_forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y and h like x, h empty without a residual, and 1 / sqrt(mean(h^2) + eps) per row in float32."""
+    """Return y and h like x, and r = 1 / sqrt(mean(h^2) + eps) per row in float32. Without a residual h is
+    empty, and r is that of x."""
     D = x.shape[-1]
     ROWS, BLOCK_D, num_warps, _ = _tiling(D, x.element_size(), configs.Norm())
     y, h, rstd = _forward_outputs(x, weight, residual, eps)
@@ -217,6 +225,7 @@ def launch_forward(
 
 
 def _forward_outputs(x, weight, residual, eps):
+    """Return y, h and r as `launch_forward` returns them, not yet computed."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
     return y, h, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
@@ -225,7 +234,8 @@ def _forward_outputs(x, weight, residual, eps):
 def launch_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return dx, like h, also the gradient of the residual, and dweight, like weight, empty if not needed."""
+    """Return dx, like h, and dweight, like weight, or empty if it is not needed. dx is the gradient of the
+    residual too. dh: the gradient of the result h, or None."""
     D, n_rows = h.shape[-1], rstd.shape[0]
     norm = configs.chosen("rms_norm_backward", architecture(h), D, h.element_size()) or configs.Norm()
     ROWS, BLOCK_D, num_warps, stages = _tiling(D, h.element_size(), norm)

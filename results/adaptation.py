@@ -1,35 +1,35 @@
-"""Does pretraining go on with profit on the text of a domain, or of a task? (Gururangan et al. 2020,
-"Don't stop pretraining", arXiv:2004.10964: DAPT, TAPT.)
+"""Does further pretraining on the text of a domain (DAPT), or of a task (TAPT), help a small encoder?
 
     python -m results.adaptation --data FOLDER --general books.jsonl.gz --out results/adaptation.json
 
-A small encoder of bert.py learns from general text, by masking. It then reads further, by the same objective
-and for the same number of updates in every arm,
+The question of "Don't Stop Pretraining" (Gururangan et al. 2020, arXiv:2004.10964). An encoder of bert.py is
+pretrained on general text, by masking. It then learns further, by the same objective and with the same number
+of updates in every arm, from
 
-    general text        the text that it knows: the control for more training
+    general text        the same text: the control for more training
     wrong domain        news
     DAPT                sentences about films, of reviews and plots: those of both tasks, and more reviews
-    TAPT                the unlabelled training sentences of the task, in more epochs
+    TAPT                the training sentences of the task without labels, in more epochs
     other task's TAPT   those of the other task
-    DAPT, then TAPT     one after the other, which is twice as many updates
+    DAPT, then TAPT     one after the other, with twice as many updates
 
-or nothing (`no adaptation`). At last it is fine-tuned on few labels of a task: in every arm with the same
-examples, in the same order, for the same number of updates. Below all of them stand the same encoder without
-any pretraining, and naive Bayes. The tasks are
+or from nothing (`no adaptation`). Last it is fine-tuned on a few labelled examples of a task: in every arm on
+the same examples, in the same order, with the same number of updates. Two baselines are the same encoder
+without any pretraining, and naive Bayes. The tasks are
 
-    sst2                is a sentence of a review for or against the film? 1,821 for the test
-    subj                is a sentence from a review, or from a plot? 2,000 for the test
+    sst2                is a sentence of a review for or against the film? 1,821 test sentences
+    subj                is a sentence from a review, or from a plot? 2,000 test sentences
 
-A seed decides the examples with labels and the fine-tuning, and by its remainder by --adaptations which of so
-many adaptations it starts from; the pretrained encoder is one and the same. Measured are the accuracy on the
-test, and the nats per masked token of text that is held out: of the general text (what is forgotten), of
-news, and of both tasks. All texts are in one form, small letters with a space between words and marks, or the
-domains would differ by their form, too. A sentence that has 40 letters in a row in common with a held-out one
-of either task is in no text that is read.
+All arms start from one pretrained encoder, and each adapts it --adaptations times. A seed draws the labelled
+examples and decides the fine-tuning, which starts from adaptation number seed mod --adaptations. Measured are
+the accuracy on the test sentences, and the nats per masked token of held-out text: of the general text (what
+is forgotten), of news, and of both tasks. All texts are brought to one form, small letters with a space
+between words and marks, or the domains would differ by their form, too. No text to learn from has 40 letters
+in a row in common with a held-out sentence of either task.
 
-In --data are sst2_train, sst2_dev, sst2_test, mr and subj (.txt.gz, a line is "LABEL TEXT"), and
-ag_news_test7600.csv.gz. --general is text as for --data of train.py. Runs and figures that are there are not
-made again."""
+--data holds sst2_train, sst2_dev, sst2_test, mr and subj (.txt.gz, a line is "LABEL TEXT"), and
+ag_news_test7600.csv.gz. --general is text as for --data of train.py. Runs in --work and figures in --out that
+exist already are not made again."""
 
 import argparse
 import csv
@@ -42,6 +42,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,9 +66,9 @@ GENERAL_BYTES, PIECE = 8_000_000, 2000  # of general text, cut into pieces of so
 RUN = 40  # letters in a row that a text may not have in common with a held-out sentence
 SUBJ_TEST = 2000  # sentences, drawn at random, since this data set has no split of its own
 GENERAL_HELD_OUT, NEWS_HELD_OUT, TASK_HELD_OUT = 60, 400, 800  # texts that are held out for the loss
-HELD_OUT_ROWS = 256  # of SEQ_LEN tokens are read of these at most
+HELD_OUT_ROWS = 256  # the most rows of SEQ_LEN tokens that the loss is measured on
 EPOCHS, FINE_TUNING_BATCH = 6, 16
-ARMS = {  # what is read after pretraining, in turn
+ARMS = {  # the texts to learn from after pretraining, in turn
     "no adaptation": (),
     "general text": ("general",),
     "wrong domain": ("news",),
@@ -76,7 +77,7 @@ ARMS = {  # what is read after pretraining, in turn
     "other task's TAPT": ("other",),
     "DAPT, then TAPT": ("films", "own"),
 }
-BELOW = ("naive Bayes", "no pretraining")
+BASELINES = ("naive Bayes", "no pretraining")
 SETTINGS = ("labels", "pretraining_steps", "adaptation_steps", "adaptations", "rate", "general")
 
 Labelled = list[tuple[str, str]]  # (text, label)
@@ -111,8 +112,10 @@ def letter_runs(text: str) -> set[str]:
 def read_labelled(path: Path) -> Labelled:
     """Return the (text, label) of a file whose lines are "LABEL TEXT"."""
     with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
-        pairs = [line.split(" ", 1) for line in file if line.strip()]
-    return [(plain(text), label) for label, text in pairs]
+        parts = [line.partition(" ") for line in file if line.strip()]
+    if without := [label for label, _, text in parts if not text.strip()]:
+        raise ValueError(f"{path}: a line is {without[0].strip()!r}: expected LABEL TEXT")
+    return [(plain(text), label) for label, _, text in parts]
 
 
 def write(path: Path, texts: Iterable[str]) -> Path:
@@ -140,11 +143,11 @@ def general_text(names: list[str], cache: Path) -> list[str]:
 def read_news(path: Path) -> list[str]:
     """Return the texts of AG News: a title and a description, without the label."""
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        return [plain(" ".join(fields).replace("\\", " ")) for _, *fields in csv.reader(file)]
+        return [plain(" ".join(row[1:]).replace("\\", " ")) for row in csv.reader(file)]
 
 
 class Texts:
-    """The tasks, and all texts that are read or held out, as files in a folder."""
+    """The tasks, and all texts to learn from and held out, as files in a folder."""
 
     def __init__(self, source: Path, general: list[str], folder: Path):
         """Raise ValueError, before anything is read, if a file is missing in source."""
@@ -212,7 +215,7 @@ class Study:
         return trained(self.work / "base", *flags)
 
     def adapted(self, read: tuple[str, ...], seed: int) -> Path:
-        """Return the folder of the encoder after it has read these texts, in turn.
+        """Return the folder of the encoder after it has learned from the texts `read`, in turn.
 
         Each time the learning rate rises anew, to half of the peak of pretraining, and falls to a twentieth.
         """
@@ -252,9 +255,9 @@ class Study:
             return {"accuracy": naive_bayes.accuracy(examples, test)}
         if arm == "no pretraining":
             return {"accuracy": fine_tuned(self.untrained(seed), examples, test, seed, self.work)}
-        places = {"own": task, "other": next(name for name in self.texts.tasks if name != task)}
+        names = {"own": task, "other": next(name for name in self.texts.tasks if name != task)}
         adaptation = seed % self.args.adaptations
-        directory = self.adapted(tuple(places.get(text, text) for text in ARMS[arm]), adaptation)
+        directory = self.adapted(tuple(names.get(text, text) for text in ARMS[arm]), adaptation)
         accuracy = fine_tuned(directory, examples, test, seed, self.work)
         return {"adaptation": adaptation, "accuracy": accuracy, "loss": self.losses(directory)}
 
@@ -283,45 +286,43 @@ def fine_tuned(directory: Path, examples: Labelled, test: Labelled, seed: int, w
     model, tokenizer = classify.load(str(directory), labels)
 
     def rows(part: Labelled) -> list[tuple[list[int], int]]:
-        return [
-            (classify.token_row(tokenizer, text, model.config, True), labels.index(y)) for text, y in part
-        ]
+        tokens = [classify.token_row(tokenizer, text, model.config, True) for text, _ in part]
+        return [(row, labels.index(label)) for row, (_, label) in zip(tokens, part, strict=True)]
 
     flags = {"lr": classify.default_rate(model), "layer_decay": 1.0, "unfreeze": "all", "out": work}
     flags |= {"epochs": EPOCHS, "batch_size": FINE_TUNING_BATCH, "seed": seed}
     with redirect_stdout(None):
-        # It scores a few examples after every epoch, which decides nothing.
+        # The second rows are scored after every epoch, which changes nothing here, so a few are enough.
         classify.train(model, rows(examples), rows(examples[:16]), Namespace(**flags))
     predicted = classify.predict(model, rows(test), 64).tolist()
     return statistics.mean(labels[i] == label for i, (_, label) in zip(predicted, test, strict=True))
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Return mean and standard deviation in percent, the latter of two values and more."""
+    """Return mean and standard deviation in percent, the latter of two values and more, or "" of none."""
+    if not values:
+        return ""
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def gains(rows: list[dict], task: str, arm: str) -> list[float]:
-    """Return, for each seed, the accuracy above that of the same seed without adaptation."""
-    of = {row["seed"]: row["accuracy"] for row in rows if (row["task"], row["arm"]) == (task, arm)}
-    without = {
-        row["seed"]: row["accuracy"] for row in rows if (row["task"], row["arm"]) == (task, "no adaptation")
-    }
-    return [of[seed] - without[seed] for seed in of if seed in without]
+    """Return, for each seed, the accuracy minus that of the same seed without adaptation."""
+    arms = by_arm(rows, task)
+    without = {row["seed"]: row["accuracy"] for row in arms.get("no adaptation", [])}
+    return [row["accuracy"] - without[row["seed"]] for row in arms.get(arm, []) if row["seed"] in without]
 
 
-def of_arms(rows: list[dict], task: str) -> dict[str, list[dict]]:
+def by_arm(rows: list[dict], task: str) -> dict[str, list[dict]]:
     """Return the rows of each arm that has any, in the order of the arms."""
-    found = {
-        arm: [row for row in rows if (row["task"], row["arm"]) == (task, arm)] for arm in (*BELOW, *ARMS)
-    }
-    return {arm: of for arm, of in found.items() if of}
+    of_task = [row for row in rows if row["task"] == task]
+    arms = {arm: [row for row in of_task if row["arm"] == arm] for arm in (*BASELINES, *ARMS)}
+    return {arm: its_rows for arm, its_rows in arms.items() if its_rows}
 
 
-def mean_losses(of: list[dict]) -> dict[str, float]:
+def mean_losses(rows: list[dict]) -> dict[str, float]:
     """Return the mean loss on each held-out text over the rows of an arm, {} for an arm without losses."""
-    return {text: statistics.mean(row["loss"][text] for row in of) for text in of[0].get("loss", {})}
+    return {text: statistics.mean(row["loss"][text] for row in rows) for text in rows[0].get("loss", {})}
 
 
 def table(rows: list[dict]) -> str:
@@ -329,10 +330,10 @@ def table(rows: list[dict]) -> str:
     lines, texts = [], ("general", "news", "sst2", "subj")
     for task in dict.fromkeys(row["task"] for row in rows):
         lines += [f"| {task} | accuracy, % | gain, paired by seed | {' | '.join(texts)} |", "|---" * 7 + "|"]
-        for arm, of in of_arms(rows, task).items():
+        for arm, its_rows in by_arm(rows, task).items():
             gain = spread(gains(rows, task, arm), "+") if ARMS.get(arm) else ""
-            losses = [f"{loss:.3f}" for loss in mean_losses(of).values()] or [""] * len(texts)
-            accuracy = spread([row["accuracy"] for row in of])
+            losses = [f"{loss:.3f}" for loss in mean_losses(its_rows).values()] or [""] * len(texts)
+            accuracy = spread([row["accuracy"] for row in its_rows])
             lines.append(f"| {arm} | {accuracy} | {gain} | {' | '.join(losses)} |")
     return "\n".join(lines)
 
@@ -348,58 +349,60 @@ def plot(rows: list[dict], path: Path) -> None:
     size = (5.5 * len(tasks), 7)
     figure, axes = pyplot.subplots(2, len(tasks), figsize=size, layout="constrained", squeeze=False)
     for (top, bottom), task in zip(axes.T, tasks, strict=True):
-        arms = dict(reversed(of_arms(rows, task).items()))
-        for y, of in enumerate(arms.values()):
-            values = [100 * row["accuracy"] for row in of]
+        arms = dict(reversed(by_arm(rows, task).items()))
+        for y, its_rows in enumerate(arms.values()):
+            values = [100 * row["accuracy"] for row in its_rows]
             top.plot(values, [y] * len(values), "o", color="C0", alpha=0.4)
             top.plot(statistics.mean(values), y, "|", color="black", markersize=18)
         top.set(xlabel=f"{task}: accuracy on the test, %")
-        losses = {arm: mean_losses(of) for arm, of in arms.items() if "loss" in of[0]}
+        losses = {arm: mean_losses(its_rows) for arm, its_rows in arms.items() if "loss" in its_rows[0]}
         for i, text in enumerate(next(iter(losses.values()), {})):
-            means = [of[text] for of in losses.values()]
+            means = [loss[text] for loss in losses.values()]
             bottom.plot(means, range(len(means)), "os^D"[i], label=text, alpha=0.8)
         bottom.set(xlabel=f"{task}: nats per masked token of held-out text")
         for axis, names in ((top, arms), (bottom, losses)):
             axis.set_yticks(range(len(names)), names)
             axis.grid(alpha=0.3)
     figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=110)
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    arms, raw = [*BASELINES, *ARMS], argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--data", type=command.path, required=True, help="folder of the labelled texts, see above")
     add("--general", nargs="+", default=["stdlib"], help="text to pretrain on (default %(default)s)")
     add("--tasks", nargs="+", choices=("sst2", "subj"), default=["sst2", "subj"], help="tasks (default all)")
-    add("--arms", nargs="+", choices=(*BELOW, *ARMS), default=[*BELOW, *ARMS], help="arms (default all)")
-    add("--labels", type=int, default=500, help="examples with labels (default %(default)s)")
+    add("--arms", nargs="+", choices=arms, default=arms, help="arms (default all)")
+    add("--labels", type=int, default=500, help="labelled examples (default %(default)s)")
     add("--pretraining-steps", type=int, default=3600, help="of 1,024 tokens each (default %(default)s)")
-    add("--adaptation-steps", type=int, default=300, help="of each text that is read (default %(default)s)")
+    add("--adaptation-steps", type=int, default=300, help="steps on each text (default %(default)s)")
     add("--rate", type=float, default=1e-3, help="peak learning rate of adaptation (default %(default)s)")
     add("--adaptations", type=int, default=2, help="adaptations of each arm (default %(default)s)")
     add("--seeds", type=int, default=5, help="fine-tunings of each arm (default %(default)s)")
-    add("--work", type=command.path, default=Path("runs/adaptation"), help="folder (default %(default)s)")
+    add("--work", type=command.path, default=Path("runs/adaptation"), help="runs (default %(default)s)")
     add("--out", type=command.path, required=True, help="file for the figures, JSON; a plot is beside it")
     args = parser.parse_args(argv)
+    for name in ("labels", "adaptations", "seeds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
 
     texts = Texts(args.data, args.general, args.work)
+    if args.labels > (most := min(len(texts.tasks[task].pool) for task in args.tasks)):
+        raise ValueError(f"--labels {args.labels}: expected at most {most}, the sentences to draw from")
     about = {name: getattr(args, name) for name in SETTINGS[:-1]}
     about |= {"general": [Path(name).name for name in args.general]}
     about |= {"bytes": texts.n_bytes, "left out as in a test": texts.left_out}
     kept, study = Ended(args.out, about, same=SETTINGS), Study(texts, args)
-    for task in args.tasks:
-        for seed in range(args.seeds):
-            for arm in args.arms:
-                if kept.has(task=task, arm=arm, seed=seed):
-                    continue
-                start = time.process_time()
-                found = study.row(task, arm, seed)
-                seconds = time.process_time() - start
-                kept.add({"task": task, "arm": arm, "seed": seed} | found | {"cpu_seconds": seconds})
-                print(f"{task} {arm:18} seed {seed}: {found['accuracy']:.1%}, {seconds:.0f} s", flush=True)
+    for task, seed, arm in product(args.tasks, range(args.seeds), args.arms):
+        if not kept.has(task=task, arm=arm, seed=seed):
+            start = time.process_time()
+            found = study.row(task, arm, seed)
+            seconds = time.process_time() - start
+            kept.add({"task": task, "arm": arm, "seed": seed} | found | {"cpu_seconds": seconds})
+            print(f"{task} {arm:18} seed {seed}: {found['accuracy']:.1%}, {seconds:.0f} s", flush=True)
     print(table(kept.rows))
     plot(kept.rows, args.out.with_suffix(".png"))
 

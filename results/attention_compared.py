@@ -2,7 +2,7 @@
 
     python -m results.attention_compared --out results/attention_compared.json
 
-Small decoders of two layers of width 64, which differ in their attention alone:
+The models are decoders of two layers of width 64, which differ only in their attention:
 
     softmax             gpt.py, with two heads of keys and values, and QK-norm
     windows, softmax    the same; in the first layer a token sees the last 64 tokens
@@ -10,30 +10,30 @@ Small decoders of two layers of width 64, which differ in their attention alone:
     native sparse       summaries of 32 tokens every 16, 4 blocks of 32 keys, and a window of 64
     linear              lightning attention in both layers
     linear, softmax     the same in the first layer, softmax in the second
-    latent              the keys and values of all heads are made of 32 numbers; no QK-norm
+    latent              the keys and values of all heads are computed from 32 numbers; no QK-norm
     talking heads       softmax, with the heads mixed before and after it
 
 There are two tasks. Within a task all models train for the same number of FLOPs, by their flops_per_token, so
 that a kind which costs less per token reads more tokens:
 
-    text      Four heads. Rows of 512 tokens of Python's standard library, of 1,024 byte pairs. On held-out
-              modules: bits per byte, and the loss by the position in the row, which falls as far as a model
-              makes use of what is further back. With Muon.
-    needle    Two heads; blocks, summaries and windows a quarter as long. A row is random letters. At a random
-              place among them stands a key, and behind it the answer, a letter. The last token is the same
-              key again. The result is the share of rows whose answer is the likeliest token, in rows of 128,
-              256, 512 and 1,024 tokens. A guess is right once in 32 rows. With AdamW.
+    text      Rows of 512 tokens of Python's standard library, with a vocabulary of 1,024 byte pairs. Measured
+              on held-out modules: bits per byte, and the loss by the position in the row, which falls with
+              the position as long as a model makes use of the tokens further back. Four heads; Muon.
+    needle    A row is random letters. At a random position among them is a key, and after it the answer, a
+              letter. The last token is the same key again. Measured is the share of rows whose answer is the
+              likeliest next token, in rows of 128, 256, 512 and 1,024 tokens. A guess is right once in 32
+              rows. Two heads; blocks, summaries and windows a quarter as long; AdamW.
 
 The needle is simpler than a search in text: a row has only one key, so that a model need not compare keys,
-and the letters around it say nothing. To learn it in seconds, rows to train on have 16 to 128 tokens, and the
-same key and answer up to 16 times, of which all but the first are to be predicted. So a kind can learn it
-from answers that are near, and is tested on one that is far.
+and the other letters are random. To learn it in seconds, training rows have 16 to 128 tokens and repeat the
+same key and answer up to 16 times; all answers but the first are predicted. So a kind can learn it from
+answers that are near, and is tested on one that is far.
 
 These settings were chosen in trials of softmax alone, so that it learns each task within the budget: two
-layers, since four read too little text for it; the optimizer of each task; batches of a single row of text.
-The learning rate is 4e-3 everywhere. What this does not show: whether a kind would do better with settings of
-its own, at a larger size or with more text, and how fast the kinds are: on a CPU their FLOPs per second
-differ several times.
+layers, since models of four read too little text within it; the optimizer of each task; batches of a single
+row of text. The learning rate is 4e-3 everywhere. What this does not show: whether a kind would do better
+with settings of its own, at a larger size or with more text, and how fast the kinds are: on a CPU their FLOPs
+per second differ several times.
 
 Each run is written to --out when it ends. Runs that are in it already are not repeated. Two pictures are
 drawn beside it, NAME_text.png and NAME_needle.png.
@@ -74,8 +74,9 @@ KINDS = (
 )
 TASKS = ("text", "needle")
 T, VOCABULARY, N_HELD_OUT = 512, 1024, 128  # tokens of a row of text, and rows to measure on
-SHORTEST, LONGEST, LENGTHS = 16, 128, (128, 256, 512, 1024)  # tokens of a row with a needle
-LETTERS, KEYS, NEEDLE_TOKENS, N_TEST = 32, 32, 1024, 256  # tokens of a batch, rows of a test
+SHORTEST, LONGEST = 16, 128  # tokens of a training row with a needle
+LENGTHS, N_TEST = (128, 256, 512, 1024), 256  # tokens of the test rows with a needle, and rows per length
+LETTERS, KEYS, NEEDLE_TOKENS = 32, 32, 1024  # different letters, different keys, tokens of a batch
 GROUPS = (0, 8, 16, 32, 64, 128, 256, T)  # the loss is averaged over the positions between two of these
 WARMUP = 20  # steps
 
@@ -124,7 +125,7 @@ def cache_bytes(model: nn.Module, n_tokens: int) -> int:
 
 
 def train(model: nn.Module, batches: Iterator[Batch], budget: float, lr: float, optimizer: str) -> dict:
-    """Train a model until it has spent budget FLOPs, and return what that took.
+    """Train a model until it has spent budget FLOPs; return the FLOPs, tokens, steps and CPU seconds it took.
 
     batches: endless; {"tokens", "targets"}, each int64 (B, T), of any B and T. The rate rises to lr in WARMUP
     steps, and falls to a tenth of it as a cosine of the share of the budget that is spent.
@@ -195,13 +196,13 @@ def make_needles(n: int, length: int, n_keys: int, generator: Generator) -> Batc
     row.scatter_(1, places + 1, answer.expand(n, m))
     places = F.pad(places, (0, 1), value=length - 1)
     row.scatter_(1, places, key.expand(n, n_keys))
-    asked = places[:, 1:]
-    return {"tokens": row, "targets": torch.full_like(row, -100).scatter(1, asked, answer.expand(n, m))}
+    targets = torch.full_like(row, -100).scatter(1, places[:, 1:], answer.expand(n, m))
+    return {"tokens": row, "targets": targets}
 
 
 def of_needles(seed: int) -> Iterator[Batch]:
     """Yield batches of NEEDLE_TOKENS tokens or fewer, whose lengths are drawn evenly on a logarithmic scale,
-    with 2 to 16 keys in a row, or fewer in short rows: many questions of a row teach more than one."""
+    with the key 2 to 16 times in a row, or less often in short rows: many answers teach more than one."""
     generator = Generator().manual_seed(seed)
     while True:
         share = torch.rand((), generator=generator).item()
@@ -212,7 +213,7 @@ def of_needles(seed: int) -> Iterator[Batch]:
 
 @torch.no_grad()
 def found(model: nn.Module, length: int) -> float:
-    """Return the share of N_TEST rows with a single question whose answer is the likeliest token."""
+    """Return the share of N_TEST rows of `length` tokens whose answer is the likeliest next token."""
     batch = make_needles(N_TEST, length, 2, Generator().manual_seed(10**6 + length))
     n_rows = max(1, 4096 // length)
     parts = zip(batch["tokens"].split(n_rows), batch["targets"][:, -1].split(n_rows), strict=True)
@@ -224,7 +225,7 @@ def found(model: nn.Module, length: int) -> float:
 
 
 def measure(kind: str, task: str, seed: int, budget: float, lr: float, dataset: Dataset | None) -> dict:
-    """Train a kind on a task for budget FLOPs, and return its figures. dataset: of the text."""
+    """Train a kind on a task for budget FLOPs, and return its figures. dataset: that of the task "text"."""
     torch.manual_seed(seed)
     model = make_model(kind, task)
     row = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -248,21 +249,21 @@ def tables(rows: list[dict]) -> str:
         "kind | parameters | FLOPs per token | cache, bytes per token | tokens read | bits per byte | seeds"
     )
     lines = [f"| {head} |", "|---" * 7 + "|"]
-    for kind, of in by_kind(rows, "text").items():
-        first, values = of[0], spread([row["bits_per_byte"] for row in of], ".3f")
+    for kind, runs in by_kind(rows, "text").items():
+        first, values = runs[0], spread([row["bits_per_byte"] for row in runs], ".3f")
         sizes = f"{first['parameters']:,} | {first['flops_per_token']:,} | {first['cache_bytes'] / T:,.0f}"
-        lines.append(f"| {kind} | {sizes} | {first['tokens']:,} | {values} | {len(of)} |")
+        lines.append(f"| {kind} | {sizes} | {first['tokens']:,} | {values} | {len(runs)} |")
     lines += ["", "| kind | " + " | ".join(f"{n:,} tokens" for n in LENGTHS) + " | seeds |", "|---" * 6 + "|"]
-    for kind, of in by_kind(rows, "needle").items():
-        shares = (spread([100 * row["found"][str(n)] for row in of], ".0f") for n in LENGTHS)
-        lines.append(f"| {kind} | {' | '.join(shares)} | {len(of)} |")
+    for kind, runs in by_kind(rows, "needle").items():
+        shares = (spread([100 * row["found"][str(n)] for row in runs], ".0f") for n in LENGTHS)
+        lines.append(f"| {kind} | {' | '.join(shares)} | {len(runs)} |")
     return "\n".join(lines)
 
 
 def by_kind(rows: list[dict], task: str) -> dict[str, list[dict]]:
     """Return the rows of a task for each kind that has any, in the order of KINDS."""
-    of = {kind: [row for row in rows if (row["task"], row["kind"]) == (task, kind)] for kind in KINDS}
-    return {kind: some for kind, some in of.items() if some}
+    kinds = {kind: [row for row in rows if (row["task"], row["kind"]) == (task, kind)] for kind in KINDS}
+    return {kind: runs for kind, runs in kinds.items() if runs}
 
 
 def plot_text(rows: list[dict], path: Path) -> None:
@@ -276,9 +277,9 @@ def plot_text(rows: list[dict], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     x = [(a + b) / 2 for a, b in pairwise(GROUPS)]
     of_softmax = {row["seed"]: row["by_position"] for row in by_kind(rows, "text").get("softmax", [])}
-    for kind, of in by_kind(rows, "text").items():
-        (line,) = left.plot(x, means([row["by_position"] for row in of]), "o-", markersize=3, label=kind)
-        pairs = [(row["by_position"], of_softmax[row["seed"]]) for row in of if row["seed"] in of_softmax]
+    for kind, runs in by_kind(rows, "text").items():
+        (line,) = left.plot(x, means([row["by_position"] for row in runs]), "o-", markersize=3, label=kind)
+        pairs = [(row["by_position"], of_softmax[row["seed"]]) for row in runs if row["seed"] in of_softmax]
         if pairs:
             curves = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
             draw(right, x, curves, kind, line.get_color())
@@ -290,15 +291,15 @@ def plot_text(rows: list[dict], path: Path) -> None:
 
 
 def plot_needles(rows: list[dict], path: Path) -> None:
-    """Draw the rows answered by their length; mean and range over the seeds."""
+    """Draw the share of rows answered by the length of a row; mean and range over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
-    for kind, of in by_kind(rows, "needle").items():
-        draw(axis, LENGTHS, [[100 * row["found"][str(n)] for n in LENGTHS] for row in of], kind)
+    for kind, runs in by_kind(rows, "needle").items():
+        draw(axis, LENGTHS, [[100 * row["found"][str(n)] for n in LENGTHS] for row in runs], kind)
     axis.axhline(100 / LETTERS, color="grey", linestyle=":", label="guess")
     axis.axvline(LONGEST, color="grey", linewidth=1)
     axis.set(xscale="log", xlabel=f"tokens of a row; trained up to {LONGEST}", ylabel="rows answered (%)")
@@ -310,6 +311,7 @@ def plot_needles(rows: list[dict], path: Path) -> None:
 
 
 def means(curves: list[list[float]]) -> list[float]:
+    """Return the mean of the curves at each point."""
     return [statistics.mean(values) for values in zip(*curves, strict=True)]
 
 
@@ -321,6 +323,7 @@ def draw(axis, x, curves: list[list[float]], label: str, color: str | None = Non
 
 
 def save(figure, path: Path) -> None:
+    """Write a figure to a PNG file, all or nothing."""
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 

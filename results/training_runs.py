@@ -6,16 +6,24 @@ import sys
 from pathlib import Path
 
 import train
+from formats.atomic import replace_file
 
 
 def trained(out: Path, *flags: str) -> Path:
     """Return the model of a run of train.py with these flags in the folder `out`.
 
     A run that was interrupted is continued from its checkpoint, one that has ended is not repeated, and what
-    it prints goes to a file beside the folder, `out` with the suffix .log. Raises ValueError if it fails, or
-    if it is stopped before its last step, for which train.py ends with exit code 0, too.
+    it prints goes to a file beside the folder, `out` with the suffix .log. Raises ValueError if it fails, if
+    it is stopped before its last step, for which train.py ends with exit code 0, too, or if the run that has
+    ended there had other flags.
     """
-    if (out / "done").exists():
+    done, wanted = out / "done", " ".join(flags)
+    if done.exists():
+        ended = done.read_text(encoding="utf-8") or wanted  # an older file is empty
+        if ended != wanted:
+            raise ValueError(
+                f"{out} holds a run with other flags, {ended!r}: remove it or name another folder"
+            )
         return out / "model"
     argv = [*flags, "--out", str(out)]
     print("train.py", *argv, file=sys.stderr, flush=True)
@@ -31,7 +39,8 @@ def trained(out: Path, *flags: str) -> Path:
     n_steps = json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"][-1]["flags"]["steps"]
     if last_evaluation(out)["step"] < n_steps:
         raise ValueError(f"{out}: the run was interrupted; the same command goes on with it")
-    (out / "done").touch()
+    with replace_file(done) as new:
+        new.write_text(wanted, encoding="utf-8")
     return out / "model"
 
 

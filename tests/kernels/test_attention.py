@@ -366,11 +366,15 @@ def test_memory_is_linear_in_the_length(peak_memory):
     assert peak(160, "reference") > 3 * peak(80, "reference")
 
 
-def test_nothing_in_nothing_out():
-    for shape in ({"T": 0, "S": 0}, {"T": 3, "S": 0}, {"B": 0}):
-        q, k, v, _ = inputs({}, **shape)
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_nothing_in_nothing_out(backend):
+    for shape in ({"T": 0, "S": 0}, {"T": 3, "S": 0}, {"B": 0}, {"B": 0, "lengths": []}, {"documents": [0]}):
+        lists = {"seqlens_k": shape.pop("lengths", None), "cu_seqlens": shape.pop("documents", None)}
+        options = {key: values for key, values in lists.items() if values is not None}
+        shape |= {"T": 0, "S": 0} if "cu_seqlens" in options else {}
+        q, k, v, options = inputs(options, **shape)
         q.requires_grad_()
-        out = attention(q, k, v, backend="triton")
+        out = attention(q, k, v, **options, backend=backend)
         out.sum().backward()
         assert out.shape == q.shape and (out == 0).all() and (q.grad == 0).all()
 
@@ -422,6 +426,7 @@ def test_autocast(backend):
         ({"backend": "tritn"}, "tritn"),
         ({"window": 0}, "window 0"),
         ({"scale": -1.0}, "scale -1"),
+        ({"softcap": 0.0}, "softcap 0.0"),
         ({"cu_seqlens": torch.tensor([0, 11], dtype=torch.int32)}, "one packed row"),
     ],
 )
@@ -442,7 +447,7 @@ def test_documents_that_do_not_fill_the_row_are_refused(values, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("values", [[3, 12], [-1, 3], [3], [3, 4, 5], [[3], [4]], [3.0, 4.0]])
+@pytest.mark.parametrize("values", [[3, 12], [-1, 3], [3], [3, 4, 5], [[3], [4]], [3.0, 4.0], [True, True]])
 def test_lengths_that_do_not_fit_the_cache_are_refused(values, backend):
     q, k, v = (x.cpu() for x in inputs({})[:3])
     with pytest.raises(
@@ -473,7 +478,7 @@ def test_no_lengths_are_read_on_a_gpu():
     with FakeTensorMode():
         q = torch.empty(1, 11, 2, 16, device="cuda")
         ends, one = (torch.empty(n, dtype=torch.int32, device="cuda") for n in (3, 1))
-        check = partial(import_module("kernels.attention")._check, q, q, q, None, None)
+        check = partial(import_module("kernels.attention")._check, q, q, q, None, None, None)
         check(ends, None)
         check(None, one)
         with pytest.raises(ValueError, match=r"on cpu: expected integers .* on cuda"):
@@ -484,8 +489,15 @@ def test_shapes_that_do_not_fit_say_so():
     q, k, v, _ = inputs({})
     with pytest.raises(ValueError, match="multiple of G"):
         attention(q[:, :, :3], k, v)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="one float dtype"):
         attention(q, k.half(), v)
+    for not_fitting in ((q[0], k, v), (q, k[0], v[0]), (q, k[:, :, :0], v[:, :, :0]), (q, k, v[:, :5])):
+        with pytest.raises(ValueError, match=r"expected q \(B, T, H, K\)"):
+            attention(*not_fitting)
+    with pytest.raises(ValueError, match=r"expected q \(B, T, H, K\)"):
+        attention(q[..., :0], k[..., :0], v[..., :0])
+    with pytest.raises(ValueError, match="float dtype"):
+        attention(q.long(), k.long(), v.long(), backend="reference")
     for x in (q[..., :12], q.double()):
         with pytest.raises(ValueError, match="head width"):
             attention(x, x, x, backend="triton")
@@ -525,6 +537,25 @@ def test_long_on_a_gpu():
     assert flash_decoding.applies(q[:, -1:], k)
     tokens = attention(q[:, -1:], k, v, causal=True, backend="triton")
     assert (tokens.double() - last[:, -1:]).norm() / last[:, -1:].norm() < 4 * torch.finfo(dtype).eps
+
+
+def test_queries_before_the_first_key_give_zeros_in_blocks_too(monkeypatch):
+    """With more queries than keys, whole blocks of queries lie before the first key."""
+    q, (k, v) = torch.randn(1, 60, 1, 8), torch.randn(2, 1, 20, 1, 8)
+    expected = attention(q, k, v, causal=True, window=3, backend="reference")
+    module = import_module("kernels.attention")
+    monkeypatch.setattr(module, "LONG", 1)
+    monkeypatch.setattr(module, "BLOCK", 5)
+    out = attention(q, k, v, causal=True, window=3, backend="torch")
+    assert (out[:, :40] == 0).all() and (out - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("options", [{"window": 3}, {"window": 4, "seqlens_k": [1, 3]}], ids=["", "lengths"])
+def test_a_window_wider_than_the_keys_still_hides_them_from_queries_far_before(options, backend):
+    q, k, v, options = inputs(options, T=9, S=3)
+    out = attention(q, k, v, **options, backend=backend)
+    torch.testing.assert_close(out.double(), by_hand(q, k, v, **options), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("T, window", [(30, 3), (30, 7), (9, 4)])

@@ -333,11 +333,16 @@ def test_bad_arguments_say_why(backend):
         (hidden[1:], weight, targets),
         (hidden, weight[:, 1:], targets),
         (hidden, weight, targets.int()),
+        (hidden, weight[:0], targets),
+        (hidden[0, 0], weight, targets[0]),
     ):
         with pytest.raises(ValueError, match=r"expected \(..., D\)"):
             linear_cross_entropy(*wrong, backend=backend)
-    with pytest.raises(ValueError, match="expected one dtype"):
-        linear_cross_entropy(hidden, weight.double(), targets, backend=backend)
+    for pair in ((hidden, weight.double()), (hidden.long(), weight.long())):
+        with pytest.raises(ValueError, match="expected one float dtype"):
+            linear_cross_entropy(*pair, targets, backend=backend)
+    with pytest.raises(ValueError, match=r"softcap 0\.0: expected above 0"):
+        linear_cross_entropy(hidden, weight, targets, softcap=0.0, backend=backend)
     with pytest.raises(ValueError, match="cuda-magic"):
         linear_cross_entropy(hidden, weight, targets, backend="cuda-magic")
     with pytest.raises(ValueError, match="no float64"):

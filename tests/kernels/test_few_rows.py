@@ -99,6 +99,15 @@ def test_layers_that_are_not_plain_are_not_joined():
         torch.testing.assert_close(arranged(tokens), model(tokens), atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_layers_of_which_only_some_have_a_bias_are_not_joined():
+    model = small()
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = torch.nn.Linear(*attention.v_proj.weight.shape[::-1], bias=True)
+    arranged, tokens = arrange(model, 1, 64), torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(arranged(tokens), model(tokens), atol=1e-5, rtol=0)
+
+
 def test_a_model_that_gains_nothing_stays_as_it_is():
     model = small()
     assert arrange(model, 1, 11) is model  # too few tokens

@@ -281,8 +281,9 @@ def test_no_second_derivative():
 
 def test_bad_arguments_say_why():
     x, residual, weight, _ = inputs()
-    with pytest.raises(ValueError, match=r"expected \(48,\)"):
-        rms_norm(x, weight[:-1])
+    for wrong in ((x, weight[:-1]), (x[0, 0], weight[0]), (x.long(), weight)):
+        with pytest.raises(ValueError, match=r"expected x \(..., D\) of a float dtype and weight \(D,\)"):
+            rms_norm(*wrong, backend="reference")
     with pytest.raises(ValueError, match="the same shape"):
         rms_norm(x, weight, residual=residual[0])
     with pytest.raises(ValueError, match="cuda-magic"):

@@ -162,6 +162,22 @@ def test_gains_are_paired_by_seed():
     ]
     assert adaptation.gains(rows, "subj", "DAPT") == pytest.approx([-0.1, 0.0])
     assert "| DAPT | 66.7 ± 20.8 | -5.0 ± 7.1 |" in adaptation.table(rows)
+    alone = [row for row in rows if row["arm"] == "DAPT"]
+    assert "| DAPT | 66.7 ± 20.8 |  |" in adaptation.table(alone)
+
+
+def test_impossible_numbers_and_lines_say_why(source, texts, tmp_path):
+    flags = ["--data", str(source), "--general", str(source / "general.txt"), "--work", str(tmp_path / "w")]
+    flags += ["--out", str(tmp_path / "a.json")]
+    for name in ("labels", "adaptations", "seeds"):
+        with pytest.raises(ValueError, match=f"--{name} 0: expected at least 1"):
+            adaptation.main([*flags, f"--{name}", "0"])
+    with pytest.raises(ValueError, match="--labels 41: expected at most 40"):
+        adaptation.main([*flags, "--labels", "41", "--tasks", "sst2"])
+    with gzip.open(tmp_path / "lines.txt.gz", "wt") as file:
+        file.write("1 a film\n0\n")
+    with pytest.raises(ValueError, match=r"lines.txt.gz: a line is '0': expected LABEL TEXT"):
+        adaptation.read_labelled(tmp_path / "lines.txt.gz")
 
 
 @pytest.mark.usefixtures("rendered")

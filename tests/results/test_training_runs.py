@@ -25,6 +25,10 @@ def test_a_run_is_made_once_and_then_not_again(flags, tmp_path, monkeypatch):
     assert last_evaluation(tmp_path / "run")["step"] == 6
     monkeypatch.setattr(train, "main", lambda argv: pytest.fail("a second run"))
     assert trained(tmp_path / "run", *flags) == model
+    with pytest.raises(ValueError, match=r"run holds a run with other flags, .*--steps 6"):
+        trained(tmp_path / "run", *[{"6": "7"}.get(flag, flag) for flag in flags])
+    (tmp_path / "run" / "done").write_text("")  # as before the flags were kept
+    assert trained(tmp_path / "run", *flags) == model
 
 
 def test_a_run_that_is_stopped_is_not_taken_for_ended_and_goes_on(flags, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ U-Net of vision/unet.py, or another denoiser such as vision/dit.py.
 
 The paper predicts eps. At large t, eps is nearly equal to x_t, so this loss is small even where nothing is
 known of the image. The errors of v (Salimans and Ho 2022, 2202.00512) and of x_0 are large there, so they
-teach what x_0 looks like. x_0 is the default here: at this size it draws the best letters of the three, by the
-U-Net and by the DiT (results/ddpm.py).
+teach what x_0 looks like. x_0 is the default here: at this size it draws the best letters of the three
+(results/ddpm.py).
 
 A tenth of the training images are shown without any of their words. So one network learns to predict with
 words (c) and without them (u), and sampling exaggerates the difference by the guidance w: u + w (c - u) (Ho

@@ -147,8 +147,7 @@ class SharedContext:
         return torch.arange(self.length, self.length + T, device=device)[None]
 
     def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
-        """Return the keys and values that a layer attends to, for its new ones (C or B, T, G, K), and the
-        mask. Those of the first pass are kept."""
+        """Return the keys, values and mask by which a layer attends; keep those of the first pass."""
         if self.length == 0:
             self.keys[layer], self.values[layer] = k, v
             return k, v, mask
@@ -259,8 +258,7 @@ def answer_items(
 ) -> list[Answer]:
     """Return the answer of a model to each item.
 
-    alone: score the choices without a context, too, for acc_mutual_info. Raises ValueError for an empty
-    choice.
+    alone: also score the choices without a context. Raises ValueError for an empty choice.
     """
     # The rows of an item: each choice with the context, and without one.
     in_context, out_of_context, max_len = [], [], model.config.max_seq_len
@@ -361,6 +359,8 @@ def load(directory: str | Path) -> tuple[nn.Module, Any]:
     from data.tokenizer import get_tokenizer
     from formats.open_model import open_model
 
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory}: no such directory; expected that of a model")
     tokenizer = get_tokenizer(str(directory))
     model = open_model(directory).float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if not hasattr(model, "new_cache"):

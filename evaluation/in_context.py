@@ -75,7 +75,7 @@ def reordered(symbols: Tensor, generator: Generator) -> Tensor:
     return torch.cat((symbols[:, :-2].gather(1, keys.argsort(1)), symbols[:, -2:]), 1)
 
 
-# --- predictors: each takes sequences (B, T + 1); it returns p, float64 (B, T, V), of all but the first symbol
+# --- predictors: each takes sequences (B, T + 1), returns p, float64 (B, T, V), of all but the first symbol
 
 
 def uniform(symbols: Tensor) -> Tensor:

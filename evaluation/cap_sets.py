@@ -108,7 +108,7 @@ def size(program: str | ast.expr, n: int) -> int:
 
 
 # The published construction (Romera-Paredes et al. 2023, figure 4c). The support of a point is the set of its
-# coordinates that are not 0, and its reflections are those i from 1 to 3 with x[i] == x[-i]. Points with these
+# coordinates that are not 0. Its reflections are those i from 1 to 3 with x[i] == x[-i]. Points with these
 # supports are in the set if they have any number of reflections, one, or at most one.
 ANY_REFLECTION = "0123 0125 0367 0567 1346 1456 2347 2457"
 ONE_REFLECTION = "0127 0126 0137 0167 0157 0236 0267 0256 1247 1246 1347 1467 1457 2346 2467 2456"

@@ -212,8 +212,8 @@ def human_eval_task(record: dict, completion: str) -> Task:
 
 
 def check_solutions(path: Path) -> None:
-    """Print how many of the solutions in a file of HumanEval pass, which should be all, and how many functions
-    pass whose body is `pass`.
+    """Print how many of the solutions in a file of HumanEval pass, which should be all, and how many
+    functions with the body `pass` do.
 
     Raises ValueError, which names the place, for a record that is not in HumanEval's form.
     """

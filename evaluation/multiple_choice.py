@@ -17,9 +17,8 @@ Context and choice are tokenised together, so one token may span the border betw
 is therefore taken to end where the tokens of its choices begin to differ from those of the context alone, and
 all later tokens are scored. So the sums of all choices begin at the same place of the text. (The harness
 splits each row at the number of tokens that the context alone has.) A text that is longer than the model
-reads loses its beginning, which may hold solved examples; the number of such items is reported. An item's
-log-likelihoods are the same for every batch size (to 1e-6): rows are padded on the right, and in a causal
-model no position depends on later ones.
+reads loses its beginning, which may hold solved examples; such items are counted. Log-likelihoods are the
+same for every batch size (to 1e-6): rows are padded on the right, and no position depends on later ones.
 
     python -m evaluation.multiple_choice runs/gpt/model       five small questions by each rule
 
@@ -134,6 +133,8 @@ class SharedContext:
     keeps their keys and values. The second reads the continuations (B, T), each of which attends to its own
     context and to itself.
     """
+
+    filled = False  # both passes are computed as that of prompts, not as steps of one token
 
     def __init__(self, context_of: Tensor):
         """context_of: the number (B,) of the context that each continuation follows."""
@@ -306,8 +307,7 @@ def pick(
 
 
 def standard_error(values: Sequence[float], groups: Sequence[str] = ()) -> float:
-    """Return the standard error of the mean: sample standard deviation / sqrt(n), or nan if there is only one
-    value, or one group.
+    """Return the standard error of the mean, sample standard deviation / sqrt(n); nan for one value or group.
 
     groups: the group of each value. The deviations from the mean are first summed within each group, so
     values of a group may depend on each other (cluster-robust). A value of group "" is a group by itself.

@@ -34,14 +34,14 @@ def encoder_in(directory: str | Path) -> nn.Module:
     """Return the model in a directory that reads images, in float32.
 
     Some models, such as an MAE, wrap the encoder that is meant: their file has a function `unwrap` that
-    returns it. Raises ValueError for a model that does not read images.
+    returns it. Raises ValueError for a model without features of images, such as one of text.
     """
     model = open_model(directory).float().eval()
     unwrap = getattr(importlib.import_module(concept_of(directory)), "unwrap", None)
     encoder = model if unwrap is None else unwrap(model)
     if not hasattr(encoder, "features"):
         raise ValueError(
-            f"{directory}: a model of text; expected one that reads images, such as runs/vit/model"
+            f"{directory}: has no features of images; expected a model that has, such as runs/vit/model"
         )
     return encoder
 

@@ -56,7 +56,8 @@ def held_out_modules() -> list[tuple[str, str]]:
 
     # Training holds out the modules that begin at the byte `border` of the whole text, or later.
     n_bytes = [len(text.encode()) for _, text in modules]
-    starts, border = [0, *accumulate(n_bytes[:-1])], held_out_from(n_bytes)
+    starts = [end - n for end, n in zip(accumulate(n_bytes), n_bytes, strict=True)]
+    border = held_out_from(n_bytes)
     held_out = [module for module, start in zip(modules, starts, strict=True) if start >= border]
     if not held_out:
         raise ValueError("--tasks stdlib: this Python has no source files; name a file of questions instead")

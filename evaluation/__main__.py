@@ -1,7 +1,7 @@
-"""One command that measures models on tasks, and prints a table of figures.
+"""Evaluation: one command that measures models on tasks, and prints a table of figures.
 
-Beside each figure stand its standard error, the accuracy of random choices ("chance") and the best figure
-that a rule without a model reaches, such as always picking the longest choice.
+Beside each figure are its standard error, the figure of random choices ("chance"), and the best figure of
+rules without a model, such as always choosing the longest text.
 
     python -m evaluation runs/gpt/model                               the default tasks, see stdlib_suite.py
     python -m evaluation runs/gpt/model runs/moe/model --out all.json models side by side, compared in pairs
@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,12 +65,13 @@ class Figure:
     n: int  # items
     chance: float = math.nan  # the figure of random choices
     baselines: dict[str, float] = field(default_factory=dict)  # figures of rules without a model
-    n_cut: int = 0  # items whose beginning did not fit
+    n_cut: int = 0  # items whose beginning did not fit into what the model reads
     per_item: list[float] = field(default_factory=list)  # of which value is the mean; or empty
 
 
 def figure(task: str, rule: str, values: Sequence[float], groups: Sequence[str] = (), **more) -> Figure:
-    """Return the figure that is the mean of one value per item; groups: see `standard_error`."""
+    """Return the figure that is the mean of values, one per item. groups: see `standard_error`; more: further
+    fields of Figure."""
     mean = sum(values) / len(values)
     return Figure(
         task, rule, mean, standard_error(values, groups), len(values), per_item=list(values), **more
@@ -89,20 +91,20 @@ def choice_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -
 
 
 def word_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
-    """Return LAMBADA's figures: the share of words that are likeliest, and exp(mean nats per word)."""
+    """Return LAMBADA's figures: the share of words that greedy decoding writes, and exp(nats per word)."""
     max_len = model.config.max_seq_len
     rows = [rows_of(tokenizer, x.context, [x.delimiter + x.choices[0]], max_len)[0] for x in task.items]
     scores = log_likelihoods(model, rows, args.batch_size)
     n_cut, n = sum(row.n_cut > 0 for row in rows), len(rows)
     nats_per_word = -sum(score.log_p for score in scores) / n
-    value = math.exp(min(nats_per_word, 700))  # exp(710) is beyond a float
+    value = math.exp(min(nats_per_word, 700))  # exp(710) is more than a float can hold
     perplexity = Figure(task.name, "perplexity", value, math.nan, n, n_cut=n_cut)
     return [figure(task.name, "acc", [float(x.is_greedy) for x in scores], n_cut=n_cut), perplexity]
 
 
 def question_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
     """Return the share of right answers by each rule of `score_question`."""
-    # In GSM8K "####" stands before the number, behind several lines; other answers are one line.
+    # An answer of GSM8K is several lines, with "####" in front of the number; other answers are one line.
     stops = QUESTION_STOPS if any("####" in item.answer for item in task.items) else ("\n",)
     prompts = [item.prompt for item in task.items]
     texts = write(model, tokenizer, prompts, stops, args.max_new_tokens or 256, args.batch_size)
@@ -114,7 +116,7 @@ def question_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace)
 
 
 def program_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
-    """Return pass@1, and pass@10 and pass@100 where there are enough samples."""
+    """Return pass@1, and if there are enough samples pass@10 and pass@100."""
     n = args.samples
     most = args.max_new_tokens or 512
     completions = write_programs(
@@ -130,9 +132,9 @@ def program_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) 
 
 
 def text_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
-    """Return bits per byte of texts, each behind the token that separates documents; see perplexity.py.
+    """Return the bits per byte of texts, each behind the token that separates documents; see perplexity.py.
 
-    Chance is 8: by random choice each of 256 bytes has probability 2^-8.
+    Chance is 8 bits: if all 256 values of a byte are equally likely, each has probability 2^-8.
     """
     device, total, n_bytes = next(model.parameters()).device, 0.0, 0
     for text in task.items:
@@ -153,9 +155,10 @@ FIGURES = {
 
 
 def glue_figures(directory: Path, tasks: Sequence[TaskFile], batch_size: int) -> list[Figure]:
-    """Return the figures of a classifier of texts on GLUE's tasks.
+    """Return the figures of a text classifier on GLUE's tasks.
 
-    STS-B has no baseline, since the correlation with a constant is 0.
+    The baseline is the most frequent label, and of equally frequent ones the first in the file. STS-B has
+    none, since the correlation with a constant is 0.
     """
     from data.tokenizer import get_tokenizer
     from formats.open_model import open_model
@@ -163,7 +166,7 @@ def glue_figures(directory: Path, tasks: Sequence[TaskFile], batch_size: int) ->
     model, tokenizer, figures = open_model(directory), get_tokenizer(str(directory)), []
     for task in tasks:
         labels = [example.label for example in task.items]
-        majority = max(set(labels), key=labels.count)
+        majority = Counter(labels).most_common(1)[0][0]
         found = glue.evaluate(model, tokenizer, task.name, task.items, batch_size)
         for name, value in found.items():
             dull = {}
@@ -175,7 +178,7 @@ def glue_figures(directory: Path, tasks: Sequence[TaskFile], batch_size: int) ->
 
 def evaluate(directory: Path, tasks: Sequence[TaskFile], args: argparse.Namespace) -> list[Figure]:
     """Return the figures of the model in a directory. Raises ValueError for tasks that do not fit it."""
-    # A classifier has GLUE's tasks, and a decoder all others.
+    # GLUE's tasks are for classifiers, all others for decoders.
     is_classifier = concept_of(directory) == "posttraining.classify"
     wrong = [task.name for task in tasks if (task.kind == "glue") != is_classifier]
     if wrong:
@@ -209,7 +212,7 @@ def table(models: Sequence[Path], figures: Sequence[Sequence[Figure]]) -> list[s
     """
     rows = [["task", "figure", "n", "chance", "without a model", *map(str, models)]]
     for same in zip(*figures, strict=True):
-        # What is the same for all models: the task, the rule, and the best rule without a model.
+        # The cells that are the same for all models.
         first = same[0]
         if first.rule in RULES and first.rule not in PRINTED:
             continue
@@ -217,6 +220,7 @@ def table(models: Sequence[Path], figures: Sequence[Sequence[Figure]]) -> list[s
         cells = [first.task, first.rule, str(first.n), as_text(first.chance, first.rule)]
         cells.append(f"{as_text(best, first.rule)} {name}".strip())
 
+        # One cell for each model: its figure, the standard error, and the number of items that were cut.
         for x in same:
             error = "" if math.isnan(x.error) else f" ± {as_text(x.error, x.rule)}"
             cells.append(f"{as_text(x.value, x.rule)}{error}{f' ({x.n_cut} cut)' if x.n_cut else ''}")
@@ -228,7 +232,7 @@ def table(models: Sequence[Path], figures: Sequence[Sequence[Figure]]) -> list[s
 def comparisons(models: Sequence[Path], figures: Sequence[Sequence[Figure]]) -> list[dict]:
     """Return how each further model differs from the first one on the same items; see `compare`.
 
-    Figures whose items are not either right or wrong are left out.
+    Only figures of which every item is right or wrong are compared.
     """
     found = []
     for model, others in zip(models[1:], figures[1:], strict=True):
@@ -241,7 +245,7 @@ def comparisons(models: Sequence[Path], figures: Sequence[Sequence[Figure]]) -> 
 
 
 def without_nan(value):
-    """Return a value of JSON in which None stands for nan, which JSON does not have."""
+    """Return a value for JSON, which has no nan: None stands in its place."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -251,7 +255,7 @@ def without_nan(value):
 
 def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
     """Return the tasks that the flags name. Raises ValueError for a file or a number that cannot be used."""
-    # Numbers out of range.
+    # Refuse numbers out of range.
     for flag in ("batch_size", "samples", "max_new_tokens", "limit"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
@@ -262,11 +266,13 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
     if args.samples > 1 and args.temperature == 0:
         raise ValueError(f"--samples {args.samples}: equal at --temperature 0; expected more, such as 0.8")
 
-    # The default tasks have no examples in front. Examples are the first ones of another file, or are drawn
-    # from the task's own items.
+    # Read the tasks, and put examples in front of the questions: the first ones of another file, or random
+    # ones of the task's own. The default tasks take none.
     tasks = []
     for name in args.tasks:
         if name == "stdlib":
+            if args.shots:
+                raise ValueError(f"--shots {args.shots}: the tasks of stdlib take no examples; expected 0")
             tasks += suite(args.limit or 200, args.seed)
             continue
         task = read(name)
@@ -274,6 +280,7 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
         tasks.append(with_examples(task, pool, args.shots, None if args.shots_from else args.seed))
     tasks = [TaskFile(task.name, task.kind, task.items[: args.limit]) for task in tasks]
 
+    # Programs are run only where the sandbox lacks nothing.
     if any(task.kind == "program" for task in tasks) and not args.unprotected:
         lacking = sandbox.lacking()
         if lacking:
@@ -283,6 +290,7 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the values of the flags."""
     parser = command.Parser(description="Measure models on tasks, beside chance and rules without a model.")
     add = parser.add_argument
     add("models", nargs="+", type=command.path, metavar="MODEL", help="directories of models")
@@ -305,7 +313,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default 0)")
     add("--out", type=command.new_file, metavar="FILE", help="write all figures, also per item, as JSON")
-    add("--unprotected", action="store_true", help="run programs even where the sandbox is incomplete")
+    add("--unprotected", action="store_true", help="run programs even if the sandbox is incomplete")
     return parser.parse_args(argv)
 
 
@@ -315,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = [evaluate(directory, tasks, args) for directory in args.models]
     print("\n".join(table(args.models, figures)))
 
-    # Further models against the first one.
+    # Compare further models with the first one.
     compared = comparisons(args.models, figures)
     for row in compared:
         if row["rule"] in ("acc", "acc_norm", "exact_match", "strict", "pass@1"):
@@ -323,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
             what = f"{row['model']} - {args.models[0]}: {row['task']} {row['rule']}"
             print(f"{what} {difference}, p {row['p']:.2g}")
 
-    # The JSON has one figure, or one comparison, on each line.
+    # Write the JSON, with one figure or one comparison on each line.
     if args.out:
         results = [
             {"model": str(model)} | asdict(x)

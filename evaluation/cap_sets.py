@@ -1,19 +1,20 @@
-"""Cap sets: as many points as possible, no three of them on a line. The problem of funsearch.py.
+"""Cap sets: sets of points without three on a line, as large as possible. The problem of funsearch.py.
 
     points     vectors of n numbers 0, 1, 2, which are added modulo 3: the space F_3^n
     a line     three points a, b, c with a + b + c = 0; so two points determine the third, c = -(a + b)
-    known      the largest set has 2, 4, 9, 20, 45, 112 points for n = 1 ... 6; for 7 and 8 the best that is
-               known has 236 and 512. That of n = 8 was found by FunSearch (Romera-Paredes et al. 2023)
+    known      the largest sets have 2, 4, 9, 20, 45, 112 points for n = 1 ... 6; for 7 and 8 the largest that
+               are known have 236 and 512. That for n = 8 was found by FunSearch (Romera-Paredes et al. 2023,
+               "Mathematical discoveries from program search with large language models", Nature 625)
 
-A greedy algorithm goes through the points in the order of their priority, the highest first, and takes each
-that is on no line with two points taken before. The search is for the priority alone: an expression of the
-point x (expressions.py), which is evaluated for all points at once:
+A greedy algorithm goes through the points by priority, the highest first, and takes each point that is on no
+line with two points taken before. Only the priority is searched for: an expression (expressions.py) of the
+point x, which is evaluated for all points at once:
 
     sum(x[i] == 2 for i in range(n)) == 2           x[i]: coordinate i; x[-1] is the last
 
     python -m evaluation.cap_sets       sizes that a few priorities give, and a check of the published 512
 
-Shapes: P = 3^n points, n coordinates.
+Shapes: P = 3^n points, n coordinates, m points of a set.
 """
 
 import ast
@@ -26,7 +27,8 @@ from formats import command
 
 BEST_KNOWN = {1: 2, 2: 4, 3: 9, 4: 20, 5: 45, 6: 112, 7: 236, 8: 512}
 
-# The grammar of priorities. In a loop over i, x[i - 1] and x[-i] are other coordinates, counted cyclically.
+# The grammar of priorities. In a loop over i a term may have other coordinates than x[i]: x[i - 1] and x[-i],
+# where negative indices count from the end. The rule that stands four times is drawn more often.
 PRIORITIES = Grammar(
     {
         "number": 4 * "sum({term} for i in range(n)) | " + "({number} + {number}) | ({number} - {number})"
@@ -51,11 +53,10 @@ def points_of(n: int) -> np.ndarray:
 
 @cache
 def third_points(n: int) -> np.ndarray:
-    """Return int16 (P, P): the number of the third point on the line through two points, for equal ones their
-    own number.
+    """Return the index of the third point on the line through two points, for all pairs: int16 (P, P).
 
-    A point's number has its coordinates as digits in base 3, so the table is made coordinate by coordinate.
-    For n = 8 it takes 86 MB.
+    Two equal points have their own index. The index of a point has its coordinates as digits in base 3, so
+    the table is made coordinate by coordinate. For n = 8 it takes 86 MB.
     """
     digit = -(np.arange(3)[:, None] + np.arange(3)) % 3
     third = np.zeros((1, 1), dtype=np.int16)
@@ -66,30 +67,33 @@ def third_points(n: int) -> np.ndarray:
 
 
 def is_cap_set(points: np.ndarray) -> bool:
-    """Return whether m points (m, n) are all different, and no three of them are on a line."""
+    """Return whether the points (m, n) are all different, and no three of them are on a line."""
     base = 3 ** np.arange(points.shape[1])[::-1]
-    numbers = points @ base
-    third = -(points[:, None] + points) % 3 @ base  # (m, m), on the line through two points
-    different = len(np.unique(numbers)) == len(numbers)
-    return different and not np.isin(third[~np.eye(len(numbers), dtype=bool)], numbers).any()
+    indices = points @ base  # (m,)
+    third = -(points[:, None] + points) % 3 @ base  # (m, m), the third point on the line through two
+    different = len(np.unique(indices)) == len(indices)
+    return different and not np.isin(third[~np.eye(len(indices), dtype=bool)], indices).any()
 
 
 def greedy(n: int, priority: np.ndarray) -> np.ndarray:
-    """Return the cap set (m, n) that a priority (P,), int64, gives. Points of equal priority are in
-    lexicographic order."""
+    """Return the cap set (m, n) that the greedy algorithm makes of a priority (P,), int64.
+
+    Points of equal priority are taken in lexicographic order.
+    """
     points, third = points_of(n), third_points(n)
     blocked, taken = np.zeros(len(points), dtype=bool), np.zeros(len(points), dtype=np.int64)
     m = 0
     for point in np.argsort(-priority, kind="stable").tolist():
         if not blocked[point]:
-            blocked[third[point, taken[:m]]] = True
+            blocked[third[point, taken[:m]]] = True  # the lines with all points taken before
             taken[m] = point
             m += 1
     return points[taken[:m]]
 
 
 def priority_of(program: str | ast.expr, n: int) -> np.ndarray:
-    """Return the value (P,) of an expression for all points. Raises ValueError if it is no number."""
+    """Return the values (P,), int64, of an expression for all points. Raises ValueError if it has none, or if
+    they are no numbers."""
     points = points_of(n)
     with np.errstate(all="ignore"):  # a remainder of a division by 0 is 0
         value = evaluate(program, {"x": list(points.T), "n": n})
@@ -103,8 +107,8 @@ def size(program: str | ast.expr, n: int) -> int:
     return len(greedy(n, priority_of(program, n)))
 
 
-# The published construction (Romera-Paredes et al. 2023, figure 4c). A point's support is the coordinates
-# that are not 0, and it has a reflection for each i from 1 to 3 with x[i] == x[-i]. Points with these
+# The published construction (Romera-Paredes et al. 2023, figure 4c). The support of a point is the set of its
+# coordinates that are not 0. Its reflections are those i from 1 to 3 with x[i] == x[-i]. Points with these
 # supports are in the set if they have any number of reflections, one, or at most one.
 ANY_REFLECTION = "0123 0125 0367 0567 1346 1456 2347 2457"
 ONE_REFLECTION = "0127 0126 0137 0167 0157 0236 0267 0256 1247 1246 1347 1467 1457 2346 2467 2456"
@@ -120,7 +124,7 @@ def published_cap_set() -> np.ndarray:
     chosen = (support == "01234567") & (reflections >= 2)  # points without a 0
     chosen |= np.isin(support, ANY_REFLECTION.split())
     chosen |= np.isin(support, ONE_REFLECTION.split()) & (reflections == 1)
-    apart = (x[1] * x[7] % 3 != 1) & (x[2] * x[6] % 3 != 1)
+    apart = (x[1] * x[7] % 3 != 1) & (x[2] * x[6] % 3 != 1)  # both pairs differ, or have a 0
     chosen |= np.isin(support, FEW_REFLECTIONS.split()) & (reflections <= 1) & apart
     return points[chosen]
 

@@ -1,21 +1,22 @@
-"""Expressions: one-line programs that can be run by the thousand, because of what they cannot contain.
+"""Expressions: one-line programs of a small language, which are safe to run in this process.
 
     evaluate("sorted(x)[::-1]", {"x": [3, 1, 2]})                     [3, 2, 1]
     evaluate("().__class__", {})                                      ValueError
 
-A program that a model wrote is run in a process without rights (sandbox.py), and a process costs a tenth of a
-second. Expressions need none, since nothing but this file executes them:
+Other programs that a model wrote are run in a process without rights (sandbox.py), which takes a tenth of a
+second. Expressions, of which a study runs thousands, need no process, since Python does not execute them:
+Python's parser makes the syntax tree, and `evaluate` computes its value node by node.
 
     what it has      integers, lists of integers, comparisons, slices, six functions, loops over a list
-    what it lacks    attributes, strings, imports, assignments, calls of anything else: `evaluate` has no rule
-                     for these nodes of the syntax tree, so there is no way to write, read or reach anything
+    what it lacks    attributes, strings, imports, assignments, calls of anything else. `evaluate` has no rule
+                     for these nodes of the syntax tree, so an expression can reach nothing but its variables
     how long         at most STEPS nodes are evaluated; there is no recursion, and a loop ends with its list
-    how large        texts of LONGEST characters, integers below LARGEST, lists of MOST items; no powers
+    how large        at most LONGEST characters, integers up to LARGEST, lists of MOST items; no powers
 
-Python's own parser makes the tree. A Grammar draws expressions, and changes them as genetic programming does
-(Koza 1992): a subtree is replaced by a new one, or by one of another expression.
+A Grammar draws expressions, and changes them as genetic programming does (Koza 1992): a subtree is replaced
+by a new one, or by one of another expression.
 
-    python -m evaluation.expressions        draw expressions, change them, run them, and refuse some
+    python -m evaluation.expressions        draw expressions, change them, evaluate them, and refuse some
 """
 
 import ast
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 from formats import command
 
-LONGEST, LARGEST, MOST, STEPS = 200, 10**9, 64, 20_000
+LONGEST, LARGEST, MOST, STEPS = 200, 10**9, 64, 20_000  # the limits of the header
 
 # --- evaluation
 
@@ -50,12 +51,13 @@ FUNCTIONS: dict[str, Callable] = {
     "max": max,
     "min": min,
     "len": len,
-    "range": lambda n: list(range(min(n, MOST + 1))),
+    "range": lambda n: list(range(min(n, MOST + 1))),  # MOST + 1 items are refused by `bounded`
 }
 
 
 def parse(text: str) -> ast.expr:
-    """Return the syntax tree of an expression. Raises ValueError for other text, and for one too long."""
+    """Return the syntax tree of an expression. Raises ValueError for text that is no expression of Python,
+    and for more than LONGEST characters."""
     if len(text) > LONGEST:
         raise ValueError(f"expression {text[:40]!r}...: more than {LONGEST} characters")
     try:
@@ -65,10 +67,11 @@ def parse(text: str) -> ast.expr:
 
 
 def evaluate(program: str | ast.expr, names: dict[str, Any]) -> Any:
-    """Return the value of an expression, or of its tree, in which names have these values.
+    """Return the value of an expression, or of its syntax tree.
 
-    Values are integers and lists. numpy arrays of integers work too, as many values at once. Raises
-    ValueError for what the language lacks, for an error such as an empty list's maximum, and at a limit.
+    names: the values of its variables, which are integers and lists. They may be numpy arrays of integers,
+    too: then the value is an array, whose items have no limit. Raises ValueError for what the language lacks,
+    for an error such as the maximum of an empty list, and beyond a limit.
     """
     tree = parse(program) if isinstance(program, str) else program
     try:
@@ -78,7 +81,8 @@ def evaluate(program: str | ast.expr, names: dict[str, Any]) -> Any:
 
 
 def value_of(node: ast.expr | None, names: dict[str, Any], left: list[int]) -> Any:
-    """Return the value of a node. left: a list of one number, the nodes that may still be evaluated."""
+    """Return the value of a node. left: a list of one number, how many nodes of the expression may still be
+    evaluated, which every call lowers by 1."""
     left[0] -= 1
     if left[0] < 0:
         raise ValueError(f"expression: more than {STEPS} steps")
@@ -111,7 +115,7 @@ def value_of(node: ast.expr | None, names: dict[str, Any], left: list[int]) -> A
 
 
 def looped(element: ast.expr, loop: ast.comprehension, names: dict, left: list[int]) -> Iterator:
-    """Yield the value of an element for each item of the list that it loops over."""
+    """Yield the value of an element for each item that a loop, `for v in ... if ...`, gives."""
     if not isinstance(loop.target, ast.Name) or len(loop.ifs) > 1:
         raise ValueError("expression: expected one name to loop over, and one condition at most")
     for item in items_of(value_of(loop.iter, names, left)):
@@ -121,14 +125,14 @@ def looped(element: ast.expr, loop: ast.comprehension, names: dict, left: list[i
 
 
 def items_of(value: Any) -> list:
-    """Return a value that is a list. Raises ValueError for any other."""
+    """Return the value if it is a list. Raises ValueError for any other."""
     if not isinstance(value, list):
         raise ValueError("expression: expected a list")
     return value
 
 
 def bounded(value: Any) -> Any:
-    """Return a value within the limits. Raises ValueError for one beyond."""
+    """Return the value if it is within the limits. Raises ValueError for an integer or a list beyond."""
     too_large = isinstance(value, int) and abs(value) > LARGEST
     if too_large or (isinstance(value, list) and len(value) > MOST):
         raise ValueError(f"expression: expected integers up to {LARGEST}, and lists of at most {MOST} items")
@@ -141,9 +145,9 @@ HOLE = re.compile(r"\{(\w+)\}")
 
 
 class Tree(NamedTuple):
-    """An expression by the rules that made it."""
+    """An expression, as the tree of the rules of a grammar that made it."""
 
-    symbol: str
+    symbol: str  # what the rule is for
     rule: str  # a text with {symbol} for each child
     children: tuple["Tree", ...] = ()
 
@@ -172,16 +176,18 @@ class Tree(NamedTuple):
 
 
 class Grammar:
-    """The rules of each symbol: {"number": "x | ({number} + {number})", ...}, of which {number} is a symbol.
+    """The rules by which expressions are made.
 
-    A rule that stands twice is drawn twice as often.
+    rules: the alternatives of each symbol, as {"number": "x | ({number} + {number})", ...}, in which {number}
+    stands for any expression of this symbol. An alternative that stands twice is drawn twice as often. start:
+    the symbol of whole expressions.
     """
 
     def __init__(self, rules: dict[str, str], start: str):
         self.rules = {symbol: alternatives.split(" | ") for symbol, alternatives in rules.items()}
         self.start = start
         self.holes = {rule: tuple(HOLE.findall(rule)) for texts in self.rules.values() for rule in texts}
-        # The height of the smallest tree of each symbol: each round finds those one higher.
+        # The height of the smallest tree of each symbol. After k rounds all heights up to k are known.
         height: dict[str, int] = {}
         for _ in rules:
             for symbol, texts in self.rules.items():
@@ -190,11 +196,11 @@ class Grammar:
                 if known:
                     height[symbol] = 1 + min(known)
         self.height = height
-        # The least height of the tallest child that a rule needs.
+        # For each rule the least height that leaves room for all of its children.
         self.below = {rule: max((height[s] for s in holes), default=0) for rule, holes in self.holes.items()}
 
     def draw(self, generator: random.Random, depth: int, symbol: str | None = None) -> Tree:
-        """Return a random tree of at most this depth, or of the least depth that there is."""
+        """Return a random tree of at most this depth, or, if no tree is so low, of the least depth."""
         symbol = symbol or self.start
         depth = max(depth, self.height[symbol])
         rule = generator.choice([rule for rule in self.rules[symbol] if self.below[rule] < depth])
@@ -210,7 +216,7 @@ class Grammar:
         return tree.replaced(index, self.draw(generator, depth, old.symbol))
 
 
-# Functions of a list x of small numbers, to a list or a number.
+# Functions that map a list x of small numbers to a list or to a number.
 LISTS = Grammar(
     {
         "program": "{list} | {number}",

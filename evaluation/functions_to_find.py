@@ -1,13 +1,13 @@
-"""Functions to find: problems for generate_and_verify.py, each a few examples of a function of a list.
+"""Functions to find: the problems of generate_and_verify.py. Each shows examples of a function of a list.
 
     [3 1 2] -> [2 1 3] ;  [5 0] -> [0 5] ;  [7 7 1 4] -> [4 1 7 7] ;            x[::-1]
 
-The functions are expressions of the grammar `expressions.LISTS`, the inputs random lists of 2 to 5 digits.
-The examples seldom determine a function, so a program is tested on more inputs, which the question does not
-show. One function in eight is held out from training. Functions are told apart by their values on fixed
-inputs, not by their texts, since many texts are the same function.
+The functions are expressions of the grammar `expressions.LISTS`, and the inputs are random lists of 2 to 5
+digits. Many functions agree with the few examples, so a program is tested on hidden inputs, too. One function
+in eight is held out from training. Two texts count as the same function if their values agree on 12 fixed
+inputs, since many texts compute the same.
 
-    python -m evaluation.functions_to_find        a few problems, and how often chance solves them
+    python -m evaluation.functions_to_find        five problems, and how many random programs solve them
 """
 
 import ast
@@ -21,7 +21,8 @@ from evaluation.expressions import LISTS, evaluate, parse
 from evaluation.small_models import Vocabulary
 from formats import command
 
-N_EXAMPLES, N_HIDDEN = 3, 20  # inputs in a question, and of the tests
+N_EXAMPLES, N_HIDDEN = 3, 20  # inputs in a question, and hidden ones
+# Signs of questions, numbers, and the pieces of the grammar's rules without the braces around symbols.
 VOCABULARY = Vocabulary(
     ["[ ] -> ; - ? yes no", " ".join(map(str, range(100)))]
     + [rule.replace("{", " ").replace("}", " ") for rules in LISTS.rules.values() for rule in rules]
@@ -31,21 +32,21 @@ Value = int | list[int]
 
 
 class Problem(NamedTuple):
-    """A function to find: examples that the question shows, and inputs with outputs that test an answer."""
+    """A function to find."""
 
     program: str  # one that computes it
-    examples: list[tuple[list[int], Value]]
-    hidden: list[tuple[list[int], Value]]
+    examples: list[tuple[list[int], Value]]  # (input, output) of the question
+    hidden: list[tuple[list[int], Value]]  # (input, output) of the test
 
 
 def draw_input(generator: random.Random) -> list[int]:
+    """Return a random list of 2 to 5 digits."""
     return [generator.randrange(10) for _ in range(generator.randint(2, 5))]
 
 
 def output(tree: ast.expr, x: list[int]) -> Value | None:
-    """Return the value of a program for an input, None if it has none, or one that is too large to be shown:
-    more than 10 numbers, or one beyond 99.
-    """
+    """Return the value of a program for the input x, or None if there is none that a question can show: at
+    most 10 numbers, each from -99 to 99."""
     try:
         value = evaluate(tree, {"x": x})
     except ValueError:
@@ -56,8 +57,7 @@ def output(tree: ast.expr, x: list[int]) -> Value | None:
 
 
 def draw_examples(tree: ast.expr, n: int, generator: random.Random) -> list[tuple[list[int], Value]] | None:
-    """Return n inputs with their outputs; None for a program that has no value for two thirds of the
-    inputs."""
+    """Return n random inputs with their outputs, or None if fewer than n of 3 n inputs have an output."""
     found = []
     for _ in range(3 * n):
         x = draw_input(generator)
@@ -68,14 +68,15 @@ def draw_examples(tree: ast.expr, n: int, generator: random.Random) -> list[tupl
     return None
 
 
-PROBES = [draw_input(random.Random(i)) for i in range(12)]  # functions with equal values here count as equal
+PROBES = [draw_input(random.Random(i)) for i in range(12)]  # inputs on which functions are compared
 
 
 def draw_programs(n: int, generator: random.Random) -> tuple[dict[str, ast.expr], dict[str, ast.expr]]:
-    """Return n programs with their trees, those of training and those of the test, one function in eight.
+    """Return n programs, those of training and those of the test, each as {text: syntax tree}.
 
-    All programs that compute the same function are in the same part; the test has only the first of them.
-    Functions that lack a value for more than 3 of the 12 PROBES, or have fewer than 3 values, are left out.
+    One function in eight is of the test, with the first program that computes it; training has all programs
+    of its functions. Left out are functions without an output for more than 3 of the 12 PROBES, and those
+    with fewer than 3 different outputs (none counts as one).
     """
     training, test, known = {}, {}, set()
     while len(training) + len(test) < n:
@@ -86,6 +87,7 @@ def draw_programs(n: int, generator: random.Random) -> tuple[dict[str, ast.expr]
         values = [str(output(tree, x)) for x in PROBES]
         if values.count("None") > 3 or len(set(values)) < 3:
             continue
+        # A hash that is the same in every process puts all programs of a function in the same part.
         function = "|".join(values)
         if zlib.crc32(function.encode()) % 8:
             training[text] = tree
@@ -96,8 +98,8 @@ def draw_programs(n: int, generator: random.Random) -> tuple[dict[str, ast.expr]
 
 
 def draw_problem(text: str, tree: ast.expr, generator: random.Random) -> Problem | None:
-    """Return a problem with the function of a program, None if its examples all have the same output, or it
-    has too few values."""
+    """Return a problem about the function of a program, or None if all its examples have the same output, or
+    if too few inputs have one."""
     found = draw_examples(tree, N_EXAMPLES + N_HIDDEN, generator)
     if found is None or len({str(y) for _, y in found[:N_EXAMPLES]}) < 2:
         return None
@@ -105,7 +107,7 @@ def draw_problem(text: str, tree: ast.expr, generator: random.Random) -> Problem
 
 
 def question(examples: Sequence[tuple[list[int], Value]]) -> list[int]:
-    """Return the tokens of examples, as in the header."""
+    """Return the tokens of examples, in the form `[ 5 0 ] -> [ 0 5 ] ;`."""
 
     def shown(value: Value) -> str:
         return f"[ {' '.join(map(str, value))} ]" if isinstance(value, list) else str(value)
@@ -114,14 +116,14 @@ def question(examples: Sequence[tuple[list[int], Value]]) -> list[int]:
 
 
 def draw_problems(programs: dict[str, ast.expr], n: int, generator: random.Random) -> list[Problem]:
-    """Return up to n problems, each with another of these programs."""
+    """Return up to n problems about different ones of these programs, in random order."""
     pairs = generator.sample(list(programs.items()), len(programs))
     made = (draw_problem(text, tree, generator) for text, tree in pairs)
     return list(itertools.islice(filter(None, made), n))
 
 
 def solves(tree: ast.expr, examples: Sequence[tuple[list[int], Value]]) -> bool:
-    """Return whether a program gives the outputs of examples."""
+    """Return whether a program gives the outputs of all examples."""
     return all(output(tree, x) == y for x, y in examples)
 
 

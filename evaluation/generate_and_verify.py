@@ -1,28 +1,31 @@
-"""Generate and verify: a model that is seldom right writes many programs, and execution picks among them.
+"""Generate and verify: a model that is seldom right writes many programs, of which execution selects some.
 
     sample     k programs from the model
-    filter     keep those that give the outputs of all examples in the question
-    cluster    run the rest on generated inputs; programs with the same outputs are a cluster
+    filter     keep the programs that give the outputs of all examples in the question
+    cluster    run these on generated inputs; programs with the same outputs are one cluster
     submit     one program from each of the n largest clusters
 
-n@k is the share of problems that are solved by one of n submissions out of k samples; pass@k is the share of
-problems with a right program among k samples.
+n@k is the share of problems that are solved by one of n programs submitted from k samples; pass@k is the
+share of problems with a right program among k samples, which no selection can exceed.
 
-This is AlphaCode's selection (Li et al. 2022, arXiv:2203.07814, sections 4.5 and 4.6). Clusters help where
-wrong programs disagree more than right ones do. The question here is a list of examples, the program an
-expression of x:
+This is AlphaCode's selection (Li et al. 2022, arXiv:2203.07814, sections 4.5 and 4.6). Clusters help if wrong
+programs disagree with each other more than right ones do. A question here is a list of examples, and a
+program is an expression of x:
 
     [3 1 2] -> [2 1 3] ;  [5 0] -> [0 5] ;  [7 7 1 4] -> [4 1 7 7] ;            x[::-1]
 
 The model is a small GPT (small_models.py) that learns from such functions and is tested on others
-(functions_to_find.py). Expressions are safe to run in this process; expressions.py says why. A program is
-right if it gives the outputs of the examples, and those of 20 more inputs that the question does not show.
+(functions_to_find.py). Expressions are safe to run in this process, for the reasons in expressions.py. A
+program is right if it gives the outputs of the examples, and those of 20 hidden inputs.
 
-Where nothing can be executed, a verifier can be learned (Cobbe et al. 2021, arXiv:2110.14168, section 4.2): a
-copy of the model is trained to predict whether a sample is right, and the likeliest ones are submitted.
+If answers cannot be executed, a verifier can be trained (Cobbe et al. 2021, arXiv:2110.14168, section 4.2): a
+copy of the model learns to predict whether a sample is right, and the samples with the highest predictions
+are submitted.
 
     python -m evaluation.generate_and_verify             one seed, small: three minutes on two cores
     python -m results.generate_and_verify                three seeds, with all controls
+
+Shapes: B programs, T tokens, V vocabulary.
 """
 
 import ast
@@ -54,16 +57,19 @@ from formats.progress import progress_bar
 from gpt import GPT
 
 N_GENERATED = 20  # inputs for clustering
-SUBMISSIONS = 10
-MOST_VERIFIED = 100  # samples that a learned verifier reads
-LONGEST_PROGRAM, MAX_SEQ_LEN = 40, 160  # pieces
+SUBMISSIONS = 10  # programs that a rule of selection submits for a problem
+MOST_VERIFIED = 100  # with more samples than this the verifiers, which are slow, are left out
+LONGEST_PROGRAM, MAX_SEQ_LEN = 40, 160  # tokens
 
 
 # --- the model
 
 
 def draw_row(programs: list[tuple[str, ast.expr]], generator: random.Random) -> Row:
-    """Return a question about one of the programs, and the program."""
+    """Return the tokens of a question about one of the programs, and those of the program.
+
+    programs: (text, syntax tree) of each.
+    """
     while True:
         text, tree = generator.choice(programs)
         examples = draw_examples(tree, N_EXAMPLES, generator)
@@ -74,7 +80,10 @@ def draw_row(programs: list[tuple[str, ast.expr]], generator: random.Random) -> 
 
 
 def train_writer(programs: dict[str, ast.expr], steps: int, seed: int, layers: int = 3) -> GPT:
-    """Return a model that has learned to write programs for examples."""
+    """Return a new model, trained to write the program behind its examples.
+
+    programs: {text: syntax tree}, those to learn from.
+    """
     generator, pairs = random.Random(f"{seed} writer"), list(programs.items())
     model = small_gpt(VOCABULARY, MAX_SEQ_LEN, seed, layers=layers, width=96)
     fit(model, lambda: [draw_row(pairs, generator) for _ in range(32)], steps)
@@ -89,10 +98,11 @@ def train_verifier(
     shuffled: bool = False,
     lr: float = 1e-3,
 ) -> GPT:
-    """Return a copy of the writer that has learned which of its programs are right.
+    """Return a copy of the writer, trained to write "yes" behind a right program and "no" behind a wrong one.
 
-    rows: a question with a program, and whether this is right; right and wrong ones are drawn equally often.
-    shuffled: labels are permuted among the rows, as a control. Raises ValueError if all rows have one label.
+    rows: the tokens of a question and of a program, and whether the program is right. Right and wrong ones
+    are drawn equally often. shuffled: permute the labels among the rows, as a control. Raises ValueError if
+    all labels are equal.
     """
     generator = random.Random(f"{seed} verifier")
     labels = [right for _, right in rows]
@@ -118,7 +128,10 @@ def judged(read: list[int], program: Sequence[int]) -> list[int]:
 
 @torch.no_grad()
 def verify(verifier: GPT, read: list[int], programs: Sequence[tuple[int, ...]]) -> list[float]:
-    """Return the log-odds that each program is right, as a verifier estimates them."""
+    """Return for each program log p("yes") - log p("no") by a verifier, the log-odds that it is right.
+
+    read: the tokens of the question.
+    """
     rows = [(judged(read, program), [VOCABULARY.end]) for program in programs]
     tokens = make_batch(rows)["tokens"]  # (B, T)
     last = torch.tensor([len(row) - 1 for row, _ in rows])
@@ -131,15 +144,20 @@ def verify(verifier: GPT, read: list[int], programs: Sequence[tuple[int, ...]]) 
 
 
 class Candidate(NamedTuple):
-    """A program that was sampled, and what its execution shows."""
+    """A program that was sampled, and the results of its execution."""
 
     text: str
-    count: int  # of the samples that are this program
-    log_p: float
-    passes: bool  # gives the outputs of the examples
-    values: str  # on the generated inputs
-    right: bool  # gives the hidden outputs too; no rule of selection reads it
-    odds: dict[str, float] = {}  # log-odds that it is right, by the name of a verifier
+    count: int  # the number of samples that are this program
+    log_p: float  # by the model
+    passes: bool  # whether it gives the outputs of the examples
+    values: str  # its outputs for the generated inputs, with | in between
+    right: bool  # whether it gives the hidden outputs, too; no rule of selection may read this
+    odds: dict[str, float] = {}  # {name of a verifier: log-odds that the program is right}
+
+    @property
+    def runs(self) -> bool:
+        """Return whether the program has a value for at least one generated input."""
+        return any(value not in ("", "None") for value in self.values.split("|"))
 
 
 def candidates(
@@ -160,7 +178,10 @@ def candidates(
 
 
 def executed(text: str, problem: Problem, generated: Sequence[list[int]]) -> tuple[bool, str, bool]:
-    """Return whether a program passes the examples, its values on generated inputs, and if it is right."""
+    """Return `passes`, `values` and `right` of Candidate for the text of a program.
+
+    A text that is no expression has no values.
+    """
     try:
         tree = parse(text)
     except ValueError:
@@ -171,13 +192,16 @@ def executed(text: str, problem: Problem, generated: Sequence[list[int]]) -> tup
 
 
 def in_random_order(found: list[Candidate], generator: random.Random) -> list[Candidate]:
-    """Return different candidates in the order in which draws by their counts, without replacement, give them
-    (Efraimidis and Spirakis 2006)."""
+    """Return the candidates in a random order: that of draws without replacement, with probabilities in
+    proportion to their counts, by the keys u^(1 / count) of Efraimidis and Spirakis (2006)."""
     return sorted(found, key=lambda c: -(generator.random() ** (1 / c.count)))
 
 
 def by_clusters(found: list[Candidate]) -> list[Candidate]:
-    """Return the likeliest program of each cluster, the cluster with most samples first."""
+    """Return the likeliest program of each cluster, that of the cluster with most samples first.
+
+    A cluster has the programs with the same values for the generated inputs.
+    """
     clusters: dict[str, list[Candidate]] = {}
     for c in found:
         clusters.setdefault(c.values, []).append(c)
@@ -186,19 +210,22 @@ def by_clusters(found: list[Candidate]) -> list[Candidate]:
 
 
 def likeliest(found: list[Candidate], _: Any = None) -> list[Candidate]:
+    """Return the candidates, the one with the largest log p by the model first."""
     return sorted(found, key=lambda c: -c.log_p)
 
 
 def passing(found: list[Candidate]) -> list[Candidate]:
+    """Return the candidates that give the outputs of the examples: AlphaCode's filter."""
     return [c for c in found if c.passes]
 
 
 Rule = Callable[[list[Candidate], random.Random], list[Candidate]]
-# The order in which candidates are submitted. A cluster is of programs with a value for at least one input.
+# {name: the function that returns candidates in the order in which they are submitted}. Without the filter
+# the clusters leave out programs that fail on every input, which would be one large cluster.
 RULES: dict[str, Rule] = {
     "random": in_random_order,
     "likeliest": likeliest,
-    "cluster": lambda found, _: by_clusters([c for c in found if c.values.strip("|None")]),
+    "cluster": lambda found, _: by_clusters([c for c in found if c.runs]),
     "filter, random": lambda found, generator: in_random_order(passing(found), generator),
     "filter, likeliest": lambda found, _: likeliest(passing(found)),
     "filter, cluster": lambda found, _: by_clusters(passing(found)),
@@ -208,8 +235,7 @@ RULES: dict[str, Rule] = {
 
 
 def first_right(found: list[Candidate], rule: str, generator: random.Random) -> int | None:
-    """Return the rank, from 1, of the first right program that a rule submits; None if none of SUBMISSIONS
-    is."""
+    """Return the rank, from 1, of the first right program among the SUBMISSIONS of a rule, else None."""
     submitted = RULES[rule](found, generator)[:SUBMISSIONS]
     return next((i for i, c in enumerate(submitted, 1) if c.right), None)
 
@@ -232,7 +258,7 @@ def measure(
         used = [rule for rule in RULES if judges or "verifier" not in rule]
         ranks[k] = {rule: first_right(found, rule, generator) for rule in used}
 
-    # Counts of all samples: the candidates found last are those of all samples.
+    # The last k is the number of samples, so `found` has the candidates of all of them.
     n_right, n_passing = (sum(c.count for c in found if getattr(c, name)) for name in ("right", "passes"))
     n = len(samples)
     pass_at = {k: pass_at_k(n, n_right, k) for k in ks}
@@ -241,7 +267,7 @@ def measure(
 
 
 def samples_of_grammar(n: int, generator: random.Random) -> list[Answer]:
-    """Return n expressions of the grammar, for a search without a model; all are taken as equally likely."""
+    """Return n random expressions of the grammar, as a control without a model. All have log p 0."""
     texts = [str(LISTS.draw(generator, generator.randint(2, 5))) for _ in range(n)]
     return [Answer(tuple(VOCABULARY.encode(text)), 0.0) for text in texts]
 
@@ -249,8 +275,8 @@ def samples_of_grammar(n: int, generator: random.Random) -> list[Answer]:
 def labelled_samples(
     writer: GPT, programs: dict[str, ast.expr], n_problems: int, n: int, seed: int
 ) -> list[tuple[Row, bool]]:
-    """Return a question with a program, and whether this is right: the different programs among n samples of
-    the writer for each of n_problems training problems."""
+    """Return what a verifier learns from: the tokens of a question and of a program, and whether the program
+    is right. The programs are the different ones among n samples of the writer for each training problem."""
     generator, draws, pairs = random.Random(f"{seed} labelled"), torch.Generator().manual_seed(seed), []
     problems = draw_problems(programs, n_problems, generator)
     for first in range(0, len(problems), 32):
@@ -270,9 +296,10 @@ def labelled_samples(
 def study(
     seed: int, steps: int, verifier_steps: int, n_problems: int, ks: Sequence[int], n_programs: int = 8000
 ) -> dict[str, Any]:
-    """Return the figures of each test problem, with samples of a model and with those of the grammar.
+    """Return the figures of each test problem, for samples of the model and for those of the grammar.
 
-    steps: of training the model; verifier_steps: 0 leaves the verifiers out; ks: numbers of samples.
+    steps, verifier_steps: updates of the model, and of each verifier (0: without verifiers); ks: numbers of
+    samples, in ascending order; n_programs: programs to learn from and of the test together.
     """
     generator = random.Random(f"{seed} study")
     training, test = draw_programs(n_programs, generator)
@@ -293,7 +320,7 @@ def study(
 
 
 def share_solved(rows: Sequence[dict], rule: str, k: int, n: int) -> float:
-    """Return n@k: the share of problems that a rule solves with n submissions from k samples."""
+    """Return n@k: the share of problems that a rule solves by one of n submissions from k samples."""
     ranks = [row["ranks"][k].get(rule) for row in rows]
     return sum(rank is not None and rank <= n for rank in ranks) / len(ranks)
 

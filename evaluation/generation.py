@@ -1,16 +1,16 @@
-"""Generation: a model writes an answer, and what counts is the answer that is found in it.
+"""Generation: a model writes a text, and the answer that is found in the text is compared with the right one.
 
     exact match     the text up to the first stop string, spaces around it removed, equals the reference
     GSM8K strict    the number behind the first "####"            (Cobbe et al. 2021, arXiv:2110.14168)
-    GSM8K flexible  the last number of the text, wherever it stands
+    GSM8K flexible  the last number of the text
     pass@k          1 - C(n - c, k) / C(n, k)       (Chen et al. 2021, arXiv:2107.03374, section 2.1)
 
-pass@k is the probability that one of k programs passes, estimated without bias from n programs of which c
-pass; 1 - (1 - c / n)^k, the estimate that suggests itself, is too low. Numbers are compared as numbers:
-"1,080.00" is 1080. Greedy texts do not depend on the batch size.
+pass@k is the probability that at least one of k programs passes its tests. The formula estimates it without
+bias from n programs of which c pass; the simpler estimate 1 - (1 - c / n)^k is too low on average. Numbers
+are compared by value: "1,080.00" is 1080. Texts of temperature 0 do not depend on the batch size.
 
-    python -m evaluation.generation runs/gpt/model      ask a model for sums; what is found in its texts
-    python -m evaluation.generation gsm8k_test.jsonl    in how many answers of a file the number is found
+    python -m evaluation.generation runs/gpt/model      the texts of a model for three sums, and what is found
+    python -m evaluation.generation gsm8k_test.jsonl    in how many of its answers each rule finds the number
 """
 
 import math
@@ -29,16 +29,16 @@ from formats import command
 from formats.progress import progress_bar
 from generate import end_tokens
 
-# Where a completion of a function ends (HumanEval's own list), and an answer in the form of GSM8K.
+# Strings that end a completion of a function (those of HumanEval), and an answer in the form of GSM8K.
 CODE_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 QUESTION_STOPS = ("Question:", "</s>", "<|im_end|>")
 
 
 class Question(NamedTuple):
-    """A prompt, and the text that a right answer ends in or is."""
+    """A prompt, and the reference answer."""
 
     prompt: str
-    answer: str
+    answer: str  # the whole answer, or, as in GSM8K, a solution that ends in "#### " and a number
 
 
 class Text(NamedTuple):
@@ -52,9 +52,9 @@ class Text(NamedTuple):
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """Return the text before the earliest of the stop strings.
+    """Return the text before the first place where one of the stop strings begins.
 
-    Raises TypeError for a single string in place of the list: each of its letters would be one.
+    Raises TypeError for a single string in place of the list: each of its letters would be a stop string.
     """
     if isinstance(stops, str):
         raise TypeError(f"stops {stops!r}: expected a list of strings")
@@ -72,8 +72,8 @@ def write(
 ) -> list[Text]:
     """Return what the model writes behind each prompt, up to a stop string, an end token or max_new_tokens.
 
-    options: of `generate.stream`; without any, the likeliest token is taken. A prompt that leaves no room
-    loses its beginning.
+    max_new_tokens is at most half of what the model reads, max_seq_len // 2. A prompt that does not fit into
+    the rest loses its beginning. options: of `generate.stream`; by default the temperature is 0.
     """
     context = model.config.max_seq_len
     max_new_tokens = min(max_new_tokens, context // 2)
@@ -94,7 +94,7 @@ def write(
 
 
 def write_batch(model, tokenizer, rows, stops, max_new_tokens, options) -> list[str]:
-    """Return the texts behind the rows of one batch; see `write`."""
+    """Return what the model writes behind the tokens of each row; for the other arguments see `write`."""
     ends = end_tokens(model, tokenizer)
     new, done = [[] for _ in rows], [False] * len(rows)
     for step in model.stream(rows, max_new_tokens, stop=ends, **{"temperature": 0.0} | options):
@@ -120,20 +120,23 @@ NUMBER = r"-?[0-9.,]+"
 def strict_number(text: str) -> str | None:
     """Return the number behind the first "####", None if there is none.
 
-    The first: a model that goes on reciting examples writes more of them.
+    It is the first since a model may go on with questions of its own, which have further ones.
     """
     found = re.search(rf"#### ({NUMBER})", text)
     return found[1] if found else None
 
 
 def flexible_number(text: str) -> str | None:
-    """Return the last number of a text, None if there is none."""
+    """Return the last number of a text, None if there is none.
+
+    The pattern is that of lm-evaluation-harness. It takes "..." for a number, too, which equals none.
+    """
     found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
     return found[-1] if found else None
 
 
 def as_number(text: str) -> Fraction | None:
-    """Return the value of a number as people write it, with commas, $ or a final point; else None."""
+    """Return the value of a number that may have commas, a $ or a final point; None if it is no number."""
     try:
         return Fraction(text.replace(",", "").replace("$", "").strip().removesuffix("."))
     except (ValueError, ZeroDivisionError):
@@ -141,13 +144,16 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_number(found: str | None, reference: str) -> bool:
-    """Return whether two texts are the same number."""
+    """Return whether two texts are numbers of equal value."""
     value = as_number(found or "")
     return value is not None and value == as_number(reference)
 
 
 def score_question(text: str, answer: str) -> dict[str, bool]:
-    """Return whether a text answers a question, by each rule that applies to its reference answer."""
+    """Return {rule: whether the text has the reference answer}.
+
+    The rules are strict and flexible if the reference has a number behind "####", else exact_match.
+    """
     reference = strict_number(answer)
     if reference is not None:
         found = {"strict": strict_number(text), "flexible": flexible_number(text)}
@@ -156,13 +162,13 @@ def score_question(text: str, answer: str) -> dict[str, bool]:
 
 
 def count_gold(path: Path) -> dict[str, int]:
-    """Return how many answers of a file of GSM8K there are, and in how many each rule finds the number that
-    ends the answer, which should be all. Raises ValueError for a record without such an answer."""
+    """Return the number of answers in a file of GSM8K, and in how many of them each rule finds the final
+    number, which should be all. Raises ValueError for a record without such an answer."""
     from data.records import read_records, refuse
 
     counts = {"answers": 0, "strict": 0, "flexible": 0}
     for where, record in read_records(path, str(path), refuse):
-        answer = record.get("answer")
+        answer = record.get("answer") if isinstance(record, dict) else None
         if not isinstance(answer, str) or "#### " not in answer:
             raise ValueError(f"{where}: expected the field `answer` with #### and a number at its end")
         gold = answer.rsplit("#### ", 1)[1].strip()
@@ -195,21 +201,21 @@ def write_programs(
     max_new_tokens: int = 512,
     batch_size: int = 16,
 ) -> list[list[str]]:
-    """Return n completions of the prompt of each record in HumanEval's form.
+    """Return n completions of the prompt of each record, which are in HumanEval's form.
 
     With temperature 0 the n completions of a record are equal. With a higher one they depend on the seed, the
-    record's position, the number of records and, where n is larger, on batch_size.
+    record's position and the number of records, and if n is larger than batch_size, on batch_size, too.
     """
 
     def completions(prompts: list[str], **options) -> list[str]:
         texts = write(model, tokenizer, prompts, CODE_STOPS, max_new_tokens, batch_size, **options)
         return [text.text for text in texts]
 
-    # The likeliest programs: the prompts of several records share a batch.
+    # Greedy decoding: the prompts of several records share a batch.
     if temperature == 0:
         return [[text] * n for text in completions([record["prompt"] for record in records])]
 
-    # Samples: a record has random draws of its own.
+    # Samples: each record has a generator of its own.
     device, found = next(model.parameters()).device, []
     for index, record in enumerate(records):
         generator = torch.Generator(device).manual_seed(seed * len(records) + index)

@@ -7,13 +7,14 @@ arXiv:1804.07461).
     Pearson    cov(x, y) / (std(x) std(y))
     Spearman   the same of the ranks of x and y, where equal values share their mean rank
 
-TP are the true positives: texts with label 1 that the model gives label 1; FP, FN and TN likewise. Where a
-denominator is 0, because all answers are the same, the figure is 0. The score of GLUE is the mean over its
-tasks; two metrics of a task are averaged first, and MNLI's two sets (matched, mismatched) count as one task.
+TP is the number of true positives, the texts with label 1 for which the model answers 1; FP, FN and TN are
+those of false positives, false negatives and true negatives. Where a denominator is 0, such as that of
+Matthews if all answers are equal, the figure is 0. The score of GLUE is the mean over its tasks; two metrics
+of a task are averaged first, and MNLI's two sets (matched, mismatched) count as one task.
 
     python -m evaluation runs/classify/model --tasks SST-2/dev.tsv       a file of the published archive
     python -m evaluation runs/classify/model --tasks mrpc:val.parquet    or any file, with its task's name
-    python -m evaluation.glue                          the tasks, and the figures of answers without a model
+    python -m evaluation.glue                          the tasks, and the metrics of answers without a model
 
 Shapes: n texts of a batch, C labels.
 """
@@ -59,7 +60,7 @@ def matthews(predicted: Sequence, true: Sequence) -> float:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the correlation of two lists of numbers."""
+    """Return Pearson's correlation of two lists of numbers, 0 if all numbers of a list are equal."""
     x, y = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
     if x.min() == x.max() or y.min() == y.max():
         return 0.0
@@ -76,7 +77,7 @@ def ranks(x: Sequence[float]) -> list[float]:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return the correlation of the ranks of two lists of numbers."""
+    """Return Spearman's correlation of two lists of numbers, which is Pearson's of their ranks."""
     return pearson(ranks(x), ranks(y))
 
 
@@ -90,7 +91,7 @@ class GlueTask(NamedTuple):
     label: str
     metrics: tuple[Callable[[Sequence, Sequence], float], ...]
     folder: str  # in the published archive
-    names: tuple[str, ...] = ()  # of the labels 0, 1, 2 of Hugging Face's files; the archive has the names
+    names: tuple[str, ...] = ()  # of the labels; Hugging Face has 0, 1, 2 in their place
 
 
 MNLI = ("entailment", "neutral", "contradiction")
@@ -106,7 +107,7 @@ TASKS = {
     "rte": GlueTask(("sentence1", "sentence2"), "label", (accuracy,), "RTE", RTE),
     "wnli": GlueTask(("sentence1", "sentence2"), "label", (accuracy,), "WNLI"),
 }
-# Columns of the published archive, and of MNLI at Hugging Face, under the names above.
+# Other names of these columns, in the published archive and in Hugging Face's MNLI.
 RENAMED = {
     "Quality": "label", "#1 String": "sentence1", "#2 String": "sentence2", "is_duplicate": "label",
     "score": "label", "gold_label": "label", "premise": "sentence1", "hypothesis": "sentence2",
@@ -142,7 +143,7 @@ def read_examples(path: Path, name: str) -> list[Example]:
         missing = {*task.texts, task.label} - set(record)
         if missing:
             raise ValueError(f"{place}: no {', '.join(sorted(missing))}, which {task.folder} needs")
-        # Labels are the names where a task has names, else texts of numbers.
+        # A label is the name where the task has names, else the number as text.
         label = str(record[task.label])
         if task.names and label.isdecimal() and int(label) < len(task.names):
             label = task.names[int(label)]
@@ -155,9 +156,9 @@ def read_examples(path: Path, name: str) -> list[Example]:
 
 
 def headerless_cola(records: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """Return the records of the archive's CoLA file, which does not name its columns.
+    """Return the records of the archive's CoLA file, whose first row is not the names of its columns.
 
-    They are the source, the label, the authors' mark and the sentence.
+    The columns are the source, the label, the mark of the sentence's author and the sentence.
     """
     names = ("source", "label", "mark", "sentence")
     rows = [(records[0][0], list(records[0][1]))]  # the first row was taken for the columns' names
@@ -169,10 +170,10 @@ def headerless_cola(records: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 def token_row(tokenizer, texts: Sequence[str], model: nn.Module) -> tuple[list[int], list[int]]:
-    """Return token ids and segment ids of [CLS] a [SEP], or of [CLS] a [SEP] b [SEP].
+    """Return the token ids and the segment ids of [CLS] a [SEP], or of [CLS] a [SEP] b [SEP].
 
-    RoBERTa has two [SEP] between a and b. Segment ids are 0, and from b on 1 where the model has segments. If
-    the texts are too long, the longer one loses its last token until they fit.
+    RoBERTa has two [SEP] between a and b. Segment ids are 1 for b and the [SEP] behind it, if the model has
+    segments, and else 0. If the texts are too long, the longer one loses its last token until they fit.
     """
     encoded, double = [tokenizer.encode(text) for text in texts], model.family == "roberta"
     n_special = 2 if len(texts) == 1 else 3 + double
@@ -205,10 +206,10 @@ def logits_of(model: nn.Module, tokenizer, examples: Sequence[Example], batch_si
 def evaluate(
     model: nn.Module, tokenizer, name: str, examples: Sequence[Example], batch_size: int = 16
 ) -> dict[str, float]:
-    """Return {metric: value} of a classifier on the examples of a task.
+    """Return {metric: value} of a classifier on the examples of the task `name`.
 
-    For STS-B the labels must be numbers, and the answer is their mean, weighted by the classifier's
-    probabilities. Raises ValueError for a classifier that has other labels than the task.
+    For STS-B the classifier's labels must be numbers, and its answer is their mean, weighted by their
+    probabilities. Raises ValueError if the classifier lacks a label of the examples.
     """
     task, true = TASKS[name], [example.label for example in examples]
     logits = logits_of(model, tokenizer, examples, batch_size)

@@ -1,26 +1,29 @@
-"""In-context learning beside its exact optimum: Markov chains that are new in every sequence.
+"""In-context learning beside its exact optimum: every sequence is drawn from a Markov chain of its own.
 
     P[a] ~ Dirichlet(1, ..., 1) for each symbol a;     x_0 uniform,  x_{t+1} ~ P[x_t]
 
-Nothing about a chain is in the weights, because no chain comes twice: what the model predicts better than
-chance, it has learned from the symbols in front. How well that is possible is known to the last digit. With
-n(a, b) the number of times that b followed a so far, the predictive distribution of Bayes is
+P[a] is the distribution of the symbol that follows a. No chain comes twice, so the weights cannot hold
+anything about it: where the model predicts better than chance, it has learned from the earlier symbols of the
+sequence. The best possible prediction has a closed form. Let n(a, b) be how many times b has followed a so
+far. By Bayes' rule the distribution of the next symbol is
 
     p(b | x_0 ... x_t) = (n(a, b) + 1) / (sum_b' n(a, b') + V),    a = x_t                (the optimum)
 
 Three other predictors use less of the sequence: nothing (uniform), how often each symbol occurred (unigram,
-add-one counts), and what followed the last earlier occurrence of a (one match). Uniform and one match are
-optimal for what they use, and unigram is nearly so. If the loss is d nats above the optimum, the mean
-KL(Bayes || model) is d. Models pass from one of these predictors to the next while they train (Edelman et al.
-2024, 2402.11004). The last step needs an induction head, which attends to what followed earlier occurrences
-of the current symbol (Olsson et al. 2022, 2209.11895), and for it two layers: one layer, the control, should
+with one added to each count), and the symbol behind the last earlier occurrence of a (one match). Uniform and
+one match are optimal for what they use, and unigram is nearly so. The loss of a model is in expectation the
+optimum plus KL(Bayes || model).
+
+While models train, they pass from one of these predictors to the next (Edelman et al. 2024, 2402.11004). The
+optimum needs an induction head, which attends to the symbols behind earlier occurrences of the current one
+(Olsson et al. 2022, 2209.11895). Such a head needs two layers, so a model of one layer, the control, should
 fail. Two more controls change only what the trained model reads: the earlier symbols in another order, and
 chains of another prior, Dirichlet(alpha, ..., alpha).
 
     python -m evaluation.in_context                      one seed, two minutes on a core
     python -m results.prompting_studies in_context       three seeds, and the picture
 
-Shapes: B sequences, T predictions of each, V symbols, H heads, K head width.
+Shapes: B sequences, T predictions of each, V symbols, D model width, H heads.
 """
 
 import statistics
@@ -45,9 +48,10 @@ EVERY = 20  # steps between two points of a curve
 
 
 def draw_chains(n: int, generator: Generator, alpha: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return n sequences, int64 (n, T + 1), and the true distributions (n, T, V) of all but the first symbol,
-    each of a chain of its own with rows from Dirichlet(alpha, ..., alpha)."""
-    # Gamma(alpha) draws divided by their sum. torch's own sampler takes no generator, so it is seeded.
+    """Return n sequences, int64 (n, T + 1), and the true distributions, float64 (n, T, V), of all symbols but
+    the first. Each sequence has a chain of its own, with rows from Dirichlet(alpha, ..., alpha)."""
+    # Draws from Gamma(alpha) divided by their sum are a draw from Dirichlet(alpha, ..., alpha). torch's
+    # sampler of Gamma takes no generator, so the global one is seeded from ours, and then restored.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
         gammas = torch.distributions.Gamma(alpha, 1.0).sample((n, V, V)).double()
@@ -63,12 +67,15 @@ def draw_chains(n: int, generator: Generator, alpha: float = 1.0) -> tuple[Tenso
 
 
 def reordered(symbols: Tensor, generator: Generator) -> Tensor:
-    """Return sequences (B, T + 1) whose symbols are in another order, but for the two last of each."""
+    """Return sequences (B, T + 1) whose symbols are in a random order, but for the two last of each.
+
+    So the last prediction has the same current symbol, the same target and the same counts of symbols.
+    """
     keys = torch.rand(symbols.shape[0], symbols.shape[1] - 2, generator=generator)
     return torch.cat((symbols[:, :-2].gather(1, keys.argsort(1)), symbols[:, -2:]), 1)
 
 
-# --- predictors: each takes sequences (B, T + 1), and returns p (B, T, V) of every symbol but the first
+# --- predictors: each takes sequences (B, T + 1), returns p, float64 (B, T, V), of all but the first symbol
 
 
 def uniform(symbols: Tensor) -> Tensor:
@@ -77,13 +84,14 @@ def uniform(symbols: Tensor) -> Tensor:
 
 
 def unigram(symbols: Tensor) -> Tensor:
-    """Return add-one counts of how often each symbol occurred, in any order."""
+    """Return how often each symbol occurred so far, plus one, divided by the sum over the symbols."""
     counts = F.one_hot(symbols[:, :-1], V).double().cumsum(1)  # (B, T, V)
     return (counts + 1) / (counts + 1).sum(-1, keepdim=True)
 
 
 def one_match(symbols: Tensor) -> Tensor:
-    """Return the optimum for what followed the last earlier occurrence of the current symbol."""
+    """Return the optimum for one who reads only what followed the last earlier occurrence of the current
+    symbol: (1 + 1) / (1 + V) for that symbol, 1 / (1 + V) for the others; 1 / V if there is none."""
     B, T = symbols.shape[0], symbols.shape[1] - 1
     counts, last = torch.ones(B, T, V, dtype=torch.double), torch.full((B, V), -1)  # last follower, by symbol
     rows = torch.arange(B)
@@ -96,11 +104,12 @@ def one_match(symbols: Tensor) -> Tensor:
 
 
 def bayes(symbols: Tensor, alpha: float = 1.0) -> Tensor:
-    """Return the optimum for all symbols so far, with the prior Dirichlet(alpha, ..., alpha)."""
+    """Return the optimum for one who reads all symbols so far, with the prior Dirichlet(alpha, ..., alpha):
+    (n(a, b) + alpha) / (sum_b' n(a, b') + alpha V)."""
     one_hot = F.one_hot(symbols, V).double()
-    pairs = one_hot[:, :-1, :, None] * one_hot[:, 1:, None, :]  # (B, T, V, V): b behind a
-    before = pairs.cumsum(1) - pairs  # without the pair that is predicted
-    counts = (before * one_hot[:, :-1, :, None]).sum(2) + alpha  # (B, T, V): of the current symbol
+    pairs = one_hot[:, :-1, :, None] * one_hot[:, 1:, None, :]  # (B, T, V, V): 1 at (a, b) if b follows a
+    before = pairs.cumsum(1) - pairs  # n(a, b) of all earlier pairs, without the one that is predicted
+    counts = (before * one_hot[:, :-1, :, None]).sum(2) + alpha  # (B, T, V): row a of n, a the current symbol
     return counts / counts.sum(-1, keepdim=True)
 
 
@@ -111,20 +120,23 @@ PREDICTORS = {"uniform": uniform, "unigram": unigram, "one match": one_match, "B
 
 
 def nats(predicted: Tensor, true: Tensor) -> Tensor:
-    """Return the expected loss (T,) at each position: -sum_b P(b) log p(b), a mean over the sequences."""
+    """Return the expected loss (T,) at each position, -sum_b P(b) log p(b), a mean over the sequences.
+
+    predicted: p (B, T, V); true: P (B, T, V), the distribution from which the symbol is drawn.
+    """
     return -(true * predicted.log()).sum(-1).mean(0)
 
 
 @torch.no_grad()
 def predict(model: GPT, symbols: Tensor) -> Tensor:
-    """Return the model's p (B, T, V), of every symbol but the first."""
+    """Return the model's p, float64 (B, T, V), of all symbols but the first."""
     return model(symbols[:, :-1]).double().softmax(-1)
 
 
 def attention_of(layer: Attention, x: Tensor, rotation: tuple) -> Tensor:
-    """Return the attention weights (B, H, T, T) of a layer of gpt.py with input x (B, T, D).
+    """Return the attention weights (B, H, T, T) of a layer of gpt.py with QK-norm, for its input x (B, T, D).
 
-    rotation: of the positions, as `rotate` takes it.
+    rotation: the cosines and sines of the positions, as `gpt.rotate` takes them.
     """
     B, T, _ = x.shape
     q, k = (norm(product(x).view(B, T, -1, layer.d_head)) for norm, product in
@@ -137,10 +149,13 @@ def attention_of(layer: Attention, x: Tensor, rotation: tuple) -> Tensor:
 
 @torch.no_grad()
 def induction(model: GPT, symbols: Tensor) -> tuple[float, float]:
-    """Return two shares, over the second half of the positions. The first is that of its attention which the
-    last layer's best head has on symbols that followed an earlier occurrence of the current one; the second
-    is that of such symbols among all that the head sees.
+    """Return how much of its attention a head of the last layer has on followers, and the share of followers
+    among the symbols that it can attend to.
+
+    A follower is an earlier symbol right behind an occurrence of the current one. Of the heads, that with the
+    most attention on followers is taken. Both shares are means over the second half of the positions.
     """
+    # The input of the layer, from which its attention weights follow.
     inputs = []
     layer = model.model.layers[-1].self_attn
     hook = layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
@@ -148,26 +163,27 @@ def induction(model: GPT, symbols: Tensor) -> tuple[float, float]:
     hook.remove()
     weights = attention_of(layer, *inputs[0][:2])  # (B, H, T, T)
 
+    # followers[b, t, s]: symbol s of sequence b, earlier than t, stands behind an occurrence of symbol t.
     current = symbols[:, :-1]
     followers = torch.zeros(len(symbols), T, T, dtype=torch.bool)
     followers[:, :, 1:] = current[:, :, None] == current[:, None, :-1]
     followers = followers.tril() & ~torch.eye(T, dtype=torch.bool)
     half = slice(T // 2, T)
     share = (weights * followers[:, None]).sum(-1)[:, :, half].mean((0, 2)).max().item()
-    seen = torch.arange(1, T + 1)
-    return share, (followers.sum(-1) / seen)[:, half].mean().item()
+    n_visible = torch.arange(1, T + 1)
+    return share, (followers.sum(-1) / n_visible)[:, half].mean().item()
 
 
 # --- the study
 
 
 def measure(model: GPT, seed: int) -> dict:
-    """Return the figures of a trained model, and those of the predictors on the same sequences."""
+    """Return the figures of a trained model, and those of the predictors, on the same test sequences."""
     symbols, true = draw_chains(N_TEST, stream(seed))
     by_position = {name: nats(p(symbols), true) for name, p in PREDICTORS.items()}
     found = predict(model, symbols)
     by_position["model"] = nats(found, true)
-    # The mean KL(predictor || model): which predictor is it closest to?
+    # The mean KL(predictor || model) is smallest for the predictor that the model is closest to.
     kl = {
         name: (p(symbols) * (p(symbols) / found).log()).sum(-1).mean().item()
         for name, p in PREDICTORS.items()
@@ -179,7 +195,7 @@ def measure(model: GPT, seed: int) -> dict:
     last["reordered"] = nats(predict(model, shuffled)[:, -1:], true[:, -1:]).item()
     last["unigram"] = by_position["unigram"][-1].item()
 
-    # Chains of other priors. A model that has learned the prior of its training is Bayes with alpha 1.
+    # Chains of other priors, for which a model that applies the prior of its training is Bayes with alpha 1.
     priors = {}
     for alpha in PRIORS:
         others, truth = draw_chains(N_TEST, stream(seed), alpha)
@@ -213,7 +229,7 @@ def study(seed: int, steps: int | None = None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Return the figures as lines: mean, and range of the seeds."""
+    """Return the figures of all seeds as text: mean and range."""
 
     def loss(name: str, curves: list[list[float]]) -> str:
         means = mean_and_range([statistics.mean(curve) for curve in curves], ".4f")

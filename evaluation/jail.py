@@ -1,27 +1,28 @@
 """The processes of sandbox.py: each gives up its rights, then runs a program or its tests.
 
-What such a process can do afterwards:
+What such a process may do afterwards:
 
-    files       opened for reading only; nothing is written, created, renamed or removed
-    processes   neither a new process nor a thread; no signal to any process
-    network     no socket
+    files       open them for reading only; nothing is written, created, renamed or removed
+    processes   start neither a process nor a thread; send no signal to any process
+    network     open no socket
     memory, CPU time, open files          up to a limit: setrlimit(2)
     root        becomes the user `nobody`, or keeps none of root's capabilities
 
-On Linux the first three are a filter of system calls (seccomp(2), mode filter), which needs no rights and
+On Linux a filter of system calls (seccomp(2), mode filter) enforces the first three. It needs no rights, and
 works in containers, too. It allows the calls of a program that only computes; every other call, those of
 future kernels included, fails with PermissionError. A process cannot undo any of this.
 
 sandbox.py starts two such processes with the same limits, which exchange lines of JSON through pipes:
 
     the program   is executed, then answers calls: {"call": f, ...} -> {"value": ...} or {"raise": ...}
-    the tests     are executed, with a stand-in for the function that they test; behind the last assertion
-                  their process writes the nonce, which it alone was given
+    the tests     are executed, with a stand-in for the function that they test, which calls the program's
+                  process. Behind the last assertion the tests' process writes the nonce, a random number that
+                  no other process has
 
 So the tests compare plain values (numbers, strings, lists ...) in a process that the program cannot reach.
-Their comparisons do not depend on what a program does to its own interpreter: leave it, patch it, or return
-an object that equals everything. This file imports nothing of ours: it runs by its path, without
-site-packages.
+Whatever a program does to its own interpreter (it may end it, patch it, or return an object that equals
+everything) has no effect on the comparisons. This file imports only Python's library: it runs by its path,
+without site-packages.
 """
 
 import builtins
@@ -42,8 +43,8 @@ NOBODY = 65534  # the user and the group without rights
 
 # The architecture's number in a filter (linux/audit.h), and its column in CALLS.
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1), "riscv64": (0xC00000F3, 1)}
-# The numbers of the system calls that are allowed whatever their arguments: on x86-64, and on the
-# architectures that share Linux's generic table. None where a call is missing.
+# The numbers of the system calls that are allowed with any arguments: on x86-64, and on the architectures
+# that share Linux's generic table. None where a call is missing.
 CALLS = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
     "lstat": (6, None), "poll": (7, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
@@ -61,10 +62,10 @@ CALLS = {
     "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73),
     "getrandom": (318, 278), "membarrier": (324, 283), "statx": (332, 291), "faccessat2": (439, 439),
 }  # fmt: skip
-OPEN, OPENAT, FCNTL = (2, None), (257, 56), (72, 25)  # numbers of the calls that some arguments forbid
+OPEN, OPENAT, FCNTL = (2, None), (257, 56), (72, 25)  # calls that are allowed with some arguments only
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# To duplicate a descriptor (0, 1030), and to read and write flags (1 to 4). Not F_SETOWN, by which a pipe
-# sends signals.
+# The commands of fcntl that are allowed: duplicate a descriptor (0, 1030), read and write flags (1 to 4).
+# F_SETOWN is not, since it makes a pipe send signals.
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 
 LOAD, EQUAL, HAS_BITS, RETURN = 0x20, 0x15, 0x45, 0x06  # operations of a filter (linux/filter.h)
@@ -75,24 +76,25 @@ NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # places in the record of a call (st
 def filter_program(architecture: int, column: int) -> list[tuple[int, int, int, int]]:
     """Return the filter: instructions (operation, skip if true, skip if false, value) of linux/filter.h.
 
-    A comparison reads the number that was loaded last, and then skips the given number of instructions.
+    architecture, column: of MACHINES. A comparison reads the number that was loaded last, and then skips the
+    given number of instructions.
     """
-    # Calls by the numbers of another architecture would be other calls.
+    # End a process that calls by the numbers of another architecture, which would be other calls.
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
 
-    # Calls that are allowed whatever their arguments.
+    # Allow these calls with any arguments.
     program += [(LOAD, 0, 0, NUMBER)]
     for numbers in CALLS.values():
         if numbers[column] is not None:
             program += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
 
-    # Files are opened for reading only.
+    # Open files for reading only.
     for numbers, argument in ((OPEN, 1), (OPENAT, 2)):
         if numbers[column] is not None:
             program += [(EQUAL, 0, 4, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
             program += [(HAS_BITS, 0, 1, WRITING), (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)]
 
-    # All else is refused, but for the commands of fcntl, which are its second argument.
+    # Refuse all other calls but fcntl, whose command is its second argument.
     program += [(EQUAL, 1, 0, FCNTL[column]), (RETURN, 0, 0, REFUSE), (LOAD, 0, 0, ARGUMENTS + 8)]
     for number in FCNTL_COMMANDS:
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
@@ -106,7 +108,7 @@ class FilterProgram(ctypes.Structure):
 
 
 def filter_calls(libc: ctypes.CDLL) -> bool:
-    """Refuse all system calls but those above, from now on; return whether this system can do so."""
+    """Refuse all system calls but those above, from now on; return whether this system is able to."""
     if not sys.platform.startswith("linux") or platform.machine() not in MACHINES:
         return False
     program = filter_program(*MACHINES[platform.machine()])
@@ -142,7 +144,7 @@ def leave_root(libc: ctypes.CDLL) -> bool:
     """
     if os.geteuid() != 0:
         return True
-    # A child becomes nobody and looks, since there is no way back.
+    # There is no way back from being nobody, so a child process tries it first.
     reader = os.fork()
     if reader == 0:
         readable = False
@@ -179,7 +181,7 @@ KINDS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 def encode(value):
-    """Return a plain value in the form that JSON can hold: a container becomes {its kind: its items}.
+    """Return a plain value in a form that JSON can hold: a container becomes {its kind: its items}.
 
     A value of a subclass becomes one of the plain class, and a bytearray becomes bytes. Raises TypeError for
     any other value.
@@ -205,7 +207,7 @@ def encode(value):
 
 
 def decode(value):
-    """Return the plain value that `encode` was given.
+    """Return the plain value of which `encode` made this one.
 
     Raises ValueError, TypeError or KeyError for what `encode` does not return.
     """
@@ -227,9 +229,9 @@ def decode(value):
 
 
 def run_program(source: str, calls, answers) -> None:
-    """Execute a program, write that it is loaded, and answer calls until there are no more.
+    """Execute a program, write one message that it is loaded, and answer calls until there are no more.
 
-    calls, answers: text files, of which a line is a message.
+    calls, answers: text files with a message in JSON on each line.
     """
 
     def write(message: dict) -> None:
@@ -256,9 +258,9 @@ def run_program(source: str, calls, answers) -> None:
 
 
 def read_answer(answers):
-    """Return the next message of the program's process.
+    """Return the next message of the program's process, {"value": ...}.
 
-    Raises what the program raised: the exception itself if it is a built-in one, else RuntimeError. Raises
+    If the program raised a built-in exception, an equal one is raised, and RuntimeError for any other. Raises
     EOFError if there is no answer.
     """
     line = answers.readline(LONGEST_LINE)
@@ -295,7 +297,7 @@ def run_tests(task: dict, calls, answers, verdict) -> None:
     """
     result = {}
     try:
-        read_answer(answers)  # that the program is loaded
+        read_answer(answers)  # the message that the program is loaded
         namespace = {"__name__": "tests"}
         with suppress(SyntaxError):  # a prompt may end in the middle of a function
             exec(compile(task["setup"], "setup", "exec"), namespace)
@@ -314,7 +316,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.set_int_max_str_digits(0)  # integers of any length pass through JSON
 
-    # Everything that is needed later is open before rights are given up.
+    # Open all files that are needed later, while this is still allowed.
     files = [open(number, mode, encoding="utf-8") for number, mode in task["pipes"]]  # noqa: SIM115
     task["lacking"] = give_up(task["cpu_seconds"], task["memory"])
     if "program" in task:

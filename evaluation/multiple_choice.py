@@ -1,35 +1,37 @@
-"""Multiple choice: a model picks the continuation of a text that it finds likeliest.
+"""Multiple choice: of several continuations of a text, which one is likeliest by a model?
 
     L_i = log p(choice_i | context) = sum of log p over the tokens of choice_i
 
-    acc               argmax_i  L_i                            long choices lose: each token lowers L_i
+    acc               argmax_i  L_i                            favours short choices: each token lowers L_i
     acc_norm          argmax_i  L_i / characters of choice_i   the usual figure of HellaSwag and ARC
     acc_bytes         argmax_i  L_i / UTF-8 bytes of choice_i
     acc_tokens        argmax_i  L_i / tokens of choice_i       (GPT-3, Brown et al. 2020, section 2.4)
-    acc_mutual_info   argmax_i  L_i - log p(choice_i | nothing)        (the same section's other rule, which
-                                                                        has "Answer: " for nothing)
+    acc_mutual_info   argmax_i  L_i - log p(choice_i)          (also section 2.4, with "Answer: " as the
+                                                               context of the second term; here it has none)
 
-The same model has a different accuracy by each rule, so a figure means something only under its rule's name.
-The names, but for acc_tokens, are those of lm-evaluation-harness (Biderman et al. 2024, arXiv:2405.14782). As
-there, the space in front of a choice is scored, but does not count in the choice's characters and bytes.
+The same model has a different accuracy by each rule, so a figure needs the name of its rule. The names, but
+for acc_tokens, are those of lm-evaluation-harness (Biderman et al. 2024, arXiv:2405.14782). As there, the
+space in front of a choice is scored, but does not count in the choice's characters and bytes.
 
-Context and choice are tokenised together, so a token may span the border between the two. Therefore the
-tokens that all choices of an item share with the context alone are the context, and all later ones are
-scored: the sums of the choices begin at the same place of the text. (The harness cuts the ids at the length
-of the context alone.) A text that is longer than the model reads loses its beginning, which may hold solved
-examples: such items are counted. Per-item results do not depend on the batch size (to 1e-6): rows are padded
-on the right, and a causal model's earlier positions do not depend on later ones.
+Context and choice are tokenised together, so one token may span the border between the two. An item's context
+is therefore taken to end where the tokens of its choices begin to differ from those of the context alone, and
+all later tokens are scored. So the sums of all choices begin at the same place of the text. (The harness
+splits each row at the number of tokens that the context alone has.) A text that is longer than the model
+reads loses its beginning, which may hold solved examples; such items are counted. Log-likelihoods are the
+same for every batch size (to 1e-6): rows are padded on the right, and no position depends on later ones.
 
     python -m evaluation.multiple_choice runs/gpt/model       five small questions by each rule
 
-Shapes: B rows of a batch, T tokens, n scored positions, D model width, V vocabulary.
+Shapes: B rows of a batch, T tokens, C contexts, n scored positions, D model width, V vocabulary, G key and
+value heads of width K.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +40,13 @@ from formats import command
 from formats.progress import progress_bar
 from generate import KVCache
 
-SHARED = 8  # tokens from which on rows share a context; a shorter one is cheaper to read again in batches
-SIMILAR = 8  # tokens by which contexts that are read in one pass may differ in length
+SHARED = 8  # a context of at least this many tokens is read once for all its rows, a shorter one with each
+SIMILAR = 8  # contexts that are read in one pass differ in length by at most this many tokens
 RULES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "acc_mutual_info")
 
 
 class Item(NamedTuple):
-    """A context, and choices of its continuation, of which one is right."""
+    """A context, and several continuations of it to choose from, of which one is right."""
 
     context: str
     choices: tuple[str, ...]
@@ -55,7 +57,7 @@ class Item(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A sequence of which a model scores the end."""
+    """A sequence of tokens, of which those from position `start` on are scored."""
 
     tokens: list[int]
     start: int  # the position of the first token to score, at least 1
@@ -63,7 +65,7 @@ class Row(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The log-likelihood of a row's scored tokens."""
+    """The log-likelihood of the tokens of a row that are scored."""
 
     log_p: float  # sum over the scored tokens, in nats
     n_tokens: int
@@ -77,11 +79,12 @@ class Answer:
     item: Item
     log_p: list[float]  # of each choice, in nats
     n_tokens: list[int]  # of each choice
-    log_p_alone: list[float]  # of each choice behind nothing; empty where it was not computed
+    log_p_alone: list[float]  # of each choice without a context; empty where it was not computed
     n_cut: int  # tokens cut off on the left of the longest row
     picks: dict[str, int] = field(default_factory=dict)  # {rule: position of a choice}
 
     def is_right(self, rule: str) -> bool:
+        """Return whether a rule picks the right choice."""
         return self.picks[rule] == self.item.gold
 
 
@@ -89,20 +92,20 @@ class Answer:
 
 
 def rows_of(tokenizer, context: str, continuations: Sequence[str], max_len: int) -> list[Row]:
-    """Return the rows of a context with each continuation, all scored from the same place of the text.
+    """Return a row for each continuation of a context, all scored from the same place of the text.
 
-    max_len: tokens that the model reads; a row may have one more, which is only predicted. A longer row loses
-    its beginning; of a continuation that is longer by itself, the end is scored. Raises ValueError for a
-    continuation without a token.
+    max_len: the number of tokens that the model reads; a row may have one more, which is only predicted. A
+    longer row loses its beginning. If the continuation alone is longer, only its end is scored. Raises
+    ValueError for a continuation without a token.
     """
     # White space at the end of the context belongs to the choice: tokens often begin with it.
     kept = context.rstrip()
     continuations = [context[len(kept) :] + text for text in continuations]
-    # A text must begin with some token, since the first one is not predicted.
+    # The first token of a row is not predicted, so a text without a context begins with a token of its own.
     begin = tokenizer.begin_ids or ([] if kept else [tokenizer.eot_id])
     encoded = [[*begin, *tokenizer.encode(kept + text)] for text in continuations]
 
-    # Scoring starts behind the tokens that every row shares with the context alone, at the earliest with the
+    # Scoring starts behind the tokens that all rows share with the context alone. It never starts before the
     # second token.
     alone = [*begin, *tokenizer.encode(kept)]
     start = max(1, min(n_shared(alone, tokens) for tokens in encoded))
@@ -124,11 +127,14 @@ def n_shared(a: list[int], b: list[int]) -> int:
 
 
 class SharedContext:
-    """A cache of keys and values by which several continuations are read at once behind each of C contexts.
+    """Keys and values of C contexts, with which several continuations of each are read in one pass.
 
-    It takes the place of `generate.KVCache` for two forward passes: of the contexts (C, T), whose keys and
-    values are kept, and of the continuations (B, T), which attend to those of theirs and to themselves.
+    It takes the place of `generate.KVCache` for two forward passes. The first reads the contexts (C, T) and
+    keeps their keys and values. The second reads the continuations (B, T), each of which attends to its own
+    context and to itself.
     """
+
+    filled = False  # both passes are computed as that of prompts, not as steps of one token
 
     def __init__(self, context_of: Tensor):
         """context_of: the number (B,) of the context that each continuation follows."""
@@ -138,26 +144,30 @@ class SharedContext:
         self.length = 0
 
     def positions(self, T: int, device: torch.device) -> Tensor:
+        """Return the positions (1, T) of the next T tokens; all contexts have the same length."""
         return torch.arange(self.length, self.length + T, device=device)[None]
 
     def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
+        """Return the keys, values and mask by which a layer attends; keep those of the first pass."""
         if self.length == 0:
             self.keys[layer], self.values[layer] = k, v
             return k, v, mask
-        # The mask stays causal: for T queries and S keys `kernels.attention` puts query i at S - T + i.
-        context_k = self.keys[layer][self.context_of]  # (B, T of the context, G, K)
+        # The causal mask needs no change: where `kernels.attention` has more keys than queries, the queries
+        # stand at the last positions.
+        context_k = self.keys[layer][self.context_of]  # (B, length of the contexts, G, K)
         context_v = self.values[layer][self.context_of]
         return torch.cat((context_k, k), dim=1), torch.cat((context_v, v), dim=1), mask
 
     def advance(self) -> None:
+        """End a pass: what comes next stands behind the contexts."""
         self.length = self.keys[0].shape[1]
 
 
 def hidden_behind(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
     """Return the hidden states (n, D) that predict each row's scored tokens, reading each context once.
 
-    Contexts are cut to the length of the shortest, and what is behind the cut is read as part of each row. So
-    no pass over contexts has padding, and their positions need no mask.
+    All contexts are cut to the length of the shortest, and what stands behind the cut is read with each row.
+    So the pass over the contexts has no padding, and needs no mask for it.
     """
     device = next(model.parameters()).device
     contexts = list(dict.fromkeys(tuple(row.tokens[: row.start]) for row in rows))
@@ -176,7 +186,7 @@ def hidden_behind(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
 
 
 def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
-    """Return the hidden states (n, D) that predict each row's scored tokens, whatever the contexts."""
+    """Return the hidden states (n, D) that predict each row's scored tokens, reading each row as a whole."""
     device, T = next(model.parameters()).device, max(len(row.tokens) - 1 for row in rows)
     padded = [row.tokens[:-1] + [0] * (T + 1 - len(row.tokens)) for row in rows]
     hidden = model.hidden(torch.tensor(padded, device=device))  # (B, T, D)
@@ -185,13 +195,13 @@ def hidden_of_batch(model: nn.Module, rows: Sequence[Row]) -> list[Tensor]:
 
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> list[Score]:
-    """Return the score of each row; logits are computed at the scored positions alone.
+    """Return the score of each row. Logits are computed only at the positions that are scored.
 
-    Rows with the same context, such as the choices of an item, share its forward pass, and so do contexts of
-    similar length. The others are read in padded batches of similar length.
+    The context of several rows, such as the choices of an item, is read once, and contexts of similar length
+    are read in one pass. All other rows are read in padded batches of similar length.
     """
-    # Group the rows by their context. The key (-1, index), which is no context, leaves a row by itself: where
-    # the context is short, and in all models whose cache is not the usual one.
+    # Group the rows by their context. A row whose context is short has a group of its own, by a key that no
+    # context has; so has every row of a model whose cache SharedContext cannot replace.
     can_share = type(model.new_cache([1], 1)) is KVCache
     by_context: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
@@ -219,20 +229,24 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Row], batch_size: int) -> l
 
 
 def joined(groups: list[list[int]], rows: Sequence[Row], batch_size: int) -> list[list[int]]:
-    """Return batches of groups, each the rows with one context: groups whose longest rows are about equal,
-    so that there is little padding, and whose contexts are SIMILAR in length."""
+    """Return batches of rows, each made of groups whose contexts differ by at most SIMILAR tokens.
+
+    groups: the indices of the rows with the same context. A group is not divided, so a single one may be
+    larger than batch_size. Groups whose longest rows are about equal come together: there is little padding.
+    """
     batches: list[list[int]] = []
     for members in sorted(groups, key=lambda members: -max(len(rows[i].tokens) for i in members)):
-        starts = [rows[i].start for i in (*batches[-1], *members)] if batches else [0, math.inf]
-        if max(starts) - min(starts) <= SIMILAR and len(starts) <= batch_size:
-            batches[-1] += members
+        larger = [*batches[-1], *members] if batches else []
+        starts = [rows[i].start for i in larger]
+        if larger and max(starts) - min(starts) <= SIMILAR and len(larger) <= batch_size:
+            batches[-1] = larger
         else:
             batches.append(list(members))
     return batches
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log p of the targets (n,) by logits (n, V), and bool (n,): True where it is the likeliest."""
+    """Return log p (n,) of the targets (n,) by logits (n, V), and bool (n,): is the target the likeliest?"""
     log_p = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
     return log_p, logits.argmax(-1) == targets
 
@@ -245,26 +259,25 @@ def answer_items(
 ) -> list[Answer]:
     """Return the answer of a model to each item.
 
-    alone: score the choices behind nothing too, for acc_mutual_info. Raises ValueError for an empty choice.
+    alone: also score the choices without a context. Raises ValueError for an empty choice.
     """
-    # The rows of an item: each choice behind the context, and behind nothing.
-    behind_context, behind_nothing, max_len = [], [], model.config.max_seq_len
+    # The rows of an item: each choice with the context, and without one.
+    in_context, out_of_context, max_len = [], [], model.config.max_seq_len
     for item in items:
         if "" in item.choices:
             raise ValueError(f"choices {item.choices} behind {item.context[-40:]!r}: expected text in each")
         texts = [item.delimiter + choice for choice in item.choices]
-        behind_context.append(rows_of(tokenizer, item.context, texts, max_len))
-        behind_nothing.append(rows_of(tokenizer, "", texts, max_len) if alone else [])
+        in_context.append(rows_of(tokenizer, item.context, texts, max_len))
+        out_of_context.append(rows_of(tokenizer, "", texts, max_len) if alone else [])
 
-    # All rows of all items are scored in one go, and their scores are taken in the same order.
-    pairs = list(zip(behind_context, behind_nothing, strict=True))
-    scores = iter(
-        log_likelihoods(model, [row for pair in pairs for part in pair for row in part], batch_size)
-    )
+    # The rows of all items are scored together, which makes the best batches. The scores have their order.
+    pairs = list(zip(in_context, out_of_context, strict=True))
+    rows = [row for pair in pairs for part in pair for row in part]
+    scores = iter(log_likelihoods(model, rows, batch_size))
     answers = []
-    for item, (joined, bare) in zip(items, pairs, strict=True):
-        found, log_p_alone = [next(scores) for _ in joined], [next(scores).log_p for _ in bare]
-        n_cut = max(row.n_cut for row in joined)
+    for item, (own, alone_rows) in zip(items, pairs, strict=True):
+        found, log_p_alone = [next(scores) for _ in own], [next(scores).log_p for _ in alone_rows]
+        n_cut = max(row.n_cut for row in own)
         log_p, n_tokens = [score.log_p for score in found], [score.n_tokens for score in found]
         picks = pick(item.choices, log_p, n_tokens, log_p_alone)
         answers.append(Answer(item, log_p, n_tokens, log_p_alone, n_cut, picks))
@@ -274,9 +287,10 @@ def answer_items(
 def pick(
     choices: Sequence[str], log_p: list[float], n_tokens: list[int], log_p_alone: list[float]
 ) -> dict[str, int]:
-    """Return {rule: the position of its choice}; of equally good choices the first.
+    """Return {rule: the position of the choice that it picks}; of equally good choices the first.
 
-    Without log_p_alone the rule acc_mutual_info is missing.
+    log_p, n_tokens, log_p_alone: of each choice, as in Answer. If log_p_alone is empty, the rule
+    acc_mutual_info is missing.
     """
     values = {
         "acc": log_p,
@@ -293,10 +307,10 @@ def pick(
 
 
 def standard_error(values: Sequence[float], groups: Sequence[str] = ()) -> float:
-    """Return the standard error of the mean: sample standard deviation / sqrt(n); nan for a single value.
+    """Return the standard error of the mean, sample standard deviation / sqrt(n); nan for one value or group.
 
-    groups: that of each value. The deviations from the mean are first summed within each group, which makes
-    the error robust to dependence in it (cluster-robust); a value of group "" is a group by itself.
+    groups: the group of each value. The deviations from the mean are first summed within each group, so
+    values of a group may depend on each other (cluster-robust). A value of group "" is a group by itself.
     """
     n, mean = len(values), sum(values) / len(values)
     sums: dict[str | int, float] = defaultdict(float)
@@ -321,7 +335,8 @@ def compare(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float
     not count (McNemar 1947).
     """
     differences = [y - x for x, y in zip(a, b, strict=True)]
-    n, k = sum(d != 0 for d in differences), sum(d > 0 for d in differences)  # tosses, and heads among them
+    # The probability of a result at least as uneven as k heads among n tosses, on either side.
+    n, k = sum(d != 0 for d in differences), sum(d > 0 for d in differences)
     tail = sum(math.comb(n, i) for i in range(min(k, n - k) + 1))
     p = min(1.0, 2 * tail / 2**n)
     return sum(differences) / len(differences), standard_error(differences), p
@@ -335,14 +350,17 @@ def chance(items: Sequence[Item]) -> float:
 # --- a model, and the command
 
 
-def load(directory) -> tuple[nn.Module, object]:
-    """Return the model of a directory in float32, on the GPU if there is one, and its tokenizer.
+def load(directory: str | Path) -> tuple[nn.Module, Any]:
+    """Return the model in a directory, in float32 and on the GPU if there is one, and its tokenizer.
 
-    Raises ValueError for a model that does not predict the next token.
+    Raises ValueError for a model that does not predict the next token, and for a tokenizer with more tokens
+    than the model has.
     """
     from data.tokenizer import get_tokenizer
     from formats.open_model import open_model
 
+    if not Path(directory).is_dir():
+        raise ValueError(f"{directory}: no such directory; expected that of a model")
     tokenizer = get_tokenizer(str(directory))
     model = open_model(directory).float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if not hasattr(model, "new_cache"):

@@ -1,16 +1,17 @@
-"""Probe: what the features of a trained model say about images, without training it further.
+"""Probe: how well images are classified by the features of a trained model, which is not trained further.
 
-    logistic regression     softmax(W f(x) + b) on frozen, standardised features f(x)
+    logistic regression     softmax(W f(x) + b) of the standardised features f(x); W and b are learned
     nearest neighbour       the label of most of the k training images with the most similar features (cosine)
 
-Both are learned from the images to learn from and measured on the held-out ones, by default letters in nine
-fonts that were never seen. A figure says little alone: pixels in place of features are a baseline that small
-models often miss, and so is the same network with random weights.
+Both classifiers use the features and labels of training images, and are measured on held-out ones. By default
+the images are characters, and the held-out ones have nine fonts that no training image has. Two baselines
+stand beside the figures, and small models often miss them: the same network with random weights, and pixels
+in place of features.
 
     python -m evaluation.probe runs/vit/model
     python -m evaluation.probe runs/mae/model --data glyphs
 
-Shapes: N images, D width of the features.
+Shapes: N training images, M held-out images, D width of the features.
 """
 
 import importlib
@@ -26,27 +27,28 @@ from data.rows import Rows, stack
 from formats import command
 from formats.open_model import concept_of, open_model
 
-BATCH = 200
+BATCH = 200  # images of which features are computed in one pass
 
 
 def encoder_in(directory: str | Path) -> nn.Module:
-    """Return the model in a directory that reads images, in float32: of a MAE the encoder.
+    """Return the model in a directory that reads images, in float32.
 
-    Raises ValueError for a model that does not read images.
+    Some models, such as an MAE, wrap the encoder that is meant: their file has a function `unwrap` that
+    returns it. Raises ValueError for a model without features of images, such as one of text.
     """
     model = open_model(directory).float().eval()
     unwrap = getattr(importlib.import_module(concept_of(directory)), "unwrap", None)
     encoder = model if unwrap is None else unwrap(model)
     if not hasattr(encoder, "features"):
         raise ValueError(
-            f"{directory}: a model of text; expected one that reads images, such as runs/vit/model"
+            f"{directory}: has no features of images; expected a model that has, such as runs/vit/model"
         )
     return encoder
 
 
 @torch.no_grad()
 def features(encoder: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return the features (N, D) of all images, not augmented, and their labels (N,)."""
+    """Return the features, float32 (N, D), of all images, without augmentation, and their labels (N,)."""
     found, labels = [], []
     for start in range(0, len(rows), BATCH):
         batch = stack([rows[i] for i in range(start, min(start + BATCH, len(rows)))])
@@ -56,15 +58,18 @@ def features(encoder: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def probe(train: Tensor, labels: Tensor, held: Tensor, expected: Tensor, k: int) -> tuple[float, float]:
-    """Return how often logistic regression, and the k nearest neighbours, are right on held (M, D)."""
+    """Return the accuracy of logistic regression, and of the k nearest neighbours, on held-out images.
+
+    train, held: the features (N, D) and (M, D); labels, expected: the labels (N,) and (M,).
+    """
     linear = logistic_regression(train, labels, held)
     near = nearest_neighbour(F.normalize(train), labels, F.normalize(held), k)
     return tuple((predicted == expected).float().mean().item() for predicted in (linear, near))
 
 
 def table(encoder: nn.Module, train: Rows, held: Rows, k: int, seed: int) -> dict[str, tuple[float, float]]:
-    """Return what `probe` finds for the features of a model, of the same model with random weights, and for
-    pixels, by name."""
+    """Return {source: the two accuracies of `probe`}. The sources of features are the model ("trained"), the
+    same model with random weights, and the pixels. seed: of the random weights."""
     labels, expected = (torch.from_numpy(rows.labels) for rows in (train, held))
     torch.manual_seed(seed)
     sources = {"trained": encoder, "random weights": type(encoder)(encoder.config).eval()}

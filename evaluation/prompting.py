@@ -1,20 +1,22 @@
-"""Prompting: the same examples in other formats and other orders, and how far the accuracy moves.
+"""Prompting: how much the accuracy changes if the same examples have another format, or another order.
 
     FileNotFoundError -> red              Input: FileNotFoundError        "FileNotFoundError": "red"
     len -> blue                           Output: red                     "len": "blue"
     KeyError ->                           ...                             ...
 
-A figure of few-shot prompting is one draw of many: format and order, which mean nothing, move it by tens of
-points for models of any size (Zhao et al. 2021, 2102.09690; Lu et al. 2022, 2104.08786; Sclar et al. 2024,
-2310.11324). So this command reports the spread, not the best. The questions are those of the task k_shot in
-stdlib_suite.py, a labelling of names by two arbitrary symbols. With n questions, an accuracy p has a standard
-error of sqrt(p (1 - p) / n) in any case; only a spread beyond that means something. Three figures show more
-where accuracy is close to chance, as it is for models of a few million parameters:
+Format and order have no meaning, but they change the accuracy of few-shot prompting by tens of points, for
+models of any size (Zhao et al. 2021, 2102.09690; Lu et al. 2022, 2104.08786; Sclar et al. 2024, 2310.11324).
+So this command reports the spread of the accuracies, not the best of them. The questions are those of the
+task k_shot in stdlib_suite.py: names have one of two arbitrary labels.
+
+An accuracy p of n questions has a standard error of sqrt(p (1 - p) / n). So a spread may be due to chance:
+the best and the worst of six independent accuracies are on average 2.5 standard errors apart. Three more
+figures help where all accuracies are close to chance, as they are for models of a few million parameters:
 
     changed              share of the questions whose answer another format, or another order, changes
     last label           share of the answers that are the label of the last example (by chance 1/2)
-    random labels        accuracy when the examples' labels are drawn at random: a model that reads them falls
-                         to chance (Min et al. 2022, 2202.12837, found that large ones hardly do)
+    random labels        accuracy when the examples' labels are drawn at random. A model that learns from them
+                         falls to chance; large ones hardly do (Min et al. 2022, 2202.12837)
 
     python -m evaluation.prompting runs/gpt/model
     python -m evaluation.prompting runs/gpt/model --questions 40 --seeds 3 --out results/few_shot.json
@@ -36,7 +38,7 @@ from evaluation.stdlib_suite import k_shot
 from formats import command
 from formats.atomic import replace_file
 
-FORMATS = {  # an example; a question is the same up to {y}, without the space in front of it
+FORMATS = {  # of an example; a question ends where its label {y} would stand, without a space at the end
     "arrow": "{x} -> {y}\n",
     "colon": "{x}: {y}\n",
     "equals": "{x} = {y}\n",
@@ -49,7 +51,7 @@ FIRST = "arrow"  # the format in which orders are compared
 
 @dataclass(frozen=True)
 class FewShot:
-    """A question behind its examples."""
+    """A question, and the examples in front of it."""
 
     examples: tuple[tuple[str, str], ...]  # (name, label)
     name: str
@@ -57,7 +59,11 @@ class FewShot:
     gold: int  # the place of the right label in labels
 
     def item(self, form: str, order: int, random_labels: bool = False) -> Item:
-        """Return the question in a format, its examples in order number `order`; 0 is the order of k_shot."""
+        """Return the question in a format, behind its examples.
+
+        order: 0 for the order of k_shot, else the number of a random order, which is another one for each
+        question.
+        """
         draws, examples = random.Random(f"{order} {self.name}"), list(self.examples)
         if order:
             draws.shuffle(examples)
@@ -87,25 +93,27 @@ def few_shots(k: int, n: int, seed: int) -> list[FewShot]:
 
 
 def changed(picks: list[list[int]]) -> float:
-    """Return the share of the questions that two of the lists of answers answer differently, a mean over all
-    pairs of lists."""
-    shares = [
-        sum(a != b for a, b in zip(*pair, strict=True)) / len(pair[0]) for pair in combinations(picks, 2)
-    ]
-    return statistics.mean(shares)
+    """Return the share of the questions on which two lists of answers differ, a mean over all pairs of lists.
+
+    picks: the lists, each of one answer per question, such as those of one format.
+    """
+    return statistics.fmean(
+        statistics.fmean(a != b for a, b in zip(*pair, strict=True)) for pair in combinations(picks, 2)
+    )
 
 
 def measure(model: nn.Module, tokenizer, questions: list[FewShot], n_orders: int) -> dict:
-    """Return the accuracy of each format and of each order, and the three figures beside them."""
+    """Return the accuracy of each format and of each order, and the three further figures.
+
+    All orders have the format FIRST.
+    """
 
     def picks(form: str, order: int, random_labels: bool = False) -> list[int]:
         items = [question.item(form, order, random_labels) for question in questions]
         return [answer.picks["acc"] for answer in answer_items(model, tokenizer, items, alone=False)]
 
-    def right(answers: list[int]) -> float:
-        return sum(a == question.gold for a, question in zip(answers, questions, strict=True)) / len(
-            questions
-        )
+    def accuracy(answers: list[int]) -> float:
+        return statistics.fmean(a == question.gold for a, question in zip(answers, questions, strict=True))
 
     by_format = {form: picks(form, 0) for form in FORMATS}
     by_order = [by_format[FIRST], *(picks(FIRST, order) for order in range(1, n_orders))]
@@ -115,17 +123,17 @@ def measure(model: nn.Module, tokenizer, questions: list[FewShot], n_orders: int
         for answer, question in zip(answers, questions, strict=True)
     ]
     return {
-        "formats": {form: right(answers) for form, answers in by_format.items()},
-        "orders": [right(answers) for answers in by_order],
+        "formats": {form: accuracy(answers) for form, answers in by_format.items()},
+        "orders": [accuracy(answers) for answers in by_order],
         "changed by format": changed(list(by_format.values())),
         "changed by order": changed(by_order),
         "last label": sum(last) / len(last),
-        "random labels": right(picks(FIRST, 0, random_labels=True)),
+        "random labels": accuracy(picks(FIRST, 0, random_labels=True)),
     }
 
 
 def table(rows: list[dict], n: int) -> str:
-    """Return the figures as lines: mean, and range of the seeds."""
+    """Return the figures of all seeds as text: mean and range. n: questions of a seed."""
     lines = [f"{'accuracy (chance 50.0%)':26}{n} questions a seed"]
     lines += [f"  {form:24}{mean_and_range(row['formats'][form] for row in rows)}" for form in FORMATS]
     for name, figures in (("formats", [[*row["formats"].values()] for row in rows]),
@@ -165,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write(path: Path, settings: dict, rows: list[dict]) -> None:
+    """Write the settings of a run and the figures of every seed to a file, as JSON."""
     names = ("questions", "shots", "orders")
     about = {name: settings[name] for name in names} | {"model": str(settings["model"])}
     with replace_file(path) as new:

@@ -1,15 +1,15 @@
-"""Published benchmarks as people download them: from a record to a question.
+"""Published benchmarks: from a record of the files that people download to a question.
 
     HellaSwag    activity_label, ctx_a, ctx_b, endings, label          (Zellers et al. 2019, arXiv:1905.07830)
     ARC          question, choices {text, label}, answerKey            (Clark et al. 2018, arXiv:1803.05457)
     MMLU         question, choices, answer; or .csv without header   (Hendrycks et al. 2020, arXiv:2009.03300)
     LAMBADA      text, the last word of which is to be predicted       (Paperno et al. 2016, arXiv:1606.06031)
     GSM8K        question, answer                                      (Cobbe et al. 2021, arXiv:2110.14168)
-    HumanEval    task_id, prompt, entry_point, canonical_solution, test      (Chen et al. 2021, section 2)
-    GLUE         of the published archive, by its folder, or as sst2:FILE, mrpc:FILE ...: see glue.py
+    HumanEval    prompt, entry_point, canonical_solution, test         (Chen et al. 2021, arXiv:2107.03374)
+    GLUE         sst2:FILE, mrpc:FILE ..., or a file in a folder named as in the archive    (see glue.py)
     your own     context, choices, answer (a number from 0); or prompt, answer; or text
 
-The fields of the first record decide which of these a file is. A file with a field `text` is LAMBADA if its
+The fields of a file's first record decide which of these it is. A file with a field `text` is LAMBADA if its
 name contains "lambada", else texts to predict. FORMAT:FILE names the format, as in `lambada:FILE`. The
 choices of MMLU are letters; those of `mmlu_texts:FILE` are the texts of the answers. Prompts are those of
 lm-evaluation-harness 0.4. Records may be .jsonl, .json, .csv, .tsv or .parquet, compressed by gzip or not.
@@ -18,7 +18,7 @@ Any other file is one text to predict.
     python -m evaluation.published FILE...      the first question of each file as a model sees it
 """
 
-import csv
+import ast
 import io
 import random
 import re
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data.records import RECORDS, open_utf8, read_records, refuse, suffix_of
+from data.records import RECORDS, decode, open_utf8, read_records, refuse, rows_of, suffix_of
 from evaluation import glue
 from evaluation.generation import Question
 from evaluation.multiple_choice import Item
@@ -43,7 +43,7 @@ class TaskFile:
 
     name: str
     kind: str  # "choice", "word", "question", "program", "text" or "glue"
-    # Items ("choice", "word"), Questions, records of HumanEval ("program"), texts, or glue.Examples.
+    # Items (of "choice" and "word"), Questions, records of HumanEval ("program"), texts, or glue.Examples.
     items: list
 
 
@@ -51,21 +51,21 @@ class TaskFile:
 
 
 def clean_wikihow(text: str) -> str:
-    """Return a text of HellaSwag without WikiHow's markup such as [title], as the harness does."""
+    """Return a text of HellaSwag without WikiHow's markup such as [title], as lm-evaluation-harness does."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def hellaswag(record: dict) -> Item:
-    """Return the item: the context ends in the first words of the sentence that the endings finish."""
+    """Return the item. Its context ends in the first words of a sentence, which the endings finish."""
     context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     endings = tuple(clean_wikihow(ending) for ending in listed(record["endings"]))
     return Item(clean_wikihow(context), endings, int(record["label"]))
 
 
 def arc(record: dict) -> Item:
-    """Return the item, from AI2's own form of a record or from that at Hugging Face."""
-    # AI2's own .jsonl holds the choices in the question, Hugging Face's files beside it.
+    """Return the item of a record in AI2's form or in Hugging Face's."""
+    # In AI2's form the choices are in the field `question`, in Hugging Face's beside it.
     question, choices = record["question"], record.get("choices")
     if isinstance(question, dict):
         question, choices = question["stem"], question["choices"]
@@ -76,8 +76,13 @@ def arc(record: dict) -> Item:
 
 
 def mmlu(record: dict) -> Item:
-    """Return the item whose choices are letters; the texts behind the letters are in the context."""
+    """Return the item whose choices are letters; the context has the text of each letter.
+
+    Raises ValueError for more choices than there are letters.
+    """
     choices = listed(record["choices"])
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"{len(choices)} choices, more than the letters {LETTERS}")
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
     context = "\n".join([record["question"].strip(), *lines, "Answer:"])
     return Item(context, tuple(LETTERS[: len(choices)]), mmlu_gold(record), about=about(record))
@@ -92,7 +97,7 @@ def mmlu_texts(record: dict) -> Item:
 def mmlu_gold(record: dict) -> int:
     """Return the position of the right choice, which a record has as a letter or as a number from 0."""
     answer = str(record["answer"])
-    # A tuple, since the texts "" and "AB" are in the string, too.
+    # The tuple has letters only; the texts "" and "AB" are in the string LETTERS, too.
     return LETTERS.index(answer) if answer in tuple(LETTERS) else int(answer)
 
 
@@ -105,8 +110,8 @@ def about(record: dict) -> str:
 def listed(value: Any) -> list[str]:
     """Return a list as strings. In a .csv it is one text, as Python or numpy prints a list of strings."""
     if isinstance(value, str):
-        value = re.findall(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", value)
-        value = [one or other for one, other in value]
+        literals = re.findall(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", value)
+        value = [ast.literal_eval(literal.replace("\n", r"\n")) for literal in literals]
     return [str(text) for text in value]
 
 
@@ -124,22 +129,24 @@ def lambada(record: dict) -> Item:
 
 
 def gsm8k(record: dict) -> Question:
+    """Return the question, whose answer is a solution that ends in #### and the number."""
     return Question(f"Question: {record['question']}\nAnswer:", text_of(record, "answer"))
 
 
 def own_choice(record: dict) -> Item:
-    """Return the item; a context that ends in white space has its delimiter already."""
+    """Return the item. If the context ends in white space, no space is put in front of the choices."""
     delimiter = "" if record["context"][-1:].isspace() else " "
     choices, group = tuple(listed(record["choices"])), str(record.get("group", ""))
     return Item(record["context"], choices, int(record["answer"]), delimiter, group)
 
 
 def own_question(record: dict) -> Question:
+    """Return the question, whose prompt is taken as it is."""
     return Question(text_of(record, "prompt"), text_of(record, "answer"))
 
 
 # Name: (fields that a record must have, kind of task, the function that converts a record to an item).
-# Without a format's name the first that fits is taken.
+# If no format is named, the first one whose fields a record has is taken.
 FORMATS: dict[str, tuple[set[str], str, Callable[[dict], Any]]] = {
     "hellaswag": ({"activity_label", "ctx_a", "ctx_b", "endings", "label"}, "choice", hellaswag),
     "arc": ({"question", "answerKey"}, "choice", arc),
@@ -155,7 +162,9 @@ FORMATS: dict[str, tuple[set[str], str, Callable[[dict], Any]]] = {
 
 
 def check_item(item: Any) -> None:
-    """Raise ValueError for an Item with an empty choice, or whose right answer is none of its choices."""
+    """Raise ValueError for an Item with an empty choice, or without the right one, and for an empty text."""
+    if item == "":
+        raise ValueError("an empty text")
     if isinstance(item, Item):
         if not 0 <= item.gold < len(item.choices):
             raise ValueError(f"answer {item.gold} of {len(item.choices)} choices, counted from 0")
@@ -187,7 +196,10 @@ def read(name: str) -> TaskFile:
         return TaskFile(glue_task, "glue", glue.read_examples(path, glue_task))
     if suffix_of(path) not in RECORDS:
         with open_utf8(path, str(path), refuse) as file:
-            return TaskFile(path.name, "text", [file.read().decode("utf-8")])
+            text = decode(file.read(), str(path), 0, refuse)
+        if not text:
+            raise ValueError(f"{path}: no text in it")
+        return TaskFile(path.name, "text", [text])
 
     # Files of records, each of which becomes an item.
     records = headerless_mmlu(path) or list(read_records(path, str(path), refuse))
@@ -200,7 +212,7 @@ def read(name: str) -> TaskFile:
         try:
             item = convert(record)
             check_item(item)
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError, SyntaxError) as error:
             expected = f"expected the fields {', '.join(sorted(fields))} of {format_name}"
             raise ValueError(f"{place}: {type(error).__name__} {error}; {expected}, with a label") from None
         items.append(item)
@@ -208,7 +220,7 @@ def read(name: str) -> TaskFile:
 
 
 def recognised(path: Path, record: Any) -> str:
-    """Return the name of the format that a record's fields fit. Raises ValueError if there is none."""
+    """Return the name of the format whose fields a record has. Raises ValueError if there is none."""
     has = set(record) if isinstance(record, dict) else set()
     if "text" in has and "lambada" in path.name.lower():
         return "lambada"
@@ -228,7 +240,8 @@ def headerless_mmlu(path: Path) -> list[tuple[str, dict]]:
     if suffix_of(path) != ".csv":
         return []
     with open_utf8(path, str(path), refuse) as file:
-        rows = list(csv.reader(io.StringIO(file.read().decode("utf-8-sig"))))
+        text = decode(file.read(), str(path), 0, refuse)
+    rows = [row for _, row in rows_of(io.StringIO(text), str(path), refuse, {})]
     if not rows or any(len(row) != 6 or row[5] not in tuple("ABCD") for row in rows):
         return []
     subject = re.sub(r"_(dev|val|test)$", "", path.name.partition(".")[0])
@@ -252,10 +265,10 @@ def solved(example: Item | Question) -> str:
 def with_examples(task: TaskFile, examples: Sequence, n: int, seed: int | None = None) -> TaskFile:
     """Return the task with n solved examples in front of each question, joined by blank lines.
 
-    They are the first n of `examples`, or, with a seed, n of them drawn anew for each question; examples on
-    another subject, and the question itself, are left out. An item's line about its subject stands in
-    front of all, also with n = 0. Raises ValueError where there are too few examples, and for a kind of task
-    that takes none.
+    The examples are the first n of `examples`, or with a seed n random ones, drawn for each question.
+    Examples on another subject, and the question itself, are left out. An item's line about its subject
+    stands in front of them, also if n is 0. Raises ValueError if there are too few examples, and for a kind
+    of task that takes none.
     """
     if n and task.kind not in ("choice", "question"):
         raise ValueError(f"--shots {n}: {task.name} has no examples in its prompts; expected 0")

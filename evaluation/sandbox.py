@@ -1,15 +1,15 @@
-"""Run a program that a model wrote, test it, and trust nothing that it prints.
+"""Sandbox: run a program that a model wrote, and test it, without trusting anything that it prints.
 
     verdict = passed  <=>  a nonce (a random number that is drawn for this run alone) comes out of the
                            process of the tests, which writes it behind the last assertion
 
-Scoring generated code (Codex and HumanEval, Chen et al. 2021, section 2) means executing what nobody has
-read. A program may be wrong in harmless ways, never end, or by accident or habit do what makes a test look
-passed: call `sys.exit(0)`, print "passed", replace `AssertionError`. So a run has two processes, described in
-jail.py. Both have limits on time and memory, an empty folder as home, and cannot write a file, start a
-process, send a signal or open a socket. One executes the program and answers calls of its function. The other
-executes the tests on these answers, and it alone has the nonce. A program that ends early, hangs or answers
-nonsense has not passed.
+Scoring generated code (Codex and HumanEval, Chen et al. 2021, arXiv:2107.03374, section 2) means executing
+programs that nobody has read. A program may be wrong, may never end, or may do what makes a test look passed:
+call `sys.exit(0)`, print "passed", replace `AssertionError`. So a run has two processes (see jail.py). Both
+have limits on time and memory, an empty folder as home, and cannot write a file, start a process, send a
+signal or open a socket. One executes the program and answers calls of its function. The other executes the
+tests on these answers, and it alone has the nonce. A program that ends early, hangs or returns nonsense has
+not passed.
 
     check(Task("def double(x): return 2 * x", "assert double(2) == 4", "double"))    Verdict(passed=True, ...)
 
@@ -47,15 +47,15 @@ class Verdict(NamedTuple):
 
     passed: bool
     reason: str  # "passed", or what failed
-    lacking: tuple[str, ...] = ()  # protections that the system could not give, in words
+    lacking: tuple[str, ...] = ()  # protections that the system lacks, in words
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits of each of the two processes."""
 
-    cpu_seconds: int = 5  # CPU time, which does not pass faster on a busy machine
-    wall_seconds: float = 60.0  # of the whole run, for a program that sleeps
+    cpu_seconds: int = 5  # of CPU time, since a program may wait long on a busy machine
+    wall_seconds: float = 60.0  # of the whole run, since a program that sleeps takes no CPU time
     memory: int = 1 << 29  # bytes of address space
 
 
@@ -65,15 +65,15 @@ class Task(NamedTuple):
     program: str
     tests: str
     entry_point: str  # the function's name, by which the tests call it
-    setup: str = ""  # executed before the tests, in their process; left out if it is not complete Python
+    setup: str = ""  # executed before the tests, in their process; skipped if it is no complete Python
 
 
 def start(task: dict, pipes: Sequence[tuple[int, str]], home: str, limits: Limits) -> subprocess.Popen:
-    """Start jail.py with a task on its standard input, and some ends of pipes open.
+    """Start jail.py with a task on its standard input, as JSON, and return the process.
 
-    pipes: (file descriptor, "r" or "w") of each.
+    pipes: (file descriptor, "r" or "w") of the ends of pipes that it gets. home: its folder.
     """
-    # The dynamic linker of some Pythons needs its path; no other variable is passed on.
+    # Some Pythons need the paths of the dynamic linker; no other variable is passed on.
     env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-X", "utf8", str(JAIL)],
@@ -93,7 +93,7 @@ def start(task: dict, pipes: Sequence[tuple[int, str]], home: str, limits: Limit
 
 
 def stop(process: subprocess.Popen) -> float:
-    """Kill a process, and its group where there is one, and return the seconds of CPU time that it took."""
+    """Kill a process with its process group, and return the seconds of CPU time that it took."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -102,10 +102,10 @@ def stop(process: subprocess.Popen) -> float:
 
 
 def read_line(number: int, seconds: float) -> str | None:
-    """Return the first line that comes out of a pipe, by its file descriptor.
+    """Return the first line that comes out of a pipe.
 
-    The line is "" if the pipe is closed before it ends, and None if that takes more than these seconds. A
-    line of more than 64 KiB, which jail.py does not write, is cut.
+    number: the file descriptor. Returns "" if the pipe is closed before the line ends, and None if the line
+    has not ended after these seconds. A line of more than 64 KiB, which jail.py does not write, is cut.
     """
     deadline, line = time.monotonic() + seconds, b""
     with selectors.DefaultSelector() as selector:
@@ -121,7 +121,7 @@ def read_line(number: int, seconds: float) -> str | None:
 
 
 def check(task: Task, limits: Limits = Limits()) -> Verdict:
-    """Return the verdict on a program, after a run of it and its tests in two new processes with limits.
+    """Run a program and its tests in two new processes with limits, and return the verdict.
 
     Raises ValueError on a system without fork and resource limits (Windows).
     """
@@ -129,7 +129,7 @@ def check(task: Task, limits: Limits = Limits()) -> Verdict:
         raise ValueError("sandbox: programs run only on Linux or macOS; this system has no resource limits")
     nonce = secrets.token_hex(16)
 
-    # Each pipe is an end to read and an end to write. All but one are used by the two processes alone.
+    # A pipe is (the end to read, the end to write). This process keeps only the end to read the verdict.
     calls, answers, verdict = os.pipe(), os.pipe(), os.pipe()
     of_program = ((calls[0], "r"), (answers[1], "w"))
     of_tests = ((calls[1], "w"), (answers[0], "r"), (verdict[1], "w"))
@@ -143,7 +143,7 @@ def check(task: Task, limits: Limits = Limits()) -> Verdict:
         for number, _ in (*of_program, *of_tests):
             theirs.callback(os.close, number)
 
-        # Start both. Then their ends are closed here, so that a pipe is closed as soon as they end.
+        # Start both processes. Then close their ends here, so that a pipe is closed as soon as they end.
         program = {"program": task.program}
         tests = {"tests": task.tests, "setup": task.setup, "entry_point": task.entry_point, "nonce": nonce}
         running = []
@@ -158,7 +158,11 @@ def check(task: Task, limits: Limits = Limits()) -> Verdict:
 
 
 def judge(line: str | None, nonce: str, seconds: float, limits: Limits) -> Verdict:
-    """Return the verdict by the line that the tests wrote, and the CPU time of the slower process."""
+    """Return the verdict.
+
+    line: what `read_line` returned from the tests' process; nonce: the number that it has if the program
+    passed; seconds: the CPU time of the slower process.
+    """
     if line is None:
         return Verdict(False, f"timeout: more than {limits.wall_seconds} seconds")
     result = {}
@@ -167,7 +171,7 @@ def judge(line: str | None, nonce: str, seconds: float, limits: Limits) -> Verdi
     lacking = tuple(result.get("lacking", ()))
     if secrets.compare_digest(str(result.get("nonce")), nonce):
         return Verdict(True, "passed", lacking)
-    # The kernel ends a process at the limit; the time that it reports may be a little less.
+    # The kernel ends a process at its limit of CPU time, but the time that it reports may be a little less.
     if seconds > limits.cpu_seconds - 0.1:
         return Verdict(False, f"timeout: more than {limits.cpu_seconds} seconds of CPU time", lacking)
     return Verdict(False, str(result.get("failed", "the tests have not ended")), lacking)
@@ -180,9 +184,9 @@ def check_all(tasks: Sequence[Task], limits: Limits = Limits(), workers: int | N
 
 
 def lacking() -> tuple[str, ...]:
-    """Return what this system cannot enforce, such as "no filter of system calls"; on Linux nothing.
+    """Return the protections that this system lacks, in words; on Linux there are none.
 
-    Raises ValueError if not even a right program passes.
+    Raises ValueError if a right program does not pass.
     """
     verdict = check(Task("def one(): return 1", "assert one() == 1", "one"))
     if not verdict.passed:
@@ -191,7 +195,7 @@ def lacking() -> tuple[str, ...]:
 
 
 def human_eval_record(record: dict) -> dict:
-    """Return a record in HumanEval's form. Raises ValueError if a field is missing or is no text."""
+    """Return the record if it has HumanEval's form. Raises ValueError if a field is missing or is no text."""
     for name in ("prompt", "entry_point", "canonical_solution", "test"):
         if not isinstance(record.get(name), str):
             raise ValueError(f"field {name}: expected a text, found {record.get(name)!r}")
@@ -199,16 +203,17 @@ def human_eval_record(record: dict) -> dict:
 
 
 def human_eval_task(record: dict, completion: str) -> Task:
-    """Return the program that is a HumanEval record's prompt and its completion, and the record's tests.
+    """Return the task of a HumanEval record: its prompt with a completion is the program.
 
-    The prompt may define functions that the tests use, so it is executed in the tests' process, too.
+    The prompt may define functions that the tests use, so it is the setup of the tests, too.
     """
     tests = f"{record['test']}\ncheck({record['entry_point']})"
     return Task(record["prompt"] + completion, tests, record["entry_point"], record["prompt"])
 
 
 def check_solutions(path: Path) -> None:
-    """Print how many of a file's own solutions pass, which should be all, and how many of `pass` do.
+    """Print how many of the solutions in a file of HumanEval pass, which should be all, and how many
+    functions with the body `pass` do.
 
     Raises ValueError, which names the place, for a record that is not in HumanEval's form.
     """

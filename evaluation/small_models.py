@@ -1,8 +1,8 @@
 """Small models for studies: a small vocabulary, training in a minute, many answers to one prompt.
 
-A study of what search or verification adds needs a model that is right now and then, and hundreds of its
-answers. So these GPTs (gpt.py) read whole words of a small language, learn from rows that are drawn anew for
-each step, and read a prompt once to answer it n times.
+A study of what search or verification adds needs a model that is sometimes right, and hundreds of answers. So
+the tokens of these GPTs (gpt.py) are the words of a small language, each training step has newly drawn rows,
+and a prompt is read once to write n answers.
 
     python -m evaluation.small_models       a model learns to reverse four digits
 
@@ -22,19 +22,19 @@ from formats import command
 from formats.progress import progress_bar
 from gpt import GPT, Config
 
-# Names with the parenthesis of a call, numbers, signs of two or more characters, other signs.
+# A token of a text: a name with the parenthesis of a call, a number, a sign of one or more characters.
 PIECE = re.compile(r"\[::-1\]|\[1:\]|\[:-1\]|==|!=|->|<<|>>|[a-z]+\(?|\d+|\S")
 
-Row = tuple[list[int], list[int]]  # the tokens that a model reads, and those that it learns to write
+Row = tuple[list[int], list[int]]  # tokens that the model reads, and those that it learns to write then
 
 
 class Vocabulary:
-    """The tokens of a small language, numbered from 1."""
+    """The tokens of a small language: the pieces of its texts, numbered from 1. Token 0 ends a text."""
 
-    end = 0  # the token that ends a text
+    end = 0
 
     def __init__(self, texts: Iterable[str]):
-        """Take all pieces of these texts, such as the rules of a grammar."""
+        """texts: they must have every piece of the language, as the rules of its grammar do."""
         self.pieces = ["<end>", *dict.fromkeys(piece for text in texts for piece in PIECE.findall(text))]
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
 
@@ -42,7 +42,7 @@ class Vocabulary:
         return len(self.pieces)
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text. Raises ValueError for a piece that the language lacks."""
+        """Return the tokens of a text. Raises ValueError for a piece that is not in the vocabulary."""
         try:
             return [self.ids[piece] for piece in PIECE.findall(text)]
         except KeyError as error:
@@ -54,7 +54,7 @@ class Vocabulary:
 
 
 def small_gpt(vocabulary: Vocabulary, max_seq_len: int, seed: int, layers: int = 3, width: int = 96) -> GPT:
-    """Return a GPT with random weights and heads of width 24; by default 340,000 parameters."""
+    """Return a GPT with random weights and heads of width 24; by default about 350,000 parameters."""
     torch.manual_seed(seed)
     return GPT(Config(layers, width // 24, width, 8 * width // 3, len(vocabulary), max_seq_len, qk_norm=True))
 
@@ -63,7 +63,7 @@ def small_gpt(vocabulary: Vocabulary, max_seq_len: int, seed: int, layers: int =
 
 
 def make_batch(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Return inputs and targets (B, T) of rows, padded on the right. Only tokens to write are targets."""
+    """Return inputs and targets, int64 (B, T), of rows, padded on the right. Tokens to write are targets."""
     T = max(len(read) + len(written) for read, written in rows) - 1
     tokens, targets = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), -100)
     for i, (read, written) in enumerate(rows):
@@ -74,11 +74,13 @@ def make_batch(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def fit(model: GPT, draw_rows: Callable[[], Sequence[Row]], steps: int, lr: float = 3e-3) -> float:
-    """Train a model by AdamW, with a warm-up and then a linear decay to 0, on rows drawn anew for each step.
+    """Train a model in place by AdamW, and return the mean loss of the last tenth of the steps, in nats per
+    token.
 
-    Return the mean loss of the last tenth of the steps, in nats per token.
+    draw_rows returns the rows of a step. lr: the highest learning rate, after a warm-up of 5 % of the steps;
+    then it falls linearly to 0.
     """
-    # As in engine/optim.py: weight decay on matrices only.
+    # As in engine/optim.py, only matrices have weight decay.
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -103,10 +105,10 @@ def fit(model: GPT, draw_rows: Callable[[], Sequence[Row]], steps: int, lr: floa
 
 
 class Answer(NamedTuple):
-    """A text that a model has written."""
+    """An answer that a model has written."""
 
     tokens: tuple[int, ...]  # without the end
-    log_p: float  # of the tokens and the end, by the model, whatever the temperature of the draw
+    log_p: float  # of the tokens and the end, by the model at temperature 1
 
 
 @torch.inference_mode()
@@ -118,11 +120,11 @@ def answers(
     generator: torch.Generator,
     temperature: float = 1.0,
 ) -> list[list[Answer]]:
-    """Return n answers to each prompt, which is read once. Temperature 0 takes the likeliest tokens.
+    """Return n answers to each prompt, which is read once. At temperature 0 all are the greedy one.
 
-    An answer of max_new tokens without an end stays as it is.
+    max_new: tokens of an answer at most, its end included; an answer without an end is cut there.
     """
-    # Read the prompts, then give each row of the cache to n answers.
+    # Read the prompts, then repeat each row of the cache n times.
     cache = model.new_cache([len(prompt) for prompt in prompts], max(map(len, prompts)) + max_new)
     T = max(map(len, prompts))
     hidden = model.hidden(torch.tensor([p + [0] * (T - len(p)) for p in prompts]), cache=cache)  # (B, T, D)
@@ -131,7 +133,7 @@ def answers(
     keep_rows(cache, torch.arange(len(prompts)).repeat_interleave(n))
 
     written: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-    log_p, rows = torch.zeros(len(written)), torch.arange(len(written))  # rows: those that go on
+    log_p, rows = torch.zeros(len(written)), torch.arange(len(written))  # rows: the answers without an end
     for step in range(max_new):
         logits = model.logits(hidden).float()
         if temperature == 0:
@@ -143,7 +145,7 @@ def answers(
         for row, new in zip(rows[goes_on].tolist(), token[goes_on, 0].tolist(), strict=True):
             written[row].append(new)
 
-        # Rows that have ended leave the batch.
+        # Remove the answers that have ended from the batch.
         rows, token = rows[goes_on], token[goes_on]
         if len(rows) == 0 or step == max_new - 1:
             break
@@ -155,7 +157,7 @@ def answers(
 
 
 def keep_rows(cache, rows: Tensor) -> None:
-    """Make a cache hold these of its rows, which may repeat."""
+    """Keep only these rows (n,) of a `generate.KVCache`, in place and in this order; they may repeat."""
     cache.lengths = [cache.lengths[i] for i in rows.tolist()]
     for stored in (cache.keys, cache.values):
         stored[:] = [part[rows] for part in stored]

@@ -1,9 +1,9 @@
-"""Small runs: what the studies of prompting have in common, each of which trains a few small GPTs.
+"""Small runs: the training loop and the command of the studies of prompting, which train small GPTs.
 
-    for step in range(steps):   a fresh batch, drawn from (seed, step) alone; AdamW, warm-up and cosine
+    for step in range(steps):   a new batch, drawn from (seed, step) alone; AdamW, warm-up and cosine
 
-Examples are drawn anew at every step, and those of a test from a stream of their own, so that nothing else is
-held out. The studies are in_context.py, scratchpad.py, spelling.py and injection.py;
+Every step draws new examples, and a test draws its own from another stream of random numbers, so most studies
+need no further held-out set. The studies are in_context.py, scratchpad.py, spelling.py and injection.py;
 results/prompting_studies.py makes their figures with three seeds.
 
 Shapes: B examples, T tokens of an example, V vocabulary.
@@ -45,7 +45,8 @@ def train(
 ) -> None:
     """Train a model in place on the batches {"tokens": (B, T), "targets": (B, T)} that batch_of draws.
 
-    watch(step) is called before each step and after the last one. loss_of: a loss other than the model's own.
+    rate: the highest learning rate. watch(step) is called before each step and after the last one. loss_of
+    returns the loss of a batch, in place of the model's own.
     """
     settings = {"schedule": "cosine", "schedule_from": 0, "steps": steps, "warmup": min(20, steps // 5)}
     args = Namespace(optimizer="adamw", lr=rate, weight_decay=0.1, device="cpu", **settings)
@@ -66,8 +67,8 @@ def train(
 
 
 def next_token_batch(rows: Tensor, learned: Tensor | None = None) -> dict[str, Tensor]:
-    """Return inputs and targets (B, T - 1) of rows (B, T). learned: bool (B, T), the tokens to predict; by
-    default all but the first."""
+    """Return inputs and targets, int64 (B, T - 1), of rows (B, T). learned: bool (B, T), the tokens that are
+    targets; by default all but the first."""
     targets = rows[:, 1:]
     if learned is not None:
         targets = targets.masked_fill(~learned[:, 1:], IGNORED)
@@ -75,19 +76,19 @@ def next_token_batch(rows: Tensor, learned: Tensor | None = None) -> dict[str, T
 
 
 def stream(seed: int) -> Generator:
-    """Return the generator of a test. No training step of a study, with any of its seeds, has its draws."""
+    """Return the random generator of a test, whose draws no training step of a study has, with any seed."""
     return Generator().manual_seed(seed_of(seed, 10_000_000))
 
 
 def mean_and_range(values: Iterable[float], form: str = ".1%") -> str:
-    """Return the mean and, of several values, the smallest and the largest one."""
+    """Return the mean as text, and if there are several values, the smallest and the largest in brackets."""
     values = list(values)
     mean = f"{statistics.mean(values):{form}}"
     return mean if len(values) < 2 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
 def of(rows: Sequence[dict], **wanted) -> list[dict]:
-    """Return the rows whose fields have these values."""
+    """Return the rows that have all of these values, given as field=value."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
@@ -98,10 +99,10 @@ def run_study(
     argv: list[str] | None,
     of_model: Callable[[Path], str] | None = None,
 ) -> None:
-    """Run the command of a study: train its models with one seed, or several, and print the table.
+    """Run the command of a study: train its models with one seed or several, and print the table.
 
-    study(seed, steps) returns the rows of one seed; with steps None it takes its default. of_model, where a
-    study has it, returns the figures of a trained model in a directory, as text.
+    study(seed, steps) returns the rows of one seed; steps is None for its default. of_model, which a study
+    may have, returns the figures of a trained model in a directory, as text; the flag is --model.
     """
     parser = command.Parser(description=description)
     add = parser.add_argument

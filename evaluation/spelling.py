@@ -1,21 +1,22 @@
-"""Spelling: what byte pairs hide. A model reads tokens, and cannot see of which letters they are made.
+"""Spelling: what byte pairs hide. A model reads tokens, not the letters of which they are made.
 
-    spell parser = p a r s e r             " parser" may be one token: its letters are not in the input
-    turn parser = resrap                   reversed, word to word
-    back parser = r e s r a p              word to letters
-    back p a r s e r = r e s r a p         letters to letters: each is a token
-    count r in parser = 2                  and count r in p a r s e r = 2
+    spell parser = p a r s e r             word to letters
+    turn parser = resrap                   reverse, word to word
+    back parser = r e s r a p              reverse, word to letters
+    back p a r s e r = r e s r a p         reverse, letters to letters
+    count r in parser = 2                  count, word
+    count r in p a r s e r = 2             count, letters
 
-Which letters a token has can be learned only from questions about words with this token. One small GPT, with
-one vocabulary of byte pairs, learns all six questions at once. Half of the examples are about words of
-Python's library, and half about random letters, so that reversing and counting are learned from more than
-1,800 words. The test has held-out words. Those "with a new token" have a token that no word of the training
-has, and those "of one token" are a single token.
+" parser" may be a single token, and then its letters are not in the input. A model can learn them only from
+questions about words with this token. With spaces in between, every letter is a token. One small GPT with one
+vocabulary of byte pairs learns all six questions at once. Half of the examples are about words of Python's
+library, and half about random letters, so that there are more than 1,800 words to reverse and to count. The
+test has held-out words. Those "with a new token" have a token that no training word has, and those "of one
+token" are a single token.
 
-The second part is about prompts of any model with byte pairs. Most tokens that begin a word begin with its
-space, so the likely next tokens are out of reach behind a prompt that ends in a space. `trailing_space`
-measures what that costs in nats: the same text has the space at the end of the prompt, or at the beginning of
-the answer.
+The second part is about prompts of any model with byte pairs. Most tokens that begin a word contain the space
+in front of it, so behind a prompt that ends in a space they do not fit any more. `trailing_space` measures
+what that costs in nats: in the same text the space is the end of the prompt, or the beginning of the answer.
 
     python -m evaluation.spelling                              one seed, two minutes on a core
     python -m evaluation.spelling --model runs/gpt/model       the trailing space, for a trained model
@@ -43,9 +44,9 @@ from formats import command
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 N_VOCAB = 1024
-N_WORDS, SHORTEST, LONGEST = 2000, 4, 6  # the most frequent words; letters
+N_WORDS, SHORTEST, LONGEST = 2000, 4, 6  # the number of words, and the letters of each
 STEPS, BATCH = 1500, 64
-N_TEST, N_TOKENS = 200, 48
+N_TEST, N_TOKENS = 200, 48  # questions of a kind in the test; tokens that the model reads
 N_BORDERS, N_BEFORE = 400, 200  # places of a text for the trailing space, and characters in front of each
 
 
@@ -54,7 +55,7 @@ N_BORDERS, N_BEFORE = 400, 200  # places of a text for the trailing space, and c
 
 @cache
 def words() -> dict[str, int]:
-    """Return the most frequent words of a quarter of Python's library, and how often each occurs."""
+    """Return {word: how often it occurs} of the most frequent words in a quarter of Python's library."""
     counts: Counter[str] = Counter()
     for file in stdlib_files()[::4]:
         for text in documents([file], lambda problem: None):
@@ -64,18 +65,19 @@ def words() -> dict[str, int]:
 
 @cache
 def tokenizer() -> Tokenizer:
-    """Return a vocabulary of byte pairs that is learned from the words, each with a space in front."""
+    """Return a tokenizer of byte pairs that is trained on the words, each with a space in front."""
     return train_bpe((f" {word}" * count for word, count in words().items()), N_VOCAB)
 
 
 def split(seed: int) -> tuple[list[str], list[str]]:
-    """Return the words to learn from, and those that are held out, a tenth."""
+    """Return the training words, and the held-out ones, which are a tenth."""
     shuffled = sorted(words())
     random.Random(seed).shuffle(shuffled)
     return shuffled[len(shuffled) // 10 :], shuffled[: len(shuffled) // 10]
 
 
 def random_letters(draws: random.Random) -> str:
+    """Return a random text of letters that is as long as a word."""
     return "".join(draws.choices(LETTERS, k=draws.randint(SHORTEST, LONGEST)))
 
 
@@ -85,8 +87,11 @@ Question = tuple[str, str]
 
 
 def count(word: str, written: str, draws: random.Random) -> Question:
-    """Return a question for the number of a letter. The number is drawn first, among those that the word
-    offers, and then the letter, so that not nearly all answers are 1."""
+    """Return a question for how often a letter occurs in a word. written: the word as the question has it.
+
+    The answer is drawn first, among the counts that occur (0 is one), and then a letter with this count. So
+    letters that occur more than once are more frequent than among random letters.
+    """
     counts = {letter: word.count(letter) for letter in LETTERS}
     n = draws.choice(sorted(set(counts.values())))
     letter = draws.choice([letter for letter in LETTERS if counts[letter] == n])
@@ -107,7 +112,7 @@ QUESTIONS: dict[str, Callable[[str, random.Random], Question]] = {
 
 
 def batch_of(pairs: list[Question]) -> dict[str, Tensor]:
-    """Return inputs and targets (B, T): the answers and a line break are predicted."""
+    """Return inputs and targets, int64 (B, T). Only answers and the line break behind them are targets."""
     encoded = [(tokenizer().encode(asked), tokenizer().encode(f"{right}\n")) for asked, right in pairs]
     width = max(len(a) + len(b) for a, b in encoded)
     tokens = torch.zeros(len(pairs), width, dtype=torch.long)
@@ -122,7 +127,7 @@ def batch_of(pairs: list[Question]) -> dict[str, Tensor]:
 
 
 def answers(model: nn.Module, prompts: list[str]) -> list[str]:
-    """Return the likeliest answers, up to a line break."""
+    """Return the answers by greedy decoding, up to a line break."""
     end = tokenizer().encode("\n")
     found = model.generate([tokenizer().encode(text) for text in prompts], 14, temperature=0, stop=end)
     return [tokenizer().decode(tokens).split("\n")[0] for tokens in found]
@@ -134,10 +139,10 @@ def share(right: list[bool]) -> float | None:
 
 
 def trailing_space(model: nn.Module, tokenizer, pairs: list[Question]) -> dict[str, float]:
-    """Return the mean nats of answers that begin with a space: as they are, and with the space in the prompt.
+    """Return the mean nats of answers that begin with a space, and of the same with the space in the prompt.
 
-    The characters are the same. The moved space is no longer predicted, so a model that saw characters would
-    need fewer nats.
+    Both texts have the same characters. A space in the prompt is not predicted, so a model of characters
+    would need fewer nats for the rest.
     """
     found = {}
     for name, moved in (("in the answer", False), ("in the prompt", True)):
@@ -153,7 +158,7 @@ def trailing_space(model: nn.Module, tokenizer, pairs: list[Question]) -> dict[s
 
 
 def borders(text: str, n: int) -> list[Question]:
-    """Return up to n pairs of a text and what follows it, a space and a word, drawn from a longer text."""
+    """Return up to n random pairs of a text: N_BEFORE characters, and the space and the word behind them."""
     places = [m for m in re.finditer(r"(?<=\w) \w+", text) if m.start() > N_BEFORE]
     places = random.Random(0).sample(places, min(n, len(places)))
     return [(text[m.start() - N_BEFORE : m.start()], m[0]) for m in places]
@@ -163,7 +168,7 @@ def borders(text: str, n: int) -> list[Question]:
 
 
 def study(seed: int, steps: int | None = None) -> list[dict]:
-    """Return a row for each question: right answers for held-out words, and others beside them."""
+    """Return a row for each question: the share of right answers for each group of words, and baselines."""
     learned, held_out = split(seed)
     known = {token for word in learned for token in tokenizer().encode(f" {word}")}
     model, kinds = small_gpt(tokenizer().n_vocab, N_TOKENS, seed), list(QUESTIONS.values())
@@ -175,7 +180,7 @@ def study(seed: int, steps: int | None = None) -> list[dict]:
 
     train(model, draw, steps or STEPS, seed)
 
-    # The answers for held-out words, and for some of those with a new token and of a single one.
+    # The groups of words: held out, held out with a new token, held out of one token, and trained on.
     tokens = {word: tokenizer().encode(f" {word}") for word in held_out}
     groups = {
         "held out": held_out,
@@ -205,7 +210,7 @@ COLUMNS = ("held out", "with a new token", "of one token", "trained on", "behind
 
 
 def table(rows: list[dict]) -> str:
-    """Return the figures as lines: mean, and range of the seeds."""
+    """Return the figures of all seeds as text: mean and range."""
     lines = [f"{'right answers':30}" + "".join(f"{name:24}" for name in COLUMNS)]
     for name in QUESTIONS:
         cells = [[row[column] for row in of(rows, question=name)] for column in COLUMNS]

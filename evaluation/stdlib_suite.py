@@ -1,20 +1,20 @@
 """The default tasks, made from the source of Python's library: nothing is downloaded.
 
-    next_line        20 lines of a module; which of four lines of equal length comes next?
-    name             20 lines and the beginning of the next one; which of four names, all equally frequent
-                     in the 20 lines, follows? (the idea of LAMBADA)
-    purpose          what does this function do? The choices are four summaries of its module, as texts
+    next_line        20 lines of a module; which of four lines of about equal length comes next?
+    name             20 lines and the beginning of the next one; which of four names follows? All four are
+                     equally frequent in the 20 lines (like LAMBADA, a word that needs its wide context)
+    purpose          what does this function do? The choices are summaries of four functions of its module
     purpose_letters  the same questions; the choices are letters, as in MMLU
-    k_shot_N         N lines `name -> symbol`, with two symbols that are new in each question; which of them
-                     has the next name?
-    sums             of two numbers below 10; the answer is right if it is equal
+    k_shot_N         N lines `name -> symbol` with one of two symbols, which are drawn for each question;
+                     which of them does the next name have?
+    sums             sums of two numbers below 10; the text up to the line break has to be the result
     programs         five small functions to write, which are tested in the sandbox
-    bits_per_byte    of held-out text
+    bits_per_byte    the bits per byte of held-out text
 
 The modules are those that training holds out (data/text.py), so a model trained on `stdlib` has not seen
-them. A random choice is right in 25 % of the questions, and in 50 % of k_shot. Rules without a model, such as
-choosing the longest line, may do better: their accuracy stands beside the model's. The questions are the same
-on every machine with the same Python.
+them. A random choice is right in 25 % of the questions, and in 50 % of those of k_shot. Rules without a
+model, such as choosing the longest line, may be right more often: their accuracy stands beside the model's.
+The questions are the same on every machine with the same Python.
 
     python -m evaluation.stdlib_suite           one question of each task
     python -m evaluation runs/gpt/model         a model's figures
@@ -38,7 +38,7 @@ from evaluation.published import LETTERS, TaskFile, mmlu
 from formats import command
 
 N_LINES = 20  # of context
-NAME = r"[A-Za-z_]\w{3,}"  # names of at least four characters, keywords among them
+NAME = r"[A-Za-z_]\w{3,}"  # a name of at least four characters; keywords count, too
 SHOTS = (0, 1, 4, 16)  # solved lines of the k_shot tasks
 TEXT_BYTES = 50_000  # of held-out text for bits_per_byte
 
@@ -49,22 +49,23 @@ def held_out_modules() -> list[tuple[str, str]]:
 
     Raises ValueError if Python's library has no source on this machine.
     """
-    # All modules, without files that cannot be read.
+    # All modules; files that cannot be read are left out.
     modules = []
     for name, path in stdlib_files():
         modules += [(name, text) for text in documents([(name, path)], lambda problem: None)]
 
-    # Training holds out what begins behind some number of bytes.
+    # Training holds out the modules that begin at the byte `border` of the whole text, or later.
     n_bytes = [len(text.encode()) for _, text in modules]
-    starts, border = [0, *accumulate(n_bytes)], held_out_from(n_bytes)
-    held_out = [module for module, start in zip(modules, starts, strict=False) if start >= border]
+    starts = [end - n for end, n in zip(accumulate(n_bytes), n_bytes, strict=True)]
+    border = held_out_from(n_bytes)
+    held_out = [module for module, start in zip(modules, starts, strict=True) if start >= border]
     if not held_out:
         raise ValueError("--tasks stdlib: this Python has no source files; name a file of questions instead")
     return held_out
 
 
 def placed(choices: list[str], generator: random.Random) -> tuple[tuple[str, ...], int]:
-    """Return choices, of which the first is right, in a random order, and the right one's place in it."""
+    """Return the choices in a random order, and the new position of the first one, which is right."""
     order = list(range(len(choices)))
     generator.shuffle(order)
     return tuple(choices[i] for i in order), order.index(0)
@@ -77,7 +78,7 @@ def long_modules() -> list[list[str]]:
 
 
 def drawn_places(n: int, generator: random.Random) -> Iterator[tuple[list[str], int]]:
-    """Yield n times the lines of a held-out module, and the number of one with N_LINES lines before it."""
+    """Yield n random places: the lines of a held-out module, and the index of one behind N_LINES others."""
     modules = long_modules()
     for _ in range(n):
         lines = generator.choice(modules)
@@ -85,9 +86,10 @@ def drawn_places(n: int, generator: random.Random) -> Iterator[tuple[list[str], 
 
 
 def next_lines(n: int, generator: random.Random) -> list[Item]:
-    """Return n questions for the next line. The lengths of all four lines differ by a tenth at most.
+    """Return n questions for the next line. The other three are of the same module, and their lengths differ
+    from that of the right one by at most a tenth.
 
-    There are fewer questions if 20 n drawn places are not enough.
+    There are fewer questions if not enough of 20 n random places have such lines.
     """
     items: list[Item] = []
     for lines, at in drawn_places(20 * n, generator):
@@ -106,18 +108,18 @@ def next_lines(n: int, generator: random.Random) -> list[Item]:
 def names(n: int, generator: random.Random) -> list[Item]:
     """Return n questions for a name that occurs in the 20 lines before it, as often as the other three do.
 
-    There are fewer questions if 50 n drawn places are not enough.
+    There are fewer questions if not enough of 50 n random places have such names.
     """
     items: list[Item] = []
     for lines, at in drawn_places(50 * n, generator):
-        # A line that has names of the 20 lines before it.
+        # Find the names of the line that occur in the 20 lines before it.
         before = "\n".join(lines[at - N_LINES : at]) + "\n"
         occurring = Counter(re.findall(NAME, before))
         found = [match for match in re.finditer(NAME, lines[at]) if match[0] in occurring]
         if not found:
             continue
 
-        # One of these names, and three others that occur as often. The context ends where the name begins.
+        # Take one of them, and three other names that occur as often. The context ends where it begins.
         gold = generator.choice(found)
         others = [x for x, k in occurring.items() if x != gold[0] and k == occurring[gold[0]]]
         if len(others) < 3:
@@ -130,9 +132,10 @@ def names(n: int, generator: random.Random) -> list[Item]:
 
 
 def purposes(n: int, generator: random.Random) -> tuple[list[Item], list[Item]]:
-    """Return up to n questions for the summary of a function, with texts as choices and with letters.
+    """Return up to n questions for the summary of a function, first with texts as choices, then the same with
+    letters.
 
-    The other three choices are summaries of the same module.
+    The other three choices are summaries of other functions of the same module.
     """
     questions = []
     for module, source in held_out_modules():
@@ -148,17 +151,18 @@ def purposes(n: int, generator: random.Random) -> tuple[list[Item], list[Item]]:
     return texts, [mmlu(question) for question in questions]
 
 
-# The names of k_shot are of two kinds, and each kind has a symbol.
+# The names of k_shot are of two kinds, exceptions and functions. A question has a symbol for each kind.
 SYMBOLS = ("red", "blue", "up", "down", "left", "right", "yes", "no")
 EXCEPTIONS = sorted(x for x in dir(builtins) if x.endswith("Error") and len(x) < 16)
 FUNCTIONS = sorted(x for x in dir(builtins) if isbuiltin(getattr(builtins, x)) and x[0] != "_")
 
 
 def k_shot(k: int, n: int, generator: random.Random) -> list[Item]:
-    """Return n questions whose context is k solved lines and one to solve.
+    """Return n questions whose context is k solved lines `name -> symbol`, and a last one without its symbol.
 
-    Built-in exceptions have one symbol, and built-in functions another; both are drawn for each question, so
-    that only the solved lines tell which is which. Raises ValueError for more lines than there are names.
+    Built-in exceptions have one symbol, and built-in functions another. Both symbols are drawn for each
+    question, so only the solved lines show which is which. Raises ValueError for more lines than there are
+    names.
     """
     most = 2 * min(len(EXCEPTIONS), len(FUNCTIONS)) - 3
     if k > most:
@@ -179,7 +183,7 @@ def k_shot(k: int, n: int, generator: random.Random) -> list[Item]:
 
 
 def sums(n: int, generator: random.Random) -> list[Question]:
-    """Return n sums of two numbers below 10, each behind two sums with their results."""
+    """Return n questions for the sum of two numbers below 10, each behind two sums with their results."""
     drawn = [[(generator.randrange(10), generator.randrange(10)) for _ in range(3)] for _ in range(n)]
     return [
         Question(f"{a[0]} + {a[1]} = {sum(a)}\n{b[0]} + {b[1]} = {sum(b)}\n{c[0]} + {c[1]} =", str(sum(c)))
@@ -187,7 +191,7 @@ def sums(n: int, generator: random.Random) -> list[Question]:
     ]
 
 
-# Name, parameters, summary, solution, and the condition that it must meet as f.
+# Name, parameters, summary, solution, and the condition that the function f must meet.
 FUNCTIONS_TO_WRITE = (
     ("double", "x", "Return 2 * x.", "return 2 * x", "f(3) == 6 and f(0) == 0"),
     ("is_even", "n", "Return True if n is even.", "return n % 2 == 0", "f(4) is True and f(7) is False"),
@@ -212,9 +216,9 @@ def programs() -> list[dict]:
 
 
 def suite(n: int = 200, seed: int = 0) -> list[TaskFile]:
-    """Return the default tasks, with n questions each where there are so many.
+    """Return the default tasks with n questions each, or all there are if they are fewer.
 
-    There are at most 50 sums, five programs and one text.
+    There are at most 50 sums, five programs and one text. seed: of all random draws.
     """
     texts, letters = purposes(n, random.Random(f"{seed} purpose"))
     tasks = [
@@ -230,10 +234,11 @@ def suite(n: int = 200, seed: int = 0) -> list[TaskFile]:
 
 
 def dull_baselines(items: Sequence[Item]) -> dict[str, float]:
-    """Return the accuracy of rules without a model.
+    """Return the accuracy of three rules without a model: {rule: share of right choices}.
 
     "same place": always the position that is most often right; "longest": the choice with most characters;
-    "most shared words": the choice that shares most words with the context. Of equal choices the first.
+    "most shared words": the choice that shares most words with the context. Of equally good choices the first
+    is taken.
     """
 
     def shared_words(item: Item) -> list[int]:

@@ -11,8 +11,9 @@ from small_gpt import refused
 
 from data.tokenizer import get_tokenizer
 from evaluation import __main__ as command
-from evaluation import perplexity, sandbox, stdlib_suite
+from evaluation import glue, perplexity, sandbox, stdlib_suite
 from evaluation.multiple_choice import load
+from evaluation.published import TaskFile
 from gpt import GPT
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/harness"
@@ -87,11 +88,22 @@ def test_a_user_s_mistakes_end_in_one_line_before_a_model_is_read(tmp_path, caps
     assert "--samples 5: equal at --temperature 0" in line("nowhere", "--samples", 5)
     assert "--limit 0: expected at least 1" in line("nowhere", "--limit", 0)
     assert "--shots-from x.jsonl: needs --shots K" in line("nowhere", "--shots-from", "x.jsonl")
+    assert "--shots 2: the tasks of stdlib take no examples" in line("nowhere", "--shots", 2)
     assert "--tasks nothing.jsonl: no such file" in line("nowhere", "--tasks", "nothing.jsonl")
     assert "needs a text classifier" in line(FIXTURE, "--tasks", f"cola:{write_cola(tmp_path)}")
     (tmp_path / "p.jsonl").write_text(json.dumps(stdlib_suite.programs()[0]))
     monkeypatch.setattr(sandbox, "lacking", lambda: ("no filter of system calls",))
     assert "would run with no filter" in line("nowhere", "--tasks", tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("labels, baseline", [("01", 0.0), ("10", 2 / 3)])
+def test_of_equally_frequent_labels_the_first_is_the_baseline(labels, baseline, monkeypatch):
+    monkeypatch.setattr("formats.open_model.open_model", lambda directory: None)
+    monkeypatch.setattr("data.tokenizer.get_tokenizer", lambda name: None)
+    monkeypatch.setattr(glue, "evaluate", lambda *arguments: {"f1": 1.0})
+    task = TaskFile("mrpc", "glue", [glue.Example(("a", "b"), label) for label in labels])
+    (figure,) = command.glue_figures(Path("model"), [task], 1)
+    assert figure.baselines == {"most frequent label": pytest.approx(baseline)}
 
 
 def write_cola(folder):

@@ -79,6 +79,11 @@ def test_in_gold_answers_of_every_form_both_rules_find_the_number(tmp_path, caps
     bad.write_text('{"question": "?", "answer": "7"}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1.*expected the field `answer` with ####"):
         generation.main([str(bad)])
+    bad.write_text("[1, 2]\n")
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1.*expected the field `answer` with ####"):
+        generation.main([str(bad)])
+    with pytest.raises(ValueError, match=r"missing.jsonl: no such directory"):
+        generation.main([str(tmp_path / "missing.jsonl")])
 
 
 def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_passing_program():

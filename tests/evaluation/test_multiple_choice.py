@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
+from small_variants import shake
 
+import gpt
+from attention_variants import latent
 from evaluation import multiple_choice
 from evaluation.multiple_choice import (
     Item,
@@ -141,6 +144,22 @@ def test_contexts_of_similar_length_share_one_pass_and_no_score_changes(model, m
     monkeypatch.setattr(multiple_choice, "SHARED", 10**9)
     for score, apart in zip(scores, log_likelihoods(net, rows, 16), strict=True):
         assert score.log_p == pytest.approx(apart.log_p, rel=1e-6) and score[1:] == apart[1:]
+
+
+@pytest.mark.parametrize("kind", ["latent attention", "a window of four"])
+def test_other_decoders_share_a_context_and_no_score_changes(kind, monkeypatch):
+    shape = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_ff": 32, "vocab_size": 61, "max_seq_len": 64}
+    if kind == "latent attention":
+        net = shake(latent.Model(latent.Config(**shape, kv_rank=8, d_nope=8, d_rope=4, d_value=8)))
+    else:
+        net = shake(gpt.GPT(gpt.Config(**shape, window=4)))
+    rows = [
+        multiple_choice.Row([*range(n), *end], n, 0) for n in (20, 22) for end in ([5, 6, 7], [8], [9, 10])
+    ]
+    together = log_likelihoods(net, rows, 16)
+    monkeypatch.setattr(multiple_choice, "SHARED", 10**9)
+    for score, apart in zip(together, log_likelihoods(net, rows, 16), strict=True):
+        assert score.log_p == pytest.approx(apart.log_p, rel=1e-5) and score[1:] == apart[1:]
 
 
 def test_each_rule_divides_by_its_own_length():

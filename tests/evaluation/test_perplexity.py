@@ -63,5 +63,29 @@ def test_no_text_and_too_long_a_stride_are_refused(directory, tmp_path):
     with pytest.raises(ValueError, match="empty"):
         perplexity.main([str(directory), str(tmp_path / "empty.txt")])
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    with pytest.raises(ValueError, match="stride 17"):
-        perplexity.main([str(directory), str(tmp_path / "text.txt"), "--stride", "17"])
+    for stride in ("17", "0"):
+        with pytest.raises(ValueError, match=f"stride {stride},"):
+            perplexity.main([str(directory), str(tmp_path / "text.txt"), "--stride", stride])
+
+
+def test_weights_in_bfloat16_are_measured_in_float32(directory, tmp_path, capsys):
+    model, tokenizer = GPT.from_pretrained(directory).bfloat16(), get_tokenizer("bytes")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)  # large logits, so that the two dtypes differ
+    model.save_pretrained(directory)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    perplexity.main([str(directory), str(tmp_path / "text.txt")])
+    printed = re.search(r"nats per token +(\S+)", capsys.readouterr().out)[1]
+    tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(TEXT)])
+    rounded, expected = (
+        perplexity.nats(net(), tokens, 8) / (len(tokens) - 1) for net in (model.bfloat16, model.float)
+    )
+    assert float(printed) == pytest.approx(expected, abs=6e-5)  # printed to 4 decimals
+    assert abs(rounded - expected) > 1e-3
+
+
+def test_logits_that_are_not_finite_are_named_and_not_taken_for_a_look_ahead(directory):
+    model = GPT.from_pretrained(directory)
+    torch.nn.init.constant_(next(model.parameters()), math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        perplexity.check_causal(model)

@@ -72,7 +72,7 @@ def test_the_command_measures_a_vit_and_the_encoder_of_a_mae(few_glyphs, tmp_pat
 
     gpt.GPT(gpt.Config(1, 2, 16, 16, 40, 16)).save_pretrained("gpt")
     for words, expected in (
-        (["gpt"], "gpt: a model of text"),
+        (["gpt"], "gpt: has no features of images"),
         (["vit", "-k", "0"], "-k 0: expected at least 1"),
         (["vit", "-k", "99"], "-k 99: there are only 9 images"),
     ):

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy
 import pytest
 
 from evaluation import published
@@ -94,6 +95,8 @@ def test_mmlu_s_tables_without_a_header_are_read_from_the_first_row_on(tmp_path)
 def test_a_list_in_a_csv_cell_is_read_as_python_or_numpy_prints_it(tmp_path):
     for cell in ("""['it''s', "a, b"]""", """['its' "a, b"]"""):
         assert published.listed(cell)[-1] == "a, b" and len(published.listed(cell)) >= 2
+    texts = ['it\'s "x"', "two\nlines", r"a\d", "it's", "é"]
+    assert published.listed(str(texts)) == published.listed(str(numpy.array(texts))) == texts
     (tmp_path / "m.csv").write_text("question,choices,answer\nTwo?,\"['1' '2']\",1\n")
     assert read(str(tmp_path / "m.csv")).items[0].choices == ("A", "B")
 
@@ -136,6 +139,8 @@ def test_human_eval_is_read_from_gzip_and_parquet_and_plain_text_is_text(tmp_pat
         ("m.jsonl", {"question": "a", "choices": ["b", "c"], "answer": "C"}, "line 1.*answer 2 of 2 choices"),
         ("o.jsonl", {"context": "a", "choices": ["b", "c"], "answer": -1}, "line 1.*answer -1 of 2 choices"),
         ("o.jsonl", {"context": "a", "choices": ["b", ""], "answer": 0}, "line 1.*empty choice"),
+        ("m.jsonl", {"question": "a", "choices": list("abcdefghijkl"), "answer": 3}, "line 1.*12 choices"),
+        ("text.jsonl", {"text": ""}, "line 1.*an empty text"),
         ("q.jsonl", {"prompt": "a", "answer": None}, "line 1.*answer None"),
         ("text.jsonl", {"text": None}, "line 1.*text None"),
     ],
@@ -145,6 +150,27 @@ def test_other_files_are_refused_by_name_and_record(name, record, problem, tmp_p
         (tmp_path / name).write_text(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match=problem):
         read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("book.txt", b"", "book.txt: no text in it"),
+        ("book.txt", "süß".encode("latin-1"), "book.txt: byte 1 .* is not UTF-8"),
+        ("book.csv", "text\nsüß\n".encode("latin-1"), "book.csv: byte 6 .* is not UTF-8"),
+    ],
+)
+def test_files_without_text_are_refused_by_name(name, content, problem, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=problem):
+        read(str(tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_text_and_a_cell_may_be_long(tmp_path):
+    (tmp_path / "book.txt").write_text("\ufeffOne.", encoding="utf-8")
+    assert read(str(tmp_path / "book.txt")).items == ["One."]
+    (tmp_path / "book.csv").write_text("text\n" + "a" * 200_000 + "\n")
+    assert read(str(tmp_path / "book.csv")).items == ["a" * 200_000]
 
 
 def test_examples_are_solved_stand_in_front_and_never_hold_the_question_itself():

@@ -12,15 +12,15 @@ paragraphs; a document has 2,000 to 6,000 characters. By chance, with labels, a 
 
 so all documents but the copies are unlike each other, and the stages of data/clean.py have a known result:
 `exact` and `near` remove as many documents as there are copies, and `substrings` shortens those with the
-passage but for the first. The peak of memory is the resident set of the process, as the kernel counts it
-(`ru_maxrss`). The text is written to --work, and removed with what was made of it.
+passage but for the first. The peak of memory is the largest resident set of the process, as Linux counts it
+(`VmHWM`). The text is written to --work, and removed with what was made of it.
 """
 
 import argparse
 import json
-import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -39,6 +39,15 @@ STAGES = ("rules", "exact", "near", "substrings")
 SHARE = 0.05  # of documents that are exact copies, near copies, or hold the passage
 RECENT = 2_000  # documents that may be copied
 CHANGED = 100  # every so many words of a near copy is another
+# What the process runs. `ru_maxrss` would count the process that started it, too.
+MEASURED = """
+import json, re, sys, time
+from data import clean
+
+clean.main(sys.argv[1:])
+kilobytes = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+print(json.dumps({"CPU minutes": time.process_time() / 60, "peak MB": int(kilobytes) * 1024 / 1e6}))
+"""
 
 
 class Words:
@@ -102,20 +111,14 @@ def write_text(path: Path, n_bytes: int, seed: int) -> Counter:
 
 
 def clean(text: Path, out: Path, workers: int) -> dict:
-    """Clean a file in a process of its own, and return its report, minutes, CPU minutes, and peak bytes."""
+    """Clean a file in a process of its own, and return its report, minutes, CPU minutes, and peak in MB."""
     flags = ["--out", str(out), "--stages", *STAGES, "--workers", str(workers)]
     start = time.perf_counter()
-    pid = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-m", "data.clean", str(text), *flags])
-    _, status, usage = os.wait4(pid, 0)
-    if status:
-        raise RuntimeError(f"data.clean ended with status {status}")
-    scale = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss in bytes
-    return {
-        "minutes": (time.perf_counter() - start) / 60,
-        "CPU minutes": (usage.ru_utime + usage.ru_stime) / 60,
-        "peak MB": usage.ru_maxrss * scale / 1e6,
-        "report": read_json(out / "report.json"),
-    }
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(text), *flags], check=True, text=True, stdout=subprocess.PIPE
+    )
+    minutes, found = (time.perf_counter() - start) / 60, json.loads(done.stdout.splitlines()[-1])
+    return {"minutes": minutes} | found | {"report": read_json(out / "report.json")}
 
 
 def main(argv: list[str] | None = None) -> None:

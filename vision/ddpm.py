@@ -37,9 +37,8 @@ from data.augment import Augmentation, augment
 from data.rows import Dataset, Row, stack
 from engine import pictures
 from formats import command, schedules
-from formats.config_values import check_values
 from formats.open_model import open_model
-from vision import conditions, judge, noise
+from vision import conditions, drawing, judge, noise
 from vision.conditions import Words
 from vision.unet import UNet
 
@@ -54,7 +53,7 @@ MOST_DRAWN = 256  # of these images at most, for the judge
 
 
 @dataclass(frozen=True)
-class Config(Augmentation):
+class Config(noise.Process, Augmentation):
     """The target, the schedule of the noise, and how often the words are left out."""
 
     warp: float = 0.0
@@ -64,23 +63,6 @@ class Config(Augmentation):
     zero_terminal: bool = False  # whether the last x_t is pure noise
     drop: float = 0.1  # share of the training images that are shown without their words
     MAY_BE_ZERO = ("warp", "drop")
-
-    def __post_init__(self):
-        check_values(self, target=noise.KINDS, schedule=noise.SCHEDULES)
-        if self.drop >= 1:
-            raise ValueError(f"drop {self.drop}: expected less than 1")
-        if self.target == "eps" and self.zero_terminal:
-            raise ValueError("zero_terminal: the last x_t is eps itself; expected target=v or target=x0")
-
-    @property
-    def process(self) -> dict[str, Any]:
-        """Return the fields of the noise and the target, which are saved with a model."""
-        return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
-
-    @property
-    def alpha_bar(self) -> Tensor:
-        """Return a_t of all time steps (T,), float64."""
-        return noise.schedule(self.schedule, self.n_steps, self.zero_terminal)
 
 
 class Diffusion(nn.Module):
@@ -263,24 +245,12 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("checkpoint", type=command.filled, help="directory of a model, such as runs/ddpm/model")
     add("--prompt", nargs="+", default=[], help="words, or a class, of each row of images (default: none)")
-    add("--n", type=int, default=8, help="images for each prompt (default %(default)s)")
-    add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
     add("--rescale", type=float, default=0.0, help="0 to 1: less contrast at a large w (default %(default)s)")
-    add(
-        "--steps",
-        type=int,
-        default=50,
-        help="time steps to visit, at most T (default %(default)s)",
-    )
-    add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
-    add("--seed", type=int, default=0, help="start of the random draws (default %(default)s)")
-    add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
+    drawing.add_sampling(parser)
     args = parser.parse_args(argv)
-    if args.n < 1 or not 0 <= args.eta <= 1 or not 0 <= args.rescale <= 1:
-        given = f"--n {args.n} --eta {args.eta} --rescale {args.rescale}"
-        raise ValueError(f"{given}: expected at least 1 image, and --eta and --rescale from 0 to 1")
-    if args.out.suffix != ".png":
-        raise ValueError(f"--out {args.out}: expected a name that ends in .png")
+    drawing.check_sampling(args)
+    if not 0 <= args.rescale <= 1:
+        raise ValueError(f"--rescale {args.rescale}: expected a number from 0 to 1")
 
     # The words are checked before the weights are read.
     words = conditions.read_words(args.checkpoint)
@@ -297,8 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         classes, n = torch.tensor(rows).repeat_interleave(args.n, 0), args.n * len(rows)
     how = {"guidance": args.guidance, "rescale": args.rescale, "steps": args.steps, "eta": args.eta}
     images = module.draw(classes, n, **how, seed=args.seed).cpu()
-    pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
-    print(f"{args.out}: {n} images of {args.steps} steps")
+    drawing.save_rows(images, args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Drawing: the shared parts of models that draw images without a condition, such as vae.py and flow.py.
+"""Drawing: what the commands of models that draw images have in common.
 
-Such a model has a method `draw(n, generator)`, which returns n new images. Here are the loading of its data,
-images without classes, and its command, which draws images from a trained model.
+A model without a condition, such as vae.py and flow.py, has a method `draw(n, generator)`, which returns n
+new images. Here are the loading of its data, images without classes, and its command, which draws images
+from a trained model; and the flags of the commands that draw by diffusion.
 """
 
 from argparse import Namespace
@@ -48,6 +49,31 @@ def some(rows: Rows, most: int = MOST) -> Tensor:
 def in_rows(images: Tensor) -> list[list[Tensor]]:
     """Return images (n, C, height, width) as rows of SHOWN images, for `pictures.save`."""
     return [list(row) for row in images.split(SHOWN)]
+
+
+def add_sampling(parser: command.Parser) -> None:
+    """Add the flags of a command that draws rows of images by the sampler of a diffusion model."""
+    add = parser.add_argument
+    add("--n", type=int, default=8, help="images in a row (default %(default)s)")
+    add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
+    add("--steps", type=int, default=50, help="time steps to visit, at most T (default %(default)s)")
+    add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
+    add("--seed", type=int, default=0, help="start of the random noise (default %(default)s)")
+    add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
+
+
+def check_sampling(args: Namespace) -> None:
+    """Raise ValueError for flags of `add_sampling` that cannot be."""
+    if args.n < 1 or not 0 <= args.eta <= 1:
+        raise ValueError(f"--n {args.n} --eta {args.eta}: expected at least 1 image, and --eta from 0 to 1")
+    if args.out.suffix != ".png":
+        raise ValueError(f"--out {args.out}: expected a name that ends in .png")
+
+
+def save_rows(images: Tensor, args: Namespace) -> None:
+    """Write images (n, C, height, width), args.n in a row, to args.out, and say so."""
+    pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
+    print(f"{args.out}: {len(images)} images of {args.steps} steps")
 
 
 def main(model_class: type[nn.Module]) -> None:

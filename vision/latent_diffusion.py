@@ -27,7 +27,6 @@ Shapes: B images, C channels, H x W pixels, Z channels of latents, h x w places,
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +34,8 @@ from torch import Tensor, nn
 from data import captions
 from data.rows import Dataset
 from data.tokenizer import get_tokenizer
-from engine import pictures
 from formats import command, pipelines, schedules
-from formats.config_values import check_values
-from vision import autoencoder_kl, noise, unet
+from vision import autoencoder_kl, drawing, noise, unet
 from vision.autoencoder_kl import AutoencoderKL
 from vision.clip_towers import TextConfig, TextTower
 from vision.unet import UNet
@@ -49,7 +46,7 @@ CHUNK = 64  # images that are encoded or decoded at once
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(noise.Process):
     vae: autoencoder_kl.Config
     unet: unet.Config
     text: TextConfig
@@ -63,19 +60,11 @@ class Config:
     MAY_BE_ZERO = ("drop",)
 
     def __post_init__(self):
-        check_values(self, target=noise.KINDS, schedule=noise.SCHEDULES)
-        if self.drop >= 1:
-            raise ValueError(f"drop {self.drop}: expected less than 1")
+        super().__post_init__()
         if self.unet.d_text != self.text.d_model or self.unet.n_channels != self.vae.n_latent:
             read = f"{self.unet.d_text} wide states and {self.unet.n_channels} channels"
             given = f"texts have {self.text.d_model} wide ones, and latents {self.vae.n_latent} channels"
             raise ValueError(f"the U-Net reads {read}, but {given}")
-
-    @property
-    def process(self) -> dict[str, Any]:
-        """Return the fields of the noise and the target, which the folder scheduler/ of a saved model
-        holds."""
-        return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -144,7 +133,7 @@ class LatentDiffusion(nn.Module):
         if config.text_tower:
             own = TextTower.from_pretrained(config.text_tower)
             self.text_encoder.load_state_dict(own.state_dict())
-        self.alpha_bar = noise.schedule(config.schedule, config.n_steps, config.zero_terminal)
+        self.alpha_bar = config.alpha_bar
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the target, and no metrics.
@@ -219,9 +208,7 @@ class LatentDiffusion(nn.Module):
             model = cls(Config(*configs, **schedules.read(directory / pipelines.SCHEDULER)))
         for name, part in parts.items():
             setattr(model, name, part)
-        model.alpha_bar = noise.schedule(
-            model.config.schedule, model.config.n_steps, model.config.zero_terminal
-        )
+        model.alpha_bar = model.config.alpha_bar
         return model
 
     def save_pretrained(self, directory: str | Path, has_tokenizer: bool = True) -> None:
@@ -263,19 +250,14 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
     add("--prompt", nargs="+", default=[], help="the text of each row of images")
-    add("--n", type=int, default=8, help="images for each text (default %(default)s)")
-    add("--guidance", type=float, default=2.0, help="w; 1: no guidance (default %(default)s)")
-    add("--steps", type=int, default=50, help="steps of the sampler (default %(default)s)")
-    add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
-    add("--seed", type=int, default=0, help="start of the random noise (default %(default)s)")
-    add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
+    drawing.add_sampling(parser)
     args = parser.parse_args(argv)
     if args.checkpoint is None:
         print_sizes()
         return
-    if not args.prompt or args.n < 1 or not 0 <= args.eta <= 1 or args.out.suffix != ".png":
-        given = f"--n {args.n} --eta {args.eta} --out {args.out}"
-        raise ValueError(f"{given}: expected --prompt TEXT, 1 image or more, eta from 0 to 1, and a .png")
+    drawing.check_sampling(args)
+    if not args.prompt:
+        raise ValueError(f"{args.checkpoint}: expected --prompt TEXT")
     tokenizer = get_tokenizer(str(Path(args.checkpoint) / pipelines.TOKENIZER))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LatentDiffusion.from_pretrained(args.checkpoint).float().to(device).eval()
@@ -285,8 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     how = {"guidance": args.guidance, "steps": args.steps, "eta": args.eta, "seed": args.seed}
     images = model.draw(tokens.repeat_interleave(args.n, 0), empty, **how).cpu()
-    pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
-    print(f"{args.out}: {len(images)} images of {args.steps} steps")
+    drawing.save_rows(images, args)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,12 @@ Shapes: B batch, C channels, T time steps; x has the shape (B, ...), and channel
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from formats.config_values import check_values
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x (B, ...) and t (B,), to the prediction (B, ...)
 KINDS = ("v", "x0", "eps")
@@ -87,6 +90,28 @@ def shares(alpha_bar: Tensor, t: Tensor | int, like: Tensor) -> tuple[Tensor, Te
     tables = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # float64, rounded below
     data, noise = (table.to(like.device, like.dtype)[t].view(shape) for table in tables)
     return data, noise
+
+
+class Process:
+    """The checks and the schedule of a Config with the fields target, schedule, n_steps and zero_terminal, as
+    in KINDS and in the function `schedule`, and drop, the share of rows trained without a condition."""
+
+    def __post_init__(self):
+        check_values(self, target=KINDS, schedule=SCHEDULES)
+        if self.drop >= 1:
+            raise ValueError(f"drop {self.drop}: expected less than 1")
+        if self.target == "eps" and self.zero_terminal:
+            raise ValueError("zero_terminal: the last x_t is eps itself; expected target=v or target=x0")
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """Return the fields of the noise and the target, which are saved beside a model."""
+        return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """Return alpha bar of all time steps (T,), float64."""
+        return schedule(self.schedule, self.n_steps, self.zero_terminal)
 
 
 def q_sample(x0: Tensor, t: Tensor | int, noise: Tensor, alpha_bar: Tensor) -> Tensor:

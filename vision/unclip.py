@@ -34,7 +34,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +44,8 @@ from data.rows import Dataset
 from engine import pictures
 from formats import command, schedules
 from formats import unclip as formats_unclip
-from formats.config_values import check_values
 from formats.safetensors_dir import assign
-from vision import image_embeddings, noise, unet
+from vision import drawing, image_embeddings, noise, unet
 from vision.clip import CLIP
 from vision.unet import UNet
 
@@ -56,7 +54,7 @@ SAMPLER_STEPS = 25  # of DDIM
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(noise.Process):
     unet: unet.Config
     d_embed: int = 768  # E
     n_context: int = 4  # N
@@ -70,23 +68,11 @@ class Config:
     MAY_BE_ZERO = ("drop", "warp")
 
     def __post_init__(self):
-        check_values(self, target=noise.KINDS, schedule=noise.SCHEDULES)
-        if self.drop >= 1:
-            raise ValueError(f"drop {self.drop}: expected less than 1")
+        super().__post_init__()
         if not (self.unet.class_vectors and self.unet.d_text):
             raise ValueError(
                 "a U-Net that reads no vectors and no context: expected class_vectors and d_text"
             )
-
-    @property
-    def process(self) -> dict[str, Any]:
-        """Return the fields of the noise and the target, which decoder_scheduler/ of a saved model holds."""
-        return {name: getattr(self, name) for name in ("target", "schedule", "n_steps", "zero_terminal")}
-
-    @property
-    def alpha_bar(self) -> Tensor:
-        """Return a_t of all time steps, float64."""
-        return noise.schedule(self.schedule, self.n_steps, self.zero_terminal)
 
     @property
     def max_seq_len(self) -> int:
@@ -257,12 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--prompt", nargs="+", default=[], help="the text of each further row of images; needs --prior")
     add("--prior", type=command.filled, metavar="DIR", help="a prior that was trained with the same CLIP")
     add("--prior-guidance", type=float, default=1.0, help="w of the prior; 1: none (default %(default)s)")
-    add("--n", type=int, default=8, help="images in a row (default %(default)s)")
-    add("--guidance", type=float, default=2.0, help="w of the decoder; 1: none (default %(default)s)")
-    add("--steps", type=int, default=50, help="steps of the decoder's sampler (default %(default)s)")
-    add("--eta", type=float, default=0.0, help="0: DDIM, 1: DDPM, or between (default %(default)s)")
-    add("--seed", type=int, default=0, help="start of the random noise (default %(default)s)")
-    add("--out", type=command.path, default=Path("drawn.png"), help="file to write (default %(default)s)")
+    drawing.add_sampling(parser)
     args = parser.parse_args(argv)
     if args.checkpoint is None:
         print_sizes()
@@ -270,9 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.clip is None or bool(args.prompt) != bool(args.prior) or not (args.prompt or args.image):
         what = "--prompt TEXT with --prior DIR, or --image FILE, or both"
         raise ValueError(f"{args.checkpoint}: expected --clip DIR, the CLIP of its training, and {what}")
-    if args.n < 1 or not 0 <= args.eta <= 1 or args.out.suffix != ".png":
-        given = f"--n {args.n} --eta {args.eta} --out {args.out}"
-        raise ValueError(f"{given}: expected 1 image or more, eta from 0 to 1, and a .png")
+    drawing.check_sampling(args)
 
     # The embeddings: of each image one for a row of variations, of each text as many as are drawn.
     device = "cuda" if torch.cuda.is_available() else "cpu"

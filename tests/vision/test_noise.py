@@ -1,6 +1,8 @@
 """Diffusion without a network: tables, exact denoisers in closed form, and trajectories of diffusers."""
 
+import importlib
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -342,3 +344,20 @@ def test_trajectories_are_those_of_diffusers():
             assert errors[:-1].max() < 1e-6 < 1e-2 < errors[-1], name
         else:
             assert errors.max() < 1e-6, name  # t / 100 is float32
+
+
+@pytest.mark.parametrize("name", ["latent_diffusion", "unclip"])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"target": "eps", "zero_terminal": True}, "expected target=v or target=x0"),
+        ({"target": "x1"}, "target"),
+        ({"schedule": "square"}, "schedule"),
+        ({"drop": 1.0}, "drop 1.0: expected less than 1"),
+    ],
+)
+def test_a_config_refuses_a_process_that_cannot_be(name, fields, message):
+    config = importlib.import_module(f"vision.{name}").SIZES["tiny"]
+    assert config.alpha_bar.equal(noise.schedule("cosine")) and config.process["n_steps"] == 1000
+    with pytest.raises(ValueError, match=message):
+        replace(config, **fields)

@@ -246,7 +246,7 @@ def test_without_a_checkpoint_the_command_prints_the_sizes(capsys):
         (["--clip", "clip", "--prompt", "g"], "--prompt TEXT with --prior DIR"),
         (["--clip", "clip"], "or --image FILE"),
         (["--clip", "clip", "--image", "grey.png", "--n", "0"], "--n 0"),
-        (["--clip", "clip", "--image", "grey.png", "--out", "o.gif"], "a .png"),
+        (["--clip", "clip", "--image", "grey.png", "--out", "o.gif"], "ends in .png"),
         (["--clip", "clip", "--image", "grey.png", "--steps", "2000"], "2000 steps of a sampler"),
         (["--clip", "clip", "--image", "none.png"], "none.png: cannot be opened"),
         (["--clip", "m", "--image", "grey.png"], "m: no model of vision.clip.py"),

@@ -41,7 +41,7 @@ def find(name: str, flag: str = "--model") -> ModuleType:
     Raises ValueError where there is none that offers a model, a task or an adapter.
     """
     if name.isidentifier():
-        for folder in (ROOT, *(ROOT / name for name in FOLDERS)):
+        for folder in (ROOT, *map(ROOT.joinpath, FOLDERS)):
             if offers(folder / f"{name}.py"):
                 package = "" if folder == ROOT else f"{folder.name}."
                 return importlib.import_module(package + name)

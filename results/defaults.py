@@ -18,7 +18,7 @@ import torch
 
 from formats import command
 from results.keep import Ended
-from results.training_runs import run
+from results.training_runs import run, seconds
 
 MODELS = (
     "gpt", "moe", "bert", "electra", "deberta", "deberta_v3", "t5", "bart", "prefix_lm", "multi_token",
@@ -38,11 +38,10 @@ def measure(work: Path, name: str, seed: int) -> dict:
     out = work / f"{name}-{seed}"
     last = run(out, seed, *RUNS[name], "--cache", str(work / "cache"))
     start = json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"][0]
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "command": " ".join(["python train.py", *RUNS[name]]),
         "steps": last["step"],
-        "minutes": max(row.get("seconds", 0) for row in steps) / 60,
+        "minutes": seconds(out) / 60,
         "threads": torch.get_num_threads(),
         "parameters": start["n_params"],
         "loss": start["loss"],

@@ -21,7 +21,6 @@ after each run, and those in it are kept. It holds one row for each part and see
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from data.rows import Dataset
 from formats import command
 from formats.open_model import open_model
 from results.keep import Ended
-from results.training_runs import run
+from results.training_runs import run, seconds
 from vision import drawing, flow, frechet, vae
 
 PARTS = ("gan", "energy", "vae", "flow")
@@ -68,8 +67,7 @@ def figures_of(work: Path, part: str, seed: int) -> dict:
     """Return the figures of one of PARTS from one seed."""
     out = work / f"{part}-{seed}"
     last = run(out, seed, "--model", part, "--data", DATA, "--cache", str(work / "cache"))
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    figures = {"loss": last["val_loss"], "seconds": max(row.get("seconds", 0) for row in rows)}
+    figures = {"loss": last["val_loss"], "seconds": seconds(out)}
 
     # The measure of all.
     model = open_model(out / "model").eval()

@@ -46,8 +46,17 @@ def trained(out: Path, *flags: str) -> Path:
 
 def last_evaluation(out: Path) -> dict:
     """Return the last row of held-out figures that the run in the folder `out` has logged."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "val_loss" in row][-1]
+    return [row for row in logged(out) if "val_loss" in row][-1]
+
+
+def seconds(out: Path) -> float:
+    """Return the seconds that the steps of the run in the folder `out` have taken."""
+    return max(row.get("seconds", 0) for row in logged(out))
+
+
+def logged(out: Path) -> list[dict]:
+    """Return the rows that the run in the folder `out` has logged."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def run(out: Path, seed: int, *flags: str) -> dict:

@@ -21,7 +21,6 @@ with guidance 2, and variations of one letter.
 """
 
 import argparse
-import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -32,18 +31,12 @@ from torch import Tensor
 from engine import pictures
 from formats import command
 from results.keep import Ended
-from results.training_runs import run
+from results.training_runs import run, seconds
 from vision import embedding_to_image, image_embeddings, judge
 from vision.unclip import UnCLIP
 
 SHOWN = 12  # letters of the picture
 PICTURED = ("real", "its own, w = 2", "the prior's, w = 2", "its text's, w = 2", "another's, w = 2")
-
-
-def minutes(out: Path) -> float:
-    """Return the minutes that the run in the folder `out` has computed."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return max(json.loads(line).get("seconds", 0) for line in lines) / 60
 
 
 def measure(work: Path, seed: int, steps: dict[str, int], shown: list[list[Tensor]]) -> dict:
@@ -55,7 +48,7 @@ def measure(work: Path, seed: int, steps: dict[str, int], shown: list[list[Tenso
         data = ["--data", "glyphs"] if name == "clip" else ["--set", f"clip={clip}"]
         flags = ["--steps", str(steps[name]), "--eval-every", str(steps[name]), *cache]
         last = run(out, seed, "--model", name, *data, *flags)
-        found[name] = {"steps": steps[name], "minutes": minutes(out), "val_loss": last["val_loss"]}
+        found[name] = {"steps": steps[name], "minutes": seconds(out) / 60, "val_loss": last["val_loss"]}
 
     # What is drawn from each embedding, and what the judge recognises.
     model = UnCLIP.from_pretrained(outs["unclip"] / "model").float().eval()

@@ -101,20 +101,16 @@ class Diffusion(nn.Module):
         noise is drawn on the CPU with this seed, so that with eta = 0 all devices draw the same images, up to
         rounding. Raises ValueError for more steps than the schedule has.
         """
-        device, settings = next(self.model.parameters()).device, self.settings
+        device = next(self.model.parameters()).device
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(n, self.config.n_channels, *self.config.size, generator=generator).to(device)
-        if eta:
-            generator = torch.Generator(device).manual_seed(seed + 1)
         denoise = self.model
         if classes is not None:
             classes = classes.to(device)
             none = conditions.nothing(classes, self.config.n_classes - 1)
             denoise = noise.guided_at_once(self.model, classes, none, guidance, rescale)
 
-        visited = noise.spaced(settings.n_steps, steps, "trailing")
-        how = {"kind": settings.target, "eta": eta, "clip": 1.0, "generator": generator}
-        return (noise.sample(denoise, x, self.alpha_bar, visited, **how) + 1) / 2
+        return (self.settings.draw(denoise, x, steps, eta, seed + 1, clip=1.0) + 1) / 2
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model, and its schedule as diffusers' scheduler_config.json."""

@@ -172,9 +172,7 @@ class LatentDiffusion(nn.Module):
         without = states if guidance == 1 else self.text_encoder.states(empty.to(device)).expand_as(states)
         predict = lambda x, t, text: self.unet(x, t, text=text)  # noqa: E731
         denoise = noise.guided_at_once(predict, states, without, guidance)
-        visited = noise.spaced(config.n_steps, steps, "trailing")
-        how = {"kind": config.target, "eta": eta, "generator": torch.Generator(device).manual_seed(seed + 1)}
-        z = noise.sample(denoise, x.to(device), self.alpha_bar, visited, **how)
+        z = config.draw(denoise, x.to(device), steps, eta, seed + 1)
         images = torch.cat([self.vae.from_latents(some) for some in z.split(CHUNK)])
         return (images / 2 + 0.5).clamp(0, 1)
 

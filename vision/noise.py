@@ -113,6 +113,16 @@ class Process:
         """Return alpha bar of all time steps (T,), float64."""
         return schedule(self.schedule, self.n_steps, self.zero_terminal)
 
+    def draw(self, denoise: Denoise, x: Tensor, steps: int, eta: float, seed: int, **how: Any) -> Tensor:
+        """Return x_0 like x, which is the first noise, by evenly spaced time steps that begin at the last.
+
+        seed: of the noise that the sampler adds, which is drawn on the device of x. how: further arguments of
+        `sample`. Raises ValueError for more steps than the schedule has.
+        """
+        visited, generator = spaced(self.n_steps, steps, "trailing"), torch.Generator(x.device)
+        how |= {"kind": self.target, "eta": eta, "generator": generator.manual_seed(seed)}
+        return sample(denoise, x, self.alpha_bar, visited, **how)
+
 
 def q_sample(x0: Tensor, t: Tensor | int, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return x_t (B, ...): the data x0 (B, ...) mixed with normal noise (B, ...) for times t (B,)."""

@@ -167,10 +167,7 @@ class UnCLIP(nn.Module):
             x = torch.randn(B, net.n_channels, *net.size, generator=torch.Generator().manual_seed(seed))
         z = (embeddings * math.sqrt(self.config.d_embed)).to(device)
         denoise = noise.guided_at_once(self, z, self.null.expand_as(z), guidance)
-        visited = noise.spaced(self.config.n_steps, steps, "trailing")
-        generator = torch.Generator(device).manual_seed(seed + 1)
-        how = {"kind": self.config.target, "eta": eta, "clip": 1.0, "generator": generator}
-        return (noise.sample(denoise, x.to(device), self.config.alpha_bar, visited, **how) + 1) / 2
+        return (self.config.draw(denoise, x.to(device), steps, eta, seed + 1, clip=1.0) + 1) / 2
 
     def flops_per_token(self, seq_len: int = 1) -> int:
         """Return the FLOPs of training on one image, without those of CLIP. seq_len is not used."""

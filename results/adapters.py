@@ -42,6 +42,7 @@ from engine.options import parse_arguments
 from engine.run import prepare
 from formats.atomic import replace_file
 from posttraining.nf4 import n_bytes
+from results.training_runs import logged
 
 # The flags of each method, and the learning rate at which the search for the best begins.
 METHODS = {
@@ -77,11 +78,7 @@ def run(name: str, base: str, steps: int, lr: float, seed: int) -> dict:
         code = train.main(flags(name, base, steps, lr, seed, out))
         if code not in (0, 1):
             raise RuntimeError(f"{name}, learning rate {lr}: train.py ended with {code}")
-        rows = [
-            json.loads(line)
-            for line in (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        losses = [row["val_loss"] for row in rows if "val_loss" in row]
+        losses = [row["val_loss"] for row in logged(Path(out)) if "val_loss" in row]
         if code == 1:  # not finite
             return {"name": name, "lr": lr, "seed": seed, "before": losses[0], "after": math.inf}
         samples = (

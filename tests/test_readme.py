@@ -258,6 +258,15 @@ def test_every_file_that_a_page_links_to_exists(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", [*PAGES, "results/README.md"])
+def test_every_table_of_a_page_has_a_heading_and_rows_of_its_width(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        heading, *rows = table.splitlines()
+        widths = {len(re.findall(r"(?<!\\)\|", re.sub("`[^`]*`", "", row))) for row in (heading, *rows)}
+        assert rows and re.fullmatch(r"[|:\- ]+", rows[0]) and len(widths) == 1, heading
+
+
 def test_the_readme_names_every_page():
     text = (ROOT / "README.md").read_text()
     assert not [page for page in [*PAGES[1:], "results/README.md"] if page not in text]

@@ -227,7 +227,7 @@ def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
     shown = [i * len(chosen) // n_shown for i in range(n_shown)]
     labels = ("real", *(f"w = {w:g}" for w in GUIDANCE))
     pictures.save(out, [images[shown] for images in (true, *drawn.values())], labels=labels)
-    lines = [f"picture.png: true, and drawn with guidance {', '.join(f'{w:g}' for w in GUIDANCE)}"]
+    lines = [f"picture.png: real, and drawn with guidance {', '.join(f'{w:g}' for w in GUIDANCE)}"]
     lines.append(judge.in_words("real  ", true, None, opinion, chosen))
     for w, images in drawn.items():
         lines.append(judge.in_words(f"{f'w = {w:g}':6}", images, true, opinion, chosen))

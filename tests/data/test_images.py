@@ -56,6 +56,16 @@ def test_a_folder_for_each_class_is_decoded_once_to_a_memory_map(folder, monkeyp
     assert prepare(folder)[0].fingerprint != dataset.fingerprint
 
 
+def test_hidden_files_and_folders_are_passed_over_at_any_depth(folder):
+    for hidden in ("cat/.ipynb_checkpoints", ".thumbnails", "dog/a/.b"):
+        (folder / hidden).mkdir(parents=True)
+        shutil.copy(folder / "cat" / "0.png", folder / hidden / "0-checkpoint.png")
+    shutil.copy(folder / "cat" / "0.png", folder / "dog" / ".0.png")
+    shutil.copy(folder / "cat" / "0.png", folder / "dog" / "a" / "0.png")
+    dataset, _ = prepare(folder)
+    assert len(dataset.train) + len(dataset.val) == 21
+
+
 def test_a_damaged_cache_is_built_anew(folder):
     dataset, _ = prepare(folder)
     (home,) = (folder.parent / "cache").glob("images-*")
@@ -299,6 +309,12 @@ def test_a_warp_of_zero_is_the_identity_and_every_map_stays_within_its_limits():
     maps = transforms(500, Augmentation(), torch.Generator().manual_seed(0))
     determinants = torch.linalg.det(maps[:, :, :2])
     assert determinants.min() > 0.7 and determinants.max() < 1.4 and maps[:, :, 2].abs().max() <= 0.15
+
+
+def test_no_draw_gives_a_mirrored_image_without_width(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, 0.5))
+    maps = transforms(1, Augmentation(mirror=True), torch.Generator())
+    assert torch.linalg.det(maps[:, :, :2]).abs().item() == 1
 
 
 def test_the_command_prints_what_is_in_a_folder(folder, capsys, monkeypatch):

@@ -174,6 +174,8 @@ def test_what_is_no_set_of_images_is_refused(folder, tmp_path):
     for name, words in (("nothing", "not found"), ("empty", "no images")):
         with pytest.raises(ValueError, match=words):
             prepare(tmp_path / name)
+    with pytest.raises(ValueError, match="--data landscapes:x: not found"):
+        images.prepare("landscapes:x", SIZE, tmp_path)
     with pytest.raises(ValueError, match="expected glyphs, glyphs:fonts"):
         images.prepare("glyphs:greek", SIZE, tmp_path)
     with pytest.raises(ValueError, match="has a held-out part of its own"):

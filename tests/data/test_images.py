@@ -237,6 +237,7 @@ def test_a_damaged_idx_file_is_named(tmp_path):
         (whole + b"x", "more bytes, 294 promised"),
         (b"\0\0\x0d\x03" + whole[4:], "expected an idx file of bytes"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "bytes promised; at most"),
+        (b"\0\0\x08\x03" + struct.pack(">3I", 6, 0, 7), r"\(6, 0, 7\): no images"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words):
@@ -247,12 +248,15 @@ def test_a_damaged_idx_file_is_named(tmp_path):
 
 
 def write_cifar(folder, n_labels, label=3):
-    """Write a set of two images to learn from, and one held out; return the records."""
+    """Write files of two images to learn from, and one held out; return the two records."""
     folder.mkdir()
-    train, test = ("data_batch_1.bin", "test_batch.bin") if n_labels == 1 else ("train.bin", "test.bin")
+    train, test = [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin"
+    if n_labels == 2:
+        train, test = ["train.bin"], "test.bin"
     records = np.random.default_rng(0).integers(0, 255, (2, n_labels + 3072)).astype(np.uint8)
     records[:, n_labels - 1] = (1, label)
-    records.tofile(folder / train)
+    for name in train:
+        records.tofile(folder / name)
     records[:1].tofile(folder / test)
     return records
 
@@ -275,6 +279,11 @@ def test_a_pickle_a_wrong_label_and_a_cut_file_of_cifar_are_refused(tmp_path):
     write_cifar(tmp_path / "wrong", 1, label=12)
     with pytest.raises(ValueError, match="record 1 has label 12; expected 0 to 9"):
         prepare(tmp_path / "wrong")
+    for name in ("data_batch_3.bin", "test_batch.bin"):
+        write_cifar(tmp_path / name, 1)
+        (tmp_path / name / name).unlink()
+        with pytest.raises(ValueError, match=f"{name} is missing; expected all files"):
+            prepare(tmp_path / name)
     (tmp_path / "wrong" / "data_batch_1.bin").write_bytes(bytes(3000))
     with pytest.raises(ValueError, match="3,000 bytes; expected records of 3,073"):
         prepare(tmp_path / "wrong")

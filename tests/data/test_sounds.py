@@ -152,7 +152,7 @@ def test_the_beginning_of_a_long_file_is_read_and_no_more(tmp_path, monkeypatch)
 
 def test_a_resampled_sound_ends_as_if_the_whole_file_had_been_read(tmp_path):
     x = np.random.default_rng(0).integers(-9000, 9000, 16_000).astype(np.int16)
-    for own, rate in ((1_100, 1_000), (1_000, 1_100), (16_000, 1_000), (44_100, 16_000)):
+    for own, rate in ((1_000, 1_001), (1_000, 48_000), (44_100, 16_000)):
         write_wav(tmp_path / "a.wav", x, own)
         whole = sounds.resampled(x / 32768, own, rate)[:500]
         found = sounds.decode(tmp_path / "a.wav", 500, rate, Counter())

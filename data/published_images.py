@@ -5,8 +5,8 @@
     CIFAR-100                       the "binary version": train.bin, test.bin
 
 An idx file (LeCun) of bytes is the magic number 00 00 08 d, then d dimensions as big-endian numbers of 32
-bits, and the entries. A record of CIFAR is a byte with the label (in CIFAR-100 a coarse label comes first) and
-3 x 32 x 32 bytes. The "python version" of CIFAR is a pickle, which could run any code, and is refused.
+bits, and the entries. A record of CIFAR is a byte with the label (in CIFAR-100 a coarse label comes first),
+and 3 x 32 x 32 bytes. The "python version" of CIFAR is a pickle, which could run any code, and is refused.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -71,7 +71,7 @@ def read_idx_set(folder: Path, names: list[str]) -> tuple[Arrays, Arrays, list[s
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Return the array in an idx file, uint8. Raises ValueError for a damaged file, and for any other file."""
+    """Return the array in an idx file of bytes, uint8. Raises ValueError for a damaged or any other file."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             magic = file.read(4)

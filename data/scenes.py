@@ -120,7 +120,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Return a mask, True for the pixels that a shape covers. dx, dy: from the middle of the shape to each."""
+    """Return True for each pixel that a shape covers. dx, dy: from the middle of the shape to the pixels."""
     if shape == "bar":
         return (abs(dx) <= radius) & (abs(dy) <= 0.4 * radius)
     if shape == "ring":
@@ -141,8 +141,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     image = np.empty((3, SIZE, SIZE), np.float32)
     image[:] = rng.uniform(30, 80) + rng.normal(0, 4, (3, SIZE, SIZE))
 
-    # Draw the middles of the objects: so far apart along the axis of the relation that they do not overlap, at
-    # most half as far along the other axis, and with both objects inside of the picture.
+    # Draw the middles of the objects: along the axis of the relation so far apart that they do not overlap,
+    # along the other axis at most half as far, and both objects inside of the picture.
     radii = [RADII[thing.size] for thing in (scene.first, scene.second)]
     apart = rng.uniform(sum(radii) + 1, SIZE - 2 - sum(radii))
     aside = rng.uniform(-0.5, 0.5) * apart

@@ -1,7 +1,7 @@
 """Special tokens: ids that stand for no text, such as [MASK] or the end of a document.
 
-Each has a *name*, by which it may be written in a text where that is allowed, and most have a *role*, which is
-their use. Code refers to roles, since names differ: BERT's `sep_token` is "[SEP]", RoBERTa's is "</s>". The
+Each has a *name*, by which a text may contain it where that is allowed, and most have a *role*, their use.
+Code refers to roles, since names differ: BERT's `sep_token` is "[SEP]", RoBERTa's is "</s>". The
 tokenizers of data/tokenizer.py, data/wordpiece.py and data/pipeline.py share this class.
 """
 

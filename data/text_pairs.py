@@ -119,9 +119,9 @@ def as_dataset(
 ) -> Dataset:
     """Return rows {"source": (n,), "target": (n,)}, int32: tokens, an end token, and -1 as padding.
 
-    A pair with more than seq_len tokens on one side is dropped; with `cut` a longer source is cut instead. The
-    summary has the number of these pairs, beside `counts`, those of `read`. special: names of special tokens
-    that are read as such in the texts. Raises ValueError if all pairs of a part are dropped.
+    A pair with more than seq_len tokens on one side is dropped; with `cut` a longer source is cut instead.
+    The summary has the number of these pairs, beside `counts`, those of `read`. special: names of special
+    tokens that are read as such in the texts. Raises ValueError if all pairs of a part are dropped.
     """
     digest = hashlib.sha256(f"{tokenizer.fingerprint} ".encode())
     sides, counts = [], Counter(counts)

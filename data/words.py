@@ -65,7 +65,7 @@ def continues(token: bytes) -> bool:
     """Return whether a token continues the word before it.
 
     It does if it begins with a letter, a digit, a mark or an underscore, or with a byte that is not the first
-    of its character. Where a token is the first bytes of a character without the rest, the first byte decides:
+    of its character. If a token has only the first bytes of a character, the very first byte decides:
     characters that begin with C2, E2 or F0 are mostly punctuation, symbols and emoji, all others mostly
     letters. token: at least one byte.
     """

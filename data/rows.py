@@ -96,8 +96,8 @@ def seed_of(seed: int, index: int) -> int:
     """Return the seed, below 2^32, of the draws with number `index` of a run with this --seed.
 
     The draws of a run count up from seed * 0x9E3779B1, and runs with successive --seed begin a golden section
-    of 2^32 apart. So of the first thousand runs no two share a draw within a million numbers. With --seed 0 the
-    result is `index`. It is below 2^32, since on a CPU torch.Generator reads only 32 bits.
+    of 2^32 apart. So of the first thousand runs no two share a draw within a million numbers. With --seed 0
+    the result is `index`. It is below 2^32, since on a CPU torch.Generator reads only 32 bits.
     """
     return (seed * 0x9E3779B1 + index) % (1 << 32)
 

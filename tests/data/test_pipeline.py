@@ -291,6 +291,7 @@ def changed(name: str, path: tuple, value) -> dict:
 MISTAKES = [
     ("t5", ("normalizer",), {"type": "Nmt"}, "normalizer 'Nmt' is not supported"),
     ("t5", ("pre_tokenizer",), {"type": "UnicodeScripts"}, "pre-tokenizer 'UnicodeScripts' is not supported"),
+    ("t5", ("pre_tokenizer",), {"type": "Punctuation", "behavior": "x"}, "behavior 'x' is not supported"),
     ("t5", ("decoder",), {"type": "CTC"}, "decoder 'CTC' is not supported"),
     ("t5", ("post_processor",), {"type": "Other"}, "post-processor Other is not supported"),
     ("t5", ("model",), {"type": "WordLevel", "vocab": {}}, "model type WordLevel is not supported"),

@@ -187,7 +187,7 @@ def fill(folder: Path) -> None:
         (folder / "mnist" / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(range(10)) * 784)
         labels = bytes([0, 0, 8, 1]) + struct.pack(">I", 10) + bytes(range(10))
         (folder / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
-    for name in ("data_batch_1.bin", "test_batch.bin"):
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
         records = b"".join(bytes([i]) + bytes([20 * i]) * 3072 for i in range(10))
         (folder / "cifar-10-batches-bin" / name).write_bytes(records)
     captions = [{"image": f"cats/{i}.png", "caption": f"Cat {i}."} for i in range(4)]

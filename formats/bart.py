@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.config_json import INERT, damage_named, flag, named_architecture, read_config, read_fields
+from formats.config_json import INERT, damage_named, flag, read_architecture, read_config, read_fields
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import assign, build, inverse, read_weights, rename, write
 
@@ -112,10 +112,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+    path, hf, architecture = read_architecture(directory, ARCHITECTURES)
     with damage_named(path):
         fields = read_keys(path, hf, architecture == ARCHITECTURES[1])
     weights = {ours(name): w for name, w in read_weights(directory).items()}

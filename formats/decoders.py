@@ -23,8 +23,7 @@ from formats.config_json import (
     checked,
     damage_named,
     flag,
-    named_architecture,
-    read_config,
+    read_architecture,
     read_fields,
     whole_number,
 )
@@ -132,10 +131,7 @@ def read_decoder_config(directory: str | Path) -> dict:
 
     Raises ValueError where no Config describes that decoder.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in DEFAULTS:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(DEFAULTS)}")
+    path, hf, architecture = read_architecture(directory, DEFAULTS)
     return decoder_fields(directory, path, hf, architecture)
 
 
@@ -326,7 +322,12 @@ def our_names(fields: dict, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a decoder with these fields of `gpt.Config` under our names."""
     if fields.get("positions") == "learned":
         weights = from_gpt2(weights)
-    # The frequencies of rotary positions follow from the config, but old files hold them too.
+    return without_frequencies(weights)
+
+
+def without_frequencies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the frequencies of rotary positions, which old files hold, too: they follow
+    from config.json."""
     return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 

@@ -13,7 +13,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from formats import config_json, decoders, mixtures, safetensors_dir
-from formats.config_json import damage_named, named_architecture, read_config, read_fields, whole_number
+from formats.config_json import (
+    damage_named,
+    named_architecture,
+    read_architecture,
+    read_config,
+    read_fields,
+    whole_number,
+)
 
 DENSE, SPARSE = "attention_variants.latent", "attention_variants.deepseek"  # concept files
 ATTENTION = {  # config.json: Config
@@ -88,10 +95,7 @@ def read_fields_of(directory: str | Path) -> dict:
 
     Raises ValueError for an architecture or a key that is not implemented, and for missing keys.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+    path, hf, architecture = read_architecture(directory, ARCHITECTURES)
     is_dense = concept_of(path, hf) == DENSE
     with damage_named(path):
         # One spelling for keys that transformers spells in several ways.
@@ -191,15 +195,12 @@ def without_next_layers(
     directory: str | Path, n_layers: int, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the weights without those of the layers that predict later tokens, which stand after the last
-    layer, and without the frequencies of rotary positions, which old files hold."""
+    of n_layers layers, and without the frequencies of rotary positions, which old files hold, too."""
     path, hf = read_config(directory)
     n_next = whole_number(path, hf, "num_nextn_predict_layers", 0)
     left_out = tuple(f"model.layers.{n_layers + i}." for i in range(min(n_next, 8)))
-    return {
-        name: w
-        for name, w in weights.items()
-        if not name.startswith(left_out or ("\0",)) and not name.endswith("rotary_emb.inv_freq")
-    }
+    weights = decoders.without_frequencies(weights)
+    return {name: w for name, w in weights.items() if not name.startswith(left_out)}
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

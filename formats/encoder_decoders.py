@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from formats import native
-from formats.config_json import INERT, damage_named, flag, named_architecture, read_config, read_fields
+from formats.config_json import INERT, damage_named, flag, read_architecture, read_fields
 from formats.json_file import write_json
 from formats.safetensors_dir import filled, inverse, read_weights, rename, tie, write
 
@@ -62,10 +62,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+    path, hf, _ = read_architecture(directory, ARCHITECTURES)
     with damage_named(path):
         fields = read_keys(path, hf)
     weights = {rename(name, NAMES): w for name, w in read_weights(directory).items()}

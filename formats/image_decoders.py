@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from formats.config_json import INERT, damage_named, named_architecture, read_config, read_fields
+from formats.config_json import INERT, damage_named, read_architecture, read_fields
 from formats.decoders import GPT2_FIELDS, from_gpt2, to_gpt2
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import filled, read_weights, write
@@ -40,9 +40,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
 
     Raises ValueError naming what is missing, damaged or not implemented.
     """
-    path, hf = read_config(directory)
-    if named_architecture(path, hf) != ARCHITECTURE:
-        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {ARCHITECTURE}")
+    path, hf, _ = read_architecture(directory, [ARCHITECTURE])
     with damage_named(path):
         if hf.get("n_inner") is None:
             hf["n_inner"] = 4 * (hf.get("n_embd") or DEFAULTS["d_model"])

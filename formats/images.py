@@ -18,7 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from formats import config_json, native
-from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats.config_json import (
+    damage_named,
+    named_architecture,
+    read_architecture,
+    read_config,
+    read_fields,
+)
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import filled, read_weights, write
 
@@ -73,10 +79,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in CONCEPTS:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CONCEPTS)}")
+    path, hf, architecture = read_architecture(directory, CONCEPTS)
 
     # The fields in config.json and preprocessor_config.json.
     of_decoder = set(DECODER_FIELDS) if architecture == MAE else set()
@@ -139,9 +142,7 @@ def has_decoder(directory: str | Path) -> bool:
 
 def read_decoder(directory: str | Path) -> dict:
     """Return the fields of `mae.Config` for a ViTMAEForPreTraining. Raises ValueError for another model."""
-    path, hf = read_config(directory)
-    if named_architecture(path, hf) != MAE:
-        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {MAE}")
+    path, hf, _ = read_architecture(directory, [MAE])
     own = {key: value for key, value in hf.items() if key in DECODER_FIELDS}
     with damage_named(path):
         return read_fields(path, own, DECODER_FIELDS, DECODER_DEFAULTS, {}, set(), set())

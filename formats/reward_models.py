@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from formats import decoders
-from formats.config_json import damage_named, named_architecture, read_config, whole_number
+from formats.config_json import damage_named, read_architecture, whole_number
 from formats.safetensors_dir import read_weights, write
 
 ENDING = "ForSequenceClassification"
@@ -39,10 +39,7 @@ class Saved(NamedTuple):
 
 def read(directory: str | Path) -> Saved:
     """Return the reward model in directory. Raises ValueError for another model, or one of several labels."""
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in CLASSES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CLASSES)}")
+    path, hf, architecture = read_architecture(directory, CLASSES)
     labels = hf.get("id2label") or {"0": "", "1": ""}  # transformers' default is two
     if not isinstance(labels, dict) or len(labels) != 1:
         raise ValueError(f"{path}: id2label {labels!s:.80}: expected 1 label, the reward")

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from formats import images
-from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats.config_json import damage_named, read_architecture, read_fields
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import filled, inverse, read_weights, rename, write
 
@@ -50,10 +50,7 @@ def read(directory: str | Path, rate: int) -> tuple[dict, dict[str, Tensor]]:
     rate: samples per second, the only rate that is accepted. Raises ValueError naming what is missing,
     damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in CONCEPTS:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected {CLASSIFIER}")
+    path, hf, _ = read_architecture(directory, CONCEPTS)
     inert = images.INERT - set(FIELDS)
     with damage_named(path):
         fields = read_fields(path, hf, FIELDS, DEFAULTS, images.ONLY, inert, set())

@@ -51,7 +51,7 @@ OF_TEXT = {  # TextConfig: Config of vision/clip.py
     "max_seq_len": "max_seq_len",
 }
 OBJECTIVE = {"clip": "softmax", "siglip": "sigmoid"}
-START = 2.6592  # ln(1 / 0.07), the temperature's logarithm before training
+START = 2.6592  # ln(1 / 0.07), the value of logit_scale before training
 # The default of eos_token_id, where a text is read. In old files of CLIP, OpenAI's among them, it is 2, and
 # means that a text is read at its largest id (the field read_largest).
 END, OLD_END = {"clip": 49407, "siglip": 1}, 2

@@ -9,13 +9,12 @@ which names the class of each part (formats/pipelines.py). The noise schedule ha
 """
 
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from formats.config_json import damage_named, named_architecture, read_config, read_fields
 from formats.json_file import write_json
-from formats.safetensors_dir import filled, read_weights, write_tensors
+from formats.safetensors_dir import write_tensors
 
 CONCEPTS = {  # _class_name: the concept file that reads it
     "AutoencoderKL": "vision.autoencoder_kl",
@@ -41,18 +40,6 @@ def fields_of(
         raise ValueError(f"{path}: class {named_architecture(path, hf)!r}: expected {class_name}")
     with damage_named(path):
         return path, hf, read_fields(path, hf, table, defaults, only, INERT | inert, set())
-
-
-def load(
-    kind: type[nn.Module], config_kind: Any, directory: str | Path, kernels: str, fields: dict, weights=None
-) -> nn.Module:
-    """Return kind(config) in the precision of its weights; config is config_kind(**fields).
-
-    weights: under our names, or None to read those in directory, if they are stored under our names. Raises
-    ValueError naming what is wrong.
-    """
-    stored = read_weights(directory) if weights is None else weights
-    return filled(kind, config_kind, fields, stored, directory, kernels)
 
 
 def write(directory: str | Path, class_name: str, hf: dict, weights: dict[str, Tensor]) -> None:

@@ -141,8 +141,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     # Without the scale, transformers 4 expects a head of its own: a copy of the embedding.
     if config.tie_embeddings and not config.scale_head:
         weights["lm_head.weight"] = weights["shared.weight"].clone()
-    write(directory, config_of(config), weights)
-    ids = {"pad_token_id", "eos_token_id", "decoder_start_token_id"}
-    write_json(
-        Path(directory) / "generation_config.json", {key: config_of(config)[key] for key in sorted(ids)}
-    )
+    hf = config_of(config)
+    write(directory, hf, weights)
+    content = {key: hf[key] for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
+    write_json(Path(directory) / "generation_config.json", content)

@@ -51,6 +51,9 @@ AROUND = {
 }
 
 
+Piece = tuple[str, float, int]  # text, score, type
+
+
 def number(data: bytes, at: int) -> tuple[int, int]:
     """Return the whole number of variable length at a place of data, and the place behind it.
 
@@ -64,7 +67,7 @@ def number(data: bytes, at: int) -> tuple[int, int]:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (number, value) of the fields of a message. Raises ValueError or IndexError if it is damaged."""
+    """Yield (number, value) of each field of a message. Raises ValueError or IndexError if it is damaged."""
     at = 0
     while at < len(data):
         key, at = number(data, at)
@@ -81,8 +84,11 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         yield key >> 3, value
 
 
-def parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict, dict]:
-    """Return the pieces (text, score, type) of a model, and the fields of its trainer and its normaliser."""
+def parse(data: bytes) -> tuple[list[Piece], dict, dict]:
+    """Return the pieces of a model, and the fields of its trainer and of its normaliser.
+
+    Raises ValueError, or another error of a wrong kind or size, if it is damaged.
+    """
     pieces, trainer, normalizer = [], {}, {}
     for field, value in fields(data):
         if field == 1:
@@ -137,6 +143,25 @@ def replace(pattern: dict, content: str) -> dict:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def family_pieces(pieces: list[Piece], config: dict, family: str | None) -> list[Piece]:
+    """Return the pieces of a SentencePiece model with those that its family adds or changes.
+
+    config: the content of tokenizer_config.json.
+    """
+    if family == "XLMRobertaTokenizer":  # <unk>, <s> and </s>, the first three, become fairseq's four
+        first = [(name, 0.0, UNKNOWN if name == "<unk>" else CONTROL) for name in FAIRSEQ]
+        return [*first, *pieces[3:], ("<mask>", 0.0, CONTROL)]
+    if family == "T5Tokenizer":
+        n_extra = config.get("extra_ids", 100)
+        return pieces + [(f"<extra_id_{i}>", 0.0, CONTROL) for i in reversed(range(n_extra))]
+    if family == "DebertaV2Tokenizer" and "[MASK]" not in [piece for piece, _, _ in pieces]:
+        return [*pieces, ("[MASK]", 0.0, CONTROL)]
+    if family == "AlbertTokenizer":  # the lower score keeps pieces such as "9," from being used
+        commas = [piece[-1:] == "," and piece[-2:-1].isdigit() for piece, _, _ in pieces]
+        return [(p, s - 100 * comma, t) for (p, s, t), comma in zip(pieces, commas, strict=True)]
+    return pieces
+
+
 def translate(data: bytes, config: dict, family: str | None) -> dict:
     """Return the content of a tokenizer.json for data, the bytes of a SentencePiece model.
 
@@ -151,21 +176,8 @@ def translate(data: bytes, config: dict, family: str | None) -> dict:
         option = "treat_whitespace_as_suffix" if trainer.get(SPACE_AS_SUFFIX) else "escape_whitespaces false"
         raise ValueError(f"{option} is not implemented; use a directory with tokenizer.json")
 
-    # The pieces that the family adds or changes.
-    if family == "XLMRobertaTokenizer":
-        known = {FAIRSEQ[3]: UNKNOWN}
-        first = [(name, 0.0, known.get(name, CONTROL)) for name in FAIRSEQ]
-        pieces = [*first, *pieces[3:], ("<mask>", 0.0, CONTROL)]
-    if family == "T5Tokenizer":
-        n_extra = config.get("extra_ids", 100)
-        pieces += [(f"<extra_id_{i}>", 0.0, CONTROL) for i in reversed(range(n_extra))]
-    if family == "DebertaV2Tokenizer" and "[MASK]" not in [piece for piece, _, _ in pieces]:
-        pieces.append(("[MASK]", 0.0, CONTROL))
-    if family == "AlbertTokenizer":  # keeps pieces such as "9," from being used
-        commas = [piece[-1:] == "," and piece[-2:-1].isdigit() for piece, _, _ in pieces]
-        pieces = [(p, s - 100 * comma, t) for (p, s, t), comma in zip(pieces, commas, strict=True)]
-
     # The model.
+    pieces = family_pieces(pieces, config, family)
     unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
     if unknown is None:
         raise ValueError("it has no unknown token")

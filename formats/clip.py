@@ -159,7 +159,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     fields["objective"] = OBJECTIVE[layout]
 
     weights = without_positions(read_weights(directory))
-    if "logit_scale" in weights:
+    if "logit_scale" in weights and not weights["logit_scale"].ndim:  # ours has the shape (1,)
         weights["logit_scale"] = weights["logit_scale"].reshape(1)
     return fields, weights
 

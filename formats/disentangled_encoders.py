@@ -79,7 +79,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     missing, damaged, or not implemented.
     """
     path, hf = config_json.read_config(directory)
-    if hf.get("model_type") not in CLASSES:
+    if str(hf.get("model_type")) not in CLASSES:
         raise ValueError(f"{path}: model_type {hf.get('model_type')!r:.100}: expected {' or '.join(CLASSES)}")
     with damage_named(path):
         fields = read_keys(path, hf)

@@ -101,7 +101,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def read_classes(hf: dict, weights: dict[str, Tensor]) -> dict:
     """Return the field "n_classes", the rows of the classifier among the weights, and "labels", the names of
     the classes in hf (config.json), if it names all of them."""
-    n_classes = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
+    n_classes = weights["classifier.bias"].numel() if "classifier.bias" in weights else 0
     names = hf.get("id2label") or {}
     if n_classes and isinstance(names, dict) and set(names) == {str(i) for i in range(n_classes)}:
         return {"n_classes": n_classes, "labels": tuple(str(names[str(i)]) for i in range(n_classes))}

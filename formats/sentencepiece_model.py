@@ -87,7 +87,7 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 def parse(data: bytes) -> tuple[list[Piece], dict, dict]:
     """Return the pieces of a model, and the fields of its trainer and of its normaliser.
 
-    Raises ValueError, or another error of a wrong kind or size, if it is damaged.
+    If data is damaged, it raises one of the errors that `read` turns into a ValueError with the path.
     """
     pieces, trainer, normalizer = [], {}, {}
     for field, value in fields(data):

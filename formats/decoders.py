@@ -28,7 +28,15 @@ from formats.config_json import (
     whole_number,
 )
 from formats.json_file import read_json
-from formats.safetensors_dir import filled, inverse, read_weights, rename, tie, write_decoder
+from formats.safetensors_dir import (
+    filled,
+    inverse,
+    read_weights,
+    rename,
+    split_qkv,
+    tie,
+    write_decoder,
+)
 
 LLAMA_FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -315,7 +323,8 @@ def load_decoder(kind: type[nn.Module], config_kind: type, directory: str | Path
     Raises ValueError unless the tensors are exactly those of the model.
     """
     fields, weights = read_decoder_config(directory), read_weights(directory)
-    weights = our_names(fields, weights)
+    with damage_named(Path(directory)):
+        weights = our_names(fields, weights)
     tie(fields, weights, *EMBEDDING_AND_HEAD)
     return filled(kind, config_kind, fields, weights, directory, kernels)
 
@@ -348,7 +357,8 @@ def save_decoder(model: nn.Module, directory: str | Path) -> None:
 def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return GPT-2's weights under our names.
 
-    GPT-2 stores its matrices as (in, out), and query, key and value as one matrix.
+    GPT-2 stores its matrices as (in, out), and queries, keys and values as one matrix. Raises ValueError,
+    which does not name the file, if that matrix cannot be divided by three.
     """
     ours = {}
     for name, w in weights.items():
@@ -359,8 +369,8 @@ def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             w = w.T
         name = rename(name, GPT2_NAMES)
         if ".attn.c_attn." in name:
-            for part, piece in zip("qkv", w.chunk(3), strict=True):
-                ours[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece.contiguous()
+            for part, piece in zip("qkv", split_qkv(name, w), strict=True):
+                ours[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece
         else:
             ours[name] = w.contiguous()
     return ours

@@ -166,7 +166,7 @@ def split(weights: dict[str, Tensor], H: int, directory: str | Path) -> dict[str
     for name, w in weights.items():
         name = rename(name, V1_NAMES)
         if name.endswith(".in_proj.weight"):
-            if len(w) % (3 * H):
+            if w.ndim != 2 or len(w) % (3 * H):
                 raise ValueError(
                     f"{directory}: {name} has shape {tuple(w.shape)}: expected rows for {H} heads"
                 )

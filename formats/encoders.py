@@ -20,7 +20,7 @@ from torch import Tensor
 
 from formats import config_json
 from formats.config_json import checked, damage_named, read_fields, whole_number
-from formats.safetensors_dir import inverse, read_weights, rename, tie, write
+from formats.safetensors_dir import inverse, read_weights, rename, split_qkv, tie, write
 
 FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -190,8 +190,10 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         name = rename(name, names)
         if name.endswith(".attn.Wqkv.weight"):
-            for part, piece in zip(("query", "key", "value"), w.chunk(3), strict=True):
-                weights[name.replace("attn.Wqkv", f"attention.self.{part}")] = piece.contiguous()
+            with damage_named(Path(directory)):
+                pieces = split_qkv(name, w)
+            for part, piece in zip(("query", "key", "value"), pieces, strict=True):
+                weights[name.replace("attn.Wqkv", f"attention.self.{part}")] = piece
         else:
             weights[name] = w
 

@@ -46,7 +46,8 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
             hf["n_inner"] = 4 * (hf.get("n_embd") or DEFAULTS["d_model"])
         fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT | {"eos_token_id"})
     fields |= read_palette(Path(directory), fields)
-    weights = from_gpt2(read_weights(directory))
+    with damage_named(Path(directory)):
+        weights = from_gpt2(read_weights(directory))
     return filled(kind, config_kind, fields, weights, directory, kernels)
 
 

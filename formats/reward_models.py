@@ -57,7 +57,8 @@ def read(directory: str | Path) -> Saved:
     if score is None or score.shape != (1, fields["d_model"]):
         found = "is missing" if score is None else f"has shape {tuple(score.shape)}"
         raise ValueError(f"{directory}: {SCORE} {found}; expected (1, {fields['d_model']})")
-    weights = decoders.our_names(fields, weights)
+    with damage_named(Path(directory)):
+        weights = decoders.our_names(fields, weights)
     fields["tie_embeddings"] = True  # there is no head
     return Saved(fields, weights | {SCORE: score}, pad, float(bias))
 

@@ -248,6 +248,16 @@ def inverse(table: dict[str, str]) -> dict[str, str]:
     return {new: old for old, new in table.items()}
 
 
+def split_qkv(name: str, w: Tensor) -> tuple[Tensor, ...]:
+    """Return the queries, keys and values of a tensor that holds them one after the other: its three thirds.
+
+    Raises ValueError, which has the name of the tensor, if it cannot be divided by three.
+    """
+    if not w.ndim or len(w) % 3:
+        raise ValueError(f"{name} has shape {tuple(w.shape)}: expected queries, keys and values, 3 of a size")
+    return tuple(piece.contiguous() for piece in w.chunk(3))
+
+
 def fingerprint(model: nn.Module) -> str:
     """Return a SHA-256 hash of a sample of the weights of a model without adapters.
 

@@ -244,7 +244,7 @@ def rank_and_scale(path: Path, hf: dict, target: str) -> tuple[int, float]:
             if matches:
                 key, value = f"{pattern_key} {pattern!r}", other
                 break
-        is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
         if not is_number or (kind is int and value < 1):
             expected = "a whole number of at least 1" if kind is int else "a number"
             raise ValueError(f"{path}: {key} {value!r}: expected {expected}")

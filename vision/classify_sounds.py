@@ -62,8 +62,8 @@ class Config:
 
 
 def settings(config: spectrogram.Config) -> Config:
-    """Return the settings with the masks of AST's authors (section 3.1), at most 48 of 128 mel filters and 192
-    of 1,024 frames, in proportion to the model's numbers of both."""
+    """Return the settings with the masks of AST's authors (section 3.1), at most 48 of 128 mel filters and
+    192 of 1,024 frames, in proportion to the model's numbers of both."""
     return Config(config, config.n_mels * 3 // 8, config.n_frames * 3 // 16)
 
 

@@ -92,7 +92,7 @@ class WithCLIP(nn.Module):
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, E), of length 1, of images as CLIP reads them, with pixels in [0, 1]."""
-        return self.clip.of_images(self.clip.normalized(images))
+        return self.clip.encode_images(self.clip.normalized(images))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of the target, and no metrics, for "images" as CLIP reads them, with
@@ -167,7 +167,7 @@ def compare(
     if prior is not None:
         ways["the prior's"] = prior[chosen]
     ways |= {
-        "its text's": module.clip.of_texts(batch["tokens"].to(device)),
+        "its text's": module.clip.encode_texts(batch["tokens"].to(device)),
         "another's": own.roll(len(own) // 2, 0),
     }
     rows = {"real": reduced(true, module.config.unet.size).cpu()}

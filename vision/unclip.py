@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.image:
         seen = read_image(path, clip)
         first.append([reduced(seen, model.config.unet.size)[0]])
-        embeddings.append(clip.of_images(clip.normalized(seen)).detach().expand(args.n, -1))
+        embeddings.append(clip.encode_images(clip.normalized(seen)).detach().expand(args.n, -1))
     if args.prompt:
         prior = image_embeddings.open_prior(args.prior, args.clip)
         texts = [text for text in args.prompt for _ in range(args.n)]

@@ -57,7 +57,7 @@ class ImageDataset(Dataset):
 
 
 def load_data(args: Namespace, config: Config) -> ImageDataset:
-    """Return images with captions, with a line about a trivial guess: the error if the mean image is
+    """Return images with captions, with a line about a trivial guess: the error of predicting the mean image
     as each x_0, computed on about a thousand training images.
 
     Raises ValueError as `image_embeddings.load_pairs`, and if CLIP reads smaller images than are drawn.

@@ -21,8 +21,8 @@ multiplied by sqrt(E), so that their entries are about 1. The task that trains t
 are in vision/embedding_to_image.py.
 
 Two parts of the paper are left out: its decoder also reads the text, except for half of the training images;
-and two further networks enlarge its images of 64 x 64 pixels. In the default run here CLIP reads 32 x 32 pixels,
-and the decoder draws 16 x 16.
+and two further networks enlarge its images of 64 x 64 pixels. In the default run here CLIP reads 32 x 32
+pixels, and the decoder draws 16 x 16.
 
     python train.py --model unclip                                        letters from their embeddings
     python -m vision.unclip runs/unclip/model --prior runs/prior/model --clip DIR --prompt "bold letter g"

@@ -44,6 +44,7 @@ from engine import pictures
 from engine.report import PICTURE
 from formats import command, native
 from formats.config_values import check_values
+from vision import drawing
 from vision.classify_images import load_images
 
 KIND, DATA = "colorizer", "landscapes"
@@ -313,9 +314,8 @@ def rows_of_pictures(model: Model, images: Tensor) -> dict[str, Tensor]:
 def show(model: Model, dataset: ColourDataset, out: Path) -> str:
     """Draw some held-out pictures, evenly spaced: in grey, coloured, and as they are. Of landscapes, return
     which colours the balls of up to 200 get."""
-    device, n = next(model.parameters()).device, min(SHOWN, len(dataset.val))
-    rows = [dataset.val[i * len(dataset.val) // n] for i in range(n)]
-    drawn = rows_of_pictures(model, stack(rows)["image"].to(device) / 255)
+    device = next(model.parameters()).device
+    drawn = rows_of_pictures(model, drawing.some(dataset.val, SHOWN).to(device))
     pictures.save(out, [list(images) for images in drawn.values()])
     lines = [f"picture.png: {', '.join(drawn)}"]
     if not dataset.has_balls:

@@ -45,7 +45,7 @@ from gpt import GPT
 from vision.clip_towers import VisionConfig, VisionTower
 from vision.tower_flops import n_macs
 
-TASK, KIND = "visual_instruct", "model that sees"
+TASK, KIND = "visual_instruct", "language model that reads images"
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ This file is what MAE adds to vision/vit.py. To train it, and to fine-tune its e
     python train.py --model vit --init-from runs/mae/model --set n_classes=62       then learn to read them
     python -m vision.mae runs/mae/model photo.png                                   rebuild an image
 
-Shapes: B batch, C channels, P patch size, N patches, n of them (which ones, the text there says), D width of
-the encoder, W width of the decoder.
+Shapes: B batch, C channels, P patch size, N patches, D width of the encoder, W width of the decoder.
 """
 
 import math
@@ -43,7 +42,7 @@ from engine.activations import Precision
 from engine.report import PICTURE
 from formats import command, images, safetensors_dir
 from formats.config_values import check_values
-from vision import vit
+from vision import drawing, vit
 from vision.classify_images import input_bytes, load_images
 from vision.patches import patches_of, sin_cos, take
 from vision.vit import ViT, run_layers
@@ -51,7 +50,7 @@ from vision.vit import ViT, run_layers
 MODEL, SIZE, DATA = "vit", "tiny-4", "glyphs:dejavu"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 1000
 LOSS, TOKEN_LOSS = "squared error", ""
-SHOWN = 12  # images of the picture
+SHOWN = 12  # columns of the picture
 
 
 @dataclass(frozen=True)
@@ -332,9 +331,7 @@ def draw(module: MAE, images: Tensor, out: Path) -> None:
 
 def show(module: MAE, dataset: Dataset, out: Path) -> str:
     """Draw some held-out images, evenly spaced: original, masked and rebuilt."""
-    n = min(SHOWN, len(dataset.val))
-    rows = [dataset.val[i * len(dataset.val) // n] for i in range(n)]
-    draw(module, stack(rows)["image"].float() / 255, out)
+    draw(module, drawing.some(dataset.val, SHOWN), out)
     settings = module.settings
     hidden = settings.n_patches - settings.n_visible
     return f"picture.png: original, with {hidden} of {settings.n_patches} patches hidden, rebuilt"

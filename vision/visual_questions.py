@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"-n {args.n}: expected at least 1")
     tokenizer = get_tokenizer(str(args.checkpoint))
     if IMAGE not in tokenizer.special_tokens:
-        raise ValueError(f"{args.checkpoint}: its tokenizer has no {IMAGE}; expected a model that sees")
+        raise ValueError(f"{args.checkpoint}: its tokenizer has no {IMAGE}; expected that of a LLaVA")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = open_model(args.checkpoint).float().to(device).eval()
     found = scores(model, tokenizer, args.n)

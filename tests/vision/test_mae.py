@@ -175,6 +175,11 @@ def test_a_saved_model_is_read_back_and_opened_by_transformers(tmp_path):
         ({"decoder_heads": 3}, "expected a multiple of the heads"),
     ],
 )
+def test_the_decoder_s_heads_need_not_divide_the_encoder_s_width():
+    model = MAE(ViT(ENCODER), replace(DECODER, decoder_heads=3, decoder_width=24))  # the encoder's is 32
+    assert model.predict(torch.rand(2, 2, 8, 12), torch.rand(2, 6), 3)[0].shape == (2, 3, 32)
+
+
 def test_settings_that_make_no_sense_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         replace(DECODER, **changes)

@@ -70,7 +70,7 @@ def measure(work: Path, seed: int, steps: dict[str, int], shown: list[list[Tenso
     places = [i * len(chosen) // SHOWN for i in range(SHOWN)]
     shown += [[rows[name][i] for i in places] for name in PICTURED]
     first = torch.from_numpy(dataset.val[chosen[0]]["image"])[None].float() / 255
-    shown.append(list(model.draw(module.embed(first).expand(SHOWN, -1), guidance=2.0, seed=1)))
+    shown.append(list(model.draw(module.embed_images(first).expand(SHOWN, -1), guidance=2.0, seed=1)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the pictures of scaling/ share: ticks that do not overlap, the mark of extrapolation, saving."""
+"""Common parts of the pictures in scaling/: ticks that do not overlap, marks of extrapolation, saving."""
 
 import math
 from pathlib import Path

@@ -118,8 +118,8 @@ def all_but_highest(L: np.ndarray, n: int) -> np.ndarray:
 def group_equal(values, tolerance: float = 0.005) -> np.ndarray:
     """Return group labels 0, 1, ... (n,), int64, ascending with the values.
 
-    A group begins at its smallest value and holds those up to 1 + tolerance times it. Values that are meant to
-    be equal differ a little where they were read off a figure, or computed as C / (6 D).
+    A group begins at its smallest value and holds those up to 1 + tolerance times it. Values that are meant
+    to be equal differ a little where they were read off a figure, or computed as C / (6 D).
     """
     labels, first = np.zeros(len(values), dtype=np.int64), 0.0
     label = -1

@@ -5,8 +5,8 @@ sweep.png        loss over compute of every size, the law and its frontier, the 
 emergence.png    the best models by two measures: the share p of tokens that are predicted correctly, and the
                  share of k tokens in a row that are all correct, about p^k
 
-p grows smoothly with compute, while p^k stays near 0 and then rises steeply. The models are the same: the sudden
-rise is due to the measure (Schaeffer et al. 2023, arXiv 2304.15004).
+p grows smoothly with compute, while p^k stays near 0 and then rises steeply. The models are the same: the
+sudden rise is due to the measure (Schaeffer et al. 2023, arXiv 2304.15004).
 """
 
 import csv

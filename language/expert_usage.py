@@ -1,8 +1,8 @@
 """The usage of a mixture's experts: how even their load is, and which tokens each of them gets.
 
     load of an expert   its number of tokens, as a multiple of the mean of its layer; 1 for all is balance
-    router entropy      of a token's scores, averaged over the tokens: log E where all experts have the same
-                        score, 0 where one expert has all
+    router entropy      of a token's probabilities of the experts, averaged over the tokens: log E nats where
+                        all are equal, 0 where one expert has all
     share of a token    how many of a token's occurrences go to the expert
 
 `show` is what train.py prints of moe.py's models at every evaluation, with the loads in experts.png.
@@ -31,8 +31,8 @@ MIN_USES = 8  # occurrences of a token, below which its share means little
 class Usage(NamedTuple):
     """Statistics of the L sparse layers of a model on some text."""
 
-    layers: list[int]  # their numbers
-    loads: Tensor  # (L, E) float32, tokens
+    layers: list[int]  # the numbers of the sparse layers
+    loads: Tensor  # (L, E) float32, tokens of each expert
     entropy: Tensor  # (L,) nats
     dropped: float | None  # of a Switch: the share of the tokens that it would drop in training
     seen: Counter  # occurrences of each token id
@@ -63,7 +63,7 @@ def usage(model: nn.Module, tokens: Tensor) -> Usage:
 def report(used: Usage, tokenizer: Tokenizer) -> str:
     """Return a line for each layer, with a bar for each expert, and the tokens of the middle layer's experts.
 
-    A bar is half as high as the highest at the mean load, and the highest from twice the mean.
+    A bar has half of its greatest height at the mean load, and all of it from twice the mean on.
     """
     # The load of each layer.
     lines, highest = [], math.log(used.loads.shape[1])

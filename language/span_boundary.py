@@ -50,7 +50,7 @@ class SpanBoundary(nn.Module):
     def forward(self, left: Tensor, right: Tensor, place: Tensor) -> Tensor:
         """Return states (..., E) of masked tokens, in the space of the embeddings.
 
-        left, right: hidden states (..., D) of the boundaries. place: int64 (...), a token's number in its span.
+        left, right: hidden states (..., D) of the boundaries. place: int64 (...), the token's number, from 1.
         """
         place = self.place(place.clamp(1, self.LONGEST) - 1)  # (..., D)
         x = self.norm1(F.gelu(self.dense1(torch.cat((left, right, place), dim=-1))))

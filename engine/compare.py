@@ -16,8 +16,9 @@ import numpy as np
 from engine.charts import HUES, Curve, chart, page, settled, table
 from engine.options import NO_EFFECT
 from engine.progress import duration
-from engine.report import column, draw, formatted, plotting, read_rows, read_starts, save_figure, unit_of
+from engine.report import column, draw, formatted, read_rows, read_starts, unit_of
 from formats import atomic
+from formats.figures import load_pyplot, save_figure
 from formats.quantities import short
 
 
@@ -160,10 +161,9 @@ def comparison_curves(runs: dict, unit: str) -> dict[tuple[str, str], list[Curve
 
 def draw_comparison(curves: dict[tuple[str, str], list[Curve]], out: Path) -> None:
     """Draw the charts of compare.html as compare.png."""
-    pyplot, ticks = plotting()
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure, axes = load_pyplot().subplots(2, 2, figsize=(11, 7), layout="constrained")
     for ((title, over), lines), axis in zip(curves.items(), axes.flat, strict=True):
-        draw(axis, lines, ticks, width=1)
+        draw(axis, lines, width=1)
         axis.set(xlabel=over, ylabel=f"{title.lower()} loss")
         axis.set_ylim(top=settled(lines))
     axes[0, 0].legend(fontsize="small")

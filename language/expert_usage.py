@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gpt
 from data.tokenizer import Tokenizer
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 
 BARS = " ▁▂▃▄▅▆▇█"
 N_ROWS = 16  # of held-out text
@@ -89,16 +89,11 @@ def report(used: Usage, tokenizer: Tokenizer) -> str:
 
 def draw(used: Usage, path: Path) -> None:
     """Write a heat map of the load of each expert in each layer to path, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     # A cell is an expert of a layer: white at the mean load, red above, blue below.
     share = (used.loads / used.loads.mean(dim=1, keepdim=True)).tolist()
     L, E = used.loads.shape
     size = (2.5 + min(10, 0.55 * E), 1.3 + 0.4 * L)
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    figure, axes = load_pyplot().subplots(figsize=size, layout="constrained")
     image = axes.imshow(share, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     axes.set(xlabel="expert", ylabel="layer", title="load of an expert over the mean of its layer")
     axes.set_yticks(range(L), used.layers)
@@ -111,9 +106,7 @@ def draw(used: Usage, path: Path) -> None:
                 colour = "white" if abs(x - 1) > 0.6 else "black"
                 axes.text(expert, row, f"{x:.2f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, extend="max")
-    with replace_file(path) as new:
-        figure.savefig(new, dpi=120, format="png")
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def show(model: nn.Module, dataset, out: Path | None = None) -> str:

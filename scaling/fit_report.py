@@ -19,11 +19,12 @@ import numpy as np
 from chinchilla import DEFAULT_LAW, HOFFMANN, LAWS, OUTLIERS, Fit, Law, fit
 from formats import command
 from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from formats.quantities import quantity, short
 from scaling import identified
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
 from scaling.outliers import Chosen, describe, leave_out_outliers, print_outliers
-from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, write_no_frontier
+from scaling.pictures import label_logarithmic, plot_frontier, write_no_frontier
 from scaling.points import Table, all_but_highest, group_equal, interval, read_table
 
 OUT = Path("runs/fit")
@@ -218,7 +219,7 @@ def plot_fit(fitted: Fit, found: dict, left_out: tuple, valleys: IsoFLOP | None,
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=8)
     figure.colorbar(dots, ax=axes, label="log10 of parameters N")
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_valleys(panel, valleys: IsoFLOP, colors) -> None:

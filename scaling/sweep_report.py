@@ -17,10 +17,11 @@ import numpy as np
 
 from chinchilla import DEFAULT_LAW, LAWS, Law, fit
 from formats import atomic
+from formats.figures import load_pyplot, save_figure
 from formats.quantities import short
 from scaling import identified
 from scaling.isoflop import envelope, isoflop
-from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, write_no_frontier
+from scaling.pictures import label_logarithmic, plot_frontier, write_no_frontier
 from scaling.points import interval
 
 RESAMPLES = 4000  # of the points, for intervals

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.report import PICTURE
 from formats import atomic
 
-CELL = 64  # pixels of an image in the picture, at least
+CELL = 64  # an image is enlarged by the whole factor that brings its longer side nearest to so many pixels
 GAP, LINE = 6, 18  # pixels between images, and of a line of text
 INK, PAPER = "#22252a", "#fdfdfb"
 
@@ -28,10 +28,10 @@ def save(
     labels: Sequence[str] | None = None,
     name: str = PICTURE,
 ) -> None:
-    """Write picture.png into out: rows of images (C, H, W) with values in [0, 1], C 1 or 3.
+    """Write picture.png into out: rows of images (C, H, W) of one size with values in [0, 1], C 1 or 3.
 
-    texts: a line under each image, in the colours, by default dark grey. labels: a text to the left of each
-    row. name: of another file.
+    texts: a line under each image. colours: of these lines, by default dark grey. labels: a text to the left
+    of each row. name: the file's name.
     """
     from PIL import Image, ImageDraw
 

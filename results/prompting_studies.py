@@ -12,7 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
-from engine.report import plotting
+from formats.figures import load_pyplot, save_figure
 from results.keep import Ended
 
 STUDIES = ("in_context", "scratchpad", "spelling", "injection")
@@ -31,10 +31,9 @@ def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
         print(f"{name}, seed {seed}: {time.process_time() - began:.0f} s of one core", flush=True)
     print(study.table(ended.rows))
     if name in DRAWINGS:
-        pyplot, _ = plotting()
+        pyplot = load_pyplot()
         figure = DRAWINGS[name](pyplot, ended.rows)
-        figure.savefig(path.with_suffix(".png"), dpi=120)
-        pyplot.close(figure)
+        save_figure(figure, path.with_suffix(".png"))
 
 
 def mean_curve(curves: list[list[float]]) -> list[float]:

@@ -39,19 +39,24 @@ def opened_by(kind: type, ours: nn.Module) -> nn.Module:
         return kind.from_pretrained(folder).eval()
 
 
-def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.perf_counter) -> float:
-    """Return the tokens per second of a function that computes n_tokens, called `times` times.
+def seconds(call: Callable, clock: Callable = time.perf_counter) -> float:
+    """Return the seconds that a function takes.
 
     clock: time.process_time where other programs use the processor too.
     """
     began = clock()
-    for _ in range(times):
-        call()
-    return times * n_tokens / (clock() - began)
+    call()
+    return clock() - began
+
+
+def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.perf_counter) -> float:
+    """Return the tokens per second of a function that computes n_tokens, called `times` times. clock: as in
+    `seconds`."""
+    return times * n_tokens / seconds(lambda: [call() for _ in range(times)], clock)
 
 
 def peak_memory(call: Callable) -> int:
-    """Return the most bytes that a function has allocated on the CPU at any one time, by PyTorch's profiler."""
+    """Return the most bytes that a function holds on the CPU at any one time, by PyTorch's profiler."""
     gc.collect()  # else memory that was allocated before could be freed, and so subtracted, during the call
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
@@ -92,6 +97,19 @@ def median_and_range(ratios: list[float]) -> dict[str, float]:
     return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
 
 
+def shown(row: dict) -> str:
+    """Return the ratio in a row as text, such as "1.91x (1.76 to 1.94)"."""
+    return f"{row['ratio']:.2f}x ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+
+
+def in_milliseconds(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Return the columns of a row for two sides, from the seconds of each in every round: the median of both
+    in milliseconds, and how many times as fast as theirs ours is."""
+    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+    medians = {"ms": 1e3 * statistics.median(ours), "beside_ms": 1e3 * statistics.median(theirs)}
+    return medians | median_and_range(ratios)
+
+
 def compared(figures: dict[str, list[float]], baseline: str, *, unit: str = "tokens", **labels) -> list[dict]:
     """Return a row for each side, and print it: the labels, the median of its tokens (or other units) per
     second, and the median and range of its ratio to the baseline of the same round.
@@ -101,12 +119,11 @@ def compared(figures: dict[str, list[float]], baseline: str, *, unit: str = "tok
     rows = []
     digits = 0 if unit == "tokens" else 1
     for side, rates in figures.items():
-        ratios = [rate / other for rate, other in zip(rates, figures[baseline], strict=True)]
         row = labels | {"side": side, f"{unit}_per_second": statistics.median(rates)}
-        row |= median_and_range(ratios)
+        row |= median_and_range([rate / other for rate, other in zip(rates, figures[baseline], strict=True)])
         rows.append(row)
-        print(f"  {side:18} {statistics.median(rates):9,.{digits}f} {unit}/s   {row['ratio']:.2f}x", end="")
-        print(f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})", flush=True)
+        per_second = f"{row[f'{unit}_per_second']:9,.{digits}f} {unit}/s"
+        print(f"  {side:18} {per_second}   {shown(row)}", flush=True)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Sides that are measured in turn: the order, the ratio of each round, what is written, the peak of memory."""
+"""Sides that are measured in turn: their order, the ratio of each round, what is written, and memory."""
 
 import json
 
@@ -31,6 +31,12 @@ def test_a_ratio_is_that_of_one_round(capsys):
         "ratio_max": 2,
     }
     assert "2.00x (2.00 to 2.00)" in capsys.readouterr().out
+
+
+def test_milliseconds_are_compared_round_by_round():
+    row = in_turn.in_milliseconds([0.001, 0.010], [0.002, 0.040])
+    assert row == {"ms": 5.5, "beside_ms": 21, "ratio": 3, "ratio_min": 2, "ratio_max": 4}
+    assert in_turn.shown(row) == "3.00x (2.00 to 4.00)"
 
 
 @pytest.mark.parametrize("peer", ["pytest", None])

@@ -64,9 +64,7 @@ class Ended:
         """Return True if there is a row with these values."""
         return self.find(**key) is not None
 
-    def add(self, *rows: dict, order=None) -> None:
-        """Add the rows of a run that has ended, and write the file. order: a key to sort all rows by."""
+    def add(self, *rows: dict) -> None:
+        """Add the rows of a run that has ended, and write the file."""
         self.rows += json.loads(json.dumps(rows))
-        if order is not None:
-            self.rows.sort(key=order)
         write_json(self.path, self.about | {self.name: self.rows}, indent=self.indent)

@@ -18,9 +18,9 @@ def test_rows_are_written_at_once_and_read_at_the_next_start(tmp_path):
     ended = Ended(path, {"steps": 3}, rows="seeds")
     assert not ended.has(seed=1)
     ended.add({"seed": 1, "curve": [(1, 0.1)], "by_n": {10: 0.3}})
-    ended.add({"seed": 0}, order=lambda row: row["seed"])
+    ended.add({"seed": 0})
     again = Ended(path, {"steps": 3}, rows="seeds")
-    assert again.rows == ended.rows and [row["seed"] for row in again.rows] == [0, 1]
+    assert again.rows == ended.rows and [row["seed"] for row in again.rows] == [1, 0]
     assert again.find(seed=1) == {"seed": 1, "curve": [[1, 0.1]], "by_n": {"10": 0.3}}
     assert again.has(seed=0) and not again.has(seed=0, curve=1)
     assert json.loads(path.read_text()).keys() == {"cpu", "torch", "steps", "seeds"}

@@ -16,7 +16,7 @@ and of half of the dirty documents:
 
     random half         chosen at random
     perplexity half     those that a model trained on the dirty text predicts best
-    Ask-LLM half        those for which this model most likely answers "yes", when asked if they are good
+    Ask-LLM half        those for which this model most likely answers "yes", when asked if a text is good
     classifier half     those that look most like 40 other clean modules, to a linear classifier
 
 The three scores are those of data/curate.py (perplexity, ask_llm, classifier).

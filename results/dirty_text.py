@@ -5,9 +5,9 @@
 The text is modules of Python's own library, each cut to 20,000 characters. Dirt is planted in it, and each
 document has a label:
 
-    exact copies          of whole modules near copies           with some lines dropped and new ones added;
-    their Jaccard similarity J to the original,
-                          by shingles as in data/near_duplicates.py, is from .4 to 1
+    exact copies          of whole modules
+    near copies           with some lines dropped and new ones added, so that the Jaccard similarity J to the
+                          original (of shingles, data/near_duplicates.py) is from .4 to 1
     a licence             of 78 words, at the head of half of the modules
     junk                  base64, minified code, shuffled characters, one line 200 times, generated tables
     test items            in modules: questions of 30 words or 6, word by word, or with other words between

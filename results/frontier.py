@@ -6,8 +6,8 @@ The task is the Markov chain of posttraining/frontier.py, whose optimum is known
 of train.py with its defaults, which for the on-policy methods are 60 steps of 256 completions. Reward and KL
 of the trained model are exact: they are summed over all 65,536 sequences.
 
-    share      the gain over the reference, whose reward is 2, as a share of the largest gain at the run's own
-    KL outside    the probability that a sequence has a token that the chain lacks
+    share      the gain over the reference (reward 2), of the largest gain that the run's own KL allows
+    outside    the probability that a sequence has a token that the chain lacks
 
 Runs that are in the file already are kept, so --only can add methods. The figure is written beside the file.
 """

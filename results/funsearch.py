@@ -7,7 +7,7 @@ Every search (evaluation/funsearch.py) scores the same number of different progr
 score of a program is the size of the cap set that it makes. The examples from which the trained proposer
 first learns are not scored, and do not count. The best program of each search then makes cap sets of all
 dimensions up to 8, which shows if what was found for one dimension works for others. Runs that are in the
-file already, of as many evaluations, are kept. The curves are drawn beside the file.
+file already are kept; a file with another number of evaluations is refused. The curves are drawn beside it.
 """
 
 import argparse
@@ -94,18 +94,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=command.new_file, default=out, help="file for the figures, JSON (default %(default)s)")
     args = parser.parse_args(argv)
 
-    ended = Ended(args.out, {"command": "python -m results.funsearch"}, rows="runs")
+    about = {"command": "python -m results.funsearch", "evaluations": args.evaluations}
+    ended = Ended(args.out, about, rows="runs", same=("evaluations",))
     for n in args.n:
         for seed in SEEDS:
             for method in args.methods:
-                if ended.has(n=n, method=method, seed=seed, n_evaluations=args.evaluations):
+                if ended.has(n=n, method=method, seed=seed):
                     continue
                 row = run(method, n, args.evaluations, seed)
                 print(f"n {n}, {method}, seed {seed}: {row['score']} points", flush=True)
                 ended.add(row)
-    # Only searches of as many evaluations are compared.
-    rows = [row for row in ended.rows if row["n_evaluations"] == args.evaluations]
-    rows.sort(key=lambda row: (row["n"], list(METHODS).index(row["method"]), row["seed"]))
+    rows = sorted(ended.rows, key=lambda row: (row["n"], list(METHODS).index(row["method"]), row["seed"]))
     print_table(rows)
     draw(rows, args.out.with_suffix(".png"))
 

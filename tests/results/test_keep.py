@@ -60,7 +60,7 @@ def test_rows_of_another_machine_keep_its_name(tmp_path):
 @pytest.mark.parametrize(
     "name, rows, settings, key",
     [
-        ("funsearch", "runs", {}, {"n": 5, "method": "random", "seed": 0}),
+        ("funsearch", "runs", {"evaluations": 10_000}, {"n": 5, "method": "random", "seed": 0}),
         ("scratchpad", "rows", {"steps": None}, {"seed": 2}),
         ("copying", "results", {"steps": 1000, "lr": 4e-3}, {"layers": "MoBA", "seed": 2}),
         ("curation", "runs", {"steps": 400, "texts": 160, "longest": 6000}, {"arm": "dirty", "seed": 2}),

@@ -21,13 +21,11 @@ are in it stay.
 import argparse
 from pathlib import Path
 
-import torch
-
 from data import captions
 from data.tokenizer import get_tokenizer
-from engine import cpu
 from formats import command
 from formats.json_file import read_json, write_json
+from results.keep import machines
 from results.training_runs import run
 from vision import zero_shot
 from vision.clip import CLIP
@@ -71,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     known = read_json(args.out, "a file of figures") if args.out.exists() else {}
-    figures = known | {"cpu": cpu.name(), "torch": torch.__version__}
+    figures = known | machines(known)
     for seed in args.seeds:
         for part in args.parts:
             for name in RUNS[part]:

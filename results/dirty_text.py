@@ -1,6 +1,6 @@
 """Planted dirt in the library's text: what each stage of data/clean.py finds of it, and what else it takes.
 
-    python -m results.dirty_text --out results/dirty_text.json      half a minute of one core
+    python -m results.dirty_text --out results/dirty_text.json      ten seconds of one core
 
 The text is modules of Python's own library, each cut to 20,000 characters. Dirt is planted in it, and each
 document has a label:

@@ -17,6 +17,13 @@ from engine import cpu
 from formats.json_file import read_json, write_json
 
 
+def machines(known: dict) -> dict[str, str]:
+    """Return this machine's CPU and version of PyTorch, after those that a file names, whose figures stay."""
+    here = {"cpu": cpu.name(), "torch": torch.__version__}
+    earlier = {name: known.get(name, value).split("; ") for name, value in here.items()}
+    return {name: "; ".join(dict.fromkeys([*earlier[name], value])) for name, value in here.items()}
+
+
 class Ended:
     """The rows that a file holds, and those that are added to it."""
 
@@ -33,8 +40,7 @@ class Ended:
         """
         self.path, self.name, self.indent, self.rows = path, rows, indent, []
         # All is kept as it will be read: tuples become lists, and all keys strings.
-        machine = {"cpu": cpu.name(), "torch": torch.__version__}
-        self.about = json.loads(json.dumps(machine | (about or {})))
+        self.about = json.loads(json.dumps(machines({}) | (about or {})))
         if not path.exists():
             return
         known = read_json(path, "a file of figures")
@@ -47,13 +53,7 @@ class Ended:
         if rows not in known:
             raise ValueError(f"{path} holds no {rows!r}: it is of another script; name another file")
         self.rows = known[rows]
-        # Rows of another machine stay, so the file names both.
-        for name in machine:
-            earlier = known.get(name, self.about[name])
-            if self.about[name] not in earlier.split("; "):
-                self.about[name] = f"{earlier}; {self.about[name]}"
-            else:
-                self.about[name] = earlier
+        self.about |= machines(known)
 
     def find(self, **key) -> dict | None:
         """Return the first row with these values, None where there is none."""

@@ -234,7 +234,7 @@ def start_process(cache: Path) -> None:
 
 
 def run_all(pool, jobs: list[Namespace], ended: Path) -> list[dict]:
-    """Return the results of all jobs. Each is a line of the file `ended` from its end on; jobs that are there
+    """Return the results of all jobs. Each is a row of the file `ended` from its end on; jobs that are there
     do not run again."""
     kept = Ended(ended)
     todo = [job for job in jobs if not kept.has(**vars(job))]
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(args.jobs, start_process, (args.cache,)) as pool:
         search = [job(pair, rate, SEARCH_SEED) for rate in args.rates for pair in pairs]
-        ended = args.cache / "objectives_compared.jsonl"
+        ended = args.cache / "objectives_compared.json"
         searched = run_all(pool, search, ended) if len(args.rates) > 1 else []
         rates = best_rates(searched) or {pair: args.rates[0] for pair in pairs}
         jobs = [job(pair, rates[pair], seed) for seed in range(args.seeds) for pair in pairs]

@@ -4,9 +4,9 @@
 
 Both compute in float32, and are measured in turn (A B A B ...). Two measurements:
 
-    outputs     greedy decoding of the same random inputs, the encoder included; the tokens are equal (checked).
-                Sizes that gain by it (kernels/few_rows.py) are also measured with the step of one token
-                compiled; compiling takes half a minute and is not measured
+    outputs     greedy decoding of the same random inputs, the encoder included; the tokens are equal
+                (checked). Sizes that gain by it (kernels/few_rows.py) are also measured with the step of one
+                token compiled; compiling takes half a minute and is not measured
     training    forward, backward and a step of PyTorch's AdamW on the same batch, without dropout; the losses
                 are equal (checked)
 """
@@ -59,7 +59,7 @@ def writers(ours: T5, theirs, batch: int) -> dict[str, Callable[[], list[list[in
 
 
 def steps(ours: T5, theirs) -> dict[str, Callable[[], float]]:
-    """Return for each side a function that makes a step of training on the same batch, and returns its loss."""
+    """Return for each side a function that makes a step on the same batch, and returns its loss."""
     tokens, targets = (torch.randint(2, ours.config.vocab_size, (BATCH, n)) for n in (S, T))
 
     def step(model, loss) -> float:

@@ -2,11 +2,11 @@
 
     python -m results.tool_loop --out results/tool_loop.json          45 minutes of one core
 
-evaluation/tool_loop.py explains the questions and the ways. The models of a seed have the same shape and learn
-from the same questions: one to write an expression for the calculator, one to answer directly, both in the
-same number of steps. A text with an expression has about three times as many tokens to learn from, so a third
-model learns to answer directly in three times as many steps. All are tested on questions that none has seen.
-Seeds that are in the file already, made with the same flags, are kept.
+evaluation/tool_loop.py explains the questions and the ways. The models of a seed have the same shape and
+learn from the same questions: one to write an expression for the calculator, one to answer directly, both in
+the same number of steps. A text with an expression has about three times as many tokens to learn from, so a
+third model learns to answer directly in three times as many steps. All are tested on questions that none has
+seen. Seeds that are in the file already, made with the same flags, are kept.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         ended.add({"seed": seed, "shares": shares, "examples": examples})
         print(f"seed {seed}:", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
     for name in ended.rows[0]["shares"]:
-        print(f"{name:22} {mean_and_range(row['shares'][name] for row in ended.rows)}")
+        print(f"{name:23} {mean_and_range(row['shares'][name] for row in ended.rows)}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ SECONDS = 1.0  # of processor time of a measurement, about, so that a small mode
 
 
 def classifiers(config: vit.Config, n: int) -> tuple[nn.Module, Callable, nn.Module, Callable]:
-    """Return our ViT and a function of its loss on n random images, and the same of transformers."""
+    """Return our ViT and a function of its loss on n random images, and transformers' two."""
     import transformers
 
     ours = vit.ViT(config)
@@ -50,7 +50,7 @@ def classifiers(config: vit.Config, n: int) -> tuple[nn.Module, Callable, nn.Mod
 
 
 def autoencoders(config: vit.Config, n: int) -> tuple[nn.Module, Callable, nn.Module, Callable]:
-    """Return our MAE and a function of its loss on n random images and masks, and the same of transformers."""
+    """Return our MAE and a function of its loss on n random images and masks, and transformers' two."""
     import transformers
 
     config = replace(config, n_classes=0, positions="sincos")

@@ -44,6 +44,17 @@ def new_file(text: str) -> Path:
     return found
 
 
+def count(text: str) -> int:
+    """Return the whole number in a flag. Raises ArgumentTypeError if it is none, or less than 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return number
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call main, and exit with its code as `exit_code` finds it, unless that is 0."""
     use_streams()

@@ -46,12 +46,14 @@ def figures_of(work: Path, name: str, seed: int, steps: int | None, n: int) -> d
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     work = Path("runs/llava-results")
     add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
-    add("--steps", type=int, help="updates of each run (default: those of the default run)")
-    add("--scenes", type=int, default=250, help="scenes of each held-out part (default %(default)s)")
+    add("--steps", type=command.count, help="updates of each run (default: those of the default run)")
+    add(
+        "--scenes", type=command.count, default=250, help="scenes of each held-out part (default %(default)s)"
+    )
     args = parser.parse_args(argv)
 
     figures = {"cpu": cpu.name(), "torch": torch.__version__, "scenes": args.scenes}

@@ -61,9 +61,9 @@ def theirs_from_hashes(texts: list[np.ndarray]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--texts", type=int, default=60, help="modules of the library (default %(default)s)")
-    add("--rounds", type=int, default=5, help="measurements of each side (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON")
+    add("--texts", type=command.count, default=60, help="modules of the library (default %(default)s)")
+    add("--rounds", type=command.count, default=5, help="measurements of each side (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     require("datasketch", "datasketch==2.0.0")
 

@@ -40,11 +40,11 @@ from data.rows import Dataset, Loader, Row, seed_of, stack
 from engine import contract, cpu
 from engine.optim import default_learning_rate, make_optimizers, set_learning_rate
 from engine.report import plotting
-from evaluation.small_runs import mean_and_range
 from formats import command
 from formats.atomic import replace_file
 from formats.json_file import write_json
 from language import electra, masking
+from results.seeds import draw, mean_and_range
 
 COMMAND = "python -m results.objectives --out results/objectives.json"
 T, BATCH = 128, 8  # tokens of a row, rows of an update
@@ -237,10 +237,7 @@ def plot(results: list[dict], path: Path) -> None:
     for name in ("masked, 15 %", "masked, 30 %", "left to right"):
         curves = [r["curve"] for r in results if r["objective"] == name]
         flops = [x for x, _ in curves[0]]
-        accuracies = list(zip(*([100 * y for _, y in curve] for curve in curves), strict=True))
-        (line,) = left.plot(flops, [statistics.mean(a) for a in accuracies], label=name)
-        left.fill_between(flops, *zip(*((min(a), max(a)) for a in accuracies), strict=True),
-                          color=line.get_color(), alpha=0.2)  # fmt: skip
+        draw(left, flops, [[100 * y for _, y in curve] for curve in curves], label=name)
     left.set(xlabel="FLOPs", ylabel="hidden token predicted (%)", title="one side or both")
     left.legend()
 
@@ -261,12 +258,17 @@ def plot(results: list[dict], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=1200, help="updates of BERT's own objective (default %(default)s)")
-    add("--seeds", type=int, default=3, help="runs of each objective (default %(default)s)")
-    add("--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)")
+    add(
+        "--steps",
+        type=command.count,
+        default=1200,
+        help="updates of BERT's own objective (default %(default)s)",
+    )
+    add("--seeds", type=command.count, default=3, help="runs of each objective (default %(default)s)")
+    add("--jobs", type=command.count, default=2, help="runs at a time, one thread each (default %(default)s)")
     cache = Path("cache")
     add("--cache", type=command.path, default=cache, help="folder for tokenised text (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON, and a picture beside them")
+    add("--out", type=command.new_file, help="write the figures as JSON, and a picture beside them")
     args = parser.parse_args(argv)
 
     # Tokenise once, before the processes start.
@@ -282,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         row = f"{name:20} {own[0]['steps']:6}"
         for key in ("hidden_token", "token_kind"):
             values = [r[key] for r in own]
-            row += f" {'-' if None in values else mean_and_range(values):>22}"
+            row += f" {'-' if None in values else mean_and_range(values, '.1%'):>22}"
         print(row)
     if args.out:
         about = {"command": COMMAND, "cpu": cpu.name(), "torch": torch.__version__}

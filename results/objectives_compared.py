@@ -49,7 +49,6 @@ from data.rows import Dataset, Loader, seed_of
 from engine import cpu
 from engine.optim import make_optimizers
 from engine.report import plotting
-from evaluation.small_runs import mean_and_range
 from formats import command
 from formats.atomic import replace_file
 from formats.json_file import write_json
@@ -58,6 +57,7 @@ from language import span_corruption
 from language.prefix_lm import Prefix
 from language.t5 import T5, Config
 from results.keep import Ended
+from results.seeds import mean_and_range
 
 COMMAND = "python -m results.objectives_compared --out results/objectives_compared.json"
 TOKENIZER = "bpe:1024"  # a small vocabulary, so that the head costs little beside the stacks
@@ -248,7 +248,7 @@ def start_process(cache: Path) -> None:
 
 
 def run_all(pool, jobs: list[Namespace], ended: Path) -> list[dict]:
-    """Return the results of all jobs. A job that ends becomes a line of the file `ended`, and a job that is
+    """Return the results of all jobs. A job that ends becomes a row of the file `ended`, and a job that is
     there does not run again."""
     kept = Ended(ended)
     todo = [job for job in jobs if not kept.has(**vars(job))]
@@ -319,14 +319,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--budget", type=float, default=2e12, help="FLOPs of a run's pretraining (default %(default)g)")
-    add("--tuning", type=int, default=100, help="steps of fine-tuning on each task (default %(default)s)")
-    add("--seeds", type=int, default=3, help="runs of each combination (default %(default)s)")
+    add(
+        "--tuning",
+        type=command.count,
+        default=100,
+        help="steps of fine-tuning on each task (default %(default)s)",
+    )
+    add("--seeds", type=command.count, default=3, help="runs of each combination (default %(default)s)")
     add("--rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3],
         help="learning rates to choose from (default 0.0015 0.003 0.006)")  # fmt: skip
-    add("--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)")
+    add("--jobs", type=command.count, default=2, help="runs at a time, one thread each (default %(default)s)")
     cache = Path("cache")
     add("--cache", type=command.path, default=cache, help="folder of tokenised text (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON, and a picture beside them")
+    add("--out", type=command.new_file, help="write the figures as JSON, and a picture beside them")
     args = parser.parse_args(argv)
     data.text.prepare("stdlib", TOKENIZER, args.cache)  # once, before the processes start
 
@@ -338,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(args.jobs, start_process, (args.cache,)) as pool:
         search = [job(pair, rate, SEARCH_SEED) for rate in args.rates for pair in pairs]
-        ended = args.cache / "objectives_compared.jsonl"
+        ended = args.cache / "objectives_compared.json"
         searched = run_all(pool, search, ended) if len(args.rates) > 1 else []
         rates = best_rates(searched) or {pair: args.rates[0] for pair in pairs}
         jobs = [job(pair, rates[pair], seed) for seed in range(args.seeds) for pair in pairs]

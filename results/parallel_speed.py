@@ -7,7 +7,6 @@ among the processes. What they exchange (gradients, and with fsdp weights) does 
 larger batch gains more. The smaller one is the default of train.py.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -20,7 +19,7 @@ import torch
 from engine import cpu
 from formats import command
 from formats.json_file import write_json
-from results.in_turn import compared, measure_in_turn
+from results.in_turn import arguments, compared, measure_in_turn
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "python -m results.parallel_speed --out results/parallel_speed.json"
@@ -40,12 +39,7 @@ def tokens_per_second(mode: str, batch: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rounds", type=int, default=3, help="measurements of each side (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON")
-    args = parser.parse_args(argv)
-
+    args = arguments(__doc__, 3, argv)
     results = []
     for batch in BATCHES:
         print(f"batch of {batch}")

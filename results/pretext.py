@@ -16,7 +16,7 @@ Parts, each with every seed of --seeds:
     targets     the same of maskfeat that predicts HOG or pixels of the hidden patches
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
-after each run, and those in it are kept if they were made with the same --steps.
+after each run, and those in it are kept.
 """
 
 from functools import partial
@@ -99,13 +99,18 @@ def of_short_run(work: Path, model: str, change: str, seed: int, steps: int) -> 
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     work = Path("runs/pretext")
     add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
     parts = ("encoders", "colorize", "ratio", "targets")
     add("--parts", nargs="+", choices=parts, default=parts[:2], help="what to do (default encoders colorize)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
-    add("--steps", type=int, default=300, help="updates of each run of ratio and targets (default 300)")
+    add(
+        "--steps",
+        type=command.count,
+        default=300,
+        help="updates of each run of ratio and targets (default 300)",
+    )
     args = parser.parse_args(argv)
 
     ended = Ended(args.out, {"steps of short runs": args.steps}, same=("steps of short runs",))

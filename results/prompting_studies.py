@@ -3,8 +3,8 @@
     python -m results.prompting_studies in_context scratchpad spelling injection
 
 in_context.py, scratchpad.py, spelling.py and injection.py explain what is asked. results/NAME.json is written
-after every seed of a study, and results/NAME.png for the first two. Seeds that are in the file already, made
-with the same --steps, are kept.
+after every seed of a study, and results/NAME.png for the first two. Seeds that are in the file already are
+kept.
 """
 
 import argparse
@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("studies", nargs="*", metavar="STUDY", help=f"some of {', '.join(STUDIES)} (default: all)")
-    add("--seeds", type=int, default=3, help="runs of each model (default %(default)s)")
-    add("--steps", type=int, help="steps of each run (default: each study's own)")
+    add("--seeds", type=command.count, default=3, help="runs of each model (default %(default)s)")
+    add("--steps", type=command.count, help="steps of each run (default: each study's own)")
     add("--out", type=command.path, default=Path("results"), help="folder of the files (default %(default)s)")
     args = parser.parse_args(argv)
     for name in args.studies or STUDIES:

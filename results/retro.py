@@ -131,13 +131,13 @@ def flags_of_text(data: str, work: Path, seq_len: int) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     work = Path("runs/results")
     add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
     add("--parts", nargs="+", choices=("facts", "text"), default=["facts"], help="parts (default facts)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add("--data", default="stdlib", help="the text, as for train.py (default %(default)s)")
-    add("--steps", type=int, help="updates of each run (default: the model's, or 600 on a text)")
+    add("--steps", type=command.count, help="updates of each run (default: the model's, or 600 on a text)")
     args = parser.parse_args(argv)
     steps = ["--steps", str(args.steps)] if args.steps else []
     ended = Ended(args.out)

@@ -134,9 +134,11 @@ def train_both(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, first = parser.add_argument, list(SHAPES)[:1]
-    add("--rounds", type=int, default=10, help="steps of each side that count (default %(default)s)")
+    add(
+        "--rounds", type=command.count, default=10, help="steps of each side that count (default %(default)s)"
+    )
     add("--shapes", nargs="+", choices=SHAPES, default=first, help="shapes of the model (default: the first)")
-    add("--out", type=command.path, help="write the figures as JSON")
+    add("--out", type=command.new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     require("trl", "trl==1.16.0")
     require("datasets")

@@ -15,7 +15,7 @@ from the weights w (g is the gradient), and the largest eigenvalue of the Hessia
 al. 2021, sections 2 and 4.2).
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
-after each run, and those in it are kept if they were made with the same --steps and --iterations.
+after each run, and those in it are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ from torch import Tensor
 from data.images import prepare
 from data.rows import stack
 from engine.optim import at_worst_point
-from evaluation.small_runs import mean_and_range
 from formats import command
 from results.keep import Ended
+from results.seeds import mean_and_range
 from results.training_runs import run
 from vision.vit import ViT
 
@@ -89,12 +89,17 @@ def measure(work: Path, name: str, seed: int, flags: Sequence[str], n_iterations
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     add("--work", type=command.path, default=Path("runs/sam"), help="folder of runs (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add("--rho", type=float, nargs="+", default=[0.05, 0.2], help="radii of SAM (default 0.05 0.2)")
-    add("--steps", type=int, default=200, help="updates (default %(default)s)")
-    add("--iterations", type=int, default=15, help="steps of the power iteration (default %(default)s)")
+    add("--steps", type=command.count, default=200, help="updates (default %(default)s)")
+    add(
+        "--iterations",
+        type=command.count,
+        default=15,
+        help="steps of the power iteration (default %(default)s)",
+    )
     args = parser.parse_args(argv)
 
     flags = {"muon": ["--steps", str(args.steps)], "muon, twice": ["--steps", str(2 * args.steps)]}

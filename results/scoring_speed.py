@@ -12,23 +12,19 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from data.tokenizer import train_bpe
-from engine import cpu
 from evaluation.multiple_choice import log_likelihoods, rows_of
 from evaluation.published import with_examples
 from evaluation.stdlib_suite import held_out_modules, suite
 from formats import command
-from formats.json_file import write_json
 from gpt import GPT, Config
-from results.in_turn import compared, measure_in_turn, rate
+from results.in_turn import compared, measure_in_turn, rate, write_figures
 from results.peers import require
 
-COMMAND = "python -m results.scoring_speed --out results/scoring_speed.json"
 SHAPES = {
     "4 layers, width 128": Config(4, 4, 128, 352, 4096, 512, n_kv_heads=2),
     "4 layers, width 256": Config(4, 8, 256, 688, 4096, 512, n_kv_heads=4),
@@ -70,9 +66,9 @@ def both_sides(config: Config, items: list) -> dict[str, Callable[[], list[float
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rounds", type=int, default=5, help="measurements of each side (default %(default)s)")
-    add("--items", type=int, default=40, help="questions per task (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON")
+    add("--rounds", type=command.count, default=5, help="measurements of each side (default %(default)s)")
+    add("--items", type=command.count, default=40, help="questions per task (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     require("lm_eval", "lm_eval[hf]==0.4.13")
 
@@ -93,9 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             results += compared(figures, "lm_eval", unit="choices", **labels)
 
     if args.out:
-        about = {"command": COMMAND, "cpu": cpu.name(), "threads": torch.get_num_threads()}
-        about |= {"torch": torch.__version__, "lm_eval": version("lm_eval"), "load_average": load}
-        write_json(args.out, about | {"results": results})
+        write_figures(args.out, "scoring_speed", load, results, peer="lm_eval")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Each is measured with several numbers g of guesses per pass. All are measured in
 of the machine slows all of them. A row has the tokens per pass that were counted, and as "formula" the
 expected number (1 - a^(g+1)) / (1 - a), where a is the share of guesses that were accepted (Leviathan et al.
 2023, equation 1). Time is processor time of one thread, because other programs used the machine too. Runs of
-train.py in --work are not repeated, and rows in --out of the same runs, --prompts and --rounds are kept.
+train.py in --work are not repeated, and rows in --out are kept.
 """
 
 import statistics
@@ -32,7 +32,7 @@ from formats import command
 from formats.open_model import open_model
 from language.multi_token import Heads
 from language.speculative import Counts, Draft, DraftModel, Lookup, expected_tokens, generate
-from results.in_turn import measure_in_turn, rate
+from results.in_turn import measure_in_turn, median_and_range, rate
 from results.keep import Ended
 from results.training_runs import run
 
@@ -100,8 +100,7 @@ def measure(
         row |= {"tokens_per_pass": round(found, 2), "formula": round(expected_tokens(a, side[1]), 2)}
         row |= {"tokens_per_second": round(statistics.median(figures[side]))}
         row |= {"alone": round(statistics.median(figures["alone"]))}
-        row |= {"ratio": round(statistics.median(ratios), 2)}
-        row |= {"ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2)}
+        row |= {name: round(ratio, 2) for name, ratio in median_and_range(ratios).items()}
         if temperature == 0:
             row["same_texts"] = sum(x == y for x, y in zip(texts[side], texts["alone"], strict=True))
         rows.append(row)
@@ -112,12 +111,15 @@ def measure(
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     work = Path("runs/speculative")
     add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
-    add("--rounds", type=int, default=3, help="measurements of each side (default %(default)s)")
+    add("--rounds", type=command.count, default=3, help="measurements of each side (default %(default)s)")
     add(
-        "--prompts", type=int, default=3, help="pieces of the held-out file to continue (default %(default)s)"
+        "--prompts",
+        type=command.count,
+        default=3,
+        help="pieces of the held-out file to continue (default %(default)s)",
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("nanogpt", type=command.path, help="a clone of nanoGPT")
-    add("--rounds", type=int, default=3, help="measurements of each side (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON")
+    add("--rounds", type=command.count, default=3, help="measurements of each side (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     if not (args.nanogpt / "train.py").is_file():
         raise ValueError(f"{args.nanogpt}: expected a clone of nanoGPT, with its train.py")

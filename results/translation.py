@@ -55,10 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     for name, what in (("train", "train on"), ("val", "choose the best step by"), ("test", "score")):
         add(f"--{name}", type=command.path, required=True, help=f"pairs to {what}: source, tab, target")
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     work = Path("runs/translation")
     add("--work", type=command.path, default=work, help="folder of the run (default %(default)s)")
-    add("--steps", type=int, default=3600, help="updates (default %(default)s)")
+    add("--steps", type=command.count, default=3600, help="updates (default %(default)s)")
     args = parser.parse_args(argv)
     pairs = text_pairs.read_pairs(args.test)
 

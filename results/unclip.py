@@ -17,8 +17,8 @@ Measured are the shares of drawings whose character and whose style a classifier
 (vision/judge.py), also of the real letters, and the mean squared difference of pixels in [0, 1] to these.
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
-after each seed, and those in it are kept if they were made with the same steps. When the first seed is
-measured, a picture is drawn beside --out: the letters as above with guidance 2, and variations of one letter.
+after each seed, and those in it are kept. When the first seed is measured, a picture is drawn beside --out:
+the letters as above with guidance 2, and variations of one letter.
 """
 
 from argparse import Namespace
@@ -80,7 +80,7 @@ def measure(work: Path, seed: int, steps: dict[str, int]) -> tuple[dict, list[li
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures, which ends in .json")
+    add("--out", type=command.new_file, required=True, help="file for the figures, which ends in .json")
     add("--work", type=command.path, default=Path("runs/unclip"), help="folder of runs (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     defaults = {
@@ -89,7 +89,12 @@ def main(argv: list[str] | None = None) -> None:
         "unclip": embedding_to_image.STEPS,
     }
     for name, steps in defaults.items():
-        add(f"--{name}-steps", type=int, default=steps, help=f"updates of {name} (default %(default)s)")
+        add(
+            f"--{name}-steps",
+            type=command.count,
+            default=steps,
+            help=f"updates of {name} (default %(default)s)",
+        )
     args = parser.parse_args(argv)
 
     steps = {name: getattr(args, f"{name}_steps") for name in defaults}

@@ -57,7 +57,7 @@ def theirs(text: list[str]):
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out = Path("results/unigram_vocabulary.json")
-    parser.add_argument("--out", type=command.path, default=out, help="the figures (default %(default)s)")
+    parser.add_argument("--out", type=command.new_file, default=out, help="the figures (default %(default)s)")
     args = parser.parse_args(argv)
     require("sentencepiece")
 

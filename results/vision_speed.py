@@ -111,9 +111,9 @@ def measure(name: str, rounds: int, onednn: str) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rounds", type=int, default=7, help="measurements of each side (default %(default)s)")
+    add("--rounds", type=command.count, default=7, help="measurements of each side (default %(default)s)")
     add("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="what is trained (default: all)")
-    add("--out", type=command.path, help="write the figures as JSON")
+    add("--out", type=command.new_file, help="write the figures as JSON")
     args = parser.parse_args(argv)
     require("transformers")
 

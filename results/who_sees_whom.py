@@ -86,7 +86,7 @@ def draw(tables: dict[str, Tensor], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=command.path, required=True, help="picture to write, a PNG")
+    parser.add_argument("--out", type=command.new_file, required=True, help="picture to write, a PNG")
     args = parser.parse_args(argv)
     draw({name: influence(*made(name)) for name in LAYERS}, args.out)
 

@@ -162,10 +162,15 @@ def train_all(args: argparse.Namespace, machine: dict) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, cache, n_cores = parser.add_argument, Path("cache"), os.cpu_count()
-    add("--steps", type=int, default=300, help="updates of a run (default %(default)s)")
-    add("--jobs", type=int, default=n_cores, help="runs at once, a thread each (default %(default)s)")
+    add("--steps", type=command.count, default=300, help="updates of a run (default %(default)s)")
+    add(
+        "--jobs",
+        type=command.count,
+        default=n_cores,
+        help="runs at once, a thread each (default %(default)s)",
+    )
     add("--cache", type=command.path, default=cache, help="folder for tokenised text (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON, and a picture beside them")
+    add("--out", type=command.new_file, help="write the figures as JSON, and a picture beside them")
     args = parser.parse_args(argv)
     data.text.prepare("stdlib", "bytes", args.cache)
     machine = {"cpu": cpu.name(), "torch": torch.__version__, "steps": args.steps}

@@ -128,3 +128,13 @@ def test_an_empty_value_of_a_path_is_refused(value, capsys):
     assert stop.value.code == 2
     expected = "argument --out: expected a value, found an empty one (an unset shell variable?)"
     assert capsys.readouterr().err == f"error: {expected} (see it --help)\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "two", ""])
+def test_a_count_is_a_whole_number_of_at_least_1(text, capsys):
+    parser = command.Parser()
+    parser.add_argument("--rounds", type=command.count)
+    assert parser.parse_args(["--rounds", "3"]).rounds == 3
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--rounds={text}"])
+    assert f"{text}: expected a whole number of at least 1" in capsys.readouterr().err

@@ -189,8 +189,8 @@ def dataset_of(path: Path, tokenizer: str, seq_len: int) -> prompts.Prompts:
 
 @torch.no_grad()
 def examine(model: nn.Module, reference: nn.Module, dataset: prompts.Prompts) -> dict[str, float]:
-    """Return means over the n questions. Of one sample each: "exact", the share of exact answers, "kl", the KL
-    to the reference in nats, and "tokens". By greedy decoding: "greedy", the share of exact answers.
+    """Return means over the n questions. Of one sample each: "exact", the share of exact answers; "kl", the
+    KL to the reference in nats; "tokens". By greedy decoding: "greedy", the share of exact answers.
     """
     policy = Policy(model.eval(), ppo.Config(method="grpo", max_new_tokens=N_NEW))
     policy.reference = Reference(reference)
@@ -212,8 +212,8 @@ def examine(model: nn.Module, reference: nn.Module, dataset: prompts.Prompts) ->
 def accuracy(reward: Path, pairs: Path) -> dict[str, float]:
     """Return the share of pairs that a reward model ranks rightly, and that guessing by length would.
 
-    "shorter" is the guess that the shorter answer is better, "longer" the opposite. A pair of answers of equal
-    length counts one half.
+    "shorter" is the guess that the shorter answer is better, "longer" the opposite. A pair of answers of
+    equal length counts one half.
     """
     records, tokenizer = read_lines(pairs), get_tokenizer(str(reward))
     score, right, shorter = scores.open_reward_model(str(reward)), 0, 0.0

@@ -1,9 +1,10 @@
-"""The studies of prompting, with three seeds: their figures and their pictures.
+"""The studies of prompting in evaluation/, with three seeds each: their figures and their pictures.
 
     python -m results.prompting_studies in_context scratchpad spelling injection
 
-Writes results/NAME.json for each study, after every seed, and results/NAME.png for those whose result is a
-curve. Seeds that are in the file already, made with the same --steps, are kept.
+in_context.py, scratchpad.py, spelling.py and injection.py explain what is asked. results/NAME.json is written
+after every seed of a study, and results/NAME.png for the first two. Seeds that are in the file already are
+kept.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
+from formats import command
 from formats.figures import load_pyplot, save_figure
 from results.keep import Ended
 
@@ -37,12 +39,12 @@ def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
 
 
 def mean_curve(curves: list[list[float]]) -> list[float]:
-    """Return the mean of the seeds, point by point."""
+    """Return the mean of several curves, point by point."""
     return [statistics.mean(values) for values in zip(*curves, strict=True)]
 
 
 def draw_in_context(pyplot, rows: list[dict]):
-    """Return the loss along training, a line per seed, and by position, the mean of the seeds."""
+    """Return a picture of the loss: along training, a line per seed; by position, the mean of the seeds."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     predictors = [name for name in rows[0]["by_position"] if name != "model"]
     depths = sorted({row["layers"] for row in rows})
@@ -66,7 +68,8 @@ def draw_in_context(pyplot, rows: list[dict]):
 
 
 def draw_scratchpad(pyplot, rows: list[dict]):
-    """Return right final answers over the number of swaps: a dot per seed, and a line through their mean."""
+    """Return a picture of the share of right final answers over the number of swaps: a dot per seed, and a
+    line through their mean."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for i, kind in enumerate(dict.fromkeys(row["kind"] for row in rows)):
         own = [row for row in rows if row["kind"] == kind]
@@ -76,7 +79,9 @@ def draw_scratchpad(pyplot, rows: list[dict]):
         dots = [row["swaps"] + 0.08 * i for row in own], [row["right"] for row in own]
         axes.plot(*dots, linestyle="", alpha=0.5, **style)
         axes.plot([n + 0.08 * i for n in lengths], means, label=kind, color=f"C{i}")
-    axes.axhline(1 / 3, color="0.5", linestyle=":", linewidth=1)
+    axes.axhline(
+        1 / 3, color="0.5", linestyle=":", linewidth=1
+    )  # a guess: the ball is under one of three cups
     axes.set(xlabel="swaps", ylabel="right final answers", ylim=(0, 1.03))
     axes.legend(fontsize=8)
     return figure
@@ -86,14 +91,12 @@ DRAWINGS = {"in_context": draw_in_context, "scratchpad": draw_scratchpad}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
-    add("--seeds", type=int, default=3, help="runs of each model (default %(default)s)")
-    add("--steps", type=int, help="steps of each run (default: each study's own)")
-    add("--out", type=Path, default=Path("results"), help="folder of the files (default %(default)s)")
+    add("studies", nargs="*", metavar="STUDY", help=f"some of {', '.join(STUDIES)} (default: all)")
+    add("--seeds", type=command.count, default=3, help="runs of each model (default %(default)s)")
+    add("--steps", type=command.count, help="steps of each run (default: each study's own)")
+    add("--out", type=command.path, default=Path("results"), help="folder of the files (default %(default)s)")
     args = parser.parse_args(argv)
     for name in args.studies or STUDIES:
         if name not in STUDIES:
@@ -102,4 +105,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

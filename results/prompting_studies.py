@@ -48,11 +48,10 @@ def draw_in_context(pyplot, rows: list[dict]):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     predictors = [name for name in rows[0]["by_position"] if name != "model"]
     depths = sorted({row["layers"] for row in rows})
-    for i, name in enumerate(predictors):
-        curve, style = mean_curve([row["by_position"][name] for row in rows]), (0, (4, 1 + i))
-        left.axhline(statistics.mean(curve), color="0.5", linestyle=style, linewidth=1)
-        left.text(0, statistics.mean(curve), name, va="bottom", fontsize=8, color="0.4")
-        right.plot(range(1, len(curve) + 1), curve, color="0.5", linestyle=style, linewidth=1, label=name)
+    for i, name in enumerate(predictors, start=2):
+        curve, style = mean_curve([row["by_position"][name] for row in rows]), {"color": f"C{i}", "ls": "--"}
+        left.axhline(statistics.mean(curve), linewidth=1, **style)
+        right.plot(range(1, len(curve) + 1), curve, linewidth=1, label=name, **style)
     for depth in depths:
         own, color = [row for row in rows if row["layers"] == depth], f"C{depth - 1}"
         for row in own:
@@ -62,7 +61,8 @@ def draw_in_context(pyplot, rows: list[dict]):
             range(1, len(curve) + 1), curve, color=color, label=f"GPT, {depth} layer{'s' * (depth > 1)}"
         )
     left.set(xlabel="steps of training", ylabel="nats per symbol", ylim=(0.8, 1.16))
-    right.set(xlabel="position in the sequence", xscale="log")
+    left.set(title="mean of all positions, a line per seed")
+    right.set(xlabel="position in the sequence", xscale="log", title="by position, mean of the seeds")
     right.legend(fontsize=8)
     return figure
 

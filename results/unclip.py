@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
             found, shown = measure(args.work, seed, steps)
             ended.add({"seed": seed} | found)
             if seed == args.seeds[0]:
-                pictures.save(args.out.parent, shown, name=f"{args.out.stem}.png")
+                labels = (*PICTURED, "variations")
+                pictures.save(args.out.parent, shown, labels=labels, name=f"{args.out.stem}.png")
 
 
 if __name__ == "__main__":

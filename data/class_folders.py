@@ -20,13 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data.rows import Dataset
-from data.text import only_one_at
+from data.text import MOST_NAMED, only_one_at
 from formats.atomic import damage, names_full_disk, replace_directory, write_checksums
 from formats.progress import progress_bar
 
 HELD_OUT = 1 / 10  # share of each class
 VAL = ("val", "valid", "validation", "test")  # names of a folder to hold out; the first that exists is used
-MOST_NAMED = 5  # files that are left out are named up to this number, and then counted
 
 
 class Kind(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.rows import Rows, stack
 
+PENALTY = 1e-3  # factor of the squared norm of W
 MOST = 10_000, 2_000  # examples to learn from, and held out, that `describe` takes from larger sets
 
 
@@ -35,10 +36,10 @@ def nearest_neighbour(train: Tensor, labels: Tensor, held: Tensor, k: int = 1) -
     return labels[nearest].mode(dim=1).values
 
 
-def logistic_regression(train: Tensor, labels: Tensor, held: Tensor, penalty: float = 1e-3) -> Tensor:
+def logistic_regression(train: Tensor, labels: Tensor, held: Tensor) -> Tensor:
     """Return the likeliest label (M,) of each of held (M, F), by a linear classifier fitted to train (N, F).
 
-    Features are float32. The loss is the mean cross-entropy in nats, plus penalty times |W|^2.
+    Features are float32. The loss is the mean cross-entropy in nats, plus PENALTY |W|^2.
     """
     # Standardise the features, and leave out those that are constant in train.
     mean, std = train.mean(0), train.std(0)
@@ -53,7 +54,7 @@ def logistic_regression(train: Tensor, labels: Tensor, held: Tensor, penalty: fl
     def closure() -> Tensor:
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss = F.cross_entropy(F.linear(train, weight, bias), labels) + penalty * weight.square().sum()
+            loss = F.cross_entropy(F.linear(train, weight, bias), labels) + PENALTY * weight.square().sum()
             loss.backward()
         return loss
 

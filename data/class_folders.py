@@ -20,13 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data.rows import Dataset
-from data.text import only_one_at
+from data.text import MOST_NAMED, only_one_at
 from formats.atomic import damage, names_full_disk, replace_directory, write_checksums
 from formats.progress import progress_bar
 
 HELD_OUT = 1 / 10  # share of each class
 VAL = ("val", "valid", "validation", "test")  # names of a folder to hold out; the first that exists is used
-MOST_NAMED = 5  # files that are left out are named up to this number, and then counted
 
 
 class Kind(NamedTuple):
@@ -120,22 +119,30 @@ def find_files(folder: Path, val: str | None, kind: Kind) -> tuple[list[Found], 
     val: the folder of --val, or None. Raises ValueError where files stand beside folders, for a class without
     files, for held-out files of other classes, and for a --val inside of the folder to learn from.
     """
-    held_out = next((name for name in VAL if (folder / name).is_dir()), VAL[0])
-    inside = {"train": folder / "train", "val": folder / held_out}
-    inside = {part: path for part, path in inside.items() if path.is_dir()}
+    # A folder train/ is the part to learn from if it is alone or beside one to hold out, and else a class.
+    folders = [path.name for path in visible_folders(folder)]
+    train, held = folder, next((folder / name for name in VAL if name in folders), None)
+    if "train" in folders and (held is not None or len(folders) == 1):
+        train = folder / "train"
+    else:
+        held = None
     if val is not None:
         held = existing_folder(val, "--val", kind)
-        inside = {"train": inside.get("train", folder), "val": held}
-        if held.resolve().is_relative_to(inside["train"].resolve()):
-            raise ValueError(f"--val {val}: is part of {inside['train']}; expected {kind.noun}s of its own")
-    if inside.keys() != {"train", "val"}:
-        members, labels = class_folders(folder, kind)
+        if held.resolve().is_relative_to(train.resolve()):
+            raise ValueError(f"--val {val}: is part of {train}; expected {kind.noun}s of its own")
+    members, labels = class_folders(train, kind)
+    if held is None:
         return hold_out(members), labels
-    (train, labels), (held, others) = (class_folders(inside[part], kind) for part in ("train", "val"))
+    held_members, others = class_folders(held, kind)
     if others != labels:
         odd = sorted(set(others) ^ set(labels))
-        raise ValueError(f"{inside['val']}: class {odd[0]!r}: expected the classes of {inside['train']}")
-    return [Found(*m, False) for m in train] + [Found(*m, True) for m in held], labels
+        raise ValueError(f"{held}: class {odd[0]!r}: expected the classes of {train}")
+    return [Found(*m, False) for m in members] + [Found(*m, True) for m in held_members], labels
+
+
+def visible_folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without the hidden ones, whose names begin with a dot."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def class_folders(folder: Path, kind: Kind) -> tuple[list[tuple[Path, int]], list[str]]:
@@ -143,7 +150,7 @@ def class_folders(folder: Path, kind: Kind) -> tuple[list[tuple[Path, int]], lis
 
     Raises ValueError where files stand beside folders, and for a folder or a class without files.
     """
-    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = visible_folders(folder)
     loose = files_in(folder, kind, deep=not folders)
     nouns, expected = f"{kind.noun}s", " ".join(kind.suffixes)
     if not folders:

@@ -8,7 +8,8 @@ them. Here a polynomial hash of each window of W words finds them, and the first
 c[j] is a random number for the value of byte j, and B is odd, so that it has an inverse. So the hashes of all
 windows of a text are a few operations on arrays. The hashes that come twice or more are found by sorting.
 Each pass over the texts sorts those of one range of values, so that memory is bounded. Then each window with
-such a hash is compared, byte for byte, with the first that had it.
+such a hash is compared, byte for byte, with the first that had it. data/cleaning_stages.py calls, in this
+order, `windows` for each text, `repeated_hashes`, and then `Repeats.cuts` and `cut` for each text.
 
 A window begins and ends with a word, so no cut is inside a word or inside the bytes of a character. Words are
 what is between spaces. A character of three bytes or more begins a word, for scripts without spaces.
@@ -19,7 +20,7 @@ cookies.
 Shapes: n bytes of a text, k windows or lines.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from itertools import pairwise
 
@@ -184,17 +185,6 @@ def cut(text: bytes, cuts: Cuts) -> bytes:
     """Return a text without intervals of it, which are in order."""
     edges = [0, *(edge for interval in cuts for edge in interval), len(text)]
     return b"".join(text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
-
-
-def remove(texts: list[str], n_words: int = WORDS) -> list[str]:
-    """Return the texts without substrings of n_words words or more that have come before."""
-    raws = [text.encode() for text in texts]
-
-    def hashes() -> Iterator[np.ndarray]:
-        return (windows(np.frombuffer(raw, np.uint8), n_words)[2] for raw in raws)
-
-    repeats = Repeats(repeated_hashes(hashes, sum(map(len, raws))), raws.__getitem__, n_words)
-    return [cut(raw, repeats.cuts(i, raw)).decode() for i, raw in enumerate(raws)]
 
 
 def lines(text: bytes) -> tuple[np.ndarray, Cuts]:

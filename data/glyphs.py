@@ -74,13 +74,19 @@ def caption(glyph: Glyph) -> str:
     return f"{FONTS[glyph.font]} {unicodedata.name(glyph.character).lower()}"
 
 
+def font_path(name: str) -> Path:
+    """Return the path of a font that matplotlib ships."""
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+
+
 @cache
 def open_font(name: str, size: int = FONT_SIZE):
     """Return a font at a size in pixels. Raises ValueError where this matplotlib does not ship it."""
-    import matplotlib
     from PIL import ImageFont
 
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    path = font_path(name)
     try:
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
@@ -100,11 +106,9 @@ def draw(glyph: Glyph) -> np.ndarray:
 @cache
 def covered(font: str) -> frozenset[int]:
     """Return the codes of the characters that a font has."""
-    import matplotlib
     from matplotlib.ft2font import FT2Font
 
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
-    return frozenset(FT2Font(str(path)).get_charmap())
+    return frozenset(FT2Font(str(font_path(font))).get_charmap())
 
 
 def all_glyphs() -> list[Glyph]:

@@ -128,11 +128,11 @@ def s_curve(similarity, bands: int = BANDS, rows: int = ROWS):
 class Signatures:
     """The functions that make signatures of K = bands x rows hashes."""
 
-    def __init__(self, bands: int = BANDS, rows: int = ROWS, seed: int = 0):
+    def __init__(self, bands: int = BANDS, rows: int = ROWS):
         """Draw the K orders. An order sorts the x by (x xor c) a modulo 2^32, with random odd c and a."""
         self.bands, self.rows = bands, rows
-        self.factors = odd_numbers(bands * rows, seed, np.uint32)[:, None]  # (K, 1)
-        self.offsets = odd_numbers(bands * rows, seed + 1, np.uint32)[:, None]
+        self.factors = odd_numbers(bands * rows, 0, np.uint32)[:, None]  # (K, 1)
+        self.offsets = odd_numbers(bands * rows, 1, np.uint32)[:, None]
         self.buffer = np.empty(bands * rows * BLOCK, np.uint32)
 
     def of(self, shingles: np.ndarray) -> np.ndarray:

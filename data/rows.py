@@ -65,10 +65,13 @@ class Dataset:
 class Loader:
     """An endless stream of samples from rows, shuffled anew in each epoch.
 
-    Sample s is the same row for the same seed, whenever and wherever it is read.
+    Sample s is the same row for the same seed, whenever and wherever it is read. Raises ValueError if there
+    are no rows.
     """
 
     def __init__(self, rows: Rows, seed: int):
+        if not len(rows):
+            raise ValueError("the data has no rows to learn from; expected at least one")
         self.rows, self.seed = rows, seed
         self.epoch, self.order = -1, np.empty(0, np.int64)  # the order of the epoch that was read last
 

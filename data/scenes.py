@@ -37,7 +37,6 @@ COLOURS = {  # red, green, blue
 SHAPES = ("bar", "square", "triangle", "diamond", "cross", "ring")
 RADII = {"small": 3.5, "large": 6.0}  # pixels from the middle of an object to its edge
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # steps in x and y
-ANSWERS = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT = frozenset((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT)
@@ -114,7 +113,7 @@ def questions(scene: Scene) -> list[Question]:
             Question("colour", f"What colour is the {first.shape}?", first.colour),
             Question("shape", f"What shape is the {first.colour} object?", first.shape),
             Question("size", f"Is {one} small or large?", first.size),
-            Question("relation", where, ANSWERS[relation]),
+            Question("relation", where, relation.removesuffix(" of")),
         ]
     return found
 

@@ -35,7 +35,7 @@ HELD_OUT = 1 / 20  # share of the text that is held out for validation
 HELD_OUT_BYTES = 4 << 20  # bytes held out at most: more would cost time and hardly add precision
 MIN_HELD_OUT = 20  # bytes of text: a loss on less says nothing
 BPE_BYTES = 64 << 20  # a tokenizer learns from about this much text: every k-th document of a larger corpus
-MOST_NAMED = 5  # texts that are skipped are named up to this number, and then counted
+MOST_NAMED = 5  # texts and files that are skipped are named up to this number, and then counted
 
 
 def prepare(

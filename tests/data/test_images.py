@@ -94,6 +94,22 @@ def test_folders_named_train_and_val_are_the_parts_and_so_is_a_folder_in_val(fol
     assert len(prepare(tmp_path / "both")[0].val) == 2
 
 
+def test_a_folder_train_is_a_part_if_it_is_alone_and_a_class_beside_other_classes(folder, tmp_path):
+    (tmp_path / "alone").mkdir()
+    shutil.copytree(folder, tmp_path / "alone" / "train")
+    shutil.copytree(folder / "cat", tmp_path / "vehicles" / "train")
+    shutil.copytree(folder / "dog", tmp_path / "vehicles" / "bus")
+    shutil.copytree(tmp_path / "vehicles", tmp_path / "other")
+    for name, val, labels, sizes in (
+        ("alone", None, ("cat", "dog"), (18, 2)),
+        ("alone", folder, ("cat", "dog"), (20, 20)),
+        ("vehicles", None, ("bus", "train"), (18, 2)),
+        ("vehicles", tmp_path / "other", ("bus", "train"), (20, 20)),
+    ):
+        dataset, _ = prepare(tmp_path / name, val=val and str(val))
+        assert dataset.labels == labels and (len(dataset.train), len(dataset.val)) == sizes
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_of_several_folders_to_hold_out_val_is_used_in_whatever_order_they_are_listed(
     backwards, folder, tmp_path, monkeypatch

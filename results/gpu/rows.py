@@ -96,9 +96,9 @@ def remaining(measurements: list, step: str, folder: Path, began: str, again: bo
     return untried + earlier
 
 
-def last_lines(text: str, n: int = 6) -> str:
-    """Return the last lines of a text that are not empty."""
-    return "\n".join([line for line in text.splitlines() if line.strip()][-n:])
+def last_lines(text: str) -> str:
+    """Return the last six lines of a text that are not empty."""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-6:])
 
 
 def is_installed(module: str) -> bool:

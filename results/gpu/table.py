@@ -126,9 +126,11 @@ def summary(rows: Rows, left: Iterable[str]) -> str:
 # --- the configurations that are kept
 
 
-def winners(rows: Rows, within: float = 1.03) -> dict[str, dict[str, str]]:
-    """Return for each operation and key the first configuration, in the order of the list, which begins with
-    the simplest, whose time is within 3 percent of the best."""
+def winners(rows: Rows) -> dict[str, dict[str, str]]:
+    """Return for each operation and key the simplest configuration within 3 percent of the fastest.
+
+    rows: in the order of steps.py, where simpler configurations come first.
+    """
     timed: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if row["step"] in ("tuning", "more tuning") and not row["failed"]:
@@ -136,5 +138,5 @@ def winners(rows: Rows, within: float = 1.03) -> dict[str, dict[str, str]]:
     chosen: dict[str, dict[str, str]] = {}
     for (operation, key), times in timed.items():
         best = min(times.values())
-        chosen.setdefault(operation, {})[key] = next(n for n, ms in times.items() if ms <= within * best)
+        chosen.setdefault(operation, {})[key] = next(n for n, ms in times.items() if ms <= 1.03 * best)
     return chosen

@@ -35,6 +35,7 @@ from data.parts import Documents, n_parts, part, read_lines, write_lines
 from data.quality_classifier import Classifier
 from formats import command
 from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from formats.json_file import write_json
 from formats.progress import progress_bar
 
@@ -288,13 +289,8 @@ def table(report: dict, names: list[str]) -> str:
 
 def draw(report: dict, names: list[str], path: Path) -> None:
     """Draw a bar for each stage, of the bytes of each source."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     stages = report["stages"]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.5 * len(stages)), layout="constrained")
+    figure, axes = load_pyplot().subplots(figsize=(8, 1.2 + 0.5 * len(stages)), layout="constrained")
     begin = np.zeros(len(stages))
     for name in names:
         found = [counts["sources"].get(name, {"bytes": 0})["bytes"] / 1e6 for counts in stages.values()]
@@ -304,9 +300,7 @@ def draw(report: dict, names: list[str], path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="MB", title="what the corpus is made of, after each stage")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    with replace_file(path) as new:
-        figure.savefig(new, dpi=120, format="png")
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 # The command.

@@ -46,8 +46,8 @@ def settled(curves: list[Curve]) -> float | None:
 
 
 def usual(y: np.ndarray) -> float | None:
-    """Return five times the median of y, None if no y is finite. A y axis ends there, so that a single spike
-    does not flatten the curve."""
+    """Return five times the median of y, none of which is negative; None if no y is finite. A y axis ends
+    there, so that a single spike does not flatten the curve."""
     finite = y[np.isfinite(y)]
     return 5 * np.median(finite) if len(finite) else None
 
@@ -104,8 +104,8 @@ def chart(
     """Return a figure of the curves that have a finite point, or "" if none has.
 
     The y axis begins at `low`, or at the smallest y if that is lower. It ends at `high`, or at the largest y
-    if that is lower; a value beyond is noted. over: what x is. band: draw the range of thinned points. kind:
-    a CSS class. text: how a value of y is written.
+    if that is lower; a larger value is noted in the legend. high: at least the smallest y. over: what x is.
+    band: draw the range of thinned points. kind: a CSS class. text: returns a value of y as text.
     """
     # Choose the ends of the axes.
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]

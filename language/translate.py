@@ -43,7 +43,7 @@ from data.text import bpe_size
 from data.text_pairs import Pair
 from data.tokenizer import get_tokenizer, train_bpe
 from formats import command
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from kernels import linear_cross_entropy
 from language.beam_search import longest_output
 from language.overlap import bleu
@@ -193,21 +193,17 @@ def draw(weights: list[Tensor], source: list[str], target: list[str], path: Path
 
     weights: (T, S) for each layer; source, target: the labels of the S and T tokens.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     size = (1.5 + 0.22 * len(source) * len(weights), 1.5 + 0.22 * len(target))  # inches
-    figure, panels = pyplot.subplots(1, len(weights), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = load_pyplot().subplots(
+        1, len(weights), figsize=size, layout="constrained", squeeze=False
+    )
     for layer, (axes, of_layer) in enumerate(zip(panels[0], weights, strict=True)):
         axes.imshow(of_layer.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(source)), source, rotation=90, fontsize=7)
         axes.set_yticks(range(len(target)), target if layer == 0 else [], fontsize=7)
         axes.set_title(f"layer {layer}", fontsize=8)
-    with replace_file(path) as new, warnings.catch_warnings(action="ignore"):  # characters without a glyph
-        figure.savefig(new, dpi=120, format="png")
-    pyplot.close(figure)
+    with warnings.catch_warnings(action="ignore"):  # characters without a glyph
+        save_figure(figure, path)
 
 
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:

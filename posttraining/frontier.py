@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from formats import command
 from formats.atomic import damage, replace_directory, replace_file, write_checksums
+from formats.figures import load_pyplot
 from formats.open_model import open_model
 from gpt import GPT, Config
 
@@ -265,11 +266,7 @@ def table() -> str:
 
 def draw(path: Path, points: Sequence[tuple[str, float, float]] = ()) -> None:
     """Draw the frontier, best-of-n and points (name, reward, KL), one colour for each name, to a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     betas = [0.1 * 1.05**i for i in range(100)] + [20.0, 50.0, 1e6]
     rewards, kls = zip(*sorted(map(optimum, betas)), strict=True)
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")

@@ -53,6 +53,7 @@ from data.corpus import documents, find_files
 from data.tokenizer import get_tokenizer
 from formats import command
 from formats.atomic import replace_directory, replace_file
+from formats.figures import load_pyplot, save_figure
 from language import masking
 from posttraining import classify, naive_bayes
 from results.keep import Ended
@@ -340,11 +341,7 @@ def table(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draw for each task the accuracy of each seed and their mean, and the loss on each held-out text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     size = (5.5 * len(tasks), 7)
     figure, axes = pyplot.subplots(2, len(tasks), figsize=size, layout="constrained", squeeze=False)
@@ -364,8 +361,7 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.set_yticks(range(len(names)), names)
             axis.grid(alpha=0.3)
     figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -38,12 +38,12 @@ from engine import cpu
 from engine.options import parse_arguments
 from engine.run import prepare
 from formats import command
+from formats.figures import load_pyplot, save_figure
 from formats.json_file import read_json, write_json
 from posttraining.nf4 import n_bytes
 from results.in_turn import measure_in_turn, peak_memory, seconds
 from results.seeds import mean_and_range
 from results.training_runs import logged
-from scaling.pictures import load_pyplot, save_figure
 
 # The flags of each method, and the learning rate at which the search for the best begins.
 METHODS = {
@@ -188,7 +188,7 @@ def plot(results: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.margins(x=0.1)
     figure.legend(loc="outside right center", fontsize=9)
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def print_table(results: dict) -> None:

@@ -58,9 +58,10 @@ from attention_variants import latent, linear, moba, native_sparse, talking_head
 from data.rows import Dataset, Loader
 from engine.optim import make_optimizers
 from formats import command
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from generate import KVCache
 from results.keep import Ended
+from results.seeds import draw
 
 KINDS = (
     "softmax",
@@ -269,11 +270,7 @@ def by_kind(rows: list[dict], task: str) -> dict[str, list[dict]]:
 def plot_text(rows: list[dict], path: Path) -> None:
     """Draw the loss by position, and its difference from that of softmax with the same seed; mean and range
     over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     x = [(a + b) / 2 for a, b in pairwise(GROUPS)]
     of_softmax = {row["seed"]: row["by_position"] for row in by_kind(rows, "text").get("softmax", [])}
@@ -282,24 +279,21 @@ def plot_text(rows: list[dict], path: Path) -> None:
         pairs = [(row["by_position"], of_softmax[row["seed"]]) for row in runs if row["seed"] in of_softmax]
         if pairs:
             curves = [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs]
-            draw(right, x, curves, kind, line.get_color())
+            draw(right, x, curves, 0.15, marker="o", markersize=3, label=kind, color=line.get_color())
     for axis, title in ((left, "loss"), (right, "loss above that of softmax")):
         axis.set(xscale="log", xlabel="position in the row, tokens", ylabel="nats per token", title=title)
         axis.grid(alpha=0.3)
     left.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_needles(rows: list[dict], path: Path) -> None:
     """Draw the share of rows answered by the length of a row; mean and range over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
     for kind, runs in by_kind(rows, "needle").items():
-        draw(axis, LENGTHS, [[100 * row["found"][str(n)] for n in LENGTHS] for row in runs], kind)
+        found = [[100 * row["found"][str(n)] for n in LENGTHS] for row in runs]
+        draw(axis, LENGTHS, found, 0.15, marker="o", markersize=3, label=kind)
     axis.axhline(100 / LETTERS, color="grey", linestyle=":", label="guess")
     axis.axvline(LONGEST, color="grey", linewidth=1)
     axis.set(xscale="log", xlabel=f"tokens of a row; trained up to {LONGEST}", ylabel="rows answered (%)")
@@ -307,25 +301,12 @@ def plot_needles(rows: list[dict], path: Path) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def means(curves: list[list[float]]) -> list[float]:
     """Return the mean of the curves at each point."""
     return [statistics.mean(values) for values in zip(*curves, strict=True)]
-
-
-def draw(axis, x, curves: list[list[float]], label: str, color: str | None = None) -> None:
-    """Draw the mean of curves, and their range as an area."""
-    (line,) = axis.plot(x, means(curves), "o-", markersize=3, label=label, color=color)
-    low, high = zip(*((min(v), max(v)) for v in zip(*curves, strict=True)), strict=True)
-    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-
-
-def save(figure, path: Path) -> None:
-    """Write a figure to a PNG file, all or nothing."""
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 
 def main(argv: list[str] | None = None) -> None:

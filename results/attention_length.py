@@ -31,12 +31,12 @@ from torch import Tensor
 
 from attention_variants import linear, moba, native_sparse
 from formats import command
+from formats.figures import load_pyplot, save_figure
 from kernels import attention
 from kernels.linear_attention import linear_attention
 from kernels.selected_attention import selected_attention
 from results.in_turn import measure_in_turn, peak_memory
 from results.keep import Ended
-from scaling.pictures import load_pyplot, save_figure
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 H, K, BLOCK, N = 4, 64, 64, 8
@@ -112,7 +112,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_xticks(LENGTHS, map(str, LENGTHS))
         axes.minorticks_off()
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def report(rows: list[dict]) -> None:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import gpt
 from attention_variants import linear, moba, native_sparse
 from formats import command
+from formats.figures import load_pyplot, save_figure
 from results import seeds
 from results.keep import Ended
-from scaling.pictures import load_pyplot, save_figure
 
 V, T, BATCH, SHORTEST, LONGEST = 64, 64, 32, 12, 32
 EVERY, N_TEST = 50, 256  # steps between two tests, and their rows
@@ -106,7 +106,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set(xlabel="FLOPs", ylabel="copied tokens (%)", title="a segment of random length, repeated")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

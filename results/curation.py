@@ -48,11 +48,11 @@ from data.tokenizer import get_tokenizer
 from engine.optim import make_optimizers, set_learning_rate
 from formats import command
 from formats.atomic import replace_directory
+from formats.figures import load_pyplot, save_figure
 from gpt import GPT, Config, make_batch
 from results import dirty_text
 from results.keep import Ended
 from results.seeds import mean_and_range
-from scaling.pictures import load_pyplot, save_figure
 
 LONGEST = 6000  # characters of a module
 VOCABULARY, SEQ_LEN, BATCH, RATE, WARMUP = 1024, 128, 16, 4e-3, 20
@@ -254,7 +254,7 @@ def plot(runs: list[Record], path: Path) -> None:
         begin = {name: begin[name] + n / 1e6 for name, n in zip(names, sizes, strict=True)}
     right.set(xlabel="MB by the label of the document")
     right.legend(fontsize=8, loc="lower right")
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,10 +37,10 @@ from data.rows import Loader, Row
 from engine import contract
 from engine.optim import default_learning_rate, learning_rate, make_optimizers
 from formats import command
+from formats.figures import load_pyplot, save_figure
 from language.expert_usage import usage
 from results import seeds
 from results.keep import Ended
-from scaling.pictures import load_pyplot, save_figure
 
 BATCH = 8
 DENSE = gpt.SIZES["tiny"]
@@ -162,7 +162,7 @@ def plot(results: list[dict], path: Path) -> None:
     right.axhline(2, color="black", linestyle=":", linewidth=1)
     right.set(xlabel="FLOPs", ylabel="load of the busiest expert, over the mean", ylim=(1, 5.5))
     right.set_title("what keeps eight experts in balance", fontsize=10)
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

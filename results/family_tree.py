@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from formats import command
-from scaling.pictures import load_pyplot, save_figure
+from formats.figures import load_pyplot, save_figure
 
 KNOWN = {  # what is known of the density: its height in the picture
     "the likelihood": 5.5,
@@ -90,7 +90,7 @@ def draw(path: Path) -> None:
     axes.text(BRANCHES, 6.6, "what is known of p", color=QUIET, va="center", ha="center")
     axes.set(xlim=(-0.7, 10.6), ylim=(-0.6, 6.9))
     axes.axis("off")
-    save_figure(figure, path, dpi=100)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 from evaluation.cap_sets import BEST_KNOWN, size
 from evaluation.funsearch import METHODS, search
 from formats import command
+from formats.figures import load_pyplot, save_figure
 from results import seeds
 from results.keep import Ended
-from scaling.pictures import load_pyplot, save_figure
 
 SEEDS = (0, 1, 2)
 MARKS = (100, 300, 1000, 3000, 10_000)  # evaluations of the table
@@ -79,7 +79,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set(xscale="log", xlabel="evaluations", ylabel="points", title=f"cap sets, n = {n}")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

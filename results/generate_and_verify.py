@@ -19,9 +19,9 @@ from pathlib import Path
 
 from evaluation.generate_and_verify import RULES, SUBMISSIONS, share_solved, study, table
 from formats import command
+from formats.figures import load_pyplot, save_figure
 from results import seeds
 from results.keep import Ended
-from scaling.pictures import load_pyplot, save_figure
 
 SEEDS = (0, 1, 2)
 KS = (1, 10, 100, 1000)
@@ -61,7 +61,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set(xscale="log", xlabel="samples k", ylabel="problems solved", title=title)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def print_table(rows: list[dict]) -> None:

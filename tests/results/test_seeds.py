@@ -2,8 +2,8 @@
 
 import pytest
 
+from formats.figures import load_pyplot
 from results import seeds
-from scaling.pictures import load_pyplot
 
 
 def test_the_mean_stands_before_the_range():

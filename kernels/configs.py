@@ -1,18 +1,20 @@
 """Tiles, warps and stages of the kernels: the defaults, the alternatives to time, and the winners of a GPU.
 
-    queries, keys ...   the size of a tile: the larger, the fewer bytes per operation, and the more registers
-    warps               per program; on Hopper four warps multiply as one group, eight are two such groups
-    stages              of the software pipeline: stages - 1 tiles are on their way while one is computed
-    tma                 tiles come through tensor descriptors, by the copy engine, where the GPU has one
-    persistent          so many programs per multiprocessor compute tile after tile: no tile waits for a start
-    interleaved         the product of the next tile runs while the exponentials of this one are computed
-    specialized         Triton gives loads and products warps of their own, on Blackwell; on Hopper, by
-                        Triton 3.6 and 3.9, the machine code of this kernel is the same without
+    queries, keys ...   the size of a tile: a larger one needs fewer bytes per operation, and more registers
+    warps               of a program; on Hopper four warps multiply as one group, eight are two such groups
+    stages              of the software pipeline: stages - 1 tiles are being loaded while one is computed
+    tma                 True to load tiles through tensor descriptors, by the GPU's copy engine if it has one
+    persistent          programs per multiprocessor that compute one tile after another, so that none has to
+                        be started for a tile; 0 to start a program for each tile
+    interleaved         True to compute the product of the next tile during the exponentials of this one
+    specialized         True to let Triton give loads and products warps of their own, on Blackwell. On
+                        Hopper, Triton 3.6 and 3.9 make the same machine code of this kernel without it
 
-The defaults are the largest tiles found that keep 16-bit inputs in registers, by what the compiler says:
-results/machine_code.json has registers, spills, shared memory and occupancy of every configuration here.
-CONFIGS are alternatives by name, the simplest first. `python -m results.gpu` times them on a GPU, and
-tuned.json beside this file, where it exists, names the winners:
+The defaults are the largest tiles found with which 16-bit inputs stay in registers, by the compiler's
+figures: results/machine_code.json has registers, spills, shared memory and programs per multiprocessor of
+every configuration here. CONFIGS are alternatives by name, the simplest first. `python -m results.gpu` times
+them on a GPU, and tuned.json beside this file, where it exists, names the fastest for each key, which is a
+head width, a width D of RMSNorm, a vocabulary V or a number of experts E:
 
     {"sm_90": {"attention_forward": {"64": name, "128": name}, ...}}
 
@@ -32,7 +34,10 @@ TUNED = Path(__file__).with_name("tuned.json")
 
 
 class Attention(NamedTuple):
-    """One kernel of attention: the forward pass, dk and dv, or dq. The last three are of the forward pass."""
+    """One kernel of attention: the forward pass, the gradients of k and v, or that of q.
+
+    Only the forward pass has the last three fields.
+    """
 
     queries: int
     keys: int
@@ -62,30 +67,30 @@ class Linear(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """RMSNorm's backward pass: at most `elements` per tile, unless a row is longer, and 4 to 16 warps."""
+    """RMSNorm's backward pass. A tile has rows of at most `elements` numbers together, or one longer row."""
 
     elements: int = 2048
-    per_warp: int = 512  # elements
+    per_warp: int = 512  # elements of a warp; a program has 4 to 16 warps
     stages: int = 3
     resident: int = 16  # warps on each multiprocessor
 
 
 class CrossEntropy(NamedTuple):
-    """Linear cross entropy: logits that a program reads at a time, and the fewest rows of a chunk."""
+    """Linear cross entropy: the logits that a program reads at a time, and the rows of a chunk."""
 
-    block: int = 4096
-    per_warp: int = 512  # logits
-    rows: int = 0  # 0: those of rows_per_chunk
+    block: int = 4096  # logits
+    per_warp: int = 512  # logits of a warp
+    rows: int = 0  # fewest rows of a chunk; 0: as many as cross_entropy.rows_per_chunk gives
 
 
 class Product(NamedTuple):
-    """A tile of a grouped product, and how much of the sum it reads at a time: 64 numbers are 128 bytes."""
+    """A tile of a grouped product, whose sums are computed in steps of `line` bytes of both factors."""
 
     rows: int
     columns: int
     warps: int
     stages: int
-    line: int = 128  # bytes
+    line: int = 128  # bytes: 64 numbers of 16 bits
     together: int = 8  # tiles of rows whose programs run side by side
 
 
@@ -100,8 +105,8 @@ Config = Attention | Backward | Linear | Norm | CrossEntropy | Grouped
 
 # --- the defaults
 
-# Attention, by largest head width: the forward pass, dk and dv, and dq. Float32 uses the row of twice its
-# width, which fits the registers in TF32 only.
+# Attention, by the largest head width: queries, keys, warps and stages of the forward pass, of dk and dv, and
+# of dq. Float32 uses the entry of twice its head width. Its tiles fit the registers in TF32 only.
 ATTENTION = {
     "Hopper": {  # and data-centre Blackwell: over 200 kB of shared memory
         64: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
@@ -123,14 +128,15 @@ ATTENTION = {
     },
     "interpreter": {512: ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))},
 }
-# Linear attention, forward and backward, in 16 bits and in float32.
+# Linear attention, by the bytes of a number: chunk, columns, warps and stages of the forward pass, and of the
+# backward pass.
 LINEAR = {
     "Hopper": {2: ((64, 64, 4, 3), (64, 64, 4, 3)), 4: ((32, 32, 4, 2), (16, 32, 8, 1, False))},
     "NVIDIA": {2: ((64, 64, 8, 2), (64, 64, 8, 2)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
     "AMD": {2: ((64, 64, 4, 1), (64, 64, 4, 1)), 4: ((32, 32, 4, 1), (16, 32, 8, 1))},
     "interpreter": {2: ((16, 16, 4, 1), (16, 16, 4, 1)), 4: ((16, 16, 4, 1), (16, 16, 4, 1))},
 }
-# Attention over selected blocks, likewise; the queries are rows of gathered heads.
+# Attention over selected blocks, like ATTENTION. "Queries" are the rows of a tile: gathered heads of queries.
 SELECTED = {
     "Hopper": {
         64: ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2)),
@@ -140,9 +146,9 @@ SELECTED = {
     },
     **{name: ATTENTION[name] for name in ("NVIDIA", "AMD", "interpreter")},
 }
-# Grouped products, by the smallest average number of rows per group; then the gradient of the matrices. Per
-# operation, a tile of 128 x 256 reads a quarter less from the L2 cache, whose speed limits Hopper, than a
-# tile of 128 x 128.
+# Grouped products, by the smallest average number of rows per group: rows, columns, warps and stages (and
+# line); then the same of the gradient of the matrices. A tile of 128 x 256 reads a quarter less from the L2
+# cache per operation than one of 128 x 128, and the speed of that cache limits Hopper.
 GROUPED = {
     "Hopper": ({128: (128, 256, 8, 3), 32: (64, 128, 4, 4), 0: (16, 64, 4, 4)}, (128, 256, 8, 3)),
     "NVIDIA": ({128: (128, 128, 8, 3), 32: (64, 128, 4, 3), 0: (16, 64, 4, 4)}, (128, 128, 8, 3)),
@@ -152,7 +158,7 @@ GROUPED = {
 }
 # Float32, which may need three products in TF32, takes more registers and so uses smaller tiles.
 GROUPED_FLOAT32 = {"Hopper": "NVIDIA", "NVIDIA": "narrow"}
-LONG_GROUPS = 128  # rows: a tuned configuration applies to groups at least this long
+LONG_GROUPS = 128  # rows of a group, on average, from which on a tuned configuration applies
 
 # --- the alternatives
 
@@ -205,7 +211,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "chunks of 64, 2 stages": Linear(64, 64, 4, 2),
         "chunks of 128": Linear(128, 64, 8, 3),
     },
-    # Of selected blocks by query: tiles of 16 rows, but for dk and dv.
+    # Attention over selected blocks, by query: tiles of 16 rows, except for dk and dv.
     "selected_attention_forward": {
         "64 keys": Attention(16, 64, 4, 3),
         "64 keys, 2 stages": Attention(16, 64, 4, 2),
@@ -223,7 +229,7 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "64x64, 3 stages": Backward(Attention(64, 64, 8, 3), Attention(16, 64, 4, 3)),
         "64x64, pointers": Backward(Attention(64, 64, 8, 2, tma=False), Attention(16, 64, 4, 2, tma=False)),
     },
-    # By block: tiles of gathered queries.
+    # Attention over selected blocks, by block: tiles of gathered queries.
     "gathered_attention_forward": {
         "128x64": Attention(128, 64, 8, 3),
         "128x64, 2 stages": Attention(128, 64, 8, 2),
@@ -272,8 +278,8 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "256x128": Grouped(Product(256, 128, 8, 3), Product(256, 128, 8, 3)),
     },
 }
-# Head widths at which a configuration spills registers on Hopper, its programs do not fit side by side, or
-# the machine code is the same as without.
+# Head widths at which a configuration is not timed on Hopper: it spills registers, or fewer of its programs
+# fit a multiprocessor than it wants, or its machine code is that of another configuration.
 NOT_ON_HOPPER = {
     "attention_forward: 128x128, interleaved": (128,),
     "attention_forward: 128x64, two persistent": (128,),
@@ -292,7 +298,7 @@ _timed: dict[str, Config] = {}
 
 @contextmanager
 def timed(operation: str, config: Config) -> Iterator[None]:
-    """Let the kernels of an operation run with this configuration, at any shape."""
+    """Let the kernels of an operation run with this configuration at any shape, within the context."""
     _timed[operation] = config
     try:
         yield
@@ -301,7 +307,7 @@ def timed(operation: str, config: Config) -> Iterator[None]:
 
 
 def names(operation: str, key: int | str) -> list[str]:
-    """Return what to time on Hopper for a key of tuned.json: a head width, D, V or E."""
+    """Return the names of the configurations to time on Hopper for a key of tuned.json, a head width say."""
     without = {name for name, keys in NOT_ON_HOPPER.items() if int(key) in keys}
     return [name for name in CONFIGS[operation] if f"{operation}: {name}" not in without]
 
@@ -314,8 +320,8 @@ def _tuned() -> dict[str, dict[str, dict[str, str]]]:
 def chosen(operation: str, arch: str, key: int, element_size: int = 2) -> Config | None:
     """Return the configuration being timed or, for 16-bit inputs, the measured one; None without either.
 
-    The measured one is that of the smallest measured key from `key` on: the tiles of a wider head fit too.
-    Raises ValueError if tuned.json has a name that is not in CONFIGS.
+    The measured one is that of the smallest measured key that is at least `key`, since the tiles for a wider
+    head fit a narrower one too. Raises ValueError if tuned.json has a name that is not in CONFIGS.
     """
     if operation in _timed:
         return _timed[operation]
@@ -342,7 +348,7 @@ def selected(arch: str, K: int, element_size: int, by_query: bool) -> tuple[Atte
     """Return the configurations of attention over selected blocks: forward, dk and dv, and dq."""
     table, width = SELECTED[family(arch)], K * max(1, element_size // 2)
     forward, dkdv, dq = (Attention(*tile) for tile in table[min(limit for limit in table if width <= limit)])
-    if by_query:  # a tile has the rows of one choice, most often 16: few for more warps
+    if by_query:  # a tile has the heads that share a choice, most often 16, which are few for more warps
         forward, dq = (tile._replace(queries=16, warps=4) for tile in (forward, dq))
     name = "selected_attention" if by_query else "gathered_attention"
     forward = chosen(f"{name}_forward", arch, width, element_size) or forward

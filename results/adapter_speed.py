@@ -2,34 +2,33 @@
 
     python -m results.adapter_speed --out results/adapter_speed.json        two minutes
 
-64 rows through gpt.py's 10m size with random weights, LoRA of rank 16 on all its linear layers, in float32:
+A batch of 64 rows goes through gpt.py's size 10m with random weights, in float32. There are 64 adapters, LoRA
+of rank 16 on all linear layers. Four ways are measured in turn:
 
-    one        all rows with the same adapter
-    64         each row with its own; with the time to gather their factors, in `use`
-    one by one the same rows, each alone with its adapter, in a loop
-    base       no adapter
+    one           all rows with the same adapter
+    64            each row with its own adapter
+    one by one    each row alone with its own adapter, in a loop
+    base          no adapter
 
-for prompts of 32 and 128 tokens (the forward pass and the last token's logits), and for 32 tokens that are
-generated after a prompt of 32, for which the factors are gathered once. The four are measured in turn. The
-figures are the median and the range of the ratios to "one".
+Each does three kinds of work: prompts of 32 and of 128 tokens (the forward pass and the logits of the last
+tokens), and 32 tokens generated after a prompt of 32. The time of the second way includes gathering the
+adapters' factors (`use`), once for each piece of work. Figures are the median seconds, and the median and
+range of their ratio to "one".
 """
 
-import argparse
-import json
+import os
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from engine import cpu
-from formats.atomic import replace_file
+from formats import command
 from gpt import GPT, SIZES
 from lora import Config, apply
 from posttraining.adapters import adapted_layers, use
+from results.in_turn import arguments, measure_in_turn, seconds, write_figures
 
 ROWS = 64
 NAMES = [f"user{i}" for i in range(ROWS)]
@@ -41,7 +40,7 @@ def build() -> GPT:
     model = GPT(SIZES["10m"]).eval()
     for name in NAMES:
         apply(model, Config(), name)
-    with torch.no_grad():  # so that the adapters change the outputs
+    with torch.no_grad():  # lora_B begins as 0, with which adapters would not change the outputs
         for layer in adapted_layers(model).values():
             for adapter in layer.adapters.values():
                 adapter.lora_B.normal_(std=0.02)
@@ -49,16 +48,16 @@ def build() -> GPT:
 
 
 def read(model: GPT, tokens: Tensor) -> Tensor:
-    """Return the logits of the last tokens."""
+    """Return the logits (B, V) of the last of tokens (B, T)."""
     return model.logits(model.hidden(tokens)[:, -1])
 
 
 def write(model: GPT, tokens: Tensor) -> Tensor:
-    """Return 32 new tokens for each row."""
+    """Return 32 new tokens (B, 32) for each row of tokens (B, T)."""
     return torch.tensor(model.generate(tokens, 32, temperature=0))
 
 
-def ways(model: GPT, work: Callable, tokens: Tensor) -> dict[str, Callable]:
+def ways(model: GPT, work: Callable, tokens: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Return the functions that are compared, each of which does this work."""
 
     def with_adapters(names):
@@ -81,44 +80,27 @@ def ways(model: GPT, work: Callable, tokens: Tensor) -> dict[str, Callable]:
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="measurements of each side (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
-    model = build()
-    results = []
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, 7, argv)
+    load, model, results = os.getloadavg()[0], build(), []
     for what, work, T in (("read 32", read, 32), ("read 128", read, 128), ("write 32", write, 32)):
         tokens = torch.randint(model.config.vocab_size, (ROWS, T), generator=torch.Generator().manual_seed(T))
-        timed = ways(model, work, tokens)
-        mixed, alone = timed["64"](), timed["one by one"]()
+        functions = ways(model, work, tokens)
+        mixed, alone = functions["64"](), functions["one by one"]()
         same = torch.equal(mixed, alone) if work is write else torch.allclose(mixed, alone, atol=1e-4)
-        seconds = {name: [] for name in timed}
-        for _ in range(args.rounds):
-            for name, run in timed.items():
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
-        for name in timed:
-            ratios = [a / b for a, b in zip(seconds[name], seconds["one"], strict=True)]
-            row = {"what": what, "adapters": name, "seconds": statistics.median(seconds[name])}
+        if not same:
+            raise ValueError(f"{what}: the rows of a batch differ from the same rows alone")
+        times = measure_in_turn({way: partial(seconds, f) for way, f in functions.items()}, args.rounds)
+        for way, of_way in times.items():
+            ratios = [a / b for a, b in zip(of_way, times["one"], strict=True)]
+            row = {"what": what, "adapters": way, "seconds": statistics.median(of_way)}
             row |= {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)], "same": same}
             results.append(row)
-            spread = f"({min(ratios):.2f}-{max(ratios):.2f})"
-            print(f"{what:9} {name:11} {row['seconds'] * 1e3:9.1f} ms {row['ratio']:6.2f}x {spread}")
-        if not same:
-            sys.exit(f"error: {what}: rows of a batch differ from the same rows alone")
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"{what:9} {way:11} {row['seconds'] * 1e3:9.1f} ms {row['ratio']:6.2f}x {spread}")
     if args.out:
-        about = {"command": "python -m results.adapter_speed --out results/adapter_speed.json"}
-        about |= {"cpu": cpu.name(), "torch": torch.__version__}
-        about |= {"threads": torch.get_num_threads()}
-        with replace_file(args.out) as new:
-            new.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
+        write_figures(args.out, "adapter_speed", load, results, peer=None)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

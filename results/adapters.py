@@ -4,45 +4,46 @@
     python -m results.adapters --base runs/base/model --out results/adapters.json      an hour on two cores
 
 Every run is one of train.py with the task instruct, on the built-in conversations about Python's standard
-library, in rows of 256 tokens, 8 to a batch. Methods need very different learning rates. So for each method
-the best rate is searched first, in steps of sqrt(10) and runs of --search-steps, until both neighbours of the
-best are worse. With that rate it is trained for --steps from --seeds seeds. The loss is that of held-out
-answers, about modules that the base has not seen. The rate is chosen by the same loss, and seed 0 is both in
-the search and in the result.
+library, in rows of 256 tokens, 8 to a batch. Methods need very different learning rates. So the best rate of
+each method is searched first, in steps of a factor sqrt(10) and runs of --search-steps updates, until both
+neighbours of the best are worse. With this rate the method is trained for --steps updates with each of
+--seeds seeds. The loss is that of held-out answers, about modules that the base has not seen. The rate is
+chosen by the same loss, and seed 0 is both in the search and in the result.
 
-    gain      (loss of the base - loss after), as a share of the gain of full fine-tuning
-    seconds   of a step (forward, backward, update), all methods in turn in one process: median over
-              --rounds, and its ratio to full fine-tuning
-    memory    bytes of the weights, and the most that one step allocates besides: activations, gradients,
+    gain      (loss of the base - loss after), as a share of the mean gain of full fine-tuning
+    seconds   of an update (forward, backward, optimizer), all methods in turn in one process: the median over
+              --rounds, and the ratio to full fine-tuning
+    memory    bytes of the weights, and the most that an update holds besides: activations, gradients,
               optimizer state
     file      bytes of adapter_model.safetensors, or of the model
 
-The figures and the answers of every run are written to --out, and a plot beside it. Runs that are in --out
-already, because the script was interrupted, are not repeated.
+The figures and the answers of every run are written to --out, and a plot beside it. Runs that are in it
+already, from the same machine, are not repeated.
 """
 
 import argparse
 import contextlib
-import json
 import math
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import train
 from engine import cpu
 from engine.options import parse_arguments
 from engine.run import prepare
-from formats.atomic import replace_file
+from formats import command
+from formats.json_file import read_json, write_json
 from posttraining.nf4 import n_bytes
+from results.in_turn import measure_in_turn, peak_memory, seconds
+from results.seeds import mean_and_range
 from results.training_runs import logged
+from scaling.pictures import load_pyplot, save_figure
 
 # The flags of each method, and the learning rate at which the search for the best begins.
 METHODS = {
@@ -77,13 +78,13 @@ def run(name: str, base: str, steps: int, lr: float, seed: int) -> dict:
     ):
         code = train.main(flags(name, base, steps, lr, seed, out))
         if code not in (0, 1):
-            raise RuntimeError(f"{name}, learning rate {lr}: train.py ended with {code}")
+            raise ValueError(f"{name}, learning rate {lr}: train.py ended with exit code {code}")
         losses = [row["val_loss"] for row in logged(Path(out)) if "val_loss" in row]
-        if code == 1:  # not finite
+        if code == 1:  # the losses were not finite
             return {"name": name, "lr": lr, "seed": seed, "before": losses[0], "after": math.inf}
-        samples = (
-            (Path(out) / "samples.txt").read_text(encoding="utf-8").rpartition("=== ")[2].partition("\n")[2]
-        )
+        # The answers of the last evaluation, which follow its title.
+        text = (Path(out) / "samples.txt").read_text(encoding="utf-8")
+        samples = text.rpartition("=== ")[2].partition("\n")[2]
         model = Path(out) / "model"
         adapter = model / "adapter_model.safetensors"
         file = adapter if adapter.exists() else model / "model.safetensors"
@@ -92,10 +93,13 @@ def run(name: str, base: str, steps: int, lr: float, seed: int) -> dict:
 
 
 def search(job: tuple[str, str, int]) -> dict:
-    """Return the best learning rate of a method, and the losses of all rates that were tried."""
+    """Return the best learning rate of a method, and the losses of all rates that were tried.
+
+    job: the method, the directory of the base, updates of a run.
+    """
     torch.set_num_threads(1)
     name, base, steps = job
-    tried: dict[float, float] = {}
+    tried: dict[float, float] = {}  # the loss by log10 of the rate
 
     def loss(k: float) -> float:
         if k not in tried:
@@ -118,9 +122,9 @@ def repeat(job: tuple[str, str, int, float, int]) -> dict:
 
 
 def costs(base: str, rounds: int) -> list[dict]:
-    """Return the trained parameters, the time of a step and the memory of each method, measured in turn."""
+    """Return the trained parameters, the memory and the time of an update of each method."""
     torch.set_num_threads(1)
-    runs, seconds, result = {}, {name: [] for name in METHODS}, []
+    runs, result = {}, []
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w", encoding="utf-8") as nowhere:
         for name in METHODS:
             with contextlib.redirect_stdout(nowhere):
@@ -137,35 +141,19 @@ def costs(base: str, rounds: int) -> list[dict]:
 
         for name, this in runs.items():
             row = {"name": name, "trained": this.sizes.n_trained, "parameters": this.sizes.n_params}
-            row |= {"weights": n_bytes(this.model), "step": most_allocated(lambda name=name: step(name))}
+            row |= {"weights": n_bytes(this.model), "step": peak_memory(partial(step, name))}
             result.append(row)
-        for _ in range(rounds):
-            for name in METHODS:
-                began = time.perf_counter()
-                step(name)
-                seconds[name].append(time.perf_counter() - began)
+        times = measure_in_turn({name: partial(seconds, partial(step, name)) for name in METHODS}, rounds)
     for row in result:
-        ratios = [a / b for a, b in zip(seconds[row["name"]], seconds["full"], strict=True)]
-        row |= {"seconds": statistics.median(seconds[row["name"]]), "ratio": statistics.median(ratios)}
+        ratios = [a / b for a, b in zip(times[row["name"]], times["full"], strict=True)]
+        row |= {"seconds": statistics.median(times[row["name"]]), "ratio": statistics.median(ratios)}
         row |= {"ratio_range": [min(ratios), max(ratios)]}
     return result
 
 
-def most_allocated(function) -> int:
-    """Return the most bytes that a function has allocated on the CPU at any one time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        function()
-    alive = most = 0
-    allocations = [e for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(allocations, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most
-
-
 def gains(results: dict) -> dict[str, list[float]]:
     """Return for each method the gains of its seeds, as shares of the mean gain of full fine-tuning."""
-    # QLoRA starts from a base in 4 bits; its gain too is measured from the base in full precision.
+    # The base of QLoRA is in 4 bits, but its gain, too, is measured from the base in full precision.
     before = next(r["before"] for r in results["runs"] if r["name"] == "full")
     gained: dict[str, list[float]] = {}
     for r in results["runs"]:
@@ -175,11 +163,8 @@ def gains(results: dict) -> dict[str, list[float]]:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Draw the gain over the share that is trained, and over the memory of a step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw the gain over the share that is trained, and over the memory of an update."""
+    pyplot = load_pyplot()
     from matplotlib.ticker import FuncFormatter
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
@@ -203,55 +188,69 @@ def plot(results: dict, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.margins(x=0.1)
     figure.legend(loc="outside right center", fontsize=9)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--base", required=True, metavar="DIR", help="model/ of a run of train.py --model gpt"
-    )
-    parser.add_argument("--steps", type=int, default=300, help="updates of a run (default %(default)s)")
-    parser.add_argument(
-        "--search-steps",
-        type=int,
-        default=150,
-        help="updates of a run that tries a learning rate (default %(default)s)",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=21, help="measurements of each side (default %(default)s)"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
-    args = parser.parse_args()
+def print_table(results: dict) -> None:
+    """Print a line for each method."""
+    shares = gains(results)
+    print(f"{'':14} {'trained':>9} {'share':>8} {'rate':>7} {'loss':>26} {'gain':>6}", end="")
+    print(f" {'step':>6} {'MB':>6} {'file':>10}")
+    for cost in results["costs"]:
+        name = cost["name"]
+        runs = [r for r in results["runs"] if r["name"] == name]
+        loss = mean_and_range([r["after"] for r in runs], ".4f")
+        print(f"{name:14} {cost['trained']:9,} {cost['trained'] / cost['parameters']:8.2%}", end="")
+        print(f" {runs[0]['lr']:7.2g} {loss:>26} {statistics.mean(shares[name]):6.1%}", end="")
+        print(f" {cost['ratio']:5.2f}x {(cost['weights'] + cost['step']) / 1e6:6.1f} {runs[0]['file']:10,}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    base = "model/ of a run of train.py --model gpt"
+    add("--base", type=command.filled, required=True, metavar="DIR", help=base)
+    add("--steps", type=command.count, default=300, help="updates of a run (default %(default)s)")
+    search = "updates of a run that tries a learning rate (default %(default)s)"
+    add("--search-steps", type=command.count, default=150, help=search)
+    add("--seeds", type=command.count, default=3, help="runs of each method (default %(default)s)")
+    add("--rounds", type=command.count, default=21, help="rounds of measurement (default %(default)s)")
+    add("--jobs", type=command.count, default=2, help="runs at a time, one thread each (default %(default)s)")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON; a plot is beside it")
+    return parser.parse_args(argv)
+
+
+def started(args: argparse.Namespace) -> dict:
+    """Return what --out holds, or nothing yet. Raises ValueError if it is of another machine or other
+    steps."""
     about = {"command": "python -m results.adapters --base runs/base/model --out results/adapters.json"}
     about |= {"cpu": cpu.name(), "torch": torch.__version__}
     about |= {"steps": args.steps, "search_steps": args.search_steps}
-    results = about | {"search": [], "runs": [], "costs": []}
-    if args.out and args.out.exists():
-        results = json.loads(args.out.read_text(encoding="utf-8"))
-        if any(results[key] != value for key, value in about.items()):
-            sys.exit(
-                f"error: {args.out} was made on another machine or with other steps than {about}; remove it"
+    if not args.out.exists():
+        return about | {"search": [], "runs": [], "costs": []}
+    results = read_json(args.out, "a file of figures")
+    for name in ("cpu", "torch", "steps", "search_steps"):
+        if results.get(name) != about[name]:
+            raise ValueError(
+                f"{args.out} holds runs made with {name} {results.get(name)!r}, and this call has "
+                f"{about[name]!r}: name another file, or remove this one"
             )
+    return results
 
-    def keep() -> None:
-        if args.out:
-            with replace_file(args.out) as new:
-                new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    results = started(args)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        # The best learning rates.
         found = [r["name"] for r in results["search"]]
         jobs = [(name, args.base, args.search_steps) for name in METHODS if name not in found]
         for result in pool.imap(search, jobs):
             print(f"{result['name']:14} learning rate {result['lr']:.2g} of {result['tried']}", flush=True)
             results["search"].append(result)
-            keep()
+            write_json(args.out, results, indent=1)
+
+        # The runs with these rates.
         lr = {r["name"]: r["lr"] for r in results["search"]}
         done = {(r["name"], r["seed"]) for r in results["runs"]}
         every = [(name, seed) for seed in range(args.seeds) for name in METHODS]
@@ -259,25 +258,13 @@ def main() -> None:
         for result in pool.imap(repeat, jobs):
             print(f"{result['name']:14} seed {result['seed']}: {result['after']:.4f}", flush=True)
             results["runs"].append(result)
-            keep()
+            write_json(args.out, results, indent=1)
     if not results["costs"]:
         results["costs"] = costs(args.base, args.rounds)
-        keep()
-    if args.out:
-        plot(results, args.out.with_suffix(".png"))
-
-    shares = gains(results)
-    print(f"{'':14} {'trained':>9} {'share':>8} {'rate':>7} {'loss':>24} {'gain':>6}", end="")
-    print(f" {'step':>6} {'MB':>6} {'file':>10}")
-    for cost in results["costs"]:
-        name = cost["name"]
-        runs = [r for r in results["runs"] if r["name"] == name]
-        after = [r["after"] for r in runs]
-        loss = f"{statistics.mean(after):.4f} ({min(after):.4f}-{max(after):.4f})"
-        print(f"{name:14} {cost['trained']:9,} {cost['trained'] / cost['parameters']:8.2%}", end="")
-        print(f" {runs[0]['lr']:7.2g} {loss:>24} {statistics.mean(shares[name]):6.1%}", end="")
-        print(f" {cost['ratio']:5.2f}x {(cost['weights'] + cost['step']) / 1e6:6.1f} {runs[0]['file']:10,}")
+        write_json(args.out, results, indent=1)
+    plot(results, args.out.with_suffix(".png"))
+    print_table(results)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -3,10 +3,11 @@
     python -m results.attention_length --out results/attention_length.json          about four minutes
 
     softmax         PyTorch's fused causal attention, as `kernels.attention` calls it
-    linear          the chunked way of attention_variants/linear.py, by kernels/linear_attention.py
-    MoBA            the choice, and attention to 8 blocks of 64 keys, of attention_variants/moba.py
+    linear          attention of attention_variants/linear.py in chunks, by kernels/linear_attention.py
+    MoBA            the choice of blocks by attention_variants/moba.py, and attention to 8 blocks of 64 keys
     native sparse   all branches of attention_variants/native_sparse.py without its projections, in the sizes
-                    of the paper, but 8 blocks of 64 keys instead of 16, and a window of 256
+                    of the paper (Yuan et al. 2025, section 4.1), but 8 blocks of 64 keys instead of 16, and a
+                    window of 256 instead of 512
 
 One row of T tokens, four heads of width 64, in float32, with one thread. Queries and keys are random, so
 neighbouring queries choose different blocks, which is the slowest case. Seconds are processor time of this
@@ -14,11 +15,11 @@ process, which other programs on the machine lengthen little. Each length is mea
 kinds in turn, and the median is written. Memory is the most that tensors take at a time beyond the inputs, by
 PyTorch's profiler.
 
-Each figure is written to --out when it is measured. Figures that are in it already are not measured again.
+Each figure is written to --out when it is measured. Figures that are in it already are not measured again,
+and those of another machine are refused.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -30,11 +31,12 @@ from torch import Tensor
 
 from attention_variants import linear, moba, native_sparse
 from formats import command
-from formats.atomic import replace_file
 from kernels import attention
 from kernels.linear_attention import linear_attention
 from kernels.selected_attention import selected_attention
+from results.in_turn import measure_in_turn, peak_memory
 from results.keep import Ended
+from scaling.pictures import load_pyplot, save_figure
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 H, K, BLOCK, N = 4, 64, 64, 8
@@ -44,27 +46,31 @@ SPARSE = native_sparse.Config(
 
 
 def of_moba(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return MoBA's attention (1, T, H, K) of q, k and v (1, T, H, K)."""
     positions = torch.arange(q.shape[1])[None]
     return selected_attention(q, k, v, moba.choose(q, k, positions, BLOCK, N), BLOCK)
 
 
 def of_native_sparse(layer: native_sparse.Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the sum of the three branches (1, T, H, K), which here share their keys and values (1, T, H,
+    K)."""
     return sum(layer.whole(q, [k] * 3, [v] * 3))
 
 
 def kinds() -> dict[str, Callable]:
     """Return the functions that are measured, by name. Each takes q, k and v, all (1, T, H, K)."""
-    s = linear.slopes(H, 0, 2, like=torch.zeros(1))
+    decays = linear.slopes(H, 0, 2, like=torch.zeros(1))  # of the first of two layers
     layer = native_sparse.Attention(SPARSE, 0)
     return {
         "softmax": partial(attention, causal=True, backend="torch"),
-        "linear": lambda q, k, v: linear_attention(q, k, v, s, backend="torch")[0],
+        "linear": lambda q, k, v: linear_attention(q, k, v, decays, backend="torch")[0],
         "MoBA": of_moba,
         "native sparse": partial(of_native_sparse, layer),
     }
 
 
 def inputs(T: int) -> list[Tensor]:
+    """Return random q, k and v, each (1, T, H, K), float32."""
     generator = torch.Generator().manual_seed(T)
     return [torch.randn(1, T, H, K, generator=generator).requires_grad_() for _ in range(3)]
 
@@ -79,27 +85,20 @@ def seconds(f: Callable, T: int) -> tuple[float, float]:
     return between - began, time.process_time() - between
 
 
-def peak_memory(f: Callable, T: int) -> int:
-    """Return the largest number of bytes allocated at a time, beyond the inputs, forward and backward."""
+def n_bytes(f: Callable, T: int) -> int:
+    """Return the most bytes that a forward and a backward pass hold at any one time, beyond the inputs."""
     leaves = inputs(T)
-    with torch.profiler.profile(profile_memory=True) as profile:
+
+    def passes() -> None:
         out = f(*leaves)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
-    held = most = 0
-    events = (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+
+    return peak_memory(passes)
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draw the seconds, forward and backward, and the memory over the length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["T"])
@@ -113,13 +112,12 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.set_xticks(LENGTHS, map(str, LENGTHS))
         axes.minorticks_off()
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_figure(figure, path, dpi=120)
 
 
 def report(rows: list[dict]) -> None:
-    """Print a table, the growth of each kind from 1,024 to 16,384 tokens, and how many times as fast as
-    softmax linear attention is at each length."""
+    """Print a table, the growth of each kind's seconds from 1,024 to 16,384 tokens, and how many times as
+    fast as softmax attention linear attention is at each length."""
     total = {(row["kind"], row["T"]): row["forward"] + row["backward"] for row in rows}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of = [row for row in rows if row["kind"] == kind]
@@ -131,45 +129,38 @@ def report(rows: list[dict]) -> None:
             print(f"T {T}: softmax / linear = {total['softmax', T] / total['linear', T]:.1f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--lengths",
-        type=int,
+        type=command.count,
         nargs="+",
         default=list(LENGTHS),
-        help="tokens of a row (default: 512 to 16384)",
+        help="tokens of a row (default: 512, 1024 and so on to 16384)",
     )
-    add("--rounds", type=int, default=3, help="measurements of each (default %(default)s)")
-    add("--out", type=command.path, required=True, help="write the figures as JSON, and a plot beside them")
-    args = parser.parse_args()
+    add("--rounds", type=command.count, default=3, help="rounds of measurement (default %(default)s)")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON; a plot is beside it")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     shown = "python -m results.attention_length --out results/attention_length.json"
-    ended = Ended(args.out, {"command": shown, "threads": 1, "heads": H, "width": K}, rows="results")
+    about = {"command": shown, "threads": 1, "heads": H, "width": K}
+    ended = Ended(args.out, about, rows="results", same=("cpu", "torch", "threads", "heads", "width"))
     functions = kinds()
     for T in args.lengths:
         missing = {kind: f for kind, f in functions.items() if not ended.has(kind=kind, T=T)}
-        # Short texts have one more round. The first is not counted, because it contains what only the first
-        # call of a function does.
-        rounds = [
-            {kind: seconds(f, T) for kind, f in missing.items()} for _ in range(args.rounds + (T < 4096))
-        ]
-        for kind, f in missing.items():
-            forward, backward = zip(*(r[kind] for r in rounds[-args.rounds :]), strict=True)
-            row = {"kind": kind, "T": T, "forward": statistics.median(forward)}
-            row |= {
-                "backward": statistics.median(backward),
-                "rounds": args.rounds,
-                "bytes": peak_memory(f, T),
-            }
+        # The first call of a function does more than others. In the seconds of a long row this is lost, so
+        # only short ones have a round to warm up.
+        sides = {kind: partial(seconds, f, T) for kind, f in missing.items()}
+        for kind, times in measure_in_turn(sides, args.rounds, warm_up=T < 4096).items():
+            forward, backward = (statistics.median(of_pass) for of_pass in zip(*times, strict=True))
+            row = {"kind": kind, "T": T, "forward": forward, "backward": backward}
+            row |= {"rounds": args.rounds, "bytes": n_bytes(functions[kind], T)}
             ended.add(row)
             print(f"{kind:14} T {T:6} {row['forward']:.3f} {row['backward']:.3f} s", flush=True)
     report(ended.rows)
-    plot(json.loads(args.out.read_text(encoding="utf-8"))["results"], args.out.with_suffix(".png"))
+    plot(ended.rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

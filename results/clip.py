@@ -5,28 +5,27 @@
 
 Parts, each with --seeds seeds:
 
-    glyphs        the default run: characters and styles named by prompts, and captions found, of pairs of a
-                  font and a character that were held out
-    scenes        two drawn objects: scenes found by their captions; the right caption against one with the
-                  colours swapped, and against one with the relation reversed. Of pairs of a colour and a
-                  shape that occur among those to learn from, and of pairs that do not
+    glyphs        the default run, on letters. Of held-out pairs of a font and a character: how often the
+                  model names the character and the style by prompts, and finds the caption of an image
+    scenes        the default run with --data scenes, of two drawn objects each: how often the model finds a
+                  scene by its caption, and prefers the right caption to one with the colours swapped, and to
+                  one with the relation reversed. Measured for pairs of a colour and a shape that occur in the
+                  training scenes, and for pairs that do not
     objectives    the default run with SigLIP's loss, and with AdamW for all weights
 
 Beside the figures of the model stand those of chance. Every run is one of train.py in --work, and is not
-repeated if it is there. The figures are written to --out after each run.
+repeated if it is there. The figures are written to --out after each run; those of other parts and seeds that
+are in it stay.
 """
 
 import argparse
-import json
 from pathlib import Path
-
-import torch
 
 from data import captions
 from data.tokenizer import get_tokenizer
-from engine import cpu
 from formats import command
-from formats.atomic import replace_file
+from formats.json_file import read_json, write_json
+from results.keep import machines
 from results.training_runs import run
 from vision import zero_shot
 from vision.clip import CLIP
@@ -42,7 +41,7 @@ RUNS = {  # the flags of each part's runs
 
 
 def figures_of(work: Path, part: str, name: str, seed: int) -> dict[str, float]:
-    """Return the figures of one of RUNS from one seed, and those of chance."""
+    """Return the figures of one of RUNS with a seed, and those of chance."""
     out, flags = work / f"{part}-{name}-{seed}", RUNS[part][name]
     figures = {"loss": run(out, seed, "--model", "clip", *flags)["val_loss"]}
     model, tokenizer = CLIP.from_pretrained(out / "model").eval(), get_tokenizer(str(out / "model"))
@@ -55,9 +54,9 @@ def figures_of(work: Path, part: str, name: str, seed: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON")
     add(
         "--work",
         type=command.path,
@@ -65,17 +64,17 @@ def main(argv: list[str] | None = None) -> None:
         help="folder of runs (default %(default)s)",
     )
     parts = ["glyphs", "scenes"]
-    add("--parts", nargs="+", choices=list(RUNS), default=parts, help="what to do (default glyphs scenes)")
+    add("--parts", nargs="+", choices=list(RUNS), default=parts, help="parts to do (default glyphs scenes)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     args = parser.parse_args(argv)
 
-    figures = {"cpu": cpu.name(), "torch": torch.__version__}
+    known = read_json(args.out, "a file of figures") if args.out.exists() else {}
+    figures = known | machines(known)
     for seed in args.seeds:
         for part in args.parts:
             for name in RUNS[part]:
                 figures.setdefault(f"{part}, {name}", {})[str(seed)] = figures_of(args.work, part, name, seed)
-                with replace_file(args.out) as new:
-                    new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                write_json(args.out, figures, indent=1)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,27 @@
     python -m results.clip_speed --out results/clip_speed.json          some minutes
 
 Both sides compute the contrastive loss of the same batch in float32, its gradients, and a step of fused
-AdamW. The weights of theirs are those that ours writes, and both losses are compared before any timing. Each
-image and each caption has as many tokens on both sides. The steps are made in turn, A B A B, in one
-process; the first of each is not counted. Pairs per second are by the time that the processor spends on this
-process with one thread: what else runs on the machine does not count.
+AdamW. transformers reads the weights that ours writes, and both losses are compared before any timing. Each
+image and each caption has as many tokens on both sides. The steps are made in turn in one process with one
+thread, and the first of each is not counted. Pairs per second are by processor time of this process, which
+other programs on the machine lengthen little.
 
-What ours does less: the last layer of each tower computes the one token that is read; queries, keys and
-values are one product; the activation's gradient is computed in place.
+Ours computes less: the last layer of each tower computes only the token that is read. Besides, its queries,
+keys and values are one product, and the activation's gradient is computed in place.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from engine import cpu
 from formats import command
-from results.in_turn import compared, measure_in_turn, opened_by, write_figures
+from results.in_turn import arguments, compared, measure_in_turn, opened_by, rate, write_figures
 from vision.clip import CLIP, SIZES, Config
 
 WIDE = {"n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1536, "image_size": 64, "n_channels": 3}
@@ -58,26 +57,20 @@ def sides_of(ours: CLIP, batch: dict[str, Tensor]) -> dict[str, tuple[nn.Module,
     }
 
 
-def measurement(model: nn.Module, loss: Callable[[], Tensor], n: int) -> Callable[[], float]:
-    """Return a function that makes a training step on n pairs, and returns pairs per second."""
+def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """Return a function that makes a training step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step() -> float:
-        began = time.process_time()
+    def step() -> None:
         loss().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return n / (time.process_time() - began)
 
     return step
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--rounds", type=int, default=9, help="measurements of each side (default %(default)s)")
-    add("--out", type=command.path, help="write the figures as JSON")
-    args = parser.parse_args(argv)
+    args = arguments(__doc__, 9, argv)
     torch.set_num_threads(1)
     cpu.multiply_by_onednn()  # for both sides: it is a setting of the process
     load, results = os.getloadavg()[0], []
@@ -86,13 +79,15 @@ def main(argv: list[str] | None = None) -> None:
         ours = CLIP(config).train()
         sides = sides_of(ours, batch_of(config, n, n_tokens))
         torch.testing.assert_close(*(loss() for _, loss in sides.values()), rtol=1e-5, atol=1e-5)
-        steps = {side: measurement(model, loss, n) for side, (model, loss) in sides.items()}
         print(f"{name}: batches of {n} pairs")
-        figures = measure_in_turn(steps, 1 + args.rounds)
-        figures = {side: rates[1:] for side, rates in figures.items()}
+        timed = {
+            side: partial(rate, step_of(model, loss), n, clock=time.process_time)
+            for side, (model, loss) in sides.items()
+        }
+        figures = measure_in_turn(timed, args.rounds, warm_up=1)
         results += compared(figures, "transformers", unit="pairs", shape=name, batch=n)
     if args.out:
-        write_figures(Path(args.out), "clip_speed", load, results)
+        write_figures(args.out, "clip_speed", load, results)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Does clean text make a better model? A small GPT trained at equal tokens on dirty, cleaned and chosen
-text.
+"""Does clean text make a better model? A small GPT learns from dirty, cleaned and chosen text.
 
     python -m results.curation --out results/curation.json          15 minutes of one core
 
@@ -9,20 +8,24 @@ model of 320,000 parameters reads the same number of tokens of
 
     clean               the modules without dirt: what cleaning can reach at best
     dirty               the modules with dirt
-    dirty, less         a random part of the same, of as many bytes as what cleaning leaves
-    cleaned             what data/clean.py leaves of it: rules, copies, near copies, substrings, test items
+    dirty, less         a random part of the dirty documents, of as many bytes as cleaning leaves
+    cleaned             what data/clean.py leaves of them: it removes by rules, copies, near copies, repeated
+                        substrings and test items
 
-and, of the dirty documents, that half which
+and of half of the dirty documents:
 
-    random half         chance chose
-    perplexity half     a model trained on the dirty text predicts best (data/curate.py, perplexity)
-    Ask-LLM half        the same model most likely answers "yes" for (data/curate.py, ask_llm)
-    classifier half     looks most like 40 other clean modules (data/curate.py, classifier)
+    random half         chosen at random
+    perplexity half     those that a model trained on the dirty text predicts best
+    Ask-LLM half        those for which this model most likely answers "yes", when asked if a text is good
+    classifier half     those that look most like 40 other clean modules, to a linear classifier
 
-The measure is bits per byte of 40 held-out modules without dirt, for three seeds. All runs have one
-tokenizer, learned from the 40 other modules, and one learning rate. A smaller set is read more often: the
-epochs are beside each figure. Runs that have ended are in the file, and the same command continues after an
-interruption."""
+The three scores are those of data/curate.py (perplexity, ask_llm, classifier).
+
+The measure is bits per byte of another 40 modules without dirt, which are held out, for three seeds. All runs
+have one tokenizer, learned from the 40 modules of the classifier, and one learning rate. A smaller text is
+read more often: the number of epochs is beside each figure. Runs that have ended are in the file, and the
+same command continues after an interruption.
+"""
 
 import argparse
 import json
@@ -48,6 +51,8 @@ from formats.atomic import replace_directory
 from gpt import GPT, Config, make_batch
 from results import dirty_text
 from results.keep import Ended
+from results.seeds import mean_and_range
+from scaling.pictures import load_pyplot, save_figure
 
 LONGEST = 6000  # characters of a module
 VOCABULARY, SEQ_LEN, BATCH, RATE, WARMUP = 1024, 128, 16, 4e-3, 20
@@ -66,15 +71,25 @@ Record = dict
 
 
 def modules(n: int) -> tuple[list[str], list[str], list[str]]:
-    """Return the texts of n modules to plant dirt in, of those that are held out, and of others."""
+    """Return the texts of n modules to plant dirt in, of n / 4 that are held out, and of n / 4 others.
+
+    Raises ValueError if the library has too few modules.
+    """
     texts = [Path(path).read_text(encoding="utf-8")[:LONGEST] for _, path in stdlib_files()]
     texts = [text for text in texts if len(text) > 1000]
     rest = [text for i, text in enumerate(texts) if i % 8 not in (0, 4)]
-    return rest[:n], texts[::8][: n // 4], texts[4::8][: n // 4]
+    held_out, others = texts[::8], texts[4::8]
+    most = min(len(rest), 4 * len(held_out), 4 * len(others))
+    if not 4 <= n <= most:
+        raise ValueError(
+            f"--texts {n}: expected 4 to {most}, of the {len(texts)} modules of Python's library"
+        )
+    return rest[:n], held_out[: n // 4], others[: n // 4]
 
 
 def write(path: Path, records: list[Record]) -> Path:
-    """Write records to path, unless it holds them: clean.py and curate.py ask for an unchanged file."""
+    """Write records to path, unless it holds them: clean.py and curate.py continue where a file is
+    unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -83,17 +98,18 @@ def write(path: Path, records: list[Record]) -> Path:
 
 
 def read(folder: Path) -> list[Record]:
-    """Return the records in the parts of a folder."""
+    """Return the records in the parts of a folder that clean.py or curate.py has written."""
     paths = sorted(folder.glob("part-*.jsonl"))
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def n_bytes(records: list[Record]) -> int:
+    """Return the bytes of the texts, in UTF-8."""
     return sum(len(record["text"].encode()) for record in records)
 
 
 class Texts:
-    """The documents of all arms, made in a folder when they are needed."""
+    """The documents of all arms, made in a folder when they are needed. An arm is one of the texts above."""
 
     def __init__(self, folder: Path, n: int):
         self.folder = folder
@@ -115,7 +131,7 @@ class Texts:
         corpus.tokenizer.save(self.tokenizer)
 
     def arm(self, name: str, seed: int) -> list[Record]:
-        """Return the documents that the runs of an arm read. seed: of the arms that are drawn by chance."""
+        """Return the documents that the runs of an arm read. seed: for the arms that are chosen at random."""
         generator = random.Random(seed)
         if name in ("clean", "dirty"):
             return getattr(self, name)
@@ -136,10 +152,11 @@ class Texts:
         raise ValueError(f"arm {name!r}: expected one of {', '.join((*CLEANING, *CHOOSING))}")
 
     def judge(self, score: str) -> Path:
-        """Return the folder of the classifier, or of a model trained on the dirty text."""
+        """Return the folder of what scores the documents: the classifier, or a model trained on dirty
+        text."""
         folder = self.folder / ("judge of quality" if score == "classifier" else "judge")
         if score == "classifier" and not folder.exists():
-            flags = [word for side in ("good=others", "other=dirty") for word in self.side(*side.split("="))]
+            flags = ["--good", str(self.paths["others"]), "--other", str(self.paths["dirty"])]
             with redirect_stdout(None):
                 quality_classifier.main([*flags, "--out", str(folder)])
         elif not folder.exists():
@@ -149,11 +166,8 @@ class Texts:
                 get_tokenizer(str(self.tokenizer)).save(new)
         return folder
 
-    def side(self, flag: str, name: str) -> list[str]:
-        return [f"--{flag}", str(self.paths[name])]
-
     def made_by(self, module, name: str, flags: list[str]) -> list[Record]:
-        """Return what a command leaves of the dirty documents."""
+        """Return the dirty documents that a module's command leaves, run with these flags."""
         out = self.folder / name
         with redirect_stdout(None):
             module.main([str(self.paths["dirty"]), "--out", str(out), "--keep-rejected", *flags])
@@ -163,7 +177,10 @@ class Texts:
 def train(
     records: list[Record], texts: Texts, seed: int, steps: int, context: int = SEQ_LEN
 ) -> tuple[GPT, dict]:
-    """Return a model trained on documents, in rows of `context` tokens, and the figures of the run."""
+    """Return a model trained on documents, in rows of `context` tokens, and the figures of the run.
+
+    A step has BATCH x SEQ_LEN tokens for every context.
+    """
     path = write(texts.folder / "arm.jsonl", records)
     with redirect_stdout(None):
         cache, held_out = texts.folder / "cache", str(texts.paths["held_out"])
@@ -196,6 +213,7 @@ def train(
 
 @torch.no_grad()
 def bits_per_byte(model: GPT, held_out) -> float:
+    """Return the bits that the model needs per byte of the held-out text."""
     total = 0.0
     for rows in in_order(held_out, 64):
         batch = make_batch(rows, model.config, None)
@@ -204,25 +222,20 @@ def bits_per_byte(model: GPT, held_out) -> float:
 
 
 def table(runs: list[Record]) -> str:
-    """Return the rows of the table: the mean of the seeds, and their range."""
+    """Return a table of Markdown with a line for each text: the mean of its seeds, and their range."""
     lines = ["| text | documents | tokens in it | epochs | bits per byte |", "|---|---|---|---|---|"]
     for name in (*CLEANING, *CHOOSING):
         of = [run for run in runs if run["arm"] == name]
         if of:
-            values, first = [run["bits_per_byte"] for run in of], of[0]
-            mean = f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            first, figures = of[0], mean_and_range([run["bits_per_byte"] for run in of])
             sizes = f"{first['documents']} | {first['tokens']:,} | {first['epochs']:.1f}"
-            lines.append(f"| {name} | {sizes} | {mean} |")
+            lines.append(f"| {name} | {sizes} | {figures} |")
     return "\n".join(lines)
 
 
 def plot(runs: list[Record], path: Path) -> None:
     """Draw a dot for each seed and a bar for their mean, and what each text is made of."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     names = [name for name in (*CLEANING, *CHOOSING) if any(run["arm"] == name for run in runs)][::-1]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     for y, name in enumerate(names):
@@ -241,24 +254,34 @@ def plot(runs: list[Record], path: Path) -> None:
         begin = {name: begin[name] + n / 1e6 for name, n in zip(names, sizes, strict=True)}
     right.set(xlabel="MB by the label of the document")
     right.legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--arms", nargs="*", default=[*CLEANING, *CHOOSING], help="texts to train on (default all)")
-    add("--texts", type=int, default=160, help="modules that dirt is planted in (default %(default)s)")
-    add("--steps", type=int, default=400, help="steps of a run, of 2,048 tokens each (default %(default)s)")
-    add("--seeds", type=int, default=3, help="runs of each text (default %(default)s)")
-    add("--cache", type=command.path, default=Path("cache/curation"), help="folder (default %(default)s)")
-    add("--out", type=command.path, required=True, help="file for the figures, JSON; a plot is beside it")
+    arms = [*CLEANING, *CHOOSING]
+    add("--arms", nargs="+", choices=arms, default=arms, help="texts to train on (default all)")
+    add(
+        "--texts",
+        type=command.count,
+        default=160,
+        help="modules that dirt is planted in (default %(default)s)",
+    )
+    add(
+        "--steps",
+        type=command.count,
+        default=400,
+        help="steps of a run, of 2,048 tokens each (default %(default)s)",
+    )
+    add("--seeds", type=command.count, default=3, help="runs of each text (default %(default)s)")
+    cache = Path("cache/curation")
+    add("--cache", type=command.path, default=cache, help="folder for the texts (default %(default)s)")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON; a plot is beside it")
     args = parser.parse_args(argv)
     about = {"steps": args.steps, "texts": args.texts, "longest": LONGEST}
     kept = Ended(args.out, about, rows="runs", same=SETTINGS)
-    texts = Texts(args.cache, args.texts)
+    texts = Texts(args.cache / f"{args.texts} texts", args.texts)  # the judges are of these texts
     for seed in range(args.seeds):
         for name in args.arms:
             if kept.has(arm=name, seed=seed):

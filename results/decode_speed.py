@@ -1,21 +1,21 @@
-"""Cached greedy decoding on this machine, beside transformers' generate, of small random models.
+"""How fast is greedy decoding with a cache beside `generate` of transformers, for small random models?
 
     python -m results.decode_speed --out results/decode_speed.json        (needs tests/requirements.txt)
 
-Both sides continue the same prompts by the same tokens (checked), in float32, prefill included, measured in
-turn (A B A B ...).
+Both sides have the same weights, in float32, and continue prompts of 16 tokens by 128. They must choose the
+same tokens, which is checked before any timing, and are measured in turn. The time includes that of the
+prompts.
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from formats import command
 from gpt import GPT, SIZES, Config
-from results.in_turn import compared, measure_in_turn, opened_by, rate, write_figures
+from results.in_turn import arguments, compared, measure_in_turn, opened_by, rate, write_figures
 
 SHAPES = {
     "4 layers, width 64": Config(4, 4, 64, 176, 8192, 512, n_kv_heads=2),
@@ -26,7 +26,7 @@ SHAPES = {
 PROMPT, NEW = 16, 128  # tokens
 
 
-def both_models(config: Config):
+def both_models(config: Config) -> tuple[GPT, torch.nn.Module]:
     """Return our model with random weights, and the same one as transformers opens it."""
     import transformers
 
@@ -36,7 +36,7 @@ def both_models(config: Config):
 
 
 def generators(ours: GPT, theirs, batch: int) -> dict[str, Callable[[], list[list[int]]]]:
-    """Return for each side a function that continues the same random prompts."""
+    """Return for each side a function that continues the same random prompts and returns the new tokens."""
     prompts = torch.randint(ours.config.vocab_size, (batch, PROMPT))
     mask = torch.ones_like(prompts)
     options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
@@ -47,16 +47,8 @@ def generators(ours: GPT, theirs, batch: int) -> dict[str, Callable[[], list[lis
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="measurements of each side (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
-
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(__doc__, 7, argv)
     results, load = [], os.getloadavg()[0]
     for name, shape in SHAPES.items():
         ours, theirs = both_models(shape)
@@ -64,15 +56,14 @@ def main() -> None:
             sides = generators(ours, theirs, batch)
             first, *others = [generate() for generate in sides.values()]
             if any(tokens != first for tokens in others):
-                raise SystemExit(f"{name}, batch {batch}: the tokens differ")
+                raise ValueError(f"{name}, batch {batch}: the two sides choose different tokens")
             print(f"{name}, batch {batch}")
             timed = {side: partial(rate, generate, batch * NEW) for side, generate in sides.items()}
             figures = measure_in_turn(timed, args.rounds)
             results += compared(figures, "transformers", shape=name, batch=batch)
-
     if args.out:
         write_figures(args.out, "decode_speed", load, results)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

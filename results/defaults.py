@@ -1,13 +1,13 @@
-"""The default run of each concept: what it reaches, beside the guess that its log begins with.
+"""The default run of each of MODELS: what it reaches, beside the guess that its log begins with.
 
-    python -m results.defaults --out results/defaults.json                        all, hours
+    python -m results.defaults --out results/defaults.json                        all of them, hours
     python -m results.defaults --out results/defaults.json --names igpt --seeds 0 1 2
     python -m results.defaults --out results/defaults.json --table                print the file as a table
 
 Every run is one of train.py in --work: it is continued if it was interrupted, and not repeated if it has
 ended. The figures are written to --out after each run, and those in it are kept. Minutes are those of the
-steps, with the threads that the row names, on a machine that may have been busy. Runs that need another
-model's run make it first, if there is none.
+steps, with the threads that the row names, on a machine that may have been busy. A model that needs another
+one, as latent_diffusion needs an autoencoder, trains it first, if there is none.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def measure(work: Path, name: str, seed: int) -> dict:
 
 
 def in_a_table(rows: list[dict]) -> str:
-    """Return the rows as a table of Markdown, a line for each command: the mean over its seeds, and the range
-    where there are several."""
+    """Return the rows as a table of Markdown, with a line for each command: the mean over its seeds, and the
+    range where there are several."""
     lines = ["| command | minutes | held out | seeds | guess |", "|---|---|---|---|---|"]
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
@@ -70,21 +70,23 @@ def in_a_table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures, which ends in .json")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON")
     add(
         "--work",
         type=command.path,
         default=Path("runs/defaults"),
         help="folder of runs (default %(default)s)",
     )
-    add("--names", nargs="+", choices=RUNS, default=list(RUNS), help="these (default: all)")
+    add("--names", nargs="+", choices=RUNS, default=list(RUNS), help="runs to make (default: all)")
     add("--seeds", type=int, nargs="+", default=[0], help="seeds (default 0)")
     add("--table", action="store_true", help="make no run, and print what the file holds as a table")
     args = parser.parse_args(argv)
 
     ended = Ended(args.out)
+    if args.table and not ended.rows:
+        raise ValueError(f"--table: there are no rows in {args.out}; make runs first, without --table")
     for seed in args.seeds if not args.table else ():
         for name in args.names:
             if not ended.has(name=name, seed=seed):

@@ -1,17 +1,21 @@
 """Planted dirt in the library's text: what each stage of data/clean.py finds of it, and what else it takes.
 
-    python -m results.dirty_text --out results/dirty_text.json      half a minute of one core
+    python -m results.dirty_text --out results/dirty_text.json      ten seconds of one core
 
-The text is modules of Python's own library, each cut to 20,000 characters. Into it go, with labels:
+The text is modules of Python's own library, each cut to 20,000 characters. Dirt is planted in it, and each
+document has a label:
 
     exact copies          of whole modules
-    near copies           with some lines dropped and new ones added, so that J is from .4 to 1
+    near copies           with some lines dropped and new ones added, so that the Jaccard similarity J to the
+                          original (of shingles, data/near_duplicates.py) is from .4 to 1
     a licence             of 78 words, at the head of half of the modules
-    junk                  base64, minified, shuffled characters, one line again and again, generated tables
-    test items            in modules: of 30 words or 6, word by word; with other words between (paraphrased)
+    junk                  base64, minified code, shuffled characters, one line 200 times, generated tables
+    test items            in modules: questions of 30 words or 6, word by word, or with other words between
+                          (paraphrased)
 
-Counted: how many documents of each label each stage takes, "clean" among them; near copies beside what the
-S-curve lets the stage find; and the licences that are cut, all but the first.
+Counted are: the documents of each label, "clean" among them, that each stage removes; the near copies that it
+finds, beside the number that the S-curve of its hashes lets it expect; and the licences that are cut, which
+are all but the first.
 """
 
 import argparse
@@ -54,6 +58,7 @@ def near_copy(text: str, share: float, generator: random.Random) -> str:
 
 
 def junk(kind: str, text: str, generator: random.Random) -> str:
+    """Return text of a kind that no model should learn from. text: what is minified or shuffled."""
     if kind == "base64":
         return base64.b64encode(generator.randbytes(3000)).decode()
     if kind == "minified":
@@ -66,13 +71,16 @@ def junk(kind: str, text: str, generator: random.Random) -> str:
 
 
 def item(generator: random.Random, n: int) -> str:
+    """Return a question of n random words."""
     return " ".join(f"{generator.choice(NOUNS)}{generator.choice('abcdefgh')}" for _ in range(n))
 
 
 def plant(texts: list[str], seed: int) -> tuple[list[dict], list[dict]]:
-    """Return records {"text", "label", ...}, in which copies come behind their originals, and test items."""
+    """Return records {"id", "text", "label", ...}, in which copies come after their originals, and the test
+    items {"question"}."""
     generator = random.Random(seed)
     records, items, n = [], [], len(texts)
+    # The modules: every second one with the licence, every twelfth with an item, the others clean.
     for i, text in enumerate(texts):
         record = {"label": "clean", "text": text}
         if i % 2:
@@ -87,6 +95,8 @@ def plant(texts: list[str], seed: int) -> tuple[list[dict], list[dict]]:
             items.append({"question": question})
         records.append(record)
     generator.shuffle(records)
+
+    # Copies of a quarter of as many modules, a third of them exact, and junk.
     sources = generator.sample([row for row in records if row["label"] == "clean"], n // 4)
     for row in sources[: n // 12]:
         records.append({"label": "exact copy", "text": row["text"]})
@@ -120,14 +130,18 @@ def measure(texts: list[str], seed: int) -> dict:
 
 
 def figures(records: list[dict], gone: list[dict]) -> dict:
-    """Return how many documents of each label each stage took, the near copies by the S-curve, and cuts."""
+    """Return how many documents of each label each stage removed, the near copies found and expected, and the
+    licences cut.
+
+    records: all documents, as `plant` returns them. gone: the records of --keep-rejected.
+    """
     planted = Counter(row["label"] for row in records)
     taken = {stage: Counter() for stage in ("rules", "exact", "near", "substrings", "decontaminate")}
     for row in gone:
         if row["stage"] != "substrings" or row["reason"].startswith("nothing but"):
             taken[row["stage"]][row["record"]["label"]] += 1
 
-    # Near copies that were left to the stage, and how many of them the S-curve lets it find.
+    # The near copies that earlier stages left, and the mean and standard deviation of how many are found.
     before = {row["record"]["id"] for row in gone if row["stage"] in ("rules", "exact")}
     left = [row for row in records if row["label"] == "near copy" and row["id"] not in before]
     alike = [row for row in left if row["similarity"] >= near_duplicates.SIMILARITY]
@@ -138,7 +152,7 @@ def figures(records: list[dict], gone: list[dict]) -> dict:
     near |= {"sigma": float(np.sqrt((chances * (1 - chances)).sum()))}
     near["found below .75"] = sum(row["id"] in ids for row in left) - near["found of these"]
 
-    # The first licence stays.
+    # The licences that are cut. The first stays.
     pieces = [row for row in gone if row["stage"] == "substrings"]
     licences = sum("without a fee, as long as these lines" in row["text"] for row in pieces)
     n_reached = sum(row["label"] == "licence" and row["id"] not in before | ids for row in records)
@@ -152,10 +166,12 @@ def figures(records: list[dict], gone: list[dict]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=360, help="modules of the library (default %(default)s)")
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--texts", type=command.count, default=360, help="modules of the library (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the dirt (default %(default)s)")
-    parser.add_argument("--out", type=command.path, required=True, help="file for the figures, JSON")
+    parser.add_argument("--out", type=command.new_file, required=True, help="file for the figures, JSON")
     args = parser.parse_args(argv)
     texts = [Path(path).read_text(encoding="utf-8")[:LONGEST] for _, path in stdlib_files()]
     texts = [text for text in texts if len(text) > 1000][: args.texts]

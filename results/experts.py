@@ -7,23 +7,22 @@ Every run is gpt.py's tiny size or moe.py's, on the source text of the standard 
 backward; of the experts, only those that a token uses count).
 
     models     as many FLOPs as --steps updates of the dense model: the dense model; the 2 best of 8 experts
-               of half its MLP's width, with weights that add up to 1 or to 2; and DeepSeekMoE, with as many
-               parameters: each of these experts split in two, one of the 16 shared and the 3 best of the
-               others. All mixtures have a sigmoid router and Switch's balance loss
-    balance    as many as --balance-steps: the 2 best of 8 without balance, with each of the losses alone, and
-               with DeepSeek-V3's bias, in steps of 0.001 as in the paper or, for so short a run, of 0.01
+               of half its MLP's width, with weights that add up to 1 or to 2; and DeepSeekMoE with as many
+               parameters: each of the 8 experts is split in two, and of the 16 one is shared by all tokens,
+               and a token uses the 3 best of the others. All mixtures have a sigmoid router and Switch's
+               balance loss
+    balance    as many FLOPs as --balance-steps updates: the 2 best of 8 without any balance, with each of the
+               losses alone, and with DeepSeek-V3's bias, in steps of 0.001 as in the paper or, because the
+               run is short, of 0.01
 
-Loss and load at the end are those of 128 rows of held-out text; during the run, of the first 32. The load of
-an expert is its number of tokens, as a multiple of the mean; the table has the least and the greatest of all
-layers. --out gets the figures of every run, and experts.png is written beside it. Runs that --out already
-contains, from a script that was stopped, are not repeated.
+The load of an expert is its number of tokens, as a multiple of the mean; the table has the least and the
+greatest of all layers. Loss and load at the end are those of 128 rows of held-out text; during the run, of
+the first 32. The figures of every run are written to --out, and a plot beside it. Runs that are in it
+already, from the same machine, are not repeated.
 """
 
 import argparse
-import json
 import multiprocessing
-import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,12 +34,13 @@ import data.text
 import gpt
 import moe
 from data.rows import Loader, Row
-from engine import contract, cpu
+from engine import contract
 from engine.optim import default_learning_rate, learning_rate, make_optimizers
-from formats.atomic import replace_file
+from formats import command
 from language.expert_usage import usage
-
-ROOT = Path(__file__).parent.parent
+from results import seeds
+from results.keep import Ended
+from scaling.pictures import load_pyplot, save_figure
 
 BATCH = 8
 DENSE = gpt.SIZES["tiny"]
@@ -67,15 +67,21 @@ BALANCE = {
     "sigmoid, bias, sequence loss": (moe, replace(ALONE, bias_update_rate=0.001, **SEQUENCE)),
     "sigmoid, steps of 0.01, sequence loss": (moe, replace(ALONE, bias_update_rate=0.01, **SEQUENCE)),
 }
+PARTS = {"models": MODELS, "balance": BALANCE}
+SAME = ("cpu", "torch", "steps", "balance_steps")  # of the runs in one file
 
 
 def run(job: tuple[str, str, int, int, Path]) -> dict:
-    """Train one model with one seed, and return its losses and loads."""
-    # The model, on the same data and with the same learning rate as all others.
+    """Train one model with one seed, and return a row with its losses and loads.
+
+    job: the part, the name of the model, the seed, updates of the dense model that cost as much, the folder
+    for tokenised text.
+    """
+    # The model. All models have the same data and the same learning rate.
     part, name, seed, steps, cache = job
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    concept, config = {"models": MODELS, "balance": BALANCE}[part][name]
+    concept, config = PARTS[part][name]
     T = config.max_seq_len
     dataset = data.text.as_rows(data.text.prepare("stdlib", "bpe:4096", cache, notify=lambda _: None), T)
     model = concept.Model(contract.fit(config, dataset, T))
@@ -133,31 +139,20 @@ def measure(model: nn.Module, rows: list[Row], flops: int) -> dict:
     return point
 
 
-def summary(values: list[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def draw_lines(axes, results: list[dict], part: str, key: str) -> None:
-    """Draw the mean over the seeds as a line, and their range as a band."""
-    for name in {"models": MODELS, "balance": BALANCE}[part]:
+    """Draw a figure of a part's runs over FLOPs: the mean over the seeds as a line, their range as a band."""
+    for name in PARTS[part]:
         curves = [r["curve"] for r in results if (r["part"], r["name"]) == (part, name)]
-        if not curves:
-            continue
-        flops = [point["flops"] for point in curves[0]]
-        values = list(zip(*([point[key] for point in curve] for curve in curves), strict=True))
-        (line,) = axes.plot(flops, [statistics.mean(v) for v in values], label=name)
-        axes.fill_between(flops, *zip(*((min(v), max(v)) for v in values), strict=True),
-                          color=line.get_color(), alpha=0.2)  # fmt: skip
+        if curves:
+            flops = [point["flops"] for point in curves[0]]
+            seeds.draw(axes, flops, [[point[key] for point in curve] for curve in curves], label=name)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="upper right")
 
 
 def plot(results: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw the loss of the models, and the load of the busiest expert, over FLOPs."""
+    pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     draw_lines(left, results, "models", "loss")
     low = min(point["loss"] for r in results if r["part"] == "models" for point in r["curve"])
@@ -167,67 +162,51 @@ def plot(results: list[dict], path: Path) -> None:
     right.axhline(2, color="black", linestyle=":", linewidth=1)
     right.set(xlabel="FLOPs", ylabel="load of the busiest expert, over the mean", ylim=(1, 5.5))
     right.set_title("what keeps eight experts in balance", fontsize=10)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=800, help="updates of a run (default %(default)s)")
-    parser.add_argument(
-        "--balance-steps",
-        type=int,
-        default=250,
-        help="updates of a run that shows the balance (default %(default)s)",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default %(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("cache"), help="folder for tokenised text (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, cache = parser.add_argument, Path("cache")
+    add("--steps", type=command.count, default=800, help="updates of a run (default %(default)s)")
+    of_balance = "updates of a run that shows the balance (default %(default)s)"
+    add("--balance-steps", type=command.count, default=250, help=of_balance)
+    add("--seeds", type=command.count, default=3, help="runs of each model (default %(default)s)")
+    add("--jobs", type=command.count, default=2, help="runs at a time, one thread each (default %(default)s)")
+    add("--cache", type=command.path, default=cache, help="folder for tokenised text (default %(default)s)")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON; a plot is beside it")
+    args = parser.parse_args(argv)
+    about = {"command": "python -m results.experts --out results/experts.json"}
+    about |= {"steps": args.steps, "balance_steps": args.balance_steps}
+    ended = Ended(args.out, about, rows="results", same=SAME)
+
+    # The runs that are not in --out yet.
     data.text.prepare("stdlib", "bpe:4096", args.cache)
-    parts = [("models", name, args.steps) for name in MODELS]
-    parts += [("balance", name, args.balance_steps) for name in BALANCE]
-
-    # The runs that --out does not contain yet.
+    steps = {"models": args.steps, "balance": args.balance_steps}
+    models = [(part, name) for part in PARTS for name in PARTS[part]]
     jobs = [
-        (part, name, seed, steps, args.cache) for seed in range(args.seeds) for part, name, steps in parts
+        (part, name, seed, steps[part], args.cache)
+        for seed in range(args.seeds)
+        for part, name in models
+        if not ended.has(part=part, name=name, seed=seed)
     ]
-    machine = {"cpu": cpu.name(), "torch": torch.__version__}
-    machine |= {"steps": args.steps, "balance_steps": args.balance_steps}
-    results = []
-    if args.out and args.out.exists():
-        saved = json.loads(args.out.read_text(encoding="utf-8"))
-        if any(saved[key] != value for key, value in machine.items()):
-            sys.exit(
-                f"error: {args.out} is of another machine or other steps than {machine}; remove it first"
-            )
-        results = saved["results"]
-    done = {(r["part"], r["name"], r["seed"]) for r in results}
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for result in pool.imap(run, [job for job in jobs if job[:3] not in done]):
-            results.append(result)
-            if args.out:
-                command = "python -m results.experts --out results/experts.json"
-                content = {"command": command, **machine, "results": results}
-                with replace_file(args.out) as new:
-                    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                plot(results, args.out.with_suffix(".png"))
+        for result in pool.imap(run, jobs):
+            ended.add(result)
+            plot(ended.rows, args.out.with_suffix(".png"))
+    print_table(ended.rows)
 
-    # A table of means and ranges.
+
+def print_table(results: list[dict]) -> None:
+    """Print the loss and the loads of each model at the end: the mean and the range over the seeds."""
     print(f"{'':47} {'validation loss':>26} {'least load':>21} {'greatest load':>21}")
-    for part, name, _ in parts:
+    for part, name in dict.fromkeys((r["part"], r["name"]) for r in results):
         last = [r["last"] for r in results if (r["part"], r["name"]) == (part, name)]
-        row = f"{part:8} {name:38} {summary([point['loss'] for point in last], 4):>26}"
+        row = f"{part:8} {name:38} {seeds.mean_and_range([point['loss'] for point in last], '.4f'):>26}"
         for key in ("least", "most") if "most" in last[0] else ():
-            row += f" {summary([point[key] for point in last], 2):>21}"
+            row += f" {seeds.mean_and_range([point[key] for point in last], '.2f'):>21}"
         print(row)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

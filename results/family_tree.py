@@ -2,8 +2,9 @@
 
     python -m results.family_tree --out results/family_tree.png
 
-From left to right: what is known of p(x), the family, the loss that is minimised, and the file. Diffusion
-hangs on two branches, since its loss is both a weighted bound and the matching of slopes. The equations are
+From left to right: what is known of p(x), the family, its file, and the loss that is minimised. Diffusion is
+on two branches, because its loss is both a weighted bound on the likelihood and the error of an estimated
+score. An energy model is on two as well: it has an energy, and its chain follows the score. The equations are
 those of docs/generative.md.
 """
 
@@ -11,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from formats import command
-from formats.atomic import replace_file
+from scaling.pictures import load_pyplot, save_figure
 
 KNOWN = {  # what is known of the density: its height in the picture
     "the likelihood": 5.5,
@@ -57,9 +58,7 @@ def draw(path: Path) -> None:
     """Write the picture as a PNG."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(12, 5), layout="constrained")
     heights, places = list(KNOWN.values()), [6.0, 5.0, 4.0, 2.9, 1.6, 0.0]
     middle = sum(heights) / len(heights)
@@ -91,8 +90,7 @@ def draw(path: Path) -> None:
     axes.text(BRANCHES, 6.6, "what is known of p", color=QUIET, va="center", ha="center")
     axes.set(xlim=(-0.7, 10.6), ylim=(-0.6, 6.9))
     axes.axis("off")
-    with replace_file(path) as new:
-        figure.savefig(new, dpi=100, format="png")
+    save_figure(figure, path, dpi=100)
 
 
 def main(argv: list[str] | None = None) -> None:

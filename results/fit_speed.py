@@ -1,11 +1,13 @@
-"""The seconds of fitting the law to the 240 points of Hoffmann et al. 2022: ours, and scipy.optimize's.
+"""How long takes the fit of a scaling law to 240 runs: by chinchilla.py, and by scipy.optimize?
 
     python -m results.fit_speed --out results/fit_speed.json      (needs tests/requirements.txt)
 
-The usual way (Hoffmann et al. 2022; Besiroglu et al. 2024) is L-BFGS-B with gradients by finite differences,
-from each of the 4,500 points of a grid, then BFGS from the optimum for each of 4,000 bootstrap resamples. Of
-these, scipy computes --starts random points and --resamples resamples, and its seconds are scaled up. Ours
-computes everything, --rounds times. Both run in one process, on one thread; seconds are CPU time.
+The points are those of Hoffmann et al. 2022, as Besiroglu et al. 2024 read them from a figure. Their way to
+fit is L-BFGS-B with gradients by finite differences, from each of the 4,500 points of a grid, then BFGS from
+the optimum for each of 4,000 bootstrap resamples. scipy computes --starts random points of the grid and
+--resamples resamples, and its seconds are scaled up to all of them. chinchilla.py computes everything,
+--rounds times, of which the median is taken. Both run in one process, on one thread; seconds are processor
+time.
 """
 
 import argparse
@@ -15,9 +17,7 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy reads it when imported
 
@@ -27,7 +27,8 @@ from scipy.optimize import minimize
 
 from chinchilla import Fit, Law, fit, points
 from engine import cpu
-from formats.atomic import replace_file
+from formats import command
+from formats.json_file import write_json
 from scaling.huber_fit import huber
 
 DELTA, RESAMPLES = 1e-3, 4000
@@ -39,17 +40,19 @@ GRID = list(  # a, b, e, alpha, beta
 )  # fmt: skip
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--starts", type=int, default=500, help="starts of the grid's 4,500 (default 500)")
-    parser.add_argument("--resamples", type=int, default=40, help="resamples of the 4,000 (default 40)")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="measurements of our fit and bootstrap (default 5)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    return parser.parse_args()
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags. Raises ValueError for more starts or resamples than there are."""
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--starts", type=command.count, default=500, help="points of the grid's 4,500 (default %(default)s)")
+    add("--resamples", type=command.count, default=40, help="of the 4,000 (default %(default)s)")
+    add("--rounds", type=command.count, default=5, help="rounds of our measurement (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures to this file, as JSON")
+    args = parser.parse_args(argv)
+    for flag, most in (("starts", len(GRID)), ("resamples", RESAMPLES)):
+        if getattr(args, flag) > most:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected at most {most}")
+    return args
 
 
 def measure_ours(N, D, L, rounds: int) -> tuple[Fit, np.ndarray, dict[str, float]]:
@@ -84,19 +87,21 @@ def measure_bootstrap(objective, law: Law, samples: np.ndarray, n: int) -> tuple
     began = time.process_time()
     ratios = [minimize(objective, optimum, (w,), method="BFGS").fun for w in drawn]
     seconds = (time.process_time() - began) / n * RESAMPLES
-    # `bootstrap` with the same seed begins with the same resamples, so each can be compared.
+    # `bootstrap` draws the same resamples from the same seed, so each optimum can be compared with ours.
     for k, w in enumerate(drawn):
         E, A, B, alpha, beta = samples[k]
         ratios[k] /= objective([math.log(A), math.log(B), math.log(E), alpha, beta], w)
     return ratios, seconds
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     N, D, L = points()
     x, y, z = np.log(N), np.log(D), np.log(L)
 
     def objective(theta, w=1.0):
+        """Return the sum over the points of the Huber losses of log(A / N^alpha + B / D^beta + E) - log L,
+        where theta = (log A, log B, log E, alpha, beta). w: how often a resample has each point."""
         a, b, e, alpha, beta = theta
         r = np.logaddexp(np.logaddexp(a - alpha * x, b - beta * y), e) - z
         return float((w * huber(r, DELTA)).sum())
@@ -135,11 +140,10 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=1))
     if args.out:
-        with replace_file(args.out) as new:
-            new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, figures, indent=1)
     if found.objective > best or min(ratios) < 1 - 1e-9:
-        sys.exit("scipy found a lower objective")
+        raise ValueError(f"scipy found a lower objective: {best}, or {min(ratios)} of ours on a resample")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,19 +1,20 @@
-"""Where are the methods under the exact frontier of reward and KL? Two betas and three seeds each.
+"""How near to the exact frontier of reward and KL do the methods come? Two betas and three seeds each.
 
     python -m results.frontier --out results/frontier.json        half an hour on two cores
 
 The task is the Markov chain of posttraining/frontier.py, whose optimum is known at every KL. Each run is one
-`train.py` with its defaults, for the on-policy methods 60 steps of 256 completions. Reward and KL of what it
-leaves are exact, summed over all 65,536 sequences. The share is of the gain over the reference (reward 2)
-that is possible at the run's own KL; outside is the probability that a sequence has a token that the chain
-lacks. Runs that are in the file already are kept, so that methods can be added by --only. Writes the figure
-beside the file.
+of train.py with its defaults, which for the on-policy methods are 60 steps of 256 completions. Reward and KL
+of the trained model are exact: they are summed over all 65,536 sequences.
+
+    share      the gain over the reference (reward 2), of the largest gain that the run's own KL allows
+    outside    the probability that a sequence has a token that the chain lacks
+
+Runs that are in the file already are kept, so --only can add methods. The figure is written beside the file.
 """
 
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -22,12 +23,12 @@ from pathlib import Path
 import torch
 
 import train
-from engine import cpu
-from formats.atomic import replace_file
+from formats import command
 from formats.open_model import open_model
 from posttraining import frontier
+from results.keep import Ended
 
-METHODS = {  # the task and its settings; betas
+METHODS = {  # the task, its settings, and the betas
     "PPO": ("ppo", ["method=ppo"], (1.0, 0.5)),
     "GRPO": ("ppo", ["method=grpo"], (1.0, 0.5)),
     "RLOO": ("ppo", ["method=rloo"], (1.0, 0.5)),
@@ -37,12 +38,15 @@ METHODS = {  # the task and its settings; betas
     "online DPO": ("online_dpo", ["preferred=higher"], (1.0, 0.5)),
     "online DPO, drawn": ("online_dpo", ["preferred=drawn"], (1.0, 0.5)),
 }
-LEARNING_RATES = {"KTO": 1e-3}  # where it is not the default, which is 2.8e-3 for DPO
+LEARNING_RATES = {"KTO": 1e-3}  # of methods whose rate is not the default, which is 2.8e-3 for DPO
 SEEDS = (0, 1, 2)
 
 
 def run(job: tuple[str, float, int, Path]) -> dict:
-    """Train one method with one beta and one seed, and return where it ends."""
+    """Train one method with one beta and one seed, and return a row with its exact reward and KL.
+
+    job: the method, beta, the seed and the folder for tokenised data.
+    """
     name, beta, seed, cache = job
     torch.set_num_threads(1)
     task, settings, _ = METHODS[name]
@@ -51,7 +55,8 @@ def run(job: tuple[str, float, int, Path]) -> dict:
         flags += ["--out", out, "--cache", cache, "--eval-every", 10_000]
         flags += ["--lr", LEARNING_RATES[name]] if name in LEARNING_RATES else []
         code = train.main([str(flag) for flag in flags])
-        assert code == 0, f"{name}, beta {beta}, seed {seed}: exit code {code}"
+        if code != 0:
+            raise ValueError(f"{name}, beta {beta}, seed {seed}: train.py ended with exit code {code}")
         reward, kl, outside = frontier.exact_value(open_model(Path(out) / "model").eval())
     share = frontier.share_of_gain(reward, kl)
     row = {"method": name, "beta": beta, "seed": seed, "reward": reward, "kl": kl, "share": share}
@@ -59,7 +64,7 @@ def run(job: tuple[str, float, int, Path]) -> dict:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print mean and range over the seeds."""
+    """Print a line for each method and beta: the means over the seeds, and the range of the share."""
     print(f"{'method':17} {'beta':>5} {'reward':>7} {'KL':>7} {'share of the gain':>26}")
     for name, beta in dict.fromkeys((row["method"], row["beta"]) for row in rows):
         own = [row for row in rows if (row["method"], row["beta"]) == (name, beta)]
@@ -69,7 +74,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def points(rows: list[dict]) -> list[tuple[str, float, float]]:
-    """Return (label, reward, KL) of each run, with one label for all runs of a method."""
+    """Return (label, reward, KL) of each run, where all runs of a method have one label."""
     labels = {}
     for name, (_, _, betas) in METHODS.items():
         unit = "tau" if name == "IPO" else "beta"
@@ -77,32 +82,33 @@ def points(rows: list[dict]) -> list[tuple[str, float, float]]:
     return [(labels[row["method"]], row["reward"], row["kl"]) for row in rows]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default 2)")
-    parser.add_argument("--cache", type=Path, default=Path("cache"))
-    parser.add_argument("--out", type=Path, default=Path("results/frontier.json"))
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, out = parser.add_argument, Path("results/frontier.json")
+    add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="these methods (default: all)")
+    add("--workers", type=command.count, default=2, help="runs at a time (default %(default)s)")
+    cache = Path("cache")
+    add("--cache", type=command.path, default=cache, help="folder for tokenised data (default %(default)s)")
+    add("--out", type=command.new_file, default=out, help="file for the figures, JSON (default %(default)s)")
+    args = parser.parse_args(argv)
 
-    rows = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else []
-    known = {(row["method"], row["beta"], row["seed"]) for row in rows}
+    ended = Ended(args.out, {"command": "python -m results.frontier"}, rows="runs")
     jobs = [
-        (name, beta, seed, args.cache) for name in args.only for beta in METHODS[name][2] for seed in SEEDS
+        (name, beta, seed, args.cache)
+        for name in args.only
+        for beta in METHODS[name][2]
+        for seed in SEEDS
+        if not ended.has(method=name, beta=beta, seed=seed)
     ]
-    about = {"command": "python -m results.frontier", "cpu": cpu.name(), "torch": torch.__version__}
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for row in pool.imap(run, [job for job in jobs if job[:3] not in known]):
-            rows.append(row)
-            with replace_file(args.out) as new:
-                new.write_text(json.dumps(about | {"runs": rows}, indent=1) + "\n", encoding="utf-8")
+        for row in pool.imap(run, jobs):
+            ended.add(row)
             print_table([row])
-    rows.sort(key=lambda row: (list(METHODS).index(row["method"]), -row["beta"], row["seed"]))
+    # As in METHODS, and from the largest beta.
+    rows = sorted(ended.rows, key=lambda row: (list(METHODS).index(row["method"]), -row["beta"], row["seed"]))
     print_table(rows)
     frontier.draw(args.out.with_suffix(".png"), points(rows))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

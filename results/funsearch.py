@@ -4,10 +4,10 @@
     python -m results.funsearch --out results/funsearch.json --methods random mutation islands    5 minutes
 
 Every search (evaluation/funsearch.py) scores the same number of different programs, of the same grammar. The
-score is the size of the largest cap set found. The free examples, from which the trained proposer first
-learns, are not evaluated and do not count. Of the best program of each search, the sizes for all dimensions
-up to 8 are computed too: does what was found for one dimension work for others? Runs that are in the file
-already are kept. Draws the curves beside the file.
+score of a program is the size of the cap set that it makes. The examples from which the trained proposer
+first learns are not scored, and do not count. The best program of each search then makes cap sets of all
+dimensions up to 8, which shows if what was found for one dimension works for others. Runs that are in the
+file already are kept; a file with another number of evaluations is refused. The curves are drawn beside it.
 """
 
 import argparse
@@ -18,15 +18,17 @@ from pathlib import Path
 
 from evaluation.cap_sets import BEST_KNOWN, size
 from evaluation.funsearch import METHODS, search
-from formats.atomic import replace_file
+from formats import command
+from results import seeds
 from results.keep import Ended
+from scaling.pictures import load_pyplot, save_figure
 
 SEEDS = (0, 1, 2)
 MARKS = (100, 300, 1000, 3000, 10_000)  # evaluations of the table
 
 
 def run(method: str, n: int, n_evaluations: int, seed: int) -> dict:
-    """Return the figures of one search."""
+    """Return a row with the figures of one search."""
     began = time.process_time()
     result = search(method, n, n_evaluations, seed)
     seconds = time.process_time() - began
@@ -41,7 +43,8 @@ def best_after(row: dict, n_evaluations: int) -> int:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print the mean best score over the seeds after each of MARKS, and the range at the end."""
+    """Print for each method the mean best score over the seeds after each of MARKS evaluations, the range of
+    the last scores, and the best program with its sizes."""
     print(
         f"{'n':>2} {'method':10}"
         + "".join(f"{mark:>9}" for mark in MARKS)
@@ -58,11 +61,7 @@ def print_table(rows: list[dict]) -> None:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Draw the best score over evaluations: the mean over the seeds, and their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     dimensions = sorted({row["n"] for row in rows})
     figure, panels = pyplot.subplots(
         1, len(dimensions), figsize=(5.5 * len(dimensions), 4), layout="constrained", squeeze=False
@@ -73,30 +72,30 @@ def draw(rows: list[dict], path: Path) -> None:
             if not own:
                 continue
             marks = sorted({at for row in own for at, _ in row["curve"]} | {own[0]["n_evaluations"]})
-            scores = [[best_after(row, mark) for row in own] for mark in marks]
-            axes.step(marks, [statistics.mean(x) for x in scores], where="post", color=f"C{i}", label=method)
-            low, high = [min(x) for x in scores], [max(x) for x in scores]
-            axes.fill_between(marks, low, high, step="post", color=f"C{i}", alpha=0.15)
+            scores = [[best_after(row, mark) for mark in marks] for row in own]
+            style = {"drawstyle": "steps-post", "color": f"C{i}", "label": method}
+            seeds.draw(axes, marks, scores, alpha=0.15, **style)
         axes.axhline(BEST_KNOWN[n], color="grey", linestyle="--", label="best known")
         axes.set(xscale="log", xlabel="evaluations", ylabel="points", title=f"cap sets, n = {n}")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
-    with replace_file(path) as new:
-        figure.savefig(new, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="these methods (default: all)")
-    add("--n", nargs="+", type=int, default=[5, 6], help="dimensions (default 5 6)")
-    add("--evaluations", type=int, default=10_000, help="of each search (default 10000)")
-    add("--out", type=Path, default=Path("results/funsearch.json"), help="figures (default %(default)s)")
+    dimensions = range(3, 9)
+    add("--n", nargs="+", type=int, choices=dimensions, default=[5, 6], help="dimensions (default 5 6)")
+    text = "programs that each search scores (default %(default)s)"
+    add("--evaluations", type=command.count, default=10_000, help=text)
+    out = Path("results/funsearch.json")
+    add("--out", type=command.new_file, default=out, help="file for the figures, JSON (default %(default)s)")
     args = parser.parse_args(argv)
 
-    ended = Ended(args.out, {"command": "python -m results.funsearch"}, rows="runs")
+    about = {"command": "python -m results.funsearch", "evaluations": args.evaluations}
+    ended = Ended(args.out, about, rows="runs", same=("evaluations",))
     for n in args.n:
         for seed in SEEDS:
             for method in args.methods:
@@ -104,10 +103,11 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 row = run(method, n, args.evaluations, seed)
                 print(f"n {n}, {method}, seed {seed}: {row['score']} points", flush=True)
-                ended.add(row, order=lambda row: (row["n"], list(METHODS).index(row["method"]), row["seed"]))
-    print_table(ended.rows)
-    draw(ended.rows, args.out.with_suffix(".png"))
+                ended.add(row)
+    rows = sorted(ended.rows, key=lambda row: (row["n"], list(METHODS).index(row["method"]), row["seed"]))
+    print_table(rows)
+    draw(rows, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -2,11 +2,15 @@
 
     python -m results.generate_and_verify --out results/generate_and_verify.json   half an hour a seed
 
-Each seed is evaluation/generate_and_verify.py from the start: programs, a model, two verifiers (one learns
-from labels that were exchanged at random), problems. Samples of the grammar in place of the model's show what
-the model is worth, with the same selection. Figures are shares of all problems, then mean and range over the
-seeds. pass@k is the share of problems with a right program among k samples: no selection of n from k solves
-more. Seeds that are in the file already, made with the same flags, are kept. The curves are drawn beside it.
+For each seed, evaluation/generate_and_verify.py begins anew: it draws programs and problems, and trains a
+model and two verifiers, one of which learns from labels that were exchanged at random. Samples of the grammar
+take the place of the model's, with the same selection, to show what the model is worth.
+
+    pass@k    the share of problems with a right program among k samples
+    n@k       the share that is solved by the n programs that a rule selects from k samples, at most pass@k
+
+Shown are the mean and the range over the seeds. Seeds that are in the file already are kept; a file that was
+made with other flags is refused. The curves are drawn beside it.
 """
 
 import argparse
@@ -14,15 +18,18 @@ import statistics
 from pathlib import Path
 
 from evaluation.generate_and_verify import RULES, SUBMISSIONS, share_solved, study, table
-from formats.atomic import replace_file
+from formats import command
+from results import seeds
 from results.keep import Ended
+from scaling.pictures import load_pyplot, save_figure
 
 SEEDS = (0, 1, 2)
 KS = (1, 10, 100, 1000)
 
 
 def figures(rows: list[dict]) -> dict:
-    """Return pass@k, n@k of each rule, and what the filter does, of the problems of one seed."""
+    """Return pass@k, n@k of each rule, and two shares of the filter: of samples that it removes, and of wrong
+    programs among the rest. rows: the problems of one seed."""
     solved = {
         rule: {n: {k: share_solved(rows, rule, k, n) for k in KS if rule in rows[0]["ranks"][k]}
                for n in (1, SUBMISSIONS)}
@@ -35,58 +42,49 @@ def figures(rows: list[dict]) -> dict:
     return {"pass_at": passes, "solved": solved, "removed": removed, "wrong_of_the_rest": wrong}
 
 
-def draw(seeds: list[dict], path: Path) -> None:
+def draw(rows: list[dict], path: Path) -> None:
     """Draw the share solved over k, with one submission and with ten: mean and range over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
     for n, axes in zip((1, SUBMISSIONS), panels, strict=True):
-        lines = {"pass@k: at least one is right": [seed["model"]["pass_at"] for seed in seeds]}
-        lines |= {rule: [seed["model"]["solved"][rule][str(n)] for seed in seeds]
-                  for rule in seeds[0]["model"]["solved"]}  # fmt: skip
+        lines = {"pass@k: at least one is right": [row["model"]["pass_at"] for row in rows]}
+        lines |= {rule: [row["model"]["solved"][rule][str(n)] for row in rows]
+                  for rule in rows[0]["model"]["solved"]}  # fmt: skip
         rule = "filter, cluster"
-        lines[f"{rule}; no model"] = [seed["grammar"]["solved"][rule][str(n)] for seed in seeds]
+        lines[f"{rule}; no model"] = [row["grammar"]["solved"][rule][str(n)] for row in rows]
         for i, (name, curves) in enumerate(lines.items()):
             ks = [int(k) for k in curves[0]]
-            values = [[curve[str(k)] for curve in curves] for k in ks]
             style = {"color": "black", "linestyle": "--"} if i == 0 else {"color": f"C{i}", "marker": "."}
-            axes.plot(ks, [statistics.mean(x) for x in values], label=name, **style)
-            axes.fill_between(ks, [min(x) for x in values], [max(x) for x in values], alpha=0.1,
-                              color=style["color"])  # fmt: skip
+            shares = [[curve[str(k)] for k in ks] for curve in curves]
+            seeds.draw(axes, ks, shares, alpha=0.1, label=name, **style)
         title = "one submission" if n == 1 else f"{n} submissions"
         axes.set(xscale="log", xlabel="samples k", ylabel="problems solved", title=title)
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    with replace_file(path) as new:
-        figure.savefig(new, format="png", dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
-def print_table(seeds: list[dict]) -> None:
-    """Print mean and range over the seeds, of n@k with the most samples that a rule has."""
+def print_table(rows: list[dict]) -> None:
+    """Print n@k of each rule: the mean and the range over the seeds."""
     print(f"{'source and rule':36} {'k':>5} {'1 submission':>22} {f'{SUBMISSIONS} submissions':>22}")
     for source in ("model", "grammar"):
-        for rule, by_n in seeds[0][source]["solved"].items():
+        for rule, by_n in rows[0][source]["solved"].items():
             for k in by_n["1"]:
-                row = f"{source + ': ' + rule:36} {k:>5}"
+                line = f"{source + ': ' + rule:36} {k:>5}"
                 for n in ("1", str(SUBMISSIONS)):
-                    values = [seed[source]["solved"][rule][n][k] for seed in seeds]
-                    row += f" {statistics.mean(values):8.1%} ({min(values):.0%}-{max(values):.0%})".ljust(23)
-                print(row)
+                    values = [row[source]["solved"][rule][n][k] for row in rows]
+                    line += f" {statistics.mean(values):8.1%} ({min(values):.0%}-{max(values):.0%})".ljust(23)
+                print(line)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=3000, help="of training the model (default %(default)s)")
-    add("--verifier-steps", type=int, default=300, help="of each verifier (default %(default)s)")
-    add("--problems", type=int, default=60, help="per seed (default %(default)s)")
-    add("--out", type=Path, default=Path("results/generate_and_verify.json"),
-        help="figures (default %(default)s)")  # fmt: skip
+    steps, out = "updates of each verifier (default %(default)s)", Path("results/generate_and_verify.json")
+    add("--steps", type=command.count, default=3000, help="updates of the model (default %(default)s)")
+    add("--verifier-steps", type=command.count, default=300, help=steps)
+    add("--problems", type=command.count, default=60, help="problems for each seed (default %(default)s)")
+    add("--out", type=command.new_file, default=out, help="file for the figures, JSON (default %(default)s)")
     args = parser.parse_args(argv)
 
     made_with = {"steps": args.steps, "verifier_steps": args.verifier_steps, "problems": args.problems}
@@ -103,4 +101,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -4,17 +4,20 @@
     python -m results.generative --parts gan energy --seeds 0 --out results/generative.json
 
 Parts, each with --seeds seeds, are the default runs of train.py with --model gan, energy, vae and flow. All
-learn from the same letters ("glyphs:all"), 16 x 16 pixels, the flow 8 x 8. Measured of all: the held-out
-loss, the seconds of training, and by vision/frechet.py the Fréchet distance, precision, recall and letters of
-as many new images as are held out. Beside them stand those of real images to learn from (the floor), of
-images whose pixels are taken from different real ones, and how often the judge is right on held-out letters.
-The judge of the flow's size is another one, so its figures compare with its own floor alone. A VAE draws the
-probability that a pixel is white, a flow levels, the others greys.
+learn from the same letters ("glyphs:all"), of 16 x 16 pixels, the flow of 8 x 8. A VAE draws the probability
+that a pixel is white, a flow levels, the others greys.
 
-    vae     ELBO, IWAE-10 and IWAE-100 on the same codes of 500 held-out images, in nats, and active units
-    flow    bits per dimension of held-out images, beside a Gaussian of all logits, a histogram of each pixel,
-            and levels all alike; and how far logits are found again from z, at most
-    energy  also the figures of the chains in the buffer of its checkpoint
+Each part is measured by the held-out loss, the seconds of training, and the figures of vision/frechet.py for
+as many new images as are held out: the Fréchet distance, precision, recall, and how many letters the
+judge finds. Beside them are the same figures of training images (the floor) and of images whose pixels are
+taken from different training images, and how often the judge is right on held-out letters. The judge of 8 x 8
+pixels is another one, so the figures of the flow compare only with its own floor. Besides:
+
+    vae       ELBO, IWAE-10 and IWAE-100 on the same codes of 500 held-out images, in nats, and active units
+    flow      bits per dimension of the held-out images by three densities without a network (a Gaussian of
+              all logits, a histogram of each pixel, equally likely levels), and the largest error of logits
+              that are computed back from z
+    energy    the figures of the chains in the buffer of its checkpoint
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
 after each run, and those in it are kept. It holds one row for each part and seed.
@@ -58,18 +61,18 @@ def of_flow(model: flow.Flow, dataset: Dataset) -> dict:
 
 
 def chains_of(out: Path) -> torch.Tensor:
-    """Return the images (M, C, H, W) in [0, 1] of the chains in the checkpoint of a run of energy.py."""
+    """Return the images (M, C, H, W) in [0, 1] of the M chains in the checkpoint of a run of energy.py."""
     (shard,) = (out / "checkpoint").glob("shard-*.safetensors")
     return (load_file(shard)["model.images"] + 1) / 2
 
 
 def figures_of(work: Path, part: str, seed: int) -> dict:
-    """Return the figures of one of PARTS from one seed."""
+    """Return the figures of one of PARTS with a seed."""
     out = work / f"{part}-{seed}"
     last = run(out, seed, "--model", part, "--data", DATA, "--cache", str(work / "cache"))
     figures = {"loss": last["val_loss"], "seconds": seconds(out)}
 
-    # The measure of all.
+    # The figures of every part.
     model = open_model(out / "model").eval()
     dataset = prepare(DATA, model.config.size, work / "cache", channels=1)
     measure = frechet.of(dataset)
@@ -79,18 +82,18 @@ def figures_of(work: Path, part: str, seed: int) -> dict:
     figures |= {"judge is right": measure.right, "images": measure.n}
     figures |= {name: values._asdict() for name, values in found.items()}
 
-    # Its own.
+    # Those of this part alone.
     own = {"vae": of_vae, "flow": of_flow}.get(part)
     return figures | (own(model, dataset) if own else {})
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON")
     work = Path("runs/generative")
     add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="which models (default all)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="models (default all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     args = parser.parse_args(argv)
 

@@ -1,6 +1,7 @@
 """Measure the sides of a comparison in turn, A B A B ..., so that a slow minute of the machine slows all."""
 
-import json
+import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -10,8 +11,25 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from engine import cpu
+from formats import command
+from formats.json_file import write_json
+
+
+def arguments(doc: str, rounds: int, argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the flags of a script that compares: --rounds, and --out, the file for the figures or None.
+
+    doc: the script's docstring, for --help. rounds: the default.
+    """
+    parser = command.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--rounds", type=command.count, default=rounds, help="measurements of each side (default %(default)s)"
+    )
+    add("--out", type=command.new_file, help="write the figures to this file, as JSON")
+    return parser.parse_args(argv)
 
 
 def opened_by(kind: type, ours: nn.Module) -> nn.Module:
@@ -21,58 +39,104 @@ def opened_by(kind: type, ours: nn.Module) -> nn.Module:
         return kind.from_pretrained(folder).eval()
 
 
-def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.perf_counter) -> float:
-    """Return how many tokens per second so many calls compute, of n_tokens each.
+def seconds(call: Callable, clock: Callable = time.perf_counter) -> float:
+    """Return the seconds that a function takes.
 
     clock: time.process_time where other programs use the processor too.
     """
     began = clock()
-    for _ in range(times):
+    call()
+    return clock() - began
+
+
+def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.perf_counter) -> float:
+    """Return the tokens per second of a function that computes n_tokens, called `times` times. clock: as in
+    `seconds`."""
+    return times * n_tokens / seconds(lambda: [call() for _ in range(times)], clock)
+
+
+def peak_memory(call: Callable) -> int:
+    """Return the most bytes that a function holds on the CPU at any one time, by PyTorch's profiler."""
+    gc.collect()  # else memory that was allocated before could be freed, and so subtracted, during the call
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
-    return times * n_tokens / (clock() - began)
+    held = most = 0
+    events = (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def one_thread() -> str:
-    """Set one thread, and memory and products as train.py has them; return the setting by which PyTorch then
-    multiplies float32 matrices."""
+    """Set one thread, and memory and matrix products as train.py does. Return PyTorch's name of the precision
+    in which float32 matrices are then multiplied."""
     cpu.keep_memory()
     torch.set_num_threads(1)
     cpu.multiply_by_onednn()
     return torch.get_float32_matmul_precision()
 
 
-def measure_in_turn(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Return for each side its figure in each round, such as tokens per second."""
+def measure_in_turn(
+    sides: dict[str, Callable[[], float]], rounds: int, warm_up: int = 0
+) -> dict[str, list[float]]:
+    """Return the figures of each side, one for each round.
+
+    sides: for each a function that measures once and returns the figure, such as tokens per second. warm_up:
+    rounds before the others, whose figures are left out.
+    """
     figures = {side: [] for side in sides}
-    for _ in range(rounds):
+    for _ in range(warm_up + rounds):
         for side, measure in sides.items():
             figures[side].append(measure())
-    return figures
+    return {side: of_side[warm_up:] for side, of_side in figures.items()}
+
+
+def median_and_range(ratios: list[float]) -> dict[str, float]:
+    """Return the columns of a row for the ratios of all rounds."""
+    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+
+def shown(row: dict) -> str:
+    """Return the ratio in a row as text, such as "1.91x (1.76 to 1.94)"."""
+    return f"{row['ratio']:.2f}x ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+
+
+def in_milliseconds(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Return the columns of a row for two sides, from the seconds of each in every round: the median of both
+    in milliseconds, and how many times as fast as theirs ours is."""
+    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+    medians = {"ms": 1e3 * statistics.median(ours), "beside_ms": 1e3 * statistics.median(theirs)}
+    return medians | median_and_range(ratios)
 
 
 def compared(figures: dict[str, list[float]], baseline: str, *, unit: str = "tokens", **labels) -> list[dict]:
-    """Return a row for each side, and print it: the labels, the median of its tokens per second, or other
-    units, and the median and range of its ratio to the baseline of the same round."""
+    """Return a row for each side, and print it: the labels, the median of its tokens (or other units) per
+    second, and the median and range of its ratio to the baseline of the same round.
+
+    figures: units per second of each side in each round, as `measure_in_turn` returns them.
+    """
     rows = []
     digits = 0 if unit == "tokens" else 1
     for side, rates in figures.items():
-        ratios = [rate / other for rate, other in zip(rates, figures[baseline], strict=True)]
         row = labels | {"side": side, f"{unit}_per_second": statistics.median(rates)}
-        row |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+        row |= median_and_range([rate / other for rate, other in zip(rates, figures[baseline], strict=True)])
         rows.append(row)
-        print(f"  {side:18} {statistics.median(rates):9,.{digits}f} {unit}/s   {row['ratio']:.2f}x", end="")
-        print(f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})", flush=True)
+        per_second = f"{row[f'{unit}_per_second']:9,.{digits}f} {unit}/s"
+        print(f"  {side:18} {per_second}   {shown(row)}", flush=True)
     return rows
 
 
 def write_figures(
-    path: Path, name: str, load: float, results: list[dict], peer: str = "transformers"
+    path: Path, name: str, load: float, results: list[dict], peer: str | None = "transformers"
 ) -> None:
     """Write the rows of results/NAME.py to path, as JSON, with what they were measured on.
 
-    load: the machine's load average before the measurement. peer: the package that was measured beside ours.
+    load: the machine's load average before the measurement. peer: the package that was measured beside ours,
+    None where there is none.
     """
     about = {"command": f"python -m results.{name} --out results/{name}.json", "cpu": cpu.name()}
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    about |= {peer: version(peer), "load_average": load, "results": results}
-    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    about |= {"capability": torch.backends.cpu.get_cpu_capability()}  # instructions that PyTorch uses
+    about |= {peer: version(peer)} if peer else {}
+    write_json(path, about | {"load_average": load, "results": results})

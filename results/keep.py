@@ -4,8 +4,8 @@
     if not ended.has(seed=0):
         ended.add({"seed": 0, "loss": 1.25})
 
-The file is JSON: what the rows were measured with, and the rows under a name. It is replaced after every run,
-all or nothing. A .jsonl file holds the rows alone, one in a line, to which others are added.
+The file is a JSON object: what the rows were made with, and the rows under a name. It is replaced after every
+run, all or nothing.
 """
 
 import json
@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 
 from engine import cpu
-from formats.atomic import replace_file
+from formats.json_file import read_json, write_json
+
+
+def machines(known: dict) -> dict[str, str]:
+    """Return this machine's CPU and version of PyTorch, after those that a file names, whose figures stay."""
+    here = {"cpu": cpu.name(), "torch": torch.__version__}
+    earlier = {name: known.get(name, value).split("; ") for name, value in here.items()}
+    return {name: "; ".join(dict.fromkeys([*earlier[name], value])) for name, value in here.items()}
 
 
 class Ended:
@@ -25,20 +32,28 @@ class Ended:
     ):
         """Read the rows of the file, if there is one.
 
-        about: what is written beside them, after the CPU and the version of PyTorch. rows: their name in the
-        file. same: names in `about` whose values the file must have; with others its rows do not count.
+        about: what is written beside the rows, after the CPU and the version of PyTorch. rows: their name in
+        the file. same: names in `about` whose values the file must have, because rows made with others cannot
+        be compared. indent: spaces by which the JSON is indented; None writes one line.
+
+        Raises ValueError if the file is damaged, has no such rows, or was made with other values of `same`.
         """
         self.path, self.name, self.indent, self.rows = path, rows, indent, []
-        self.about = {"cpu": cpu.name(), "torch": torch.__version__} | (about or {})
+        # All is kept as it will be read: tuples become lists, and all keys strings.
+        self.about = json.loads(json.dumps(machines({}) | (about or {})))
         if not path.exists():
             return
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            self.rows = [json.loads(line) for line in text.splitlines()]
-            return
-        known = json.loads(text)
-        if all(known.get(name) == self.about[name] for name in same):
-            self.rows = known[rows]
+        known = read_json(path, "a file of figures")
+        for name in same:
+            if known.get(name) != self.about[name]:
+                raise ValueError(
+                    f"{path} holds rows made with {name} {known.get(name)!r}, and this call has "
+                    f"{self.about[name]!r}: name another file, or remove this one"
+                )
+        if rows not in known:
+            raise ValueError(f"{path} holds no {rows!r}: it is of another script; name another file")
+        self.rows = known[rows]
+        self.about |= machines(known)
 
     def find(self, **key) -> dict | None:
         """Return the first row with these values, None where there is none."""
@@ -49,17 +64,7 @@ class Ended:
         """Return True if there is a row with these values."""
         return self.find(**key) is not None
 
-    def add(self, *rows: dict, order=None) -> None:
-        """Add the rows of a run that has ended, and write the file. order: a key to sort all rows by."""
-        # As they will be read: tuples become lists, and all keys strings.
-        new = json.loads(json.dumps(rows))
-        self.rows += new
-        if order is not None:
-            self.rows.sort(key=order)
-        if self.path.suffix == ".jsonl":
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
-            return
-        content = json.dumps(self.about | {self.name: self.rows}, indent=self.indent)
-        with replace_file(self.path) as temporary:
-            temporary.write_text(content + "\n", encoding="utf-8")
+    def add(self, *rows: dict) -> None:
+        """Add the rows of a run that has ended, and write the file."""
+        self.rows += json.loads(json.dumps(rows))
+        write_json(self.path, self.about | {self.name: self.rows}, indent=self.indent)

@@ -4,20 +4,21 @@
     python -m results.large_text --out results/large_text.json --bytes 4e7     a first try
 
 The text is made of words of Python's own library, drawn by how often they occur there, in sentences and
-paragraphs; a document has 2,000 to 6,000 characters. By chance, with labels, a document is
+paragraphs. A document has 2,000 to 6,000 characters. At random, 15 of 100 documents are special:
 
-    an exact copy   of one of the last RECENT documents, for 5 of 100
-    a near copy     of one, with every hundredth word exchanged, for 5 of 100
-    or it holds     one passage of 60 words, for 5 of 100
+    5 of 100    an exact copy of one of RECENT earlier documents
+    5 of 100    a near copy of one of them, in which every hundredth word is exchanged
+    5 of 100    a document that ends with a passage of 60 words, the same in all
 
-so all documents but the copies are unlike each other, and the stages of data/clean.py have a known result:
-`exact` and `near` remove as many documents as there are copies, and `substrings` shortens those with the
-passage but for the first. The peak of memory is the largest resident set of the process, as Linux counts it
-(`VmHWM`). The text is written to --work, and removed with what was made of it.
+All others are unlike each other, so the stages of data/clean.py have a known result: `exact` and `near`
+remove as many documents as there are copies, and `substrings` shortens all documents with the passage but the
+first. The peak of memory is the largest resident set of the process, as Linux counts it (`VmHWM`). The text
+is written to the folder --work, and removed in the end with what was made of it.
 """
 
 import argparse
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -36,9 +37,10 @@ from formats.json_file import read_json, write_json
 from formats.progress import progress_bar
 
 STAGES = ("rules", "exact", "near", "substrings")
-SHARE = 0.05  # of documents that are exact copies, near copies, or hold the passage
-RECENT = 2_000  # documents that may be copied
-CHANGED = 100  # every so many words of a near copy is another
+SHARE = 0.05  # of the documents, for each of the three special kinds
+RECENT = 2_000  # documents that are kept to be copied
+CHANGED = 100  # words of a near copy, of which one is exchanged
+STATUS = Path("/proc/self/status")  # of Linux, which has the peak of memory
 # What the process runs. `ru_maxrss` would count the process that started it, too.
 MEASURED = """
 import json, re, sys, time
@@ -51,7 +53,7 @@ print(json.dumps({"CPU minutes": time.process_time() / 60, "peak MB": int(kiloby
 
 
 class Words:
-    """Random text of words of Python's library, drawn by how often they occur there."""
+    """Random text of words of Python's library, drawn by how often they occur in it."""
 
     def __init__(self, seed: int):
         self.generator = random.Random(seed)
@@ -84,13 +86,18 @@ class Words:
 
 
 def write_text(path: Path, n_bytes: int, seed: int) -> Counter:
-    """Write documents as .jsonl, n_bytes of text or a few more, and return how many have each label."""
+    """Write documents as .jsonl, n_bytes of text or a few more, and return how many have each label.
+
+    All characters are ASCII, so each is a byte.
+    """
     words, recent, planted = Words(seed), [], Counter()
     passage = " ".join(words.draw(60))
     written = 0
     with path.open("w", encoding="utf-8") as file, progress_bar(total=n_bytes, desc="write", unit="B") as bar:
         while written < n_bytes:
-            kind = words.generator.random() // SHARE if recent else 3
+            kind = (
+                words.generator.random() // SHARE if recent else 3
+            )  # 0 to 19, of which 0, 1 and 2 are special
             if kind == 0:
                 label, text = "exact copies", words.generator.choice(recent)
             elif kind == 1:
@@ -122,22 +129,30 @@ def clean(text: Path, out: Path, workers: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON")
     add("--bytes", type=float, default=1e9, help="bytes of the text (default 1e9)")
     work = Path("runs/large_text")
     add("--work", type=command.path, default=work, help="folder for the text (default %(default)s)")
-    add("--workers", type=int, default=1, help="processes of data.clean (default %(default)s)")
+    add("--workers", type=command.count, default=1, help="processes of data.clean (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of the text (default %(default)s)")
     args = parser.parse_args(argv)
+    if not 1 <= args.bytes < math.inf:
+        raise ValueError(f"--bytes {args.bytes:g}: expected at least 1")
+    if not STATUS.is_file():
+        raise ValueError(f"there is no {STATUS}, by which the peak of memory is measured; expected Linux")
 
+    # The folder may hold other files, which stay.
     args.work.mkdir(parents=True, exist_ok=True)
-    text = args.work / "text.jsonl"
+    text, cleaned = args.work / "text.jsonl", args.work / "cleaned"
     planted = write_text(text, int(args.bytes), args.seed)
-    found = clean(text, args.work / "cleaned", args.workers)
+    found = clean(text, cleaned, args.workers)
     write_json(args.out, {"cpu": cpu.name(), "workers": args.workers, "planted": planted} | found)
-    shutil.rmtree(args.work)
+    text.unlink()
+    shutil.rmtree(cleaned)
+    if not any(args.work.iterdir()):
+        args.work.rmdir()
 
 
 if __name__ == "__main__":

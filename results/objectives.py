@@ -2,25 +2,23 @@
 
     python -m results.objectives --out results/objectives.json        35 minutes on two cores
 
-Every run is the same small transformer (4 layers, width 128, rotary positions) on the standard library's
-source text, with 4,096 tokens in the vocabulary and rows of 128. It stops when it has spent the same FLOPs of
+Every run trains the same small transformer (4 layers, width 128, rotary positions) on the source text of
+Python's library, with 4,096 tokens in the vocabulary and rows of 128. All objectives spend the same FLOPs of
 matrix products (`flops_per_token`, forward and backward): those of --steps updates of BERT's own objective.
-Two measures:
+So an objective with more FLOPs per token makes fewer updates. Two measures, on held-out text:
 
-    hidden token   how often the likeliest token is the right one on held-out text. For models trained with
-                   masks: at the places of one and the same 15 percent masking. For the left-to-right model:
-                   at every place, from the tokens before it
-    token kind     accuracy of a linear classifier, on the frozen hidden states, of what each token of
-                   held-out text is in Python: part of a comment or string, a keyword, a name that is defined,
-                   called, an attribute ... Text that looks like code is in comments too, so this takes
-                   context
+    hidden token   the share of tokens that the model predicts rightly. Models trained with masks predict the
+                   masked tokens of the same 15 percent masking; the left-to-right model predicts every token
+                   from those before it. ELECTRA's encoder predicts no tokens and has no such figure
+    token kind     the accuracy of a linear classifier that reads the frozen hidden states and names the kind
+                   of each token in Python: part of a comment or string, a keyword, a name that is defined or
+                   called, an attribute ... Comments contain code too, so a token alone does not show its kind
 
-Writes the figures of every run and objectives.png beside them.
+The figures of every run are written to --out, and a picture beside it.
 """
 
 import argparse
 import io
-import json
 import keyword
 import multiprocessing
 import statistics
@@ -40,13 +38,18 @@ import gpt
 from data import corpus
 from data.rows import Dataset, Loader, Row, seed_of, stack
 from engine import contract, cpu
-from engine.optim import default_learning_rate, learning_rate, make_optimizers
+from engine.optim import default_learning_rate, make_optimizers, set_learning_rate
+from formats import command
+from formats.figures import load_pyplot, save_figure
+from formats.json_file import write_json
 from language import electra, masking
+from results.seeds import draw, mean_and_range
 
-T, BATCH = 128, 8
+COMMAND = "python -m results.objectives --out results/objectives.json"
+T, BATCH = 128, 8  # tokens of a row, rows of an update
 BLOCKS = bert.MODERN | {"n_segments": 2}
 ENCODER = bert.Config(4, 4, 128, 256, **BLOCKS)
-# With the blocks of all the others. No ELECTRA that can be saved has these.
+# ELECTRA with the same blocks as all others. formats/ cannot save such an ELECTRA; here none is saved.
 ELECTRA = electra.Config(4, 4, 128, 256, **BLOCKS, generator_size=0.5)
 OBJECTIVES = {  # the model's file, its Config, and changes to its task's settings
     "masked, 15 %": ("bert", ENCODER, {}),
@@ -58,7 +61,7 @@ OBJECTIVES = {  # the model's file, its Config, and changes to its task's settin
     "ELECTRA": ("electra", ELECTRA, {}),
     "left to right": ("gpt", gpt.Config(4, 4, 128, 256, norm="layer", norm_eps=1e-5), {}),
 }
-WINDOW, N_MODULES = 126, 20
+WINDOW, N_MODULES = 126, 20  # tokens of a window without [CLS] and [SEP]; held-out modules of the classifier
 KINDS = ["comment", "string", "number", "operator", "keyword", "definition", "call", "attribute", "name"]
 
 
@@ -77,7 +80,10 @@ def flops_of_bert(dataset: Dataset) -> int:
 
 
 def run(job: tuple[str, int, int, Path]) -> dict:
-    """Train one objective with one seed, and measure."""
+    """Train a model by one of OBJECTIVES, and return both measures.
+
+    job: the objective, the seed, the updates of BERT's own objective, the folder of tokenised text.
+    """
     name, seed, steps, cache = job
     torch.set_num_threads(1)
     dataset = load_data(cache)
@@ -93,16 +99,14 @@ def run(job: tuple[str, int, int, Path]) -> dict:
     cost = task.flops_per_token(model, settings, T)
     steps = round(steps * flops_of_bert(dataset) / cost)
     lr = task.LEARNING_RATE * default_learning_rate(sum(p.numel() for p in model.parameters()))
-    args = dict(optimizer="adamw", lr=lr, warmup=steps // 20, steps=steps, schedule="cosine", device="cpu")
-    args["schedule_from"] = 0
-    args = Namespace(**args, weight_decay=0.1)
+    args = Namespace(optimizer="adamw", lr=lr, weight_decay=0.1, steps=steps, device="cpu")
+    args.warmup, args.schedule, args.schedule_from = steps // 20, "cosine", 0
     (optimizer,) = make_optimizers(model, args)
     loader = Loader(dataset.train, seed)
-    held_out = [dataset.val[i] for i in range(min(256, len(dataset.val) - 1))]  # whole rows
+    held_out = [dataset.val[i] for i in range(min(256, len(dataset.val) - 1))]  # the last row may be shorter
     curve = []
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        set_learning_rate([optimizer], step, args)
         draws = torch.Generator().manual_seed(seed_of(seed, step))
         batch = task.make_batch(loader.read(step * BATCH, BATCH), settings, draws, dataset.tokenizer)
         loss, _ = task.loss(model, batch)
@@ -117,14 +121,15 @@ def run(job: tuple[str, int, int, Path]) -> dict:
     result = {"objective": name, "seed": seed, "steps": steps, "curve": curve}
     result["hidden_token"] = curve[-1][1]
     result["token_kind"] = token_kind_accuracy(model, dataset.tokenizer)
-    print(f"{name:20} seed {seed}: {steps} steps, hidden token {result['hidden_token']}, token kind "
-          f"{result['token_kind']:.3f}", flush=True)  # fmt: skip
+    figures = f"hidden token {result['hidden_token']}, token kind {result['token_kind']:.3f}"
+    print(f"{name:20} seed {seed}: {steps} steps, {figures}", flush=True)
     return result
 
 
 @torch.no_grad()
 def hidden_token_accuracy(model: nn.Module, rows: list[Row], tokenizer) -> float | None:
-    """Return the first measure on held-out rows; None for ELECTRA, whose encoder fills no masks."""
+    """Return the share of tokens of held-out rows that are predicted rightly; None for ELECTRA, whose encoder
+    predicts no tokens."""
     if isinstance(model, electra.Electra):
         return None
     if isinstance(model, gpt.GPT):
@@ -136,16 +141,18 @@ def hidden_token_accuracy(model: nn.Module, rows: list[Row], tokenizer) -> float
 
 
 def kinds_of_characters(text: str) -> list[str]:
-    """Return the kind of token that each character of a Python source belongs to, "" for whitespace."""
-    starts = [0]
-    for line in text.splitlines(keepends=True):
+    """Return the kind of token that each character of a Python source belongs to.
+
+    It is one of KINDS, or "" for whitespace and, from Python 3.12 on, for the literal text of f-strings.
+    """
+    starts = [0]  # of the lines that tokenize counts: only a line feed ends one
+    for line in io.StringIO(text):
         starts.append(starts[-1] + len(line))
     kinds, before = [""] * len(text), ""
     tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     for token, following in pairwise(tokens):
-        kind = {tokenize.COMMENT: "comment", tokenize.STRING: "string", tokenize.NUMBER: "number"}.get(
-            token.type
-        )
+        of_type = {tokenize.COMMENT: "comment", tokenize.STRING: "string", tokenize.NUMBER: "number"}
+        kind = of_type.get(token.type)
         if token.type == tokenize.OP:
             kind = "operator"
         elif token.type == tokenize.NAME and keyword.iskeyword(token.string):
@@ -172,22 +179,24 @@ def labelled_windows(tokenizer) -> tuple[Tensor, Tensor]:
         if not text.isascii():  # a token's bytes would not be characters
             continue
         kinds, ids = kinds_of_characters(text), tokenizer.encode(text)
-        at, of = 0, []
+        at, of_tokens = 0, []
         for token in ids:
             piece = tokenizer.token_bytes[token].decode()
             skipped = len(piece) - len(piece.lstrip())
             kind = kinds[at + skipped] if piece.strip() else ""
-            of.append(KINDS.index(kind) if kind else -1)
+            of_tokens.append(KINDS.index(kind) if kind else -1)
             at += len(piece)
         for start in range(0, len(ids) - WINDOW, WINDOW):
             tokens.append(ids[start : start + WINDOW])
-            labels.append(of[start : start + WINDOW])
+            labels.append(of_tokens[start : start + WINDOW])
     return torch.tensor(tokens), torch.tensor(labels)
 
 
 def token_kind_accuracy(model: nn.Module, tokenizer) -> float:
-    """Return the second measure: a linear classifier is trained on every other stretch of ten windows, and
-    tested on the rest."""
+    """Return the accuracy of a linear classifier that names the kinds of tokens from frozen hidden states.
+
+    It is trained on every other stretch of ten windows, and tested on the rest.
+    """
     # The hidden states of all windows.
     torch.manual_seed(0)
     encoder = model.discriminator if isinstance(model, electra.Electra) else model
@@ -219,21 +228,15 @@ def token_kind_accuracy(model: nn.Module, tokenizer) -> float:
 
 
 def plot(results: list[dict], path: Path) -> None:
-    """Draw accuracy over FLOPs, and the probe's accuracy by objective."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Draw the share of predicted tokens over FLOPs, and the classifier's accuracy by objective."""
+    pyplot = load_pyplot()
 
     # Left: the mean over the seeds, and their range.
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in ("masked, 15 %", "masked, 30 %", "left to right"):
         curves = [r["curve"] for r in results if r["objective"] == name]
         flops = [x for x, _ in curves[0]]
-        accuracies = list(zip(*([100 * y for _, y in curve] for curve in curves), strict=True))
-        (line,) = left.plot(flops, [statistics.mean(a) for a in accuracies], label=name)
-        left.fill_between(flops, *zip(*((min(a), max(a)) for a in accuracies), strict=True),
-                          color=line.get_color(), alpha=0.2)  # fmt: skip
+        draw(left, flops, [[100 * y for _, y in curve] for curve in curves], label=name)
     left.set(xlabel="FLOPs", ylabel="hidden token predicted (%)", title="one side or both")
     left.legend()
 
@@ -247,23 +250,25 @@ def plot(results: list[dict], path: Path) -> None:
     right.set(xlabel="kind of token recognised by a linear probe (%)", title="what the hidden states tell")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--steps",
+        type=command.count,
+        default=1200,
+        help="updates of BERT's own objective (default %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=1200, help="updates of a run (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default %(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("cache"), help="folder for tokenised text (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
-    args = parser.parse_args()
+    add("--seeds", type=command.count, default=3, help="runs of each objective (default %(default)s)")
+    add("--jobs", type=command.count, default=2, help="runs at a time, one thread each (default %(default)s)")
+    cache = Path("cache")
+    add("--cache", type=command.path, default=cache, help="folder for tokenised text (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON, and a picture beside them")
+    args = parser.parse_args(argv)
+
     # Tokenise once, before the processes start.
     data.text.prepare("stdlib", "bpe:4096", args.cache)
     jobs = [(name, seed, args.steps, args.cache) for seed in range(args.seeds) for name in OBJECTIVES]
@@ -273,23 +278,17 @@ def main() -> None:
     # Print a row for each objective, and write the figures.
     print(f"{'objective':20} {'steps':>6} {'hidden token':>22} {'token kind':>22}")
     for name in OBJECTIVES:
-        of = [r for r in results if r["objective"] == name]
-        row = f"{name:20} {of[0]['steps']:6}"
+        own = [r for r in results if r["objective"] == name]
+        row = f"{name:20} {own[0]['steps']:6}"
         for key in ("hidden_token", "token_kind"):
-            values = [r[key] for r in of]
-            if None in values:
-                row += f" {'-':>22}"
-            else:
-                row += f" {statistics.mean(values):8.1%} ({min(values):.1%}-{max(values):.1%})"
+            values = [r[key] for r in own]
+            row += f" {'-' if None in values else mean_and_range(values, '.1%'):>22}"
         print(row)
     if args.out:
-        machine = {"cpu": cpu.name(), "torch": torch.__version__}
-        command = "python -m results.objectives --out results/objectives.json"
-        args.out.write_text(
-            json.dumps({"command": command, **machine, "results": results}, indent=1) + "\n", encoding="utf-8"
-        )
+        about = {"command": COMMAND, "cpu": cpu.name(), "torch": torch.__version__}
+        write_json(args.out, about | {"results": results}, indent=1)
         plot(results, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,36 +1,37 @@
-"""One stack or two, and which objective? Raffel et al. 2019, table 2, in small: same FLOPs, three seeds.
+"""One stack or two, and which objective? Table 2 of Raffel et al. 2019 in small: same FLOPs, three seeds.
 
     python -m results.objectives_compared --out results/objectives_compared.json
 
-Four architectures, all of the blocks of language/t5.py at width 128, so that only masks and stacks differ:
+Four architectures, all made of the blocks of language/t5.py at width 128:
 
-    encoder-decoder    3 layers read the input from both sides, 3 others write
-    shared stacks      the same, but both have the same self-attention, MLPs and norms: half as many weights,
-                       cross attention apart
-    prefix LM          3 layers read the input from both sides, and write behind it (language/prefix_lm.py)
-    causal LM          3 layers; each token sees those before it, in the input too
+    encoder-decoder    3 layers read the input, where each token sees all others; 3 further layers write the
+                       target
+    shared stacks      the same, but encoder and decoder share the weights of their self-attention, MLPs and
+                       norms; the decoder alone has cross attention
+    prefix LM          3 layers read the input, where each token sees all others, and write the target behind
+                       it (language/prefix_lm.py)
+    causal LM          3 layers; each token sees only those before it, in the input too
 
-Each is pretrained on the standard library's source text with one of two objectives, until it has spent the
+Each is pretrained on the source text of Python's library with one of two objectives, until it has spent the
 FLOPs of --budget (matrix products, forward and backward, cross attention included):
 
-    denoising          T5's spans: the input is a text with gaps, the target what was there
+    denoising          T5's span corruption: the input is a text with gaps, the target what stood in the gaps
     LM                 the text is cut at a random place; the first part is the input, the second the target.
                        The causal LM has no input: it predicts the whole text
 
-The learning rate is the best of --rates by the loss of the objective itself on held-out text, in runs with a
-seed of their own. Then every model is trained further, twice, in the same few steps on the same batches, and
-measured in nats per target token on held-out data:
+The learning rate is chosen from --rates by the held-out loss of the objective itself, in runs with a seed of
+their own. Then every model is fine-tuned on two tasks, on each for the same few steps on the same batches
+from the pretrained weights. The measure is nats per target token on held-out data:
 
-    gaps               the spans of held-out text: T5's objective, which favours models pretrained by it
-    docstrings         the first sentence of a function's docstring from its code: neither objective's own
+    gaps               T5's span corruption, which favours the models that were pretrained by it
+    docstrings         the first sentence of a function's docstring from its code, which is neither objective
 
-Writes the figures of every run, objectives_compared.png beside them, and prints the table. All of it takes
+The figures of every run are written to --out, a picture beside it, and a table is printed. All of it takes
 about 40 minutes on two cores. A run that has ended is kept in --cache: the same command after an interruption
 continues.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import statistics
@@ -47,12 +48,17 @@ from data.docstrings import stdlib_functions
 from data.rows import Dataset, Loader, seed_of
 from engine import cpu
 from engine.optim import make_optimizers
+from formats import command
+from formats.figures import load_pyplot, save_figure
+from formats.json_file import write_json
 from kernels import linear_cross_entropy
 from language import span_corruption
 from language.prefix_lm import Prefix
 from language.t5 import T5, Config
 from results.keep import Ended
+from results.seeds import mean_and_range
 
+COMMAND = "python -m results.objectives_compared --out results/objectives_compared.json"
 TOKENIZER = "bpe:1024"  # a small vocabulary, so that the head costs little beside the stacks
 CONFIG = Config(3, 4, 128, 256, 1152, 32, mlp="geglu", scale_head=False, max_seq_len=128)
 ARCHITECTURES = ("encoder-decoder", "shared stacks", "prefix LM", "causal LM")
@@ -62,13 +68,17 @@ SEARCH_SEED = 1000  # of the runs that choose the learning rate
 S, BATCH = 128, 8  # tokens of an input, rows of a batch
 N = span_corruption.text_length(S)  # tokens of a text
 LONGEST_SUMMARY = 40  # tokens
-TUNING_RATE = 1e-3
+TUNING_RATE = 1e-3  # of fine-tuning
 
 Batch = dict[str, Tensor]
 
 
 class OneStack(T5):
-    """A stack that reads the input, then the target behind it."""
+    """A T5 without a decoder, whose one stack reads the input and then the target behind it.
+
+    sees_prefix: True for a prefix LM, in which each token of the input sees all of the input; False for a
+    causal LM.
+    """
 
     def __init__(self, config: Config, sees_prefix: bool):
         super().__init__(config)
@@ -90,7 +100,7 @@ class OneStack(T5):
 
 
 def make_model(architecture: str) -> T5:
-    """Return a new model."""
+    """Return a new model of one of ARCHITECTURES."""
     if architecture in ("prefix LM", "causal LM"):
         return OneStack(CONFIG, sees_prefix=architecture == "prefix LM")
     model = T5(CONFIG)
@@ -121,7 +131,7 @@ class Examples:
     functions: tuple[Batch, Batch]  # sources (n, S) and summaries (n, T): to train on, held out
 
     def batch(self, rows: list, architecture: str, objective: str, generator: Generator) -> Batch:
-        """Return the batch of some texts by an objective."""
+        """Return inputs "tokens" (B, S) and "targets" (B, T) made of texts by one of OBJECTIVES."""
         if objective == "denoising":
             return span_corruption.make_batch(
                 rows, span_corruption.Config(), generator, self.dataset.tokenizer
@@ -132,7 +142,7 @@ class Examples:
 
 
 def load_examples(cache: Path) -> Examples:
-    """Return the texts and the functions, by one vocabulary."""
+    """Return the texts and the functions as tokens of one vocabulary."""
     corpus = data.text.prepare("stdlib", TOKENIZER, cache, notify=lambda _: None)
     dataset = data.text.as_rows(corpus, N - 1, only_whole=True)
     names = reversed(span_corruption.SENTINELS)
@@ -142,9 +152,10 @@ def load_examples(cache: Path) -> Examples:
 
 
 def encoded(functions: list, tokenizer) -> Batch:
-    """Return the sources (n, S), padding in front, and the summaries, -100 behind them.
+    """Return the sources of functions as "tokens" (n, S) and their summaries as "targets" (n, T).
 
-    Every model sees the padding, as ordinary tokens.
+    There is padding in front of a short source, which every model reads like other tokens, and -100 behind a
+    short summary.
     """
     end = tokenizer.eot_id
     sources = [[*tokenizer.encode(one.source)[: S - 1], end] for one in functions]
@@ -158,7 +169,8 @@ def encoded(functions: list, tokenizer) -> Batch:
 
 
 def pretrain(model: T5, examples: Examples, job: Namespace) -> tuple[int, list[tuple[float, float]]]:
-    """Train until the FLOPs of the budget are spent. Return the steps, and (FLOPs, held-out loss) pairs."""
+    """Train until the FLOPs of the budget are spent. Return the number of steps, and the held-out loss at
+    four points of the budget, as (FLOPs, loss)."""
     loader, optimizer = Loader(examples.dataset.train, job.seed), adamw(model, job.rate)
     kind, spent, step, curve = (job.architecture, job.objective), 0, 0, []
     while spent < job.budget:
@@ -175,7 +187,7 @@ def pretrain(model: T5, examples: Examples, job: Namespace) -> tuple[int, list[t
 
 
 def tune(model: T5, examples: Examples, measure: str, steps: int, seed: int) -> float:
-    """Train a copy of the weights on one of the two last tasks, and return its held-out loss."""
+    """Fine-tune on one of MEASURES, and return its held-out loss. The weights are then put back."""
     kept = {name: w.clone() for name, w in model.state_dict().items()}
     optimizer, draws = adamw(model, TUNING_RATE), Generator().manual_seed(seed)
     loader, functions = Loader(examples.dataset.train, seed + 1), examples.functions[0]
@@ -200,7 +212,7 @@ def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, rate: float) -> None:
-    """Make one update."""
+    """Make one update of the weights at this learning rate, with the gradient's norm clipped to 1."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.loss(batch)[0].backward()
@@ -218,7 +230,7 @@ def held_out_texts(examples: Examples, architecture: str, objective: str) -> lis
 
 @torch.no_grad()
 def held_out_loss(model: T5, batches: list[Batch]) -> float:
-    """Return the mean nats per target."""
+    """Return the mean nats per target of all batches."""
     counts = [int((batch["targets"] >= 0).sum()) for batch in batches]
     losses = [model.loss(batch)[0].item() for batch in batches]
     return sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
@@ -228,14 +240,15 @@ _examples: Examples  # of this process, loaded once
 
 
 def start_process(cache: Path) -> None:
+    """Set up a process that makes runs: one thread, and the data in memory."""
     global _examples
     torch.set_num_threads(1)
     _examples = load_examples(cache)
 
 
 def run_all(pool, jobs: list[Namespace], ended: Path) -> list[dict]:
-    """Return the results of all jobs. Each is a line of the file `ended` from its end on; jobs that are there
-    do not run again."""
+    """Return the results of all jobs. A job that ends becomes a row of the file `ended`, and a job that is
+    there does not run again."""
     kept = Ended(ended)
     todo = [job for job in jobs if not kept.has(**vars(job))]
     for result in pool.imap_unordered(run, todo):
@@ -253,8 +266,8 @@ def run(job: Namespace) -> dict:
     if job.seed != SEARCH_SEED:
         result |= {measure: tune(model, _examples, measure, job.tuning, job.seed) for measure in MEASURES}
     figures = [f"{name} {result[name]:.3f}" for name in MEASURES if name in result]
-    print(f"{job.architecture:16} {job.objective:10} rate {job.rate:g} seed {job.seed}: {steps} steps, own "
-          f"loss {curve[-1][1]:.3f}", *figures, sep=", ", flush=True)  # fmt: skip
+    name = f"{job.architecture:16} {job.objective:10} rate {job.rate:g} seed {job.seed}"
+    print(f"{name}: {steps} steps, own loss {curve[-1][1]:.3f}", *figures, sep=", ", flush=True)
     return result
 
 
@@ -262,23 +275,20 @@ def run(job: Namespace) -> dict:
 
 
 def best_rates(results: list[dict]) -> dict[tuple[str, str], float]:
-    """Return the learning rate of the lowest loss of its own objective, by (architecture, objective)."""
-    best = {}
-    for r in sorted(results, key=lambda r: -r["curve"][-1][1]):
-        best[r["architecture"], r["objective"]] = r["rate"]  # the lowest loss comes last
-    return best
+    """Return the learning rate with the lowest loss of the objective itself, by (architecture, objective)."""
+    by_loss = sorted(results, key=lambda r: r["curve"][-1][1], reverse=True)
+    return {
+        (r["architecture"], r["objective"]): r["rate"] for r in by_loss
+    }  # the lowest comes last, and stays
 
 
 def table(results: list[dict]) -> str:
-    """Return the rows of the table: mean of the seeds, and their range."""
+    """Return a table in Markdown: the mean over the seeds, and their range."""
     head = f"| {'architecture':16} | objective | parameters | learning rate | steps |"
     lines = [head + " gaps | docstrings |", "|---|---|---|---|---|---|---|"]
     for objective, architecture in product(OBJECTIVES, ARCHITECTURES):
-        of = [r for r in results if (r["architecture"], r["objective"]) == (architecture, objective)]
-        first, cells = of[0], []
-        for measure in MEASURES:
-            values = [r[measure] for r in of]
-            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        own = [r for r in results if (r["architecture"], r["objective"]) == (architecture, objective)]
+        first, cells = own[0], [mean_and_range([r[measure] for r in own], ".3f") for measure in MEASURES]
         lines.append(
             f"| {architecture:16} | {objective} | {first['n_params'] / 1e6:.2f}M | {first['rate']:g} | "
             f"{first['steps']} | {' | '.join(cells)} |"
@@ -288,38 +298,38 @@ def table(results: list[dict]) -> str:
 
 def plot(results: list[dict], path: Path) -> None:
     """Draw both measures: a dot for each seed, and a bar for their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     names = [*product(OBJECTIVES, ARCHITECTURES)][::-1]
     for axes, measure in zip(panels, MEASURES, strict=True):
         for y, (objective, architecture) in enumerate(names):
-            of = [r for r in results if (r["architecture"], r["objective"]) == (architecture, objective)]
-            values, color = [r[measure] for r in of], f"C{OBJECTIVES.index(objective)}"
+            own = [r for r in results if (r["architecture"], r["objective"]) == (architecture, objective)]
+            values, color = [r[measure] for r in own], f"C{OBJECTIVES.index(objective)}"
             axes.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
             axes.plot(statistics.mean(values), y, "|", color=color, markersize=16)
         axes.set_yticks(range(len(names)), [f"{b}, {a}" for a, b in names])
         axes.set(xlabel="nats per token", title=f"{measure}, after fine-tuning")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--budget", type=float, default=2e12, help="FLOPs of a run's pretraining (default %(default)g)")
-    add("--tuning", type=int, default=100, help="steps on each of the last tasks (default %(default)s)")
-    add("--seeds", type=int, default=3, help="runs of each (default %(default)s)")
+    add(
+        "--tuning",
+        type=command.count,
+        default=100,
+        help="steps of fine-tuning on each task (default %(default)s)",
+    )
+    add("--seeds", type=command.count, default=3, help="runs of each combination (default %(default)s)")
     add("--rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3],
         help="learning rates to choose from (default 0.0015 0.003 0.006)")  # fmt: skip
-    add("--jobs", type=int, default=2, help="runs at a time, one thread each (default %(default)s)")
-    add("--cache", type=Path, default=Path("cache"), help="folder for tokenised text (default %(default)s)")
-    add("--out", type=Path, help="write the figures as JSON, and a plot beside them")
+    add("--jobs", type=command.count, default=2, help="runs at a time, one thread each (default %(default)s)")
+    cache = Path("cache")
+    add("--cache", type=command.path, default=cache, help="folder of tokenised text (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON, and a picture beside them")
     args = parser.parse_args(argv)
     data.text.prepare("stdlib", TOKENIZER, args.cache)  # once, before the processes start
 
@@ -331,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(args.jobs, start_process, (args.cache,)) as pool:
         search = [job(pair, rate, SEARCH_SEED) for rate in args.rates for pair in pairs]
-        ended = args.cache / "objectives_compared.jsonl"
+        ended = args.cache / "objectives_compared.json"
         searched = run_all(pool, search, ended) if len(args.rates) > 1 else []
         rates = best_rates(searched) or {pair: args.rates[0] for pair in pairs}
         jobs = [job(pair, rates[pair], seed) for seed in range(args.seeds) for pair in pairs]
@@ -339,12 +349,10 @@ def main(argv: list[str] | None = None) -> None:
 
     print(table(results))
     if args.out:
-        machine = {"cpu": cpu.name(), "torch": torch.__version__, "budget": args.budget}
-        content = {"command": "python -m results.objectives_compared --out results/objectives_compared.json"}
-        content |= machine | {"search": searched, "results": results}
-        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        about = {"command": COMMAND, "cpu": cpu.name(), "torch": torch.__version__, "budget": args.budget}
+        write_json(args.out, about | {"search": searched, "results": results}, indent=1)
         plot(results, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -3,24 +3,22 @@
     python -m results.pretext --out results/pretext.json                  about two hours of one core
     python -m results.pretext --parts ratio targets --out results/masking.json    an hour and a half
 
-Parts, each with --seeds seeds:
+Parts, each with every seed of --seeds:
 
-    encoders    the default runs of mae, maskfeat and simclr, and maskfeat with pixels as its target. All
-                learn from letters of twelve fonts. Measured: the held-out loss; a probe (logistic regression
-                on frozen features, and the nearest neighbour) on letters in nine fonts never seen; and
+    encoders    the default runs of mae, maskfeat and simclr, and maskfeat that predicts pixels. All learn
+                from letters of twelve fonts. Measured: the held-out loss; a probe (logistic regression on
+                frozen features, and the nearest neighbour) on letters in nine fonts never seen; and
                 fine-tuning on 186 labels, tested on the same nine fonts, beside the same model from scratch
     colorize    the default run, and the same network trained by squared error: how far from grey the balls
                 of the held-out landscapes are, and how far from the nearer of the two colours a ball can have
-    ratio       mae with 20 to 90 percent hidden, in runs of --steps updates: held-out error beside that of
-                the mean image, and fine-tuning
-
-    targets     the same of maskfeat, with HOG and with pixels as what it predicts of the hidden patches
+    ratio       mae with 20 to 90 percent of the patches hidden, in runs of --steps updates: the held-out
+                loss, and fine-tuning as above
+    targets     the same of maskfeat that predicts HOG or pixels of the hidden patches
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
 after each run, and those in it are kept.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -49,12 +47,15 @@ N_PICTURES = 200  # held-out landscapes whose balls are measured
 
 
 def fine_tuned(out: Path, seed: int, start: list[str]) -> float:
-    """Return how many of the letters in nine unseen fonts a ViT reads after training on 186 labels."""
+    """Return the share of letters in nine unseen fonts that a ViT reads after training on 186 labels.
+
+    out: the folder of the run. start: flags of the weights that it starts from.
+    """
     return run(out, seed, *FINE_TUNING, *start)["val_accuracy"]
 
 
 def of_encoder(work: Path, name: str, seed: int) -> dict:
-    """Return the figures of one of ENCODERS from one seed."""
+    """Return the figures of one of ENCODERS with one seed."""
     flags, size = ENCODERS[name]
     out = work / f"{name.replace(', ', '-')}-{seed}"
     figures = {"loss": run(out, seed, *flags)["val_loss"]}
@@ -71,7 +72,7 @@ def of_encoder(work: Path, name: str, seed: int) -> dict:
 
 
 def of_colours(work: Path, name: str, seed: int) -> dict:
-    """Return the figures of one of COLOURS from one seed: of the colours that it gives to balls."""
+    """Return the figures of one of COLOURS with one seed: its loss, and the colours of its balls."""
     out = work / f"colorize-{name}-{seed}"
     last = run(out, seed, "--model", "colorize", *COLOURS[name])
     figures = {"loss": last["val_loss"], "distance": last["val_distance"]}
@@ -87,8 +88,8 @@ def of_colours(work: Path, name: str, seed: int) -> dict:
 
 
 def of_short_run(work: Path, model: str, change: str, seed: int, steps: int) -> dict:
-    """Return the figures of mae or maskfeat with a change, as mask_rate=0.2."""
-    out = work / f"{model}-{change.partition('=')[2]}-{seed}"
+    """Return the figures of a short run of mae or maskfeat with another setting, as mask_rate=0.2."""
+    out = work / f"{model}-{change.partition('=')[2]}-short-{seed}"  # not the name of one of ENCODERS
     flags = ["--model", model, "--steps", str(steps), "--set", change]
     figures = {"loss": run(out, seed, *flags)["val_loss"]}
     start = ["--init-from", str(out / "model"), "--set", "n_classes=62"]
@@ -96,20 +97,19 @@ def of_short_run(work: Path, model: str, change: str, seed: int, steps: int) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
-    add(
-        "--work", type=command.path, default=Path("runs/pretext"), help="folder of runs (default %(default)s)"
-    )
+    add("--out", type=command.new_file, required=True, help="file for the figures")
+    work = Path("runs/pretext")
+    add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
     parts = ("encoders", "colorize", "ratio", "targets")
     add("--parts", nargs="+", choices=parts, default=parts[:2], help="what to do (default encoders colorize)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add(
         "--steps",
-        type=int,
+        type=command.count,
         default=300,
-        help="updates of the runs of ratio and targets (default %(default)s)",
+        help="updates of each run of ratio and targets (default 300)",
     )
     args = parser.parse_args(argv)
 

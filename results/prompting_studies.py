@@ -1,9 +1,10 @@
-"""The studies of prompting, with three seeds: their figures and their pictures.
+"""The studies of prompting in evaluation/, with three seeds each: their figures and their pictures.
 
     python -m results.prompting_studies in_context scratchpad spelling injection
 
-Writes results/NAME.json for each study, after every seed, and results/NAME.png for those whose result is a
-curve. Seeds that are in the file already, made with the same --steps, are kept.
+in_context.py, scratchpad.py, spelling.py and injection.py explain what is asked. results/NAME.json is written
+after every seed of a study, and results/NAME.png for the first two. Seeds that are in the file already are
+kept.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import statistics
 import time
 from pathlib import Path
 
-from engine.report import plotting
+from formats import command
+from formats.figures import load_pyplot, save_figure
 from results.keep import Ended
 
 STUDIES = ("in_context", "scratchpad", "spelling", "injection")
@@ -31,27 +33,25 @@ def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
         print(f"{name}, seed {seed}: {time.process_time() - began:.0f} s of one core", flush=True)
     print(study.table(ended.rows))
     if name in DRAWINGS:
-        pyplot, _ = plotting()
+        pyplot = load_pyplot()
         figure = DRAWINGS[name](pyplot, ended.rows)
-        figure.savefig(path.with_suffix(".png"), dpi=120)
-        pyplot.close(figure)
+        save_figure(figure, path.with_suffix(".png"))
 
 
 def mean_curve(curves: list[list[float]]) -> list[float]:
-    """Return the mean of the seeds, point by point."""
+    """Return the mean of several curves, point by point."""
     return [statistics.mean(values) for values in zip(*curves, strict=True)]
 
 
 def draw_in_context(pyplot, rows: list[dict]):
-    """Return the loss along training, a line per seed, and by position, the mean of the seeds."""
+    """Return a picture of the loss: along training, a line per seed; by position, the mean of the seeds."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     predictors = [name for name in rows[0]["by_position"] if name != "model"]
     depths = sorted({row["layers"] for row in rows})
-    for i, name in enumerate(predictors):
-        curve, style = mean_curve([row["by_position"][name] for row in rows]), (0, (4, 1 + i))
-        left.axhline(statistics.mean(curve), color="0.5", linestyle=style, linewidth=1)
-        left.text(0, statistics.mean(curve), name, va="bottom", fontsize=8, color="0.4")
-        right.plot(range(1, len(curve) + 1), curve, color="0.5", linestyle=style, linewidth=1, label=name)
+    for i, name in enumerate(predictors, start=2):
+        curve, style = mean_curve([row["by_position"][name] for row in rows]), {"color": f"C{i}", "ls": "--"}
+        left.axhline(statistics.mean(curve), linewidth=1, **style)
+        right.plot(range(1, len(curve) + 1), curve, linewidth=1, label=name, **style)
     for depth in depths:
         own, color = [row for row in rows if row["layers"] == depth], f"C{depth - 1}"
         for row in own:
@@ -61,13 +61,15 @@ def draw_in_context(pyplot, rows: list[dict]):
             range(1, len(curve) + 1), curve, color=color, label=f"GPT, {depth} layer{'s' * (depth > 1)}"
         )
     left.set(xlabel="steps of training", ylabel="nats per symbol", ylim=(0.8, 1.16))
-    right.set(xlabel="position in the sequence", xscale="log")
+    left.set(title="mean of all positions, a line per seed")
+    right.set(xlabel="position in the sequence", xscale="log", title="by position, mean of the seeds")
     right.legend(fontsize=8)
     return figure
 
 
 def draw_scratchpad(pyplot, rows: list[dict]):
-    """Return right final answers over the number of swaps: a dot per seed, and a line through their mean."""
+    """Return a picture of the share of right final answers over the number of swaps: a dot per seed, and a
+    line through their mean."""
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for i, kind in enumerate(dict.fromkeys(row["kind"] for row in rows)):
         own = [row for row in rows if row["kind"] == kind]
@@ -77,7 +79,9 @@ def draw_scratchpad(pyplot, rows: list[dict]):
         dots = [row["swaps"] + 0.08 * i for row in own], [row["right"] for row in own]
         axes.plot(*dots, linestyle="", alpha=0.5, **style)
         axes.plot([n + 0.08 * i for n in lengths], means, label=kind, color=f"C{i}")
-    axes.axhline(1 / 3, color="0.5", linestyle=":", linewidth=1)
+    axes.axhline(
+        1 / 3, color="0.5", linestyle=":", linewidth=1
+    )  # a guess: the ball is under one of three cups
     axes.set(xlabel="swaps", ylabel="right final answers", ylim=(0, 1.03))
     axes.legend(fontsize=8)
     return figure
@@ -87,14 +91,12 @@ DRAWINGS = {"in_context": draw_in_context, "scratchpad": draw_scratchpad}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)} (default: all)")
-    add("--seeds", type=int, default=3, help="runs of each model (default %(default)s)")
-    add("--steps", type=int, help="steps of each run (default: each study's own)")
-    add("--out", type=Path, default=Path("results"), help="folder of the files (default %(default)s)")
+    add("studies", nargs="*", metavar="STUDY", help=f"some of {', '.join(STUDIES)} (default: all)")
+    add("--seeds", type=command.count, default=3, help="runs of each model (default %(default)s)")
+    add("--steps", type=command.count, help="steps of each run (default: each study's own)")
+    add("--out", type=command.path, default=Path("results"), help="folder of the files (default %(default)s)")
     args = parser.parse_args(argv)
     for name in args.studies or STUDIES:
         if name not in STUDIES:
@@ -103,4 +105,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

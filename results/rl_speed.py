@@ -1,19 +1,20 @@
 """How fast is a step of GRPO beside TRL's, on the same model, prompts and numbers of tokens?
 
-    python -m results.rl_speed --out results/rl_speed.json        some minutes, with trl==1.16.0
+    python -m results.rl_speed --out results/rl_speed.json        some minutes; needs trl==1.16.0 and datasets
 
-Both sides train the same random Llama of gpt.py's shapes in float32 with AdamW: 8 prompts, 8 completions of
-each, 32 new tokens (the end token is not drawn), the same reward function in Python, KL penalty 0.04 against
-a reference. A step samples, scores, computes the reference's log-probabilities and updates the weights once.
-The steps of both are made in turn, A B A B, in one process: ours at the end of each step of TRL's trainer.
-The first ones of both are not counted. Tokens per second are those of the completions, by the time that the
-processor spends on this process with one thread: what else runs on the machine does not count.
+Both sides train the same random Llama, made by gpt.py, in float32 with AdamW: 8 prompts, 8 completions of
+each, 32 new tokens (no completion ends earlier), the same reward function in Python, a KL penalty of 0.04
+against a reference. A step samples, scores, computes the reference's log-probabilities and updates the
+weights once. The steps of both are made in turn (A B A B ...) in one process: ours at the end of each step of
+TRL's trainer. The first step of each side is not counted. Tokens per second are those of the completions, in
+processor time of one thread, so that other programs count for little.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,17 +24,20 @@ from data.rows import seed_of
 from data.tokenizer import train_bpe
 from engine import cpu
 from engine.run import Run
-from formats.atomic import replace_file
+from formats import command
+from formats.json_file import write_json
 from gpt import GPT, Config
 from posttraining import ppo
 from posttraining.prompts import unpadded
 from results.in_turn import compared
+from results.peers import require
 
-SHAPES = {  # layers, width
+COMMAND = "python -m results.rl_speed --out results/rl_speed.json"
+SHAPES = {
     "4 layers, width 128": Config(4, 4, 128, 352, 4096, 256),
     "5 layers, width 384": Config(5, 6, 384, 1024, 4096, 256),
 }
-PROMPTS, SAMPLES, NEW, BETA = 8, 8, 32, 0.04
+PROMPTS, SAMPLES, NEW, BETA = 8, 8, 32, 0.04  # completions of a prompt; tokens of each; weight of the KL
 
 
 def vowels(prompts: list[str], completions: list[str], **_) -> list[float]:
@@ -42,7 +46,7 @@ def vowels(prompts: list[str], completions: list[str], **_) -> list[float]:
 
 
 def prepare(config: Config, folder: Path) -> Run:
-    """Return a run of ours before its first step, with its model, tokenizer and prompts in folder."""
+    """Return a run of ours before its first step, with its model, tokenizer and prompts in the folder."""
     if not (folder / "tokenizer").exists():
         text = Path(torch.__file__).read_text(encoding="utf-8")
         train_bpe([text], config.vocab_size - 1).save(folder / "tokenizer")
@@ -62,7 +66,7 @@ def prepare(config: Config, folder: Path) -> Run:
 
 
 def step_of_ours(run: Run) -> float:
-    """Make a step of the loop of ppo.py, and return its completions' tokens per second."""
+    """Make a step of the loop of posttraining/ppo.py, and return its completions' tokens per second."""
     began = time.process_time()
     policy = run.model.eval()
     seed = seed_of(0, run.step)
@@ -73,7 +77,10 @@ def step_of_ours(run: Run) -> float:
 
 
 def train_both(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Train with TRL, and after each of its steps make one of ours. Returns the tokens per second of both."""
+    """Train with TRL, and after each of its steps make one of ours. Return the tokens per second of both.
+
+    run: ours, from `prepare`. rounds: steps of each side that count.
+    """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -124,14 +131,17 @@ def train_both(run: Run, folder: Path, rounds: int) -> dict[str, list[float]]:
     return {side: rates[1:] for side, rates in figures.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, first = parser.add_argument, list(SHAPES)[:1]
+    add(
+        "--rounds", type=command.count, default=10, help="steps of each side that count (default %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="steps of each side that count (default 10)")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:1])
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+    add("--shapes", nargs="+", choices=SHAPES, default=first, help="shapes of the model (default: the first)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    require("trl", "trl==1.16.0")
+    require("datasets")
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -141,19 +151,10 @@ def main() -> None:
             rows += compared(train_both(run, Path(name), args.rounds), "TRL", shape=shape)
             run.close()
     if args.out:
-        import transformers
-        import trl
-
-        about = {"command": "python -m results.rl_speed --out results/rl_speed.json", "cpu": cpu.name()}
-        about |= {
-            "torch": torch.__version__,
-            "trl": trl.__version__,
-            "transformers": transformers.__version__,
-        }
-        about |= {"threads": torch.get_num_threads()}
-        with replace_file(args.out) as new:
-            new.write_text(json.dumps(about | {"results": rows}, indent=1) + "\n", encoding="utf-8")
+        about = {"command": COMMAND, "cpu": cpu.name(), "torch": torch.__version__}
+        about |= {name: version(name) for name in ("trl", "transformers")}
+        write_json(args.out, about | {"threads": torch.get_num_threads(), "results": rows}, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,4 +1,4 @@
-"""SAM beside Muon on few labels: how flat the minimum is that they find, and what they read of unseen fonts.
+"""SAM beside Muon on few labels: how flat the minimum is that each finds, and how well it reads unseen fonts.
 
     python -m results.sam --out results/sam.json            about a quarter of an hour of one core
 
@@ -9,20 +9,18 @@ A ViT learns 62 letters and digits from 186 pictures in three fonts, and reads 5
     muon, twice      twice as many: the same number of passes, forward and backward, as SAM
     sam, RHO         --steps updates with Muon and --sam-rho RHO
 
-Measured are the accuracy and the loss on the unseen fonts, and of the 186 pictures, as they are: the loss,
-the loss at the worst point at a distance of 0.05, w + 0.05 g / |g|, and the largest eigenvalue of the Hessian
-(Foret et al. 2021, sections 2 and 4.2), by power iteration.
+Measured are the accuracy and the loss on the unseen fonts, and three figures of the 186 pictures, without
+augmentation: the loss, the loss at w + 0.05 g / |g|, which is about the worst point at a distance of 0.05
+from the weights w (g is the gradient), and the largest eigenvalue of the Hessian by power iteration (Foret et
+al. 2021, sections 2 and 4.2).
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
 after each run, and those in it are kept.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +30,7 @@ from data.rows import stack
 from engine.optim import at_worst_point
 from formats import command
 from results.keep import Ended
+from results.seeds import mean_and_range
 from results.training_runs import run
 from vision.vit import ViT
 
@@ -40,10 +39,10 @@ TASK = ("--model", "vit", "--data", "glyphs:few", "--batch-size", "64", "--optim
 
 
 def largest_eigenvalue(loss: Callable[[], Tensor], weights: Sequence[Tensor], n_iterations: int) -> float:
-    """Return the Hessian's eigenvalue of the largest size, of loss() in these weights, by power iteration.
+    """Return the eigenvalue of largest size of the Hessian H of loss() in these weights, by power iteration.
 
-    Each iteration multiplies the Hessian with a vector, as the gradient of (gradient of the loss) . vector
-    (Pearlmutter 1994), and the estimate is the last v . H v with |v| = 1. loss must be differentiable twice.
+    An iteration maps v, with |v| = 1, to H v, which is the gradient of (gradient of the loss) . v, see
+    Pearlmutter 1994. The estimate is v . H v of the last one. loss() must be differentiable twice.
     """
     generator = torch.Generator().manual_seed(0)
     v = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
@@ -60,10 +59,9 @@ def largest_eigenvalue(loss: Callable[[], Tensor], weights: Sequence[Tensor], n_
 
 
 def sharpness(directory: Path, cache: Path, n_iterations: int) -> dict[str, float]:
-    """Return the figures of the 186 pictures for the model in a directory."""
-    model = ViT.from_pretrained(
-        directory, kernels="reference"
-    ).eval()  # in operations that have two derivatives
+    """Return the loss of a model on the 186 pictures, and two figures of how sharp that minimum is."""
+    # The reference operations have second derivatives.
+    model = ViT.from_pretrained(directory, kernels="reference").eval()
     dataset = prepare("glyphs:few", model.config.size, cache, channels=1)
     batch = stack([dataset.train[i] for i in range(len(dataset.train))])
     images, labels = model.normalized(batch["image"].float() / 255), batch["label"]
@@ -80,7 +78,7 @@ def sharpness(directory: Path, cache: Path, n_iterations: int) -> dict[str, floa
 
 
 def measure(work: Path, name: str, seed: int, flags: Sequence[str], n_iterations: int) -> dict:
-    """Return the figures of one run from one seed."""
+    """Return the figures of one run with one seed, made with these flags of train.py."""
     out = work / f"{name.replace(', ', '-')}-{seed}"
     cache = str(work / "cache")
     last = run(out, seed, *TASK, "--cache", cache, *flags)
@@ -88,20 +86,20 @@ def measure(work: Path, name: str, seed: int, flags: Sequence[str], n_iterations
     return held_out | sharpness(out / "model", work / "cache", n_iterations)
 
 
-def mean_and_range(rows: Sequence[dict], key: str) -> str:
-    values = np.array([row[key] for row in rows])
-    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     add("--work", type=command.path, default=Path("runs/sam"), help="folder of runs (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add("--rho", type=float, nargs="+", default=[0.05, 0.2], help="radii of SAM (default 0.05 0.2)")
-    add("--steps", type=int, default=200, help="updates (default %(default)s)")
-    add("--iterations", type=int, default=15, help="of the power iteration (default %(default)s)")
+    add("--steps", type=command.count, default=200, help="updates (default %(default)s)")
+    add(
+        "--iterations",
+        type=command.count,
+        default=15,
+        help="steps of the power iteration (default %(default)s)",
+    )
     args = parser.parse_args(argv)
 
     flags = {"muon": ["--steps", str(args.steps)], "muon, twice": ["--steps", str(2 * args.steps)]}
@@ -111,11 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         for name, own in flags.items():
             if not ended.has(name=name, seed=seed):
-                of_run = partial(measure, args.work, name, seed, own)
-                ended.add({"name": name, "seed": seed} | of_run(args.iterations))
+                figures = measure(args.work, name, seed, own, args.iterations)
+                ended.add({"name": name, "seed": seed} | figures)
     for name in flags:
         rows = [row for row in ended.rows if row["name"] == name]
-        print(name, *(f"{key} {mean_and_range(rows, key)}" for key in list(rows[0])[2:]), sep="\n    ")
+        keys = [key for key in rows[0] if key not in ("name", "seed")]
+        lines = [f"{key} {mean_and_range([row[key] for row in rows], '.3f')}" for key in keys]
+        print(name, *lines, sep="\n    ")
 
 
 if __name__ == "__main__":

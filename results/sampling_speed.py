@@ -2,12 +2,12 @@
 
     python -m results.sampling_speed --out results/sampling_speed.json        (needs diffusers 0.42.1)
 
-An untrained U-Net that predicts v is written as a DDPMPipeline and opened by diffusers, which draws with its
-DDIMPipeline; the time does not depend on the weights. Both draw the same images (checked, within 1e-4 of a
-pixel in [0, 1]). One thread, float32. Sides are measured in turn (A B A B ...), in processor time, so that
-other programs count for little. Which library multiplies float32 matrices is one setting for a whole process
-(engine/cpu.py), and plinth's commands choose oneDNN on a CPU where that does not round. So diffusers is
-measured with both: as PyTorch is set by default, and with oneDNN.
+An untrained U-Net that predicts v (vision/ddpm.py) is saved as a DDPMPipeline and opened by diffusers, which
+draws with its DDIMPipeline; the time does not depend on the weights. Both draw the same images (checked:
+pixels in [0, 1] differ by at most 1e-4). One thread, float32. The sides are measured in turn (A B A B ...),
+in processor time, so that other programs count for little. Which library multiplies float32 matrices is one
+setting of a process (engine/cpu.py). Our commands choose oneDNN on a CPU where that does not round, so
+diffusers is measured with both: with PyTorch's default, and with oneDNN.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 
 from formats import command
 from results.in_turn import compared, measure_in_turn, one_thread, rate, write_figures
+from results.peers import require
 from vision import ddpm, unet
 
 SHAPES = {  # the size of the U-Net, images that are drawn at once, and steps
@@ -39,7 +40,7 @@ def pipelines(size: str, n: int, steps: int) -> tuple[Callable, Callable]:
     diffusers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     model = ddpm.Diffusion(unet.UNet(replace(unet.SIZES[size], n_classes=0)), ddpm.Config()).eval()
-    torch.nn.init.normal_(model.model.conv_out.weight, std=0.02)  # which else are zeros
+    torch.nn.init.normal_(model.model.conv_out.weight, std=0.02)  # not zeros, as at the start of training
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         opened = diffusers.DDPMPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
@@ -66,13 +67,15 @@ def with_precision(draw: Callable, precision: str) -> None:
 
 
 def measure(name: str, rounds: int, onednn: str) -> list[dict]:
-    """Return the rows of one of SHAPES; SystemExit if the two sides do not draw the same. onednn: the setting
-    by which it multiplies."""
+    """Return the rows of one of SHAPES. Raises ValueError if the two sides do not draw the same.
+
+    onednn: PyTorch's setting of precision by which oneDNN multiplies.
+    """
     size, n, steps = SHAPES[name]
     ours, theirs = pipelines(size, n, steps)
     difference = abs(ours() - theirs()).max()
     if difference > 1e-4:
-        raise SystemExit(f"{name}: the images differ by up to {difference}")
+        raise ValueError(f"{name}: the images differ by up to {difference}")
     sides = {
         "diffusers": partial(with_precision, theirs, "highest"),
         "diffusers, oneDNN": partial(with_precision, theirs, onednn),
@@ -84,15 +87,14 @@ def measure(name: str, rounds: int, onednn: str) -> list[dict]:
     return compared(measure_in_turn(timed, rounds), "diffusers", unit="images", **labels)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rounds", type=int, default=7, help="measurements of each side (default %(default)s)")
-    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="these (default: all)")
-    add("--out", type=command.path, help="write the figures as JSON")
-    args = parser.parse_args()
+    add("--rounds", type=command.count, default=7, help="measurements of each side (default %(default)s)")
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="what is drawn (default: all)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    require("diffusers", "diffusers==0.42.1")
 
     load = os.getloadavg()[0]
     onednn, results = one_thread(), []
@@ -103,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

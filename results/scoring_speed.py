@@ -1,30 +1,29 @@
-"""Scoring of multiple choice on this machine, beside lm-evaluation-harness, of the same random model.
+"""Choices per second in the scoring of multiple choice, beside lm-evaluation-harness, of one random model.
 
     python -m results.scoring_speed --out results/scoring_speed.json       (needs lm_eval[hf]==0.4.13)
 
-Both sides score the same contexts and choices, of the default task `purpose` (stdlib_suite.py), in float32,
-in batches of 16, tokenisation included, in turn (A B A B ...). The log-likelihoods are compared first.
+Both sides score the same contexts and choices, those of the task `purpose` (evaluation/stdlib_suite.py), in
+float32, in batches of 16, tokenisation included, in turn (A B A B ...). First the log-likelihoods of both are
+compared.
 """
 
 import argparse
-import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from data.tokenizer import train_bpe
-from engine import cpu
 from evaluation.multiple_choice import log_likelihoods, rows_of
 from evaluation.published import with_examples
 from evaluation.stdlib_suite import held_out_modules, suite
+from formats import command
 from gpt import GPT, Config
-from results.in_turn import compared, measure_in_turn
+from results.in_turn import compared, measure_in_turn, rate, write_figures
+from results.peers import require
 
 SHAPES = {
     "4 layers, width 128": Config(4, 4, 128, 352, 4096, 512, n_kv_heads=2),
@@ -35,7 +34,7 @@ BATCH = 16  # rows
 
 
 def both_sides(config: Config, items: list) -> dict[str, Callable[[], list[float]]]:
-    """Return for each side a function that scores all choices of the items."""
+    """Return for each side a function that returns the log-likelihoods of all choices of the items."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -64,20 +63,14 @@ def both_sides(config: Config, items: list) -> dict[str, Callable[[], list[float
     }
 
 
-def choices_per_second(score: Callable[[], list[float]]) -> float:
-    began = time.perf_counter()
-    return len(score()) / (time.perf_counter() - began)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rounds", type=int, default=5, help="measurements of each side (default %(default)s)")
-    add("--items", type=int, default=40, help="questions per task (default %(default)s)")
-    add("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+    add("--rounds", type=command.count, default=5, help="measurements of each side (default %(default)s)")
+    add("--items", type=command.count, default=40, help="questions per task (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    require("lm_eval", "lm_eval[hf]==0.4.13")
 
     results, load = [], os.getloadavg()[0]
     purpose = next(task for task in suite(args.items) if task.name == "purpose")
@@ -85,22 +78,19 @@ def main() -> None:
         for name, n in SHOTS.items():
             sides = both_sides(config, with_examples(purpose, purpose.items, n, seed=0).items)
             a, b = (torch.tensor(score()) for score in sides.values())
-            # A border inside a token is scored differently, see multiple_choice.py; all others agree.
+            # The sides differ where a token spans the border of context and choice, see multiple_choice.py.
             agree = ((a - b).abs() < 1e-3).float().mean().item()
             print(f"{shape}, {name}: {len(a)} choices, {agree:.1%} with equal log-likelihoods")
             if agree < 0.8:
-                raise SystemExit("the sides compute different figures")
-            timed = {side: partial(choices_per_second, score) for side, score in sides.items()}
+                raise ValueError(f"{shape}, {name}: the log-likelihoods differ")
+            timed = {side: partial(rate, score, len(a)) for side, score in sides.items()}
             figures = measure_in_turn(timed, args.rounds)
-            results += compared(figures, "lm_eval", shape=shape, prompt=name, agree=agree)
+            labels = {"shape": shape, "prompt": name, "agree": agree}
+            results += compared(figures, "lm_eval", unit="choices", **labels)
 
     if args.out:
-        machine = {"cpu": cpu.name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"lm_eval": version("lm_eval"), "load_average": load}
-        command = "python -m results.scoring_speed --out results/scoring_speed.json"
-        content = {"command": command, **machine, "unit": "choices per second", "results": results}
-        args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_figures(args.out, "scoring_speed", load, results, peer="lm_eval")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -4,20 +4,20 @@
 
 Three models learn Python's library, byte by byte: "small", of eight layers of width 96 with three further
 heads (language/multi_token.py), "large", of eight layers of width 320, and "draft", of one layer of width 96.
-Small and large continue pieces of a file that none was trained on, one row at a time, alone and with guesses:
+Small and large continue pieces of a file that none was trained on, one row at a time, alone and with guesses
+of the next bytes, which they check in one pass. The guesses are made by
 
-    draft      of the model of this name
-    heads      of the model's own further heads, which only "small" has
+    draft      the model of this name
+    heads      the model's own further heads, which only "small" has
     look-up    a copy of what followed when the last bytes occurred before
 
-Each draft is measured with several numbers g of guesses per pass. All are measured in turn, so that a busy
-minute of the machine slows all of them. A row has the tokens per pass that were counted, and "formula", what
-(1 - a^(g+1)) / (1 - a) gives for the share a of guesses that were accepted. Time is processor time of one
-thread, because other programs used the machine too. Training runs in --work are not repeated, nor is a
-model at a temperature that is in --out.
+Each is measured with several numbers g of guesses per pass. All are measured in turn, so that a busy minute
+of the machine slows all of them. A row has the tokens per pass that were counted, and as "formula" the
+expected number (1 - a^(g+1)) / (1 - a), where a is the share of guesses that were accepted (Leviathan et al.
+2023, equation 1). Time is processor time of one thread, because other programs used the machine too. Runs of
+train.py in --work are not repeated, and rows in --out are kept.
 """
 
-import argparse
 import statistics
 import sysconfig
 import time
@@ -32,12 +32,12 @@ from formats import command
 from formats.open_model import open_model
 from language.multi_token import Heads
 from language.speculative import Counts, Draft, DraftModel, Lookup, expected_tokens, generate
-from results.in_turn import measure_in_turn, rate
+from results.in_turn import measure_in_turn, median_and_range, rate
 from results.keep import Ended
 from results.training_runs import run
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
-HELD_OUT = LIBRARY / "textwrap.py"  # its name is beyond those of the training text, a to s
+HELD_OUT = LIBRARY / "textwrap.py"  # not among the files a to s of the training text
 DATA = ["--data", f"{LIBRARY}/[a-s]*.py", "--val", str(HELD_OUT), "--tokenizer", "bytes"]
 SHAPE = ["--seq-len", "128", "--batch-size", "16", "--eval-every", "1000", "--set"]
 NARROW = ["d_model=96", "d_ff=256"]
@@ -63,12 +63,15 @@ def measure(
     model: nn.Module,
     sides: list[tuple[str, int]],
     drafts: dict[str, Draft],
-    prompts,
-    temperature,
+    prompts: list[list[int]],
+    temperature: float,
     rounds: int,
 ) -> list[dict]:
-    """Return the results at a temperature, a row for each side: the name of a draft, and guesses per pass.
-    rounds: measurements of each."""
+    """Return a row of figures for each side, which is the name of a draft and a number of guesses per pass.
+
+    prompts: the tokens of each. rounds: measurements of each side. At temperature 0 a row also has the number
+    of prompts that are continued as by the model alone.
+    """
     counts = {side: Counts() for side in sides}
     texts: dict[tuple | str, list] = {}
 
@@ -96,11 +99,8 @@ def measure(
         row = {"temperature": temperature, "draft": side[0], "n_drafts": side[1], "acceptance": round(a, 3)}
         row |= {"tokens_per_pass": round(found, 2), "formula": round(expected_tokens(a, side[1]), 2)}
         row |= {"tokens_per_second": round(statistics.median(figures[side]))}
-        row |= {
-            "alone": round(statistics.median(figures["alone"])),
-            "ratio": round(statistics.median(ratios), 2),
-        }
-        row |= {"ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2)}
+        row |= {"alone": round(statistics.median(figures["alone"]))}
+        row |= {name: round(ratio, 2) for name, ratio in median_and_range(ratios).items()}
         if temperature == 0:
             row["same_texts"] = sum(x == y for x, y in zip(texts[side], texts["alone"], strict=True))
         rows.append(row)
@@ -109,13 +109,18 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     work = Path("runs/speculative")
-    add("--work", type=command.path, default=work, help="folder of runs (default runs/speculative)")
-    add("--rounds", type=int, default=3, help="measurements of each side (default 3)")
-    add("--prompts", type=int, default=3, help="pieces of the held-out file to continue (default 3)")
+    add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
+    add("--rounds", type=command.count, default=3, help="measurements of each side (default %(default)s)")
+    add(
+        "--prompts",
+        type=command.count,
+        default=3,
+        help="pieces of the held-out file to continue (default %(default)s)",
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
 

@@ -1,25 +1,29 @@
-"""T5 on this machine beside transformers': greedy outputs, and steps of training, of random weights.
+"""T5 beside transformers' on this machine, both with the same random weights: greedy outputs, and training.
 
-    python -m results.t5_speed --out results/t5_speed.json        (needs tests/requirements.txt)
+    python -m results.t5_speed --out results/t5_speed.json        (needs transformers)
 
-Both sides have the same weights and shapes, in float32, and are measured in turn (A B A B ...). Outputs: the
-same random inputs, the same tokens (checked), encoder included; where it gains by it (kernels/few_rows.py),
-also with the step of one token compiled, which takes half a minute before the measurement. Training: forward,
-backward and a step of PyTorch's AdamW on the same batch, no dropout; the two losses are equal (checked).
+Both compute in float32, and are measured in turn (A B A B ...). Two measurements:
+
+    outputs     greedy decoding of the same random inputs, the encoder included; the tokens are equal
+                (checked). Sizes that gain by it (kernels/few_rows.py) are also measured with the step of one
+                token compiled; compiling takes half a minute and is not measured
+    training    forward, backward and a step of PyTorch's AdamW on the same batch, without dropout; the losses
+                are equal (checked)
 """
 
 import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from engine import cpu
+from formats import command
 from kernels import few_rows
 from language.t5 import SIZES, T5, Config
 from results.in_turn import compared, measure_in_turn, opened_by, rate, write_figures
+from results.peers import require
 
 SHAPES = {"tiny": SIZES["tiny"], "t5-small": SIZES["small"]}
 INPUT, NEW = 32, 64  # tokens of a row
@@ -55,7 +59,7 @@ def writers(ours: T5, theirs, batch: int) -> dict[str, Callable[[], list[list[in
 
 
 def steps(ours: T5, theirs) -> dict[str, Callable[[], float]]:
-    """Return for each side a function that takes a step on the same batch, and returns its loss."""
+    """Return for each side a function that makes a step on the same batch, and returns its loss."""
     tokens, targets = (torch.randint(2, ours.config.vocab_size, (BATCH, n)) for n in (S, T))
 
     def step(model, loss) -> float:
@@ -77,14 +81,14 @@ def steps(ours: T5, theirs) -> dict[str, Callable[[], float]]:
 
 
 def measure(name: str, rounds: int) -> list[dict]:
-    """Return the rows of one size; SystemExit if the two sides do not compute the same."""
+    """Return the rows of one of SHAPES. Raises ValueError if the two sides do not compute the same."""
     ours, theirs = both_models(SHAPES[name])
     rows = []
     for batch in (1, 8):
         sides = writers(ours, theirs, batch)
         first, *others = (write() for write in sides.values())
         if any(tokens != first for tokens in others):
-            raise SystemExit(f"{name}, batch {batch}: the tokens differ")
+            raise ValueError(f"{name}, batch {batch}: the tokens differ")
         print(f"{name}, outputs of {NEW} tokens, batch {batch}")
         timed = {side: partial(rate, write, batch * NEW) for side, write in sides.items()}
         figures = measure_in_turn(timed, rounds)
@@ -94,7 +98,7 @@ def measure(name: str, rounds: int) -> list[dict]:
         sides = steps(ours, theirs)
         losses = [step() for step in sides.values()]
         if abs(losses[0] - losses[1]) > 1e-4:
-            raise SystemExit(f"{name}: the losses differ: {losses}")
+            raise ValueError(f"{name}: the losses differ: {losses}")
         print(f"{name}, training on {BATCH} rows of {S} and {T} tokens")
         timed = {side: partial(rate, step, BATCH * (S + T), 3) for side, step in sides.items()}
         figures = measure_in_turn(timed, rounds)
@@ -102,16 +106,14 @@ def measure(name: str, rounds: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="measurements of each side (default %(default)s)"
-    )
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rounds", type=command.count, default=7, help="measurements of each side (default %(default)s)")
+    add("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES), help="sizes of T5 (default: all)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    require("transformers")
 
     load = os.getloadavg()[0]
     cpu.keep_memory()
@@ -121,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

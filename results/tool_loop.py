@@ -1,31 +1,34 @@
-"""What is a calculator worth to a small model? Four ways to answer (evaluation/tool_loop.py), three seeds.
+"""What is a calculator worth to a small model? Three models that answer in five ways, with three seeds.
 
     python -m results.tool_loop --out results/tool_loop.json          45 minutes of one core
 
-Both models of a seed have the same shape, learn from the same questions for the same number of steps, and are
-tested on questions that neither has seen. A text with an expression has about three times as many tokens to
-learn from as an answer alone, so there is a third one: direct, with three times as many steps. Seeds that are
-in the file already, made with the same flags, are kept.
+evaluation/tool_loop.py explains the questions and the ways. The models of a seed have the same shape and
+learn from the same questions: one to write an expression for the calculator, one to answer directly, both in
+the same number of steps. A text with an expression has about three times as many tokens to learn from, so a
+third model learns to answer directly in three times as many steps. All are tested on questions that none has
+seen. Seeds that are in the file already are kept.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 from evaluation.tool_loop import study
+from formats import command
 from results.keep import Ended
+from results.seeds import mean_and_range
 
 SEEDS = (0, 1, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=1000, help="of training each model (default %(default)s)")
-    add("--problems", type=int, default=300, help="questions per seed (default %(default)s)")
-    add("--out", type=Path, default=Path("results/tool_loop.json"), help="figures (default %(default)s)")
+    add(
+        "--steps", type=command.count, default=1000, help="steps of training of a model (default %(default)s)"
+    )
+    add("--problems", type=command.count, default=300, help="questions per seed (default %(default)s)")
+    out = Path("results/tool_loop.json")
+    add("--out", type=command.new_file, default=out, help="file for the figures (default %(default)s)")
     args = parser.parse_args(argv)
 
     made_with = {"steps": args.steps, "problems": args.problems}
@@ -36,13 +39,10 @@ def main(argv: list[str] | None = None) -> None:
             continue
         shares, examples = study(seed, args.steps, args.problems, longer=3)
         ended.add({"seed": seed, "shares": shares, "examples": examples})
-        print(
-            f"seed {seed}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True
-        )
+        print(f"seed {seed}:", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
     for name in ended.rows[0]["shares"]:
-        values = [row["shares"][name] for row in ended.rows]
-        print(f"{name:22} {statistics.mean(values):6.1%} ({min(values):.1%} to {max(values):.1%})")
+        print(f"{name:23} {mean_and_range([row['shares'][name] for row in ended.rows], '.1%')}")
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,16 +1,16 @@
-"""Training tokens per second on this machine, beside nanoGPT's, of GPT-2-shaped models of the same shapes.
+"""Tokens per second of training GPT-2 shapes on this machine, beside nanoGPT.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m results.train_speed nanoGPT --out results/train_speed.json
 
-Both sides run their own train.py as a whole, in turn, on the same bytes, with biases, no dropout and AdamW,
-once without and once with torch.compile (nanoGPT's default). One figure is the median over the steps of a
-run after the first five. GPT-2's GELU is the tanh form; nanoGPT computes the erf form, which PyTorch runs
-twice as fast on a CPU. nanoGPT trains in float32 on a CPU, so bfloat16 is measured on our side only.
+Each side runs its own train.py, in turn, on the same bytes, with biases, AdamW and no dropout, without
+torch.compile and with it (nanoGPT's default). The figure of a run is the median over its steps after the
+first five. Two things differ: we compute GPT-2's GELU in its tanh form, nanoGPT in the erf form, which
+PyTorch runs twice as fast on a CPU; and nanoGPT trains in float32 on a CPU, so bfloat16 is measured on our
+side only.
 """
 
 import argparse
-import json
 import pickle
 import re
 import statistics
@@ -26,14 +26,20 @@ import numpy as np
 import torch
 
 from data import corpus
-from engine.report import environment
+from engine import cpu
+from formats import command
+from formats.json_file import write_json
 from gpt import GPT, GPT2, Config
 from results.in_turn import compared, measure_in_turn
+from results.training_runs import logged
 
 ROOT = Path(__file__).parent.parent
+COMMAND = "python -m results.train_speed nanoGPT --out results/train_speed.json"
 
 
 class Shape(NamedTuple):
+    """A model, the rows that it learns from, and the steps of a run."""
+
     n_layers: int
     n_heads: int
     d_model: int
@@ -62,7 +68,7 @@ def write_texts(folder: Path, home: Path) -> None:
 
 
 def nanogpt(home: Path, shape: Shape, compiled: bool) -> float:
-    """Return the tokens per second of nanoGPT's train.py in `home`."""
+    """Return the tokens per second of nanoGPT's train.py in its clone `home`."""
     meta = home / "data" / "plinth_bytes" / "meta.pkl"
     meta.write_bytes(pickle.dumps({"vocab_size": shape.vocab_size}))
     options = dict(dataset="plinth_bytes", device="cpu", dtype="float32", compile=compiled)
@@ -70,39 +76,38 @@ def nanogpt(home: Path, shape: Shape, compiled: bool) -> float:
     options |= dict(n_embd=shape.d_model, block_size=shape.T, batch_size=shape.batch)
     options |= dict(gradient_accumulation_steps=1, max_iters=shape.steps, log_interval=1, eval_interval=10**6)
     options |= dict(eval_iters=1, always_save_checkpoint=False)
-    command = [sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())]
-    log = subprocess.run(command, cwd=home, check=True, capture_output=True, text=True).stdout
+    line = [sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())]
+    log = subprocess.run(line, cwd=home, check=True, capture_output=True, text=True).stdout
     times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: .* time ([\d.]+)ms", log)]
     return shape.batch * shape.T / statistics.median(times[WARM_UP:])
 
 
 def plinth(folder: Path, shape: Shape, compiled: bool, dtype: str) -> float:
-    """Return the tokens per second of our train.py."""
+    """Return the tokens per second of our train.py; `folder` keeps the text and the untrained models."""
     model = folder / f"{shape.n_layers}-{shape.d_model}-{shape.vocab_size}"
     if not model.exists():
         sizes = (*shape[:3], 4 * shape.d_model, shape.vocab_size, shape.T)
         GPT(Config(*sizes, **GPT2 | {"eos_token_id": 256})).save_pretrained(model)
-    out = tempfile.mkdtemp(dir=folder)
-    options = f"--model gpt --init-from {model} --tokenizer bytes --dtype {dtype} --batch-size {shape.batch}"
-    options += f" --steps {shape.steps} --log-every 1 --eval-every {shape.steps} --out {out}"
-    options += f" --cache {folder / 'cache'}"
-    command = [sys.executable, ROOT / "train.py", *options.split(), "--data", folder / "text.txt"]
-    command += ["--compile"] * compiled
-    subprocess.run(command, check=True, capture_output=True)
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
-    return statistics.median([row["tokens_per_second"] for row in rows if "loss" in row][WARM_UP:])
+    out = Path(tempfile.mkdtemp(dir=folder))
+    options = (
+        f"--model gpt --tokenizer bytes --dtype {dtype} --batch-size {shape.batch} --steps {shape.steps}"
+    )
+    options += f" --log-every 1 --eval-every {shape.steps}"
+    line = [sys.executable, ROOT / "train.py", *options.split(), "--init-from", model, "--out", out]
+    line += ["--data", folder / "text.txt", "--cache", folder / "cache", *["--compile"] * compiled]
+    subprocess.run(line, check=True, capture_output=True)
+    return statistics.median([row["tokens_per_second"] for row in logged(out) if "loss" in row][WARM_UP:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("nanogpt", type=Path, help="a clone of nanoGPT")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="measurements of each side (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("nanogpt", type=command.path, help="a clone of nanoGPT")
+    add("--rounds", type=command.count, default=3, help="measurements of each side (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    if not (args.nanogpt / "train.py").is_file():
+        raise ValueError(f"{args.nanogpt}: expected a clone of nanoGPT, with its train.py")
 
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -120,13 +125,10 @@ def main() -> None:
             results += compared(figures, BASELINE, shape=name, compiled=compiled)
 
     if args.out:
-        machine = {key: environment()[key] for key in ("cpu", "threads", "torch")}
-        machine |= {"capability": torch.backends.cpu.get_cpu_capability()}
-        command = "python -m results.train_speed nanoGPT --out results/train_speed.json"
-        args.out.write_text(
-            json.dumps({"command": command, **machine, "results": results}, indent=2) + "\n", encoding="utf-8"
-        )
+        about = {"command": COMMAND, "cpu": cpu.name(), "threads": torch.get_num_threads()}
+        about |= {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+        write_json(args.out, about | {"results": results})
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,4 +1,4 @@
-"""A run of train.py inside a script that makes many: done once, and continued after an interruption."""
+"""Runs of train.py inside a script that makes many: each is made once, and continued after a break."""
 
 import contextlib
 import json
@@ -10,19 +10,21 @@ from formats.atomic import replace_file
 
 
 def trained(out: Path, *flags: str) -> Path:
-    """Return the model of a run of train.py with these flags in the folder `out`.
+    """Return the directory of the model that a run of train.py with these flags leaves in the folder `out`.
 
-    A run that was interrupted is continued from its checkpoint, one that has ended is not repeated, and what
-    it prints goes to a file beside the folder, `out` with the suffix .log. Raises ValueError if it fails, if
-    it is stopped before its last step, for which train.py ends with exit code 0, too, or if the run that has
-    ended there had other flags.
+    A run that has ended is not repeated, and one that was interrupted continues from its checkpoint. What it
+    prints is added to a file beside the folder, with the suffix .log.
+
+    Raises ValueError if the run fails, if it is stopped before its last step (after which train.py ends with
+    exit code 0, too), or if the run that has ended there had other flags.
     """
     done, wanted = out / "done", " ".join(flags)
     if done.exists():
         ended = done.read_text(encoding="utf-8") or wanted  # an older file is empty
         if ended != wanted:
             raise ValueError(
-                f"{out} holds a run with other flags, {ended!r}: remove it or name another folder"
+                f"{out} holds a run with other flags, {ended!r}, and this call has {wanted!r}: remove it or "
+                "name another folder"
             )
         return out / "model"
     argv = [*flags, "--out", str(out)]
@@ -60,6 +62,6 @@ def logged(out: Path) -> list[dict]:
 
 
 def run(out: Path, seed: int, *flags: str) -> dict:
-    """Make a run of train.py with a seed in the folder `out`, see `trained`; return its `last_evaluation`."""
+    """Make a run of train.py with a seed in the folder `out`, by `trained`. Return its `last_evaluation`."""
     trained(out, *flags, "--seed", str(seed))
     return last_evaluation(out)

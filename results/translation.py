@@ -4,19 +4,20 @@
     python -m results.translation --train train.tsv --val val.tsv --test test.tsv \\
         --out results/translation.json
 
-`train.py --model t5 --task translate` trains for 3,600 steps of 64 pairs, in about 50 minutes of one core of
-an Intel Xeon with AMX. The encoder and the decoder have four layers each, of width 128, with four heads. Then
---test is translated, greedily and with four beams, by the model after the last step and by that of the
-smallest held-out loss, and BLEU is measured as sacreBLEU does by default. For comparison the BLEU of the
-sources as they are is measured. Multi30k (Elliott et al. 2016) has 29,000 captions of photos in English and
-their translations to German; it is no part of this project. A picture of the cross attention of the first
-held-out caption is written beside --out, as a PNG.
+Multi30k (Elliott et al. 2016) has 29,000 captions of photos in English and their translations to German. It
+is no part of this project. `train.py --model t5 --task translate` trains for 3,600 steps of 64 pairs, in
+about 50 minutes of one core of an Intel Xeon with AMX. The encoder and the decoder have four layers each, of
+width 128, with four heads.
+
+Then --test is translated, greedily and with four beams, by the model of the last step and by the one with the
+smallest held-out loss. BLEU is measured as by sacreBLEU's defaults, and for comparison that of the
+untranslated sources. A picture of the cross attention of the first held-out caption is written beside --out,
+as a PNG.
 
 A run in --work that has ended is not repeated, and one that was interrupted is continued. A figure that is in
 --out already is not measured again.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -50,14 +51,14 @@ def score(directory: Path, pairs: list[text_pairs.Pair], n_beams: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     for name, what in (("train", "train on"), ("val", "choose the best step by"), ("test", "score")):
         add(f"--{name}", type=command.path, required=True, help=f"pairs to {what}: source, tab, target")
-    add("--out", type=command.path, required=True, help="file for the figures")
+    add("--out", type=command.new_file, required=True, help="file for the figures")
     work = Path("runs/translation")
-    add("--work", type=command.path, default=work, help="folder of the run (default runs/translation)")
-    add("--steps", type=int, default=3600, help="updates (default %(default)s)")
+    add("--work", type=command.path, default=work, help="folder of the run (default %(default)s)")
+    add("--steps", type=command.count, default=3600, help="updates (default %(default)s)")
     args = parser.parse_args(argv)
     pairs = text_pairs.read_pairs(args.test)
 

@@ -2,25 +2,25 @@
 
     python -m results.unclip --out results/unclip.json
 
-A CLIP learns letters with their names, a prior to draw image embeddings for names, and a decoder to draw
-letters of 16 x 16 pixels from image embeddings; each by `train.py --model clip`, `prior` and `unclip`. Then
-the 130 held-out letters are drawn, with guidance 1 and 2 of the decoder, from
+Three runs of train.py: a CLIP of letters and their names (`--model clip`), a prior that draws image
+embeddings for names (`--model prior`), and a decoder that draws letters of 16 x 16 pixels from image
+embeddings (`--model unclip`). They are evaluated at the first and the last step alone, which saves time and
+does not change the weights. Then the 130 held-out letters are drawn, with guidance 1 and 2 of the decoder,
+from
 
-    its own      the true image's embedding: what the decoder can do
+    its own      the embedding of the true image, which shows what the decoder can do
     the prior's  the embedding that the prior draws for the name
-    its text's   the name's own embedding in the place of an image's: what the prior is for
-    another's    another image's embedding: the control
+    its text's   the embedding of the name itself, without a prior
+    another's    the embedding of another image, as a control
 
-A classifier of real letters (vision/judge.py) says which character and which style it recognises; beside that
-stands what it recognises in the real letters, and the mean squared error of a pixel in [0, 1] to these. Runs
-are evaluated at their start and their end alone, which leaves the weights what they are.
+Measured are the shares of drawings whose character and whose style a classifier of real letters recognises
+(vision/judge.py), also of the real letters, and the mean squared difference of pixels in [0, 1] to these.
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
-after each seed, and those in it are kept. A picture of the first seed is drawn beside --out: the rows above
-with guidance 2, and variations of one letter.
+after each seed, and those in it are kept. When the first seed is measured, a picture is drawn beside --out:
+the letters as above with guidance 2, and variations of one letter.
 """
 
-import argparse
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +39,11 @@ SHOWN = 12  # letters of the picture
 PICTURED = ("real", "its own, w = 2", "the prior's, w = 2", "its text's, w = 2", "another's, w = 2")
 
 
-def measure(work: Path, seed: int, steps: dict[str, int], shown: list[list[Tensor]]) -> dict:
-    """Return the figures of one seed; rows of images for the picture are added to `shown`."""
+def measure(work: Path, seed: int, steps: dict[str, int]) -> tuple[dict, list[list[Tensor]]]:
+    """Return the figures of one seed, and rows of images for the picture.
+
+    steps: updates of clip, prior and unclip.
+    """
     outs = {name: work / f"{name}-{seed}" for name in steps}
     clip, cache = str(outs["clip"] / "model"), ["--cache", str(work / "cache")]
     found: dict = {}
@@ -68,16 +71,16 @@ def measure(work: Path, seed: int, steps: dict[str, int], shown: list[list[Tenso
 
     # The picture: the same letters in each row, and then the first of them with other noise.
     places = [i * len(chosen) // SHOWN for i in range(SHOWN)]
-    shown += [[rows[name][i] for i in places] for name in PICTURED]
+    shown = [[rows[name][i] for i in places] for name in PICTURED]
     first = torch.from_numpy(dataset.val[chosen[0]]["image"])[None].float() / 255
     shown.append(list(model.draw(module.embed_images(first).expand(SHOWN, -1), guidance=2.0, seed=1)))
-    return found
+    return found, shown
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures, which ends in .json")
+    add("--out", type=command.new_file, required=True, help="file for the figures, which ends in .json")
     add("--work", type=command.path, default=Path("runs/unclip"), help="folder of runs (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     defaults = {
@@ -86,18 +89,24 @@ def main(argv: list[str] | None = None) -> None:
         "unclip": embedding_to_image.STEPS,
     }
     for name, steps in defaults.items():
-        add(f"--{name}-steps", type=int, default=steps, help=f"updates of {name} (default %(default)s)")
+        add(
+            f"--{name}-steps",
+            type=command.count,
+            default=steps,
+            help=f"updates of {name} (default %(default)s)",
+        )
     args = parser.parse_args(argv)
 
     steps = {name: getattr(args, f"{name}_steps") for name in defaults}
     about = {"steps": steps, "threads": torch.get_num_threads()}
-    ended, shown = Ended(args.out, about, same=("steps",)), []
+    ended = Ended(args.out, about, same=("steps",))
     for seed in args.seeds:
         if not ended.has(seed=seed):
-            images = shown if seed == args.seeds[0] else []
-            ended.add({"seed": seed} | measure(args.work, seed, steps, images))
-    if shown:
-        pictures.save(args.out.parent, shown, name=f"{args.out.stem}.png")
+            found, shown = measure(args.work, seed, steps)
+            ended.add({"seed": seed} | found)
+            if seed == args.seeds[0]:
+                labels = (*PICTURED, "variations")
+                pictures.save(args.out.parent, shown, labels=labels, name=f"{args.out.stem}.png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""A step of training of ViT and MAE beside transformers', the same weights, images and shapes.
+"""A step of training of ViT and MAE beside transformers', with the same weights, images and shapes.
 
-    python -m results.vision_speed --out results/vision_speed.json        (needs tests/requirements.txt)
+    python -m results.vision_speed --out results/vision_speed.json        (needs transformers)
 
-A step is forward, backward and PyTorch's AdamW, in float32 by one thread. The losses are equal (checked).
-Sides are measured in turn (A B A B ...), in processor time, so that other programs count for little. Which
-library multiplies float32 matrices is one setting for a whole process (engine/cpu.py), and train.py chooses
-oneDNN on a CPU where that does not round. So transformers is measured with both: as PyTorch is set by
-default, and with oneDNN.
+A step is forward, backward and PyTorch's AdamW, in float32 on one thread. The losses are equal (checked). The
+sides are measured in turn (A B A B ...), in processor time, so that other programs count for little. Which
+library multiplies float32 matrices is one setting of a process (engine/cpu.py). train.py chooses oneDNN on a
+CPU where that does not round, so transformers is measured with both: with PyTorch's default, and with oneDNN.
 """
 
 import argparse
@@ -15,29 +14,30 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from formats import command
 from results.in_turn import compared, measure_in_turn, one_thread, opened_by, rate, write_figures
+from results.peers import require
 from vision import mae, vit
 
-SHAPES = {  # the model, and images of a step
+SHAPES = {  # the Config of the ViT, and images of a step
     "vit tiny": (vit.SIZES["tiny"], 128),
     "vit ti-16": (vit.SIZES["ti-16"], 8),
     "mae tiny-4": (vit.SIZES["tiny-4"], 64),
     "mae ti-16": (replace(vit.SIZES["ti-16"], positions="sincos", n_classes=0), 8),
 }
-SECONDS = 1.0  # of processor time that a measurement takes at least, so that steps of small models are many
+SECONDS = 1.0  # of processor time of a measurement, about, so that a small model makes many steps in it
 
 
 def classifiers(config: vit.Config, n: int) -> tuple[nn.Module, Callable, nn.Module, Callable]:
-    """Return our ViT and its loss on n random images, and those of transformers."""
+    """Return our ViT and a function of its loss on n random images, and transformers' two."""
     import transformers
 
     ours = vit.ViT(config)
-    nn.init.normal_(ours.classifier.weight, std=0.02)  # which else are zeros, and so are most gradients
+    nn.init.normal_(ours.classifier.weight, std=0.02)  # with zeros most gradients would be zeros, too
     theirs = opened_by(transformers.ViTForImageClassification, ours).train()
     images, labels = torch.rand(n, config.n_channels, *config.size), torch.arange(n) % config.n_classes
     pixels = ours.normalized(images)
@@ -50,7 +50,7 @@ def classifiers(config: vit.Config, n: int) -> tuple[nn.Module, Callable, nn.Mod
 
 
 def autoencoders(config: vit.Config, n: int) -> tuple[nn.Module, Callable, nn.Module, Callable]:
-    """Return our MAE and its loss on n random images and masks, and those of transformers."""
+    """Return our MAE and a function of its loss on n random images and masks, and transformers' two."""
     import transformers
 
     config = replace(config, n_classes=0, positions="sincos")
@@ -77,8 +77,10 @@ def step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Op
 
 
 def measure(name: str, rounds: int, onednn: str) -> list[dict]:
-    """Return the rows of one of SHAPES; SystemExit if the two sides do not compute the same. onednn: the
-    setting by which it multiplies."""
+    """Return the rows of one of SHAPES. Raises ValueError if the two sides do not compute the same.
+
+    onednn: PyTorch's setting of precision by which oneDNN multiplies.
+    """
     torch.manual_seed(0)
     config, n = SHAPES[name]
     kind = classifiers if name.startswith("vit") else autoencoders
@@ -93,7 +95,7 @@ def measure(name: str, rounds: int, onednn: str) -> list[dict]:
     # Compare the losses of new models, and find out how many steps fill a measurement.
     losses = [loss().item() for loss in (our_loss, their_loss)]
     if abs(losses[0] - losses[1]) > 1e-4:
-        raise SystemExit(f"{name}: the losses differ: {losses}")
+        raise ValueError(f"{name}: the losses differ: {losses}")
     for warm_up in sides.values():
         warm_up()
     began = time.process_time()
@@ -106,15 +108,14 @@ def measure(name: str, rounds: int, onednn: str) -> list[dict]:
     return compared(measure_in_turn(timed, rounds), "transformers", unit="images", **labels)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rounds", type=int, default=7, help="measurements of each side (default %(default)s)")
-    add("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="these (default: all)")
-    add("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+    add("--rounds", type=command.count, default=7, help="measurements of each side (default %(default)s)")
+    add("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="what is trained (default: all)")
+    add("--out", type=command.new_file, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    require("transformers")
 
     load = os.getloadavg()[0]
     onednn, results = one_thread(), []
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

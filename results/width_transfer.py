@@ -2,27 +2,24 @@
 
     python -m results.width_transfer --out results/width_transfer.json        half an hour on two cores
 
-The small decoder of gpt.py (4 layers, heads of 32, the inner width of the MLP 11/4 of the model's) at widths
-64, 128 and 256, each trained at six learning rates a factor of 2 apart, from two seeds of weights and
-batches, on the bytes of the standard library's source text (8 rows of 128 per update): as train.py trains
-it, with --mup 128 and with --mup 256 (engine/optim.py). The loss is that of 128 rows of held-out text at the
-end. The script also prints the lowest point of a parabola through the best mean over the seeds and its two
-neighbours.
+A GPT (4 layers, heads of 32, the inner width of the MLP 11/4 of the model's) has width 64, 128 or 256. Each
+is trained at six learning rates a factor of 2 apart, with two seeds of weights and batches, on the bytes of
+the source text of Python's library (8 rows of 128 per update), in three ways: without width transfer, with
+--mup 128 and with --mup 256 (engine/optim.py). The loss is that of 128 rows of held-out text at the end.
+Printed are the best learning rate by the mean over the seeds, and that of the lowest point of a parabola
+through the best mean and its two neighbours.
 
-It writes the figures of every run, and width_transfer.png beside them: means, and bars from the smallest to
-the largest of the seeds. Started again, it skips the runs that --out already holds.
+The figures of every run are written to --out, and a picture beside it: means, and bars from the smallest to
+the largest of the seeds. Started again, the script skips the runs that --out holds.
 """
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import os
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -30,10 +27,11 @@ from torch import nn
 import data.text
 import gpt
 from data.rows import Loader
-from engine import contract
+from engine import contract, cpu
 from engine.optim import make_optimizers, set_learning_rate, transfer_width, width_factors
-from engine.report import environment
-from formats.atomic import replace_file
+from formats import command
+from formats.figures import load_pyplot, save_figure
+from formats.json_file import read_json, write_json
 from formats.progress import progress_bar
 
 WIDTHS = (64, 128, 256)
@@ -46,8 +44,8 @@ COMMAND = "python -m results.width_transfer --out results/width_transfer.json"
 
 
 def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: Path) -> float | None:
-    """Train one model with width transfer from `base`, or without if None. Return its validation loss, or
-    None if that is not finite."""
+    """Train one model with width transfer from the width `base`, or without if that is None. Return its
+    validation loss, or None if that is not finite."""
     # The model, its rescaled weights, and its optimizer.
     torch.set_num_threads(1)
     dataset = data.text.as_rows(data.text.prepare("stdlib", "bytes", cache), T)
@@ -55,8 +53,8 @@ def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: P
     n_heads = width // HEAD
     config = gpt.Config(4, n_heads, width, width * 11 // 4, n_kv_heads=n_heads // 2, qk_norm=True)
     model = gpt.GPT(contract.fit(config, dataset, T))
-    args = dict(optimizer="adamw", lr=lr, warmup=steps // 10, steps=steps, schedule="cosine", device="cpu")
-    args = SimpleNamespace(**args, weight_decay=0.1, mup=base)
+    args = argparse.Namespace(optimizer="adamw", lr=lr, weight_decay=0.1, mup=base, device="cpu")
+    args.steps, args.warmup, args.schedule, args.schedule_from = steps, steps // 10, "cosine", 0
     if base:
         transfer_width(model, base, width_factors)
     (optimizer,) = make_optimizers(model, args)
@@ -83,8 +81,10 @@ def run(width: int, base: int | None, lr: float, seed: int, steps: int, cache: P
 
 
 def curve(results: list[dict], width: int, base: int | None) -> dict[float, list[float]]:
-    """Return the losses of all seeds by learning rate. Transfer from a model's own width changes nothing, so
-    those are the runs without it."""
+    """Return the losses of all seeds by learning rate, where all are finite.
+
+    Transfer from a model's own width changes nothing, so there the runs without transfer count.
+    """
     base = None if base == width else base
     found = {lr: [] for lr in RATES}
     for r in results:
@@ -109,11 +109,7 @@ def lowest(losses: dict[float, float]) -> float:
 
 def draw(results: list[dict], path: Path) -> None:
     """Draw loss over learning rate: a panel for each base, a curve for each width, a star at its best."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, len(BASES), figsize=(13, 4.4), sharey=True, layout="constrained")
     for axes, base in zip(panels, BASES, strict=True):
         for width in WIDTHS:
@@ -130,22 +126,21 @@ def draw(results: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     panels[0].set(ylabel="validation loss (nats per token)")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def saved_results(out: Path | None, machine: dict) -> list[dict]:
-    """Return the runs that `out` holds; end the script if they are of another machine or other steps."""
+    """Return the runs that `out` holds. Raises ValueError if they are of another machine or other steps."""
     if not out or not out.exists():
         return []
-    saved = json.loads(out.read_text(encoding="utf-8"))
-    if any(saved[key] != value for key, value in machine.items()):
-        sys.exit(f"error: {out} is of another machine or other steps than {machine}; remove it first")
+    saved = read_json(out)
+    if any(saved.get(key) != value for key, value in machine.items()):
+        raise ValueError(f"{out} is of another machine or other steps than {machine}; name another file")
     return saved["results"]
 
 
 def train_all(args: argparse.Namespace, machine: dict) -> list[dict]:
-    """Return the results of all runs. Make those that args.out lacks, several at once, and save each of
-    them."""
+    """Return the results of all runs. Make those that args.out lacks, several at once, and save each one."""
     results = saved_results(args.out, machine)
     done = [{key: r[key] for key in r.keys() - {"loss"}} for r in results]
     runs = [
@@ -158,27 +153,25 @@ def train_all(args: argparse.Namespace, machine: dict) -> list[dict]:
         for future in progress_bar(as_completed(futures), total=len(futures), unit="run"):
             results.append(futures[future] | {"loss": future.result()})
             if args.out:
-                with replace_file(args.out) as new:
-                    content = {"command": COMMAND, **machine, "results": results}
-                    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                write_json(args.out, {"command": COMMAND, **machine, "results": results}, indent=1)
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> None:
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, cache, n_cores = parser.add_argument, Path("cache"), os.cpu_count()
+    add("--steps", type=command.count, default=300, help="updates of a run (default %(default)s)")
+    add(
+        "--jobs",
+        type=command.count,
+        default=n_cores,
+        help="runs at once, a thread each (default %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=300, help="updates of a run (default %(default)s)")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at once, a thread each (default %(default)s)"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=Path("cache"), help="folder for tokenised text (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, help="write the figures as JSON, and a plot beside them")
-    args = parser.parse_args()
+    add("--cache", type=command.path, default=cache, help="folder for tokenised text (default %(default)s)")
+    add("--out", type=command.new_file, help="write the figures as JSON, and a picture beside them")
+    args = parser.parse_args(argv)
     data.text.prepare("stdlib", "bytes", args.cache)
-    machine = {key: environment()[key] for key in ("cpu", "torch")} | {"steps": args.steps}
+    machine = {"cpu": cpu.name(), "torch": torch.__version__, "steps": args.steps}
     results = train_all(args, machine)
     for base, width in itertools.product(BASES, WIDTHS):
         mean = means(curve(results, width, base))
@@ -190,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

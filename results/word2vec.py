@@ -2,15 +2,20 @@
 
     python -m results.word2vec --out results/word2vec.json
 
-All read the same words of Python's library, in 15 passes with one thread. The vectors of each run are kept in
---work, and read again where they are there: an interrupted study goes on. Each accuracy stands beside that of
-the nearest word to c, which ignores a and b. word2vec.png shows the plurals: the first two principal
-components of the vectors of --picture, seed 0. --kinds and --seeds make a part of the study.
+All read the same words of Python's library; word2vec makes 15 passes with one thread. "CBOW, undivided" has
+the gradient of the authors' program and of gensim (language/word2vec.py). A question gives the words a, b and
+c, and asks for the word that is to c as b is to a. Each accuracy stands beside that of answering with the
+nearest word to c, which ignores a and b.
+
+The vectors of each run are kept in --work, so that an interrupted study goes on, and the figures are written
+to --out. The picture beside it shows nouns and their plurals: the first two principal components of the
+vectors of --picture, seed 0.
 """
 
 import json
 import os
-import statistics
+import shlex
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +26,12 @@ import torch
 from engine import cpu
 from formats import command, word_vectors
 from formats.atomic import replace_file
+from formats.json_file import write_json
 from language.analogies import PAIRS, accuracy, all_questions, neighbours
 from language.ppmi import svd_vectors
 from language.word2vec import Config, train
 from language.word_corpus import WordCorpus, read_corpus
+from results.seeds import mean_and_range
 
 KINDS = {
     "CBOW": Config(lr=0.15),
@@ -36,7 +43,10 @@ DRAWN = 12  # pairs in the picture
 
 
 def run(kind: str, seed: int, corpus: WordCorpus, work: Path) -> dict:
-    """Return what is known of a run, whose vectors and facts are in files of work; make them if need be."""
+    """Return the figures of a run of one of KINDS or of COUNTED.
+
+    Its vectors, and its loss and time, are files in the folder `work`; they are made if they are not there.
+    """
     vectors = work / f"{kind.replace(', ', '_').replace(' ', '_').lower()}_{seed}.bin"
     facts = vectors.with_suffix(".json")
     if not facts.exists():
@@ -48,7 +58,7 @@ def run(kind: str, seed: int, corpus: WordCorpus, work: Path) -> dict:
         seconds = time.process_time() - began
         word_vectors.write(vectors, corpus.words, found.numpy())
         known = {"cpu_seconds": round(seconds, 1), "loss": losses[-1] if losses else None}
-        facts.write_text(json.dumps(known), encoding="utf-8")
+        write_json(facts, known)
     words, found = word_vectors.read(vectors)
     row = {"kind": kind, "seed": seed} | json.loads(facts.read_text(encoding="utf-8"))
     for name, pairs in PAIRS.items():
@@ -85,30 +95,20 @@ def picture(words: list[str], vectors: np.ndarray, path: Path) -> None:
         figure.savefig(new, dpi=110, format="png")
 
 
-def mean_and_range(values: list[float]) -> str:
-    return f"{statistics.mean(values):6.1%} ({min(values):.1%} to {max(values):.1%})"
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--seeds", type=int, default=3, help="runs of each kind (default %(default)s)")
-    add(
-        "--work",
-        type=command.path,
-        default=Path("runs/word2vec_study"),
-        help="keeps vectors (default %(default)s)",
-    )
-    every = [*KINDS, COUNTED]
-    add("--kinds", nargs="+", default=every, choices=every, help="kinds of vectors (default %(default)s)")
-    add(
-        "--picture",
-        default="CBOW",
-        choices=[*KINDS, COUNTED],
-        help="whose vectors are drawn (default %(default)s)",
-    )
-    add("--out", type=command.path, help="write the figures as JSON here, and the picture beside it")
+    add("--seeds", type=command.count, default=3, help="runs of each kind (default %(default)s)")
+    work, every = Path("runs/word2vec_study"), [*KINDS, COUNTED]
+    add("--work", type=command.path, default=work, help="folder of the vectors (default %(default)s)")
+    add("--kinds", nargs="+", default=every, choices=every, help="kinds of vectors (default: all)")
+    add("--picture", choices=every, help="whose vectors are drawn (default: the first of --kinds)")
+    add("--out", type=command.new_file, help="write the figures as JSON here, and the picture beside it")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    drawn = args.picture or args.kinds[0]
+    if drawn not in args.kinds:
+        raise ValueError(f"--picture {drawn!r}: expected one of --kinds, {', '.join(args.kinds)}")
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     corpus, load = read_corpus("stdlib"), os.getloadavg()[0]
@@ -118,21 +118,16 @@ def main(argv: list[str] | None = None) -> None:
     for kind in args.kinds:
         print(kind)
         for name in PAIRS:
-            shares = [
-                [row[name][which] for row in rows if row["kind"] == kind] for which in ("right", "control")
-            ]
-            print(f"  {name:12} {mean_and_range(shares[0])}   c alone {mean_and_range(shares[1])}")
+            own = [row[name] for row in rows if row["kind"] == kind]
+            right, alone = (mean_and_range([row[key] for row in own], ".1%") for key in ("right", "control"))
+            print(f"  {name:12}  {right}   c alone {alone}")
     if args.out:
-        command_line = (
-            f"python -m results.word2vec --seeds {args.seeds} --kinds {args.kinds} --out {args.out}"
-        )
-        about = {"command": command_line, "cpu": cpu.name()}
+        about = {"command": shlex.join(["python", "-m", "results.word2vec", *argv]), "cpu": cpu.name()}
         about |= {"load_average": load, "words": len(corpus), "vocabulary": len(corpus.words)}
         about |= {"settings": {kind: asdict(config) for kind, config in KINDS.items()}, "rows": rows}
-        with replace_file(args.out) as new:
-            new.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        drawn = next((row for row in rows if row["kind"] == args.picture), rows[0])
-        picture(*word_vectors.read(args.work / drawn["vectors"]), args.out.with_suffix(".png"))
+        write_json(args.out, about, indent=1)
+        first = next(row for row in rows if row["kind"] == drawn)
+        picture(*word_vectors.read(args.work / first["vectors"]), args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,24 @@
     python train.py --model gpt --out runs/gpt
     python -m results.words --base runs/gpt/model --out results/words.json         about an hour on two cores
 
-The question: "List the parameters: `connect(host, port)`"; the answer is "host, port". So every answer has an
-exact reward, 1 or 0, and needs no judge. The names are those in Python's library, combined at random. Those
-who wrote the demonstrations for instruction tuning had no common style: a third of them wrote "host, port", a
-third "The parameters are host, port." and a third "`host`, `port`". The pipeline is that of InstructGPT
-(Ouyang et al. 2022), each stage one run of train.py:
+The question is, for example, "List the parameters: `connect(host, port)`", and its answer "host, port". So
+every answer has an exact reward, 1 or 0, and needs no judge. The names are those in Python's library,
+combined at random. The demonstrations for instruction tuning have three styles, each a third of them: "host,
+port", "The parameters are host, port." and "`host`, `port`"; the reward wants the first. The stages are those
+of InstructGPT (Ouyang et al. 2022), each of them but "pairs" a run of train.py:
 
     sft       instruction tuning on the demonstrations: it answers in each style about as often
-    pairs     right answers against wrong ones: sampled from the tuned model, or the right one corrupted
+    pairs     the right answer and a wrong one: a sample of the tuned model, or the right one with a mistake
     reward    a reward model on the pairs; beside it, the guess that the longer (or shorter) answer is better
-    dpo       on the same pairs
-    grpo      with the exact reward
+    dpo       from the tuned model, on the same pairs
+    grpo      from the tuned model, with the exact reward
 
-Tuning and rewards have questions of their own: on the questions that the tuned model has memorised, a reward
-model would learn what was memorised. 500 questions are held out. Every model answers them: one sample each at
-temperature 1 gives the share of exact answers and the KL to the tuned model, greedy decoding the share of
-exact answers that a user would see.
+Tuning and rewards have different questions: on those that the tuned model has memorised, a reward model would
+learn what was memorised. 500 questions are held out, and every model answers them. One sample each at
+temperature 1 gives the share of exact answers and the KL to the tuned model; greedy decoding gives the share
+of exact answers that a user would see.
+
+Runs and files in --work that are complete are not made again.
 """
 
 import argparse
@@ -37,16 +39,17 @@ from data.tokenizer import get_tokenizer
 from engine import cpu
 from formats import command
 from formats.atomic import replace_file
+from formats.json_file import write_json
 from formats.open_model import open_model
 from posttraining import ppo, prompts, scores
 from posttraining.rollout import Policy, Reference, metrics_of, roll_out
 from results.training_runs import trained
 
 N_QUESTIONS = 24_000
-PARTS = ("held_out", *["tuning"] * 23, *["rewards"] * 24)  # of 48 questions in turn
-N_SAMPLED_QUESTIONS, N_SAMPLES = 4000, 3  # whose wrong answers are sampled, and how many of each
+PARTS = ("held_out", *["tuning"] * 23, *["rewards"] * 24)  # of each 48 questions in a row
+N_SAMPLED_QUESTIONS, N_SAMPLES = 4000, 3  # questions that the tuned model answers for pairs; answers of each
 N_NEW = 40  # tokens of an answer at most
-FORMS = ("{}", "The parameters are {}.", "`{}`")  # of a demonstration; the first is what the reward wants
+FORMS = ("{}", "The parameters are {}.", "`{}`")  # styles of a demonstration; the first is the exact answer
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"
 
 
@@ -77,7 +80,7 @@ def questions() -> Iterator[list[dict]]:
 
 
 def write_questions(folder: Path) -> None:
-    """Write the questions, each to the file of one of PARTS in turn."""
+    """Write a file for each of PARTS, that of held_out last. The questions go to the parts in turn."""
     sides: dict[str, list] = {name: [] for name in PARTS}
     generator = random.Random(1)
     for i, (question, answer) in enumerate(questions()):
@@ -85,8 +88,8 @@ def write_questions(folder: Path) -> None:
         form = generator.choice(FORMS) if part == "tuning" else FORMS[0]
         names = answer["content"].replace(", ", "`, `") if "`" in form else answer["content"]
         sides[part].append({"messages": [question, answer | {"content": form.format(names)}]})
-    for name, records in sides.items():
-        write_lines(folder / f"{name}.jsonl", records)
+    for name in ("tuning", "rewards", "held_out"):
+        write_lines(folder / f"{name}.jsonl", sides[name])
 
 
 def write_lines(path: Path, records: list) -> None:
@@ -99,9 +102,12 @@ def read_lines(path: Path) -> list:
 
 
 def corrupted(names: list[str], pool: list[str], generator: random.Random) -> list[str]:
-    """Return an answer with one mistake: a name less, more, at another place, exchanged or misspelt."""
+    """Return the names with one mistake: a name left out, added, replaced or misspelt, or two exchanged.
+
+    pool: names to add. By chance the result may have no mistake.
+    """
     names, i = list(names), generator.randrange(len(names))
-    kind = generator.choice(["drop", "add", "swap", "exchange", "misspell"])
+    kind = generator.choice(["drop", "add", "swap", "replace", "misspell"])
     if kind == "drop":
         names.pop(i)
     elif kind == "add":
@@ -109,7 +115,7 @@ def corrupted(names: list[str], pool: list[str], generator: random.Random) -> li
     elif kind == "swap":
         j = (i + generator.randrange(1, len(names))) % len(names)
         names[i], names[j] = names[j], names[i]
-    elif kind == "exchange":
+    elif kind == "replace":
         names[i] = generator.choice(pool)
     else:
         at = generator.randrange(len(names[i]))
@@ -130,7 +136,10 @@ def corrupted_pairs(records: list[dict], seed: int) -> list[dict]:
 
 
 def sampled_pairs(sft: Path, questions: Path, n: int) -> list[dict]:
-    """Return pairs for the first n questions: the right answer, and a wrong sample of the tuned model."""
+    """Return pairs for the first n questions of a file: the right answer, and a wrong one of the tuned model.
+
+    Each is a dict of "prompt", "chosen" and "rejected", and none occurs twice.
+    """
     model, dataset = open_model(sft).eval(), dataset_of(questions, str(sft), 256)
     tokenizer, records = dataset.tokenizer, []
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +161,8 @@ def sampled_pairs(sft: Path, questions: Path, n: int) -> list[dict]:
 
 
 def write_pairs(sft: Path, work: Path) -> None:
-    """Write pairs of both kinds to learn from, mixed, and held out: mixed and by kind."""
+    """Write the pairs of "rewards" and of "held_out": those by samples, those by mistakes, and all in random
+    order."""
     for side, n, seed in (("rewards", N_SAMPLED_QUESTIONS, 1), ("held_out", N_QUESTIONS, 2)):
         kinds = {"sampled": sampled_pairs(sft, work / f"{side}.jsonl", n)}
         kinds["corrupted"] = corrupted_pairs(read_lines(work / f"{side}.jsonl"), seed)
@@ -169,7 +179,7 @@ def dataset_of(path: Path, tokenizer: str, seq_len: int) -> prompts.Prompts:
     """Return all questions of a file as prompts that are scored by the exact reward."""
     records = read_lines(path)
     own = get_tokenizer(tokenizer)
-    pairs = [found for r in records if (found := prompts.prompt_and_answer(r["messages"], own))]
+    pairs = [prompts.prompt_and_answer(record["messages"], own) for record in records]
     pairs = [(p, a) for p, a in pairs if len(p) + N_NEW <= seq_len]
     rows = prompts.Rows(prompts.padded(pairs))
     dataset = prompts.Prompts("", own, rows, rows, "", stop=prompts.end_id(own))
@@ -179,7 +189,9 @@ def dataset_of(path: Path, tokenizer: str, seq_len: int) -> prompts.Prompts:
 
 @torch.no_grad()
 def examine(model: nn.Module, reference: nn.Module, dataset: prompts.Prompts) -> dict[str, float]:
-    """Return what a model answers to all held-out questions, by samples and by greedy decoding."""
+    """Return means over the n questions. Of one sample each: "exact", the share of exact answers; "kl", the
+    KL to the reference in nats; "tokens". By greedy decoding: "greedy", the share of exact answers.
+    """
     policy = Policy(model.eval(), ppo.Config(method="grpo", max_new_tokens=N_NEW))
     policy.reference = Reference(reference)
     sums, n = {"exact": 0.0, "kl": 0.0, "tokens": 0.0, "greedy": 0.0}, 0
@@ -198,9 +210,10 @@ def examine(model: nn.Module, reference: nn.Module, dataset: prompts.Prompts) ->
 
 @torch.no_grad()
 def accuracy(reward: Path, pairs: Path) -> dict[str, float]:
-    """Return the share of pairs that a reward model ranks rightly, and that the shorter answer does.
+    """Return the share of pairs that a reward model ranks rightly, and that guessing by length would.
 
-    A pair of equally long answers counts one half for the guess by length.
+    "shorter" is the guess that the shorter answer is better, "longer" the opposite. A pair of answers of
+    equal length counts one half.
     """
     records, tokenizer = read_lines(pairs), get_tokenizer(str(reward))
     score, right, shorter = scores.open_reward_model(str(reward)), 0, 0.0
@@ -222,28 +235,30 @@ def accuracy(reward: Path, pairs: Path) -> dict[str, float]:
 
 
 def stages(args: argparse.Namespace, work: Path) -> dict:
-    """Make all runs below work, and return their figures."""
+    """Make all runs in the folder `work`, and return their figures. What is there already is not repeated."""
+    # The questions, instruction tuning, and the pairs.
     questions, held_out = work / "rewards.jsonl", work / "held_out.jsonl"
     if not held_out.exists():
         write_questions(work)
     data, val = ("--data", str(work / "tuning.jsonl")), ("--val", str(held_out))
-    sft = trained(work / "sft", "--model", "gpt", "--task", "instruct", "--init-from", str(args.base), *data,
-              *val, "--steps", "600")  # fmt: skip
+    tuning = ("--model", "gpt", "--task", "instruct", "--init-from", str(args.base))
+    sft = trained(work / "sft", *tuning, *data, *val, "--steps", "600")
     if not (work / "pairs-held_out-all.jsonl").exists():
         write_pairs(sft, work)
     pairs = ("--data", str(work / "pairs-rewards-all.jsonl"), "--val", str(work / "pairs-held_out-all.jsonl"))
-    start = ("--init-from", str(sft), "--seq-len", "128")
-    often = ("--steps", "450", "--batch-size", "32", "--lr", "3e-4")
-    reward = trained(work / "reward", "--model", "reward", *start, *pairs, *often)
-    models = {"sft": sft}
-    models["dpo"] = trained(
-        work / "dpo", "--model", "dpo", *start, *pairs, "--steps", "150", "--batch-size", "32"
-    )
-    settings = ("method=grpo", "reward=exact", "max_new_tokens=32", "samples=8", "epochs=2", "beta=0.02")
-    slowly = ("--steps", "20", "--batch-size", "32", "--lr", "1e-4", "--set", *settings)
-    prompts_of = ("--data", str(questions), *val)
-    models["grpo"] = trained(work / "grpo", "--model", "ppo", *start, *prompts_of, *slowly)
 
+    # Three runs from the tuned model.
+    start = ("--init-from", str(sft), "--seq-len", "128")
+    settings = ("--steps", "450", "--batch-size", "32", "--lr", "3e-4")
+    reward = trained(work / "reward", "--model", "reward", *start, *pairs, *settings)
+    settings = ("--steps", "150", "--batch-size", "32")
+    dpo = trained(work / "dpo", "--model", "dpo", *start, *pairs, *settings)
+    settings = ("--steps", "20", "--batch-size", "32", "--lr", "1e-4", "--set", "method=grpo", "reward=exact")
+    settings += ("max_new_tokens=32", "samples=8", "epochs=2", "beta=0.02")
+    grpo = trained(work / "grpo", "--model", "ppo", *start, "--data", str(questions), *val, *settings)
+
+    # The answers of all models, and the ranks that the reward model gives to answers.
+    models = {"sft": sft, "dpo": dpo, "grpo": grpo}
     dataset, tuned = dataset_of(held_out, str(sft), 128), open_model(sft).eval()
     found = {name: examine(open_model(path), tuned, dataset) for name, path in models.items()}
     kinds = ("all", "sampled", "corrupted")
@@ -254,14 +269,14 @@ def stages(args: argparse.Namespace, work: Path) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, out = parser.add_argument, Path("results/words.json")
-    add("--base", type=command.path, required=True, help="a GPT, such as runs/gpt/model")
-    add("--work", type=command.path, default=Path("runs/words"), help="the runs (default %(default)s)")
-    add("--out", type=command.path, default=out, help="the figures (default %(default)s)")
+    add("--base", type=command.path, required=True, help="directory of a GPT, such as runs/gpt/model")
+    work = Path("runs/words")
+    add("--work", type=command.path, default=work, help="folder of the runs (default %(default)s)")
+    add("--out", type=command.new_file, default=out, help="file for the figures (default %(default)s)")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     found = stages(args, args.work) | {"cpu": cpu.name(), "torch": torch.__version__}
-    with replace_file(args.out) as new:
-        new.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out, found)
     for name, row in found["models"].items():
         print(f"{name:10} exact {row['exact']:.1%}  greedy {row['greedy']:.1%}  KL {row['kl']:.3f}")
     for kind, row in found["reward"].items():

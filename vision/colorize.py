@@ -316,7 +316,7 @@ def show(model: Model, dataset: ColourDataset, out: Path) -> str:
     which colours the balls of up to 200 get."""
     device = next(model.parameters()).device
     drawn = rows_of_pictures(model, drawing.some(dataset.val, SHOWN).to(device))
-    pictures.save(out, [list(images) for images in drawn.values()])
+    pictures.save(out, list(drawn.values()), labels=list(drawn))
     lines = [f"picture.png: {', '.join(drawn)}"]
     if not dataset.has_balls:
         return lines[0]
@@ -343,7 +343,7 @@ def main() -> None:
     shape = (3, *model.config.size)
     images = torch.from_numpy(decode_all(args.images, shape))
     drawn = rows_of_pictures(model, images.float() / 255)
-    pictures.save(args.out, [list(row) for row in drawn.values()])
+    pictures.save(args.out, list(drawn.values()), labels=list(drawn))
     print(f"{args.out / PICTURE}: {', '.join(drawn)}")
 
 

@@ -195,7 +195,7 @@ def show(module: WithCLIP, dataset: ImageDataset, out: Path) -> str:
     chosen, rows = compare(module, dataset, guidance=GUIDANCE[:1])
     n_shown = min(SHOWN, len(chosen))
     shown = [i * len(chosen) // n_shown for i in range(n_shown)]
-    pictures.save(out, [[images[i] for i in shown] for images in rows.values()])
+    pictures.save(out, [images[shown] for images in rows.values()], labels=list(rows))
     return f"picture.png: {'; '.join(rows)}\n{in_words(dataset, chosen, rows)}"
 
 

@@ -329,7 +329,7 @@ def draw(module: MAE, images: Tensor, out: Path) -> None:
     device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
     noise = torch.rand(len(images), module.config.n_patches, generator=generator).to(device)
     masked, rebuilt = rebuild(module, images.to(device), noise)
-    pictures.save(out, [list(images), list(masked), list(rebuilt)])
+    pictures.save(out, [images, masked, rebuilt], labels=("original", "masked", "rebuilt"))
 
 
 def show(module: MAE, dataset: Dataset, out: Path) -> str:

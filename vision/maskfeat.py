@@ -299,7 +299,8 @@ def show(module: MaskFeat, dataset: Dataset, out: Path) -> str:
     what = f"{s.n_hidden} of {config.n_patches} patches hidden"
     if s.target == "pixels":
         mean, std = (images.new_tensor(getattr(config, name))[:, None, None] for name in ("mean", "std"))
-        pictures.save(out, [list(images), list(masked), list(unpatchify(predicted, config) * std + mean)])
+        rebuilt = unpatchify(predicted, config) * std + mean
+        pictures.save(out, [images, masked, rebuilt], labels=("original", "masked", "rebuilt"))
         return f"picture.png: original, with {what}, rebuilt"
 
     # Histograms of patches become those of the image again; images are enlarged to the same size.
@@ -314,5 +315,6 @@ def show(module: MaskFeat, dataset: Dataset, out: Path) -> str:
         edges.append(drawn(unpatchify(in_order, places).unflatten(1, (config.n_channels, BINS))))
     size = tuple(edges[0].shape[2:])
     images, masked = (F.interpolate(x.cpu(), size=size, mode="nearest") for x in (images, masked))
-    pictures.save(out, [list(images), list(masked), *map(list, edges)])
+    labels = ("original", "masked", "its edges", "predicted")
+    pictures.save(out, [images, masked, *edges], labels=labels)
     return f"picture.png: original, with {what}, the directions of its edges, as predicted"

@@ -6,10 +6,11 @@
     python -m results.gpu tests tuning --minutes 4 --out FOLDER      only these steps
     python -m results.gpu --table FOLDER                the tables of what was measured
 
-Each step runs in a process of its own with a limit of its own, so that one that fails or hangs costs only its
-own share. FOLDER/rows.json has a row for every measurement, FOLDER/log.txt all that the steps print, and
-FOLDER/tuned.json the configurations to keep (for kernels/tuned.json). A row that failed is measured again by
-the next call. Exit code 0; 1 if a measurement failed; 2 after a mistake.
+Each step runs in a process of its own, and each measurement has a limit, so that one that fails or hangs
+costs only its own time. FOLDER/rows.json has a row for every measurement, FOLDER/log.txt all that the steps
+print, and FOLDER/tuned.json the configurations of the kernels to keep (for kernels/tuned.json). A measurement
+that failed is repeated by the next call. Exit code 0; 1 if a measurement failed; 2 after a mistake of the
+user.
 """
 
 import argparse
@@ -30,14 +31,14 @@ from formats.atomic import replace_file
 from results.gpu import measure, rows, table
 from results.gpu.steps import FULL, TOY, Measurement, steps
 
-STARTUP = 10  # seconds until a process has imported everything and has the GPU
-RESERVE = 10  # seconds kept for the tables, and for a process that must be ended
+STARTUP = 10  # seconds until a process has imported everything and set up the GPU
+RESERVE = 10  # seconds left at the end for the tables, and for a process that must be ended
 NEED_DATA = ("training", "learning", "more training")  # steps that wait for the tokenised corpus
 HERE = Path(__file__).parent
 
 
 class Session:
-    """One call of the command: where it writes, and until when it may run."""
+    """One call of the command: its flags, where it writes, when it began, and until when it may run."""
 
     def __init__(self, args: argparse.Namespace, work: Path):
         self.args, self.out, self.work = args, args.out, work
@@ -58,6 +59,7 @@ class Session:
         )  # fmt: skip
 
     def remaining(self, step: str, measurements: list[Measurement]) -> list[Measurement]:
+        """Return what is left to do of a step's measurements, see rows.remaining."""
         return rows.remaining(measurements, step, self.out, self.began, self.args.again)
 
     def fits(self, measurements: list[Measurement]) -> bool:
@@ -73,7 +75,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def run_step(session: Session, step: str, measurements: list[Measurement]) -> None:
-    """Run a step in a process; where that ends early, go on with what is left in another."""
+    """Run a step in a process. Where that ends early, another one goes on with what is left."""
     while session.fits(todo := session.remaining(step, measurements)):
         seen = session.log.seek(0, os.SEEK_END)
         args = session.args
@@ -92,7 +94,8 @@ def run_step(session: Session, step: str, measurements: list[Measurement]) -> No
         if code == 0:
             return
 
-        # Say why in the row of the measurement that ended the process, or of the first if none has begun.
+        # Write the reason into the row of the measurement that ended the process, or, if none has begun, of
+        # the first.
         session.log.seek(seen)
         why = "ended by its limit" if code is None else f"ended with {code}"
         why = f"the process {why}\n{rows.last_lines(session.log.read())}"
@@ -104,14 +107,15 @@ def run_step(session: Session, step: str, measurements: list[Measurement]) -> No
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, and print the tables. Return the exit code."""
+    """Measure, write the configurations to keep, and print the tables. Return the exit code."""
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         session = Session(args, Path(work))
         plan = {name: items for name, items in steps(TOY if args.rehearse else FULL, session.work).items()
                 if name in (args.steps or [name])}  # fmt: skip
         if not args.rehearse:
-            known = [row for path in sorted(HERE.rglob("rows.json")) for row in rows.read(path.parent)]
+            # What earlier calls have measured on this device counts, too.
+            known = [row for path in sorted(HERE.rglob("rows.json")) for row in rows.of_device(path.parent)]
             merged = {rows.key(row): row for row in [*known, *rows.read(args.out)]}
             rows.write(args.out, list(merged.values()))
         data = session.start("results.gpu.ahead", "data")
@@ -133,12 +137,28 @@ def run(args: argparse.Namespace) -> int:
         left = [
             f"{name}: {item.name}" for name, items in plan.items() for item in session.remaining(name, items)
         ]
-    return report(args.out, left)
+    measured = rows.of_device(args.out)
+    write_tuned(args.out, measured)
+    return report(measured, left)
 
 
-def report(out: Path, left: list[str]) -> int:
-    """Write the configurations to keep, print the tables, and return the exit code."""
-    measured = rows.read(out)
+def report(measured: list[dict], left: list[str]) -> int:
+    """Print the tables of the rows, and what is left to measure. Return the exit code."""
+    print("\n" + table.summary(measured, left))
+    return 1 if any(row["failed"] for row in measured) else 0
+
+
+def report_each_device(folder: Path) -> int:
+    """Print the tables of the rows in a folder, for each device its own. Return the exit code."""
+    measured, code = rows.read(folder), 0
+    for device in dict.fromkeys(row["device"] for row in measured):
+        print(f"\n{device}")
+        code |= report([row for row in measured if row["device"] == device], [])
+    return code
+
+
+def write_tuned(out: Path, measured: list[dict]) -> None:
+    """Write the configurations to keep for this device to tuned.json, if any were measured."""
     if chosen := table.winners(measured):
         arch = (
             "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -147,8 +167,6 @@ def report(out: Path, left: list[str]) -> int:
         )
         with replace_file(out / "tuned.json") as new:
             new.write_text(json.dumps({arch: chosen}, indent=1) + "\n", encoding="utf-8")
-    print("\n" + table.summary(measured, left))
-    return 1 if any(row["failed"] for row in measured) else 0
 
 
 def plan_text(names: list[str]) -> str:
@@ -166,16 +184,16 @@ def plan_text(names: list[str]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m results.gpu", description=__doc__, formatter_class=raw)
+    parser = command.Parser("python -m results.gpu", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("steps", nargs="*", metavar="STEP", help="only these, by the names that --plan prints (default: all)")
-    add("--minutes", type=float, help="how long it may take in all, as 7")
-    add("--out", type=Path, metavar="FOLDER", help="where rows, log and tables go")
+    add("--minutes", type=float, help="minutes that all may take (required; default of a rehearsal 10)")
+    add("--out", type=command.path, metavar="FOLDER", help="folder for rows, log and tables (required)")
     add("--again", action="store_true", help="measure also what has been measured before")
     add("--commit", help="the commit that is measured, where the working tree is no clone")
     add("--plan", action="store_true", help="print the steps, and measure nothing")
     add("--rehearse", action="store_true", help="run all steps at toy sizes on the CPU")
-    add("--table", type=Path, metavar="FOLDER", help="print the tables of the rows in FOLDER")
+    add("--table", type=command.path, metavar="FOLDER", help="print the tables of the rows in FOLDER")
     return parser.parse_args(argv)
 
 
@@ -211,7 +229,7 @@ def do(args: argparse.Namespace) -> int:
         print(plan_text(args.steps))
         return 0
     if args.table:
-        return report(args.table, [])
+        return report_each_device(args.table)
     if not args.rehearse:
         return run(args)
     with tempfile.TemporaryDirectory() as aside:

@@ -1,10 +1,11 @@
 """Prepare on the processor, while the GPU already works, what later steps would wait for.
 
     python -m results.gpu.ahead data       a tokenizer and a tokenised corpus, without a download
-    python -m results.gpu.ahead kernels    attention, compiled into Triton's cache in many processes
+    python -m results.gpu.ahead kernels    all kinds of attention, compiled into Triton's cache
 
-Both are started by __main__.py. Compilation needs the name of a GPU, not the GPU: see
-kernels/bench/machine_code.py.
+Both are started by __main__.py. Compilation needs only the name of a GPU: kernels/bench/machine_code.py
+compiles the kernels that a function would launch, and launches none. So here are functions that would launch
+each kernel with the constants that it has in the measurements.
 """
 
 import argparse
@@ -38,8 +39,8 @@ from results.gpu.steps import FULL, TOY, Sizes
 def prepare_data(sizes: Sizes, work: Path) -> None:
     """Learn a tokenizer and tokenise the corpus.
 
-    The id of the token that ends a text is the last of the vocabulary, so that the model's head is as large
-    as GPT-2's. To learn all its tokens would take a minute; the ids between are not used.
+    The vocabulary is as large as GPT-2's, and so is the model's head. But to learn so many tokens would take
+    a minute, so fewer are learned: the end of a text has the last id, and the ids between are not used.
     """
     texts = documents(find_files("stdlib" if sizes is FULL else sizes.data, work), on_bad_text=print)
     learned = train_bpe(texts, sizes.n_learned)
@@ -49,9 +50,9 @@ def prepare_data(sizes: Sizes, work: Path) -> None:
 
 
 def attention(K: int, H: int, causal: bool, group: int, backward: bool) -> None:
-    """Launch the forward pass or the backward pass with the same constants as a measurement does.
+    """Launch a pass of softmax attention.
 
-    The lengths differ, but not in whether they are multiples of 16, which is compiled in.
+    The lengths are others than in the measurements, but multiples of 16 as well, which Triton compiles in.
     """
     q = torch.zeros(1, 256, H, K, dtype=torch.bfloat16)
     k, lse = torch.zeros(1, 256, H // group, K, dtype=torch.bfloat16), torch.zeros(1, H, 256)
@@ -72,8 +73,10 @@ def linear(K: int, H: int, backward: bool) -> None:
 
 
 def selected(K: int, H: int, heads: int, N: int, n: int, backward: bool) -> None:
-    """Launch a pass of attention over n selected blocks of N keys, with one choice for so many heads. The
-    number of blocks is a multiple of 16, as in the measurements with the longest rows."""
+    """Launch a pass of attention over n selected blocks of N keys. heads: how many heads share a choice.
+
+    The number of blocks is a multiple of 16, as in the measurements with the longest rows.
+    """
     (C, G), T = choices_and_groups(H, heads), 16 * N
     q, k = torch.zeros(1, T, H, K, dtype=torch.bfloat16), torch.zeros(1, T, G, K, dtype=torch.bfloat16)
     blocks = torch.zeros(1, T, C, n, dtype=torch.int64)
@@ -114,12 +117,13 @@ def jobs_of(sizes: Sizes, is_long: bool) -> list[partial]:
 
 
 def compile_job(target: str, job: partial) -> None:
+    """Compile the kernels that a job would launch."""
     os.nice(10)  # the measurements come first
     machine_code.compiled_for(target, job)
 
 
 def compile_kernels(sizes: Sizes, target: str) -> None:
-    """Compile all jobs for a GPU such as "sm_90" in processes beside each other.
+    """Compile the kernels of all jobs for a GPU such as "sm_90", in several processes.
 
     A failure is only printed: where the kernel is measured, it fails again, in its row.
     """
@@ -134,9 +138,9 @@ def compile_kernels(sizes: Sizes, target: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("data", "kernels"))
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("what", choices=("data", "kernels"), help="what to prepare")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the data")
+    parser.add_argument("--toy", action="store_true", help="prepare for toy sizes on the CPU")
     args = parser.parse_args()
     sizes = TOY if args.toy else FULL
     if args.what == "data":

@@ -35,7 +35,9 @@ from engine.run import prepare
 from kernels import configs
 from kernels.bench import __main__ as bench
 from kernels.bench import cases
+from results import in_turn
 from results.gpu import rows
+from results.training_runs import logged
 
 MAX_ERROR = 2e-2  # norm(x - exact) / norm(exact) in bfloat16 that passes; rounding is 2e-3 to 1e-2
 OURS = "plinth"
@@ -86,14 +88,14 @@ def check_errors(errors: dict) -> dict:
 
 
 def flags_of(model: str, size_flags: tuple[str, ...], sizes, work: Path) -> list[str]:
-    """Return the flags of train.py that all its runs here have."""
+    """Return the flags of train.py for a run on text."""
     flags = ["--model", model, *size_flags, "--device", sizes.device, "--data", sizes.data]
     flags += ["--bad-text", "skip", "--tokenizer", str(work / "tokenizer"), "--cache", str(work / "cache")]
     return flags
 
 
 def image_flags(sizes, work: Path, model: str) -> list[str]:
-    """Return the flags of a run of train.py on pictures of noise in two classes, with captions, and draw
+    """Write pictures of noise in two classes, with captions, and return the flags of train.py for a run on
     them."""
     n, side = sizes.pictures
     rng, captions = np.random.default_rng(0), []
@@ -137,7 +139,7 @@ def benchmarked(flags: list[str], sizes) -> dict:
 
 
 def compared(sizes, make_case: Callable, theirs: tuple[str, ...] = THEIRS) -> dict:
-    """Return the rows of kernels/bench for a case; of attention only our kernel and those named `theirs`."""
+    """Return the rows of kernels/bench for a case: all backends, but of attention only ours and `theirs`."""
     case = make_case()
     if case.operation == "attention":
         case.backends = {name: f for name, f in case.backends.items() if name in (OURS, *theirs)}
@@ -152,7 +154,7 @@ def compared(sizes, make_case: Callable, theirs: tuple[str, ...] = THEIRS) -> di
 
 @cache
 def known_limits(sizes) -> dict:
-    """Return the limits of the device, measured once in this process."""
+    """Return `limits`, measured once in this process."""
     return limits(sizes)
 
 
@@ -160,7 +162,7 @@ def known_limits(sizes) -> dict:
 
 
 def tests(sizes, seconds: float = 110) -> dict:
-    """Return how many of the tests for a GPU pass within this time, and the names of those that fail."""
+    """Return how many of the tests for a GPU pass within these seconds, and the names of those that fail."""
     files = sizes.tests or [
         str(p) for p in Path("tests").rglob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8")
     ]
@@ -168,15 +170,15 @@ def tests(sizes, seconds: float = 110) -> dict:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--maxfail", "10", "-p", "no:cacheprovider"]
     command += ["-n", "12"] * (rows.is_installed("xdist") and not sizes.tests)
     command += ["--timeout", "60"] * rows.is_installed("pytest_timeout")
-    with tempfile.TemporaryFile("w+") as said:
-        pytest = subprocess.Popen([*command, *files], stdout=said, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryFile("w+") as output:
+        pytest = subprocess.Popen([*command, *files], stdout=output, stderr=subprocess.STDOUT)
         try:
             code = pytest.wait(seconds)
         except subprocess.TimeoutExpired:
             pytest.terminate()
             code = None  # not ended
-        said.seek(0)
-        text = said.read()
+        output.seek(0)
+        text = output.read()
     print(text)
     figures = outcomes(text) | {"ended": code is not None}
     if code not in (0, None):
@@ -203,6 +205,7 @@ def outcomes(text: str) -> dict:
 
 @cache
 def drawn_once(make_case: Callable) -> tuple:
+    """Return `drawn` of a case, computed once for all configurations in this process."""
     return drawn(make_case)
 
 
@@ -235,10 +238,9 @@ def learning(sizes, work: Path, optimizer: str) -> dict:
     torch.compiler.reset()
     with tempfile.TemporaryDirectory(dir=work) as out:
         code = train.main([*flags, "--out", out])
-        lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    if code != 0:
-        raise RuntimeError(f"train.py ended with {code}")
-    log = [json.loads(line) for line in lines]
+        if code != 0:
+            raise RuntimeError(f"train.py ended with {code}")
+        log = logged(Path(out))
     steps, evaluations = [row for row in log if "loss" in row], [row for row in log if "val_loss" in row]
     return {
         "val_loss": evaluations[-1]["val_loss"],
@@ -256,8 +258,6 @@ def decoding(sizes, batch: int) -> dict:
     static cache, which it compiles; and the share of tokens on which the two agree."""
     from gpt import SIZES
     from results.decode_speed import PROMPT, both_models
-    from results.in_turn import compared as in_turn
-    from results.in_turn import measure_in_turn
 
     torch.compiler.reset()
     dtype = torch.bfloat16 if sizes.device == "cuda" else torch.float32
@@ -272,28 +272,26 @@ def decoding(sizes, batch: int) -> dict:
         "plinth, CUDA graphs": lambda: ours.generate(prompts, n, temperature=0, compile="reduce-overhead"),
     }
 
-    def tokens_per_second(generate: Callable) -> float:
-        began = time.perf_counter()
-        generate()  # returns a list, so it waits for the device
-        return batch * n / (time.perf_counter() - began)
-
-    # The first calls compile. In bfloat16 a near tie may go either way, after which two texts differ.
+    # The first calls compile. In bfloat16 two tokens may be almost equally likely, and after another choice
+    # two texts differ.
     tokens = {side: generate() for side, generate in sides.items()}
     same = {
         side: statistics.mean(a == b for x, y in zip(tokens["transformers"], found, strict=True)
                               for a, b in zip(x, y, strict=True))
         for side, found in tokens.items()
     }  # fmt: skip
-    timed = {side: partial(tokens_per_second, generate) for side, generate in sides.items()}
-    results = in_turn(measure_in_turn(timed, sizes.rounds + 1), "transformers", batch=batch)
-    return {"results": results, "same_tokens": same}
+    # Each call returns a list, so it waits for the device.
+    timed = {side: partial(in_turn.rate, generate, batch * n) for side, generate in sides.items()}
+    figures = in_turn.measure_in_turn(timed, sizes.rounds + 1)
+    return {"results": in_turn.compared(figures, "transformers", batch=batch), "same_tokens": same}
 
 
 # --- 8. profile
 
 
 def counters(sizes) -> dict:
-    """Return Nsight Compute's metrics of attention's forward kernel. A rehearsal runs the program alone."""
+    """Return Nsight Compute's metrics of attention's forward kernel. A rehearsal runs its program without
+    it."""
     K, T = sizes.head_widths[-1], sizes.lengths[-1]
     call = f"attention_forward({sizes.device!r}, {K}, {T}, {sizes.width})"
     program = f"from results.gpu.measure import attention_forward; {call}"
@@ -333,7 +331,7 @@ def metrics_of(text: str) -> dict[str, str]:
 
 
 def rehearse_on_cpu() -> None:
-    """Let kernels/bench run here: on the CPU, in float32, with the host's clock, and nothing compiled."""
+    """Make kernels/bench run on the CPU: in float32, with the host's clock, and with nothing compiled."""
 
     def milliseconds(run: Callable) -> float:
         began = time.perf_counter()
@@ -345,13 +343,16 @@ def rehearse_on_cpu() -> None:
 
 
 def limit(seconds: float) -> float:
-    """Return how long a measurement that should take this long may take; the first of a process imports much,
-    and a rehearsal may share its processor with others."""
+    """Return the seconds after which a measurement is ended that is expected to take these seconds. The first
+    of a process imports much, and a rehearsal may share its processor with others."""
     return 15 + 2 * seconds if torch.cuda.is_available() else 600
 
 
 def measure(step: str, item, args: argparse.Namespace) -> dict:
-    """Make a measurement and return its row, which is saved before, in case the process ends, and after."""
+    """Make a measurement and return its row.
+
+    The row is saved before the measurement, too, as one that did not end: if the process ends, it stays so.
+    """
     row = rows.new(step, item.name, args.commit)
     rows.add(args.out, row)
     faulthandler.dump_traceback_later(min(limit(item.seconds), args.until - time.time()), exit=True)
@@ -370,14 +371,15 @@ def main(argv: list[str] | None = None) -> None:
     from results.gpu import steps
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--began", required=True, help="when the whole command began")
-    parser.add_argument("--until", type=float, required=True, help="no measurement goes on after this time")
-    parser.add_argument("--commit")
-    parser.add_argument("--again", action="store_true")
-    parser.add_argument("--toy", action="store_true")
+    add = parser.add_argument
+    add("step", help="the step, by its name in steps.py")
+    add("--out", type=Path, required=True, help="folder for the rows")
+    add("--work", type=Path, required=True, help="folder of what ahead.py has prepared")
+    add("--began", required=True, help="when the whole command began, as rows.now returns it")
+    add("--until", type=float, required=True, help="when all must have ended, in seconds as time.time")
+    add("--commit", help="the commit that is measured, where there is no clone")
+    add("--again", action="store_true", help="measure also what has been measured before")
+    add("--toy", action="store_true", help="run at toy sizes on the CPU")
     args = parser.parse_args(argv)
     if args.toy:
         rehearse_on_cpu()

@@ -26,12 +26,19 @@ def read(folder: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
+def of_device(folder: Path) -> list[dict]:
+    """Return the rows in a folder that were measured on this device."""
+    return [row for row in read(folder) if row["device"] == device()]
+
+
 def write(folder: Path, rows: list[dict]) -> None:
+    """Write the rows of a folder, all or nothing."""
     with replace_file(folder / "rows.json") as new:
         new.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def key(row: dict) -> tuple[str, str, str]:
+    """Return what names the measurement of a row: its step, its name and the device."""
     return row["step"], row["name"], row["device"]
 
 
@@ -42,6 +49,7 @@ def add(folder: Path, row: dict) -> None:
 
 
 def now() -> str:
+    """Return the time in UTC, as text that sorts by time."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -60,7 +68,7 @@ def commit() -> str | None:
 
 
 def new(step: str, name: str, of_commit: str | None) -> dict:
-    """Return a row of a measurement that has begun."""
+    """Return a row of a measurement that has begun. of_commit: the commit where there is no clone."""
     return {
         "step": step,
         "name": name,
@@ -94,4 +102,5 @@ def last_lines(text: str, n: int = 6) -> str:
 
 
 def is_installed(module: str) -> bool:
+    """Return True if a module can be imported."""
     return importlib.util.find_spec(module) is not None

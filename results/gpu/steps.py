@@ -15,11 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from kernels import configs
 from kernels.bench import cases, long_rows
 from results.gpu import measure
 
 
 class Measurement(NamedTuple):
+    """A measurement, which gives one row."""
+
     name: str
     seconds: float  # expected, with compilation; twice as long is the limit
     call: Callable[[], dict]  # returns the figures
@@ -27,6 +30,8 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
+    """The sizes of all measurements."""
+
     device: str
     data: str  # the corpus to train on, as for train.py --data
     n_learned: int  # tokens that the tokenizer learns
@@ -65,9 +70,8 @@ def source_of(package: str) -> str:
 
 
 BF16 = ("--dtype", "bfloat16", "--compile")
-FLAGS = "--dtype float32 --no-compile --seq-len 16 --batch-size 2 --size tiny --set n_layers=1"
-FP32 = tuple(FLAGS.split())
 TINY = ("--dtype", "float32", "--no-compile", "--batch-size", "2", "--size", "tiny")
+ONE_LAYER = (*TINY, "--set", "n_layers=1")
 FULL = Sizes(
     device="cuda",
     data=source_of("transformers"),
@@ -111,11 +115,11 @@ TOY = Sizes(
     data="scaling/plan.py",
     n_learned=300,
     vocab_size=400,
-    gpt=FP32,
-    bert=FP32,
-    moe=FP32,
+    gpt=(*ONE_LAYER, "--seq-len", "16"),
+    bert=(*ONE_LAYER, "--seq-len", "16"),
+    moe=(*ONE_LAYER, "--seq-len", "16"),
     images=(
-        *((name, (*TINY, "--set", "n_layers=1")) for name in ("vit", "mae", "simclr", "clip", "dit")),
+        *((name, ONE_LAYER) for name in ("vit", "mae", "simclr", "clip", "dit")),
         ("unet", TINY),
     ),
     pictures=(8, 32),
@@ -143,7 +147,7 @@ TOY = Sizes(
 
 
 def steps(sizes: Sizes, work: Path) -> dict[str, list[Measurement]]:
-    """Return the measurements of each step. work: a folder for what they need on the way, and throw away."""
+    """Return the measurements of each step, in order. work: a folder for temporary files."""
     train = partial(measure.train_speed, sizes, work)
     compared = partial(measure.compared, sizes)
     shapes = attention_cases(sizes)
@@ -205,6 +209,7 @@ def attention_case(sizes: Sizes, K: int, T: int, causal: bool = True, group: int
 
 
 def attention_cases(sizes: Sizes) -> dict[str, Callable]:
+    """Return cases of attention over whole rows, by name, the largest first."""
     found = {}
     for K in reversed(sizes.head_widths):
         for causal in (True, False):
@@ -217,11 +222,13 @@ def attention_cases(sizes: Sizes) -> dict[str, Callable]:
 
 
 def decoding_case(sizes: Sizes, K: int, S: int) -> Callable:
+    """Return a function that makes a case of one query for each of 8 rows, over S cached keys."""
     H = sizes.width // K
     return partial(cases.attention_case, 8, 1, S, H, H // 4, K, False)
 
 
 def linear_case(sizes: Sizes, K: int, T: int) -> Callable:
+    """Return a function that makes a case of linear attention."""
     return partial(long_rows.linear_attention_case, max(1, sizes.tokens // T), T, sizes.width // K, K)
 
 
@@ -251,6 +258,7 @@ def small_cases(sizes: Sizes) -> dict[str, Callable]:
 
 
 def other_cases(sizes: Sizes) -> dict[str, Callable]:
+    """Return cases of the operations other than attention over whole rows."""
     found = {}
     for n, D in sizes.norms:
         for residual in (False, True):
@@ -294,7 +302,7 @@ def tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
 
 
 def long_tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]]:
-    """Return the same for attention whose time grows in proportion to T, by head width."""
+    """Return the same as `tuned_cases` for attention whose time grows in proportion to T, by head width."""
     found = {}
     for K in reversed(sizes.head_widths):
         linear = linear_case(sizes, K, sizes.lengths[-1])
@@ -308,7 +316,7 @@ def long_tuned_cases(sizes: Sizes) -> dict[tuple[str, int], tuple[str, Callable]
 
 
 def tuning(found: dict, sizes: Sizes) -> list[Measurement]:
-    """Return a measurement for every named configuration of every case found."""
+    """Return a measurement for every named configuration of the cases of `tuned_cases`."""
     return [
         Measurement(
             f"{operation} {key}: {name}",
@@ -316,5 +324,5 @@ def tuning(found: dict, sizes: Sizes) -> list[Measurement]:
             partial(measure.configuration, operation, str(key), name, which, case),
         )
         for (operation, key), (which, case) in found.items()
-        for name in measure.configs.names(operation, key)[: sizes.configurations]
+        for name in configs.names(operation, key)[: sizes.configurations]
     ]

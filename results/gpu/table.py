@@ -24,21 +24,25 @@ def norm_share(rows: Rows, which: str) -> float | None:
 
 
 def figure(rows: Rows, step: str, name: str, key: str) -> float | None:
+    """Return a figure of a measurement, None where there is none."""
     return next((row.get(key) for row in rows if (row["step"], row["name"]) == (step, name)), None)
 
 
 def results(rows: Rows, step: str, name: str) -> list[dict]:
+    """Return the results of a measurement, one for each backend and pass."""
     return figure(rows, step, name, "results") or []
 
 
 def auto_over_torch(rows: Rows) -> float | None:
+    """Return how many times as fast gpt trains with --kernels auto as with --kernels torch."""
     auto, torch = (
         figure(rows, "training", f"gpt, --kernels {k}", "tokens_per_second") for k in ("auto", "torch")
     )
     return auto / torch if auto and torch else None
 
 
-# (what, the least that is aimed at, what was reached, for comparison)
+# What is aimed at, the least value that meets the aim, a function that finds what was reached, and figures of
+# others.
 AIMS: list[tuple[str, float, Callable[[Rows], float | None], str]] = [
     (f"attention forward, {LONGEST}, over SDPA flash", 1.3,
      lambda rows: ratio(rows, LONGEST, "forward", "SDPA flash"),
@@ -71,7 +75,7 @@ def aims(rows: Rows) -> str:
 
 
 def headline(row: dict) -> str:
-    """Return the figures of a row that matter most, in one line."""
+    """Return the most important figures of a row, in one line."""
     if row["failed"]:
         return "FAILED: " + row["failed"].splitlines()[-1][:150]
     if "mfu" in row:

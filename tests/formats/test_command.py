@@ -37,6 +37,9 @@ def first_file():
     print("a warning", file=sys.stderr)
     assert file.fileno() > 2
 
+def leaves():
+    sys.exit("the figures differ")
+
 def flags():
     parser = command.Parser(prog="it", description="one\\n" * 9999)
     parser.add_argument("--out", type=command.path)
@@ -69,6 +72,10 @@ def shell(program, line, **environment):
 
 def test_a_mistake_is_one_line_and_exit_code_2(program):
     assert shell(program, "$it mistake") == (2, "", "error: size 中: expected another\n")
+
+
+def test_the_text_of_an_exit_is_printed_with_exit_code_1(program):
+    assert shell(program, "$it leaves") == (1, "", "the figures differ\n")
 
 
 def test_ctrl_c_is_quiet(program):
@@ -128,3 +135,13 @@ def test_an_empty_value_of_a_path_is_refused(value, capsys):
     assert stop.value.code == 2
     expected = "argument --out: expected a value, found an empty one (an unset shell variable?)"
     assert capsys.readouterr().err == f"error: {expected} (see it --help)\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "two", ""])
+def test_a_count_is_a_whole_number_of_at_least_1(text, capsys):
+    parser = command.Parser()
+    parser.add_argument("--rounds", type=command.count)
+    assert parser.parse_args(["--rounds", "3"]).rounds == 3
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--rounds={text}"])
+    assert f"{text}: expected a whole number of at least 1" in capsys.readouterr().err

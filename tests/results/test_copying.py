@@ -1,7 +1,6 @@
 """The task of results/copying.py: what is determined, and that a start goes on where another ended."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -21,14 +20,13 @@ def test_every_kind_learns_a_step_and_a_second_start_repeats_nothing(tmp_path, m
     monkeypatch.setattr(copying, "BATCH", 2)
     monkeypatch.setattr(copying, "N_TEST", 2)
     out = tmp_path / "copying.json"
-    command = ["copying", "--steps", "1", "--seeds", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
+    flags = ["--steps", "1", "--seeds", "1", "--out", str(out)]
     monkeypatch.setattr(copying, "plot", lambda rows, path: None)
-    copying.main()
+    copying.main(flags)
     rows = json.loads(out.read_text())["results"]
     assert [row["layers"] for row in rows] == list(copying.KINDS)
     assert capsys.readouterr().out.count("seed 0") == len(rows)
-    copying.main()
+    copying.main(flags)
     assert capsys.readouterr().out == ""
 
 

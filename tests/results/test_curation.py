@@ -50,3 +50,9 @@ def test_runs_that_have_ended_do_not_run_again(tmp_path, monkeypatch, capsys):
     curation.main(flags)
     assert json.loads((tmp_path / "runs.json").read_text()) == first
     assert "| clean | 24 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n", [3, 10_000])
+def test_a_number_of_modules_that_there_are_not_is_refused(n):
+    with pytest.raises(ValueError, match=rf"--texts {n}: expected 4 to \d+, of the \d+ modules"):
+        curation.modules(n)

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 
 from engine import contract
+from results import defaults
 from results.defaults import RUNS, in_a_table
 
 ROW = {"name": "vae", "command": "python train.py --model vae", "minutes": 2.0, "guess": "a | b"}
@@ -36,3 +37,8 @@ def test_a_line_has_the_mean_and_the_range_of_its_seeds_and_no_cell_is_broken():
 def test_one_seed_has_no_range():
     line = in_a_table([ROW | {"seed": 0, "held out": {"val_loss": 1.0, "val_accuracy": 0.5}}]).splitlines()[2]
     assert "| loss 1; accuracy 0.5 | 1 |" in line
+
+
+def test_a_table_of_no_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"there are no rows in .*nothing\.json"):
+        defaults.main(["--out", str(tmp_path / "nothing.json"), "--table"])

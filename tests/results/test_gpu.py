@@ -248,6 +248,20 @@ def test_the_simplest_within_three_percent_is_kept():
     assert table.winners(measured) == {"attention_forward": {"64": "plain", "128": "tma"}}
 
 
+def test_tables_of_other_devices_are_apart_and_printing_them_writes_nothing(tmp_path, capsys):
+    tuned = {"operation": "attention_forward", "key": "64", "unit": "TFLOP/s", "rate": 1.0}
+    rows.add(tmp_path, row("tuning", "64: plain", config="plain", ms=2.0, **tuned))
+    for name, ms in (("plain", 1.0), ("tma", 0.5)):
+        rows.add(tmp_path, row("tuning", f"64: {name}", config=name, ms=ms, **tuned) | {"device": "a GPU"})
+    assert command.main(["--table", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.split("\na GPU\n")
+    assert rows.device() in first and "2.000 ms" in first and "0.500 ms" in second and "2.000" not in second
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+    # The configurations to keep are chosen by the times of this device alone.
+    assert table.winners(rows.of_device(tmp_path)) == {"attention_forward": {"64": "plain"}}
+
+
 def test_the_aims_stand_beside_what_was_reached():
     def attention(which, plinth, flash, cudnn):
         times = {"plinth": plinth, "SDPA flash": flash, "SDPA cuDNN": cudnn}

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine import cpu
 from results import prompting_studies, tool_loop
 from results.keep import Ended
 
@@ -16,36 +18,54 @@ def test_rows_are_written_at_once_and_read_at_the_next_start(tmp_path):
     ended = Ended(path, {"steps": 3}, rows="seeds")
     assert not ended.has(seed=1)
     ended.add({"seed": 1, "curve": [(1, 0.1)], "by_n": {10: 0.3}})
-    ended.add({"seed": 0}, order=lambda row: row["seed"])
+    ended.add({"seed": 0})
     again = Ended(path, {"steps": 3}, rows="seeds")
-    assert again.rows == ended.rows and [row["seed"] for row in again.rows] == [0, 1]
+    assert again.rows == ended.rows and [row["seed"] for row in again.rows] == [1, 0]
     assert again.find(seed=1) == {"seed": 1, "curve": [[1, 0.1]], "by_n": {"10": 0.3}}
     assert again.has(seed=0) and not again.has(seed=0, curve=1)
     assert json.loads(path.read_text()).keys() == {"cpu", "torch", "steps", "seeds"}
 
 
-def test_rows_made_with_other_settings_do_not_count(tmp_path):
+def test_rows_made_with_other_settings_are_refused_and_stay(tmp_path):
     path = tmp_path / "figures.json"
-    Ended(path, {"steps": 3}).add({"seed": 0})
-    assert Ended(path, {"steps": 3}, same=("steps",)).has(seed=0)
-    assert not Ended(path, {"steps": 4}, same=("steps",)).rows
+    Ended(path, {"steps": 3, "sizes": (1, 2)}).add({"seed": 0})
+    assert Ended(path, {"steps": 3, "sizes": (1, 2)}, same=("steps", "sizes")).has(seed=0)
+    with pytest.raises(ValueError, match=r"figures\.json holds rows made with steps 3, and this call has 4"):
+        Ended(path, {"steps": 4}, same=("steps",))
     assert Ended(path, {"steps": 4}).has(seed=0)
 
 
-def test_lines_are_added_to_a_jsonl_file_and_those_in_it_stay(tmp_path):
-    path = tmp_path / "ended.jsonl"
-    path.write_text('{"rate": 0.1,   "seed": 0}\n')
-    ended = Ended(path)
-    ended.add({"rate": 0.1, "seed": 1})
-    assert path.read_text() == '{"rate": 0.1,   "seed": 0}\n{"rate": 0.1, "seed": 1}\n'
-    assert ended.has(rate=0.1, seed=0) and Ended(path).has(rate=0.1, seed=1)
+@pytest.mark.parametrize(
+    "text, named",
+    [("{", "not JSON"), ("[1]", "found a list"), ('{"runs": []}', "holds no 'rows'")],
+)
+def test_a_file_that_holds_no_rows_is_named(text, named, tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=named) as raised:
+        Ended(path)
+    assert str(path) in str(raised.value) and path.read_text() == text
+
+
+def test_rows_of_another_machine_keep_its_name(tmp_path):
+    path = tmp_path / "figures.json"
+    path.write_text('{"cpu": "another CPU", "torch": "1.0", "rows": [{"seed": 0}]}')
+    for seed in (1, 2):
+        Ended(path).add({"seed": seed})
+    known = json.loads(path.read_text())
+    assert known["cpu"] == f"another CPU; {cpu.name()}" and known["torch"] == f"1.0; {torch.__version__}"
+    assert [row["seed"] for row in known["rows"]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     "name, rows, settings, key",
     [
-        ("funsearch", "runs", {}, {"n": 5, "method": "random", "seed": 0}),
+        ("funsearch", "runs", {"evaluations": 10_000}, {"n": 5, "method": "random", "seed": 0}),
         ("scratchpad", "rows", {"steps": None}, {"seed": 2}),
+        ("copying", "results", {"steps": 1000, "lr": 4e-3}, {"layers": "MoBA", "seed": 2}),
+        ("curation", "runs", {"steps": 400, "texts": 160, "longest": 6000}, {"arm": "dirty", "seed": 2}),
+        ("frontier", "runs", {}, {"method": "KTO", "beta": 0.5, "seed": 2}),
+        ("tool_loop", "seeds", {"steps": 1000, "problems": 300}, {"seed": 2}),
     ],
 )
 def test_files_of_the_past_are_read(name, rows, settings, key):

@@ -1,6 +1,6 @@
 """A large text with planted copies: data.clean finds all of them."""
 
-from collections import Counter
+import json
 from pathlib import Path
 
 import pytest
@@ -26,11 +26,16 @@ def test_a_new_document_is_like_no_other(words):
     assert len(a & b) / len(a | b) < 0.01
 
 
-def test_all_that_was_planted_is_found(tmp_path: Path):
+def test_all_that_was_planted_is_found_and_only_what_was_made_is_removed(tmp_path: Path):
     """data.clean in a process of its own, on 400 kB: its counts are those of the labels."""
-    text = tmp_path / "text.jsonl"
-    planted: Counter = large_text.write_text(text, 400_000, 3)
-    found = large_text.clean(text, tmp_path / "cleaned", 1)
+    work, out = tmp_path / "work", tmp_path / "figures.json"
+    work.mkdir()
+    (work / "thesis.txt").touch()
+    flags = ["--bytes", "4e5", "--seed", "3", "--work", str(work), "--out", str(out)]
+    large_text.main(flags)
+    assert [path.name for path in work.iterdir()] == ["thesis.txt"]
+    found = json.loads(out.read_text())
+    planted = found["planted"]
     reasons = {name: stage["reasons"] for name, stage in found["report"]["stages"].items()}
     assert planted["exact copies"] > 0 and planted["near copies"] > 0 and planted["with the passage"] > 1
     assert reasons["exact"]["exact duplicate"]["rejected"] == planted["exact copies"]
@@ -38,3 +43,10 @@ def test_all_that_was_planted_is_found(tmp_path: Path):
     shortened = reasons["substrings"]["repeated substring"]["shortened"]
     assert shortened == planted["with the passage"] - 1
     assert 20 < found["peak MB"] < 1000 and found["CPU minutes"] > 0
+
+
+@pytest.mark.parametrize("n", ["0", "-5", "inf", "nan"])
+def test_a_text_without_bytes_is_refused(n, tmp_path):
+    with pytest.raises(ValueError, match="expected at least 1"):
+        large_text.main([f"--bytes={n}", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "x.json")])
+    assert not any(tmp_path.iterdir())

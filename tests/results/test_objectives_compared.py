@@ -24,10 +24,10 @@ def test_runs_that_have_ended_are_kept_and_do_not_run_again(tmp_path, monkeypatc
     pool = SimpleNamespace(imap_unordered=map)
     monkeypatch.setattr(objectives_compared, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        objectives_compared.run_all(pool, jobs, tmp_path / "ended.jsonl")
+        objectives_compared.run_all(pool, jobs, tmp_path / "ended.json")
     monkeypatch.setattr(
         objectives_compared, "run", lambda job: ran.append(job.architecture) or vars(job) | {"gaps": 1.0}
     )
-    results = objectives_compared.run_all(pool, jobs, tmp_path / "ended.jsonl")
+    results = objectives_compared.run_all(pool, jobs, tmp_path / "ended.json")
     assert ran == ["prefix LM", "causal LM", "shared stacks"]
     assert [row["gaps"] for row in results] == [1 / 3, 2 / 3, 1.0]

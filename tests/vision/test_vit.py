@@ -216,6 +216,22 @@ def test_a_field_of_config_json_that_is_not_implemented_is_named(tmp_path):
             ViT.from_pretrained(tmp_path)
 
 
+def test_pixels_that_are_normalised_in_another_way_are_refused(tmp_path):
+    small().save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    for change, words in (
+        ({"do_rescale": False}, "do_rescale false is not implemented"),
+        ({"rescale_factor": 1}, "rescale_factor 1: expected 1 / 255"),
+        ({"image_mean": None}, "image_mean None: expected a number for each channel"),
+        ({"image_mean": [math.nan]}, "image_mean .nan.: expected a number"),
+        ({"image_std": [0]}, "image_std .0.: expected numbers above 0"),
+    ):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=words):
+            ViT.from_pretrained(tmp_path)
+
+
 def test_the_command_prints_the_sizes_and_classifies_images(tmp_path):
     printed = run_command("-m", "vision.vit").out
     assert "86,567,656" in printed and "tiny" in printed

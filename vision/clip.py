@@ -364,7 +364,7 @@ def main() -> None:
     add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
     add("--images", type=command.filled, metavar="FOLDER", help="images, also in folders inside this one")
     add("--query", type=command.filled, metavar="TEXT", help="print the images nearest to this text")
-    add("--top", type=int, default=5, help="images to print for --query (default %(default)s)")
+    add("--top", type=command.count, default=5, help="images to print for --query (default %(default)s)")
     add("--labels", nargs="+", default=[], help="classes of the images (default: the folders' names)")
     help_ = "prompts, in which {} stands for a label; their vectors are averaged (default: one)"
     add("--templates", nargs="+", default=["a photo of a {}."], help=help_)
@@ -376,8 +376,6 @@ def main() -> None:
         return
     if args.images is None or (args.query and args.labels):
         raise ValueError("expected --images FOLDER, and --query TEXT or --labels, not both")
-    if args.top < 1:
-        raise ValueError(f"--top {args.top}: expected at least 1 image")
     if odd := [template for template in args.templates if "{}" not in template]:
         raise ValueError(f"--templates {odd[0]!r}: expected {{}} in the place of the label")
     zero_shot.images_in(args.images)  # an empty folder is refused before the model is read

@@ -129,16 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Count how often a model is right about drawn scenes.")
     add = parser.add_argument
     add("checkpoint", type=command.path, help="directory of a model that has learned about scenes")
-    add(
-        "-n",
-        type=int,
-        default=250,
-        help="scenes of each held-out part, 8 questions each (default %(default)s)",
-    )
+    help_ = "scenes of each held-out part, 8 questions each (default %(default)s)"
+    add("-n", type=command.count, default=250, help=help_)
     add("--out", type=command.new_file, help="file for the figures, as JSON (default: they are only printed)")
     args = parser.parse_args(argv)
-    if args.n < 1:
-        raise ValueError(f"-n {args.n}: expected at least 1")
     tokenizer = get_tokenizer(str(args.checkpoint))
     if IMAGE not in tokenizer.special_tokens:
         raise ValueError(f"{args.checkpoint}: its tokenizer has no {IMAGE}; expected that of a LLaVA")

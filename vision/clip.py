@@ -364,22 +364,18 @@ def main() -> None:
     add("checkpoint", nargs="?", type=command.filled, help="directory of a model (default: print the sizes)")
     add("--images", type=command.filled, metavar="FOLDER", help="images, also in folders inside this one")
     add("--query", type=command.filled, metavar="TEXT", help="print the images nearest to this text")
-    add("--top", type=int, default=5, help="images to print for --query (default %(default)s)")
+    add("--top", type=command.count, default=5, help="images to print for --query (default %(default)s)")
     add("--labels", nargs="+", default=[], help="classes of the images (default: the folders' names)")
-    add(
-        "--templates",
-        nargs="+",
-        default=["a photo of a {}."],
-        help="prompts for labels, which {} stands for; their vectors are averaged (default: one)",
-    )
+    help_ = "prompts, in which {} stands for a label; their vectors are averaged (default: one)"
+    add("--templates", nargs="+", default=["a photo of a {}."], help=help_)
     args = parser.parse_args()
     if args.checkpoint is None:
         if args.images or args.query or args.labels:
             raise ValueError("no model: expected its directory, such as runs/clip/model, before these flags")
         print_sizes()
         return
-    if args.images is None or args.top < 1 or (args.query and args.labels):
-        raise ValueError("expected --images FOLDER, with --query TEXT and --top of at least 1, or --labels")
+    if args.images is None or (args.query and args.labels):
+        raise ValueError("expected --images FOLDER, and --query TEXT or --labels, not both")
     if odd := [template for template in args.templates if "{}" not in template]:
         raise ValueError(f"--templates {odd[0]!r}: expected {{}} in the place of the label")
     zero_shot.images_in(args.images)  # an empty folder is refused before the model is read

@@ -75,6 +75,8 @@ class Config:
         check_values(self, objective=("classes", "l2"))
         if self.rebalance > 1:
             raise ValueError(f"rebalance {self.rebalance}: expected 0 to 1")
+        if min(self.dilations, default=1) < 1:
+            raise ValueError(f"dilations {self.dilations}: expected numbers of at least 1")
         if any(side % STRIDE for side in self.size):
             raise ValueError(f"image_size {self.image_size}: expected multiples of {STRIDE}")
 

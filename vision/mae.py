@@ -231,19 +231,22 @@ def unwrap(module: MAE) -> ViT:
 
 
 def restore(module: MAE, directory: str) -> None:
-    """Copy the decoder in directory into the module. Where it has another shape, print that, and keep the new
-    decoder. A directory without a decoder, such as a classifier's, changes nothing."""
+    """Copy the weights of the decoder in directory into the module. If it has other sizes, keep the new
+    decoder, and print by which flag it would be kept. A directory without a decoder changes nothing."""
     if not images.has_decoder(directory):
         return
     saved = MAE.from_pretrained(directory)
-    for name in ("decoder_layers", "decoder_heads", "decoder_width", "decoder_ff"):
-        own, given = getattr(module.settings, name), getattr(saved.settings, name)
-        if own != given:
-            print(
-                f"the decoder in {directory} is left out: add --set {name}={given} to keep it (here: {own})"
-            )
-            return
-    module.decoder.load_state_dict(saved.decoder.state_dict())
+    own, given = (
+        {name: getattr(settings, name) for name in vars(settings) if name.startswith("decoder_")}
+        for settings in (module.settings, saved.settings)
+    )
+    others = [name for name in own if own[name] != given[name]]
+    if not others:
+        module.decoder.load_state_dict(saved.decoder.state_dict())
+        return
+    flag = " ".join(f"{name}={given[name]}" for name in others)
+    here = ", ".join(str(own[name]) for name in others)
+    print(f"the decoder in {directory} is left out: add --set {flag} to keep it (here: {here})")
 
 
 def load_data(args: Namespace, config: vit.Config) -> Dataset:

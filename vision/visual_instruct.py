@@ -18,9 +18,10 @@ an image.
 
 By default the conversations are about drawn scenes (data/scenes.py), and the tower is that of a CLIP that was
 trained on captions of such scenes. If --tower names none, the run first trains this CLIP, which takes some
-minutes, and keeps it below --cache. Two controls show what the images are worth. `--set blind=True` trains a
-model whose first projection is zero and frozen, so that it reads nothing of its images; and each evaluation
-also measures the trained model with features of zero ("blind"). `--tower random` draws the tower at random.
+minutes, and keeps it below --cache. Three controls show what the images and the tower are worth: each
+evaluation also measures the model with features of zero ("blind"); `--set blind=True` trains a model whose
+first projection is zero and frozen, so that it reads nothing of its images; and `--tower random` draws the
+tower at random.
 
     python train.py --model llava                                       scenes: colours, shapes, sizes, places
     python train.py --model llava --tower CLIP --set language=LLM --stage 1 --data captions.jsonl --images DIR

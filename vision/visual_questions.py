@@ -51,24 +51,27 @@ def answers(
     return found
 
 
-def scores(model: nn.Module, tokenizer: Tokenizer, n: int, first: int = 0) -> dict[str, dict[str, float]]:
-    """Return how often the model is right about n scenes of each held-out part, from number `first` on, by
-    kind of question: {"colour": {"val": ..., "unseen": ..., "val, blind": ..., "unseen, blind": ...}}.
+def scores(model: nn.Module, tokenizer: Tokenizer, n: int) -> dict[str, dict[str, float]]:
+    """Return how often the model is right about n scenes of each held-out part, by kind of question:
+    {"colour": {"val": ..., "unseen": ..., "val, blind": ..., "unseen, blind": ...}, "shape": ...}.
 
     "val" and "unseen" are the header's seen and unseen pairs.
     """
     found = {kind: {} for kind in scenes.KINDS}
     vision, was_blind = model.config.vision, model.blind
     for part in ("val", "unseen"):
-        talks = SceneTalks({part: first + n}, captions=False)
-        asked = [scenes.questions(scene) for scene in talks.scenes[first:]]
-        flat = [question for of_scene in asked for question in of_scene]
+        # Each question becomes a prompt, with a copy of its scene's image.
+        talks = SceneTalks({part: n}, captions=False)
+        by_scene = [scenes.questions(scene) for scene in talks.scenes]
+        flat = [question for questions in by_scene for question in questions]
         talk = [about(question.text, question.answer) for question in flat]
         image = model.config.image_tokens
         prompts = [before_answer(messages, tokenizer, image, stage=2) for messages in talk]
         size = (vision.image_size, vision.image_size)
-        images = torch.from_numpy(fitted(talks.images[first:], size, vision.n_channels)).float() / 255
-        images = images.repeat_interleave(len(asked[0]), dim=0)
+        images = torch.from_numpy(fitted(talks.images, size, vision.n_channels)).float() / 255
+        images = images.repeat_interleave(len(by_scene[0]), dim=0)
+
+        # The model answers with the images, and then blind.
         for name, blind in (("", was_blind), (", blind", True)):
             model.blind = blind
             texts = answers(model, tokenizer, prompts, images)
@@ -126,16 +129,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description="Count how often a model is right about drawn scenes.")
     add = parser.add_argument
     add("checkpoint", type=command.path, help="directory of a model that has learned about scenes")
-    add(
-        "-n",
-        type=int,
-        default=250,
-        help="scenes of each held-out part, 8 questions each (default %(default)s)",
-    )
+    help_ = "scenes of each held-out part, 8 questions each (default %(default)s)"
+    add("-n", type=command.count, default=250, help=help_)
     add("--out", type=command.new_file, help="file for the figures, as JSON (default: they are only printed)")
     args = parser.parse_args(argv)
-    if args.n < 1:
-        raise ValueError(f"-n {args.n}: expected at least 1")
     tokenizer = get_tokenizer(str(args.checkpoint))
     if IMAGE not in tokenizer.special_tokens:
         raise ValueError(f"{args.checkpoint}: its tokenizer has no {IMAGE}; expected that of a LLaVA")

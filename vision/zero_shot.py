@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.captions import CaptionRows, encode
-from data.class_folders import class_folders, existing_folder, files_in
+from data.class_folders import class_folders, files_in
 from data.images import KIND, decode
 
 BATCH = 256  # images or texts in one forward pass
@@ -164,9 +164,11 @@ def encode_files(model: nn.Module, paths: Sequence[Path]) -> tuple[list[Path], T
 
 
 def images_in(folder: str) -> list[Path]:
-    """Return the paths of the images in a folder and in the folders inside it. Raises ValueError if there are
-    no images."""
-    paths = files_in(existing_folder(folder, "--images", KIND), KIND, deep=True)
+    """Return the paths of the images in a folder and in the folders inside it. Raises ValueError if there is
+    no such folder, or no image in it."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"--images {folder}: no such folder; expected one that holds images")
+    paths = files_in(Path(folder), KIND, deep=True)
     if not paths:
         raise ValueError(f"--images {folder}: no images; expected files of {' '.join(KIND.suffixes)}")
     return paths
@@ -193,7 +195,8 @@ def classes_in(folder: str, labels: Sequence[str]) -> tuple[list[str], dict[Path
         members, found = class_folders(Path(folder), KIND)
         names, truth = names or found, {path: found[i] for path, i in members if found}
     if len(names) < 2:
-        raise ValueError(f"--images {folder}: {len(names)} classes; add --labels, or a folder for each class")
+        found = f"--labels {names[0]}" if labels else f"--images {folder}"
+        raise ValueError(f"{found}: {len(names)} classes; expected two --labels, or a folder for each class")
     return names, truth
 
 

@@ -398,7 +398,11 @@ def test_what_makes_no_sense_is_refused(tmp_path, few_glyphs):
     small().save_pretrained(tmp_path / "m")
     for flags, words in (
         ([], "expected --images FOLDER"),
-        (["--images", tmp_path / "nowhere"], "nowhere: not found"),
+        (["--images", tmp_path / "nowhere"], "nowhere: no such folder; expected one that holds images"),
+        (
+            ["--images", tmp_path, "--query", "a", "--top", "0"],
+            "--top: 0: expected a whole number of at least 1",
+        ),
         (["--images", tmp_path / "m"], "no images; expected files of .png"),
         (["--images", tmp_path, "--labels", "a", "--templates", "x"], "expected {} in the place"),
     ):

@@ -122,6 +122,7 @@ def test_settings_that_make_no_sense_are_refused():
         ({"rebalance": 1.5}, "rebalance 1.5: expected 0 to 1"),
         ({"image_size": 9}, "image_size 9: expected multiples of 2"),
         ({"objective": "l1"}, "objective"),
+        ({"dilations": (1, 0)}, r"dilations \(1, 0\): expected numbers of at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(SMALL, **changes)

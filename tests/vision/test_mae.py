@@ -167,6 +167,11 @@ def test_a_saved_model_is_read_back_and_opened_by_transformers(tmp_path):
         MAE.from_pretrained(tmp_path)
 
 
+def test_the_decoder_s_heads_need_not_divide_the_encoder_s_width():
+    model = MAE(ViT(ENCODER), replace(DECODER, decoder_heads=3, decoder_width=24))  # the encoder's is 32
+    assert model.predict(torch.rand(2, 2, 8, 12), torch.rand(2, 6), 3)[0].shape == (2, 3, 32)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -175,11 +180,6 @@ def test_a_saved_model_is_read_back_and_opened_by_transformers(tmp_path):
         ({"decoder_heads": 3}, "expected a multiple of the heads"),
     ],
 )
-def test_the_decoder_s_heads_need_not_divide_the_encoder_s_width():
-    model = MAE(ViT(ENCODER), replace(DECODER, decoder_heads=3, decoder_width=24))  # the encoder's is 32
-    assert model.predict(torch.rand(2, 2, 8, 12), torch.rand(2, 6), 3)[0].shape == (2, 3, 32)
-
-
 def test_settings_that_make_no_sense_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         replace(DECODER, **changes)
@@ -213,8 +213,10 @@ def test_a_run_leaves_pictures_and_an_encoder_to_fine_tune(tmp_path, few_glyphs)
     assert run_command("train.py", *start, "--out", tmp_path / "further").code == 0
     again = [json.loads(line) for line in (tmp_path / "further" / "metrics.jsonl").read_text().splitlines()]
     assert again[0]["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
-    ended = run_command("train.py", *start, "--set", "decoder_layers=1", "--out", tmp_path / "shallow")
-    assert ended.code == 0 and "add --set decoder_layers=2 to keep it (here: 1)" in ended.out
+    other = ["--set", "decoder_layers=1", "decoder_ff=64"]
+    ended = run_command("train.py", *start, *other, "--out", tmp_path / "shallow")
+    assert ended.code == 0
+    assert "add --set decoder_layers=2 decoder_ff=256 to keep it (here: 1, 64)" in ended.out
 
     # Its encoder learns to classify.
     fine = [

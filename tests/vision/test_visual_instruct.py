@@ -247,12 +247,12 @@ def test_scores_count_right_answers_of_each_kind_and_the_blind_ones_apart(monkey
     class Recorded(SceneTalks):
         def __init__(self, parts, captions, every=True):
             super().__init__(parts, captions, every)
-            current[:] = [self[i] for i in range(8, 24)]
+            current[:] = [self[i] for i in range(16)]
 
     current = []
     monkeypatch.setattr(visual_questions, "answers", oracle)
     monkeypatch.setattr(visual_questions, "SceneTalks", Recorded)
-    found = visual_questions.scores(model, get_tokenizer("bytes"), 2, first=1)
+    found = visual_questions.scores(model, get_tokenizer("bytes"), 2)
     assert all(of["val"] == of["unseen"] == 1 for of in found.values()) and not model.blind
     assert found["size"]["val, blind"] == 0
     cells = visual_questions.as_table(found).splitlines()[1].split()

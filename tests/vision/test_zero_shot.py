@@ -100,5 +100,5 @@ def test_images_of_a_known_class_are_counted_in_any_order_of_the_labels(folder):
 def test_other_labels_than_the_folders_names_have_no_figure(folder):
     lines, figure = zero_shot.classify(ByColour(), TOKENIZER, str(folder), ["red", "green", "blue"], ["{}"])
     assert len(lines) == 5 and figure is None
-    with pytest.raises(ValueError, match="1 classes; add --labels"):
+    with pytest.raises(ValueError, match="--labels red: 1 classes; expected two --labels"):
         zero_shot.classify(ByColour(), TOKENIZER, str(folder), ["red"], ["{}"])

@@ -3,7 +3,7 @@
     queries, keys ...   the size of a tile: a larger one needs fewer bytes per operation, and more registers
     warps               of a program; on Hopper four warps multiply as one group, eight are two such groups
     stages              of the software pipeline: stages - 1 tiles are being loaded while one is computed
-    tma                 True to load tiles through tensor descriptors, by the copy engine, where the GPU has one
+    tma                 True to load tiles through tensor descriptors, by the copy engine if the GPU has one
     persistent          programs per multiprocessor that compute one tile after another, so that none has to
                         be started for a tile; 0 to start a program for each tile
     interleaved         True to compute the product of the next tile during the exponentials of this one
@@ -84,7 +84,7 @@ class CrossEntropy(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A tile of a grouped product, whose sums are computed in steps of `line` bytes of both factors."""
+    """A tile of a grouped product. Its sum reads `line` bytes of every row and column at a time."""
 
     rows: int
     columns: int
@@ -278,8 +278,8 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "256x128": Grouped(Product(256, 128, 8, 3), Product(256, 128, 8, 3)),
     },
 }
-# Head widths at which a configuration is not timed on Hopper: it spills registers, or fewer of its programs fit
-# a multiprocessor than it wants, or its machine code is that of another configuration.
+# Head widths at which a configuration is not timed on Hopper: it spills registers, or fewer of its programs
+# fit a multiprocessor than it wants, or its machine code is that of another configuration.
 NOT_ON_HOPPER = {
     "attention_forward: 128x128, interleaved": (128,),
     "attention_forward: 128x64, two persistent": (128,),
@@ -307,7 +307,7 @@ def timed(operation: str, config: Config) -> Iterator[None]:
 
 
 def names(operation: str, key: int | str) -> list[str]:
-    """Return the names of the configurations to time on Hopper for a key of tuned.json, such as a head width."""
+    """Return the names of the configurations to time on Hopper for a key of tuned.json."""
     without = {name for name, keys in NOT_ON_HOPPER.items() if int(key) in keys}
     return [name for name in CONFIGS[operation] if f"{operation}: {name}" not in without]
 

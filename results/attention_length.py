@@ -122,8 +122,10 @@ def report(rows: list[dict]) -> None:
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of = [row for row in rows if row["kind"] == kind]
         cells = [f"{total[kind, row['T']]:8.3f} s {row['bytes'] / 2**20:6.0f} MiB" for row in of]
-        growth = total.get((kind, 16384), float("nan")) / total.get((kind, 1024), float("nan"))
-        print(f"{kind:14}", *cells, f"  1k to 16k: {growth:.1f}x")
+        print(f"{kind:14}", *cells, end="")
+        if (kind, 1024) in total and (kind, 16384) in total:
+            print(f"   1k to 16k: {total[kind, 16384] / total[kind, 1024]:.1f}x", end="")
+        print()
     for T in LENGTHS:
         if ("softmax", T) in total and ("linear", T) in total:
             print(f"T {T}: softmax / linear = {total['softmax', T] / total['linear', T]:.1f}")

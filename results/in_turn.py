@@ -25,9 +25,7 @@ def arguments(doc: str, rounds: int, argv: list[str] | None = None) -> argparse.
     """
     parser = command.Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--rounds", type=command.count, default=rounds, help="measurements of each side (default %(default)s)"
-    )
+    add("--rounds", type=command.count, default=rounds, help="rounds of measurement (default %(default)s)")
     add("--out", type=command.new_file, help="write the figures to this file, as JSON")
     return parser.parse_args(argv)
 
@@ -52,7 +50,12 @@ def seconds(call: Callable, clock: Callable = time.perf_counter) -> float:
 def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.perf_counter) -> float:
     """Return the tokens per second of a function that computes n_tokens, called `times` times. clock: as in
     `seconds`."""
-    return times * n_tokens / seconds(lambda: [call() for _ in range(times)], clock)
+
+    def calls() -> None:
+        for _ in range(times):
+            call()
+
+    return times * n_tokens / seconds(calls, clock)
 
 
 def peak_memory(call: Callable) -> int:

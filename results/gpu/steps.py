@@ -21,7 +21,7 @@ from results.gpu import measure
 
 
 class Measurement(NamedTuple):
-    """What gives one row."""
+    """A measurement, which gives one row."""
 
     name: str
     seconds: float  # expected, with compilation; twice as long is the limit

@@ -64,3 +64,9 @@ def test_flags_that_make_no_sense_are_refused(flags, capsys):
         in_turn.arguments("A comparison.", 3, flags)
     assert ended.value.code == 2 and "error: argument --" in capsys.readouterr().err
     assert in_turn.arguments("A comparison.", 3, []).rounds == 3
+
+
+def test_the_rate_is_that_of_all_calls():
+    times, calls = iter([10.0, 14.0]), []
+    assert in_turn.rate(lambda: calls.append(0), 6, times=2, clock=lambda: next(times)) == 3
+    assert len(calls) == 2

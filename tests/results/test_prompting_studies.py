@@ -26,9 +26,10 @@ def test_seeds_in_the_file_are_kept_and_others_are_made(tmp_path, monkeypatch, c
     assert (tmp_path / "scratchpad.png").stat().st_size > 5000
     assert "50.0% (50.0% to 50.0%)" in capsys.readouterr().out
 
-    with pytest.raises(ValueError, match="holds rows made with steps None, and this call has 7"):
+    # A file of other steps is refused, and stays.
+    with pytest.raises(ValueError, match="made with steps None, and this call has 7"):
         prompting_studies.main(["scratchpad", "--seeds", "1", "--steps", "7", "--out", str(tmp_path)])
-    assert len(made) == 3
+    assert len(made) == 3 and json.loads((tmp_path / "scratchpad.json").read_text())["rows"] == rows
 
 
 @pytest.mark.usefixtures("rendered")

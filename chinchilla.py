@@ -36,6 +36,7 @@ from formats import command
 from formats.quantities import short
 from scaling.huber_fit import BORDER, centre, on_border, search, search_near, uncentre
 from scaling.points import (
+    all_but_highest,
     beyond,
     check_points,
     describe_weak_design,
@@ -43,7 +44,6 @@ from scaling.points import (
     group_equal,
     interval,
     read_points,
-    without_highest,
 )
 
 
@@ -184,7 +184,9 @@ def points() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     scaling/hoffmann.csv holds the 245 points that Besiroglu et al. 2024 read off figure 4 of that paper. As
     there, the 5 of highest loss are left out. They are the runs of the fewest tokens per parameter, 0.04 to
     0.40, which the law does not describe; with them B would come out six times as large."""
-    return without_highest(*read_points(HOFFMANN), OUTLIERS)
+    N, D, L = read_points(HOFFMANN)
+    kept = all_but_highest(L, OUTLIERS)
+    return N[kept], D[kept], L[kept]
 
 
 @dataclass

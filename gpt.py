@@ -185,17 +185,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Return (B, T, D) of x (B, T, D). rotation: from `rope`, None without rotary positions."""
         B, T, _ = x.shape
-        q, k, v = products(self, x)
-
-        # QK-norm over each head, or over all heads together.
-        if self.q_norm is not None:
-            q = self.q_norm(q.view(B, T, -1, self.q_norm.width))
-            k = self.k_norm(k.view(B, T, -1, self.k_norm.width))
-        q = q.view(B, T, -1, self.d_head)  # (B, T, H, K)
-        k = k.view(B, T, -1, self.d_head)  # (B, T, G, K)
-        v = v.view(B, T, -1, self.d_head)  # (B, T, G, K)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.heads(x, rotation)
 
         # In generation, keys and values of earlier tokens come from the cache, which holds visible ones only.
         mask = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
@@ -203,6 +193,21 @@ class Attention(nn.Module):
             k, v, mask = cache.store(self.layer, k, v, mask)
         y = attention(q, k, v, **mask, backend=self.backend)  # (B, T, H, K)
         return self.o_proj(y.reshape(B, T, -1))
+
+    def heads(self, x: Tensor, rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries (B, T, H, K), keys and values (B, T, G, K) of x (B, T, D), with queries and keys
+        normalised (QK-norm) and rotated."""
+        B, T, _ = x.shape
+        q, k, v = products(self, x)
+
+        # QK-norm over each head, or over all heads together.
+        if self.q_norm is not None:
+            q = self.q_norm(q.view(B, T, -1, self.q_norm.width))
+            k = self.k_norm(k.view(B, T, -1, self.k_norm.width))
+        q, k, v = (y.view(B, T, -1, self.d_head) for y in (q, k, v))
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return q, k, v
 
 
 class MLP(nn.Module):

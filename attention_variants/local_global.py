@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import gpt
 from formats import command
 from generate import KVCache, main
-from gpt import GPT, rope, rotate
+from gpt import GPT, rope
 from kernels import attention, gelu, products, rms_norm
 
 
@@ -144,11 +144,7 @@ class Attention(gpt.Attention):
     def forward(self, x: Tensor, rotations, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Return (B, T, D) of x (B, T, D). rotations: from `LocalGlobal.rotation`."""
         B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.d_head) for y in products(self, x))  # (B, T, H or G, K)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        rotation = rotations[self.window is not None]
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.heads(x, rotations[self.window is not None])
 
         mask = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
         if cache is not None:

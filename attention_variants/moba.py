@@ -35,8 +35,7 @@ from torch import Tensor
 import gpt
 from formats import command, native
 from generate import KVCache, main
-from gpt import GPT, rotate
-from kernels import products
+from gpt import GPT
 from kernels.selected_attention import selected_attention, strongest
 
 CHUNK = 1024  # t, queries that choose at a time: the scores of all blocks are in memory for these alone
@@ -105,13 +104,7 @@ class Attention(gpt.Attention):
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Return (B, T, D) of x (B, T, D). As in gpt.py, but `attend` takes the place of `attention`."""
         B, T, _ = x.shape
-        q, k, v = products(self, x)
-        if self.q_norm is not None:
-            q = self.q_norm(q.view(B, T, -1, self.q_norm.width))
-            k = self.k_norm(k.view(B, T, -1, self.k_norm.width))
-        q, k, v = (y.view(B, T, -1, self.d_head) for y in (q, k, v))  # (B, T, H or G, K)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.heads(x, rotation)
 
         # In generation, keys and values of earlier tokens come from the cache. Documents packed in one row
         # have blocks of their own.

@@ -28,8 +28,7 @@ import gpt
 from engine import optim
 from formats import command, native
 from generate import KVCache, main
-from gpt import GPT, rotate
-from kernels import products
+from gpt import GPT
 from kernels.attention import visible
 
 
@@ -60,13 +59,7 @@ class Attention(gpt.Attention):
     def forward(self, x: Tensor, rotation, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         """Return (B, T, D) of x (B, T, D). As in gpt.py, but `talk` takes the place of `attention`."""
         B, T, _ = x.shape
-        q, k, v = products(self, x)
-        if self.q_norm is not None:
-            q = self.q_norm(q.view(B, T, -1, self.q_norm.width))
-            k = self.k_norm(k.view(B, T, -1, self.k_norm.width))
-        q, k, v = (y.view(B, T, -1, self.d_head) for y in (q, k, v))  # (B, T, H or G, K)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.heads(x, rotation)
 
         mask = {"causal": True, "window": self.window, "cu_seqlens": cu_seqlens}
         if cache is not None:

@@ -4,9 +4,10 @@
     nearest neighbour      the label of the training image at the smallest distance
     logistic regression    softmax(W x + b) of the standardised pixels x, with an L2 penalty, by L-BFGS
 
-A network that reads images has to beat these. The same two functions measure features in place of pixels.
+A network that reads images has to beat these. The two classifiers also measure a network's features, in
+place of pixels (evaluation/probe.py).
 
-Shapes: N examples to learn from, M held out, F features of each.
+Shapes: N examples to learn from, M held out, F numbers in each, pixels or features.
 """
 
 import torch
@@ -15,29 +16,31 @@ from torch import Tensor
 
 from data.rows import Rows, stack
 
-MOST = 10_000, 2_000  # examples to learn from and held out that are used: a sample of larger sets
+MOST = 10_000, 2_000  # examples to learn from, and held out, that `describe` takes from larger sets
 
 
 def pixels(rows: Rows, most: int) -> tuple[Tensor, Tensor]:
-    """Return the pixels (N, F) in [0, 1] and the labels (N,) of rows of images, or of every k-th of them, so
-    that they are at most `most`."""
+    """Return the pixels (N, F) in [0, 1] and the labels (N,) of at most `most` rows, evenly spaced."""
     step = -(-len(rows) // most)
     batch = stack([rows[i] for i in range(0, len(rows), step)])
     return batch["image"].flatten(1).float() / 255, batch["label"]
 
 
 def nearest_neighbour(train: Tensor, labels: Tensor, held: Tensor, k: int = 1) -> Tensor:
-    """Return the label (M,) that most of the k nearest rows of train (N, F) have, for each of held (M, F)."""
+    """Return the label (M,) that most of the k nearest rows of train (N, F) have, for each of held (M, F).
+
+    The distance is Euclidean. Of equally frequent labels it is the smallest.
+    """
     nearest = torch.cdist(held, train).topk(k, largest=False).indices  # (M, k)
     return labels[nearest].mode(dim=1).values
 
 
 def logistic_regression(train: Tensor, labels: Tensor, held: Tensor, penalty: float = 1e-3) -> Tensor:
-    """Return the likeliest label (M,) of each of held (M, F) by a linear classifier of train (N, F).
+    """Return the likeliest label (M,) of each of held (M, F), by a linear classifier fitted to train (N, F).
 
-    penalty: times the squared norm of W, added to the mean cross-entropy in nats.
+    Features are float32. The loss is the mean cross-entropy in nats, plus penalty times |W|^2.
     """
-    # Standardise; a feature that is constant in training is left out.
+    # Standardise the features, and leave out those that are constant in train.
     mean, std = train.mean(0), train.std(0)
     varies = std > 1e-6
     train, held = ((x - mean)[:, varies] / std[varies] for x in (train, held))

@@ -9,11 +9,12 @@
 
 Paths of images are relative to the file that names them. An image may stand on several lines; in each epoch
 it comes with the next of its captions. Images are decoded once, to a memory map below --cache, as in
-data/images.py. A twentieth is held out, at most 1,000, unless --val names others.
+data/images.py. A twentieth of the images, at most 1,000, is held out, unless --val names other images.
 
-Drawn sets bring tests: classes that are described in words, and captions that are nearly right.
+The held-out part of a drawn set also has tests: classes that are described in words (`ZeroShot`), or captions
+that are nearly right (`Swap`).
 
-Shapes: N images, M captions, T tokens of the longest caption.
+Shapes: N images, C channels, H x W pixels, M captions, T tokens of the longest caption.
 """
 
 import hashlib
@@ -34,22 +35,22 @@ from data.tar_images import captions_of, find_shards, is_shards, read_shard
 from data.text import bad_texts, bpe_size, only_one_at
 from data.tokenizer import get_tokenizer, train_bpe
 
-SHARE, MOST_HELD_OUT = 1 / 20, 1_000  # of the images of files
+SHARE, MOST_HELD_OUT = 1 / 20, 1_000  # of the images from files, the share and the number to hold out at most
 METADATA = ("metadata.jsonl", "metadata.csv")
-N_SCENES, N_HELD_OUT = 16_000, 500  # scenes to learn from, and of each part that is held out
+N_SCENES, N_HELD_OUT = 16_000, 500  # scenes to learn from, and scenes of each held-out part
 EXPECTED = 'expected records {"image": PATH, "caption": TEXT}'
 
 
 class ZeroShot(NamedTuple):
-    """A classification of the held-out images: the prompts of each class, and the class of each image."""
+    """A classification of the held-out images by descriptions of the classes."""
 
     name: str
-    prompts: tuple[tuple[str, ...], ...]
-    answers: tuple[int, ...]
+    prompts: tuple[tuple[str, ...], ...]  # the descriptions of each class
+    answers: tuple[int, ...]  # the class of each image
 
 
 class Swap(NamedTuple):
-    """A wrong caption for each held-out image, with the same words as the right one, or nearly."""
+    """A wrong caption for each held-out image, made of the same words as the right one, or nearly so."""
 
     name: str
     wrong: tuple[str, ...]
@@ -57,19 +58,21 @@ class Swap(NamedTuple):
 
 @dataclass
 class Part:
-    """Images with their captions, and what they are tested with."""
+    """The images to learn from or those held out, with their captions, and tests of the latter."""
 
     images: np.ndarray  # uint8 (N, C, H, W), perhaps memory-mapped
     captions: list[tuple[str, ...]]  # of each image, one or more
-    groups: dict[str, range] = field(default_factory=dict)  # images that are looked up among each other
+    groups: dict[str, range] = field(default_factory=dict)  # retrieval searches each group of images alone
     classes: tuple[ZeroShot, ...] = ()
     swaps: tuple[Swap, ...] = ()
 
 
 class CaptionRows(Rows):
-    """A Part as rows {"image", "tokens", "augment": bool ()}. In epoch e an image has its e-th caption.
+    """A Part as rows {"image": uint8 (C, H, W), "tokens": int64 (T,), "augment": bool ()}.
 
-    tokens: int32 (M, T), of all captions. first: where those of each image begin, and the end (N + 1,).
+    In epoch e an image has caption e modulo the number of its captions. tokens: int32 (M, T), those of all
+    captions, in the order of the images. augment: true for images to learn from. first: (N + 1,), the first
+    caption of each image, and M.
     """
 
     def __init__(self, part: Part, tokens: np.ndarray, augment: bool):
@@ -88,9 +91,10 @@ class CaptionRows(Rows):
 
 
 def glyph_parts(name: str) -> list[Part]:
-    """Return both parts of a set of glyphs. The held-out one is classified by character, by style, by both.
+    """Return both parts of a set of glyphs; the held-out one is classified by character, by font, by both.
 
-    A character is described by its captions in every style, a style by those of every character.
+    The prompts of a class are the captions of all its glyphs, of both parts: those of a character in every
+    font, those of a font with every character.
     """
     sides = glyphs.choose(name)
     parts = [Part(glyphs.pictures(side), [(glyphs.caption(glyph),) for glyph in side]) for side in sides]
@@ -113,15 +117,21 @@ def glyph_parts(name: str) -> list[Part]:
 
 
 def scene_parts() -> list[Part]:
-    """Return scenes to learn from, and those held out: of pairs of a colour and a shape that occur among the
-    first, and of pairs that do not. Their swaps exchange the colours, or turn the relation around."""
+    """Return the scenes to learn from and those held out.
+
+    The first half of the held-out scenes has pairs of a colour and a shape that occur among those to learn
+    from, the second half has pairs that do not. Wrong captions exchange the colours or reverse the relation.
+    """
     drawn = [scenes.pictures(N_SCENES, "train")]
     drawn += [scenes.pictures(N_HELD_OUT, part) for part in ("val", "unseen")]
     captions = [[(scenes.caption(scene),) for scene in some] for _, some in drawn]
     held = [*drawn[1][1], *drawn[2][1]]
-    swaps = (
-        Swap("colours swapped", tuple(scenes.caption(scenes.with_colours_swapped(scene)) for scene in held)),
-        Swap("relation reversed", tuple(scenes.caption(scenes.with_relation_reversed(s)) for s in held)),
+    changes = {
+        "colours swapped": scenes.with_colours_swapped,
+        "relation reversed": scenes.with_relation_reversed,
+    }
+    swaps = tuple(
+        Swap(name, tuple(scenes.caption(change(scene)) for scene in held)) for name, change in changes.items()
     )
     groups = {"": range(N_HELD_OUT), "unseen pairs": range(N_HELD_OUT, 2 * N_HELD_OUT)}
     pixels = np.concatenate([drawn[1][0], drawn[2][0]])
@@ -132,9 +142,10 @@ def scene_parts() -> list[Part]:
 
 
 def find(data: str, flag: str, bad_text: str, notify: Callable[[str], None]) -> dict:
-    """Return {path of an image, or its place in a shard: its captions} for a file, folder or shards.
+    """Return {image: its captions} of a file of records, a folder or shards. An image is a Path or a Member.
 
-    Raises ValueError for what cannot be read, or with bad_text "skip" leaves it out.
+    flag: "--data" or "--val", for messages. Raises ValueError for what cannot be read; bad_text "skip" leaves
+    it out instead.
     """
     found: dict = {}
     with bad_texts(f"{flag} {data}", bad_text, notify) as on_bad:
@@ -166,7 +177,7 @@ def nothing_in(data: str, flag: str) -> dict:
 
 
 def as_pair(record: object) -> tuple[str, list[str]]:
-    """Return the path of an image and its captions of a record. Raises ValueError if there are none."""
+    """Return the path of the image in a record, and its captions. Raises ValueError if one is missing."""
     name = record.get("image", record.get("file_name")) if isinstance(record, dict) else None
     if not isinstance(name, str) or not name:
         raise ValueError(f"{record!r:.80}: {EXPECTED}")
@@ -176,7 +187,10 @@ def as_pair(record: object) -> tuple[str, list[str]]:
 def file_parts(
     data: str, val: str | None, shape: tuple[int, int, int], cache: Path, bad: str, notify: Callable
 ) -> list[Part]:
-    """Return both parts of a set from files, decoded to a shape (C, H, W) below the cache."""
+    """Return both parts of a set from files, decoded to a shape (C, H, W) below the cache.
+
+    bad: as --bad-text. Raises ValueError for what cannot be read, and for images that are in both parts.
+    """
     found = find(data, "--data", bad, notify)
     held = find(val, "--val", bad, notify) if val is not None else {}
     if both := found.keys() & held.keys():
@@ -215,7 +229,7 @@ def read(
     """Return the images that `data` names with their captions, to learn from and held out.
 
     size: height and width. channels: 1 or 3; None: those that the set has, 3 in files. bad: "skip" leaves out
-    what cannot be read, "refuse" raises ValueError, as does everything else that a user can mend.
+    what cannot be read, "refuse" raises ValueError for it, as for everything else that a user can mend.
     """
     if not is_drawn(data):
         return file_parts(data, val, (channels or 3, *size), cache, bad, notify)
@@ -228,7 +242,7 @@ def read(
 
 
 def choose_tokenizer(name: str, parts: Iterable[Part]):
-    """Return the tokenizer of a name; "bpe:N" is learned from the captions of the first part."""
+    """Return the tokenizer of a name; "bpe:N" is trained on the captions of the first part."""
     size = bpe_size(name)
     if size is None:
         return get_tokenizer(name)
@@ -236,10 +250,10 @@ def choose_tokenizer(name: str, parts: Iterable[Part]):
 
 
 def encode(texts: Sequence[str], tokenizer, most: int, length: int | None = None) -> tuple[np.ndarray, int]:
-    """Return the tokens of texts, int32 (M, T), and how many texts were cut to `most` tokens.
+    """Return the tokens of M texts, int32 (M, T), and how many texts were cut to `most` tokens.
 
-    A row is what begins a text, if there is such a token, the text, its end token, and padding up to the
-    longest, or to `length`. Padding is the tokenizer's, else further end tokens.
+    A row has the tokenizer's begin token if there is one, the text, an end token, and padding up to `length`,
+    or without it up to the longest row. Padding is the tokenizer's pad token, or else more end tokens.
     """
     rows = [[*tokenizer.begin_ids, *ids] for ids in tokenizer.encode_batch(list(texts), 1)]
     n_cut = sum(len(row) >= most for row in rows)
@@ -252,7 +266,7 @@ def encode(texts: Sequence[str], tokenizer, most: int, length: int | None = None
 
 
 def as_dataset(parts: Sequence[Part], tokenizer, most: int, length: int | None = None) -> Dataset:
-    """Return two parts as a Dataset, with captions of at most `most` tokens, see `encode`.
+    """Return two parts as a Dataset. most, length: tokens of a caption, see `encode`.
 
     Raises ValueError for a part without images.
     """
@@ -272,11 +286,11 @@ def as_dataset(parts: Sequence[Part], tokenizer, most: int, length: int | None =
 def with_tables(
     parts: Sequence[Part], tables: Sequence[np.ndarray], reader: Any, kind: str, made_by: str, note: str
 ) -> Dataset:
-    """Return two parts, and for each the numbers of its captions, int32 (M, T), as a Dataset.
+    """Return two parts as a Dataset. tables: for each part the tokens of its captions, int32 (M, T).
 
-    reader: what made the numbers, in the place of a tokenizer. kind and made_by: what the name of the set
-    begins with, and what it depends on beside images and numbers. note: the end of the summary. Raises
-    ValueError for a part without images.
+    reader: the Dataset's tokenizer, or another object that made the tokens. The fingerprint begins with kind,
+    and is a hash of the images, of the tokens and of made_by. note: the end of the summary. Raises ValueError
+    for a part without images.
     """
     rows = [CaptionRows(*pair, augment=i == 0) for i, pair in enumerate(zip(parts, tables, strict=True))]
     stored = [class_folders.Part(part.images, np.zeros(len(part.images), np.int64)) for part in parts]

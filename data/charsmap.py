@@ -8,12 +8,12 @@ a few exceptions, so that it does not depend on a version of Unicode. The table 
     the trie   units of 4 bytes
     the rest   the replacements, in UTF-8, each ended by a zero byte
 
-All nodes are in one array of units, and a node is known by the place o that its children are counted from.
-From it the byte c leads to the unit u at place p = o XOR c, if the label of u is c. In a unit u:
+All nodes are in one array of units. The children of a node are found from its *base* o: the byte c leads to
+the unit u at place p = o XOR c, if the label of u is c. The base of the root is the offset of unit 0. In a
+unit u:
 
     u & 0x800000FF                         the label; that of a leaf is no byte
-    (u >> 10) << ((u & 0x200) >> 6)        the offset d: the place that its own children are counted from is
-                                           p XOR d
+    (u >> 10) << ((u & 0x200) >> 6)        the offset d: the base of this child is p XOR d
     u & 0x100                              not 0 if the bytes so far are a key. Then the unit at place p XOR d
                                            is a leaf, whose lowest 31 bits are the place of the replacement
 """
@@ -31,17 +31,17 @@ import regex
 # length in bytes and its replacement.
 Keys = Callable[[bytes], Iterator[tuple[int, str]]]
 LONGEST_KEY = 64  # bytes; the published maps have keys of at most 12
-# Runs of printable ASCII, without a last character whose next one is not ASCII and may be a mark on it; every
-# other grapheme is alone. PLAIN finds these runs in bytes.
+# A match is a run of printable ASCII, or else one grapheme. A run lacks its last character if a character
+# beyond ASCII follows, since that may be a mark on it. PLAIN finds these runs in bytes.
 GRAPHEMES = regex.compile(r"[ -~]+(?![^\x00-\x7f])|\X")
 PLAIN = re.compile(rb"[ -~]+(?![\x80-\xff])")
 
 
 def read_charsmap(blob: bytes) -> tuple[Keys, bool]:
-    """Return the function that finds the keys of a character map, and True if there are plain keys: keys that
-    are one printable ASCII character, or begin with two.
+    """Return the function that finds the keys of a character map, and whether there are plain keys.
 
-    Raises ValueError if the map is damaged.
+    A plain key is one printable ASCII character, or begins with two of them. Raises ValueError if the map is
+    damaged.
     """
     try:
         (size,) = struct.unpack_from("<I", blob)
@@ -71,7 +71,7 @@ def read_charsmap(blob: bytes) -> tuple[Keys, bool]:
                 start = table[base] & 0x7FFFFFFF
                 yield n, texts[start : texts.find(b"\0", start)].decode(errors="replace")
 
-    # The published maps have no plain keys, which spares a search in most text.
+    # Look for plain keys. The published maps have none, so printable ASCII can be passed over.
     plain, has_plain_keys = range(0x20, 0x7F), False
     for first in plain:
         place = offset(table[0]) ^ first
@@ -85,9 +85,10 @@ def read_charsmap(blob: bytes) -> tuple[Keys, bool]:
 def precompiled(part: dict) -> Callable[[str], str]:
     r"""Return the normalizer Precompiled of a tokenizer.json, as the library applies it.
 
-    A grapheme of at most five bytes is replaced by what the table has for the shortest key that it begins
-    with, so "\r\n" is one space. In longer ones, and in those without a key, each character is replaced. A
-    part that was read from a SentencePiece model has the mark "longest" and becomes `longest_first`.
+    A grapheme of at most five bytes is replaced by the replacement of the shortest key that it begins with,
+    so "\r\n" becomes one space. In longer graphemes, and in those without a key, each character is looked up
+    alone. A part with the entry "longest", which formats/sentencepiece_model.py writes, is applied by
+    `longest_first`.
     Raises ValueError for a damaged map.
     """
     try:
@@ -106,7 +107,7 @@ def precompiled(part: dict) -> Callable[[str], str]:
 
     @functools.lru_cache(1 << 16)
     def replace(grapheme: str) -> str:
-        """Return the replacement of a grapheme that is not printable ASCII alone."""
+        """Return the replacement of a grapheme that has other characters than printable ASCII."""
         whole = shortest(grapheme) if len(grapheme.encode()) < 6 else None
         if whole is not None:
             return whole

@@ -3,9 +3,9 @@
     a folder of folders      a folder for each class; or train/ and val/ (or test/) with such folders
     a folder of files        examples without classes
 
-data/images.py and data/sounds.py name the kind of files, and decode one to an array. The arrays of
-a set have one shape, and lie below --cache, with a manifest. What had to be converted is counted and printed.
-What cannot be read is refused, or left out by --bad-text skip.
+data/images.py and data/sounds.py give the kind of files and the function that decodes a file to an array. All
+arrays of a set have one shape. They are kept below --cache, with a manifest. What had to be converted is
+counted and printed; a file that cannot be read is refused, or left out with --bad-text skip.
 
 Shapes: N examples.
 """
@@ -32,9 +32,9 @@ MOST_NAMED = 5  # files that are left out are named up to this number, and then 
 class Kind(NamedTuple):
     """A kind of files, such as images."""
 
-    noun: str  # of one of them
+    noun: str  # for one of them, such as "image"
     suffixes: tuple[str, ...]
-    drawn: str  # the set that needs no files
+    drawn: str  # the set of this kind that needs no files, such as "glyphs"
     dtype: type  # of the arrays that they become
 
 
@@ -47,15 +47,15 @@ class Found(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One of the two parts of a set, to learn from or held out."""
+    """One of the two parts of a set: the examples to learn from, or those held out."""
 
     arrays: np.ndarray  # (N, ...), perhaps memory-mapped
-    labels: np.ndarray  # int64 (N,)
-    lengths: np.ndarray | None = None  # int64 (N,), of the last axis, behind which there are zeros; None: all
+    labels: np.ndarray  # int64 (N,), -1 without classes
+    lengths: np.ndarray | None = None  # int64 (N,), of the last axis without its padding; None: no padding
 
 
 def existing_folder(name: str, flag: str, kind: Kind) -> Path:
-    """Return the path of a folder; ValueError if there is none."""
+    """Return the path of a folder. Raises ValueError if there is none. flag: "--data" or "--val"."""
     path = Path(name)
     if not path.is_dir():
         what = "a file" if path.exists() else "not found"
@@ -73,12 +73,13 @@ def read(
     skip: bool,
     notify: Callable[[str], None],
 ) -> tuple[Part, Part, list[str]]:
-    """Return the parts of a folder to learn from and held out, and the names of its classes.
+    """Return the part of a folder to learn from, the part held out, and the names of the classes.
 
-    decode: returns the array of a file, which may be shorter along its last axis, and counts in a Counter
-    what it had to convert; ValueError for a file that cannot be read. made_from: all else that decides these
-    arrays, in JSON, with their "shape". skip: leave out what cannot be read. notify is called with one line
-    of what was converted or left out.
+    val: the folder of --val, or None. decode(path, counts): returns the array of a file, which may be shorter
+    along its last axis, adds to counts what it had to convert, and raises ValueError for a file that cannot
+    be read. made_from: what else the arrays depend on, as JSON, and their "shape". cache: the folder of
+    --cache. skip: leave out files that cannot be read. notify is called with one line of what was converted
+    or left out. Raises ValueError for what a user can mend.
     """
     with only_one_at(cache, notify):
         found, labels = find_files(folder, val, kind)
@@ -86,8 +87,10 @@ def read(
 
 
 def fingerprint(train: Part, val: Part, labels: Sequence[str], kind: Kind) -> str:
-    """Return a hash of all arrays, labels and names of classes. Raises ValueError for a part without arrays,
-    and for a label beyond the classes."""
+    """Return a hash of all arrays, labels and names of classes.
+
+    Raises ValueError for a part without arrays, and for a label beyond the classes.
+    """
     digest = hashlib.sha256(json.dumps(list(labels)).encode())
     for name, part in (("to learn from", train), ("held out", val)):
         if not len(part.arrays):
@@ -104,7 +107,7 @@ def fingerprint(train: Part, val: Part, labels: Sequence[str], kind: Kind) -> st
 
 
 def print_contents(dataset: Dataset) -> None:
-    """Print how large a set is, and how many examples to learn from its first hundred classes have."""
+    """Print the summary of a set, and how many examples to learn from each of its first 100 classes has."""
     print(dataset.summary)
     counts = Counter(dataset.train.labels.tolist())
     for i, label in enumerate(dataset.labels[:100]):
@@ -114,8 +117,8 @@ def print_contents(dataset: Dataset) -> None:
 def find_files(folder: Path, val: str | None, kind: Kind) -> tuple[list[Found], list[str]]:
     """Return the files of a folder, and the names of its classes in alphabetical order.
 
-    Raises ValueError where files and folders are mixed, for a class without files, and for held-out files of
-    other classes or that are among the others.
+    val: the folder of --val, or None. Raises ValueError where files stand beside folders, for a class without
+    files, for held-out files of other classes, and for a --val inside of the folder to learn from.
     """
     held_out = next((name for name in VAL if (folder / name).is_dir()), VAL[0])
     inside = {"train": folder / "train", "val": folder / held_out}
@@ -162,19 +165,25 @@ def class_folders(folder: Path, kind: Kind) -> tuple[list[tuple[Path, int]], lis
 
 
 def files_in(folder: Path, kind: Kind, deep: bool) -> list[Path]:
-    """Return the files of a kind in a folder, sorted. deep: also those in folders inside it."""
+    """Return the files of a kind in a folder, sorted. deep: also those in folders inside it.
+
+    Names that begin with a dot are hidden: such files and folders are passed over, as .ipynb_checkpoints is.
+    """
+
     paths = folder.rglob("*") if deep else folder.glob("*")
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in kind.suffixes and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in kind.suffixes
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+        and path.is_file()
     )
 
 
 def hold_out(members: list[tuple[Path, int]]) -> list[Found]:
-    """Return all files, with a tenth of each class held out, but at least one of two or more.
+    """Return all files, of which a tenth of each class is held out, and at least one of two or more.
 
-    They are always the same ones.
+    The choice is the same in every run.
     """
     found = []
     for label in sorted({label for _, label in members}):
@@ -198,8 +207,12 @@ def decoded(
     skip: bool,
     notify: Callable[[str], None],
 ) -> tuple[Part, Part]:
-    """Return both parts of the files found, in memory maps below the cache that are made once."""
-    # The cache is found by names, sizes and times of change: files need not be read to see that it is right.
+    """Return both parts of the files found, memory-mapped from a folder below the cache.
+
+    The folder is built if it is missing or damaged. The parameters are those of `read`.
+    """
+    # The folder's name is a hash of the names, sizes and times of change of the files. So the files need not
+    # be read to find out whether the cache is that of the same files.
     made_from = made_from | {"labels": labels, "skip": skip}
     stats = [(one.path, one.path.stat()) for one in found]
     files = [(path.parent.name, path.name, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
@@ -221,7 +234,7 @@ def decoded(
 
 
 def open_part(home: Path, manifest: dict, name: str, dtype: type) -> Part:
-    """Return a part with its arrays memory-mapped."""
+    """Return the part of this name, "train" or "val", with its arrays memory-mapped."""
     labels, lengths = (np.array(manifest[key], np.int64) for key in (name, f"{name}_lengths"))
     shape = (len(labels), *manifest["shape"])
     if not len(labels):  # an empty file cannot be mapped
@@ -238,7 +251,10 @@ def build(
     skip: bool,
     notify: Callable[[str], None],
 ) -> None:
-    """Decode files to home/train.bin and val.bin, with their labels in manifest.json, all or nothing."""
+    """Decode files to home/train.bin and val.bin, with their labels in manifest.json, all or nothing.
+
+    The parameters are those of `read`.
+    """
     notes, kept = Counter(), {"train": [], "val": [], "train_lengths": [], "val_lengths": []}
     with replace_directory(home) as new, progress_bar(desc="decode", total=len(found), unit=kind.noun) as bar:
         with open(new / "train.bin", "wb") as train, open(new / "val.bin", "wb") as val:
@@ -264,7 +280,7 @@ def build(
 def left_out(
     error: ValueError, kind: Kind, skip: bool, notes: Counter, notify: Callable[[str], None]
 ) -> None:
-    """Count and name a file that cannot be read; raise ValueError unless such files are to be skipped."""
+    """Count a file that cannot be read in notes, and name the first few. Raises ValueError unless skip."""
     if not skip:
         raise ValueError(
             f"{error}; mend or remove it, or pass --bad-text skip to leave such {kind.noun}s out"

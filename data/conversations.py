@@ -1,4 +1,4 @@
-"""Conversations in files: the record formats that are in common use, read into one.
+"""Conversations in files: the formats that are in common use, read into one form.
 
 A conversation is a list of messages {"role": "system" | "user" | "assistant", "content": str}, in which user
 and assistant alternate and the assistant is last; a system message may come first. `read_conversations` lists
@@ -23,12 +23,13 @@ OUR_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names: ours
 
 
 def check(messages: Conversation) -> None:
-    """Raise ValueError unless user and assistant alternate, with the assistant last and never empty."""
+    """Raise ValueError unless the messages are a conversation: user and assistant alternate, a system message
+    may come first, the assistant is last, contents are valid text, and no answer is empty."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         order = "user, assistant, user, assistant ..., an assistant last; a system message may come first"
-        raise ValueError(f"roles {', '.join(map(str, roles))}: expected {order}")
+        raise ValueError(f"roles {', '.join(map(str, roles)) or '(none)'}: expected {order}")
     for message in messages:
         content = message["content"]
         if not isinstance(content, str) or re.search("[\0\ud800-\udfff]", content):

@@ -1,11 +1,11 @@
-"""Functions of Python's standard library, and what their docstrings begin with: texts, each with its summary.
+"""Functions of Python's standard library, each with the summary that its docstring begins with.
 
     def islink(path):                                       Test whether a path is a symbolic link.
         try:
             st = os.lstat(path) ...
 
-The source is that of a function or a method without its docstring, decorators and comments, in the form that
-`ast.unparse` gives it. So the summary is nowhere in the text, and has to be guessed from the code.
+The source is that of a function or a method without its own docstring, its decorators and all comments, as
+`ast.unparse` writes it. So a model cannot copy the summary from the text: it has to be guessed from the code.
 """
 
 import ast
@@ -16,7 +16,7 @@ from data.stdlib_questions import modules_by_side, summarise
 
 
 class Summarised(NamedTuple):
-    """A function, and the first sentence or paragraph of its docstring."""
+    """A function or method, its source, and the first paragraph or sentence of its docstring."""
 
     name: str
     source: str
@@ -29,16 +29,16 @@ def summarised(source: str) -> Iterator[Summarised]:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         summary, body = summarise(ast.get_docstring(node)), node.body[1:]
-        if summary is None or not body:  # a docstring alone has no code
+        if summary is None or not body:  # without a usable docstring, or with nothing else
             continue
         node.body, node.decorator_list = body, []
         yield Summarised(node.name, ast.unparse(node), summary)
 
 
 def stdlib_functions() -> tuple[list[Summarised], list[Summarised]]:
-    """Return functions of this Python's standard library: (to train on, held out), see `modules_by_side`.
+    """Return functions of this Python's standard library: (to train on, held out).
 
-    No summary comes twice.
+    The sides are those of `data.stdlib_questions.modules_by_side`. No summary comes twice.
     """
     sides: tuple[list[Summarised], list[Summarised]] = ([], [])
     seen: set[str] = set()

@@ -144,8 +144,7 @@ class Repeats:
         if not len(hits):
             return []
 
-        # Successive windows whose sources are successive too are compared at once, or one by one if they
-        # differ.
+        # Successive windows with successive sources are compared at once, or one by one if they differ.
         shift = starts[hits] - source_starts
         breaks = (np.diff(hits) != 1) | (np.diff(sources) != 0) | (np.diff(shift) != 0)
         edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(hits)]

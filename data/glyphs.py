@@ -3,18 +3,18 @@
     (font, character) -> 32 x 32 grey picture, its label (the character), its caption (style and name)
 
 matplotlib, which this project needs anyway, ships 40 TrueType fonts. 21 of them are used: DejaVu, STIX and
-Computer Modern. The others have other signs under the codes of letters, or draw frames. So there are images
-with exact labels and without a download, one for each pair of a font and a character. Held out are fonts that
-were never seen, or pairs whose font and character were seen, but not together.
+Computer Modern. The others have other signs under the codes of letters, or empty frames. Each pair of a font
+and a character is one image with an exact label, and needs no download. Held out are whole fonts, or pairs
+whose font and character occur among the images to learn from, but not together.
 
     glyphs          62 letters and digits, drawn in 21 fonts; a tenth of the pairs is held out
     glyphs:fonts    the same; nine fonts are held out (STIX, Computer Modern), twelve are to learn from
-    glyphs:few      the same nine fonts are held out; three of the twelve are to learn from: 186 labels
+    glyphs:few      the same nine fonts are held out; three of the twelve are to learn from: 186 images
     glyphs:all      Latin, Greek and Cyrillic letters, and digits: 17,000 pairs, a tenth of them held out
-    glyphs:dejavu   those of glyphs:all in the twelve fonts of glyphs:fonts. What learns from these without
-                    labels has never seen the nine other fonts, in which a probe then finds what it learned
+    glyphs:dejavu   those of glyphs:all in the twelve fonts of glyphs:fonts: for learning without labels. The
+                    nine other fonts stay unseen, and a probe of the features is measured on them
 
-    python -m data.glyphs [glyphs:all]      how many there are, and some captions
+    python -m data.glyphs [glyphs:all]      print how many there are, and some captions
 """
 
 import string
@@ -32,7 +32,7 @@ SIZE = 32  # pixels, both ways
 FONT_SIZE = 24  # pixels
 HELD_OUT = 1 / 10  # share of the pairs
 ALPHANUMERIC = string.ascii_uppercase + string.ascii_lowercase + string.digits
-BLOCKS = (range(0x21, 0x250), range(0x370, 0x400), range(0x400, 0x530), range(0x1E00, 0x2000))
+BLOCKS = (range(0x21, 0x250), range(0x370, 0x530), range(0x1E00, 0x2000))  # codes that "glyphs:all" looks at
 SCRIPTS = ("LATIN", "GREEK", "CYRILLIC", "DIGIT")  # how the names of the characters in "glyphs:all" begin
 FONTS = {  # the file's name without .ttf: its style in words
     "DejaVuSans": "sans",
@@ -57,7 +57,7 @@ FONTS = {  # the file's name without .ttf: its style in words
     "cmti10": "italic roman",
     "cmtt10": "typewriter",
 }
-UNSEEN = tuple(font for font in FONTS if not font.startswith("DejaVu"))  # held out in "glyphs:fonts"
+UNSEEN = tuple(font for font in FONTS if not font.startswith("DejaVu"))  # held out in glyphs:fonts and :few
 FEW = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")  # to learn from in "glyphs:few"
 SETS = ("glyphs", "glyphs:fonts", "glyphs:few", "glyphs:all", "glyphs:dejavu")
 
@@ -70,7 +70,7 @@ class Glyph(NamedTuple):
 
 
 def caption(glyph: Glyph) -> str:
-    """Return a glyph in words: "bold italic serif latin small letter g with breve"."""
+    """Return the style and the name of a glyph: "bold italic serif latin small letter g with breve"."""
     return f"{FONTS[glyph.font]} {unicodedata.name(glyph.character).lower()}"
 
 
@@ -88,7 +88,7 @@ def open_font(name: str, size: int = FONT_SIZE):
 
 
 def draw(glyph: Glyph) -> np.ndarray:
-    """Return the picture of a glyph, uint8 (1, SIZE, SIZE): white ink, 255, in the middle of black, 0."""
+    """Return the picture of a glyph, uint8 (1, SIZE, SIZE): white, 255, in the middle of black, 0."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (SIZE, SIZE))
@@ -108,9 +108,9 @@ def covered(font: str) -> frozenset[int]:
 
 
 def all_glyphs() -> list[Glyph]:
-    """Return the glyphs of "glyphs:all", in order of fonts and codes.
+    """Return the glyphs of "glyphs:all", in the order of fonts and codes.
 
-    Computer Modern is used for the 62 letters and digits only: under other codes it has other characters.
+    Of Computer Modern it has only the 62 letters and digits: under other codes that has other characters.
     """
     every = [chr(code) for block in BLOCKS for code in block]
     known = [c for c in every if c.isalnum() and unicodedata.name(c, "").startswith(SCRIPTS)]
@@ -125,8 +125,8 @@ def all_glyphs() -> list[Glyph]:
 def choose(name: str) -> tuple[list[Glyph], list[Glyph]]:
     """Return (glyphs to learn from, glyphs held out) of one of SETS.
 
-    A held-out pair's font and its character both occur among those to learn from. Raises ValueError for
-    another name.
+    Either whole fonts are held out, or pairs whose font and character both occur among those to learn from.
+    Raises ValueError for another name.
     """
     if name not in SETS:
         raise ValueError(f"--data {name}: expected {', '.join(SETS[:-1])} or {SETS[-1]}")
@@ -142,8 +142,10 @@ def choose(name: str) -> tuple[list[Glyph], list[Glyph]]:
 
 
 def hold_out_pairs(glyphs: list[Glyph]) -> tuple[list[Glyph], list[Glyph]]:
-    """Return (the others, a tenth of the pairs), always the same ones. Of each character at least one font
-    stays among the others."""
+    """Return (glyphs to learn from, a tenth to hold out). The choice is the same in every run.
+
+    Each character stays in at least one font among those to learn from.
+    """
     left: dict[str, int] = {}
     for glyph in glyphs:
         left[glyph.character] = left.get(glyph.character, 0) + 1

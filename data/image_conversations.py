@@ -1,4 +1,4 @@
-r"""Conversations about images: from files, or about drawn scenes, to rows of tokens with an image each.
+r"""Conversations about images, from files or about drawn scenes, as rows of tokens, each with an image.
 
 Files have LLaVA's format, or are images with captions:
 
@@ -6,9 +6,12 @@ Files have LLaVA's format, or are images with captions:
                                               {"from": "gpt", "value": "A cat."}]}
     {"image": "coco/1.jpg", "caption": "A cat on a mat."}
 
-in any file of records (data/records.py): a line each of a .jsonl, or the items of a .json. All other forms of
-conversations that data/conversations.py reads are read, too; without an "image" they are text alone. Images
-are named relative to a folder. A conversation has one image, whose place "<image>" marks in a question.
+in any file of records (data/records.py), such as the lines of a .jsonl or the items of a .json. The other
+forms of data/conversations.py are read, too. The name of an image is relative to a folder. A conversation has
+one image, whose place "<image>" marks in a question, or none.
+
+LLaVA is trained in two stages (vision/llava.py). In stage 1 a row is an image and its caption, without a
+question: the model learns to read the image. In stage 2 it is a whole conversation.
 
 Shapes: T tokens of a row, C channels, H x W pixels.
 """
@@ -43,17 +46,17 @@ IGNORED = -100  # a target that is not predicted
 
 
 class Seen(NamedTuple):
-    """A conversation about an image, or about none."""
+    """A conversation, and the image that it is about, if there is one."""
 
     messages: Conversation
-    image: Path | int | None  # a file, or the number of a drawn picture
+    image: Path | int | None  # a file, the number of a drawn picture, or none
 
 
 def to_seen(record: Any, folder: Path) -> Seen:
-    """Return the conversation in a record, with its image in the folder.
+    """Return the conversation in a record, and the path of its image in the folder.
 
-    Raises ValueError for a record of an unknown format, for a place of an image without an image and the
-    other way round, and for an image that is not a file in the folder.
+    Raises ValueError for a record of an unknown format, for another number of "<image>" than of images, and
+    for an image that is not a file in the folder.
     """
     name = record.get("image") if isinstance(record, dict) else None
     if name is not None and "caption" in record:
@@ -63,11 +66,11 @@ def to_seen(record: Any, folder: Path) -> Seen:
     n = sum(message["content"].count(IMAGE) for message in messages if message["role"] != "assistant")
     if n != (name is not None):
         given = "no image" if name is None else f"the image {name!r:.60}"
-        raise ValueError(f"{n} times {IMAGE} in the questions, but {given}: expected one for each other")
+        raise ValueError(f"{n} times {IMAGE} in the questions, but {given}: expected one for each image")
     if name is None:
         return Seen(messages, None)
 
-    # The name is a stranger's: only files below the folder are read.
+    # The file of records may be a stranger's, so only images below the folder are read.
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"image {name!r:.60}: expected the name of one file")
     parts = PurePosixPath(name)
@@ -81,9 +84,9 @@ def to_seen(record: Any, folder: Path) -> Seen:
 def read_seen(path: Path, folder: Path, on_bad: Callable[[str], None] = refuse) -> list[Seen]:
     """Return the conversations in a file of records, with their images in a folder; see `to_seen`.
 
-    on_bad is called with a message for a record that is none, and may raise an error; otherwise the record is
-    left out. Raises ValueError for a folder that is none, for a file that cannot be read, and for one without
-    conversations.
+    on_bad is called with a message for a record that `to_seen` refuses, and may raise an error; otherwise the
+    record is left out. Raises ValueError if there is no such folder, and for a file that cannot be read or
+    has no conversations.
     """
     if not folder.is_dir():
         raise ValueError(f"--images {folder}: no such folder; expected the folder of the images in {path}")
@@ -95,9 +98,10 @@ def read_seen(path: Path, folder: Path, on_bad: Callable[[str], None] = refuse) 
 
 
 def as_tokens(seen: Conversation, tokenizer: Tokenizer, image: ImageTokens, stage: int) -> tuple[list, list]:
-    """Return the token ids of a conversation, and which of them are learned.
+    """Return the token ids of a conversation, and for each whether it is predicted.
 
-    In stage 1 it is the image and the first answer alone, its caption.
+    Predicted are the answers and their ends. In stage 1 only the image and the first answer, its caption, are
+    written.
     """
     if stage == 2:
         return render(seen, tokenizer, image)
@@ -108,7 +112,7 @@ def as_tokens(seen: Conversation, tokenizer: Tokenizer, image: ImageTokens, stag
 
 
 def before_answer(seen: Conversation, tokenizer: Tokenizer, image: ImageTokens, stage: int) -> list[int]:
-    """Return the token ids in front of the first answer in a conversation, those of `as_tokens`."""
+    """Return the token ids of `as_tokens` that are in front of the first answer, as a prompt for it."""
     if stage == 1:
         tokens, learned = as_tokens(seen, tokenizer, image, stage)
         return tokens[: learned.index(True)]
@@ -117,16 +121,19 @@ def before_answer(seen: Conversation, tokenizer: Tokenizer, image: ImageTokens, 
 
 
 def length_within(tokens: list[int], seq_len: int, image: ImageTokens) -> int:
-    """Return how many of the tokens are kept in a row of seq_len: all, or those before the cut, which is not
-    inside of an image but in front of it."""
+    """Return how many of the tokens a row of seq_len keeps. An image that would be cut is left out whole."""
     if len(tokens) <= seq_len or tokens[seq_len] != image.id:
         return min(len(tokens), seq_len)
     return seq_len - (tokens[:seq_len].count(image.id) % image.n)
 
 
 def as_row(tokens: list[int], learned: list[bool], seq_len: int, image: ImageTokens, eot_id: int) -> Row:
-    """Return "tokens" (T,), filled up with ends of text, "targets" (T,), the token that follows if it is
-    learned, else -100, and "length" (), the tokens of the conversation, of a row of seq_len = T tokens."""
+    """Return the row of a conversation, with seq_len = T:
+
+    "tokens" (T,)     the tokens, cut to T, or padded with eot_id
+    "targets" (T,)    the token that follows each if `learned` marks it, else -100
+    "length" ()       the tokens without padding
+    """
     n = length_within(tokens, seq_len, image)
     row = np.full(seq_len, eot_id, np.int64)
     targets = np.full(seq_len, IGNORED, np.int64)
@@ -136,7 +143,7 @@ def as_row(tokens: list[int], learned: list[bool], seq_len: int, image: ImageTok
 
 
 def about(question: str, answer: str) -> Conversation:
-    """Return a question about an image, which stands in front of it, and its answer."""
+    """Return the conversation of a question, with the image in front of it, and its answer."""
     asked = f"{IMAGE}\n{question}" if question else IMAGE
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
@@ -144,11 +151,16 @@ def about(question: str, answer: str) -> Conversation:
 class SceneTalks:
     """Conversations about drawn scenes, a sequence of `Seen`.
 
-    Number i is question i mod 8 of scene i / 8, or with captions the caption of scene i.
+    Conversation i is question i mod 8 of scene i // 8, or where a scene has only one conversation, question
+    i mod 8 of scene i, or its caption.
     """
 
     def __init__(self, parts: dict[str, int], captions: bool, every: bool = True):
-        """Draw the scenes. parts: how many of each part; every: all questions of a scene, or one of each."""
+        """Draw the scenes.
+
+        parts: {part: number of its scenes}. captions: the caption of each scene in the place of questions.
+        every: all eight questions of each scene, or else one.
+        """
         drawn = [scenes.pictures(n, part) for part, n in parts.items()]
         self.images = np.concatenate([images for images, _ in drawn])
         self.scenes = [scene for _, of_part in drawn for scene in of_part]
@@ -167,7 +179,7 @@ class SceneTalks:
         return Seen(about(question.text, question.answer), number)
 
     def pixels(self, number: int, shape: tuple[int, int, int]) -> np.ndarray:
-        """Return a picture, uint8 of a shape (C, H, W)."""
+        """Return the picture of a scene by its number, uint8 of a shape (C, H, W)."""
         return fitted(self.images[number : number + 1], shape[1:], shape[0])[0]
 
 
@@ -175,8 +187,10 @@ class FileTalks(list):
     """Conversations of a file, a list of `Seen`."""
 
     def pixels(self, path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-        """Return an image, uint8 of a shape (C, H, W), with a border where it is not square. Raises
-        OSError for a file that cannot be read, since it is read while a model is trained."""
+        """Return an image, uint8 of a shape (C, H, W), with a border if its aspect ratio is another.
+
+        Raises OSError for a file that cannot be read: a run ends by that in one line.
+        """
         try:
             return decode(path, shape, Counter(), border=True)
         except ValueError as error:
@@ -200,7 +214,7 @@ class Writing:
 
     @property
     def fingerprint(self) -> str:
-        """Return all of it as text."""
+        """Return a text that differs whenever the rows of the same conversations may differ."""
         return f"{self.tokenizer.fingerprint} {self.image} {self.stage} {self.seq_len} {self.shape}"
 
 

@@ -1,4 +1,4 @@
-"""Images: from files, or from glyphs, to rows {"image": uint8 (C, H, W), "label": int64 ()}.
+"""Images, from files or drawn here, as rows {"image": uint8 (C, H, W), "label": int64 ()}.
 
     glyphs, glyphs:fonts and others     drawn here from matplotlib's fonts (data/glyphs.py)
     landscapes                          drawn here, in colour (data/landscapes.py)
@@ -6,11 +6,12 @@
     a folder of images                  images without classes
     a folder of published files         MNIST's *-idx3-ubyte, also .gz; CIFAR-10's and CIFAR-100's .bin
 
-Every image becomes 8 bits, C channels, H x W pixels: an image from a folder is scaled so that it covers H x W
-and its middle is cut out. Folders are decoded once, to a memory map below --cache, with a manifest. Images
-are turned as their camera says; transparency becomes white; of an animation the first frame is used; CMYK is
-converted and 16 bits become 8. Each of these is counted and printed. What cannot be read is refused, or left
-out by --bad-text skip, and so is an image with more pixels than Pillow's limit against bombs.
+Every image gets 8 bits, C channels, H x W pixels: an image from a folder is scaled so that it covers H x W,
+and its middle is cut out. Folders are decoded once, to a memory map below --cache, with a manifest. An image
+is turned as its EXIF orientation says. Transparency becomes white, CMYK becomes RGB, 16 bits become 8, and of
+an animation the first frame is used; each of these is counted and printed. An image that cannot be read, or
+has more pixels than Pillow's limit (it may be made to fill the memory), is refused, or left out with
+--bad-text skip.
 
     python -m data.images FOLDER      decode a folder, and print what is in it
 
@@ -33,7 +34,7 @@ from formats import command
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 KIND = Kind("image", SUFFIXES, "glyphs", np.uint8)
-VERSION = 2  # of the decoding, by which older caches are recognised: raise it where pixels change
+VERSION = 2  # of the decoding, part of a cache's name: raise it where the same file gives other pixels
 
 
 class ImageRows(Rows):
@@ -72,7 +73,7 @@ def prepare(
     if min(size) < 1:
         raise ValueError(f"images of {size[0]} x {size[1]} pixels: expected at least 1 both ways")
     # Glyphs and landscapes are drawn, and published files hold arrays: all have a held-out part of their own.
-    if data.partition(":")[0] in ("glyphs", "landscapes"):
+    if data == "landscapes" or data.partition(":")[0] == "glyphs":
         if val is not None:
             raise ValueError(f"--val {val}: {data} has a held-out part of its own; leave out --val")
         parts, labels = landscape_parts() if data == "landscapes" else glyph_parts(data)
@@ -131,10 +132,11 @@ def landscape_parts() -> tuple[list[Part], list[str]]:
 
 
 def fitted(images: np.ndarray, size: tuple[int, int], channels: int | None) -> np.ndarray:
-    """Return images (N, C, H, W) of another size and number of channels.
+    """Return images, uint8 (N, C, H, W), brought to a size, (height, width), and a number of channels.
 
-    Images that are a little smaller (at most a quarter) get a border of zeros, as LeNet's MNIST of 28 x 28
-    has in 32 x 32; others are scaled and cut. Grey becomes colour by three equal channels.
+    Images that are smaller by at most a quarter of the new size get a border of zeros, as MNIST's of 28 x 28
+    have in LeNet-5, which reads 32 x 32. Others are scaled to cover the size, and cut. Grey becomes colour by
+    three equal channels. channels: 1, 3, or None for those that the images have.
     """
     C, H, W = images.shape[1:]
     missing = (size[0] - H, size[1] - W)
@@ -164,14 +166,14 @@ def as_array(image) -> np.ndarray:
 
 
 def scaled(image, size: tuple[int, int]):
-    """Return a Pillow image scaled, without aliasing, to cover height x width, and its middle cut out."""
+    """Return the middle of a Pillow image that is scaled, without aliasing, to cover size (height, width)."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def with_border(image, size: tuple[int, int]):
-    """Return a Pillow image scaled to fit into height x width, in the middle of its own mean colour."""
+    """Return a Pillow image scaled to fit into size (height, width), with a border of its mean colour."""
     from PIL import Image, ImageOps, ImageStat
 
     mean = tuple(map(round, ImageStat.Stat(image).mean))
@@ -194,7 +196,7 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter, *, border: b
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-                # An MPO is a camera's JPEG with a preview behind it.
+                # An MPO is a camera's JPEG followed by its preview, not an animation.
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     notes["animated (first frame used)"] += 1
                 image.load()

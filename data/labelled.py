@@ -1,6 +1,6 @@
 """Labelled texts: what a classifier learns from.
 
-{"text": "A waste of two hours.", "label": "bad"}          a line of a .jsonl file
+    {"text": "A waste of two hours.", "label": "bad"}          a line of a .jsonl file
 
 or the same two fields in any other file of records (data/records.py), such as the columns of a .csv.
 """
@@ -14,12 +14,12 @@ from data.records import RECORDS, read_records, suffix_of, text_in
 
 
 def read_examples(path: Path, text_field: str = "text", label_field: str = "label") -> list[tuple[str, str]]:
-    """Return (text, label) of the records of a file, each with these two fields.
+    """Return the (text, label) of each record of a file.
 
-    A label may be a string or a whole number. Raises ValueError naming the file and the record that is
-    something else, or a file with fewer than two.
+    A label may be a string or a whole number, which becomes a string. Raises ValueError for a record without
+    these two fields, and for a file with fewer than two records.
     """
-    expected = f'expected {{"{text_field}": ..., "{label_field}": ...}}, both of them strings'
+    expected = f'expected {{"{text_field}": a string, "{label_field}": a string or a whole number}}'
 
     def on_bad(problem: str) -> NoReturn:
         raise ValueError(f"{problem}; {expected}")
@@ -40,9 +40,10 @@ def read_examples(path: Path, text_field: str = "text", label_field: str = "labe
 def hold_out(
     shuffled: list[tuple[str, str]],
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return (the examples to train on, a tenth to hold out): the first ones, but no label's only one.
+    """Return (examples to train on, examples to hold out), of (text, label) in random order.
 
-    Raises ValueError if no example can be held out.
+    Held out is a tenth, the first examples, but never the last one that is left of a label. Raises ValueError
+    if no example can be held out.
     """
     left, held_out, examples = Counter(label for _, label in shuffled), [], []
     for text, label in shuffled:

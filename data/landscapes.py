@@ -3,11 +3,12 @@
     sky, sun, grass, a house, trees: the shape and its lightness tell the colour
     a ball on the grass: red or blue at the same lightness; nothing but its colour tells which
 
-They are for vision/colorize.py. In a grey picture of one, all colours can be told but the ball's, so what a
-model answers there shows what it does with two possible answers. Colours are given in Lab (data/lab.py), and
-all can be shown on a screen. Held out are landscapes whose sun and house are on opposite outer thirds.
+They are for vision/colorize.py. In the grey version of a picture all colours can be told but the ball's, so
+the ball shows what a model does where two answers are possible. Colours are given in Lab (data/lab.py), and
+sRGB can show them all. Held out are landscapes in which the sun is in the left third and the house in the
+right third, or the other way round.
 
-Pictures are a function of their number alone.
+A picture is a function of its number, and of whether it is held out.
 """
 
 import numpy as np
@@ -30,7 +31,7 @@ def draw(number: int, held_out: bool) -> tuple[np.ndarray, int]:
     lab = np.empty((3, SIZE, SIZE), np.float32)
 
     def paint(where: np.ndarray, colour: tuple[float, float, float], rough: float = 1.5) -> None:
-        """Fill a shape with a colour, in its own lightness and with grain."""
+        """Fill a shape with a colour, and vary the lightness of the whole shape and of each pixel."""
         lab[:, where] = np.array(colour, np.float32)[:, None]
         lab[0, where] += rng.uniform(-3, 3) + rng.uniform(-rough, rough, int(where.sum()))
 
@@ -40,7 +41,7 @@ def draw(number: int, held_out: bool) -> tuple[np.ndarray, int]:
     paint(horizon <= Y, GRASS, rough=4)
     lab[0] += np.where(horizon > Y, (Y / horizon - 0.5) * 6, 0)
 
-    # Sun and house, each in a third of the width. The opposite outer thirds are held out.
+    # The sun and the house, each in a third of the width.
     thirds = [(i, j) for i in range(3) for j in range(3) if (abs(i - j) == 2) == held_out]
     sun, house = (third * 10 + rng.integers(4, 8) for third in thirds[rng.integers(len(thirds))])
     paint((X - sun) ** 2 + (Y - rng.integers(3, 7)) ** 2 < rng.uniform(2, 3.2) ** 2, SUN)
@@ -55,13 +56,13 @@ def draw(number: int, held_out: bool) -> tuple[np.ndarray, int]:
         paint((abs(X - x) < 1) & (foot - 5 < Y) & (foot >= Y), TRUNK)
         paint((X - x) ** 2 + (Y - (foot - 6)) ** 2 < rng.uniform(2.2, 3.5) ** 2, CROWN)
     radius, which = rng.uniform(3, 4.5), int(rng.integers(len(BALLS)))
-    x, y = rng.uniform(6, 26), rng.uniform(max(horizon + 3, 22), 27)
+    x, y = rng.uniform(6, 26), rng.uniform(22, 27)
     paint((X - x) ** 2 + (Y - y) ** 2 < radius**2, list(BALLS.values())[which])
     return lab, which
 
 
 def pictures(n: int, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return n pictures, uint8 (n, 3, SIZE, SIZE) in sRGB, and the colours of their balls, int64 (n,)."""
+    """Return the first n pictures, uint8 (n, 3, SIZE, SIZE) in sRGB, and the labels of their balls, (n,)."""
     drawn = [draw(number, held_out) for number in range(n)]
     rgb = lab_to_rgb(torch.from_numpy(np.stack([lab for lab, _ in drawn])))
     return (rgb.clamp(0, 1) * 255).round().byte().numpy(), np.array([which for _, which in drawn])

@@ -131,7 +131,7 @@ def merge(symbols: list[int], merges: Merges) -> list[int]:
     for i in range(len(symbols) - 1):
         push(i, i + 1)
 
-    # Join the pair of the lowest rank, unless one of its symbols has been joined with another since.
+    # Join the pair of the lowest rank, unless one of its symbols has since been joined to another.
     while heap:
         _, i, union = heapq.heappop(heap)
         j = after[i]
@@ -184,8 +184,7 @@ def byte_pairs(model: dict, covered: bool) -> Callable[[str], list[int]]:
     covered: the words have only characters of the byte alphabet, so that no unknown token is needed. Raises
     ValueError for dropout, and for a model without any token for unknown characters.
     """
-    # The options of the model. Each symbol but the first has the prefix in front; the last ends in the
-    # suffix.
+    # Read the options. Each symbol but the first has the prefix in front, and the last ends in the suffix.
     vocab, merges = model["vocab"], read_merges(model)
     prefix = model.get("continuing_subword_prefix") or ""
     suffix = model.get("end_of_word_suffix") or ""

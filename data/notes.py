@@ -1,19 +1,20 @@
-"""Notes: chords of synthesised instruments, which every machine has.
+"""Notes: chords of synthesised instruments, a set of sounds that needs no download.
 
-No machine ships recordings that one could learn from. So six instruments are synthesised, each playing a
-chord, with pitch, loudness, beginning, noise and the colour of the microphone at random. What is held out is
-a *combination*: an instrument with a chord that it was never heard to play, though other instruments were.
+Six instruments are synthesised, each playing a chord, with pitch, loudness, beginning, noise and the
+frequency response of the microphone at random. Held out are *combinations*: an instrument with a chord on a
+root that it never plays among the sounds to learn from, where other instruments do.
 
     sine      sin(2 pi f t)
-    saw       all harmonics, the k-th 1/k as loud; its jump is rounded against aliasing (PolyBLEP)
-    square    the odd harmonics of it
+    saw       all harmonics, the k-th 1/k as loud; its jumps are rounded against aliasing (PolyBLEP, Välimäki
+              and Huovilainen 2007, IEEE Signal Processing Magazine 24(2))
+    square    the odd harmonics of a saw
     bell      frequency modulation whose depth decays (Chowning 1973)
     pluck     a string: a burst of noise in a loop that averages neighbours (Karplus and Strong 1983)
     organ     six harmonics of one note, with vibrato
 
     python -m data.notes FOLDER      write the sounds as .wav files, a folder for each instrument
 
-Shapes: S samples.
+Shapes: N sounds, n samples of each.
 """
 
 import wave
@@ -26,20 +27,20 @@ import numpy as np
 from formats import command
 
 INSTRUMENTS = ("sine", "saw", "square", "bell", "pluck", "organ")
-CHORDS = {
+CHORDS = {  # name: its notes in semitones above the root
     "major": (0, 4, 7),
     "minor": (0, 3, 7),
     "diminished": (0, 3, 6),
     "augmented": (0, 4, 8),
-}  # semitones
+}
 ROOTS = range(45, 69)  # MIDI numbers: A2, 110 Hz, to G sharp 4, 415 Hz
-HELD_OUT = 1 / 8  # share of each instrument's chords
-TAKES = 4  # sounds of each combination
+HELD_OUT = 1 / 8  # share of each instrument's pairs of a chord and a root
+TAKES = 4  # sounds of each combination of instrument, chord and root
 ORGAN = {1: 1.0, 2: 0.8, 3: 0.6, 4: 0.5, 6: 0.3, 8: 0.3}  # harmonic: loudness
 
 
 class Note(NamedTuple):
-    """A chord of an instrument, in one of several takes, which differ by chance."""
+    """A chord of an instrument. Its takes differ in what is random."""
 
     instrument: str
     chord: str
@@ -47,13 +48,11 @@ class Note(NamedTuple):
     take: int = 0
 
 
-def choose(name: str) -> tuple[list[Note], list[Note]]:
-    """Return (notes to learn from, notes held out) of the set "notes": always the same.
+def choose() -> tuple[list[Note], list[Note]]:
+    """Return (notes to learn from, notes held out), the same in every run.
 
-    Every instrument, chord and root is among those to learn from. Raises ValueError for another name.
+    Every instrument, chord and root is among those to learn from.
     """
-    if name != "notes":
-        raise ValueError(f"--data {name}: expected notes, or a folder of sounds")
     learn, held = [], []
     for i, instrument in enumerate(INSTRUMENTS):
         every = [(chord, root) for chord in CHORDS for root in ROOTS]
@@ -64,25 +63,27 @@ def choose(name: str) -> tuple[list[Note], list[Note]]:
     return learn, held
 
 
-def smoothed_saw(turns: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Return a saw wave at a phase in turns, which advances by `step` turns a sample. The two samples around
-    each jump lie on parabolas, which takes out most of the aliasing."""
+def smoothed_saw(turns: np.ndarray, step: float) -> np.ndarray:
+    """Return a saw wave at phases `turns` (n,), in turns, which advance by `step` from sample to sample.
+
+    A polynomial is added to the two samples around each jump, which takes out most of the aliasing.
+    """
     phase = turns % 1
     y = 2 * phase - 1
     before, after = phase > 1 - step, phase < step
-    x = (phase[before] - 1) / step[before]
+    x = (phase[before] - 1) / step
     y[before] -= x * x + 2 * x + 1
-    x = phase[after] / step[after]
+    x = phase[after] / step
     y[after] -= 2 * x - x * x - 1
     return y
 
 
 def pluck(frequency: float, n: int, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a plucked string (n,): y_i = .996 (y_{i - N} + y_{i - N - 1}) / 2, which begins with noise."""
-    N = round(rate / frequency - 0.5)  # the average adds half a sample
-    block, last = rng.uniform(-1, 1, N), 0.0
+    """Return a plucked string (n,): y_i = .996 (y_{i - P} + y_{i - P - 1}) / 2, with noise as the first P."""
+    P = round(rate / frequency - 0.5)  # the period is P + 1/2 samples, since the average adds a half
+    block, last = rng.uniform(-1, 1, P), 0.0
     blocks = []
-    for _ in range(-(-n // N)):
+    for _ in range(-(-n // P)):
         blocks.append(block)
         shifted = np.concatenate(([last], block[:-1]))
         block, last = 0.996 * (block + shifted) / 2, block[-1]
@@ -90,22 +91,22 @@ def pluck(frequency: float, n: int, rate: int, rng: np.random.Generator) -> np.n
 
 
 def tone(instrument: str, frequency: float, n: int, rate: int, rng: np.random.Generator) -> np.ndarray:
-    """Return one note (n,) of an instrument. `render` decides how loud its chord is."""
+    """Return one note (n,) of an instrument, of any loudness: `render` scales each chord."""
     if instrument == "pluck":
         return 2 * pluck(frequency, n, rate, rng)
     t, phase = np.arange(n) / rate, rng.uniform()
     turns = frequency * t + phase
     if instrument == "sine":
         return np.sin(2 * np.pi * turns)
+    step = frequency / rate
     if instrument == "saw":
-        return smoothed_saw(turns, np.full(n, frequency / rate))
+        return smoothed_saw(turns, step)
     if instrument == "square":
-        step = np.full(n, frequency / rate)
         return smoothed_saw(turns, step) - smoothed_saw(turns + 0.5, step)
     if instrument == "bell":
         depth, ratio = 4 * np.exp(-4 * t), 1.4
         return np.exp(-2 * t) * np.sin(2 * np.pi * turns + depth * np.sin(2 * np.pi * ratio * frequency * t))
-    # The organ: its frequency swings by 1 percent, a sixth of a semitone, six times a second.
+    # The organ: its frequency swings by 1 percent up and down, a sixth of a semitone, six times a second.
     swing = frequency * 0.01 / (2 * np.pi * 6) * np.sin(2 * np.pi * 6 * t + rng.uniform(0, 6))
     turns = turns + swing
     return sum(loud * np.sin(2 * np.pi * k * turns) for k, loud in ORGAN.items() if k * frequency < rate / 2)
@@ -113,9 +114,9 @@ def tone(instrument: str, frequency: float, n: int, rate: int, rng: np.random.Ge
 
 def render(note: Note, n: int, rate: int) -> np.ndarray:
     """Return the sound of a note, int16 (n,): n samples, `rate` of them a second."""
-    # A generator for each note: a sound does not depend on which others there are.
-    places = INSTRUMENTS.index(note.instrument), list(CHORDS).index(note.chord), note.root, note.take
-    rng = np.random.default_rng(places)
+    # Each note has a generator of its own, so a sound does not depend on which others are rendered.
+    seed = INSTRUMENTS.index(note.instrument), list(CHORDS).index(note.chord), note.root, note.take
+    rng = np.random.default_rng(seed)
     detuned, begin = note.root + rng.uniform(-0.3, 0.3), int(rng.uniform(0, 0.4) * n)
     loudness, noise = 10 ** rng.uniform(-1, -0.2), 10 ** rng.uniform(-2, -0.5)
 
@@ -126,11 +127,11 @@ def render(note: Note, n: int, rate: int) -> np.ndarray:
         sound[begin:] += tone(note.instrument, frequency, n - begin, rate, rng)
     sound[begin:] *= np.minimum(np.arange(n - begin) / (0.005 * rate), 1)
 
-    # The microphone: up to 6 decibels per octave in favour of high frequencies, or of low ones.
+    # The microphone favours high frequencies or low ones, by up to 6 decibels per octave.
     octaves = np.log2(np.maximum(np.fft.rfftfreq(n, 1 / rate), 50) / 1000)
     sound = np.fft.irfft(np.fft.rfft(sound) * 10 ** (rng.uniform(-6, 6) / 20 * octaves), n)
 
-    # One peak for all, then their loudness, and noise relative to that.
+    # Scale to a peak of 1, add noise relative to it, and scale by the loudness.
     sound = loudness * (sound / np.abs(sound).max() + noise * rng.standard_normal(n))
     return (32767 * sound.clip(-1, 1)).round().astype(np.int16)
 
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= args.takes <= TAKES:
         raise ValueError(f"--takes {args.takes}: expected 1 to {TAKES}")
     n_written = 0
-    for part, notes in zip(("train", "val"), choose("notes"), strict=True):
+    for part, notes in zip(("train", "val"), choose(), strict=True):
         for note in (note for note in notes if note.take < args.takes):
             path = args.folder / part / note.instrument / f"{note.chord}-{note.root}-{note.take}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Decoders: how the tokens of a text become the text again.
+"""Decoders of tokenizers: how the tokens of a text become the text again.
 
-A decoder is a part of a tokenizer.json, as a normalizer is (data/normalize.py). `decoder` returns its
-function, from a list of tokens to a list of texts, which are then joined.
+A decoder is a part of a tokenizer.json, as a normalizer is (data/normalize.py). `decoder` returns the
+function that a part describes, from a list of tokens to a list of texts, which are then joined. Examples,
+with the families that use them:
 
     GPT-2, Llama 3     ByteLevel: characters of the byte alphabet become bytes
     BERT               WordPiece: a space in front of each token without "##"
-    T5, ALBERT         Metaspace: "▁" becomes a space, but not in the first token
+    T5, ALBERT         Metaspace: "▁" becomes a space, and vanishes in the first token
     Llama 2, Mistral   Replace "▁" by " ", ByteFallback ("<0xE2>" becomes a byte), Fuse, Strip one space
 """
 
@@ -20,13 +21,16 @@ from formats.tokenizer_json import CHAR_TO_BYTE
 
 Decoder = Callable[[list[str]], list[str]]
 BYTES = {piece: byte for byte, piece in enumerate(BYTE_PIECES)}
-# What BERT's clean-up replaces.
+# What the clean-up of the decoder WordPiece replaces, in this order.
 CLEANUP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
 CLEANUP += ((" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 
 
 def byte_level(part: dict) -> Decoder:
-    """Return the decoder ByteLevel. A token with other characters, such as a special token, is text."""
+    """Return the decoder ByteLevel: a token is bytes, each written as a character of the byte alphabet.
+
+    A token with any other character, such as a special token, is text.
+    """
 
     def function(tokens: list[str]) -> list[str]:
         parts = [
@@ -41,7 +45,10 @@ def byte_level(part: dict) -> Decoder:
 
 
 def byte_fallback(part: dict) -> Decoder:
-    """Return the decoder ByteFallback: a run of bytes that is not UTF-8 becomes a U+FFFD for each byte."""
+    """Return the decoder ByteFallback: a run of tokens such as "<0xE2>" is decoded as bytes in UTF-8.
+
+    If they are not UTF-8, each byte becomes a U+FFFD.
+    """
 
     def function(tokens: list[str]) -> list[str]:
         texts = []
@@ -60,7 +67,10 @@ def byte_fallback(part: dict) -> Decoder:
 
 
 def word_piece(part: dict) -> Decoder:
-    """Return the decoder WordPiece."""
+    """Return the decoder WordPiece: a token, but the first, loses its prefix, "##", or gets a space in front.
+
+    With cleanup, spaces in front of punctuation marks and English contractions are removed, see CLEANUP.
+    """
     prefix, cleanup = part["prefix"], part["cleanup"]
 
     def text(i: int, token: str) -> str:
@@ -74,20 +84,24 @@ def word_piece(part: dict) -> Decoder:
 
 
 def metaspace(part: dict) -> Decoder:
-    """Return the decoder Metaspace. Where a "▁" is put in front of a text, the first token's are dropped."""
+    """Return the decoder Metaspace: a "▁" becomes a space.
+
+    Those of the first token are dropped if the pre-tokenizer writes a "▁" in front of a text.
+    """
     mark, first = part["replacement"], "" if metaspace_scheme(part) != "never" else " "
     return lambda tokens: [token.replace(mark, " " if i else first) for i, token in enumerate(tokens)]
 
 
 def strip(part: dict) -> Decoder:
-    """Return the decoder Strip, which removes up to `start` and `stop` characters at the sides of a token."""
+    """Return the decoder Strip, which removes the character `content` from each token: up to `start` times at
+    its beginning, and up to `stop` times at its end."""
     content, start, stop = re.escape(part["content"]), part["start"], part["stop"]
-    left, right = re.compile(f"^(?:{content}){{0,{start}}}"), re.compile(f"(?:{content}){{0,{stop}}}$")
+    left, right = re.compile(rf"\A(?:{content}){{0,{start}}}"), re.compile(rf"(?:{content}){{0,{stop}}}\Z")
     return lambda tokens: [right.sub("", left.sub("", token), count=1) for token in tokens]
 
 
 def sequence(part: dict) -> Decoder:
-    """Return one decoder after another."""
+    """Return the decoder Sequence, which applies its decoders one after another."""
     functions = [decoder(inner) for inner in part["decoders"]]
 
     def function(tokens: list[str]) -> list[str]:
@@ -99,7 +113,7 @@ def sequence(part: dict) -> Decoder:
 
 
 def replaced(part: dict) -> Decoder:
-    """Return the decoder Replace."""
+    """Return the decoder Replace, which writes `content` for each match of its pattern in a token."""
     function = replace(part)
     return lambda tokens: [function(token) for token in tokens]
 
@@ -117,8 +131,8 @@ DECODERS: dict[str, Callable[[dict], Decoder]] = {
 
 
 def decoder(part: dict | None) -> Decoder:
-    """Return the function of a decoder; without one, tokens are separated by spaces.
+    """Return the function of a decoder; that of None separates tokens by spaces.
 
-    Raises ValueError for a type or a setting that is missing here.
+    Raises ValueError for a type or a setting that is not supported.
     """
     return maker("decoder", part, DECODERS)(part) if part else lambda tokens: [" ".join(tokens)]

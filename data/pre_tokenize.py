@@ -23,8 +23,7 @@ import regex
 from data.normalize import maker, pattern_of
 from formats.tokenizer_json import BYTE_TO_CHAR, GPT2_PATTERN
 
-# A function of a list of words, and of whether the first is at the start of the text. It returns smaller
-# words.
+# A function of a list of words, and of whether the first is at the start of the text, to smaller words.
 PreTokenizer = Callable[[list[str], bool], list[str]]
 BEHAVIORS = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
 # The characters that Rust counts as whitespace, and those that BERT counts as punctuation.
@@ -48,8 +47,11 @@ def split(pattern: regex.Pattern, behavior: str, invert: bool = False) -> PreTok
     """Return the function that cuts words where the pattern matches (invert: where it does not).
 
     behavior: one of BEHAVIORS. A match is removed, becomes a word of its own ("Isolated"), is joined to the
-    word before or after it, or forms one word with the matches beside it ("Contiguous").
+    word before or after it, or forms one word with the matches beside it ("Contiguous"). Raises ValueError
+    for another behavior.
     """
+    if behavior not in BEHAVIORS:
+        raise ValueError(f"behavior {behavior!r} is not supported; expected {', '.join(BEHAVIORS)}")
 
     def cut(text: str) -> list[str]:
         if behavior == "Isolated":
@@ -57,8 +59,7 @@ def split(pattern: regex.Pattern, behavior: str, invert: bool = False) -> PreTok
         if behavior == "Removed":
             return ["" if is_match else piece for piece, is_match in pieces(text, pattern, invert)]
 
-        # The other three join a match to a neighbour. "MergedWithNext" is "MergedWithPrevious" from the end
-        # on.
+        # The other three join a match to a neighbour. "MergedWithNext" is "MergedWithPrevious" in reverse.
         parts, words, was_match = list(pieces(text, pattern, invert)), [], False
         backwards = behavior == "MergedWithNext"
         for piece, is_match in reversed(parts) if backwards else parts:
@@ -77,9 +78,7 @@ def split(pattern: regex.Pattern, behavior: str, invert: bool = False) -> PreTok
 
 
 def split_part(part: dict) -> PreTokenizer:
-    """Return the pre-tokenizer Split. Raises ValueError for an unknown behavior."""
-    if part["behavior"] not in BEHAVIORS:
-        raise ValueError(f"behavior {part['behavior']!r} is not supported; expected {', '.join(BEHAVIORS)}")
+    """Return the pre-tokenizer Split, which has a pattern and a behavior of its own."""
     return split(pattern_of(part), part["behavior"], part["invert"])
 
 
@@ -128,7 +127,7 @@ def metaspace(part: dict) -> PreTokenizer:
 
 
 def sequence(part: dict) -> PreTokenizer:
-    """Return one pre-tokenizer after another."""
+    """Return the pre-tokenizer Sequence, which applies its pre-tokenizers one after another."""
     functions = [pre_tokenizer(inner) for inner in part["pretokenizers"]]
 
     def function(words: list[str], at_start: bool) -> list[str]:
@@ -141,7 +140,7 @@ def sequence(part: dict) -> PreTokenizer:
 
 
 def by_pattern(pattern: str, behavior: str, invert: bool = False) -> Callable[[dict], PreTokenizer]:
-    """Return the entry of PRE_TOKENIZERS for one without settings, which always cuts by this pattern."""
+    """Return an entry of PRE_TOKENIZERS: a pre-tokenizer that has no settings and cuts by this pattern."""
     return lambda part: split(regex.compile(pattern), behavior, invert)
 
 

@@ -1,11 +1,12 @@
 """Published sets of images, read from the files as they are published.
 
     MNIST, Fashion-MNIST, EMNIST    *train*images-idx3-ubyte and so on, also .gz
-    CIFAR-10, CIFAR-100             the "binary version": data_batch_1.bin ..., train.bin and test.bin
+    CIFAR-10                        the "binary version": data_batch_1.bin to data_batch_5.bin, test_batch.bin
+    CIFAR-100                       the "binary version": train.bin, test.bin
 
-The idx format (LeCun) is a magic number 00 00 08 d, d dimensions as 32-bit numbers, the largest byte first,
-and the bytes. A record of CIFAR's is the label, in CIFAR-100 after a coarse label, and 3 x 32 x 32 bytes. The
-"python version" of CIFAR is a pickle, which could run any code, and is refused.
+An idx file (LeCun) of bytes is the magic number 00 00 08 d, then d dimensions as big-endian numbers of 32
+bits, and the entries. A record of CIFAR is a byte with the label (in CIFAR-100 a coarse label comes first),
+and 3 x 32 x 32 bytes. The "python version" of CIFAR is a pickle, which could run any code, and is refused.
 
 Shapes: N images, C channels, H x W pixels.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-LARGEST = 8 << 30  # bytes of one array: more is damage, or an archive made to fill the memory
+LARGEST = 8 << 30  # bytes of one array: more is damage, or a file made to fill the memory
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 (N, C, H, W), labels int64 (N,)
 
 
@@ -41,7 +42,11 @@ def read(folder: Path) -> tuple[Arrays, Arrays, list[str]] | None:
 
 
 def read_idx_set(folder: Path, names: list[str]) -> tuple[Arrays, Arrays, list[str]]:
-    """Return the set of images and labels in idx files, whose names say which is which."""
+    """Return the set in the idx files of a folder: (the part to learn from, the test part, the classes).
+
+    The names of the files tell images from labels and the parts from each other. Raises ValueError for files
+    that are missing, damaged or without images.
+    """
     parts = []
     for words, part in ((("train",), "train"), (("t10k", "test"), "test")):
         files = []
@@ -56,7 +61,9 @@ def read_idx_set(folder: Path, names: list[str]) -> tuple[Arrays, Arrays, list[s
             raise ValueError(
                 f"{folder / files[0]}: {images.shape} beside labels {labels.shape}; expected (N, H, W), (N,)"
             )
-        if files[0].startswith("emnist"):  # whose images are transposed
+        if not images.size:
+            raise ValueError(f"{folder / files[0]}: {images.shape}: no images; expected at least one")
+        if files[0].startswith("emnist"):  # EMNIST's images are transposed
             images = images.transpose(0, 2, 1)
         parts.append((images[:, None], labels.astype(np.int64)))
     n_classes = int(parts[0][1].max()) + 1
@@ -64,7 +71,7 @@ def read_idx_set(folder: Path, names: list[str]) -> tuple[Arrays, Arrays, list[s
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Return the array in an idx file of bytes. Raises ValueError for a file that is damaged or is none."""
+    """Return the array in an idx file of bytes, uint8. Raises ValueError for a damaged or any other file."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             magic = file.read(4)
@@ -86,17 +93,14 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_cifar(folder: Path, names: list[str]) -> tuple[Arrays, Arrays, list[str]]:
-    """Return the set in CIFAR-10's or CIFAR-100's binary files, with the names of the classes if they are
-    beside them."""
+    """Return the set in CIFAR-10's or CIFAR-100's binary files: (the part to learn from, the test part, the
+    classes). Classes without a file of names beside them are numbers."""
     ten = "data_batch_1.bin" in names
-    train = (
-        [f"data_batch_{i}.bin" for i in range(1, 6) if f"data_batch_{i}.bin" in names]
-        if ten
-        else ["train.bin"]
-    )
+    train = [f"data_batch_{i}.bin" for i in range(1, 6)] if ten else ["train.bin"]
     test, n_classes = ("test_batch.bin", 10) if ten else ("test.bin", 100)
-    if test not in names:
-        raise ValueError(f"{folder}: {test} is missing; it is the held-out part")
+    for name in (*train, test):
+        if name not in names:
+            raise ValueError(f"{folder}: {name} is missing; expected all files of the set; unpack it again")
     parts = []
     for files in (train, [test]):
         arrays = [read_records(folder / name, 1 if ten else 2, n_classes) for name in files]
@@ -111,8 +115,11 @@ def read_cifar(folder: Path, names: list[str]) -> tuple[Arrays, Arrays, list[str
 
 
 def read_records(path: Path, n_labels: int, n_classes: int) -> Arrays:
-    """Return images (N, 3, 32, 32) and labels (N,) of a file of records: n_labels bytes, of which the last
-    is the class, and the pixels. ValueError for a file that is cut, or a label beyond the classes."""
+    """Return the images (N, 3, 32, 32) and labels (N,) in a file of records.
+
+    A record has n_labels bytes, the last of which is the class, and the pixels. Raises ValueError for a file
+    that is cut off, and for a label beyond the classes.
+    """
     raw, size = np.fromfile(path, np.uint8), n_labels + 3 * 32 * 32
     if not len(raw) or len(raw) % size:
         raise ValueError(f"{path}: {len(raw):,} bytes; expected records of {size:,}; download it again")

@@ -1,11 +1,13 @@
-"""Rows: what every kind of data looks like to the trainer.
+"""Rows: the form in which the trainer reads every kind of data.
 
     text, conversations, images, pairs ...  ->  Dataset of rows, row i a dict of arrays  ->  batches
 
 A data set is two sequences of rows, one to learn from and one held out, and a fingerprint of their content.
-`Loader` turns the first into an endless stream of samples: every epoch visits each row once, in an order that
-is a function of (seed, epoch) alone. So there is nothing to save but the number of samples drawn, and the
-stream is the same for any number of processes.
+`Loader` turns the first into an endless stream of samples: every epoch has each row once, in an order that is
+a function of (seed, epoch) alone. So a checkpoint holds only the number of samples drawn, and the stream is
+the same for any number of processes.
+
+Shapes: B rows, T tokens of each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +24,9 @@ Row = dict[str, np.ndarray]
 class Rows:
     """A sequence of rows: `len(rows)` of them, each `rows[i]` a dict of arrays."""
 
-    # Held-out text sets both, for bits per byte: the number of targets if every token is predicted, and the
-    # number of UTF-8 bytes that the tokens encode.
-    n_targets: int | None = None
-    n_bytes: int | None = None
+    # Rows of held-out text have these numbers, by which nats per token become bits per byte.
+    n_targets: int | None = None  # targets if every token is predicted
+    n_bytes: int | None = None  # bytes in UTF-8 that these tokens encode
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = rows
@@ -37,9 +38,10 @@ class Rows:
         return self.rows[i % len(self.rows)]
 
     def epoch_start(self, epoch: int) -> int:
-        """Return the number of the first row of an epoch, counted from the first row of epoch 0.
+        """Return the place of the first row of an epoch, where the first row of epoch 0 has place 0.
 
-        The rows of epoch e are rows[epoch_start(e)] ... rows[epoch_start(e + 1) - 1].
+        The rows of epoch e are rows[epoch_start(e)] ... rows[epoch_start(e + 1) - 1]. Subclasses whose epochs
+        differ in their number of rows override this.
         """
         return epoch * len(self)
 
@@ -54,7 +56,7 @@ class Dataset:
     val: Rows  # held out
     summary: str = ""  # one line that describes the data
     text: str = ""  # a hash of the text alone, the same for every tokenizer; "" where there is no text
-    guess: str = ""  # one line: how well a trivial guess does on the held-out part
+    guess: str = ""  # one line: the figures of a trivial guess on the held-out part
     unit: str = "tokens"  # what a run counts: a row is seq_len tokens, one image, or some seconds of sound
     units_per_row: float | None = None  # None: seq_len
     labels: tuple[str, ...] = ()  # the names of the classes, in the order of their numbers
@@ -71,15 +73,16 @@ class Loader:
         self.epoch, self.order = -1, np.empty(0, np.int64)  # the order of the epoch that was read last
 
     def row_number(self, sample: int) -> int:
-        """Return the number of the row that is sample number `sample` of the stream."""
-        # Find the epoch of this sample, beginning at the epoch of the one before.
+        """Return the place of the row that is sample number `sample` of the stream."""
+        # Find the epoch of this sample, starting at the epoch that was read last.
         epoch = max(self.epoch, 0)
         while self.rows.epoch_start(epoch) > sample:
             epoch -= 1
         while self.rows.epoch_start(epoch + 1) <= sample:
             epoch += 1
         first = self.rows.epoch_start(epoch)
-        if epoch != self.epoch:  # draw its order
+        # Draw the order of the epoch if it is a new one.
+        if epoch != self.epoch:
             n = self.rows.epoch_start(epoch + 1) - first
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(n)
         return first + int(self.order[sample - first])
@@ -92,14 +95,15 @@ class Loader:
 def seed_of(seed: int, index: int) -> int:
     """Return the seed, below 2^32, of the draws with number `index` of a run with this --seed.
 
-    On a CPU torch.Generator reads only the lower 32 bits of a seed. Runs are a golden section of 2^32 apart:
-    of the first thousand, no two share a draw within a million numbers. With --seed 0 it is `index`.
+    The draws of a run count up from seed * 0x9E3779B1, and runs with successive --seed begin a golden section
+    of 2^32 apart. So of the first thousand runs no two share a draw within a million numbers. With --seed 0
+    the result is `index`. It is below 2^32, since on a CPU torch.Generator reads only 32 bits.
     """
     return (seed * 0x9E3779B1 + index) % (1 << 32)
 
 
 def in_order(rows: Rows, batch_size: int) -> Iterator[list[Row]]:
-    """Yield all rows in order, in lists of batch_size; a row of another shape begins a new list."""
+    """Yield all rows in order, in lists of batch_size rows; a row with other shapes begins a new list."""
     batch: list[Row] = []
     for i in range(len(rows)):
         row = rows[i]
@@ -121,10 +125,11 @@ def stack(rows: list[Row]) -> dict[str, Tensor]:
 
 
 def cu_seqlens(tokens: Tensor, eot_id: int) -> Tensor:
-    """Return where the n documents in tokens (B, T) begin, rows laid end to end, and B T: int32 (n + 1,).
+    """Return the places at which the n documents in tokens (B, T) begin, and B T at the end: int32 (n + 1,).
 
-    This keeps `kernels.attention` from crossing from one document to another, with the rows run as one,
-    `tokens.view(1, -1)`. A document begins at each end-of-text token and at each row.
+    Places count through all rows, as in `tokens.view(1, -1)`. With these rows and this cu_seqlens
+    `kernels.attention` does not attend from one document to another. A document begins at each end-of-text
+    token and at each row.
     """
     begins = tokens == eot_id
     begins[:, 0] = True

@@ -6,17 +6,20 @@
     size       Is the green ring small or large?                                    small
     relation   Where is the green ring from the cyan cross?                         left
 
-The two objects of a scene differ in colour and in shape, so each is named by either. They are apart along
-the axis of their relation, and nearer to each other along the other axis. Of the 48 pairs of a colour and a
-shape 8 are held out: every colour and every shape occurs in other pairs. There are three parts:
+The two objects of a scene differ in colour and in shape, so either of these names an object. The objects do
+not overlap, and are further apart along the axis of their relation than along the other. Of the 48 pairs of a
+colour and a shape 8 are held out; every colour and every shape occurs in other pairs, too. There are three
+parts:
 
     train     neither object is of a held-out pair
     val       the same, other scenes
     unseen    both objects are of held-out pairs
 
-Scenes and their pictures are functions of a part and a number alone.
+A scene and its picture are functions of the part and of the scene's number alone.
 
     python -m data.scenes              draw some into scenes.png, and print their captions and questions
+
+Shapes: n pictures.
 """
 
 from pathlib import Path
@@ -52,7 +55,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Two objects, the first of which is in that relation to the second."""
+    """Two objects, and the relation of the first to the second, a key of RELATIONS."""
 
     first: Thing
     relation: str
@@ -86,13 +89,13 @@ def caption(scene: Scene) -> str:
 
 
 def with_colours_swapped(scene: Scene) -> Scene:
-    """Return the scene whose objects have each other's colours: its caption has the same words."""
+    """Return the scene with the colours of its objects exchanged. Its caption has the same words."""
     first, second = scene.first, scene.second
     return Scene(first._replace(colour=second.colour), scene.relation, second._replace(colour=first.colour))
 
 
 def with_relation_reversed(scene: Scene) -> Scene:
-    """Return the scene whose first object is on the other side of the second."""
+    """Return the scene with its first object on the other side of the second."""
     return scene._replace(relation=OPPOSITE[scene.relation])
 
 
@@ -117,7 +120,7 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Return which pixels a shape covers, whose middle is (dx, dy) away from them."""
+    """Return True for each pixel that a shape covers. dx, dy: from the middle of the shape to the pixels."""
     if shape == "bar":
         return (abs(dx) <= radius) & (abs(dy) <= 0.4 * radius)
     if shape == "ring":
@@ -133,11 +136,13 @@ def covers(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndar
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Return a picture of a scene, uint8 (3, SIZE, SIZE), in places and shades that rng draws."""
+    """Return a picture of a scene, uint8 (3, SIZE, SIZE), with places and shades that rng draws."""
+    # The ground is grey with grain.
     image = np.empty((3, SIZE, SIZE), np.float32)
     image[:] = rng.uniform(30, 80) + rng.normal(0, 4, (3, SIZE, SIZE))
 
-    # The objects' middles: far enough apart along one axis, and less so along the other.
+    # Draw the middles of the objects: along the axis of the relation so far apart that they do not overlap,
+    # along the other axis at most half as far, and both objects inside of the picture.
     radii = [RADII[thing.size] for thing in (scene.first, scene.second)]
     apart = rng.uniform(sum(radii) + 1, SIZE - 2 - sum(radii))
     aside = rng.uniform(-0.5, 0.5) * apart
@@ -147,6 +152,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     high = SIZE - 1.5 - np.maximum(radii[1], radii[0] + difference)
     second = rng.uniform(low, high)
 
+    # Paint both objects in their colours, each with a shade of its own, and with grain.
     for thing, radius, (x, y) in zip(scene[::2], radii, (second + difference, second), strict=True):
         where = covers(thing.shape, X - x, Y - y, radius)
         shade = np.array(COLOURS[thing.colour])[:, None] * rng.uniform(0.9, 1.05)

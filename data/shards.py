@@ -1,10 +1,10 @@
-"""Shards: the tokens of a corpus on disk, memory-mapped, with a manifest of what they were made from.
+"""Shards: the tokens of a corpus on disk, memory-mapped, with a manifest that describes them.
 
-    home/train.bin, val.bin    token ids, uint16 or uint32, each document led by <|endoftext|>
+    home/train.bin, val.bin    token ids, uint16 or uint32, with <|endoftext|> in front of each document
     home/manifest.json         hashes of the corpus and the tokenizer, numbers of tokens, bytes and documents
-    home/checksums.json        SHA-256 of these
+    home/checksums.json        the SHA-256 of each of these files
 
-Shards are written completely or not at all. Those that are stale or damaged are named, and built again.
+A folder is written completely or not at all. data/text.py builds it anew where `check_shards` finds a fault.
 """
 
 import json
@@ -89,7 +89,8 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def check_shards(home: Path, made_from: dict) -> str | None:
-    """Return a description of the first fault of the shards in home, or None."""
+    """Return a description of the first fault of the shards in home: missing, damaged, or made from another
+    corpus or tokenizer than made_from has. Without a fault return None."""
     problem = damage(home)
     if problem is not None:
         return problem
@@ -100,12 +101,13 @@ def check_shards(home: Path, made_from: dict) -> str | None:
 
 
 def open_shards(home: Path, tokenizer: Tokenizer) -> Corpus:
+    """Return the corpus in home, whose shards have no fault. tokenizer: the one that made them."""
     manifest = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
     train, val = open_shard(home, manifest, "train"), open_shard(home, manifest, "val")
     return Corpus(home.name, tokenizer, train, val)
 
 
 def open_shard(home: Path, manifest: dict, name: str) -> Split:
-    """Return a split with its tokens memory-mapped."""
+    """Return the split "train" or "val", with its tokens memory-mapped."""
     tokens = np.memmap(home / f"{name}.bin", dtype=manifest["dtype"], mode="r")
     return Split(tokens, manifest[name]["bytes"], manifest[name]["documents"])

@@ -1,14 +1,15 @@
-"""Sounds: from files, or synthesised, to rows {"sound": int16 (S,), "length": int64 (), "label": int64 ()}.
+"""Sounds, from files or synthesised, as rows {"sound": int16 (S,), "length": int64 (), "label": int64 ()}.
 
     notes                   chords of six instruments, synthesised here (data/notes.py)
-    a folder of folders     a folder for each class; or train/ and val/ with such folders
+    a folder of folders     a folder for each class; or train/ and val/ (or test/) with such folders
+    a folder of sounds      sounds without classes
 
 Files are .wav with whole numbers of 8, 16, 24 or 32 bits; .flac, .ogg and .wav with floating-point numbers
-need the package soundfile (pip install soundfile). Every sound becomes 16 bits, one channel, and the rate of
-the model. Channels are averaged, another rate is resampled, and of a sound that is longer than the model
-reads its beginning is kept. Each of these is counted and printed, and so are silent and short ones. What is
-damaged, cut off, empty or shorter than one frame is refused, or left out by --bad-text skip. Folders are
-decoded once, to a memory map below --cache. No more of a file is read than the model needs.
+need the package soundfile (pip install soundfile). Every sound becomes 16 bits, one channel, and the rate and
+length of the model: channels are averaged, another rate is resampled, and the beginning of a longer sound is
+kept. Each of these is counted and printed, and so are silent and shorter sounds. A file that is damaged, cut
+off, empty or shorter than one frame is refused, or left out with --bad-text skip. Folders are decoded once,
+to a memory map below --cache. No more of a file is read than the model needs.
 
     python -m data.sounds FOLDER      decode a folder, and print what is in it
 
@@ -29,13 +30,14 @@ from data.rows import Dataset, Row, Rows
 from formats import command
 
 KIND = Kind("sound", (".wav", ".flac", ".ogg"), "notes", np.int16)
-RATES = (1_000, 768_000)  # samples a second: other files are taken for damaged
+RATES = (1_000, 768_000)  # the least and most samples a second: a file with another rate is taken for damaged
 MOST_CHANNELS = 64
-SHORTEST = 400  # samples: one frame of a spectrogram
-LONGEST = 3_600  # seconds that `main` takes
-SILENCE = 1e-4  # of full scale: what stays below this is called silent
-ZEROS = 12  # of the sinc to each side, in resampling
-VERSION = 1  # of what decoding does: other samples need another number
+SHORTEST = 400  # samples: one frame of a spectrogram (vision/spectrogram.py)
+LONGEST = 3_600  # seconds, the most that `main` accepts
+SILENCE = 1e-4  # a sound that stays below this share of full scale is counted as silent
+ZEROS = 12  # zeros of the sinc to each side of its middle, in resampling
+MARGIN = 0.02  # seconds that are read beyond what is kept: more than ZEROS / 0.97 samples at the lowest rate
+VERSION = 1  # of the decoding, part of a cache's name: raise it where the same file gives other samples
 
 
 class SoundRows(Rows):
@@ -67,17 +69,17 @@ def prepare(
     bad_sounds: str = "refuse",
     notify: Callable[[str], None] = print,
 ) -> Dataset:
-    """Return the sounds that `data` names, see above, in parts to learn from and held out.
+    """Return the sounds that `data` names in one of the header's forms, to learn from and held out.
 
     n: samples of each; rate: samples a second. val: a folder of sounds to hold out; by default it is a tenth
     of each class. bad_sounds: "skip" leaves out what cannot be read, "refuse" raises ValueError. notify is
     called with one line of what was converted or left out. Raises ValueError for all that a user can mend.
     """
-    if data.partition(":")[0] == "notes":
+    if data == "notes":
         if val is not None:
             raise ValueError(f"--val {val}: {data} has a held-out part of its own; leave out --val")
         parts = []
-        for side in notes.choose(data):
+        for side in notes.choose():
             labels = [notes.INSTRUMENTS.index(note.instrument) for note in side]
             parts.append(Part(notes.sounds(side, n, rate), np.array(labels)))
         return as_dataset(*parts, notes.INSTRUMENTS, rate)
@@ -114,8 +116,8 @@ def decode(path: Path, n: int, rate: int, counts: Counter) -> np.ndarray:
 
     Raises ValueError for a file that is damaged, cut off, or shorter than one frame.
     """
-    # A little more than is needed, so that a resampled sound ends as it would if all had been read.
-    samples, own_rate, n_frames = read_start(path, n / rate + 0.01)
+    # Read a little more than is kept, so that a resampled sound ends as it would if all had been read.
+    samples, own_rate, n_frames = read_start(path, n / rate + MARGIN)
     if samples.shape[1] > 1:
         counts[f"of {samples.shape[1]} channels (averaged)"] += 1
     sound = samples.mean(axis=1)
@@ -124,7 +126,8 @@ def decode(path: Path, n: int, rate: int, counts: Counter) -> np.ndarray:
         sound = resampled(sound, own_rate, rate)
     length = n_frames * rate / own_rate
     if length < SHORTEST:
-        raise ValueError(f"{path}: {n_frames} samples at {own_rate:,} Hz; expected at least 0.025 s of sound")
+        shortest = f"at least {SHORTEST / rate:.3g} s of sound"
+        raise ValueError(f"{path}: {n_frames} samples at {own_rate:,} Hz; expected {shortest}")
     if length > n:
         counts[f"longer than {n / rate:.2f} s (beginning kept)"] += 1
     elif length < n:
@@ -136,8 +139,11 @@ def decode(path: Path, n: int, rate: int, counts: Counter) -> np.ndarray:
 
 
 def read_start(path: Path, seconds: float) -> tuple[np.ndarray, int, int]:
-    """Return the first seconds of a file, float64 (S, channels) between -1 and 1, its rate, and the number
-    of samples that it has in all. ValueError for what `decode` refuses."""
+    """Return the first seconds of a file, float64 (S, channels) from -1 to 1, its rate, and the number of all
+    its samples.
+
+    Raises ValueError for a file that is damaged, cut off or no sound.
+    """
     try:
         if path.suffix.lower() == ".wav":
             try:
@@ -151,20 +157,22 @@ def read_start(path: Path, seconds: float) -> tuple[np.ndarray, int, int]:
 
 
 def read_wav(path: Path, seconds: float) -> tuple[np.ndarray, int, int]:
-    """Return what `read_start` does of a .wav file of whole numbers, by the standard library."""
+    """Return what `read_start` returns, for a .wav file of whole numbers, by the standard library."""
     with wave.open(str(path), "rb") as file:
         n_channels, width, rate, n_frames, *_ = file.getparams()
         check_header(path, rate, n_channels)
+        if width > 4:
+            raise ValueError(f"{path}: samples of {8 * width} bits; expected 8, 16, 24 or 32")
         n = min(n_frames, int(seconds * rate) + 1)
         raw = file.readframes(n)
-        # The last sample shows whether the file is cut off.
+        # Read the last sample, too: a file that is cut off has none.
         file.setpos(max(0, n_frames - 1))
         if len(raw) < n * n_channels * width or (n_frames and not file.readframes(1)):
             raise ValueError(f"{path}: cut off; its header promises {n_frames:,} samples; copy it again")
     if width == 1:  # from 0 to 255
         samples = np.frombuffer(raw, np.uint8).astype(np.float64) - 128
     else:
-        # The bytes of a number become the upper ones of 32 bits.
+        # The bytes of a number become the upper bytes of a number of 32 bits, which is divided to its size.
         padded = np.zeros((len(raw) // width, 4), np.uint8)
         padded[:, 4 - width :] = np.frombuffer(raw, np.uint8).reshape(-1, width)
         samples = padded.view("<i4")[:, 0] / 2 ** (8 * (4 - width))
@@ -172,7 +180,7 @@ def read_wav(path: Path, seconds: float) -> tuple[np.ndarray, int, int]:
 
 
 def read_by_library(path: Path, seconds: float) -> tuple[np.ndarray, int, int]:
-    """Return what `read_start` does of a file of another format, by soundfile; ValueError without it."""
+    """Return what `read_start` returns, for other formats, by soundfile. Raises ValueError without it."""
     try:
         soundfile = importlib.import_module("soundfile")
     except ImportError:
@@ -201,17 +209,18 @@ def check_header(path: Path, rate: int, n_channels: int) -> None:
 def resampled(sound: np.ndarray, rate: int, new: int) -> np.ndarray:
     """Return a sound (S,) at a new rate, without aliasing: y(t) = sum_i x_i c sinc(c (t - i)) w(t - i).
 
-    c: the share of the frequencies that both rates can hold. w: a Hann window of ZEROS zeros of the sinc to
-    each side (Smith, Digital Audio Resampling). What is before and behind the sound counts as zero.
+    t is in samples of the old rate. c: the share of its frequencies that the new rate can hold, less 3 % for
+    the slope of the filter. w: a Hann window that ends at about ZEROS zeros of the sinc to each side (Smith,
+    Digital Audio Resampling Home Page). The sound is zero before its beginning and behind its end.
     """
     c = min(1.0, new / rate) * 0.97
     half = int(np.ceil(ZEROS / c))
     times = np.arange(int(len(sound) * new / rate)) * (rate / new)  # in samples of the sound
     padded, out = np.pad(sound, half), np.empty(len(times))
     taps = np.arange(-half + 1, half + 1)
-    for start in range(0, len(times), 4096):  # in parts, for the memory
+    for start in range(0, len(times), 4096):  # in parts, which bounds the memory
         t = times[start : start + 4096, None]
-        i = np.floor(t).astype(np.int64) + taps  # (part, taps)
+        i = np.floor(t).astype(np.int64) + taps  # (part, taps): the samples that are summed for each t
         distance = t - i
         window = np.cos(np.pi * distance / (2 * half)) ** 2
         out[start : start + 4096] = (padded[i + half] * c * np.sinc(c * distance) * window).sum(axis=1)

@@ -1,8 +1,8 @@
 """Special tokens: ids that stand for no text, such as [MASK] or the end of a document.
 
-Each has a *name*, by which a text may spell it where that is allowed, and most have a *role*, which is their
-use. Code refers to roles, since names differ: BERT's `sep_token` is "[SEP]", RoBERTa's is "</s>". The
-tokenizers of data/tokenizer.py and data/wordpiece.py share this class.
+Each has a *name*, by which a text may contain it where that is allowed, and most have a *role*, their use.
+Code refers to roles, since names differ: BERT's `sep_token` is "[SEP]", RoBERTa's is "</s>". The
+tokenizers of data/tokenizer.py, data/wordpiece.py and data/pipeline.py share this class.
 """
 
 import functools
@@ -65,9 +65,10 @@ class SpecialTokens:
     def extended(
         self, roles: dict[str, str], names: Iterable[str], vocab: dict[str, int]
     ) -> tuple[dict[str, int], dict[str, str]]:
-        """Return (special tokens, roles) with these roles added, where they are not taken, then these names.
+        """Return (special tokens, roles): those of the tokenizer, and what is added.
 
-        A name that is not in vocab gets the next free id.
+        roles: {role: name}, added unless the tokenizer has a token with this role. names: added after these,
+        without a role. vocab: {name: id}; a name that is not in it gets the next free id.
         """
         roles, special_tokens = roles | self.roles, dict(self.special_tokens)
         new_ids = itertools.count(self.n_vocab)
@@ -77,7 +78,10 @@ class SpecialTokens:
         return special_tokens, roles
 
     def allowed(self, allowed_special: set[str] | Literal["all"]) -> set[str]:
-        """Return the names to find in a text. Raises ValueError for one that is no special token."""
+        """Return the names that are read as special tokens in a text; "all" is all of them.
+
+        Raises ValueError for a name that is no special token.
+        """
         if allowed_special == "all":
             return set(self.special_tokens)
         unknown = set(allowed_special) - set(self.special_tokens)
@@ -88,7 +92,10 @@ class SpecialTokens:
 
 
 def split_at(names: set[str], text: str) -> list[str]:
-    """Return a text cut at these names: [text, name, text, ..., name, text]. Longer names are found first."""
+    """Return a text cut at these names: [text, name, text, ..., name, text].
+
+    Where several names begin at one place, the longest is found.
+    """
     if not names:
         return [text]
     longest_first = sorted(names, key=lambda name: (-len(name), name))

@@ -7,7 +7,7 @@
 Every Python has this source, so posttraining/instruct.py needs no download. The answers are docstrings and
 signatures; `ask` has the questions.
 
-    python -m posttraining.instruct           the number of conversations, and some of them
+    python -m posttraining.instruct           print the number of conversations, and some of them
 """
 
 import ast
@@ -40,7 +40,11 @@ class Definition(NamedTuple):
 
 
 def summarise(docstring: str | None) -> str | None:
-    """Return the first paragraph of a docstring, or its first sentence if long; None if it is no prose."""
+    """Return the first paragraph of a docstring, or its first sentence if the paragraph is long.
+
+    Returns None unless that is prose: a capitalised word, more words, an end that a sentence may have, and 20
+    to LONGEST_SUMMARY characters.
+    """
     paragraph = " ".join(re.split(r"\n\s*\n", docstring or "")[0].split())
     if len(paragraph) > LONGEST_SUMMARY:
         paragraph = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0]
@@ -54,9 +58,9 @@ def summarise(docstring: str | None) -> str | None:
 def define(
     kind: str, owner: str, node: ast.FunctionDef | ast.ClassDef, function: ast.FunctionDef | None
 ) -> Definition | None:
-    """Return the definition of a node, or None if it has no usable docstring.
+    """Return the definition of a node, or None if it is private or has no usable docstring.
 
-    function: the function that a call runs, which for a class is its __init__ (None if it has none).
+    function: the function that a call runs, whose annotations are dropped; for a class its __init__, or None.
     """
     summary = summarise(ast.get_docstring(node))
     if summary is None or node.name.startswith("_"):
@@ -64,7 +68,7 @@ def define(
     if function is None:
         return Definition(kind, owner, node.name, None, [], {}, summary)
 
-    # Drop `self` and the annotations.
+    # Drop the first parameter of methods, `self` or `cls`, and the annotations.
     args = function.args
     positional = [*args.posonlyargs, *args.args]
     decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
@@ -75,7 +79,7 @@ def define(
         if isinstance(arg, ast.arg):
             arg.annotation = None
 
-    # Collect the names and the defaults. Only the last positional parameters have defaults.
+    # Collect the names and the defaults. The list of positional defaults belongs to the last parameters.
     names = [arg.arg for arg in positional]
     names += [f"*{args.vararg.arg}"] if args.vararg else []
     names += [arg.arg for arg in args.kwonlyargs]
@@ -113,10 +117,10 @@ def pick(phrasings: list[str], key: str) -> str:
 
 
 def ask(d: Definition) -> list[Conversation]:
-    """Return conversations about a definition.
+    """Return the conversations about a definition, two to five of them.
 
-    Its purpose and its call must be memorised, or guessed from its name. Its parameters and their defaults
-    are in the question itself, so a small model learns to answer these too.
+    The answers about purpose and call must be memorised, or guessed from the name. Questions about parameters
+    and defaults contain the answer, so a small model learns these, too.
     """
     # The purpose, in both directions.
     full = f"{d.owner}.{d.name}"
@@ -151,11 +155,11 @@ def ask(d: Definition) -> list[Conversation]:
 
 
 def modules_by_side() -> Iterator[tuple[bool, str, str]]:
-    """Yield (held out?, name, source) of the public modules of this Python's standard library.
+    """Yield (is held out, name, source) of the public modules of this Python's standard library.
 
     The modules held out are those that `data.text.prepare` holds out of the corpus "stdlib", the last by
-    name. A package is on one side only: if the border is inside a package, its modules before the border are
-    left out.
+    name. A package is on one side only: if the border is inside of a package, its modules before the border
+    are left out.
     """
     # Read the modules, and find the first one that is held out.
     modules, sizes = [], []

@@ -1,11 +1,11 @@
 """Images with captions in tar files, as WebDataset lays them out (Aizman et al. 2019, arXiv 2001.01858).
 
-    000017.jpg 000017.txt       members of one name, up to the first dot, are one sample
+    000017.jpg 000017.txt       members with the same name up to the first dot are one sample
     000018.png 000018.json      the caption is the .txt, or "caption" of the .json; other members are ignored
     train-{000..127}.tar        the shards: a range in braces, a glob, or a folder with .tar files
 
-A shard is read where it lies: its headers once, the images when they are decoded. Nothing is unpacked. Links,
-devices and folders in it are passed over.
+Nothing is unpacked: the headers of a shard are read once, and an image is read from the shard when it is
+decoded. Links, devices and folders in a shard are passed over.
 """
 
 import glob
@@ -28,9 +28,9 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 @dataclass(frozen=True)
 class Member:
-    """An image inside of a shard, with what is used of a Path. parent: the shard."""
+    """An image inside of a shard. It has those attributes of a Path that class_folders and images use."""
 
-    parent: Path
+    parent: Path  # the shard
     name: str
     offset: int  # where its bytes begin in the shard
     size: int  # bytes
@@ -49,15 +49,19 @@ class Member:
 
 
 def is_shards(data: str) -> bool:
-    """Return whether a value of --data names shards."""
+    """Return whether a value of --data or --val names shards: a .tar, or a folder with some."""
     return data.lower().endswith(".tar") or (Path(data).is_dir() and any(Path(data).glob("*.tar")))
 
 
 def find_shards(data: str, flag: str) -> list[Path]:
-    """Return the paths of the shards that `data` names, in order. Raises ValueError for one that is missing,
-    and where there is none."""
+    """Return the paths of the shards that `data` names, in order.
+
+    flag: "--data" or "--val", for messages. Raises ValueError for a shard that is missing, and where there is
+    none.
+    """
     if Path(data).is_dir():
         return sorted(Path(data).glob("*.tar"))
+    # Replace each range by its numbers, from left to right.
     names = [data]
     while found := RANGE.search(names[0]):
         first, last = found.groups()
@@ -65,8 +69,8 @@ def find_shards(data: str, flag: str) -> list[Path]:
             raise ValueError(f"{flag} {data}: {found[0]}: expected a rising range, such as {{000..127}}")
         numbers = range(int(first), int(last) + 1)
         names = [RANGE.sub(f"{i:0{len(first)}}", name, count=1) for name in names for i in numbers]
-    has_pattern = len(names) == 1 and not Path(data).is_file()
-    paths = [Path(name) for name in (sorted(glob.glob(data)) if has_pattern else names)]
+    is_pattern = names == [data] and not Path(data).is_file()
+    paths = [Path(name) for name in (sorted(glob.glob(data)) if is_pattern else names)]
     if not paths:
         raise ValueError(f"{flag} {data}: not found; expected .tar files with images and captions")
     for path in paths:
@@ -78,11 +82,12 @@ def find_shards(data: str, flag: str) -> list[Path]:
 def read_shard(path: Path, kind: Kind, on_bad: OnBad) -> list[tuple[Member, list[str]]]:
     """Return the images of a kind in a shard with their captions, in the order of the images.
 
-    on_bad is called with a message for an image without a caption, and for a caption that cannot be read, and
-    may raise an error; otherwise the sample is left out. Raises ValueError for a file that is no tar file.
+    on_bad is called once with a message for a sample whose caption is missing or cannot be read, and may
+    raise an error; otherwise the sample is left out. Raises ValueError for a file that is no tar file.
     """
     images: dict[str, Member] = {}
     captions: dict[str, list[str]] = {}
+    unreadable: set[str] = set()  # the samples for which on_bad has been called
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
@@ -97,12 +102,13 @@ def read_shard(path: Path, kind: Kind, on_bad: OnBad) -> list[tuple[Member, list
                     try:
                         captions[key] = caption_in(tar, info, suffix.lower())
                     except ValueError as error:
+                        unreadable.add(key)
                         on_bad(f"{path}, {info.name}: {error}")
     except (tarfile.TarError, EOFError) as error:
         expected = "expected one that is not compressed, as images are already"
         raise ValueError(f"{path}: not a tar file, or cut off ({error}); {expected}") from None
     for key, member in images.items():
-        if key not in captions:
+        if key not in captions and key not in unreadable:
             on_bad(f"{member}: has no caption; expected a .txt or .json of the same name beside it")
     return [(member, captions[key]) for key, member in images.items() if key in captions]
 

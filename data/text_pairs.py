@@ -34,10 +34,10 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: Path, on_bad: OnBad = refuse) -> list[Pair]:
-    """Return the pairs in a file, stripped of spaces around them; one side or both may be empty.
+    """Return the pairs in a file, without the spaces around their texts, which may be empty.
 
     on_bad is called with a message for a line or a record that is no pair, and may raise an error; otherwise
-    it is left out. Raises ValueError for a file that cannot be read, or without pairs.
+    the pair is left out. Raises ValueError for a file that cannot be read, or without pairs.
     """
     if suffix_of(path) == ".tsv":
         pairs = tab_separated(path, on_bad)
@@ -49,7 +49,7 @@ def read_pairs(path: Path, on_bad: OnBad = refuse) -> list[Pair]:
 
 
 def tab_separated(path: Path, on_bad: OnBad) -> list[Pair]:
-    """Return the pairs on the lines of a .tsv file. Empty lines are no pairs, and are passed over."""
+    """Return the pairs on the lines of a .tsv file, without its empty lines. on_bad: as in `read_pairs`."""
     pairs, offset = [], 0
     with open_utf8(path, str(path), on_bad) as file:
         for number, raw in enumerate(file, 1):
@@ -78,11 +78,11 @@ def as_pair(record: object) -> Pair:
 def read(
     data: str, val: str | None, bad_text: str, notify: Callable[[str], None]
 ) -> tuple[list[Pair], list[Pair], Counter]:
-    """Return the pairs to train on, those held out, and how many of the file were left out, by reason.
+    """Return the pairs to train on, those held out, and how many pairs were left out, by reason.
 
-    val: a file, None for a twentieth of the pairs in data, at most MOST_HELD_OUT, the same for every seed.
-    A source that is held out is in no pair to train on. Raises ValueError as `read_pairs`, and where nothing
-    is left to train on.
+    val: the file of pairs to hold out; None: those of a twentieth of the sources in data, at most
+    MOST_HELD_OUT, the same for every seed. No source that is held out is in a pair to train on. Raises
+    ValueError as `read_pairs` does, and where nothing is left to train on or to hold out.
     """
     counts: Counter = Counter()
 
@@ -117,11 +117,11 @@ def as_dataset(
     cut: bool = False,
     special: frozenset[str] = frozenset(),
 ) -> Dataset:
-    """Return rows {"source": (n,), "target": (n,)}, int32, of tokens with an end token, and -1 behind it.
+    """Return rows {"source": (n,), "target": (n,)}, int32: tokens, an end token, and -1 as padding.
 
-    special: names of special tokens that are found in the texts. Pairs of which a side has more than seq_len
-    tokens are dropped, or with `cut` only those of such targets, while sources are cut. They are counted in
-    the summary, beside the counts of `read`. Raises ValueError if all are dropped.
+    A pair with more than seq_len tokens on one side is dropped; with `cut` a longer source is cut instead.
+    The summary has the number of these pairs, beside `counts`, those of `read`. special: names of special
+    tokens that are read as such in the texts. Raises ValueError if all pairs of a part are dropped.
     """
     digest = hashlib.sha256(f"{tokenizer.fingerprint} ".encode())
     sides, counts = [], Counter(counts)
@@ -153,8 +153,8 @@ def sides_of(row: Row) -> tuple[list[int], list[int]]:
 
 
 def make_batch(rows: list[Row], config, generator: Generator, tokenizer) -> dict[str, Tensor]:
-    """Return a batch of B pairs: "tokens" (B, S), sources; "targets" (B, T), -100 behind their ends; and
-    "lengths" (B,), of the sources, where they differ."""
+    """Return a batch of B pairs: "tokens" (B, S), the sources, padded with pad_id; "targets" (B, T), padded
+    with -100; and where the sources differ in length their "lengths" (B,)."""
     sources, targets = zip(*map(sides_of, rows), strict=True)
     lengths = torch.tensor([len(source) for source in sources])
     tokens, answers = (

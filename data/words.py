@@ -4,7 +4,7 @@ GPT4_PATTERN ...     regular expressions that cut text into pre-tokens
 PROBE                a text with every kind of character, to test such a pattern
 RUST_WHITESPACE      the characters that Rust's libraries strip as whitespace
 check_texts          refuses one string in the place of several
-continues            does a token begin inside a word? Masking of whole words depends on it
+continues            finds whether a token begins inside of a word, for the masking of whole words
 cut_long_space       protects tiktoken's regex engine from runs of a million spaces
 """
 
@@ -16,12 +16,13 @@ import regex
 
 from formats.tokenizer_json import GPT2_PATTERN
 
-# The patterns that cut text into pre-tokens. (The oldest, GPT2_PATTERN, is part of the file format.) Three
-# engines read them: `regex` (training), tiktoken's Rust (encoding) and Oniguruma (Hugging Face). tiktoken has
-# faster forms with possessive quantifiers, but Oniguruma reads `x{1,3}+` as `(?:x{1,3})+`.
+# These patterns cut text into pre-tokens. (The oldest one, GPT2_PATTERN, is in formats/tokenizer_json.py.)
+# Three engines read them: `regex` (training), tiktoken's, in Rust (encoding), and Oniguruma (Hugging Face).
+# tiktoken's own patterns have possessive quantifiers, which are faster, but Oniguruma reads `x{1,3}+` as
+# `(?:x{1,3})+`.
 #
-# GPT-4's pattern, as Llama 3 writes it: contractions in either case, digits in groups of up to three (a few
-# thousand tokens for numbers, all of them frequent), line breaks apart from the indentation after them.
+# GPT-4's pattern, as Llama 3 writes it: contractions in either case, digits in groups of up to three, so that
+# numbers take about a thousand tokens of the vocabulary, line breaks apart from the indentation after them.
 GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,13 +43,13 @@ TIKTOKEN_PATTERNS = {
     "o200k_base": O200K_PATTERN,
 }
 
-# The bytes that occur in UTF-8. The vocabularies of GPT-NeoX and ModernBERT have no tokens for the other 13.
+# The bytes that occur in UTF-8. Of the other 13 the vocabularies of GPT-NeoX and ModernBERT have no tokens.
 UTF8_BYTES = [*range(0xC0), *range(0xC2, 0xF5)]
 
 # Python also counts the separators 0x1C to 0x1F as whitespace, Rust does not.
 RUST_WHITESPACE = "".join(chr(c) for c in range(0x3001) if chr(c).isspace() and not 0x1C <= c <= 0x1F)
 
-# A character of every kind that a pattern may distinguish.
+# A text with a character of every kind that a pattern may distinguish.
 PROBE = "aZé中ـ͏ '9٣.,\u00a0_$😀\x00\t \r\n\n  x \u2028"
 
 LONGEST_SPACE = 250_000  # characters
@@ -63,9 +64,10 @@ def check_texts(texts: Iterable[str]) -> None:
 def continues(token: bytes) -> bool:
     """Return whether a token continues the word before it.
 
-    It does if it begins with a letter, a digit, a mark or an underscore, or with a later byte of a character.
-    If a token holds only the first bytes of a character, the very first decides: characters that begin with
-    C2, E2 or F0 are mostly punctuation, symbols and emoji, all others mostly letters.
+    It does if it begins with a letter, a digit, a mark or an underscore, or with a byte that is not the first
+    of its character. If a token has only the first bytes of a character, the very first byte decides:
+    characters that begin with C2, E2 or F0 are mostly punctuation, symbols and emoji, all others mostly
+    letters. token: at least one byte.
     """
     first = token[0]
     if 0x80 <= first < 0xC0:
@@ -79,8 +81,9 @@ def continues(token: bytes) -> bool:
 def cut_long_space(text: str) -> list[str]:
     r"""Return a text in parts, cut inside runs of whitespace longer than 250,000 characters.
 
-    For `\s+(?!\S)` tiktoken's regex engine stores one way back per character, and panics at a million. Such
-    runs occur in crawled text. The cuts change tokens inside the run only; any other text is one part.
+    For `\s+(?!\S)` tiktoken's regex engine stores a state for each character, to go back to, and panics at a
+    million. Such runs occur in crawled text. A cut changes only tokens of the run. A text without such a run
+    is returned as one part.
     """
     if len(text) <= LONGEST_SPACE:
         return [text]

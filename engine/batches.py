@@ -23,7 +23,7 @@ class Part(NamedTuple):
     """This rank's part of one batch."""
 
     batch: dict[str, Tensor]
-    weight: float  # its number of targets over that of the whole update: of all parts on all ranks
+    weight: float  # n_targets over the targets of the whole update, which has all parts on all ranks
     n_targets: int
 
 
@@ -32,7 +32,7 @@ class HeldOutPart(NamedTuple):
 
     batch: dict[str, Tensor]
     n_targets: int
-    is_whole: bool  # False for the last rows, which may have another shape, and which every rank gets
+    is_whole: bool  # False for the last rows: they may have another shape, and each rank gets all of them
 
 
 class Batches:
@@ -100,7 +100,8 @@ class Batches:
         return self.task.split(batch, parallel.rank(), n) if n > 1 else batch
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch with --document-mask applied, in memory from which a GPU copies by itself."""
+        """Return a batch with --document-mask applied; with CUDA it is in pinned memory, from which the GPU
+        copies while the host goes on."""
         if self.args.document_mask and "cu_seqlens" not in batch:
             ends = cu_seqlens(batch["tokens"], self.dataset.tokenizer.eot_id)
             batch = {name: t.reshape(1, -1) for name, t in batch.items()} | {"cu_seqlens": ends}

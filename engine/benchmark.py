@@ -1,15 +1,11 @@
 """How fast a run is, and where its time goes.
 
-    MFU = tokens per second * FLOPs per token / dense bf16 peak of the device
-
-Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts the FLOPs of the model's equations,
-and not those of activations that are computed a second time. So it compares implementations as well as
-machines. No peak is published for a CPU: there the FLOP/s are divided by those of a product of two matrices,
-measured in the same process.
-
     python train.py --model gpt --benchmark     50 steps: tokens per second, MFU, memory, and the share of
                                                 each part of a step; on a GPU also how long it has no kernel
     python train.py --model gpt --profile       the operations that take longest, and a trace for a viewer
+
+engine/device.py defines MFU, the model FLOPs utilisation. No peak is published for a CPU: there the FLOP/s
+are divided by those of a product of two matrices, measured in the same process.
 """
 
 import resource
@@ -33,7 +29,7 @@ from engine.optim import set_learning_rate, sharpness_aware
 from engine.run import Run
 
 WARM_UP, STEPS = 5, 50
-SIDE = 1024  # of the matrices of `product_flops`
+SIDE = 1024  # rows and columns of the matrices of `product_flops`
 PROFILED = 5  # updates of `kernel_times`
 
 
@@ -81,7 +77,7 @@ def prepared(args: Namespace, prepare: Callable) -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as aside:
         args.out = Path(aside)
         run = prepare(args)
-        args.steps = max(args.steps, WARM_UP + STEPS)  # no schedule ends before
+        args.steps = max(args.steps, WARM_UP + STEPS + PROFILED)  # no schedule ends before
         try:
             yield run
         finally:

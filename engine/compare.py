@@ -2,9 +2,9 @@
 
     python train.py --compare runs/a runs/b        a table; compare.html and compare.png
 
-A loss says nothing beside another one unless both are of the same predictions. Runs of the same task on the
-same held-out tokens are compared in nats per token; where only the tokenizers differ, in bits per byte of
-the same text; and where the texts or the tasks differ, their losses are shown and not ranked.
+Two losses can be compared only if they are of the same predictions. Runs of the same task on the same
+held-out tokens are compared in nats per token. If only their tokenizers differ, they are compared in bits per
+byte of the same text. If the texts or the tasks differ, the losses are shown and not ranked.
 """
 
 from functools import partial
@@ -16,8 +16,9 @@ import numpy as np
 from engine.charts import HUES, Curve, chart, page, settled, table
 from engine.options import NO_EFFECT
 from engine.progress import duration
-from engine.report import column, draw, formatted, plotting, read_rows, read_starts, save_figure, unit_of
+from engine.report import column, draw, formatted, read_rows, read_starts, unit_of
 from formats import atomic
+from formats.figures import load_pyplot, save_figure
 from formats.quantities import short
 
 
@@ -83,7 +84,7 @@ def comparable(starts: dict[str, list[dict]]) -> tuple[str | None, str]:
         return None, f"The tasks differ ({', '.join(sorted(tasks))}): their losses cannot be compared."
     if len(fingerprints) == 1:
         return "val_loss", "All runs have the same held-out data: lower is better."
-    if len(texts) == 1 and texts != {""}:
+    if len(texts) == 1 and not texts & {"", None}:
         return (
             "bits_per_byte",
             "The held-out text is the same and its tokens differ: compare bits per byte, not the losses.",
@@ -92,15 +93,16 @@ def comparable(starts: dict[str, list[dict]]) -> tuple[str | None, str]:
 
 
 def results_of(runs: dict, starts: dict, key: str | None) -> list[tuple[str, ...]]:
-    """Return a table of the runs' sizes and results, its first row the headings. key: from `comparable`, the
-    metric whose lowest value is shown; None for none."""
+    """Return a table of the runs' sizes and results, its first row the headings.
+
+    key: the metric whose lowest value is shown, or None for no such column; it is from `comparable`."""
     unit = " or ".join(sorted({unit_of(started) for started in starts.values()}))
     rows = [["run", "parameters", unit, "time", f"{unit}/s", "validation loss", "bits per byte"]]
     if key is not None:
         rows[0].append(f"lowest {'loss' if key == 'val_loss' else 'bits'}")
     for name, (steps, evaluations) in runs.items():
         row = [name, f"{starts[name][-1]['n_params']:,}" if starts[name] else "-"]
-        row.append(short(max(row["count"] for row in (*steps[-1:], *evaluations[-1:]))))
+        row.append(short(max(last["count"] for last in (*steps[-1:], *evaluations[-1:]))))
         row.append(duration(steps[-1]["seconds"]) if steps else "-")
         rate = steps[-1]["count"] / steps[-1]["seconds"] if steps else None
         row.append(formatted("rate", rate) if steps else "-")
@@ -115,8 +117,8 @@ def results_of(runs: dict, starts: dict, key: str | None) -> list[tuple[str, ...
 
 
 def differing_flags(flags: dict[str, dict]) -> list[tuple[str, ...]]:
-    """Return a table of the flags that are not the same in all runs, without those that compute nothing
-    else."""
+    """Return a table of the flags that are not the same in all runs, without those of NO_EFFECT, which change
+    no number that a run computes."""
     rows = [("flag", *flags)]
     for flag in sorted(set().union(*flags.values()) - NO_EFFECT):
         values = [given.get(flag, "-") for given in flags.values()]
@@ -137,8 +139,8 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def seconds_of(rows: list[dict], steps: list[dict]) -> np.ndarray:
-    """Return the seconds of training (n,) before each row. Rows of evaluations do not hold them: interpolate
-    between those of steps."""
+    """Return the seconds of training before each row, (n,). Rows of evaluations do not hold them, so they are
+    interpolated between the rows of steps."""
     known = [{"step": 0, "seconds": 0.0}, *steps]
     return np.interp(column(rows, "step"), column(known, "step"), column(known, "seconds"))
 
@@ -159,10 +161,9 @@ def comparison_curves(runs: dict, unit: str) -> dict[tuple[str, str], list[Curve
 
 def draw_comparison(curves: dict[tuple[str, str], list[Curve]], out: Path) -> None:
     """Draw the charts of compare.html as compare.png."""
-    pyplot, ticks = plotting()
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure, axes = load_pyplot().subplots(2, 2, figsize=(11, 7), layout="constrained")
     for ((title, over), lines), axis in zip(curves.items(), axes.flat, strict=True):
-        draw(axis, lines, ticks, width=1)
+        draw(axis, lines, width=1)
         axis.set(xlabel=over, ylabel=f"{title.lower()} loss")
         axis.set_ylim(top=settled(lines))
     axes[0, 0].legend(fontsize="small")

@@ -1,11 +1,12 @@
 """Settings that make training on a CPU faster, and that PyTorch does not choose by itself.
 
-    memory      Every step allocates the same activations again. Keep freed memory instead of returning it to
-                the system, and use pages of 2 MB instead of 4 kB where the system has them.
-    products    Multiply float32 matrices by oneDNN, which is faster than MKL on CPUs of AMD.
+    keep_memory           Every step allocates the same activations again. Keep freed memory instead of
+                          returning it to the system, and use pages of 2 MB instead of 4 kB where the system
+                          has them.
+    multiply_by_onednn    Multiply float32 matrices by oneDNN, which is faster than MKL on CPUs of AMD.
 
-train.py makes both; results/train_speed.py measures their effect. `crowded` finds out whether other processes
-take the cores.
+train.py makes both settings; results/train_speed.py measures their effect. `crowded` finds out whether other
+processes take the cores.
 """
 
 import ctypes

@@ -1,9 +1,10 @@
-"""The device of a run: which one, what arithmetic it has, how fast it could be at best.
+"""The device of a run: which one it is, what arithmetic it has, and how fast it is at best.
 
     MFU = tokens per second * FLOPs per token / dense bf16 peak of the device
 
 Model FLOPs utilisation (PaLM, Chowdhery et al. 2022, appendix B) counts the operations of the model's
-equations, and none that are computed a second time: it compares machines and implementations alike.
+equations, and not those of activations that are computed a second time. So it compares implementations as
+well as machines.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """One model, many processes: data parallelism by PyTorch's own implementations.
 
-    gradient = mean over N ranks r of the gradient of N * (share of the targets on r) * (loss of r)
+    gradient = mean over the N ranks r of the gradient of N * (share of the targets on r) * (loss of r)
 
     torchrun --nproc_per_node=8 train.py --model gpt --parallel ddp
     torchrun --nproc_per_node=8 train.py --model gpt --size llama3-8b --parallel fsdp --checkpoint-activations
@@ -13,8 +13,9 @@
 
 --batch-size counts the sequences of all ranks, so the update does not depend on the world size N. Every rank
 draws the same batch, and rank r takes the r-th of its N equal parts. Three things do depend on N: dropout;
-the tokens among which the experts of a Switch and of expert choice are filled; and the weight of losses other
-than that of the targets, where ranks have unequally many targets.
+the tokens that compete for the places of an expert, in a Switch and in expert choice; and the weight of
+losses that are not means over targets, such as a mixture's balance loss, if the ranks have unequally many
+targets.
 
 With fsdp each rank makes the unsharded model in the host's memory first, and rank 0 keeps a copy there, to
 show and to save. In a single process the functions that communicate return at once.
@@ -304,8 +305,8 @@ def update_unsharded(model: nn.Module, unsharded: nn.Module | None) -> None:
     """Copy the weights of a sharded model into the unsharded copy on rank 0. Called by all ranks."""
     if unsharded is model or not any(is_sharded(p) for p in model.parameters()):
         return
-    places = unsharded.state_dict() if unsharded is not None else {}
+    copies = unsharded.state_dict() if unsharded is not None else {}
     for name, w in model.state_dict().items():
         w = unshard(w)
         if unsharded is not None:
-            places[name].copy_(w)
+            copies[name].copy_(w)

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images with a line of text under each.
+"""Pictures of a run: rows of images, with a text beside each row or under each image.
 
 A task's `show` calls `save`, which writes picture.png into the run's directory. The log keeps a copy for each
 evaluation, pictures/N.png at step N, and report.html holds the pictures inside, so that it loads no file.
@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.report import PICTURE
 from formats import atomic
 
-CELL = 64  # pixels of an image in the picture, at least
+CELL = 64  # an image is enlarged by the whole factor that brings its longer side nearest to so many pixels
 GAP, LINE = 6, 18  # pixels between images, and of a line of text
 INK, PAPER = "#22252a", "#fdfdfb"
 
@@ -25,11 +25,13 @@ def save(
     rows: Sequence[Sequence[Tensor]],
     texts: Sequence[Sequence[str]] | None = None,
     colours: Sequence[Sequence[str]] | None = None,
+    labels: Sequence[str] | None = None,
     name: str = PICTURE,
 ) -> None:
-    """Write picture.png into out: rows of images (C, H, W) with values in [0, 1], C 1 or 3.
+    """Write picture.png into out: rows of images (C, H, W) of one size with values in [0, 1], C 1 or 3.
 
-    texts: a line under each image, in the colours, by default dark grey. name: of another file.
+    texts: a line under each image. colours: of these lines, by default dark grey. labels: a text to the left
+    of each row. name: the file's name.
     """
     from PIL import Image, ImageDraw
 
@@ -39,13 +41,18 @@ def save(
     _, H, W = rows[0][0].shape
     factor = max(1, round(CELL / max(H, W)))
     width, height = factor * W + GAP, factor * H + GAP + (LINE if texts else 0)
-    canvas = Image.new("RGB", (width * max(map(len, rows)) + GAP, height * len(rows) + GAP), PAPER)
-    draw, font = ImageDraw.Draw(canvas), glyphs.open_font("DejaVuSans", LINE - 5)
+    font = glyphs.open_font("DejaVuSans", LINE - 5)
+    left = GAP + (round(max(map(font.getlength, labels))) + GAP if labels else 0)
+    canvas = Image.new("RGB", (left + width * max(map(len, rows)), height * len(rows) + GAP), PAPER)
+    draw = ImageDraw.Draw(canvas)
 
     # The cells, row by row.
     for i, row in enumerate(rows):
+        y = GAP + i * height
+        if labels:
+            draw.text((GAP, y + factor * H / 2), labels[i], INK, font, "lm")
         for j, image in enumerate(row):
-            x, y = GAP + j * width, GAP + i * height
+            x = left + j * width
             canvas.paste(enlarged(image, factor), (x, y))
             if texts:
                 ink = colours[i][j] if colours else INK

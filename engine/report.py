@@ -184,43 +184,26 @@ def loss_curves(steps: list[dict], evaluations: list[dict], key: str = "loss") -
 
 def draw_loss(out: Path) -> None:
     """Draw loss.png of the run in `out`: training and validation loss over tokens, or images."""
+    from formats.figures import load_pyplot, save_figure  # not at every import of train.py
+
     steps, evaluations = read_rows(out)
     starts = read_starts(out)
-    pyplot, ticks = plotting()
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    draw(axes, loss_curves(steps, evaluations), ticks, width=1.2)
+    figure, axes = load_pyplot().subplots(figsize=(7, 4.2), layout="constrained")
+    draw(axes, loss_curves(steps, evaluations), width=1.2)
     axes.set(xlabel=unit_of(starts), ylabel=loss_title(evaluations, starts))
     axes.legend()
     save_figure(figure, out / "loss.png")
 
 
-def plotting():
-    """Return matplotlib.pyplot without a display, and the formatter of ticks. Imported late: it is slow."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def draw(axes, curves: list[Curve], width: float) -> None:
+    """Draw curves with lines of a width in points."""
     from matplotlib.ticker import EngFormatter
 
-    return pyplot, EngFormatter
-
-
-def draw(axes, curves: list[Curve], ticks: type, width: float) -> None:
-    """Draw curves with lines of a width in points."""
     for curve in curves:
         style = "o-" if curve.dots else "-"
         axes.plot(curve.x, curve.y, style, label=curve.label, markersize=4, linewidth=width)
-    axes.xaxis.set_major_formatter(ticks())
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and free it."""
-    from matplotlib import pyplot
-
-    with atomic.replace_file(path) as new:
-        figure.savefig(new, dpi=120, format="png")
-    pyplot.close(figure)
 
 
 def formatted(name: str, value: float) -> str:

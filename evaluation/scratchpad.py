@@ -158,11 +158,11 @@ def table(rows: list[dict]) -> str:
     lengths = sorted({row["swaps"] for row in rows})
     lines = [
         f"right final answers (a guess: {1 / 3:.1%})",
-        f"{'':24}" + "".join(f"{n:>3} swaps{'':16}" for n in lengths),
+        f"{'':24}" + "".join(f"{n:>3} swaps{'':18}" for n in lengths),
     ]
     for kind in KINDS:
         cells = [[row["right"] for row in of(rows, kind=kind, swaps=n)] for n in lengths]
-        lines.append(f"  {kind:22}" + "".join(f"{mean_and_range(cell) if cell else '':25}" for cell in cells))
+        lines.append(f"  {kind:22}" + "".join(f"{mean_and_range(cell) if cell else '':27}" for cell in cells))
     lines.append(f"a changed place in the middle of {lengths[-1]}, and what the answer follows")
     for kind in KINDS:
         own = [row["changed"] for row in of(rows, kind=kind) if "changed" in row]

@@ -6,7 +6,7 @@ Every step draws new examples, and a test draws its own from another stream of r
 need no further held-out set. The studies are in_context.py, scratchpad.py, spelling.py and injection.py;
 results/prompting_studies.py makes their figures with three seeds.
 
-Shapes: B examples, T tokens of an example, V vocabulary.
+Shapes: B examples, T tokens of an example.
 """
 
 import statistics

@@ -1,7 +1,8 @@
-"""Atomic files and directories: written beside the old ones, synced to disk, then swapped in.
+"""Atomic files and directories: written beside the old ones, synced to disk, then renamed.
 
-Whenever a process dies, either the old version or the new one is in place, and complete. Checksums beside the
-files show later whether they are still intact.
+Whenever a process dies, either the old file or the new one is in place, and complete. Replacing a directory
+takes two renames; a process that dies between them leaves both versions complete under other names, see
+`replace_directory`. Checksums beside the files show later whether they are still intact.
 """
 
 import errno
@@ -13,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # no space on the disk; none of a user's share
+FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # no space on the disk, none in a user's quota
 
 
 @contextmanager
 def names_full_disk(path: Path) -> Iterator[None]:
-    """Let errors about a full disk name this path, since those of writing to an open file name none."""
+    """Make errors about a full disk name this path: errors from writing to an open file name none."""
     try:
         yield
     except OSError as error:
@@ -31,8 +32,9 @@ def names_full_disk(path: Path) -> Iterator[None]:
 def replace_directory(directory: str | Path, *, previous: Path | None = None) -> Iterator[Path]:
     """Yield an empty directory to fill; afterwards it is synced to disk and replaces `directory`.
 
-    The old directory is moved to `previous` if that is given, else it is removed. If the filling fails, the
-    old directory stays in place, and nothing of the new one.
+    The old directory is moved to `previous` if that is given, else it is removed. If an error is raised while
+    the new one is filled, the new one is removed and the old one stays in place. If the process dies between
+    the two renames, the old one is at `previous`, or else at "NAME.old", and the new one at "NAME.new".
     """
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -42,13 +44,14 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
     try:
         with names_full_disk(directory):
             yield new
-            for path in [*new.iterdir(), new]:
+            for path in [*new.rglob("*"), new]:
                 sync(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     target = previous or old
-    # Only now, with the new directory complete, remove the oldest: a good one exists at every moment.
+    # The version before the old one is removed only now that the new one is complete, so that at every moment
+    # there is a complete one.
     shutil.rmtree(target, ignore_errors=True)
     if directory.exists():
         directory.rename(target)
@@ -61,8 +64,8 @@ def replace_directory(directory: str | Path, *, previous: Path | None = None) ->
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; afterwards that file is synced to disk and replaces `path` in one step.
 
-    The folder of `path` is made if there is none. The file's mode follows the umask. (safetensors makes files
-    that only their owner can read, but another user may run the model.)
+    The folder of `path` is made if there is none. The file gets the permissions that the umask gives any new
+    file: safetensors would write one that only its owner can read, but another user may run the model.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
@@ -101,11 +104,14 @@ def write_checksums(directory: Path) -> None:
 
 
 def damage(directory: Path) -> str | None:
-    """Return which file in a directory is missing or damaged by checksums.json, or None if all are intact."""
+    """Return a sentence that names a file in directory that is missing or whose SHA-256 is not the one in
+    checksums.json, or None if all are intact."""
     try:
         checksums = json.loads((directory / "checksums.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{directory / 'checksums.json'} is missing or damaged ({type(error).__name__})"
+    if not isinstance(checksums, dict):
+        return f"{directory / 'checksums.json'} is damaged (it is no JSON object)"
     for name, expected in checksums.items():
         path = directory / name
         if not path.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from formats import diffusers
-from formats.safetensors_dir import read_weights, rename
+from formats.safetensors_dir import filled, read_weights, rename
 
 CLASS = "AutoencoderKL"
 FIELDS = {  # config.json: Config of vision/autoencoder_kl.py
@@ -48,7 +48,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
         both = f"{fields['n_channels']} channels in, {hf.get('out_channels', 3)!r:.20} out"
         raise ValueError(f"{path}: {both}: expected as many, since what is rebuilt is the input")
     weights = {new_name(name): as_matrix(name, w) for name, w in read_weights(directory).items()}
-    return diffusers.load(kind, config_kind, directory, kernels, fields, weights)
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def new_name(name: str) -> str:

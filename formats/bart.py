@@ -1,11 +1,11 @@
-"""Hugging Face checkpoints of BART and PEGASUS: their config.json, names of weights, generation_config.json.
+"""Hugging Face checkpoints of BART and PEGASUS: config.json, names of weights, generation_config.json.
 
-    generation_config.json    how `generate` writes by default: beams, length penalty, tokens that are forced
-                              at an end or forbidden. All of it is read into `Decoding`, or refused by name
-
-Without that file its keys may stand in config.json, as in checkpoints from before 2023.
+generation_config.json has the defaults of `generate`: the number of beams, the length penalty, and the tokens
+that are forced or forbidden. They are read into `Decoding`; a key that is not implemented is an error that
+names it. In checkpoints from before 2023 there is no such file, and the keys are in config.json.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.config_json import INERT, damage_named, flag, named_architecture, read_config, read_fields
+from formats.config_json import INERT, damage_named, flag, read_architecture, read_config, read_fields
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import assign, build, inverse, read_weights, rename, write
 
@@ -31,7 +31,7 @@ FIELDS = {  # config.json: Config
     "eos_token_id": "eos_token_id",
     "decoder_start_token_id": "start_token_id",
 }
-# Both stacks have the same heads and widths.
+# Keys of the decoder, and those of the encoder that must have the same value.
 TWINS = {"decoder_attention_heads": "encoder_attention_heads", "decoder_ffn_dim": "encoder_ffn_dim"}
 INERT_KEYS = INERT | {
     "dropout", "activation_dropout", "attention_dropout", "classifier_dropout", "classif_dropout", "init_std",
@@ -39,7 +39,8 @@ INERT_KEYS = INERT | {
     "force_bos_token_to_be_generated",  # now forced_bos_token_id
 }  # fmt: skip
 REQUIRED = set(FIELDS.values())
-NAMES = {  # theirs: ours, which are those of t5.py. The layers' final_layer_norm belongs to the MLP.
+# Names of weights: theirs, ours, which are those of language/t5.py.
+NAMES = {
     "model.": "",
     "encoder.layer_norm.": "encoder.final_layer_norm.",
     "decoder.layer_norm.": "decoder.final_layer_norm.",
@@ -50,25 +51,26 @@ NAMES = {  # theirs: ours, which are those of t5.py. The layers' final_layer_nor
     ".encoder_attn.": ".layer.1.EncDecAttention.",
 }
 PROJECTIONS = {f".{name}_proj.": f".{name}." for name in ("q", "k", "v")} | {".out_proj.": ".o."}
+# A layer's MLP and its norm, the last of the layer's parts: theirs, ours.
 OF_MLP = {"fc1": "DenseReluDense.wi", "fc2": "DenseReluDense.wo", "final_layer_norm": "layer_norm"}
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """The defaults of a checkpoint for beam search."""
+    """The defaults of a checkpoint for beam search, see language/beam_search.py."""
 
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False  # end as soon as num_beams outputs have ended
-    no_repeat_ngram_size: int = 0  # no sequence of so many tokens comes twice; 0: it may
+    no_repeat_ngram_size: int = 0  # no sequence of this many tokens is written twice; 0: no such limit
     min_length: int = 0  # tokens before which no output ends, the start token included
     max_length: int = 0  # tokens of an output, the start token included; 0: not given
     forced_bos_token_id: int | None = None  # the first token behind the start token
     forced_eos_token_id: int | None = None  # the last token of an output of full length
 
 
-# Of generation_config.json: what changes nothing of what is implemented.
+# Keys of generation_config.json that change nothing, and values with which other keys change nothing.
 INERT_GENERATION = {
     "_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id",
     "decoder_start_token_id", "use_cache",
@@ -112,10 +114,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+    path, hf, architecture = read_architecture(directory, ARCHITECTURES)
     with damage_named(path):
         fields = read_keys(path, hf, architecture == ARCHITECTURES[1])
     weights = {ours(name): w for name, w in read_weights(directory).items()}
@@ -131,7 +130,10 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_keys(path: Path, hf: dict, pegasus: bool) -> dict:
-    """Return the fields of `bart.Config`. hf: the content of the config.json at path."""
+    """Return the fields of `bart.Config`.
+
+    hf: the content of the config.json at path. Raises ValueError for what is missing or not implemented.
+    """
     hf = dict(hf)
     for twin, first in TWINS.items():
         if hf.pop(twin, hf.get(first)) != hf.get(first):
@@ -143,7 +145,7 @@ def read_keys(path: Path, hf: dict, pegasus: bool) -> dict:
         )
     scaled = flag(path, hf, "scale_embedding")
     hf.pop("scale_embedding", None)
-    # What older files say of both families.
+    # Older files have keys for what distinguishes the two families.
     only = {"is_encoder_decoder": (True,), "tie_word_embeddings": (True,), "is_decoder": (False,)}
     only |= {
         key: (pegasus,) for key in ("normalize_before", "add_final_layer_norm", "static_position_embeddings")
@@ -164,8 +166,10 @@ def read_keys(path: Path, hf: dict, pegasus: bool) -> dict:
 
 
 def read_decoding(directory: str | Path) -> Decoding:
-    """Return the defaults of beam search in directory. Raises ValueError naming a key of
-    generation_config.json that is not implemented."""
+    """Return the defaults of beam search in directory.
+
+    Raises ValueError naming a key of generation_config.json that is not implemented, or a wrong value.
+    """
     path = Path(directory) / "generation_config.json"
     is_own = path.is_file()
     content = read_json(path) if is_own else read_config(directory)[1]
@@ -179,13 +183,20 @@ def read_decoding(directory: str | Path) -> Decoding:
         kinds = (bool,) if key == "early_stopping" else (int, float) if key == "length_penalty" else (int,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{path}: {key} {value!r:.100}: expected {kinds[0].__name__}")
+        if not math.isfinite(value):
+            raise ValueError(f"{path}: {key} {value}: expected a finite number")
+        least = 1 if key == "num_beams" else 0
+        if key != "length_penalty" and value < least:
+            raise ValueError(f"{path}: {key} {value}: expected at least {least}")
     return Decoding(**found)
 
 
 def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights in directory, in their precision; config is of config_kind."""
+    """Return kind(config) with the weights in directory, in their precision; config is of config_kind, a
+    `bart.Config`. Raises ValueError naming what is missing, damaged or not implemented."""
     fields, weights = read(directory)
     model = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
+    # Files of PEGASUS may leave out the sinusoids.
     for name in model.state_dict():
         if name.endswith("embed_positions.weight") and fields["pegasus"] and name not in weights:
             weights[name] = config_kind(**fields).sinusoids().to(weights["shared.weight"].dtype)
@@ -204,7 +215,7 @@ def config_of(config: Any) -> dict:
     hf |= {key: fields[field] for key, field in FIELDS.items()}
     hf |= {twin: hf[first] for twin, first in TWINS.items()}
     hf |= {"activation_function": config.mlp, "scale_embedding": config.scale_embedding}
-    # language/bart.py has no dropout. Without these keys, transformers would train the model further with it.
+    # language/bart.py has no dropout. Without its keys, transformers would use its own in further training.
     hf |= {"dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0}
     return hf | {"tie_word_embeddings": True, "forced_eos_token_id": None}
 
@@ -214,8 +225,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Each file is replaced only once the new one is complete.
     """
-    write(directory, config_of(model.config), {theirs(name): w for name, w in model.state_dict().items()})
-    ids = {"pad_token_id", "eos_token_id", "decoder_start_token_id"}
-    content = {key: config_of(model.config)[key] for key in sorted(ids)}
+    hf = config_of(model.config)
+    write(directory, hf, {theirs(name): w for name, w in model.state_dict().items()})
+    content = {key: hf[key] for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
     changed = {k: v for k, v in vars(model.decoding).items() if v != vars(Decoding())[k]}
     write_json(Path(directory) / "generation_config.json", content | changed)

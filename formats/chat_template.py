@@ -2,8 +2,9 @@ r"""Chat templates: how a conversation is written as tokens.
 
 A conversation is a list of {"role": "system" | "user" | "assistant", "content": str}. A *template* writes it
 as tokens. Two of them are implemented (see `pieces`): ChatML, for tokenizers that have its special tokens,
-such as Qwen's, and Tülu's for all others. Training and inference must write the same tokens, so the template
-is also saved beside the tokenizer, in Jinja, as Hugging Face's libraries read it.
+such as Qwen's, and that of Tülu (Wang et al. 2023, arXiv 2306.04751) for all others. Training and inference
+must write the same tokens, so the template is also saved beside the tokenizer as chat_template.jinja, which
+Hugging Face's libraries read.
 """
 
 import json
@@ -20,7 +21,7 @@ Conversation = list[dict[str, str]]  # of {"role": ..., "content": ...}
 
 ROLES = ("system", "user", "assistant")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-IMAGE = "<image>"  # where an image is in a message, for models that see
+IMAGE = "<image>"  # the place of an image in a message, for models that read images
 
 
 class ImageTokens(NamedTuple):
@@ -43,19 +44,19 @@ class Tokenizer(Protocol):
 
 
 def is_chatml(tokenizer: Tokenizer) -> bool:
-    """Return whether conversations are written in ChatML: if the tokenizer has its special tokens."""
+    """Return whether the template is ChatML, which it is if the tokenizer has ChatML's special tokens."""
     return {IM_START, IM_END} <= tokenizer.special_tokens.keys()
 
 
 def end_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the token that ends an answer."""
+    """Return the id of the token that ends a response."""
     return tokenizer.special_tokens[IM_END] if is_chatml(tokenizer) else tokenizer.eot_id
 
 
 def as_text(content: str) -> str:
-    """Return the content of a message with a space in all markers of Tülu's template: "<| user|>".
+    """Return the content of a message with a space in each marker of Tülu's template, such as "<| user|>".
 
-    Markers are ordinary text in that template. Without the space, a user could write turns of the assistant.
+    Markers are ordinary text in that template. Without the space, a user could write a turn of the assistant.
     """
     for role in ROLES:
         content = content.replace(f"<|{role}|>", f"<| {role}|>")
@@ -63,46 +64,46 @@ def as_text(content: str) -> str:
 
 
 def pieces(messages: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str | int, bool]]:
-    r"""Yield the pieces of a conversation: (text or the id of a special token, is it part of a response?).
+    r"""Yield the pieces of a conversation: (a text or the id of a token, whether it is part of a response).
 
     ChatML is used if the tokenizer has its special tokens, as Qwen's does:
 
         <|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n
 
-    otherwise Tülu's template, in the form of OLMo 2 with a line break between an answer and the next turn:
+    otherwise Tülu's template, in the form of OLMo 2 with a line break between a response and the next turn:
 
         <|endoftext|><|user|>\nWhat is 2 + 2?\n<|assistant|>\n4<|endoftext|>
 
-    Tülu's template adds no token to the base model's. New tokens would be random rows of the embedding, to be
-    learned from few conversations. Here the markers are ordinary text, and <|endoftext|> begins a document,
-    and ends an answer, as it did in pretraining. Both templates begin with the tokens that the tokenizer puts
-    in front of a text, if there are any; Tülu's then has no <|endoftext|> there.
+    Tülu's template needs no new tokens, whose embeddings would start at random and be learned from few
+    conversations: the markers are ordinary text, and <|endoftext|> comes before a text and after it, as in
+    pretraining. Both templates begin with the tokens that the tokenizer puts in front of a text, if there are
+    any; Tülu's then has no <|endoftext|> there.
     """
     begin = tokenizer.begin_ids or ([] if is_chatml(tokenizer) else [tokenizer.eot_id])
     yield from ((i, False) for i in begin)
     if is_chatml(tokenizer):
         start, end = tokenizer.special_tokens[IM_START], tokenizer.special_tokens[IM_END]
         for message in messages:
-            answer = message["role"] == "assistant"
+            is_response = message["role"] == "assistant"
             yield from ((start, False), (f"{message['role']}\n", False))
-            yield from ((message["content"], answer), (end, answer), ("\n", False))
+            yield from ((message["content"], is_response), (end, is_response), ("\n", False))
         return
 
     for i, message in enumerate(messages):
-        answer = message["role"] == "assistant"
-        yield from ((f"<|{message['role']}|>\n", False), (as_text(message["content"]), answer))
-        if answer:
+        is_response = message["role"] == "assistant"
+        yield from ((f"<|{message['role']}|>\n", False), (as_text(message["content"]), is_response))
+        if is_response:
             yield tokenizer.eot_id, True
-        if not answer or i + 1 < len(messages):
+        if not is_response or i + 1 < len(messages):
             yield "\n", False
 
 
 def with_images(
     parts: Iterator[tuple[str | int, bool]], image: ImageTokens | None
 ) -> Iterator[tuple[str | int, bool]]:
-    """Yield pieces in which each "<image>" outside of responses has become the tokens of an image.
+    """Yield pieces in which each "<image>" outside of responses is replaced by the tokens of an image.
 
-    image: None leaves the text as it is.
+    image: those tokens, or None to leave the text as it is.
     """
     for piece, flag in parts:
         if image is None or flag or isinstance(piece, int):
@@ -116,9 +117,10 @@ def with_images(
 
 
 def encode(parts: Iterator[tuple[str | int, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """Return the token ids of pieces and the flag of each id.
+    """Return the token ids of pieces, and for each id whether it is part of a response.
 
-    Adjacent pieces of text with the same flag are joined before they are encoded.
+    parts: as `pieces` yields them. Adjacent texts are joined before they are encoded if both are part of a
+    response, or neither is.
     """
     tokens: list[int] = []
     flags: list[bool] = []
@@ -136,13 +138,13 @@ def render(
     """Return the token ids of a conversation, and for each id whether it is part of a response.
 
     A response is the content of an assistant's message and the token that ends it. It is encoded apart from
-    the text before it, so that in training it follows the same tokens, those of `prompt_tokens`, as in
-    inference. image: see `with_images`.
+    the text before it, so that in training it follows the same tokens as in inference, those of
+    `prompt_tokens`. image: see `with_images`.
 
-    Hugging Face's apply_chat_template encodes all text between two special tokens at once. Its ids are the
-    same, except where (1) an answer begins with a line break, which most split patterns join to the one
-    before it, or under GPT-2's pattern with several spaces; or (2) a content spells a special token, which is
-    encoded as that token there and as text here.
+    Hugging Face's apply_chat_template encodes all text between two special tokens at once. Its ids differ in
+    two cases. (1) A response begins with a line break, which most split patterns join to the one before it,
+    or, with GPT-2's pattern, with several spaces. (2) A content contains the name of a special token: there
+    it becomes that token, here it stays text.
     """
     return encode(with_images(pieces(messages, tokenizer), image), tokenizer)
 
@@ -150,10 +152,9 @@ def render(
 def prompt_tokens(
     messages: Conversation, tokenizer: Tokenizer, image: ImageTokens | None = None
 ) -> list[int]:
-    """Return the token ids that precede the answer to messages, including the assistant's header.
+    """Return the token ids that precede the response to messages, including the header of that turn.
 
-    image: the tokens of an "<image>" in a message, see `with_images`. Raises ValueError unless there is a
-    message and the last one is the user's.
+    image: see `with_images`. Raises ValueError if there is no message, or if the last is the assistant's.
     """
     if not messages or messages[-1]["role"] == "assistant":
         raise ValueError("there is nothing to answer: expected messages of which the last is the user's")
@@ -166,7 +167,7 @@ def prompt_tokens(
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
-    """Return the template in Jinja, for Hugging Face's tokenizers; see `render` for where ids may differ."""
+    """Return the template in Jinja, for Hugging Face's tokenizers. `render` names where its ids differ."""
     if is_chatml(tokenizer):
         turn = f"'{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n'"
         first, header = "", f"{IM_START}assistant\\n"
@@ -185,10 +186,11 @@ def chat_template(tokenizer: Tokenizer) -> str:
 def save_chat_template(tokenizer: Tokenizer, directory: Path) -> None:
     """Write chat_template.jinja beside a saved tokenizer, for AutoTokenizer's apply_chat_template.
 
-    With Tülu's template, tokenizer_config.json also gets the text before and after an answer. Without it, the
-    server of transformers looks for ChatML's marks in all models of Qwen's layout; where there are none, it
-    repeats the question before the answer. With ChatML, the generation_config.json of a model in the same
-    directory gets two tokens that end an answer, ChatML's own and the end of text, besides those in it.
+    With Tülu's template, tokenizer_config.json also gets the texts before and after a response. Without them,
+    the server of transformers looks for ChatML's markers in all models of Qwen's layout, and since it finds
+    none, repeats the prompt before the response. With ChatML, a model in the same directory gets two tokens
+    that end a response in its generation_config.json: ChatML's own and the end of text. They replace a single
+    eos_token_id there; in a list they come first.
     """
     directory = Path(directory)
     with replace_file(directory / "chat_template.jinja") as new:

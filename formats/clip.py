@@ -1,14 +1,16 @@
-"""Hugging Face checkpoints of models that place images and texts in one space: CLIP and SigLIP.
+"""Hugging Face checkpoints of models that embed images and texts in one space: CLIP and SigLIP.
 
-    CLIPModel, SiglipModel                  both towers, read and written
-    CLIPVisionModel, SiglipVisionModel      the image tower alone, read: the first stage of models that see
-    CLIPVisionModelWithProjection           the same, the projection left out
-    CLIPTextModel                           CLIP's text tower alone, read and written: Stable Diffusion's
+    CLIPModel, SiglipModel                      both towers, read and written
+    CLIPVisionModel, SiglipVisionModel          the image tower alone, read: LLaVA starts from one
+    CLIPVisionModelWithProjection               the image tower, read without its projection
+    CLIPTextModel                               CLIP's text tower alone, read and written: Stable Diffusion's
+    CLIPTextModelWithProjection                 CLIP's text tower, read without its projection
 
-Our names of weights are theirs on disk. A config.json holds that of each tower, under "text_config" and
-"vision_config"; old files hold them a second time, as "text_config_dict" and "vision_config_dict", which go
-first. How pixels are normalised is in preprocessor_config.json. formats/native.py keeps what no architecture
-has: CLIP's towers with SigLIP's loss, and the other way round.
+Our names of weights are those in the files. config.json has the settings of the towers as "text_config" and
+"vision_config". Old files have them again as "text_config_dict" and "vision_config_dict"; where the two
+differ, the second counts. How pixels are normalised is in preprocessor_config.json. CLIP's towers with
+SigLIP's loss, and SigLIP's with CLIP's loss, have no class in transformers and are saved in the layout of
+formats/native.py.
 """
 
 from pathlib import Path
@@ -17,15 +19,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from formats import config_json, native
-from formats.config_json import damage_named, named_architecture, read_config, read_fields, whole_number
+from formats.config_json import damage_named, read_architecture, read_fields, whole_number
 from formats.images import every, read_preprocessor
 from formats.json_file import write_json
-from formats.safetensors_dir import assign, build, filled, read_weights, write
+from formats.safetensors_dir import filled, read_weights, write
 
 CONCEPT = "vision.clip"
 MODELS = {"CLIPModel": "clip", "SiglipModel": "siglip"}  # architecture: layout
 TOWERS = {"CLIPVisionModel": "clip", "CLIPVisionModelWithProjection": "clip", "SiglipVisionModel": "siglip"}
-TEXT_TOWERS = {"CLIPTextModel": "clip", "CLIPTextModelWithProjection": "clip"}  # Stable Diffusion's
+TEXT_TOWERS = {"CLIPTextModel": "clip", "CLIPTextModelWithProjection": "clip"}
 PREFIX, TEXT_PREFIX = "vision_model.", "text_model."
 SHARED_FIELDS = {  # config.json: TowerConfig of vision/clip_towers.py
     "num_hidden_layers": "n_layers",
@@ -49,8 +51,9 @@ OF_TEXT = {  # TextConfig: Config of vision/clip.py
     "max_seq_len": "max_seq_len",
 }
 OBJECTIVE = {"clip": "softmax", "siglip": "sigmoid"}
-START = 2.6592  # ln(1 / 0.07), the temperature's logarithm before training
-# An eos_token_id of 2 in old files of CLIP, all of OpenAI's own, means the largest id of a text.
+START = 2.6592  # ln(1 / 0.07), the value of logit_scale before training
+# The default of eos_token_id, where a text is read. In old files of CLIP, OpenAI's among them, it is 2, and
+# means that a text is read at its largest id (the field read_largest).
 END, OLD_END = {"clip": 49407, "siglip": 1}, 2
 # The values of absent keys: transformers leaves out what is its default.
 VISION_DEFAULTS = {
@@ -104,7 +107,10 @@ def vision_fields(path: Path, hf: dict, layout: str) -> dict:
 
 
 def tower_fields(path: Path, hf: dict, layout: str, table: dict[str, str], defaults: dict) -> dict:
-    """Return the fields of a tower's config, by a table {key: field} and the values of absent keys."""
+    """Return the fields of a tower's Config for hf, its settings in the config.json at path.
+
+    table: {key: field}. defaults: the values of absent keys. Raises ValueError as `vision_fields` does.
+    """
     if not isinstance(hf, dict):
         raise ValueError(f"{path}: {str(hf)[:100]!r}: expected the settings of a tower")
     with damage_named(path):
@@ -130,12 +136,9 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    layout = MODELS.get(named_architecture(path, hf))
-    if layout is None:
-        expected = " or ".join(MODELS)
-        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {expected}")
-    with damage_named(path):  # of the keys outside of the towers'
+    path, hf, architecture = read_architecture(directory, MODELS)
+    layout = MODELS[architecture]
+    with damage_named(path):  # checks the keys beside those of the towers
         read_fields(path, hf, {}, {}, ONLY, INERT, set())
     vision = vision_fields(path, part_of(path, hf, "vision"), layout)
     text_hf = part_of(path, hf, "text")
@@ -145,7 +148,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
             both = f"{text[field]} of the text tower, {vision[field]} of the image tower"
             raise ValueError(f"{path}: {field} {both}: expected the same of both")
 
-    # The end of a text, and the width of the common space.
+    # Where a text is read, and the width of the common space.
     end = whole_number(path, text_hf, "eos_token_id", END[layout])
     fields = (
         vision | {field: text[key] for key, field in OF_TEXT.items()} | read_preprocessor(Path(directory))
@@ -155,8 +158,8 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     fields["d_joint"] = width if layout == "clip" else fields["d_model"]
     fields["objective"] = OBJECTIVE[layout]
 
-    weights = without_buffers(read_weights(directory))
-    if "logit_scale" in weights:
+    weights = without_positions(read_weights(directory))
+    if "logit_scale" in weights and not weights["logit_scale"].ndim:  # ours has the shape (1,)
         weights["logit_scale"] = weights["logit_scale"].reshape(1)
     return fields, weights
 
@@ -175,17 +178,16 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write a `clip.CLIP` as CLIPModel or SiglipModel, with its preprocessor_config.json.
 
-    What neither describes is written by formats/native.py: another loss than the layout's own, and an end of
-    texts with the id 2, which for a CLIPModel has a meaning of its own.
+    Two models that neither class describes are written in the layout of formats/native.py: one with the loss
+    of the other class, and a CLIP whose texts end with the id 2, which transformers would not look for (see
+    OLD_END).
     """
     config = model.config
     ends_as_old = config.layout == "clip" and config.eos_token_id == OLD_END and not config.read_largest
     if config.objective != OBJECTIVE[config.layout] or ends_as_old:
         native.save(model, directory)
         return
-    text, vision = tower_settings(config.text), tower_settings(config.vision)
-    end = OLD_END if config.read_largest else config.eos_token_id
-    text |= {"eos_token_id": end, "bos_token_id": None, "pad_token_id": end}
+    text, vision = tower_settings(config.text) | ends_of_text(config), tower_settings(config.vision)
     weights = model.state_dict()
     architecture = next(name for name, layout in MODELS.items() if layout == config.layout)
     hf = {"architectures": [architecture], "model_type": config.layout}
@@ -200,76 +202,70 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
 
 def read_tower_config(directory: str | Path) -> dict:
-    """Return the fields of a `clip_towers.VisionConfig` for the image tower in directory, alone or of a model
-    of two. Raises ValueError naming what is wrong."""
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    layout = (MODELS | TOWERS).get(architecture)
-    if layout is None:
-        expected = ", ".join([*TOWERS, *MODELS])
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {expected}")
+    """Return the fields of a `clip_towers.VisionConfig` for the image tower in directory, alone or in a model
+    of both towers. Raises ValueError naming what is wrong."""
+    path, hf, architecture = read_architecture(directory, TOWERS | MODELS)
     own = part_of(path, hf, "vision") if architecture in MODELS else hf
-    return vision_fields(path, own, layout) | read_preprocessor(Path(directory))
+    return vision_fields(path, own, (TOWERS | MODELS)[architecture]) | read_preprocessor(Path(directory))
 
 
 def load_tower(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights of the image tower in directory, alone or of a model of two.
+    """Return kind(config) with the weights of the image tower in directory, alone or in a model of both.
 
-    kind: `clip_towers.VisionTower`; config_kind: its config's. Raises ValueError naming what is wrong.
+    kind: `clip_towers.VisionTower`. config_kind: the class of its Config. Raises ValueError naming what is
+    wrong.
     """
-    fields = read_tower_config(directory)
-    weights = tower_weights(read_weights(directory))
-    tower = build(lambda: kind(config_kind(**fields, kernels=kernels)), fields, weights, directory)
-    assign(tower, weights, directory)
-    return tower
+    weights = tower_weights(read_weights(directory), PREFIX)
+    return filled(kind, config_kind, read_tower_config(directory), weights, directory, kernels)
 
 
 def load_text_tower(
     kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str
 ) -> nn.Module:
-    """Return kind(config) with the weights of the text tower in directory, alone or of a CLIP.
+    """Return kind(config) with the weights of the text tower in directory, alone or in a CLIP.
 
-    kind: `clip_towers.TextTower`; config_kind: its config's. Raises ValueError naming what is wrong.
+    kind: `clip_towers.TextTower`. config_kind: the class of its Config. Raises ValueError naming what is
+    wrong.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    layout = (MODELS | TEXT_TOWERS).get(architecture)
-    if layout != "clip":
-        expected = ", ".join([*TEXT_TOWERS, "CLIPModel"])
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {expected}")
+    path, hf, architecture = read_architecture(directory, [*TEXT_TOWERS, "CLIPModel"])
     own = part_of(path, hf, "text") if architecture in MODELS else hf
-    fields = tower_fields(path, own, layout, TEXT_FIELDS, TEXT_DEFAULTS[layout])
-    end = whole_number(path, own, "eos_token_id", END[layout])
+    fields = tower_fields(path, own, "clip", TEXT_FIELDS, TEXT_DEFAULTS["clip"])
+    end = whole_number(path, own, "eos_token_id", END["clip"])
     fields |= {"eos_token_id": end, "read_largest": end == OLD_END}
     weights = tower_weights(read_weights(directory), TEXT_PREFIX)
-    weights = {name: w for name, w in weights.items() if name != "text_projection.weight"}
     return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def save_text_tower(tower: nn.Module, directory: str | Path) -> None:
-    """Write a `clip_towers.TextTower` of CLIP's as CLIPTextModel."""
-    config = tower.config
-    end = OLD_END if config.read_largest else config.eos_token_id
-    hf = tower_settings(config) | {"architectures": ["CLIPTextModel"], "eos_token_id": end}
-    hf |= {"bos_token_id": None, "pad_token_id": end}
+    """Write a `clip_towers.TextTower` in CLIP's layout as CLIPTextModel."""
+    hf = tower_settings(tower.config) | {"architectures": ["CLIPTextModel"]} | ends_of_text(tower.config)
     write(directory, hf, {TEXT_PREFIX + name: w for name, w in tower.state_dict().items()})
 
 
-def tower_weights(weights: dict[str, Tensor], prefix: str = PREFIX) -> dict[str, Tensor]:
-    """Return the weights of a tower under its own names, of its file or that of both towers."""
-    weights = without_buffers(weights)
+def ends_of_text(config: Any) -> dict:
+    """Return the keys of config.json for the ids at the ends of a text; config has the field read_largest."""
+    end = OLD_END if config.read_largest else config.eos_token_id
+    return {"eos_token_id": end, "bos_token_id": None, "pad_token_id": end}
+
+
+def tower_weights(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights of a tower under its own names, from the file of that tower or of both.
+
+    prefix: of its names in a file that also has other weights, such as a projection or the other tower.
+    """
+    weights = without_positions(weights)
     if any(name.startswith(prefix) for name in weights):
         return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     return weights
 
 
-def without_buffers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights without the numbers of positions, which old files hold, too."""
+def without_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the numbers 0, 1, 2 ... of positions, which old files hold, too."""
     return {name: w for name, w in weights.items() if not name.endswith(".position_ids")}
 
 
 def part_of(path: Path, hf: dict, name: str) -> dict:
-    """Return the settings of the tower "text" or "vision" in hf, the config.json at path."""
+    """Return the settings of the tower "text" or "vision" in hf, the content of the config.json at path."""
     found = (hf.get(f"{name}_config") or {}, hf.get(f"{name}_config_dict") or {})
     for settings in found:
         if not isinstance(settings, dict):
@@ -280,8 +276,8 @@ def part_of(path: Path, hf: dict, name: str) -> dict:
 def write_preprocessor(config: Any, directory: str | Path) -> None:
     """Write preprocessor_config.json of a `VisionConfig`: the size of images, and how pixels are normalised.
 
-    CLIP's processor cuts out the middle of an image whose shorter side fits, SigLIP's stretches it. Models of
-    the house read images the first way (data/images.py), so both are written as the first.
+    CLIP's processor scales an image until its shorter side fits, and cuts out the middle; SigLIP's stretches
+    it to a square. Our models read images in the first way (data/images.py), so that is written for both.
     """
     side, n = config.image_size, config.n_channels
     size = {"height": side, "width": side}

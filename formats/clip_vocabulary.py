@@ -1,12 +1,13 @@
-"""CLIP's vocabulary as OpenAI publishes it: vocab.json and merges.txt, turned into a tokenizer.json.
+"""CLIP's vocabulary as OpenAI publishes it: vocab.json and merges.txt, translated to a tokenizer.json.
 
-    vocab.json    {piece: id}: the bytes, the bytes that end a word, the merged pieces, two special tokens
+    vocab.json    {piece: id}: the 256 bytes, each of them with "</w>", the merged pieces, two special tokens
     merges.txt    a heading, then a pair of pieces on each line, in the order in which they are merged
 
-Texts are lower-cased, runs of spaces become one, and the last piece of a word carries "</w>" in place of a
-space in front of the next. Directories that transformers writes have a tokenizer.json, which
-data/pipeline.py reads; older ones hold these two files alone. In a decoded text "</w>" is a space, which
-CLIPTokenizer does by its class and not by its file: `with_spaces` does it for both.
+Texts are lower-cased, and runs of spaces become one space. The last piece of a word ends with "</w>"; GPT-2
+instead puts a space before the first piece of the next word. In a decoded text "</w>" becomes a space: in
+transformers the class CLIPTokenizer does that, not the decoder in the file, so `with_spaces` adds it to the
+decoder. Directories that transformers writes have a tokenizer.json, which data/pipeline.py reads; older ones
+hold the two files alone.
 """
 
 from pathlib import Path
@@ -16,13 +17,12 @@ from formats.json_file import read_json
 FILES = ("vocab.json", "merges.txt")
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"
-WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # OpenAI's
-)
+# OpenAI's pattern of what is a word.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def read(path: Path) -> dict:
-    """Return the content of a tokenizer.json for the vocab.json at path, and merges.txt beside it.
+    """Return the content of a tokenizer.json for the vocab.json at path and the merges.txt beside it.
 
     Raises ValueError for a file that is missing or damaged, and for a vocabulary of another kind.
     """
@@ -33,7 +33,10 @@ def read(path: Path) -> dict:
         )
     if not merges_path.is_file():
         raise ValueError(f"{merges_path}: no such file; expected the merges of {path}")
-    lines = merges_path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = merges_path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{merges_path}: not UTF-8 ({error}); download it again") from None
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     for merge in merges:
         if len(merge) != 2 or "".join(merge) not in vocab:
@@ -62,8 +65,11 @@ def read(path: Path) -> dict:
 
 
 def with_spaces(file: dict) -> dict:
-    """Return a tokenizer.json whose decoder writes a space for the end of a word, where its pieces mark this
-    and its decoder does not."""
+    """Return the content of a tokenizer.json whose decoder writes a space at the end of a word.
+
+    file: the content of any tokenizer.json. It is changed only if its pieces mark the end of a word, as by
+    "</w>", and its decoder only turns bytes into text.
+    """
     suffix, decoder = file["model"].get("end_of_word_suffix"), file.get("decoder")
     if not suffix or not decoder or decoder.get("type") != "ByteLevel":
         return file

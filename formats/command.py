@@ -3,9 +3,10 @@
     if __name__ == "__main__":
         command.run(main)
 
-A user's mistake (ValueError, OSError) ends in one line `error: ...` and exit code 2. Ctrl-C ends quietly,
-with 130. Where the reader of the output has left, as in `python gpt.py | head -1`, a command ends without a
-word. Characters that the encoding of the terminal lacks are printed as question marks.
+A user's mistake (ValueError, OSError) ends in one line `error: ...` and exit code 2. Ctrl-C prints nothing,
+and the exit code is 130. Where the program that reads the output has ended, as in `python gpt.py | head -1`,
+a command prints no error and its exit code is 0. Characters that the encoding of the terminal lacks are
+printed as question marks.
 """
 
 import argparse
@@ -32,12 +33,16 @@ def filled(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """Return the path in a flag. Raises ArgumentTypeError if it is empty: Path("") is the working folder."""
+    """Return the path that is the value of a flag.
+
+    Raises ArgumentTypeError if the value is empty, since Path("") would be the working folder.
+    """
     return Path(filled(text))
 
 
 def new_file(text: str) -> Path:
-    """Return the path in a flag of a file to write. Raises ArgumentTypeError if it is empty or a folder's."""
+    """Return the path of a file to write, the value of a flag. Raises ArgumentTypeError if it is empty or the
+    path of a folder."""
     found = path(text)
     if found.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; expected the name of a file to write")
@@ -56,20 +61,27 @@ def count(text: str) -> int:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call main, and exit with its code as `exit_code` finds it, unless that is 0."""
+    """Call main, and exit with the code that `exit_code` returns, unless that is 0."""
     use_streams()
     code = exit_code(main)
-    # What main printed is written at the latest now, so that errors do not show when the interpreter ends.
+    # What main printed may still be in a buffer. It is written now, because an error while the interpreter
+    # ends would be a traceback.
     code = exit_code(sys.stdout.flush) or code
     if code:
         sys.exit(code)
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Return what main returns (None is 0). An error that it raises is printed, and gives its exit code."""
+    """Return the exit code of a command: what main returns, where None is 0, or the code of an error.
+
+    An error that main raises is printed on standard error, as is the text of `sys.exit("text")`.
+    """
     try:
         return main() or 0
-    except SystemExit as end:  # of argparse
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1  # as Python does
         return int(end.code or 0)
     except BrokenPipeError:
         return 0
@@ -81,13 +93,15 @@ def exit_code(main: Callable[[], int | None]) -> int:
 
 
 def use_streams(outlive_reader: bool = False) -> None:
-    """Make standard output and error such that any text can be printed to them, whoever reads it.
+    """Replace standard output and standard error by streams to which any text can be printed.
 
-    Where the reader has left, writing to standard output raises BrokenPipeError once, or with outlive_reader
-    never. Characters that the encoding lacks become question marks. A stream that is closed (`2>&-`) is
-    replaced by one that discards. Streams that a program has set itself, such as a test's, stay as they are.
+    Characters that the encoding lacks become question marks. Where the program that reads standard output has
+    ended, writing to it raises BrokenPipeError once, or never with outlive_reader. A stream that is closed
+    (`2>&-`) is replaced by one that discards what is written. Streams that a program has set itself, such as
+    those of a test, stay as they are.
     """
-    # A file opened later must not get the number of a closed stream: libraries write their warnings to 2.
+    # The numbers of closed streams are taken: a file opened later could otherwise get the number 2, and the
+    # warnings that libraries write there.
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -109,7 +123,7 @@ def use_streams(outlive_reader: bool = False) -> None:
 class Output(io.FileIO):
     """The file of standard output or error, which discards what is written after a first error.
 
-    The error (the reader has left, the disk is full) is raised once, or never if quiet.
+    The first error, such as a full disk or a reader that has ended, is raised, or with quiet discarded too.
     """
 
     def __init__(self, number: int, title: str, quiet: bool):
@@ -128,9 +142,10 @@ class Output(io.FileIO):
 
 
 def print_sizes(kind: type, sizes: dict) -> None:
-    """Print the number of parameters, the shape and the FLOPs per token in training of each size.
+    """Print a line for each size: parameters, layers, width, context, and FLOPs per token in training.
 
-    kind: a model class; sizes: its Configs by name, with n_layers, d_model, max_seq_len, flops_per_token.
+    kind: a model class. sizes: its Configs by name, each with n_layers, d_model, max_seq_len (tokens) and
+    flops_per_token(seq_len).
     """
     import torch  # here, since not every command needs it
 

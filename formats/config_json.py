@@ -7,7 +7,7 @@ looks like a right one. Ignored are only the keys in INERT, and unknown keys who
 [], because such a value switches nothing on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,19 @@ def named_architecture(path: Path, hf: dict) -> str:
     if not isinstance(named, list) or not isinstance(named[0], str):
         raise ValueError(f"{path}: architectures {named!r:.100}: expected a list of names")
     return named[0]
+
+
+def read_architecture(directory: str | Path, known: Collection[str]) -> tuple[Path, dict, str]:
+    """Return the path of the config.json in directory, its content, and the architecture that it names.
+
+    Raises ValueError if that is not one of the known ones.
+    """
+    path, hf = read_config(directory)
+    architecture = named_architecture(path, hf)
+    if architecture not in known:
+        expected = ("one of " if len(known) > 1 else "") + ", ".join(known)
+        raise ValueError(f"{path}: architecture {architecture!r}: expected {expected}")
+    return path, hf, architecture
 
 
 def read_fields(

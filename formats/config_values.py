@@ -1,4 +1,4 @@
-"""The values in a Config: those that make no sense are refused, in one sentence that names the field."""
+"""Checks of the values in a Config: a wrong one is refused by an error that names the field."""
 
 import math
 from dataclasses import Field, fields
@@ -8,16 +8,18 @@ from typing import Any, get_args
 
 
 def check_values(config: Any, **choices: tuple) -> None:
-    """Raise ValueError for a field of a Config, a dataclass, whose value makes no sense.
+    """Raise ValueError for a field of a Config, a dataclass, whose value is not one that it may have.
 
-    choices: {field: its possible values}. All other fields are checked by their annotation:
+    choices: {field: its possible values}. Other fields are checked by their annotation, if it is one of these
+    or one of them with `| None`, which allows None too:
 
-        int                a whole number of at least 1
-        float              a finite number above 0
-        bool               True or False
-        tuple[int, ...]    whole numbers of at least 0, and so a number where both are allowed
+        int                      a whole number of at least 1
+        float                    a finite number above 0
+        bool                     True or False
+        tuple[int, ...]          whole numbers of at least 0
+        int | tuple[int, ...]    one such number, or several
 
-    Numbers may also be 0 in the fields that the class names in MAY_BE_ZERO, and None where `| None` says so.
+    The first two may also be 0 in the fields that the class names in MAY_BE_ZERO.
     """
     may_be_zero = getattr(config, "MAY_BE_ZERO", ())
     for field in fields(config):
@@ -32,7 +34,10 @@ def check_values(config: Any, **choices: tuple) -> None:
 
 
 def expectation(field: Field, value: Any, least: int) -> str:
-    """Return what a field should be instead of value, "" if nothing is wrong. least: of a whole number."""
+    """Return in words which values a field may have, or "" if value is one of them.
+
+    least: 1, or 0 if the field may be 0.
+    """
     kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
     if value is None and NoneType in kinds:
         return ""
@@ -48,8 +53,9 @@ def expectation(field: Field, value: Any, least: int) -> str:
         is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         right = is_number and (value > 0 or value == least == 0)
         return "" if right else f"a number {'above 0' if least else 'of at least 0'}"
-    return "True or False" if kinds == (bool,) and not isinstance(value, bool) else ""
+    return "True or False" if set(kinds) <= {bool, NoneType} and not isinstance(value, bool) else ""
 
 
 def is_whole(value: Any) -> bool:
+    """Return whether value is a whole number; True and False, which are ints in Python, are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)

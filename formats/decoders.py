@@ -1,6 +1,6 @@
 """Hugging Face checkpoints of decoders: GPT-2, Llama, Mistral, Qwen2 and Qwen3.
 
-The families differ less than their names suggest. In terms of `gpt.Config`:
+The architectures differ in these parts, each of which is a field of `gpt.Config`:
 
     GPT2LMHeadModel       LayerNorm, learned positions, GELU, biases; other names of the weights
     LlamaForCausalLM      RMSNorm, rotary positions, SwiGLU
@@ -8,7 +8,7 @@ The families differ less than their names suggest. In terms of `gpt.Config`:
     Qwen2ForCausalLM      Llama with biases on queries, keys and values
     Qwen3ForCausalLM      Llama with QK-norm
 
-The tables below translate config.json into Config's fields and back, see formats/config_json.py. The files
+The tables below translate config.json to the fields of Config and back, see formats/config_json.py. The files
 are read and written by formats/safetensors_dir.py.
 """
 
@@ -23,13 +23,20 @@ from formats.config_json import (
     checked,
     damage_named,
     flag,
-    named_architecture,
-    read_config,
+    read_architecture,
     read_fields,
     whole_number,
 )
 from formats.json_file import read_json
-from formats.safetensors_dir import filled, inverse, read_weights, rename, tie, write_decoder
+from formats.safetensors_dir import (
+    filled,
+    inverse,
+    read_weights,
+    rename,
+    split_qkv,
+    tie,
+    write_decoder,
+)
 
 LLAMA_FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -59,7 +66,7 @@ GPT2_FIELDS = {
 }
 GPT2_CONFIG = {"norm": "layer", "positions": "learned", "mlp": "gelu", "bias": True, "norm_eps": 1e-5}
 
-# Fields that distinguish the family, and values of keys that are left out where Config's defaults differ.
+# The fields that follow from the architecture, and the values of absent keys where Config's defaults differ.
 LLAMA_DEFAULTS = {"tie_embeddings": False, "norm_eps": 1e-6, "rope_theta": 10_000.0}
 DEFAULTS = {
     "GPT2LMHeadModel": {**GPT2_CONFIG, "tie_embeddings": True, "eos_token_id": 50256},
@@ -94,14 +101,10 @@ ONLY = {
     "use_mrope": (False,),
 }
 
-WINDOW_KEYS = {
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-}  # see `read_window`
+# Keys that `read_window` reads.
+WINDOW_KEYS = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
 
-# The settings of each kind of rope_scaling, needed and optional, see attention_variants/longer_context.py.
+# The needed and the optional settings of each kind of rope_scaling, see attention_variants/longer_context.py.
 SCALINGS = {
     "linear": ({"factor"}, set()),
     "llama3": (
@@ -132,15 +135,15 @@ def read_decoder_config(directory: str | Path) -> dict:
 
     Raises ValueError where no Config describes that decoder.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in DEFAULTS:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(DEFAULTS)}")
+    path, hf, architecture = read_architecture(directory, DEFAULTS)
     return decoder_fields(directory, path, hf, architecture)
 
 
 def decoder_fields(directory: str | Path, path: Path, hf: dict, architecture: str) -> dict:
-    """Return the fields of `gpt.Config` for hf, the content of config.json at path, of this architecture."""
+    """Return the fields of `gpt.Config` for hf, the content of the config.json at path, of this architecture.
+
+    directory: of generation_config.json. Raises ValueError for what is missing, damaged or not implemented.
+    """
     gpt2 = architecture == "GPT2LMHeadModel"
     table = GPT2_FIELDS if gpt2 else LLAMA_FIELDS
     with damage_named(path):
@@ -154,13 +157,16 @@ def decoder_fields(directory: str | Path, path: Path, hf: dict, architecture: st
 
 
 def ordinary_widths(fields: dict) -> dict:
-    """Return the fields with None for n_kv_heads and d_head where they are what Config would derive."""
+    """Return the fields with None for n_kv_heads and d_head where Config would derive the same values."""
     ordinary = {"n_kv_heads": fields["n_heads"], "d_head": fields["d_model"] // fields["n_heads"]}
     return fields | {name: None for name, value in ordinary.items() if fields.get(name) == value}
 
 
 def read_window(path: Path, hf: dict, n_layers: int, architecture: str) -> dict:
-    """Return the fields `window` and `full_layers`, for which each family has its own keys."""
+    """Return the fields `window` and `full_layers`, which follow from other keys in each architecture.
+
+    hf: the content of the config.json at path. Raises ValueError for keys that contradict each other.
+    """
     qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
     mistral = architecture == "MistralForCausalLM"
     kinds, window = hf.get("layer_types"), None
@@ -208,8 +214,8 @@ def flatten_rope(path: Path, hf: dict) -> dict:
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{path}: partial_rotary_factor is not implemented; expected 1.0")
 
-    # The keys that are left are parameters of the scaling, and must be exactly those of its kind. An optional
-    # one that is null counts as left out.
+    # The other keys are settings of the scaling, and must be those of its kind. An optional one that is null
+    # counts as absent.
     if kind not in ("default", *SCALINGS):
         expected = ", ".join(["default", *SCALINGS])
         raise ValueError(f"{path}: rope_type {kind!r} is not implemented; expected {expected}")
@@ -292,12 +298,12 @@ def decoder_config(config) -> dict:
     hf["bos_token_id"] = None  # without this key, transformers would use its own default
 
     if gpt2:
-        # These models are trained without dropout; transformers' default of 0.1 would train them with it.
+        # Our models have no dropout. Without its keys, transformers would use 0.1 in further training.
         hf |= {"activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         hf["n_ctx"] = config.max_seq_len  # the older name of n_positions, which llama.cpp and MLX read
         return hf
 
-    # Windows: a number for the model, and for Qwen also the kind of each layer.
+    # The window, and for Qwen also which layers have it.
     hf |= {"hidden_act": "silu", "attention_bias": False}
     if architecture != "LlamaForCausalLM":
         hf["sliding_window"] = config.window
@@ -317,7 +323,8 @@ def load_decoder(kind: type[nn.Module], config_kind: type, directory: str | Path
     Raises ValueError unless the tensors are exactly those of the model.
     """
     fields, weights = read_decoder_config(directory), read_weights(directory)
-    weights = our_names(fields, weights)
+    with damage_named(Path(directory)):
+        weights = our_names(fields, weights)
     tie(fields, weights, *EMBEDDING_AND_HEAD)
     return filled(kind, config_kind, fields, weights, directory, kernels)
 
@@ -326,7 +333,12 @@ def our_names(fields: dict, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of a decoder with these fields of `gpt.Config` under our names."""
     if fields.get("positions") == "learned":
         weights = from_gpt2(weights)
-    # The frequencies of rotary positions follow from the config, but old files hold them too.
+    return without_frequencies(weights)
+
+
+def without_frequencies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the frequencies of rotary positions, which old files hold, too: they follow
+    from config.json."""
     return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -345,7 +357,8 @@ def save_decoder(model: nn.Module, directory: str | Path) -> None:
 def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return GPT-2's weights under our names.
 
-    GPT-2 stores its matrices as (in, out), and query, key and value as one matrix.
+    GPT-2 stores its matrices as (in, out), and queries, keys and values as one matrix. Raises ValueError,
+    which does not name the file, if that matrix cannot be divided by three.
     """
     ours = {}
     for name, w in weights.items():
@@ -356,8 +369,8 @@ def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             w = w.T
         name = rename(name, GPT2_NAMES)
         if ".attn.c_attn." in name:
-            for part, piece in zip("qkv", w.chunk(3), strict=True):
-                ours[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece.contiguous()
+            for part, piece in zip("qkv", split_qkv(name, w), strict=True):
+                ours[name.replace("attn.c_attn", f"self_attn.{part}_proj")] = piece
         else:
             ours[name] = w.contiguous()
     return ours

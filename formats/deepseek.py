@@ -3,9 +3,9 @@
     DeepseekV2ForCausalLM    softmax router, top-k of all experts (V2-Lite) or of the best groups
     DeepseekV3ForCausalLM    sigmoid router with a bias, top-k of the best groups
 
-A file whose layers are all dense (first_k_dense_replace) is read by attention_variants/latent.py, any other
-by attention_variants/deepseek.py. Experts are stored as in formats/mixtures.py. The released V3 has one more
-layer behind the last, which predicts the token after the next: it is left out.
+A model whose layers are all dense, by first_k_dense_replace, is read by attention_variants/latent.py, any
+other by attention_variants/deepseek.py. Experts are stored as in formats/mixtures.py. The published V3 has
+one more layer after the last, which predicts the token after the next; it is left out.
 """
 
 from pathlib import Path
@@ -13,9 +13,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from formats import config_json, decoders, mixtures, safetensors_dir
-from formats.config_json import damage_named, named_architecture, read_config, read_fields, whole_number
+from formats.config_json import (
+    damage_named,
+    named_architecture,
+    read_architecture,
+    read_config,
+    read_fields,
+    whole_number,
+)
 
-DENSE, SPARSE = "attention_variants.latent", "attention_variants.deepseek"  # concept files
+DENSE, SPARSE = "attention_variants.latent", "attention_variants.deepseek"  # the concept files
 ATTENTION = {  # config.json: Config
     "kv_lora_rank": "kv_rank",
     "q_lora_rank": "q_rank",
@@ -52,7 +59,8 @@ DEFAULTS = {
 # The other name of n_routed_experts in transformers.
 ALIAS = {"DeepseekV2ForCausalLM": "num_experts", "DeepseekV3ForCausalLM": "num_local_experts"}
 FIRST_DENSE = {"DeepseekV2ForCausalLM": 0, "DeepseekV3ForCausalLM": 3}
-METHODS = {"greedy": False, "group_limited_greedy": True}  # topk_method of V2: whether it chooses groups
+# topk_method of V2: whether the experts are chosen from the best groups only.
+METHODS = {"greedy": False, "group_limited_greedy": True}
 # Keys of which only these values are implemented.
 ONLY = {key: values for key, values in decoders.ONLY.items() if key != "rope_interleaved"} | {
     "moe_layer_freq": (1,), "num_attention_layers": (None,),
@@ -63,7 +71,7 @@ ONLY_HERE = {
         "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,),
     },
 }  # fmt: skip
-# Keys that do not change the logits, or which functions below read. transformers computes head_dim itself.
+# Keys that do not change the logits, and those that functions below read. head_dim follows from other keys.
 INERT = mixtures.INERT | {
     "head_dim", "qk_head_dim", "first_k_dense_replace", "aux_loss_alpha", "seq_aux", "topk_method",
     "num_nextn_predict_layers", "num_mtp_layers",
@@ -71,14 +79,14 @@ INERT = mixtures.INERT | {
 
 
 def concept_of(path: Path, hf: dict) -> str:
-    """Return the concept file for hf, the content of the config.json at path."""
+    """Return the concept file that reads the model of hf, the content of the config.json at path."""
     with damage_named(path):
         n_layers = whole_number(path, hf, "num_hidden_layers", 1)
         return DENSE if first_dense(path, hf) >= n_layers else SPARSE
 
 
 def first_dense(path: Path, hf: dict) -> int:
-    """Return how many layers from the first on have no experts."""
+    """Return the number of layers without experts, which are the first ones."""
     default = FIRST_DENSE[named_architecture(path, hf)]
     return whole_number(path, hf, "first_k_dense_replace", default)
 
@@ -88,13 +96,10 @@ def read_fields_of(directory: str | Path) -> dict:
 
     Raises ValueError for an architecture or a key that is not implemented, and for missing keys.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+    path, hf, architecture = read_architecture(directory, ARCHITECTURES)
     is_dense = concept_of(path, hf) == DENSE
     with damage_named(path):
-        # One spelling for keys that transformers spells in several ways.
+        # Keys that transformers spells in several ways get one spelling.
         hf = decoders.flatten_rope(path, hf)
         hf = {"n_routed_experts" if key == ALIAS[architecture] else key: value for key, value in hf.items()}
         only, table = ONLY | ONLY_HERE[architecture], dict(FIELDS)
@@ -111,7 +116,8 @@ def read_fields_of(directory: str | Path) -> dict:
 
 
 def sparse_fields(path: Path, hf: dict, fields: dict, architecture: str) -> dict:
-    """Return the fields of `deepseek.Config`: those read so far, and those that follow from several keys."""
+    """Return the fields of `deepseek.Config`: those in fields, and those that follow from several keys of hf,
+    the content of the config.json at path."""
     n_dense, n_layers = first_dense(path, hf), fields["n_layers"]
     fields = fields | {"d_head": None, "dense_layers": tuple(range(n_dense))}
     if architecture == "DeepseekV2ForCausalLM":
@@ -120,10 +126,10 @@ def sparse_fields(path: Path, hf: dict, fields: dict, architecture: str) -> dict
             raise ValueError(f"{path}: topk_method {method!r:.100}: expected one of {', '.join(METHODS)}")
         if not METHODS[method]:
             fields |= {"n_groups": 1, "top_groups": 1}
-    if fields.get("n_groups", 1) == fields.get("top_groups", 1):  # all groups
+    if fields.get("n_groups", 1) == fields.get("top_groups", 1):  # all groups, so that they have no effect
         fields |= {"n_groups": 1, "top_groups": 1}
 
-    # DeepSeek's code adds up the balance losses of the layers, ours takes the mean.
+    # DeepSeek's code adds up the balance losses of the layers, ours takes their mean.
     is_v3 = architecture == "DeepseekV3ForCausalLM"
     alpha = hf.get("aux_loss_alpha", 0.0001 if is_v3 else 0.001) * (n_layers - n_dense)
     if hf.get("seq_aux", True):
@@ -161,7 +167,7 @@ def hf_config(config) -> dict:
 
 
 def sparse_architecture(config) -> str:
-    """Return the architecture of a `deepseek.Config`. Raises ValueError where it is none of both."""
+    """Return the architecture of a `deepseek.Config`. Raises ValueError for one that neither describes."""
     n_dense, router = len(config.dense_layers), config.router
     mistakes = [
         (router not in ("softmax", "sigmoid"), f"router {router!r}: expected 'softmax' or 'sigmoid'"),
@@ -191,15 +197,12 @@ def without_next_layers(
     directory: str | Path, n_layers: int, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the weights without those of the layers that predict later tokens, which stand after the last
-    layer, and without the frequencies of rotary positions, which old files hold."""
+    of n_layers layers, and without the frequencies of rotary positions, which old files hold, too."""
     path, hf = read_config(directory)
-    n_next = whole_number(path, hf, "num_nextn_predict_layers", 0)
+    n_next = whole_number(path, hf, "num_nextn_predict_layers", 0)  # 1 in V3; a damaged file may have any
     left_out = tuple(f"model.layers.{n_layers + i}." for i in range(min(n_next, 8)))
-    return {
-        name: w
-        for name, w in weights.items()
-        if not name.startswith(left_out or ("\0",)) and not name.endswith("rotary_emb.inv_freq")
-    }
+    weights = decoders.without_frequencies(weights)
+    return {name: w for name, w in weights.items() if not name.startswith(left_out)}
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

@@ -1,17 +1,17 @@
 """Hugging Face checkpoints of DeBERTa v1, v2 and v3.
 
 Our names of weights are those of v2. v1 has one matrix for queries, keys and values, whose rows are
-interleaved head by head (q, k, v of head 0, then of head 1), and bare biases for queries and values.
+interleaved head by head (q, k, v of head 0, then of head 1); only queries and values have a bias.
 
-A masked-language-model head comes in two layouts, and what belongs to it differs:
+There are two kinds of masked-language-model heads, which read different states:
 
-    cls.predictions.*          of transformers, `legacy` true: reads the encoder's last hidden states
-    lm_predictions.lm_head.*   of the published files: reads the enhanced mask decoder, which needs
-                               deberta.embeddings.position_embeddings.weight too
+    cls.predictions.*          written by transformers with "legacy": true. It reads the encoder's last states
+    lm_predictions.lm_head.*   in the published files. It reads the states of the enhanced mask decoder, which
+                               adds absolute positions, deberta.embeddings.position_embeddings.weight
 
-transformers with `legacy` false opens the second kind of head, but has no mask decoder: it leaves out the
-positions, also when it saves. A file with that head and without positions is read as transformers does it.
-Published discriminators of v3 have mask_predictions.*, the head of language/deberta_v3.py.
+With "legacy": false transformers opens the second kind, but it has no mask decoder: there the head reads the
+last states, and positions are neither read nor written. So a file that has this head and no positions is read
+in that way. Published discriminators of v3 have mask_predictions.*, the head of language/deberta_v3.py.
 """
 
 from contextlib import suppress
@@ -38,7 +38,7 @@ ONLY = {
     "conv_groups": (1,),
     "quantization_config": (None,),
 }
-# Keys of v2 that v1 has not.
+# Keys of v2, and the values that mean what v1 does.
 ONLY_V1 = {
     "position_buckets": (-1, 0),
     "share_att_key": (False,),
@@ -50,7 +50,7 @@ OWN = {
     "max_relative_positions", "position_buckets", "share_att_key", "norm_rel_ebd", "pos_att_type",
     "position_biased_input", "conv_kernel_size", "conv_act", "attention_head_size", "embedding_size",
 }  # fmt: skip
-# Keys that change neither hidden states nor logits. The pooler is that of classifiers.
+# Keys that change neither hidden states nor logits, and OWN. Only classifiers have a pooler.
 INERT = config_json.INERT | OWN | {
     "attention_probs_dropout_prob", "hidden_dropout_prob", "pooler_dropout", "pooler_hidden_act",
     "pooler_hidden_size", "pooler_size_per_head", "legacy", "padding_idx", "eos_token_id", "cls_dropout",
@@ -58,7 +58,9 @@ INERT = config_json.INERT | OWN | {
 }  # fmt: skip
 NORMS = {"none": False, "layer_norm": True}  # norm_rel_ebd: norm_table
 
+# Parts of names of weights: v1's, ours.
 V1_NAMES = {".pos_q_proj.": ".pos_query_proj.", ".pos_proj.": ".pos_key_proj."}
+# The second kind of head: the beginnings of its names, and ours.
 DECODER_HEAD = {
     "lm_predictions.lm_head.dense.": "cls.predictions.transform.dense.",
     "lm_predictions.lm_head.LayerNorm.": "cls.predictions.transform.LayerNorm.",
@@ -77,7 +79,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     missing, damaged, or not implemented.
     """
     path, hf = config_json.read_config(directory)
-    if hf.get("model_type") not in CLASSES:
+    if str(hf.get("model_type")) not in CLASSES:
         raise ValueError(f"{path}: model_type {hf.get('model_type')!r:.100}: expected {' or '.join(CLASSES)}")
     with damage_named(path):
         fields = read_keys(path, hf)
@@ -85,7 +87,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     if not any(name.startswith(PREFIX) for name in stored):  # a file without heads
         stored = {PREFIX + name: w for name, w in stored.items()}
 
-    # The head, and where positions enter.
+    # The kind of the head, and where absolute positions are added: to the input, in the decoder, or nowhere.
     released = any(name.startswith("lm_predictions.") for name in stored)
     if released and any(name.startswith("cls.predictions.") for name in stored):
         raise ValueError(f"{directory}: has both lm_predictions and cls.predictions; expected one of the two")
@@ -95,7 +97,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         if fields["absolute"] == "none":
             weights.pop(POSITIONS, None)
 
-    # A head of its own, and its bias, which has two names: the second counts, as in transformers.
+    # A head that is not the embedding has a bias under two names: the second counts, as in transformers.
     if "cls.predictions.decoder.bias" in weights:
         weights["cls.predictions.bias"] = weights.pop("cls.predictions.decoder.bias")
     tie(fields, weights, EMBEDDING, OWN_HEAD)
@@ -106,8 +108,8 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_keys(path: Path, hf: dict) -> dict:
-    """Return the fields of `deberta.Config` but those of the head. hf: the content of the config.json at
-    path. Raises ValueError for what is not implemented."""
+    """Return the fields of `deberta.Config` except for those of the head. hf: the content of the config.json
+    at path. Raises ValueError for what is not implemented."""
     original = hf["model_type"] == "deberta"
     only = ONLY | ONLY_V1 if original else ONLY
     defaults = {"pad_token_id": 0, "n_segments": 0, "norm_eps": 1e-7, "max_seq_len": 512}
@@ -126,15 +128,10 @@ def read_keys(path: Path, hf: dict) -> dict:
     expect("embedding_size", f"{D}, the hidden_size", hf.get("embedding_size", D) == D)
     expect("attention_head_size", f"{D // H}", original or hf.get("attention_head_size", D // H) == D // H)
 
-    # The table of distances, whose default length is that of a text.
-    longest, n_buckets, width = (
-        integer(path, hf, key, default)
-        for key, default in (
-            ("max_relative_positions", -1),
-            ("position_buckets", -1),
-            ("conv_kernel_size", 0),
-        )
-    )
+    # The table of distances. Its default length is the largest number of tokens.
+    defaults = {"max_relative_positions": -1, "position_buckets": -1, "conv_kernel_size": 0}
+    longest, n_buckets, width = (integer(path, hf, key, default) for key, default in defaults.items())
+    to_input = flag(path, {"position_biased_input": True} | hf, "position_biased_input")
     norm = hf.get("norm_rel_ebd", "none")
     expect("norm_rel_ebd", " or ".join(NORMS), norm in NORMS)
     fields |= {
@@ -146,9 +143,7 @@ def read_keys(path: Path, hf: dict) -> dict:
         "original": original,
         "c2p": "c2p" in terms,
         "p2c": "p2c" in terms,
-        "absolute": "input"
-        if flag(path, {"position_biased_input": True} | hf, "position_biased_input")
-        else "",
+        "absolute": "input" if to_input else "",
     }
     expect("conv_act", "gelu", width <= 0 or hf.get("conv_act", "tanh") == "gelu")
     return fields
@@ -163,13 +158,15 @@ def integer(path: Path, hf: dict, key: str, default: int) -> int:
 
 
 def split(weights: dict[str, Tensor], H: int, directory: str | Path) -> dict[str, Tensor]:
-    """Return weights of v1, read from directory, with the rows of queries, keys and values apart. Raises
-    ValueError where these are no 3 matrices for H heads."""
+    """Return weights of v1, read from directory, under our names: queries, keys and values of H heads apart.
+
+    Raises ValueError for a joint matrix whose number of rows is no multiple of 3 H.
+    """
     apart = {}
     for name, w in weights.items():
         name = rename(name, V1_NAMES)
         if name.endswith(".in_proj.weight"):
-            if len(w) % (3 * H):
+            if w.ndim != 2 or len(w) % (3 * H):
                 raise ValueError(
                     f"{directory}: {name} has shape {tuple(w.shape)}: expected rows for {H} heads"
                 )
@@ -185,7 +182,7 @@ def split(weights: dict[str, Tensor], H: int, directory: str | Path) -> dict[str
 
 
 def joined(weights: dict[str, Tensor], H: int) -> dict[str, Tensor]:
-    """Return our weights of a v1 with H heads under its names: the opposite of `split`."""
+    """Return weights of a v1 with H heads under the names of v1: the inverse of `split`."""
     theirs = {}
     for name, w in weights.items():
         layer, _, part = name.rpartition("attention.self.")
@@ -201,9 +198,9 @@ def joined(weights: dict[str, Tensor], H: int) -> dict[str, Tensor]:
 
 
 def concept_of(directory: str | Path) -> str:
-    """Return the name of the module that reads a DeBERTa: that of v3 for a discriminator.
+    """Return the concept file that reads the DeBERTa in directory: v3's for a discriminator.
 
-    A file that is missing or damaged counts for nothing here, and is named as soon as it is opened.
+    A file that is missing or damaged is ignored here, since opening the model will name it.
     """
     names = []
     with suppress(SafetensorError, OSError):
@@ -215,8 +212,8 @@ def concept_of(directory: str | Path) -> str:
 
 
 def load(kind: type[nn.Module], config_kind: type, directory: str | Path) -> nn.Module:
-    """Return kind(config) with the weights in directory, in their precision, without a discriminator's head;
-    config is of config_kind. Raises ValueError naming what is wrong."""
+    """Return kind(config) with the weights in directory, in their precision; config is of config_kind, a
+    `deberta.Config`. The head of a discriminator is left out. Raises ValueError naming what is wrong."""
     fields, weights = read(directory)
     weights = {name: w for name, w in weights.items() if not name.startswith(DISCRIMINATOR)}
     model = build(lambda: kind(config_kind(**fields)), fields, weights, directory)
@@ -246,23 +243,23 @@ def config_of(config: Any, head: str) -> dict:
         hf |= {"norm_rel_ebd": norms[config.norm_table]}
     if config.conv_width:
         hf |= {"conv_kernel_size": config.conv_width, "conv_act": "gelu"}
-    # language/deberta.py has no dropout. Without these keys, transformers would train further with 0.1.
+    # language/deberta.py has no dropout. Without its keys, transformers would use 0.1 in further training.
     return hf | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def save(config: Any, weights: dict[str, Tensor], directory: str | Path) -> None:
-    """Write config.json, and model.safetensors with the weights, which have our names.
+    """Write config.json of a `deberta.Config`, and model.safetensors. weights: under our names.
 
-    With a mask decoder its head has the names of the published files. Each file is replaced only once the new
-    one is complete.
+    Each file is replaced only once the new one is complete.
     """
     discriminates = any(name.startswith(DISCRIMINATOR) for name in weights)
-    if config.absolute == "decoder":
+    if config.absolute == "decoder":  # the names of the published files
         weights = {rename(name, inverse(DECODER_HEAD)): w for name, w in weights.items()}
     if config.original:
         weights = joined(weights, config.n_heads)
     if not (config.mlm_head or discriminates):
         weights = {name.removeprefix(PREFIX): w for name, w in weights.items()}
-    if OWN_HEAD in weights:  # a head of its own has a bias under a second name
+    # A head that is not the embedding has its bias under a second name, too.
+    if OWN_HEAD in weights:
         weights |= {"cls.predictions.decoder.bias": weights["cls.predictions.bias"].clone()}
     write(directory, config_of(config, "ForMaskedLM" if config.mlm_head else "Model"), weights)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from formats import diffusers, native
 from formats.config_json import whole_number
-from formats.safetensors_dir import read_weights
+from formats.safetensors_dir import filled, read_weights
 
 CLASS = "DiTTransformer2DModel"
 FIELDS = {  # config.json: Config of vision/dit.py
@@ -51,7 +51,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     n_out = hf.get("out_channels") or fields["n_channels"]
     fields["n_out"] = whole_number(path, {"out_channels": n_out}, "out_channels", None, least=1)
     weights = with_one_embedder(directory, read_weights(directory))
-    return diffusers.load(kind, config_kind, directory, kernels, fields, weights)
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def with_one_embedder(directory: str | Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
 """Hugging Face checkpoints of encoder-decoders: T5 1.0, T5 1.1 and mT5.
 
-Our names of weights are theirs, but for the table of relative positions: in their files it belongs to the
-first layer of a stack, whose layers all use it. Two facts are spread over a config.json in three spellings:
+Our names of weights are those in the files, except for the table of relative positions of a stack, which in
+the files belongs to the first layer of that stack. Two facts about the head are read as follows:
 
-    is the head scaled?    scale_decoder_outputs, if it is there; otherwise tie_word_embeddings
-    is it a matrix?        the file has an lm_head.weight that is not the embedding
+    is its input scaled by D^-0.5?           scale_decoder_outputs, or without that key tie_word_embeddings
+    has it a matrix besides the embedding?   yes if there is an lm_head.weight that differs from the embedding
 
-On the hub, tie_word_embeddings false means T5 1.1: an own head, without the scale. transformers 5 always
-writes true, and scale_decoder_outputs beside it. What is written here means the same in transformers 4 and 5.
+Published files have no scale_decoder_outputs. In T5 1.0, whose head is the embedding with a scaled input,
+tie_word_embeddings is true or absent; in T5 1.1, whose head is a matrix of its own without the scale, it is
+false. transformers 5 always writes true, and scale_decoder_outputs beside it. What is written here means the
+same in transformers 4 and 5.
 """
 
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from formats import native
-from formats.config_json import INERT, damage_named, flag, named_architecture, read_config, read_fields
+from formats.config_json import INERT, damage_named, flag, read_architecture, read_fields
 from formats.json_file import write_json
 from formats.safetensors_dir import filled, inverse, read_weights, rename, tie, write
 
@@ -62,15 +64,12 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+    path, hf, _ = read_architecture(directory, ARCHITECTURES)
     with damage_named(path):
         fields = read_keys(path, hf)
     weights = {rename(name, NAMES): w for name, w in read_weights(directory).items()}
 
-    # The embeddings may be stored under up to three names.
+    # The embedding may be stored under up to three names.
     copies = {name: weights.pop(name) for name in COPIES if name in weights}
     for name, w in copies.items():
         one = weights.setdefault(EMBEDDING_AND_HEAD[0], w)
@@ -84,7 +83,10 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_keys(path: Path, hf: dict) -> dict:
-    """Return the fields of `t5.Config` but `tie_embeddings`. hf: the content of the config.json at path."""
+    """Return the fields of `t5.Config` except for `tie_embeddings`.
+
+    hf: the content of the config.json at path. Raises ValueError for what is missing or not implemented.
+    """
     hf = dict(hf)
     mlp = hf.pop("feed_forward_proj", "relu")
     if mlp not in MLPS:
@@ -106,10 +108,8 @@ def read_keys(path: Path, hf: dict) -> dict:
 
 
 def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights in directory, in their precision; config is of config_kind.
-
-    An original Transformer is in the layout of formats/native.py. Raises ValueError naming what is wrong.
-    """
+    """Return kind(config) with the weights in directory, in their precision; config is of config_kind, a
+    `t5.Config`. Raises ValueError naming what is wrong."""
     if native.is_native(directory):
         return native.load(directory, kernels)
     fields, weights = read(directory)
@@ -123,25 +123,25 @@ def config_of(config: Any) -> dict:
     hf |= {key: fields[field] for key, field in FIELDS.items()}
     hf["feed_forward_proj"] = {ours: theirs for theirs, ours in MLPS.items()}[config.mlp]
     hf |= {"tie_word_embeddings": config.scale_head, "scale_decoder_outputs": config.scale_head}
-    # language/t5.py has no dropout. Without this key, transformers would train the model further with 0.1.
+    # language/t5.py has no dropout. Without this key, transformers would use 0.1 in further training.
     return hf | {"dropout_rate": 0.0}
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write model.safetensors, config.json and generation_config.json to directory.
 
-    Each file is replaced only once the new one is complete. An original Transformer, of which no Hugging Face
-    architecture has all parts, is written in the layout of formats/native.py.
+    Each file is replaced only once the new one is complete. The Transformer of 2017 (`original` in the
+    Config), which no Hugging Face architecture describes, is written in the layout of formats/native.py.
     """
     config = model.config
     if config.original:
         native.save(model, directory)
         return
     weights = {rename(name, inverse(NAMES)): w for name, w in model.state_dict().items()}
-    if config.tie_embeddings and not config.scale_head:  # transformers 4 takes this for a head of its own
+    # Without the scale, transformers 4 expects a head of its own: a copy of the embedding.
+    if config.tie_embeddings and not config.scale_head:
         weights["lm_head.weight"] = weights["shared.weight"].clone()
-    write(directory, config_of(config), weights)
-    ids = {"pad_token_id", "eos_token_id", "decoder_start_token_id"}
-    write_json(
-        Path(directory) / "generation_config.json", {key: config_of(config)[key] for key in sorted(ids)}
-    )
+    hf = config_of(config)
+    write(directory, hf, weights)
+    content = {key: hf[key] for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
+    write_json(Path(directory) / "generation_config.json", content)

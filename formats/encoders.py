@@ -1,11 +1,11 @@
 """Hugging Face checkpoints of encoders: BERT, RoBERTa, ALBERT, ELECTRA and ModernBERT.
 
-The families share the mathematics and differ in the names. Ours are BERT's; the tables below translate the
-others':
+All of them are read as a `bert.Config`. Our names of weights are BERT's, and the tables below translate those
+of the other families:
 
     bert          BertModel, BertForMaskedLM, BertForPreTraining
     roberta       RobertaForMaskedLM: a single segment; its position table begins with unused rows
-    albert        AlbertForPreTraining: narrow embeddings, one layer for all
+    albert        AlbertForPreTraining: narrow embeddings; all layers share one layer's weights
     electra       ElectraForMaskedLM, ElectraForPreTraining: narrow embeddings
     modernbert    ModernBertForMaskedLM: query, key and value in one matrix
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from formats import config_json
 from formats.config_json import checked, damage_named, read_fields, whole_number
-from formats.safetensors_dir import inverse, read_weights, rename, tie, write
+from formats.safetensors_dir import inverse, read_weights, rename, split_qkv, tie, write
 
 FIELDS = {  # config.json: Config
     "num_hidden_layers": "n_layers",
@@ -47,7 +47,7 @@ ELECTRA = {  # fields of every discriminator
     "positions": "learned", "position_offset": 0, "window": None, "share_layers": False, "pre_norm": False,
     "mlp": "gelu", "bias": True, "pooler": False, "mlm_head": False, "pair": "none",
 }  # fmt: skip
-# Fields that distinguish the family, and values of keys that are left out where Config's defaults differ.
+# The fields that follow from the family, and the values of absent keys where Config's defaults differ.
 DEFAULTS = {
     "bert": {},
     "roberta": {"pad_token_id": 1},
@@ -190,8 +190,10 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         name = rename(name, names)
         if name.endswith(".attn.Wqkv.weight"):
-            for part, piece in zip(("query", "key", "value"), w.chunk(3), strict=True):
-                weights[name.replace("attn.Wqkv", f"attention.self.{part}")] = piece.contiguous()
+            with damage_named(Path(directory)):
+                pieces = split_qkv(name, w)
+            for part, piece in zip(("query", "key", "value"), pieces, strict=True):
+                weights[name.replace("attn.Wqkv", f"attention.self.{part}")] = piece
         else:
             weights[name] = w
 
@@ -230,7 +232,10 @@ def read_config(directory: str | Path) -> tuple[str, dict]:
 
 
 def read_keys(path: Path, hf: dict, family: str) -> dict:
-    """Return the fields of `bert.Config` but those of heads. hf: the content of the config.json at path."""
+    """Return the fields of `bert.Config` except for those of heads, see `read_config`.
+
+    hf: the content of the config.json at path. family: one of those in TABLES.
+    """
     # In files of ModernBERT some keys of the other families have no effect.
     modern = family == "modernbert"
     only = {key: values for key, values in ONLY.items() if not modern or key not in MODERN_KEYS}
@@ -251,7 +256,7 @@ def read_keys(path: Path, hf: dict, family: str) -> dict:
 
 
 def read_local(path: Path, hf: dict, n_layers: int) -> dict:
-    """Return the fields for ModernBERT's windows and two rotary bases, written by transformers 4 or 5.
+    """Return the fields of ModernBERT's window and of its two rotary bases, from keys of transformers 4 or 5.
 
     Raises ValueError where layers with and without a window do not alternate regularly.
     """
@@ -351,7 +356,7 @@ def encoder_config(config, family: str, head: str) -> dict:
         }
         return hf
     hf["hidden_act"] = {"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp]
-    # bert.py has no dropout. Without these keys, transformers would train the model further with 0.1.
+    # bert.py has no dropout. Without its keys, transformers would use 0.1 in further training.
     hf |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if family == "roberta":
         hf["max_position_embeddings"] += config.position_offset

@@ -1,24 +1,18 @@
 """Hugging Face checkpoints of Gemma 2 and Gemma 3, the language models alone.
 
     Gemma2ForCausalLM    soft-caps of scores and logits; every other layer has a window
-    Gemma3ForCausalLM    QK-norm; every sixth layer has no window; two bases of rotary positions
+    Gemma3ForCausalLM    QK-norm; every sixth layer has no window; two bases of rotary positions, one for the
+                         layers without a window (global) and one for those with a window (local)
 
-Weights have the names of our own. The published Gemma 3 from 4b on also read images: they are another
-architecture, Gemma3ForConditionalGeneration, which is not read.
+Our names of weights are those in the files. The published Gemma 3 from 4 billion parameters on also reads
+images: that is another architecture, Gemma3ForConditionalGeneration, which is not implemented.
 """
 
 from pathlib import Path
 
 from torch import nn
 
-from formats.config_json import (
-    INERT,
-    damage_named,
-    named_architecture,
-    read_config,
-    read_fields,
-    whole_number,
-)
+from formats.config_json import INERT, damage_named, read_architecture, read_fields, whole_number
 from formats.decoders import (
     EMBEDDING_AND_HEAD,
     LLAMA_FIELDS,
@@ -26,6 +20,7 @@ from formats.decoders import (
     flatten_rope,
     ordinary_widths,
     window_fields,
+    without_frequencies,
 )
 from formats.safetensors_dir import filled, read_weights, tie, write_decoder
 
@@ -59,11 +54,11 @@ ONLY = {
     "quantization_config": (None,),
     "use_bidirectional_attention": (False, None),
 }
-# transformers reads neither hidden_act, which the first files have as "gelu", nor the cache's kind, nor the
-# second name of the window.
+# Three keys that transformers does not read (the first files have hidden_act as "gelu"), and those that
+# `read_windows` reads.
 INERT_KEYS = INERT | {
-    "hidden_act", "cache_implementation", "sliding_window_size", "sliding_window", "sliding_window_pattern",
-    "_sliding_window_pattern", "layer_types",
+    "hidden_act", "cache_implementation", "sliding_window_size",
+    "sliding_window", "sliding_window_pattern", "_sliding_window_pattern", "layer_types",
 }  # fmt: skip
 
 
@@ -72,18 +67,15 @@ def read_fields_of(directory: str | Path) -> dict:
 
     Raises ValueError for an architecture or a key that is not implemented, and for missing keys.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in TABLES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(TABLES)}")
+    path, hf, architecture = read_architecture(directory, TABLES)
     is_gemma2 = architecture == "Gemma2ForCausalLM"
     with damage_named(path):
-        hf = one_rope(path, hf) if is_gemma2 else two_ropes(path, hf)
+        hf = flatten_rope(path, hf) if is_gemma2 else two_ropes(path, hf)
         only = ONLY if is_gemma2 else ONLY | {"attn_logit_softcapping": (None,)}
         fields = read_fields(path, hf, TABLES[architecture], DEFAULTS[architecture], only, INERT_KEYS)
         fields |= read_windows(path, hf, fields["n_layers"], 2 if is_gemma2 else 6)
 
-        # None stands for what follows from other fields.
+        # A value that the Config derives from other fields if it is None becomes None.
         if fields["query_scale"] == (fields["d_head"] or fields["d_model"] // fields["n_heads"]):
             fields["query_scale"] = None
         if fields.get("local_theta") == fields["rope_theta"] and not fields.get("rope_scaling"):
@@ -91,14 +83,12 @@ def read_fields_of(directory: str | Path) -> dict:
         return ordinary_widths(fields) | end_of_text(directory, fields)
 
 
-def one_rope(path: Path, hf: dict) -> dict:
-    """Return hf with rotary positions as rope_theta and rope_scaling. Gemma 2 has the same in all layers."""
-    return flatten_rope(path, hf)
-
-
 def two_ropes(path: Path, hf: dict) -> dict:
-    """Return hf with rotary positions as rope_theta and rope_scaling, and rope_local_base_freq of the layers
-    with a window; transformers 5 writes a dict for each kind of layer."""
+    """Return hf, the content of the config.json at path, with rotary positions as transformers 4 writes them.
+
+    These are rope_theta and rope_scaling of the layers without a window, and rope_local_base_freq, the base
+    of those with a window. transformers 5 writes a dict for each kind of layer instead.
+    """
     hf = dict(hf)
     by_kind = hf.pop("rope_parameters", None) or {}
     if unknown := by_kind.keys() - {"full_attention", "sliding_attention"}:
@@ -116,7 +106,10 @@ def two_ropes(path: Path, hf: dict) -> dict:
 
 
 def read_windows(path: Path, hf: dict, n_layers: int, default: int) -> dict:
-    """Return the fields `window` and `full_layers`. default: every so many layers there is a global one."""
+    """Return the fields `window` and `full_layers`.
+
+    default: the pattern where hf has none. With pattern n, each n-th layer has no window.
+    """
     window = whole_number(path, hf, "sliding_window", 4096, "window", least=1)
     key = "sliding_window_pattern" if "sliding_window_pattern" in hf else "_sliding_window_pattern"
     pattern = whole_number(path, hf, key, default, least=1)
@@ -138,7 +131,7 @@ def hf_config(config) -> dict:
     if is_gemma3 and config.rope_scaling and config.local_theta is None:
         raise ValueError("rope_scaling without local_theta: in Gemma 3 it is of the global layers alone")
 
-    # Fields that a Config may leave out are written with the values that follow from the others.
+    # Fields that are None in the Config are written with the values that follow from the others.
     architecture = "Gemma3ForCausalLM" if is_gemma3 else "Gemma2ForCausalLM"
     fields = vars(config) | {"n_kv_heads": config.G, "d_head": config.K}
     scale = config.query_scale or config.K
@@ -147,7 +140,7 @@ def hf_config(config) -> dict:
     hf = {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], "torch_dtype": "float32"}
     hf |= {key: fields[field] for key, field in TABLES[architecture].items()}
 
-    # The windows, and keys without which transformers would use its own defaults.
+    # The kind of each layer, and keys without which transformers would use its own defaults.
     full = config.full_layers if config.window else range(config.n_layers)
     kinds = ["full_attention" if i in full else "sliding_attention" for i in range(config.n_layers)]
     hf |= {"layer_types": kinds, "sliding_window": config.window or config.max_seq_len}
@@ -158,10 +151,10 @@ def hf_config(config) -> dict:
 def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
     """Return kind(config) with the weights in directory; config is of config_kind, a `local_global.Config`.
 
-    Raises ValueError unless the tensors are exactly those of the model.
+    Raises ValueError naming what is missing, damaged or not implemented.
     """
     fields, weights = read_fields_of(directory), read_weights(directory)
-    weights = {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    weights = without_frequencies(weights)
     tie(fields, weights, *EMBEDDING_AND_HEAD)
     return filled(kind, config_kind, fields, weights, directory, kernels)
 

@@ -1,16 +1,17 @@
-"""Hugging Face checkpoints of models that write images: ImageGPTForCausalImageModeling.
+"""Hugging Face checkpoints of decoders that write images: ImageGPTForCausalImageModeling.
 
-The weights are GPT-2's with another norm, so formats/decoders.py renames them. One more id than there are
-colours is read, the start of an image; the head has a row for each colour alone. The palette and the size of
-images are in preprocessor_config.json: colours of red, green and blue from -1 to 1. A palette of greys is
-written as colours whose three numbers are equal, and read back as greys.
+The model is GPT-2 with another norm, so formats/decoders.py renames its weights. An id stands for a colour of
+a palette, and one more id for the start of an image: vocab_size is the number of colours plus 1, but the head
+has no row for the start. The palette and the size of images are in preprocessor_config.json; colours are red,
+green and blue from -1 to 1. A palette of greys is written as colours of three equal numbers, and read back as
+greys.
 """
 
 from pathlib import Path
 
 from torch import nn
 
-from formats.config_json import INERT, damage_named, named_architecture, read_config, read_fields
+from formats.config_json import INERT, damage_named, read_architecture, read_fields
 from formats.decoders import GPT2_FIELDS, from_gpt2, to_gpt2
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import filled, read_weights, write
@@ -39,23 +40,22 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
 
     Raises ValueError naming what is missing, damaged or not implemented.
     """
-    path, hf = read_config(directory)
-    if named_architecture(path, hf) != ARCHITECTURE:
-        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {ARCHITECTURE}")
-    if hf.get("n_inner") is None:
-        hf["n_inner"] = 4 * (hf.get("n_embd") or DEFAULTS["d_model"])
+    path, hf, _ = read_architecture(directory, [ARCHITECTURE])
     with damage_named(path):
+        if hf.get("n_inner") is None:
+            hf["n_inner"] = 4 * (hf.get("n_embd") or DEFAULTS["d_model"])
         fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT | {"eos_token_id"})
     fields |= read_palette(Path(directory), fields)
-    weights = from_gpt2(read_weights(directory))
+    with damage_named(Path(directory)):
+        weights = from_gpt2(read_weights(directory))
     return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def read_palette(directory: Path, fields: dict) -> dict:
     """Return the fields "palette", "n_channels" and "image_size" by preprocessor_config.json.
 
-    Raises ValueError for a palette or a size that does not belong to the model, and where the file is
-    missing, without which ids mean nothing.
+    fields: those of config.json. Raises ValueError for a palette with another number of colours, for a size
+    that is no height and width, and where the file is missing, since then no id has a colour.
     """
     path = directory / "preprocessor_config.json"
     hf = read_json(path)
@@ -82,7 +82,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     config = model.config
     hf = {"architectures": [ARCHITECTURE], "model_type": "imagegpt"}
     hf |= {key: getattr(config, field) for key, field in FIELDS.items()}
-    # Our models have no dropout; transformers' default of 0.1 would train them further with it.
+    # Our models have no dropout. Without its keys, transformers would use 0.1 in further training.
     hf |= {"activation_function": "quick_gelu", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     write(directory, hf | {"tie_word_embeddings": False}, to_gpt2(model.state_dict()))
     height, width = config.image_size

@@ -1,14 +1,16 @@
-"""Hugging Face checkpoints of models that read images: ViT, and MAE around it.
+"""Hugging Face checkpoints of models that read images: ViT, and MAE, which adds a decoder to it.
 
     ViTForImageClassification    an encoder with a classifier
-    ViTModel                     without, perhaps with a pooler
-    ViTMAEForPreTraining         with the decoder of vision/mae.py
+    ViTModel                     an encoder without a classifier, with or without a pooler
+    ViTMAEForPreTraining         an encoder with the decoder of vision/mae.py
 
-Our names of weights are theirs on disk, so nothing is renamed but a ViTModel's, whose names have no prefix.
-How pixels are normalised is in preprocessor_config.json. That positions are fixed is recorded by a key
-"positions" of config.json, which transformers leaves alone. formats/native.py keeps what no architecture has.
+Our names of weights are those in the files; only a ViTModel's lack the prefix "vit.". How pixels are
+normalised is in preprocessor_config.json. Fixed position embeddings are marked by the key "positions" of
+config.json, which transformers ignores. A model that none of these classes describes is saved in the layout
+of formats/native.py.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from formats import config_json, native
-from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats.config_json import (
+    damage_named,
+    named_architecture,
+    read_architecture,
+    read_config,
+    read_fields,
+)
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import filled, read_weights, write
 
@@ -71,10 +79,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in CONCEPTS:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CONCEPTS)}")
+    path, hf, architecture = read_architecture(directory, CONCEPTS)
 
     # The fields in config.json and preprocessor_config.json.
     of_decoder = set(DECODER_FIELDS) if architecture == MAE else set()
@@ -85,7 +90,7 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
         fields["positions"] = hf.get("positions", "sincos")
     fields |= read_preprocessor(Path(directory))
 
-    # What the model returns follows from its tensors.
+    # Which tensors there are decides what the model returns.
     weights = read_weights(directory)
     if architecture == BARE:
         weights = {PREFIX + name: w for name, w in weights.items()}
@@ -94,8 +99,9 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_classes(hf: dict, weights: dict[str, Tensor]) -> dict:
-    """Return the fields "n_classes", by the classifier among the weights, and "labels" if they are named."""
-    n_classes = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
+    """Return the field "n_classes", the rows of the classifier among the weights, and "labels", the names of
+    the classes in hf (config.json), if it names all of them."""
+    n_classes = weights["classifier.bias"].numel() if "classifier.bias" in weights else 0
     names = hf.get("id2label") or {}
     if n_classes and isinstance(names, dict) and set(names) == {str(i) for i in range(n_classes)}:
         return {"n_classes": n_classes, "labels": tuple(str(names[str(i)]) for i in range(n_classes))}
@@ -103,24 +109,29 @@ def read_classes(hf: dict, weights: dict[str, Tensor]) -> dict:
 
 
 def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
-    """Return the fields "mean" and "std" by preprocessor_config.json, none where there is no such file.
+    """Return the fields "mean" and "std" of pixels in [0, 1] by preprocessor_config.json, or {} without it.
 
-    Raises ValueError for a file that scales pixels to other numbers than [0, 1].
+    Raises ValueError for a file that scales pixels to another range, and for values that are not finite or a
+    deviation that is not above 0.
     """
     path = directory / "preprocessor_config.json"
     if not path.is_file():
         return {}
     hf = read_json(path)
+    if not hf.get("do_rescale", True):
+        raise ValueError(f"{path}: do_rescale false is not implemented; expected pixels from 0 to 1")
     factor = hf.get("rescale_factor", 1 / 255)
-    is_number = isinstance(factor, int | float) and hf.get("do_rescale", True)
-    if not is_number or abs(factor * 255 - 1) > 1e-6:
+    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
         raise ValueError(f"{path}: rescale_factor {factor!r:.100}: expected 1 / 255")
     if not hf.get("do_normalize", True):
         return {"mean": (0.0,), "std": (1.0,)}
     found = {"mean": hf.get("image_mean"), "std": hf.get("image_std")}
     for name, values in found.items():
-        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
+        if not numbers or not all(map(math.isfinite, values)):
             raise ValueError(f"{path}: image_{name} {values!r:.100}: expected a number for each channel")
+    if min(found["std"], default=1) <= 0:
+        raise ValueError(f"{path}: image_std {found['std']}: expected numbers above 0")
     return {name: tuple(float(value) for value in values) for name, values in found.items()}
 
 
@@ -130,20 +141,16 @@ def has_decoder(directory: str | Path) -> bool:
 
 
 def read_decoder(directory: str | Path) -> dict:
-    """Return the fields of `mae.Config` for a ViTMAEForPreTraining. ValueError for another directory."""
-    path, hf = read_config(directory)
-    if named_architecture(path, hf) != MAE:
-        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {MAE}")
+    """Return the fields of `mae.Config` for a ViTMAEForPreTraining. Raises ValueError for another model."""
+    path, hf, _ = read_architecture(directory, [MAE])
     own = {key: value for key, value in hf.items() if key in DECODER_FIELDS}
     with damage_named(path):
         return read_fields(path, own, DECODER_FIELDS, DECODER_DEFAULTS, {}, set(), set())
 
 
 def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights in directory, without those of MAE's decoder, in their precision.
-
-    config: of config_kind. Raises ValueError naming what is wrong.
-    """
+    """Return kind(config) with the weights in directory in their precision; config is of config_kind, a
+    `vit.Config`. The decoder of an MAE is left out. Raises ValueError naming what is wrong."""
     if native.is_native(directory):
         return native.load(directory, kernels)
     fields, weights = read(directory)
@@ -162,16 +169,17 @@ def config_of(config: Any) -> dict:
 
 
 def activation(config: Any) -> dict:
-    """Return the keys of config.json for the activation and for dropout, of which our models have none.
+    """Return the keys of config.json for the activation and for dropout.
 
-    Without the keys of dropout, transformers 4 would train a model further with its own.
+    Our models have no dropout. Without its keys, transformers 4 would use its own in further training.
     """
     name = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[config.mlp]
     return {"hidden_act": name, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def class_names(labels: tuple[str, ...], n_classes: int) -> dict:
-    """Return the keys of config.json for the names of classes, LABEL_0 and so on where they do not fit."""
+    """Return the keys of config.json for the names of n_classes classes: labels, or if there are not as many,
+    LABEL_0, LABEL_1 and so on."""
     names = labels if len(labels) == n_classes else [f"LABEL_{i}" for i in range(n_classes)]
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
@@ -179,7 +187,8 @@ def class_names(labels: tuple[str, ...], n_classes: int) -> dict:
 def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...]) -> None:
     """Write a `vit.ViT`: config.json, model.safetensors and preprocessor_config.json.
 
-    labels: the names of the classes. A readout that no architecture has is written by formats/native.py.
+    labels: the names of the classes. A model whose readout no class of transformers has is written in the
+    layout of formats/native.py.
     """
     config = model.config
     bare = config.n_classes == 0
@@ -199,7 +208,10 @@ def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...]) -> No
 
 
 def save_mae(config: Any, decoder: Any, weights: dict[str, Tensor], directory: str | Path) -> None:
-    """Write a ViTMAEForPreTraining of an encoder's and a decoder's config, and its preprocessor."""
+    """Write a ViTMAEForPreTraining, and its preprocessor_config.json.
+
+    config: of the encoder, a `vit.Config`. decoder: a `mae.Config`. weights: of both, under our names.
+    """
     hf = {"architectures": [MAE], "model_type": "vit_mae", **config_of(config)}
     hf |= {key: getattr(decoder, field) for key, field in DECODER_FIELDS.items()}
     hf["positions"] = config.positions
@@ -208,7 +220,7 @@ def save_mae(config: Any, decoder: Any, weights: dict[str, Tensor], directory: s
 
 
 def write_preprocessor(config: Any, directory: str | Path) -> None:
-    """Write preprocessor_config.json: the size of images, and the normalisation of their pixels."""
+    """Write preprocessor_config.json of a `vit.Config`: the size of images, and how pixels are normalised."""
     height, width = config.size
     n = config.n_channels
     content = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3}
@@ -218,5 +230,5 @@ def write_preprocessor(config: Any, directory: str | Path) -> None:
 
 
 def every(values: tuple[float, ...], n: int) -> list[float]:
-    """Return a value for each of n channels."""
+    """Return a value for each of n channels; values has as many, or one that holds for all."""
     return list(values) * (n if len(values) == 1 else 1)

@@ -1,4 +1,4 @@
-"""JSON files: read with errors that name the file, written whole or not at all."""
+"""JSON files: read with errors that name the file, and replaced only once they are complete."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from formats.atomic import replace_file
 def read_json(path: Path, expected: str = "a directory in Hugging Face layout") -> dict:
     """Return the object in a JSON file.
 
-    Raises ValueError if there is no such file (`expected` then says what the user should give), or if its
-    content is damaged or is no JSON object.
+    expected: what the user should have named, for the error if there is no such file. Raises ValueError in
+    that case, and if the content is damaged or is no JSON object.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected {expected}")
@@ -25,7 +25,7 @@ def read_json(path: Path, expected: str = "a directory in Hugging Face layout") 
 
 
 def json_line(row: dict) -> str:
-    """Return a row of numbers as a line of JSON, in which NaN and infinities, which JSON lacks, are null."""
+    """Return a row of a log as a line of JSON. NaN and infinities, which JSON lacks, become null."""
     numbers = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
@@ -34,7 +34,10 @@ def json_line(row: dict) -> str:
 
 
 def write_json(path: Path, content: dict, indent: int = 2, end: str = "\n") -> None:
-    """Write an object to a JSON file, which replaces the old one only once it is complete."""
+    """Write an object to a JSON file, which replaces the old one only once it is complete.
+
+    indent: spaces per level. end: what follows the closing bracket.
+    """
     with replace_file(path) as new:
         text = json.dumps(content, ensure_ascii=False, indent=indent)
         new.write_text(text + end, encoding="utf-8")

@@ -1,14 +1,15 @@
-"""Hugging Face checkpoints of models that see: LlavaForConditionalGeneration.
+"""Hugging Face checkpoints of language models that read images: LlavaForConditionalGeneration.
 
-config.json holds that of the image tower (formats/clip.py) and that of the language model, read by
-formats/decoders.py, under "vision_config" and "text_config". The weights have three namings, which are read:
+config.json contains the config.json of the image tower as "vision_config" (formats/clip.py) and that of the
+language model as "text_config" (formats/decoders.py). Weights are named in three ways, all of which are read:
 
     vision_tower.vision_model.*, language_model.model.*, language_model.lm_head.*    the published files
     vision_tower.*, language_model.model.*, language_model.lm_head.*                 written by transformers 5
     model.vision_tower.*, model.language_model.*, lm_head.*                          its names in memory
 
-The second are ours, and written. Beside the weights are the files of a processor, which tell transformers how
-many tokens an image takes: patch_size, the strategy, and one additional token for the class.
+Our names, which are also written, are the second. Beside the weights are the files of a processor, by which
+transformers computes how many tokens an image takes: patch_size, vision_feature_select_strategy (whether the
+class token is left out), and whether the tower has that token.
 """
 
 from pathlib import Path
@@ -16,8 +17,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from formats import clip, config_json
-from formats.config_json import damage_named, named_architecture, read_config, read_fields
-from formats.decoders import MODEL_TYPES, architecture_of, decoder_config, decoder_fields
+from formats.config_json import damage_named, read_architecture, read_fields
+from formats.decoders import (
+    MODEL_TYPES,
+    architecture_of,
+    decoder_config,
+    decoder_fields,
+    without_frequencies,
+)
 from formats.images import read_preprocessor
 from formats.json_file import write_json
 from formats.safetensors_dir import assign, build, read_weights, rename, tie, write
@@ -30,8 +37,10 @@ INERT = config_json.INERT | {
     "vision_feature_select_strategy", "image_seq_length", "tie_word_embeddings", "eos_token_id",
     "ignore_index", "vocab_size", "multimodal_projector_bias",
 }  # fmt: skip
-# The towers' model types, and the values of absent keys: transformers leaves out what is its default.
+# model_type of the tower: its layout, see formats/clip.py.
 LAYOUTS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+# The tower of a config.json without "vision_config", and the values of keys that a Llama's "text_config"
+# leaves out: transformers does not write what is its default.
 TOWER_DEFAULTS = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
@@ -40,13 +49,14 @@ LLAMA_DEFAULTS = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32000, "max_position_embeddings": 2048,
 }  # fmt: skip
-NAMES = {  # the other namings: ours
+NAMES = {  # the other names of weights: ours
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "lm_head.": "language_model.lm_head.",
     "vision_tower.vision_model.": "vision_tower.",
 }
+# model_type of the language model: its architecture.
 TYPES = {model_type: name for name, model_type in MODEL_TYPES.items() if model_type != "gpt2"}
 
 
@@ -55,9 +65,7 @@ def read(directory: str | Path) -> tuple[dict, dict, dict]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    if named_architecture(path, hf) != ARCHITECTURE:
-        raise ValueError(f"{path}: architecture {named_architecture(path, hf)!r}: expected {ARCHITECTURE}")
+    path, hf, _ = read_architecture(directory, [ARCHITECTURE])
     with damage_named(path):
         fields = read_fields(path, hf, {}, {}, ONLY, INERT, set()) | read_choices(path, hf)
 
@@ -82,7 +90,7 @@ def read(directory: str | Path) -> tuple[dict, dict, dict]:
 
 
 def part(path: Path, hf: dict, key: str, defaults: dict) -> dict:
-    """Return the settings of one of the two models in hf, the config.json at path; defaults: without any."""
+    """Return the settings under a key of hf, the content of the config.json at path, or else defaults."""
     found = hf.get(key) or defaults
     if not isinstance(found, dict):
         raise ValueError(f"{path}: {key} {str(found)[:100]!r}: expected an object")
@@ -90,7 +98,7 @@ def part(path: Path, hf: dict, key: str, defaults: dict) -> dict:
 
 
 def read_choices(path: Path, hf: dict) -> dict:
-    """Return the fields of `llava.Config` that have one value."""
+    """Return the fields of `llava.Config` itself, without the Configs of the tower and the language model."""
     image_token = hf.get("image_token_index", hf.get("image_token_id", 32000))
     layer, strategy = hf.get("vision_feature_layer", -2), hf.get("vision_feature_select_strategy", "default")
     for key, value in (("image_token_index", image_token), ("vision_feature_layer", layer)):
@@ -105,10 +113,10 @@ def read_choices(path: Path, hf: dict) -> dict:
 
 
 def load(kind: type[nn.Module], config_kinds: tuple, directory: str | Path, kernels: str) -> nn.Module:
-    """Return kind(config) with the weights in directory, under any of the three namings.
+    """Return kind(config) with the weights in directory, which may be named in any of the three ways.
 
-    config_kinds: `llava.Config`, and those of the tower and of the language model. Raises ValueError naming
-    what is missing, damaged or not implemented.
+    config_kinds: `llava.Config`, and the classes of the Configs of the tower and of the language model.
+    Raises ValueError naming what is missing, damaged or not implemented.
     """
     config_kind, vision_kind, text_kind = config_kinds
     fields, vision, text = read(directory)
@@ -126,15 +134,15 @@ def load(kind: type[nn.Module], config_kinds: tuple, directory: str | Path, kern
 
 
 def our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of any of the three namings under ours, without buffers, which old files hold."""
-    weights = {rename(name, NAMES): w for name, w in clip.without_buffers(weights).items()}
-    return {name: w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    """Return weights with names of any of the three kinds under ours, without the constants in old files."""
+    weights = without_frequencies(clip.without_positions(weights))
+    return {rename(name, NAMES): w for name, w in weights.items()}
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write a `llava.LLaVA`: the model, generation_config.json, and the files of its processor.
 
-    Raises ValueError for a language model that no architecture of Llama's kind describes.
+    Raises ValueError for a language model in GPT-2's layout, or one that no architecture describes.
     """
     config, directory = model.config, Path(directory)
     if architecture_of(config.text) not in TYPES.values():

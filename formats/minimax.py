@@ -1,12 +1,12 @@
-"""Hugging Face checkpoints of MiniMax-01, MiniMaxForCausalLM: linear layers, and some with softmax.
+"""Hugging Face checkpoints of MiniMax-01, MiniMaxForCausalLM: layers with linear and with softmax attention.
 
-The experts have Mixtral's names, see formats/mixtures.py. In the linear layers
+The experts have Mixtral's names, see formats/mixtures.py. Two weights of linear attention have other names:
 
     in the file     self_attn.norm, self_attn.out_proj
     in the model    self_attn.out_norm, self_attn.o_proj
 
-A file may also hold tables of decays, which follow from config.json: they are left out in reading, and not
-written. The layers with softmax turn all features of a head, as transformers does.
+Files may also hold tables of decays. They follow from config.json, so they are neither read nor written. In
+the layers with softmax, rotary positions turn all features of a head, as in transformers.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from formats import config_json, decoders, mixtures, safetensors_dir
-from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats.config_json import damage_named, read_architecture, read_fields
 
 ARCHITECTURE, CONCEPT = "MiniMaxForCausalLM", "attention_variants.minimax"
 FACTORS = {  # config.json: Config
@@ -30,7 +30,7 @@ ONLY = mixtures.ONLY | {"sliding_window": (None,)}
 INERT = mixtures.INERT | {"layer_types"}
 KINDS = ("linear_attention", "full_attention")
 NAMES = {".self_attn.out_norm.": ".self_attn.norm.", ".self_attn.o_proj.": ".self_attn.out_proj."}
-TABLES = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+DECAYS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # ends of the names of these tables
 
 
 def read_fields_of(directory: str | Path) -> dict:
@@ -38,16 +38,13 @@ def read_fields_of(directory: str | Path) -> dict:
 
     Raises ValueError for an architecture or a key that is not implemented, and for missing keys.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture != ARCHITECTURE:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected {ARCHITECTURE}")
+    path, hf, _ = read_architecture(directory, [ARCHITECTURE])
     with damage_named(path):
         hf = decoders.flatten_rope(path, hf)
         hf = {"num_local_experts" if key == "num_experts" else key: value for key, value in hf.items()}
         fields = read_fields(path, hf, FIELDS, DEFAULTS, ONLY, INERT, mixtures.REQUIRED - {"d_expert"})
 
-        # transformers alternates from a softmax layer on where there is no list.
+        # Without a list, the two kinds alternate, and the first layer has softmax attention.
         n_layers = fields["n_layers"]
         kinds = hf.get("layer_types") or [KINDS[(i + 1) % 2] for i in range(n_layers)]
         if unknown := set(kinds) - set(KINDS):
@@ -77,7 +74,7 @@ def hf_config(config) -> dict:
 
 
 def renamed(weights: dict[str, Tensor], config, table: dict[str, str]) -> dict[str, Tensor]:
-    """Return the weights with the names of the linear layers changed by a table."""
+    """Return the weights with the names in the layers with linear attention changed by a table."""
     linear = tuple(f"model.layers.{i}." for i in range(config.n_layers) if i not in config.softmax_layers)
     rename = safetensors_dir.rename
     return {rename(name, table) if name.startswith(linear) else name: w for name, w in weights.items()}
@@ -89,9 +86,12 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     Raises ValueError for tensors that are missing, unknown, or of another shape.
     """
     fields = read_fields_of(directory)
+    stored = decoders.without_frequencies(safetensors_dir.read_weights(directory))
     with damage_named(Path(directory)):
-        stored = mixtures.split_experts(safetensors_dir.read_weights(directory), mixtral=True)
-    stored = {name: w for name, w in stored.items() if not name.endswith((*TABLES, "rotary_emb.inv_freq"))}
+        stored = mixtures.split_experts(stored, mixtral=True)
+    stored = {
+        name: w for name, w in decoders.without_frequencies(stored).items() if not name.endswith(DECAYS)
+    }
     safetensors_dir.tie(fields, stored, *decoders.EMBEDDING_AND_HEAD)
     with damage_named(config_json.read_config(directory)[0]):
         config = config_kind(**fields, kernels=kernels)

@@ -8,12 +8,12 @@ The tensors are named after the modules of transformers' model (see formats/peft
 
 Three kinds of layers are stored differently:
 
-    embeddings         .lora_embedding_A (r, V), .lora_embedding_B (D, r): the linear map of one-hot rows
+    embeddings         .lora_embedding_A (r, V), .lora_embedding_B (D, r): a linear map of one-hot rows
     fused attention    one adapter for queries, keys and values
     stacked experts    lora_A is (E r, D_in), where r varies fastest, and lora_B (D_out, r E), where E does
 
-A key of the config that would change what is computed, and that is not implemented, is an error that names
-it. Which modules are adapted is read from the tensors and not from target_modules.
+A key of adapter_config.json that would change what is computed, and that is not implemented, is an error that
+names it. Which modules are adapted follows from the names of the tensors, and not from target_modules.
 """
 
 import math
@@ -44,14 +44,15 @@ from formats.safetensors_dir import write_tensors
 class SavedAdapter(NamedTuple):
     """The content of the two files, under our names."""
 
-    # method: "lora", "dora" or "ia3"; except for ia3: r (int), alpha (float), rank_stabilized (bool), dropout
-    # (float); target_modules as in the file (str or tuple of str), which `write` derives from the layers.
+    # method ("lora", "dora" or "ia3"), and except for ia3: r (int), alpha (float), rank_stabilized (bool) and
+    # dropout (float). When an adapter is read also target_modules, as in the file (str or tuple of str);
+    # `write` derives it from the layers.
     fields: dict
-    # By our path of the layer: lora_A, lora_B, scale (float), and with DoRA lora_magnitude_vector; or ia3_l.
-    # Stacked experts have lora_A (E, r, D_in) and lora_B (E, D_out, r).
+    # The tensors of each layer, by our path of it: lora_A, lora_B, scale (float), and with DoRA
+    # lora_magnitude_vector; or ia3_l. Stacked experts have lora_A (E, r, D_in) and lora_B (E, D_out, r).
     layers: dict[str, Layer]
     base: str | None  # base_model_name_or_path
-    fingerprint: str | None  # of the base, see `fingerprint`
+    fingerprint: str | None  # of the base, see `safetensors_dir.fingerprint`
 
 
 PREFIX = "base_model.model."
@@ -75,14 +76,14 @@ READ = {
     "lora_dropout": (int, float), "target_modules": (list, str), "target_parameters": (list,),
     "rank_pattern": (dict,), "alpha_pattern": (dict,), "base_model_name_or_path": (str,),
 }  # fmt: skip
-# Keys of which only these values are implemented. These initialisations leave the base as it is; PiSSA,
-# OLoRA, CorDA, LoftQ and LoRA-GA subtract the first B A from its weights, so their files fit another base.
+# Keys of which only these values are implemented. The other initialisations (PiSSA, OLoRA, CorDA, LoftQ and
+# LoRA-GA) subtract the first B A from the weights of the base, so their files do not fit the original base.
 ONLY = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 # Keys that do not change what the tensors compute: bookkeeping, how modules were chosen and initialised, and
-# fan_in_fan_out, which describes the base's matrices.
+# fan_in_fan_out, which describes how the base stores its matrices.
 INERT = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out",
     "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules", "init_ia3_weights",
@@ -91,17 +92,19 @@ INERT = {
 
 
 def read(directory: str | Path, model: nn.Module) -> SavedAdapter:
-    """Return the adapter in directory, under the paths of model, of which only class and config are used.
+    """Return the adapter in directory, with its layers under the paths that they have in model.
 
-    Raises ValueError naming the file and what in it is missing, damaged, contradictory or not implemented.
-    Whether the adapter fits the base is checked by `check_base`.
+    model: one of ours, of which only class and config are used; `check_base` checks whether the adapter fits
+    its weights. Raises ValueError naming the file and what in it is missing, damaged, contradictory or not
+    implemented.
     """
     path, file = (Path(directory) / name for name in ("adapter_config.json", "adapter_model.safetensors"))
     hf = read_json(path)
     fields = read_fields(path, hf)
     tensors, base_fingerprint = read_tensors(file)
 
-    # {PEFT's path of a module: our paths of it}. In an adapter of a model without heads the prefix is absent.
+    # {PEFT's path of a module: our paths of it}, without the prefix, which an adapter of a model without
+    # heads does not have.
     parameters = hf.get("target_parameters") or []
     prefix = MODEL_PREFIXES[family_of(model)]
     ours: dict[str, list[str]] = {}
@@ -121,7 +124,7 @@ def read(directory: str | Path, model: nn.Module) -> SavedAdapter:
             raise ValueError(f"{file}: {name} fits no layer of this model; expected a name such as {like}")
         modules.setdefault(module, {})[EMBEDDING_KINDS[end]] = tensor
 
-    # There must be an adapter, and one of each stack of experts that the config names.
+    # There must be an adapter, and one for each stack of experts that the config names.
     found = {our for module in modules for our in ours[module.removeprefix(prefix)]}
     missing = {our for paths in ours.values() for our in paths if is_stack(our)} - found
     if missing or not found:
@@ -143,7 +146,11 @@ def read(directory: str | Path, model: nn.Module) -> SavedAdapter:
 
 
 def target_of(module: str, our_path: str, parameters: list[str]) -> str:
-    """Return the path that rank_pattern and alpha_pattern match: of a module, or of a parameter in it."""
+    """Return the path that rank_pattern and alpha_pattern are matched with.
+
+    That is PEFT's path of the module, or the path of a parameter in it if parameters, the target_parameters
+    of the config, select it. our_path: our path of the layer.
+    """
     target = module.replace(".base_layer", "")
     if is_stack(our_path):
         return f"{target}.{our_path.rpartition('.')[2]}"
@@ -153,9 +160,9 @@ def target_of(module: str, our_path: str, parameters: list[str]) -> str:
 def check_base(
     directory: str | Path, saved: SavedAdapter, shapes: Mapping[str, torch.Size], fingerprint: str | None
 ) -> None:
-    """Raise ValueError unless an adapter from directory fits a base.
+    """Raise ValueError unless an adapter that was read from directory fits a base.
 
-    shapes: (..., N, D) of the base's matrices, by our paths. fingerprint: of the base, or None if unknown.
+    shapes: (..., N, D) of the base's matrices, by our paths. fingerprint: of the base, None if unknown.
     """
     for path, layer in saved.layers.items():
         if path not in shapes:
@@ -221,9 +228,10 @@ def read_fields(path: Path, hf: dict) -> dict:
 
 
 def rank_and_scale(path: Path, hf: dict, target: str) -> tuple[int, float]:
-    """Return r of a target and the scale of B A. hf is the content of the adapter_config.json at path.
+    """Return r of a target and the scale of its B A. hf: the content of the adapter_config.json at path.
 
-    The first pattern that matches the target decides, or the default if none does.
+    r and alpha are those of the first pattern that matches the target, or the defaults if none does. Raises
+    ValueError for values that are not numbers, and for patterns that are damaged.
     """
     values = []
     for key, pattern_key, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", (int, float))):
@@ -236,7 +244,8 @@ def rank_and_scale(path: Path, hf: dict, target: str) -> tuple[int, float]:
             if matches:
                 key, value = f"{pattern_key} {pattern!r}", other
                 break
-        if not isinstance(value, kind) or (kind is int and value < 1):
+        is_number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+        if not is_number or (kind is int and value < 1):
             expected = "a whole number of at least 1" if kind is int else "a number"
             raise ValueError(f"{path}: {key} {value!r}: expected {expected}")
         values.append(value)
@@ -245,7 +254,10 @@ def rank_and_scale(path: Path, hf: dict, target: str) -> tuple[int, float]:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Return all tensors of a safetensors file, and the base's fingerprint from its metadata or None."""
+    """Return the tensors of an adapter's file, and the fingerprint of its base in the metadata, or None.
+
+    Raises ValueError for a file that is missing or damaged.
+    """
     pickled = file.with_suffix(".bin")
     if pickled.is_file() and not file.is_file():
         raise ValueError(
@@ -259,7 +271,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
 def check(
     file: Path, module: str, given: dict[str, Tensor], method: str, rank: int = 0, n_experts: int = 1
 ) -> None:
-    """Raise ValueError unless a module has the tensors of the method, of this rank and consistent."""
+    """Raise ValueError unless given, the tensors of a module in file, are those of the method.
+
+    method: one of METHOD_KINDS. rank, n_experts: by adapter_config.json and the model; IA3 has no rank.
+    """
     name = f"{file}: {PREFIX}{module}"
     expected = METHOD_KINDS[method]
     for problem, kinds in (
@@ -288,10 +303,9 @@ def check(
 def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> None:
     """Write adapter_model.safetensors and adapter_config.json to directory.
 
-    Each replaces the old file only once it is complete.
-
-    model: one of ours, of which only class and config are used. The layers may differ in rank and scale.
-    Raises ValueError for an adapter that PEFT's format cannot describe.
+    model: one of ours, of which only class and config are used. The layers of the adapter may differ in rank
+    and scale. Each file is replaced only once the new one is complete. Raises ValueError for an adapter that
+    PEFT's format cannot describe.
     """
     method, layers = adapter.fields["method"], adapter.layers
     theirs = names(model, layers.__contains__)
@@ -305,7 +319,7 @@ def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> Non
         )
     layers = fuse_attention(directory, family_of(model), method, layers)
 
-    # What PEFT will find by target_modules, and what by target_parameters.
+    # The tensors, and the layers by their paths in target_modules and in target_parameters.
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Layer] = {}
     parameters: dict[str, Layer] = {}
@@ -317,9 +331,9 @@ def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> Non
             B = layer["lora_B"].permute(1, 2, 0).flatten(1)  # (D_out, r E) of (E, D_out, r)
             layer = {"lora_A": A, "lora_B": B}
         elif method == "lora" and ".mlp." in our and hasattr(model.config, "n_experts"):
-            # In a model with experts PEFT takes modules named gate_proj, up_proj, down_proj and gate for
-            # those of the experts, as they were before transformers 5. So these are written as parameters.
-            # (PEFT has DoRA and IA3 for modules only.)
+            # In a model with experts, PEFT takes modules named gate_proj, up_proj, down_proj and gate for
+            # those of the experts, as they were before transformers 5. So these are written as parameters;
+            # with DoRA and IA3 they cannot be, since PEFT has these for modules only.
             parameters[f"{module}.weight"] = layer
         else:
             modules[module] = layer
@@ -338,7 +352,10 @@ def write(directory: str | Path, model: nn.Module, adapter: SavedAdapter) -> Non
 def adapter_config(
     model: nn.Module, adapter: SavedAdapter, modules: dict[str, Layer], parameters: dict[str, Layer]
 ) -> dict:
-    """Return the content of adapter_config.json; modules and parameters: the layers by PEFT's paths."""
+    """Return the content of adapter_config.json.
+
+    modules, parameters: the layers, by their paths in target_modules and in target_parameters.
+    """
     fields, every = adapter.fields, names(model)
     all_modules = {their for our, their in every.items() if not is_stack(our)}
     all_parameters = {our if is_stack(our) else f"{their}.weight" for our, their in every.items()}
@@ -355,8 +372,8 @@ def adapter_config(
         inputs, outputs = (shortest(some, all_modules) for some in (of_input, modules.keys() - of_input))
         return config | {"target_modules": outputs + inputs, "feedforward_modules": inputs}
 
-    # The rank and alpha of each layer. A scale is rounded, so alpha may differ a little from the one that it
-    # was computed from; then that one is written.
+    # The rank and alpha of each layer. Rounding may make alpha differ a little from the value that the scale
+    # was computed from: the default, or a whole number. Then that value is written.
     ranks, alphas = {}, {}
     for target, layer in (modules | parameters).items():
         ranks[target] = layer["lora_A"].shape[-2]
@@ -370,7 +387,7 @@ def adapter_config(
         "alpha_pattern": patterns(alphas, fields["alpha"]),
         "use_rslora": fields["rank_stabilized"],
         "use_dora": fields["method"] == "dora",
-        # PEFT refuses dropout with parameters, and only further training would use it.
+        # PEFT refuses dropout together with parameters, and it has an effect in further training only.
         "lora_dropout": 0.0 if parameters else fields["dropout"],
         "target_modules": shortest(modules, all_modules),
         "target_parameters": shortest(parameters, all_parameters) or None,

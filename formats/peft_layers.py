@@ -1,12 +1,13 @@
-"""The layers of PEFT's files beside ours: their names are those of the modules of transformers' model.
+"""The names and shapes of adapted layers: those in PEFT's files, and ours.
 
-Three kinds of layers do not correspond one to one:
+PEFT names a layer after its module in transformers' model. Three kinds of layers have no such module alone:
 
     fused attention    queries, keys and values of GPT-2 and ModernBERT are one module there, and three here
-    stacked experts    are parameters of one module there. Each of them that is adapted puts a wrapper around
-                       that module, the last one outermost: if both are adapted, .lora_A.weight belongs to
-                       down_proj, and .base_layer.lora_A.weight to gate_up_proj
-    tied head          a module of its own there, although it shares the embedding's weight
+    stacked experts    gate_up_proj and down_proj of all experts of a layer are parameters of one module
+                       there. PEFT puts a wrapper around that module for each of them that is adapted, the
+                       last one outermost: if both are adapted, .lora_A.weight belongs to down_proj, and
+                       .base_layer.lora_A.weight to gate_up_proj
+    tied head          a module of its own there, although it shares the weight of the embedding
 """
 
 import re
@@ -20,7 +21,7 @@ from formats import encoders
 from formats.decoders import GPT2_NAMES
 from formats.safetensors_dir import inverse, rename
 
-# The tensors of an adapter of one layer by kind, see `peft.SavedAdapter`.
+# The tensors of the adapter of one layer, by kind, see `peft.SavedAdapter`.
 Layer = dict[str, Tensor | float]
 
 # What the names of all modules except the heads begin with, in a model that has heads.
@@ -33,11 +34,11 @@ FUSED = {
 
 
 def family_of(model: nn.Module) -> str:
-    """Return the family of an encoder, "gpt2", or "decoder" for all other decoders.
+    """Return "gpt2", "decoder" for any other decoder, or the family of an encoder (formats/encoders.py).
 
     Raises ValueError for ALBERT, whose modules do not correspond to ours, and for DeBERTa.
     """
-    if not hasattr(model.config, "mlm_head"):
+    if not hasattr(model.config, "mlm_head"):  # a decoder
         return "gpt2" if model.config.positions == "learned" else "decoder"
     family = encoders.family_of(model.config) if hasattr(model.config, "positions") else "deberta"
     if family in ("albert", "deberta"):
@@ -88,13 +89,14 @@ def names(model: nn.Module, is_adapted: Callable[[str], bool] = lambda path: Tru
 
 
 def fused_path(path: str, family: str) -> str:
-    """Return our path, with the ending of the fused module if it is one of queries, keys and values."""
+    """Return our path of a layer, or with another end that of the fused module of which it is a part."""
     ends, fused = FUSED.get(family, ((), ""))
     end = next((end for end in ends if path.endswith(end)), None)
     return path.removesuffix(end) + fused if end else path
 
 
 def gpt2_path(path: str) -> str:
+    """Return the path of a module in transformers' GPT-2 for our path of a layer."""
     name = rename(fused_path(path, "gpt2") + ".", inverse(GPT2_NAMES))
     return path if path == "lm_head" else f"transformer.{name[:-1]}"
 
@@ -105,24 +107,25 @@ def selects(ends: Collection[str], path: str) -> bool:
 
 
 def shortest(chosen: Collection[str], every: Collection[str]) -> list[str]:
-    """Return the fewest ends of paths that select all chosen ones and no others of every.
+    """Return ends of paths that select (see `selects`) all chosen paths and no other of every.
 
-    That is q_proj, for example, if it is chosen in all layers, and whole paths where there is no such end.
+    Each is the shortest end of a chosen path for which that is true: q_proj, for example, if it is chosen in
+    all layers. Where no end is, it is the path itself.
     """
     ends = set()
     others = set(every) - set(chosen)
     for path in chosen:
-        parts = re.sub(r"^.*\.\d+\.", "", path).split(".")  # the part after the number of the layer
+        parts = re.sub(r"^.*\.\d+\.", "", path).split(".")  # what follows the number of the layer
         candidates = (".".join(parts[i:]) for i in reversed(range(len(parts))))
         ends.add(next((end for end in candidates if not any(other.endswith(end) for other in others)), path))
     return sorted(ends)
 
 
 def our_layers(paths: list[str], given: Layer, n_experts: int) -> dict[str, Layer]:
-    """Return {our path: its tensors} from the tensors of one module of PEFT.
+    """Return {our path: its tensors} for the tensors of one module in PEFT's file.
 
-    A fused module is divided: each of our layers gets a copy of the tensors of the input, and its rows of the
-    tensors of the output.
+    paths: our paths of that module, three if it is fused attention. Then each layer gets a copy of the
+    tensors on the side of the input, which the three share, and its rows of those on the side of the output.
     """
     if is_stack(paths[0]):
         A = given["lora_A"].unflatten(0, (n_experts, -1))  # (E, r, D_in) of (E r, D_in)
@@ -142,10 +145,11 @@ def our_layers(paths: list[str], given: Layer, n_experts: int) -> dict[str, Laye
 def fuse_attention(
     directory: str | Path, family: str, method: str, layers: dict[str, Layer]
 ) -> dict[str, Layer]:
-    """Return the layers with those of queries, keys and values as one, under the path of the queries, if they
-    are one module in transformers.
+    """Return the layers of an adapter with queries, keys and values as one layer, under the path of the
+    queries, in families where transformers has one module for the three.
 
-    Raises ValueError, which names directory, where one module cannot compute what the three do.
+    directory: where they are saved, for the error. Raises ValueError where one module cannot compute what the
+    three layers do.
     """
     if family not in FUSED:
         return layers
@@ -171,9 +175,9 @@ def fuse_attention(
 
 
 def fuse_ia3(three: list[Layer | None]) -> Layer | None:
-    """Return one scale for three layers, of which missing ones have scales of 1.
+    """Return the IA3 scales of a fused module for those of three layers, where a missing one has scales of 1.
 
-    Outputs are concatenated. The scale of inputs must be the same for all three, otherwise return None.
+    Scales of outputs are concatenated. Scales of inputs must be the same for all three, else return None.
     """
     ones = torch.ones_like(next(layer["ia3_l"] for layer in three if layer))
     scales = [layer["ia3_l"] if layer else ones for layer in three]
@@ -183,10 +187,10 @@ def fuse_ia3(three: list[Layer | None]) -> Layer | None:
 
 
 def fuse_lora(three: list[Layer | None]) -> Layer:
-    """Return one low-rank change for three layers, of which missing ones do not change.
+    """Return the LoRA of a fused module for those of three layers, where a missing one adds nothing.
 
-    If all have the same lora_A and scale, the rank stays and lora_B is concatenated. Otherwise the ranks add
-    up, lora_B becomes block diagonal, and scales that differ are multiplied into it.
+    If all have the same lora_A and scale, the rank stays the same and lora_B is concatenated. Otherwise the
+    ranks add up and lora_B is block diagonal; where scales differ, they are multiplied into lora_B.
     """
     given = [layer for layer in three if layer]
     first = given[0]

@@ -1,13 +1,14 @@
-"""The directory of a StableDiffusionPipeline of diffusers, of which each part has a folder.
+"""The directory of a StableDiffusionPipeline of diffusers: a folder for each part.
 
     vae/              AutoencoderKL                     formats/autoencoder_kl.py
     unet/             UNet2DConditionModel              formats/unet.py
     text_encoder/     CLIPTextModel                     formats/clip.py
-    tokenizer/        the tokenizer of its texts
+    tokenizer/        the tokenizer of the texts
     scheduler/        scheduler_config.json             formats/schedules.py
     model_index.json  the class of each part
 
-A filter of images ("safety_checker") and its preprocessor are neither read nor written.
+The filter of images ("safety_checker") and its preprocessor ("feature_extractor") are neither read nor
+written.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from formats.schedules import DIFFUSERS
 
 INDEX, CLASS, CONCEPT = "model_index.json", "StableDiffusionPipeline", "vision.latent_diffusion"
 TOKENIZER, SCHEDULER = "tokenizer", "scheduler"
-PARTS = {  # folder: the class that is read there
+PARTS = {  # folder of a model: its library and class
     "vae": ("diffusers", "AutoencoderKL"),
     "unet": ("diffusers", "UNet2DConditionModel"),
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -31,7 +32,7 @@ WRITTEN = PARTS | {
 
 
 def is_pipeline(directory: str | Path) -> bool:
-    """Return whether directory holds a pipeline of parts, and no model of its own."""
+    """Return whether directory holds a pipeline: model_index.json, and no config.json of a single model."""
     directory = Path(directory)
     return (directory / INDEX).is_file() and not (directory / "config.json").is_file()
 
@@ -50,7 +51,7 @@ def check(directory: str | Path) -> None:
 
 
 def write_index(directory: str | Path, has_tokenizer: bool) -> None:
-    """Write model_index.json."""
+    """Write model_index.json. has_tokenizer: whether the pipeline has the folder of a tokenizer."""
     parts = {name: list(found) for name, found in WRITTEN.items()}
     if not has_tokenizer:
         parts[TOKENIZER] = [None, None]

@@ -10,6 +10,7 @@ from torch import nn
 
 from formats import diffusers
 from formats.config_json import whole_number
+from formats.safetensors_dir import filled, read_weights
 
 CLASS = "PriorTransformer"
 FIELDS = {  # config.json: Config of vision/prior.py
@@ -42,7 +43,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     for key, field in WIDTHS.items():  # null means the same width
         if hf.get(key) is not None and whole_number(path, hf, key, None) != values[field]:
             raise ValueError(f"{path}: {key} {hf[key]} is not implemented; expected {values[field]}")
-    return diffusers.load(kind, config_kind, directory, kernels, fields)
+    return filled(kind, config_kind, fields, read_weights(directory), directory, kernels)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

@@ -7,8 +7,8 @@ UNITS = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}
 
 
 class NotAQuantity(ValueError, argparse.ArgumentTypeError):
-    """Raised by `quantity`. It is a ValueError for callers from Python, and an ArgumentTypeError because
-    argparse prints the message of that type alone."""
+    """The error of `quantity`: a ValueError for callers from Python, and an ArgumentTypeError for argparse,
+    which prints the messages of that type only."""
 
 
 def quantity(text: str) -> float:
@@ -29,8 +29,12 @@ def quantity(text: str) -> float:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """Return the number with a unit from 1000 on, such as 1.4T for 1.4e12; from 1e15 on as 5.76e23."""
+    """Return a number as a text of that many significant digits.
+
+    From 1,000 on it has a unit, such as 1.4T for 1.4e12, and from 1e15 on an exponent, such as 5.76e23.
+    """
+    value = float(f"{value:.{digits}g}")  # rounded before the unit is chosen: 999.7 is 1k in three digits
     for unit, size in UNITS.items():
-        if 0.9995 * size <= value < 999.5e12:
+        if size <= value < 1e15:
             return f"{value / size:.{digits}g}{unit}"
     return f"{value:.{digits}g}".replace("e+", "e")

@@ -1,14 +1,13 @@
-"""Reward models of Hugging Face: decoders with one number as their output, `...ForSequenceClassification`.
+"""Hugging Face checkpoints of reward models: decoders that return one number for a text.
 
     LlamaForSequenceClassification      the decoder of LlamaForCausalLM without its head, and `score` (1, D)
 
-and likewise for GPT-2, Mistral, Qwen2 and Qwen3 (formats/decoders.py). The number is read at the last token
-of a text. transformers finds that token by pad_token_id, as the last one that is something else. So
-pad_token_id is written only if it was given, and must never end a text. Without it transformers takes texts
-one by one.
+GPT-2, Mistral, Qwen2 and Qwen3 (formats/decoders.py) have such classes too. `score` is applied to the state
+of the last token of a text. transformers takes for it the last token that is not pad_token_id, so a text must
+not end with that token. Without pad_token_id, transformers accepts one text at a time.
 
-`score` has no bias there. Ours is the key "reward_bias" of config.json, which transformers ignores. The
-differences of scores, which alone have a meaning in preferences, do not depend on it.
+The layer `score` has no bias in transformers. Ours is saved as the key "reward_bias" of config.json, which
+transformers ignores; the differences of scores, by which texts are compared, do not depend on it.
 """
 
 from pathlib import Path
@@ -18,32 +17,32 @@ import torch
 from torch import Tensor
 
 from formats import decoders
-from formats.config_json import damage_named, named_architecture, read_config, whole_number
+from formats.config_json import damage_named, read_architecture, whole_number
 from formats.safetensors_dir import read_weights, write
 
 ENDING = "ForSequenceClassification"
-CLASSES = {  # of reward models: that of the decoder
+CLASSES = {  # architecture of the reward model: architecture of its decoder
     name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + ENDING: name for name in decoders.DEFAULTS
 }
 SCORE = "score.weight"
 
 
 class Saved(NamedTuple):
-    """A reward model in a directory."""
+    """The content of a reward model's directory."""
 
     fields: dict[str, Any]  # of gpt.Config
-    weights: dict[str, Tensor]  # of the decoder, under our names; and SCORE, (1, D)
+    weights: dict[str, Tensor]  # of the decoder under our names, and SCORE (1, D)
     pad_token_id: int | None
-    bias: float
+    bias: float  # added to the product with SCORE
 
 
 def read(directory: str | Path) -> Saved:
-    """Return the reward model in directory. Raises ValueError for another model, or one of several labels."""
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in CLASSES:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected one of {', '.join(CLASSES)}")
-    labels = hf.get("id2label") or {"0": "", "1": ""}  # transformers' default is two
+    """Return the reward model in directory.
+
+    Raises ValueError naming what is missing, damaged or not implemented, such as several labels.
+    """
+    path, hf, architecture = read_architecture(directory, CLASSES)
+    labels = hf.get("id2label") or {"0": "", "1": ""}  # without the key, transformers has two labels
     if not isinstance(labels, dict) or len(labels) != 1:
         raise ValueError(f"{path}: id2label {labels!s:.80}: expected 1 label, the reward")
     bias = hf.pop("reward_bias", 0.0)
@@ -58,7 +57,8 @@ def read(directory: str | Path) -> Saved:
     if score is None or score.shape != (1, fields["d_model"]):
         found = "is missing" if score is None else f"has shape {tuple(score.shape)}"
         raise ValueError(f"{directory}: {SCORE} {found}; expected (1, {fields['d_model']})")
-    weights = decoders.our_names(fields, weights)
+    with damage_named(Path(directory)):
+        weights = decoders.our_names(fields, weights)
     fields["tie_embeddings"] = True  # there is no head
     return Saved(fields, weights | {SCORE: score}, pad, float(bias))
 
@@ -70,7 +70,11 @@ def save(
     pad_token_id: int | None = None,
     bias: float = 0.0,
 ) -> None:
-    """Write a reward model. weights: of the decoder under our names, and SCORE."""
+    """Write a reward model: config.json and model.safetensors.
+
+    config: of the decoder, a `gpt.Config`. weights, pad_token_id, bias: as in `Saved`. Raises ValueError
+    where no Hugging Face architecture has this combination of features.
+    """
     hf = decoders.decoder_config(config)
     classes = {decoder: name for name, decoder in CLASSES.items()}
     hf["architectures"] = [classes[hf["architectures"][0]]]

@@ -1,10 +1,10 @@
 """The directory of a saved model: config.json, and model.safetensors with the weights.
 
 Hugging Face's libraries use this layout, and so does formats/native.py. Large models have several files of
-weights, which model.safetensors.index.json lists. Those of the library diffusers are named
+weights, which model.safetensors.index.json lists. In the library diffusers, the names of the files begin with
 diffusion_pytorch_model instead of model. The functions here are for models of all families:
 
-    reading    read_weights -> rename (their names to ours) -> build, assign; `filled` is both
+    reading    read_weights, rename (their names to ours), then build and assign, or `filled`, which is both
     writing    write, or write_decoder for models that generate text
 
 Weights are read from safetensors only: unlike a pickle, such a file cannot run code.
@@ -25,8 +25,8 @@ from formats.atomic import replace_file
 from formats.config_json import damage_named
 from formats.json_file import read_json, write_json
 
-STEMS = ("model", "diffusion_pytorch_model")  # of the names of files with weights
-PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights that are read
+STEMS = ("model", "diffusion_pytorch_model")  # beginnings of the names of files with weights
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes in which models compute
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -54,7 +54,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         try:
             save_file(tensors, new, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))  # the system's error code is in the message only
+            code = re.search(r"os error (\d+)", str(error))  # only the message has the system's error code
             if code is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
@@ -75,7 +75,7 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files of weights in directory: the single one, or those that an index names.
+    """Return the paths of the files of weights in directory: the single one, or those that an index names.
 
     Raises ValueError for a damaged index, and for a model that is a pickle. The files may be missing.
     """
@@ -105,10 +105,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError for a tensor, read from path, with a value that is NaN or infinite."""
+    """Raise ValueError for a tensor that was read from path and has a value that is NaN or infinite."""
     for name, w in tensors.items():
         if w.dtype in PRECISIONS and w.numel():
-            least, most = w.aminmax()  # NaN if there is one; 30 times as fast as w.isfinite().all()
+            least, most = w.aminmax()  # NaN if a value is NaN; 30 times as fast as w.isfinite().all()
             if not (least.isfinite() and most.isfinite()):
                 raise ValueError(f"{path}: {name} is not finite; the training that wrote it has diverged")
 
@@ -146,9 +146,9 @@ def write_decoder(directory: str | Path, hf: dict, weights: dict[str, Tensor]) -
 def tie(fields: dict, weights: dict[str, Tensor], embedding: str, head: str) -> None:
     """Make fields["tie_embeddings"] and the weights agree, in place, on whether the head is the embedding.
 
-    The stored head decides: config.json often says "tied" where the two matrices differ, as in a model with a
-    merged adapter or an enlarged vocabulary. Then both are used, as transformers 5 does. Where only the head
-    of a tied pair is stored, it is the embedding too.
+    The head is not tied if it is stored and differs from the embedding, whatever config.json says, as
+    transformers 5 does it: this is the case in many models with a merged adapter or an enlarged vocabulary.
+    If only the head of a tied pair is stored, it is the embedding too.
 
     fields: of a Config. embedding, head: the names of the two matrices in weights.
     """
@@ -164,7 +164,7 @@ def tie(fields: dict, weights: dict[str, Tensor], embedding: str, head: str) -> 
 
 
 def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor], directory: str | Path) -> None:
-    """Raise ValueError unless weights, read from directory, have the names and shapes of expected."""
+    """Raise ValueError unless weights, read from directory, have the names and shapes of those expected."""
     for problem, names in (
         ("is missing", expected.keys() - weights.keys()),
         ("has no place in this architecture", weights.keys() - expected.keys()),
@@ -190,10 +190,11 @@ def check_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor], direct
 def build(
     make: Callable[[], nn.Module], fields: dict, weights: dict[str, Tensor], directory: str | Path
 ) -> nn.Module:
-    """Return make(), built on the meta device, where parameters take no memory before `assign`.
+    """Return make(), a model that is built on the meta device, so that it takes no memory before `assign`.
 
-    fields: those of its Config. weights: those that it will get, read from directory. Raises ValueError,
-    which names config.json, for fields that the Config refuses and for sizes beyond those of the weights.
+    fields: of its Config. weights: those that it will get, read from directory. Raises ValueError, which
+    names config.json, for fields that the Config refuses, for more layers than there are tensors, and for
+    tensors of other shapes than the model's.
     """
     path, n_layers = Path(directory) / "config.json", fields.get("n_layers", 0)
     if n_layers > len(weights) and not fields.get("share_layers"):
@@ -245,6 +246,16 @@ def rename(name: str, table: dict[str, str]) -> str:
 def inverse(table: dict[str, str]) -> dict[str, str]:
     """Return the table of the opposite direction: {new: old} for {old: new}."""
     return {new: old for old, new in table.items()}
+
+
+def split_qkv(name: str, w: Tensor) -> tuple[Tensor, ...]:
+    """Return the queries, keys and values of a tensor that holds them one after the other: its three thirds.
+
+    Raises ValueError, which has the name of the tensor, if it cannot be divided by three.
+    """
+    if not w.ndim or len(w) % 3:
+        raise ValueError(f"{name} has shape {tuple(w.shape)}: expected queries, keys and values, 3 of a size")
+    return tuple(piece.contiguous() for piece in w.chunk(3))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,31 +1,36 @@
-"""tokenizer.model: the file of SentencePiece, translated to the parts of a tokenizer.json.
+"""tokenizer.model: the file of SentencePiece, translated to the content of a tokenizer.json.
 
-The file is a message of Protocol Buffers (protobuf.dev/programming-guides/encoding): fields, each a key and a
-value. The upper bits of a key are the field's number, the lowest three the type of the value: 0 is a number
-of variable length, 1 and 5 are eight and four bytes, 2 is a number of bytes and these, maybe a message.
+The file is a message of Protocol Buffers (protobuf.dev/programming-guides/encoding): a sequence of fields,
+each a key and a value. The upper bits of a key are the number of the field, the lowest three the type of the
+value. Type 0 is a whole number of variable length, 1 and 5 are eight and four bytes, and 2 is a length and as
+many bytes, which may be another message. These fields are read:
 
     1  a piece, once for each id      1 text, 2 score (float), 3 type: 1 normal, 2 unknown, 3 control,
                                       4 defined by the user, 5 unused, 6 byte
-    2  how it was trained             3 algorithm: 1 unigram, 2 BPE; 35 byte_fallback
-    3  how text is normalised         2 the character map, 3 add_dummy_prefix, 4 remove_extra_whitespaces
+    2  how it was trained             3 algorithm: 1 unigram, 2 BPE; 24 treat_whitespace_as_suffix;
+                                      35 byte_fallback
+    3  how text is normalised         2 the character map, 3 add_dummy_prefix, 4 remove_extra_whitespaces,
+                                      5 escape_whitespaces
 
-What is around the model depends on the family: T5 adds sentinels, RoBERTa's numbering begins with four tokens
-of fairseq. The family is the tokenizer_class in tokenizer_config.json, or else the model_type in config.json.
-Without these two, the parts are SentencePiece's own.
+The special tokens depend on the family: T5 adds sentinels, and the ids of XLM-RoBERTa begin with four tokens
+of fairseq, the library that it was trained with. The family is the tokenizer_class in tokenizer_config.json,
+or else follows from the model_type in config.json. Without these two, the pieces are SentencePiece's own.
 """
 
 import base64
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from formats import tokenizer_json
 from formats.json_file import read_json
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES = 2, 3, 4  # fields of the normaliser
-SPACE = "▁"
-FAMILIES = {
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
+ALGORITHM, SPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35  # fields of the trainer
+CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5  # fields of the normaliser
+SPACE = "▁"  # stands for a space in pieces
+FAMILIES = {  # model_type: tokenizer_class
     "llama": "LlamaTokenizer",
     "mistral": "LlamaTokenizer",
     "gemma": "GemmaTokenizer",
@@ -34,8 +39,8 @@ FAMILIES = {
     "deberta-v2": "DebertaV2Tokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
 }
-FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")  # RoBERTa's first four ids
-# What each family puts in front of a text and behind it.
+FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")  # the first four ids of XLM-RoBERTa
+# The tokens that each family puts in front of a text and behind it.
 AROUND = {
     "LlamaTokenizer": (("<s>",), ()),
     "GemmaTokenizer": (("<bos>",), ()),
@@ -46,8 +51,14 @@ AROUND = {
 }
 
 
+Piece = tuple[str, float, int]  # text, score, type
+
+
 def number(data: bytes, at: int) -> tuple[int, int]:
-    """Return the number of variable length at a place, seven bits per byte, and the place behind it."""
+    """Return the whole number of variable length at a place of data, and the place behind it.
+
+    Each byte holds seven bits, the lowest first; the eighth bit is set if another byte follows.
+    """
     value, shift = 0, 0
     while data[at] & 0x80:
         value |= (data[at] & 0x7F) << shift
@@ -56,7 +67,7 @@ def number(data: bytes, at: int) -> tuple[int, int]:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (number, value) of the fields of a message. Raises ValueError or IndexError if it is damaged."""
+    """Yield (number, value) of each field of a message. Raises ValueError or IndexError if it is damaged."""
     at = 0
     while at < len(data):
         key, at = number(data, at)
@@ -73,8 +84,11 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         yield key >> 3, value
 
 
-def parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict, dict]:
-    """Return the pieces (text, score, type) of a model, and the fields of its trainer and its normaliser."""
+def parse(data: bytes) -> tuple[list[Piece], dict, dict]:
+    """Return the pieces of a model, and the fields of its trainer and of its normaliser.
+
+    If data is damaged, it raises one of the errors that `read` turns into a ValueError with the path.
+    """
     pieces, trainer, normalizer = [], {}, {}
     for field, value in fields(data):
         if field == 1:
@@ -89,7 +103,10 @@ def parse(data: bytes) -> tuple[list[tuple[str, float, int]], dict, dict]:
 
 
 def merges(scores: dict[str, float]) -> list[list[str]]:
-    """Return the merges of SentencePiece's BPE: pairs of pieces whose union is a piece, best score first."""
+    """Return the merges of SentencePiece's BPE: the pairs of pieces that make a piece, best score first.
+
+    scores: of the pieces.
+    """
     found = []
     for piece, score in scores.items():
         cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
@@ -99,7 +116,10 @@ def merges(scores: dict[str, float]) -> list[list[str]]:
 
 
 def normalizers(settings: dict, config: dict, family: str | None) -> list[dict]:
-    """Return the normalizers of a family, in order. settings: the fields of the model's normaliser."""
+    """Return the normalizers of a tokenizer.json, in their order.
+
+    settings: the fields of the model's normaliser. config: the content of tokenizer_config.json.
+    """
     parts: list[dict] = []
     if family == "AlbertTokenizer":
         parts += [replace({"String": quotes}, '"') for quotes in ("``", "''")]
@@ -119,53 +139,69 @@ def normalizers(settings: dict, config: dict, family: str | None) -> list[dict]:
 
 
 def replace(pattern: dict, content: str) -> dict:
-    """Return the normalizer, or decoder, that replaces a pattern."""
+    """Return the part of a tokenizer.json, a normalizer or a decoder, that replaces a pattern."""
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def translate(data: bytes, config: dict, family: str | None) -> dict:
-    """Return the content of a tokenizer.json. config: of tokenizer_config.json. Raises ValueError for another
-    algorithm than unigram and BPE."""
-    pieces, trainer, settings = parse(data)
-    algorithm = {1: "Unigram", 2: "BPE"}.get(trainer.get(3, 1))
-    if algorithm is None:
-        raise ValueError("its algorithm is neither unigram nor BPE; use a directory with tokenizer.json")
+def family_pieces(pieces: list[Piece], config: dict, family: str | None) -> list[Piece]:
+    """Return the pieces of a SentencePiece model with those that its family adds or changes.
 
-    # The family's own pieces.
-    if family == "XLMRobertaTokenizer":
-        known = {FAIRSEQ[3]: UNKNOWN}
-        first = [(name, 0.0, known.get(name, CONTROL)) for name in FAIRSEQ]
-        pieces = [*first, *pieces[3:], ("<mask>", 0.0, CONTROL)]
+    config: the content of tokenizer_config.json.
+    """
+    if family == "XLMRobertaTokenizer":  # <unk>, <s> and </s>, the first three, become fairseq's four
+        first = [(name, 0.0, UNKNOWN if name == "<unk>" else CONTROL) for name in FAIRSEQ]
+        return [*first, *pieces[3:], ("<mask>", 0.0, CONTROL)]
     if family == "T5Tokenizer":
         n_extra = config.get("extra_ids", 100)
-        pieces += [(f"<extra_id_{i}>", 0.0, CONTROL) for i in reversed(range(n_extra))]
+        return pieces + [(f"<extra_id_{i}>", 0.0, CONTROL) for i in reversed(range(n_extra))]
     if family == "DebertaV2Tokenizer" and "[MASK]" not in [piece for piece, _, _ in pieces]:
-        pieces.append(("[MASK]", 0.0, CONTROL))
-    if family == "AlbertTokenizer":  # pieces such as "9," are never used
+        return [*pieces, ("[MASK]", 0.0, CONTROL)]
+    if family == "AlbertTokenizer":  # the lower score keeps pieces such as "9," from being used
         commas = [piece[-1:] == "," and piece[-2:-1].isdigit() for piece, _, _ in pieces]
-        pieces = [(p, s - 100 * comma, t) for (p, s, t), comma in zip(pieces, commas, strict=True)]
+        return [(p, s - 100 * comma, t) for (p, s, t), comma in zip(pieces, commas, strict=True)]
+    return pieces
+
+
+def translate(data: bytes, config: dict, family: str | None) -> dict:
+    """Return the content of a tokenizer.json for data, the bytes of a SentencePiece model.
+
+    config: the content of tokenizer_config.json. family: a tokenizer_class, or None. Raises ValueError for
+    another algorithm than unigram and BPE, and for another treatment of spaces than one before each word.
+    """
+    pieces, trainer, settings = parse(data)
+    algorithm = {1: "Unigram", 2: "BPE"}.get(trainer.get(ALGORITHM, 1))
+    if algorithm is None:
+        raise ValueError("its algorithm is neither unigram nor BPE; use a directory with tokenizer.json")
+    if trainer.get(SPACE_AS_SUFFIX) or not settings.get(ESCAPE_SPACES, 1):
+        option = "treat_whitespace_as_suffix" if trainer.get(SPACE_AS_SUFFIX) else "escape_whitespaces false"
+        raise ValueError(f"{option} is not implemented; use a directory with tokenizer.json")
 
     # The model.
+    pieces = family_pieces(pieces, config, family)
     unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
     if unknown is None:
         raise ValueError("it has no unknown token")
     if len({piece for piece, _, _ in pieces}) < len(pieces):
-        twice = next(p for i, (p, _, _) in enumerate(pieces) if p in [q for q, _, _ in pieces[:i]])
+        twice = Counter(piece for piece, _, _ in pieces).most_common(1)[0][0]
         raise ValueError(f"piece {twice!r} occurs twice")
-    model: dict = {"type": algorithm, "byte_fallback": bool(trainer.get(35))}
+    model: dict = {"type": algorithm, "byte_fallback": bool(trainer.get(BYTE_FALLBACK))}
     if algorithm == "Unigram":
         model |= {"unk_id": unknown, "vocab": [[piece, score] for piece, score, _ in pieces]}
     else:
-        joined = {piece: score for piece, score, kind in pieces if kind == NORMAL}
-        model |= {"vocab": {piece: i for i, (piece, _, _) in enumerate(pieces)}, "merges": merges(joined)}
+        normal = {piece: score for piece, score, kind in pieces if kind == NORMAL}
+        model |= {"vocab": {piece: i for i, (piece, _, _) in enumerate(pieces)}, "merges": merges(normal)}
         model |= {"unk_token": pieces[unknown][0], "fuse_unk": True}
 
-    # What is before and behind it. A text is one word where runs of spaces are kept.
+    # The parts before and after the model. Where runs of spaces are kept, text is not cut at spaces.
     has_prefix, removes_spaces = settings.get(DUMMY_PREFIX, 1), settings.get(REMOVE_SPACES, 1)
     words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": True}
     decoders = [replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
     added = {p: i for i, (p, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+    around = AROUND.get(family, tokenizer_json.NOTHING)
+    for name in (*around[0], *around[1]):
+        if name not in added:
+            raise ValueError(f"it has no {name}, which {family} puts around a text")
     entries = tokenizer_json.added_tokens(added, "[MASK]" if "[MASK]" in added else "<mask>")
     for entry in entries:
         entry["normalized"], entry["special"] = False, pieces[entry["id"]][2] != USER_DEFINED
@@ -176,17 +212,17 @@ def translate(data: bytes, config: dict, family: str | None) -> dict:
         "added_tokens": entries,
         "normalizer": {"type": "Sequence", "normalizers": normalizers(settings, config, family)},
         "pre_tokenizer": words if removes_spaces else None,
-        "post_processor": tokenizer_json.template(added, {}, AROUND[family]) if family in AROUND else None,
+        "post_processor": tokenizer_json.template(added, {}, around),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": model,
     }
 
 
 def read(path: Path, config: dict) -> dict:
-    """Return a SentencePiece model as the content of a tokenizer.json.
+    """Return the content of a tokenizer.json for the SentencePiece model at path.
 
-    config: the content of tokenizer_config.json. Raises ValueError for a damaged file, and for a family whose
-    own pieces are not known here.
+    config: the content of tokenizer_config.json. Raises ValueError for a file that is missing, damaged or not
+    implemented, and for a family that is not in AROUND.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a SentencePiece model")

@@ -1,7 +1,8 @@
 """Hugging Face checkpoints of models that read sounds: ASTForAudioClassification.
 
-Names of weights are those of formats/images.py behind another prefix, but for the classifier's. How log-mel
-numbers are normalised is in preprocessor_config.json, beside the rate of the samples.
+The encoder is that of formats/images.py, and its weights have the same names behind the prefix "ast.".
+preprocessor_config.json holds the mean and the deviation by which log-mel values are normalised, and the rate
+of the samples.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from formats import images
-from formats.config_json import damage_named, named_architecture, read_config, read_fields
+from formats.config_json import damage_named, read_architecture, read_fields
 from formats.json_file import read_json, write_json
 from formats.safetensors_dir import filled, inverse, read_weights, rename, write
 
@@ -33,12 +34,12 @@ DEFAULTS = {
     "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "n_frames": 1024, "n_mels": 128,
     "patch_size": 16, "mel_stride": 10, "frame_stride": 10, "qkv_bias": True, "norm_eps": 1e-12,
 }  # fmt: skip
-NAMES = {  # the beginnings of names of tensors: theirs, ours; in an order that can be undone
+NAMES = {  # beginnings of names of weights: theirs, ours
     "audio_spectrogram_transformer.": "ast.",
     "classifier.dense.": "classifier.",
     "classifier.layernorm.": "head_norm.",
 }
-# How ASTFeatureExtractor makes numbers of a sound, beside "mean" and "std".
+# The other settings of ASTFeatureExtractor, which computes the log-mel spectrogram of a sound.
 EXTRACTOR = {"feature_extractor_type": "ASTFeatureExtractor", "feature_size": 1, "padding_side": "right"}
 EXTRACTOR |= {"padding_value": 0.0, "return_attention_mask": False, "do_normalize": True}
 
@@ -46,13 +47,10 @@ EXTRACTOR |= {"padding_value": 0.0, "return_attention_mask": False, "do_normaliz
 def read(directory: str | Path, rate: int) -> tuple[dict, dict[str, Tensor]]:
     """Return the fields of `spectrogram.Config` for the model in directory, and its weights under our names.
 
-    rate: of the samples that the model must read. Raises ValueError naming what is missing, damaged, or not
-    implemented.
+    rate: samples per second, the only rate that is accepted. Raises ValueError naming what is missing,
+    damaged, or not implemented.
     """
-    path, hf = read_config(directory)
-    architecture = named_architecture(path, hf)
-    if architecture not in CONCEPTS:
-        raise ValueError(f"{path}: architecture {architecture!r}: expected {CLASSIFIER}")
+    path, hf, _ = read_architecture(directory, CONCEPTS)
     inert = images.INERT - set(FIELDS)
     with damage_named(path):
         fields = read_fields(path, hf, FIELDS, DEFAULTS, images.ONLY, inert, set())
@@ -63,9 +61,9 @@ def read(directory: str | Path, rate: int) -> tuple[dict, dict[str, Tensor]]:
 
 
 def read_preprocessor(directory: Path, rate: int) -> dict[str, float]:
-    """Return the fields "mean" and "std" by preprocessor_config.json, none where there is no such file.
+    """Return the fields "mean" and "std" of log-mel values by preprocessor_config.json, or {} without it.
 
-    Raises ValueError for sounds at another rate.
+    Raises ValueError for a model of sounds at another rate (samples per second).
     """
     path = directory / "preprocessor_config.json"
     if not path.is_file():
@@ -74,7 +72,7 @@ def read_preprocessor(directory: Path, rate: int) -> dict[str, float]:
     if hf.get("sampling_rate", rate) != rate:
         raise ValueError(f"{path}: sampling_rate {hf['sampling_rate']!r}: only {rate} is implemented")
     if not hf.get("do_normalize", True):
-        return {"mean": 0.0, "std": 0.5}  # the difference is divided by twice this
+        return {"mean": 0.0, "std": 0.5}  # x stays as it is, since AST computes (x - mean) / (2 std)
     found = {name: hf[name] for name in ("mean", "std") if name in hf}
     for name, value in found.items():
         if not isinstance(value, int | float):
@@ -82,8 +80,11 @@ def read_preprocessor(directory: Path, rate: int) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str, rate: int):
-    """Return kind(config) with the weights in directory, in their precision. ValueError for what is wrong."""
+def load(
+    kind: type[nn.Module], config_kind: type, directory: str | Path, kernels: str, rate: int
+) -> nn.Module:
+    """Return kind(config) with the weights in directory in their precision; config is of config_kind, a
+    `spectrogram.Config`. rate: see `read`. Raises ValueError naming what is wrong."""
     fields, weights = read(directory, rate)
     return filled(kind, config_kind, fields, weights, directory, kernels)
 
@@ -91,7 +92,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
 def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...], rate: int) -> None:
     """Write a `spectrogram.AST`: config.json, model.safetensors and preprocessor_config.json.
 
-    labels: the names of the classes.
+    labels: the names of the classes. rate: samples per second of the sounds it reads.
     """
     config = model.config
     hf = {"architectures": [CLASSIFIER], "model_type": "audio-spectrogram-transformer"}
@@ -99,10 +100,6 @@ def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...], rate:
     hf |= images.class_names(labels, config.n_classes)
     back = inverse(NAMES)
     write(directory, hf, {rename(name, back): w for name, w in model.state_dict().items()})
-    content = EXTRACTOR | {
-        "sampling_rate": rate,
-        "num_mel_bins": config.n_mels,
-        "max_length": config.n_frames,
-    }
-    content |= {"mean": config.mean, "std": config.std}
+    content = EXTRACTOR | {"sampling_rate": rate, "num_mel_bins": config.n_mels}
+    content |= {"max_length": config.n_frames, "mean": config.mean, "std": config.std}
     write_json(Path(directory) / "preprocessor_config.json", content)

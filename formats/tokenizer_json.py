@@ -11,23 +11,23 @@ three tokens were learned):
                     merges   [["Ġ", "t"], ["h", "e"], ["Ġt", "he"]]
     added_tokens    [{"content": "<|endoftext|>", "id": 259, "special": true, ...}]
 
-*Byte alphabet.* JSON keys are text, but a token may be any bytes, often half a character. So GPT-2 gave each
-of the 256 bytes a printable character: " the" is the key "Ġthe", and "é", two bytes in UTF-8, is "Ã©".
+*Byte alphabet.* JSON keys are text, but a token may be any bytes, such as half of a character. So GPT-2 gave
+each of the 256 bytes a printable character: " the" is the key "Ġthe", and "é", two bytes in UTF-8, is "Ã©".
 
-*Ranks and merges.* The file has the pair that each token is made of; tiktoken needs only the ranks. To
-encode, Hugging Face joins the adjacent pair that is first in `merges`, tiktoken the pair whose union has the
-lowest rank. These agree if the merges are in the order of ranks and complete. So `recover_merges` computes
-the merges from the ranks, and reading checks that the merges in the file are these.
+*Ranks and merges.* `merges` has the pair that each token is made of; tiktoken needs the ranks alone. Of the
+adjacent pairs in a text, Hugging Face joins the one that is first in `merges`, tiktoken the one that makes
+the token of the lowest rank. The two agree if the merges are complete and in the order of ranks. So
+`recover_merges` computes the merges from the ranks, and reading checks that those in the file are the same.
 
 *Roles.* tokenizer_config.json, beside the file, names the token that ends a document (`eos_token`) and those
 that an encoder such as BERT needs (`cls_token`, `sep_token`, `mask_token`, `pad_token`).
 
 *Around a text.* The post_processor puts special tokens in front of a text, such as Llama 3's
-<|begin_of_text|>, or behind it. transformers 5 goes by it alone; `add_bos_token` in tokenizer_config.json has
-no effect beside a tokenizer.json.
+<|begin_of_text|>, or behind it. In transformers 5 nothing else does: `add_bos_token` in tokenizer_config.json
+has no effect beside a tokenizer.json.
 
-A decoder needs only the first of the roles. But programs that convert models also look for a begin-of-text
-and an unknown token; without them they fail, or take an arbitrary id. So both are written as the `eos_token`,
+A decoder needs no role but `eos_token`. But programs that convert models also look for a `bos_token` and an
+`unk_token`; without them they fail, or use an arbitrary id. So both are written as the token of `eos_token`,
 as in GPT-2's file, and ignored when they are read.
 """
 
@@ -38,7 +38,7 @@ from pathlib import Path
 
 from formats.json_file import read_json, write_json
 
-# The roles of special tokens, by the names that transformers gives them, and the usual name of such a token.
+# The roles of special tokens, as transformers names them, with the usual name of such a token.
 ROLES = {
     "cls_token": "[CLS]",
     "sep_token": "[SEP]",
@@ -49,7 +49,7 @@ ROLES = {
 }
 END_OF_TEXT = "<|endoftext|>"
 EXPECTED = "a directory that holds tokenizer.json"
-STYLE = {"indent": 1, "end": ""}  # of the JSON files of tokenizers, arguments of `write_json`
+STYLE = {"indent": 1, "end": ""}  # arguments of `write_json` for the files of tokenizers
 # Roles that a decoder lacks: they are written as its eos_token.
 FILLED_ROLES = ("bos_token", "unk_token")
 
@@ -64,8 +64,8 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 def byte_alphabet() -> dict[int, str]:
     """Return a printable character for each byte.
 
-    Bytes that are printable in Latin-1 keep their character; the other 68 get the characters from U+0100 on,
-    in order. The space (32) becomes "Ġ", the newline (10) "Ċ".
+    The 188 bytes that are printable in Latin-1 keep their character; the other 68 get the characters from
+    U+0100 on, in order. The space (32) becomes "Ġ", the newline (10) "Ċ".
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -89,10 +89,10 @@ def to_bytes(text: str) -> bytes:
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return the pair that each token of several bytes was made from, in the order of the tokens' ranks.
 
-    Ranks do not contain the two parts of a token. But when it was learned, its text was written with the
-    tokens that existed then: encoding it with the lower ranks only leaves the pair. Some published
-    vocabularies have tokens for which this leaves more than two parts. Merging never makes such a token (it
-    is used only if it is an entire pre-token), so it has no entry.
+    Ranks do not contain the two parts of a token. But when the token was learned, its bytes were written with
+    the tokens that existed then, so encoding them with the lower ranks alone gives the pair. Some published
+    vocabularies have tokens for which this gives more than two parts. Merging never makes such a token, which
+    is used only where it is an entire pre-token; so it is left out.
     """
     merges = []
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.__getitem__):
@@ -112,10 +112,11 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> list[dict]:
-    """Return the entries of special tokens in tokenizer.json.
+    """Return the entries of special tokens, {name: id}, in tokenizer.json.
 
-    lstrip: the name of the token that includes the space before it. A name of spaces only is marked as not
-    special, since Hugging Face then finds it in any text, after the special ones.
+    lstrip: the name of the token that includes the space before it, if there is one. A token whose name is
+    spaces only is marked as not special and as normalized: Hugging Face then looks for it in a text after the
+    special ones.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     by_id = sorted(special_tokens.items(), key=lambda item: item[1])
@@ -128,9 +129,10 @@ def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> l
 
 
 def template(special_tokens: dict[str, int], roles: dict[str, str], around: Around = NOTHING) -> dict | None:
-    """Return the post-processor that puts special tokens around a text, None if there are none.
+    """Return the post-processor that puts special tokens around a text, or None if there are none.
 
-    They are [CLS] and [SEP], if there are such roles, with another [SEP] behind a second text; else `around`.
+    special_tokens: {name: id}. The tokens are those of the roles cls_token and sep_token, if there are both,
+    with another sep_token behind the second text of a pair; otherwise those in `around`.
     """
     is_encoder = "cls_token" in roles and "sep_token" in roles
     front, behind = ((roles["cls_token"],), (roles["sep_token"],)) if is_encoder else around
@@ -163,10 +165,15 @@ def write(
     mask_lstrip: bool = False,
     around: Around = NOTHING,
 ) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
+    """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads.
+
+    ranks, pattern: the byte-pair encoding. special_tokens: {name: id}. nfc: whether text is normalised to NFC
+    first. eot: the name of the token that ends a document. roles: {role: name}. mask_lstrip: whether the mask
+    token includes the space before it. around: the names of the tokens around a text.
+    """
     roles = roles or {}
 
-    # Special tokens are in the vocabulary too: otherwise their ids would follow the largest one.
+    # Special tokens are in the vocabulary too: otherwise Hugging Face would give them ids after the largest.
     vocab = {to_text(token): i for token, i in ranks.items()} | special_tokens
     special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -192,35 +199,45 @@ def write(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "tokenizer.json", tokenizer, **STYLE)
-    config = configuration(eot, roles, around)
-    if mask_lstrip:  # a plain name here would reset the flag of tokenizer.json
-        mask = next(token for token in special if token["content"] == roles["mask_token"])
-        config["mask_token"] = {"__type": "AddedToken"} | {k: v for k, v in mask.items() if k != "id"}
-    write_json(directory / "tokenizer_config.json", config, **STYLE)
+    write_json(directory / "tokenizer_config.json", configuration(eot, roles, around, special), **STYLE)
 
 
-def configuration(eot: str, roles: dict[str, str], around: Around) -> dict:
-    """Return the content of tokenizer_config.json, without the options of a mask."""
+def configuration(eot: str, roles: dict[str, str], around: Around, added_tokens: list[dict]) -> dict:
+    """Return the content of tokenizer_config.json. added_tokens: the entries in tokenizer.json."""
+    # A token that includes the space before it is written as an object: a plain name would reset that flag.
+    entries = {token["content"]: token for token in added_tokens if token.get("lstrip")}
+    objects = {
+        role: {"__type": "AddedToken"} | {key: value for key, value in entries[name].items() if key != "id"}
+        for role, name in roles.items()
+        if name in entries
+    }
+
     # The class is the general one, because the classes of model types (GPT2Tokenizer, Qwen2Tokenizer ...)
-    # replace the file's split pattern by their own. (For type qwen2, transformers 5 always does.)
+    # replace the file's split pattern by their own. For type qwen2, transformers 5 always does.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eot,
         "clean_up_tokenization_spaces": False,
     }
-    if not {"cls_token", "sep_token"} <= roles.keys():  # a decoder's
+    if not {"cls_token", "sep_token"} <= roles.keys():  # of a decoder
         config |= dict.fromkeys(FILLED_ROLES, eot)
         config["bos_token"] = around[0][0] if around[0] else eot
         config["add_bos_token"] = bool(around[0])  # llama.cpp adds one by default
         # By default transformers 4 adds token_type_ids, which no decoder's `generate` accepts.
         config["model_input_names"] = ["input_ids", "attention_mask"]
-    return config | roles
+    return config | roles | objects
+
+
+def read_configuration(path: Path) -> dict:
+    """Return the content of the tokenizer_config.json beside the file at path, {} if there is none."""
+    config_path = path.with_name("tokenizer_config.json")
+    return read_json(config_path) if config_path.is_file() else {}
 
 
 def read_splitting(file: dict) -> tuple[bool, str]:
-    """Return (nfc, split pattern) of a tokenizer.json.
+    """Return whether a tokenizer.json normalises text to NFC, and its split pattern.
 
-    Raises ValueError if it prepares text in a way that is not implemented.
+    Raises ValueError for another normalizer or pre-tokenizer than those named at the top of this file.
     """
     normalizer, pre = file.get("normalizer"), file["pre_tokenizer"]
     if normalizer not in (None, {"type": "NFC"}):
@@ -234,23 +251,34 @@ def read_splitting(file: dict) -> tuple[bool, str]:
         ]:
             return nfc, pattern
         case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
-            return nfc, GPT2_PATTERN  # GPT-2's own file is older than the field use_regex
+            return nfc, GPT2_PATTERN  # GPT-2's own file lacks use_regex, which is newer
     raise ValueError(
         f"pre-tokenizer {str(pre)[:300]} is not supported; expected ByteLevel or Split, ByteLevel"
     )
 
 
 def read_roles(config: dict, special_tokens: dict[str, int]) -> dict[str, str]:
-    """Return the roles in a tokenizer_config.json whose tokens are in the vocabulary."""
-    given = {role: config[role] for role in ROLES if config.get(role)}
-    names = {role: token["content"] if isinstance(token, dict) else token for role, token in given.items()}
+    """Return {role: name} of the roles in a tokenizer_config.json whose tokens are in special_tokens."""
+    names = {role: name_of(config[role]) for role in ROLES if config.get(role)}
     return {role: name for role, name in names.items() if name in special_tokens}
 
 
-def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
-    """Return whether the mask token includes the space before it.
+def name_of(value: str | dict | None) -> str | None:
+    """Return the name of a token in tokenizer_config.json, where it is a text or an object, None for None.
 
-    Raises ValueError if another token has this flag, or if a token has another such flag.
+    Raises TypeError for any other value.
+    """
+    name = value["content"] if isinstance(value, dict) else value
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"token {name!r} is not a string")
+    return name
+
+
+def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
+    """Return whether the mask token includes the space before it, by its flag "lstrip".
+
+    mask: the name of that token. Raises ValueError if another token has the flag, or if any has "rstrip" or
+    "single_word".
     """
     lstrip = False
     for token in added_tokens:
@@ -267,12 +295,12 @@ def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
 
 
 def read_around(processor: dict | None, special_tokens: dict[str, int]) -> Around:
-    """Return the names of the tokens that a post-processor puts around a text.
+    """Return the names of the tokens that a post-processor puts around a text. special_tokens: {name: id}.
 
     Raises ValueError for a token that is no special token, and for a post-processor that is not implemented.
     """
     kind = processor["type"] if processor else "ByteLevel"
-    if kind == "ByteLevel":  # it corrects the offsets of tokens, and adds none
+    if kind == "ByteLevel":  # changes the places of tokens in the text, and adds none
         return NOTHING
     if kind == "Sequence":
         front, behind = NOTHING
@@ -298,10 +326,11 @@ def read_around(processor: dict | None, special_tokens: dict[str, int]) -> Aroun
 
 
 def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
-    """Return the ranks in the model of a tokenizer.json, after checking that its merges agree with them.
+    """Return the ranks in `model` of a tokenizer.json, after checking that its merges agree with them.
 
-    They agree if the list is in the order of ids and has the pair of every token that `recover_merges` finds.
-    There may be further pairs that make the same token, as in Llama 3's file. Raises ValueError otherwise.
+    They agree if they are in the order of ids and contain all pairs that `recover_merges` returns. They may
+    contain further pairs that make the same token, as in Llama 3's file. Raises ValueError if they do not
+    agree, and for another model than byte-level BPE.
     """
     # Only plain byte-level BPE is implemented.
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
@@ -335,7 +364,7 @@ def read_ranks(model: dict, special_tokens: dict[str, int]) -> dict[bytes, int]:
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what a damaged tokenizer.json raises within this block into a ValueError with its path."""
+    """Turn an error that a damaged file at path causes within this block into a ValueError with the path."""
     try:
         yield
     except ValueError as error:
@@ -343,7 +372,7 @@ def damage_named(path: Path) -> Iterator[None]:
     except (AttributeError, LookupError, StopIteration, TypeError) as error:
         kind = type(error).__name__
         raise ValueError(
-            f"{path} is not a complete tokenizer.json ({kind}: {error}); download it again"
+            f"{path} is not a complete {path.name} ({kind}: {error}); download it again"
         ) from None
 
 
@@ -351,15 +380,14 @@ def read(directory: Path) -> dict:
     """Return the arguments of `write`, from a file written here or that of GPT-2, Llama 3, Qwen and others.
 
     directory may also be the file itself. `eot`, `roles`, `mask_lstrip` and `around` are left out where the
-    files do not contain them, `around` also where it follows from the roles. Documents end with
-    tokenizer_config.json's `eos_token`, else <|endoftext|>, else the `sep_token`. Raises ValueError naming
-    anything that tiktoken would do differently (another algorithm, normalizer or splitter).
+    files do not contain them, and `around` also where it follows from the roles. `eot` is the `eos_token` in
+    tokenizer_config.json; without it, it is left out if there is <|endoftext|>, and otherwise is the
+    `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently (another
+    algorithm, normalizer or pre-tokenizer).
     """
     path = Path(directory)
     path = path / "tokenizer.json" if path.is_dir() else path
-    config_path = path.with_name("tokenizer_config.json")
-    file = read_json(path, EXPECTED)
-    config = read_json(config_path) if config_path.exists() else {}
+    file, config = read_json(path, EXPECTED), read_configuration(path)
 
     with damage_named(path):
         nfc, pattern = read_splitting(file)
@@ -372,14 +400,13 @@ def read(directory: Path) -> dict:
             around = NOTHING
 
         # The token that ends a document.
-        eos = config.get("eos_token")
-        eot = eos["content"] if isinstance(eos, dict) else eos
+        eot = name_of(config.get("eos_token"))
         roles = {role: name for role, name in roles.items() if name != eot or role not in FILLED_ROLES}
         if not eot and END_OF_TEXT not in special_tokens:
             eot = roles.get("sep_token")
 
         # Damaged files may have values of other types.
-        for text in (pattern, *special_tokens, *([eot] if eot else [])):
+        for text in (pattern, *special_tokens):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} is not a string")
         for i in (*ranks.values(), *special_tokens.values()):

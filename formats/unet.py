@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from formats import config_json, diffusers
 from formats.config_json import damage_named, named_architecture, read_config
-from formats.safetensors_dir import read_weights, rename
+from formats.safetensors_dir import filled, read_weights, rename
 
 PLAIN, TEXT = "UNet2DModel", "UNet2DConditionModel"
 FIELDS = {  # config.json: Config of vision/unet.py
@@ -127,7 +127,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     Raises ValueError naming what is wrong.
     """
     fields, weights = read(directory)
-    return diffusers.load(kind, config_kind, directory, kernels, fields, weights)
+    return filled(kind, config_kind, fields, weights, directory, kernels)
 
 
 def save(model: nn.Module, directory: str | Path) -> None:

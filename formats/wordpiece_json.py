@@ -1,7 +1,7 @@
-"""The files that hold BERT's vocabularies: tokenizer.json, or vocab.txt as in 2018.
+"""The files of WordPiece vocabularies such as BERT's: tokenizer.json, or vocab.txt as in 2018.
 
-A file holds the *pieces* with their ids, how text is prepared for them (see data/wordpiece.py), and the
-*special tokens*. The newer one:
+tokenizer.json holds the *pieces* with their ids, the settings by which text is prepared (see
+data/wordpiece.py), and the *special tokens*:
 
     normalizer      BertNormalizer: lowercase, strip_accents (null: as lowercase), handle_chinese_chars
     pre_tokenizer   BertPreTokenizer: split at spaces and punctuation
@@ -10,9 +10,9 @@ A file holds the *pieces* with their ids, how text is prepared for them (see dat
                     vocab        {"[PAD]": 0, ..., "the": 1996, ..., "##s": 2015, ...}
     added_tokens    [{"content": "[MASK]", "id": 103, "special": true, ...}, ...]
 
-The older one has a piece per line, the first with id 0; tokenizer_config.json then has the settings for text
-(`do_lower_case`, ...). For both kinds, tokenizer_config.json has the *roles* of special tokens ("mask_token":
-"[MASK]"). Absent settings have the values of the first BERT, which is uncased.
+vocab.txt has a piece per line, the first with id 0; the settings are then in tokenizer_config.json
+("do_lower_case" and others), and absent ones have the values of the first BERT, which is uncased. With both
+files, tokenizer_config.json has the *roles* of special tokens ("mask_token": "[MASK]").
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from formats.atomic import replace_file
 from formats.json_file import read_json, write_json
 from formats.tokenizer_json import EXPECTED, STYLE
 
-# BERT's names of roles, which hold where a file does not name them.
+# BERT's names of the tokens of roles, which hold where a file does not name them.
 BERT_ROLES = {
     "unk_token": "[UNK]",
     "cls_token": "[CLS]",
@@ -30,9 +30,9 @@ BERT_ROLES = {
     "mask_token": "[MASK]",
     "pad_token": "[PAD]",
 }
-LONGEST_WORD = 100  # characters
+LONGEST_WORD = 100  # characters; a longer word is an unknown token
 
-# The classes of transformers that read a vocab.txt as BERT does. Japanese BERT, for example, does not.
+# The classes of transformers that read a vocab.txt as BERT does. BertJapaneseTokenizer does not, for example.
 LIKE_BERT = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 
 
@@ -45,7 +45,11 @@ def write(
     special_tokens: dict[str, int],
     roles: dict[str, str],
 ) -> None:
-    """Write tokenizer.json, tokenizer_config.json and vocab.txt, which `AutoTokenizer` reads."""
+    """Write tokenizer.json, tokenizer_config.json and vocab.txt, which `AutoTokenizer` reads.
+
+    vocab, special_tokens: {piece: id}. strip_accents: None means as lowercase. chinese_chars: whether each
+    Chinese character is a word. roles: {role: name}.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     file = {
@@ -80,14 +84,15 @@ def write(
     } | roles
     write_json(directory / "tokenizer.json", file, **STYLE)
     write_json(directory / "tokenizer_config.json", config, **STYLE)
-    with replace_file(directory / "vocab.txt") as new:  # one line per id, empty where an id is unused
+    with replace_file(directory / "vocab.txt") as new:  # a line for each id, empty if the id is not used
         pieces = {i: piece for piece, i in (vocab | special_tokens).items()}
         lines = [pieces.get(i, "") + "\n" for i in range(max(pieces) + 1)]
         new.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def vocabulary_file(directory: str | Path) -> Path:
-    """Return the file with the pieces: a directory's tokenizer.json or else vocab.txt, or the file itself."""
+    """Return the path of the tokenizer.json in a directory, or else of its vocab.txt. directory may also be
+    one of these files."""
     path = Path(directory)
     if not path.is_dir():
         return path
@@ -108,13 +113,19 @@ def is_wordpiece(directory: str | Path) -> bool:
 
 
 def read_roles(config: dict, names: dict[str, int]) -> dict[str, str]:
-    """Return the roles in a tokenizer_config.json, and BERT's for absent ones that have their token."""
+    """Return {role: name} of the roles in a tokenizer_config.json, and BERT's for absent ones.
+
+    names: {name: id} of all tokens; a role whose token is not among them is left out.
+    """
     usual = {role: name for role, name in BERT_ROLES.items() if name in names}
     return usual | tokenizer_json.read_roles(config, names)
 
 
 def expect(what: str, found: dict, **allowed: tuple) -> None:
-    """Raise ValueError for the first setting of `found` whose value is not one of those allowed."""
+    """Raise ValueError for the first setting in found whose value is not one of those allowed.
+
+    what: that which has the settings, for the error. allowed: {setting: its allowed values}.
+    """
     for key, values in allowed.items():
         if found.get(key) not in values:
             raise ValueError(
@@ -123,26 +134,27 @@ def expect(what: str, found: dict, **allowed: tuple) -> None:
 
 
 def read_tokenizer_json(file: dict, config: dict) -> dict:
-    """Return the result of `read` for a tokenizer.json (file) and its tokenizer_config.json (config).
+    """Return the result of `read` for a tokenizer.json.
 
-    The roles are in config only.
+    file, config: the content of tokenizer.json and of tokenizer_config.json, which alone has the roles.
     """
-    # Only BERT's way of preparing and cutting text is implemented.
+    # Only BERT's way to prepare text, and to cut it into words and pieces, is implemented.
     model, normalizer = file["model"], file["normalizer"] or {}
     expect("a model", model, type=("WordPiece", None), continuing_subword_prefix=("##",))
     expect("WordPiece", model, max_input_chars_per_word=(LONGEST_WORD,))
     expect("a normalizer", normalizer, type=("BertNormalizer",), clean_text=(True,))
     expect("a pre-tokenizer", file["pre_tokenizer"] or {}, type=("BertPreTokenizer",))
 
-    # Both files have these settings; they must agree.
+    # These settings are in both files, and must agree.
     names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
     for key in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
         here = normalizer[names.get(key, key)]
         if config.get(key, here) != here:
             raise ValueError(f"{names.get(key, key)} is {here}, but tokenizer_config.json says {config[key]}")
 
+    # The flags lstrip and rstrip, by which a token includes spaces around it, may be set: WordPiece drops
+    # spaces.
     for token in file["added_tokens"]:
-        # (lstrip and rstrip include the spaces around a token; WordPiece drops spaces anyway.)
         expect(f"special token {token['content']!r}", token, single_word=(False,), normalized=(False,))
     special_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
     return {
@@ -156,7 +168,7 @@ def read_tokenizer_json(file: dict, config: dict) -> dict:
 
 
 def read_vocab_txt(path: Path, config: dict) -> dict:
-    """Return the result of `read` for a file with one piece per line."""
+    """Return the result of `read` for the vocab.txt at path. config: the content of tokenizer_config.json."""
     # Only what BERT's own tokenizer does is implemented.
     if not path.is_file():
         raise ValueError("no such file; expected a directory that holds tokenizer.json or vocab.txt")
@@ -188,24 +200,16 @@ def read_vocab_txt(path: Path, config: dict) -> dict:
 def read(directory: Path) -> dict:
     """Return the arguments of `write`, from tokenizer.json or else vocab.txt, and tokenizer_config.json.
 
-    directory may also be one of the first two files. Raises ValueError naming anything that WordPiece would
-    do differently here (another algorithm, normalizer or splitter).
+    directory may also be one of the first two files. Raises ValueError naming what is damaged, or what
+    data/wordpiece.py would do differently (another algorithm, normalizer or pre-tokenizer).
     """
     path = vocabulary_file(directory)
-    config_path = path.with_name("tokenizer_config.json")
     is_text = path.suffix == ".txt"
     file = None if is_text else read_json(path, EXPECTED)
-    config = read_json(config_path) if config_path.is_file() else {}
-    try:
+    config = tokenizer_json.read_configuration(path)
+    with tokenizer_json.damage_named(path):
         arguments = read_vocab_txt(path, config) if is_text else read_tokenizer_json(file, config)
         for name in arguments["special_tokens"]:
             if not isinstance(name, str):
                 raise TypeError(f"{name!r} is not a string")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:
-        kind = type(error).__name__
-        raise ValueError(
-            f"{path} is not a complete {path.name} ({kind}: {error}); download it again"
-        ) from None
     return arguments

@@ -3,7 +3,7 @@
     queries, keys ...   the size of a tile: a larger one needs fewer bytes per operation, and more registers
     warps               of a program; on Hopper four warps multiply as one group, eight are two such groups
     stages              of the software pipeline: stages - 1 tiles are being loaded while one is computed
-    tma                 True to load tiles through tensor descriptors, by the copy engine if the GPU has one
+    tma                 True to load tiles through tensor descriptors, by the GPU's copy engine if it has one
     persistent          programs per multiprocessor that compute one tile after another, so that none has to
                         be started for a tile; 0 to start a program for each tile
     interleaved         True to compute the product of the next tile during the exponentials of this one
@@ -307,7 +307,7 @@ def timed(operation: str, config: Config) -> Iterator[None]:
 
 
 def names(operation: str, key: int | str) -> list[str]:
-    """Return the names of the configurations to time on Hopper for a key of tuned.json."""
+    """Return the names of the configurations to time on Hopper for a key of tuned.json, a head width say."""
     without = {name for name, keys in NOT_ON_HOPPER.items() if int(key) in keys}
     return [name for name in CONFIGS[operation] if f"{operation}: {name}" not in without]
 

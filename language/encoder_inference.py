@@ -34,10 +34,10 @@ from formats import command
 def sequence(
     tokenizer: Tokenizer | WordPiece, text: str, config: bert.Config, cut_at: int | None = None
 ) -> list[int]:
-    """Return the token ids of [CLS] text [SEP], cut to cut_at tokens in all, if that is given.
+    """Return the token ids of [CLS] text [SEP]. The text may hold [MASK].
 
-    The text may hold [MASK]. Raises ValueError if it is longer than the model reads, or if the tokenizer has
-    more tokens than the model.
+    cut_at: cut the text so that there are at most this many tokens in all. Raises ValueError for a text that
+    is longer than the model reads, and for a tokenizer with more tokens than the model.
     """
     mask = tokenizer.roles.get("mask_token")
     ids = tokenizer.encode(text, allowed_special={mask} if mask else frozenset())

@@ -1,8 +1,8 @@
 """The usage of a mixture's experts: how even their load is, and which tokens each of them gets.
 
     load of an expert   its number of tokens, as a multiple of the mean of its layer; 1 for all is balance
-    router entropy      of a token's scores, averaged over the tokens: log E where all experts have the same
-                        score, 0 where one expert has all
+    router entropy      of a token's probabilities of the experts, averaged over the tokens: log E nats where
+                        all are equal, 0 where one expert has all
     share of a token    how many of a token's occurrences go to the expert
 
 `show` is what train.py prints of moe.py's models at every evaluation, with the loads in experts.png.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gpt
 from data.tokenizer import Tokenizer
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 
 BARS = " ▁▂▃▄▅▆▇█"
 N_ROWS = 16  # of held-out text
@@ -31,8 +31,8 @@ MIN_USES = 8  # occurrences of a token, below which its share means little
 class Usage(NamedTuple):
     """Statistics of the L sparse layers of a model on some text."""
 
-    layers: list[int]  # their numbers
-    loads: Tensor  # (L, E) float32, tokens
+    layers: list[int]  # the numbers of the sparse layers
+    loads: Tensor  # (L, E) float32, tokens of each expert
     entropy: Tensor  # (L,) nats
     dropped: float | None  # of a Switch: the share of the tokens that it would drop in training
     seen: Counter  # occurrences of each token id
@@ -63,7 +63,7 @@ def usage(model: nn.Module, tokens: Tensor) -> Usage:
 def report(used: Usage, tokenizer: Tokenizer) -> str:
     """Return a line for each layer, with a bar for each expert, and the tokens of the middle layer's experts.
 
-    A bar is half as high as the highest at the mean load, and the highest from twice the mean.
+    A bar has half of its greatest height at the mean load, and all of it from twice the mean on.
     """
     # The load of each layer.
     lines, highest = [], math.log(used.loads.shape[1])
@@ -89,16 +89,11 @@ def report(used: Usage, tokenizer: Tokenizer) -> str:
 
 def draw(used: Usage, path: Path) -> None:
     """Write a heat map of the load of each expert in each layer to path, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     # A cell is an expert of a layer: white at the mean load, red above, blue below.
     share = (used.loads / used.loads.mean(dim=1, keepdim=True)).tolist()
     L, E = used.loads.shape
     size = (2.5 + min(10, 0.55 * E), 1.3 + 0.4 * L)
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    figure, axes = load_pyplot().subplots(figsize=size, layout="constrained")
     image = axes.imshow(share, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     axes.set(xlabel="expert", ylabel="layer", title="load of an expert over the mean of its layer")
     axes.set_yticks(range(L), used.layers)
@@ -111,9 +106,7 @@ def draw(used: Usage, path: Path) -> None:
                 colour = "white" if abs(x - 1) > 0.6 else "black"
                 axes.text(expert, row, f"{x:.2f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, extend="max")
-    with replace_file(path) as new:
-        figure.savefig(new, dpi=120, format="png")
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def show(model: nn.Module, dataset, out: Path | None = None) -> str:

@@ -1,16 +1,17 @@
-"""How much of a text is in another: BLEU for translations, ROUGE-1 for summaries.
+"""Overlap: how much of a text is in another, by BLEU for translations and ROUGE-1 for summaries.
 
     BLEU      = min(1, exp(1 - r / c)) * (p_1 p_2 p_3 p_4)^(1/4)        Papineni et al. 2002
     ROUGE-1   = 2 P R / (P + R)                                         Lin 2004, its F1
 
-p_n is the share of the translations' n-grams that are in their references; each counts at most as often as
-there. c and r are the lengths of all translations and of all references, in words. So BLEU is a figure of
-many sentences together: of a single one, p_4 is often 0. P and R are the shares of a summary's words that
-are in the reference, and of the reference's in the summary.
+p_n is the share of the translations' n-grams that are in their references; an n-gram counts at most as often
+as it occurs there. c and r are the lengths of all translations and of all references, in words. BLEU is a
+figure of many sentences together: of a single one, p_4 is often 0. P is the share of the summary's words that
+are in the reference, R that of the reference's words that are in the summary.
 
-What a word is decides both figures. BLEU is that of sacrebleu (Post 2018) with its default, the tokens of
-mteval-v13a; where there is no common n-gram, its "exp" smoothing counts a half, then a quarter ... ROUGE is
-that of Google's rouge_score without stemming: letters a to z and digits, in small letters.
+Both figures depend on how a text is cut into words. BLEU is that of sacrebleu (Post 2018) with its defaults:
+the words of mteval-v13a, and "exp" smoothing, by which the first n without a common n-gram counts 1/2 of one,
+the next 1/4. ROUGE is that of Google's rouge_score without stemming: words of the letters a to z and digits,
+in lower case.
 
     python -m language.overlap
 """
@@ -25,8 +26,8 @@ from formats import command
 ENTITIES = {"&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
 SPLITS_13A = [
     (re.compile(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])"), r" \1 "),  # punctuation but for ' , - .
-    (re.compile(r"([^0-9])([\.,])"), r"\1 \2 "),  # a full stop or comma, unless after a digit
-    (re.compile(r"([\.,])([^0-9])"), r" \1 \2"),  # or before one
+    (re.compile(r"([^0-9])([\.,])"), r"\1 \2 "),  # a full stop or comma that follows no digit
+    (re.compile(r"([\.,])([^0-9])"), r" \1 \2"),  # or that no digit follows
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),  # a dash after a digit
 ]
 
@@ -48,10 +49,13 @@ def n_grams(words: Sequence[str], n: int) -> Counter:
 
 
 def bleu(outputs: Sequence[str], references: Sequence[str]) -> float:
-    """Return BLEU, 0 to 100, of translations with one reference each. Raises ValueError for unequal numbers
-    of both, or none."""
+    """Return BLEU, 0 to 100, of translations with one reference each.
+
+    Raises ValueError unless there are as many references as translations, and at least one.
+    """
     if len(outputs) != len(references) or not outputs:
-        raise ValueError(f"bleu: {len(outputs)} translations, {len(references)} references: expected as many")
+        found = f"{len(outputs)} translations and {len(references)} references"
+        raise ValueError(f"bleu: {found}: expected one reference for each translation, and at least one")
     ours, theirs = ([words_13a(text) for text in side] for side in (outputs, references))
     log_precision, half = 0.0, 1.0
     for n in range(1, 5):
@@ -72,7 +76,7 @@ def words(text: str) -> list[str]:
 
 
 def f1(common: int, n_output: int, n_reference: int) -> float:
-    """Return 2 P R / (P + R), 0 to 1, of the shares of common words; 0 where there are none."""
+    """Return 2 P R / (P + R), 0 to 1, where P = common / n_output and R = common / n_reference."""
     return 2 * common / (n_output + n_reference) if common else 0.0
 
 
@@ -83,6 +87,7 @@ def rouge_1(output: str, reference: str) -> float:
 
 
 def main() -> None:
+    """Print both figures of the reference, of another wording, and of its words in another order."""
     reference = "A brown dog runs across the wet grass."
     for text in (reference, "A dog is running through wet grass.", "The grass runs across a brown dog."):
         print(f"BLEU {bleu([text], [reference]):5.1f}   ROUGE-1 {rouge_1(text, reference):.2f}   {text}")

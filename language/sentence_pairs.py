@@ -22,9 +22,9 @@ from data.wordpiece import WordPiece
 def next_sentence(rows: Tensor, cut: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     """Return new rows (B, N) and labels (B,): 0 if the second segment follows the first, 1 if it is random.
 
-    rows (B, N): text without special tokens, cut before position cut (B,), in 1..N-1. With probability 1/2
-    the second segment becomes the same places of another row, each equally likely (Devlin et al. 2018,
-    section 3.1, task 2). A single row has no other to take from: it stays as it is, with label 0.
+    rows (B, N): text without special tokens, cut before place cut (B,), in 1..N-1. With probability 1/2 the
+    second segment becomes the same places of another row, each equally likely (Devlin et al. 2018, section
+    3.1, task 2). A single row has no other to take from: it stays as it is, with label 0.
     """
     B, N = rows.shape
     labels = torch.randint(2, (B,), generator=generator) * (B > 1)
@@ -37,7 +37,7 @@ def sentence_order(rows: Tensor, cut: Tensor, generator: Generator) -> tuple[Ten
     """Return new rows (B, N), their new cut (B,), and labels (B,): 0 in order, 1 swapped.
 
     rows and cut as for `next_sentence`. With probability 1/2 the segments change places. Both are from the
-    same text, so the topic, which gives most of BERT's random pairs away, is no help (ALBERT, Lan et al.
+    same text, so the topic is no help, by which most of BERT's random pairs can be told (ALBERT, Lan et al.
     2019, section 3.1).
     """
     B, N = rows.shape
@@ -49,7 +49,8 @@ def sentence_order(rows: Tensor, cut: Tensor, generator: Generator) -> tuple[Ten
 def in_two(text: Tensor, pair: str, generator: Generator) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return text (B, N) cut in two at random for the objective `pair`, its cut (B,), and labels (B,).
 
-    With pair "none" there is one segment: the text is as it was, cut at its end, and the labels are None.
+    pair: "nsp" (next sentence), "sop" (sentence order) or "none". With "none" there is one segment: the text
+    is as it was, cut at its end, and the labels are None.
     """
     B, N = text.shape
     if pair == "none":
@@ -62,7 +63,7 @@ def in_two(text: Tensor, pair: str, generator: Generator) -> tuple[Tensor, Tenso
 
 
 def framed(text: Tensor, cut: Tensor, T: int, tokenizer: Tokenizer | WordPiece) -> tuple[Tensor, Tensor]:
-    """Return rows (B, T), [CLS] a [SEP] b [SEP], of text (B, N) cut before position cut (B,).
+    """Return rows (B, T), [CLS] a [SEP] b [SEP], of text (B, N) cut before place cut (B,).
 
     The second tensor (B, N) is the place of each token of the text in its row. A text that is cut at its end
     has no second segment: [CLS] a [SEP].

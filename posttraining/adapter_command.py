@@ -1,10 +1,11 @@
 """The command line of lora.py: talk to an adapted model, or merge its adapter into the weights.
 
-All of these also take a model that was trained without an adapter, or an adapter that PEFT has saved.
-
     python lora.py runs/lora --chat                             talk to it
     python lora.py runs/lora --prompt "What does os.walk do?"   one answer
     python lora.py runs/lora --merge runs/merged                one ordinary model of base and adapter
+
+The adapter may be one that PEFT has saved. --chat and --prompt also take a model that was trained without
+one.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from formats import chat_template, command, open_model
 from posttraining import chat
 from posttraining.merging import merge
 
+CONFIGS = ("adapter_config.json", "config.json")  # of an adapter, and of a model
+
 
 def open_adapted(directory: Path, base: str | None) -> tuple[nn.Module, Tokenizer | WordPiece]:
     """Return the model and the tokenizer of a run or of its model/: a base with its adapter, or a model that
@@ -27,7 +30,7 @@ def open_adapted(directory: Path, base: str | None) -> tuple[nn.Module, Tokenize
     base: the directory of the base, if it is not the one that the adapter names.
     """
     directory = directory / "model" if (directory / "model").is_dir() else directory
-    if not any((directory / file).exists() for file in ("adapter_config.json", "config.json")):
+    if not any((directory / file).exists() for file in CONFIGS):
         expected = "expected a run of train.py or a directory with an adapter"
         raise ValueError(f"{directory}: has no adapter_config.json or config.json; {expected}")
     model = open_model.open_model(directory, base=base).float()
@@ -38,15 +41,16 @@ def open_adapted(directory: Path, base: str | None) -> tuple[nn.Module, Tokenize
 
 
 def is_encoder(tokenizer: Tokenizer | WordPiece) -> bool:
+    """Return True for the tokenizer of an encoder, which has a mask token."""
     return "mask_token" in tokenizer.roles
 
 
 def merge_into(directory: Path, model: nn.Module, tokenizer: Tokenizer | WordPiece) -> None:
     """Write base and adapter as one ordinary model, with its tokenizer and a decoder's chat template.
 
-    Raises ValueError if there is a model in directory, or if the model has no adapter.
+    Raises ValueError if there is a model or an adapter in directory, or if the model has no adapter.
     """
-    if (directory / "config.json").exists():
+    if any((directory / file).exists() for file in CONFIGS):
         raise ValueError(f"--merge {directory}: there is a model in it; name another directory")
     merge(model)
     model.save_pretrained(directory)

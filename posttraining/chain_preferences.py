@@ -2,9 +2,9 @@
 
     p(a preferred to b) = sigmoid(R(a) - R(b))        a, b drawn from the reference, R the exact reward
 
-These are the labels of Bradley and Terry (1952), the model of people that DPO and reward models assume. So
-with infinitely many pairs DPO converges to the optimum ref exp(R / beta) / Z, and a reward model to R plus a
-constant. Every preference has the same prompt, the token BEGIN.
+These are the labels of Bradley and Terry (1952), the model of preferences that DPO and reward models assume.
+So with infinitely many pairs DPO converges to the optimum ref exp(R / beta) / Z, and a reward model to R plus
+a constant. Every preference has the same prompt, the token BEGIN.
 """
 
 import math
@@ -22,7 +22,7 @@ N_TRAIN, N_HELD_OUT = 4000, 1000
 
 
 def dataset(chain: Chain, n: int = N_TRAIN, n_held_out: int = N_HELD_OUT) -> Dataset:
-    """Return pairs of sequences of the chain, labelled once, as a Dataset; the same ones at every call."""
+    """Return n pairs of sequences of the chain to learn from, and n_held_out held out, always the same."""
     generator = torch.Generator().manual_seed(0)
     pairs = chain.sample(4 * (n + n_held_out), generator).view(-1, 2, chain.T)
     pairs = pairs[(pairs[:, 0] != pairs[:, 1]).any(1)][: n + n_held_out]  # (n + n_held_out, 2, T)
@@ -41,7 +41,7 @@ def dataset(chain: Chain, n: int = N_TRAIN, n_held_out: int = N_HELD_OUT) -> Dat
 def placed(model: nn.Module, beta: float | None) -> str:
     """Return the exact reward and KL of a model of the chain beside the best that its KL allows, as text.
 
-    beta: the optimum of reward - beta KL is added; None for a method that has another optimum.
+    beta: if given, the optimum of reward - beta KL is added; None for a method that has another optimum.
     """
     reward, kl, outside = frontier.exact_value(model)
     start = frontier.optimum(math.inf)[0]

@@ -1,9 +1,11 @@
 """Merging: an adapter becomes part of the weights.
 
-    W' = g (W u + B A)       b' = c b
+    g * (W (u * x) + s B A x) + c * b = W' x + b'       an adapted layer, in the letters of lora.py
 
-A merged model has ordinary layers only, so it is as fast as its base and can be saved like it. `unmerge`
-puts the base and its adapters back.
+    W' = g (W u + s B A)       b' = c b                 g multiplies the rows of W, u its columns
+
+A merged model has ordinary layers only, so it is as fast as its base and can be saved like it. `unmerge` puts
+the adapted layers back, which are kept in memory. After several merges it undoes the last one.
 
     merge(model, "french")
     model.save_pretrained("runs/merged")
@@ -29,7 +31,7 @@ from posttraining.adapters import (
 @torch.no_grad()
 def merge(model: nn.Module, name: str | None = None) -> None:
     """Replace each adapted layer by an ordinary one that computes the same with the adapter of that name, or
-    with the active one (None). The model is then as fast as its base and can be saved like it.
+    with the active one (None).
 
     The adapted layers are kept for `unmerge`, which costs their memory and restores the base to the bit. A
     base in 4 bits is merged into layers of full precision. Raises ValueError for an unknown name, and where a
@@ -40,20 +42,20 @@ def merge(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         set_adapter(model, name)
 
+    # What `unmerge` puts back is kept in __dict__, where it is not a submodule of the merged model.
+    replaced = dict(layers)
+    model.__dict__.setdefault("merges", []).append((model.config, replaced))
+
     # A head that shares the embedding matrix needs a matrix of its own if only one of the two has changed.
-    model.__dict__["unmerged_config"] = model.config
     tied = getattr(model.config, "tie_embeddings", False)
     if tied and not layers.keys().isdisjoint(("model.embed_tokens", "lm_head")):
         model.config = replace(model.config, tie_embeddings=False)
         if model.lm_head is None:
             model.lm_head = head_of_embedding(model.model.embed_tokens)
-            model.lm_head.__dict__["unmerged"] = None
+            replaced["lm_head"] = None
 
-    # What `unmerge` puts back is kept in __dict__, where it is not a submodule of the merged model.
     for path, layer in layers.items():
-        merged = layer.merged()
-        merged.__dict__["unmerged"] = layer
-        replace_layer(model, path, merged)
+        replace_layer(model, path, layer.merged())
 
 
 def check_mergeable(layers: dict[str, Adapted], name: str | None) -> None:
@@ -71,10 +73,9 @@ def check_mergeable(layers: dict[str, Adapted], name: str | None) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Put the layers back that `merge` has replaced. Raises ValueError if nothing is merged."""
-    if "unmerged_config" not in model.__dict__:
+    """Put the layers back that the last `merge` has replaced. Raises ValueError if nothing is merged."""
+    if not model.__dict__.get("merges"):
         raise ValueError("unmerge: no adapter is merged into this model; call merge first")
-    for path, module in list(model.named_modules()):
-        if "unmerged" in module.__dict__:
-            replace_layer(model, path, module.unmerged)
-    model.config = model.__dict__.pop("unmerged_config")
+    model.config, replaced = model.__dict__["merges"].pop()
+    for path, layer in replaced.items():
+        replace_layer(model, path, layer)

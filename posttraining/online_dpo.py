@@ -1,22 +1,23 @@
-"""Online DPO: the pairs are drawn by the policy itself, and a reward decides which one is chosen.
+"""Online DPO: the policy itself draws the pairs, and their scores decide which completion is chosen.
 
-    y_1, y_2 ~ pi(. | x);   y_c the one with the higher reward, y_r the other
-    loss = -log sigmoid(beta h), or (h - 1/(2 beta))^2 with method=ipo; h as in posttraining/dpo.py
+    y_1, y_2 ~ pi(. | x)        y_c the completion of the higher score, y_r the other
+    h = log(pi(y_c | x) / ref(y_c | x)) - log(pi(y_r | x) / ref(y_r | x))
+    loss = -log sigmoid(beta h), or (h - 1/(2 beta))^2 with method=ipo, as in posttraining/dpo.py
 
 The pairs of offline DPO come from the model that training starts from, so that a policy far from it learns
-from answers that it no longer gives. Here every step draws new ones (Guo et al. 2024, section 3). Rewards are
-as for PPO, see posttraining/scores.py. Pairs of equal reward, in which nothing is preferred, are left out and
-counted, and likewise those with an answer that has no score.
+from completions that it no longer gives. Here every step draws new ones (Guo et al. 2024, section 3). Scores
+are as for PPO, see posttraining/scores.py. Pairs of equal scores, in which nothing is preferred, are left out
+and counted, and likewise those with a completion that has no score.
 
     python train.py --model online_dpo                                     a Markov chain with a known optimum
     python train.py --model online_dpo --init-from runs/sft/model --data stdlib --set reward=runs/reward/model
 
-DPO assumes preferences that are drawn, with probability sigmoid of the difference of rewards. By default the
-higher reward always wins, so that h has no finite optimum: a long training passes the optimum for its beta.
-With preferred=drawn the loss is least at the optimum for beta, as that of offline DPO is with infinitely many
-pairs. The scale of rewards then matters, since their differences become probabilities.
+DPO assumes preferences that are drawn: y_1 is preferred with probability sigmoid(score 1 - score 2). By
+default the higher score always wins, so that h has no finite optimum: a long training passes the optimum for
+its beta. With preferred=drawn the loss is least at the optimum for beta, as that of offline DPO is with
+infinitely many pairs. The scale of scores then matters, since their differences become probabilities.
 
-Shapes: B pairs, N answers, T tokens of a prompt and an answer.
+Shapes: B pairs, N completions, T tokens of a prompt and a completion.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from engine.settings import with_fields
 from formats.config_values import check_values
 from posttraining import chain_preferences, frontier, instruct, ppo, prompts, scores
 from posttraining.dpo import dpo_loss, ipo_loss
-from posttraining.ppo import save_tokenizer, start_model  # noqa: F401
+from posttraining.preference_runs import save_tokenizer, start_model  # noqa: F401
 from posttraining.reference import sequence_logps
 from posttraining.rollout import Reference, laid_out
 
@@ -54,9 +55,9 @@ class Config:
     method: str = "dpo"  # or "ipo", of sums over tokens
     beta: float = 0.1  # per nat; tau of IPO
     reward: str = "chain"  # see posttraining/scores.py
-    preferred: str = "higher"  # the answer of the higher reward; or "drawn", see above
+    preferred: str = "higher"  # the completion of the higher score; or "drawn", see above
     pairs: int = 8  # of each prompt in a step
-    max_new_tokens: int = 64  # of an answer
+    max_new_tokens: int = 64  # of a completion
     temperature: float = 1.0  # of sampling
 
     def __post_init__(self):
@@ -68,7 +69,8 @@ class Config:
 
 @torch.no_grad()
 def draw(model: nn.Module, dataset: prompts.Prompts, batch: dict, n: int, seed: int) -> tuple[Tensor, ...]:
-    """Return n answers to each prompt in a batch: tokens (N, T), mask (N, T) of the answers, scores (N,)."""
+    """Return n completions of each prompt in a batch: tokens (N, T), mask (N, T) of the completions' tokens,
+    and scores (N,)."""
     settings = model.objective
     prompt_ids = [p for p in prompts.unpadded(batch, "prompt") for _ in range(n)]
     given = [a for a in prompts.unpadded(batch, "answer") for _ in range(n)]
@@ -83,10 +85,12 @@ def draw(model: nn.Module, dataset: prompts.Prompts, batch: dict, n: int, seed: 
 
 
 def ranked(scores: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Return the indices of each two answers, chosen first, (B, 2) int64, and which pairs count, bool (B,).
+    """Return the order of each pair, the index of the chosen completion first, int64 (B, 2), and which pairs
+    count, bool (B,).
 
-    scores (B, 2); NaN where there is none. The higher score is chosen, and pairs of equal ones do not count.
-    With a generator the preference is drawn: the first is chosen with probability sigmoid(first - second).
+    scores (B, 2); NaN where there is none. The higher score is chosen, and pairs of equal scores do not
+    count. With a generator the preference is drawn: the first is chosen with probability sigmoid(first -
+    second).
     """
     scored = scores.isfinite().all(1)
     if generator is None:
@@ -101,8 +105,8 @@ def loss_of(
 ) -> tuple[Tensor, dict]:
     """Return the mean loss of the pairs that count, 0 where none does, and metrics.
 
-    tokens, mask (2 B, T), scores (2 B,): the two answers to a prompt are rows 2 i and 2 i + 1. generator: of
-    drawn preferences, see `ranked`.
+    tokens, mask (2 B, T), scores (2 B,): pair i is in the rows 2 i and 2 i + 1. generator: of drawn
+    preferences, see `ranked`.
     """
     settings, (order, counts) = model.objective, ranked(scores.view(-1, 2), generator)
     policy = sequence_logps(model(tokens), tokens, mask).view(-1, 2)
@@ -135,7 +139,7 @@ def train(run: Run, log: Log) -> None:
         model.eval()  # no dropout
         lr = set_learning_rate(run.optimizers, step, args)
         batch, generator = ppo.prompts_of_step(run), None
-        if model.objective.preferred == "drawn":  # its seeds are none of those of answers
+        if model.objective.preferred == "drawn":  # by other seeds than completions
             generator = torch.Generator(args.device).manual_seed(seed_of(-1 - args.seed, step))
         with run.autocast():
             drawn = draw(model, run.dataset, batch, 2 * model.objective.pairs, seed_of(args.seed, step))
@@ -153,8 +157,11 @@ def train(run: Run, log: Log) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
-    """Return the reward and the KL of the policy: exact ones on the chain, else of one answer to each of some
-    held-out prompts, drawn alike at every evaluation."""
+    """Return the mean score, as "val_reward", and the KL of the policy.
+
+    On the chain they are exact. Else they are means over one completion of each of some held-out prompts,
+    drawn by the same seed at every evaluation.
+    """
     model, dataset = run.model.eval(), run.dataset
     if dataset.tokenizer is None:
         reward, kl = frontier.value_of(model)
@@ -176,7 +183,7 @@ def settings(config: Any) -> Config:
 
 
 def load_data(args: argparse.Namespace, config: Any) -> prompts.Prompts:
-    """Return the prompts that --data names, with the reward that ranks their answers."""
+    """Return the prompts that --data names, with the reward that ranks their completions."""
     return ppo.read_prompts(args, config, with_fields(Config(), args.set))
 
 
@@ -195,15 +202,17 @@ def wrap(model: nn.Module, config: Config) -> nn.Module:
 
 
 def flops_per_token(model: nn.Module, config: Config, seq_len: int) -> int:
-    """Return the FLOPs of a step for one token of --seq-len, as if answers filled it: a row is a prompt with
-    2 * pairs answers. For each there are two forward passes, to sample and by the reference, and the update.
+    """Return the FLOPs of a step for one token of --seq-len, as if each completion had --seq-len tokens.
+
+    A row is a prompt, with 2 * pairs completions. Each takes two forward passes, to sample and by the
+    reference, of a third of the FLOPs of an update, and the update.
     """
     return round(2 * config.pairs * (1 + 2 / 3) * model.flops_per_token(seq_len))
 
 
 @torch.no_grad()
 def show(model: nn.Module, dataset: prompts.Prompts, out: Path) -> str:
-    """Return where the model is under the exact frontier, or its likeliest answers to held-out prompts."""
+    """Return where the model is under the exact frontier, or with text its likeliest completions."""
     if dataset.tokenizer is None:
         of_reward = model.objective.method == "dpo"
         return chain_preferences.placed(model, model.objective.beta if of_reward else None)

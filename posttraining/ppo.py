@@ -55,6 +55,7 @@ from posttraining.policy_gradient import (
     value_loss,
     whiten,
 )
+from posttraining.preference_runs import save_tokenizer, start_model  # noqa: F401
 from posttraining.prompts import Prompts, of_chain, of_conversations, unpadded
 from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_out
 
@@ -282,13 +283,6 @@ def settings(config: Any) -> Config:
     return Config()
 
 
-def start_model(args: Namespace) -> str | None:
-    """Return the directory of a model that computes the chain; ValueError where --data is anything else."""
-    if args.data != "chain":
-        raise ValueError(f"--data {args.data}: needs --init-from DIR, a model whose completions are improved")
-    return frontier.reference_model(args.cache)
-
-
 def load_data(args: Namespace, config: Any) -> Prompts:
     """Return the prompts that --data names, with the reward that scores their completions."""
     return read_prompts(args, config, with_fields(Config(), args.set))
@@ -329,12 +323,6 @@ def unwrap(policy: Policy) -> nn.Module:
 def save(policy: Policy, dataset: Prompts, directory: Path) -> None:
     """Write the model, which needs nothing else to write text."""
     policy.model.save_pretrained(directory)
-
-
-def save_tokenizer(dataset: Prompts, directory: Path) -> None:
-    """Write the tokenizer and the template of conversations; the chain has neither."""
-    if dataset.tokenizer is not None:
-        instruct.save_tokenizer(dataset, directory)
 
 
 def flops_per_token(policy: Policy, settings: Config, seq_len: int) -> int:

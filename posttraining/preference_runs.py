@@ -1,7 +1,8 @@
-"""What the tasks that learn from preferences have in common: dpo, online_dpo and reward.
+"""Common parts of the tasks that learn from preferences or from a reward: dpo, reward, online_dpo and ppo.
 
-They start from a model that answers already, --init-from, and read the file of preferences in --data. By
-default both are of a Markov chain, on which the best possible result is known (posttraining/frontier.py).
+They start from a model that answers already, --init-from. By default model and data are of a Markov chain, on
+which the best possible result is known (posttraining/frontier.py). dpo and reward read the file of
+preferences in --data.
 """
 
 import argparse
@@ -22,23 +23,28 @@ from posttraining import chain_preferences, frontier, instruct
 
 
 def start_model(args: argparse.Namespace) -> str | None:
-    """Return the directory of a model that computes the chain, for --data chain without --init-from."""
-    return frontier.reference_model(args.cache) if args.data == "chain" else None
+    """Return the directory of a model that computes the chain. It is called where --init-from is left out.
+
+    Raises ValueError where --data is anything but the chain.
+    """
+    if args.data != "chain":
+        raise ValueError(
+            f"--data {args.data}: needs --init-from DIR, a model that is trained to answer already"
+        )
+    return frontier.reference_model(args.cache)
 
 
 def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Dataset:
     """Return the preferences that --data names, for a task of that name.
 
-    Raises ValueError for a model that writes no text, for a new model, for --document-mask, and for a mixture
-    with balance losses.
+    Raises ValueError for a model that writes no text, for --document-mask, and for a mixture with balance
+    losses.
     """
     if "eos_token_id" not in [field.name for field in fields(config)]:
         raise ValueError(f"--task {task}: an encoder writes no answers; expected a decoder, as gpt")
     refuse_balance_losses(config)
     if args.document_mask:
         raise ValueError(f"--document-mask: --task {task} has one answer in a row; leave it out")
-    if not (args.init_from or args.base):
-        raise ValueError(f"--task {task}: needs --init-from DIR, a model that is trained to answer already")
     if args.data == "chain":
         n = frontier.Chain().begin + 1
         if config.vocab_size != n:
@@ -51,9 +57,11 @@ def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Datase
 
 @torch.no_grad()
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Return where the model is under the exact frontier, or with text its answers to held-out prompts.
+    """Return where the model is under the exact frontier of the chain, or with text its answers to held-out
+    prompts.
 
-    Beside them are the chosen answers, and those at the run's first evaluation (before.json).
+    Beside these are the chosen answers of the data, and the model's answers at the run's first evaluation,
+    which before.json keeps.
     """
     if dataset.tokenizer is None:
         of_reward = model.objective.method in ("dpo", "robust")  # which minimise at the optimum for beta
@@ -76,6 +84,6 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
 
 
 def save_tokenizer(dataset: Dataset, directory: Path) -> None:
-    """Write the tokenizer and the template of conversations, if there is text."""
+    """Write the tokenizer and the template of conversations; the chain has neither."""
     if dataset.tokenizer is not None:
         instruct.save_tokenizer(dataset, directory)

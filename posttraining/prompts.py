@@ -1,4 +1,4 @@
-"""Prompts: what a policy completes when it learns from a reward.
+"""Prompts: the texts that a policy completes when it learns from a reward.
 
     --data chain     BEGIN of the chain in posttraining/frontier.py, again and again
     --data stdlib    questions about Python's library, as for --task instruct
@@ -33,7 +33,10 @@ class Prompts(Dataset):
 
 
 def of_chain(beta: float) -> Prompts:
-    """Return the chain's only prompt, many times, so that a batch can have any number of it."""
+    """Return the chain's only prompt 256 times, so that a batch can hold several, and the known results.
+
+    beta: coefficient of the KL penalty, for the text of the optimum.
+    """
     rows = Rows(padded([([frontier.Chain().begin], [])] * 256))
     # At beta 0.02 the optimum is that of beta 0 in all digits shown.
     (start, _), (reward, kl) = frontier.optimum(float("inf")), frontier.optimum(max(beta, 0.02))
@@ -52,11 +55,11 @@ def of_conversations(args: Namespace, n_new: int, notify: Callable[[str], None] 
     *sides, _ = instruct.read(args.data, args.val, args.bad_text, notify)
     content, found, n_dropped = hashlib.sha256(f"{tokenizer.fingerprint} {n_new}".encode()), [], 0
     for conversations in sides:
-        pairs = [pair for c in conversations if (pair := prompt_and_answer(c, tokenizer)) is not None]
+        pairs = [prompt_and_answer(conversation, tokenizer) for conversation in conversations]
         kept = [pair for pair in pairs if len(pair[0]) + n_new <= args.seq_len]
         n_dropped += len(pairs) - len(kept)
         if not kept:
-            shortest = min((len(prompt) for prompt, _ in pairs), default=0)
+            shortest = min(len(prompt) for prompt, _ in pairs)
             raise ValueError(
                 f"--seq-len {args.seq_len}: no room for the shortest prompt of --data {args.data}, "
                 f"{shortest} tokens, and {n_new} new ones; lower --set max_new_tokens"
@@ -70,16 +73,14 @@ def of_conversations(args: Namespace, n_new: int, notify: Callable[[str], None] 
     return Prompts(fingerprint, tokenizer, *found, summary, stop=end_id(tokenizer))
 
 
-def prompt_and_answer(messages: Conversation, tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """Return the token ids before the last answer of a conversation, and those of the answer, or None."""
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
-    if last == 0 or messages[last - 1]["role"] == "assistant":
-        return None
-    return prompt_tokens(messages[:last], tokenizer), tokenizer.encode(messages[last]["content"])
+def prompt_and_answer(messages: Conversation, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the token ids of all before the last message of a conversation, and those of this answer."""
+    *before, last = messages
+    return prompt_tokens(before, tokenizer), tokenizer.encode(last["content"])
 
 
 def padded(pairs: list[tuple[list[int], list[int]]]) -> list[Row]:
-    """Return rows of (prompt, answer), all of the same shapes."""
+    """Return rows as in `Prompts` of pairs (prompt, answer) of token ids, all of the same shapes."""
     longest = {name: max(len(pair[i]) for pair in pairs) for i, name in enumerate(("prompt", "answer"))}
     rows = []
     for pair in pairs:
@@ -92,6 +93,6 @@ def padded(pairs: list[tuple[list[int], list[int]]]) -> list[Row]:
 
 
 def unpadded(batch: dict[str, Tensor], name: str) -> list[list[int]]:
-    """Return the token ids of each row of a batch of such rows; name: prompt or answer."""
+    """Return the token ids, without padding, of each row of a batch. name: "prompt" or "answer"."""
     lengths = batch[f"{name}_length"].tolist()
     return [row[:length] for row, length in zip(batch[name].tolist(), lengths, strict=True)]

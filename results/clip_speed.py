@@ -51,7 +51,7 @@ def sides_of(ours: CLIP, batch: dict[str, Tensor]) -> dict[str, tuple[nn.Module,
     return {
         "vision/clip.py": (
             ours,
-            lambda: ours.compare(ours.of_images(pixels), ours.of_texts(batch["tokens"]))[0],
+            lambda: ours.compare(ours.encode_images(pixels), ours.encode_texts(batch["tokens"]))[0],
         ),
         "transformers": (theirs, lambda: theirs(**arguments).loss),
     }

@@ -85,10 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     if shown:
         true = next(iter(shown.values()))[0]
         chosen = [i * len(true) // SHOWN for i in range(SHOWN)]
-        rows = [true] + [images[2] for images in shown.values()]  # with guidance 2
-        pictures.save(
-            args.out.parent, [[row[i] for i in chosen] for row in rows], name=f"{args.out.stem}.png"
-        )
+        rows = [row[chosen] for row in (true, *(images[2] for images in shown.values()))]  # with guidance 2
+        labels = ("real", *(", ".join(key) for key in shown))
+        pictures.save(args.out.parent, rows, labels=labels, name=f"{args.out.stem}.png")
 
 
 if __name__ == "__main__":

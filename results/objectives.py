@@ -39,9 +39,8 @@ from data import corpus
 from data.rows import Dataset, Loader, Row, seed_of, stack
 from engine import contract, cpu
 from engine.optim import default_learning_rate, make_optimizers, set_learning_rate
-from engine.report import plotting
 from formats import command
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from formats.json_file import write_json
 from language import electra, masking
 from results.seeds import draw, mean_and_range
@@ -230,7 +229,7 @@ def token_kind_accuracy(model: nn.Module, tokenizer) -> float:
 
 def plot(results: list[dict], path: Path) -> None:
     """Draw the share of predicted tokens over FLOPs, and the classifier's accuracy by objective."""
-    pyplot, _ = plotting()
+    pyplot = load_pyplot()
 
     # Left: the mean over the seeds, and their range.
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -251,8 +250,7 @@ def plot(results: list[dict], path: Path) -> None:
     right.set(xlabel="kind of token recognised by a linear probe (%)", title="what the hidden states tell")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    with replace_file(path) as new:
-        figure.savefig(new, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -48,9 +48,8 @@ from data.docstrings import stdlib_functions
 from data.rows import Dataset, Loader, seed_of
 from engine import cpu
 from engine.optim import make_optimizers
-from engine.report import plotting
 from formats import command
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from formats.json_file import write_json
 from kernels import linear_cross_entropy
 from language import span_corruption
@@ -299,7 +298,7 @@ def table(results: list[dict]) -> str:
 
 def plot(results: list[dict], path: Path) -> None:
     """Draw both measures: a dot for each seed, and a bar for their mean."""
-    pyplot, _ = plotting()
+    pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     names = [*product(OBJECTIVES, ARCHITECTURES)][::-1]
     for axes, measure in zip(panels, MEASURES, strict=True):
@@ -311,8 +310,7 @@ def plot(results: list[dict], path: Path) -> None:
         axes.set_yticks(range(len(names)), [f"{b}, {a}" for a, b in names])
         axes.set(xlabel="nats per token", title=f"{measure}, after fine-tuning")
         axes.grid(alpha=0.3)
-    with replace_file(path) as new:
-        figure.savefig(new, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

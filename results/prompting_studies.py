@@ -13,9 +13,8 @@ import statistics
 import time
 from pathlib import Path
 
-from engine.report import plotting
 from formats import command
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from results.keep import Ended
 
 STUDIES = ("in_context", "scratchpad", "spelling", "injection")
@@ -34,11 +33,9 @@ def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
         print(f"{name}, seed {seed}: {time.process_time() - began:.0f} s of one core", flush=True)
     print(study.table(ended.rows))
     if name in DRAWINGS:
-        pyplot, _ = plotting()
+        pyplot = load_pyplot()
         figure = DRAWINGS[name](pyplot, ended.rows)
-        with replace_file(path.with_suffix(".png")) as new:
-            figure.savefig(new, dpi=120, format="png")
-        pyplot.close(figure)
+        save_figure(figure, path.with_suffix(".png"))
 
 
 def mean_curve(curves: list[list[float]]) -> list[float]:
@@ -51,11 +48,10 @@ def draw_in_context(pyplot, rows: list[dict]):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     predictors = [name for name in rows[0]["by_position"] if name != "model"]
     depths = sorted({row["layers"] for row in rows})
-    for i, name in enumerate(predictors):
-        curve, style = mean_curve([row["by_position"][name] for row in rows]), (0, (4, 1 + i))
-        left.axhline(statistics.mean(curve), color="0.5", linestyle=style, linewidth=1)
-        left.text(0, statistics.mean(curve), name, va="bottom", fontsize=8, color="0.4")
-        right.plot(range(1, len(curve) + 1), curve, color="0.5", linestyle=style, linewidth=1, label=name)
+    for i, name in enumerate(predictors, start=2):
+        curve, style = mean_curve([row["by_position"][name] for row in rows]), {"color": f"C{i}", "ls": "--"}
+        left.axhline(statistics.mean(curve), linewidth=1, **style)
+        right.plot(range(1, len(curve) + 1), curve, linewidth=1, label=name, **style)
     for depth in depths:
         own, color = [row for row in rows if row["layers"] == depth], f"C{depth - 1}"
         for row in own:
@@ -65,7 +61,8 @@ def draw_in_context(pyplot, rows: list[dict]):
             range(1, len(curve) + 1), curve, color=color, label=f"GPT, {depth} layer{'s' * (depth > 1)}"
         )
     left.set(xlabel="steps of training", ylabel="nats per symbol", ylim=(0.8, 1.16))
-    right.set(xlabel="position in the sequence", xscale="log")
+    left.set(title="mean of all positions, a line per seed")
+    right.set(xlabel="position in the sequence", xscale="log", title="by position, mean of the seeds")
     right.legend(fontsize=8)
     return figure
 
@@ -82,9 +79,7 @@ def draw_scratchpad(pyplot, rows: list[dict]):
         dots = [row["swaps"] + 0.08 * i for row in own], [row["right"] for row in own]
         axes.plot(*dots, linestyle="", alpha=0.5, **style)
         axes.plot([n + 0.08 * i for n in lengths], means, label=kind, color=f"C{i}")
-    axes.axhline(
-        1 / 3, color="0.5", linestyle=":", linewidth=1
-    )  # a guess: the ball is under one of three cups
+    axes.axhline(1 / 3, color="0.5", linestyle=":", linewidth=1)  # of a guess: there are three cups
     axes.set(xlabel="swaps", ylabel="right final answers", ylim=(0, 1.03))
     axes.legend(fontsize=8)
     return figure

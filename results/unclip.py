@@ -73,7 +73,7 @@ def measure(work: Path, seed: int, steps: dict[str, int]) -> tuple[dict, list[li
     places = [i * len(chosen) // SHOWN for i in range(SHOWN)]
     shown = [[rows[name][i] for i in places] for name in PICTURED]
     first = torch.from_numpy(dataset.val[chosen[0]]["image"])[None].float() / 255
-    shown.append(list(model.draw(module.embed(first).expand(SHOWN, -1), guidance=2.0, seed=1)))
+    shown.append(list(model.draw(module.embed_images(first).expand(SHOWN, -1), guidance=2.0, seed=1)))
     return found, shown
 
 
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
             found, shown = measure(args.work, seed, steps)
             ended.add({"seed": seed} | found)
             if seed == args.seeds[0]:
-                pictures.save(args.out.parent, shown, name=f"{args.out.stem}.png")
+                labels = (*PICTURED, "variations")
+                pictures.save(args.out.parent, shown, labels=labels, name=f"{args.out.stem}.png")
 
 
 if __name__ == "__main__":

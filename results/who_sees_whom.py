@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 import gpt
 from attention_variants import latent, linear, local_global, moba, native_sparse, talking_heads
-from engine.report import plotting
 from formats import command
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 
 T = 64
 SHAPE = dict(n_layers=2, n_heads=2, d_model=64, d_ff=64, vocab_size=64, max_seq_len=T)
@@ -57,7 +56,7 @@ def influence(model: nn.Module, layer: int) -> Tensor:
 
 
 def made(name: str) -> tuple[nn.Module, int]:
-    """Return the model of one of LAYERS , always with the same weights, and which layer is drawn."""
+    """Return the model of one of LAYERS, always with the same weights, and which layer is drawn."""
     model, config, layer = LAYERS[name]
     torch.manual_seed(0)
     return model(config), layer
@@ -67,7 +66,7 @@ def draw(tables: dict[str, Tensor], path: Path) -> None:
     """Write a picture with a panel for each table (T, T)."""
     from matplotlib.colors import LogNorm
 
-    pyplot, _ = plotting()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(2, 4, figsize=(10, 5.4), layout="constrained", sharex=True, sharey=True)
     for axis, (name, table) in zip(axes.flat, tables.items(), strict=True):
         largest = table.max().item()
@@ -80,8 +79,7 @@ def draw(tables: dict[str, Tensor], path: Path) -> None:
     figure.supylabel("token that reads")
     bar = figure.colorbar(image, ax=axes, shrink=0.6, ticks=[])
     bar.set_label("influence, each panel's own scale, 1 : 1000")
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

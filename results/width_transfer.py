@@ -29,9 +29,8 @@ import gpt
 from data.rows import Loader
 from engine import contract, cpu
 from engine.optim import make_optimizers, set_learning_rate, transfer_width, width_factors
-from engine.report import plotting
 from formats import command
-from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from formats.json_file import read_json, write_json
 from formats.progress import progress_bar
 
@@ -110,7 +109,7 @@ def lowest(losses: dict[float, float]) -> float:
 
 def draw(results: list[dict], path: Path) -> None:
     """Draw loss over learning rate: a panel for each base, a curve for each width, a star at its best."""
-    pyplot, _ = plotting()
+    pyplot = load_pyplot()
     figure, panels = pyplot.subplots(1, len(BASES), figsize=(13, 4.4), sharey=True, layout="constrained")
     for axes, base in zip(panels, BASES, strict=True):
         for width in WIDTHS:
@@ -127,8 +126,7 @@ def draw(results: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     panels[0].set(ylabel="validation loss (nats per token)")
-    with replace_file(path) as new:
-        figure.savefig(new, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def saved_results(out: Path | None, machine: dict) -> list[dict]:

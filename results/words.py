@@ -179,7 +179,7 @@ def dataset_of(path: Path, tokenizer: str, seq_len: int) -> prompts.Prompts:
     """Return all questions of a file as prompts that are scored by the exact reward."""
     records = read_lines(path)
     own = get_tokenizer(tokenizer)
-    pairs = [found for r in records if (found := prompts.prompt_and_answer(r["messages"], own))]
+    pairs = [prompts.prompt_and_answer(record["messages"], own) for record in records]
     pairs = [(p, a) for p, a in pairs if len(p) + N_NEW <= seq_len]
     rows = prompts.Rows(prompts.padded(pairs))
     dataset = prompts.Prompts("", own, rows, rows, "", stop=prompts.end_id(own))

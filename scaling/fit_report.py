@@ -19,12 +19,13 @@ import numpy as np
 from chinchilla import DEFAULT_LAW, HOFFMANN, LAWS, OUTLIERS, Fit, Law, fit
 from formats import command
 from formats.atomic import replace_file
+from formats.figures import load_pyplot, save_figure
 from formats.quantities import quantity, short
 from scaling import identified
 from scaling.isoflop import IsoFLOP, envelope, isoflop, parabola_bias
-from scaling.outliers import Chosen, describe, leave_out_highest, leave_out_outliers, print_outliers
-from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, write_no_frontier
-from scaling.points import Table, group_equal, interval, read_table
+from scaling.outliers import Chosen, describe, leave_out_outliers, print_outliers
+from scaling.pictures import label_logarithmic, plot_frontier, write_no_frontier
+from scaling.points import Table, all_but_highest, group_equal, interval, read_table
 
 OUT = Path("runs/fit")
 # a of the allocation by each approach: Hoffmann et al. 2022, table 2.
@@ -218,7 +219,7 @@ def plot_fit(fitted: Fit, found: dict, left_out: tuple, valleys: IsoFLOP | None,
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize=8)
     figure.colorbar(dots, ax=axes, label="log10 of parameters N")
-    save_figure(figure, path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_valleys(panel, valleys: IsoFLOP, colors) -> None:
@@ -277,7 +278,7 @@ def choose_points(table: Table, args: argparse.Namespace) -> Chosen:
     reason = f"the {n} highest losses, by --drop {n}"
     if args.drop is None:
         reason = "those of highest loss and fewest tokens, as in Besiroglu et al. 2024"
-    return leave_out_highest(table, n, reason if n else "by --drop 0")
+    return Chosen(all_but_highest(table.L, n), reason if n else "by --drop 0")
 
 
 def make_out(given: Path | None) -> Path:

@@ -48,9 +48,9 @@ def gpu_hours(C: float, device: Device, mfu: float = DEFAULT_MFU) -> float:
     return C / (device.peak * mfu * 3600)
 
 
-def energy(hours: float, watts: float, pue: float = PUE) -> float:
+def energy(hours: float, watts: float) -> float:
     """Return the kWh of so many GPU-hours at full power, without the hosts' CPUs and network."""
-    return hours * watts / 1000 * pue
+    return hours * watts / 1000 * PUE
 
 
 def hardware_cost(C: float, device: Device, gpus: int, mfu: float, price: float | None) -> dict:

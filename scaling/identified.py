@@ -6,7 +6,7 @@ parameter is on the border of the search; and if the 95 % interval of the expone
 An optimum (N*, D*, loss) at a budget C is shown if the law is determined and
 
     C          at most FAR times the greatest compute of the points, at least 1 / FAR of the least
-    N*         the ends of its 95 % interval are less than a factor WIDE_N apart
+    N*         the ends of its 95 % interval are at most a factor WIDE_N apart
     D*/N*      at most ABSURD times the greatest of the points, at least 1 / ABSURD of the least
     loss       at least LEAST times the least measured loss: no text is known to have an entropy so far below
 """
@@ -24,13 +24,14 @@ NAMES = ("E", "A", "B", "alpha", "beta")
 
 
 def reasons_against_law(fitted: Fit, laws: Law) -> list[str]:
-    """Return why the points do not determine the law, an empty list if they do. laws: those of all resamples,
-    one Law whose fields are arrays."""
+    """Return why the points do not determine the law, an empty list if they do.
+
+    laws: those of all resamples, one Law whose fields are arrays."""
     reasons = []
-    for name, values in (("size", fitted.N), ("number of tokens", fitted.D)):
+    for name, values in (("sizes", fitted.N), ("numbers of tokens", fitted.D)):
         count = group_equal(values).max() + 1
         if count < 3:
-            reasons.append(f"a {name} takes only {count} values: a power law and its limit take 3 or more")
+            reasons.append(f"there are only {count} {name}: a power law and its limit need 3 or more")
     if on_one_line(np.log([fitted.N, fitted.D])):
         reasons.append("D follows from N: what is due to size cannot be told from what is due to data")
     names = on_the_border(fitted)

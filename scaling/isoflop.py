@@ -135,7 +135,8 @@ def isoflop(N, D, L, budgets=None, within: float = 8.0) -> IsoFLOP:
     sizes within a factor `within` of the best are used, because the valley is no parabola further out.
     Budgets without a clear minimum are left out (`fit_valley`).
 
-    Raises ValueError where fewer than 2 budgets remain, and as `power_law` does."""
+    Raises ValueError where fewer than 2 budgets remain, or none beyond 10 % of another, and as `power_law`
+    does."""
     found = curves(N, D, L)
     if budgets is None:
         budgets = common_budgets(found)
@@ -146,10 +147,14 @@ def isoflop(N, D, L, budgets=None, within: float = 8.0) -> IsoFLOP:
             fitted.append((math.exp(budget), *valley))
     if len(fitted) < 2:
         raise ValueError(
-            f"isoflop: {len(fitted)} budgets have a minimum inside a row of 4 sizes or more: expected at "
-            "least 2; add sizes, or several D for each"
+            f"isoflop: {len(fitted)} budgets have a minimum among 4 sizes or more: expected at least 2; add "
+            "sizes, or several D for each"
         )
     kept, valleys, parabolas, lowest, reach = zip(*fitted, strict=True)
+    if group_equal(kept, 0.1).max() == 0:
+        raise ValueError(
+            f"isoflop: all budgets are near {kept[0]:.2g} FLOPs: expected runs of other compute too"
+        )
     law = power_law(np.log(kept), lowest)
     factor = math.exp(np.mean(reach))
     return IsoFLOP(law, np.array(kept), list(valleys), np.array(parabolas), np.exp(lowest), factor)
@@ -168,7 +173,7 @@ def parabola_bias(
     lowest = []
     for budget in budgets:
         N, D = law.optimal(budget)
-        c2, c1, _ = np.polyfit(steps, law.loss(N / np.exp(steps), D * np.exp(steps)), 2)
-        lowest.append(math.log(D) - c1 / (2 * c2))
+        c0, c1, _ = np.polyfit(steps, law.loss(N / np.exp(steps), D * np.exp(steps)), 2)
+        lowest.append(math.log(D) - c1 / (2 * c0))
     b, log_k = np.polyfit(np.log(budgets), lowest, 1)
     return float(math.exp(b * math.log(at) + log_k) / law.optimal(at)[1] - 1)

@@ -5,7 +5,7 @@
     |r| > LEFT_OUT s     the point is left out, and the law fitted anew, until no further point is left out
     |r| > SUSPECT s      the point is named and kept
 
-s is the standard deviation of r where r is normal, and hardly depends on outliers. On the 245 points that
+s estimates the standard deviation of r if r is normal, and hardly depends on outliers. On the 245 points that
 Besiroglu et al. 2024 read off a figure, the rule leaves out the five that they leave out: the runs of the
 fewest tokens per parameter, 12 s and more away. The next point is 10 s away.
 """
@@ -42,13 +42,6 @@ def distances(law, table: Table, kept: np.ndarray) -> np.ndarray:
     """Return r / s (n,) of every point, with s of the points that are kept."""
     r = np.log(law.loss(table.N, table.D) / table.L)
     return r / robust_deviation(r[kept])
-
-
-def leave_out_highest(table: Table, n: int, reason: str) -> Chosen:
-    """Return the points without the n of highest loss."""
-    kept = np.ones(len(table.L), dtype=bool)
-    kept[np.argsort(table.L, kind="stable")[len(table.L) - n :]] = False
-    return Chosen(kept, reason)
 
 
 def leave_out_outliers(table: Table, delta: float) -> Chosen:

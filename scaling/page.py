@@ -51,22 +51,22 @@ SOURCES = (
 
 def span(low: float, high: float, values) -> list[float]:
     """Return the ends of an axis: low and high, or the next half power of ten where values go beyond."""
-    least, most = (2 * math.log10(end(values)) for end in (min, max))
+    least, most = 2 * math.log10(min(values)), 2 * math.log10(max(values))
     return [min(low, 10.0 ** (math.floor(least) / 2)), max(high, 10.0 ** (math.ceil(most) / 2))]
 
 
 def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> dict:
     """Return all that the template shows, for JSON.
 
-    N, D, L: the runs, (n,) each. laws: those to choose from. start: name of the law that is shown first."""
+    N, D, L: the runs, float64 (n,) each. laws: those to choose from. start: name of the law shown first."""
     C = 6 * N * D
     # The axes reach all points, and the optima at both ends of the compute of laws from your own runs.
-    yours = [(p.law, end) for name, p in laws.items() if name not in LAWS for end in p.compute]
-    best = [law.optimal(end) for law, end in yours]
+    yours = [(p.law, budget) for name, p in laws.items() if name not in LAWS for budget in p.compute]
+    optima = [law.optimal(budget) for law, budget in yours]
     ends = {
-        "C": span(1e17, 1e27, [*C, *(end for _, end in yours)]),
-        "N": span(1e7, 1e13, [*N, *(run[0] for run in best)]),
-        "D": span(1e9, 10**14.5, [*D, *(run[1] for run in best)]),
+        "C": span(1e17, 1e27, [*C, *(budget for _, budget in yours)]),
+        "N": span(1e7, 1e13, [*N, *(best_N for best_N, _ in optima)]),
+        "D": span(1e9, 10**14.5, [*D, *(best_D for _, best_D in optima)]),
     }
     return {
         "laws": {
@@ -80,7 +80,7 @@ def page_data(N, D, L, laws: dict[str, Published], start: str = DEFAULT_LAW) -> 
             for name, p in laws.items()
         },
         "devices": {name: asdict(device) for name, device in DEVICES.items()},
-        "models": [{"name": name, "N": N, "D": D} for name, N, D in MODELS],
+        "models": [{"name": name, "N": size, "D": tokens} for name, size, tokens in MODELS],
         "points": [[float(f"{value:.5g}") for value in run] for run in zip(N, C, L, strict=True)],
         "range": ends,
         "start": {

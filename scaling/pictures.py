@@ -1,23 +1,10 @@
-"""What the pictures of scaling/ share: ticks that do not overlap, the mark of extrapolation, saving."""
+"""Common parts of the pictures in scaling/: ticks that do not overlap, and the frontier of a law."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 
-from formats import atomic
-
 EXTRAPOLATED = "extrapolated"  # the label of what lies outside of the points
-
-
-def load_pyplot():
-    """Return pyplot, for pictures in files. It is imported here, so that --help does not wait for it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def choose_ticks(low: float, high: float, most: int = 7) -> list[float]:
@@ -60,12 +47,3 @@ def write_no_frontier(axes) -> None:
     """Write into the picture, in the place of the frontier, why there is none."""
     text = "No frontier: these points\ndo not determine the law."
     axes.text(0.03, 0.04, text, transform=axes.transAxes, color="tab:red")
-
-
-def save_figure(figure, path: Path, dpi: int = 110) -> None:
-    """Write a figure to a PNG file and close it."""
-    from matplotlib import pyplot
-
-    with atomic.replace_file(path) as new:
-        figure.savefig(new, dpi=dpi, format="png")
-    pyplot.close(figure)

@@ -1,6 +1,6 @@
 """Points that a scaling law is fitted to: reading them from a CSV file, checking, grouping, resampling.
 
-A point is one training run, or one evaluation on its way: N parameters, D tokens, and the loss L after them.
+A point is one training run, or one evaluation during it: N parameters, D tokens, and the loss L after them.
 Points are held as three arrays of shape (n,), float64.
 """
 
@@ -108,16 +108,18 @@ def positive_number(text: str | None, where: str) -> float:
     return value
 
 
-def without_highest(N, D, L, n_dropped: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the points without those of the `n_dropped` highest losses, in their order."""
-    kept = np.sort(np.argsort(L, kind="stable")[: len(L) - n_dropped])
-    return N[kept], D[kept], L[kept]
+def all_but_highest(L: np.ndarray, n: int) -> np.ndarray:
+    """Return a mask, bool (n_points,), of all points but the n of highest loss. L: losses (n_points,)."""
+    kept = np.ones(len(L), dtype=bool)
+    kept[np.argsort(L, kind="stable")[len(L) - n :]] = False
+    return kept
 
 
 def group_equal(values, tolerance: float = 0.005) -> np.ndarray:
-    """Return group labels 0, 1, ... (n,), ascending with the values: values within 0.5 % are one group.
+    """Return group labels 0, 1, ... (n,), int64, ascending with the values.
 
-    Equal values differ a little where they were read off a figure, or computed as C / (6 D).
+    A group begins at its smallest value and holds those up to 1 + tolerance times it. Values that are meant
+    to be equal differ a little where they were read off a figure, or computed as C / (6 D).
     """
     labels, first = np.zeros(len(values), dtype=np.int64), 0.0
     label = -1
@@ -129,9 +131,10 @@ def group_equal(values, tolerance: float = 0.005) -> np.ndarray:
 
 
 def beyond(C: float, compute: tuple[float, float]) -> float:
-    """Return how many orders of magnitude C lies outside of `compute`, the least and greatest FLOPs of the
-    points of a law: 0 inside, and also where it would be printed as 0.0."""
-    orders = max(math.log10(C / compute[1]), math.log10(compute[0] / C))
+    """Return how many orders of magnitude a budget C lies outside of `compute`, the least and the greatest
+    FLOPs of a law's points: 0 inside, and also where it would be printed as 0.0."""
+    at, least, greatest = (math.log10(flops) for flops in (C, *compute))
+    orders = max(at - greatest, least - at)
     return orders if orders >= 0.05 else 0.0
 
 

@@ -70,10 +70,3 @@ def shape_for(N: float) -> Shape | None:
         shapes.append(Shape(d, 4 * d, kv, d // kv, min(max(layers, math.ceil(d / 128)), d // 64)))
     best = min(shapes, key=lambda shape: abs(math.log(count_parameters(shape) / N)))
     return best if abs(count_parameters(best) / N - 1) <= 0.1 else None
-
-
-def flops(config, tokens: float) -> float:
-    """Return the exact training FLOPs (matmuls, attention, head) of a gpt.Config, or of any other config with
-    flops_per_token, at full context length. 6 N D leaves out attention, and counts embeddings although they
-    are only looked up."""
-    return config.flops_per_token(config.max_seq_len) * tokens

@@ -2,10 +2,11 @@
 
 sweep.png        loss over compute of every size, the law and its frontier, the prediction and the measured
                  loss; and loss over N at equal compute
-emergence.png    the best models by two measures. The share p of tokens that are predicted correctly grows
-                 smoothly with compute. The share of k tokens in a row that are all correct, about p^k, stays
-                 near 0 and then rises steeply. Only the measure differs (Schaeffer et al. 2023, arXiv
-                 2304.15004)
+emergence.png    the best models by two measures: the share p of tokens that are predicted correctly, and the
+                 share of k tokens in a row that are all correct, about p^k
+
+p grows smoothly with compute, while p^k stays near 0 and then rises steeply. The models are the same: the
+sudden rise is due to the measure (Schaeffer et al. 2023, arXiv 2304.15004).
 """
 
 import csv
@@ -16,10 +17,11 @@ import numpy as np
 
 from chinchilla import DEFAULT_LAW, LAWS, Law, fit
 from formats import atomic
+from formats.figures import load_pyplot, save_figure
 from formats.quantities import short
 from scaling import identified
 from scaling.isoflop import envelope, isoflop
-from scaling.pictures import label_logarithmic, load_pyplot, plot_frontier, save_figure, write_no_frontier
+from scaling.pictures import label_logarithmic, plot_frontier, write_no_frontier
 from scaling.points import interval
 
 RESAMPLES = 4000  # of the points, for intervals
@@ -28,6 +30,7 @@ EXACT = tuple(f"exact_{k}" for k in SPANS)
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
+    """Write the points to a CSV file with a header. rows: numbers by column name, the same names in each."""
     with atomic.replace_file(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -109,7 +112,9 @@ def plot_sweep(found: dict, law: Law, rows: list[dict], largest: dict, predictio
     save_figure(figure, path)
 
 
-def plot_curves(axes, found: dict, law: Law, rows: list[dict], largest: dict, prediction: dict, color_map):
+def plot_curves(
+    axes, found: dict, law: Law, rows: list[dict], largest: dict, prediction: dict, color_map
+) -> None:
     """Plot the loss over compute of every size, the law's frontier, and the largest run as predicted and as
     measured."""
     widths = sorted({row["width"] for row in rows})

@@ -830,6 +830,7 @@ def test_mistakes_in_questions_are_named(trained, home, tmp_path, capsys):
         ([tmp_path / "nowhere", "--chat"], ["nowhere: has no adapter_config.json or config.json"]),
         ([home / "other", "--prompt", "x"], ["tokenizer"]),
         ([trained, "--merge", home / "gpt"], [str(home / "gpt"), "there is a model in it"]),
+        ([trained, "--merge", trained / "model"], ["model: there is a model in it"]),
         ([home / "gpt", "--merge", tmp_path / "new"], ["no adapters"]),
         ([trained, "--prompt", "x", "--temperature", "-1"], ["temperature -1"]),
     ):

@@ -187,7 +187,7 @@ def fill(folder: Path) -> None:
         (folder / "mnist" / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(range(10)) * 784)
         labels = bytes([0, 0, 8, 1]) + struct.pack(">I", 10) + bytes(range(10))
         (folder / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(labels)
-    for name in ("data_batch_1.bin", "test_batch.bin"):
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
         records = b"".join(bytes([i]) + bytes([20 * i]) * 3072 for i in range(10))
         (folder / "cifar-10-batches-bin" / name).write_bytes(records)
     captions = [{"image": f"cats/{i}.png", "caption": f"Cat {i}."} for i in range(4)]
@@ -256,6 +256,15 @@ def test_every_file_that_a_page_links_to_exists(page):
     links = re.findall(r"\]\(([^)#:\s]+)[#)]", (ROOT / page).read_text())
     missing = [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", [*PAGES, "results/README.md"])
+def test_every_table_of_a_page_has_a_heading_and_rows_of_its_width(page):
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.S | re.M)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        heading, *rows = table.splitlines()
+        widths = {len(re.findall(r"(?<!\\)\|", re.sub("`[^`]*`", "", row))) for row in (heading, *rows)}
+        assert rows and re.fullmatch(r"[|:\- ]+", rows[0]) and len(widths) == 1, heading
 
 
 def test_the_readme_names_every_page():

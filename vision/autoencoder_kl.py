@@ -313,7 +313,8 @@ def draw(model: AutoencoderKL, images: Tensor, out: Path) -> float:
     """Write a picture of images (n, C, H, W) with pixels in [-1, 1], and below them the same images rebuilt
     from the means of their latents. Return the mean squared error of a pixel."""
     rebuilt = model.from_latents(model.to_latents(images))
-    pictures.save(out, [list(some / 2 + 0.5) for some in (images, rebuilt)])
+    rows = [some / 2 + 0.5 for some in (images, rebuilt)]
+    pictures.save(out, rows, labels=("original", "rebuilt"))
     return (rebuilt - images).square().mean().item()
 
 

@@ -1,17 +1,17 @@
 """Classify images: the task that trains a ViT to name what an image shows.
 
-    loss = -mean over images of log p(label | another view of the image)
+    loss = -mean over images of log p(label | augmented image)
 
 Every image to learn from is turned, scaled and shifted a little each time it is read (data/augment.py), since
 without that a Transformer learns a few thousand images by heart. Held-out images are read as they are. By
-default they are letters and digits in nine fonts that the model has never seen. Beside its accuracy stand
-those of classifiers of the bare pixels (data/baselines.py), and a picture shows what it reads.
+default they are letters and digits in nine fonts that are not in the training set. The log begins with the
+accuracy of classifiers of the pixels (data/baselines.py). A picture shows images with their labels.
 
     python train.py --model vit                                            letters in unseen fonts
     python train.py --model vit --data photos --set mirror=True            a folder for each class
     python train.py --model vit --data mnist --set warp=0.5                MNIST's files as published
 
-Shapes: B batch, C channels.
+Shapes: B batch, C channels, T tokens of an image, D model width.
 """
 
 import math
@@ -35,14 +35,15 @@ from vision import vit
 MODEL, DATA = "vit", "glyphs:fonts"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 600
 LOSS, TOKEN_LOSS = "nats per image", ""
-RIGHT, WRONG = "#1c7a3f", "#c4320f"  # colours of labels in the picture
-SHOWN = (4, 12)  # rows and columns of it
+RIGHT, WRONG = "#1c7a3f", "#c4320f"  # colours of right and wrong labels in the picture
+SHOWN = (4, 12)  # rows and columns of the picture
 
 
 def load_images(args: Namespace, config: Any) -> Dataset:
-    """Return the images that --data names, at the config's size, decoded by one process of each machine.
+    """Return the images that --data names, at the config's size, with the channels of a pretrained model or
+    else their own. One process of each machine decodes them, and the others wait for it.
 
-    Raises ValueError for what `data.images.prepare` refuses, and for flags that are about text.
+    Raises ValueError for what `data.images.prepare` refuses, and for --document-mask, which is about text.
     """
     if args.document_mask:
         raise ValueError("--document-mask: images have no documents; leave it out")
@@ -53,8 +54,11 @@ def load_images(args: Namespace, config: Any) -> Dataset:
 
 
 def load_data(args: Namespace, config: Any) -> Dataset:
-    """Return images with classes, and how well their pixels alone are classified. Raises ValueError for
-    images without classes, and for other classes than a pretrained model's."""
+    """Return images with classes, with a line about how well their pixels alone are classified.
+
+    Raises ValueError for what `load_images` refuses, for images without classes, and for another number of
+    classes than a pretrained model's.
+    """
     dataset = load_images(args, config)
     n = len(dataset.labels)
     if n < 2:
@@ -65,7 +69,7 @@ def load_data(args: Namespace, config: Any) -> Dataset:
 
 
 def check_pretrained(args: Namespace, config: Any, n: int) -> None:
-    """Raise ValueError for a pretrained model of other classes than the n of the data."""
+    """Raise ValueError for a pretrained model whose number of classes is not n, that of the data."""
     if args.init_from and config.n_classes != n:
         raise ValueError(
             f"--init-from {args.init_from}: {config.n_classes} classes, {args.data} has {n}; add --set "
@@ -93,13 +97,13 @@ def save(model: nn.Module, dataset: Dataset, directory: Path) -> None:
 
 
 def tokens_per_row(model: vit.ViT, config: Any, seq_len: int) -> list[int]:
-    """Return how many tokens an image has in the model's layers: T. So the plan counts all in the last layer
-    too, which computes the class token alone where only that is read."""
+    """Return how many tokens of an image the model's layers compute, for the plan of --dry-run: T. In truth
+    the last layer computes the class token alone where only that is read."""
     return [1 + model.config.n_patches]
 
 
 def loss_bytes(model: vit.ViT, config: Any, n: int, seq_len: int, precision: Precision) -> dict[str, int]:
-    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss."""
+    """Return the memory that n images take outside the layers, as the fields of engine.activations.Loss."""
     (e, r, _), own = precision, model.config
     D, T = own.d_model, 1 + own.n_patches
     return {"inputs": input_bytes(own, n, e), "kept": n * (T * D * r + D * e + 8 * own.n_classes)}
@@ -112,15 +116,14 @@ def input_bytes(config: vit.Config, n: int, e: int) -> int:
 
 @torch.no_grad()
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Draw some held-out images with the labels that the model gives them, green where they are right, and
-    return the most frequent confusions among all, or a thousand."""
-    # Classify every k-th held-out image.
+    """Draw some held-out images with the labels that the model gives them, green where they are right. Return
+    the most frequent confusions among all held-out images, or among about a thousand evenly spaced ones of
+    more."""
     val, device = dataset.val, next(model.parameters()).device
-    batch = make_batch([val[i] for i in range(0, len(val), -(-len(val) // 1000))], Augmentation(), None, None)
-    parts = [model(model.normalized(part.to(device))) for part in batch["images"].split(100)]
-    predicted, targets = torch.cat(parts).argmax(-1).tolist(), batch["targets"].tolist()
-
-    return show_labels(batch["images"], predicted, targets, dataset.labels, out, SHOWN)
+    batch = stack([val[i] for i in range(0, len(val), -(-len(val) // 1000))])
+    images, targets = batch["image"].float() / 255, batch["label"].tolist()
+    parts = [model(model.normalized(part.to(device))) for part in images.split(100)]
+    return show_labels(images, torch.cat(parts).argmax(-1).tolist(), targets, dataset.labels, out, SHOWN)
 
 
 def show_labels(
@@ -131,10 +134,13 @@ def show_labels(
     out: Path,
     shown: tuple[int, int],
 ) -> str:
-    """Draw some of the images (n, C, H, W) with the labels predicted, green where they are right, and return
-    the most frequent confusions. shown: rows and columns of the picture."""
-    n_rows, n_columns = shown
-    chosen = [i * len(targets) // (n_rows * n_columns) for i in range(n_rows * n_columns)]
+    """Draw some of the images (n, C, height, width), evenly spaced, with their predicted labels, green where
+    they are the targets, and return how many are right and the most frequent confusions.
+
+    predicted, targets: n numbers of labels each. shown: rows and columns of the picture, at most.
+    """
+    n_columns, n = shown[1], min(math.prod(shown), len(targets))
+    chosen = [i * len(targets) // n for i in range(n)]
     lines = [chosen[i : i + n_columns] for i in range(0, len(chosen), n_columns)]
     pictures.save(
         out,

@@ -1,18 +1,18 @@
-"""Classify sounds: the task that trains an AST to name what it hears.
+"""Classify sounds: the task that trains an AST to name what is heard.
 
-    loss = -mean over sounds of log p(label | another take of the sound)
+    loss = -mean over sounds of log p(label | augmented spectrogram)
 
 A sound to learn from is changed each time it is read: its loudness, and as in SpecAugment (Park et al. 2019)
-a band of mels and a stretch of time are set to 0. Held-out sounds are read as they are. By default they are
-chords that the instrument was never heard to play (data/notes.py). Beside the accuracy stand those of
-classifiers without a network, and a picture shows what the model hears.
+a band of mel filters and a stretch of time of its spectrogram are set to 0. Held-out sounds are read as they
+are. By default they are chords that the same instrument never plays in training (data/notes.py). The log
+begins with the accuracy of classifiers without a network. A picture shows spectrograms with their labels.
 
-The filter bank is computed where batches are made, by the thread that prepares the next one.
+The filter bank is computed in `make_batch`, so by the thread that prepares the next batch.
 
     python train.py --model spectrogram                                     instruments
     python train.py --model spectrogram --data clips --set n_frames=498     a folder for each class, 5 s
 
-Shapes: B batch, S samples, M mels.
+Shapes: B batch, M mel filters.
 """
 
 import math
@@ -30,7 +30,7 @@ from engine import parallel
 from engine.activations import Precision
 from formats.config_values import check_values
 from vision import spectrogram
-from vision.classify_images import (  # noqa: F401  this task's, too
+from vision.classify_images import (  # noqa: F401  engine/contract.py finds `save` here
     check_pretrained,
     save,
     show_labels,
@@ -46,12 +46,12 @@ PART = 100  # sounds whose spectrograms are computed at once
 
 @dataclass(frozen=True)
 class Config:
-    """Settings: what the model reads, and the largest changes of a sound."""
+    """Settings: what the model reads, and the largest changes of a sound to learn from."""
 
     model: spectrogram.Config
-    frequency_mask: int  # mels
-    time_mask: int  # frames
-    gain: float = 6.0  # decibels, louder or less loud
+    frequency_mask: int  # mel filters that are set to 0
+    time_mask: int  # frames that are set to 0
+    gain: float = 6.0  # decibels that a sound becomes louder or softer
     MAY_BE_ZERO = ("frequency_mask", "time_mask", "gain")
 
     def __post_init__(self):
@@ -62,12 +62,13 @@ class Config:
 
 
 def settings(config: spectrogram.Config) -> Config:
-    """Return the authors' masks (section 3.1), 48 of 128 mels and 192 of 1024 frames, for any picture."""
+    """Return the settings with the masks of AST's authors (section 3.1), at most 48 of 128 mel filters and
+    192 of 1,024 frames, in proportion to the model's numbers of both."""
     return Config(config, config.n_mels * 3 // 8, config.n_frames * 3 // 16)
 
 
 def load_data(args: Namespace, config: spectrogram.Config) -> Dataset:
-    """Return sounds with classes, and how well they are classified without a network.
+    """Return sounds with classes, with a line about how well they are classified without a network.
 
     Raises ValueError for what `data.sounds.prepare` refuses, for sounds without classes, and for other
     classes than a pretrained model's.
@@ -85,7 +86,7 @@ def load_data(args: Namespace, config: spectrogram.Config) -> Dataset:
 
 
 def pictures_of(rows: list[Row], config: spectrogram.Config) -> Tensor:
-    """Return the spectrograms (B, frames, M) of rows, neither changed nor normalised."""
+    """Return the spectrograms (B, frames, M) of rows, neither augmented nor normalised."""
     batch = stack(rows)
     return spectrogram.spectrograms(batch["sound"].float() / 32768, batch["length"], config)
 
@@ -93,16 +94,16 @@ def pictures_of(rows: list[Row], config: spectrogram.Config) -> Tensor:
 def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, tokenizer: None
 ) -> dict[str, Tensor]:
-    """Return "spectrograms" (B, frames, M), changed where a sound is to be learned from and not yet
-    normalised, and "targets" (B,), labels."""
-    # Five numbers for each sound: its loudness, and width and place of both masks.
+    """Return "spectrograms" (B, frames, M), augmented where a sound is to be learned from and not normalised,
+    and "targets" (B,), labels."""
+    # Five random numbers for each sound: one for its loudness, and width and place of each mask.
     batch, u = stack(rows), torch.rand(len(rows), 5, generator=generator)
     chosen = batch["augment"]
     gains = 10 ** (torch.where(chosen, config.gain * (2 * u[:, 0] - 1), 0.0) / 20)
     waves = batch["sound"].float() / 32768 * gains[:, None]
     x = spectrogram.spectrograms(waves, batch["length"], config.model)
 
-    # The masks, as the authors set them before normalising.
+    # Mask before normalising, as the authors do, so that what is masked is 0 here.
     _, n_frames, n_mels = x.shape
     hidden = stretch(n_frames, config.time_mask, u[:, 1], u[:, 2])[:, :, None]
     hidden = hidden | stretch(n_mels, config.frequency_mask, u[:, 3], u[:, 4])[:, None]
@@ -110,7 +111,8 @@ def make_batch(
 
 
 def stretch(n: int, most: int, width: Tensor, place: Tensor) -> Tensor:
-    """Return bool (B, n), true in one stretch of at most `most` places; width, place: (B,), from 0 to 1."""
+    """Return bool (B, n), which is true in one stretch of 0 to `most` places of each row. width, place (B,):
+    random numbers from 0 to 1 that decide its length and where it begins."""
     widths = (width * (most + 1)).long()[:, None]
     begins = (place[:, None] * (n - widths + 1)).long()
     places = torch.arange(n)
@@ -118,9 +120,10 @@ def stretch(n: int, most: int, width: Tensor, place: Tensor) -> Tensor:
 
 
 def describe(train: Rows, held: Rows, n_classes: int, config: spectrogram.Config) -> str:
-    """Return one line: how often chance and classifiers without a network are right on held-out sounds.
+    """Return one line: how often chance and two classifiers without a network are right on held-out sounds.
 
-    They read the spectrogram's mean over time, or the whole of it.
+    Logistic regression reads the spectrogram's mean over time, the nearest neighbour all of it. Of large data
+    sets they use some evenly spaced sounds, see MOST.
     """
     pictures, labels = [], []
     for rows, most in zip((train, held), MOST, strict=True):
@@ -146,7 +149,7 @@ def tokens_per_row(model: spectrogram.AST, config: Config, seq_len: int) -> list
 def loss_bytes(
     model: spectrogram.AST, config: Config, n: int, seq_len: int, precision: Precision
 ) -> dict[str, int]:
-    """Return the memory of n sounds outside the layers, as the fields of engine.activations.Loss."""
+    """Return the memory that n sounds take outside the layers, as the fields of engine.activations.Loss."""
     (e, r, _), own = precision, model.config
     D, T = own.d_model, 2 + own.n_patches
     inputs = own.n_frames * own.n_mels * (4 + e)
@@ -156,7 +159,8 @@ def loss_bytes(
 @torch.no_grad()
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
     """Draw the spectrograms of some held-out sounds with the labels that the model gives them, green where
-    they are right, and return the most frequent confusions among all, or a thousand."""
+    they are right. Return the most frequent confusions among all held-out sounds, or among about a thousand
+    evenly spaced ones of more."""
     val, device, config = dataset.val, next(model.parameters()).device, model.config
     rows = [val[i] for i in range(0, len(val), -(-len(val) // 1000))]
     predicted, pictures = [], []
@@ -165,7 +169,7 @@ def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
         predicted += model(model.normalized(x.to(device))).argmax(-1).tolist()
         pictures.append(x)
 
-    # Low frequencies lie at the bottom. Black is the logarithm of FLOOR, white is 5, as of loud sounds.
+    # Low frequencies lie at the bottom. Black is the logarithm of FLOOR, white is 5, which loud sounds reach.
     images = torch.cat(pictures).transpose(1, 2).flip(1)[:, None]  # (n, 1, M, frames)
     floor = math.log(spectrogram.FLOOR)
     images = ((images - floor) / (5 - floor)).clamp(0, 1)

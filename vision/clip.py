@@ -7,15 +7,15 @@
                z_ij: 1 where i = j, else -1
 
 Contrastive learning of images and words (Radford et al. 2021, arXiv 2103.00020). Each image of a batch has to
-find its own caption among all of the batch, and each caption its image. So nothing has to be labelled, and
-what can be recognised is whatever captions name: a class is a sentence, "a photo of a dog". SigLIP (Zhai et
+find its own caption among all captions of the batch, and each caption its image. So no images are labelled,
+and the model can recognise whatever captions name: a class is a sentence, "a photo of a dog". SigLIP (Zhai et
 al. 2023, arXiv 2303.15343) decides for each pair alone whether it belongs together, without a normalisation
-over the batch. Equal captions in a batch are negatives of each other. The towers are in clip_towers.py, what
-is done with a trained model in zero_shot.py.
+over the batch. Two images with equal captions still count as pairs that do not belong together. The two
+Transformers, called towers, are in clip_towers.py. zero_shot.py names and looks up images by a trained model.
 
 CLIP's exp(s) begins at 1 / 0.07 and is held to at most 100 after each step (section 2.5 of its paper), and to
-at least 1, as in OpenCLIP. SigLIP's begins at 10, with b = -10, and is free. Neither s nor b has a weight
-decay. With several ranks a batch is that of all of them, and gradients reach the vectors of all ranks.
+at least 1, as in OpenCLIP. SigLIP's begins at 10, with b = -10, and has no limits. s and b have no weight
+decay. With several ranks the pairs of all ranks are compared, and gradients reach the vectors of all.
 
     python -m vision.clip                                          print the sizes
     python train.py --model clip                                   letters and their names
@@ -23,7 +23,7 @@ decay. With several ranks a batch is that of all of them, and gradients reach th
     python -m vision.clip runs/clip/model --images photos --query "a red bicycle"     search a folder
     python -m vision.clip runs/clip/model --images photos --labels cat dog            classify a folder
 
-Shapes: B images or texts of this rank, M of all ranks, C channels, T tokens, D width of a tower, E of x, y.
+Shapes: B images or texts of this rank, M of all ranks, C channels, T tokens, D image width, E joint width.
 """
 
 import math
@@ -52,7 +52,7 @@ KIND = "encoder of images and texts"
 
 @dataclass(frozen=True)
 class Config:
-    """Fields named `text_...` are of the text tower; those without, of the image tower or of both."""
+    """Fields named `text_...` belong to the text tower; the others to the image tower or to both."""
 
     n_layers: int
     n_heads: int
@@ -70,7 +70,7 @@ class Config:
     max_seq_len: int = 77  # tokens
     eos_token_id: int = 49407  # the token that ends a text
     read_largest: bool = False  # see clip_towers.TextConfig
-    layout: str = "clip"  # of the towers; or "siglip"
+    layout: str = "clip"  # or "siglip", see clip_towers.py
     objective: str = "softmax"  # or "sigmoid", see the header
     mlp: str = "quick_gelu"  # or "gelu", or "gelu_tanh"
     norm_eps: float = 1e-5
@@ -85,11 +85,11 @@ class Config:
             raise ValueError(f"d_joint {self.d_joint}: expected d_model {self.d_model} with layout siglip")
         if self.eos_token_id >= self.vocab_size and not (self.read_largest or self.layout == "siglip"):
             raise ValueError(f"eos_token_id {self.eos_token_id}: expected less than {self.vocab_size}")
-        _ = self.vision, self.text  # their values are checked, too
+        _ = self.vision, self.text  # to make both checks their values
 
     @property
     def shared(self) -> dict:
-        """Return the fields that are equal in both towers."""
+        """Return the fields whose values both towers have in common."""
         return {name: getattr(self, name) for name in ("layout", "mlp", "norm_eps", "kernels")}
 
     @property
@@ -128,8 +128,8 @@ SIZES = {
     "big-g-14": Config(48, 16, 1664, 8192, 32, 20, 1280, 5120, 1280, patch_size=14, **LAION),
     "siglip-b-16": Config(12, 12, 768, 3072, 12, 12, 768, 3072, 768, patch_size=16, **SIGLIP),
 }
-SCALES = (0.0, math.log(100))  # between which s is held
-START = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10)}  # of s
+SCALES = (0.0, math.log(100))  # the limits of CLIP's s
+START = {"softmax": math.log(1 / 0.07), "sigmoid": math.log(10)}  # of s, by the objective
 
 
 class CLIP(nn.Module):
@@ -144,7 +144,7 @@ class CLIP(nn.Module):
             self.text_projection = nn.Linear(config.text_width, config.d_joint, bias=False)
             for linear in (self.visual_projection, self.text_projection):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-        # One number each, as vectors of one, which FSDP can shard and which have no weight decay.
+        # s and b are vectors of length 1: FSDP shards no scalars, and vectors have no weight decay.
         self.logit_scale = nn.Parameter(torch.full((1,), START[config.objective]))
         if config.objective == "sigmoid":
             self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
@@ -154,46 +154,47 @@ class CLIP(nn.Module):
         return self.vision_model.normalized(images)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return one vector (B, D) for each of the normalized images: the image tower's, before the map into
-        the common space. `VisionTower.features` returns one for each patch."""
+        """Return the image tower's vector (B, D) of each normalized image, before the map into the common
+        space. (`VisionTower.features` returns a vector for each patch.)"""
         return self.vision_model(images)
 
-    def of_images(self, images: Tensor) -> Tensor:
-        """Return x (B, E) of normalized images, of length 1."""
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the vectors x (B, E), of length 1, of normalized images (B, C, height, width)."""
         x = self.vision_model(images)
         x = self.visual_projection(x) if self.config.layout == "clip" else x
         return F.normalize(x.float(), dim=1)
 
-    def of_texts(self, tokens: Tensor) -> Tensor:
-        """Return y (B, E) of tokens (B, T), of length 1."""
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """Return the vectors y (B, E), of length 1, of texts, tokens (B, T)."""
         y = self.text_model(tokens)
         y = self.text_projection(y) if self.config.layout == "clip" else y
         return F.normalize(y.float(), dim=1)
 
     def logits(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return exp(s) x . y, for sigmoid plus b, (B, M) of x (B, E) and y (M, E)."""
-        with torch.autocast(x.device.type, enabled=False):  # 8 bits of a cosine, times 100, are too rough
+        """Return the logits (B, M) of x (B, E) and y (M, E): exp(s) x . y, and plus b for sigmoid."""
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16's 8 bits are too few for 100 x . y
             logits = self.logit_scale.float().exp() * (x @ y.T)
             return logits + self.logit_bias.float() if self.config.objective == "sigmoid" else logits
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits (B, M) of normalized images (B, C, height, width) with tokens (M, T)."""
-        return self.logits(self.of_images(images), self.of_texts(tokens))
+        return self.logits(self.encode_images(images), self.encode_texts(tokens))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the header's loss in nats of "images", pixels in [0, 1], and "tokens", their captions.
+        """Return the header's loss in nats of "images" (B, C, height, width), with pixels in [0, 1], and
+        "tokens" (B, T), their captions. "places": see `compare`.
 
-        Metrics: "found", how often the likeliest caption of an image is its own, and exp(s).
+        Metrics: "found", how often the likeliest caption of an image is its own, and "scale", exp(s).
         """
-        x, y = self.of_images(self.normalized(batch["images"])), self.of_texts(batch["tokens"])
+        x, y = self.encode_images(self.normalized(batch["images"])), self.encode_texts(batch["tokens"])
         loss, found = self.compare(x, y, batch.get("places"))
         return loss, {"found": found, "scale": self.logit_scale.detach().float().exp().mean()}
 
     def compare(self, x: Tensor, y: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the loss of x and y (B, E), and how often the likeliest y is that of the same row.
+        """Return the loss of x and y (B, E), and how often the likeliest y of a row of x is its own.
 
-        places (B,): the index of each row in the batch of all ranks, with all of which it is compared. None:
-        compare within these rows.
+        places (B,): the index of each row in the batch of all ranks, with which it is compared; None: compare
+        these rows alone.
         """
         all_x, all_y = x, y
         if places is None:
@@ -205,20 +206,20 @@ class CLIP(nn.Module):
             signs = 2.0 * F.one_hot(places, len(all_y)) - 1
             loss = -F.logsigmoid(signs * logits).sum(dim=1).mean()
         else:
-            of_texts = self.logits(y, all_x)
-            loss = (F.cross_entropy(logits, places) + F.cross_entropy(of_texts, places)) / 2
+            text_logits = self.logits(y, all_x)
+            loss = (F.cross_entropy(logits, places) + F.cross_entropy(text_logits, places)) / 2
         return loss, (logits.argmax(dim=1) == places).float().mean()
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image with a caption of seq_len
-        tokens, without similarities: 6 M E with M captions, and for softmax as many with M images."""
+        """Return the FLOPs of matrix products, forward and backward, for one image with a caption of seq_len
+        tokens. Left out are the logits: 6 M E for M captions, and for softmax as many for M images."""
         config = self.config
         maps = config.d_joint * (config.d_model + config.text_width) * (config.layout == "clip")
         return 6 * (tower_flops.n_macs(config.vision) + tower_flops.n_macs(config.text, seq_len) + maps)
 
     @classmethod
     def from_pretrained(cls, directory, *, kernels: str = "auto") -> "CLIP":
-        """Return the CLIPModel or SiglipModel in a directory, in its precision.
+        """Return the CLIPModel or SiglipModel in a directory, in the dtype of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
@@ -239,8 +240,8 @@ SHOWN = 12  # images of the picture
 
 @torch.no_grad()
 def after_step(model: CLIP, finite: Tensor) -> None:
-    """Hold CLIP's s between ln 1 and ln 100. On the parameter, not in the forward pass: there its gradient
-    would be zero outside of the bounds, and it could not come back."""
+    """Clamp CLIP's s to between ln 1 and ln 100. The parameter is clamped, and not its value in the forward
+    pass, where its gradient would be zero outside of these limits, so that it could not come back."""
     if model.config.objective == "softmax":
         parallel.local(model.logit_scale).clamp_(*SCALES)
 
@@ -258,10 +259,11 @@ def settings(config: Config) -> Settings:
 
 
 def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images with captions, and what chance is worth; --seq-len becomes the longest caption's.
+    """Return images with captions, with a line about a random guess. args.seq_len is set to the length of the
+    longest caption.
 
-    Raises ValueError for what `data.captions.read` refuses, for a batch of one pair, which has no others, and
-    for flags about text alone.
+    Raises ValueError for what `data.captions.read` refuses, for a batch of one pair, which cannot be compared
+    with others, and for --document-mask, which is about text.
     """
     if args.document_mask:
         raise ValueError("--document-mask: captions are rows of their own; leave it out")
@@ -271,13 +273,13 @@ def load_data(args: Namespace, config: Config) -> Dataset:
         options = {"channels": config.n_channels if args.init_from else None, "val": args.val}
         parts = captions.read(args.data, config.size, args.cache, bad=args.bad_text, **options)
     tokenizer = captions.choose_tokenizer(args.tokenizer, parts)
-    # SigLIP reads the last place, so all rows have one length: that of the model, or of a new one --seq-len.
+    # SigLIP reads the last place, so all rows have one length: a trained model's own, or else --seq-len.
     length = config.max_seq_len if args.init_from else args.seq_len
     length = length if config.layout == "siglip" else None
     dataset = captions.as_dataset(parts, tokenizer, args.seq_len, length)
     args.seq_len = dataset.train.tokens.shape[1]
 
-    # The smallest loss of equal logits: for softmax any, for sigmoid those of the probability 1 / n.
+    # The loss of equal logits. For sigmoid it depends on them, and is the least at a probability of 1 / n.
     n = args.batch_size
     loss = math.log(n) + (config.objective == "sigmoid") * (n - 1) * math.log(n / (n - 1))
     guess = f"a guess finds a caption among {n} in {1 / n:.2%}, with a loss of {loss:.3f}"
@@ -285,8 +287,8 @@ def load_data(args: Namespace, config: Config) -> Dataset:
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for images of these channels, this vocabulary, and for SigLIP's towers texts that are
-    padded to seq_len. Where the number of channels changes, one mean and one deviation remain for all."""
+    """Return the config for this data's channels and vocabulary, and with SigLIP's towers for texts padded to
+    seq_len. If the number of channels changes, all get the average of the config's means, and of its stds."""
     C, tokenizer = dataset.train[0]["image"].shape[0], dataset.tokenizer
     changes = {"vocab_size": tokenizer.n_vocab, "eos_token_id": tokenizer.eot_id, "read_largest": False}
     if config.n_channels != C:
@@ -304,30 +306,31 @@ def make_batch(rows: list[Row], config: Settings, generator: torch.Generator, to
 
 
 def split(batch: dict[str, Tensor], i: int, n: int) -> dict[str, Tensor]:
-    """Return the i-th of n equal parts of a batch, with the "places" (B,) of its rows in the whole batch, see
-    `CLIP.compare`. The number of rows is a multiple of n, which engine/options.py checks."""
+    """Return the i-th of n equal parts of a batch, and "places" (B,): the indices of its rows in the batch,
+    which `CLIP.compare` needs. The number of rows is a multiple of n, which engine/options.py checks."""
     places = torch.arange(len(batch["images"]))
     return {name: x.chunk(n)[i] for name, x in {**batch, "places": places}.items()}
 
 
 def loss_bytes(*_) -> dict[str, int]:
-    """Raise ValueError: --dry-run plans the memory of models with one stack of layers."""
+    """Raise ValueError, since --dry-run can only plan the memory of models with one stack of layers."""
     raise ValueError("--dry-run: not yet planned for images with texts; --benchmark measures the memory")
 
 
 @torch.no_grad()
 def show(model: CLIP, dataset: Dataset, out: Path) -> str:
-    """Draw the similarities of some held-out images with their captions. Return these captions, and the
-    figures of all held-out images: what is found, and what is named by prompts alone."""
+    """Draw the similarities of some held-out images with their captions. Return these captions, after the
+    figures of `zero_shot.measure` for all held-out images."""
     val = dataset.val
     n = min(SHOWN, len(val))
     chosen = [i * len(val) // n for i in range(n)]
     images = np.stack([val.part.images[i] for i in chosen])
     texts = [val.part.captions[i][0] for i in chosen]
-    x, y = zero_shot.of_images(model, images), zero_shot.of_texts(model, dataset.tokenizer, texts)
+    x, y = zero_shot.encode_images(model, images), zero_shot.encode_texts(model, dataset.tokenizer, texts)
     similarity = (x @ y.T).cpu()  # (n, n)
 
-    # A row of the picture: an image, and its similarity with each caption; white is the row's largest.
+    # A row of the picture holds an image and squares that show its similarity with each caption, from black
+    # for the smallest of the row to white for the largest.
     low = similarity.amin(dim=1, keepdim=True)
     shades = (similarity - low) / (similarity.amax(dim=1, keepdim=True) - low).clamp(min=1e-6)
     square = torch.ones(1, *images.shape[2:])

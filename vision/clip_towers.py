@@ -1,20 +1,20 @@
 """The two towers of CLIP and SigLIP: a Transformer for images, and one for their captions.
 
-    image    z = [class; W x_1; ...; W x_N] + positions        x_i: the numbers of a patch (vision/vit.py)
-    text     z = embedding of the tokens t_1 ... t_T + positions
+    image    z = [class; W x_1; ...; W x_N] + positions    x_i: the numbers of a patch; W (D, C P P)
+    text     z = embeddings of the tokens t_1 ... t_T + positions
     both     z = z + attention(norm(z)),  z = z + mlp(norm(z))      L times
 
-and from z one vector for the image or the text. W (D, C P P) is the matrix of the patches; the class token is
-in layout clip alone. The layouts differ in everything around the blocks:
+From z each tower makes one vector for the image or the text. CLIP's and SigLIP's towers have the same blocks,
+and differ in all else. This is the `layout`:
 
-    clip     Radford et al. 2021 (arXiv 2103.00020, section 2.4). Image: no bias of the patches, a norm before
-             the blocks, and the class token is read. Text: each token sees those before it, and the token
-             that ends the text is read.
-    siglip   Zhai et al. 2023 (arXiv 2303.15343). Image: no class token; a learned query, the probe, attends
-             to all patches. Text: every token sees all, padding too, and the last place is read.
+    clip     Radford et al. 2021 (arXiv 2103.00020, section 2.4). Image: the patches have no bias, there is a
+             norm before the blocks, and the class token is read. Text: a token attends to itself and those
+             before it, and the token that ends the text is read.
+    siglip   Zhai et al. 2023 (arXiv 2303.15343). Image: there is no class token; a learned query, the probe,
+             attends to all patches. Text: tokens attend to all, also to padding, and the last one is read.
 
-vision/clip.py puts the two together. Models that see, such as LLaVA, read the image tower's hidden states of
-a layer before the last: `VisionTower.features`. Parameters have the names of Hugging Face's files.
+vision/clip.py trains both towers together. LLaVA reads the hidden states of the image tower before its last
+block, see `VisionTower.features`. Parameters have the names of Hugging Face's files.
 
 Shapes: B batch, C channels, P patch size, N patches, T tokens, D model width, F inner width of the MLP,
 H heads, K head width, L layers.
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from formats import clip
 from formats.config_values import check_values
 from kernels import attention, gelu, quick_gelu
-from vision.vit import patches_of, resample
+from vision.patches import patches_of, resample
 
 LAYOUTS = ("clip", "siglip")
 MLPS = ("quick_gelu", "gelu", "gelu_tanh")
@@ -78,17 +78,17 @@ class VisionConfig(TowerConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return how many patches are above each other, and side by side. Pixels beyond them are not read."""
+        """Return the numbers of rows and columns of patches. Pixels beyond whole patches are not read."""
         return (self.image_size // self.patch_size,) * 2
 
     @property
     def n_patches(self) -> int:
-        """Return N."""
+        """Return N, the number of patches."""
         return self.grid[0] * self.grid[1]
 
     @property
     def n_tokens(self) -> int:
-        """Return the number of tokens in the blocks: N, and the class token where there is one."""
+        """Return the number of tokens that the blocks read: N, and with CLIP's layout the class token."""
         return self.n_patches + (self.layout == "clip")
 
 
@@ -98,17 +98,17 @@ class TextConfig(TowerConfig):
 
     vocab_size: int = 49408
     max_seq_len: int = 77  # tokens
-    eos_token_id: int = 49407  # the token that ends a text, whose first place is read
-    # Read the place of the largest id, as OpenAI does: the same if the end of a text has the largest id. Such
-    # files, from before 2023, have an eos_token_id of 2, which is not used.
+    eos_token_id: int = 49407  # the token that ends a text; with layout clip its first place is read
+    # Instead read the place of the largest id, as OpenAI's code does: in its vocabulary the end of a text has
+    # the largest id. Files from before 2023 mean this by an eos_token_id of 2, which is otherwise not used.
     read_largest: bool = False
     d_out: int = 512  # width of what SigLIP's text tower returns
     MAY_BE_ZERO = ("eos_token_id",)
 
 
 def joined(linears: Sequence[nn.Linear], x: Tensor, n_heads: int) -> Sequence[Tensor]:
-    """Return the outputs (B, T, H, K) of linear layers of one width for x (B, T, D): by one product with the
-    joined matrices, unless an adapter has taken the place of a layer."""
+    """Return the output (B, T, H, K) of each of several linear layers from D to D for x (B, T, D), by one
+    product with their concatenated matrices; by one product each if an adapter has replaced a layer."""
     B, T, D = x.shape
     if any(type(linear) is not nn.Linear for linear in linears):
         return [linear(x).view(B, T, n_heads, -1) for linear in linears]
@@ -117,7 +117,7 @@ def joined(linears: Sequence[nn.Linear], x: Tensor, n_heads: int) -> Sequence[Te
 
 
 class Attention(nn.Module):
-    """Attention of the tokens to each other, or to those before them."""
+    """Attention of tokens to all tokens, or if causal to themselves and those before them."""
 
     def __init__(self, config: TowerConfig, causal: bool):
         super().__init__()
@@ -126,13 +126,13 @@ class Attention(nn.Module):
         self.n_heads, self.causal, self.backend = config.n_heads, causal, config.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed values (B, T, D) of x (B, T, D)."""
+        """Return the output (B, T, D) for x (B, T, D)."""
         q, k, v = joined((self.q_proj, self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
         y = attention(q, k, v, causal=self.causal, backend=self.backend)
         return self.out_proj(y.reshape(x.shape))
 
     def at(self, x: Tensor, places: Tensor) -> Tensor:
-        """Return the mixed values (B, D) at one place (B,) of each row of x (B, T, D)."""
+        """Return the output (B, D) at one place (B,) of each row of x (B, T, D)."""
         B, T, D = x.shape
         q = self.q_proj(x[torch.arange(B, device=x.device), places]).view(B, self.n_heads, -1)  # (B, H, K)
         k, v = joined((self.k_proj, self.v_proj), x, self.n_heads)  # (B, T, H, K)
@@ -168,8 +168,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
-        """Return the layer's output (B, T, D) for x (B, T, D), or (B, D) at one place (B,) of each row alone,
-        which is all that is needed of the last layer where one token is read."""
+        """Return the layer's output (B, T, D) for x (B, T, D), or with places (B,) the output (B, D) at one
+        place of each row: more is not needed of the last layer where one token is read."""
         inner = self.layer_norm1(x)
         if places is None:
             x = x + self.self_attn(inner)
@@ -184,13 +184,14 @@ def blocks(config: TowerConfig, causal: bool = False) -> nn.ModuleDict:
 
 
 class Probe(nn.Module):
-    """SigLIP's pooling: a learned query attends to all patches, and an MLP is added to what it finds."""
+    """SigLIP's pooling: a learned query attends to all patches, and an MLP of the result is added to it."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         D = config.d_model
         self.probe = nn.Parameter(torch.empty(1, 1, D))
-        self.attention = nn.MultiheadAttention(D, config.n_heads, batch_first=True)  # for its names
+        # Only the parameters of this module are used, for their names and shapes.
+        self.attention = nn.MultiheadAttention(D, config.n_heads, batch_first=True)
         self.layernorm = nn.LayerNorm(D, eps=config.norm_eps)
         self.mlp = MLP(config)
         self.backend = config.kernels
@@ -209,7 +210,7 @@ class Probe(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Images to hidden states, and to one vector each."""
+    """The Transformer of images: it returns hidden states of patches, or one vector for each image."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -221,7 +222,7 @@ class VisionTower(nn.Module):
         self.embeddings = nn.ModuleDict(parts | {"position_embedding": nn.Embedding(config.n_tokens, D)})
         if is_clip:
             self.embeddings.class_embedding = nn.Parameter(torch.empty(D))
-            self.pre_layrnorm = nn.LayerNorm(D, eps=config.norm_eps)  # the name in the files
+            self.pre_layrnorm = nn.LayerNorm(D, eps=config.norm_eps)  # spelled as in the files
         self.encoder = blocks(config)
         self.post_layernorm = nn.LayerNorm(D, eps=config.norm_eps)
         if not is_clip:
@@ -230,7 +231,7 @@ class VisionTower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "VisionTower":
-        """Return the image tower in a directory, alone or of a whole model, in its precision.
+        """Return the image tower in a directory, alone or of a whole model, in the dtype of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
@@ -247,7 +248,7 @@ class VisionTower(nn.Module):
         return (images - mean) / std
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the positions (T, D) of a grid, interpolated where it is not the config's."""
+        """Return the positions (T, D) for a grid of patches, interpolated if it is not the config's."""
         own = self.embeddings.position_embedding.weight
         if grid == self.config.grid:
             return own
@@ -275,11 +276,11 @@ class VisionTower(nn.Module):
         return self.pre_layrnorm(torch.cat((first, x), dim=1) + self.positions(grid))
 
     def features(self, images: Tensor, layer: int = -2, keep_class: bool = False) -> Tensor:
-        """Return the hidden states (B, N, D) after a layer, of normalized images, without a norm.
+        """Return the hidden states (B, N, D) of normalized images between two layers, without a norm.
 
-        layer: as an index into the L + 1 hidden states, so 0 is before the first block, and -1 or L after the
-        last. Blocks behind it are not computed. keep_class: leave CLIP's class token in front, (B, 1 + N, D).
-        Raises IndexError for a layer that does not exist.
+        layer: an index into the L + 1 hidden states: 0 is before the first block, -2 before the last, and -1
+        or L after the last. Later blocks are not computed. keep_class: return CLIP's class token, too, before
+        the patches: (B, 1 + N, D). Raises IndexError for a layer that does not exist.
         """
         n_layers = self.config.n_layers
         if not -n_layers - 1 <= layer <= n_layers:
@@ -299,13 +300,13 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Texts to one vector each."""
+    """The Transformer of texts: it returns hidden states of tokens, or one vector for each text."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config, D, is_clip = config, config.d_model, config.layout == "clip"
-        places = {"token_embedding": config.vocab_size, "position_embedding": config.max_seq_len}
-        self.embeddings = nn.ModuleDict({name: nn.Embedding(n, D) for name, n in places.items()})
+        rows = {"token_embedding": config.vocab_size, "position_embedding": config.max_seq_len}
+        self.embeddings = nn.ModuleDict({name: nn.Embedding(n, D) for name, n in rows.items()})
         self.encoder = blocks(config, causal=is_clip)
         self.final_layer_norm = nn.LayerNorm(D, eps=config.norm_eps)
         if not is_clip:
@@ -314,7 +315,7 @@ class TextTower(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "TextTower":
-        """Return the text tower in a directory, alone or of a CLIP, in its precision.
+        """Return the text tower in a directory, alone or of a CLIP, in the dtype of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
@@ -325,15 +326,15 @@ class TextTower(nn.Module):
         clip.save_text_tower(self, directory)
 
     def places(self, tokens: Tensor) -> Tensor:
-        """Return the place (B,) of each row of tokens (B, T) that CLIP reads: of the token that ends it.
+        """Return the place (B,) in each row of tokens (B, T) that CLIP reads: that of the token that ends it.
 
-        Raises ValueError on a CPU for a row without one, which would be read at its first place.
+        Raises ValueError for a row without this token, but only on a CPU: a check would make a GPU wait.
         """
         if self.config.read_largest:
             return tokens.argmax(dim=1)
         is_end = tokens == self.config.eos_token_id
-        waits = tokens.device.type != "cpu" or torch.compiler.is_compiling()
-        if not (waits or is_end.any(dim=1).all()):
+        is_checked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_checked and not is_end.any(dim=1).all():
             raise ValueError(f"a text has no token {self.config.eos_token_id}, which ends it and is read")
         return is_end.int().argmax(dim=1)  # the first of several
 
@@ -342,12 +343,12 @@ class TextTower(nn.Module):
         T, most = tokens.shape[1], self.config.max_seq_len
         if most < T:
             raise ValueError(f"texts of {T} tokens: expected at most {most}, max_seq_len")
-        places = self.embeddings.position_embedding.weight[:T]
-        return self.embeddings.token_embedding(tokens) + places
+        positions = self.embeddings.position_embedding.weight[:T]
+        return self.embeddings.token_embedding(tokens) + positions
 
     def states(self, tokens: Tensor) -> Tensor:
-        """Return a vector for each token, (B, T, D), after the last block and its norm. Those of CLIP's
-        padding are to be left out, or belong to what a model was trained with, as in Stable Diffusion."""
+        """Return the hidden states (B, T, D) of tokens (B, T) after the last block and its norm. A caller
+        leaves out those of CLIP's padding, unless its model was trained with them, as Stable Diffusion."""
         z = self.embed(tokens)
         for block in self.encoder.layers:
             z = block(z)
@@ -367,11 +368,12 @@ class TextTower(nn.Module):
 
 @torch.no_grad()
 def initialize(tower: VisionTower | TextTower) -> None:
-    """Draw the tower's parameters from normal distributions, as OpenAI's code does for its text tower.
+    """Draw the tower's weights from normal distributions, as OpenAI's code does for text; biases are 0.
 
-    Standard deviations: 1 / sqrt(D) of the inputs of attention, 1 / sqrt(2 D) of those of the MLP, both
-    outputs 1 / sqrt(2 L D), which keeps the sum of 2 L of them in bounds; tokens 0.02 and their positions
-    0.01. Raises ValueError for a parameter without a rule.
+    Standard deviations: 1 / sqrt(2 D) of an MLP's first layer; 1 / sqrt(2 L D) of the last layers of MLPs and
+    attention, which keeps the sum of these 2 L layers' outputs in bounds; 0.02 of tokens and 0.01 of their
+    positions; 1 / sqrt(C P P) of patches; 1 / sqrt(D) of all else. Raises ValueError for a parameter without
+    a rule.
     """
     D, residual = tower.config.d_model, math.sqrt(2 * tower.config.n_layers)
     is_text = isinstance(tower, TextTower)

@@ -4,24 +4,27 @@
     loss     -mean over places of w(nearest bin) sum over q of t_q log p_q
     colour   sum over q of q softmax(log p / T)_q                                       annealed mean
 
-Colorful image colorization (Zhang et al. 2016, arXiv 1603.08511). In Lab (data/lab.py) a picture has its
-lightness L, the input, and two numbers a and b, which are to be predicted. Any picture is its own label.
+Colorful image colorization (Zhang et al. 2016, arXiv 1603.08511). In Lab (data/lab.py) the colour of a pixel
+is its lightness L, the input here, and two numbers a and b, which are predicted. So any picture in colour is
+its own label. The plane of a and b is divided into bins, squares of 10 x 10, of which those are used that
+colours of the data fall into; q is the centre of a bin, and p_q the probability that is predicted for it.
 
-A model of a and b themselves, trained by squared error (`objective="l2"`), is dull where several colours are
-possible: of a ball that may be red or blue the best answer is the mean, a violet that no ball has. A
-distribution over bins can hold both, and its mode, or the mean at a low temperature T, is a colour (section
-2.1). Frequent colours are dull ones, walls and skies, so rare ones get a larger weight (section 2.2):
+A model that predicts a and b themselves, trained by squared error (`objective="l2"`), gives dull colours
+where several are possible: of a ball that may be red or blue the best answer is the mean, a violet that no
+ball has. A distribution over bins can hold both colours, and its mode, or its mean at a low temperature T, is
+near one of them (section 2.1). Most places have dull colours, such as those of walls and skies, so rare
+colours get a larger weight (section 2.2):
 
-    w(q) = c / ((1 - rebalance) p(q) + rebalance / Q),   p: frequencies in training, smoothed; mean of w: 1
+    w(q) = c / ((1 - rebalance) p(q) + rebalance / Q)
 
-The bins are the squares of 10 x 10 in the plane of a and b that colours of the data fall into. The network is
-a small one of convolutions; it predicts every second pixel both ways.
+where p(q) are the frequencies of the bins in training, smoothed, and c makes the mean of w in training 1. The
+network is a small one of convolutions. It predicts the colour of every second pixel of every second line.
 
     python train.py --model colorize                              landscapes with a ball of one of two colours
     python train.py --model colorize --set objective=l2 --out runs/grey       what squared error makes of it
     python -m vision.colorize runs/colorize/model photo.png
 
-Shapes: B batch, H x W pixels, h x w = H / 2 x W / 2 places, D width, Q bins.
+Shapes: B batch, H x W pixels, h x w = H / 2 x W / 2 places, D channels of the layers, Q bins.
 """
 
 from argparse import Namespace
@@ -41,29 +44,31 @@ from engine import pictures
 from engine.report import PICTURE
 from formats import command, native
 from formats.config_values import check_values
+from vision import drawing
 from vision.classify_images import load_images
 
 KIND, DATA = "colorizer", "landscapes"
 OPTIMIZER, BATCH_SIZE, STEPS = "adamw", 32, 600
 LOSS, TOKEN_LOSS = "weighted nats per place", ""
-GRID, SIGMA, NEAREST = 10.0, 5.0, 10  # spacing of bins, and the soft encoding: section 2.2 and the code
-RANGE, MIDDLE = 110.0, 50.0  # by which a and b are divided, and which is subtracted from L
+GRID = 10.0  # side of a bin
+SIGMA, NEAREST = 5.0, 10  # standard deviation and bins of the soft encoding, from the authors' code
+RANGE, MIDDLE = 110.0, 50.0  # a and b are divided by the first, the second is subtracted from L
 IN_COLOUR = 5.0  # a picture without |a| or |b| above this is grey
-STRIDE = 2  # pixels of a place, both ways
-SAMPLE = 1_000  # pictures from which bins and baselines are computed
-SHOWN = 12  # pictures of the picture
+STRIDE = 2  # pixels from one place to the next, both ways
+SAMPLE = 1_000  # at most: pictures from which bins and baselines are computed
+SHOWN = 12  # columns of the picture
 
 
 @dataclass(frozen=True)
 class Config:
     width: int = 48  # D
     dilations: tuple[int, ...] = (1, 2, 4)  # of the 3 x 3 convolutions after the first two
-    image_size: int | tuple[int, ...] = 32  # pixels, both ways, or (height, width); for data only
-    objective: str = "classes"  # or "l2": a and b themselves
-    rebalance: float = 0.5  # lambda; 1: all colours alike, 0: weights by the inverse frequency
-    temperature: float = 0.38  # T of the colours that are drawn; 0: the mode, 1: the mean
-    bins: tuple[tuple[float, ...], ...] = ()  # their centres (a, b); fit sets them
-    frequencies: tuple[float, ...] = ()  # p, of the bins in training
+    image_size: int | tuple[int, ...] = 32  # pixels of the data, both ways, or (height, width)
+    objective: str = "classes"  # or "l2": predict a and b themselves
+    rebalance: float = 0.5  # the paper's lambda; 1: equal weights, 0: weights by the inverse frequency
+    temperature: float = 0.38  # T of the annealed mean; 0: the mode, 1: the mean
+    bins: tuple[tuple[float, ...], ...] = ()  # their centres (a, b); `fit` sets them
+    frequencies: tuple[float, ...] = ()  # of the bins in training; `fit` sets them
     MAY_BE_ZERO = ("rebalance", "temperature")
 
     def __post_init__(self):
@@ -80,7 +85,7 @@ class Config:
 
     @property
     def n_channels(self) -> int:
-        """Return 3: what is learned from are pictures in colour."""
+        """Return 3, since pictures in colour are learned from."""
         return 3
 
     @property
@@ -101,7 +106,8 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 def sample(rows: Rows) -> Tensor:
-    """Return rows of pictures, or every k-th of many, in Lab at the places that are predicted."""
+    """Return pictures in Lab at the places that are predicted, (n, 3, h, w), of all rows or of at most
+    SAMPLE evenly spaced ones."""
     step = -(-len(rows) // SAMPLE)
     images = stack([rows[i] for i in range(0, len(rows), step)])["image"].float() / 255
     return rgb_to_lab(images[..., ::STRIDE, ::STRIDE])
@@ -116,7 +122,7 @@ def class_weights(frequencies: Tensor, centres: Tensor, rebalance: float) -> Ten
 
 
 class Model(nn.Module):
-    """Convolutions from lightness to logits of bins, or to a and b."""
+    """Convolutions that read the lightness and predict logits of bins, or a and b."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -129,7 +135,8 @@ class Model(nn.Module):
         self.register_buffer("centres", centres, persistent=False)
         weights = class_weights(frequencies, centres, config.rebalance)
         self.register_buffer("weights", weights, persistent=False)
-        # He et al. 2015: each ReLU halves the variance. The head starts at 0, with equal bins or grey.
+        # Weights as in He et al. 2015, since each ReLU halves the variance. The head is 0, so that a new
+        # model predicts equal logits, or grey.
         for name, p in self.named_parameters():
             if name.startswith("head.") or name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -137,22 +144,23 @@ class Model(nn.Module):
                 nn.init.kaiming_normal_(p, nonlinearity="relu")
 
     def forward(self, lightness: Tensor) -> Tensor:
-        """Return logits (B, Q, h, w), or a and b over 110 (B, 2, h, w), of L (B, 1, H, W) from 0 to 100."""
+        """Return the logits (B, Q, h, w), or with objective l2 a and b divided by 110 (B, 2, h, w), for L
+        (B, 1, H, W) from 0 to 100."""
         x = (lightness - MIDDLE) / 100
         for layer in self.layers:
             x = F.relu(layer(x))
         return self.head(x)
 
     def soft_targets(self, ab: Tensor) -> tuple[Tensor, Tensor]:
-        """Return t (n, Q) of the header for colours (n, 2), and the nearest bin (n,) of each."""
+        """Return t of the header (n, Q) for colours (n, 2), and the nearest bin (n,) of each."""
         square = torch.cdist(ab, self.centres).square()  # (n, Q)
         near, which = square.topk(min(NEAREST, square.shape[1]), largest=False)
         shares = torch.softmax(-near / (2 * SIGMA**2), dim=1)
         return torch.zeros_like(square).scatter(1, which, shares), which[:, 0]
 
     def colours(self, output: Tensor, temperature: float | None = None) -> Tensor:
-        """Return a and b (B, 2, h, w) of what `forward` returns: the annealed mean at a temperature, by
-        default the config's; at 0 the mode."""
+        """Return a and b (B, 2, h, w) for what `forward` returns: the annealed mean at a temperature, by
+        default the config's, or at 0 the mode. With objective l2 the temperature is not used."""
         if self.config.objective == "l2":
             return output * RANGE
         T = self.config.temperature if temperature is None else temperature
@@ -162,9 +170,9 @@ class Model(nn.Module):
         return (shares[:, :, None] * self.centres[:, :, None, None]).sum(1)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the header's loss, or the mean squared error of a and b over 110, of "images" (B, 3, H, W)
-        with colours in [0, 1]; and how far the colours drawn are from the true ones in the plane of a and b.
-        """
+        """Return the header's loss of "images" (B, 3, H, W), sRGB in [0, 1], or with objective l2 the mean
+        squared error of a and b divided by 110; and "distance", the mean distance of the colours that
+        `colours` returns from the true ones, in the plane of a and b."""
         lab = rgb_to_lab(batch["images"])
         ab = lab[:, 1:, ::STRIDE, ::STRIDE]  # (B, 2, h, w)
         output = self(lab[:, :1]).float()
@@ -177,7 +185,7 @@ class Model(nn.Module):
         return (self.weights[nearest] * nats).mean(), metrics
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of convolutions, forward and backward, of one picture: three times forward's."""
+        """Return the FLOPs of convolutions, forward and backward, for one picture. seq_len is not used."""
         height, width = self.config.size
         n_places = height * width // STRIDE**2
         macs = self.layers[0].weight.numel() * height * width
@@ -188,8 +196,15 @@ class Model(nn.Module):
     save_pretrained = native.save
 
 
+@dataclass
+class ColourDataset(Dataset):
+    """Pictures in colour, and whether they are those of data/landscapes.py, each of which has a ball."""
+
+    has_balls: bool = False
+
+
 class InColour(Rows):
-    """Rows of images, of which those are left out that are grey."""
+    """Rows of images without those that are grey."""
 
     def __init__(self, images: Rows):
         kept = [i for i in range(len(images)) if is_in_colour(images[i]["image"])]
@@ -205,10 +220,12 @@ def is_in_colour(image) -> bool:
     return bool(rgb_to_lab(torch.from_numpy(image)[None] / 255)[:, 1:].abs().max() > IN_COLOUR)
 
 
-def load_data(args: Namespace, config: Config) -> Dataset:
-    """Return images in colour without their classes, and how far trivial guesses are from their colours.
+def load_data(args: Namespace, config: Config) -> ColourDataset:
+    """Return images in colour without their classes, with a line about how far trivial guesses are from
+    their colours.
 
-    Raises ValueError where no image is in colour, and for what `data.images.prepare` refuses."""
+    Raises ValueError if no image is in colour, and for what `data.images.prepare` refuses.
+    """
     found = load_images(args, config)
     if len(found.train[0]["image"]) != 3:
         raise ValueError(f"--data {args.data}: images in grey; expected colours, such as --data landscapes")
@@ -220,12 +237,16 @@ def load_data(args: Namespace, config: Config) -> Dataset:
 
     grey, by_lightness = baselines(sample(train), sample(val))
     guess = f"grey is {grey:.1f} from held-out colours, the mean colour of each lightness {by_lightness:.1f}"
-    return replace(found, train=train, val=val, labels=(), summary=summary, guess=guess)
+    fields = vars(found) | {"train": train, "val": val, "labels": (), "summary": summary, "guess": guess}
+    return ColourDataset(**fields, has_balls=args.data == "landscapes")
 
 
 def baselines(known: Tensor, held: Tensor) -> tuple[float, float]:
-    """Return how far from the colours of held, pictures in Lab, grey is, and the mean colour in known of the
-    same lightness, in steps of 2."""
+    """Return how far two guesses are from the colours of held-out pictures, in the mean: grey, and the mean
+    colour of the training pictures at this lightness.
+
+    known, held: training and held-out pictures in Lab, (n, 3, h, w). Lightness is rounded to steps of 2.
+    """
     steps = [(lab[:, 0].flatten() / 2).long().clamp(0, 49) for lab in (known, held)]
     colours = [lab[:, 1:].movedim(1, 3).reshape(-1, 2) for lab in (known, held)]
     sums = torch.zeros(50, 2).index_add_(0, steps[0], colours[0])
@@ -237,7 +258,7 @@ def baselines(known: Tensor, held: Tensor) -> tuple[float, float]:
 def make_batch(
     rows: list[Row], config: Config, generator: torch.Generator, tokenizer: None
 ) -> dict[str, Tensor]:
-    """Return "images" (B, 3, H, W) with colours in [0, 1], half of those to learn from mirrored."""
+    """Return "images" (B, 3, H, W), sRGB in [0, 1]. Those to learn from are mirrored with probability 1/2."""
     batch = stack(rows)
     images = batch["image"].float() / 255
     mirrored = batch["augment"] & (torch.rand(len(rows), generator=generator) < 0.5)
@@ -245,15 +266,15 @@ def make_batch(
 
 
 class Answer(NamedTuple):
-    """Colours of the balls: their mean distance from grey, and from the nearer of the two possible ones."""
+    """Predicted colours of balls, by two means over their places."""
 
-    chroma: float
-    distance: float
+    chroma: float  # distance from grey
+    distance: float  # from the nearer of the two colours that a ball may have
 
 
 def on_balls(ab: Tensor, true: Tensor) -> Answer | None:
-    """Return what colours ab (B, 2, h, w) are where those of the picture, true, are of a ball of
-    data/landscapes.py; None where there is none."""
+    """Return the Answer of predicted colours ab (B, 2, h, w) at the places where the true colours
+    (B, 2, h, w) are those of a ball of data/landscapes.py, or None if there are no such places."""
     balls = torch.tensor(list(landscapes.BALLS.values()), device=ab.device)[:, 1:].float()
     where = torch.cdist(true.movedim(1, 3).flatten(0, 2), balls).amin(1) < 5
     if not where.any():
@@ -263,44 +284,49 @@ def on_balls(ab: Tensor, true: Tensor) -> Answer | None:
 
 
 def painted(lightness: Tensor, ab: Tensor) -> Tensor:
-    """Return images (B, 3, H, W) of L (B, 1, H, W) and colours (B, 2, h, w), these enlarged bilinearly."""
+    """Return images (B, 3, H, W), sRGB in [0, 1], of L (B, 1, H, W) and of a and b (B, 2, h, w), which are
+    enlarged bilinearly."""
     ab = F.interpolate(ab, size=lightness.shape[2:], mode="bilinear", align_corners=False)
     return lab_to_rgb(torch.cat((lightness, ab), dim=1)).clamp(0, 1)
 
 
+def coloured(model: Model, lightness: Tensor) -> dict[str, Tensor]:
+    """Return the colours (B, 2, h, w) that a model predicts for L (B, 1, H, W), by their name: with classes
+    the mean, the annealed mean and the mode."""
+    output, T = model(lightness), model.config.temperature
+    if model.config.objective == "l2":
+        return {"squared error": model.colours(output)}
+    ways = {"mean": 1.0, f"annealed mean ({T})": T, "mode": 0.0}
+    return {name: model.colours(output, temperature) for name, temperature in ways.items()}
+
+
 @torch.no_grad()
 def rows_of_pictures(model: Model, images: Tensor) -> dict[str, Tensor]:
-    """Return images (B, 3, H, W) in grey, as the model colours them, and as they are."""
+    """Return images (B, 3, H, W), sRGB in [0, 1], by their name: in grey, as the model colours them, and as
+    they are."""
     lightness = rgb_to_lab(images)[:, :1]
-    output = model(lightness)
-    found = {"grey": painted(lightness, torch.zeros_like(images[:, :2]))}
-    if model.config.objective == "l2":
-        found["squared error"] = painted(lightness, model.colours(output))
-    else:
-        T = model.config.temperature
-        ways = {"mean": 1.0, f"annealed mean ({T})": T, "mode": 0.0}
-        found |= {name: painted(lightness, model.colours(output, T)) for name, T in ways.items()}
+    grey = {"grey": torch.zeros_like(images[:, :2])}
+    found = {name: painted(lightness, ab) for name, ab in (grey | coloured(model, lightness)).items()}
     return found | {"true": images}
 
 
 @torch.no_grad()
-def show(model: Model, dataset: Dataset, out: Path) -> str:
-    """Draw some held-out pictures, evenly spaced: grey, coloured, true; and return how the balls of up to 200
-    landscapes are coloured."""
-    device, n = next(model.parameters()).device, min(SHOWN, len(dataset.val))
-    rows = [dataset.val[i * len(dataset.val) // n] for i in range(n)]
-    drawn = rows_of_pictures(model, stack(rows)["image"].to(device) / 255)
-    pictures.save(out, [list(images) for images in drawn.values()])
+def show(model: Model, dataset: ColourDataset, out: Path) -> str:
+    """Draw some held-out pictures, evenly spaced: in grey, coloured, and as they are. Of landscapes, return
+    which colours the balls of up to 200 get."""
+    device = next(model.parameters()).device
+    drawn = rows_of_pictures(model, drawing.some(dataset.val, SHOWN).to(device))
+    pictures.save(out, list(drawn.values()), labels=list(drawn))
     lines = [f"picture.png: {', '.join(drawn)}"]
+    if not dataset.has_balls:
+        return lines[0]
 
     batch = stack([dataset.val[i] for i in range(min(200, len(dataset.val)))])["image"].to(device) / 255
     lab = rgb_to_lab(batch)
-    true, output = lab[:, 1:, ::STRIDE, ::STRIDE], model(lab[:, :1])
-    ways = {"squared error": 1.0} if model.config.objective == "l2" else {"mean": 1.0, "annealed mean": None}
-    ways |= {} if model.config.objective == "l2" else {"mode": 0.0}
-    answers = {f"by the {name}": on_balls(model.colours(output, T), true) for name, T in ways.items()}
-    for name, answer in (answers | {"as they are": on_balls(true, true)}).items():
-        if answer is not None:
+    true = lab[:, 1:, ::STRIDE, ::STRIDE]
+    colours = {f"by the {name}": ab for name, ab in coloured(model, lab[:, :1]).items()}
+    for name, ab in (colours | {"as they are": true}).items():
+        if answer := on_balls(ab, true):
             distance = f"{answer.distance:.1f} from the nearer colour"
             lines.append(f"balls {name}: {answer.chroma:.1f} from grey, {distance}")
     return "\n".join(lines)
@@ -317,7 +343,7 @@ def main() -> None:
     shape = (3, *model.config.size)
     images = torch.from_numpy(decode_all(args.images, shape))
     drawn = rows_of_pictures(model, images.float() / 255)
-    pictures.save(args.out, [list(row) for row in drawn.values()])
+    pictures.save(args.out, list(drawn.values()), labels=list(drawn))
     print(f"{args.out / PICTURE}: {', '.join(drawn)}")
 
 

@@ -211,7 +211,7 @@ def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
     val = dataset.val
     if dataset.tokenizer is None:
         images = module.draw(None, 3 * SHOWN)
-        pictures.save(out, [list(row) for row in images.split(SHOWN)])
+        pictures.save(out, images.split(SHOWN))
         return f"picture.png: drawn from noise, by {SAMPLER_STEPS} steps of DDIM"
 
     # Draw as many as the judge classifies, or without a judge those of the picture.
@@ -225,8 +225,9 @@ def show(module: Diffusion, dataset: Dataset, out: Path) -> str:
     # The picture, and below it the figures.
     n_shown = min(SHOWN, len(chosen))
     shown = [i * len(chosen) // n_shown for i in range(n_shown)]
-    pictures.save(out, [[images[i] for i in shown] for images in (true, *drawn.values())])
-    lines = [f"picture.png: true, and drawn with guidance {', '.join(f'{w:g}' for w in GUIDANCE)}"]
+    labels = ("real", *(f"w = {w:g}" for w in GUIDANCE))
+    pictures.save(out, [images[shown] for images in (true, *drawn.values())], labels=labels)
+    lines = [f"picture.png: real, and drawn with guidance {', '.join(f'{w:g}' for w in GUIDANCE)}"]
     lines.append(judge.in_words("real  ", true, None, opinion, chosen))
     for w, images in drawn.items():
         lines.append(judge.in_words(f"{f'w = {w:g}':6}", images, true, opinion, chosen))

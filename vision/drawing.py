@@ -46,11 +46,6 @@ def some(rows: Rows, most: int = MOST) -> Tensor:
     return stack([rows[i * len(rows) // n] for i in range(n)])["image"].float() / 255
 
 
-def in_rows(images: Tensor) -> list[list[Tensor]]:
-    """Return images (n, C, height, width) as rows of SHOWN images, for `pictures.save`."""
-    return [list(row) for row in images.split(SHOWN)]
-
-
 def add_sampling(parser: command.Parser) -> None:
     """Add the flags of a command that draws rows of images by the sampler of a diffusion model."""
     add = parser.add_argument
@@ -72,7 +67,7 @@ def check_sampling(args: Namespace) -> None:
 
 def save_rows(images: Tensor, args: Namespace) -> None:
     """Write images (n, C, height, width), args.n in a row, to args.out, and say so."""
-    pictures.save(args.out.parent, [list(row) for row in images.split(args.n)], name=args.out.name)
+    pictures.save(args.out.parent, images.split(args.n), name=args.out.name)
     print(f"{args.out}: {len(images)} images of {args.steps} steps")
 
 
@@ -95,5 +90,5 @@ def main(model_class: type[nn.Module]) -> None:
     model = model_class.from_pretrained(args.checkpoint).eval().float()
     path = args.out if args.out.suffix == ".png" else args.out / PICTURE
     images = model.draw(args.n, torch.Generator().manual_seed(args.seed))
-    pictures.save(path.parent, in_rows(images), name=path.name)
+    pictures.save(path.parent, images.split(SHOWN), name=path.name)
     print(f"{path}: {args.n} images")

@@ -5,13 +5,13 @@
 
 Ramesh et al. 2022, arXiv 2204.06125, section 2.1; the network is vision/unclip.py. CLIP is frozen and not
 saved with the decoder: `--set clip=DIR` names it. If the data are drawn and no CLIP is named, the run first
-trains one on the same captions, as a run of the prior does, and both use the same one below --cache. Each
-view of an image that augmentation makes is embedded in the loss, so that z belongs to the very pixels that
-are to be drawn. CLIP reads this view at its own size, and x_0 is the view at the decoder's size.
+trains one on the same captions and keeps it below --cache; a run of the prior (vision/image_embeddings.py)
+uses the same. The loss computes z from the augmented image, so that z belongs to the very pixels that are
+drawn. CLIP reads this image at its own size, and x_0 is the image at the decoder's size.
 
-The decoder is measured by how often a classifier of real images (vision/judge.py) recognises what it draws
-for held-out images: from their own embeddings, from those that a prior draws for their captions, from the
-captions' own embeddings in the place of an image's, and from other images' embeddings, as a control.
+The decoder is measured by how often a classifier of real images (vision/judge.py) recognises the images that
+it draws for held-out ones: from their own embeddings, from those that a prior draws for their captions, from
+the captions' own embeddings in the place of an image's, and from other images' embeddings, as a control.
 
     python train.py --model unclip
     python -m vision.embedding_to_image runs/unclip/model --prior runs/prior/model --clip DIR     measure it
@@ -43,21 +43,22 @@ MODEL, DATA = "unclip", "glyphs"
 OPTIMIZER, BATCH_SIZE, STEPS, EMA, LEARNING_RATE = "adamw", 64, 2000, 0.999, 0.4
 LOSS, TOKEN_LOSS = "squared error", ""
 GUIDANCE = (1.0, 2.0)  # of the images that are measured
-SHOWN, MOST_DRAWN = 12, 256  # images in a row of a picture; at most for the judge
+SHOWN = 12  # images in a row of the picture
+MOST_DRAWN = 256  # at most: images that are drawn for the judge
 
 
 @dataclass
 class ImageDataset(Dataset):
-    """Images with captions at the size that CLIP reads, and its directory and width of embeddings."""
+    """Images with captions at the size that CLIP reads."""
 
-    clip: str = ""
-    d_embed: int = 0
+    clip: str = ""  # directory of the CLIP
+    d_embed: int = 0  # E
     small: Dataset | None = None  # of drawn sets: the same images at the decoder's size, for the judge
 
 
 def load_data(args: Namespace, config: Config) -> ImageDataset:
-    """Return images with captions, with a trivial guess in one line: the error if each x_0 is predicted by
-    the mean image. It is computed on about a thousand training images.
+    """Return images with captions, with a line about a trivial guess: the error of predicting the mean image
+    as each x_0, computed on about a thousand training images.
 
     Raises ValueError as `image_embeddings.load_pairs`, and if CLIP reads smaller images than are drawn.
     """
@@ -90,15 +91,15 @@ class WithCLIP(nn.Module):
         self.alpha_bar = model.config.alpha_bar  # no buffer: it has to stay float64
 
     @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, E), of length 1, of images as CLIP reads them, with pixels in [0, 1]."""
-        return self.clip.of_images(self.clip.normalized(images))
+        return self.clip.encode_images(self.clip.normalized(images))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared error of the target, and no metrics, for "images" as CLIP reads them, with
-        "noise" (B, C, H, W) of times "t" (B,); those that are "dropped", bool (B,), are shown without z."""
+        """Return the mean squared error of the predicted target, and no metrics, for "images" as CLIP reads
+        them, "noise" (B, C, H, W) and times "t" (B,). Where "dropped", bool (B,), z is the null row."""
         t, eps, kind = batch["t"], batch["noise"], self.config.target
-        z = self.embed(batch["images"]) * math.sqrt(self.config.d_embed)
+        z = self.embed_images(batch["images"]) * math.sqrt(self.config.d_embed)
         z = torch.where(batch["dropped"][:, None], self.model.null, z)
         x0 = 2 * reduced(batch["images"], self.config.unet.size) - 1
         found = self.model(noise.q_sample(x0, t, eps, self.alpha_bar), t, z).float()
@@ -120,9 +121,9 @@ def unwrap(module: WithCLIP) -> UnCLIP:
 
 
 def make_batch(rows: list[Row], config: Config, generator: torch.Generator, _: Any) -> dict[str, Tensor]:
-    """Return "images" of the size that CLIP reads, augmented, with pixels in [0, 1], normal "noise"
-    (B, C, H, W), times "t" (B,) of `noise.even_times`, and "dropped", bool (B,), which is true for a share of
-    config.drop of the training rows."""
+    """Return "images" (B, C, height, width) of the size that CLIP reads, augmented, with pixels in [0, 1];
+    normal "noise" (B, C, H, W); times "t" (B,) of `noise.even_times`; and "dropped", bool (B,), which is true
+    for a random share, config.drop, of the training rows."""
     batch, n = stack(rows), len(rows)
     images = augment(batch["image"].float() / 255, batch["augment"], Augmentation(config.warp), generator)
     dropped = batch["augment"] & (torch.rand(n, generator=generator) < config.drop)
@@ -137,8 +138,8 @@ def save(module: WithCLIP, dataset: Dataset, directory: Path) -> None:
 
 
 def flops_per_token(module: WithCLIP, config: Config, seq_len: int) -> int:
-    """Return the FLOPs of training on one image: the decoder forward and backward, and the image tower of
-    CLIP forward only."""
+    """Return the FLOPs of training on one image: of the decoder forward and backward, and of CLIP's image
+    tower forward only."""
     tower = tower_flops.n_macs(module.clip.config.vision)
     # The engine subtracts the gradients of frozen matrices, so those of CLIP are added here.
     return module.model.flops_per_token() + 2 * tower + trainable.frozen_flops(module.clip)
@@ -154,21 +155,24 @@ def compare(
     prior: Tensor | None = None,
     guidance: Sequence[float] = GUIDANCE,
 ) -> tuple[list[int], dict[str, Tensor]]:
-    """Return the numbers of held-out images, and rows of as many images (n, C, H, W): the real ones, and by
-    their names those drawn with each guidance from: their own embeddings; those of `prior`, which a prior has
-    drawn for all held-out captions, if it is given; the captions' embeddings in the place of an image's; and
-    the embedding of another image, half of them further on."""
+    """Return the indices of n evenly spaced held-out images, and rows of images (n, C, H, W) by their names:
+    the real images, and the drawn ones for each guidance and each kind of embedding. These are the images'
+    own embeddings; those that a prior drew for their captions; those of their captions, in the place of an
+    image's; and those of other images.
+
+    prior (M, E): embeddings of length 1 that a prior has drawn for all M held-out captions, or None.
+    """
     n, device = len(dataset.val), module.model.null.device
     chosen = list(range(0, n, -(-n // (MOST_DRAWN if dataset.small else SHOWN))))
     batch = stack([dataset.val[i] for i in chosen])
     true = batch["image"].float().to(device) / 255
-    own = module.embed(true)
+    own = module.embed_images(true)
     ways = {"its own": own}
     if prior is not None:
         ways["the prior's"] = prior[chosen]
     ways |= {
-        "its text's": module.clip.of_texts(batch["tokens"].to(device)),
-        "another's": own.roll(len(own) // 2, 0),
+        "its text's": module.clip.encode_texts(batch["tokens"].to(device)),
+        "another's": own.roll(len(own) // 2, 0),  # those of images half of the row further on
     }
     rows = {"real": reduced(true, module.config.unet.size).cpu()}
     for name, embeddings in ways.items():
@@ -179,19 +183,19 @@ def compare(
 
 def in_words(dataset: ImageDataset, chosen: Sequence[int], rows: dict[str, Tensor]) -> str:
     """Return a line for each row of `compare`: for drawn sets how often a judge recognises its images, and
-    the mean squared error of a pixel to the real ones."""
+    the mean squared difference between their pixels and those of the real images."""
     opinion, true = judge.of(dataset.small) if dataset.small else None, rows["real"]
     lines = [judge.in_words(f"{name:20}", images, true, opinion, chosen) for name, images in rows.items()]
     return "\n".join([f"{len(chosen)} held-out images, drawn from the embedding:", *lines])
 
 
 def show(module: WithCLIP, dataset: ImageDataset, out: Path) -> str:
-    """Draw held-out images, which the decoder has not seen, from embeddings and without guidance, below these
-    images. Return how often a judge recognises them."""
+    """Draw rows of held-out images: the real ones, and those that the decoder draws from each kind of
+    embedding without guidance, see `compare`. Return how often a judge recognises them."""
     chosen, rows = compare(module, dataset, guidance=GUIDANCE[:1])
     n_shown = min(SHOWN, len(chosen))
     shown = [i * len(chosen) // n_shown for i in range(n_shown)]
-    pictures.save(out, [[images[i] for i in shown] for images in rows.values()])
+    pictures.save(out, [images[shown] for images in rows.values()], labels=list(rows))
     return f"picture.png: {'; '.join(rows)}\n{in_words(dataset, chosen, rows)}"
 
 

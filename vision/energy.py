@@ -295,9 +295,10 @@ def show(module: Chains, dataset: Dataset, out: Path) -> str:
     """Write a picture of held-out images, new images, and chains of the buffer. Return lines of figures that
     compare chains with real images. `python -m vision.frechet` compares new images, which takes minutes."""
     n = drawing.SHOWN
-    new = drawing.in_rows(module.model.draw(3 * n, torch.Generator().manual_seed(0)))
+    new = module.model.draw(3 * n, torch.Generator().manual_seed(0)).split(n)
     chains = (module.images + 1) / 2
-    pictures.save(out, [list(drawing.some(dataset.val, n)), *new, list(chains[:n])])
+    labels = ("real", "new", "new", "new", "chains")
+    pictures.save(out, [drawing.some(dataset.val, n), *new, chains[:n]], labels=labels)
     found = frechet.in_words(dataset, lambda most: chains[:most], "chains")
     return f"picture.png: held-out images, three rows of new images, chains of the buffer\n{found}"
 

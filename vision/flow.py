@@ -277,8 +277,9 @@ def show(model: Flow, dataset: Dataset, out: Path) -> str:
     error = (model.inverse(z) - y).abs().max().item()
     share = torch.linspace(0, 1, n, device=device)[:, None]
     walk = model.images((1 - share) * z[0] + share * z[-1])
-    new = drawing.in_rows(model.draw(2 * n, torch.Generator().manual_seed(0)))
-    pictures.save(out, [list(levels / (c.n_levels - 1)), *new, list(walk)])
+    new = model.draw(2 * n, torch.Generator().manual_seed(0)).split(n)
+    rows = [levels / (c.n_levels - 1), *new, walk]
+    pictures.save(out, rows, labels=("real", "new", "new", "a walk"))
     return (
         "picture.png: held-out images, new images, a walk between two images\n"
         f"logits found again from z to {error:.1e}"

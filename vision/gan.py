@@ -259,11 +259,12 @@ def show(model: GAN, dataset: Dataset, out: Path) -> str:
     """Write a picture of held-out images, new images, and images on an arc from one code to another. Return
     lines of figures that compare new images with real ones."""
     n, draws = drawing.SHOWN, torch.Generator().manual_seed(0)
-    new = drawing.in_rows(model.draw(3 * n, draws))
+    new = model.draw(3 * n, draws).split(n)
     ends = torch.randn(2, model.config.n_latents, generator=draws)
     angle = torch.linspace(0, math.pi / 2, n)[:, None]
     walk = (angle.cos() * ends[0] + angle.sin() * ends[1]).to(model.generator[0].weight.device)
-    pictures.save(out, [list(drawing.some(dataset.val, n)), *new, list(model.images(walk))])
+    rows = [drawing.some(dataset.val, n), *new, model.images(walk)]
+    pictures.save(out, rows, labels=("real", "new", "new", "new", "a walk"))
     found = frechet.in_words(dataset, partial(frechet.drawn, model))
     return f"picture.png: held-out images, new images, a walk between two codes\n{found}"
 

@@ -316,16 +316,16 @@ def examples(model: ImageGPT, images: Tensor, out: Path, seed: int = 0) -> None:
     """Write a picture of four rows: images (B, C, height, width) in the colours of the palette, their upper
     half, its completion, and as many images that are drawn from nothing."""
     config, generator = model.config, torch.Generator(images.device).manual_seed(seed)
-    ids = encode(images, config.palette)
+    ids, of_images = encode(images, config.palette), (config.palette, config.image_size)
     height, width = config.image_size
-    of_images = config.palette, config.image_size
     upper = ids[:, : height // 2 * width]
     completed = paint(complete(model, upper, 1.0, generator), *of_images)
     new = paint(complete(model, ids[:, :0], 1.0, generator), *of_images)
     given = paint(ids, *of_images)
     masked = given.clone()
     masked[:, :, height // 2 :] = 0.5
-    pictures.save(out, [list(row) for row in (given, masked, completed, new)])
+    labels = ("original", "upper half", "completed", "new")
+    pictures.save(out, (given, masked, completed, new), labels=labels)
 
 
 def show(model: ImageGPT, dataset: Dataset, out: Path) -> str:

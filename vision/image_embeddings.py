@@ -80,7 +80,7 @@ class WithCLIP(nn.Module):
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """Return the embeddings (B, E), of length 1, of images (B, C, H, W) with pixels in [0, 1]."""
-        return self.clip.of_images(self.clip.normalized(images))
+        return self.clip.encode_images(self.clip.normalized(images))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean squared error of predicted z for "images" (B, C, H, W), with "noise" (B, E) of

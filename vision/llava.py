@@ -1,19 +1,19 @@
-"""LLaVA: a language model that sees. Features of image patches stand in the place of words.
+"""LLaVA: a language model that reads images. Features of image patches take the place of token embeddings.
 
-    f_1 ... f_N = features of the patches of an image, of a frozen image tower (CLIP's), before its last block
-    h_i = W_2 gelu(W_1 f_i + b_1) + b_2                             the projector: as wide as a word
+    f_1 ... f_N = hidden states of an image's patches before the last block of a frozen image tower (CLIP's)
+    h_i = W_2 gelu(W_1 f_i + b_1) + b_2                         the projector: h_i is as wide as an embedding
     x   = embeddings of the tokens t_1 ... t_T, with h_i in the place of the i-th image token
-    p(t_{j+1} | t_1 ... t_j, image) = softmax of the decoder of gpt.py on x
+    p(t_{j+1} | t_1 ... t_j, image) = softmax of the logits of gpt.py's decoder at place j of x
 
-Visual instruction tuning (Liu et al. 2023, arXiv 2304.08485), and the improved baselines (LLaVA 1.5, Liu et
-al. 2023, arXiv 2310.03744), whose projector has two layers. The tower is vision/clip_towers.py, the language
-model gpt.py, and neither is changed. The class token of a CLIP tower is left out, unless `keep_class` is set.
+Visual instruction tuning (Liu et al. 2023, arXiv 2304.08485). The projector of two layers is from LLaVA 1.5
+(Liu et al. 2023, arXiv 2310.03744). The tower is that of vision/clip_towers.py and the language model that of
+gpt.py, both unchanged. The class token of a CLIP tower is left out, unless `keep_class` is set.
 
-A text has one "<image>" for each image, and the model N image tokens, see `Config.n_image_tokens`. A row of
-tokens holds one image or none.
+A text has one "<image>" for each image. In a row of tokens this becomes N image tokens, equal numbers that
+keep the places of h_1 ... h_N. A row holds one image or none.
 
-It is trained in two stages by vision/visual_instruct.py: first the projector alone, on captions, then the
-projector and the language model, on conversations. The tower learns in neither.
+vision/visual_instruct.py trains the model in two stages: first the projector alone, on captions, then the
+projector and the language model, on conversations. The tower stays frozen.
 
     python -m vision.llava                                                  print the sizes
     python train.py --model llava                                           train one about drawn scenes
@@ -45,19 +45,19 @@ from gpt import GPT
 from vision.clip_towers import VisionConfig, VisionTower
 from vision.tower_flops import n_macs
 
-TASK, KIND = "visual_instruct", "model that sees"
+TASK, KIND = "visual_instruct", "language model that reads images"
 
 
 @dataclass(frozen=True)
 class Config:
     vision: VisionConfig
     text: gpt.Config
-    image_token: int = 32000  # the id that stands for a part of an image
+    image_token: int = 32000  # the id of the image tokens
     feature_layer: int = -2  # of the tower's L + 1 hidden states: -2 is before its last block
     keep_class: bool = False  # keep a CLIP tower's class token, too ("full" in config.json)
     projector_bias: bool = True
-    # The directories from which a new model copies weights, "" for none.
-    tower: str = ""  # of a CLIP or SigLIP, for the image tower; --tower random leaves it ""
+    # The directories from which a new model copies weights; "": its weights are drawn at random.
+    tower: str = ""  # of a CLIP or SigLIP, for the image tower
     language: str = ""  # of a decoder, for the language model
 
     def __post_init__(self):
@@ -72,32 +72,36 @@ class Config:
 
     @property
     def n_image_tokens(self) -> int:
-        """Return N: the patches of an image, and the class token if it is kept."""
+        """Return N: the number of patches of an image, plus 1 if the class token is kept."""
         return self.vision.n_tokens if self.keep_class else self.vision.n_patches
 
     @property
     def image_tokens(self) -> ImageTokens:
-        """Return what stands for an image in a conversation."""
+        """Return the id and the number of the tokens that an image becomes in a conversation."""
         return ImageTokens(self.image_token, self.n_image_tokens)
 
     @property
     def max_seq_len(self) -> int:
-        """Return how many tokens the language model reads, those of images included."""
+        """Return how many tokens the language model reads at most, those of an image included."""
         if self.language:
             return read_decoder_config(self.language)["max_seq_len"]
         return self.text.max_seq_len
 
     @property
     def vocab_size(self) -> int:
+        """Return the language model's number of tokens V."""
         return self.text.vocab_size
 
     @property
     def eos_token_id(self) -> int | tuple[int, ...] | None:
+        """Return the ids of the tokens that end a text."""
         return self.text.eos_token_id
 
     @property
     def tower_macs(self) -> int:
-        """Return the multiplications for the features of an image: patches, and blocks up to the layer."""
+        """Return the multiplications for the features of an image: of its patches, and of the blocks before
+        feature_layer."""
+        # A block that computes all tokens costs what one more block adds to a tower.
         vision = self.vision
         block = n_macs(replace(vision, n_layers=vision.n_layers + 1)) - n_macs(vision)
         patches = vision.n_patches * vision.d_model * vision.n_channels * vision.patch_size**2
@@ -124,8 +128,8 @@ SIZES = {
 
 
 def with_tower(config: Config, tower: str) -> Config:
-    """Return the config for the tower in a directory, or "random" for one of the config's size, drawn at
-    random. Raises ValueError for a directory without a tower."""
+    """Return the config with the image tower in the directory `tower`, or if that is "random" with a tower of
+    the config's size and random weights. Raises ValueError for a directory without a tower."""
     if tower == "random":
         return replace(config, tower="")
     with damage_named(Path(tower) / "config.json"):
@@ -135,9 +139,11 @@ def with_tower(config: Config, tower: str) -> Config:
 
 
 def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
-    """Return the config for this vocabulary, with the sizes of the tower and of the language model whose
-    weights a new model gets. dataset: of vision/visual_instruct.py. Raises ValueError for directories that
-    hold neither."""
+    """Return the config for this vocabulary, with the sizes of the image tower and the language model whose
+    weights a new model copies.
+
+    dataset: a `visual_instruct.TalkDataset`. Raises ValueError for directories that do not hold these.
+    """
     tokenizer = dataset.tokenizer
     config, text = with_tower(config, dataset.tower), config.text
     if config.language:
@@ -150,9 +156,9 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 def check_image_tokens(found: list[int], images: Tensor | None, image: ImageTokens) -> None:
-    """Raise ValueError unless each row holds the image tokens of one image, or none.
+    """Raise ValueError unless each row holds the image tokens of one image, or no image tokens.
 
-    found: their number in each row. images: one for each row, or None, and then no row may hold any.
+    found: how many each row holds. images: one for each row, or None, if no row may hold image tokens.
     """
     if images is not None and len(images) != len(found):
         raise ValueError(f"{len(images)} images, {len(found)} rows of tokens: expected one for each row")
@@ -163,15 +169,16 @@ def check_image_tokens(found: list[int], images: Tensor | None, image: ImageToke
 
 
 def spliced(x: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
-    """Return embeddings x (B, T, D) in which the i-th place of each row where is_image (B, T) is true holds
-    the i-th of its features (B, N, D). A row without such places reads none of them."""
+    """Return embeddings x (B, T, D) with features (B, N, D) in the places where is_image, bool (B, T), is
+    true: in each row the i-th feature in the i-th of these places. If a row has no such places, its features
+    are not used."""
     place = (is_image.cumsum(dim=1) - 1).clamp(0, features.shape[1] - 1)  # (B, T): which of the N
     seen = features.gather(1, place[..., None].expand(-1, -1, features.shape[2]))
     return torch.where(is_image[..., None], seen.to(x.dtype), x)
 
 
 class Prompted(nn.Module):
-    """The language model with the features of its prompts' images, as generate.py reads a model."""
+    """A model for generate.py: the language model, and the projected features of its prompts' images."""
 
     def __init__(self, language_model: GPT, image_token: int, features: Tensor | None):
         super().__init__()
@@ -180,7 +187,8 @@ class Prompted(nn.Module):
         self.new_cache, self.logits = language_model.new_cache, language_model.logits
 
     def hidden(self, tokens: Tensor, *, cache: generate.KVCache) -> Tensor:
-        """Return the hidden states (B, T, D) of tokens (B, T): the prompts, and later one token each."""
+        """Return the hidden states (B, T, D) of tokens (B, T). In the first call, whose cache is empty, these
+        are the prompts, whose image tokens get the features; later they are one new token for each prompt."""
         if self.features is not None and not cache.filled:
             x = self.language_model.model.embed_tokens(tokens)
             tokens = spliced(x, tokens == self.image_token, self.features)
@@ -188,7 +196,7 @@ class Prompted(nn.Module):
 
 
 class LLaVA(nn.Module):
-    """A tower, a projector and a decoder. Parameters have the names of Hugging Face's files."""
+    """An image tower, a projector and a decoder. Parameters have the names of Hugging Face's files."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -197,13 +205,13 @@ class LLaVA(nn.Module):
         layers = {"linear_1": nn.Linear(config.vision.d_model, D, bias), "linear_2": nn.Linear(D, D, bias)}
         self.multi_modal_projector = nn.ModuleDict(layers)
         self.language_model = GPT(config.text)
-        self.blind = False  # True: features are 0, so that the answers come from the text alone
+        self.blind = False  # True: features are 0, so that answers are made from the text alone
         self.initialize()
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the projector: for features of variance 1 its outputs are about as large as embeddings.
-        Copy the weights of the tower and of the language model that the config names."""
+        """Draw the projector's weights, so that for features of variance 1 its outputs are about as large as
+        embeddings; and copy the weights of the tower and the language model that the config names."""
         first, second = self.multi_modal_projector.values()
         first.weight.normal_(std=1 / math.sqrt(first.in_features))
         second.weight.normal_(std=0.02 / math.sqrt(second.in_features))
@@ -216,10 +224,11 @@ class LLaVA(nn.Module):
             own = self.language_model.state_dict()
             for name, w in GPT.from_pretrained(self.config.language).state_dict().items():
                 own[name][: len(w)].copy_(w)
-                own[name][len(w) :] = w.mean(dim=0)  # rows of new tokens, and of further learned positions
+                # Where the model has more tokens, or more learned positions, new rows are the mean row.
+                own[name][len(w) :] = w.mean(dim=0)
 
     def see(self, images: Tensor) -> Tensor:
-        """Return what stands in the place of image tokens (B, N, D), of normalized images (B, C, H, W)."""
+        """Return the projected features h (B, N, D) of normalized images (B, C, H, W)."""
         config, projector = self.config, self.multi_modal_projector
         features = self.vision_tower.features(images, config.feature_layer, config.keep_class)
         if self.blind:
@@ -227,15 +236,16 @@ class LLaVA(nn.Module):
         return projector.linear_2(F.gelu(projector.linear_1(features)))
 
     def embed(self, tokens: Tensor, images: Tensor | None) -> Tensor:
-        """Return the embeddings (B, T, D) of tokens (B, T), what is seen in the place of image tokens."""
+        """Return the embeddings (B, T, D) of tokens (B, T), with the projected features of normalized images
+        (B, C, H, W) in the places of image tokens."""
         x = self.language_model.model.embed_tokens(tokens)
         return x if images is None else spliced(x, tokens == self.config.image_token, self.see(images))
 
     def forward(self, tokens: Tensor, images: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of the token after each of tokens (B, T).
 
-        images: normalized, (B, C, H, W), one for each row; those of rows without image tokens are not read.
-        Raises ValueError for rows with another number of image tokens than an image has features.
+        images: normalized, (B, C, H, W), one for each row; for a row without image tokens any. Raises
+        ValueError for rows with another number of image tokens than an image has features.
         """
         is_image = tokens == self.config.image_token
         check_image_tokens(is_image.sum(dim=1).tolist(), images, self.config.image_tokens)
@@ -246,21 +256,21 @@ class LLaVA(nn.Module):
         return self.vision_tower.normalized(images)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean nats per target of "tokens" and "targets" (B, T), beside "images" (B, C, H, W) with
-        pixels in [0, 1], and no metrics. Targets of -100 are not predicted."""
+        """Return the mean cross-entropy in nats per target, and no metrics, for "tokens" and "targets" (B, T)
+        and "images" (B, C, H, W) with pixels in [0, 1]. Targets of -100 are left out."""
         x = self.embed(batch["tokens"], self.normalized(batch["images"]))
         return self.language_model.loss({"tokens": x, "targets": batch["targets"]})
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Return the FLOPs of matrix products, forward and backward, not of a token but of a row of seq_len
-        tokens with an image: the unit that a run counts is an image."""
+        """Return the FLOPs of matrix products, forward and backward, for a row of seq_len tokens with an
+        image, since a run counts images and not tokens."""
         config = self.config
         of_image = 6 * (config.tower_macs + config.projector_macs)
         return seq_len * config.text.flops_per_token(seq_len) + of_image
 
     @torch.inference_mode()
     def prompted(self, tokens: list[list[int]], images: Tensor | None) -> Prompted:
-        """Return the model that continues prompts with these images, one for each, as in `forward`."""
+        """Return the model by which generate.py continues prompts with these images, as in `forward`."""
         device = self.multi_modal_projector.linear_1.weight.device
         found = [row.count(self.config.image_token) for row in tokens]
         check_image_tokens(found, images, self.config.image_tokens)
@@ -268,7 +278,7 @@ class LLaVA(nn.Module):
         return Prompted(self.language_model, self.config.image_token, features)
 
     def stream(self, tokens: list[list[int]], max_new_tokens: int, images: Tensor | None = None, **options):
-        """Yield a token for each prompt and step: see `generate.stream`, and `forward` for images."""
+        """Yield a token for each prompt at each step: see `generate.stream`, and `forward` for images."""
         return generate.stream(self.prompted(tokens, images), tokens, max_new_tokens, **options)
 
     def generate(self, tokens: list[list[int]], max_new_tokens: int, images: Tensor | None = None, **options):
@@ -277,7 +287,7 @@ class LLaVA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "LLaVA":
-        """Return the LlavaForConditionalGeneration in a directory, in its precision.
+        """Return the LlavaForConditionalGeneration in a directory, in the dtype of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
@@ -292,7 +302,7 @@ Model = LLaVA
 
 
 def print_sizes() -> None:
-    """Print the parameters of each size and of its parts, and the image tokens."""
+    """Print for each size the parameters, also of its parts, the pixels of an image and its image tokens."""
     print(f"{'size':14} {'parameters':>15} {'tower':>12} {'projector':>11} {'image':>6} {'tokens':>6}")
     for name, config in SIZES.items():
         with torch.device("meta"):
@@ -304,7 +314,8 @@ def print_sizes() -> None:
 
 
 def prompt_of(question: str, is_raw: bool, tokenizer, image: ImageTokens) -> list[int]:
-    """Return the tokens of a question about an image, which stands in front of it if it is not in it.
+    """Return the tokens of the prompt that asks a question about an image. "<image>" in the question is where
+    the image is; without it the image is before the question.
 
     is_raw: the question is the whole prompt, in the model's own template, such as "USER: <image>\\nWhat is
     this? ASSISTANT:" of the published LLaVA 1.5.
@@ -331,13 +342,13 @@ def main() -> None:
         print_sizes()
         return
     if not (args.image and args.question):
-        raise ValueError(f"{args.checkpoint}: expected a file of an image and a question behind it")
+        raise ValueError(f"{args.checkpoint}: expected a file of an image and a question after it")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LLaVA.from_pretrained(args.checkpoint).float().to(device).eval()
     tokenizer, vision = get_tokenizer(args.checkpoint), model.config.vision
     shape = (vision.n_channels, vision.image_size, vision.image_size)
     # An image that is not square gets a border, as in training, and nothing of it is cut off.
-    conversions = Counter()  # of what `decode` had to convert, which is not printed here
+    conversions = Counter()  # counts what `decode` converted; it is not printed here
     pixels = torch.from_numpy(decode(args.image, shape, conversions, border=True))[None].float() / 255
     prompt = prompt_of(args.question, args.raw, tokenizer, model.config.image_tokens)
     stop = [end_id(tokenizer), *generate.end_tokens(model, tokenizer)]

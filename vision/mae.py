@@ -3,23 +3,25 @@
     loss = mean over hidden patches of mean over their numbers of (predicted - true)^2
 
 Masked autoencoder (He et al. 2021, arXiv 2111.06377). An image is so redundant that a few missing patches can
-be filled in from their neighbours. With 75 percent missing, the model has to recognise what is there. It is
-asymmetric: the encoder, which is the ViT that one keeps, reads only the visible patches; a small decoder gets
-its output, and a learned mask token at each hidden place. So the encoder does a quarter of the work.
+be filled in from their neighbours. With 75 percent missing, the model has to recognise what is there. Its two
+halves are unequal. The encoder, a ViT that is kept after training, reads the visible patches alone, so it
+does a quarter of the work. A small decoder reads the encoder's output, and a learned mask token at each
+hidden place.
 
-    noise (B, N) -> order = argsort(noise): its first n patches are kept; argsort(order) restores the places
+Which patches are hidden is random: each patch gets a random number ("noise"), and the n patches with the
+smallest numbers are visible.
 
-With `norm_pix` the true patch is standardised before the difference is taken (section 3), which makes better
-features and worse pictures: what is rebuilt has no brightness of its own.
+With `norm_pix` each true patch is standardised before the difference is taken (section 3). This gives better
+features. The brightness and contrast of a patch are then not predicted, and pictures take them from the true
+patch.
 
-This file is only what MAE adds to vision/vit.py. To train it, and to fine-tune its encoder:
+This file is what MAE adds to vision/vit.py. To train it, and to fine-tune its encoder:
 
-    python train.py --model mae                                                     rebuild 1,300 characters
+    python train.py --model mae                                          rebuild characters of twelve fonts
     python train.py --model vit --init-from runs/mae/model --set n_classes=62       then learn to read them
     python -m vision.mae runs/mae/model photo.png                                   rebuild an image
 
-Shapes: B batch, C channels, P patch size, N patches, n visible patches, D width of the encoder, W width of
-the decoder.
+Shapes: B batch, C channels, P patch size, N patches, D width of the encoder, W width of the decoder.
 """
 
 import math
@@ -40,21 +42,24 @@ from engine.activations import Precision
 from engine.report import PICTURE
 from formats import command, images, safetensors_dir
 from formats.config_values import check_values
-from vision import vit
+from vision import drawing, vit
 from vision.classify_images import input_bytes, load_images
-from vision.vit import ViT, patches_of, sin_cos, take, through
+from vision.patches import patches_of, sin_cos, take
+from vision.vit import ViT, run_layers
 
 MODEL, SIZE, DATA = "vit", "tiny-4", "glyphs:dejavu"
 OPTIMIZER, BATCH_SIZE, STEPS = "muon", 128, 1000
 LOSS, TOKEN_LOSS = "squared error", ""
-SHOWN = 12  # images of the picture
+SHOWN = 12  # columns of the picture
 
 
 @dataclass(frozen=True)
 class Config(Augmentation):
     """The decoder, and how much is hidden. The defaults are the paper's, for ViT-B/16 and larger."""
 
-    warp: float = 0.0  # without other views: every epoch hides other patches (table 1e: crops alone suffice)
+    warp: float = (
+        0.0  # no augmentation: each epoch hides other patches (table 1e of the paper: little is lost)
+    )
     n_patches: int = 196  # N, of the model's config
     mask_rate: float = 0.75
     norm_pix: bool = False  # standardise each true patch
@@ -78,40 +83,43 @@ class Config(Augmentation):
 
     @property
     def n_visible(self) -> int:
-        """Return n, rounded down as the authors do: of 100 patches at a rate of 0.9 it is 9."""
+        """Return the number of visible patches, rounded down by the authors' formula: of 100 patches at a
+        rate of 0.9 it is 9, since 1 - 0.9 is a little less than 0.1 in floating point."""
         return int(self.n_patches * (1 - self.mask_rate))
 
 
 def settings(config: vit.Config) -> Config:
-    """Return the paper's decoder, and for a narrow encoder one of two layers of half its width."""
+    """Return the settings with the paper's decoder, or for an encoder narrower than 512 with a decoder of two
+    layers of half its width."""
     D, N = config.d_model, config.n_patches
     if D >= 512:
         return Config(n_patches=N)
     return Config(n_patches=N, decoder_layers=2, decoder_heads=4, decoder_width=D // 2, decoder_ff=2 * D)
 
 
-def pixels_of(images: Tensor, patch_size: int) -> Tensor:
-    """Return the patches (B, N, P P C) of images (B, C, height, width), in order of row, column and channel:
-    not in that of `patches_of`, but as the decoder predicts them."""
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Return the patches (B, N, P P C) of images (B, C, height, width) as the decoder predicts them: the
+    numbers of a patch are in order of row, column and channel, not in that of `patches_of`."""
     x = patches_of(images, patch_size)  # (B, N, C P P)
     return x.unflatten(2, (-1, patch_size**2)).transpose(2, 3).flatten(2)
 
 
-def image_of(patches: Tensor, config: vit.Config) -> Tensor:
-    """Return the images (B, C, height, width) of patches (B, N, P P C): the inverse of `pixels_of`."""
+def unpatchify(patches: Tensor, config: vit.Config) -> Tensor:
+    """Return the images (B, C, height, width) of patches (B, N, P P C): the inverse of `patchify`."""
     (rows, columns), P = config.grid, config.patch_size
     x = patches.view(len(patches), rows, columns, P, P, config.n_channels)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), config.n_channels, rows * P, columns * P)
 
 
 def statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation (B, N, 1) of each patch (B, N, P P C), as norm_pix does."""
-    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)  # divided by P P C - 1
+    """Return the mean and the standard deviation (B, N, 1) of each of patches (B, N, P P C), by which
+    norm_pix standardises them. 1e-6 is added to the unbiased variance, as in the authors' code."""
+    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
 
 class MAE(nn.Module):
-    """A ViT and the decoder that rebuilds what it has not seen."""
+    """A ViT, and the decoder that rebuilds the hidden patches."""
 
     def __init__(self, encoder: ViT, settings: Config):
         super().__init__()
@@ -119,12 +127,12 @@ class MAE(nn.Module):
         config, W = encoder.config, settings.decoder_width
         if settings.n_patches != config.n_patches:
             raise ValueError(f"n_patches {settings.n_patches}: expected {config.n_patches}, as the model has")
-        # The classifier and the pooler of a trained model have no part in this.
+        # A classifier or a pooler of a trained model is not used here, so it does not learn.
         for name, p in encoder.named_parameters():
             if name.startswith(("classifier.", "vit.pooler.")):
                 p.requires_grad_(False)
-        narrow = replace(config, n_layers=settings.decoder_layers, n_heads=settings.decoder_heads)
-        narrow = replace(narrow, d_model=W, d_ff=settings.decoder_ff)
+        sizes = {"n_layers": settings.decoder_layers, "n_heads": settings.decoder_heads}
+        narrow = replace(config, **sizes, d_model=W, d_ff=settings.decoder_ff)
         layers = nn.ModuleList(vit.Block(narrow) for _ in range(narrow.n_layers))
         self.decoder = nn.Module()
         self.decoder.config = narrow
@@ -137,17 +145,18 @@ class MAE(nn.Module):
         vit.initialize(self.decoder)
 
     def predict(self, images: Tensor, noise: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """Return n predicted patches (B, n, P P C) of each of normalized images, and their places (B, n).
+        """Return n predicted patches (B, n, P P C) of each of the normalized images, and their places (B, n).
 
-        They are those with the largest noise (B, N): first the hidden ones, then the visible ones.
+        noise (B, N) decides which: the n patches with the largest numbers, the largest first. So they are
+        first the hidden patches, and where n is larger, then the visible ones.
         """
-        # The encoder, on the visible patches.
+        # The encoder reads the visible patches.
         order, n_hidden = noise.argsort(dim=1, descending=True), noise.shape[1] - self.settings.n_visible
-        first, visible = self.model.vit.embeddings(images, order[:, n_hidden:])
-        z = self.model.vit.layernorm(self.model.encode(first, visible))  # (B, 1 + n_visible, D)
+        embeddings = self.model.vit.embeddings(images, order[:, n_hidden:])
+        z = self.model.vit.layernorm(self.model.encode(*embeddings))  # (B, 1 + n_visible, D)
 
-        # The decoder, with mask tokens at the hidden places. The order of its tokens does not matter, since
-        # each has its position. The last layer leaves out what is not predicted.
+        # The decoder reads its output, and mask tokens at the hidden places. The order of its tokens does not
+        # matter, since each has its position. Its last layer computes only the patches that are returned.
         decoder = self.decoder
         x = decoder.decoder_embed(z)
         hidden = decoder.mask_token.expand(len(x), n_hidden, -1).to(x.dtype)
@@ -155,7 +164,7 @@ class MAE(nn.Module):
         x = torch.cat((hidden, x[:, 1:], x[:, :1]), dim=1)
         positions = F.embedding(order, of_patches[0])  # (B, N, W)
         x = x + torch.cat((positions, of_class.expand(len(x), -1, -1)), dim=1)
-        x = through(decoder.decoder_encoder.layer, x, n)
+        x = run_layers(decoder.decoder_encoder.layer, x, n)
         return decoder.decoder_pred(decoder.decoder_norm(x)), order[:, :n]
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,24 +178,22 @@ class MAE(nn.Module):
         return take(predicted, restore), (restore < N - self.settings.n_visible).float()
 
     def target(self, images: Tensor) -> Tensor:
-        """Return what should be predicted (B, N, P P C) of normalized images."""
-        patches = pixels_of(images, self.config.patch_size)
+        """Return the true patches (B, N, P P C) of normalized images, with norm_pix standardised."""
+        patches = patchify(images, self.config.patch_size)
         if not self.settings.norm_pix:
             return patches
         mean, std = statistics(patches)
         return (patches - mean) / std
 
     def flops(self) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image, of which only the visible
+        """Return the FLOPs of matrix products, forward and backward, for one image, of which only the visible
         patches are embedded, and only the hidden ones predicted."""
         config, s = self.config, self.settings
-        n, W, pixels = s.n_visible, s.decoder_width, config.patch_size**2 * config.n_channels
+        n, n_hidden = s.n_visible, s.n_patches - s.n_visible
+        W, numbers = s.decoder_width, config.patch_size**2 * config.n_channels
         encoder = vit.n_macs(replace(config, n_classes=0, readout="class"), n)
-
-        # The decoder's layers are those of a ViT that embeds nothing.
-        narrow, n_hidden = replace(self.decoder.config, n_classes=0, readout="class"), s.n_patches - n
-        layers = vit.n_macs(narrow, n_read=n_hidden) - config.n_patches * W * pixels
-        return 6 * (encoder + (1 + n) * config.d_model * W + layers + n_hidden * W * pixels)
+        layers = vit.layer_macs(self.decoder.config, 1 + s.n_patches, n_hidden)
+        return 6 * (encoder + (1 + n) * config.d_model * W + layers + n_hidden * W * numbers)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "MAE":
@@ -264,7 +271,7 @@ def make_batch(
 
 
 def loss(module: MAE, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the header's loss, a scalar, of a batch from `make_batch`, and no other metrics."""
+    """Return the mean squared error of the hidden patches of a batch from `make_batch`, and no metrics."""
     images, settings = module.model.normalized(batch["images"]), module.settings
     n_hidden = settings.n_patches - settings.n_visible
     predicted, places = module.predict(images, batch["noise"], n_hidden)
@@ -277,11 +284,12 @@ def tokens_per_row(module: MAE, config: Config, seq_len: int) -> list[int]:
 
 
 def loss_bytes(module: MAE, config: Config, n: int, seq_len: int, precision: Precision) -> dict[str, int]:
-    """Return the memory of n images outside the layers, as the fields of engine.activations.Loss."""
+    """Return the memory that n images take outside the layers, as the fields of engine.activations.Loss."""
     (e, r, _), own, W = precision, module.config, config.decoder_width
     n_pixels = own.n_channels * math.prod(own.size)
     visible, all_tokens = 1 + config.n_visible, 1 + config.n_patches
-    # Both last norms, both linear layers around the decoder, and the differences of which the loss is made.
+    # The last norms of encoder and decoder, the linear layers before and after the decoder's, and the
+    # differences that the loss squares.
     kept = own.d_model * visible * (r + e) + W * all_tokens * (r + e) + 4 * n_pixels
     return {"inputs": input_bytes(own, n, e), "kept": n * kept, "temporary": n * 3 * 4 * n_pixels}
 
@@ -298,34 +306,32 @@ def flops_per_token(module: MAE, config: Config, seq_len: int) -> int:
 
 @torch.no_grad()
 def rebuild(module: MAE, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images (B, C, height, width) in [0, 1] as the model sees them, the hidden patches grey, and as
-    it rebuilds them. With norm_pix the true mean and deviation of a patch are given back to it."""
+    """Return images (B, C, height, width), with pixels in [0, 1], twice: with grey in the place of the hidden
+    patches, and with the patches that the model predicts there. With norm_pix a predicted patch gets the true
+    patch's mean and standard deviation."""
     config = module.config
     predicted, mask = module(module.model.normalized(images), noise)
     if module.settings.norm_pix:
-        mean, std = statistics(pixels_of(module.model.normalized(images), config.patch_size))
+        mean, std = statistics(patchify(module.model.normalized(images), config.patch_size))
         predicted = predicted * std + mean
     mean, std = (images.new_tensor(getattr(config, name))[:, None, None] for name in ("mean", "std"))
-    rebuilt = pixels_of(image_of(predicted, config) * std + mean, config.patch_size)
-    true, hidden = pixels_of(images, config.patch_size), mask[:, :, None].bool()
-    parts = (torch.where(hidden, other, true) for other in (torch.full_like(true, 0.5), rebuilt))
-    masked, whole = (image_of(part, config) for part in parts)
-    return masked, whole
+    rebuilt = unpatchify(predicted, config) * std + mean
+    is_hidden = unpatchify(mask[:, :, None].expand_as(predicted), config).bool()  # (B, C, height, width)
+    return torch.where(is_hidden, 0.5, images), torch.where(is_hidden, rebuilt, images)
 
 
-def triples(module: MAE, images: Tensor, out: Path) -> None:
-    """Draw images in three rows: original, masked and rebuilt. The masks are always the same."""
+def draw(module: MAE, images: Tensor, out: Path) -> None:
+    """Draw images (B, C, height, width), with pixels in [0, 1], in three rows: original, masked and rebuilt.
+    The masks are the same in each call."""
     device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
     noise = torch.rand(len(images), module.config.n_patches, generator=generator).to(device)
     masked, rebuilt = rebuild(module, images.to(device), noise)
-    pictures.save(out, [list(images), list(masked), list(rebuilt)])
+    pictures.save(out, [images, masked, rebuilt], labels=("original", "masked", "rebuilt"))
 
 
 def show(module: MAE, dataset: Dataset, out: Path) -> str:
     """Draw some held-out images, evenly spaced: original, masked and rebuilt."""
-    n = min(SHOWN, len(dataset.val))
-    rows = [dataset.val[i * len(dataset.val) // n] for i in range(n)]
-    triples(module, stack(rows)["image"].float() / 255, out)
+    draw(module, drawing.some(dataset.val, SHOWN), out)
     settings = module.settings
     hidden = settings.n_patches - settings.n_visible
     return f"picture.png: original, with {hidden} of {settings.n_patches} patches hidden, rebuilt"
@@ -340,8 +346,7 @@ def main() -> None:
     args = parser.parse_args()
     model = MAE.from_pretrained(args.checkpoint).eval().float()
     shape = (model.config.n_channels, *model.config.size)
-    pixels = torch.from_numpy(decode_all(args.images, shape))
-    triples(model, pixels.float() / 255, args.out)
+    draw(model, torch.from_numpy(decode_all(args.images, shape)).float() / 255, args.out)
     print(f"{args.out / PICTURE}: original, masked, rebuilt")
 
 

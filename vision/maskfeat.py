@@ -41,7 +41,8 @@ from engine.settings import with_fields
 from formats.config_values import check_values
 from vision import mae, vit
 from vision.classify_images import input_bytes, load_images
-from vision.mae import image_of, pixels_of
+from vision.mae import patchify, unpatchify
+from vision.patches import patches_of
 from vision.vit import ViT
 
 MODEL, DATA = "vit", "glyphs:dejavu"
@@ -111,7 +112,7 @@ def hog(images: Tensor, cell: int) -> Tensor:
 
 def hog_of_patches(images: Tensor, patch_size: int, cell: int) -> Tensor:
     """Return the histograms (B, N, F) of each patch, in order of channel, bin, row and column of the cell."""
-    return vit.patches_of(hog(images, cell).flatten(1, 2), patch_size // cell)
+    return patches_of(hog(images, cell).flatten(1, 2), patch_size // cell)
 
 
 def hidden_blocks(config: Config, generator: torch.Generator) -> Tensor:
@@ -184,7 +185,7 @@ class MaskFeat(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """Return the targets (B, N, F) of normalized images (B, C, height, width)."""
         if self.settings.target == "pixels":
-            return pixels_of(images, self.config.patch_size)
+            return patchify(images, self.config.patch_size)
         return hog_of_patches(images, self.config.patch_size, self.settings.cell)
 
     def flops(self) -> int:
@@ -293,12 +294,13 @@ def show(module: MaskFeat, dataset: Dataset, out: Path) -> str:
     target = module.target(module.model.normalized(images))
     predicted = module(module.model.normalized(images), mask).float()
     predicted = torch.where(mask[:, :, None], predicted, target)
-    hidden = torch.where(mask[:, :, None], 0.5, pixels_of(images, config.patch_size))
-    masked = image_of(hidden, config)
+    hidden = torch.where(mask[:, :, None], 0.5, patchify(images, config.patch_size))
+    masked = unpatchify(hidden, config)
     what = f"{s.n_hidden} of {config.n_patches} patches hidden"
     if s.target == "pixels":
         mean, std = (images.new_tensor(getattr(config, name))[:, None, None] for name in ("mean", "std"))
-        pictures.save(out, [list(images), list(masked), list(image_of(predicted, config) * std + mean)])
+        rebuilt = unpatchify(predicted, config) * std + mean
+        pictures.save(out, [images, masked, rebuilt], labels=("original", "masked", "rebuilt"))
         return f"picture.png: original, with {what}, rebuilt"
 
     # Histograms of patches become those of the image again; images are enlarged to the same size.
@@ -310,8 +312,9 @@ def show(module: MaskFeat, dataset: Dataset, out: Path) -> str:
     edges = []
     for numbers in (target, predicted):
         in_order = numbers.unflatten(2, (-1, per_patch**2)).transpose(2, 3).flatten(2)
-        edges.append(drawn(image_of(in_order, places).unflatten(1, (config.n_channels, BINS))))
+        edges.append(drawn(unpatchify(in_order, places).unflatten(1, (config.n_channels, BINS))))
     size = tuple(edges[0].shape[2:])
     images, masked = (F.interpolate(x.cpu(), size=size, mode="nearest") for x in (images, masked))
-    pictures.save(out, [list(images), list(masked), *map(list, edges)])
+    labels = ("original", "masked", "its edges", "predicted")
+    pictures.save(out, [images, masked, *edges], labels=labels)
     return f"picture.png: original, with {what}, the directions of its edges, as predicted"

@@ -1,28 +1,29 @@
-"""AST: a sound becomes a picture of its frequencies over time, and a Vision Transformer reads it.
+"""AST: a sound becomes a picture of its frequencies over time, and a Vision Transformer reads this picture.
 
-    x[t, m] = ln(sum_f |FFT(frame t)|^2 filter[f, m])               `filter_bank`
+    x[t, m] = ln(sum over f of |FFT(frame t)[f]|^2 filter[f, m])    log-mel numbers, see `filter_bank`
     z = [class; distillation; E patch_1; ...] + positions           then the layers of vision/vit.py
     p(label | sound) = softmax(W norm((norm(z)_class + norm(z)_distillation) / 2) + b)
 
-Audio Spectrogram Transformer (Gong et al. 2021, arXiv 2104.01778). Patches of 16 x 16 overlap by 6 in both
-directions (section 2.1), so that what lies on the edge of one is in the middle of another. Its two tokens in
-front come from DeiT, whose weights the authors began with; here both are trained by the same loss.
+Audio Spectrogram Transformer (Gong et al. 2021, arXiv 2104.01778). The picture, the spectrogram, is cut into
+patches of 16 x 16 that overlap by 6 in both directions (section 2.1), so that what lies on the edge of one
+patch is in the middle of another. There are two tokens before the patches, since the authors began with the
+weights of DeiT, which has a class token and a distillation token. Here both are trained by the same loss.
 
-The picture is Kaldi's filter bank, as the authors use it. Frames of 25 ms begin every 10 ms, and are not
-centred. From the samples of a frame their mean is subtracted, then from each 0.97 of the one before it
-(pre-emphasis). The frame is weighted by a symmetric Hann window. The filters are triangles, evenly spaced on
-the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the rate. Sounds lie between -1 and 1, not in the 16
-bits of Kaldi's own programs.
+The log-mel numbers are those of Kaldi's filter bank, as the authors use it. Frames of 25 ms begin every 10
+ms; the first begins with the sound. The mean of a frame's samples is subtracted from each, and then from each
+sample 0.97 of the one before it (pre-emphasis). The frame is weighted by a symmetric Hann window. The filters
+are triangles, evenly spaced on the mel scale 1127 ln(1 + f / 700) from 20 Hz to half the sampling rate.
+Samples lie between -1 and 1; Kaldi's own programs read whole numbers of 16 bits.
 
-Two customs of the authors are kept, since trained models rely on them. Numbers are divided by *twice* their
-standard deviation. And behind the end of a sound the picture is 0 before it is normalised, which is louder
-than silence.
+Two customs of the authors are kept, since trained models rely on them. The numbers are normalised by *twice*
+their standard deviation. And where a sound is shorter than the picture, the rest of the picture is 0 before
+it is normalised; 0 is louder than silence.
 
     python -m vision.spectrogram                                    print the sizes
     python -m vision.spectrogram runs/spectrogram/model dog.wav     classify sounds
     python train.py --model spectrogram                             train one to name instruments
 
-Shapes: B batch, S samples, M mels, P patch size, N patches, D model width.
+Shapes: B batch, S samples, M mel filters, N patches, D model width.
 """
 
 import math
@@ -43,8 +44,11 @@ from vision import vit
 
 TASK, KIND = "classify_sounds", "sound encoder"
 RATE = 16_000  # samples a second, of all models
-FRAME, HOP, FFT = 400, 160, 512  # samples: of a frame, from one to the next, and with the zeros behind it
-PREEMPHASIS, LOWEST, FLOOR = 0.97, 20.0, 2.0**-23  # share; Hz; least power, so that its logarithm is finite
+FRAME, HOP = 400, 160  # samples of a frame, and from the start of one to that of the next
+FFT = 512  # samples that are transformed: those of a frame, and zeros
+PREEMPHASIS = 0.97
+LOWEST = 20.0  # Hz, where the first filter begins
+FLOOR = 2.0**-23  # the least power, so that its logarithm is finite: float32's epsilon, as in Kaldi
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,17 @@ class Config:
     n_heads: int
     d_model: int
     d_ff: int  # inner width of the MLP
-    n_frames: int = 1024  # of 10 ms: longer sounds are cut
-    n_mels: int = 128
-    patch_size: int = 16  # frames and mels
+    n_frames: int = 1024  # one every 10 ms; longer sounds are cut
+    n_mels: int = 128  # M
+    patch_size: int = 16  # of frames, and of mel filters
     frame_stride: int = 10  # from one patch to the next
     mel_stride: int = 10
     n_classes: int = 527
     mlp: str = "gelu"  # or "gelu_tanh", its approximation
     qkv_bias: bool = True
     norm_eps: float = 1e-12
-    mean: float = -4.2677393  # of log-mel numbers, and their deviation: of AudioSet (section 3.1)
-    std: float = 4.5689974
+    mean: float = -4.2677393  # of the log-mel numbers of AudioSet, from the authors' code
+    std: float = 4.5689974  # their standard deviation
     labels: tuple[str, ...] = ()  # the names of the classes, if they are known
     kernels: str = "auto"  # backend of kernels/, see kernels/attention.py
 
@@ -79,13 +83,13 @@ class Config:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return how many patches there are along the mels, and along the frames."""
+        """Return the numbers of patches along the mel filters and along the frames."""
         mels = (self.n_mels - self.patch_size) // self.mel_stride + 1
         return mels, (self.n_frames - self.patch_size) // self.frame_stride + 1
 
     @property
     def n_patches(self) -> int:
-        """Return N."""
+        """Return N, the number of patches."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -125,18 +129,20 @@ def mel(frequency: Tensor) -> Tensor:
 
 @cache
 def mel_filters(n_mels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the triangles (FFT / 2 + 1, M), straight in mels. Of narrow ones the lowest may hold no
-    frequency, so that their numbers always are the logarithm of FLOOR."""
+    """Return the weight of each of the FFT's frequencies in each filter, (FFT / 2 + 1, M): triangles with
+    straight sides on the mel scale. If there are many filters, the lowest may be so narrow that no frequency
+    lies in them; their log-mel numbers are always the logarithm of FLOOR."""
     low, high = mel(torch.tensor([LOWEST, RATE / 2], dtype=torch.float64)).tolist()
     edges = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
-    places = mel(torch.arange(FFT // 2 + 1, dtype=torch.float64) * RATE / FFT)[:, None]
+    mels = mel(torch.arange(FFT // 2 + 1, dtype=torch.float64) * RATE / FFT)[:, None]
     widths = edges.diff()
-    up, down = (places - edges[:-2]) / widths[:-1], (edges[2:] - places) / widths[1:]
+    up, down = (mels - edges[:-2]) / widths[:-1], (edges[2:] - mels) / widths[1:]
     return torch.minimum(up, down).clamp(min=0).to(device, dtype)
 
 
 def filter_bank(waves: Tensor, n_mels: int) -> Tensor:
-    """Return log-mel numbers (B, 1 + (S - 400) // 160, M) of sounds (B, S) between -1 and 1."""
+    """Return the log-mel numbers (B, 1 + (S - 400) // 160, M) of sounds (B, S) with samples between -1 and 1.
+    A sound has at least one frame, 400 samples."""
     frames = waves.unfold(-1, FRAME, HOP)  # (B, frames, FRAME)
     frames = frames - frames.mean(dim=-1, keepdim=True)
     before = torch.cat((frames[..., :1], frames[..., :-1]), dim=-1)
@@ -147,14 +153,15 @@ def filter_bank(waves: Tensor, n_mels: int) -> Tensor:
 
 
 def n_frames_of(lengths: Tensor) -> Tensor:
-    """Return how many whole frames sounds of these numbers of samples have."""
+    """Return how many whole frames there are in sounds of `lengths` samples, int64 of any shape."""
     return torch.div(lengths - FRAME, HOP, rounding_mode="floor").clamp(min=-1) + 1
 
 
 def spectrograms(waves: Tensor, lengths: Tensor, config: Config) -> Tensor:
-    """Return log-mel numbers (B, frames of the config, M), not normalised, of sounds (B, S).
+    """Return the log-mel numbers (B, config.n_frames, M), not normalised, of sounds (B, S).
 
-    lengths: (B,), samples of each sound itself. Frames that reach behind its end are 0.
+    lengths (B,): how many samples of each row belong to the sound; the others are padding. Frames that reach
+    beyond the end of the sound are 0.
     """
     x = filter_bank(waves[:, : config.n_samples], config.n_mels)
     x = F.pad(x, (0, 0, 0, config.n_frames - x.shape[1]))
@@ -163,7 +170,7 @@ def spectrograms(waves: Tensor, lengths: Tensor, config: Config) -> Tensor:
 
 
 class Embeddings(nn.Module):
-    """Patches, their positions, and the two tokens in front."""
+    """The class token, the distillation token and the patches, with their positions."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -175,7 +182,8 @@ class Embeddings(nn.Module):
         self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(1, D, config.patch_size, strides)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, 2 + N, D) of normalized spectrograms (B, frames, M); patches of low mels come first."""
+        """Return the embeddings (B, 2 + N, D) of the two tokens and of the patches of normalized spectrograms
+        (B, frames, M). Patches of the same frequencies are together, those of the lowest first."""
         picture = x.transpose(1, 2)[:, None]  # (B, 1, M, frames)
         patches = self.patch_embeddings.projection(picture).flatten(2).transpose(1, 2)  # (B, N, D)
         first = torch.cat((self.cls_token, self.distillation_token), dim=1).expand(len(x), -1, -1)
@@ -195,32 +203,32 @@ class AST(nn.Module):
         vit.initialize(self)
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Return log-mel numbers as the model reads them: divided by twice their deviation."""
+        """Return log-mel numbers of any shape as the model reads them: minus the config's mean, and divided
+        by twice its std."""
         return (x - self.config.mean) / (2 * self.config.std)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Return norm(z) (B, 2 + N, D) of normalized spectrograms (B, frames, M)."""
-        return self.ast.layernorm(vit.through(self.ast.encoder.layer, self.ast.embeddings(x)))
-
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, classes) of normalized spectrograms (B, frames, M)."""
-        z = vit.through(self.ast.encoder.layer, self.ast.embeddings(x), 2)  # of the two tokens in front
+        """Return the logits (B, classes) of normalized spectrograms (B, frames, M)."""
+        z = vit.run_layers(
+            self.ast.encoder.layer, self.ast.embeddings(x), 2
+        )  # (B, 2, D), without the patches
         return self.classifier(self.head_norm(self.ast.layernorm(z).mean(dim=1)))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean cross-entropy in nats of "spectrograms", not normalised, and "targets", their
-        labels; and the accuracy."""
+        """Return the mean cross-entropy in nats of "spectrograms" (B, frames, M), not normalised, and
+        "targets" (B,), their labels; and the accuracy."""
         logits = self(self.normalized(batch["spectrograms"])).float()
         accuracy = (logits.argmax(-1) == batch["targets"]).float().mean()
         return F.cross_entropy(logits, batch["targets"]), {"accuracy": accuracy}
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one second of sound."""
+        """Return the FLOPs of matrix products, forward and backward, for one second of sound, the unit that a
+        run counts. seq_len is not used."""
         return round(6 * n_macs(self.config, n_read=2) / self.config.seconds)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "AST":
-        """Return the ASTForAudioClassification in a directory, in its precision.
+        """Return the ASTForAudioClassification in a directory, in the dtype of its weights.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
@@ -235,16 +243,11 @@ Model = AST
 
 
 def n_macs(config: Config, n_read: int | None = None) -> int:
-    """Return the multiplications of one forward pass, as `vit.n_macs` does, without those of the picture."""
-    D, F, T = config.d_model, config.d_ff, 2 + config.n_patches
-    layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D
-    left_out = 0 if n_read is None else (T - n_read) * (2 * D * D + 2 * D * F + 2 * T * D)
-    return (
-        config.n_layers * layer
-        - left_out
-        + config.n_patches * D * config.patch_size**2
-        + D * config.n_classes
-    )
+    """Return the multiplications of one forward pass, without those of the filter bank: those of
+    `vit.layer_macs` for 2 + N tokens, N D P^2 of the patches of size P, and D for each class."""
+    D, N = config.d_model, config.n_patches
+    patches = N * D * config.patch_size**2
+    return vit.layer_macs(config, 2 + N, n_read) + patches + D * config.n_classes
 
 
 def print_sizes() -> None:
@@ -268,6 +271,8 @@ def main() -> None:
     if args.checkpoint is None:
         print_sizes()
         return
+    if not args.sounds:
+        raise ValueError(f"{args.checkpoint}: no sounds to classify; add their files after it")
     model = AST.from_pretrained(args.checkpoint).eval().float()
     config = model.config
     for path in args.sounds:

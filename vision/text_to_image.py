@@ -221,7 +221,7 @@ def show(model: LatentDiffusion, dataset: LatentDataset, out: Path) -> str:
     # The picture, and below it the figures.
     n_shown = min(SHOWN, len(chosen))
     shown = [i * len(chosen) // n_shown for i in range(n_shown)]
-    pictures.save(out, [[some[i] for i in shown] for some in drawn.values()])
+    pictures.save(out, [some[shown] for some in drawn.values()], labels=list(drawn))
     lines = [f"picture.png: {', '.join(drawn)}, by {SAMPLER_STEPS} steps of DDIM"]
     lines += [judge.in_words(f"{name:8}", some, true, opinion, chosen) for name, some in drawn.items()]
     return "\n".join(lines)

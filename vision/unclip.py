@@ -1,33 +1,35 @@
 """The decoder of DALL-E 2: an image drawn by diffusion from a CLIP embedding.
 
-    p(image | text) = p(image | z) p(z | text)             z: CLIP's embedding of the image
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                noise on pixels, vision/noise.py
+    p(image | text) = p(image | z, text) p(z | text)       z: CLIP's embedding of the image
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps                the image x_0 with noise eps, vision/noise.py
     loss = mean of (unet(x_t, t, z) - target)^2            target: x_0, v or eps
 
 Hierarchical text-conditional image generation with CLIP latents (Ramesh et al. 2022, arXiv 2204.06125,
-section 2.1). The prior of vision/prior.py draws an embedding z for a text, and the decoder here draws an
-image with such an embedding: CLIP's image tower is inverted ("unCLIP"). Other noise gives another image with
-nearly the same embedding, so the decoder also draws variations of an image: what CLIP keeps of it stays.
+section 2.1). The first equation holds since z is a function of the image. The prior of vision/prior.py draws
+an embedding z for a text, and the decoder here draws an image for z alone, as if z held all that the text
+says of the image. This inverts CLIP's image tower, hence "unCLIP". From other noise the decoder draws another
+image for the same z. So it can also draw variations of an image, which share what CLIP's embedding holds.
 
 The network is the U-Net of vision/unet.py. It reads z twice, as in the paper:
 
-    time + W_1 z                           one vector, which every residual block reads
-    W_2 z as 4 tokens of context           every place of the image attends to them
+    embedding of t + W_1 z                 one vector, which every residual block reads
+    W_2 z as 4 tokens of context           every place of the image attends to them (cross-attention)
 
-For a tenth of the training images z is replaced by a learned null row, so that the network also predicts
-without z, and guidance can exaggerate what z changes. An embedding of length 1 is multiplied by sqrt(E), for
-entries of about 1. The task that trains the decoder, and its measure, are in vision/embedding_to_image.py.
+For a tenth of the training images z is replaced by a learned null row, so that the network also learns to
+predict without z, and guidance can exaggerate what z changes. CLIP's embeddings have length 1; they are
+multiplied by sqrt(E), so that their entries are about 1. The task that trains the decoder, and its measure,
+are in vision/embedding_to_image.py.
 
-Two parts of the paper are left out. Its decoder also reads the text, which half of the training images are
-shown without; and two further networks enlarge its images, as 64 x 64 pixels are less than CLIP reads. Here
-CLIP reads 32 x 32 pixels, and the decoder draws 16 x 16.
+Two parts of the paper are left out: its decoder also reads the text, except for half of the training images;
+and two further networks enlarge its images of 64 x 64 pixels. In the default run here CLIP reads 32 x 32
+pixels, and the decoder draws 16 x 16.
 
     python train.py --model unclip                                        letters from their embeddings
     python -m vision.unclip runs/unclip/model --prior runs/prior/model --clip DIR --prompt "bold letter g"
     python -m vision.unclip runs/unclip/model --clip DIR --image g.png    variations of an image
 
-Shapes: B images, C channels, H x W pixels, E width of embeddings, N tokens of context, D width of the vector
-of a time.
+Shapes: B images, C channels, H x W pixels, E width of embeddings, N tokens of context, D width of the
+embedding of a time.
 """
 
 import math
@@ -60,7 +62,7 @@ class Config(noise.Process):
     n_context: int = 4  # N
     target: str = "x0"  # or "v", or "eps"
     schedule: str = "cosine"  # or "linear", or "scaled_linear", see vision/noise.py
-    n_steps: int = 1000  # time steps
+    n_steps: int = 1000  # time steps of the schedule
     zero_terminal: bool = False  # whether the last x_t is pure noise
     drop: float = 0.1  # share of the training images that are shown without z
     warp: float = 0.5  # of the training images, see data/augment.py
@@ -103,7 +105,7 @@ def fit(config: Config, dataset: Dataset, seq_len: int) -> Config:
 
 
 class Projection(nn.Module):
-    """From an embedding to the two conditions of the U-Net. Parameters have the names of diffusers'
+    """The maps W_1 and W_2 from an embedding to what the U-Net reads. Parameters have the names of diffusers'
     UnCLIPTextProjModel, of which this is the part that reads the image's embedding."""
 
     def __init__(self, d_embed: int, d_time: int, d_text: int, n_context: int):
@@ -119,14 +121,14 @@ class Projection(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a vector (B, D) and tokens of context (B, N, d_text) for z (B, E)."""
+        """Return the vector (B, D) and the tokens of context (B, N, d_text) for z (B, E)."""
         vector = self.clip_image_embeddings_project_to_time_embeddings(z)
         tokens = self.clip_extra_context_tokens_proj(z).unflatten(1, (-1, self.n_context))  # (B, d_text, N)
         return vector, tokens.transpose(1, 2)
 
 
 class UnCLIP(nn.Module):
-    """The decoder: a U-Net with the projection of the embeddings that it reads."""
+    """The decoder: a U-Net, and the projection of the embeddings that it reads."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -158,9 +160,9 @@ class UnCLIP(nn.Module):
     ) -> Tensor:
         """Return an image (B, C, H, W), with pixels in [0, 1], for each of embeddings (B, E) of length 1.
 
-        guidance: w of `noise.guide`; 1: none. steps: of the sampler. eta: 0 for DDIM, 1 for DDPM. x: the
-        first noise (B, C, H, W); if it is None, it is drawn on the CPU with this seed. Raises ValueError for
-        more steps than the schedule has.
+        guidance: w of `noise.guide`; 1: none. steps: of the sampler. eta: 0 for DDIM, 1 for DDPM. seed: of
+        all noise. x: the noise (B, C, H, W) to begin with; if it is None, it is drawn on the CPU. Raises
+        ValueError for more steps than the schedule has.
         """
         B, device, net = len(embeddings), self.null.device, self.config.unet
         if x is None:
@@ -170,7 +172,8 @@ class UnCLIP(nn.Module):
         return (self.config.draw(denoise, x.to(device), steps, eta, seed + 1, clip=1.0) + 1) / 2
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of training on one image, without those of CLIP. seq_len is not used."""
+        """Return the FLOPs of matrix products and convolutions, forward and backward, for one image, without
+        those of CLIP. seq_len is not used."""
         layers = [p.numel() for p in self.text_proj.parameters() if p.ndim == 2]
         return 6 * (unet.n_macs(self.decoder, self.config.n_context) + sum(layers))
 
@@ -205,7 +208,8 @@ Model = UnCLIP
 
 
 def reduced(images: Tensor, size: Sequence[int]) -> Tensor:
-    """Return images (B, C, height, width) at a smaller size: each pixel is the mean over its area."""
+    """Return images (B, C, height, width) at a smaller size (rows, columns) of pixels, each of which is the
+    mean over its area."""
     return F.adaptive_avg_pool2d(images, tuple(size))
 
 
@@ -223,8 +227,8 @@ def print_sizes() -> None:
 
 
 def read_image(path: Path, clip: CLIP) -> Tensor:
-    """Return an image file (1, C, height, width) as the CLIP reads it, with pixels in [0, 1]. Raises
-    ValueError for a file that is no image or damaged."""
+    """Return the image in a file, (1, C, height, width), at CLIP's size and with pixels in [0, 1]. Raises
+    ValueError for a file that is damaged or no image."""
     shape = (clip.config.n_channels, *clip.config.size)
     return torch.from_numpy(decode_all([path], shape)).float() / 255
 
@@ -236,8 +240,14 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint", nargs="?", type=command.filled, help="directory of a decoder (default: print the sizes)"
     )
     add("--clip", type=command.filled, metavar="DIR", help="the CLIP that the decoder was trained with")
-    add("--image", nargs="+", type=command.path, default=[], help="an image file, of each row of variations")
-    add("--prompt", nargs="+", default=[], help="the text of each further row of images; needs --prior")
+    add(
+        "--image",
+        nargs="+",
+        type=command.path,
+        default=[],
+        help="files of images; a row of variations of each",
+    )
+    add("--prompt", nargs="+", default=[], help="texts; a row of images for each; needs --prior")
     add("--prior", type=command.filled, metavar="DIR", help="a prior that was trained with the same CLIP")
     add("--prior-guidance", type=float, default=1.0, help="w of the prior; 1: none (default %(default)s)")
     drawing.add_sampling(parser)
@@ -250,15 +260,15 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.checkpoint}: expected --clip DIR, the CLIP of its training, and {what}")
     drawing.check_sampling(args)
 
-    # The embeddings: of each image one for a row of variations, of each text as many as are drawn.
+    # Of each image one embedding for its row of variations; for each text as many as images are drawn.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = UnCLIP.from_pretrained(args.checkpoint).float().to(device).eval()
     clip = image_embeddings.open_clip(args.clip, d_embed=model.config.d_embed)
-    first, embeddings = [], []
+    originals, embeddings = [], []
     for path in args.image:
         seen = read_image(path, clip)
-        first.append([reduced(seen, model.config.unet.size)[0]])
-        embeddings.append(clip.of_images(clip.normalized(seen)).detach().expand(args.n, -1))
+        originals.append([reduced(seen, model.config.unet.size)[0]])
+        embeddings.append(clip.encode_images(clip.normalized(seen)).detach().expand(args.n, -1))
     if args.prompt:
         prior = image_embeddings.open_prior(args.prior, args.clip)
         texts = [text for text in args.prompt for _ in range(args.n)]
@@ -266,8 +276,9 @@ def main(argv: list[str] | None = None) -> None:
 
     how = {"guidance": args.guidance, "steps": args.steps, "eta": args.eta, "seed": args.seed}
     images = model.draw(torch.cat(embeddings), **how).cpu()
-    first += [[]] * len(args.prompt)
-    rows = [[*image, *row] for image, row in zip(first, images.split(args.n), strict=True)]
+    # A row of variations begins with the original image.
+    originals += [[]] * len(args.prompt)
+    rows = [[*original, *row] for original, row in zip(originals, images.split(args.n), strict=True)]
     pictures.save(args.out.parent, rows, name=args.out.name)
     print(f"{args.out}: {len(images)} images of {args.steps} steps")
 

@@ -245,8 +245,9 @@ def show(model: VAE, dataset: Dataset, out: Path) -> str:
     mu = model.encode(shown)[0]
     share = torch.linspace(0, 1, n, device=device)[:, None]
     walk = (1 - share) * mu[0] + share * mu[-1]
-    new = drawing.in_rows(model.draw(2 * n, torch.Generator().manual_seed(0)))
-    pictures.save(out, [list(shown), list(model.images(mu)), *new, list(model.images(walk))])
+    new = model.draw(2 * n, torch.Generator().manual_seed(0)).split(n)
+    labels = ("original", "rebuilt", "new", "new", "a walk")
+    pictures.save(out, [shown, model.images(mu), *new, model.images(walk)], labels=labels)
 
     found = measure(model, some)
     bounds = ", ".join(f"{'ELBO' if K == 1 else f'IWAE-{K}'} {nats:.2f}" for K, nats in found.nats.items())

@@ -1,25 +1,26 @@
-"""Visual instruction tuning: a model that sees learns to answer questions about images.
+"""Visual instruction tuning: vision/llava.py learns to answer questions about images.
 
-    loss = -mean over the tokens t_j of answers  log p(t_j | t_1 ... t_{j-1}, image)
+    loss = -mean over the tokens t_j of answers of log p(t_j | t_1 ... t_{j-1}, image)
 
-Two stages (LLaVA, Liu et al. 2023, arXiv 2304.08485, section 4.2). The image tower learns in neither:
+There are two stages (LLaVA, Liu et al. 2023, arXiv 2304.08485, section 4.2). The image tower is frozen in
+both:
 
-    --stage 1    the projector alone learns, on an image and its caption, without a question
+    --stage 1    the projector alone learns, on images with captions, without questions
     --stage 2    the projector and the language model learn, on conversations (the default)
 
-Stage 1 needs a language model that has been trained: `--set language=DIR`, a decoder that was trained here or
-a published one. Stage 2 goes on with --init-from, or begins anew, as the default run does.
+Stage 1 needs a trained language model: `--set language=DIR` names a decoder that was trained here, or a
+published one. Stage 2 continues from --init-from, or begins with a new model, as the default run does.
 
-A conversation is written as tokens piece by piece, with the label of each token beside it (see
-formats/chat_template.py): the answers and the tokens that end them are learned, and the system's message, the
-questions and the image are not. A row holds one conversation. It is cut at --seq-len tokens, but never inside
-of an image, and a conversation without an image is a row like others.
+A conversation becomes tokens piece by piece, each token with its label (formats/chat_template.py): the
+answers and the tokens that end them are learned, and the system's message, the questions and the image are
+not. A row holds one conversation, with an image or without. It is cut at --seq-len tokens, but never within
+an image.
 
-By default it learns about drawn scenes (data/scenes.py), with the tower of a CLIP that was trained on their
-captions: where --tower names none, the run first trains that CLIP, which takes some minutes, and keeps it
-below --cache. Evaluations also report the model with features of zero ("blind"). `--set blind=True` trains a
-model that never sees: its first projection is zero, and stays so. `--tower random` trains one whose tower is
-drawn at random.
+By default the conversations are about drawn scenes (data/scenes.py), and the tower is that of a CLIP that was
+trained on captions of such scenes. If --tower names none, the run first trains this CLIP, which takes some
+minutes, and keeps it below --cache. Two controls show what the images are worth. `--set blind=True` trains a
+model whose first projection is zero and frozen, so that it reads nothing of its images; and each evaluation
+also measures the trained model with features of zero ("blind"). `--tower random` draws the tower at random.
 
     python train.py --model llava                                       scenes: colours, shapes, sizes, places
     python train.py --model llava --tower CLIP --set language=LLM --stage 1 --data captions.jsonl --images DIR
@@ -49,7 +50,7 @@ from engine.settings import field_names, with_fields
 from formats.chat_template import IMAGE, ImageTokens, pieces, save_chat_template
 from formats.config_values import check_values
 from vision import first_stage
-from vision.clip import loss_bytes  # noqa: F401  of this task, too: it refuses --dry-run
+from vision.clip import loss_bytes  # noqa: F401  engine/contract.py finds it here; it refuses --dry-run
 from vision.llava import Config, with_tower
 from vision.visual_questions import COLUMNS, as_table, draw, scores
 
@@ -58,17 +59,17 @@ OPTIMIZER, BATCH_SIZE, STEPS = "muon", 64, 1000
 LOSS = "nats per token"
 HELD_OUT = 1 / 10  # share of a file's conversations
 N_SCENES = 16_000  # to learn from
-N_HELD_OUT = 256  # scenes with pairs that were seen, a question about each: the held-out loss
-N_SHOWN = 16  # scenes of each held-out part that are asked about at an evaluation
+N_HELD_OUT = 256  # scenes of the held-out loss, with one question each; their pairs are those learned from
+N_SHOWN = 16  # scenes of each held-out part whose questions are answered at an evaluation
 DEFAULT_TOKENIZER = "bpe:4096"  # the value that engine/options.py fills in where --tokenizer is left out
-CLIP_STEPS = 400  # of the CLIP whose tower the default run gets
+CLIP_STEPS = 400  # updates of the CLIP whose tower the default run gets
 
 
 @dataclass(frozen=True)
 class Settings:
     stage: int = 2  # 1: the projector alone learns, on captions; 2: the language model, too
     images: str = ""  # the folder of the images that --data names
-    blind: bool = False  # train a model that never sees its images
+    blind: bool = False  # the control that reads nothing of its images
 
     def __post_init__(self):
         check_values(self, stage=(1, 2))
@@ -84,15 +85,15 @@ def settings(config: Config) -> Settings:
 
 @dataclass
 class TalkDataset(Dataset):
-    """A data set about images, and the directory of the tower that a new model gets."""
+    """Conversations about images."""
 
-    tower: str = ""
+    tower: str = ""  # directory of the CLIP whose tower a new model gets, or "random"
 
 
 def load_data(args: Namespace, config: Config) -> TalkDataset:
-    """Return conversations about images, in parts to learn from and held out; see the header.
+    """Return conversations about images, to learn from and held out, see the header.
 
-    Raises ValueError for what a user can mend.
+    Raises ValueError for flags that do not fit together, and for files that cannot be read.
     """
     given = with_fields(Settings(), args.set, set(field_names(Settings())))
     check(args, config, given)
@@ -101,7 +102,7 @@ def load_data(args: Namespace, config: Config) -> TalkDataset:
         tower = config.tower or default_tower(args)
         config = with_tower(config, tower)
 
-    # The conversations, and the tokenizer, which may learn from those to train on.
+    # Read or draw the conversations. The tokenizer may be learned from those to learn from.
     if args.data == "scenes":
         parts = {"train": N_SCENES}, {"val": N_HELD_OUT}
         train, val = (SceneTalks(part, given.stage == 1, every="train" in part) for part in parts)
@@ -114,6 +115,7 @@ def load_data(args: Namespace, config: Config) -> TalkDataset:
     writing = Writing(tokenizer, image, given.stage, args.seq_len, shape)
     train, val = (within(part, writing) for part in (train, val))
 
+    # The fingerprint covers the rows: of drawn scenes their number, of files each conversation.
     content = hashlib.sha256(f"{args.data if args.data == 'scenes' else ''} {writing.fingerprint}".encode())
     for part in (train, val):
         content.update(f"{len(part)}".encode())
@@ -149,14 +151,15 @@ def check(args: Namespace, config: Config, given: Settings) -> None:
 
 
 def default_tower(args: Namespace) -> str:
-    """Return the directory of a CLIP that has learned captions of scenes: the one below --cache, or one that
-    this trains first."""
+    """Return the directory of a CLIP that has learned captions of scenes. It is trained first if it is not
+    yet below --cache."""
     what = "a CLIP learns captions of scenes"
     return first_stage.trained(args, "clip", "scenes", CLIP_STEPS, what, "--tower DIR")
 
 
 def from_files(args: Namespace, images: str) -> tuple[FileTalks, FileTalks]:
-    """Return the conversations of --data and of --val, or of a tenth of --data, the same for every seed."""
+    """Return the conversations to learn from and those held out: those of --data and --val, or without --val
+    nine tenths of --data and the rest, the same for every seed. images: the folder of the images."""
     found = []
     for flag, name in (("--data", args.data), ("--val", args.val)):
         if name is not None:
@@ -172,16 +175,19 @@ def from_files(args: Namespace, images: str) -> tuple[FileTalks, FileTalks]:
 
 
 def choose_tokenizer(args: Namespace, config: Config, talks: Any, stage: int) -> Tokenizer:
-    """Return the tokenizer that --tokenizer names, with a token for images: by default that of the model to
-    start from, or else one that learns from the conversations."""
-    n = bpe_size(args.tokenizer)  # of a tokenizer to learn: its tokens
+    """Return the tokenizer that --tokenizer names, with a token for images. By default it is that of the
+    model to start from, or else one that is learned from the conversations.
+
+    Raises ValueError if --tokenizer asks to learn one, although language=DIR has its own.
+    """
+    n = bpe_size(args.tokenizer)  # the tokens of a tokenizer to learn, None for one that exists
     if n is not None and config.language and not args.init_from:
         if args.tokenizer != DEFAULT_TOKENIZER:
             learned = f"--tokenizer {args.tokenizer}: the model in language={config.language} has its own"
             raise ValueError(f"{learned}; leave out --tokenizer")
         tokenizer = get_tokenizer(config.language)
     elif n is not None:
-        # Some thousand conversations hold nearly all words, and the template's marks; more only take time.
+        # Learn from the texts of 4,000 conversations, with the template's marks: more only takes time.
         order = np.random.default_rng(0).permutation(len(talks))[:4000]
         some = [talks[i].messages for i in order]
         plain = get_tokenizer("bytes")
@@ -193,10 +199,11 @@ def choose_tokenizer(args: Namespace, config: Config, talks: Any, stage: int) ->
 
 
 def within(talks: Any, writing: Writing) -> Any:
-    """Return the conversations of a file with an answer within a row, and print how many were left out.
+    """Return those conversations of a file that have a token of an answer in their first --seq-len tokens,
+    and print how many were left out.
 
-    Of drawn scenes only the first 200 are checked. Raises ValueError where one of these, or all conversations
-    of a file, would be left out.
+    Drawn scenes are returned as they are, and their first 200 are checked. Raises ValueError if one of these,
+    or all conversations of a file, have no such token.
     """
     is_file = isinstance(talks, FileTalks)
     some = talks if is_file else [talks[i] for i in range(min(len(talks), 200))]
@@ -214,10 +221,10 @@ def within(talks: Any, writing: Writing) -> Any:
 
 
 def wrap(model: nn.Module, config: Settings) -> nn.Module:
-    """Return the model with only those weights learning that the stage trains.
+    """Return the model, in which those weights are frozen that the stage does not train.
 
-    A blind model multiplies features by zero: for training the same as features of zero, and still so when it
-    was saved and opened again. (`LLaVA.blind` switches the features off for an evaluation.)
+    A blind model multiplies features by a zero matrix. For training this is the same as features of zero, and
+    it remains when the model is saved. (`LLaVA.blind` makes features zero for an evaluation.)
     """
     model.vision_tower.requires_grad_(False)
     if config.stage == 1:
@@ -231,8 +238,8 @@ def wrap(model: nn.Module, config: Settings) -> nn.Module:
 def make_batch(
     rows: list[Row], config: Settings, generator: torch.Generator, tokenizer: Tokenizer
 ) -> dict[str, Tensor]:
-    """Return "tokens" and "targets" (B, T), as long as the longest row, and "images" (B, C, H, W) with pixels
-    in [0, 1]."""
+    """Return "tokens" and "targets" (B, T), int64, where T is the length of the longest row, and "images"
+    (B, C, H, W) with pixels in [0, 1]."""
     batch = stack(rows)
     T = int(batch["length"].max())
     pixels = batch["image"].float() / 255
@@ -240,8 +247,8 @@ def make_batch(
 
 
 def flops_per_token(model: nn.Module, config: Settings, seq_len: int) -> int:
-    """Return the FLOPs of training on a row of seq_len tokens with an image: the tower computes forward only,
-    and no gradients of weights are computed in a language model that is frozen."""
+    """Return the FLOPs of training on a row of seq_len tokens with an image. The tower computes forward only,
+    and a frozen language model computes no gradients of its weights."""
     language, frozen = model.language_model, trainable.frozen_flops
     tokens = seq_len * (language.flops_per_token(seq_len) - frozen(language))
     seen = 2 * model.config.tower_macs + 6 * model.config.projector_macs
@@ -251,14 +258,14 @@ def flops_per_token(model: nn.Module, config: Settings, seq_len: int) -> int:
 
 
 def save_tokenizer(dataset: Dataset, directory: Path) -> None:
-    """Write the tokenizer and the template of conversations."""
+    """Write the tokenizer and its template for conversations."""
     dataset.tokenizer.save(directory)
     save_chat_template(dataset.tokenizer, directory)
 
 
 def show(model: nn.Module, dataset: Dataset, out: Path) -> str:
-    """Draw held-out images with a question and the answer, and return how often the model is right about held
-    out scenes, by kind of question, or for other data some answers."""
+    """Draw held-out images with a question and the model's answer. Return, for scenes with questions, how
+    often the model is right about each kind of question, and otherwise the answers."""
     rows = dataset.val
     lines = draw(model, dataset.tokenizer, rows, 3 * COLUMNS, out)
     if isinstance(rows.rows, SceneTalks) and not rows.rows.captions:

@@ -1,19 +1,19 @@
-"""Visual questions: how often a model that sees is right, by kind of question, with and without the image.
+"""Visual questions: how often a model that reads images is right about drawn scenes, by kind of question.
 
     right about  seen pairs  blind  unseen pairs  blind  chance
     colour       ...
 
-About drawn scenes (data/scenes.py) every question has one answer of one word. "Blind" is the same model with
-features of zero in the place of the image: a lower bound of what language alone can guess, since a model that
-has learned with images has never read such features. Unseen are the pairs of a colour and a shape that are in
-no scene to learn from.
+Each question about a scene (data/scenes.py) has one answer of one word. The scenes are new ones. "Seen pairs"
+are scenes with those pairs of a colour and a shape that are in the scenes to learn from; "unseen pairs" are
+held out of these. "Blind" is the same model with features of zero in the place of the image's. What can be
+guessed from the text alone may be more than this, since the model has learned with other features: measure a
+model that was trained blind, see vision/visual_instruct.py.
 
     python -m vision.visual_questions runs/llava/model
 
 Shapes: n images, C channels, H x W pixels.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +27,36 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from engine import pictures
 from formats import command
 from formats.chat_template import IMAGE, end_id
+from formats.json_file import write_json
 from formats.open_model import open_model
 from vision.classify_images import RIGHT, WRONG
 
-AT_ONCE = 64  # questions that are answered in one batch
-COLUMNS, WIDE, LONGEST = 3, 320, 50  # of the picture: pixels of an image, and characters below it
+BATCH = 64  # questions that are answered at once
+COLUMNS, WIDE, LONGEST = 3, 320, 50  # of the picture: columns, pixels of an image, characters below it
 
 
 @torch.no_grad()
 def answers(
     model: nn.Module, tokenizer: Tokenizer, prompts: list[list[int]], images: Tensor, max_new_tokens: int = 8
 ) -> list[str]:
-    """Return the model's likeliest answers after prompts: prompts[i] is about images[i], of (n, C, H, W) with
-    pixels in [0, 1]."""
+    """Return the model's answers to prompts, by the likeliest token at each step. prompts[i], a list of
+    tokens, is about images[i], of images (n, C, H, W) with pixels in [0, 1]."""
     device, found = next(model.parameters()).device, []
     stop = end_id(tokenizer)
-    for first in range(0, len(prompts), AT_ONCE):
-        part = slice(first, first + AT_ONCE)
-        seen = model.normalized(images[part].to(device))
-        for new in model.generate(prompts[part], max_new_tokens, images=seen, temperature=0, stop=stop):
+    for first in range(0, len(prompts), BATCH):
+        part = slice(first, first + BATCH)
+        normalized = model.normalized(images[part].to(device))
+        for new in model.generate(prompts[part], max_new_tokens, images=normalized, temperature=0, stop=stop):
             found.append(tokenizer.decode(new[:-1] if new[-1:] == [stop] else new).strip())
     return found
 
 
 def scores(model: nn.Module, tokenizer: Tokenizer, n: int, first: int = 0) -> dict[str, dict[str, float]]:
     """Return how often the model is right about n scenes of each held-out part, from number `first` on, by
-    kind of question: {"colour": {"val": ..., "unseen": ..., "val, blind": ..., "unseen, blind": ...}}. The
-    scenes of "val" have pairs of a colour and a shape that were learned from."""
+    kind of question: {"colour": {"val": ..., "unseen": ..., "val, blind": ..., "unseen, blind": ...}}.
+
+    "val" and "unseen" are the header's seen and unseen pairs.
+    """
     found = {kind: {} for kind in scenes.KINDS}
     vision, was_blind = model.config.vision, model.blind
     for part in ("val", "unseen"):
@@ -68,9 +71,9 @@ def scores(model: nn.Module, tokenizer: Tokenizer, n: int, first: int = 0) -> di
         images = images.repeat_interleave(len(asked[0]), dim=0)
         for name, blind in (("", was_blind), (", blind", True)):
             model.blind = blind
-            said = answers(model, tokenizer, prompts, images)
+            texts = answers(model, tokenizer, prompts, images)
             for kind in scenes.KINDS:
-                right = [text == q.answer for text, q in zip(said, flat, strict=True) if q.kind == kind]
+                right = [text == q.answer for text, q in zip(texts, flat, strict=True) if q.kind == kind]
                 found[kind][f"{part}{name}"] = sum(right) / len(right)
     model.blind = was_blind
     return found
@@ -89,8 +92,8 @@ def as_table(found: dict[str, dict[str, float]]) -> str:
 
 
 def draw(model: nn.Module, tokenizer: Tokenizer, rows: TalkRows, n: int, out: Path) -> list[str]:
-    """Draw the images of n of the rows, evenly spaced, with the first question about each and the model's
-    answer, green where it is right, and return a line for each. Rows without an image are left out."""
+    """Draw the images of n evenly spaced rows with the first question of each and the model's answer, green
+    where it is right. Return a line for each. Rows without an image are left out."""
     n = min(n, len(rows))
     chosen = [rows.rows[i * len(rows) // n] for i in range(n)]
     talks = [talk for talk in chosen if talk.image is not None]
@@ -100,22 +103,22 @@ def draw(model: nn.Module, tokenizer: Tokenizer, rows: TalkRows, n: int, out: Pa
     images = torch.from_numpy(np.stack(pixels)).float() / 255
     writing = rows.writing
     of = (tokenizer, writing.image, writing.stage)
-    said = answers(model, tokenizer, [before_answer(talk.messages, *of) for talk in talks], images, 40)
+    texts = answers(model, tokenizer, [before_answer(talk.messages, *of) for talk in talks], images, 40)
     shown, colours = [], []
-    for (messages, _), text in zip(talks, said, strict=True):
+    for (messages, _), text in zip(talks, texts, strict=True):
         i = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
         question, expected = messages[i - 1]["content"].replace(IMAGE, "").strip(), messages[i]["content"]
         shown.append((question if writing.stage == 2 else "", text, expected.strip()))
         colours.append(RIGHT if text == expected.strip() else WRONG)
     lines = [f"{q or 'caption:'} {text}" + f" (expected: {e})" * (text != e) for q, text, e in shown]
 
-    # Enlarged, so that a line fits below an image.
+    # Enlarge the images, so that a line of text fits below each.
     factor = max(1, WIDE // images.shape[-1])
     large = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     labels = [f"{q} {text}"[:LONGEST] for q, text, _ in shown]
     grid = [range(i, min(i + COLUMNS, len(talks))) for i in range(0, len(talks), COLUMNS)]
-    texts, inks = ([[values[i] for i in line] for line in grid] for values in (labels, colours))
-    pictures.save(out, [[large[i] for i in line] for line in grid], texts, inks)
+    cells = ([[values[i] for i in line] for line in grid] for values in (large, labels, colours))
+    pictures.save(out, *cells)
     return lines
 
 
@@ -129,21 +132,19 @@ def main(argv: list[str] | None = None) -> None:
         default=250,
         help="scenes of each held-out part, 8 questions each (default %(default)s)",
     )
-    add("--out", type=command.path, help="file for the figures, as JSON (default: they are printed alone)")
+    add("--out", type=command.new_file, help="file for the figures, as JSON (default: they are only printed)")
     args = parser.parse_args(argv)
     if args.n < 1:
         raise ValueError(f"-n {args.n}: expected at least 1")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = (
-        open_model(args.checkpoint).float().to(device).eval(),
-        get_tokenizer(str(args.checkpoint)),
-    )
+    tokenizer = get_tokenizer(str(args.checkpoint))
     if IMAGE not in tokenizer.special_tokens:
-        raise ValueError(f"{args.checkpoint}: its tokenizer has no {IMAGE}; expected a model that sees")
+        raise ValueError(f"{args.checkpoint}: its tokenizer has no {IMAGE}; expected that of a LLaVA")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = open_model(args.checkpoint).float().to(device).eval()
     found = scores(model, tokenizer, args.n)
     print(as_table(found))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, found, indent=1)
 
 
 if __name__ == "__main__":

@@ -4,30 +4,31 @@
     z = z + attention(norm(z)),  z = z + mlp(norm(z))          L times, every token attends to every other
     p(label | image) = softmax(W norm(z)_class + b)
 
-Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929). Nothing in it is made for images but the
-patches: what a convolution has built in, that neighbours belong together, the positions have to learn. With
-millions of images that is no loss. With a thousand it is, unless they are augmented, as they are in
-vision/classify_images.py, the task that trains it.
+Vision Transformer (Dosovitskiy et al. 2020, arXiv 2010.11929). Only the patches are made for images. That
+neighbouring pixels belong together is built into a convolution; a ViT has to learn it, in its positions. From
+millions of images it does. A thousand images are too few, unless they are augmented, as in
+vision/classify_images.py, the task that trains a ViT.
 
-What the classifier reads is one of three:
+The classifier reads one of three vectors (`readout`):
     class     norm(z) of a learned class token (section 3.1)
     pooler    tanh of a linear map of the same, the paper's head in pre-training (section 3.1)
     mean      norm of the mean of the patches, without the class token (as MAE is fine-tuned, He et al. 2021)
 
-Positions are learned, or fixed sines and cosines of row and column (`sin_cos`). Parameters have the names of
-Hugging Face's files.
+Positions are learned, or fixed sines and cosines of row and column (vision/patches.py). Parameters have the
+names of Hugging Face's files.
 
     python -m vision.vit                                   print the sizes
     python -m vision.vit runs/vit/model photo.png          classify images
     python train.py --model vit                            train one to read letters in unseen fonts
 
-Shapes: B batch, C channels, P patch size, N patches, T = 1 + N tokens, D model width, H heads, K head width,
-L layers.
+Shapes: B batch, C channels, P patch size, N patches, T = 1 + N tokens, D model width, F inner width of the
+MLP, H heads, K head width, L layers.
 """
 
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +49,12 @@ class Config:
     n_layers: int
     n_heads: int
     d_model: int
-    d_ff: int  # inner width of the MLP
+    d_ff: int  # F
     image_size: int | tuple[int, ...] = 224  # pixels, both ways, or (height, width)
     patch_size: int = 16  # pixels, both ways
     n_channels: int = 3
     n_classes: int = 1000  # 0: no classifier, the model returns features
-    readout: str = "class"  # or "pooler" or "mean"
+    readout: str = "class"  # or "pooler" or "mean", see the header
     positions: str = "learned"  # or "sincos", which are fixed
     mlp: str = "gelu"  # or "gelu_tanh", its approximation
     qkv_bias: bool = True
@@ -89,12 +90,12 @@ class Config:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Return how many patches are above each other, and side by side."""
+        """Return the numbers of rows and columns of patches."""
         return tuple(side // self.patch_size for side in self.size)
 
     @property
     def n_patches(self) -> int:
-        """Return N."""
+        """Return N, the number of patches."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -106,10 +107,10 @@ class Config:
 TI, S, B, L = (12, 3, 192, 768), (12, 6, 384, 1536), (12, 12, 768, 3072), (24, 16, 1024, 4096)
 SIZES = {
     "tiny": Config(4, 4, 128, 256, 32, 8, 1, 62),
-    "tiny-4": Config(4, 4, 128, 256, 32, 4, 1, 62),  # patches of 4 pixels: vision/mae.py hides them
-    "ti-16": Config(*TI),  # Touvron et al. 2020, table 1; "s" too
+    "tiny-4": Config(4, 4, 128, 256, 32, 4, 1, 62),  # patches of 4 pixels, for vision/mae.py
+    "ti-16": Config(*TI),  # Touvron et al. 2020, table 1
     "s-16": Config(*S),
-    "s-32": Config(*S, patch_size=32),
+    "s-32": Config(*S, patch_size=32),  # Steiner et al. 2021
     "b-16": Config(*B),  # Dosovitskiy et al. 2020, table 1
     "b-32": Config(*B, patch_size=32),
     "l-16": Config(*L),
@@ -149,7 +150,7 @@ def initialize(module: nn.Module) -> None:
 
 
 class Embeddings(nn.Module):
-    """Patches, their positions and the class token."""
+    """The class token and the patches, with their positions."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -164,7 +165,8 @@ class Embeddings(nn.Module):
         self.patch_embeddings = nn.ModuleDict({"projection": projection})
 
     def positions(self, grid: tuple[int, ...]) -> Tensor:
-        """Return the positions (1, 1 + N, D) of a grid, which need not be the config's."""
+        """Return the positions (1, 1 + N, D) for a grid of patches, interpolated or computed anew if it is
+        not the config's."""
         if grid == self.config.grid:
             return self.position_embeddings
         if self.config.positions == "sincos":
@@ -172,16 +174,16 @@ class Embeddings(nn.Module):
         return resample(self.position_embeddings, self.config.grid, grid)
 
     def forward(self, images: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the class token (B, 1, D) and the patches (B, N, D) with their positions; with places (B, n)
-        only the patches there."""
+        """Return the class token (B, 1, D) and the patches (B, N, D) of normalized images (B, C, height,
+        width), with their positions; with places (B, n), only the patches at these places (B, n, D)."""
         P, projection = self.config.patch_size, self.patch_embeddings.projection
         positions = self.positions((images.shape[2] // P, images.shape[3] // P))
-        pixels, of_patches = patches_of(images, P), positions[:, 1:]
+        pixels, patch_positions = patches_of(images, P), positions[:, 1:]
         if places is not None:
-            pixels, of_patches = take(pixels, places), F.embedding(places, of_patches[0])
+            pixels, patch_positions = take(pixels, places), F.embedding(places, patch_positions[0])
         x = F.linear(pixels, projection.weight.flatten(1), projection.bias)  # (B, N or n, D)
-        first = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
-        return first, x + of_patches
+        class_token = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        return class_token, x + patch_positions
 
 
 class Attention(nn.Module):
@@ -196,9 +198,10 @@ class Attention(nn.Module):
         self.n_heads, self.backend = config.n_heads, config.kernels
 
     def forward(self, x: Tensor, n: int) -> Tensor:
-        """Return the mixed values (B, n, D) of the first n tokens of x (B, T, D)."""
-        maps = {self.attention.query: x[:, :n], self.attention.key: x, self.attention.value: x}
-        q, k, v = (f(y).unflatten(2, (self.n_heads, -1)) for f, y in maps.items())  # (B, n or T, H, K)
+        """Return the output (B, n, D) at the first n tokens of x (B, T, D), which attend to all T."""
+        maps = self.attention
+        flat = maps.query(x[:, :n]), maps.key(x), maps.value(x)
+        q, k, v = (y.unflatten(2, (self.n_heads, -1)) for y in flat)  # (B, n or T, H, K)
         return self.output.dense(attention(q, k, v, backend=self.backend).flatten(2))
 
 
@@ -216,34 +219,44 @@ class Block(nn.Module):
         self.approximate = "tanh" if config.mlp == "gelu_tanh" else "none"
 
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
-        """Return the layer's output (B, n, D) for x (B, T, D): of the first n tokens, by default all. The
-        others are only attended to."""
+        """Return the layer's output (B, n, D) at the first n tokens of x (B, T, D), by default at all. The
+        other tokens are only attended to."""
         n = x.shape[1] if n is None else n
         x = x[:, :n] + self.attention(self.layernorm_before(x), n)
         inner = F.gelu(self.intermediate.dense(self.layernorm_after(x)), approximate=self.approximate)
         return x + self.output.dense(inner)
 
 
-def through(layers: nn.ModuleList, x: Tensor, n: int | None = None) -> Tensor:
-    """Return the output of all layers for x (B, T, D): of the first n tokens, by default all, (B, n, D)."""
+def run_layers(layers: nn.ModuleList, x: Tensor, n: int | None = None) -> Tensor:
+    """Return the output (B, n, D) of a stack of blocks for x (B, T, D), at the first n tokens, by default at
+    all. The last block computes no other tokens."""
     for layer in layers[:-1]:
         x = layer(x)
     return layers[-1](x, n)
 
 
-def n_macs(config: Config, n: int | None = None, n_read: int | None = None) -> int:
-    """Return the multiplications of one forward pass that reads n of the N patches (None: all).
+def layer_macs(config: Any, T: int, n_read: int | None = None) -> int:
+    """Return the multiplications of a config's L blocks for T tokens: L (T (4 D^2 + 2 D F) + 2 T^2 D).
 
-    They are L (T (4 D^2 + 2 D F) + 2 T^2 D) + N D C P^2 + D classes, with T = 1 + n and F the inner width of
-    the MLP; a pooler adds D^2. Papers often call these FLOPs. Where only n_read tokens are read after the
-    last layer, it saves (T - n_read) (2 D^2 + 2 D F + 2 T D).
+    n_read: how many tokens are read after the last block, by default all. Those that are not read save
+    (T - n_read) (2 D^2 + 2 D F + 2 T D), as the last block computes only their keys and values.
     """
-    D, F, T = config.d_model, config.d_ff, 1 + (config.n_patches if n is None else n)
+    D, F = config.d_model, config.d_ff
     layer = T * (4 * D * D + 2 * D * F) + 2 * T * T * D
     left_out = 0 if n_read is None else (T - n_read) * (2 * D * D + 2 * D * F + 2 * T * D)
-    patches = (T - 1) * D * config.n_channels * config.patch_size**2
+    return config.n_layers * layer - left_out
+
+
+def n_macs(config: Config, n: int | None = None, n_read: int | None = None) -> int:
+    """Return the multiplications of one forward pass that reads n of the N patches, by default all.
+
+    They are those of `layer_macs` for 1 + n tokens, n D C P^2 of the patches and D for each class; a pooler
+    adds D^2. Papers often call these FLOPs. n_read: see `layer_macs`.
+    """
+    D, n = config.d_model, config.n_patches if n is None else n
+    patches = n * D * config.n_channels * config.patch_size**2
     pooler = D * D * (config.readout == "pooler")
-    return config.n_layers * layer - left_out + patches + pooler + D * config.n_classes
+    return layer_macs(config, 1 + n, n_read) + patches + pooler + D * config.n_classes
 
 
 class ViT(nn.Module):
@@ -261,47 +274,48 @@ class ViT(nn.Module):
         initialize(self)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Return images (B, C, height, width) with pixels in [0, 1] as the model reads them."""
+        """Return images (B, C, height, width) with pixels in [0, 1] as the model reads them: minus the mean
+        of the config, and divided by its std."""
         mean, std = (images.new_tensor(getattr(self.config, name))[:, None, None] for name in ("mean", "std"))
         return (images - mean) / std
 
-    def encode(self, first: Tensor, patches: Tensor, n: int | None = None) -> Tensor:
-        """Return z after the last layer of the class token (B, 1, D) and patches (B, N, D): of the first n of
-        these 1 + N tokens, by default all, (B, n, D)."""
-        return through(self.vit.encoder.layer, torch.cat((first, patches), dim=1), n)
-
-    def hidden(self, images: Tensor) -> Tensor:
-        """Return norm(z) (B, T, D) of normalized images (B, C, height, width), whose sides are multiples of
-        the patch size."""
-        return self.vit.layernorm(self.encode(*self.vit.embeddings(images)))
+    def encode(self, class_token: Tensor, patches: Tensor, n: int | None = None) -> Tensor:
+        """Return z (B, n, D) after the last layer, before the norm, for embeddings of the class token
+        (B, 1, D) and patches (B, N, D), at the first n of these 1 + N tokens, by default at all."""
+        return run_layers(self.vit.encoder.layer, torch.cat((class_token, patches), dim=1), n)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the classifier reads (B, D), see the header, of normalized images."""
+        """Return the vectors (B, D) that the classifier reads, see the header, of normalized images
+        (B, C, height, width), whose sides are multiples of the patch size."""
         embeddings = self.vit.embeddings(images)
         if self.config.readout == "mean":
             return self.vit.layernorm(self.encode(*embeddings)[:, 1:].mean(dim=1))
-        first = self.vit.layernorm(self.encode(*embeddings, 1)[:, 0])
-        return torch.tanh(self.vit.pooler.dense(first)) if self.config.readout == "pooler" else first
+        class_token = self.vit.layernorm(self.encode(*embeddings, 1)[:, 0])
+        if self.config.readout == "pooler":
+            return torch.tanh(self.vit.pooler.dense(class_token))
+        return class_token
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes), or features (B, D) without classes, of normalized images."""
+        """Return the logits (B, classes) of normalized images, or their features (B, D) if the config has no
+        classes."""
         features = self.features(images)
         return self.classifier(features) if self.config.n_classes else features
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean cross-entropy in nats of "images", with pixels in [0, 1], and "targets", their
-        labels; and the accuracy."""
+        """Return the mean cross-entropy in nats of "images" (B, C, height, width), with pixels in [0, 1], and
+        "targets" (B,), their labels; and the accuracy."""
         logits = self(self.normalized(batch["images"])).float()
         accuracy = (logits.argmax(-1) == batch["targets"]).float().mean()
         return F.cross_entropy(logits, batch["targets"]), {"accuracy": accuracy}
 
     def flops_per_token(self, seq_len: int = 1) -> int:
-        """Return the FLOPs of matrix products, forward and backward, of one image: three times forward's."""
+        """Return the FLOPs of matrix products, forward and backward, for one image: two for a multiplication
+        forward, and four backward. seq_len is not used."""
         return 6 * n_macs(self.config, n_read=None if self.config.readout == "mean" else 1)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, kernels: str = "auto") -> "ViT":
-        """Return the ViT in a directory, in its precision; of a ViTMAEForPreTraining the encoder.
+        """Return the ViT in a directory, in the dtype of its weights; of a ViTMAEForPreTraining the encoder.
 
         Raises ValueError naming what is missing, damaged or not implemented.
         """
@@ -345,15 +359,15 @@ def main() -> None:
         print_sizes()
         return
     if not args.images:
-        raise ValueError(f"{args.checkpoint}: no images to classify; add their files behind it")
-    model = ViT.from_pretrained(args.checkpoint).eval()
+        raise ValueError(f"{args.checkpoint}: no images to classify; add their files after it")
+    model = ViT.from_pretrained(args.checkpoint).eval().float()
     config = model.config
     if not config.n_classes:
         raise ValueError(f"{args.checkpoint}: no classifier; train one by --init-from, --set n_classes=N")
     for path in args.images:
         pixels = torch.from_numpy(decode(path, (config.n_channels, *config.size), Counter())) / 255
         with torch.no_grad():
-            logits = model(model.normalized(pixels[None].float()))[0]
+            logits = model(model.normalized(pixels[None]))[0]
         print(f"{path}: {likeliest(logits, config)}")
 
 

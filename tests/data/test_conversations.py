@@ -76,6 +76,7 @@ def test_what_is_no_conversation_may_be_left_out(tmp_path):
         ({"messages": [*PLAIN, *PLAIN[:1]]}, "an assistant last"),
         ({"messages": [*PLAIN, SYSTEM]}, "an assistant last"),
         ({"messages": [{"role": "tool", "content": "x"}, *PLAIN]}, "roles tool, user"),
+        ({"messages": []}, "roles (none): expected user, assistant"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "an assistant last"),
         ({"question": "q", "answer": " \n"}, "answer is empty"),
         ({"question": "q", "answer": 42}, "assistant: 42: expected a string"),

@@ -56,6 +56,16 @@ def test_a_folder_for_each_class_is_decoded_once_to_a_memory_map(folder, monkeyp
     assert prepare(folder)[0].fingerprint != dataset.fingerprint
 
 
+def test_hidden_files_and_folders_are_passed_over_at_any_depth(folder):
+    for hidden in ("cat/.ipynb_checkpoints", ".thumbnails", "dog/a/.b"):
+        (folder / hidden).mkdir(parents=True)
+        shutil.copy(folder / "cat" / "0.png", folder / hidden / "0-checkpoint.png")
+    shutil.copy(folder / "cat" / "0.png", folder / "dog" / ".0.png")
+    shutil.copy(folder / "cat" / "0.png", folder / "dog" / "a" / "0.png")
+    dataset, _ = prepare(folder)
+    assert len(dataset.train) + len(dataset.val) == 21
+
+
 def test_a_damaged_cache_is_built_anew(folder):
     dataset, _ = prepare(folder)
     (home,) = (folder.parent / "cache").glob("images-*")
@@ -164,6 +174,8 @@ def test_what_is_no_set_of_images_is_refused(folder, tmp_path):
     for name, words in (("nothing", "not found"), ("empty", "no images")):
         with pytest.raises(ValueError, match=words):
             prepare(tmp_path / name)
+    with pytest.raises(ValueError, match="--data landscapes:x: not found"):
+        images.prepare("landscapes:x", SIZE, tmp_path)
     with pytest.raises(ValueError, match="expected glyphs, glyphs:fonts"):
         images.prepare("glyphs:greek", SIZE, tmp_path)
     with pytest.raises(ValueError, match="has a held-out part of its own"):
@@ -225,6 +237,7 @@ def test_a_damaged_idx_file_is_named(tmp_path):
         (whole + b"x", "more bytes, 294 promised"),
         (b"\0\0\x0d\x03" + whole[4:], "expected an idx file of bytes"),
         (b"\0\0\x08\x03" + b"\xff" * 12, "bytes promised; at most"),
+        (b"\0\0\x08\x03" + struct.pack(">3I", 6, 0, 7), r"\(6, 0, 7\): no images"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words):
@@ -235,12 +248,15 @@ def test_a_damaged_idx_file_is_named(tmp_path):
 
 
 def write_cifar(folder, n_labels, label=3):
-    """Write a set of two images to learn from, and one held out; return the records."""
+    """Write files of two images to learn from, and one held out; return the two records."""
     folder.mkdir()
-    train, test = ("data_batch_1.bin", "test_batch.bin") if n_labels == 1 else ("train.bin", "test.bin")
+    train, test = [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin"
+    if n_labels == 2:
+        train, test = ["train.bin"], "test.bin"
     records = np.random.default_rng(0).integers(0, 255, (2, n_labels + 3072)).astype(np.uint8)
     records[:, n_labels - 1] = (1, label)
-    records.tofile(folder / train)
+    for name in train:
+        records.tofile(folder / name)
     records[:1].tofile(folder / test)
     return records
 
@@ -263,6 +279,11 @@ def test_a_pickle_a_wrong_label_and_a_cut_file_of_cifar_are_refused(tmp_path):
     write_cifar(tmp_path / "wrong", 1, label=12)
     with pytest.raises(ValueError, match="record 1 has label 12; expected 0 to 9"):
         prepare(tmp_path / "wrong")
+    for name in ("data_batch_3.bin", "test_batch.bin"):
+        write_cifar(tmp_path / name, 1)
+        (tmp_path / name / name).unlink()
+        with pytest.raises(ValueError, match=f"{name} is missing; expected all files"):
+            prepare(tmp_path / name)
     (tmp_path / "wrong" / "data_batch_1.bin").write_bytes(bytes(3000))
     with pytest.raises(ValueError, match="3,000 bytes; expected records of 3,073"):
         prepare(tmp_path / "wrong")
@@ -299,6 +320,12 @@ def test_a_warp_of_zero_is_the_identity_and_every_map_stays_within_its_limits():
     maps = transforms(500, Augmentation(), torch.Generator().manual_seed(0))
     determinants = torch.linalg.det(maps[:, :, :2])
     assert determinants.min() > 0.7 and determinants.max() < 1.4 and maps[:, :, 2].abs().max() <= 0.15
+
+
+def test_no_draw_gives_a_mirrored_image_without_width(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, 0.5))
+    maps = transforms(1, Augmentation(mirror=True), torch.Generator())
+    assert torch.linalg.det(maps[:, :, :2]).abs().item() == 1
 
 
 def test_the_command_prints_what_is_in_a_folder(folder, capsys, monkeypatch):

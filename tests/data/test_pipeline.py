@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import generate
 import train
 from data import pipeline as module
+from data.piece_decoders import decoder
 from data.pipeline import Pipeline
 from data.pre_tokenize import PRE_TOKENIZERS, pre_tokenizer
 from data.tokenizer import Tokenizer, get_tokenizer
@@ -129,6 +130,13 @@ def test_a_split_does_with_its_matches_what_the_library_does(behavior, invert):
     for text in ("a1b22c", "12", "abc", "1a", "a1", "--a--1b", ""):
         words = [word for word in pre_tokenizer(part)([text], True) if word]
         assert words == [word for word, _ in expected.pre_tokenize_str(text)], text
+
+
+@pytest.mark.parametrize("start, stop", [(1, 0), (0, 1), (2, 1), (0, 3)])
+def test_the_decoder_strip_does_at_both_sides_what_the_library_does(start, stop):
+    part = {"type": "Strip", "content": "a", "start": start, "stop": stop}
+    for token in ("xa", "aax", "xaaaa", "aaxaa", "xa\n", "\naa", "a\na", "xaa\n\n"):
+        assert decoder(part)([token]) == [library.decoders.Strip("a", start, stop).decode([token])], token
 
 
 def test_special_tokens_only_when_allowed_and_other_added_tokens_always(ours):
@@ -283,6 +291,7 @@ def changed(name: str, path: tuple, value) -> dict:
 MISTAKES = [
     ("t5", ("normalizer",), {"type": "Nmt"}, "normalizer 'Nmt' is not supported"),
     ("t5", ("pre_tokenizer",), {"type": "UnicodeScripts"}, "pre-tokenizer 'UnicodeScripts' is not supported"),
+    ("t5", ("pre_tokenizer",), {"type": "Punctuation", "behavior": "x"}, "behavior 'x' is not supported"),
     ("t5", ("decoder",), {"type": "CTC"}, "decoder 'CTC' is not supported"),
     ("t5", ("post_processor",), {"type": "Other"}, "post-processor Other is not supported"),
     ("t5", ("model",), {"type": "WordLevel", "vocab": {}}, "model type WordLevel is not supported"),

@@ -122,6 +122,7 @@ def test_what_cannot_be_read_is_refused_by_name_or_left_out(folder, monkeypatch)
             whole[:20] + struct.pack("<H", 3) + whole[22:],
             "other than whole numbers need: pip install",
         ),
+        "5b.wav": (whole[:32] + struct.pack("<HH", 8, 64) + whole[36:], "samples of 64 bits; expected 8, 16"),
         "6.flac": (b"fLaC", "need: pip install soundfile"),
     }
     write_wav(low / "7.wav", tone(20), RATE)
@@ -131,12 +132,12 @@ def test_what_cannot_be_read_is_refused_by_name_or_left_out(folder, monkeypatch)
         with pytest.raises(ValueError, match=words) as error:
             sounds.decode(low / name, N, RATE, Counter())
         assert name in str(error.value)
-    with pytest.raises(ValueError, match=r"7\.wav: 20 samples at 8,000 Hz; expected at least 0\.025 s"):
+    with pytest.raises(ValueError, match=r"7\.wav: 20 samples at 8,000 Hz; expected at least 0\.05 s"):
         sounds.decode(low / "7.wav", N, RATE, Counter())
     with pytest.raises(ValueError, match=r"0\.wav: cut off.*--bad-text skip to leave such sounds out"):
         prepare(folder)
     dataset, lines = prepare(folder, bad_sounds="skip")
-    assert len(dataset.train) + len(dataset.val) == 13 and lines[-1] == "21 sounds read: 8 left out"
+    assert len(dataset.train) + len(dataset.val) == 13 and lines[-1] == "22 sounds read: 9 left out"
     assert lines[0].startswith("skipped: ") and len(lines) == 5 + 1
 
 
@@ -147,6 +148,15 @@ def test_the_beginning_of_a_long_file_is_read_and_no_more(tmp_path, monkeypatch)
     counts = Counter()
     assert len(sounds.decode(tmp_path / "a.wav", N, RATE, counts)) == N
     assert sum(read) < 1.1 * N and counts == {"longer than 0.25 s (beginning kept)": 1}
+
+
+def test_a_resampled_sound_ends_as_if_the_whole_file_had_been_read(tmp_path):
+    x = np.random.default_rng(0).integers(-9000, 9000, 16_000).astype(np.int16)
+    for own, rate in ((1_000, 1_001), (1_000, 48_000), (44_100, 16_000)):
+        write_wav(tmp_path / "a.wav", x, own)
+        whole = sounds.resampled(x / 32768, own, rate)[:500]
+        found = sounds.decode(tmp_path / "a.wav", 500, rate, Counter())
+        assert np.array_equal(found, (whole * 32768).round()), (own, rate)
 
 
 def test_flac_and_floating_point_are_read_where_soundfile_is_installed(tmp_path):

@@ -30,9 +30,9 @@ def write(path, members, link=None):
             tar.addfile(info)
 
 
-def read_all(data, cache, **options):
+def read_all(data, cache, notify=lambda line: None, **options):
     """Return {the grey of an image: its captions} of both parts."""
-    parts = read(str(data), (4, 4), cache, notify=lambda line: None, **options)
+    parts = read(str(data), (4, 4), cache, notify=notify, **options)
     pairs = [pair for part in parts for pair in zip(part.images, part.captions, strict=True)]
     return {int(image[0, 0, 0]): texts for image, texts in pairs}
 
@@ -57,6 +57,7 @@ def test_webdataset_tars_are_found_by_range_in_order(tmp_path):
         write(tmp_path / name, {})
     found = find_shards(str(tmp_path / "a-{2..3}-{0..1}.tar"), "--data")
     assert [path.name for path in found] == ["a-2-0.tar", "a-2-1.tar", "a-3-0.tar", "a-3-1.tar"]
+    assert find_shards(str(tmp_path / "a-{2..2}-1.tar"), "--data") == [tmp_path / "a-2-1.tar"]
     for data, words in (
         ("a-{2..4}-0.tar", "a-4-0.tar is missing"),
         ("a-{3..2}-0.tar", "expected a rising range"),
@@ -82,7 +83,9 @@ def test_a_sample_that_cannot_be_read_is_named_or_left_out(members, words, tmp_p
     write(tmp_path / "s.tar", {**members, "b.png": png(2), "b.txt": b"b", "c.png": png(3), "c.txt": b"c"})
     with pytest.raises(ValueError, match=words):
         read_all(tmp_path / "s.tar", tmp_path / "cache")
-    assert read_all(tmp_path / "s.tar", tmp_path / "cache", bad="skip") == {2: ("b",), 3: ("c",)}
+    lines = []
+    found = read_all(tmp_path / "s.tar", tmp_path / "cache", bad="skip", notify=lines.append)
+    assert found == {2: ("b",), 3: ("c",)} and len([line for line in lines if "skipped: " in line]) == 1
 
 
 def test_what_is_no_tar_file_is_refused(tmp_path):

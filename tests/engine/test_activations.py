@@ -67,16 +67,16 @@ def made(task, args):
     return module, batch, lambda: concept.task.loss(module, batch)[0], plan
 
 
-def all_through(layers, x, n=None, through=vit.through):
+def run_whole_layers(layers, x, n=None, run_layers=vit.run_layers):
     """Return the output of all layers, of which the last, too, computes all tokens."""
-    return through(layers, x)[:, :n]
+    return run_layers(layers, x)[:, :n]
 
 
 @pytest.fixture
 def compute_all_tokens(monkeypatch):
     """Let the last layer compute what it otherwise leaves out, since a plan counts it."""
-    monkeypatch.setattr(vit, "through", all_through)
-    monkeypatch.setattr(mae, "through", all_through)
+    monkeypatch.setattr(vit, "run_layers", run_whole_layers)
+    monkeypatch.setattr(mae, "run_layers", run_whole_layers)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

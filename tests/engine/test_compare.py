@@ -53,6 +53,12 @@ def test_runs_are_ranked_only_by_what_can_be_compared(tmp_path, change, verdict,
     assert ranked is None or ranked in printed
 
 
+def test_texts_that_are_not_recorded_are_not_taken_for_the_same(tmp_path):
+    changes = ({"text": None}, {"text": None, "fingerprint": "other"})
+    runs = [make_run(tmp_path / f"{i}", start=START | change) for i, change in enumerate(changes)]
+    assert "neither losses nor bits per byte can be compared" in compare.compare(runs, tmp_path)
+
+
 def test_compare_without_run_json_says_that_flags_are_not_known(tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", start=None)
     printed = compare.compare([a, b], tmp_path)

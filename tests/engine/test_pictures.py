@@ -28,6 +28,17 @@ def test_a_grid_shows_each_pixel_as_a_square_with_its_text_below(tmp_path):
     assert labelled.shape[0] == 6 + 70 + 18 and (below[..., 0] - below[..., 1] > 100).any()
 
 
+def test_the_label_of_a_row_is_to_its_left(tmp_path):
+    image = torch.ones(1, 2, 2)
+    pictures.save(tmp_path, [[image], [image]])
+    without = np.asarray(Image.open(tmp_path / "picture.png"))
+    pictures.save(tmp_path, [[image], [image]], labels=("real", ""))
+    drawn = np.asarray(Image.open(tmp_path / "picture.png"))
+    left = drawn.shape[1] - without.shape[1]
+    assert left > 20 and (drawn[:, left + 6 :] == without[:, 6:]).all()
+    assert (drawn[6:70, : left + 6] < 100).any() and (drawn[76:, : left + 6] > 200).all()
+
+
 def test_the_picture_of_each_evaluation_is_kept_and_inside_the_page(tmp_path):
     out = make_run(tmp_path / "a", start=START | {"unit": "images", "loss": "squared error"})
     text = (out / "metrics.jsonl").read_text().replace('"tokens', '"images')

@@ -50,6 +50,7 @@ def test_a_tokenizer_json_whose_class_replaces_the_end_of_words_is_decoded_alike
     [
         ("vocab.json", '{"a": 0}', "has no <|startoftext|> and <|endoftext|>"),
         ("merges.txt", "#version: 0.2\na b c\n", "line 'a b c': expected two pieces that make a third"),
+        ("merges.txt", "#version: 0.2\n\udcff", "merges.txt: not UTF-8"),
         ("merges.txt", None, "no such file; expected the merges of"),
     ],
 )
@@ -57,6 +58,6 @@ def test_another_or_a_damaged_vocabulary_is_one_line(name, text, words, tmp_path
     folder = shutil.copytree(FOLDER, tmp_path / "v")
     (folder / name).unlink()
     if text is not None:
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=words.replace("|", r"\|")):
         get_tokenizer(str(folder))

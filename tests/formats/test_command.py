@@ -37,6 +37,9 @@ def first_file():
     print("a warning", file=sys.stderr)
     assert file.fileno() > 2
 
+def leaves():
+    sys.exit("the figures differ")
+
 def flags():
     parser = command.Parser(prog="it", description="one\\n" * 9999)
     parser.add_argument("--out", type=command.path)
@@ -69,6 +72,10 @@ def shell(program, line, **environment):
 
 def test_a_mistake_is_one_line_and_exit_code_2(program):
     assert shell(program, "$it mistake") == (2, "", "error: size 中: expected another\n")
+
+
+def test_the_text_of_an_exit_is_printed_with_exit_code_1(program):
+    assert shell(program, "$it leaves") == (1, "", "the figures differ\n")
 
 
 def test_ctrl_c_is_quiet(program):

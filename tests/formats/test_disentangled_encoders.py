@@ -100,6 +100,7 @@ def without_a_row(weights):
         ("deberta-v1", {"unheard_of": 1}, "unheard_of 1 is not implemented"),
         ("deberta-v1", {"hidden_size": None}, "hidden_size missing"),
         ("deberta-v1", {"model_type": "bert"}, "model_type 'bert': expected deberta or deberta-v2"),
+        ("deberta-v1", {"model_type": ["deberta"]}, "model_type ['deberta']: expected deberta or deberta-v2"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_its_name(name, keys, message, tmp_path):

@@ -379,6 +379,8 @@ def test_targets_are_short_where_all_layers_have_them(case, targets, tmp_path):
         ({"rank_pattern": {"q_proj(": 4}}, r"rank_pattern 'q_proj\(' is not a pattern"),
         ({"rank_pattern": [4]}, r"rank_pattern \[4\]: expected dict"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern 'q_proj' '8': expected a number"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern 'q_proj' nan: expected a number"),
+        ({"rank_pattern": {"q_proj": True}}, "rank_pattern 'q_proj' True: expected a whole number"),
         ({"r": 3}, r"lora_A has shape \(4, .*: expected \(3, D_in\) for rank 3 by adapter_config"),
         ({"rank_pattern": {"1.self_attn.q_proj": 2}}, r"layers\.1\.self_attn\.q_proj\.lora_A .* for rank 2"),
         ({"use_dora": True}, r"lora_magnitude_vector is missing; expected lora_A and lora_B and"),

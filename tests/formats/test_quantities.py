@@ -16,3 +16,9 @@ def test_quantities():
 def test_numbers_are_written_short():
     numbers = (1.4e12, 72.25e9, 999.7e6, 1e9, 20, 0.958, 3e17)
     assert [short(n) for n in numbers] == ["1.4T", "72.2B", "1B", "1B", "20", "0.958", "3e17"]
+
+
+def test_a_unit_begins_where_the_number_of_digits_rounds_to_1000():
+    assert [short(999.7, digits) for digits in (3, 4)] == ["1k", "999.7"]
+    assert [short(999_960, digits) for digits in (4, 6)] == ["1M", "999.96k"]
+    assert [short(x, 4) for x in (999.94e12, 999.96e12)] == ["999.9T", "1e15"]

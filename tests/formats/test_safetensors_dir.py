@@ -161,3 +161,24 @@ def test_sizes_that_are_none_are_named(key, value, tmp_path):
     for kind in ("llama", "mixtral", "bert-mlm"):
         message = refusal(copy_of(FIXTURES / kind, tmp_path / kind, **{key: value}))
         assert key in message or value in (10**9, 2**70)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize(
+    "kind, end",
+    [
+        ("gpt2", "attn.c_attn.bias"),
+        ("imagegpt", "attn.c_attn.weight"),
+        ("modernbert-mlm", "attn.Wqkv.weight"),
+        ("deberta-v1", "in_proj.weight"),
+        ("clip", "logit_scale"),
+        ("vit", "classifier.bias"),
+    ],
+)
+def test_a_tensor_that_is_translated_but_has_another_shape_is_named(kind, end, shape, tmp_path):
+    shutil.copytree(FIXTURES / kind, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith(end))
+    shape = (2,) if kind == "clip" else shape  # whose one number may have either shape
+    save_file(weights | {name: torch.zeros(shape)}, tmp_path / "model.safetensors")
+    assert "shape" in refusal(tmp_path)

@@ -177,6 +177,9 @@ def test_sinusoids_and_bias_may_be_missing_and_embeddings_stored_twice(tmp_path)
         ({"decoder_ffn_dim": 44}, {}, "decoder_ffn_dim is not encoder_ffn_dim"),
         ({"normalize_before": True}, {}, "normalize_before True is not implemented"),
         ({}, {"repetition_penalty": 1.2}, "repetition_penalty 1.2 is not implemented"),
+        ({}, {"num_beams": 0}, "num_beams 0: expected at least 1"),
+        ({}, {"max_length": -5}, "max_length -5: expected at least 0"),
+        ({}, {"length_penalty": float("nan")}, "length_penalty nan: expected a finite number"),
         ({}, {"early_stopping": "never"}, "early_stopping 'never': expected bool"),
     ],
 )

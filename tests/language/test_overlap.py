@@ -26,7 +26,9 @@ def test_the_recorded_corpora_are_not_trivial():
 
 
 def test_unequal_numbers_of_texts_are_refused():
-    with pytest.raises(ValueError, match="2 translations, 1 references"):
+    with pytest.raises(
+        ValueError, match="2 translations and 1 references: expected one reference for each translation"
+    ):
         bleu(["a", "b"], ["a"])
 
 

@@ -375,6 +375,24 @@ def test_what_cannot_be_merged_or_unmerged():
         unmerge(model)
 
 
+@pytest.mark.parametrize("name", ["gpt", "gpt, untied", "moe", "bert"])
+def test_unmerge_undoes_the_last_of_two_merges(name):
+    model = with_adapter(name, LORA)
+    first = logits(model)
+    merge(model)
+    apply(model, replace(LORA, target_modules="q_proj" if name != "bert" else "query"), "second")
+    draw(model, 2)
+    second, config = logits(model), model.config
+    assert off(second, first) > 1e-3
+    merge(model)
+    unmerge(model)
+    assert torch.equal(logits(model), second) and model.config is config
+    unmerge(model)
+    assert torch.equal(logits(model), first)
+    with pytest.raises(ValueError, match="unmerge"):
+        unmerge(model)
+
+
 def test_a_merge_that_is_refused_changes_nothing():
     """An encoder's head has the embeddings' matrix, which then cannot be merged alone."""
     model = with_adapter("bert", LORA)

@@ -473,7 +473,7 @@ def test_the_balance_losses_of_a_mixture_are_left_out_only_where_that_is_said(tm
 
 def test_a_run_without_a_trained_model_is_refused(tmp_path, capsys):
     error = small_gpt.refused(capsys, flags(tmp_path / "run", "--data", pairs_file(tmp_path)))
-    assert "--task dpo: needs --init-from DIR" in error
+    assert "needs --init-from DIR, a model that is trained to answer already" in error
 
 
 def test_the_chain_needs_a_model_of_its_tokens(small, tmp_path, capsys):

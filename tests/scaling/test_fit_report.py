@@ -70,7 +70,7 @@ def test_a_law_that_the_points_leave_open_is_neither_printed_nor_drawn_nor_shown
 ):
     """Seven models of 20 tokens per parameter: the optimum of the fitted law has 1e30 parameters."""
     drawn = []
-    monkeypatch.setattr(fit_report, "save_figure", lambda figure, path, dpi: drawn.append(figure))
+    monkeypatch.setattr(fit_report, "save_figure", lambda figure, path: drawn.append(figure))
     path = tmp_path / "cerebras.csv"
     path.write_text(CEREBRAS.format(loss="pile_test_xent"))
     flags = ["--bootstrap", "20", "--out", str(tmp_path / "out")]

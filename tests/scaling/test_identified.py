@@ -24,7 +24,7 @@ def test_a_good_design_determines_the_law():
 def test_a_law_that_points_leave_open_has_its_reasons():
     N = np.geomspace(1e7, 1e10, 12)
     assert "D follows from N" in reasons(N, 20 * N, LAW.loss(N, 20 * N))[0]
-    assert reasons(*grid(LAW, sizes=2, noise=0.001))[0].startswith("a size takes only 2 values")
+    assert reasons(*grid(LAW, sizes=2, noise=0.001))[0].startswith("there are only 2 sizes")
     N, D, _ = grid(LAW)
     of_data_alone = reasons(N, D, 1.5 + 2000 / D**0.37)
     assert any(reason.startswith("A ") and "on the border" in reason for reason in of_data_alone), (

@@ -68,3 +68,12 @@ def test_a_line_by_which_the_best_size_or_its_tokens_fall_with_compute_is_refuse
     for slope, falls in ((2.543, r"D\*"), (-0.2, r"N\*")):
         with pytest.raises(ValueError, match=f"the points do not decide it: .* would let {falls} fall"):
             power_law([1, 2], [slope, 2 * slope])
+
+
+def test_valleys_of_a_single_compute_have_no_exponent():
+    N = np.geomspace(1e7, 1e9, 9)
+    D = 1e19 / (6 * N)
+    with pytest.raises(
+        ValueError, match=r"all budgets are near 1e\+19 FLOPs: expected runs of other compute"
+    ):
+        isoflop(N, D, ROUNDED.loss(N, D))

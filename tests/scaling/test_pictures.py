@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from chinchilla import LAWS
+from formats.figures import load_pyplot
 from scaling import pictures
 
 
@@ -19,7 +20,7 @@ def test_ticks_of_any_axis_are_few_and_apart(factor):
 
 
 def test_the_frontier_is_dashed_and_shaded_where_it_is_extrapolated():
-    pyplot = pictures.load_pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots()
     pictures.plot_frontier(axes, LAWS["besiroglu"].law, (1e18, 1e22), 1e18, 1e24, "law")
     solid, dashed = axes.lines

@@ -131,8 +131,8 @@ def test_emissions_of_llama_2(hours, tonnes):
     assert hardware.energy(hours, 400) * hardware.CO2 / 1000 == pytest.approx(tonnes, abs=0.01)
 
 
-def test_a_day_of_a_v100_is_7_2_kwh():
-    assert hardware.energy(24, DEVICES["v100"].watts, pue=1) == pytest.approx(7.2)
+def test_a_day_of_a_v100_is_7_2_kwh_times_the_pue():
+    assert hardware.energy(24, DEVICES["v100"].watts) == pytest.approx(7.2 * hardware.PUE)
 
 
 def test_the_default_mfu_is_that_of_llama_2():

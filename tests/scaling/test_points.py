@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.points import read_points
+from scaling.points import beyond, read_points
 
 FUZZ = fuzz.drawn(60, fuzz.PER_TEST_FIXTURES)
 NAMES = st.sampled_from(["N", "D", "loss", " Tokens ", "params", "flops", "C", "note", "", "n", "\ufeffN"])
@@ -70,3 +70,8 @@ def test_any_table_is_read_to_the_last_number_or_refused_by_name(table, tmp_path
     assert len(rows) == len(N) == len(D) == len(L) and (N > 0).all() and (D > 0).all() and (L > 0).all()
     losses = [float(row[[name.strip().lower() for name in header].index("loss")]) for row in rows]
     assert losses == L.tolist()
+
+
+def test_a_budget_far_below_the_points_is_a_finite_number_of_orders_away():
+    assert beyond(1e-300, (6e16, 6e20)) == pytest.approx(316.778, abs=1e-3)
+    assert beyond(1e18, (6e16, 6e20)) == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scaling.shapes import Shape, count_parameters, flops, shape_for, training_flops
+from scaling.shapes import Shape, count_parameters, shape_for, training_flops
 
 # Hoffmann et al. 2022, table A9: parameters in millions, d_model, ffw_size, kv_size, n_heads, n_layers.
 TABLE_A9 = """
@@ -91,12 +91,3 @@ def test_a_shape_is_near_n_and_usual(N):
 @pytest.mark.parametrize("N", [1e3, 1e5, 1e19])
 def test_no_shape_where_none_is_usual(N):
     assert shape_for(N) is None
-
-
-def test_flops_are_those_of_the_model():
-    from gpt import Config
-
-    config = Config(n_layers=2, n_heads=2, d_model=32, d_ff=64, vocab_size=96, max_seq_len=4)
-    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 96 * 32
-    keys_seen = (1 + 2 + 3 + 4) / 4
-    assert flops(config, 1000) == 1000 * (6 * matrices + 2 * 12 * 32 * keys_seen)

@@ -91,6 +91,16 @@ def test_a_batch_is_a_function_of_the_generator_and_held_out_images_are_not_augm
     assert torch.equal(batch(0)[1] * 255, torch.from_numpy(dataset.val[0]["image"]).float())
 
 
+def test_a_picture_of_few_images_shows_each_once(monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(classify_images.pictures, "save", lambda out, *rows: shown.extend(rows))
+    predicted, targets = [0, 1, 1, 0, 0], [0, 1, 0, 0, 0]
+    images, labels = torch.zeros(5, 1, 8, 8), ("a", "b")
+    text = classify_images.show_labels(images, predicted, targets, labels, tmp_path, (2, 3))
+    assert shown[1] == [["a", "b", "b"], ["a", "a"]] and [len(row) for row in shown[0]] == [3, 2]
+    assert text == "4 of 5 right; most often taken: a for b 1x"
+
+
 def test_baselines_find_what_pixels_show():
     torch.manual_seed(0)
     centres = torch.randn(3, 20)

@@ -66,7 +66,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(name, tmp_path):
     model = open_model(folder)
     assert type(model) is CLIP and model.config.read_largest == (name == "largest")
     torch.testing.assert_close(model(pixels, tokens), expected["logits"], **TOLERANCE)
-    loss, _ = model.compare(model.of_images(pixels), model.of_texts(tokens))
+    loss, _ = model.compare(model.encode_images(pixels), model.encode_texts(tokens))
     torch.testing.assert_close(loss, expected["loss"], **TOLERANCE)
     loss.backward()
     expected["gradient.logit_scale"] = expected["gradient.logit_scale"].reshape(1)
@@ -103,8 +103,8 @@ def test_published_sizes_have_the_published_numbers_of_parameters(size, n_params
 def test_flops_are_those_of_the_matrix_products():
     model = small()
     with FlopCounterMode(display=False) as counter:
-        model.of_images(torch.rand(4, 1, 8, 8)).sum().backward()
-        model.of_texts(batch_of()["tokens"]).sum().backward()
+        model.encode_images(torch.rand(4, 1, 8, 8)).sum().backward()
+        model.encode_texts(batch_of()["tokens"]).sum().backward()
     first = 4 * 2 * 16 * 16 * 4  # backward needs no gradient of the images
     assert 4 * model.flops_per_token(6) - first == counter.get_total_flops()
 
@@ -212,7 +212,7 @@ def test_the_temperature_is_held_after_the_step_and_has_no_decay():
 
 def test_autocast_leaves_the_similarities_alone():
     model, batch = small(), batch_of()
-    x, y = model.of_images(batch["images"]), model.of_texts(batch["tokens"])
+    x, y = model.encode_images(batch["images"]), model.encode_texts(batch["tokens"])
     expected = model.compare(x, y)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(model.compare(x, y)[0], expected)

@@ -161,12 +161,13 @@ def test_a_run_colours_pictures_and_its_model_colours_a_file(tmp_path, monkeypat
 def test_grey_pictures_are_left_out_and_a_set_of_them_is_refused(tmp_path):
     (tmp_path / "set").mkdir()
     for i in range(20):
-        colour = (90, 160, 60) if i % 2 else (90, 90, 90)
+        colour = (212, 51, 47) if i % 2 else (90, 90, 90)  # about as red as a ball
         Image.new("RGB", (8, 8), colour).save(tmp_path / "set" / f"{i}.png")
     flags = ["--cache", tmp_path / "cache", "--steps", "1", "--set", "width=8"]
     flags = ["train.py", "--model", "colorize", *flags, "--data", tmp_path / "set"]
     ended = run_command(*flags, "--out", tmp_path / "run")
     assert ended.code == 0 and "without 10 in grey" in ended.out, ended.err
+    assert "balls" not in (tmp_path / "run" / "samples.txt").read_text()  # which only landscapes have
     for path in (tmp_path / "set").iterdir():
         Image.open(path).convert("L").save(path)
     ended = run_command(*flags, "--out", tmp_path / "grey")

@@ -209,11 +209,17 @@ def test_schedules_are_written_and_read(tmp_path):
         ({"beta_end": 0.5}, "beta_end 0.5: expected 0.024"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not implemented"),
         ({"num_train_timesteps": "many"}, "expected a whole number"),
+        ({"beta_schedule": None}, "beta_schedule None is not implemented"),
+        ({"beta_start": float("nan")}, "beta_start nan: expected 0.0017"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas is not implemented"),
     ):
         schedules.write(tmp_path, **config.process, pipeline=True)
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(ValueError, match=message):
             schedules.read(tmp_path)
+    path.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}')
+    with pytest.raises(ValueError, match="beta_schedule is missing; expected squaredcos_cap_v2"):
+        schedules.read(tmp_path)
 
 
 def test_a_model_of_another_schedule_or_target_is_refused(tmp_path):

@@ -42,7 +42,7 @@ def batch(dropped=(False, False)):
 def test_the_loss_is_that_of_the_view_that_clip_sees(target):
     module, given = small(target=target), batch((False, True))
     value, metrics = module.loss(given)
-    seen = module.clip.of_images(module.clip.normalized(given["images"]))
+    seen = module.clip.encode_images(module.clip.normalized(given["images"]))
     z = torch.stack((seen[0] * math.sqrt(16), module.model.null))  # the second is shown without
     x0 = 2 * given["images"].unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5)) - 1
     share = noise.schedule()[given["t"]].float().view(2, 1, 1, 1)

@@ -108,6 +108,7 @@ def test_what_is_not_implemented_or_does_not_fit_is_named(tmp_path):
             "scale_attn_by_inverse_layer_idx True is not implemented",
         ),
         ({"n_positions": 13}, "image_size"),
+        ({"n_inner": None, "n_embd": {"a": 1}}, "config.json: a value is of a wrong kind"),
     ):
         copy = copy_of(tmp_path, tmp_path / "copy", **change)
         (copy / "preprocessor_config.json").write_bytes((tmp_path / "preprocessor_config.json").read_bytes())

@@ -29,7 +29,7 @@ EMPTY = torch.tensor([[256] * 6])
 
 def test_a_text_is_read_as_clip_reads_it_up_to_its_end(module):
     read = module.read(TOKENS)
-    torch.testing.assert_close(read.text, module.clip.of_texts(TOKENS) * 4)  # sqrt(16)
+    torch.testing.assert_close(read.text, module.clip.encode_texts(TOKENS) * 4)  # sqrt(16)
     assert read.lengths.tolist() == [4, 6] and read.states.shape == (2, 6, 16)
     tower = module.clip.text_model
     torch.testing.assert_close(read.states[torch.arange(2), read.lengths - 1], tower(TOKENS))
@@ -42,7 +42,7 @@ def test_the_loss_is_the_squared_error_of_whitened_embeddings(module):
         module.model.proj_to_clip_embeddings.weight.normal_(std=0.3)
     images, eps, t = torch.rand(2, 1, 8, 8), torch.randn(2, 16), torch.tensor([0, 900])
     value, metrics = module.loss({"images": images, "tokens": TOKENS, "noise": eps, "t": t})
-    seen = module.clip.of_images(module.clip.normalized(images))
+    seen = module.clip.encode_images(module.clip.normalized(images))
     z = (seen - 0.1) / 0.5
     share = noise.schedule("cosine", 1000)[t].float()[:, None]
     found = module.model(share.sqrt() * z + (1 - share).sqrt() * eps, t, *module.read(TOKENS))

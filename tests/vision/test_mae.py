@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.class_folders import Part
 from data.images import as_dataset
 from formats.open_model import open_model
-from vision import mae, maskfeat, vit
+from vision import mae, maskfeat
 from vision.mae import MAE, Config
+from vision.patches import patches_of
 from vision.vit import SIZES, ViT
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -73,12 +74,12 @@ def test_published_sizes_have_the_published_numbers_of_parameters(name, n_all, n
 
 def test_what_is_predicted_is_in_order_of_row_column_and_channel():
     images = torch.arange(2.0 * 2 * 8 * 12).view(2, 2, 8, 12)
-    patches = mae.pixels_of(images, 4)
+    patches = mae.patchify(images, 4)
     assert patches.shape == (2, 6, 32)
     # The patch at row 0, column 1: its first numbers are both channels of its first pixel, then of the next.
     assert patches[0, 1, :4].tolist() == [images[0, c, 0, x].item() for x in (4, 5) for c in (0, 1)]
-    assert torch.equal(mae.image_of(patches, ENCODER), images)
-    assert not torch.equal(patches, vit.patches_of(images, 4))
+    assert torch.equal(mae.unpatchify(patches, ENCODER), images)
+    assert not torch.equal(patches, patches_of(images, 4))
 
 
 @pytest.mark.parametrize("task, words", [(mae, "error of 1.7500"), (maskfeat, "image one of 1.7500")])
@@ -97,7 +98,7 @@ def test_the_encoder_sees_visible_patches_alone():
     images = torch.rand(2, 2, 8, 12)
     predicted, mask = model(images, noise)
     assert mask.sum(1).tolist() == [3, 3] and torch.equal(mask.bool(), noise.argsort(1).argsort(1) >= 3)
-    hidden = mae.image_of(mask[:, :, None].expand(-1, -1, 32).contiguous(), ENCODER).bool()
+    hidden = mae.unpatchify(mask[:, :, None].expand(-1, -1, 32).contiguous(), ENCODER).bool()
     changed, _ = model(torch.where(hidden, torch.rand_like(images), images), noise)
     assert torch.equal(changed, predicted)
     changed, _ = model(torch.where(hidden, images, torch.rand_like(images)), noise)
@@ -131,9 +132,9 @@ def test_a_rebuilt_image_keeps_what_is_visible():
         masked, rebuilt = mae.rebuild(model, images, noise)
         visible = noise.argsort(1).argsort(1) == 0
         for image in (masked, rebuilt):
-            same = (mae.pixels_of(image, 4) - mae.pixels_of(images, 4)).abs().amax(2) < 1e-6
+            same = (mae.patchify(image, 4) - mae.patchify(images, 4)).abs().amax(2) < 1e-6
             assert torch.equal(same, visible)
-        assert (mae.pixels_of(masked, 4)[~visible] == 0.5).all()
+        assert (mae.patchify(masked, 4)[~visible] == 0.5).all()
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -159,7 +160,7 @@ def test_a_saved_model_is_read_back_and_opened_by_transformers(tmp_path):
 
     # The encoder alone, as a ViT.
     encoder = ViT.from_pretrained(tmp_path)
-    assert torch.equal(encoder.hidden(images), model.model.hidden(images))
+    assert torch.equal(encoder(images), model.model(images))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_ratio": 1.5}))
     with pytest.raises(ValueError, match=r"mask_rate 1.5: expected more than 0 and less than 1"):
@@ -174,6 +175,11 @@ def test_a_saved_model_is_read_back_and_opened_by_transformers(tmp_path):
         ({"decoder_heads": 3}, "expected a multiple of the heads"),
     ],
 )
+def test_the_decoder_s_heads_need_not_divide_the_encoder_s_width():
+    model = MAE(ViT(ENCODER), replace(DECODER, decoder_heads=3, decoder_width=24))  # the encoder's is 32
+    assert model.predict(torch.rand(2, 2, 8, 12), torch.rand(2, 6), 3)[0].shape == (2, 3, 32)
+
+
 def test_settings_that_make_no_sense_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         replace(DECODER, **changes)

@@ -110,7 +110,7 @@ def test_what_is_hidden_is_not_seen_and_alone_is_counted():
         errors = [(predicted[i, n] - true[i, n]).square().mean() for i, n in ((0, 1), (0, 4), (1, 0))]
         torch.testing.assert_close(value, torch.stack(errors).mean())
 
-        hidden = maskfeat.image_of(mask[:, :, None].expand(-1, -1, 32).contiguous(), ENCODER).bool()
+        hidden = maskfeat.unpatchify(mask[:, :, None].expand(-1, -1, 32).contiguous(), ENCODER).bool()
         changed = torch.where(hidden, torch.rand_like(images), images)
         assert torch.equal(model(model.model.normalized(changed), mask), predicted)
         assert not torch.allclose(model(normalized, ~mask), predicted)

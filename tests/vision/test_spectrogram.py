@@ -183,6 +183,8 @@ def test_a_run_counts_seconds_of_sound_and_shows_a_picture_of_its_labels(tmp_pat
     ended = run_command("-m", "vision.spectrogram", tmp_path / "run" / "model", tmp_path / "a.wav")
     assert ended.code == 0 and "%, " in ended.out and "longer than 0.52 s (beginning kept)" in ended.out
     assert "86,594,063" in run_command("-m", "vision.spectrogram").out
+    ended = run_command("-m", "vision.spectrogram", tmp_path / "run" / "model")
+    assert ended.code == 2 and "no sounds to classify" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.images import decode
 from formats.open_model import open_model
 from vision import vit
+from vision.patches import sin_cos
 from vision.vit import SIZES, ViT
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -31,6 +32,11 @@ def small(**changes):
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model
+
+
+def hidden(model, images):
+    """Return norm(z) of all tokens, (B, 1 + N, D)."""
+    return model.vit.layernorm(model.encode(*model.vit.embeddings(images)))
 
 
 def test_a_classifier_computes_what_transformers_computes_and_so_do_its_gradients():
@@ -51,13 +57,13 @@ def test_a_model_with_a_pooler_and_without_qkv_bias_computes_what_transformers_c
     folder = FIXTURES / "vit-model"
     model, expected = ViT.from_pretrained(folder), load_file(folder / "expected.safetensors")
     assert model.config.readout == "pooler" and model.config.n_classes == 0 and not model.config.qkv_bias
-    torch.testing.assert_close(model.hidden(expected["pixels"]), expected["hidden"], **TOLERANCE)
+    torch.testing.assert_close(hidden(model, expected["pixels"]), expected["hidden"], **TOLERANCE)
     pooled = model(expected["pixels"])
     torch.testing.assert_close(pooled, expected["pooled"], **TOLERANCE)
     (pooled * torch.tensor([2, 0, 4])[:, None]).sum().backward()
     assert_gradients(model, expected, "vit.")
     # Images of another size, whose positions are interpolated.
-    torch.testing.assert_close(model.hidden(expected["larger"]), expected["larger_hidden"], **TOLERANCE)
+    torch.testing.assert_close(hidden(model, expected["larger"]), expected["larger_hidden"], **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def test_flops_are_those_of_the_matrix_products():
 
 
 def test_fixed_positions_have_the_printed_values():
-    positions = vit.sin_cos((2, 2), 8)[0]
+    positions = sin_cos((2, 2), 8)[0]
     assert not positions[0].any()
     along = [0.841471, 0.01, 0.540302, 0.99995]
     torch.testing.assert_close(positions[2], torch.tensor([*along, 0, 0, 1, 1]), rtol=0, atol=1e-6)
@@ -104,7 +110,7 @@ def test_fixed_positions_have_the_printed_values():
     # Any grid, also one that is not the config's.
     model = small(positions="sincos")
     assert "vit.embeddings.position_embeddings" not in dict(model.named_parameters())
-    assert torch.equal(model.vit.embeddings.positions((3, 5)), vit.sin_cos((3, 5), 32))
+    assert torch.equal(model.vit.embeddings.positions((3, 5)), sin_cos((3, 5), 32))
 
 
 def test_a_patch_is_read_in_order_of_channel_row_and_column_as_a_convolution_does():
@@ -210,11 +216,28 @@ def test_a_field_of_config_json_that_is_not_implemented_is_named(tmp_path):
             ViT.from_pretrained(tmp_path)
 
 
+def test_pixels_that_are_normalised_in_another_way_are_refused(tmp_path):
+    small().save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    for change, words in (
+        ({"do_rescale": False}, "do_rescale false is not implemented"),
+        ({"rescale_factor": 1}, "rescale_factor 1: expected 1 / 255"),
+        ({"image_mean": None}, "image_mean None: expected a number for each channel"),
+        ({"image_mean": [math.nan]}, "image_mean .nan.: expected a number"),
+        ({"image_std": [0]}, "image_std .0.: expected numbers above 0"),
+    ):
+        path.write_text(json.dumps(content | change))
+        with pytest.raises(ValueError, match=words):
+            ViT.from_pretrained(tmp_path)
+
+
 def test_the_command_prints_the_sizes_and_classifies_images(tmp_path):
     printed = run_command("-m", "vision.vit").out
     assert "86,567,656" in printed and "tiny" in printed
-    model = small(n_channels=3, image_size=8)
+    model = small(n_channels=3, image_size=8).to(torch.bfloat16)  # the command computes in float32
     model.save_pretrained(tmp_path / "model", ("ant", "bee", "cat", "dog", "eel"))
+    model = model.float()
     Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(tmp_path / "a.png")
     ended = run_command("-m", "vision.vit", tmp_path / "model", tmp_path / "a.png")
     pixels = torch.from_numpy(decode(tmp_path / "a.png", (3, 8, 8), Counter())) / 255

@@ -29,10 +29,10 @@ class ByColour(nn.Module):
     def normalized(self, images):
         return images
 
-    def of_images(self, images):
+    def encode_images(self, images):
         return images.mean(dim=(2, 3))
 
-    def of_texts(self, tokens):
+    def encode_texts(self, tokens):
         return torch.stack([tokens[:, 0] == ord(letter) for letter in "rgb"], dim=1).float()
 
     def logits(self, x, y):
@@ -73,9 +73,9 @@ def test_a_tie_with_a_wrong_caption_counts_one_half_and_an_equal_caption_is_left
 
 def test_nothing_has_no_vectors():
     with pytest.raises(ValueError, match="no images: expected at least one"):
-        zero_shot.of_images(ByColour(), np.zeros((0, 3, 2, 2), np.uint8))
+        zero_shot.encode_images(ByColour(), np.zeros((0, 3, 2, 2), np.uint8))
     with pytest.raises(ValueError, match="no texts: expected at least one"):
-        zero_shot.of_texts(ByColour(), TOKENIZER, [])
+        zero_shot.encode_texts(ByColour(), TOKENIZER, [])
 
 
 @pytest.fixture

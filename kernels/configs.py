@@ -84,7 +84,7 @@ class CrossEntropy(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A tile of a grouped product, whose sums are computed in steps of `line` bytes of both factors."""
+    """A tile of a grouped product. Its sum reads `line` bytes of every row and column at a time."""
 
     rows: int
     columns: int

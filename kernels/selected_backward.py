@@ -1,14 +1,18 @@
 """The gradient of attention over selected blocks, with the scores computed again tile by tile.
 
-With the equations of flash_backward.py, over the keys j in the blocks of row i:
+The equations are those of flash_backward.py. A row i is one head of one query; j are the keys, up to the
+query's own position, of the blocks that it selected; lse_i is that of the forward pass:
 
+    p_ij  = 2^(scale log2(e) q_i . k_j - lse_i)     delta_i = dout_i . out_i
     ds_ij = p_ij (dout_i . v_j - delta_i)
     dv_j  = sum_i p_ij dout_i             dk_j = scale sum_i ds_ij q_i            dq_i = scale sum_j ds_ij k_j
 
-dq is computed from tiles of rows as in the forward pass of selected_blocks.py, by query or by block. dk and
-dv of a block are sums over the queries that selected it, which are in the lists of block_lists.py. The lists
-differ in length: every query may select the first block. So a program sums over at most SEGMENT rows of a
-list, and `sum_kernel` adds the sums of each block, in order. There are no atomic additions.
+dq is computed for tiles of rows as in the forward pass of selected_blocks.py, by query or by block. By block,
+a row gets a part of dq from each block that it selected, and the parts are added afterwards. dk and dv of a
+block are sums over the queries that selected it, which are in the lists of block_lists.py. The lists differ
+in length, since every query may select the first block. So a program sums over at most SEGMENT rows of a
+list, and `sum_kernel` adds the sums of each block, in order. There are no atomic additions, so that every run
+gives the same bits.
 
 Shapes: as in selected_blocks.py; R parts of lists, each with a sum for dk and one for dv.
 """
@@ -35,7 +39,7 @@ from kernels.selected_blocks import (
     tile_of_program,
 )
 
-SEGMENT = 16384  # rows of a list at most that one program sums over
+SEGMENT = 16384  # the most rows of a list that one program sums over
 
 
 @triton.jit
@@ -43,7 +47,7 @@ def dq_kernel(
     q, k, v, dout, lse, delta, dq, blocks, order, starts, owner, begin, seqlens_k, T, S, C, G, n_blocks,
     scale, const: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of one tile of rows or, by block, its part of it."""
+    """Compute dq of one tile of rows or, by block, the part of dq that comes from one block."""
     BLOCK_M: tl.constexpr = const.BLOCK_M
     BLOCK_K: tl.constexpr = const.BLOCK_K
     sizes = Sizes(T, S, C, G, n_blocks, seqlens_k)
@@ -57,6 +61,7 @@ def dq_kernel(
         j = start + tl.arange(0, const.BLOCK_N)[None, :]
         k_tile = load_keys(k, tile.b, tile.g, start, end, const)
         v_tile = load_keys(v, tile.b, tile.g, start, end, const)
+        # The scores are in base 2: the number is log2(e).
         s = tl.dot(q_tile, k_tile.T, input_precision=const.PRECISION) * (scale * 1.4426950408889634)
         seen = (j <= tile.p[:, None]) & (j < end)
         weights = tl.where(seen, tl.math.exp2(s - base[:, None]), 0.0)
@@ -94,7 +99,7 @@ def dkdv_kernel(
     dk_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
 
-    # Scores and weights are transposed here: a row is a key, a column a row of the tile of queries.
+    # Scores (base 2) and weights are transposed here: a row is a key, a column a row of the tile of queries.
     for i in range(first, last, const.BLOCK_M // const.PAD):
         tile = gathered(order, i, last, number, sizes, const)
         q_tile, do = load_queries(q, tile, const), load_queries(dout, tile, const)
@@ -117,8 +122,10 @@ def dkdv_kernel(
 
 @triton.jit
 def sum_kernel(sums, ends, dx, S, G, n_blocks, ROWS: tl.constexpr, const: tl.constexpr):
-    """Write ROWS keys of dx (B, S, G, K): the total of the sums (R, N, K) of their block. ends: from
-    `segments`."""
+    """Write dx (B, S, G, K), which is dk or dv, of ROWS keys: the total of the sums (R, N, K) of their block.
+
+    ends: from `segments`.
+    """
     BLOCK_K: tl.constexpr = const.BLOCK_K
     per_block: tl.constexpr = (const.KEYS + ROWS - 1) // ROWS
     bg_block, part = tl.program_id(0) // per_block, tl.program_id(0) % per_block
@@ -148,7 +155,10 @@ def backward(
     scale: float,
     seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv), like q, k and v, from the gradient of `out` and the results of `forward`."""
+    """Return (dq, dk, dv), like q, k and v, from the gradient of `out` and the results of `forward`.
+
+    Those are out and lse (B, T, H), in base 2; the other arguments are those of `selected_blocks.forward`.
+    """
     (S, G, K), h = k.shape[1:], q.shape[2] // blocks.shape[2]
     dout, q, k, v, direct = dout.contiguous(), q.contiguous(), packed(k), packed(v), by_query(q, blocks)
     blocks, sizes, common = shared_arguments(q, k, blocks, block_size, scale, seqlens_k)
@@ -156,6 +166,7 @@ def backward(
     delta = torch.einsum("bthk,bthk->bth", dout.to(wide), out.to(wide)).contiguous()
     _, for_dkdv, for_dq = configs.selected(architecture(q), K, q.element_size(), direct)
     with on_device(q):
+        # By query dq is complete at once; by block the parts of all blocks are added.
         const, launch = configured(common, for_dq, direct)
         programs, walk = programs_of(blocks, G, n_blocks, const)
         dq = q.new_empty(q.shape) if direct else q.new_zeros(*blocks.shape, h, K, dtype=wide)

@@ -12,18 +12,17 @@ For each seed three runs of train.py with the same steps and data:
 All answer the questions of vision/visual_questions.py about scenes that are held out: "val" has pairs of a
 colour and a shape that occur in training, "unseen" has pairs that do not, and ", blind" is the same model
 without the features of the image. Every run is one of train.py in
---work, and is not repeated if it is there. The figures are written to --out after each run.
+--work, and is not repeated if it is there. The figures are written to --out after each run; those of other
+seeds in it stay.
 """
 
 from pathlib import Path
 
-import torch
-
 from data.tokenizer import get_tokenizer
-from engine import cpu
 from formats import command
-from formats.json_file import write_json
+from formats.json_file import read_json, write_json
 from formats.open_model import open_model
+from results.keep import machines
 from results.training_runs import run
 from vision.visual_questions import scores
 
@@ -51,12 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--work", type=command.path, default=work, help="folder of runs (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
     add("--steps", type=command.count, help="updates of each run (default: those of the default run)")
-    add(
-        "--scenes", type=command.count, default=250, help="scenes of each held-out part (default %(default)s)"
-    )
+    add("--scenes", type=command.count, default=250, help="scenes of each part (default %(default)s)")
     args = parser.parse_args(argv)
 
-    figures = {"cpu": cpu.name(), "torch": torch.__version__, "scenes": args.scenes}
+    known = read_json(args.out, "a file of figures") if args.out.exists() else {}
+    if known.get("scenes", args.scenes) != args.scenes:
+        raise ValueError(f"{args.out} holds figures of --scenes {known['scenes']}; name another file")
+    figures = known | machines(known) | {"scenes": args.scenes}
     for seed in args.seeds:
         for name in RUNS:
             found = figures_of(args.work, name, seed, args.steps, args.scenes)

@@ -79,9 +79,7 @@ def draw_scratchpad(pyplot, rows: list[dict]):
         dots = [row["swaps"] + 0.08 * i for row in own], [row["right"] for row in own]
         axes.plot(*dots, linestyle="", alpha=0.5, **style)
         axes.plot([n + 0.08 * i for n in lengths], means, label=kind, color=f"C{i}")
-    axes.axhline(
-        1 / 3, color="0.5", linestyle=":", linewidth=1
-    )  # a guess: the ball is under one of three cups
+    axes.axhline(1 / 3, color="0.5", linestyle=":", linewidth=1)  # of a guess: there are three cups
     axes.set(xlabel="swaps", ylabel="right final answers", ylim=(0, 1.03))
     axes.legend(fontsize=8)
     return figure

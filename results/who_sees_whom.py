@@ -56,7 +56,7 @@ def influence(model: nn.Module, layer: int) -> Tensor:
 
 
 def made(name: str) -> tuple[nn.Module, int]:
-    """Return the model of one of LAYERS , always with the same weights, and which layer is drawn."""
+    """Return the model of one of LAYERS, always with the same weights, and which layer is drawn."""
     model, config, layer = LAYERS[name]
     torch.manual_seed(0)
     return model(config), layer

@@ -7,18 +7,19 @@
 kernels/bench/cases.py and long_rows.py list what is measured. A row of the table is one pass of one backend
 at one shape; all backends of a shape get the same normal random numbers in bfloat16. The columns:
 
-    pass        forward, as in training, so it keeps what backward needs; backward, alone; both, in one call
-    ms          the median of triton.testing.do_bench, which uses the GPU's own clock and empties its L2 cache
-                before every call; then the median over the rounds, in which the backends take turns (A B A B)
-    rate        work per time. Work is what the operation needs, however a backend computes it: see
-                attention_flops, linear_attention_bytes, rms_norm_bytes, cross_entropy_flops and
-                grouped_matmul_flops in cases.py;
-                for decoding, the bytes of the cache
+    pass        forward, as in training, where it keeps what backward needs; backward alone; both in one call
+    ms          milliseconds of a call: the median of triton.testing.do_bench, which uses the GPU's own clock
+                and empties its L2 cache before every call; then the median over the rounds, in which the
+                backends take turns (A B A B ...)
+    rate        work per time. Work is what the operation needs, however a backend computes it: the FLOPs or
+                bytes of the functions named *_flops and *_bytes in cases.py and long_rows.py; for decoding,
+                the bytes of the cache
     limit       the rate as a share of what this device reaches in a bfloat16 matrix product of 8192 x 8192 x
                 8192 (TFLOP/s), or in copying 1 GiB, which is read and written (GB/s)
     speed-up    over the reference, plain PyTorch
-    error       norm(x - exact) / norm(exact) of the results, and the largest of the gradients, with exact
-                computed in float64 from the same inputs; for attention, of the last head of the last sequence
+    error       norm(x - exact) / norm(exact) of the results, where exact is computed in float64 from the same
+                inputs; for attention of any kind, of the last head of the last sequence
+    gradients   the same of the gradients, the largest of them
     extra MiB   the most memory allocated during a call, minus what was allocated before it
 
 The row of a backend that fails shows the reason.
@@ -48,7 +49,7 @@ from kernels.bench.cases import Case, normal, timed
 
 CASES = cases.CASES | long_rows.CASES
 MATMUL, COPY = 8192, 2**30  # for the limits of the device: sides of a product, bytes of a copy
-PER_MS = {"TFLOP/s": 1e9, "GB/s": 1e6}  # FLOPs per millisecond in a TFLOP/s, bytes in a GB/s
+PER_MS = {"TFLOP/s": 1e9, "GB/s": 1e6}  # FLOPs per millisecond of one TFLOP/s, bytes of one GB/s
 
 COLUMNS = {  # of the table: key of a row's figure, heading, width and format
     "ms": ("ms", 10, ".4f"),
@@ -88,7 +89,7 @@ Measured = list[tuple[Case, list[dict]]]  # each case, and its rows
 
 
 def median_ms(run: Callable) -> float:
-    """Return the median time of a call in milliseconds."""
+    """Return the median time of a call on the GPU, in milliseconds."""
     return triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
 
 
@@ -120,7 +121,10 @@ def device_limits() -> dict[str, float]:
 
 
 def measure(case: Case, limits: dict[str, float], rounds: int, bar: tqdm) -> list[dict]:
-    """Return the rows of a case: one for each pass and backend."""
+    """Return the rows of a case: one for each pass and backend.
+
+    limits: from `device_limits`. rounds: how often each backend is timed.
+    """
     torch.compiler.reset()  # torch.compile stops compiling a function after eight shapes
     torch.manual_seed(0)
     inputs, gradients = case.inputs()
@@ -129,8 +133,8 @@ def measure(case: Case, limits: dict[str, float], rounds: int, bar: tqdm) -> lis
     except torch.OutOfMemoryError:
         exact = [], []
 
-    # A compiled backward pass may overwrite what forward kept for it. It must not where it is timed alone,
-    # because it then runs many times on the same tensors.
+    # A backward pass that torch.compile made may overwrite what forward kept for it. Where backward is timed
+    # alone it must not, because it runs many times on the same tensors.
     rows = []
     with functorch_config.patch(donated_buffer="backward" not in case.work):
         for which in case.work:
@@ -144,7 +148,7 @@ def measure(case: Case, limits: dict[str, float], rounds: int, bar: tqdm) -> lis
 
 
 def measure_pass(case: Case, which: str, inputs, gradients, exact, rounds: int, bar: tqdm) -> list[dict]:
-    """Return the rows of one pass of a case: one for each backend, in milliseconds."""
+    """Return the rows of one pass of a case, one for each backend, without rate and limit."""
     in_training = list(case.work) != ["forward"]
 
     # Each backend's row, with its errors and memory, and the call to time.
@@ -193,7 +197,7 @@ def attempt(row: dict, f: Callable, *arguments) -> Any:
 def reason(error: Exception, warned: list[warnings.WarningMessage]) -> str:
     """Return why a call failed, in one line."""
     why = str(error).strip() or type(error).__name__
-    # SDPA gives its reasons as warnings, beside others about kernels that were switched off.
+    # SDPA warns of the reason, and of all kernels that were switched off.
     if "No available kernel" in why:
         texts = [str(warning.message).partition(" (Triggered")[0] for warning in warned]
         reasons = [text for text in texts if "disabled" not in text and "not used" not in text]
@@ -202,7 +206,7 @@ def reason(error: Exception, warned: list[warnings.WarningMessage]) -> str:
 
 
 def errors(case: Case, run: Callable, exact: tuple[list[Tensor], list[Tensor]]) -> dict[str, float | None]:
-    """Return the errors of results and gradients; None for what the pass omits or exact does not have."""
+    """Return the errors of results and gradients; None where the pass, or `exact`, does not have them."""
 
     def largest(computed: list[Tensor], truth: list[Tensor]) -> float | None:
         if not computed or not truth:
@@ -259,7 +263,7 @@ def save(out: Path, command: list[str], limits: dict[str, float], measured: Meas
 
 
 def panels(measured: Measured) -> dict[tuple[str, str, str, str], dict[str, dict]]:
-    """Return the panels of the chart: {(title, x axis, figure, unit): {backend: {x: value}}}."""
+    """Return the panels of the chart: {(title, name of the x axis, figure, unit): {backend: {x: value}}}."""
     found = {}
     for case, rows in measured:
         if case.chart is None:
@@ -318,6 +322,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError if the flags are wrong or something that is needed is missing."""
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: expected at least 1")
+    if args.target and not args.compile_only:
+        raise ValueError("--target names what --compile-only compiles for; add that, or leave --target out")
     if args.out and (args.out.suffix != ".json" or not args.out.parent.is_dir()):
         raise ValueError(f"--out {args.out}: expected a name that ends in .json, in a directory that exists")
     if device_name() is None and not args.compile_only:
@@ -330,17 +336,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def measure_all(args: argparse.Namespace, command: list[str], limits: dict[str, float]) -> None:
-    """Measure every case of the chosen operations, and print and save its rows at once: all take long."""
+    """Measure every case of the chosen operations, and print and save the rows of each case at once."""
     names = [args.operation] if args.operation else list(CASES)
     operations = [CASES[name]() for name in names]
     n_pairs = sum(len(case.work) * len(case.backends) for group in operations for case in group)
     measured = []
-    options = {
-        "unit": "timing",
-        "smoothing": 0,
-        "dynamic_ncols": True,
-        "disable": None,
-    }  # None: no bar in a log
+    # disable=None leaves the bar out where there is no terminal.
+    options = {"unit": "timing", "smoothing": 0, "dynamic_ncols": True, "disable": None}
     with tqdm(total=n_pairs * args.rounds, **options) as bar:
         for group in operations:
             for case in group:
@@ -354,7 +356,7 @@ def measure_all(args: argparse.Namespace, command: list[str], limits: dict[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 2 after a mistake in it, 130 after Ctrl-C."""
+    """Run the command and return its exit code: 2 after a mistake in its flags, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m kernels.bench", description=__doc__, formatter_class=raw)

@@ -1,13 +1,14 @@
 """What `python -m kernels.bench` measures: each operation at some shapes, beside other ways to compute it.
 
 A Case is one operation at one shape: inputs to draw, backends to time on them, the exact results to compare
-with, and the work of each pass in FLOPs or bytes. CASES, at the end, lists the operations:
+with, and the work of each pass in FLOPs or bytes. CASES, at the end, lists the operations (long_rows.py has
+two more):
 
-    attention        whole sequences, causal or not, with grouped heads or a window, beside PyTorch's SDPA and
-                     FlexAttention; and decoding, one query per row over a cache of keys and values
+    attention        of whole sequences, causal or not, with grouped heads or a window, beside PyTorch's SDPA
+                     and FlexAttention; and in decoding, one query per row over a cache of keys and values
     rmsnorm          with and without a residual, beside F.rms_norm and torch.compile of the reference
-    cross_entropy    of the logits of a linear layer, beside all logits in memory at once, PyTorch's own
-                     operation, and torch.compile of an eighth of the tokens at a time
+    cross_entropy    of the logits of a linear layer, beside the same with all logits in memory at once,
+                     beside the backend "torch", and beside torch.compile of an eighth of the tokens at a time
     grouped_matmul   the first product of the experts of a mixture, beside a loop over them and F.grouped_mm
 
 Shapes: B batch, T query length, S key length, H heads, G key/value heads, K head width, D model width,
@@ -31,17 +32,17 @@ from kernels.grouped_matmul import grouped_matmul
 from kernels.rmsnorm import rms_norm
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
-# Attention: head widths, heads times head width, and tokens of a batch; lengths, and the longest whose T x T
-# scores fit the memory in the reference; lengths of the cache in decoding.
+# Attention: head widths, heads times head width, and tokens of a batch; lengths T, and the longest whose
+# T x T scores fit into memory in the reference; lengths of the cache in decoding.
 HEAD_WIDTHS, WIDTH, TOKENS = (64, 128), 2048, 16384
 LENGTHS, SCORES_FIT = (512, 1024, 2048, 4096, 8192, 16384), 4096
 CACHE_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-# RMSNorm: widths, and elements of x; the smaller number takes about as long to launch as to compute.
+# RMSNorm: widths, and elements of x. The smaller x takes about as long to launch as to compute.
 NORM_WIDTHS, NORM_SIZES = (768, 1024, 2048, 4096, 8192, 16384), (2**26, 2**23)
-# Cross entropy: widths and vocabularies, those of GPT-2, TinyLlama and Llama 3.
+# Cross entropy: width and vocabulary of GPT-2, TinyLlama and Llama 3.
 VOCABULARIES = ((768, 50304), (2048, 32000), (4096, 128256))
-# Grouped products: tokens; then experts, experts per token, width, and the width of an expert's gate and up
-# projections together, those of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B.
+# Grouped products: tokens; then of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B the experts, experts per token,
+# width, and the width of an expert's gate and up projections together.
 ROUTED, EXPERTS = 4096, ((8, 2, 4096, 2 * 14336), (64, 8, 2048, 2 * 1024), (128, 8, 2048, 2 * 768))
 
 
@@ -54,7 +55,7 @@ class Case:
     work: dict[str, float]  # FLOPs or bytes of each pass
     unit: str  # TFLOP/s or GB/s
     inputs: Callable[[], tuple[list[Tensor], list[Tensor]]]  # draws inputs, and gradients of the results
-    exact: Callable  # from these: results and gradients of the inputs in float64
+    exact: Callable  # of both: the results, and the gradients of the inputs, in float64
     backends: dict[str, Callable]  # functions of the inputs
     chart: tuple[str, str, int | str] | None = None  # title, with {} for the pass; name of the x axis; x
     compared: Callable[[Tensor], Tensor] = lambda x: x  # the part of a tensor that errors are computed from
@@ -71,7 +72,11 @@ def compiled(f: Callable) -> Callable:
 
 
 def timed(which: str, f: Callable, inputs: list[Tensor], gradients: list[Tensor]) -> Callable:
-    """Return the call to time. It returns the results of f and the gradients of its inputs, [] if omitted."""
+    """Return the call to time, of the pass `which`: "forward", "backward" or "both".
+
+    It returns the results of f and the gradients of its inputs, each [] if the pass does not compute them.
+    gradients: those of the results.
+    """
 
     def results() -> list[Tensor]:
         out = f(*inputs)
@@ -113,6 +118,7 @@ def attention_flops(B: int, T: int, S: int, H: int, K: int, causal: bool, window
 
 
 def attention_cases() -> list[Case]:
+    """Return the cases of attention: whole sequences, then decoding, for each head width."""
     cases = []
     for K in HEAD_WIDTHS:
         H = WIDTH // K
@@ -130,6 +136,7 @@ def attention_cases() -> list[Case]:
 def attention_case(
     B: int, T: int, S: int, H: int, G: int, K: int, causal: bool, window: int | None = None
 ) -> Case:
+    """Return the case of attention for these shapes; T = 1 is decoding."""
     # In decoding the time goes into reading keys and values: work is their bytes.
     if T == 1:
         work, unit = {"forward": 2 * B * S * G * K * DTYPE.itemsize}, "GB/s"
@@ -185,7 +192,7 @@ def sdpa(backend: SDPBackend, T: int, S: int, grouped: bool, causal: bool, windo
 
 
 def flex(T: int, S: int, grouped: bool, causal: bool, window: int | None) -> Callable:
-    """Return PyTorch's FlexAttention, compiled."""
+    """Return PyTorch's FlexAttention, compiled. A window must be causal."""
     run = compiled(flex_attention)
 
     def seen(b, h, i, j):
@@ -204,20 +211,22 @@ def flex(T: int, S: int, grouped: bool, causal: bool, window: int | None) -> Cal
 def rms_norm_bytes(n: int, residual: bool, backward: bool) -> int:
     """Return the bytes that a pass over n elements reads and writes.
 
-    Forward: x is read and y written; with a residual that is read too, and the sum written. Backward: x and
-    dy are read and dx written; with a residual the gradient of the sum is read too. The weight, its gradient
-    with the partial sums, and one number per row are few beside these and do not count.
+    Forward: x is read and y written; with a residual, it is read and the sum written, too. Backward: x and dy
+    are read and dx written; with a residual, the gradient of the sum is read, too. The weight, its gradient
+    with the partial sums, and one number per row are few beside these and are left out.
     """
     plain = 3 if backward else 2
     return (4 if residual else plain) * n * DTYPE.itemsize
 
 
 def rms_norm_cases() -> list[Case]:
+    """Return the cases of RMSNorm, for each size, with and without a residual, and each width."""
     sizes = [(n, residual) for n in NORM_SIZES for residual in (False, True)]
     return [rms_norm_case(n, D, residual) for n, residual in sizes for D in NORM_WIDTHS]
 
 
 def rms_norm_case(n: int, D: int, residual: bool) -> Case:
+    """Return the case of RMSNorm of x with n elements in rows of D."""
     rows = n // D
 
     def inputs():
@@ -255,10 +264,12 @@ def cross_entropy_flops(N: int, D: int, V: int) -> int:
 
 
 def cross_entropy_cases() -> list[Case]:
+    """Return the cases of cross entropy, for each width and vocabulary."""
     return [cross_entropy_case(TOKENS, D, V) for D, V in VOCABULARIES]
 
 
 def cross_entropy_case(N: int, D: int, V: int) -> Case:
+    """Return the case of cross entropy for these shapes, with random targets."""
     targets = torch.randint(V, (N,), device=DEVICE)
 
     def inputs():
@@ -285,7 +296,10 @@ def unfused(targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def in_eight_chunks(targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return the same with the logits of an eighth of the tokens at a time; backward computes them again."""
+    """Return the mean cross entropy from the logits of an eighth of the tokens at a time.
+
+    They are not kept: backward computes them again.
+    """
 
     def loss(h, t):
         return F.cross_entropy(F.linear(h, weight).float(), t, reduction="sum")
@@ -295,7 +309,7 @@ def in_eight_chunks(targets: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def exact_cross_entropy(targets: Tensor, inputs: list[Tensor], gradients: list[Tensor]):
-    """Return the loss and its gradients in float64, in chunks, as few GPUs have memory for all logits."""
+    """Return the loss and its gradients in float64, in chunks, since few GPUs have memory for all logits."""
     hidden, weight = (x.double().requires_grad_() for x in inputs)
     total = 0
     for i in range(0, len(targets), 1024):
@@ -315,10 +329,12 @@ def grouped_matmul_flops(M: int, D: int, N: int) -> int:
 
 
 def grouped_matmul_cases() -> list[Case]:
+    """Return the cases of grouped products, one for each of EXPERTS."""
     return [grouped_matmul_case(E, k * ROUTED, D, N) for E, k, D, N in EXPERTS]
 
 
 def grouped_matmul_case(E: int, M: int, D: int, N: int) -> Case:
+    """Return the case of M rows of width D times the matrices (N, D) of E groups."""
     sizes = uneven_sizes(E, M)
     offsets = torch.tensor(sizes, device=DEVICE).cumsum(0).int()
 
@@ -353,7 +369,7 @@ def uneven_sizes(E: int, M: int) -> list[int]:
 
 
 def one_by_one(sizes: list[int], x: Tensor, w: Tensor) -> Tensor:
-    """Return the grouped product by a loop. The sizes are on the CPU, so it does not wait for the GPU."""
+    """Return the grouped product by a loop. `sizes` is on the CPU, so that nothing waits for the GPU."""
     return torch.cat([torch.mm(x_e, w_e.T) for x_e, w_e in zip(x.split(sizes), w.unbind(), strict=True)])
 
 

@@ -1,17 +1,18 @@
-"""What the compiler makes of the kernels, visible without a GPU.
+"""The machine code of the kernels, by Triton's compiler, without a GPU.
 
     python -m kernels.bench --compile-only                                            all, in about 70 minutes
     python -m kernels.bench linear_attention --compile-only --target sm_90 --out results/machine_code.json
 
-Triton's compiler needs the name of a GPU, not the GPU. So the ordinary host code runs here with CPU tensors,
-under a driver that only names the target, and every kernel is compiled where it would be launched. The
-machine code shows much of what decides a kernel's speed:
+Triton's compiler needs the name of a GPU, but no GPU. So the host code of the kernels runs here with CPU
+tensors, under a driver that only names the target, and every kernel is compiled where it would be launched.
+The machine code shows much of what decides a kernel's speed:
 
-    registers   per thread, at most 255 (AMD: 512); with more of them, fewer threads share a multiprocessor
+    registers   of a thread, at most 255 (AMD: 512); with more of them, fewer threads share a multiprocessor
     spills      instructions that move values to memory and back because the registers are full
-    shared      kB of on-chip memory per program
-    programs    that fit a multiprocessor at a time, by registers, shared memory and threads
+    shared      kB of on-chip memory of a program
+    programs    programs that fit a multiprocessor at a time, by registers, shared memory and threads
     matrix      instructions that multiply tiles: HMMA (Ampere), HGMMA (Hopper), UTC*MMA (Blackwell), v_mfma
+                (AMD)
     TMA         loads of whole tiles by the copy engine of Hopper and later GPUs
 """
 
@@ -49,7 +50,8 @@ from kernels.backend import triton
 from kernels.grouped_matmul import product_triton, weight_gradient_triton
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Of a multiprocessor: bytes of shared memory, of which a program can have 1 kB less, and threads.
+# A multiprocessor has so many bytes of shared memory, of which each program takes 1 kB more than it uses, so
+# many registers, and room for so many threads.
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "gfx942": 64 * 1024}
 REGISTERS, THREADS = 65536, 2048
 MATRIX = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma"
@@ -57,7 +59,7 @@ MATRIX = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma"
 
 @dataclass(frozen=True)
 class Machine:
-    """One kernel, compiled for one target."""
+    """The machine code of one kernel for one target, in figures: a row of the table."""
 
     target: str
     operation: str
@@ -69,14 +71,17 @@ class Machine:
     matrix: str  # as in "16 HGMMA"
     tma: int
     warps: int
-    programs: int  # on a multiprocessor at a time; 0 if one alone exceeds the shared memory
+    programs: int  # on a multiprocessor at a time; 0 if one alone exceeds the shared memory, or for AMD
 
 
 def programs(target: str, registers: int, shared: int, warps: int) -> int:
-    """Return how many programs fit a multiprocessor of an NVIDIA GPU at a time."""
+    """Return how many programs of so many warps fit a multiprocessor at a time, 0 for AMD: not computed.
+
+    registers: of a thread. shared: bytes of a program.
+    """
     if target.startswith("gfx"):
         return 0
-    per_warp = 32 * (registers + -registers % 8)  # they are given out in units of 256
+    per_warp = 32 * (registers + -registers % 8)  # a warp gets them in units of 256
     return min(REGISTERS // (per_warp * warps), SHARED[target] // (shared + 1024), THREADS // (32 * warps))
 
 
@@ -104,7 +109,10 @@ class NamedTarget:
 
 
 def compiled_for(target: str, call: Callable[[], None]) -> list[tuple[str, Any]]:
-    """Return (name, kernel) of every kernel that call() would launch. The process then has no GPU driver."""
+    """Return (name, kernel) of every kernel that call() would launch.
+
+    Afterwards the process has no driver of a GPU, so that it can launch none.
+    """
     jit = triton.JITFunction
     run, compiled = jit.run, []
 
@@ -283,7 +291,7 @@ CASES = {
         },
     },
 }
-SHIPPED = tuple(CASES)  # what runs where nothing was measured; below, what may be measured
+SHIPPED = tuple(CASES)  # these compile the defaults; those below compile the alternatives of configs.py
 
 
 def attention_configured(operation: str, name: str, K: int) -> None:
@@ -312,17 +320,20 @@ def selected_configured(operation: str, name: str, K: int) -> None:
 
 
 def norm_configured(name: str, D: int) -> None:
+    """Launch RMSNorm's backward pass at width D under a configuration."""
     h, weight, rstd = torch.zeros(8192, D, dtype=BF16), torch.ones(D), torch.ones(8192)
     with configs.timed("rms_norm_backward", configs.CONFIGS["rms_norm_backward"][name]):
         rmsnorm.launch_backward(h, h, h, weight, rstd, True)
 
 
 def cross_entropy_configured(name: str) -> None:
+    """Launch the kernel of cross entropy under a configuration."""
     with configs.timed("linear_cross_entropy", configs.CONFIGS["linear_cross_entropy"][name]):
         cross_entropy_rows(BF16, None)
 
 
 def grouped_configured(name: str, result: str) -> None:
+    """Launch the kernel of one result of the grouped product, y, dx or dw, under a configuration."""
     with configs.timed("grouped_matmul", configs.CONFIGS["grouped_matmul"][name]):
         grouped(result, 1024, BF16)
 
@@ -367,6 +378,12 @@ CASES |= {
         for name in configs.CONFIGS["grouped_matmul"]
     },
 }
+# The names of an operation's cases begin so, where not with the name of the operation.
+BEGINNINGS = {
+    "rmsnorm": ("rmsnorm", "rms_norm"),
+    "cross_entropy": ("cross_entropy", "linear_cross_entropy"),
+    "selected_attention": ("selected_attention", "gathered_attention"),
+}
 
 
 def compile_case(target: str, operation: str, case: str) -> list[Machine]:
@@ -376,7 +393,8 @@ def compile_case(target: str, operation: str, case: str) -> list[Machine]:
 
 
 def compile_all(operations: Iterable[str] = CASES, targets: tuple[str, ...] = TARGETS) -> list[Machine]:
-    """Compile every case of these operations in one process per core; configurations for Hopper only."""
+    """Compile every case of these operations in one process per core, the alternatives of configs.py for
+    Hopper only. Raises ValueError if TRITON_INTERPRET is set."""
     if backend.INTERPRETED:
         raise ValueError("--compile-only: TRITON_INTERPRET=1 is set, so nothing would be compiled; unset it")
     work = [
@@ -393,11 +411,12 @@ def compile_all(operations: Iterable[str] = CASES, targets: tuple[str, ...] = TA
 
 
 def report(operation: str | None, out: Path | None, targets: tuple[str, ...] = TARGETS) -> None:
-    """Print the table of an operation with its configurations, or of all, and write it as JSON if `out` is
-    given. Where that file exists, these rows take the place of those of the same operations and targets."""
-    names = [name for name in CASES if name.startswith(operation or "")]
-    if operation == "selected_attention":
-        names += [name for name in CASES if name.startswith("gathered_attention")]
+    """Print the table of an operation with its configurations, or of all; write it as JSON if `out` is given.
+
+    Where that file exists, the new rows take the place of those of the same operations and targets. Raises
+    ValueError if it is of other versions, or if a target is unknown.
+    """
+    names = [name for name in CASES if name.startswith(BEGINNINGS.get(operation, operation or ""))]
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     before = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else None
     if before and (found := {key: before[key] for key in versions}) != versions:

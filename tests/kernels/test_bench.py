@@ -308,6 +308,7 @@ def test_mistakes_are_one_line(tiny, capsys, tmp_path):
         return said.err
 
     assert "--rounds 0" in error("--rounds", 0)
+    assert "--target names what" in error("--target", "sm_90")
     assert "file.txt" in error("--out", tmp_path / "file.txt")
     assert "missing" in error("--compile-only", "--out", tmp_path / "missing" / "file.json")
 
@@ -334,16 +335,33 @@ def test_compiled_rows_take_the_place_of_those_before(tmp_path, monkeypatch):
 
     numbers, out = (1, 0, 0, "", 0, 4, 1), tmp_path / "machine_code.json"
     monkeypatch.setattr(machine_code, "compile_all", machines)
-    machine_code.report("rms", out)
+    machine_code.report("rmsnorm", out)
     numbers = 2, *numbers[1:]
     machine_code.report("rmsnorm", out, ("sm_90",))
     content = json.loads(out.read_text())
     rows = [(row["target"], row["operation"], row["registers"]) for row in content["results"]]
-    others = [(t, name, 1) for t in machine_code.TARGETS for name in ("rmsnorm", "rms_norm_backward")]
-    others.remove(("sm_90", "rmsnorm", 1))
-    assert rows == [*others, ("sm_90", "rmsnorm", 2)]
+    names, targets = ("rmsnorm", "rms_norm_backward"), machine_code.TARGETS
+    others = [(target, name, 1) for target in targets for name in names if target != "sm_90"]
+    assert rows == [*others, *(("sm_90", name, 2) for name in names)]
     with pytest.raises(ValueError, match="--target sm_1: expected one of sm_80"):
         machine_code.report("rmsnorm", out, ("sm_1",))
     out.write_text(json.dumps(content | {"triton": "0"}))
     with pytest.raises(ValueError, match=r"compiled by .*'0'.*name another file"):
         machine_code.report("rmsnorm", out)
+
+
+@pytest.mark.parametrize("operation", bench.CASES)
+def test_an_operation_is_compiled_with_all_of_its_configurations(operation, monkeypatch):
+    from kernels.bench import machine_code
+
+    asked, belongs = [], {"rms_norm_backward": "rmsnorm", "linear_cross_entropy": "cross_entropy"}
+
+    def machines(names, targets):
+        asked.extend(names)
+        return [machine_code.Machine("sm_90", operation, "a case", "a_kernel", 1, 0, 0, "", 0, 4, 1)]
+
+    monkeypatch.setattr(machine_code, "compile_all", machines)
+    machine_code.report(operation, None)
+    for name in machine_code.CASES:
+        of = belongs.get(name, name).replace("gathered", "selected").removesuffix(", configured")
+        assert (name in asked) == (of.removesuffix("_forward").removesuffix("_backward") == operation), name

@@ -1,4 +1,4 @@
-"""Commands: how every file of the house that can be run behaves in a shell.
+"""Commands: how every file that can be run behaves in a shell.
 
     if __name__ == "__main__":
         command.run(main)

@@ -193,9 +193,11 @@ def save(model: nn.Module, directory: str | Path, labels: tuple[str, ...]) -> No
     config = model.config
     bare = config.n_classes == 0
     if config.readout == "mean" or (config.readout == "pooler" and not bare):
-        before, model.config = config, replace(config, labels=tuple(labels))
-        native.save(model, directory)
-        model.config = before
+        model.config = replace(config, labels=tuple(labels))
+        try:
+            native.save(model, directory)
+        finally:
+            model.config = config
         return
     hf = {"architectures": [BARE if bare else CLASSIFIER], "model_type": "vit", **config_of(config)}
     weights = model.state_dict()

@@ -5,8 +5,9 @@ The experts have Mixtral's names, see formats/mixtures.py. Two weights of linear
     in the file     self_attn.norm, self_attn.out_proj
     in the model    self_attn.out_norm, self_attn.o_proj
 
-Files may also hold tables of decays. They follow from config.json, so they are neither read nor written. In
-the layers with softmax, rotary positions turn all features of a head, as in transformers.
+Files may also hold tables of decays. They follow from config.json, so they are neither read nor written. The
+layers with softmax rotate all features of a head by their positions, as transformers does; the published
+weights are of a model that rotates half of them (see attention_variants/minimax.py).
 """
 
 from pathlib import Path

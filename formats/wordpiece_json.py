@@ -178,6 +178,8 @@ def read_vocab_txt(path: Path, config: dict) -> dict:
     if kind.removesuffix("Fast") not in LIKE_BERT:
         raise ValueError(f"tokenizer_class {kind} is not supported; expected {', '.join(LIKE_BERT)}")
     expect("tokenizer_config.json", config, do_basic_tokenize=(True, None), never_split=(None, []))
+    for key in ("do_lower_case", "strip_accents", "tokenize_chinese_chars"):
+        expect("tokenizer_config.json", config, **{key: (True, False, None)})
 
     # Line i holds the piece of id i.
     try:

@@ -270,6 +270,7 @@ def test_load_refuses_what_it_would_do_differently(variants, tmp_path, file, edi
         ({"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class BertJapaneseTokenizer"),
         ({"do_basic_tokenize": False}, "do_basic_tokenize = False"),
         ({"never_split": ["a"]}, "never_split"),
+        ({"do_lower_case": "false"}, "do_lower_case = false is not supported; expected True"),
         ({"sep_token": "</s>", "unk_token": "<unk>"}, None),  # tokens it lacks: BERT's names are there
         ({"do_lower_case": False, "tokenizer_class": "BertTokenizerFast", "never_split": None}, None),
     ],

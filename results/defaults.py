@@ -23,9 +23,9 @@ from results.training_runs import run, seconds
 MODELS = (
     "gpt", "moe", "bert", "electra", "deberta", "deberta_v3", "t5", "bart", "prefix_lm", "multi_token",
     "talking_heads", "local_global", "latent", "deepseek", "linear", "minimax", "moba", "native_sparse",
-    "vit", "mae", "maskfeat", "simclr", "igpt", "spectrogram", "colorize", "clip",
+    "retro", "vit", "mae", "maskfeat", "simclr", "igpt", "spectrogram", "colorize", "clip", "llava",
     "ddpm", "dit", "autoencoder_kl", "latent_diffusion", "prior", "unclip", "vae", "flow",
-    "dpo", "ppo", "reward",
+    "gan", "energy", "dpo", "online_dpo", "ppo", "reward",
 )  # fmt: skip
 RUNS = {name: ["--model", name] for name in MODELS} | {
     "pegasus": ["--model", "t5", "--task", "pegasus"],

@@ -151,14 +151,13 @@ def evaluate(run: Run) -> dict[str, float]:
         totals.update(own)  # a Counter adds
     result = {f"val_{name}": total / n_all for name, total in totals.items()}
 
-    # Perplexity is that of the prediction of tokens. Where the loss has further terms, as Electra's, the task
-    # names the metric that is without them, and "" where no token is predicted.
+    # Perplexity and bits per byte are of the prediction of tokens. Where the loss has further terms, as
+    # Electra's, the task names the metric that is without them, and "" where no token is predicted.
     if token_loss := run.concept.task.TOKEN_LOSS:
-        nats = result.get(f"val_{token_loss}", result["val_loss"])
-        result["perplexity"] = math.exp(min(nats, 700))  # exp(710) overflows
-    val = run.dataset.val
-    if n_all == val.n_targets:  # every token was predicted, by next-token tasks alone: a code length
-        result["bits_per_byte"] = totals["loss"] / math.log(2) / val.n_bytes
+        name, val = token_loss if token_loss in totals else "loss", run.dataset.val
+        result["perplexity"] = math.exp(min(totals[name] / n_all, 700))  # exp(710) overflows
+        if n_all == val.n_targets:  # every token was predicted, by next-token tasks alone: a code length
+            result["bits_per_byte"] = totals[name] / math.log(2) / val.n_bytes
     return result
 
 

@@ -37,12 +37,12 @@ import train
 from engine import cpu
 from engine.options import parse_arguments
 from engine.run import prepare
+from evaluation.small_runs import mean_and_range
 from formats import command
 from formats.figures import load_pyplot, save_figure
 from formats.json_file import read_json, write_json
 from posttraining.nf4 import n_bytes
 from results.in_turn import measure_in_turn, peak_memory, seconds
-from results.seeds import mean_and_range
 from results.training_runs import logged
 
 # The flags of each method, and the learning rate at which the search for the best begins.

@@ -46,13 +46,13 @@ from data.corpus import stdlib_files
 from data.rows import Loader, in_order
 from data.tokenizer import get_tokenizer
 from engine.optim import make_optimizers, set_learning_rate
+from evaluation.small_runs import mean_and_range
 from formats import command
 from formats.atomic import replace_directory
 from formats.figures import load_pyplot, save_figure
 from gpt import GPT, Config, make_batch
 from results import dirty_text
 from results.keep import Ended
-from results.seeds import mean_and_range
 
 LONGEST = 6000  # characters of a module
 VOCABULARY, SEQ_LEN, BATCH, RATE, WARMUP = 1024, 128, 16, 4e-3, 20
@@ -227,7 +227,7 @@ def table(runs: list[Record]) -> str:
     for name in (*CLEANING, *CHOOSING):
         of = [run for run in runs if run["arm"] == name]
         if of:
-            first, figures = of[0], mean_and_range([run["bits_per_byte"] for run in of])
+            first, figures = of[0], mean_and_range([run["bits_per_byte"] for run in of], ".3f")
             sizes = f"{first['documents']} | {first['tokens']:,} | {first['epochs']:.1f}"
             lines.append(f"| {name} | {sizes} | {figures} |")
     return "\n".join(lines)

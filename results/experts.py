@@ -36,6 +36,7 @@ import moe
 from data.rows import Loader, Row
 from engine import contract
 from engine.optim import default_learning_rate, learning_rate, make_optimizers
+from evaluation.small_runs import mean_and_range
 from formats import command
 from formats.figures import load_pyplot, save_figure
 from language.expert_usage import usage
@@ -202,9 +203,9 @@ def print_table(results: list[dict]) -> None:
     print(f"{'':47} {'validation loss':>26} {'least load':>21} {'greatest load':>21}")
     for part, name in dict.fromkeys((r["part"], r["name"]) for r in results):
         last = [r["last"] for r in results if (r["part"], r["name"]) == (part, name)]
-        row = f"{part:8} {name:38} {seeds.mean_and_range([point['loss'] for point in last], '.4f'):>26}"
+        row = f"{part:8} {name:38} {mean_and_range([point['loss'] for point in last], '.4f'):>26}"
         for key in ("least", "most") if "most" in last[0] else ():
-            row += f" {seeds.mean_and_range([point[key] for point in last], '.2f'):>21}"
+            row += f" {mean_and_range([point[key] for point in last], '.2f'):>21}"
         print(row)
 
 

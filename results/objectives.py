@@ -39,11 +39,12 @@ from data import corpus
 from data.rows import Dataset, Loader, Row, seed_of, stack
 from engine import contract, cpu
 from engine.optim import default_learning_rate, make_optimizers, set_learning_rate
+from evaluation.small_runs import mean_and_range
 from formats import command
 from formats.figures import load_pyplot, save_figure
 from formats.json_file import write_json
 from language import electra, masking
-from results.seeds import draw, mean_and_range
+from results.seeds import draw
 
 COMMAND = "python -m results.objectives --out results/objectives.json"
 T, BATCH = 128, 8  # tokens of a row, rows of an update

@@ -48,6 +48,7 @@ from data.docstrings import stdlib_functions
 from data.rows import Dataset, Loader, seed_of
 from engine import cpu
 from engine.optim import make_optimizers
+from evaluation.small_runs import mean_and_range
 from formats import command
 from formats.figures import load_pyplot, save_figure
 from formats.json_file import write_json
@@ -56,7 +57,6 @@ from language import span_corruption
 from language.prefix_lm import Prefix
 from language.t5 import T5, Config
 from results.keep import Ended
-from results.seeds import mean_and_range
 
 COMMAND = "python -m results.objectives_compared --out results/objectives_compared.json"
 TOKENIZER = "bpe:1024"  # a small vocabulary, so that the head costs little beside the stacks

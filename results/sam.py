@@ -28,9 +28,9 @@ from torch import Tensor
 from data.images import prepare
 from data.rows import stack
 from engine.optim import at_worst_point
+from evaluation.small_runs import mean_and_range
 from formats import command
 from results.keep import Ended
-from results.seeds import mean_and_range
 from results.training_runs import run
 from vision.vit import ViT
 

@@ -1,12 +1,7 @@
-"""Figures of several seeds: their mean and range, as text and as a line with a band."""
+"""Figures of several seeds, drawn: their mean as a line, and their range as a band."""
 
 import statistics
 from collections.abc import Sequence
-
-
-def mean_and_range(values: Sequence[float], form: str = ".3f") -> str:
-    """Return the mean, the smallest and the largest value as text, such as "0.512 (0.498 to 0.530)"."""
-    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def draw(axes, x: Sequence[float], curves: Sequence[Sequence[float]], alpha: float = 0.2, **style) -> None:

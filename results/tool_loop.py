@@ -12,10 +12,10 @@ seen. Seeds that are in the file already are kept.
 import argparse
 from pathlib import Path
 
+from evaluation.small_runs import mean_and_range
 from evaluation.tool_loop import study
 from formats import command
 from results.keep import Ended
-from results.seeds import mean_and_range
 
 SEEDS = (0, 1, 2)
 

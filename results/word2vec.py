@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from engine import cpu
+from evaluation.small_runs import mean_and_range
 from formats import command, word_vectors
 from formats.atomic import replace_file
 from formats.json_file import write_json
@@ -31,7 +32,6 @@ from language.analogies import PAIRS, accuracy, all_questions, neighbours
 from language.ppmi import svd_vectors
 from language.word2vec import Config, train
 from language.word_corpus import WordCorpus, read_corpus
-from results.seeds import mean_and_range
 
 KINDS = {
     "CBOW": Config(lr=0.15),

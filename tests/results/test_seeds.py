@@ -1,14 +1,9 @@
-"""Figures of several seeds: their text, and their line with a band."""
+"""Figures of several seeds: their line with a band."""
 
 import pytest
 
 from formats.figures import load_pyplot
 from results import seeds
-
-
-def test_the_mean_stands_before_the_range():
-    assert seeds.mean_and_range([1, 2, 6]) == "3.000 (1.000 to 6.000)"
-    assert seeds.mean_and_range([0.25, 0.75], ".0%") == "50% (25% to 75%)"
 
 
 @pytest.mark.parametrize("style", [{}, {"drawstyle": "steps-post"}])

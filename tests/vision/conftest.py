@@ -21,4 +21,4 @@ def few_notes(monkeypatch):
     """Let the set of notes be two chords of each instrument, of which one take each is held out."""
     every = [Note(instrument, "major", root, 0) for instrument in notes.INSTRUMENTS for root in (50, 55)]
     held = [note._replace(take=1) for note in every]
-    monkeypatch.setattr(notes, "choose", lambda name: (every, held))
+    monkeypatch.setattr(notes, "choose", lambda: (every, held))

@@ -120,8 +120,10 @@ def test_a_run_is_resumed_to_the_bit_and_its_model_is_measured(tmp_path, clip_fo
     lines = (tmp_path / "whole" / "samples.txt").read_text().splitlines()
     for name in ("real", "its own, w = 1", "its text's, w = 1", "another's, w = 1"):
         assert sum(line.startswith(name) and "character" in line for line in lines) == 3
-    with Image.open(tmp_path / "whole" / "picture.png") as picture:  # 6 held-out images, and 4 rows
-        assert picture.size == (6 * 70 + 6, 4 * 70 + 6)
+    with Image.open(
+        tmp_path / "whole" / "picture.png"
+    ) as picture:  # 6 held-out images, and 4 rows with labels
+        assert picture.width > 6 * 70 + 6 and picture.height == 4 * 70 + 6
 
     # The command gives the figures of the last evaluation, and those of a prior beside them.
     Prior(PriorConfig(1, 2, 8, 16, 60)).save_pretrained(tmp_path / "prior")

@@ -1,0 +1,64 @@
+"""All comparisons in one sitting: which ratios are found in the scripts' files, and what is kept."""
+
+import json
+import sys
+
+import pytest
+
+from results import one_sitting
+
+FILES = {
+    "decode_speed": {
+        "cpu": "a CPU",
+        "results": [
+            {
+                "shape": "small",
+                "batch": 8,
+                "side": "theirs",
+                "ratio": 1.0,
+                "ratio_min": 1.0,
+                "ratio_max": 1.0,
+            },
+            {"shape": "tiny", "batch": 8, "side": "ours", "ratio": 1.5, "ratio_min": 1.25, "ratio_max": 2.0},
+        ],
+    },
+    "minhash_speed": {"python": "3.11", "from words": {"ratio": 6.0, "range": [5.5, 7.0]}},
+    "fit_speed": {"cpu": "a CPU", "ours": {"seconds": 1.0}, "ratio": 79.0},
+}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Return a folder with the files of three scripts."""
+    for name, found in FILES.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_every_script_there_is():
+    for name in one_sitting.SCRIPTS:
+        assert (one_sitting.Path(one_sitting.__file__).parent / f"{name}.py").exists()
+
+
+def test_ratios_are_found_in_every_kind_of_file_and_kept_files_are_not_made_again(work, capsys):
+    argv = ["--out", str(work / "out.json"), "--work", str(work), "--names", *FILES]
+    one_sitting.main(argv)
+    expected = [
+        "| script | what | ratio |",
+        "|---|---|---|",
+        "| `decode_speed` | tiny, ours, batch 8 | 1.50x (1.25 to 2.00) |",
+        "| `minhash_speed` | from words | 6.00x (5.50 to 7.00) |",
+        "| `fit_speed` |  | 79.00x |",
+    ]
+    assert capsys.readouterr().out.splitlines() == expected
+    one_sitting.main(["--out", str(work / "out.json"), "--table"])
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_a_script_that_fails_is_left_out_and_says_why(work, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    argv = ["--out", str(work / "out.json"), "--work", str(work), "--names", "fit_speed", "vision_speed"]
+    one_sitting.main(argv)
+    printed = capsys.readouterr()
+    assert "vision_speed: no message" in printed.err and "vision" not in printed.out
+    assert list(json.loads((work / "out.json").read_text())["scripts"]) == ["fit_speed"]

@@ -176,15 +176,20 @@ def glue_figures(directory: Path, tasks: Sequence[TaskFile], batch_size: int) ->
     return figures
 
 
+def is_classifier(directory: Path, tasks: Sequence[TaskFile]) -> bool:
+    """Return whether the model in a directory classifies texts, which are GLUE's tasks; all others are for
+    decoders. Raises ValueError for tasks that do not fit it."""
+    classifies = concept_of(directory) == "posttraining.classify"
+    wrong = [task.name for task in tasks if (task.kind == "glue") != classifies]
+    if wrong:
+        need = "a decoder" if classifies else "a text classifier"
+        raise ValueError(f"{directory}: task {wrong[0]} needs {need}")
+    return classifies
+
+
 def evaluate(directory: Path, tasks: Sequence[TaskFile], args: argparse.Namespace) -> list[Figure]:
     """Return the figures of the model in a directory. Raises ValueError for tasks that do not fit it."""
-    # GLUE's tasks are for classifiers, all others for decoders.
-    is_classifier = concept_of(directory) == "posttraining.classify"
-    wrong = [task.name for task in tasks if (task.kind == "glue") != is_classifier]
-    if wrong:
-        need = "a decoder" if is_classifier else "a text classifier"
-        raise ValueError(f"{directory}: task {wrong[0]} needs {need}")
-    if is_classifier:
+    if is_classifier(directory, tasks):
         return glue_figures(directory, tasks, args.batch_size)
     model, tokenizer = load(directory)
     check_causal(model)
@@ -320,6 +325,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     tasks = read_tasks(args)
+    for directory in args.models:
+        is_classifier(directory, tasks)  # so that a mistake is named before any model is evaluated
     figures = [evaluate(directory, tasks, args) for directory in args.models]
     print("\n".join(table(args.models, figures)))
 

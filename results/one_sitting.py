@@ -26,16 +26,7 @@ SCRIPTS = (
     "parallel_speed", "vision_speed", "sampling_speed", "clip_speed", "rl_speed", "word2vec_speed",
     "minhash_speed", "fit_speed", "train_speed",
 )  # fmt: skip
-ABOUT = {
-    "command",
-    "cpu",
-    "torch",
-    "capability",
-    "python",
-    "numpy",
-    "flags",
-    "unit",
-}  # of a file, not of a row
+ABOUT = {"command", "cpu", "torch", "capability", "python", "numpy", "scipy"}  # of a file, not of a row
 
 
 def ratios(found: object, place: str = "") -> Iterator[dict]:

@@ -61,7 +61,7 @@ from formats import command
 from formats.figures import load_pyplot, save_figure
 from generate import KVCache
 from results.keep import Ended
-from results.seeds import draw
+from results.seeds import draw, means
 
 KINDS = (
     "softmax",
@@ -302,11 +302,6 @@ def plot_needles(rows: list[dict], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     save_figure(figure, path)
-
-
-def means(curves: list[list[float]]) -> list[float]:
-    """Return the mean of the curves at each point."""
-    return [statistics.mean(values) for values in zip(*curves, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> None:

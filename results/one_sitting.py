@@ -20,6 +20,7 @@ import torch
 from engine import cpu
 from formats import command
 from formats.json_file import read_json, write_json
+from results.in_turn import shown
 
 SCRIPTS = (
     "decode_speed", "expert_speed", "encoder_speed", "t5_speed", "adapter_speed", "scoring_speed",
@@ -30,9 +31,9 @@ ABOUT = {"command", "cpu", "torch", "capability", "python", "numpy", "scipy"}  #
 
 
 def ratios(found: object, place: str = "") -> Iterator[dict]:
-    """Yield {"what", "ratio", "least", "most"} of everything in a file of figures that has a ratio, but for
-    the side that the others are compared with, whose ratio is 1. Where a script has no range, least and most
-    are None."""
+    """Yield {"what", "ratio", "ratio_min", "ratio_max"} of everything in a file of figures that has a ratio,
+    but for the side that the others are compared with, whose ratio is 1. Where a script has no range, the two
+    last are None."""
     if isinstance(found, list):
         for part in found:
             yield from ratios(part, place)
@@ -45,7 +46,7 @@ def ratios(found: object, place: str = "") -> Iterator[dict]:
         counts = [f"{name} {found[name]}" for name in ("batch", "experts", "dimension") if name in found]
         if not least == most == 1:
             what = ", ".join(filter(None, (place, *texts, *counts)))
-            yield {"what": what, "ratio": found["ratio"], "least": least, "most": most}
+            yield {"what": what, "ratio": found["ratio"], "ratio_min": least, "ratio_max": most}
 
 
 def in_a_table(scripts: dict[str, list[dict]]) -> str:
@@ -53,8 +54,8 @@ def in_a_table(scripts: dict[str, list[dict]]) -> str:
     lines = ["| script | what | ratio |", "|---|---|---|"]
     for name, rows in scripts.items():
         for row in rows:
-            spread = f" ({row['least']:.2f} to {row['most']:.2f})" if row["least"] is not None else ""
-            lines.append(f"| `{name}` | {row['what']} | {row['ratio']:.2f}x{spread} |")
+            ratio = f"{row['ratio']:.2f}x" if row["ratio_min"] is None else shown(row)
+            lines.append(f"| `{name}` | {row['what']} | {ratio} |")
     return "\n".join(lines)
 
 

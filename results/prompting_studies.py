@@ -16,6 +16,7 @@ from pathlib import Path
 from formats import command
 from formats.figures import load_pyplot, save_figure
 from results.keep import Ended
+from results.seeds import means
 
 STUDIES = ("in_context", "scratchpad", "spelling", "injection")
 
@@ -38,25 +39,20 @@ def run(name: str, seeds: int, steps: int | None, folder: Path) -> None:
         save_figure(figure, path.with_suffix(".png"))
 
 
-def mean_curve(curves: list[list[float]]) -> list[float]:
-    """Return the mean of several curves, point by point."""
-    return [statistics.mean(values) for values in zip(*curves, strict=True)]
-
-
 def draw_in_context(pyplot, rows: list[dict]):
     """Return a picture of the loss: along training, a line per seed; by position, the mean of the seeds."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     predictors = [name for name in rows[0]["by_position"] if name != "model"]
     depths = sorted({row["layers"] for row in rows})
     for i, name in enumerate(predictors, start=2):
-        curve, style = mean_curve([row["by_position"][name] for row in rows]), {"color": f"C{i}", "ls": "--"}
+        curve, style = means([row["by_position"][name] for row in rows]), {"color": f"C{i}", "ls": "--"}
         left.axhline(statistics.mean(curve), linewidth=1, **style)
         right.plot(range(1, len(curve) + 1), curve, linewidth=1, label=name, **style)
     for depth in depths:
         own, color = [row for row in rows if row["layers"] == depth], f"C{depth - 1}"
         for row in own:
             left.plot(*zip(*row["curve"], strict=True), color=color, linewidth=1)
-        curve = mean_curve([row["by_position"]["model"] for row in own])
+        curve = means([row["by_position"]["model"] for row in own])
         right.plot(
             range(1, len(curve) + 1), curve, color=color, label=f"GPT, {depth} layer{'s' * (depth > 1)}"
         )

@@ -4,8 +4,8 @@
     python -m results.one_sitting --out results/one_sitting.json --table             print the file as a table
 
 Each script of SCRIPTS runs by itself and writes its file into --work; what is there already is kept. --out
-gets the ratios of all of them. A script that needs a package that is not installed names it and is left out.
-Nothing else should run on the machine.
+gets the ratios of all of them, and keeps those that it holds of the same machine. A script that needs a
+package that is not installed names it and is left out. Nothing else should run on the machine.
 """
 
 import argparse
@@ -43,10 +43,17 @@ def ratios(found: object, place: str = "") -> Iterator[dict]:
     elif isinstance(found, dict):
         least, most = found.get("range") or (found.get("ratio_min"), found.get("ratio_max"))
         texts = [value for name, value in found.items() if isinstance(value, str) and name not in ABOUT]
+        texts += [name for name in ("compiled", "hierarchical") if found.get(name) is True]
         counts = [f"{name} {found[name]}" for name in ("batch", "experts", "dimension") if name in found]
         if not least == most == 1:
             what = ", ".join(filter(None, (place, *texts, *counts)))
             yield {"what": what, "ratio": found["ratio"], "ratio_min": least, "ratio_max": most}
+
+
+def kept(out: Path, about: dict) -> dict[str, list[dict]]:
+    """Return the ratios that the file `out` holds, if they are of this machine and this version of torch."""
+    found = read_json(out, "a file of ratios") if out.exists() else {}
+    return found["scripts"] if {name: found.get(name) for name in about} == about else {}
 
 
 def in_a_table(scripts: dict[str, list[dict]]) -> str:
@@ -87,13 +94,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     args.work.mkdir(parents=True, exist_ok=True)
     about = {"cpu": cpu.name(), "cores": os.cpu_count(), "torch": torch.__version__}
-    scripts = {}
+    scripts = kept(args.out, about)
     for name in args.names:
         if name == "train_speed" and args.nanogpt is None:
             continue
         rows = measure(name, args.work, [str(args.nanogpt)] if name == "train_speed" else [])
         if rows:
-            scripts[name] = rows
+            scripts = {key: (scripts | {name: rows})[key] for key in SCRIPTS if key in {*scripts, name}}
             write_json(args.out, about | {"scripts": scripts})
     print(in_a_table(scripts))
 

@@ -62,3 +62,21 @@ def test_a_script_that_fails_is_left_out_and_says_why(work, capsys, monkeypatch)
     printed = capsys.readouterr()
     assert "vision_speed: no message" in printed.err and "vision" not in printed.out
     assert list(json.loads((work / "out.json").read_text())["scripts"]) == ["fit_speed"]
+
+
+def test_further_scripts_are_added_to_the_file_in_the_order_of_the_list(work, capsys):
+    out = work / "out.json"
+    for names in (["minhash_speed"], ["decode_speed"]):
+        one_sitting.main(["--out", str(out), "--work", str(work), "--names", *names])
+    assert list(json.loads(out.read_text())["scripts"]) == ["decode_speed", "minhash_speed"]
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"cpu": "another"}))
+    one_sitting.main(["--out", str(out), "--work", str(work), "--names", "fit_speed"])
+    assert list(json.loads(out.read_text())["scripts"]) == ["fit_speed"]
+
+
+def test_a_row_says_whether_it_was_compiled():
+    row = {"shape": "tiny", "compiled": True, "ratio": 1.5, "ratio_min": 1.0, "ratio_max": 2.0}
+    assert [found["what"] for found in one_sitting.ratios([row, row | {"compiled": False}])] == [
+        "tiny, compiled",
+        "tiny",
+    ]

@@ -39,7 +39,7 @@ from formats.config_json import damage_named
 from language import masking
 from language.encoder_inference import sequence
 
-STEPS = 3600
+OPTIMIZER, STEPS = "muon", 3600
 LEARNING_RATE = 0.25  # times the default rate of a decoder of this size; found on `tiny`
 TOKEN_LOSS = "mlm_loss"  # the nats per masked token, where the loss has other terms too
 

@@ -62,6 +62,13 @@ class Dataset:
     labels: tuple[str, ...] = ()  # the names of the classes, in the order of their numbers
 
 
+def frequency_loss(train: np.ndarray, held_out: np.ndarray, n_tokens: int) -> float:
+    """Return the mean cross-entropy, in nats, of held-out tokens whose probabilities are their frequencies in
+    train. Each of the n_tokens of the vocabulary is counted once more than it occurs."""
+    counts = np.bincount(train, minlength=n_tokens) + 1
+    return -float(np.log(counts / counts.sum())[held_out].mean())
+
+
 class Loader:
     """An endless stream of samples from rows, shuffled anew in each epoch.
 

@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from data.corpus import Files, documents, find_files
-from data.rows import Dataset, Row, Rows
+from data.rows import Dataset, Row, Rows, frequency_loss
 from data.shards import Corpus, build_shards, check_shards, open_shards
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
 from formats import command
@@ -343,7 +343,9 @@ def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Datase
     Raises ValueError if the training text is shorter than one row.
     """
     train, val = corpus.train.tokens, corpus.val.tokens
-    most_frequent = np.bincount(train[: 1 << 24]).argmax()
+    begin = train[: 1 << 24]
+    right = np.mean(val == np.bincount(begin).argmax())
+    nats = frequency_loss(begin, val, corpus.tokenizer.n_vocab)
     return Dataset(
         corpus.name,
         corpus.tokenizer,
@@ -351,7 +353,8 @@ def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Datase
         HeldOut(val, seq_len, corpus.val.n_bytes, only_whole),
         text=corpus.name.partition("-")[0],
         summary=f"{len(train):,} tokens to train on, {len(val):,} held out",
-        guess=f"the most frequent token is right for {np.mean(val == most_frequent):.2%} of the held out",
+        guess=f"the most frequent token is right for {right:.2%} of the held out; by frequency a token has "
+        f"{nats:.2f} nats",
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from data.records import OnBad, converted, decode, is_valid, open_utf8, refuse, suffix_of
-from data.rows import Dataset, Row, Rows
+from data.rows import Dataset, Row, Rows, frequency_loss
 from data.text import bad_texts
 
 EXPECTED = 'expected a source, a tab and a target; or a record {"source": ..., "target": ...}'
@@ -144,7 +144,14 @@ def as_dataset(
         digest.update(table.tobytes() + name.encode())
         sides.append(Rows([{"source": source, "target": target} for source, target in table]))
     line = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()) if n)
-    return Dataset(f"pairs-{digest.hexdigest()[:16]}", tokenizer, *sides, f"pairs of texts: {line}")
+    targets = [np.concatenate([row["target"][row["target"] >= 0] for row in rows.rows]) for rows in sides]
+    return Dataset(
+        f"pairs-{digest.hexdigest()[:16]}",
+        tokenizer,
+        *sides,
+        summary=f"pairs of texts: {line}",
+        guess=f"by frequency a token of a target has {frequency_loss(*targets, tokenizer.n_vocab):.2f} nats",
+    )
 
 
 def sides_of(row: Row) -> tuple[list[int], list[int]]:

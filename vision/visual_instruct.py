@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from data.image_conversations import IGNORED, FileTalks, SceneTalks, TalkRows, Writing, read_seen
-from data.rows import Dataset, Row, stack
+from data.rows import Dataset, Row, frequency_loss, stack
 from data.text import bad_texts, bpe_size
 from data.tokenizer import Tokenizer, get_tokenizer, train_bpe
 from engine import trainable
@@ -61,6 +61,7 @@ LOSS = "nats per token"
 HELD_OUT = 1 / 10  # share of a file's conversations
 N_SCENES = 16_000  # to learn from
 N_HELD_OUT = 256  # scenes of the held-out loss, with one question each; their pairs are those learned from
+N_GUESSED = 1000  # conversations of each part that the trivial guess reads
 N_SHOWN = 16  # scenes of each held-out part whose questions are answered at an evaluation
 DEFAULT_TOKENIZER = "bpe:4096"  # the value that engine/options.py fills in where --tokenizer is left out
 CLIP_STEPS = 400  # updates of the CLIP whose tower the default run gets
@@ -127,7 +128,21 @@ def load_data(args: Namespace, config: Config) -> TalkDataset:
     summary = f"{len(train):,} {kind} to train on, {len(val):,} held out, {image.n} tokens an image"
     rows = TalkRows(train, writing), TalkRows(val, writing)
     name = f"seen-{content.hexdigest()[:16]}"
-    return TalkDataset(name, tokenizer, *rows, summary, unit="images", units_per_row=1, tower=tower)
+    return TalkDataset(
+        name, tokenizer, *rows, summary, guess=guess(*rows), unit="images", units_per_row=1, tower=tower
+    )
+
+
+def guess(train: TalkRows, val: TalkRows) -> str:
+    """Return one line: the loss on held-out answers by the frequencies of tokens in answers to learn from. Of
+    each part at most N_GUESSED conversations are read."""
+    answers = []
+    for part in (train, val):
+        chosen = np.linspace(0, len(part) - 1, min(len(part), N_GUESSED)).astype(int)
+        targets = np.concatenate([part.writing.row(part.rows[i].messages)["targets"] for i in chosen])
+        answers.append(targets[targets != IGNORED])
+    nats = frequency_loss(*answers, train.writing.tokenizer.n_vocab)
+    return f"by frequency a token of an answer has {nats:.2f} nats"
 
 
 def check(args: Namespace, config: Config, given: Settings) -> None:

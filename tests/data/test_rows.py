@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.rows import Loader, Rows, cu_seqlens, in_order
+from data.rows import Loader, Rows, cu_seqlens, frequency_loss, in_order
 
 
 def test_a_stream_of_no_rows_is_refused():
@@ -22,3 +22,10 @@ def test_documents_begin_at_each_end_of_text_and_at_each_row():
     tokens = torch.tensor([[1, 0, 2], [0, 0, 3]])
     assert cu_seqlens(tokens, 0).tolist() == [0, 1, 3, 4, 6]
     assert tokens.tolist() == [[1, 0, 2], [0, 0, 3]]
+
+
+def test_loss_by_frequency():
+    # Counted once more, 0 has 3 of 8, 1 has 4, and 2, which never occurs, has 1.
+    train = np.array([0, 1, 1, 0, 1], np.uint16)
+    assert frequency_loss(train, np.array([2], np.uint16), 3) == pytest.approx(np.log(8))
+    assert frequency_loss(train, np.array([0, 1, 1, 2]), 3) == pytest.approx(-np.log(3 / 8 * 1 / 4 / 8) / 4)

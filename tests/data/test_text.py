@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import data.text
 from data.rows import Loader, in_order, seed_of, stack
+from data.shards import Corpus, Split
 from data.tokenizer import END_OF_TEXT
 from formats.atomic import write_checksums
 
@@ -328,6 +330,16 @@ def test_any_number_of_ranks_reads_the_same_sequence():
     loader = Loader(data.text.Windows(np.arange(1000, dtype=np.uint16), 10), seed=0)
     ranks = [read(loader, 24 + rank * 4, 4) for rank in range(2)]
     assert torch.equal(torch.cat(ranks), read(loader, 24, 8))
+
+
+def test_the_guess_is_the_most_frequent_token_and_the_loss_by_frequency():
+    train, val = (Split(np.array(a, np.uint16), 4, 1) for a in ([1, 0, 1, 1], [1, 1, 0, 2]))
+    corpus = Corpus("name", SimpleNamespace(n_vocab=3), train, val)
+    # Counted once more, 0, 1 and 2 have 2, 4 and 1 of 7.
+    assert data.text.as_rows(corpus, 2).guess == (
+        "the most frequent token is right for 50.00% of the held out; by frequency a token has "
+        f"{-np.log(4 / 7 * 4 / 7 * 2 / 7 * 1 / 7) / 4:.2f} nats"
+    )
 
 
 def test_too_little_text_is_named():

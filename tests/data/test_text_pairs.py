@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +71,12 @@ def test_long_pairs_are_dropped_and_counted_or_their_sources_cut():
     assert cut.fingerprint != dataset.fingerprint
     with pytest.raises(ValueError, match="--seq-len 1: too short for all 3 pairs to train on"):
         as_dataset(pairs, pairs, tokenizer(), 1)
+
+
+def test_the_guess_is_the_loss_by_the_frequencies_of_target_tokens_without_padding():
+    # The targets to learn from have two "b", one "c", two ends; each of 258 tokens counts once more.
+    dataset = as_dataset([Pair("a", "bbc"), Pair("aaaaaa", "")], [Pair("a", "b")], tokenizer(), 8)
+    assert dataset.guess == f"by frequency a token of a target has {np.log(263 / 3):.2f} nats"
 
 
 def test_a_batch_is_padded_and_its_targets_end():

@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -223,8 +224,14 @@ def test_a_data_set_is_another_one_where_images_of_one_name_are_in_other_folders
             data=str(path), val=str(path), set=[f"images={tmp_path}"], tokenizer="bytes", seq_len=40
         )
         vars(args).update(document_mask=False, init_from=None, adapter=None, base=None, bad_text="refuse")
-        names.append(visual_instruct.load_data(args, replace(SMALL, tower="random")).fingerprint)
+        dataset = visual_instruct.load_data(args, replace(SMALL, tower="random"))
+        names.append(dataset.fingerprint)
     assert names[0] != names[1]
+
+    # Of the 8 tokens in the answers, "o" and the end come twice, and each of the vocabulary once more.
+    total = 8 + dataset.tokenizer.n_vocab
+    nats = -np.log([3 / total, 2 / total]).mean()
+    assert dataset.guess == f"by frequency a token of an answer has {nats:.2f} nats"
 
 
 def test_parts_of_a_batch_have_its_loss_together():

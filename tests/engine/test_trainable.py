@@ -1,11 +1,12 @@
-"""What a module has beside its model, also where FSDP has sharded both."""
+"""Which weights learn, and what a module has beside its model, also where FSDP has sharded both."""
 
 import pytest
+import small_t5
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from engine.trainable import beside
+from engine.trainable import beside, freeze
 
 
 class Scored(nn.Module):
@@ -29,3 +30,12 @@ def test_the_head_beside_a_model_is_found_in_one_process_and_in_shards(sharded):
         assert beside(module.model, module.model) == {}
     finally:
         dist.destroy_process_group()
+
+
+def test_embeddings_stay_whatever_they_are_called():
+    model = small_t5.small(n_decoder_layers=2)
+    freeze(model, "last:1")
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.partition(".block.")[0] for name in learning if ".block." in name} == {"decoder"}
+    norms = {f"{stack}.final_layer_norm.weight" for stack in ("encoder", "decoder")}
+    assert {name for name in learning if ".block." not in name} == norms

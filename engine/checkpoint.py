@@ -133,8 +133,8 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
 
 
 def clear_logs(out: Path) -> None:
-    """Make the logs of a new run, empty, and remove what an earlier run has left in out for later evaluations:
-    its pictures, and its first answers (before.json of posttraining/instruct.py)."""
+    """Make the logs of a new run, empty, and remove what an earlier run has left in out: its pictures, and
+    its first answers (before.json of posttraining/instruct.py)."""
     for log in LOGS:
         (out / log).write_text("", encoding="utf-8")
     shutil.rmtree(out / "pictures", ignore_errors=True)
@@ -226,8 +226,8 @@ def continue_schedule(args: argparse.Namespace, state: dict, flags: dict[str, st
         )
     elif args.steps < state["step"]:
         raise ValueError(
-            f"--steps {args.steps}: the run in {args.out} has made {state['step']} steps; give more, or leave "
-            "it out"
+            f"--steps {args.steps}: the run in {args.out} has made {state['step']} steps; give more, or "
+            "leave it out"
         )
 
 
@@ -324,8 +324,8 @@ def save_model(run, *directories: Path) -> None:
 
 
 def kept_models(out: Path) -> list[Path]:
-    """Return the directories that --keep-models has written, in the order of their steps, without those that a
-    process which was killed has left half-written, such as step-9.new."""
+    """Return the directories that --keep-models has written, in the order of their steps, without those that
+    a killed process has left half-written, such as step-9.new."""
     found = (path for path in (out / "models").glob("step-*") if not path.suffix)
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 

@@ -114,8 +114,8 @@ class Log:
         self.progress.show(**self.shown)
 
     def evaluate(self, evaluate: Callable[[Run], dict[str, float]]) -> bool:
-        """Evaluate the model, with --ema its averages, log what is found, and with --keep-best keep a model of
-        a lower loss. Return whether --patience ends the run. Called by all ranks."""
+        """Evaluate the model, with --ema its averages, log what is found, and with --keep-best keep a model
+        of a lower loss. Return whether --patience ends the run. Called by all ranks."""
         with self.run.averaged():
             self.evaluation(evaluate(self.run))
         if self.run.args.keep_best and self.n_since_lowest == 0:

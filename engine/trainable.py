@@ -4,8 +4,8 @@
     head      what follows the blocks: the last norm and the head, or an encoder's heads
     last:N    the same, and the last N blocks
 
-Embeddings stay as they are, and so does a head that is the embedding matrix. But with `head`, such a head of a
-decoder first becomes a copy of the matrix, which learns.
+Embeddings stay as they are, and so does a head that is the embedding matrix. But with `head`, such a head of
+a decoder first becomes a copy of the matrix, which learns.
 """
 
 import re

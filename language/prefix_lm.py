@@ -58,7 +58,7 @@ class Prefix:
 
 
 class Behind(Prefix):
-    """The second pass, of the tokens behind a prefix, which attend to its keys and values and to their own."""
+    """The second pass, of the tokens behind a prefix, which attend to its keys and values and their own."""
 
     def __init__(self, prefix: Prefix):
         self.kept, self.n = prefix.kept, prefix.kept[0][0].shape[1]  # n: the tokens of the prefix

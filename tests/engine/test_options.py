@@ -104,7 +104,9 @@ def test_any_flags_begin_a_run_or_are_refused_in_one_line(flags, text, tmp_path,
 
 
 def test_set_may_be_given_several_times():
-    args = options.parse_arguments(["--model", "gpt", "--set", "n_layers=3", "--set", "d_model=64", "n_heads=2"])
+    args = options.parse_arguments(
+        ["--model", "gpt", "--set", "n_layers=3", "--set", "d_model=64", "n_heads=2"]
+    )
     assert args.set == ["n_layers=3", "d_model=64", "n_heads=2"]
 
 

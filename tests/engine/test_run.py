@@ -72,7 +72,8 @@ def test_the_best_model_and_the_last_ones_are_kept_beside_the_last(text, tmp_pat
     )
     out, every = tmp_path / "run", dict(eval_every=1, save_every=1, keep_best=True, keep_models=2)
     assert train.main(flags(text, out, steps=8, patience=2, **every)) == 0
-    assert kept == dict.fromkeys((0, 1), out / "best")  # the losses of steps 2 and 3 are higher, and end the run
+    # The losses of steps 2 and 3 are higher, and end the run.
+    assert kept == dict.fromkeys((0, 1), out / "best")
     assert "stopped at step 3: 2 evaluations, no lower loss" in capsys.readouterr().out
     assert sorted(path.name for path in (out / "models").iterdir()) == ["step-2", "step-3"]
     best, last, two = (
@@ -143,9 +144,7 @@ def test_an_extended_run_has_the_rate_and_the_schedule_of_the_first_unless_it_na
 
 def test_an_extended_run_goes_on_with_its_starts_and_with_the_curves_of_watchers(text, tmp_path, monkeypatch):
     out, resumed_at = tmp_path / "run", []
-    monkeypatch.setattr(
-        log.watch, "watchers", lambda names, out, config, step: resumed_at.append(step) or []
-    )
+    monkeypatch.setattr(log.watch, "watchers", lambda names, out, config, step: resumed_at.append(step) or [])
     assert train.main(flags(text, out)) == 0
     assert train.main(flags(text, out, steps=None, extend=2)) == 0
     assert [start["step"] for start in read_starts(out)] == [0, 6] and resumed_at == [None, 6]

@@ -48,8 +48,8 @@ from formats import command
 def train(run: Run, log: Log) -> None:
     """Train to the last step, or until --patience ends. Raises Interrupted after a signal, and Diverged if
     the gradient was not finite in several steps in a row."""
-    if log.evaluation_is_missing():
-        log.evaluate(evaluate)
+    if log.evaluation_is_missing() and log.evaluate(evaluate):
+        return  # --patience ends
 
     for _ in run.steps():
         log.begin_step()

@@ -133,11 +133,13 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
 
 
 def clear_logs(out: Path) -> None:
-    """Make the logs of a new run, empty, and remove the pictures that an earlier run has left in out."""
+    """Make the logs of a new run, empty, and remove what an earlier run has left in out: its pictures, and
+    its first answers (before.json of posttraining/instruct.py)."""
     for log in LOGS:
         (out / log).write_text("", encoding="utf-8")
     shutil.rmtree(out / "pictures", ignore_errors=True)
-    (out / "picture.png").unlink(missing_ok=True)
+    for left in ("picture.png", "before.json"):
+        (out / left).unlink(missing_ok=True)
 
 
 def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:
@@ -192,15 +194,16 @@ def config_of(run) -> dict:
     return {name: value for name, value in config.items() if name != "kernels"}
 
 
-def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> None:
+def continue_schedule(args: argparse.Namespace, state: dict, flags: dict[str, str]) -> None:
     """Set args.steps and args.schedule_from of a resumed run: the last and the first step of the schedule of
     the learning rate.
 
-    They stay as they were, but with --extend a second schedule follows the first. given: --steps was typed.
-    Raises ValueError for an --extend before the end, and for another --steps, under which the schedule would
-    jump, unless it is constant.
+    They stay as they were, but with --extend a second schedule follows the first. Where this command names no
+    --lr or --schedule for it, args gets those of the first one, and so does flags, this command's as strings.
+    Raises ValueError for an --extend before the end, for another --steps, under which the schedule would
+    jump, unless it is constant, and for fewer steps than are made.
     """
-    end = state["steps"]
+    end, before = state["steps"], state["flags"]
     if args.extend:
         if state["step"] < end:
             raise ValueError(
@@ -208,14 +211,23 @@ def continue_schedule(args: argparse.Namespace, state: dict, given: bool) -> Non
                 "it first, with --resume"
             )
         args.schedule_from, args.steps = state["step"], state["step"] + args.extend
+        args.schedule = args.schedule or before["schedule"]
+        if args.lr is None and before["lr"] != "None":
+            args.lr = float(before["lr"])
+        flags.update(lr=str(args.lr), schedule=args.schedule)
         return
     args.schedule_from = state["schedule_from"]
-    if not given:
+    if flags["steps"] == "None":  # it was not typed
         args.steps = end
     elif args.steps != end and args.schedule != "constant":
         raise ValueError(
             f"--resume: the learning rate of the run in {args.out} is scheduled to step {end}, not "
             f"{args.steps}; leave out --steps to finish it, and add steps to a finished run by --extend"
+        )
+    elif args.steps < state["step"]:
+        raise ValueError(
+            f"--steps {args.steps}: the run in {args.out} has made {state['step']} steps; give more, or "
+            "leave it out"
         )
 
 
@@ -312,8 +324,9 @@ def save_model(run, *directories: Path) -> None:
 
 
 def kept_models(out: Path) -> list[Path]:
-    """Return the directories that --keep-models has written, in the order of their steps."""
-    found = (out / "models").glob("step-*")
+    """Return the directories that --keep-models has written, in the order of their steps, without those that
+    a killed process has left half-written, such as step-9.new."""
+    found = (path for path in (out / "models").glob("step-*") if not path.suffix)
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

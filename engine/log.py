@@ -113,10 +113,14 @@ class Log:
             self.shown["mfu"] = f"{row['mfu']:.1%}"
         self.progress.show(**self.shown)
 
-    def evaluate(self, evaluate: Callable[[Run], dict[str, float]]) -> None:
-        """Evaluate the model, with --ema its averages, and log what is found. Called by all ranks."""
+    def evaluate(self, evaluate: Callable[[Run], dict[str, float]]) -> bool:
+        """Evaluate the model, with --ema its averages, log what is found, and with --keep-best keep a model
+        of a lower loss. Return whether --patience ends the run. Called by all ranks."""
         with self.run.averaged():
             self.evaluation(evaluate(self.run))
+        if self.run.args.keep_best and self.n_since_lowest == 0:
+            save_model(self.run, self.run.args.out / "best")
+        return self.patience_ends()
 
     def evaluation(self, result: dict[str, float]) -> None:
         """Write an evaluation, a sample of the model, and the report. Called by all ranks."""
@@ -186,12 +190,8 @@ def evaluate_and_save(run: Run, log: Log, evaluate: Callable[[Run], dict[str, fl
     The last step is not saved here, but after the loop. While updates are skipped the last checkpoint is not
     overwritten.
     """
-    if run.is_due(run.args.eval_every):
-        log.evaluate(evaluate)
-        if run.args.keep_best and log.n_since_lowest == 0:
-            save_model(run, run.args.out / "best")
-        if log.patience_ends():
-            return True
+    if run.is_due(run.args.eval_every) and log.evaluate(evaluate):
+        return True
     if run.is_due(run.args.save_every) and run.step < run.args.steps and not run.n_skipped_in_a_row:
         checkpoint.save(run)
     return False
@@ -227,8 +227,9 @@ def start_logs(run: Run) -> list:
     start |= {"unit": run.dataset.unit, "loss": run.concept.task.LOSS}
     start |= {"references": run.concept.model_file.references(run.model.config)}
     start |= {"environment": report.environment()}
-    report.record_start(args.out, start, args.resume)
-    return watch.watchers(args.watch, args.out, flags | config, run.step if args.resume else None)
+    goes_on = bool(args.resume or args.extend)
+    report.record_start(args.out, start, goes_on)
+    return watch.watchers(args.watch, args.out, flags | config, run.step if goes_on else None)
 
 
 def data_of(run: Run) -> str:

@@ -85,6 +85,7 @@ def add_what(group) -> None:
     add(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FIELD=VALUE",
         help="other values for fields of the Config of model, task or adapter, as n_layers=6 mask_rate=0.3",
@@ -177,7 +178,6 @@ def add_how(group) -> None:
     add(
         "--schedule",
         choices=("cosine", "wsd", "constant"),
-        default="cosine",
         help="the learning rate after warm-up: a cosine, first constant (wsd), or constant (default cosine)",
     )
     add(
@@ -363,6 +363,7 @@ def fill_defaults(args: argparse.Namespace, concept: contract.Concept) -> None:
     n = parallel.world_size()
     if args.batch_size % n:
         raise ValueError(f"--batch-size {args.batch_size}: expected a multiple of the {n} processes")
+    args.schedule = args.schedule or (None if args.extend else "cosine")  # see checkpoint.continue_schedule
     args.schedule_from = 0  # the step at which the schedule of the learning rate begins
     args.tokenizer = args.tokenizer or concept.base or args.init_from or "bpe:4096"
 

@@ -203,9 +203,19 @@ class Objective(nn.Module):
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a model: the members of its nn.ModuleLists."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(dict.fromkeys(block for members in lists for block in members))
+    """Return the repeated blocks of a model, in order: the members of its outermost nn.ModuleLists. In place
+    of a member without a forward pass of its own, such as a level of a U-Net, there are the blocks in it."""
+    found: dict[nn.Module, None] = {}
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(module, nn.ModuleList) and type(child).forward is not nn.Module.forward:
+                found[child] = None
+            else:
+                look(child)
+
+    look(model)
+    return list(found)
 
 
 def distribute(

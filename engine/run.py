@@ -186,7 +186,7 @@ def prepare(args: argparse.Namespace) -> Run:
     """
     flags = {flag: str(value) for flag, value in vars(args).items()}  # before defaults are filled in
     concept = check(args)
-    for flag in ("size", "batch_size", "optimizer", "sam_rho"):  # whose defaults are the concept's
+    for flag in ("size", "batch_size", "optimizer", "sam_rho", "schedule"):  # with their defaults
         flags[flag] = str(getattr(args, flag))
     lock = open_directory(args.out) if parallel.rank() == 0 else None
     parallel.barrier()
@@ -288,7 +288,7 @@ def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Pa
     saved = None
     if args.resume or args.extend:
         saved = checkpoint.find(args.out, flags, FREE_ON_EXTEND if args.extend else FREE_ON_RESUME)
-        checkpoint.continue_schedule(args, saved[1], given=flags["steps"] != "None")
+        checkpoint.continue_schedule(args, saved[1], flags)
     fill_intervals(args)
     if not args.out.is_dir():
         raise ValueError(f"--out {args.out}: expected a directory that all machines share")

@@ -71,6 +71,8 @@ def with_fields(config: Any, changes: list[str], known: set[str] | None = None) 
             continue
         value = value_of(text)
         now = getattr(config, name)
+        if isinstance(now, str) and value is not None and not isinstance(value, str):
+            value = text  # such as a folder that is called 2024
         expected = float | int if isinstance(now, float) else type(now)
         if now is not None and value is not None and not isinstance(value, expected):
             raise ValueError(f"--set {change}: expected a value such as {now!r}")

@@ -4,8 +4,8 @@
     head      what follows the blocks: the last norm and the head, or an encoder's heads
     last:N    the same, and the last N blocks
 
-With `head`, a head that is the embedding matrix becomes a copy of it first, which learns while the embeddings
-stay. With last:N such a head stays as it is, like the embeddings.
+Embeddings stay as they are, and so does a head that is the embedding matrix. But with `head`, such a head of
+a decoder first becomes a copy of the matrix, which learns.
 """
 
 import re
@@ -39,8 +39,10 @@ def freeze(model: nn.Module, train: str) -> None:
         raise ValueError(f"--train {train}: this model has {len(stack)} blocks")
     in_blocks = {id(p) for block in stack for p in block.parameters()}
     in_last = {id(p) for block in stack[len(stack) - n :] for p in block.parameters()}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    in_tables = {id(table.weight) for table in tables}  # T5's embeddings are called "shared"
     for name, p in model.named_parameters():
-        above = id(p) not in in_blocks and "embed" not in name
+        above = id(p) not in in_blocks | in_tables and "embed" not in name
         p.requires_grad_(above or id(p) in in_last)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--train {train}: this model has nothing above its blocks that could learn")

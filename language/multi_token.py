@@ -25,6 +25,7 @@ so that training needs the memory of one head. Names inside a module are those o
 Shapes: B rows, T tokens, D model width, V vocabulary, L layers, n tokens predicted at a position.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -33,6 +34,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import gpt
+from data.rows import Dataset
+from engine import contract
 from formats import command, native
 from formats.config_values import check_values
 from generate import KVCache, print_sizes
@@ -296,6 +299,14 @@ TOKEN_LOSS = "next_token"
 STEPS = 1000
 separate_head = gpt.separate_head
 show = gpt.show
+
+
+def load_data(args: Namespace, config: Config) -> Dataset:
+    """Return rows of the text that --data names. Raises ValueError for --parallel fsdp: the loss reads
+    weights of the heads outside of their forward passes, where a rank has a shard of them."""
+    if args.parallel == "fsdp":
+        raise ValueError("--parallel fsdp: the loss needs all weights of the heads; expected none or ddp")
+    return contract.load_text(args, config)
 
 
 def main() -> None:

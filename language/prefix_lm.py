@@ -19,13 +19,15 @@ The balance losses of a mixture of experts are not computed, so their coefficien
 Shapes: B rows, N tokens of a row, P of its prefix, D model width.
 """
 
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
 
 import generate as decoding
-from data.rows import Row, stack
+from data.rows import Dataset, Row, stack
+from engine import contract
 from engine.settings import refuse_balance_losses
 from kernels import linear_cross_entropy
 
@@ -33,30 +35,42 @@ MODEL = "gpt"
 
 
 class Prefix:
-    """The keys and values (B, P, G, K) of a prefix in each layer, for the two passes of training.
+    """The keys and values (B, P, G, K) of a prefix in each layer, from the first pass of training.
 
-    It has the methods of `generate.KVCache` that a decoder calls.
+    It has the methods of `generate.KVCache` that a decoder calls, and so has `Behind`. What they return does
+    not depend on when they are called, since --checkpoint-activations computes the blocks again.
     """
 
     def __init__(self):
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
-        self.n = 0  # tokens of the prefix, after its pass
 
     def positions(self, T: int, device: torch.device) -> Tensor:
-        """Return the positions (1, T) of the next T tokens."""
+        """Return the positions (1, T) of the T tokens."""
+        return torch.arange(T, device=device)[None]
+
+    def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
+        """Keep k and v (B, P, G, K), and return them, to attend to, and the mask."""
+        self.kept.setdefault(layer, (k, v))
+        return k, v, mask | {"causal": False}
+
+    def advance(self) -> None:
+        """End the pass."""
+
+
+class Behind(Prefix):
+    """The second pass, of the tokens behind a prefix, which attend to its keys and values and their own."""
+
+    def __init__(self, prefix: Prefix):
+        self.kept, self.n = prefix.kept, prefix.kept[0][0].shape[1]  # n: the tokens of the prefix
+
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """Return the positions (1, T) of the T tokens."""
         return torch.arange(self.n, self.n + T, device=device)[None]
 
     def store(self, layer: int, k: Tensor, v: Tensor, mask: dict) -> tuple[Tensor, Tensor, dict]:
-        """Return the keys and values to attend to, and the mask, for k and v (B, T, G, K) of a pass."""
-        if not self.n:
-            self.kept[layer] = k, v
-            return k, v, mask | {"causal": False}
+        """Return the keys and values to attend to, and the mask, for k and v (B, T, G, K)."""
         before_k, before_v = self.kept[layer]
         return torch.cat((before_k, k), 1), torch.cat((before_v, v), 1), mask
-
-    def advance(self) -> None:
-        """End a pass; after the first one, `n` is the length of the prefix."""
-        self.n = next(iter(self.kept.values()))[0].shape[1]
 
 
 class PrefixCache(decoding.KVCache):
@@ -106,6 +120,13 @@ def wrap(model: nn.Module, config) -> nn.Module:
     return model
 
 
+def load_data(args: Namespace, config) -> Dataset:
+    """Return rows of the text that --data names. Raises ValueError for --document-mask."""
+    if args.document_mask:
+        raise ValueError("--document-mask: a prefix and what follows it are one row; leave it out")
+    return contract.load_text(args, config)
+
+
 def make_batch(rows: list[Row], config, generator: Generator, tokenizer) -> dict[str, Tensor]:
     """Return a batch of B rows {"tokens": (N + 1,)}: "prefix" (B, P), "tokens" (B, N - P) behind it, and
     "targets" (B, N - P + 1): the token that follows the prefix, and that which follows each of "tokens".
@@ -128,9 +149,9 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, 
 
 def hidden_behind(model: nn.Module, prefix: Tensor, tokens: Tensor) -> Tensor:
     """Return the hidden states (B, T + 1, D) of the last token of a prefix (B, P), and of tokens (B, T)."""
-    cache = Prefix()
-    last = model.hidden(prefix, cache=cache)[:, -1:]
-    return torch.cat((last, model.hidden(tokens, cache=cache)), dim=1) if tokens.shape[1] else last
+    read = Prefix()
+    last = model.hidden(prefix, cache=read)[:, -1:]
+    return torch.cat((last, model.hidden(tokens, cache=Behind(read))), dim=1) if tokens.shape[1] else last
 
 
 def show(model: nn.Module, dataset, out: Path) -> str:

@@ -131,8 +131,8 @@ def loss_of(
 def train(run: Run, log: Log) -> None:
     """Train to the last step, in place of train.py's `train`."""
     model, args = run.model, run.args
-    if log.evaluation_is_missing():
-        log.evaluation(evaluate(run))
+    if log.evaluation_is_missing() and log.evaluate(evaluate):
+        return  # --patience ends
     for step in run.steps():
         # Draw and rank the pairs of this step.
         log.begin_step()

@@ -222,8 +222,8 @@ def descend(run: Run) -> Tensor:
 def train(run: Run, log: Log) -> None:
     """Train to the last step, in place of train.py's `train`."""
     policy, args, settings = run.model, run.args, run.model.settings
-    if log.evaluation_is_missing():
-        log.evaluation(evaluate(run))
+    if log.evaluation_is_missing() and log.evaluate(evaluate):
+        return  # --patience ends
 
     for step in run.steps():
         # Sample completions of the step's prompts, and learn from them. Without dropout, since it would make

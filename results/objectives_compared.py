@@ -54,7 +54,7 @@ from formats.figures import load_pyplot, save_figure
 from formats.json_file import write_json
 from kernels import linear_cross_entropy
 from language import span_corruption
-from language.prefix_lm import Prefix
+from language.prefix_lm import Behind, Prefix
 from language.t5 import T5, Config
 from results.keep import Ended
 
@@ -90,10 +90,9 @@ class OneStack(T5):
         n, zero = tokens.shape[1], tokens.new_zeros(())
         x = self.embed(torch.cat((tokens, self.shifted(targets)), 1), zero, self.encoder)  # (B, S + T, D)
         if self.sees_prefix:
-            cache = Prefix()
-            self.encoder(x[:, :n], {}, cache)
-            cache.advance()
-            hidden = self.encoder(x[:, n:], {"causal": True}, cache)
+            prefix = Prefix()
+            self.encoder(x[:, :n], {}, prefix)
+            hidden = self.encoder(x[:, n:], {"causal": True}, Behind(prefix))
         else:
             hidden = self.encoder(x, {"causal": True})[:, n:]
         return linear_cross_entropy(hidden.contiguous(), self.head_weight, targets.contiguous())[0], {}

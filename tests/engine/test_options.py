@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import shutil
+from dataclasses import dataclass
 
 import fuzz
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 import train
 from engine import options
+from engine.settings import with_fields
 from formats import command
 
 FUZZ = fuzz.drawn(60, fuzz.PER_TEST_FIXTURES)
@@ -99,3 +101,21 @@ def test_any_flags_begin_a_run_or_are_refused_in_one_line(flags, text, tmp_path,
     lines = [line for line in errors.getvalue().splitlines() if line.startswith("error: ")]
     assert (code, len(lines)) in ((0, 0), (2, 1)), (argv, code, errors.getvalue())
     assert "Traceback" not in errors.getvalue() and "Errno" not in errors.getvalue()
+
+
+def test_set_may_be_given_several_times():
+    args = options.parse_arguments(
+        ["--model", "gpt", "--set", "n_layers=3", "--set", "d_model=64", "n_heads=2"]
+    )
+    assert args.set == ["n_layers=3", "d_model=64", "n_heads=2"]
+
+
+def test_a_text_may_look_like_a_number():
+    @dataclass
+    class Config:
+        images: str = ""
+        n: int = 1
+
+    assert with_fields(Config(), ["images=2024", "n=3"]) == Config("2024", 3)
+    with pytest.raises(ValueError, match="--set n=x: expected a value such as 1"):
+        with_fields(Config(), ["n=x"])

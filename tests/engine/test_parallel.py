@@ -1,5 +1,6 @@
 """Several processes compute what one does, save what any number of them can resume, and end together."""
 
+import argparse
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small_t5
 import torch
+import torch.distributed as dist
 from conftest import SHARD
 from ranks import SMALL, fork, forked_torchrun, make_small, torchrun, watched
 from safetensors.torch import load_file
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 import gpt
 import train
 from data.tokenizer import get_tokenizer
+from engine import parallel
 from engine.contract import find
 from engine.device import has_bfloat16
 
@@ -192,6 +196,32 @@ def test_sam_of_two_processes_is_that_of_one(folder):
         many = load_file(folder / f"sam-{mode}" / "model" / "model.safetensors")
         for name, w in weights.items():
             torch.testing.assert_close(many[name], w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["t5", "unet", "dit"])
+def test_blocks_with_lists_in_them_are_sharded_as_a_whole(name):
+    """A world of one rank, in which sharding changes nothing but the hooks that gather weights."""
+    torch.manual_seed(0)
+    if name == "t5":
+        model, batch = small_t5.small(), {"tokens": torch.arange(12)[None], "targets": torch.arange(5)[None]}
+    else:
+        config = replace(find(name).SIZES["tiny"], n_classes=0)
+        model, size = find(name).Model(config), config.image_size
+        batch = {"x": torch.randn(1, config.n_channels, size, size), "t": torch.tensor([3])}
+    objective = parallel.Objective(model, lambda model, batch: (model(**batch).square().mean(), {}))
+    objective(batch)[0].backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel.shard(objective, argparse.Namespace(device="cpu", dtype="float32"))
+        objective(batch)[0].backward()
+        found = {n: parallel.unshard(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    finally:
+        dist.destroy_process_group()
+    assert found.keys() == expected.keys()
+    for n, gradient in expected.items():
+        torch.testing.assert_close(found[n], gradient, msg=n)
 
 
 def test_a_damaged_shard_of_four_is_named_and_the_checkpoint_before_is_used(chain, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Multi-token prediction: the decoder is that of gpt.py, and each head predicts its own token."""
 
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ import gpt
 import train
 from data.tokenizer import get_tokenizer
 from formats.open_model import open_model
+from language import multi_token
 from language.multi_token import Config, Heads, Module, MultiToken
 from language.speculative import Counts, generate
 
@@ -217,6 +219,11 @@ def test_mistakes_are_named():
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="rows of 3 tokens: expected at least n_future 4"):
         model.loss({"tokens": tokens, "targets": tokens})
+
+
+def test_shards_of_weights_are_refused():
+    with pytest.raises(ValueError, match="--parallel fsdp: the loss needs all weights of the heads"):
+        multi_token.load_data(Namespace(parallel="fsdp"), Config(**vars(SMALL)))
 
 
 def test_it_trains_saves_opens_and_continues_a_text(tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
 """Prefix language modelling against the mask that defines it, and against a decoder and an encoder."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import rows_of
-from small_gpt import SMALL
+from small_gpt import SMALL, flags, refused
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import gpt
 import moe
@@ -89,6 +91,18 @@ def test_gradients_are_those_of_one_pass(monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
+def test_blocks_that_are_computed_again_have_the_same_gradients():
+    results = []
+    for again in (False, True):
+        model = small()
+        for block in model.model.layers if again else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        hidden_behind(model, TOKENS[:, :5], TOKENS[:, 5:]).square().sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
 def test_a_batch_has_one_length_of_prefix_and_its_loss_is_that_of_the_rest():
     rows, lengths, model = rows_of(TOKENS), set(), small()
     for seed in range(40):
@@ -127,3 +141,8 @@ def test_windows_and_compiled_generation_are_refused():
         PrefixModel(small(window=4))
     with pytest.raises(ValueError, match="does not run compiled"):
         PrefixModel(small()).new_cache([3], 8, static=True)
+
+
+def test_documents_of_their_own_are_refused(text, tmp_path, capsys):
+    argv = flags(text, tmp_path / "run", model="prefix_lm", document_mask=True)
+    assert "--document-mask: a prefix and what follows it are one row" in refused(capsys, argv)

@@ -6,9 +6,9 @@
 
 Our names of weights are those in the files; only a ViTModel's lack the prefix "vit.". How pixels are
 normalised is in preprocessor_config.json, or where transformers 5 has saved a processor of images and texts,
-in its processor_config.json under "image_processor". Fixed position embeddings are marked by the key "positions" of
-config.json, which transformers ignores. A model that none of these classes describes is saved in the layout
-of formats/native.py.
+in its processor_config.json under "image_processor". Fixed position embeddings are marked by the key
+"positions" of config.json, which transformers ignores. A model that none of these classes describes is saved
+in the layout of formats/native.py.
 """
 
 import math

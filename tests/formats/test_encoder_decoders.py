@@ -38,7 +38,7 @@ def test_the_scale_of_the_head_has_three_spellings(keys, scaled, tmp_path):
 
 @pytest.mark.parametrize("keys", [{}, {"tie_word_embeddings": False}, {"feed_forward_proj": None}])
 def test_the_head_of_an_mt5_has_no_scale(keys, tmp_path):
-    """transformers 5 writes tie_word_embeddings true for it, and scales nothing. Its MLP is gated by default."""
+    """transformers 5 writes tie_word_embeddings true for it, and scales nothing."""
     mt5 = {"architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5", "tie_word_embeddings": True}
     gated = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True}
     mt5 |= gated | {"scale_decoder_outputs": None}

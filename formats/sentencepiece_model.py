@@ -164,19 +164,35 @@ def family_pieces(pieces: list[Piece], config: dict, family: str | None) -> list
     return pieces
 
 
+def check_spaces(pieces: list[Piece], trainer: dict, settings: dict) -> None:
+    """Raise ValueError for another treatment of spaces than one before each word, and for user-defined pieces
+    where spaces are added or removed.
+
+    Such a piece becomes an added token, which is found before a text is normalised. So each part of the text
+    beside it would get a space in front, where SentencePiece writes one for the whole text.
+    """
+    advice = "is not implemented; use a directory with tokenizer.json"
+    if trainer.get(SPACE_AS_SUFFIX) or not settings.get(ESCAPE_SPACES, 1):
+        option = "treat_whitespace_as_suffix" if trainer.get(SPACE_AS_SUFFIX) else "escape_whitespaces false"
+        raise ValueError(f"{option} {advice}")
+    options = {"add_dummy_prefix": DUMMY_PREFIX, "remove_extra_whitespaces": REMOVE_SPACES}
+    option = next((name for name, field in options.items() if settings.get(field, 1)), None)
+    defined = next((piece for piece, _, kind in pieces if kind == USER_DEFINED), None)
+    if None not in (option, defined):
+        raise ValueError(f"user-defined piece {defined!r} with {option} {advice}")
+
+
 def translate(data: bytes, config: dict, family: str | None) -> dict:
     """Return the content of a tokenizer.json for data, the bytes of a SentencePiece model.
 
     config: the content of tokenizer_config.json. family: a tokenizer_class, or None. Raises ValueError for
-    another algorithm than unigram and BPE, and for another treatment of spaces than one before each word.
+    another algorithm than unigram and BPE, and as `check_spaces` does.
     """
     pieces, trainer, settings = parse(data)
     algorithm = {1: "Unigram", 2: "BPE"}.get(trainer.get(ALGORITHM, 1))
     if algorithm is None:
         raise ValueError("its algorithm is neither unigram nor BPE; use a directory with tokenizer.json")
-    if trainer.get(SPACE_AS_SUFFIX) or not settings.get(ESCAPE_SPACES, 1):
-        option = "treat_whitespace_as_suffix" if trainer.get(SPACE_AS_SUFFIX) else "escape_whitespaces false"
-        raise ValueError(f"{option} is not implemented; use a directory with tokenizer.json")
+    check_spaces(pieces, trainer, settings)
 
     # The model.
     pieces = family_pieces(pieces, config, family)

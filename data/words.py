@@ -28,8 +28,8 @@ GPT4_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The same as in tiktoken's cl100k_base: whitespace up to the end of a text is one pre-token, also where it has
-# line breaks.
+# The same as in tiktoken's cl100k_base: whitespace up to the end of a text is one pre-token, even if it has line
+# breaks.
 CL100K_PATTERN = GPT4_PATTERN.replace(r"|\s*[\r\n]+", r"|\s+(?![\s\S])|\s*[\r\n]+")
 
 # GPT-4o's pattern: a word may also begin at a capital after small letters, so camelCase is two pre-tokens.

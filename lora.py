@@ -330,6 +330,10 @@ def load_adapter(
     if base_fingerprint is None and not any(isinstance(m, Adapted | nf4.NF4) for m in model.modules()):
         base_fingerprint = fingerprint(model)
     peft.check_base(directory, saved, shapes, base_fingerprint)
+    method = saved.fields["method"]
+    for path in saved.layers:
+        if method != "lora" and isinstance(layers[path], AdaptedEmbedding):
+            raise ValueError(f"{directory}: {method} cannot adapt the embedding {path}; expected lora there")
     try:
         config = Config(**saved.fields | {"target_modules": "|".join(map(re.escape, saved.layers))})
     except ValueError as error:

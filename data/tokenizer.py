@@ -123,6 +123,7 @@ class Tokenizer(SpecialTokens):
         roles: dict[str, str] | None = None,
         mask_lstrip: bool = False,
         around: tokenizer_json.Around = tokenizer_json.NOTHING,
+        plain: Iterable[str] = (),
     ) -> None:
         """Make the tokenizer.
 
@@ -130,6 +131,7 @@ class Tokenizer(SpecialTokens):
         roles: the uses of special tokens, such as "mask_token" -> "[MASK]" (see `with_special_tokens`).
         mask_lstrip: the mask token includes the space before it, as RoBERTa's and ModernBERT's do.
         around: the names of special tokens in front of a text and behind it (see `begin_ids`).
+        plain: the names of those special tokens that are found in every text, such as Qwen's <think>.
         Raises ValueError if the parts do not make a tokenizer that can encode any text.
         """
         check_parts(ranks, pattern, special_tokens, eot)
@@ -139,6 +141,7 @@ class Tokenizer(SpecialTokens):
         self.nfc, self.eot = nfc, eot
         self.runs = {name for name in special_tokens if name.isspace()}
         self.roles, self.mask_lstrip, self.around = dict(roles or {}), mask_lstrip, around
+        self.plain = frozenset(plain)
         self.check_roles()
         if mask_lstrip:
             self.role_id("mask_token")
@@ -161,6 +164,7 @@ class Tokenizer(SpecialTokens):
         by_token = sorted((token.hex(), i) for token, i in ranks.items())
         content = [by_token, pattern, sorted(special_tokens.items()), nfc, eot]
         content += [self.roles["mask_token"]] if mask_lstrip else []
+        content += [sorted(self.plain)] if self.plain else []
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def with_special_tokens(self, roles: dict[str, str], names: Iterable[str] = ()) -> "Tokenizer":
@@ -176,6 +180,7 @@ class Tokenizer(SpecialTokens):
         mask_is_new = "mask_token" in roles and roles["mask_token"] not in self.special_tokens
         arguments = {"nfc": self.nfc, "eot": self.eot, "roles": roles}
         arguments |= {"mask_lstrip": self.mask_lstrip or mask_is_new, "around": self.around}
+        arguments["plain"] = self.plain - set(roles.values())
         return Tokenizer(self.ranks, self.pattern, special_tokens, **arguments)
 
     @property
@@ -191,11 +196,12 @@ class Tokenizer(SpecialTokens):
 
         Text that spells a special token is encoded as text: a document that mentions "<|endoftext|>" must not
         end there. Only the names in allowed_special (or "all") become special tokens, as all of them do in
-        Hugging Face's tokenizers. Special tokens of spaces, which GPT-NeoX and ModernBERT have, are always
-        found, since they have no other meaning. Lone surrogates, which have no UTF-8, become U+FFFD.
+        Hugging Face's tokenizers. Those that the file marks as not special are always found: `plain` ones,
+        and runs of spaces, which GPT-NeoX and ModernBERT have. Lone surrogates, which have no UTF-8, become
+        U+FFFD.
         """
         # Parts with an odd index are names of special tokens, the others text.
-        parts = split_at(self.allowed(allowed_special) - self.runs, text)
+        parts = split_at((self.allowed(allowed_special) | self.plain) - self.runs, text)
         tokens: list[int] = []
         for i, part in enumerate(parts):
             if i % 2 == 1:
@@ -238,7 +244,7 @@ class Tokenizer(SpecialTokens):
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads."""
         content = (self.ranks, self.pattern, self.special_tokens, self.nfc, self.eot)
-        tokenizer_json.write(directory, *content, self.roles, self.mask_lstrip, self.around)
+        tokenizer_json.write(directory, *content, self.roles, self.mask_lstrip, self.around, self.plain)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":

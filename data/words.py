@@ -28,6 +28,10 @@ GPT4_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# The same as in tiktoken's cl100k_base: whitespace up to the end of a text is one pre-token, even if it has line
+# breaks.
+CL100K_PATTERN = GPT4_PATTERN.replace(r"|\s*[\r\n]+", r"|\s+(?![\s\S])|\s*[\r\n]+")
+
 # GPT-4o's pattern: a word may also begin at a capital after small letters, so camelCase is two pre-tokens.
 O200K_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -39,7 +43,7 @@ TIKTOKEN_PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "r50k_base": GPT2_PATTERN,
     "p50k_base": GPT2_PATTERN,
-    "cl100k_base": GPT4_PATTERN,
+    "cl100k_base": CL100K_PATTERN,
     "o200k_base": O200K_PATTERN,
 }
 

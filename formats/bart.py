@@ -125,7 +125,8 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(
                 f"{directory}: {name} differs from shared.weight; both stacks and the head share it"
             )
-    weights.setdefault("final_logits_bias", torch.zeros(1, fields["vocab_size"]))
+    like = weights.get("shared.weight", torch.zeros(()))
+    weights.setdefault("final_logits_bias", like.new_zeros(1, fields["vocab_size"]))
     return fields, weights
 
 

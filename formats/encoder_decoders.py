@@ -8,8 +8,9 @@ the files belongs to the first layer of that stack. Two facts about the head are
 
 Published files have no scale_decoder_outputs. In T5 1.0, whose head is the embedding with a scaled input,
 tie_word_embeddings is true or absent; in T5 1.1, whose head is a matrix of its own without the scale, it is
-false. transformers 5 always writes true, and scale_decoder_outputs beside it. What is written here means the
-same in transformers 4 and 5.
+false. transformers 5 always writes true, and scale_decoder_outputs beside it. It scales no mT5 and writes no
+such key for one, so an mT5 is read without the scale whatever its file says. What is written here, where mT5
+is a T5 1.1, means the same in transformers 4 and 5.
 """
 
 from pathlib import Path
@@ -64,9 +65,9 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises ValueError naming what is missing, damaged, or not implemented.
     """
-    path, hf, _ = read_architecture(directory, ARCHITECTURES)
+    path, hf, architecture = read_architecture(directory, ARCHITECTURES)
     with damage_named(path):
-        fields = read_keys(path, hf)
+        fields = read_keys(path, hf, architecture == ARCHITECTURES[1])
     weights = {rename(name, NAMES): w for name, w in read_weights(directory).items()}
 
     # The embedding may be stored under up to three names.
@@ -82,13 +83,13 @@ def read(directory: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return fields, weights
 
 
-def read_keys(path: Path, hf: dict) -> dict:
+def read_keys(path: Path, hf: dict, is_mt5: bool) -> dict:
     """Return the fields of `t5.Config` except for `tie_embeddings`.
 
     hf: the content of the config.json at path. Raises ValueError for what is missing or not implemented.
     """
     hf = dict(hf)
-    mlp = hf.pop("feed_forward_proj", "relu")
+    mlp = hf.pop("feed_forward_proj", "gated-gelu" if is_mt5 else "relu")
     if mlp not in MLPS:
         raise ValueError(
             f"{path}: feed_forward_proj {mlp!r:.100} is not implemented; expected {' or '.join(MLPS)}"
@@ -101,7 +102,7 @@ def read_keys(path: Path, hf: dict) -> dict:
     defaults |= {"pad_token_id": 0, "eos_token_id": 1, "start_token_id": 0}
     fields = read_fields(path, hf, FIELDS, defaults, only, INERT_KEYS - set(FIELDS), REQUIRED)
     scaled = "scale_decoder_outputs" if "scale_decoder_outputs" in hf else "tie_word_embeddings"
-    fields["scale_head"] = flag(path, {scaled: True} | hf, scaled)
+    fields["scale_head"] = flag(path, {scaled: True} | hf, scaled) and not is_mt5
     if fields.get("n_decoder_layers") == fields["n_layers"]:
         fields["n_decoder_layers"] = None
     return fields | {"mlp": MLPS[mlp]}

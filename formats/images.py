@@ -5,9 +5,10 @@
     ViTMAEForPreTraining         an encoder with the decoder of vision/mae.py
 
 Our names of weights are those in the files; only a ViTModel's lack the prefix "vit.". How pixels are
-normalised is in preprocessor_config.json. Fixed position embeddings are marked by the key "positions" of
-config.json, which transformers ignores. A model that none of these classes describes is saved in the layout
-of formats/native.py.
+normalised is in preprocessor_config.json, or where transformers 5 has saved a processor of images and texts,
+in its processor_config.json under "image_processor". Fixed position embeddings are marked by the key
+"positions" of config.json, which transformers ignores. A model that none of these classes describes is saved
+in the layout of formats/native.py.
 """
 
 import math
@@ -109,15 +110,21 @@ def read_classes(hf: dict, weights: dict[str, Tensor]) -> dict:
 
 
 def read_preprocessor(directory: Path) -> dict[str, tuple[float, ...]]:
-    """Return the fields "mean" and "std" of pixels in [0, 1] by preprocessor_config.json, or {} without it.
+    """Return the fields "mean" and "std" of pixels in [0, 1] by the settings of the image processor, or {}
+    without them. As in transformers, those in processor_config.json come first.
 
     Raises ValueError for a file that scales pixels to another range, and for values that are not finite or a
     deviation that is not above 0.
     """
-    path = directory / "preprocessor_config.json"
-    if not path.is_file():
+    path = directory / "processor_config.json"
+    hf = read_json(path).get("image_processor") if path.is_file() else None
+    if hf is None:
+        path = directory / "preprocessor_config.json"
+        hf = read_json(path) if path.is_file() else None
+    if hf is None:
         return {}
-    hf = read_json(path)
+    if not isinstance(hf, dict):
+        raise ValueError(f"{path}: image_processor {hf!r:.100}: expected an object")
     if not hf.get("do_rescale", True):
         raise ValueError(f"{path}: do_rescale false is not implemented; expected pixels from 0 to 1")
     factor = hf.get("rescale_factor", 1 / 255)

@@ -39,8 +39,8 @@ INERT = config_json.INERT | {
 }  # fmt: skip
 # model_type of the tower: its layout, see formats/clip.py.
 LAYOUTS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
-# The tower of a config.json without "vision_config", and the values of keys that a Llama's "text_config"
-# leaves out: transformers does not write what is its default.
+# The tower of a config.json without "vision_config", and the values of keys that a "text_config" leaves out:
+# transformers 4 does not write what is its default.
 TOWER_DEFAULTS = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
@@ -49,6 +49,16 @@ LLAMA_DEFAULTS = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32000, "max_position_embeddings": 2048,
 }  # fmt: skip
+QWEN_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+TEXT_DEFAULTS = {  # model_type of the language model: its defaults
+    "llama": LLAMA_DEFAULTS,
+    "mistral": LLAMA_DEFAULTS | {"intermediate_size": 14336, "max_position_embeddings": 131072},
+    "qwen2": QWEN_DEFAULTS,
+    "qwen3": QWEN_DEFAULTS,
+}
 NAMES = {  # the other names of weights: ours
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.",
@@ -82,8 +92,7 @@ def read(directory: str | Path) -> tuple[dict, dict, dict]:
     kind = decoder.get("model_type", "llama")
     if kind not in TYPES:
         raise ValueError(f"{path}: a language model {kind!r}: expected {', '.join(TYPES)}")
-    if kind == "llama":
-        decoder = LLAMA_DEFAULTS | decoder
+    decoder = TEXT_DEFAULTS[kind] | decoder
     if hf.get("tie_word_embeddings"):
         decoder["tie_word_embeddings"] = True
     return fields, vision, decoder_fields(directory, path, decoder, TYPES[kind])

@@ -344,6 +344,8 @@ def filled(
     model = safetensors_dir.build(make, fields, stored, directory)
     expected = model.state_dict()
     safetensors_dir.check_weights(split_experts(expected, mixtral), stored, directory)
+    matrices = {name: w for name, w in stored.items() if not name.endswith(BIAS)}
+    stored.update(safetensors_dir.in_one_dtype(matrices))
     model.load_state_dict(stack_experts(stored, expected, mixtral), assign=True)
     return model
 
@@ -367,6 +369,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     safetensors_dir.write_decoder(directory, hf, weights)
 
 
+BIAS = "e_score_correction_bias"  # end of the names of the routers' biases
 MIXTRAL_NAMES = {  # ours: Mixtral's
     ".mlp.": ".block_sparse_moe.",
     ".gate_proj.weight": ".w1.weight",
@@ -411,6 +414,6 @@ def stack_experts(
         else:
             weights[name] = stored.pop(pieces[0])
         # The bias stays in float32: its steps are too small for bfloat16.
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(BIAS):
             weights[name] = weights[name].float()
     return weights

@@ -10,6 +10,7 @@ diffusion_pytorch_model instead of model. The functions here are for models of a
 Weights are read from safetensors only: unlike a pickle, such a file cannot run code.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -206,12 +207,22 @@ def build(
 
 
 def assign(model: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:
-    """Make weights, read from directory, the parameters of a model that was built on the meta device.
-
-    Raises ValueError unless names and shapes are those of the model.
+    """Make weights, read from directory, the parameters of a model that was built on the meta device, in one
+    dtype: see `in_one_dtype`. Raises ValueError unless names and shapes are those of the model.
     """
     check_weights(model.state_dict(), weights, directory)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(in_one_dtype(weights), assign=True)
+
+
+def in_one_dtype(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with all that are floating-point numbers in the widest of their dtypes.
+
+    Some files have several, such as a T5 in float16 that transformers saved, with matrices in float32 where
+    float16 would overflow; a matrix product needs one.
+    """
+    dtypes = {w.dtype for w in weights.values() if w.is_floating_point()}
+    widest = functools.reduce(torch.promote_types, dtypes, next(iter(dtypes), None))
+    return {name: w.to(widest) if w.is_floating_point() else w for name, w in weights.items()}
 
 
 def filled(

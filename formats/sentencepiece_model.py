@@ -7,8 +7,8 @@ many bytes, which may be another message. These fields are read:
 
     1  a piece, once for each id      1 text, 2 score (float), 3 type: 1 normal, 2 unknown, 3 control,
                                       4 defined by the user, 5 unused, 6 byte
-    2  how it was trained             3 algorithm: 1 unigram, 2 BPE; 24 treat_whitespace_as_suffix;
-                                      35 byte_fallback
+    2  how it was trained             3 algorithm: 1 unigram, 2 BPE; 22 split_by_whitespace;
+                                      24 treat_whitespace_as_suffix; 35 byte_fallback
     3  how text is normalised         2 the character map, 3 add_dummy_prefix, 4 remove_extra_whitespaces,
                                       5 escape_whitespaces
 
@@ -27,7 +27,7 @@ from formats import tokenizer_json
 from formats.json_file import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
-ALGORITHM, SPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 24, 35  # fields of the trainer
+ALGORITHM, SPLIT_AT_SPACES, SPACE_AS_SUFFIX, BYTE_FALLBACK = 3, 22, 24, 35  # fields of the trainer
 CHARSMAP, DUMMY_PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5  # fields of the normaliser
 SPACE = "▁"  # stands for a space in pieces
 FAMILIES = {  # model_type: tokenizer_class
@@ -132,7 +132,9 @@ def normalizers(settings: dict, config: dict, family: str | None) -> list[dict]:
         charsmap = base64.b64encode(settings[CHARSMAP]).decode()
         parts.append({"type": "Precompiled", "precompiled_charsmap": charsmap, "longest": True})
     if settings.get(REMOVE_SPACES, 1):
-        parts += [replace({"Regex": f"^ +|[ {SPACE}]+$"}, ""), replace({"Regex": " {2,}"}, " ")]
+        # Engines differ in whether ^ and $ match beside a line break, so the ends are where no character is.
+        ends = rf"(?<![\s\S]) +|[ {SPACE}]+(?![\s\S])"
+        parts += [replace({"Regex": ends}, ""), replace({"Regex": " {2,}"}, " ")]
     if settings.get(DUMMY_PREFIX, 1):
         parts.append({"type": "Prepend", "prepend": SPACE})
     return [*parts, replace({"String": " "}, SPACE)]
@@ -162,19 +164,35 @@ def family_pieces(pieces: list[Piece], config: dict, family: str | None) -> list
     return pieces
 
 
+def check_spaces(pieces: list[Piece], trainer: dict, settings: dict) -> None:
+    """Raise ValueError for another treatment of spaces than one before each word, and for user-defined pieces
+    where spaces are added or removed.
+
+    Such a piece becomes an added token, which is found before a text is normalised. So each part of the text
+    beside it would get a space in front, where SentencePiece writes one for the whole text.
+    """
+    advice = "is not implemented; use a directory with tokenizer.json"
+    if trainer.get(SPACE_AS_SUFFIX) or not settings.get(ESCAPE_SPACES, 1):
+        option = "treat_whitespace_as_suffix" if trainer.get(SPACE_AS_SUFFIX) else "escape_whitespaces false"
+        raise ValueError(f"{option} {advice}")
+    options = {"add_dummy_prefix": DUMMY_PREFIX, "remove_extra_whitespaces": REMOVE_SPACES}
+    option = next((name for name, field in options.items() if settings.get(field, 1)), None)
+    defined = next((piece for piece, _, kind in pieces if kind == USER_DEFINED), None)
+    if None not in (option, defined):
+        raise ValueError(f"user-defined piece {defined!r} with {option} {advice}")
+
+
 def translate(data: bytes, config: dict, family: str | None) -> dict:
     """Return the content of a tokenizer.json for data, the bytes of a SentencePiece model.
 
     config: the content of tokenizer_config.json. family: a tokenizer_class, or None. Raises ValueError for
-    another algorithm than unigram and BPE, and for another treatment of spaces than one before each word.
+    another algorithm than unigram and BPE, and as `check_spaces` does.
     """
     pieces, trainer, settings = parse(data)
     algorithm = {1: "Unigram", 2: "BPE"}.get(trainer.get(ALGORITHM, 1))
     if algorithm is None:
         raise ValueError("its algorithm is neither unigram nor BPE; use a directory with tokenizer.json")
-    if trainer.get(SPACE_AS_SUFFIX) or not settings.get(ESCAPE_SPACES, 1):
-        option = "treat_whitespace_as_suffix" if trainer.get(SPACE_AS_SUFFIX) else "escape_whitespaces false"
-        raise ValueError(f"{option} is not implemented; use a directory with tokenizer.json")
+    check_spaces(pieces, trainer, settings)
 
     # The model.
     pieces = family_pieces(pieces, config, family)
@@ -192,8 +210,10 @@ def translate(data: bytes, config: dict, family: str | None) -> dict:
         model |= {"vocab": {piece: i for i, (piece, _, _) in enumerate(pieces)}, "merges": merges(normal)}
         model |= {"unk_token": pieces[unknown][0], "fuse_unk": True}
 
-    # The parts before and after the model. Where runs of spaces are kept, text is not cut at spaces.
+    # The parts before and after the model. Where runs of spaces are kept, or pieces go across spaces, text is
+    # not cut at spaces.
     has_prefix, removes_spaces = settings.get(DUMMY_PREFIX, 1), settings.get(REMOVE_SPACES, 1)
+    is_cut = removes_spaces and trainer.get(SPLIT_AT_SPACES, 1)
     words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": True}
     decoders = [replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     decoders += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
@@ -211,7 +231,7 @@ def translate(data: bytes, config: dict, family: str | None) -> dict:
         "padding": None,
         "added_tokens": entries,
         "normalizer": {"type": "Sequence", "normalizers": normalizers(settings, config, family)},
-        "pre_tokenizer": words if removes_spaces else None,
+        "pre_tokenizer": words if is_cut else None,
         "post_processor": tokenizer_json.template(added, {}, around),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": model,

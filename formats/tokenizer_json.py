@@ -31,7 +31,7 @@ A decoder needs no role but `eos_token`. But programs that convert models also l
 as in GPT-2's file, and ignored when they are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -111,12 +111,14 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> list[dict]:
+def added_tokens(
+    special_tokens: dict[str, int], lstrip: str | None = None, plain: Collection[str] = ()
+) -> list[dict]:
     """Return the entries of special tokens, {name: id}, in tokenizer.json.
 
-    lstrip: the name of the token that includes the space before it, if there is one. A token whose name is
-    spaces only is marked as not special and as normalized: Hugging Face then looks for it in a text after the
-    special ones.
+    lstrip: the name of the token that includes the space before it, if there is one. plain: names of tokens
+    that are marked as not special. A token whose name is spaces only is also marked as normalized: Hugging
+    Face then looks for it in a text after the special ones.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     by_id = sorted(special_tokens.items(), key=lambda item: item[1])
@@ -124,7 +126,7 @@ def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> l
     for entry in entries:
         entry["lstrip"] = entry["content"] == lstrip
         entry["normalized"] = entry["content"].isspace()
-        entry["special"] = not entry["normalized"]
+        entry["special"] = not entry["normalized"] and entry["content"] not in plain
     return entries
 
 
@@ -164,18 +166,20 @@ def write(
     roles: dict[str, str] | None = None,
     mask_lstrip: bool = False,
     around: Around = NOTHING,
+    plain: Collection[str] = (),
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads.
 
     ranks, pattern: the byte-pair encoding. special_tokens: {name: id}. nfc: whether text is normalised to NFC
     first. eot: the name of the token that ends a document. roles: {role: name}. mask_lstrip: whether the mask
-    token includes the space before it. around: the names of the tokens around a text.
+    token includes the space before it. around: the names of the tokens around a text. plain: those of
+    special_tokens that are marked as not special.
     """
     roles = roles or {}
 
     # Special tokens are in the vocabulary too: otherwise Hugging Face would give them ids after the largest.
     vocab = {to_text(token): i for token, i in ranks.items()} | special_tokens
-    special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None)
+    special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None, plain)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}
     model = {
@@ -379,11 +383,11 @@ def damage_named(path: Path) -> Iterator[None]:
 def read(directory: Path) -> dict:
     """Return the arguments of `write`, from a file written here or that of GPT-2, Llama 3, Qwen and others.
 
-    directory may also be the file itself. `eot`, `roles`, `mask_lstrip` and `around` are left out where the
-    files do not contain them, and `around` also where it follows from the roles. `eot` is the `eos_token` in
-    tokenizer_config.json; without it, it is left out if there is <|endoftext|>, and otherwise is the
-    `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently (another
-    algorithm, normalizer or pre-tokenizer).
+    directory may also be the file itself. `eot`, `roles`, `mask_lstrip`, `plain` and `around` are left out
+    where the files do not contain them, and `around` also where it follows from the roles. `eot` is the
+    `eos_token` in tokenizer_config.json; without it, it is left out if there is <|endoftext|>, and otherwise
+    is the `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently
+    (another algorithm, normalizer or pre-tokenizer).
     """
     path = Path(directory)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -399,8 +403,11 @@ def read(directory: Path) -> dict:
         if around == ((roles.get("cls_token"),), (roles.get("sep_token"),)):
             around = NOTHING
 
-        # The token that ends a document.
+        # The token that ends a document, and the tokens that are ordinary in every text, such as <think>.
         eot = name_of(config.get("eos_token"))
+        named = {eot, *roles.values()}
+        plain = [t["content"] for t in file["added_tokens"] if not t.get("special", True)]
+        plain = tuple(name for name in plain if name not in named and not name.isspace())
         roles = {role: name for role, name in roles.items() if name != eot or role not in FILLED_ROLES}
         if not eot and END_OF_TEXT not in special_tokens:
             eot = roles.get("sep_token")
@@ -413,6 +420,6 @@ def read(directory: Path) -> dict:
             if not isinstance(i, int):
                 raise TypeError(f"id {i!r} is not an integer")
     arguments = {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc}
-    optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip}
+    optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip, "plain": plain}
     optional |= {} if around == NOTHING else {"around": around}
     return arguments | {name: value for name, value in optional.items() if value}

@@ -153,9 +153,10 @@ def read_tokenizer_json(file: dict, config: dict) -> dict:
             raise ValueError(f"{names.get(key, key)} is {here}, but tokenizer_config.json says {config[key]}")
 
     # The flags lstrip and rstrip, by which a token includes spaces around it, may be set: WordPiece drops
-    # spaces.
+    # spaces. A token that is not special is found in every text: data/pipeline.py does that.
+    flags = {"single_word": (False,), "normalized": (False,), "special": (True,)}
     for token in file["added_tokens"]:
-        expect(f"special token {token['content']!r}", token, single_word=(False,), normalized=(False,))
+        expect(f"special token {token['content']!r}", token, **flags)
     special_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
     return {
         "vocab": model["vocab"],

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data import tokenizer as module
 from data.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe
-from data.words import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, continues
+from data.words import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, TIKTOKEN_PATTERNS, continues
 from formats.tokenizer_json import recover_merges
 
 REAL_TEXT = Path(json.__file__).read_text(encoding="utf-8")
@@ -302,17 +302,31 @@ def test_failed_download_is_one_line(monkeypatch):
         get_tokenizer("cl100k_base")
 
 
-def test_tiktoken_encodings_take_the_portable_pattern(learned, monkeypatch):
-    # Stands in for a downloaded encoding, with the possessive pattern that tiktoken ships.
-    shipped = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-    published = tiktoken.Encoding(
-        "gpt2", pat_str=shipped, mergeable_ranks=learned.ranks, special_tokens=learned.special_tokens
-    )
+SHIPPED = {  # the possessive patterns that tiktoken ships
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_tiktoken_encodings_take_the_portable_pattern(name, learned, monkeypatch, tmp_path):
+    # Stands in for a downloaded encoding. Whitespace with line breaks is a token of its own.
+    spaces = [b"\n  ", b" \n\n", b"\r\n\r\n "]
+    ranks = learned.ranks | {token: 1000 + i for i, token in enumerate(spaces)}
+    options = {"mergeable_ranks": ranks, "special_tokens": learned.special_tokens}
+    published = tiktoken.Encoding(name, pat_str=SHIPPED[name], **options)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: published)
-    tokenizer = get_tokenizer("gpt2")
-    assert tokenizer.pattern == GPT2_PATTERN
-    for text in [*STRESS, REAL_TEXT]:
+    tokenizer = get_tokenizer(name)
+    assert tokenizer.pattern == TIKTOKEN_PATTERNS[name]
+    for text in [*STRESS, REAL_TEXT, "a\n  ", "a \n\n", "a\r\n\r\n ", "\n  b"]:
         assert tokenizer.encode(text) == published.encode_ordinary(text)
+
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*STRESS, "a\n  ", "\n  b"]:
+        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text, "all")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -245,6 +245,11 @@ NOT_SPECIAL = [{"id": 600, "content": "new", "single_word": False, "normalized":
         ("tokenizer", put("added_tokens", value=NOT_SPECIAL), "special token 'new' with normalized = True"),
         (
             "tokenizer",
+            put("added_tokens", 0, "special", value=False),
+            "special token '.*' with special = False",
+        ),
+        (
+            "tokenizer",
             put("added_tokens", 0, "content", value=5),
             "not a complete tokenizer.json .*5 is not a string",
         ),

@@ -84,6 +84,7 @@ FAMILIES = {
         | {"norm_rel_ebd": "layer_norm", "conv_kernel_size": 3, "conv_act": "gelu"},
     ),
     "t5": ("T5ForConditionalGeneration", T5),
+    "mt5": ("MT5ForConditionalGeneration", T5),
     "t5-gated": (
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},

@@ -36,6 +36,16 @@ def test_the_scale_of_the_head_has_three_spellings(keys, scaled, tmp_path):
     assert fields["scale_head"] is scaled and fields["tie_embeddings"] is True
 
 
+@pytest.mark.parametrize("keys", [{}, {"tie_word_embeddings": False}, {"feed_forward_proj": None}])
+def test_the_head_of_an_mt5_has_no_scale(keys, tmp_path):
+    """transformers 5 writes tie_word_embeddings true for it, and scales nothing."""
+    mt5 = {"architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5", "tie_word_embeddings": True}
+    gated = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True}
+    mt5 |= gated | {"scale_decoder_outputs": None}
+    fields, _ = encoder_decoders.read(changed(tmp_path, mt5 | keys))
+    assert fields["scale_head"] is False and fields["mlp"] == "geglu"
+
+
 def test_a_head_in_the_file_that_equals_the_embedding_is_tied(tmp_path):
     def with_copy(weights):
         return weights | {"lm_head.weight": weights["shared.weight"].clone()}

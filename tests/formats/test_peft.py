@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lora
 from bert import BERT
 from formats.peft import EMBEDDINGS, SavedAdapter, read, write
 from gpt import GPT
@@ -491,3 +492,14 @@ def test_what_the_format_has_no_place_for_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "new", model, SavedAdapter(LORA | {"method": method}, layers, None, None))
     assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_of_an_embedding_that_is_no_lora_is_refused_before_the_model_changes(tmp_path):
+    """PEFT can train a DoRA of one, whose magnitudes have no place in posttraining/adapters.py."""
+    model = base_of("llama")
+    paths = ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
+    write(tmp_path, model, random_adapter(model, paths, method="dora"))
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"dora cannot adapt the embedding model\.embed_tokens") as error:
+        lora.load_adapter(model, tmp_path)
+    assert str(tmp_path) in str(error.value) and [name for name, _ in model.named_parameters()] == names

@@ -131,6 +131,22 @@ def test_matrices_of_a_type_that_is_not_computed_with_are_named(dtype, tmp_path)
         assert f"{name} is {dtype}; expected one of float32, bfloat16, float16, float64" in message
 
 
+@pytest.mark.parametrize(
+    "kind, end",
+    [("llama", "norm.weight"), ("llama", "lm_head.weight"), ("t5", ".wo.weight"), ("dots1", ".gate.weight")],
+)
+def test_a_file_of_several_dtypes_is_read_in_the_widest(kind, end, tmp_path):
+    """As transformers saves a T5 in float16, and other programs a model with norms or a head in float32."""
+    shutil.copytree(FIXTURES / kind, tmp_path / kind)
+    whole = load_file(tmp_path / kind / "model.safetensors")
+    stored = {name: w if name.endswith(end) else w.half() for name, w in whole.items()}
+    assert 0 < sum(w.dtype == torch.float32 for w in stored.values()) < len(stored)
+    save_file(stored, tmp_path / kind / "model.safetensors")
+    model = open_model(tmp_path / kind).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert len(model.generate([[3, 4, 5]], 2, temperature=0)[0]) > 0
+
+
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
 def test_a_pickle_alone_is_refused_with_the_way_to_convert_it(file, tmp_path):
     shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)

@@ -86,6 +86,11 @@ def test_albert_and_deberta_prepare_text_in_their_own_ways(tmp_path):
         (b"\x0a\x05\x0a\x01a\x18\x02" * 2, "piece 'a' occurs twice"),
         (b"\x0a\x05\x0a\x01a\x18\x02\x12\x03\xc0\x01\x01", "treat_whitespace_as_suffix is not implemented"),
         (b"\x0a\x05\x0a\x01a\x18\x02\x1a\x02\x28\x00", "escape_whitespaces false is not implemented"),
+        (b"\x0a\x05\x0a\x01a\x18\x04", "user-defined piece 'a' with add_dummy_prefix is not implemented"),
+        (
+            b"\x0a\x05\x0a\x01a\x18\x04\x1a\x02\x18\x00",
+            "'a' with remove_extra_whitespaces is not implemented",
+        ),
     ],
 )
 def test_a_file_of_another_kind_is_refused_in_one_line(raw, words, tmp_path):
@@ -94,6 +99,26 @@ def test_a_file_of_another_kind_is_refused_in_one_line(raw, words, tmp_path):
         get_tokenizer(str(tmp_path))
     assert words in str(raised.value) and "\n" not in str(raised.value)
     assert str(tmp_path / "tokenizer.model") in str(raised.value)
+
+
+def test_pieces_go_across_spaces_and_only_the_very_end_is_stripped(tmp_path):
+    """As in sentencepiece with split_by_whitespace=False, and with a map that keeps line breaks."""
+
+    def model(*pieces: str, split: int) -> bytes:
+        scores = [struct.pack("<f", -1.0 / len(piece)) for piece in pieces]
+        entries = [b"\x0a" + bytes([len(piece.encode())]) + piece.encode() + b"\x15" for piece in pieces]
+        whole = [entry + score for entry, score in zip(entries, scores, strict=True)]
+        data = b"".join(b"\x0a" + bytes([len(entry)]) + entry for entry in whole)
+        return data + b"\x0a\x09\x0a\x05<unk>\x18\x02" + b"\x12\x03\xb0\x01" + bytes([split])
+
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<unk>"}')
+    found = {}
+    for split in (0, 1):
+        (tmp_path / "tokenizer.model").write_bytes(model("▁", "a", "b", "▁a▁b", split=split))
+        tokenizer = get_tokenizer(str(tmp_path))
+        found[split] = [[tokenizer.pieces[i] for i in tokenizer.encode(text)] for text in (" a  b ", "a \n")]
+    assert found[0] == [["▁a▁b"], ["▁", "a", "▁", "<unk>"]]
+    assert found[1] == [["▁", "a", "▁", "b"], ["▁", "a", "▁", "<unk>"]]
 
 
 def test_fields_of_all_types():

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.pipeline import Pipeline
 from data.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer, train_bpe
 from data.words import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN
 from formats.tokenizer_json import BYTE_TO_CHAR, read, recover_merges, to_bytes, to_text, write
@@ -360,6 +361,30 @@ def test_layouts_of_published_tokenizers(variants, tmp_path, layout):
     assert loaded.ranks == variants[name][0].ranks and loaded.nfc == (layout is like_qwen)
     assert loaded.pattern == (GPT2_PATTERN if layout is like_gpt2 else loaded.pattern)
     same_as_hugging_face(loaded, tmp_path, [*STRESS, REAL_TEXT])
+
+
+def test_tokens_that_are_not_special_are_found_in_every_text_and_stay_so(learned, tmp_path):
+    """As Qwen's <think>, which transformers' decode(skip_special_tokens=True) must not drop."""
+    transformers = pytest.importorskip("transformers")
+    learned.with_special_tokens({}, ["<think>", "<|im_end|>"]).save(tmp_path / "special")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+
+    def edit(content):
+        content["added_tokens"][-2]["special"] = False
+
+    loaded = Tokenizer.load(change(tmp_path / "special", tmp_path, edit))
+    loaded.with_special_tokens({"pad_token": "[PAD]"}).save(tmp_path / "again")
+    thought = loaded.special_tokens["<think>"]
+    text = "a <think>b<|im_end|>"
+    for directory in (tmp_path, tmp_path / "again"):
+        ours, theirs = Tokenizer.load(directory), transformers.AutoTokenizer.from_pretrained(directory)
+        assert ours.encode(text)[-1] != ours.special_tokens["<|im_end|>"]
+        assert ours.encode(text).count(thought) == 1 and ours.encode(text) == Pipeline.load(directory).encode(
+            text
+        )
+        assert ours.encode(text, "all") == theirs.encode(text, add_special_tokens=False)
+        assert theirs.decode(ours.encode(text, "all"), skip_special_tokens=True) == "a <think>b"
+    assert loaded.fingerprint != Tokenizer.load(tmp_path / "special").fingerprint
 
 
 def test_eos_token_ends_documents(learned, tmp_path):

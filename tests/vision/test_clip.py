@@ -136,6 +136,29 @@ def test_a_saved_model_is_read_back_to_the_bit_and_opened_by_transformers(name, 
     assert preprocessor["image_mean"] == [0.5] and preprocessor["crop_size"] == {"height": 8, "width": 8}
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_pixels_are_normalised_as_a_processor_that_transformers_5_saved_does(name, tmp_path):
+    """It writes one file for the images and the tokenizer, which comes first where there is an older one."""
+    import transformers
+
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "m")
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.1], "image_std": [0.1]}')
+    assert open_model(folder).config.mean == (0.1,)
+    kind = {"clip": "CLIP", "siglip": "Siglip"}[name]
+    get_tokenizer("bytes").save(tmp_path)
+    parts = {"tokenizer": transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)}
+    statistics = {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.6, 0.7]}
+    parts["image_processor"] = getattr(transformers, f"{kind}ImageProcessor")(**statistics)
+    getattr(transformers, f"{kind}Processor")(**parts).save_pretrained(folder)
+    config = open_model(folder).config
+    assert (config.mean, config.std) == ((0.2, 0.3, 0.4), (0.5, 0.6, 0.7))
+
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": 3}))
+    with pytest.raises(ValueError, match=r"processor_config\.json: image_processor 3: expected an object"):
+        open_model(folder)
+
+
 @pytest.mark.parametrize(
     "changes", [{"objective": "sigmoid"}, {"eos_token_id": 2}, {"layout": "siglip", "d_joint": 16}]
 )

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
 from data.tokenizer import get_tokenizer
-from formats import native
+from formats import decoders, native
+from formats import llava as llava_files
 from formats.chat_template import prompt_tokens, save_chat_template
 from formats.open_model import concept_of, open_model
 from formats.safetensors_dir import rename
@@ -102,6 +103,24 @@ def test_a_written_directory_is_read_again_and_opens_in_transformers(fixture, tm
     with torch.no_grad():
         logits = theirs(expected["tokens"], pixel_values=expected["pixels"]).logits
     torch.testing.assert_close(again(expected["tokens"], images), logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_text_config_leaves_out_is_what_transformers_takes(kind, tmp_path):
+    """Published files leave out all that is its default."""
+    transformers = pytest.importorskip("transformers")
+    text = {"model_type": kind, "num_hidden_layers": 3, "rms_norm_eps": 1e-5}
+    directory = copy_of(FIXTURES / "llava", tmp_path / "m", text_config=text)
+    theirs = transformers.LlavaConfig.from_pretrained(directory).text_config
+    found = llava_files.read(directory)[2]
+    ours, expected = (
+        gpt.Config(**found),
+        decoders.decoder_fields(
+            directory, directory / "config.json", theirs.to_dict(), llava_files.TYPES[kind]
+        ),
+    )
+    assert ours == gpt.Config(**expected)
+    assert (ours.d_model, ours.max_seq_len) == (theirs.hidden_size, theirs.max_position_embeddings)
 
 
 def test_the_processor_that_is_written_counts_the_same_tokens(tmp_path):

@@ -80,18 +80,17 @@ class KVCache:
     """
 
     def __init__(self, config, lengths: list[int], max_len: int, like: Tensor):
-        """Allocate a cache.
-
-        config: of a model, as in gpt.py; lengths: of the prompts, one per row; max_len: tokens to hold; like:
-        a tensor whose device and dtype to use.
-        """
+        """Allocate a cache for prompts of these lengths, one per row, and max_len tokens in all. config: of a
+        model, as in gpt.py. like: a tensor whose device and dtype to use; autocast's dtype goes first."""
         self.lengths = list(lengths)
         self.filled = False
         self.slots = [min(max_len, config.layer_window(layer) or max_len) for layer in range(config.n_layers)]
         B, G, K = len(lengths), config.G, config.K
+        device = like.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
         # The slots of one head lie behind each other, as attention reads them.
-        self.keys = [like.new_zeros(B, G, S, K).transpose(1, 2) for S in self.slots]
-        self.values = [like.new_zeros(B, G, S, K).transpose(1, 2) for S in self.slots]
+        self.keys = [like.new_zeros(B, G, S, K, dtype=dtype).transpose(1, 2) for S in self.slots]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     def positions(self, T: int, device: torch.device) -> Tensor:
         """Return the positions of the next T tokens: (1, T) for the prompts, later (B, 1) or (1, 1)."""

@@ -274,7 +274,7 @@ class SparseCache(KVCache):
         self.latest = KVCache(replace(plain, window=config.summary_size), lengths, max_len, like)
         shape = len(lengths), config.n_summaries(max_len), config.G, config.K
         self.summary_keys, self.summary_values = (
-            [like.new_zeros(shape) for _ in range(config.n_layers)] for _ in range(2)
+            [self.keys[0].new_zeros(shape) for _ in range(config.n_layers)] for _ in range(2)
         )
         self.config = config
 

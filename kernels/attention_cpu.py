@@ -201,6 +201,7 @@ def _(q, k, v, causal, scale, bias=None, hidden=None):
 
 
 @library.custom_op("plinth::attention_all_heads_backward", mutates_args=())
+@torch.autocast("cpu", enabled=False)
 def _all_heads_backward(
     dout: Tensor,
     q: Tensor,

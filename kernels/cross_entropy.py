@@ -93,7 +93,7 @@ def linear_cross_entropy(
         )
 
     # One row per token.
-    hidden, targets = hidden.reshape(N, D), targets.reshape(N)
+    hidden, targets = hidden.reshape(N, D), targets.reshape(N).contiguous()  # as the kernel reads them
     valid = targets != ignore_index
     check_range(targets, valid, V, ignore_index)
 

@@ -195,6 +195,8 @@ def arguments(
     if cu_seqlens is not None:
         document = torch.bucketize(torch.arange(T, device=q.device), cu_seqlens[1:-1], right=True)
         doc_start, doc_end = cu_seqlens[document], cu_seqlens[document + 1]  # of each position, (T,)
+    if seqlens_k is not None:
+        seqlens_k = seqlens_k.contiguous()
     windowed = window is not None and window < max(T, S)
     shared = dict(seqlens_k=seqlens_k, doc_start=doc_start, doc_end=doc_end, T=T, S=S, H=H, scale=scale)
     shared |= dict(window=window if windowed else 0, enable_fp_fusion=True, bias=None, reach=None)

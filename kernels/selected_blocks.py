@@ -229,6 +229,8 @@ def shared_arguments(q: Tensor, k: Tensor, blocks: Tensor, block_size: int, scal
     latter still without tiles."""
     (T, H, K), (S, G), (C, n) = q.shape[1:], k.shape[1:3], blocks.shape[2:]
     blocks, n_blocks = block_lists.cleaned(blocks, block_size, S, seqlens_k)
+    if seqlens_k is not None:
+        seqlens_k = seqlens_k.contiguous()
     sizes = dict(seqlens_k=seqlens_k, T=T, S=S, C=C, G=G, n_blocks=n_blocks, scale=scale)
     const = Constants(
         K, block_width(K), precision(q), uses_tma(q), seqlens_k is not None, H // C,

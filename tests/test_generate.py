@@ -45,6 +45,24 @@ def test_cached_greedy_equals_uncached_for_prompts_of_any_length(name):
     assert model.generate(same_length, 15, temperature=0)[0] == expected[2]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_under_autocast_the_cache_changes_logits_by_roundings_alone(name):
+    """Keys and values are cached in its dtype. Rows of equal and of different lengths, and enough tokens to
+    arrange a model (kernels/few_rows.py), which is for float32."""
+    model = small(**{"max_seq_len": 64} | CONFIGS[name])
+    tokens = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            cache = model.new_cache([12, 12], 20)
+            assert cache.keys[0].dtype == cache.values[0].dtype == dtype
+            steps = [model(tokens[:, :12], cache=cache)]
+            steps += [model(tokens[:, i : i + 1], cache=cache) for i in range(12, 20)]
+            # Roundings of logits of up to 4, which two layers have made larger.
+            torch.testing.assert_close(torch.cat(steps, 1), model(tokens), atol=0.15, rtol=0)
+            assert [len(row) for row in model.generate([[1], [2, 3, 4]], 40, temperature=0)] == [40, 40]
+
+
 def test_compiled_steps_give_the_same_tokens():
     """One graph for rows of different lengths, with windows that wrap around and without."""
     model = small(window=5, full_layers=(1,), qk_norm=True)

@@ -225,6 +225,9 @@ def test_any_strides():
         assert_as_exact_as_plain(
             x, k, x, {"causal": True}, dout=torch.ones((), device=DEVICE).expand(x.shape)
         )
+    columns = torch.tensor([[5, 0], [17, 0]], device=DEVICE)
+    for lengths in (columns[:, 0], columns[0, :1].expand(B)):
+        assert_as_exact_as_plain(q, k, v, {"causal": True, "seqlens_k": lengths})
 
 
 def test_every_element_is_written(monkeypatch):
@@ -333,6 +336,19 @@ def test_rows_at_once_give_what_a_call_for_each_row_gives(name, has_bias, monkey
     assert decisions == [True]
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)  # float32, sums over 35 keys
+
+
+def test_autocast_around_the_backward_pass_of_short_rows_changes_nothing(monkeypatch):
+    monkeypatch.setattr(attention_cpu, "onednn_multiplies", lambda: True)
+    inputs_on_cpu, grads = [x.cpu() for x in inputs({}, 20, 20)[:3]], []
+    assert attention_cpu.applies(*inputs_on_cpu[:2])
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in inputs_on_cpu]
+        out = attention(*leaves, causal=True, backend="torch")
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out.backward(inputs_on_cpu[0])
+        grads.append([x.grad for x in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_large_magnitudes():

@@ -251,6 +251,11 @@ def test_any_strides(backend, small_chunks):
     )
     for a, b in zip(expected, strided, strict=True):
         torch.testing.assert_close(a, b)
+    # The targets of the last tokens are a column, in steps of a row.
+    column = run(hidden[:, -1], weight, targets[:, -1], backend=backend)
+    expected = run(hidden[:, -1], weight, targets[:, -1].clone(), backend=backend)
+    for a, b in zip(expected, column, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", OURS)

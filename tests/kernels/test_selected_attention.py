@@ -265,6 +265,15 @@ def test_what_stands_after_the_last_key_is_not_read(way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_lengths_in_any_strides(way, monkeypatch):
+    monkeypatch.setattr(selected_blocks, "FEW_HEADS", WAYS[way])
+    leaves, blocks = on_the_device(KERNEL_CASES["fewer queries than keys"])
+    columns = torch.tensor([[15, 0], [7, 0]], device=DEVICE)
+    for lengths in (columns[:, 0], columns[0, :1].expand(2)):
+        assert_as_exact_as_pytorch(leaves, blocks, 4, seqlens_k=lengths)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_the_kernels_in_16_bits(way, dtype, monkeypatch):
     monkeypatch.setattr(selected_blocks, "FEW_HEADS", WAYS[way])

@@ -102,6 +102,13 @@ def test_an_adapter_that_is_trained_further_has_itself_at_the_start_as_the_refer
 
 
 @pytest.mark.usefixtures("exact_values_later")
+def test_it_learns_in_bfloat16_the_default_of_a_gpu(cache, tmp_path):
+    assert train.main(flags(cache, tmp_path / "run", steps=1, dtype="bfloat16")) == 0
+    (step,) = (row for row in rows(tmp_path / "run") if "reward" in row)
+    assert step["first_ratio"] == 1.0 and 0 < step["grad_norm"] < math.inf
+
+
+@pytest.mark.usefixtures("exact_values_later")
 @pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
 def test_the_pass_of_the_rollout_takes_the_place_of_one_in_the_first_update_to_the_bit(
     method, cache, tmp_path, monkeypatch

@@ -118,15 +118,15 @@ class KVCache:
         return k, v, {"seqlens_k": seqlens_k}
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values (B, T, G, K) of the prompts, right-padded to T."""
+        """Store the keys and values (B, T, G, K) of the prompts, right-padded to T, in their dtype."""
         S = self.slots[layer]
         slot = torch.arange(S, device=k.device)
         last = torch.tensor(self.lengths, device=k.device)[:, None] - 1  # (B, 1)
         # A slot gets the latest of the positions that map to it. Below 0 it stays unused, and is never seen.
         position = slot + (last - slot).div(S, rounding_mode="floor") * S  # (B, S)
         position = position.clamp(min=0)[..., None, None].expand(-1, -1, *k.shape[2:])
-        torch.gather(k, 1, position, out=self.keys[layer])
-        torch.gather(v, 1, position, out=self.values[layer])
+        for new, stored in ((k, self.keys), (v, self.values)):
+            stored[layer] = torch.gather(new, 1, position, out=stored[layer].to(new.dtype))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store one token's (B, 1, G, K); return all keys and values, and their number where rows differ."""

@@ -300,8 +300,8 @@ class SparseCache(KVCache):
             row = torch.tensor(rows, device=k.device)
             blocks = (x[layer][row[:, None], slots][:, None] for x in (self.latest.keys, self.latest.values))
             k, v = summaries(*blocks, first[:, None])
-            self.summary_keys[layer][row, first // stride] = k[:, 0]
-            self.summary_values[layer][row, first // stride] = v[:, 0]
+            for new, stored in ((k, self.summary_keys[layer]), (v, self.summary_values[layer])):
+                stored[row, first // stride] = new[:, 0].to(stored.dtype)  # autocast may have changed it
         n = self.config.n_summaries(max(self.lengths) + 1)
         return self.summary_keys[layer][:, :n], self.summary_values[layer][:, :n]
 

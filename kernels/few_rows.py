@@ -124,14 +124,14 @@ def gains_by_compiling(model: nn.Module) -> bool:
 @torch.no_grad()
 def arrange(model: nn.Module, n_rows: int, n_steps: int) -> nn.Module:
     """Return a copy of a model for generate.py that generates n_steps tokens of n_rows rows faster, or the
-    model itself for fewer than STEPS tokens, and if it is not on a CPU in float32.
+    model itself for fewer than STEPS tokens, under autocast, and if it is not on a CPU in float32.
 
     In the copy linear layers are `Product`s: one for those that a module names in `same_input`, one for every
     other layer, and one for a head that is the embedding matrix. The copy shares all other tensors with the
     model, which stays as it is; so there is at most one more copy of the weights.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    if n_steps < STEPS or not on_cpu(tensors[0]):
+    if n_steps < STEPS or not on_cpu(tensors[0]) or torch.is_autocast_enabled("cpu"):
         return model
     arranged = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 

@@ -45,6 +45,23 @@ def test_cached_greedy_equals_uncached_for_prompts_of_any_length(name):
     assert model.generate(same_length, 15, temperature=0)[0] == expected[2]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_under_autocast_the_tokens_are_the_likeliest_up_to_rounding(name):
+    """As PPO samples with --dtype bfloat16. For 33 steps a model on a CPU would be arranged anew, see
+    kernels/few_rows.py. The likeliest logit is about 2.6 above the mean, and 0.1 more than rounding changes.
+    """
+    model, n_new = small(**CONFIGS[name]), 19 if name == "learned" else 33
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(61, (n,), generator=generator).tolist() for n in (1, 4, 13)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.generate(prompts, n_new, temperature=0)
+    for prompt, new in zip(prompts, found, strict=True):
+        logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
+        drawn = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+        assert (logits.amax(dim=1) - drawn).max() < 0.1
+
+
 def test_compiled_steps_give_the_same_tokens():
     """One graph for rows of different lengths, with windows that wrap around and without."""
     model = small(window=5, full_layers=(1,), qk_norm=True)

@@ -211,7 +211,7 @@ class LinearGPT(GPT):
     block, new_cache = Block, new_cache
     matrices = (*GPT.matrices, "output_gate")
     save_pretrained = native.save
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
 
 
 # --- for train.py: the task is gpt.py's

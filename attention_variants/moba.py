@@ -138,7 +138,7 @@ class MoBA(GPT):
 
     block = Block
     save_pretrained = native.save
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
 
 
 # --- for train.py: the task is gpt.py's

@@ -92,7 +92,7 @@ class TalkingHeads(GPT):
 
     block = Block
     save_pretrained = native.save
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -133,13 +133,13 @@ def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
 
 
 def clear_logs(out: Path) -> None:
-    """Make the logs of a new run, empty, and remove what an earlier run has left in out: its pictures, and
-    its first answers (before.json of posttraining/instruct.py)."""
+    """Make the logs of a new run, empty, and remove what an earlier run, which has saved no checkpoint, has
+    left in out: its pictures, and the answers of its first evaluation."""
     for log in LOGS:
         (out / log).write_text("", encoding="utf-8")
     shutil.rmtree(out / "pictures", ignore_errors=True)
-    for left in ("picture.png", "before.json"):
-        (out / left).unlink(missing_ok=True)
+    for name in ("picture.png", "before.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def find(out: Path, flags: dict[str, str], free: set[str]) -> tuple[Path, dict]:

@@ -170,7 +170,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     Raises ValueError naming what is wrong.
     """
     if native.is_native(directory):
-        return native.load(directory, kernels)
+        return native.load(directory, kernels, kind)
     fields, weights = read(directory)
     return filled(kind, config_kind, fields, weights, directory, kernels)
 

@@ -44,7 +44,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     Raises ValueError naming what is missing, damaged or not implemented.
     """
     if native.is_native(directory):
-        return native.load(directory, kernels)
+        return native.load(directory, kernels, kind)
     path, hf, fields = diffusers.fields_of(directory, CLASS, FIELDS, DEFAULTS, ONLY, INERT)
     fields["d_model"] = fields["n_heads"] * whole_number(path, hf, "attention_head_dim", 72, least=1)
     fields["n_classes"] = 1 + whole_number(path, hf, "num_embeds_ada_norm", 1000, least=1)

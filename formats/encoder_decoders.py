@@ -112,7 +112,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     """Return kind(config) with the weights in directory, in their precision; config is of config_kind, a
     `t5.Config`. Raises ValueError naming what is wrong."""
     if native.is_native(directory):
-        return native.load(directory, kernels)
+        return native.load(directory, kernels, kind)
     fields, weights = read(directory)
     return filled(kind, config_kind, fields, weights, directory, kernels)
 

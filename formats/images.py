@@ -159,7 +159,7 @@ def load(kind: type[nn.Module], config_kind: type, directory: str | Path, kernel
     """Return kind(config) with the weights in directory in their precision; config is of config_kind, a
     `vit.Config`. The decoder of an MAE is left out. Raises ValueError naming what is wrong."""
     if native.is_native(directory):
-        return native.load(directory, kernels)
+        return native.load(directory, kernels, kind)
     fields, weights = read(directory)
     weights = {name: w for name, w in weights.items() if not name.startswith("decoder.")}
     return filled(kind, config_kind, fields, weights, directory, kernels)

@@ -7,7 +7,7 @@ The architecture is "plinth." and the dotted name of the concept file. That file
 one or more Configs; "config" in config.json holds the fields of such a Config. A model class needs one line
 for each direction:
 
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
     save_pretrained = native.save
 
 JSON has no tuples: it stores a tuple as an array, and every array becomes a tuple when it is read. So a
@@ -77,16 +77,19 @@ def is_native(directory: str | Path) -> bool:
     return named_architecture(*read_config(directory)).startswith(PREFIX)
 
 
-def load(directory: str | Path, kernels: str = "auto") -> nn.Module:
+def load(directory: str | Path, kernels: str = "auto", kind: type | None = None) -> nn.Module:
     """Return the model in directory, in the precision it was saved in.
 
-    kernels: the value of the Config's field of that name, if it has one. Raises ValueError naming what is
-    missing, damaged or unknown.
+    kernels: the value of the Config's field of that name, if it has one. kind: the class of the model, or one
+    that it extends; None for any. Raises ValueError naming what is missing, damaged or unknown, and for a
+    model of another kind.
     """
     path, content = read_config(directory)
     module, stored = find(path, named_architecture(path, content)), content.get("config") or {}
     if not (getattr(module, "SIZES", None) and hasattr(module, "Model")):
         raise ValueError(f"{path}: {module.__name__} has no Model and SIZES; expected a model's concept file")
+    if kind is not None and module_name(kind) not in {base.__module__ for base in module.Model.__mro__}:
+        raise ValueError(f"{path}: a model of {module.__name__}; expected one of {module_name(kind)}")
     if not isinstance(stored, dict):
         raise ValueError(f"{path}: config {stored!r:.100}: expected an object")
     config_class = type(next(iter(module.SIZES.values())))

@@ -151,7 +151,7 @@ class MultiToken(GPT):
     """gpt.py's decoder with further heads, saved natively."""
 
     save_pretrained = native.save
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
 
     def __init__(self, config: Config):
         super().__init__(config)

@@ -356,7 +356,7 @@ class Retro(GPT):
         """Return the Retro in a directory, with its index if there is one; or of a model of gpt.py the Retro
         that is to be retrofitted, with CCA in every second layer."""
         if native.is_native(directory):
-            model = native.load(directory, kernels)
+            model = native.load(directory, kernels, cls)
             if (Path(directory) / DATABASE).is_dir():
                 model.index = Index.open(Path(directory) / DATABASE)
             return model

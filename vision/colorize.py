@@ -194,7 +194,7 @@ class Model(nn.Module):
         macs += sum(layer.weight.numel() for layer in (*self.layers[1:], self.head)) * n_places
         return 6 * macs
 
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
     save_pretrained = native.save
 
 

@@ -183,7 +183,7 @@ class Energy(nn.Module):
         macs = sum(w.numel() * n for w, n in zip(weights, places, strict=True))
         return 2 * (2 * self.config.n_steps + 6) * macs
 
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
     save_pretrained = native.save
 
 

@@ -201,7 +201,7 @@ class Flow(nn.Module):
         """Return the FLOPs of matrix products, forward and backward, of one image: 6 per weight."""
         return 6 * sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
     save_pretrained = native.save
 
 

@@ -197,8 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for directory in args.checkpoint:
         model = open_model(directory).eval()
-        if not (hasattr(model, "draw") and hasattr(model.config, "size")):
-            raise ValueError(f"{directory}: expected a model that draws images, such as runs/gan/model")
+        reads_words = hasattr(model.config, "vocab_size")  # as latent diffusion does
+        if reads_words or not (hasattr(model, "draw") and hasattr(model.config, "size")):
+            expected = "expected a model that draws images without words, such as runs/gan/model"
+            raise ValueError(f"{directory}: {expected}")
         dataset = prepare(args.data, model.config.size, args.cache, channels=model.config.n_channels)
         print(f"{directory}\n{in_words(dataset, partial(drawn, model, seed=args.seed))}", flush=True)
 

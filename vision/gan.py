@@ -219,7 +219,7 @@ class GAN(nn.Module):
         d = macs(self.discriminator, [all_pixels, *reversed(steps), 1])
         return 2 * (3 * g + 11 * d)
 
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
     save_pretrained = native.save
 
 

@@ -166,7 +166,7 @@ class VAE(nn.Module):
         decoded = sum(size for name, size in n.items() if name.startswith("decoder"))
         return 6 * (sum(n.values()) + (self.config.n_samples - 1) * decoded)
 
-    from_pretrained = classmethod(lambda cls, directory, *, kernels="auto": native.load(directory, kernels))
+    from_pretrained = classmethod(lambda cls, path, *, kernels="auto": native.load(path, kernels, cls))
     save_pretrained = native.save
 
 

@@ -146,6 +146,17 @@ def test_rows_of_different_lengths_are_continued_as_alone():
 
 
 @torch.no_grad()
+def test_under_autocast_rows_are_continued_by_their_likeliest_tokens_up_to_rounding():
+    model, prompts = small().float(), [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.generate(prompts, 12, temperature=0)
+    for prompt, new in zip(prompts, found, strict=True):
+        logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1]
+        drawn = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+        assert (logits.amax(dim=1) - drawn).max() < 0.05 * logits.std()
+
+
+@torch.no_grad()
 def test_documents_in_one_row_do_not_see_each_other():
     model, tokens = small(), tokens_of(17)[:1]
     packed = model(tokens, cu_seqlens=torch.tensor([0, 5, 5, 17], dtype=torch.int32))

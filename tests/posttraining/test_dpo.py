@@ -328,6 +328,15 @@ def test_a_run_begins_where_policy_and_reference_are_equal(method, small, tmp_pa
     assert "expected" not in capsys.readouterr().err
 
 
+def test_answers_of_an_earlier_run_that_was_never_saved_are_not_shown_as_those_before(small, tmp_path):
+    """An earlier run in the same folder may have ended before its first checkpoint."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "before.json").write_text('["an answer of long ago"]')
+    argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path, 40), steps=1)
+    assert train.main(argv) == 0
+    assert "long ago" not in (tmp_path / "run" / "samples.txt").read_text()
+
+
 def test_a_resumed_run_computes_what_one_in_one_go_does(small, tmp_path):
     data, more = pairs_file(tmp_path), ("--init-from", small, "--batch-size", "4", "--save-every", "2")
     whole, halves = tmp_path / "whole", tmp_path / "halves"

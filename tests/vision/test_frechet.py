@@ -1,11 +1,13 @@
 """Fréchet: its closed forms, manifolds of known points, letters, and figures of images that are known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import run_command
 
 from data.rows import Dataset, Rows
-from vision import frechet, judge
+from vision import frechet, judge, latent_diffusion
 from vision.vae import VAE, Config
 
 
@@ -121,4 +123,12 @@ def test_the_command_measures_models_that_draw(tmp_path, few_glyphs, monkeypatch
 
     ViT(SIZES["tiny"]).save_pretrained(tmp_path / "vit", ())
     ended = run_command("-m", "vision.frechet", tmp_path / "vit", *flags)
-    assert ended.code == 2 and "expected a model that draws images" in ended.err
+    assert ended.code == 2 and "expected a model that draws images without words" in ended.err
+
+
+def test_a_model_that_draws_from_words_is_refused(tmp_path):
+    config = latent_diffusion.SIZES["tiny"]
+    text = replace(config.text, vocab_size=61, eos_token_id=60)
+    latent_diffusion.LatentDiffusion(replace(config, text=text)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a model that draws images without words"):
+        frechet.main([str(tmp_path), "--data", "glyphs"])

@@ -126,10 +126,12 @@ def ask(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Return the probability that the first token of a model's answer to the PROMPT with a text is that of
     "yes".
 
-    A text that is too long is cut at its end. Raises ValueError if the prompt alone is too long.
+    The prompt begins with the tokens that the tokenizer puts in front of any text, such as Llama's <s>. A
+    text that is too long is cut at its end. Raises ValueError if the prompt alone is too long.
     """
-    yes = answer_token(tokenizer)
-    tokens = torch.tensor([ask_tokens(tokenizer, text, model.config.max_seq_len)], device=device_of(model))
+    yes, begin = answer_token(tokenizer), tokenizer.begin_ids
+    prompt = ask_tokens(tokenizer, text, model.config.max_seq_len - len(begin))
+    tokens = torch.tensor([[*begin, *prompt]], device=device_of(model))
     return first_probabilities(model, tokens)[yes].item()
 
 
@@ -151,7 +153,7 @@ def check(directory: Path, what: str) -> None:
         kinds = "a decoder" if what == "perplexity" else "a decoder or an encoder-decoder"
         raise ValueError(f"--stage {what}={directory}: expected {kinds}, found {type(model).__name__}")
     if what == "ask_llm":
-        ask_tokens(tokenizer, "", model.config.max_seq_len)
+        ask_tokens(tokenizer, "", model.config.max_seq_len - len(tokenizer.begin_ids))
 
 
 def scores(what: str, directory: Path, texts: Iterable[str]) -> Iterator[float]:

@@ -49,9 +49,13 @@ def n_parts(folder: Path) -> int:
 
 
 def as_line(row: dict) -> str:
-    """Return a row as a line of JSON. Values that JSON lacks, such as dates, become strings."""
-    # Lone surrogates cannot be written as UTF-8: such a row is written with escapes.
+    """Return a row as a line of JSON. NaN and infinities, which JSON lacks, become null; other values that it
+    lacks, such as dates, become strings."""
     line = json.dumps(row, ensure_ascii=False, default=str)
+    if "NaN" in line or "Infinity" in line:  # perhaps in a text only
+        row = json.loads(line, parse_constant=lambda name: None)
+        line = json.dumps(row, ensure_ascii=False)
+    # Lone surrogates cannot be written as UTF-8: such a row is written with escapes.
     try:
         line.encode()
     except UnicodeEncodeError:

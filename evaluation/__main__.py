@@ -281,8 +281,11 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
             tasks += suite(args.limit or 200, args.seed)
             continue
         task = read(name)
-        pool = read(args.shots_from).items if args.shots_from else task.items
-        tasks.append(with_examples(task, pool, args.shots, None if args.shots_from else args.seed))
+        pool = read(args.shots_from, "--shots-from") if args.shots_from else task
+        if pool.kind != task.kind:
+            kinds = f"its items are of kind {pool.kind}, those of {task.name} are of kind {task.kind}"
+            raise ValueError(f"--shots-from {args.shots_from}: {kinds}; expected the same")
+        tasks.append(with_examples(task, pool.items, args.shots, None if args.shots_from else args.seed))
     tasks = [TaskFile(task.name, task.kind, task.items[: args.limit]) for task in tasks]
 
     # Programs are run only where the sandbox lacks nothing.

@@ -53,6 +53,9 @@ STYLE = {"indent": 1, "end": ""}  # arguments of `write_json` for the files of t
 # Roles that a decoder lacks: they are written as its eos_token.
 FILLED_ROLES = ("bos_token", "unk_token")
 
+# {name: normalized} of added tokens that are not special: they are found in any text, after Unicode's
+# normalisation or before it.
+Plain = dict[str, bool]
 # The names of the special tokens in front of a text and behind it.
 Around = tuple[tuple[str, ...], tuple[str, ...]]
 NOTHING: Around = ((), ())
@@ -111,20 +114,23 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def added_tokens(special_tokens: dict[str, int], lstrip: str | None = None) -> list[dict]:
+def added_tokens(
+    special_tokens: dict[str, int], lstrip: str | None = None, plain: Plain | None = None
+) -> list[dict]:
     """Return the entries of special tokens, {name: id}, in tokenizer.json.
 
-    lstrip: the name of the token that includes the space before it, if there is one. A token whose name is
-    spaces only is marked as not special and as normalized: Hugging Face then looks for it in a text after the
-    special ones.
+    lstrip: the name of the token that includes the space before it, if there is one. A token in `plain`, or
+    whose name is spaces only, is marked as not special. The latter is marked as normalized: Hugging Face then
+    looks for it in a text after the special ones.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    plain = {name: True for name in special_tokens if name.isspace()} | (plain or {})
     by_id = sorted(special_tokens.items(), key=lambda item: item[1])
     entries = [{"id": i, "content": name} | flags for name, i in by_id]
     for entry in entries:
         entry["lstrip"] = entry["content"] == lstrip
-        entry["normalized"] = entry["content"].isspace()
-        entry["special"] = not entry["normalized"]
+        entry["normalized"] = plain.get(entry["content"], False)
+        entry["special"] = entry["content"] not in plain
     return entries
 
 
@@ -164,18 +170,20 @@ def write(
     roles: dict[str, str] | None = None,
     mask_lstrip: bool = False,
     around: Around = NOTHING,
+    plain: Plain | None = None,
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads.
 
     ranks, pattern: the byte-pair encoding. special_tokens: {name: id}. nfc: whether text is normalised to NFC
     first. eot: the name of the token that ends a document. roles: {role: name}. mask_lstrip: whether the mask
-    token includes the space before it. around: the names of the tokens around a text.
+    token includes the space before it. around: the names of the tokens around a text. plain: those of
+    special_tokens that are found in any text.
     """
     roles = roles or {}
 
     # Special tokens are in the vocabulary too: otherwise Hugging Face would give them ids after the largest.
     vocab = {to_text(token): i for token, i in ranks.items()} | special_tokens
-    special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None)
+    special = added_tokens(special_tokens, roles["mask_token"] if mask_lstrip else None, plain)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True}
     model = {
@@ -294,6 +302,15 @@ def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
     return lstrip
 
 
+def read_plain(added_tokens: list[dict], named: set[str]) -> Plain:
+    """Return the tokens that are not marked as special, without those of spaces and those in `named`."""
+    return {
+        token["content"]: bool(token.get("normalized"))
+        for token in added_tokens
+        if not (token.get("special") or token["content"].isspace() or token["content"] in named)
+    }
+
+
 def read_around(processor: dict | None, special_tokens: dict[str, int]) -> Around:
     """Return the names of the tokens that a post-processor puts around a text. special_tokens: {name: id}.
 
@@ -379,10 +396,10 @@ def damage_named(path: Path) -> Iterator[None]:
 def read(directory: Path) -> dict:
     """Return the arguments of `write`, from a file written here or that of GPT-2, Llama 3, Qwen and others.
 
-    directory may also be the file itself. `eot`, `roles`, `mask_lstrip` and `around` are left out where the
-    files do not contain them, and `around` also where it follows from the roles. `eot` is the `eos_token` in
-    tokenizer_config.json; without it, it is left out if there is <|endoftext|>, and otherwise is the
-    `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently (another
+    directory may also be the file itself. `eot`, `roles`, `mask_lstrip`, `around` and `plain` are left out
+    where the files do not contain them, and `around` also where it follows from the roles. `eot` is the
+    `eos_token` in tokenizer_config.json; without it, it is left out if there is <|endoftext|>, and otherwise
+    is the `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently (another
     algorithm, normalizer or pre-tokenizer).
     """
     path = Path(directory)
@@ -404,6 +421,7 @@ def read(directory: Path) -> dict:
         roles = {role: name for role, name in roles.items() if name != eot or role not in FILLED_ROLES}
         if not eot and END_OF_TEXT not in special_tokens:
             eot = roles.get("sep_token")
+        plain = read_plain(file["added_tokens"], {eot or END_OF_TEXT, *roles.values()})
 
         # Damaged files may have values of other types.
         for text in (pattern, *special_tokens):
@@ -413,6 +431,6 @@ def read(directory: Path) -> dict:
             if not isinstance(i, int):
                 raise TypeError(f"id {i!r} is not an integer")
     arguments = {"ranks": ranks, "pattern": pattern, "special_tokens": special_tokens, "nfc": nfc}
-    optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip}
+    optional = {"eot": eot, "roles": roles, "mask_lstrip": mask_lstrip, "plain": plain}
     optional |= {} if around == NOTHING else {"around": around}
     return arguments | {name: value for name, value in optional.items() if value}

@@ -173,7 +173,7 @@ def write_parquet(path: Path, new: Path, records: list[dict]) -> None:
     """Write records to the file `new` as parquet, with a column for each field that any of them has.
 
     path: the file of the messages. Raises ValueError without pyarrow, and for a field with values of several
-    types.
+    types, or with one that parquet lacks, such as an integer of more than 64 bits.
     """
     try:
         import pyarrow
@@ -185,7 +185,7 @@ def write_parquet(path: Path, new: Path, records: list[dict]) -> None:
     columns = {name: [record.get(name) for record in records] for name in fields}
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), new)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise ValueError(
             f"{path}: fields do not fit into columns ({str(error)[:200]}); write --format jsonl"
         ) from None

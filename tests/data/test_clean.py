@@ -186,8 +186,9 @@ def test_parquet_has_the_fields_of_all_records(tmp_path):
     write_records(tmp_path / "part.parquet", records)
     rows = parquet.read_table(tmp_path / "part.parquet").to_pylist()
     assert [{name: value for name, value in row.items() if value is not None} for row in rows] == records
-    with pytest.raises(ValueError, match="fields do not fit into columns"):
-        write_records(tmp_path / "part.parquet", [{"a": "text"}, {"a": [1]}])
+    for values in (["text", [1]], [2**70], ["\ud800"]):
+        with pytest.raises(ValueError, match="fields do not fit into columns"):
+            write_records(tmp_path / "part.parquet", [{"a": value} for value in values])
 
 
 def test_test_items_are_reported_and_the_documents_that_hold_them_removed(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_a_path_behind_a_format_may_have_a_colon(tmp_path):
 def test_answers_with_and_without_a_number_are_not_mixed(tmp_path):
     rows = [{"question": "1 + 1?", "answer": answer} for answer in ("2\n#### 2", "two")]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="line 2.* answer 'two' has no number behind ####; expected one in"):
+    with pytest.raises(ValueError, match=r"line 2.* answer 'two' has no number behind ####; expected one in"):
         read(str(tmp_path / "q.jsonl"))
 
 

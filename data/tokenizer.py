@@ -137,8 +137,8 @@ class Tokenizer(SpecialTokens):
         """
         check_parts(ranks, pattern, special_tokens, eot)
 
-        # Keep the arguments. `late` are the names that are looked for in the normalised text. A token that has
-        # a role or ends a document is special in any case.
+        # Keep the arguments. `late` are the names that are looked for in the normalised text. A token that
+        # has a role or ends a document is special in any case.
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.nfc, self.eot = nfc, eot
         self.roles, self.mask_lstrip, self.around = dict(roles or {}), mask_lstrip, around

@@ -285,7 +285,8 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
         if pool.kind != task.kind:
             kinds = f"its items are of kind {pool.kind}, those of {task.name} are of kind {task.kind}"
             raise ValueError(f"--shots-from {args.shots_from}: {kinds}; expected the same")
-        tasks.append(with_examples(task, pool.items, args.shots, None if args.shots_from else args.seed))
+        asked = TaskFile(task.name, task.kind, task.items[: args.limit])
+        tasks.append(with_examples(asked, pool.items, args.shots, None if args.shots_from else args.seed))
     tasks = [TaskFile(task.name, task.kind, task.items[: args.limit]) for task in tasks]
 
     # Programs are run only where the sandbox lacks nothing.

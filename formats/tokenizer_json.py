@@ -399,8 +399,8 @@ def read(directory: Path) -> dict:
     directory may also be the file itself. `eot`, `roles`, `mask_lstrip`, `around` and `plain` are left out
     where the files do not contain them, and `around` also where it follows from the roles. `eot` is the
     `eos_token` in tokenizer_config.json; without it, it is left out if there is <|endoftext|>, and otherwise
-    is the `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently (another
-    algorithm, normalizer or pre-tokenizer).
+    is the `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently
+    (another algorithm, normalizer or pre-tokenizer).
     """
     path = Path(directory)
     path = path / "tokenizer.json" if path.is_dir() else path

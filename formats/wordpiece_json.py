@@ -157,13 +157,18 @@ def read_tokenizer_json(file: dict, config: dict) -> dict:
     for token in file["added_tokens"]:
         expect(f"special token {token['content']!r}", token, single_word=(False,), normalized=(False,))
     special_tokens = {token["content"]: token["id"] for token in file["added_tokens"]}
+    roles = read_roles(config, special_tokens) | {"unk_token": model["unk_token"]}
+    # Tokens that are not special are found in any text, which data/pipeline.py implements.
+    for token in file["added_tokens"]:
+        if token["content"] not in roles.values():
+            expect(f"added token {token['content']!r}", token, special=(True,))
     return {
         "vocab": model["vocab"],
         "lowercase": normalizer["lowercase"],
         "strip_accents": normalizer["strip_accents"],
         "chinese_chars": normalizer["handle_chinese_chars"],
         "special_tokens": {model["unk_token"]: model["vocab"][model["unk_token"]]} | special_tokens,
-        "roles": read_roles(config, special_tokens) | {"unk_token": model["unk_token"]},
+        "roles": roles,
     }
 
 

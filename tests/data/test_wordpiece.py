@@ -224,6 +224,7 @@ def put(*keys: str | int, value):
 
 BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
 NOT_SPECIAL = [{"id": 600, "content": "new", "single_word": False, "normalized": True, "special": False}]
+FOUND = [NOT_SPECIAL[0] | {"normalized": False}]  # in any text, by data/pipeline.py
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,7 @@ NOT_SPECIAL = [{"id": 600, "content": "new", "single_word": False, "normalized":
         ("tokenizer", put("normalizer", "clean_text", value=False), "clean_text = False"),
         ("tokenizer", put("pre_tokenizer", value={"type": "Whitespace"}), "pre-tokenizer .*Whitespace"),
         ("tokenizer", put("added_tokens", value=NOT_SPECIAL), "special token 'new' with normalized = True"),
+        ("tokenizer", put("added_tokens", value=FOUND), "added token 'new' with special = False is not supp"),
         (
             "tokenizer",
             put("added_tokens", 0, "content", value=5),

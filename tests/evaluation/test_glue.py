@@ -76,7 +76,7 @@ def test_test_sets_without_labels_and_other_files_are_refused(tmp_path):
         glue.read_examples(tmp_path / "test.jsonl", "sst2")
     for content in ("[1]", '"text"'):
         (tmp_path / "list.jsonl").write_text(content)
-        with pytest.raises(ValueError, match="line 1.*expected an object with sentence"):
+        with pytest.raises(ValueError, match=r"line 1.*expected an object with sentence"):
             glue.read_examples(tmp_path / "list.jsonl", "cola")
     with pytest.raises(ValueError, match="no sentence1, sentence2, which RTE needs"):
         glue.read_examples(tmp_path / "test.jsonl", "rte")

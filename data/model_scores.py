@@ -71,12 +71,14 @@ def device_of(model: nn.Module) -> torch.device:
 def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Return the perplexity of a text per token under a decoder; NaN for a text without tokens.
 
-    The text is cut into windows of max_seq_len tokens. The first begins with the token that separates
-    documents, as in training, and each further one with the last token of the window before. So each token is
-    predicted once, from those before it in its window. Values above e^700 are returned as e^700.
+    The text is cut into windows of max_seq_len tokens. The first begins with the tokens that the tokenizer
+    puts in front of a text, or else with the one that separates documents, as in training, and each further
+    one with the last token of the window before. So each token is predicted once, from those before it in its
+    window. Values above e^700 are returned as e^700.
     """
     # Whole windows make batches, and the rest is one of its own.
-    tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(text)], device=device_of(model))
+    begin = tokenizer.begin_ids or [tokenizer.eot_id]
+    tokens = torch.tensor([*begin, *tokenizer.encode(text)], device=device_of(model))
     n, T = len(tokens) - 1, model.config.max_seq_len
     if n == 0:
         return math.nan

@@ -210,7 +210,7 @@ class WordPiece(SpecialTokens):
 
     @property
     def begin_ids(self) -> list[int]:
-        """Return the ids that stand in front of a prompt: none, since [CLS] is an encoder's, which adds it."""
+        """Return the ids that stand in front of a prompt: none, since an encoder adds its [CLS] itself."""
         return []
 
     def split(self, text: str) -> list[str]:

@@ -132,13 +132,15 @@ def program_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) 
 
 
 def text_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
-    """Return the bits per byte of texts, each behind the token that separates documents; see perplexity.py.
+    """Return the bits per byte of texts, each behind the tokens that the tokenizer puts in front of a text,
+    or else behind the one that separates documents; see perplexity.py.
 
     Chance is 8 bits: if all 256 values of a byte are equally likely, each has probability 2^-8.
     """
     device, total, n_bytes = next(model.parameters()).device, 0.0, 0
     for text in task.items:
-        tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(text)], device=device)
+        begin = tokenizer.begin_ids or [tokenizer.eot_id]
+        tokens = torch.tensor([*begin, *tokenizer.encode(text)], device=device)
         total += nats(model, tokens, max(1, model.config.max_seq_len // 2))
         n_bytes += len(text.encode())
     bits = total / math.log(2) / n_bytes

@@ -1,6 +1,7 @@
 """Scores by models: perplexity and Ask-LLM's answer are what the plain model computes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import small_t5
@@ -62,6 +63,14 @@ def test_a_prompt_begins_as_any_text_of_the_tokenizer_does(model):
         expected = model(torch.tensor([tokens]))[0, -1].double().softmax(0)[BYTES.encode("y")[0]]
     assert model_scores.ask(model, begins, TEXT) == pytest.approx(expected.item(), rel=1e-9)
     assert 0 < model_scores.ask(model, begins, TEXT * 99) < 1  # cut so that all of it fits
+
+    # So does the text of a perplexity.
+    begins = SimpleNamespace(begin_ids=[65], eot_id=BYTES.eot_id, encode=BYTES.encode)
+    tokens = torch.tensor([65, *BYTES.encode(TEXT)])
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(model(tokens[None, :-1])[0].double(), tokens[1:]).item()
+    assert model_scores.perplexity(model, begins, TEXT) == pytest.approx(math.exp(nats), rel=1e-9)
+    assert model_scores.perplexity(model, BYTES, TEXT) != pytest.approx(math.exp(nats), rel=1e-6)
 
 
 def test_a_long_text_is_cut_and_the_question_is_whole():

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import wordpiece as module
+from data.pipeline import Pipeline
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
 
@@ -338,3 +339,9 @@ def test_command_line(monkeypatch, capsys):
         runpy.run_path(module.__file__, run_name="__main__")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_all_tokenizers_have_the_methods_of_the_byte_level_one():
+    methods = {name for name in dir(Tokenizer) if not name.startswith("_")}
+    assert methods >= {"begin_ids", "encode", "decode", "save"}
+    assert methods <= set(dir(WordPiece)) and methods <= set(dir(Pipeline))

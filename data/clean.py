@@ -392,6 +392,9 @@ def main(argv: list[str] | None = None) -> None:
     stats = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
     made_with = {"input": stats, "stages": stages, "text field": args.text_field, "format": args.format}
     made_with |= {"settings": {name: value for name, value in vars(settings).items() if name != "memory"}}
+    if args.against:
+        items = [(path, Path(path).stat()) for path in args.against]
+        made_with["test items"] = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in items]
     engine = (args.engine, args.workers)
     work = partial(clean, files, args.out, stages, settings, args.text_field, args.format, engine)
     report = made_once(args.out, made_with, work)

@@ -71,12 +71,14 @@ def device_of(model: nn.Module) -> torch.device:
 def perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Return the perplexity of a text per token under a decoder; NaN for a text without tokens.
 
-    The text is cut into windows of max_seq_len tokens. The first begins with the token that separates
-    documents, as in training, and each further one with the last token of the window before. So each token is
-    predicted once, from those before it in its window. Values above e^700 are returned as e^700.
+    The text is cut into windows of max_seq_len tokens. The first begins with the tokens that the tokenizer
+    puts in front of a text, or else with the one that separates documents, as in training, and each further
+    one with the last token of the window before. So each token is predicted once, from those before it in its
+    window. Values above e^700 are returned as e^700.
     """
     # Whole windows make batches, and the rest is one of its own.
-    tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(text)], device=device_of(model))
+    begin = tokenizer.begin_ids or [tokenizer.eot_id]
+    tokens = torch.tensor([*begin, *tokenizer.encode(text)], device=device_of(model))
     n, T = len(tokens) - 1, model.config.max_seq_len
     if n == 0:
         return math.nan
@@ -126,10 +128,12 @@ def ask(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Return the probability that the first token of a model's answer to the PROMPT with a text is that of
     "yes".
 
-    A text that is too long is cut at its end. Raises ValueError if the prompt alone is too long.
+    The prompt begins with the tokens that the tokenizer puts in front of any text, such as Llama's <s>. A
+    text that is too long is cut at its end. Raises ValueError if the prompt alone is too long.
     """
-    yes = answer_token(tokenizer)
-    tokens = torch.tensor([ask_tokens(tokenizer, text, model.config.max_seq_len)], device=device_of(model))
+    yes, begin = answer_token(tokenizer), tokenizer.begin_ids
+    prompt = ask_tokens(tokenizer, text, model.config.max_seq_len - len(begin))
+    tokens = torch.tensor([[*begin, *prompt]], device=device_of(model))
     return first_probabilities(model, tokens)[yes].item()
 
 
@@ -151,7 +155,7 @@ def check(directory: Path, what: str) -> None:
         kinds = "a decoder" if what == "perplexity" else "a decoder or an encoder-decoder"
         raise ValueError(f"--stage {what}={directory}: expected {kinds}, found {type(model).__name__}")
     if what == "ask_llm":
-        ask_tokens(tokenizer, "", model.config.max_seq_len)
+        ask_tokens(tokenizer, "", model.config.max_seq_len - len(tokenizer.begin_ids))
 
 
 def scores(what: str, directory: Path, texts: Iterable[str]) -> Iterator[float]:

@@ -49,9 +49,13 @@ def n_parts(folder: Path) -> int:
 
 
 def as_line(row: dict) -> str:
-    """Return a row as a line of JSON. Values that JSON lacks, such as dates, become strings."""
-    # Lone surrogates cannot be written as UTF-8: such a row is written with escapes.
+    """Return a row as a line of JSON. NaN and infinities, which JSON lacks, become null; other values that it
+    lacks, such as dates, become strings."""
     line = json.dumps(row, ensure_ascii=False, default=str)
+    if "NaN" in line or "Infinity" in line:  # perhaps in a text only
+        row = json.loads(line, parse_constant=lambda name: None)
+        line = json.dumps(row, ensure_ascii=False)
+    # Lone surrogates cannot be written as UTF-8: such a row is written with escapes.
     try:
         line.encode()
     except UnicodeEncodeError:
@@ -169,7 +173,7 @@ def write_parquet(path: Path, new: Path, records: list[dict]) -> None:
     """Write records to the file `new` as parquet, with a column for each field that any of them has.
 
     path: the file of the messages. Raises ValueError without pyarrow, and for a field with values of several
-    types.
+    types, or with one that parquet lacks, such as an integer of more than 64 bits.
     """
     try:
         import pyarrow
@@ -181,7 +185,7 @@ def write_parquet(path: Path, new: Path, records: list[dict]) -> None:
     columns = {name: [record.get(name) for record in records] for name in fields}
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), new)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
         raise ValueError(
             f"{path}: fields do not fit into columns ({str(error)[:200]}); write --format jsonl"
         ) from None

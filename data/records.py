@@ -199,8 +199,12 @@ def table_rows(file: BinaryIO, name: str, on_bad: OnBad, commas: bool) -> Iterat
     A row with more or fewer cells than there are columns is reported: a comma or a quotation mark is then
     where none was meant.
     """
-    # Bytes that are no UTF-8 become lone surrogates, which are reported where a cell is used.
-    lines = (line.decode("utf-8", "surrogateescape") for line in file)
+    # Bytes that are no UTF-8 become lone surrogates, which are reported where a cell is used. The byte order
+    # mark is taken off here, since a quotation mark behind it would not begin a cell.
+    lines = (
+        line.decode("utf-8", "surrogateescape").removeprefix("" if i else "\ufeff")
+        for i, line in enumerate(file)
+    )
     if not commas:
         lines = list(lines)
     options = {"strict": True} if commas else {"delimiter": "\t", **tab_options(lines)}
@@ -208,7 +212,7 @@ def table_rows(file: BinaryIO, name: str, on_bad: OnBad, commas: bool) -> Iterat
     for line, row in rows_of(lines, name, on_bad, options):
         place = f"{name}, line {line}"
         if not columns:
-            columns = [row[0].removeprefix("\ufeff"), *row[1:]]
+            columns = row
             if len(set(columns)) < len(columns):
                 on_bad(f"{place}: two columns of the same name in {', '.join(columns)}")
                 return

@@ -340,9 +340,14 @@ class HeldOut(Rows):
 def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Dataset:
     """Return the rows of T + 1 tokens, T = seq_len, of a tokenised corpus. See `Windows` and `HeldOut`.
 
-    Raises ValueError if the training text is shorter than one row.
+    Raises ValueError if the training text is shorter than one row, or with only_whole the held-out text.
     """
     train, val = corpus.train.tokens, corpus.val.tokens
+    if only_whole and len(val) <= seq_len:
+        raise ValueError(
+            f"--seq-len: rows are of {seq_len + 1} tokens, but the held-out text has only {len(val)}; "
+            "give more text, or shorter rows"
+        )
     begin = train[: 1 << 24]
     right = np.mean(val == np.bincount(begin).argmax())
     nats = frequency_loss(begin, val, corpus.tokenizer.n_vocab)

@@ -130,7 +130,8 @@ def as_dataset(
         n_cut = sum(len(source) > seq_len for source, _ in rows) if cut else 0
         if n_cut:
             counts[f"with a source cut to {seq_len} tokens"] += n_cut
-            rows = [[[*source[: seq_len - 1], source[-1]], target] for source, target in rows]
+            # The last token of a source is its end token, which stays.
+            rows = [[[*source[:-1][: seq_len - 1], source[-1]], target] for source, target in rows]
         short = [row for row in rows if max(map(len, row)) <= seq_len]
         if not short:
             raise ValueError(f"--seq-len {seq_len}: too short for all {len(rows)} pairs {name}; give more")

@@ -123,7 +123,7 @@ class Tokenizer(SpecialTokens):
         roles: dict[str, str] | None = None,
         mask_lstrip: bool = False,
         around: tokenizer_json.Around = tokenizer_json.NOTHING,
-        plain: Iterable[str] = (),
+        plain: tokenizer_json.Plain | None = None,
     ) -> None:
         """Make the tokenizer.
 
@@ -131,17 +131,21 @@ class Tokenizer(SpecialTokens):
         roles: the uses of special tokens, such as "mask_token" -> "[MASK]" (see `with_special_tokens`).
         mask_lstrip: the mask token includes the space before it, as RoBERTa's and ModernBERT's do.
         around: the names of special tokens in front of a text and behind it (see `begin_ids`).
-        plain: the names of those special tokens that are found in every text, such as Qwen's <think>.
+        plain: {name: normalized} of those of special_tokens that are found in any text, such as Qwen 3's
+        <think>; True: they are looked for after nfc.
         Raises ValueError if the parts do not make a tokenizer that can encode any text.
         """
         check_parts(ranks, pattern, special_tokens, eot)
 
-        # Keep the arguments. `runs` are the special tokens that consist of spaces.
+        # Keep the arguments. `late` are the names that are looked for in the normalised text. A token that
+        # has a role or ends a document is special in any case.
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.nfc, self.eot = nfc, eot
-        self.runs = {name for name in special_tokens if name.isspace()}
         self.roles, self.mask_lstrip, self.around = dict(roles or {}), mask_lstrip, around
-        self.plain = frozenset(plain)
+        named = {eot, *self.roles.values()}
+        self.plain = {name: flag for name, flag in (plain or {}).items() if name not in named}
+        self.plain |= {name: True for name in special_tokens if name.isspace()}
+        self.late = {name for name, normalized in self.plain.items() if normalized}
         self.check_roles()
         if mask_lstrip:
             self.role_id("mask_token")
@@ -164,7 +168,8 @@ class Tokenizer(SpecialTokens):
         by_token = sorted((token.hex(), i) for token, i in ranks.items())
         content = [by_token, pattern, sorted(special_tokens.items()), nfc, eot]
         content += [self.roles["mask_token"]] if mask_lstrip else []
-        content += [sorted(self.plain)] if self.plain else []
+        found_in_any = sorted(item for item in self.plain.items() if not item[0].isspace())
+        content += [found_in_any] if found_in_any else []
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def with_special_tokens(self, roles: dict[str, str], names: Iterable[str] = ()) -> "Tokenizer":
@@ -180,8 +185,7 @@ class Tokenizer(SpecialTokens):
         mask_is_new = "mask_token" in roles and roles["mask_token"] not in self.special_tokens
         arguments = {"nfc": self.nfc, "eot": self.eot, "roles": roles}
         arguments |= {"mask_lstrip": self.mask_lstrip or mask_is_new, "around": self.around}
-        arguments["plain"] = self.plain - set(roles.values())
-        return Tokenizer(self.ranks, self.pattern, special_tokens, **arguments)
+        return Tokenizer(self.ranks, self.pattern, special_tokens, **arguments, plain=self.plain)
 
     @property
     def begin_ids(self) -> list[int]:
@@ -196,23 +200,23 @@ class Tokenizer(SpecialTokens):
 
         Text that spells a special token is encoded as text: a document that mentions "<|endoftext|>" must not
         end there. Only the names in allowed_special (or "all") become special tokens, as all of them do in
-        Hugging Face's tokenizers. Those that the file marks as not special are always found: `plain` ones,
-        and runs of spaces, which GPT-NeoX and ModernBERT have. Lone surrogates, which have no UTF-8, become
-        U+FFFD.
+        Hugging Face's tokenizers. Added tokens that are not marked as special, as <think> of Qwen 3 and the
+        runs of spaces of GPT-NeoX and ModernBERT, are always found. Lone surrogates, which have no UTF-8,
+        become U+FFFD.
         """
         # Parts with an odd index are names of special tokens, the others text.
-        parts = split_at((self.allowed(allowed_special) | self.plain) - self.runs, text)
+        parts = split_at((self.allowed(allowed_special) | self.plain.keys()) - self.late, text)
         tokens: list[int] = []
         for i, part in enumerate(parts):
             if i % 2 == 1:
                 tokens.append(self.special_tokens[part])
                 continue
 
-            # Text: strip the space that belongs to a mask, normalise, and encode between the runs of spaces.
+            # Text: strip the space that belongs to a mask, normalise, and encode between the late ones.
             if self.mask_lstrip and parts[i + 1 : i + 2] == [self.roles["mask_token"]]:
                 part = part.rstrip(RUST_WHITESPACE)
             part = unicodedata.normalize("NFC", part) if self.nfc else part
-            for j, piece in enumerate(split_at(self.runs, part)):
+            for j, piece in enumerate(split_at(self.late, part)):
                 if j % 2 == 1:
                     tokens.append(self.special_tokens[piece])
                     continue

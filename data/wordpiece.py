@@ -208,6 +208,11 @@ class WordPiece(SpecialTokens):
         arguments |= {"chinese_chars": self.chinese_chars, "special_tokens": special_tokens, "roles": roles}
         return WordPiece(self.vocab, **arguments)
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """Return the ids that stand in front of a prompt: none, since an encoder adds its [CLS] itself."""
+        return []
+
     def split(self, text: str) -> list[str]:
         """Return the words of a text: the steps clean, fold and split."""
         text = text.translate(self.cleaned)

@@ -132,13 +132,15 @@ def program_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) 
 
 
 def text_figures(model, tokenizer, task: TaskFile, args: argparse.Namespace) -> list[Figure]:
-    """Return the bits per byte of texts, each behind the token that separates documents; see perplexity.py.
+    """Return the bits per byte of texts, each behind the tokens that the tokenizer puts in front of a text,
+    or else behind the one that separates documents; see perplexity.py.
 
     Chance is 8 bits: if all 256 values of a byte are equally likely, each has probability 2^-8.
     """
     device, total, n_bytes = next(model.parameters()).device, 0.0, 0
     for text in task.items:
-        tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(text)], device=device)
+        begin = tokenizer.begin_ids or [tokenizer.eot_id]
+        tokens = torch.tensor([*begin, *tokenizer.encode(text)], device=device)
         total += nats(model, tokens, max(1, model.config.max_seq_len // 2))
         n_bytes += len(text.encode())
     bits = total / math.log(2) / n_bytes
@@ -281,8 +283,12 @@ def read_tasks(args: argparse.Namespace) -> list[TaskFile]:
             tasks += suite(args.limit or 200, args.seed)
             continue
         task = read(name)
-        pool = read(args.shots_from).items if args.shots_from else task.items
-        tasks.append(with_examples(task, pool, args.shots, None if args.shots_from else args.seed))
+        pool = read(args.shots_from, "--shots-from") if args.shots_from else task
+        if pool.kind != task.kind:
+            kinds = f"its items are of kind {pool.kind}, those of {task.name} are of kind {task.kind}"
+            raise ValueError(f"--shots-from {args.shots_from}: {kinds}; expected the same")
+        asked = TaskFile(task.name, task.kind, task.items[: args.limit])
+        tasks.append(with_examples(asked, pool.items, args.shots, None if args.shots_from else args.seed))
     tasks = [TaskFile(task.name, task.kind, task.items[: args.limit]) for task in tasks]
 
     # Programs are run only where the sandbox lacks nothing.

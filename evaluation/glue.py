@@ -135,6 +135,9 @@ def read_examples(path: Path, name: str) -> list[Example]:
     """
     task, examples = TASKS[name], []
     records = list(read_records(path, str(path), refuse))
+    for place, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{place}: {record!r:.60}: expected an object with {', '.join(task.texts)}")
     if name == "cola" and records and "sentence" not in records[0][1]:
         records = headerless_cola(records)
 

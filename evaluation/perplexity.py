@@ -111,11 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(args.model)
     check_causal(model)
 
-    # As in training, each document begins with the token that separates documents.
-    tokens, n_bytes = [], 0
+    # As in training, each document begins with the token that separates documents, but the first with the
+    # tokens that the tokenizer puts in front of a text, if there are any.
+    tokens, n_bytes, begin = [], 0, tokenizer.begin_ids or [tokenizer.eot_id]
     with text.bad_texts(args.text, "refuse", print) as on_bad_text:
         for document in corpus.documents(files, on_bad_text, args.text_field):
-            tokens += [tokenizer.eot_id, *tokenizer.encode(document)]
+            tokens += [*begin, *tokenizer.encode(document)]
+            begin = [tokenizer.eot_id]
             n_bytes += len(document.encode())
     if len(tokens) < 2:
         raise ValueError(f"{args.text}: no text in it; expected at least one token")

@@ -29,7 +29,7 @@ from typing import Any
 
 from data.records import RECORDS, decode, open_utf8, read_records, refuse, rows_of, suffix_of
 from evaluation import glue
-from evaluation.generation import Question
+from evaluation.generation import Question, strict_number
 from evaluation.multiple_choice import Item
 from evaluation.sandbox import human_eval_record
 from formats import command
@@ -172,23 +172,33 @@ def check_item(item: Any) -> None:
             raise ValueError("an empty choice")
 
 
+def check_answers(places: Sequence[str], questions: Sequence[Question]) -> None:
+    """Raise ValueError where some answers have a number behind ####, as GSM8K's, and others have none: texts
+    are scored by other rules for these. places: of the questions in their file."""
+    has_number = [strict_number(question.answer) is not None for question in questions]
+    for place, question, has in zip(places, questions, has_number, strict=True):
+        if has != has_number[0]:
+            found = f"answer {question.answer[-40:]!r} {'has a' if has else 'has no'} number behind ####"
+            raise ValueError(f"{place}: {found}; expected one in every answer of the file, or in none")
+
+
 # --- files
 
 
-def read(name: str) -> TaskFile:
-    """Return the items of a file, named by its path or as `format:path`.
+def read(name: str, flag: str = "--tasks") -> TaskFile:
+    """Return the items of a file, named by its path or as `format:path`. flag: of the name, for errors.
 
     Raises ValueError for a file that is missing or of no known format, and for a record that cannot be
     converted: the message names the file and the record.
     """
     # The format, where the name has one; a path may contain a colon, too.
-    given, _, path = name.rpartition(":")
+    given, _, path = name.partition(":")
     if given not in FORMATS and given not in glue.TASKS:
         given, path = "", name
     path = Path(path)
     if not path.is_file():
         known = f"a file, stdlib, or FORMAT:FILE, with a format of {', '.join([*FORMATS, *glue.TASKS])}"
-        raise ValueError(f"--tasks {name}: no such file; expected {known}")
+        raise ValueError(f"{flag} {name}: no such file; expected {known}")
 
     # Files of GLUE, and files without records.
     glue_task = given or glue.task_of(path)
@@ -216,6 +226,8 @@ def read(name: str) -> TaskFile:
             expected = f"expected the fields {', '.join(sorted(fields))} of {format_name}"
             raise ValueError(f"{place}: {type(error).__name__} {error}; {expected}, with a label") from None
         items.append(item)
+    if kind == "question":
+        check_answers([place for place, _ in records], items)
     return TaskFile(f"{format_name}:{path.name}", kind, items)
 
 
@@ -275,7 +287,7 @@ def with_examples(task: TaskFile, examples: Sequence, n: int, seed: int | None =
     items = []
     for index, item in enumerate(task.items):
         subject = getattr(item, "about", "")  # only Items have one
-        pool = [x for x in examples if n and x != item and getattr(x, "about", "") == subject]
+        pool = [x for x in examples if x != item and getattr(x, "about", "") == subject] if n else []
         if len(pool) < n:
             raise ValueError(f"--shots {n}: there are {len(pool)} examples for a question of {task.name}")
         drawn = pool[:n] if seed is None else random.Random(f"{seed} {index}").sample(pool, n)

@@ -31,7 +31,7 @@ A decoder needs no role but `eos_token`. But programs that convert models also l
 as in GPT-2's file, and ignored when they are read.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +53,9 @@ STYLE = {"indent": 1, "end": ""}  # arguments of `write_json` for the files of t
 # Roles that a decoder lacks: they are written as its eos_token.
 FILLED_ROLES = ("bos_token", "unk_token")
 
+# {name: normalized} of added tokens that are not special: they are found in any text, after Unicode's
+# normalisation or before it.
+Plain = dict[str, bool]
 # The names of the special tokens in front of a text and behind it.
 Around = tuple[tuple[str, ...], tuple[str, ...]]
 NOTHING: Around = ((), ())
@@ -112,21 +115,22 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def added_tokens(
-    special_tokens: dict[str, int], lstrip: str | None = None, plain: Collection[str] = ()
+    special_tokens: dict[str, int], lstrip: str | None = None, plain: Plain | None = None
 ) -> list[dict]:
     """Return the entries of special tokens, {name: id}, in tokenizer.json.
 
-    lstrip: the name of the token that includes the space before it, if there is one. plain: names of tokens
-    that are marked as not special. A token whose name is spaces only is also marked as normalized: Hugging
-    Face then looks for it in a text after the special ones.
+    lstrip: the name of the token that includes the space before it, if there is one. A token in `plain`, or
+    whose name is spaces only, is marked as not special. The latter is marked as normalized: Hugging Face then
+    looks for it in a text after the special ones.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    plain = {name: True for name in special_tokens if name.isspace()} | (plain or {})
     by_id = sorted(special_tokens.items(), key=lambda item: item[1])
     entries = [{"id": i, "content": name} | flags for name, i in by_id]
     for entry in entries:
         entry["lstrip"] = entry["content"] == lstrip
-        entry["normalized"] = entry["content"].isspace()
-        entry["special"] = not entry["normalized"] and entry["content"] not in plain
+        entry["normalized"] = plain.get(entry["content"], False)
+        entry["special"] = entry["content"] not in plain
     return entries
 
 
@@ -166,14 +170,14 @@ def write(
     roles: dict[str, str] | None = None,
     mask_lstrip: bool = False,
     around: Around = NOTHING,
-    plain: Collection[str] = (),
+    plain: Plain | None = None,
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer.from_pretrained` reads.
 
     ranks, pattern: the byte-pair encoding. special_tokens: {name: id}. nfc: whether text is normalised to NFC
     first. eot: the name of the token that ends a document. roles: {role: name}. mask_lstrip: whether the mask
     token includes the space before it. around: the names of the tokens around a text. plain: those of
-    special_tokens that are marked as not special.
+    special_tokens that are found in any text.
     """
     roles = roles or {}
 
@@ -298,6 +302,15 @@ def read_mask_lstrip(added_tokens: list[dict], mask: str | None) -> bool:
     return lstrip
 
 
+def read_plain(added_tokens: list[dict], named: set[str]) -> Plain:
+    """Return the tokens that are not marked as special, without those of spaces and those in `named`."""
+    return {
+        token["content"]: bool(token.get("normalized"))
+        for token in added_tokens
+        if not (token.get("special", True) or token["content"].isspace() or token["content"] in named)
+    }
+
+
 def read_around(processor: dict | None, special_tokens: dict[str, int]) -> Around:
     """Return the names of the tokens that a post-processor puts around a text. special_tokens: {name: id}.
 
@@ -383,7 +396,7 @@ def damage_named(path: Path) -> Iterator[None]:
 def read(directory: Path) -> dict:
     """Return the arguments of `write`, from a file written here or that of GPT-2, Llama 3, Qwen and others.
 
-    directory may also be the file itself. `eot`, `roles`, `mask_lstrip`, `plain` and `around` are left out
+    directory may also be the file itself. `eot`, `roles`, `mask_lstrip`, `around` and `plain` are left out
     where the files do not contain them, and `around` also where it follows from the roles. `eot` is the
     `eos_token` in tokenizer_config.json; without it, it is left out if there is <|endoftext|>, and otherwise
     is the `sep_token`. Raises ValueError naming what is damaged, or what tiktoken would do differently
@@ -403,14 +416,12 @@ def read(directory: Path) -> dict:
         if around == ((roles.get("cls_token"),), (roles.get("sep_token"),)):
             around = NOTHING
 
-        # The token that ends a document, and the tokens that are ordinary in every text, such as <think>.
+        # The token that ends a document.
         eot = name_of(config.get("eos_token"))
-        named = {eot, *roles.values()}
-        plain = [t["content"] for t in file["added_tokens"] if not t.get("special", True)]
-        plain = tuple(name for name in plain if name not in named and not name.isspace())
         roles = {role: name for role, name in roles.items() if name != eot or role not in FILLED_ROLES}
         if not eot and END_OF_TEXT not in special_tokens:
             eot = roles.get("sep_token")
+        plain = read_plain(file["added_tokens"], {eot or END_OF_TEXT, *roles.values()})
 
         # Damaged files may have values of other types.
         for text in (pattern, *special_tokens):

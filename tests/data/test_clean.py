@@ -168,14 +168,27 @@ def test_parts_in_each_format_are_read_again_as_the_same_records(crawl, suffix):
     assert rows_of(Path("again")) == records and len(records) > 40
 
 
+def test_lines_are_json_whatever_the_records_hold(tmp_path):
+    text = "NaN is no number; é \ud800"
+    row = {"text": text, "score": float("nan"), "meta": {"loss": [1.5, float("-inf")]}}
+    write_records(tmp_path / "part.jsonl", [row])
+    (line,) = (tmp_path / "part.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "text": text,
+        "score": None,
+        "meta": {"loss": [1.5, None]},
+    }
+
+
 def test_parquet_has_the_fields_of_all_records(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     records = [{"text": "one"}, {"text": "two", "url": "u"}, {"label": 1, "text": "three"}]
     write_records(tmp_path / "part.parquet", records)
     rows = parquet.read_table(tmp_path / "part.parquet").to_pylist()
     assert [{name: value for name, value in row.items() if value is not None} for row in rows] == records
-    with pytest.raises(ValueError, match="fields do not fit into columns"):
-        write_records(tmp_path / "part.parquet", [{"a": "text"}, {"a": [1]}])
+    for values in (["text", [1]], [2**70], ["\ud800"]):
+        with pytest.raises(ValueError, match="fields do not fit into columns"):
+            write_records(tmp_path / "part.parquet", [{"a": value} for value in values])
 
 
 def test_test_items_are_reported_and_the_documents_that_hold_them_removed(tmp_path, monkeypatch):
@@ -194,6 +207,9 @@ def test_test_items_are_reported_and_the_documents_that_hold_them_removed(tmp_pa
     assert Path("removed/items.jsonl").read_text() == Path("reported/items.jsonl").read_text()
     assert [row["text"] for row in rows_of(Path("removed")) if "text" in row] == [texts[0], texts[3]]
     assert [row["text"] for row in rows_of(Path("reported")) if "text" in row] == texts
+    Path("test.jsonl").write_text(json.dumps({"q": items[1]}) + "\n")  # the result is of the other items
+    with pytest.raises(ValueError, match="--out removed: was made with other test items"):
+        clean.main([*shared, "--out", "removed", "--keep-rejected"])
     assert {row["like"] for row in rows_of(Path("removed/rejected"))} == {
         "test.jsonl, line 1: byte 0",
         "test.jsonl, line 2: byte 198",

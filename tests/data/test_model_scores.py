@@ -1,13 +1,14 @@
 """Scores by models: perplexity and Ask-LLM's answer are what the plain model computes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import small_t5
 import torch
 
 from data import model_scores
-from data.tokenizer import get_tokenizer
+from data.tokenizer import END_OF_TEXT, Tokenizer, get_tokenizer
 from gpt import GPT, Config
 
 BYTES = get_tokenizer("bytes")
@@ -53,6 +54,23 @@ OPTIONS:
     assert found == pytest.approx(expected.item(), rel=1e-9)
     # It is not the share of yes beside no alone.
     assert abs(found - (logits[yes].exp() / (logits[yes].exp() + logits[no].exp())).item()) > 1e-3
+
+
+def test_a_prompt_begins_as_any_text_of_the_tokenizer_does(model):
+    begins = Tokenizer(BYTES.ranks, BYTES.pattern, BYTES.special_tokens, around=((END_OF_TEXT,), ()))
+    tokens = [BYTES.eot_id, *BYTES.encode(model_scores.PROMPT.format(TEXT))]
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]))[0, -1].double().softmax(0)[BYTES.encode("y")[0]]
+    assert model_scores.ask(model, begins, TEXT) == pytest.approx(expected.item(), rel=1e-9)
+    assert 0 < model_scores.ask(model, begins, TEXT * 99) < 1  # cut so that all of it fits
+
+    # So does the text of a perplexity.
+    begins = SimpleNamespace(begin_ids=[65], eot_id=BYTES.eot_id, encode=BYTES.encode)
+    tokens = torch.tensor([65, *BYTES.encode(TEXT)])
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(model(tokens[None, :-1])[0].double(), tokens[1:]).item()
+    assert model_scores.perplexity(model, begins, TEXT) == pytest.approx(math.exp(nats), rel=1e-9)
+    assert model_scores.perplexity(model, BYTES, TEXT) != pytest.approx(math.exp(nats), rel=1e-6)
 
 
 def test_a_long_text_is_cut_and_the_question_is_whole():

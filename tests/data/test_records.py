@@ -96,6 +96,13 @@ def test_tables_without_quoting_keep_their_quotation_marks(tmp_path):
     assert read(tmp_path / "x.tsv") == rows
 
 
+def test_a_byte_order_mark_in_front_of_a_quoted_heading_is_no_part_of_it(tmp_path):
+    for name, separator in (("x.csv", ","), ("x.tsv", "\t")):
+        rows = f'"text, all"{separator}"n"\r\n"one, two"{separator}"1"\r\n'  # as pandas writes with QUOTE_ALL
+        (tmp_path / name).write_bytes(rows.encode("utf-8-sig"))
+        assert read(tmp_path / name, "text, all") == ["one, two"]
+
+
 def test_a_long_cell_is_read(tmp_path):
     (tmp_path / "x.csv").write_text(f"text\n{'word ' * 100_000}\n")
     assert read(tmp_path / "x.csv") == ["word " * 100_000]

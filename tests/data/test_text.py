@@ -347,6 +347,15 @@ def test_too_little_text_is_named():
         data.text.Windows(np.arange(10), 10)
 
 
+def test_held_out_text_of_less_than_a_whole_row_is_named(tmp_path):
+    corpus = prepare(write_corpus(tmp_path / "texts"), tmp_path)
+    n = len(corpus.val.tokens)
+    assert len(data.text.as_rows(corpus, n - 1, only_whole=True).val) == 1
+    assert len(data.text.as_rows(corpus, n).val) == 1
+    with pytest.raises(ValueError, match=rf"--seq-len: rows are of {n + 1} tokens, but .* has only {n};"):
+        data.text.as_rows(corpus, n, only_whole=True)
+
+
 @pytest.mark.parametrize("n", [2, 16, 17, 18, 100, 161])
 def test_held_out_batches_predict_every_token_once_in_order(n):
     held_out = data.text.HeldOut(np.arange(n, dtype=np.uint16), 16, n)

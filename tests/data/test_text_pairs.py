@@ -68,6 +68,8 @@ def test_long_pairs_are_dropped_and_counted_or_their_sources_cut():
     cut = as_dataset(pairs, pairs[:1], tokenizer(), 4, cut=True)
     assert [sides_of(cut.train[i])[0] for i in range(2)] == [[*b"abc", 256]] * 2
     assert "1 longer than 4 tokens" in cut.summary and "1 with a source cut to 4 tokens" in cut.summary
+    beside = as_dataset([Pair("abcdef", "e"), Pair("a", "b")], pairs[:1], tokenizer(), 4, cut=True)
+    assert sides_of(beside.train[1])[0] == [*b"a", 256]  # a shorter source stays as it is
     assert cut.fingerprint != dataset.fingerprint
     with pytest.raises(ValueError, match="--seq-len 1: too short for all 3 pairs to train on"):
         as_dataset(pairs, pairs, tokenizer(), 1)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import wordpiece as module
+from data.pipeline import Pipeline
 from data.tokenizer import Tokenizer, get_tokenizer
 from data.wordpiece import WordPiece
 
@@ -224,6 +225,7 @@ def put(*keys: str | int, value):
 
 BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
 NOT_SPECIAL = [{"id": 600, "content": "new", "single_word": False, "normalized": True, "special": False}]
+FOUND = [NOT_SPECIAL[0] | {"normalized": False}]  # in any text, by data/pipeline.py
 
 
 @pytest.mark.parametrize(
@@ -243,11 +245,7 @@ NOT_SPECIAL = [{"id": 600, "content": "new", "single_word": False, "normalized":
         ("tokenizer", put("normalizer", "clean_text", value=False), "clean_text = False"),
         ("tokenizer", put("pre_tokenizer", value={"type": "Whitespace"}), "pre-tokenizer .*Whitespace"),
         ("tokenizer", put("added_tokens", value=NOT_SPECIAL), "special token 'new' with normalized = True"),
-        (
-            "tokenizer",
-            put("added_tokens", 0, "special", value=False),
-            "special token '.*' with special = False",
-        ),
+        ("tokenizer", put("added_tokens", value=FOUND), "added token 'new' with special = False is not supp"),
         (
             "tokenizer",
             put("added_tokens", 0, "content", value=5),
@@ -341,3 +339,9 @@ def test_command_line(monkeypatch, capsys):
         runpy.run_path(module.__file__, run_name="__main__")
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_all_tokenizers_have_the_methods_of_the_byte_level_one():
+    methods = {name for name in dir(Tokenizer) if not name.startswith("_")}
+    assert methods >= {"begin_ids", "encode", "decode", "save"}
+    assert methods <= set(dir(WordPiece)) and methods <= set(dir(Pipeline))

@@ -90,6 +90,9 @@ def test_a_user_s_mistakes_end_in_one_line_before_a_model_is_read(tmp_path, caps
     assert "--shots-from x.jsonl: needs --shots K" in line("nowhere", "--shots-from", "x.jsonl")
     assert "--shots 2: the tasks of stdlib take no examples" in line("nowhere", "--shots", 2)
     assert "--tasks nothing.jsonl: no such file" in line("nowhere", "--tasks", "nothing.jsonl")
+    shots = ("nowhere", "--tasks", FIXTURE / "arc.jsonl", "--shots", 1, "--shots-from")
+    assert "--shots-from nothing.jsonl: no such file" in line(*shots, "nothing.jsonl")
+    assert "text.jsonl: its items are of kind text, those of arc" in line(*shots, FIXTURE / "text.jsonl")
     assert "needs a text classifier" in line(FIXTURE, "--tasks", f"cola:{write_cola(tmp_path)}")
     with monkeypatch.context() as patch:
         patch.setattr(command, "evaluate", None)  # neither of two models is evaluated if one is missing

@@ -74,6 +74,10 @@ def test_test_sets_without_labels_and_other_files_are_refused(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"sentence": "a", "label": -1}\n')
     with pytest.raises(ValueError, match="has no label"):
         glue.read_examples(tmp_path / "test.jsonl", "sst2")
+    for content in ("[1]", '"text"'):
+        (tmp_path / "list.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=r"line 1.*expected an object with sentence"):
+            glue.read_examples(tmp_path / "list.jsonl", "cola")
     with pytest.raises(ValueError, match="no sentence1, sentence2, which RTE needs"):
         glue.read_examples(tmp_path / "test.jsonl", "rte")
 

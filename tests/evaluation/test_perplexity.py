@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.tokenizer import get_tokenizer
+from data.tokenizer import Tokenizer, get_tokenizer
 from evaluation import perplexity
 from gpt import GPT, Config
 
@@ -42,6 +42,22 @@ def test_the_figures_are_those_of_the_text_led_by_the_separating_token(directory
     assert float(printed["nats per token"]) == pytest.approx(nats / (len(tokens) - 1), abs=1e-4)
     assert float(printed["perplexity"]) == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-3)
     assert float(printed["bits per byte"]) == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-4)
+
+
+def test_the_first_document_begins_as_any_text_of_the_tokenizer_does(directory, tmp_path, capsys):
+    plain = get_tokenizer("bytes").with_special_tokens({}, ["<s>"])
+    begins = Tokenizer(plain.ranks, plain.pattern, plain.special_tokens, around=(("<s>",), ()))
+    model = GPT(Config(1, 2, 16, 32, vocab_size=begins.n_vocab, max_seq_len=64))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(20)  # so that the first token matters
+    model.save_pretrained(directory)
+    begins.save(directory)
+    (tmp_path / "two.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
+    perplexity.main([str(directory), str(tmp_path / "two.jsonl")])
+    found = float(re.search(r"nats per token +(.*)", capsys.readouterr().out)[1])
+    tokens = [[i, *b"One.", begins.eot_id, *b"Two."] for i in (begins.special_tokens["<s>"], begins.eot_id)]
+    right, other = (perplexity.nats(model.eval(), torch.tensor(row), 64) / 9 for row in tokens)
+    assert found == pytest.approx(right, abs=1e-4) != pytest.approx(other, abs=1e-3)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])

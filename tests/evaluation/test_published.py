@@ -83,6 +83,20 @@ def test_a_file_is_known_by_its_fields_and_read_by_them(name, tmp_path):
     assert task.kind == kind and task.items == [expected]
 
 
+def test_a_path_behind_a_format_may_have_a_colon(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b/c.jsonl").write_text('{"text": "He took the key"}\n')
+    assert read(f"lambada:{tmp_path / 'a:b/c.jsonl'}").kind == "word"
+    assert read(str(tmp_path / "a:b/c.jsonl")).kind == "text"
+
+
+def test_answers_with_and_without_a_number_are_not_mixed(tmp_path):
+    rows = [{"question": "1 + 1?", "answer": answer} for answer in ("2\n#### 2", "two")]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"line 2.* answer 'two' has no number behind ####; expected one in"):
+        read(str(tmp_path / "q.jsonl"))
+
+
 def test_mmlu_s_tables_without_a_header_are_read_from_the_first_row_on(tmp_path):
     (tmp_path / "us_history_test.csv").write_text('"Who, then?",a,b,c,d,C\nAnd?,1,2,3,4,A\n')
     items = read(str(tmp_path / "us_history_test.csv")).items

@@ -553,3 +553,26 @@ def test_a_post_processor_that_makes_no_sense_is_refused(learned, tmp_path, chan
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(ValueError, match=message):
         Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_that_are_not_special_are_found_in_any_text(learned, tmp_path):
+    """As Qwen 3's <think>, and what `add_tokens` of transformers adds, which is looked for after NFC."""
+    tokenizers = pytest.importorskip("tokenizers")
+    qwen, saved = tmp_path / "qwen", tmp_path / "saved"
+    Tokenizer(learned.ranks, GPT4_PATTERN, learned.special_tokens, nfc=True).save(qwen)
+    theirs = tokenizers.Tokenizer.from_file(str(qwen / "tokenizer.json"))
+    theirs.add_tokens([tokenizers.AddedToken("<think>", normalized=False), "</think>", "café"])
+    theirs.save(str(qwen / "tokenizer.json"))
+
+    ours = Tokenizer.load(qwen)
+    ours.with_special_tokens({"pad_token": "<pad>"}).save(saved)
+    again = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
+    for text in ("<think>\n\n</think>\n\nyes", "a cafe\u0301 <think>\u0338</think>\u0338", *STRESS[:5]):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ours.encode(text, "all") == ids, text
+        assert Tokenizer.load(saved).encode(text) == ids == again.encode(text, add_special_tokens=False).ids
+    ids = ours.encode(f"<think>yes{END_OF_TEXT}")
+    assert ids[0] == 700 and ours.eot_id not in ids
+    assert again.decode(ids, skip_special_tokens=True) == f"<think>yes{END_OF_TEXT}"
+    assert Tokenizer.load(saved).fingerprint == ours.with_special_tokens({"pad_token": "<pad>"}).fingerprint
+    assert ours.fingerprint != learned.fingerprint

@@ -1,6 +1,7 @@
 """Runs inside a script: an ended one is not repeated, an interrupted one is continued."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_run_that_was_killed_between_two_checkpoints_goes_on(flags, tmp_path):
     trained(tmp_path / "run", *flags)
     out = tmp_path / "run"
     (out / "done").unlink()
-    (out / "checkpoint").rename(out / "checkpoint.previous")
+    shutil.rmtree(out / "checkpoint")  # what is left is checkpoint.previous
     trained(out, *flags)
     assert "there is a run in it" not in (tmp_path / "run.log").read_text(encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """All comparisons of speed, one after the other on one machine.
 
-    python -m results.one_sitting --out results/one_sitting.json --nanogpt nanoGPT   three quarters of an hour
+    python -m results.one_sitting --out results/one_sitting.json --nanogpt nanoGPT   an hour
     python -m results.one_sitting --out results/one_sitting.json --names rl_speed    one of them
     python -m results.one_sitting --out results/one_sitting.json --table             print the file as a table
 

@@ -366,7 +366,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arms, raw = [*BASELINES, *ARMS], argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command.Parser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--data", type=command.path, required=True, help="folder of the labelled texts, see above")
     add("--general", nargs="+", default=["stdlib"], help="text to pretrain on (default %(default)s)")
@@ -379,11 +379,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--adaptations", type=int, default=2, help="adaptations of each arm (default %(default)s)")
     add("--seeds", type=int, default=5, help="fine-tunings of each arm (default %(default)s)")
     add("--work", type=command.path, default=Path("runs/adaptation"), help="runs (default %(default)s)")
-    add("--out", type=command.path, required=True, help="file for the figures, JSON; a plot is beside it")
+    add("--out", type=command.new_file, required=True, help="file for the figures, JSON; a plot is beside it")
     args = parser.parse_args(argv)
-    for name in ("labels", "adaptations", "seeds"):
+    for name in ("labels", "pretraining_steps", "adaptation_steps", "adaptations", "seeds"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
 
     texts = Texts(args.data, args.general, args.work)
     if args.labels > (most := min(len(texts.tasks[task].pool) for task in args.tasks)):

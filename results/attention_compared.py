@@ -305,9 +305,7 @@ def plot_needles(rows: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=TASKS, default=TASKS, help="tasks (default: both)")
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of attention (default: all)")
@@ -319,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--cache", type=command.path, default=Path("cache"), help="folder of the tokens (default %(default)s)"
     )
-    add("--out", type=command.path, required=True, help="file of the figures, JSON; pictures beside it")
+    add("--out", type=command.new_file, required=True, help="file of the figures, JSON; pictures beside it")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     settings = {task: (getattr(args, f"{task}_flops"), getattr(args, f"{task}_lr")) for task in TASKS}

@@ -1,6 +1,6 @@
 """Time and memory of four kinds of attention over the length of the text, forward and backward, on a CPU.
 
-    python -m results.attention_length --out results/attention_length.json          about four minutes
+    python -m results.attention_length --out results/attention_length.json          three minutes
 
     softmax         PyTorch's fused causal attention, as `kernels.attention` calls it
     linear          attention of attention_variants/linear.py in chunks, by kernels/linear_attention.py

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from engine import cpu
 from formats import command
 from results.in_turn import arguments, compared, measure_in_turn, opened_by, rate, write_figures
+from results.peers import require
 from vision.clip import CLIP, SIZES, Config
 
 WIDE = {"n_layers": 6, "n_heads": 6, "d_model": 384, "d_ff": 1536, "image_size": 64, "n_channels": 3}
@@ -71,6 +72,7 @@ def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, 9, argv)
+    require("transformers")
     torch.set_num_threads(1)
     cpu.multiply_by_onednn()  # for both sides: it is a setting of the process
     load, results = os.getloadavg()[0], []

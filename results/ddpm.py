@@ -10,10 +10,10 @@ them; beside that stands what it recognises in the real images of the same pairs
 are from these, as a mean squared error of a pixel in [0, 1].
 
 Every run is one of train.py in --work, and is not repeated if it is there. The figures are written to --out
-after each run, and those in it are kept. A picture of the first seed is drawn beside --out.
+after each run, and those in it are kept. A picture of the runs of the first seed that this call has measured
+is drawn beside --out.
 """
 
-import argparse
 from pathlib import Path
 
 from torch import Tensor
@@ -62,16 +62,16 @@ def measure(work: Path, network: str, target: str, seed: int, steps: int, shown:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=command.path, required=True, help="file for the figures, which ends in .json")
+    add("--out", type=command.new_file, required=True, help="file for the figures, which ends in .json")
     add(
         "--work", type=command.path, default=Path("runs/targets"), help="folder of runs (default %(default)s)"
     )
     add("--networks", nargs="+", choices=MODELS, default=list(MODELS), help="which (default: both)")
     add("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="which (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default 0 1 2)")
-    add("--steps", type=int, default=1000, help="updates of a run (default %(default)s)")
+    add("--steps", type=command.count, default=1000, help="updates of a run (default %(default)s)")
     args = parser.parse_args(argv)
 
     ended, shown = Ended(args.out, {"steps": args.steps}, same=("steps",)), {}

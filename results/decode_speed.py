@@ -16,6 +16,7 @@ import torch
 from formats import command
 from gpt import GPT, SIZES, Config
 from results.in_turn import arguments, compared, measure_in_turn, opened_by, rate, write_figures
+from results.peers import require
 
 SHAPES = {
     "4 layers, width 64": Config(4, 4, 64, 176, 8192, 512, n_kv_heads=2),
@@ -49,6 +50,7 @@ def generators(ours: GPT, theirs, batch: int) -> dict[str, Callable[[], list[lis
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, 7, argv)
+    require("transformers")
     results, load = [], os.getloadavg()[0]
     for name, shape in SHAPES.items():
         ours, theirs = both_models(shape)

@@ -17,13 +17,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from engine import cpu
 from formats import command
 from moe import Config, MoE
 from results.in_turn import arguments, in_milliseconds, measure_in_turn, seconds, shown, write_figures
+from results.peers import require
 
 D, D_EXPERT, TOKENS, TOP_K = 256, 512, 2048, 2
 THEIRS = ("eager", "grouped_mm")
@@ -40,6 +39,9 @@ def forward_and_backward(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
 
 def sides(n_experts: int) -> dict[str, nn.Module]:
     """Return our layer and those of transformers, with the same weights."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
     ours = MoE(Config(1, 4, D, D_EXPERT, n_experts=n_experts, top_k=TOP_K))
     for p in ours.parameters():
         nn.init.normal_(p, std=0.02)
@@ -62,6 +64,7 @@ def sides(n_experts: int) -> dict[str, nn.Module]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(__doc__, 11, argv)
+    require("transformers")
     load, results = os.getloadavg()[0], []
     cpu.keep_memory()  # for both sides: it is a setting of the process
     torch.manual_seed(0)

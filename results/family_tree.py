@@ -8,7 +8,6 @@ score. An energy model is on two as well: it has an energy, and its chain follow
 those of docs/generative.md.
 """
 
-import argparse
 from pathlib import Path
 
 from formats import command
@@ -94,9 +93,9 @@ def draw(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command.Parser(description=__doc__.splitlines()[0])
     path = Path("results/family_tree.png")
-    parser.add_argument("--out", type=command.path, default=path, help="picture (default %(default)s)")
+    parser.add_argument("--out", type=command.new_file, default=path, help="picture (default %(default)s)")
     draw(parser.parse_args(argv).out)
 
 

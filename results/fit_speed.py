@@ -1,4 +1,4 @@
-"""How long takes the fit of a scaling law to 240 runs: by chinchilla.py, and by scipy.optimize?
+"""How long does the fit of a scaling law to 240 runs take: by chinchilla.py, and by scipy.optimize?
 
     python -m results.fit_speed --out results/fit_speed.json      (needs tests/requirements.txt)
 
@@ -18,17 +18,17 @@ import os
 import platform
 import statistics
 import time
+from importlib.metadata import version
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy reads it when imported
 
 import numpy as np
-import scipy
-from scipy.optimize import minimize
 
 from chinchilla import Fit, Law, fit, points
 from engine import cpu
 from formats import command
 from formats.json_file import write_json
+from results.peers import require
 from scaling.huber_fit import huber
 
 DELTA, RESAMPLES = 1e-3, 4000
@@ -70,6 +70,8 @@ def measure_ours(N, D, L, rounds: int) -> tuple[Fit, np.ndarray, dict[str, float
 
 def measure_grid(objective, n_starts: int) -> tuple[list[float], float]:
     """Return scipy's optima from random points of the grid, and the seconds scaled up to all of them."""
+    from scipy.optimize import minimize
+
     generator = np.random.default_rng(0)
     results = []
     began = time.process_time()
@@ -81,6 +83,8 @@ def measure_grid(objective, n_starts: int) -> tuple[list[float], float]:
 
 def measure_bootstrap(objective, law: Law, samples: np.ndarray, n: int) -> tuple[list[float], float]:
     """Return scipy's optima on n resamples over ours, and the seconds scaled up to all RESAMPLES."""
+    from scipy.optimize import minimize
+
     n_points = len(points()[0])
     optimum = [math.log(law.A), math.log(law.B), math.log(law.E), law.alpha, law.beta]
     drawn = np.random.default_rng(0).multinomial(n_points, np.full(n_points, 1 / n_points), n)
@@ -96,6 +100,7 @@ def measure_bootstrap(objective, law: Law, samples: np.ndarray, n: int) -> tuple
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    require("scipy")
     N, D, L = points()
     x, y, z = np.log(N), np.log(D), np.log(L)
 
@@ -119,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         "threads": 1,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "scipy": scipy.__version__,
+        "scipy": version("scipy"),
         "ours": ours | {"seconds": our_seconds, "objective": found.objective, "resamples": RESAMPLES},
         "scipy_grid": {
             "starts": args.starts,

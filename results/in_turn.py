@@ -3,6 +3,7 @@
 import argparse
 import gc
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,6 +57,19 @@ def rate(call: Callable, n_tokens: int, times: int = 1, clock: Callable = time.p
             call()
 
     return times * n_tokens / seconds(calls, clock)
+
+
+def output_of(line: list, **options) -> str:
+    """Return what a program prints. Raises ValueError, with its error or the last line of it, if it fails.
+
+    line: the program and its arguments. options: of subprocess.run, such as cwd.
+    """
+    done = subprocess.run(line, capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        lines = (done.stderr.strip() or "no message").splitlines()
+        why = next((text for text in lines if text.startswith("error: ")), lines[-1])
+        raise ValueError(f"{' '.join(map(str, line))} ended with exit code {done.returncode}: {why}")
+    return done.stdout
 
 
 def peak_memory(call: Callable) -> int:

@@ -1,11 +1,13 @@
 """All comparisons of speed, one after the other on one machine.
 
-    python -m results.one_sitting --out results/one_sitting.json --nanogpt nanoGPT   three quarters of an hour
+    python -m results.one_sitting --out results/one_sitting.json --nanogpt nanoGPT   an hour
+    python -m results.one_sitting --out results/one_sitting.json --names rl_speed    one of them
     python -m results.one_sitting --out results/one_sitting.json --table             print the file as a table
 
-Each script of SCRIPTS runs by itself and writes its file into --work; what is there already is kept. --out
-gets the ratios of all of them, and keeps those that it holds of the same machine. A script that needs a
-package that is not installed names it and is left out. Nothing else should run on the machine.
+Each script of SCRIPTS runs by itself and writes its file into --work; what is there already is not measured
+again. --out gets the ratios, and keeps those of other scripts that are in it; a file of another machine is
+refused. A script that needs a package that is not installed names it and is left out. Nothing else should run
+on the machine.
 """
 
 import argparse
@@ -27,7 +29,7 @@ SCRIPTS = (
     "parallel_speed", "vision_speed", "sampling_speed", "clip_speed", "rl_speed", "word2vec_speed",
     "minhash_speed", "fit_speed", "train_speed",
 )  # fmt: skip
-ABOUT = {"command", "cpu", "torch", "capability", "python", "numpy", "scipy"}  # of a file, not of a row
+ABOUT = {"command", "cpu", "torch", "capability", "python", "numpy", "scipy", "same"}  # names of no row
 
 
 def ratios(found: object, place: str = "") -> Iterator[dict]:
@@ -43,17 +45,12 @@ def ratios(found: object, place: str = "") -> Iterator[dict]:
     elif isinstance(found, dict):
         least, most = found.get("range") or (found.get("ratio_min"), found.get("ratio_max"))
         texts = [value for name, value in found.items() if isinstance(value, str) and name not in ABOUT]
-        texts += [name for name in ("compiled", "hierarchical") if found.get(name) is True]
-        counts = [f"{name} {found[name]}" for name in ("batch", "experts", "dimension") if name in found]
+        # Labels such as "compiled": true, without which two rows would have one name.
+        settings = [name for name, value in found.items() if value is True and name not in ABOUT]
+        counts = [f"{name} {found[name]}" for name in ("batch", "experts") if name in found]
         if not least == most == 1:
-            what = ", ".join(filter(None, (place, *texts, *counts)))
+            what = ", ".join(filter(None, (place, *texts, *settings, *counts)))
             yield {"what": what, "ratio": found["ratio"], "ratio_min": least, "ratio_max": most}
-
-
-def kept(out: Path, about: dict) -> dict[str, list[dict]]:
-    """Return the ratios that the file `out` holds, if they are of this machine and this version of torch."""
-    found = read_json(out, "a file of ratios") if out.exists() else {}
-    return found["scripts"] if {name: found.get(name) for name in about} == about else {}
 
 
 def in_a_table(scripts: dict[str, list[dict]]) -> str:
@@ -80,6 +77,21 @@ def measure(name: str, work: Path, flags: list[str]) -> list[dict]:
     return list(ratios(read_json(path, "a file of figures")))
 
 
+def known(path: Path, about: dict) -> dict[str, list[dict]]:
+    """Return the ratios that a file holds, by script. Raises ValueError if the file is of another script, or
+    has another value than `about` of one of its names, such as "cpu"."""
+    found = read_json(path, "a file of ratios")
+    if "scripts" not in found:
+        raise ValueError(f"{path} holds no 'scripts': it is of another script; name another file")
+    for name, here in about.items():
+        if found.get(name) != here:
+            raise ValueError(
+                f"{path} holds ratios made with {name} {found.get(name)!r}, and this call has {here!r}: name "
+                "another file"
+            )
+    return found["scripts"]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -90,17 +102,18 @@ def main(argv: list[str] | None = None) -> None:
     add("--table", action="store_true", help="measure nothing, and print what the file holds as a table")
     args = parser.parse_args(argv)
     if args.table:
-        print(in_a_table(read_json(args.out, "a file of ratios")["scripts"]))
+        print(in_a_table(known(args.out, {})))
         return
-    args.work.mkdir(parents=True, exist_ok=True)
     about = {"cpu": cpu.name(), "cores": os.cpu_count(), "torch": torch.__version__}
-    scripts = kept(args.out, about)
+    scripts = known(args.out, about) if args.out.exists() else {}
+    args.work.mkdir(parents=True, exist_ok=True)
     for name in args.names:
         if name == "train_speed" and args.nanogpt is None:
+            print("train_speed: left out, because it needs --nanogpt", file=sys.stderr)
             continue
         rows = measure(name, args.work, [str(args.nanogpt)] if name == "train_speed" else [])
         if rows:
-            scripts = {key: (scripts | {name: rows})[key] for key in SCRIPTS if key in {*scripts, name}}
+            scripts[name] = rows
             write_json(args.out, about | {"scripts": scripts})
     print(in_a_table(scripts))
 

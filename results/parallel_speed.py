@@ -9,7 +9,6 @@ larger batch gains more. The smaller one is the default of train.py.
 
 import os
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from engine import cpu
 from formats import command
 from formats.json_file import write_json
-from results.in_turn import arguments, compared, measure_in_turn
+from results.in_turn import arguments, compared, measure_in_turn, output_of
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "python -m results.parallel_speed --out results/parallel_speed.json"
@@ -34,7 +33,7 @@ def tokens_per_second(mode: str, batch: int) -> float:
     starter = [*TORCHRUN.split(), "train.py"] if mode else ["train.py"]
     line = [sys.executable, *starter, *FLAGS.split(), str(batch), *(["--parallel", mode] if mode else [])]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    printed = subprocess.run(line, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+    printed = output_of(line, cwd=ROOT, env=env)
     return float(re.search(r"speed +([\d,]+) tokens/s", printed)[1].replace(",", ""))
 
 

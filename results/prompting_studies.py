@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=command.count, help="steps of each run (default: each study's own)")
     add("--out", type=command.path, default=Path("results"), help="folder of the files (default %(default)s)")
     args = parser.parse_args(argv)
+    if unknown := [name for name in args.studies if name not in STUDIES]:
+        parser.error(f"{unknown[0]}: expected one of {', '.join(STUDIES)}")
     for name in args.studies or STUDIES:
-        if name not in STUDIES:
-            parser.error(f"{name}: expected one of {', '.join(STUDIES)}")
         run(name, args.seeds, args.steps, args.out)
 
 

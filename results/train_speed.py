@@ -14,7 +14,6 @@ import argparse
 import pickle
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from functools import partial
@@ -30,7 +29,7 @@ from engine import cpu
 from formats import command
 from formats.json_file import write_json
 from gpt import GPT, GPT2, Config
-from results.in_turn import compared, measure_in_turn
+from results.in_turn import compared, measure_in_turn, output_of
 from results.training_runs import logged
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +76,7 @@ def nanogpt(home: Path, shape: Shape, compiled: bool) -> float:
     options |= dict(gradient_accumulation_steps=1, max_iters=shape.steps, log_interval=1, eval_interval=10**6)
     options |= dict(eval_iters=1, always_save_checkpoint=False)
     line = [sys.executable, "train.py", *(f"--{key}={value}" for key, value in options.items())]
-    log = subprocess.run(line, cwd=home, check=True, capture_output=True, text=True).stdout
+    log = output_of(line, cwd=home)
     times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: .* time ([\d.]+)ms", log)]
     return shape.batch * shape.T / statistics.median(times[WARM_UP:])
 
@@ -95,7 +94,7 @@ def plinth(folder: Path, shape: Shape, compiled: bool, dtype: str) -> float:
     options += f" --log-every 1 --eval-every {shape.steps}"
     line = [sys.executable, ROOT / "train.py", *options.split(), "--init-from", model, "--out", out]
     line += ["--data", folder / "text.txt", "--cache", folder / "cache", *["--compile"] * compiled]
-    subprocess.run(line, check=True, capture_output=True)
+    output_of(line)
     return statistics.median([row["tokens_per_second"] for row in logged(out) if "loss" in row][WARM_UP:])
 
 

@@ -16,7 +16,7 @@ def trained(out: Path, *flags: str) -> Path:
     prints is added to a file beside the folder, with the suffix .log.
 
     Raises ValueError if the run fails, if it is stopped before its last step (after which train.py ends with
-    exit code 0, too), or if the run that has ended there had other flags.
+    exit code 0, too), or if the run that has ended there had other flags; KeyboardInterrupt after Ctrl-C.
     """
     done, wanted = out / "done", " ".join(flags)
     if done.exists():
@@ -35,7 +35,11 @@ def trained(out: Path, *flags: str) -> Path:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        code = train.main([*argv, *(["--resume"] if (out / "checkpoint").exists() else [])])
+        # A kill while a checkpoint is saved may leave the one before alone.
+        saved = any((out / name).exists() for name in ("checkpoint", "checkpoint.previous"))
+        code = train.main([*argv, *["--resume"] * saved])
+    if code == 130:
+        raise KeyboardInterrupt
     if code != 0:
         raise ValueError(f"{out}: the run failed; see {out}.log")
     n_steps = json.loads((out / "run.json").read_text(encoding="utf-8"))["starts"][-1]["flags"]["steps"]

@@ -169,7 +169,7 @@ def test_gains_are_paired_by_seed():
 def test_impossible_numbers_and_lines_say_why(source, texts, tmp_path):
     flags = ["--data", str(source), "--general", str(source / "general.txt"), "--work", str(tmp_path / "w")]
     flags += ["--out", str(tmp_path / "a.json")]
-    for name in ("labels", "adaptations", "seeds"):
+    for name in ("labels", "pretraining-steps", "adaptation-steps", "adaptations", "seeds"):
         with pytest.raises(ValueError, match=f"--{name} 0: expected at least 1"):
             adaptation.main([*flags, f"--{name}", "0"])
     with pytest.raises(ValueError, match="--labels 41: expected at most 40"):

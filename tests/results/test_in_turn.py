@@ -1,6 +1,7 @@
 """Sides that are measured in turn: their order, the ratio of each round, what is written, and memory."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -70,3 +71,17 @@ def test_the_rate_is_that_of_all_calls():
     times, calls = iter([10.0, 14.0]), []
     assert in_turn.rate(lambda: calls.append(0), 6, times=2, clock=lambda: next(times)) == 3
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "code, why",
+    [
+        ("raise RuntimeError('no data')", "RuntimeError: no data"),
+        ("import sys; print('error: no file', file=sys.stderr); sys.exit('===')", "error: no file"),
+        ("import sys; sys.exit(3)", "no message"),
+    ],
+)
+def test_a_program_that_fails_says_why(code, why):
+    assert in_turn.output_of([sys.executable, "-c", "print('done')"]) == "done\n"
+    with pytest.raises(ValueError, match=rf"ended with exit code \d: {why}$"):
+        in_turn.output_of([sys.executable, "-c", code])

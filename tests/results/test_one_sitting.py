@@ -64,19 +64,35 @@ def test_a_script_that_fails_is_left_out_and_says_why(work, capsys, monkeypatch)
     assert list(json.loads((work / "out.json").read_text())["scripts"]) == ["fit_speed"]
 
 
-def test_further_scripts_are_added_to_the_file_in_the_order_of_the_list(work, capsys):
-    out = work / "out.json"
-    for names in (["minhash_speed"], ["decode_speed"]):
-        one_sitting.main(["--out", str(out), "--work", str(work), "--names", *names])
-    assert list(json.loads(out.read_text())["scripts"]) == ["decode_speed", "minhash_speed"]
-    out.write_text(json.dumps(json.loads(out.read_text()) | {"cpu": "another"}))
-    one_sitting.main(["--out", str(out), "--work", str(work), "--names", "fit_speed"])
-    assert list(json.loads(out.read_text())["scripts"]) == ["fit_speed"]
+def test_rows_that_differ_by_a_setting_alone_have_different_names():
+    row = {"shape": "small", "side": "ours", "same": True, "ratio": 2.0, "range": [1.0, 3.0]}
+    found = one_sitting.ratios([row | {"compiled": False}, row | {"compiled": True}])
+    assert [ratio["what"] for ratio in found] == ["small, ours", "small, ours, compiled"]
 
 
-def test_a_row_says_whether_it_was_compiled():
-    row = {"shape": "tiny", "compiled": True, "ratio": 1.5, "ratio_min": 1.0, "ratio_max": 2.0}
-    assert [found["what"] for found in one_sitting.ratios([row, row | {"compiled": False}])] == [
-        "tiny, compiled",
-        "tiny",
-    ]
+def test_figures_of_other_scripts_stay_and_those_of_another_machine_are_refused(work, capsys):
+    out, argv = work / "out.json", ["--out", str(work / "out.json"), "--work", str(work), "--names"]
+    for name in FILES:
+        one_sitting.main([*argv, name])
+    assert list(json.loads(out.read_text())["scripts"]) == list(FILES)
+    assert capsys.readouterr().out.splitlines()[-1] == "| `fit_speed` |  | 79.00x |"
+
+    other = json.dumps(json.loads(out.read_text()) | {"cpu": "another CPU"})
+    out.write_text(other)
+    with pytest.raises(ValueError, match=r"out\.json holds ratios made with cpu 'another CPU'"):
+        one_sitting.main([*argv, "fit_speed"])
+    assert out.read_text() == other
+    one_sitting.main(["--out", str(out), "--table"])  # which needs no machine
+
+
+@pytest.mark.parametrize("flags", [["--table"], ["--names", "fit_speed"]])
+def test_a_file_of_another_script_is_refused(flags, work):
+    argv = ["--out", str(work / "decode_speed.json"), "--work", str(work), *flags]
+    with pytest.raises(ValueError, match=r"decode_speed\.json holds no 'scripts'"):
+        one_sitting.main(argv)
+    assert json.loads((work / "decode_speed.json").read_text()) == FILES["decode_speed"]
+
+
+def test_training_without_a_clone_of_nanogpt_is_left_out_and_says_so(work, capsys):
+    one_sitting.main(["--out", str(work / "out.json"), "--work", str(work), "--names", "train_speed"])
+    assert "train_speed: left out, because it needs --nanogpt" in capsys.readouterr().err

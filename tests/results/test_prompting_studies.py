@@ -40,3 +40,10 @@ def test_in_context_learning_is_drawn_from_what_the_file_holds(tmp_path, monkeyp
     prompting_studies.run("in_context", 2, 1, tmp_path)  # the first seed from the file, and a new one
     assert (tmp_path / "in_context.png").stat().st_size > 5000
     assert "Bayes" in capsys.readouterr().out
+
+
+def test_a_study_that_there_is_not_is_named_before_any_other_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scratchpad, "study", lambda *_: pytest.fail("a study has begun"))
+    with pytest.raises(SystemExit) as ended:
+        prompting_studies.main(["scratchpad", "speling", "--out", str(tmp_path)])
+    assert ended.value.code == 2 and "error: speling: expected one of" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Runs inside a script: an ended one is not repeated, an interrupted one is continued."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -51,3 +52,28 @@ def test_a_run_that_is_stopped_is_not_taken_for_ended_and_goes_on(flags, tmp_pat
 def test_a_run_that_fails_says_where_its_log_is(flags, tmp_path):
     with pytest.raises(ValueError, match=r"run: the run failed; see .*run\.log"):
         trained(tmp_path / "run", *flags, "--resume")
+
+
+def test_a_run_that_was_killed_between_two_checkpoints_goes_on(flags, tmp_path):
+    trained(tmp_path / "run", *flags)
+    out = tmp_path / "run"
+    (out / "done").unlink()
+    shutil.rmtree(out / "checkpoint")  # what is left is checkpoint.previous
+    trained(out, *flags)
+    assert "there is a run in it" not in (tmp_path / "run.log").read_text(encoding="utf-8")
+
+
+def test_ctrl_c_in_a_run_ends_the_script_as_ctrl_c_does(flags, tmp_path, monkeypatch):
+    update = train.update
+
+    def interrupt(run, *args, **options):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(run, *args, **options)
+
+    monkeypatch.setattr(train, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "run", *flags)
+    monkeypatch.setattr(train, "update", update)
+    trained(tmp_path / "run", *flags)
+    assert last_evaluation(tmp_path / "run")["step"] == 6

@@ -20,9 +20,9 @@ import argparse
 import json
 import math
 import random
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from itertools import accumulate
@@ -145,12 +145,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # The folder may hold other files, which stay.
     args.work.mkdir(parents=True, exist_ok=True)
-    text, cleaned = args.work / "text.jsonl", args.work / "cleaned"
-    planted = write_text(text, int(args.bytes), args.seed)
-    found = clean(text, cleaned, args.workers)
+    with tempfile.TemporaryDirectory(dir=args.work) as own:
+        planted = write_text(Path(own) / "text.jsonl", int(args.bytes), args.seed)
+        found = clean(Path(own) / "text.jsonl", Path(own) / "cleaned", args.workers)
     write_json(args.out, {"cpu": cpu.name(), "workers": args.workers, "planted": planted} | found)
-    text.unlink()
-    shutil.rmtree(cleaned)
     if not any(args.work.iterdir()):
         args.work.rmdir()
 

@@ -30,10 +30,10 @@ def test_all_that_was_planted_is_found_and_only_what_was_made_is_removed(tmp_pat
     """data.clean in a process of its own, on 400 kB: its counts are those of the labels."""
     work, out = tmp_path / "work", tmp_path / "figures.json"
     work.mkdir()
-    (work / "thesis.txt").touch()
+    (work / "text.jsonl").write_text("kept")
     flags = ["--bytes", "4e5", "--seed", "3", "--work", str(work), "--out", str(out)]
     large_text.main(flags)
-    assert [path.name for path in work.iterdir()] == ["thesis.txt"]
+    assert [(path.name, path.read_text()) for path in work.iterdir()] == [("text.jsonl", "kept")]
     found = json.loads(out.read_text())
     planted = found["planted"]
     reasons = {name: stage["reasons"] for name, stage in found["report"]["stages"].items()}

@@ -154,6 +154,6 @@ def test_a_model_of_another_concept_is_refused_and_one_that_extends_it_is_not(co
     from vision.vae import VAE
 
     native.save(concept.Model(concept.SIZES["tiny"]), tmp_path / "model")
-    with pytest.raises(ValueError, match="a model of small_concept; expected one of vision.vae"):
+    with pytest.raises(ValueError, match=r"a model of small_concept; expected one of vision\.vae"):
         VAE.from_pretrained(tmp_path / "model")
     assert native.load(tmp_path / "model", kind=torch.nn.Module) is not None

@@ -59,20 +59,6 @@ def test_before_the_first_update_every_ratio_is_1_and_the_kl_is_0_to_the_bit(met
 
 
 @pytest.mark.usefixtures("exact_values_later")
-@pytest.mark.parametrize("model", ["ppo", "online_dpo"])
-def test_a_run_in_bfloat16_samples_and_learns(model, cache, tmp_path):
-    """As on a GPU, where bfloat16 is the default."""
-    words = (
-        f"--model {model} --dtype bfloat16 --steps 2 --log-every 1 --eval-every 100 --out {tmp_path / 'run'}"
-    )
-    more = ["--set", "samples=4" if model == "ppo" else "pairs=4", "--batch-size", "2"]
-    assert train.main([*words.split(), "--cache", str(cache), *more]) == 0
-    steps = [row for row in rows(tmp_path / "run") if "grad_norm" in row]
-    assert steps[0]["kl"] == 0.0 and steps[1]["kl"] != 0.0
-    assert all(row["grad_norm"] > 0 for row in steps)
-
-
-@pytest.mark.usefixtures("exact_values_later")
 def test_an_adapter_learns_with_its_base_as_the_reference_and_resumes_to_the_bit(cache, tmp_path):
     # The value head and the coefficient of the KL are in the checkpoint, beside the adapter alone.
     argv = ["--adapter", "lora", "--schedule", "constant", "--warmup", "0"]

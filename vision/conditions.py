@@ -148,8 +148,8 @@ def load(args: Namespace, config: Any) -> Dataset:
     without captions and classes.
 
     With --init-from the words are those of the model's directory. Raises ValueError for what
-    `data.captions.read` and `data.images.prepare` refuse, and for classes or
-    captions that a pretrained model has not learned.
+    `data.captions.read` and `data.images.prepare` refuse, and for classes or captions that a pretrained model
+    has not learned.
     """
     own = read_words(args.init_from) if args.init_from else None
     if not have_captions(args.data):

@@ -211,6 +211,8 @@ def decode(path: Path, shape: tuple[int, int, int], notes: Counter, *, border: b
             raise ValueError(f"{path}: {str(error).partition(',')[0]}: {limit}") from None
         except (OSError, SyntaxError, EOFError, ArithmeticError, LookupError) as error:
             raise ValueError(f"{path}: damaged or cut off ({error})") from None
+        except ValueError as error:  # too much text beside the pixels, or a mode that Pillow cannot convert
+            raise ValueError(f"{path}: {error}; save it anew, in RGB and without metadata") from None
     if image.height < shape[1] or image.width < shape[2]:
         notes[f"smaller than {shape[1]} x {shape[2]} (enlarged)"] += 1
     return as_array((with_border if border else scaled)(image, shape[1:])).copy()

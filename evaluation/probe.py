@@ -38,7 +38,7 @@ def encoder_in(directory: str | Path) -> nn.Module:
     """
     model = open_model(directory).float().eval()
     unwrap = getattr(importlib.import_module(concept_of(directory)), "unwrap", None)
-    encoder = model if unwrap is None else unwrap(model)
+    encoder = unwrap(model) if unwrap is not None and hasattr(model, "model") else model
     if not hasattr(encoder, "features"):
         raise ValueError(
             f"{directory}: has no features of images; expected a model that has, such as runs/vit/model"

@@ -104,6 +104,9 @@ def do(args: argparse.Namespace) -> None:
         print(f"model: {args.merge}")
     elif is_encoder(tokenizer):
         raise ValueError(f"{args.adapter}: an encoder gives no answers; --merge it and use bert.py")
+    elif not hasattr(model, "stream"):
+        kind = type(model).__name__
+        raise ValueError(f"{args.adapter}: a {kind} gives no answers; expected a model that writes text")
     elif args.chat:
         chat.talk(model, tokenizer, args)
     else:

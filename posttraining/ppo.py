@@ -55,7 +55,7 @@ from posttraining.policy_gradient import (
     value_loss,
     whiten,
 )
-from posttraining.preference_runs import save_tokenizer, start_model  # noqa: F401
+from posttraining.preference_runs import check_chain, save_tokenizer, start_model  # noqa: F401
 from posttraining.prompts import Prompts, of_chain, of_conversations, unpadded
 from posttraining.rollout import Policy, Rollout, metrics_of, of_tokens, roll_out
 
@@ -292,14 +292,17 @@ def read_prompts(args: Namespace, config: Any, own: Any) -> Prompts:
     """Return the prompts that --data names, with a reward.
 
     config: the model's; own: a task's, with the fields beta, max_new_tokens and reward. Raises ValueError for
-    --parallel, for --document-mask, for fewer tokens than the chain has, and as `refuse_balance_losses` does.
+    --parallel, for --document-mask, for a model or a number of tokens that do not fit the chain, and as
+    `refuse_balance_losses` does.
     """
     refuse_balance_losses(config)
     if args.parallel != "none" or args.document_mask:
         flag = "--document-mask" if args.document_mask else f"--parallel {args.parallel}"
         raise ValueError(f"{flag}: this loop runs in one process, with one completion in a row; leave it out")
-    if args.data == "chain" and own.max_new_tokens < (T := frontier.Chain().T):
-        raise ValueError(f"--set max_new_tokens={own.max_new_tokens}: the chain has {T} tokens")
+    if args.data == "chain":
+        check_chain(args, config)
+        if own.max_new_tokens < (T := frontier.Chain().T):
+            raise ValueError(f"--set max_new_tokens={own.max_new_tokens}: the chain has {T} tokens")
     dataset = of_chain(own.beta) if args.data == "chain" else of_conversations(args, own.max_new_tokens)
     dataset.scorer = scores.find(own.reward, dataset.tokenizer, dataset.stop)
     return dataset

@@ -34,6 +34,14 @@ def start_model(args: argparse.Namespace) -> str | None:
     return frontier.reference_model(args.cache)
 
 
+def check_chain(args: argparse.Namespace, config: Any) -> None:
+    """Raise ValueError for a model, with this config, that has other tokens than the chain."""
+    n = frontier.Chain().begin + 1
+    if config.vocab_size != n:
+        found = f"the model in {args.init_from or args.base} has {config.vocab_size}"
+        raise ValueError(f"--data chain: needs a model of {n} tokens, {found}; name a file by --data")
+
+
 def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Dataset:
     """Return the preferences that --data names, for a task of that name.
 
@@ -46,10 +54,7 @@ def load_preferences(args: argparse.Namespace, config: Any, task: str) -> Datase
     if args.document_mask:
         raise ValueError(f"--document-mask: --task {task} has one answer in a row; leave it out")
     if args.data == "chain":
-        n = frontier.Chain().begin + 1
-        if config.vocab_size != n:
-            found = f"the model in {args.init_from or args.base} has {config.vocab_size}"
-            raise ValueError(f"--data chain: needs a model of {n} tokens, {found}; name a file by --data")
+        check_chain(args, config)
         return chain_preferences.dataset(frontier.Chain())
     options = {"val": args.val, "bad_text": args.bad_text}
     return preferences.prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len, **options)

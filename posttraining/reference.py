@@ -59,13 +59,16 @@ def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def open_reference(args: Namespace, config: Any, dataset: Dataset, directory: str | None) -> nn.Module:
     """Return the model in directory, None for the model that training starts from, frozen and in eval mode.
 
-    config: of the model that is trained. Raises ValueError for a reference with another vocabulary.
+    config: of the model that is trained. Raises ValueError for a reference that writes no text, and for one
+    with another vocabulary.
     """
     if directory is None:
         model = started(args, dataset)
     else:
         model = open_model(directory, kernels=args.kernels).float()
         flag = f"--set reference={directory}"
+        if not hasattr(model, "new_cache"):
+            raise ValueError(f"{flag}: a {type(model).__name__} writes no text; expected a decoder, as gpt")
         if model.config.vocab_size != config.vocab_size:
             sizes = f"{model.config.vocab_size} tokens, the trained model has {config.vocab_size}"
             raise ValueError(f"{flag}: a vocabulary of {sizes}; expected the same one")

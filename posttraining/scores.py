@@ -12,6 +12,7 @@ A function gets the texts without their end token, and returns one number for ea
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +69,9 @@ def find_function(reward: str) -> Callable:
         raise ValueError(f"--set reward={reward}: {expected}")
     try:
         if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-            module = importlib.util.module_from_spec(spec)
+            # A name that no other module has, under which dataclasses look for the types of their fields.
+            spec = importlib.util.spec_from_file_location(f"reward:{Path(source).stem}", source)
+            sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)

@@ -112,6 +112,14 @@ def read_words(directory: str | Path) -> Words | None:
     return Words(tuple(names), bool(content.get("are_classes")))
 
 
+def in_words(words: Words | None) -> str:
+    """Return in words what a model has learned, such as "2 classes, cats, dogs"."""
+    if words is None:
+        return "no classes"
+    some = ", ".join(words.names[:3]) + ", ..." * (len(words.names) > 3)
+    return f"{len(words.names)} {'classes' if words.are_classes else 'words'}, {some}"
+
+
 def nothing(numbers: Tensor, none: int) -> Tensor:
     """Return the condition without words in the shape of numbers (B, W): in each row `none`, and then -1."""
     found = torch.full_like(numbers, -1)
@@ -140,19 +148,25 @@ def load(args: Namespace, config: Any) -> Dataset:
     without captions and classes.
 
     With --init-from the words are those of the model's directory. Raises ValueError for what
-    `data.captions.read` and `data.images.prepare` refuse, and for other classes than those of a pretrained
-    model.
+    `data.captions.read` and `data.images.prepare` refuse, and for classes or captions that a pretrained model
+    has not learned.
     """
     own = read_words(args.init_from) if args.init_from else None
     if not have_captions(args.data):
         dataset = load_images(args, config)
         words = Words(dataset.labels, are_classes=True) if dataset.labels else None
         if args.init_from and own != words:
-            raise ValueError(f"--data {args.data}: other classes than those of {args.init_from}")
+            both = f"{in_words(words)}, but the model in {args.init_from} has learned {in_words(own)}"
+            raise ValueError(f"--data {args.data}: {both}; expected the same")
         dataset.tokenizer = words
         return dataset
     if args.document_mask:
         raise ValueError("--document-mask: captions are rows of their own; leave it out")
+    if args.init_from and own is None:
+        expected = "expected a folder of images without classes"
+        raise ValueError(
+            f"--data {args.data}: captions, but the model in {args.init_from} reads none; {expected}"
+        )
     with parallel.one_per_machine_first():
         options = {"channels": config.n_channels if args.init_from else None, "val": args.val}
         parts = captions.read(args.data, config.size, args.cache, bad=args.bad_text, **options)

@@ -12,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from engine import parallel
+from formats.json_file import read_json
 
 ROOT = Path(__file__).parents[1]
 # Prefixes of the environment variables that torchrun sets for its ranks. The first stage is no rank of that
@@ -25,7 +26,7 @@ def trained(args: Namespace, model: str, data: str, steps: int, what: str, flag:
 
     model, data, steps: the flags --model, --data and --steps of its run; other flags are those of args. what:
     what the run says that it does, such as "a CLIP learns captions". flag: how a user names another model.
-    Raises ValueError if the run fails.
+    Raises ValueError if the run fails or is stopped.
     """
     out = args.cache / f"{model}-{data.replace(':', '-')}-{steps}-{args.seed}"
     with parallel.one_per_machine_first():
@@ -38,5 +39,8 @@ def trained(args: Namespace, model: str, data: str, steps: int, what: str, flag:
             done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=environment)
             if done.returncode:
                 raise ValueError(f"{out}: this run, of the first stage, has failed; name another by {flag}")
+            # The code is 0 after SIGTERM, too.
+            if read_json(out / "checkpoint" / "state.json")["step"] < steps:
+                raise ValueError(f"{out}: this run, of the first stage, was stopped; start again to go on")
             (out / "done").touch()
     return str(out / "model")

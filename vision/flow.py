@@ -241,7 +241,8 @@ def densities(train: Tensor, held: Tensor, config: Config) -> dict[str, float]:
         noise = torch.rand(levels.shape, generator=generator)
         logits.append([part.double() for part in to_logits(dequantized(levels, noise, L), config.alpha)])
     (known, _), (y, log_det) = logits
-    covariance = known.T.cov() + 1e-4 * torch.eye(known.shape[1])  # of few images it is singular
+    # Of few images the covariance is singular, and of one image it has no unbiased estimate.
+    covariance = known.T.cov(correction=min(1, len(known) - 1)) + 1e-4 * torch.eye(known.shape[1])
     gaussian = torch.distributions.MultivariateNormal(known.mean(0), covariance)
     bits = bits_per_dimension(gaussian.log_prob(y) + log_det, y.shape[1], L).mean()
     return {"alike": math.log2(L), "each pixel": independent.item(), "Gaussian": bits.item()}

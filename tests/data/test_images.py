@@ -5,11 +5,12 @@ import json
 import pickle
 import shutil
 import struct
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data import images
 from data.augment import Augmentation, augment, transforms
@@ -177,6 +178,20 @@ def test_a_file_that_cannot_be_read_is_refused_by_name_or_left_out(folder):
     dataset, lines = prepare(folder, bad_images="skip")
     assert len(dataset.train) + len(dataset.val) == 19
     assert "3.png" in lines[0] and "4.jpg: not an image" in lines[1] and "2 left out" in lines[2]
+
+
+def test_a_file_that_pillow_refuses_for_its_metadata_or_its_mode_is_named(folder):
+    """A picture with a long text beside its pixels, as programs that draw by diffusion write, and a TIFF."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (9, 9)).save(folder / "cat" / "long.png", pnginfo=text)
+    with pytest.raises(ValueError, match=r"long\.png: .*save it anew, in RGB and without metadata"):
+        prepare(folder)
+    dataset, lines = prepare(folder, bad_images="skip")
+    assert len(dataset.train) + len(dataset.val) == 20 and "long.png" in lines[0]
+    Image.new("LAB", (9, 9)).save(folder / "lab.tif")
+    with pytest.raises(ValueError, match=r"lab\.tif: conversion from LAB"):
+        images.decode(folder / "lab.tif", (1, 8, 8), Counter())
 
 
 def test_pillows_limit_against_bombs_is_kept(folder, monkeypatch):

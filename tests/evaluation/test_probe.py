@@ -11,7 +11,7 @@ from data import glyphs
 from data.glyphs import Glyph
 from data.images import prepare
 from evaluation import probe
-from vision import mae
+from vision import energy, mae
 from vision.vit import SIZES, ViT
 
 CONFIG = replace(SIZES["tiny"], n_layers=1, d_model=32, n_heads=2, n_classes=3)
@@ -71,8 +71,10 @@ def test_the_command_measures_a_vit_and_the_encoder_of_a_mae(few_glyphs, tmp_pat
     assert lines[-1].split()[1:] == ["33.3%", "33.3%"]
 
     gpt.GPT(gpt.Config(1, 2, 16, 16, 40, 16)).save_pretrained("gpt")
+    energy.Energy(energy.Config(width=2)).save_pretrained("energy")
     for words, expected in (
         (["gpt"], "gpt: has no features of images"),
+        (["energy"], "energy: has no features of images"),
         (["vit", "-k", "0"], "-k 0: expected at least 1"),
         (["vit", "-k", "99"], "-k 99: there are only 9 images"),
     ):

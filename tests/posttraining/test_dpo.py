@@ -16,6 +16,7 @@ import moe
 import train
 from data.tokenizer import get_tokenizer
 from posttraining import dpo, frontier
+from posttraining.reward import RewardModel
 
 # One pair: log-probabilities of policy and reference, lengths 4 and 5; h = 1.5.
 PAIR = [torch.tensor([x], dtype=torch.float64) for x in (-10.0, -12.0, -11.0, -11.5)]
@@ -459,13 +460,15 @@ def test_on_the_chain_dpo_comes_near_the_exact_optimum(tmp_path, capsys):
     [
         (["--set", "beta=0"], "beta 0: expected a number above 0"),
         (["--set", "reference={chain}"], "a vocabulary of 5 tokens, the trained model has 257"),
+        (["--set", "reference={judge}"], "a RewardModel writes no text; expected a decoder"),
         (["--document-mask"], "--document-mask"),
         (["--set", "method=kto", "beta=x"], "beta 'x': expected a number above 0"),
     ],
 )
 def test_a_mistake_ends_in_one_line(more, problem, small, tmp_path, capsys):
-    chain = frontier.reference_model(tmp_path / "cache")
-    more = [word.format(chain=chain) for word in more]
+    directories = {"chain": frontier.reference_model(tmp_path / "cache"), "judge": tmp_path / "judge"}
+    RewardModel(gpt.GPT.from_pretrained(small)).save_pretrained(tmp_path / "judge")
+    more = [word.format(**directories) for word in more]
     argv = flags(tmp_path / "run", "--init-from", small, "--data", pairs_file(tmp_path), *more)
     assert problem in small_gpt.refused(capsys, argv)
 

@@ -98,6 +98,18 @@ def test_on_the_chain_the_reward_rises_and_a_resumed_run_is_the_same(tmp_path, c
     assert not any("reference" in name for name in small_gpt.load_file(whole / small_gpt.SHARD))
 
 
+@pytest.mark.parametrize("model", ["ppo", "online_dpo"])
+def test_a_run_in_bfloat16_samples_and_learns(model, tmp_path, monkeypatch):
+    """As on a GPU, where bfloat16 is the default."""
+    monkeypatch.setattr(frontier, "value_of", lambda model: (2.0, 0.5))  # a second of work
+    argv = flags(tmp_path / "run", 2, "--dtype", "bfloat16", "--batch-size", "2", "--set")
+    argv[argv.index("online_dpo")] = model
+    assert train.main([*argv, "samples=4" if model == "ppo" else "pairs=4"]) == 0
+    steps = [row for row in small_gpt.rows(tmp_path / "run") if "grad_norm" in row]
+    assert steps[0]["kl"] == 0.0 and steps[1]["kl"] != 0.0
+    assert all(row["grad_norm"] > 0 for row in steps)
+
+
 def test_a_run_without_a_model_to_start_from_is_refused(tmp_path, capsys):
     error = small_gpt.refused(capsys, flags(tmp_path / "run", 2, "--data", "stdlib"))
     assert "--data stdlib: needs --init-from DIR" in error

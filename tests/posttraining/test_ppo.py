@@ -59,20 +59,6 @@ def test_before_the_first_update_every_ratio_is_1_and_the_kl_is_0_to_the_bit(met
 
 
 @pytest.mark.usefixtures("exact_values_later")
-@pytest.mark.parametrize("model", ["ppo", "online_dpo"])
-def test_a_run_in_bfloat16_samples_and_learns(model, cache, tmp_path):
-    """As on a GPU, where bfloat16 is the default."""
-    words = (
-        f"--model {model} --dtype bfloat16 --steps 2 --log-every 1 --eval-every 100 --out {tmp_path / 'run'}"
-    )
-    more = ["--set", "samples=4" if model == "ppo" else "pairs=4", "--batch-size", "2"]
-    assert train.main([*words.split(), "--cache", str(cache), *more]) == 0
-    steps = [row for row in rows(tmp_path / "run") if "grad_norm" in row]
-    assert steps[0]["kl"] == 0.0 and steps[1]["kl"] != 0.0
-    assert all(row["grad_norm"] > 0 for row in steps)
-
-
-@pytest.mark.usefixtures("exact_values_later")
 def test_an_adapter_learns_with_its_base_as_the_reference_and_resumes_to_the_bit(cache, tmp_path):
     # The value head and the coefficient of the KL are in the checkpoint, beside the adapter alone.
     argv = ["--adapter", "lora", "--schedule", "constant", "--warmup", "0"]
@@ -319,9 +305,12 @@ def spoken(tmp_path_factory):
     questions.append({"question": "?" * 80, "answer": "long"})
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (folder / "rewards.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Rule:\n    letters: str = 'aeiou'\n"
         "def vowels(prompts, completions):\n"
         "    assert all('?' in prompt for prompt in prompts)\n"
-        "    scores = [sum(c in 'aeiou' for c in text) for text in completions]\n"
+        "    scores = [sum(c in Rule().letters for c in text) for text in completions]\n"
         "    return [None, *scores[1:]]\n"
         "def broken(prompts, completions):\n    return {}['score']\n"
         "def few(prompts, completions):\n    return [1.0]\n"
@@ -359,6 +348,14 @@ def test_words_learn_from_any_function_with_prompts_of_uneven_lengths(spoken, tm
 def test_a_reward_function_that_fails_ends_the_run_with_one_line(function, words, spoken, tmp_path, capsys):
     argv = of_words(spoken, tmp_path / "run", f"{spoken / 'rewards.py'}:{function}", "method=rloo")
     assert words in refused(capsys, argv)
+
+
+@pytest.mark.parametrize("model", ["ppo", "online_dpo"])
+def test_a_language_model_without_data_of_its_own_is_refused(model, spoken, tmp_path, capsys):
+    """The default data are those of the chain."""
+    words = ["--model", model, "--init-from", spoken / "model", "--out", tmp_path / "run"]
+    error = refused(capsys, list(map(str, words)))
+    assert "--data chain: needs a model of 5 tokens" in error and "has 257; name a file by --data" in error
 
 
 def test_a_reward_model_scores_prompt_and_completion_whatever_stands_behind_them(spoken, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import gpt
+import lora
 import train
 from data.preferences import Example, PreferenceRows
 from data.tokenizer import get_tokenizer
@@ -239,6 +240,12 @@ def test_a_run_on_a_file_leaves_a_model_that_scores_answers(pairs, tmp_path, cap
     lines = capsys.readouterr().out.splitlines()[-2:]
     assert sorted(line.split("  ")[1] for line in lines) == ["3 is it.", "no"]
     assert float(lines[0].split()[0]) >= float(lines[1].split()[0])
+
+
+def test_a_reward_model_that_is_asked_for_an_answer_says_that_it_gives_none(pairs, tmp_path, capsys):
+    assert train.main(pairs) == 0
+    assert lora.main([str(tmp_path / "run"), "--prompt", "3?"]) == 2
+    assert "a RewardModel gives no answers; expected a model that writes text" in capsys.readouterr().err
 
 
 def test_an_adapter_is_refused_since_it_would_lose_the_head(pairs, capsys):

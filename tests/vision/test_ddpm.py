@@ -198,6 +198,27 @@ def test_folders_class_folders_and_captions_give_no_classes_or_words(tmp_path):
     assert again.tokenizer == WORDS
 
 
+def test_data_that_do_not_fit_a_trained_model_say_what_both_have(tmp_path):
+    for name in ("classes/cat", "classes/dog"):
+        folder_of_images(tmp_path / name, 3)
+    (tmp_path / "pairs.jsonl").write_text('{"image": "classes/cat/0.png", "caption": "red"}\n' * 2)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "words").mkdir()
+    Words(("red", "ring")).save(tmp_path / "words")
+    for data, model, words in (
+        ("classes", "words", "2 classes, cat, dog, but the model in .*words has learned 2 words, red, ring"),
+        ("classes", "plain", "2 classes, cat, dog, but the model in .*plain has learned no classes"),
+        (
+            "pairs.jsonl",
+            "plain",
+            "captions, but the model in .*plain reads none; expected a folder of images",
+        ),
+    ):
+        args = arguments(tmp_path, tmp_path / data, init_from=tmp_path / model)
+        with pytest.raises(ValueError, match=words):
+            conditions.load(args, unet.Config((4, 8), (0, 1), image_size=8, n_groups=2))
+
+
 def test_schedules_are_written_and_read(tmp_path):
     for target, schedule, zero in (("v", "cosine", False), ("x0", "scaled_linear", True)):
         config = Config(target=target, schedule=schedule, zero_terminal=zero, n_steps=500)

@@ -148,6 +148,13 @@ def test_levels_are_counted_in_memory_that_does_not_grow_with_images_times_level
     assert sizes == [400 * 16, 400 * 16]
 
 
+def test_densities_of_a_single_image_are_finite():
+    """A folder of two images has one to learn from."""
+    images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = flow.densities(images[:1], images[1:], Config(n_levels=8, image_size=(4, 4)))
+    assert all(math.isfinite(bits) for bits in found.values())
+
+
 def test_flops_are_those_of_the_matrix_products():
     model = small()
     with FlopCounterMode(display=False) as counter:

@@ -272,22 +272,28 @@ def test_a_clip_is_trained_first_where_no_tower_is_named_and_once(monkeypatch, t
     def record(command, env):
         assert "PATH" in env and not {"WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & env.keys()
         commands.append([str(word) for word in command])
-        (tmp_path / "clip-scenes-400-3").mkdir()
-        return SimpleNamespace(returncode=len(commands) - 1)
+        (tmp_path / "clip-scenes-400-3" / "checkpoint").mkdir(parents=True, exist_ok=True)
+        state = tmp_path / "clip-scenes-400-3" / "checkpoint" / "state.json"
+        state.write_text(json.dumps({"step": reached}))
+        return SimpleNamespace(returncode=code)
+
+    code, reached = 0, 399
 
     for name in ("WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(first_stage.subprocess, "run", record)
     args = Namespace(cache=tmp_path, seed=3, device="cpu", kernels="auto")
     monkeypatch.setattr(visual_instruct, "CLIP_STEPS", 400)
+    with pytest.raises(ValueError, match="of the first stage, was stopped; start again"):  # by SIGTERM
+        visual_instruct.default_tower(args)
+    reached = 400
     assert visual_instruct.default_tower(args) == str(tmp_path / "clip-scenes-400-3" / "model")
     words = " ".join(commands[0])
     assert "train.py --model clip --data scenes --steps 400 --seed 3" in words and "--resume" not in words
     visual_instruct.default_tower(args)
-    assert len(commands) == 1 and "first a CLIP learns" in capsys.readouterr().out
+    assert len(commands) == 2 and "first a CLIP learns" in capsys.readouterr().out
     (tmp_path / "clip-scenes-400-3" / "done").unlink()
-    (tmp_path / "clip-scenes-400-3" / "checkpoint").mkdir()
-    monkeypatch.setattr(type(tmp_path), "mkdir", lambda *_, **__: None)
+    code = 1
     with pytest.raises(ValueError, match="of the first stage, has failed; name another by --tower DIR"):
         visual_instruct.default_tower(args)
     assert "--resume" in commands[1]

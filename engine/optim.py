@@ -234,6 +234,13 @@ def width_factors(name: str, ratio: float) -> tuple[float, float]:
     raise ValueError(f"parameter {name}: width transfer has no rule for it; --mup works with decoders only")
 
 
+def width_ratio(model: nn.Module, base_width: int) -> float:
+    """Return base width / width of a model. Raises ValueError for a model without a d_model."""
+    if not hasattr(model.config, "d_model"):
+        raise ValueError(f"--mup {base_width}: this model has no d_model; --mup works with decoders only")
+    return base_width / model.config.d_model
+
+
 def lr_factor(name: str) -> float:
     """Return 1, the same factor of the learning rate for all parameters; an adapter's file may have another
     function."""
@@ -257,8 +264,9 @@ def transfer_width(
     in proportion to d_model. width_factors: the model file's function (name, base width / width) -> (factor
     of the initial values, factor of AdamW's learning rate). Raises ValueError for a parameter without a rule.
     """
+    ratio = width_ratio(model, base_width)
     for name, p in model.named_parameters():
-        p.mul_(width_factors(name, base_width / model.config.d_model)[0])
+        p.mul_(width_factors(name, ratio)[0])
 
 
 def make_optimizers(
@@ -294,7 +302,7 @@ def make_optimizers(
         if isinstance(module, nn.Linear) and not name.endswith(HEADS)
     }
     base_width = getattr(args, "mup", None)
-    ratio = 1.0 if base_width is None else base_width / model.config.d_model
+    ratio = 1.0 if base_width is None else width_ratio(model, base_width)
 
     # Sort the parameters that learn: Muon's, and those of AdamW by their settings.
     muon, groups = [], {}

@@ -23,6 +23,7 @@ import moe
 import train
 from engine import optim
 from engine.optim import step_optimizers
+from vision import gan
 
 TINY = gpt.Config(2, 2, 64, 176, 61, 32, qk_norm=True)
 MODELS = {
@@ -134,6 +135,14 @@ def test_models_without_a_rule_are_refused():
     with pytest.raises(ValueError, match=r"bert\.embeddings.* no rule"):
         optim.transfer_width(model, 8, optim.width_factors)
     with pytest.raises(ValueError, match="no rule"):
+        optim.make_optimizers(model, with_mup(ADAMW, 8))
+
+
+def test_models_without_a_width_are_refused():
+    model = gan.GAN(gan.Config())
+    with pytest.raises(ValueError, match="--mup 8: this model has no d_model"):
+        optim.transfer_width(model, 8, optim.width_factors)
+    with pytest.raises(ValueError, match="--mup 8: this model has no d_model"):
         optim.make_optimizers(model, with_mup(ADAMW, 8))
 
 

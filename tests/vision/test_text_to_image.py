@@ -105,6 +105,15 @@ def test_an_autoencoder_of_glyphs_is_made_first_where_none_is_named(monkeypatch,
         text_to_image.of_glyphs(Namespace(data="a.jsonl"))
 
 
+def test_a_first_stage_that_was_killed_between_two_renames_goes_on(monkeypatch, tmp_path):
+    args = Namespace(cache=tmp_path, seed=0, device="cpu", kernels="auto")
+    (tmp_path / "clip-glyphs-5-0" / "checkpoint.previous").mkdir(parents=True)
+    started, ended = [], Namespace(returncode=0)
+    monkeypatch.setattr(first_stage.subprocess, "run", lambda command, env: started.append(command) or ended)
+    first_stage.trained(args, "clip", "glyphs", 5, "a CLIP learns captions", "--tower DIR")
+    assert started[0][-1] == "--resume"
+
+
 @pytest.mark.usefixtures("few_glyphs")
 def test_a_run_draws_captions_and_goes_on_from_its_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(judge, "STEPS", 2)

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import gpt
 from formats import command, peft
 from formats.config_values import check_values
+from formats.peft_layers import family_of
 from formats.safetensors_dir import fingerprint
 from posttraining import nf4
 from posttraining.adapter_costs import adapter_bytes, flops_per_token  # noqa: F401, the engine calls them
@@ -211,10 +212,11 @@ class IA3(nn.Module):
 def apply(model: nn.Module, config: Config, name: str = "default") -> None:
     """Freeze the model with all adapters that it has, add an adapter to it in place, and use that one.
 
-    Raises ValueError for a name that is taken or impossible, and for target_modules that match no layer; the
-    model is then unchanged.
+    Raises ValueError for a model whose adapters PEFT's format cannot describe here, for a name that is taken
+    or impossible, and for target_modules that match no layer; the model is then unchanged.
     """
     # Find the layers to adapt.
+    family_of(model)  # raises ValueError for a model whose adapters could not be saved
     check_name(model, name)
     default = IA3_TARGETS if config.method == "ia3" else "all-linear"
     pattern = default if config.target_modules is None else config.target_modules

@@ -212,11 +212,10 @@ class IA3(nn.Module):
 def apply(model: nn.Module, config: Config, name: str = "default") -> None:
     """Freeze the model with all adapters that it has, add an adapter to it in place, and use that one.
 
-    Raises ValueError for a model whose adapters PEFT's format cannot describe here, for a name that is taken
-    or impossible, and for target_modules that match no layer; the model is then unchanged.
+    Raises ValueError for a name that is taken or impossible, and for target_modules that match no layer; the
+    model is then unchanged.
     """
     # Find the layers to adapt.
-    family_of(model)  # raises ValueError for a model whose adapters could not be saved
     check_name(model, name)
     default = IA3_TARGETS if config.method == "ia3" else "all-linear"
     pattern = default if config.target_modules is None else config.target_modules
@@ -287,7 +286,11 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def prepare_base(model: nn.Module, config: Config) -> str:
-    """Bring a base into the precision that config names, in place, and return the fingerprint that it had."""
+    """Bring a base into the precision that config names, in place, and return the fingerprint that it had.
+
+    Raises ValueError for a model whose adapters could not be saved.
+    """
+    family_of(model)
     model.to(getattr(torch, config.base_dtype))
     base_fingerprint = fingerprint(model)
     if config.quantize:

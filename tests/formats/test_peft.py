@@ -506,12 +506,9 @@ def test_an_adapter_of_an_embedding_that_is_no_lora_is_refused_before_the_model_
     assert str(tmp_path) in str(error.value) and [name for name, _ in model.named_parameters()] == names
 
 
-@pytest.mark.parametrize(
-    "name", ["t5", "bart", "electra-discriminator", "vit", "clip", "llava", "deberta-v3"]
-)
-def test_a_model_whose_adapters_have_no_names_is_refused_before_it_changes(name):
-    model = open_model(FIXTURES / name)
-    names = [name for name, _ in model.named_parameters()]
-    with pytest.raises(ValueError, match="adapters of .* are not implemented; expected"):
-        lora.apply(model, lora.Config())
-    assert [name for name, _ in model.named_parameters()] == names
+@pytest.mark.parametrize("name", ["t5", "bart", "electra-discriminator", "vit", "llava", "deberta-v3"])
+def test_a_model_whose_adapters_have_no_names_is_refused_before_training(name):
+    model = open_model(FIXTURES / name).bfloat16()
+    with pytest.raises(ValueError, match=r"adapters of \w+ are not implemented; expected"):
+        lora.prepare_base(model, lora.Config())
+    assert next(model.parameters()).dtype == torch.bfloat16

@@ -327,7 +327,8 @@ def load_adapter(
 
     base_fingerprint: from `prepare_base`, if the model has adapters or is in 4 bits by now; without it such a
     model is not compared with the adapter's base. Returns the Config of the adapter, for training it further.
-    Raises ValueError, with the model unchanged, if files are missing or damaged or belong to another base.
+    Raises ValueError, with the model unchanged, if files are missing or damaged or belong to another base, or
+    are of a DoRA of an embedding.
     """
     check_name(model, name)
     saved, layers = peft.read(directory, model), adaptable_layers(model)

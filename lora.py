@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import gpt
 from formats import command, peft
 from formats.config_values import check_values
+from formats.peft_layers import family_of
 from formats.safetensors_dir import fingerprint
 from posttraining import nf4
 from posttraining.adapter_costs import adapter_bytes, flops_per_token  # noqa: F401, the engine calls them
@@ -285,7 +286,11 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def prepare_base(model: nn.Module, config: Config) -> str:
-    """Bring a base into the precision that config names, in place, and return the fingerprint that it had."""
+    """Bring a base into the precision that config names, in place, and return the fingerprint that it had.
+
+    Raises ValueError for a model whose adapters could not be saved.
+    """
+    family_of(model)
     model.to(getattr(torch, config.base_dtype))
     base_fingerprint = fingerprint(model)
     if config.quantize:
@@ -322,7 +327,8 @@ def load_adapter(
 
     base_fingerprint: from `prepare_base`, if the model has adapters or is in 4 bits by now; without it such a
     model is not compared with the adapter's base. Returns the Config of the adapter, for training it further.
-    Raises ValueError, with the model unchanged, if files are missing or damaged or belong to another base.
+    Raises ValueError, with the model unchanged, if files are missing or damaged or belong to another base, or
+    are of a DoRA of an embedding.
     """
     check_name(model, name)
     saved, layers = peft.read(directory, model), adaptable_layers(model)

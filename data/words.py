@@ -28,7 +28,7 @@ GPT4_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The same as in tiktoken's cl100k_base: whitespace up to the end of a text is one pre-token, with its line
+# The same as in tiktoken's cl100k_base: whitespace at the end of a text is one pre-token, even with line
 # breaks.
 CL100K_PATTERN = GPT4_PATTERN.replace(r"|\s*[\r\n]+", r"|\s+(?![\s\S])|\s*[\r\n]+")
 

@@ -36,10 +36,16 @@ FUSED = {
 def family_of(model: nn.Module) -> str:
     """Return "gpt2", "decoder" for any other decoder, or the family of an encoder (formats/encoders.py).
 
-    Raises ValueError for ALBERT, whose modules do not correspond to ours, and for DeBERTa.
+    Raises ValueError for ALBERT and ELECTRA's discriminator, whose modules do not correspond to ours, for
+    DeBERTa, and for a model that is no decoder or encoder of text, such as T5.
     """
-    if not hasattr(model.config, "mlm_head"):  # a decoder
-        return "gpt2" if model.config.positions == "learned" else "decoder"
+    is_encoder, positions = hasattr(model.config, "mlm_head"), getattr(model.config, "positions", None)
+    is_decoder = positions in ("learned", "rope") and hasattr(model, "lm_head")
+    if hasattr(model, "discriminator") if is_encoder else not is_decoder:
+        name = type(model).__name__
+        raise ValueError(f"adapters of {name} are not implemented; expected a decoder, or an encoder of text")
+    if not is_encoder:
+        return "gpt2" if positions == "learned" else "decoder"
     family = encoders.family_of(model.config) if hasattr(model.config, "positions") else "deberta"
     if family in ("albert", "deberta"):
         raise ValueError(

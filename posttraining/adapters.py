@@ -285,8 +285,9 @@ def adaptable_layers(model: nn.Module) -> dict[str, Adapted]:
     """Return all layers that can have adapters, by their paths in the model. Those that have none yet come in
     a new wrapper, which is not part of the model until `replace_layer` puts it there."""
     layers = dict(layers_of(model))
-    if getattr(model, "lm_head", 0) is None:  # a decoder whose head is the embedding matrix
-        layers["lm_head"] = head_of_embedding(layers["model.embed_tokens"])
+    embedding = layers.get("model.embed_tokens")
+    if getattr(model, "lm_head", 0) is None and embedding is not None:  # a decoder with a tied head
+        layers["lm_head"] = head_of_embedding(embedding)
     for path, layer in layers.items():
         if not isinstance(layer, Adapted):
             wrapper = next(wrapper for kind, wrapper in WRAPPERS.items() if isinstance(layer, kind))

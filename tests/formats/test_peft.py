@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 from bert import BERT
+from formats.open_model import open_model
 from formats.peft import EMBEDDINGS, SavedAdapter, read, write
 from gpt import GPT
 from moe import MoEGPT
@@ -503,3 +504,11 @@ def test_an_adapter_of_an_embedding_that_is_no_lora_is_refused_before_the_model_
     with pytest.raises(ValueError, match=r"dora cannot adapt the embedding model\.embed_tokens") as error:
         lora.load_adapter(model, tmp_path)
     assert str(tmp_path) in str(error.value) and [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "electra-discriminator", "vit", "llava", "deberta-v3"])
+def test_a_model_whose_adapters_have_no_names_is_refused_before_training(name):
+    model = open_model(FIXTURES / name).bfloat16()
+    with pytest.raises(ValueError, match=r"adapters of \w+ are not implemented; expected"):
+        lora.prepare_base(model, lora.Config())
+    assert next(model.parameters()).dtype == torch.bfloat16

@@ -421,6 +421,19 @@ def test_it_compiles_as_one_graph():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_numbers_of_queries_and_keys_may_both_vary_in_one_graph():
+    """As a prefix language model and a cache vary them: after the second call torch.compile has symbols for
+    them, and T == S then is one too."""
+    torch._dynamo.reset()
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for T, S in ((5, 11), (6, 12), (7, 13), (8, 8)):
+        for options in ({"causal": True}, {"causal": True, "window": 4}):
+            q, k, v, _ = inputs({}, T, S)
+            expected = attention(q, k, v, **options, backend="reference")
+            out = run(q, k, v, **options, backend="torch")
+            torch.testing.assert_close(out, expected, atol=4e-6, rtol=0)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_autocast(backend):
     """Autocast computes in the lower precision, and gradients have the dtype of the inputs."""

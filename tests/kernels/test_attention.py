@@ -211,6 +211,23 @@ def test_a_cache_with_an_empty_row_gives_zeros(monkeypatch):
     assert (out[0] == 0).all() and (out[1] != 0).all()
 
 
+def test_many_rows_fit_the_grid_of_programs(monkeypatch):
+    """CUDA takes 2^31 - 1 programs in the first dimension of a grid, and 65,535 in the second."""
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for kernel in ("split_kernel", "merge_kernel"):
+        monkeypatch.setattr(flash_decoding, kernel, Recorded())
+    q, k = torch.empty(40_000, 1, 8, 64, device="meta"), torch.empty(40_000, 300, 2, 64, device="meta")
+    assert flash_decoding.applies(q, k)
+    flash_decoding.forward(q, k, k, False, None, None, 0.1, None, None, None)
+    assert grids == [(80_000, 1), (320_000,)]
+
+
 def test_any_strides():
     """Views of one fused projection are read without a copy; layouts that do not fit are copied."""
     B, T, H, K = 2, 20, 2, 16

@@ -285,7 +285,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
     if bias is not None:
         # PyTorch's operation takes one tensor that is added to the scores: the bias, and -inf for the mask.
         if square_causal:
-            mask, square_causal = visible(T, S, q.device, causal=True, window=None), False
+            mask = visible(T, S, q.device, causal=True, window=None)
         scores_bias = bias_of_scores(bias, T, S, seqlens_k).to(q.dtype)
         mask = scores_bias if mask is None else scores_bias.masked_fill(~mask, -math.inf)
     with _fastest_first(q):
@@ -294,7 +294,7 @@ def _torch(q, k, v, causal, window, scale, cu_seqlens, seqlens_k, bias):
             k.transpose(1, 2),  # (B, G, S, K)
             v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=square_causal,
+            is_causal=causal and T > 1 and mask is None,  # under torch.compile T == S may be a symbol
             scale=scale,
             enable_gqa=k.shape[2] != q.shape[2],
         )

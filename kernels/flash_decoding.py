@@ -34,7 +34,7 @@ def split_kernel(
     BLOCK_K: tl.constexpr = const.BLOCK_K
     masks = Masks(seqlens_k, doc_start, doc_end, T, S, window)
     G = H // const.GROUP
-    split, bg = tl.program_id(0), tl.program_id(1)
+    bg, split = tl.program_id(0), tl.program_id(1)  # CUDA has room for 65,535 programs in the second only
     b, g = bg // G, bg % G
     n_keys, offset = keys_of_row(b, masks)
 
@@ -60,7 +60,7 @@ def split_kernel(
 
     # A row that sees no key of this split gets weight 2^-inf = 0 in the sum.
     seen = l > 0
-    out = ((split * tl.num_programs(1) // G + b).to(tl.int64) * T + i) * H + h  # of part (splits, B, T, H, K)
+    out = ((split * tl.num_programs(0) // G + b).to(tl.int64) * T + i) * H + h  # of part (splits, B, T, H, K)
     tl.store(part + out[:, None] * const.K + column, acc / tl.where(seen, l, 1.0)[:, None], mask=mask)
     lse = tl.where(seen, m + tl.math.log2(tl.where(seen, l, 1.0)), -float("inf"))
     tl.store(part_lse + out, lse, mask=exists)
@@ -116,7 +116,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
     part = q.new_empty(n_splits, B, T, H, K, dtype=torch.float32)
     part_lse = q.new_empty(n_splits, B, T, H, dtype=torch.float32)
     with on_device(q):
-        split_kernel[(n_splits, B * G)](
+        split_kernel[(B * G, n_splits)](
             *(as_rows(x, N, False) for x in (q, k, v)), part, part_lse, keys_per_split=keys_per_split,
             const=const._replace(TMA=False, BLOCK_M=M, BLOCK_N=N), num_warps=4, num_stages=2, **shared,
         )  # fmt: skip

@@ -92,7 +92,8 @@ def _choose(backend: str, q: Tensor, v: Tensor, rates: Tensor) -> str:
     asked, chosen, K = backend, choose("linear_attention", backend, q), q.shape[3]
     fits = K <= WIDEST and K % 8 == 0 and v.shape[3] == K and q.dtype != torch.float64 and multiplies(q)
     # In float32 a tile takes more registers than a program has, so PyTorch's matrix products are faster.
-    if asked == "auto" and chosen == "triton" and not (fits and q.element_size() == 2):
+    fast = fits and q.element_size() == 2 and not rates.requires_grad
+    if asked == "auto" and chosen == "triton" and not fast:
         return "torch"
     if chosen == "triton" and not fits:
         raise ValueError(

@@ -158,15 +158,18 @@ def report_each_device(folder: Path) -> int:
 
 
 def write_tuned(out: Path, measured: list[dict]) -> None:
-    """Write the configurations to keep for this device to tuned.json, if any were measured."""
+    """Write the configurations to keep for this device to tuned.json, if any were measured. Those of other
+    devices stay in it."""
     if chosen := table.winners(measured):
         arch = (
             "sm_{}{}".format(*torch.cuda.get_device_capability())
             if torch.cuda.is_available()
             else "interpreter"
         )
-        with replace_file(out / "tuned.json") as new:
-            new.write_text(json.dumps({arch: chosen}, indent=1) + "\n", encoding="utf-8")
+        path = out / "tuned.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with replace_file(path) as new:
+            new.write_text(json.dumps(before | {arch: chosen}, indent=1) + "\n", encoding="utf-8")
 
 
 def plan_text(names: list[str]) -> str:

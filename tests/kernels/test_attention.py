@@ -211,6 +211,23 @@ def test_a_cache_with_an_empty_row_gives_zeros(monkeypatch):
     assert (out[0] == 0).all() and (out[1] != 0).all()
 
 
+def test_many_rows_fit_the_grid_of_programs(monkeypatch):
+    """CUDA takes 2^31 - 1 programs in the first dimension of a grid, and 65,535 in the second."""
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for kernel in ("split_kernel", "merge_kernel"):
+        monkeypatch.setattr(flash_decoding, kernel, Recorded())
+    q, k = torch.empty(40_000, 1, 8, 64, device="meta"), torch.empty(40_000, 300, 2, 64, device="meta")
+    assert flash_decoding.applies(q, k)
+    flash_decoding.forward(q, k, k, False, None, None, 0.1, None, None, None)
+    assert grids == [(80_000, 1), (320_000,)]
+
+
 def test_any_strides():
     """Views of one fused projection are read without a copy; layouts that do not fit are copied."""
     B, T, H, K = 2, 20, 2, 16
@@ -419,6 +436,19 @@ def test_it_compiles_as_one_graph():
         function(*leaves).backward()
         grads.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_numbers_of_queries_and_keys_may_both_vary_in_one_graph():
+    """As a prefix language model and a cache vary them: after the second call torch.compile has symbols for
+    them, and T == S then is one too."""
+    torch._dynamo.reset()
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for T, S in ((5, 11), (6, 12), (7, 13), (8, 8)):
+        for options in ({"causal": True}, {"causal": True, "window": 4}):
+            q, k, v, _ = inputs({}, T, S)
+            expected = attention(q, k, v, **options, backend="reference")
+            out = run(q, k, v, **options, backend="torch")
+            torch.testing.assert_close(out, expected, atol=4e-6, rtol=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])

@@ -11,6 +11,7 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from attention_variants.linear import slopes
+from kernels import linear_attention as module
 from kernels import linear_chunks
 from kernels.linear_attention import _triton, _triton_backward, linear_attention
 
@@ -218,6 +219,14 @@ def test_autocast_rounds_the_inputs_and_not_the_state():
         expected = linear_attention(*rounded, rates, state, backend=backend)
         assert out.dtype == torch.bfloat16 and last.dtype == torch.float32
         assert torch.equal(out, expected[0]) and torch.equal(last, expected[1])
+
+
+def test_auto_takes_pytorch_s_products_on_a_gpu_for_rates_that_learn(monkeypatch):
+    """The kernel has no gradient of the rates."""
+    monkeypatch.setattr(module, "choose", lambda operation, backend, x: "triton")  # as on a GPU
+    (q, k, v), rates, _ = inputs(1, 5, 2, 16, False, torch.float16)
+    chosen = [module._choose("auto", q, v, r) for r in (rates, rates.clone().requires_grad_())]
+    assert chosen == ["triton", "torch"]
 
 
 def test_what_does_not_fit_is_refused():

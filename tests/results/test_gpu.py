@@ -262,6 +262,17 @@ def test_tables_of_other_devices_are_apart_and_printing_them_writes_nothing(tmp_
     assert table.winners(rows.of_device(tmp_path)) == {"attention_forward": {"64": "plain"}}
 
 
+def test_the_configurations_of_another_device_stay_in_the_folder(tmp_path, monkeypatch):
+    """As where a rehearsal writes into the folder of a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path, of_gpu = tmp_path / "tuned.json", {"sm_90": {"attention_forward": {"64": "128x64"}}}
+    path.write_text(json.dumps(of_gpu))
+    timed = {"operation": "attention_forward", "key": "16", "config": "128x128", "ms": 1.0}
+    command.write_tuned(tmp_path, [row("tuning", "16: 128x128", **timed)])
+    own = {"interpreter": {"attention_forward": {"16": "128x128"}}}
+    assert json.loads(path.read_text()) == of_gpu | own
+
+
 def test_the_aims_stand_beside_what_was_reached():
     def attention(which, plinth, flash, cudnn):
         times = {"plinth": plinth, "SDPA flash": flash, "SDPA cuDNN": cudnn}

@@ -208,7 +208,8 @@ def load_data(args: Namespace, config: Config) -> PairDataset:
     known, held = (embeddings(module, rows) for rows in (found.train, found.val))
     cosine = F.cosine_similarity(held.texts, held.images).mean()
     guess = f"a text's own embedding has a cosine of {cosine:.3f} to its image's"
-    scales = {"mean": known.images.mean(0), "std": known.images.std(0).clamp(min=1e-3)}
+    std = known.images.std(0, correction=min(1, len(known.images) - 1))  # of one image, 0
+    scales = {"mean": known.images.mean(0), "std": std.clamp(min=1e-3)}
 
     # Put the empty text into each row, since the model has no tokenizer to encode it.
     empty, _ = captions.encode([""], tokenizer, most, args.seq_len)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from small_clip import small_clip
 
 import train as train_py
@@ -124,6 +125,17 @@ def test_a_run_measures_the_prior_beside_the_texts_embedding(tmp_path, clip_fold
     image_embeddings.main([str(tmp_path / "run" / "model"), "--clip", str(clip_folder)])
     table = capsys.readouterr().out.splitlines()[1:]
     assert len(table) == 5 and table == [line for line in lines if line][-5:]
+
+
+def test_one_image_is_enough_to_learn_from(tmp_path, clip_folder):
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    lines = "".join(json.dumps({"file_name": f"{name}.png", "text": name}) + "\n" for name in "ab")
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    flags = f"--model prior --data {tmp_path} --steps 1 --batch-size 1 --out {tmp_path / 'run'}"
+    assert train_py.main([*flags.split(), "--set", f"clip={clip_folder}", "n_layers=1"]) == 0
+    model = Prior.from_pretrained(tmp_path / "run" / "model")
+    torch.testing.assert_close(model.clip_std, torch.full((1, 16), 1e-3))
 
 
 def test_mistakes_are_one_line(tmp_path, clip_folder, capsys):

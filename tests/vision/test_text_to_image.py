@@ -107,9 +107,16 @@ def test_an_autoencoder_of_glyphs_is_made_first_where_none_is_named(monkeypatch,
 
 def test_a_first_stage_that_was_killed_between_two_renames_goes_on(monkeypatch, tmp_path):
     args = Namespace(cache=tmp_path, seed=0, device="cpu", kernels="auto")
-    (tmp_path / "clip-glyphs-5-0" / "checkpoint.previous").mkdir(parents=True)
-    started, ended = [], Namespace(returncode=0)
-    monkeypatch.setattr(first_stage.subprocess, "run", lambda command, env: started.append(command) or ended)
+    out, started = tmp_path / "clip-glyphs-5-0", []
+    (out / "checkpoint.previous").mkdir(parents=True)
+
+    def end(command, env):
+        started.append(command)
+        (out / "checkpoint").mkdir()
+        (out / "checkpoint" / "state.json").write_text('{"step": 5}')
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(first_stage.subprocess, "run", end)
     first_stage.trained(args, "clip", "glyphs", 5, "a CLIP learns captions", "--tower DIR")
     assert started[0][-1] == "--resume"
 

@@ -271,7 +271,8 @@ def mismatched(examples: list[Example], seq_len: int, more: list[Example] = ()) 
         fitting = (other for other in others if len(prompt) + len(other.answers[0]) <= seq_len)
         other = next((o for o in fitting if one_prompt or not np.array_equal(o.prompt, prompt)), None)
         if other is None:
-            raise ValueError("KTO needs beside each answer one to another prompt, and none of them fits")
+            counted = f"none of the {n - 1 + len(more)} others fits into --seq-len {seq_len}"
+            raise ValueError(f"KTO needs beside each answer one to another prompt, and {counted}")
         found.append(Example(prompt, (answers[0], other.answers[0]), label))
     return found
 

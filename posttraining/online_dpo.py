@@ -58,7 +58,7 @@ class Config:
     preferred: str = "higher"  # the completion of the higher score; or "drawn", see above
     pairs: int = 8  # of each prompt in a step
     max_new_tokens: int = 64  # of a completion
-    temperature: float = 1.0  # of sampling
+    temperature: float = 1.0  # of sampling alone: the loss and the KL are at 1
 
     def __post_init__(self):
         check_values(self, method=("dpo", "ipo"), preferred=("higher", "drawn"))

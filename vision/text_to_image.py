@@ -77,9 +77,13 @@ def load_data(args: Namespace, config: Config) -> LatentDataset:
     """Return captions with the latents of their images.
 
     args.seq_len is set to the length of the longest caption, or with a trained text tower to the length that
-    it reads, as in Stable Diffusion. Raises ValueError for what `data.captions.read` refuses, and if no
-    autoencoder is named and none is trained.
+    it reads, as in Stable Diffusion. Raises ValueError for what `data.captions.read` refuses, if no
+    autoencoder is named and none is trained, and if one is named for a model that has its own.
     """
+    if args.init_from and config.autoencoder:
+        raise ValueError(
+            f"--set autoencoder={config.autoencoder}: the model in --init-from has its own; leave it out"
+        )
     directory = Path(args.init_from) / "vae" if args.init_from else config.autoencoder or of_glyphs(args)
     vae = AutoencoderKL.from_pretrained(directory).float().eval()
     if len(set(vae.config.size)) > 1:

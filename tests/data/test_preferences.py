@@ -189,6 +189,15 @@ def test_a_mismatched_answer_belongs_to_another_prompt():
     assert found[:2] == ["3", "3"] and found[2] in ("1", "2")
 
 
+@pytest.mark.parametrize(
+    "n, counted", [(1, "none of the 0 others"), (2, "none of the 1 others fits into --seq-len 4")]
+)
+def test_an_answer_without_a_mismatched_one_is_refused(n, counted):
+    pairs = [Preference(said(question), ("an answer",), True) for question in "ab"[:n]]
+    with pytest.raises(ValueError, match=counted):
+        preferences.mismatched([preferences.as_example(pair, BYTES) for pair in pairs], 4)
+
+
 def test_with_one_prompt_each_answer_is_matched_once_and_never_with_itself():
     examples = [
         preferences.as_example(Preference(ASKED, (answer,), True), BYTES) for answer in ("1", "2", "3")

@@ -149,8 +149,10 @@ def test_a_run_draws_captions_and_goes_on_from_its_model(tmp_path, monkeypatch, 
             assert torch.equal(w, start[key]), key
     assert model.config.max_seq_len == 60 and model.config.vae.scaling_factor != 0.18215
 
-    # And is trained further, with the same latents.
+    # And is trained further, with the same latents. It has an autoencoder, so no other is taken.
     argv = [*common, "--steps", "1", "--init-from", str(tmp_path / "run" / "model")]
+    assert train_py.main([*argv, "--set", "autoencoder=other", "--out", str(tmp_path / "other")]) == 2
+    assert "autoencoder=other: the model in --init-from has its own" in capsys.readouterr().err
     assert train_py.main([*argv, "--out", str(tmp_path / "more")]) == 0
     assert len(list((tmp_path / "cache").glob("latents-*"))) == 2
     more = open_model(tmp_path / "more" / "model")

@@ -267,6 +267,18 @@ def test_every_table_of_a_page_has_a_heading_and_rows_of_its_width(page):
         assert rows and re.fullmatch(r"[|:\- ]+", rows[0]) and len(widths) == 1, heading
 
 
+def test_runs_of_different_commands_have_folders_of_their_own():
+    """Else one who follows a second page is told that there is a run in the folder."""
+    runs: dict[str, set] = {}
+    for page in PAGES:
+        shell = (content for language, content, _ in blocks(page) if language == "sh")
+        for line in "".join(shell).replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if {"train.py", "--out"} <= set(words) and not {"--resume", "--extend"} & set(words):
+                runs.setdefault(words[words.index("--out") + 1], set()).add(tuple(words))
+    assert len(runs) > 20 and not [commands for commands in runs.values() if len(commands) > 1]
+
+
 def test_the_readme_names_every_page():
     text = (ROOT / "README.md").read_text()
     assert not [page for page in [*PAGES[1:], "results/README.md"] if page not in text]

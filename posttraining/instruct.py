@@ -43,6 +43,7 @@ from data.rows import Dataset, Row, Rows, stack
 from data.stdlib_questions import stdlib_conversations
 from data.text import bad_texts
 from data.tokenizer import Tokenizer, get_tokenizer
+from data.wordpiece import WordPiece
 from formats import command
 from formats.atomic import replace_file
 from formats.chat_template import Conversation, end_id, render, save_chat_template
@@ -225,11 +226,15 @@ def account(counts: Counter, seq_len: int, longest: int | None) -> str:
 
 
 def load_data(args: argparse.Namespace, config: Any) -> Dataset:
-    """Return the conversations that --data names. Raises ValueError for a model that generates no text."""
+    """Return the conversations that --data names. Raises ValueError for a model that generates no text, and
+    for a tokenizer without line breaks, which the template of a conversation has."""
     if "eos_token_id" not in [field.name for field in fields(config)]:
         raise ValueError("--task instruct: an encoder gives no answers; expected a decoder, as gpt")
+    tokenizer = get_tokenizer(args.tokenizer)
+    if isinstance(tokenizer, WordPiece):
+        raise ValueError("--task instruct: WordPiece drops the line breaks of conversations; expected BPE")
     options = {"val": args.val, "bad_text": args.bad_text, "longest": config.max_seq_len}
-    return prepare(args.data, get_tokenizer(args.tokenizer), args.seq_len, **options)
+    return prepare(args.data, tokenizer, args.seq_len, **options)
 
 
 def make_batch(

@@ -1,5 +1,6 @@
 """Packed rows as trained on, and answers."""
 
+import argparse
 import json
 import sys
 
@@ -12,6 +13,7 @@ from conftest import run_command
 import gpt
 from data.rows import Loader, in_order
 from data.tokenizer import GPT4_PATTERN, Tokenizer, train_bpe
+from data.wordpiece import WordPiece
 from formats.chat_template import end_id, prompt_tokens, render
 from posttraining import instruct
 from posttraining.instruct import make_batch, rows_within
@@ -267,3 +269,11 @@ def test_the_file_runs_by_itself(tmp_path, monkeypatch, capsys):
     failed = run_command("-m", "posttraining.instruct", tmp_path / "none.jsonl")
     assert failed.code == 2 and failed.out == ""
     assert failed.err.startswith("error: ") and failed.err.count("\n") == 1
+
+
+def test_a_tokenizer_without_line_breaks_is_refused(tmp_path):
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "a"]
+    WordPiece({word: i for i, word in enumerate(words)}).save(tmp_path)
+    args = argparse.Namespace(tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match="WordPiece drops the line breaks of conversations"):
+        instruct.load_data(args, gpt.SIZES["tiny"])

@@ -250,6 +250,11 @@ def check_packages(engine: str, format: str, files: Files) -> None:
             zstandard_for(path)
 
 
+def stamps(files: Iterable[tuple[str, Path]]) -> list[list]:
+    """Return the name, size and time of change of each file, by which `made_once` knows it again."""
+    return [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
+
+
 def made_once(out: Path, made_with: dict, make: Callable[[], dict]) -> dict:
     """Return the report of the finished result in the folder out, or of make(), which makes it there.
 
@@ -389,12 +394,11 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # What the result depends on; the engine and the number of processes are no part of that.
-    stats = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
+    stats = stamps(files)
     made_with = {"input": stats, "stages": stages, "text field": args.text_field, "format": args.format}
     made_with |= {"settings": {name: value for name, value in vars(settings).items() if name != "memory"}}
     if args.against:
-        items = [(path, Path(path).stat()) for path in args.against]
-        made_with["test items"] = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in items]
+        made_with["test items"] = stamps((name, Path(name)) for name in args.against)
     engine = (args.engine, args.workers)
     work = partial(clean, files, args.out, stages, settings, args.text_field, args.format, engine)
     report = made_once(args.out, made_with, work)

@@ -381,8 +381,7 @@ def main(argv: list[str] | None = None) -> None:
         path for _, directory, _ in stages if directory for path in sorted(Path(directory).iterdir())
     ]
     files = [(name, path) for files in sources.values() for name, path in files]
-    stats = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
-    models = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in directories]
+    stats, models = clean.stamps(files), clean.stamps((str(path), path) for path in directories)
     flags = ("mix", "temperature", "bytes", "seed", "text_field", "format", "keep_rejected", "keep_scores")
     made_with = {"input": stats, "sources": list(sources), "stages": args.stage, "models": models}
     made_with |= {name: getattr(args, name) for name in flags}

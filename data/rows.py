@@ -62,11 +62,12 @@ class Dataset:
     labels: tuple[str, ...] = ()  # the names of the classes, in the order of their numbers
 
 
-def frequency_loss(train: np.ndarray, held_out: np.ndarray, n_tokens: int) -> float:
-    """Return the mean cross-entropy, in nats, of held-out tokens whose probabilities are their frequencies in
-    train. Each of the n_tokens of the vocabulary is counted once more than it occurs."""
-    counts = np.bincount(train, minlength=n_tokens) + 1
-    return -float(np.log(counts / counts.sum())[held_out].mean())
+def frequency_loss(counts: np.ndarray, held_out: np.ndarray) -> float:
+    """Return the mean cross-entropy, in nats, of held-out tokens whose probabilities are their frequencies.
+
+    counts: how often each token of the vocabulary occurs in training; each is counted once more.
+    """
+    return -float(np.log((counts + 1) / (counts + 1).sum())[held_out].mean())
 
 
 class Loader:

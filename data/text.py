@@ -348,9 +348,8 @@ def as_rows(corpus: Corpus, seq_len: int, *, only_whole: bool = False) -> Datase
             f"--seq-len: rows are of {seq_len + 1} tokens, but the held-out text has only {len(val)}; "
             "give more text, or shorter rows"
         )
-    begin = train[: 1 << 24]
-    right = np.mean(val == np.bincount(begin).argmax())
-    nats = frequency_loss(begin, val, corpus.tokenizer.n_vocab)
+    counts = np.bincount(train[: 1 << 24], minlength=corpus.tokenizer.n_vocab)
+    right, nats = np.mean(val == counts.argmax()), frequency_loss(counts, val)
     return Dataset(
         corpus.name,
         corpus.tokenizer,

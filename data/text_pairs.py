@@ -124,7 +124,7 @@ def as_dataset(
     tokens that are read as such in the texts. Raises ValueError if all pairs of a part are dropped.
     """
     digest = hashlib.sha256(f"{tokenizer.fingerprint} ".encode())
-    sides, counts = [], Counter(counts)
+    sides, targets, counts = [], [], Counter(counts)
     for name, pairs in (("to train on", train), ("held out", held_out)):
         rows = [[[*tokenizer.encode(text, special), tokenizer.eot_id] for text in pair] for pair in pairs]
         n_cut = sum(len(source) > seq_len for source, _ in rows) if cut else 0
@@ -143,15 +143,16 @@ def as_dataset(
             for cell, side in zip(cells, row, strict=True):
                 cell[: len(side)] = side
         digest.update(table.tobytes() + name.encode())
+        targets.append(np.concatenate([target for _, target in short]))
         sides.append(Rows([{"source": source, "target": target} for source, target in table]))
     line = ", ".join(f"{n:,} {name}" for name, n in sorted(counts.items()) if n)
-    targets = [np.concatenate([row["target"][row["target"] >= 0] for row in rows.rows]) for rows in sides]
+    occurring = np.bincount(targets[0], minlength=tokenizer.n_vocab)
     return Dataset(
         f"pairs-{digest.hexdigest()[:16]}",
         tokenizer,
         *sides,
         summary=f"pairs of texts: {line}",
-        guess=f"by frequency a token of a target has {frequency_loss(*targets, tokenizer.n_vocab):.2f} nats",
+        guess=f"by frequency a token of a target has {frequency_loss(occurring, targets[1]):.2f} nats",
     )
 
 

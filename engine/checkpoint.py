@@ -107,6 +107,11 @@ def names(directory: Path) -> set[str]:
     return set(dcp.HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata)
 
 
+def is_begun(run: Path) -> bool:
+    """Return whether a run has a checkpoint. A kill while one is saved may leave the one before alone."""
+    return any((run / name).exists() for name in ("checkpoint", "checkpoint.previous"))
+
+
 def newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict]:
     """Return the newest undamaged checkpoint of a run and its state; warn(message) names a damaged one.
 

@@ -292,7 +292,7 @@ def find_checkpoint(args: argparse.Namespace, flags: dict[str, str]) -> tuple[Pa
     fill_intervals(args)
     if not args.out.is_dir():
         raise ValueError(f"--out {args.out}: expected a directory that all machines share")
-    if saved is None and any((args.out / name).exists() for name in ("checkpoint", "checkpoint.previous")):
+    if saved is None and checkpoint.is_begun(args.out):
         raise ValueError(
             f"--out {args.out}: there is a run in it; add --resume to go on, or name another directory"
         )

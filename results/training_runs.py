@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import train
+from engine.checkpoint import is_begun
 from formats.atomic import replace_file
 
 
@@ -35,9 +36,7 @@ def trained(out: Path, *flags: str) -> Path:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        # A kill while a checkpoint is saved may leave the one before alone.
-        saved = any((out / name).exists() for name in ("checkpoint", "checkpoint.previous"))
-        code = train.main([*argv, *["--resume"] * saved])
+        code = train.main([*argv, *["--resume"] * is_begun(out)])
     if code == 130:
         raise KeyboardInterrupt
     if code != 0:

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 import data.text
 import train
 from engine import cpu
-from engine.checkpoint import save
+from engine.checkpoint import is_begun, save
 from engine.log import MAX_SKIPPED
 from engine.run import Run, open_directory, prepare
 from formats.progress import progress_bar
@@ -66,7 +66,7 @@ def build_run(flags: list[str], n_steps: int | None = None) -> Run:
     if n_steps is None:
         return prepare(train.parse_arguments(flags))
     args = train.parse_arguments([*flags, "--steps", str(n_steps)])
-    args.resume = any((args.out / name).is_dir() for name in ("checkpoint", "checkpoint.previous"))
+    args.resume = is_begun(args.out)
     return prepare(args)
 
 

@@ -12,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from engine import parallel
+from engine.checkpoint import is_begun
 from formats.json_file import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +34,7 @@ def trained(args: Namespace, model: str, data: str, steps: int, what: str, flag:
         if not (out / "done").exists():
             flags = ["--model", model, "--data", data, "--steps", steps, "--seed", args.seed]
             flags += ["--out", out, "--cache", args.cache, "--device", args.device, "--kernels", args.kernels]
-            begun = any((out / name).exists() for name in ("checkpoint", "checkpoint.previous"))
-            flags += ["--resume"] * begun
+            flags += ["--resume"] * is_begun(out)
             print(f"no {flag.partition(' ')[0]}: first {what}, {out}", flush=True)
             environment = {name: x for name, x in os.environ.items() if not name.startswith(OF_TORCHRUN)}
             done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], env=environment)

@@ -141,8 +141,8 @@ def guess(train: TalkRows, val: TalkRows) -> str:
         chosen = np.linspace(0, len(part) - 1, min(len(part), N_GUESSED)).astype(int)
         targets = np.concatenate([part.writing.row(part.rows[i].messages)["targets"] for i in chosen])
         answers.append(targets[targets != IGNORED])
-    nats = frequency_loss(*answers, train.writing.tokenizer.n_vocab)
-    return f"by frequency a token of an answer has {nats:.2f} nats"
+    counts = np.bincount(answers[0], minlength=train.writing.tokenizer.n_vocab)
+    return f"by frequency a token of an answer has {frequency_loss(counts, answers[1]):.2f} nats"
 
 
 def check(args: Namespace, config: Config, given: Settings) -> None:

@@ -26,6 +26,6 @@ def test_documents_begin_at_each_end_of_text_and_at_each_row():
 
 def test_loss_by_frequency():
     # Counted once more, 0 has 3 of 8, 1 has 4, and 2, which never occurs, has 1.
-    train = np.array([0, 1, 1, 0, 1], np.uint16)
-    assert frequency_loss(train, np.array([2], np.uint16), 3) == pytest.approx(np.log(8))
-    assert frequency_loss(train, np.array([0, 1, 1, 2]), 3) == pytest.approx(-np.log(3 / 8 * 1 / 4 / 8) / 4)
+    counts = np.array([2, 3, 0])
+    assert frequency_loss(counts, np.array([2], np.uint16)) == pytest.approx(np.log(8))
+    assert frequency_loss(counts, np.array([0, 1, 1, 2])) == pytest.approx(-np.log(3 / 8 * 1 / 4 / 8) / 4)
